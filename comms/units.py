@@ -1,0 +1,142 @@
+"""Quantities with units: the only way a dimensional number enters or leaves a file.
+
+`parse("200 Gb/s", Quantity.DATA_RATE)` is 25e9 (bytes per second) and `format_quantity` is its inverse.
+Decimal prefixes are powers of ten (GB is 10^9 bytes), binary prefixes powers of two (GiB is 2^30);
+a small `b` is a bit. Upper and lower case differ, as they must: `MB`, `Mb` and `mb` are three things.
+
+A bare number where a unit belongs is an error, and so is a unit of another quantity.
+Not here: arithmetic with units. A parsed value is a plain float in base units (bytes, seconds, W, ...).
+"""
+
+import difflib
+import math
+import re
+from decimal import Decimal
+from enum import StrEnum
+
+
+class Quantity(StrEnum):
+    """What a number measures; the value is the word used in messages."""
+
+    SIZE = "size"
+    DATA_RATE = "data rate"
+    TIME = "time"
+    COMPUTE_RATE = "compute rate"
+    FREQUENCY = "frequency"
+    POWER = "power"
+    HOURLY_PRICE = "price per hour"
+    PRICE = "price"
+
+
+class UnitError(ValueError):
+    """A quantity that cannot be read: what is wrong, and what to write instead."""
+
+    def __init__(self, problem: str, hint: str) -> None:
+        super().__init__(f"{problem}; {hint}")
+        self.problem = problem
+        self.hint = hint
+
+
+_DECIMAL = {"k": 3, "M": 6, "G": 9, "T": 12, "P": 15, "E": 18}
+_BINARY = {"Ki": 10, "Mi": 20, "Gi": 30, "Ti": 40, "Pi": 50}
+_SMALL = {"n": -9, "u": -6, "m": -3}
+
+
+def _decimal(base: str, prefixes: str, scale: Decimal = Decimal(1)) -> dict[str, Decimal]:
+    exponents = _DECIMAL | _SMALL
+    scaled = {prefix + base: scale.scaleb(exponents[prefix]) for prefix in prefixes}
+    return {base: scale} | scaled
+
+
+def _binary(base: str) -> dict[str, Decimal]:
+    return {prefix + base: Decimal(2**bits) for prefix, bits in _BINARY.items()}
+
+
+# Per quantity: unit -> how many base units it is. The base unit comes first.
+UNITS: dict[Quantity, dict[str, Decimal]] = {
+    Quantity.SIZE: _decimal("B", "kMGTP") | _binary("B"),
+    Quantity.DATA_RATE: _decimal("B/s", "kMGTP")
+    | _binary("B/s")
+    | _decimal("b/s", "kMGTP", Decimal("0.125")),
+    Quantity.TIME: _decimal("s", "num"),
+    Quantity.COMPUTE_RATE: _decimal("FLOP/s", "kMGTPE") | _decimal("OP/s", "kMGTPE"),
+    Quantity.FREQUENCY: _decimal("Hz", "kMG"),
+    Quantity.POWER: _decimal("W", "mkM"),
+    Quantity.HOURLY_PRICE: {"USD/h": Decimal(1)},
+    Quantity.PRICE: {"USD": Decimal(1)},
+}
+
+EXAMPLES: dict[Quantity, str] = {
+    Quantity.SIZE: "80 GB or 80 GiB",
+    Quantity.DATA_RATE: "25 GB/s or 200 Gb/s",
+    Quantity.TIME: "1.3 us",
+    Quantity.COMPUTE_RATE: "312 TFLOP/s",
+    Quantity.FREQUENCY: "1.4 GHz",
+    Quantity.POWER: "400 W",
+    Quantity.HOURLY_PRICE: "2.5 USD/h",
+    Quantity.PRICE: "9999 USD",
+}
+
+# Units that format_quantity may choose: one ladder per quantity, powers of a thousand, no bits, no OP/s.
+_LADDERS: dict[Quantity, tuple[str, ...]] = {
+    Quantity.SIZE: ("B", "kB", "MB", "GB", "TB", "PB"),
+    Quantity.DATA_RATE: ("B/s", "kB/s", "MB/s", "GB/s", "TB/s", "PB/s"),
+    Quantity.TIME: ("ns", "us", "ms", "s"),
+    Quantity.COMPUTE_RATE: ("FLOP/s", "kFLOP/s", "MFLOP/s", "GFLOP/s", "TFLOP/s", "PFLOP/s", "EFLOP/s"),
+    Quantity.FREQUENCY: ("Hz", "kHz", "MHz", "GHz"),
+    Quantity.POWER: ("mW", "W", "kW", "MW"),
+    Quantity.HOURLY_PRICE: ("USD/h",),
+    Quantity.PRICE: ("USD",),
+}
+
+_NUMBER = r"[0-9]+(?:\.[0-9]*)?(?:[eE][-+]?[0-9]+)?|\.[0-9]+(?:[eE][-+]?[0-9]+)?"
+_TEXT = re.compile(rf"\s*([-+]?(?:{_NUMBER}))\s*(\S.*?)?\s*")
+
+
+def parse(text: object, quantity: Quantity) -> float:
+    """The value of `text` in base units of `quantity`. Raises UnitError, which says what to write instead."""
+    example = f"write it like {EXAMPLES[quantity]}"
+    if not isinstance(text, str):
+        raise UnitError(f"a {quantity} needs a unit, got the bare value {text!r}", example)
+    match = _TEXT.fullmatch(text)
+    if match is None:
+        raise UnitError(f"{text!r} is not a number with a unit", example)
+    number, unit = match.groups()
+    if unit is None:
+        raise UnitError(f"a {quantity} needs a unit, got the bare number {text.strip()}", example)
+    if unit not in UNITS[quantity]:
+        raise _wrong_unit(text.strip(), unit, quantity)
+    value = float(Decimal(number) * UNITS[quantity][unit])
+    if value < 0 or math.isinf(value):
+        raise UnitError(f"{text.strip()!r} must be finite and not negative", example)
+    return value
+
+
+def pattern(quantity: Quantity) -> str:
+    """A regular expression for the texts that `parse` accepts, for editors."""
+    units = "|".join(re.escape(unit).replace(r"\ ", " ") for unit in UNITS[quantity])
+    return rf"^\s*\+?(?:{_NUMBER})\s*(?:{units})\s*$"
+
+
+def format_quantity(value: float, quantity: Quantity, digits: int = 4) -> str:
+    """`value` (base units) in the largest unit that keeps it at one or more, to `digits` digits."""
+    ladder = _LADDERS[quantity]
+    units = UNITS[quantity]
+    rounded = Decimal(f"{value:.{digits - 1}e}")  # rounded first: 999.96 GB is 1 TB, never 1000 GB
+    chosen = ladder[0] if value else next(unit for unit in ladder if units[unit] == 1)
+    for unit in ladder:
+        if value and abs(rounded) >= units[unit]:
+            chosen = unit
+    return f"{(rounded / units[chosen]).normalize():f} {chosen}"
+
+
+def _wrong_unit(text: str, unit: str, expected: Quantity) -> UnitError:
+    example = f"write it like {EXAMPLES[expected]}"
+    for quantity, units in UNITS.items():
+        if unit in units:
+            return UnitError(f"{text!r} is a {quantity}, but a {expected} is expected", example)
+    near = difflib.get_close_matches(unit, UNITS[expected], n=1, cutoff=0.5)
+    if near:
+        return UnitError(f"{text!r} has an unknown unit {unit!r}", f"did you mean {near[0]!r}?")
+    known = ", ".join(UNITS[expected])
+    return UnitError(f"{text!r} has an unknown unit {unit!r}", f"a {expected} has one of {known}")

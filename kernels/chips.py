@@ -1,0 +1,217 @@
+"""Chips: the figures of one chip, and the catalog of known ones (kernels/catalog, one YAML file each).
+
+A figure in a catalog file is `{value: 312 TFLOP/s, source: where it comes from}`, or the bare value where the
+file itself is the source. Here it is a plain number in base units; `Chip.sources` keeps the words.
+
+Assumes dense peaks, one direction for links (all links of a chip together), and gigabytes as published. On
+chips without main memory (wafer-scale, tile processors) the on-chip SRAM is the memory: `memory_is_sram`.
+Not modelled here: efficiency by operand size, clocks under load, and sparsity (kept in `notes`).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from functools import cache
+from pathlib import Path
+
+import yaml
+
+from kernels.figures import ChipError, Figures
+
+CATALOG = Path(__file__).parent / "catalog"
+
+
+class ChipKind(StrEnum):
+    """What sort of processor a chip is."""
+
+    GPU = "gpu"
+    ASIC = "asic"
+    CPU = "cpu"
+    SOC = "soc"
+    EDGE_SOC = "edge_soc"
+    WAFER = "wafer"
+    DATAFLOW = "dataflow"
+
+
+# Defaults, where a chip's file gives no figure of its own; each with its reason, which becomes its source.
+DEFAULT_MATMUL_EFFICIENCY = (
+    0.75,
+    "default: the best matrix multiplications of 12 measured parts reach 0.51 to 0.97 of peak, median 0.78",
+)
+DEFAULT_MEMORY_EFFICIENCY = (
+    0.85,
+    "default: streaming kernels on the measured parts reach 0.83 to 0.93 of the published bandwidth",
+)
+DEFAULT_PORT_LATENCY_S = (2e-6, "default: a small message inside a host takes 1.5 to 3 us (recalled)")
+DEFAULT_HOST_LATENCY_S = (1.3e-6, "default: one DMA write measured on a PCIe 4 x16 card (Wormhole)")
+DEFAULT_PORT_EFFICIENCY = (1.0, "default: the published rate, not derated")
+DEFAULT_LAUNCH_S: dict[ChipKind, tuple[float, str]] = {
+    ChipKind.GPU: (5e-6, "default: an eager framework issues about 200 thousand kernels a second (recalled)"),
+    ChipKind.EDGE_SOC: (1e-5, "default: as a GPU, issued by cores half as fast (recalled)"),
+    ChipKind.SOC: (5e-6, "default: as a GPU (recalled)"),
+    ChipKind.CPU: (2e-6, "default: an operator call of an eager framework without a device queue (recalled)"),
+    ChipKind.ASIC: (2e-6, "default: compiled ahead of time, the host only starts programs (recalled)"),
+    ChipKind.WAFER: (1e-6, "default: the whole step is one compiled program (recalled)"),
+    ChipKind.DATAFLOW: (1e-6, "default: the whole step is one compiled program (recalled)"),
+}
+
+# Where a dtype has no published peak: the first listed dtype that has one, times the factor.
+# bf16 and fp16 stand for each other; without either, the fp32 pipes do the work at their own rate.
+# tf32 without tensor pipes runs at the fp32 rate, else at half of bf16, as on the parts that have both.
+# fp32 without a figure: half of tf32, or an eighth of bf16 (published parts range from 1/16 to 1/4).
+# fp64 without a figure: half of what fp32 gives. 8-bit types without pipes of their own run as bf16.
+# A chip that publishes only 8-bit figures runs 16-bit types at half that rate, 32-bit types at a quarter.
+FALLBACKS: dict[str, tuple[tuple[str, float], ...]] = {
+    "bf16": (("fp16", 1.0), ("tf32", 1.0), ("fp32", 1.0), ("int8", 0.5)),
+    "fp16": (("bf16", 1.0), ("tf32", 1.0), ("fp32", 1.0), ("int8", 0.5)),
+    "tf32": (("fp32", 1.0), ("bf16", 0.5), ("fp16", 0.5), ("int8", 0.25)),
+    "fp32": (("tf32", 0.5), ("bf16", 0.125), ("fp16", 0.125), ("int8", 0.25)),
+    "fp64": (("fp32", 0.5), ("tf32", 0.25), ("bf16", 0.0625), ("fp16", 0.0625), ("int8", 0.125)),
+    "fp8": (("bf16", 1.0), ("fp16", 1.0), ("int8", 1.0), ("fp32", 1.0)),
+    "int8": (("fp8", 1.0), ("bf16", 1.0), ("fp16", 1.0), ("fp32", 1.0)),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Port:
+    """All links of one sort that leave a chip, taken together, one direction."""
+
+    name: str  # nvlink3, pcie4_x16, ...
+    bytes_per_s: float  # published
+    latency_s: float  # small message, one way
+    efficiency: float = 1.0  # measured share of bytes_per_s that large messages reach
+    domain: int | None = None  # most chips that one fabric of these links joins, where published
+
+
+@dataclass(frozen=True, slots=True)
+class Noc:
+    """The network between the cores of one chip; None where a figure is not published."""
+
+    topology: str
+    hop_latency_s: float | None = None
+    hop_bytes_per_s: float | None = None  # one hop, one direction
+    aggregate_bytes_per_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Chip:
+    """One chip type. Rates are peaks; the efficiencies say how much of them large kernels reach."""
+
+    key: str
+    name: str
+    vendor: str
+    year: int
+    kind: ChipKind
+    peak_flops_per_s: Mapping[str, float] = field(hash=False)  # by dtype, dense
+    memory_bytes: int
+    memory_bytes_per_s: float
+    memory_type: str
+    memory_is_sram: bool
+    cores: int
+    clock_hz: float | None
+    sram_bytes: int | None  # scratchpads, else the last-level cache
+    sram_bytes_per_s: float | None
+    noc: Noc | None
+    scaleup: Port | None
+    host_link: Port | None
+    tdp_w: float | None
+    usd_per_hour: float | None
+    list_usd: float | None
+    launch_s: float  # host time to issue one kernel
+    matmul_efficiency: float
+    memory_efficiency: float
+    notes: Mapping[str, str] = field(hash=False)  # figures that no model uses yet, as text
+    sources: Mapping[str, str] = field(hash=False)  # dotted figure -> where it comes from, in words
+
+    def peak(self, dtype: str) -> float:
+        """Dense peak FLOP/s for `dtype` (fp64 fp32 tf32 fp16 bf16 fp8 int8): published, else by FALLBACKS."""
+        if dtype in self.peak_flops_per_s:
+            return self.peak_flops_per_s[dtype]
+        for other, factor in FALLBACKS.get(dtype, ()):
+            if other in self.peak_flops_per_s:
+                return factor * self.peak_flops_per_s[other]
+        known = ", ".join(self.peak_flops_per_s)
+        raise ChipError(f"chip {self.key} has no peak for {dtype!r}; it has {known}")
+
+
+def chip_keys() -> tuple[str, ...]:
+    """Keys of the catalog, sorted: what `like:` in a cluster file accepts."""
+    return tuple(sorted(path.stem for path in CATALOG.glob("*.yaml")))
+
+
+@cache
+def load_chip(key: str) -> Chip:
+    """The catalog chip `key`. Raises ChipError for an unknown key."""
+    return parse_chip(chip_document(key))
+
+
+def chip_document(key: str) -> dict[str, object]:
+    """The catalog file of `key` as plain mappings, so that a cluster file can lay its own figures over it."""
+    path = CATALOG / f"{key}.yaml"
+    if key not in chip_keys():
+        raise ChipError(f"chip {key!r} is not in the catalog")
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    document = yaml.load(path.read_text(encoding="utf-8"), Loader=loader)
+    assert isinstance(document, dict), path
+    return document
+
+
+def parse_chip(document: Mapping[str, object]) -> Chip:
+    """The chip that a catalog document (`kind: chip`) describes. Raises ChipError and names the figure."""
+    figures = Figures(document)
+    kind = ChipKind(figures.text("class"))
+    peaks = {dtype: figures.number(f"peak.{dtype}", "FLOP/s") for dtype in figures.keys("peak")}
+    if not any(dtype in peaks for dtype in ("bf16", "fp16", "tf32", "fp32", "int8")):
+        raise ChipError("peak needs a figure for one of bf16, fp16, tf32, fp32, int8")
+    memory_type = figures.text("memory.type")
+    return Chip(
+        key=figures.text("key"),
+        name=figures.text("name"),
+        vendor=figures.text("vendor"),
+        year=figures.integer("year"),
+        kind=kind,
+        peak_flops_per_s=peaks,
+        memory_bytes=int(figures.number("memory.capacity", "B")),
+        memory_bytes_per_s=figures.number("memory.bandwidth", "B/s"),
+        memory_type=memory_type,
+        memory_is_sram="sram" in memory_type,
+        cores=figures.integer("cores.count"),
+        clock_hz=figures.optional("cores.clock", "Hz"),
+        sram_bytes=figures.optional_integer("sram.capacity", "B"),
+        sram_bytes_per_s=figures.optional("sram.bandwidth", "B/s"),
+        noc=_noc(figures),
+        scaleup=_port(figures, "scale_up", DEFAULT_PORT_LATENCY_S),
+        host_link=_port(figures, "host_link", DEFAULT_HOST_LATENCY_S),
+        tdp_w=figures.optional("tdp", "W"),
+        usd_per_hour=figures.optional("price", "USD/h"),
+        list_usd=figures.optional("list_price", "USD"),
+        launch_s=figures.default("launch", "s", DEFAULT_LAUNCH_S[kind]),
+        matmul_efficiency=figures.default("efficiency.matmul", "", DEFAULT_MATMUL_EFFICIENCY),
+        memory_efficiency=figures.default("efficiency.memory", "", DEFAULT_MEMORY_EFFICIENCY),
+        notes={name: figures.text(f"notes.{name}") for name in figures.keys("notes")},
+        sources=figures.sources,
+    )
+
+
+def _noc(figures: Figures) -> Noc | None:
+    if not figures.keys("noc"):
+        return None
+    return Noc(
+        topology=figures.text("noc.topology"),
+        hop_latency_s=figures.optional("noc.hop_latency", "s"),
+        hop_bytes_per_s=figures.optional("noc.hop_bandwidth", "B/s"),
+        aggregate_bytes_per_s=figures.optional("noc.aggregate_bandwidth", "B/s"),
+    )
+
+
+def _port(figures: Figures, section: str, latency: tuple[float, str]) -> Port | None:
+    if not figures.keys(section):
+        return None
+    domain = figures.optional_integer(f"{section}.domain", "")
+    return Port(
+        name=figures.text(f"{section}.type"),
+        bytes_per_s=figures.number(f"{section}.bandwidth", "B/s"),
+        latency_s=figures.default(f"{section}.latency", "s", latency),
+        efficiency=figures.default(f"{section}.efficiency", "", DEFAULT_PORT_EFFICIENCY),
+        domain=domain,
+    )

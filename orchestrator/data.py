@@ -1,0 +1,169 @@
+"""Data: bytes of text as training samples, where the position is one integer, the global sample index.
+
+Nothing here has state: sample i of a seed is always the same window, so any chip can fetch any range of indices, and
+a run resumes from its step number alone. Index i falls into epoch i // windows; an epoch visits every window of the
+training text once, in an order and with a starting phase that depend only on (seed, epoch). The hash is SplitMix64
+(Steele et al., "Fast splittable pseudorandom number generators", 2014), spelled out so that no library version can
+move a sample.
+
+The validation text is a tenth, cut from the end of each of up to 20 equal blocks: it follows the text's changes of
+topic, where one tail would test the last topic only, and each piece is one long run, so little of it touches training
+text. The default corpus drops paragraphs that occur twice (a fifth of it), since a copy on the other side of the cut
+would measure memory. Where pieces are joined, windows run across the seam. The text is held in memory.
+"""
+
+import functools
+import hashlib
+import importlib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from orchestrator.errors import DataError
+
+NUM_BYTES = 256  # the vocabulary: a token is one byte
+DEFAULT_SOURCE = "builtin:english"
+HOLDOUT = 0.1
+MAX_BLOCKS = 20
+MIN_PIECE = 1024  # bytes: shorter held-out runs would be mostly seam
+SNIFFED_BYTES = 8192  # a file with a zero byte in so many is not text, as git decides
+
+Bytes = NDArray[np.uint8]
+Hashes = NDArray[np.uint64]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TokenData:
+    """Training and validation text, read as windows of `seq` inputs and the `seq` bytes that follow each."""
+
+    name: str
+    train: Bytes = field(repr=False)
+    validation: Bytes = field(repr=False)
+    seq: int
+    seed: int
+    digest: str  # of the whole text: a run resumes only on the same
+
+    @property
+    def samples_per_epoch(self) -> int:
+        """Training windows until one is seen again."""
+        return _num_windows(len(self.train), self.seq)
+
+    @property
+    def num_validation_samples(self) -> int:
+        """Validation windows; they do not overlap."""
+        return (len(self.validation) - 1) // self.seq
+
+    def batch(self, samples: range) -> dict[str, Tensor]:
+        """Training samples with these global indices: `input_ids` and `labels`, int64 [len(samples), seq]."""
+        indices = np.arange(samples.start, samples.stop, samples.step, dtype=np.int64)
+        epochs, places = np.divmod(indices, self.samples_per_epoch)
+        starts = np.empty_like(indices)
+        for epoch in np.unique(epochs):
+            of_epoch = epochs == epoch
+            windows = _epoch_starts(self.seed, int(epoch), len(self.train), self.seq)
+            starts[of_epoch] = windows[places[of_epoch]]
+        return _windows(self.train, starts, self.seq)
+
+    def validation_batch(self, samples: range) -> dict[str, Tensor]:
+        """Validation windows in text order, starting over past the last one."""
+        indices = np.arange(samples.start, samples.stop, samples.step, dtype=np.int64)
+        return _windows(self.validation, indices % self.num_validation_samples * self.seq, self.seq)
+
+
+def load_data(source: str, *, seq: int, seed: int) -> TokenData:
+    """The text of `source` (builtin:english, a file, or a folder), cut into training and validation.
+
+    Raises DataError when there is none, or too little for one window on either side of the cut.
+    """
+    text = _builtin_text(source) if source.startswith("builtin:") else _user_text(Path(source))
+    train, validation = split(np.frombuffer(text, dtype=np.uint8))
+    if min(len(train), len(validation)) < seq + 1:
+        need = round((seq + 1) / HOLDOUT)
+        raise DataError(
+            problem=f"{len(text)} bytes are too few for sequences of {seq}: a tenth is held out for validation",
+            where=source,
+            hint=f"give at least {need} bytes, or lower seq",
+        )
+    return TokenData(source, train, validation, seq, seed, hashlib.sha256(text).hexdigest())
+
+
+def split(text: Bytes) -> tuple[Bytes, Bytes]:
+    """(training, validation): the last tenth of each block is held out."""
+    num_blocks = min(max(int(len(text) * HOLDOUT) // MIN_PIECE, 1), MAX_BLOCKS)
+    train, validation = [], []
+    for block in np.array_split(text, num_blocks):
+        cut = len(block) - round(len(block) * HOLDOUT)
+        train.append(block[:cut])
+        validation.append(block[cut:])
+    return np.concatenate(train), np.concatenate(validation)
+
+
+def _builtin_text(source: str) -> bytes:
+    if source != DEFAULT_SOURCE:
+        problem, hint = f"unknown data {source!r}", f"use {DEFAULT_SOURCE}, or the path of your own text"
+        raise DataError(problem=problem, where="data", hint=hint)
+    try:
+        topics: Mapping[str, str] = importlib.import_module("pydoc_data.topics").topics
+    except ModuleNotFoundError as error:
+        problem = "this Python came without pydoc_data, which holds the default text"
+        raise DataError(problem=problem, where=source, hint="give your own text with --data") from error
+    paragraphs = re.split(r"\n\s*\n", "\n\n".join(topics[name] for name in sorted(topics)))
+    firsts: dict[str, str] = {}
+    for paragraph in paragraphs:
+        firsts.setdefault(" ".join(paragraph.split()), paragraph)
+    return "\n\n".join(firsts.values()).encode()
+
+
+def _user_text(path: Path) -> bytes:
+    try:
+        text = _folder_text(path) if path.is_dir() else path.read_bytes()
+    except OSError as error:
+        problem = f"cannot read {error.filename or path}: {error.strerror}"
+        raise DataError(problem=problem, where="data", hint="give the path of a text file or a folder") from error
+    if not text:
+        kind = "the folder holds no text files" if path.is_dir() else "the file is empty"
+        raise DataError(problem=kind, where=str(path), hint="give a file or folder with text in it")
+    return text
+
+
+def _folder_text(folder: Path) -> bytes:
+    """All text files below the folder in order of their paths, hidden ones left out."""
+    relative = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    visible = (name for name in relative if not any(part.startswith(".") for part in name.split("/")))
+    texts = (folder.joinpath(name).read_bytes() for name in visible)
+    return b"\n".join(text for text in texts if text and b"\0" not in text[:SNIFFED_BYTES])
+
+
+def _windows(text: Bytes, starts: NDArray[np.int64], seq: int) -> dict[str, Tensor]:
+    tokens = torch.from_numpy(text[starts[:, None] + np.arange(seq + 1)].astype(np.int64))
+    return {"input_ids": tokens[:, :-1].contiguous(), "labels": tokens[:, 1:].contiguous()}
+
+
+def _num_windows(length: int, seq: int) -> int:
+    """Windows per epoch: one less than would fit, so that the phase has room to move by a whole window."""
+    return max((length - 1) // seq - 1, 1)
+
+
+@functools.lru_cache(maxsize=4)
+def _epoch_starts(seed: int, epoch: int, length: int, seq: int) -> NDArray[np.int64]:
+    """First byte of each window in the order of visit: a permutation, sorted by hash, shifted by a phase."""
+    num_windows = _num_windows(length, seq)
+    key = _mix(_mix(np.array([seed], np.uint64)) + np.uint64(epoch))
+    order = np.argsort(_mix(key + np.arange(num_windows, dtype=np.uint64)), kind="stable")
+    num_phases = min(length - 1 - num_windows * seq + 1, seq)
+    phase = int(_mix(~key)[0] % np.uint64(num_phases))
+    return order * seq + phase
+
+
+def _mix(values: Hashes) -> Hashes:
+    """SplitMix64's output for each state: a bijection of 64-bit words that leaves no visible pattern."""
+    values = values + np.uint64(0x9E3779B97F4A7C15)
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))

@@ -1,0 +1,398 @@
+"""Timeline: what every chip did, or is predicted to do, in integer nanoseconds.
+
+A value made of spans (work on one lane of one chip), flows (arrows from a send to its recv) and counters
+(bytes held). Rows live in packed NumPy columns (55 bytes a span) with names interned, so a million spans cost
+some 55 MB; `Span`, `Flow` and `Counter` are decoded only when somebody looks. The form is canonical: the same
+set of rows gives the same bytes, however many actors recorded them and in whatever order they are merged.
+
+Assumes one clock per recorded part; `merge` adds each part's offset to a common clock. A recv span covers the
+time in which bytes move, not the time since it was posted: waiting is idle time, not communication. Not
+modelled: what happens inside a span, and preemption (spans of one lane follow each other).
+"""
+
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from enum import StrEnum
+from typing import Any, Generic, TypeAlias, TypeVar, overload
+
+import numpy as np
+from numpy.typing import NDArray
+
+Rows: TypeAlias = NDArray[np.void]
+Ints: TypeAlias = NDArray[np.int64]
+Row = TypeVar("Row")
+
+NONE = -1  # instr or microbatch of a span that belongs to no instruction or to no microbatch
+
+
+class Origin(StrEnum):
+    """Where the numbers come from."""
+
+    PREDICTED = "predicted"
+    MEASURED = "measured"
+
+
+class Lane(StrEnum):
+    """The things of one chip that can be busy at the same time; the order is the order on screen."""
+
+    COMPUTE = "compute"
+    OPTIMIZER = "optimizer"
+    HOST = "host"
+    COPY = "copy"
+    SEND = "send"
+    RECV = "recv"
+    TP = "tp"
+    CP = "cp"
+    EP = "ep"
+    DP = "dp"
+    COLLECTIVE = "collective"
+
+
+LANES: tuple[Lane, ...] = tuple(Lane)
+COMMUNICATION: tuple[Lane, ...] = (Lane.TP, Lane.CP, Lane.EP, Lane.SEND, Lane.RECV, Lane.DP, Lane.COLLECTIVE)
+WORK: tuple[Lane, ...] = (Lane.COMPUTE, Lane.OPTIMIZER, Lane.HOST, Lane.COPY)
+_LANE_CODE = {lane: code for code, lane in enumerate(LANES)}
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """One piece of work.
+
+    `kind` groups (forward, all_reduce, ...), `name` tells, `instr` keys to the Program.
+    """
+
+    step: int
+    chip: int
+    lane: Lane
+    kind: str
+    name: str
+    instr: int
+    start_ns: int
+    end_ns: int
+    nbytes: int = 0
+    flops: int = 0
+    microbatch: int = NONE
+
+
+@dataclass(frozen=True, slots=True)
+class Flow:
+    """An arrow from a send to its recv, by instruction: the times are those of the two spans."""
+
+    step: int
+    microbatch: int
+    source_chip: int
+    source_instr: int
+    target_chip: int
+    target_instr: int
+
+
+@dataclass(frozen=True, slots=True)
+class Counter:
+    """From `at_ns` on, `name` (weights, activations, ...) holds `nbytes` on this chip."""
+
+    step: int
+    chip: int
+    name: str
+    at_ns: int
+    nbytes: int
+
+
+_INT, _LONG = "<i4", "<i8"
+SPAN_ROW = np.dtype(
+    [
+        *(("start_ns", _LONG), ("end_ns", _LONG), ("step", _INT), ("chip", _INT), ("instr", _INT)),
+        *(("microbatch", _INT), ("lane", "<u1"), ("kind", "<u2"), ("name", "<u4")),
+        *(("nbytes", _LONG), ("flops", _LONG)),
+    ]
+)
+FLOW_ROW = np.dtype(
+    [
+        *(("step", _INT), ("microbatch", _INT), ("source_chip", _INT), ("source_instr", _INT)),
+        *(("target_chip", _INT), ("target_instr", _INT)),
+    ]
+)
+COUNTER_ROW = np.dtype([("at_ns", _LONG), ("step", _INT), ("chip", _INT), ("name", "<u4"), ("nbytes", _LONG)])
+
+
+class View(Sequence[Row], Generic[Row]):
+    """Rows as values, decoded on demand: indexing and iterating look like a tuple of dataclasses."""
+
+    __slots__ = ("_make", "_rows")
+
+    def __init__(self, rows: Rows, make: Callable[[tuple[Any, ...]], Row]) -> None:
+        self._rows, self._make = rows, make
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @overload
+    def __getitem__(self, index: int) -> Row: ...
+    @overload
+    def __getitem__(self, index: slice) -> "View[Row]": ...
+    def __getitem__(self, index: int | slice) -> "Row | View[Row]":
+        if isinstance(index, slice):
+            return View(self._rows[index], self._make)
+        return self._make(self._rows[index].item())
+
+    def __iter__(self) -> Iterator[Row]:
+        for first in range(0, len(self._rows), 65536):  # bounded: a million tuples at once is 200 MB
+            yield from map(self._make, self._rows[first : first + 65536].tolist())
+
+
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
+class Timeline:
+    """Canonical rows of one origin. Build it with a `Recorder` or `merge`, never by hand."""
+
+    origin: Origin
+    chips: tuple[tuple[int, str], ...]  # (chip, its name), every chip that has a row, ascending
+    texts: tuple[str, ...]  # sorted; rows refer to kinds and names by position
+    span_rows: Rows
+    flow_rows: Rows
+    counter_rows: Rows
+
+    @property
+    def spans(self) -> View[Span]:
+        """Every span, in order of (start, end, step, chip, instr)."""
+        return View(self.span_rows, self._span)
+
+    @property
+    def flows(self) -> View[Flow]:
+        """Every send -> recv arrow."""
+        return View(self.flow_rows, lambda row: Flow(*row))
+
+    @property
+    def counters(self) -> View[Counter]:
+        """Every counter sample, in order of time."""
+        return View(self.counter_rows, self._counter)
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """The steps that have a span, ascending."""
+        return tuple(np.unique(self.span_rows["step"]).tolist())
+
+    @property
+    def start_ns(self) -> int:
+        """When the first span starts; 0 where there is none."""
+        return int(self.span_rows["start_ns"].min()) if len(self.span_rows) else 0
+
+    @property
+    def end_ns(self) -> int:
+        """When the last span ends; 0 where there is none."""
+        return int(self.span_rows["end_ns"].max()) if len(self.span_rows) else 0
+
+    @property
+    def duration_ns(self) -> int:
+        """From the first start to the last end."""
+        return self.end_ns - self.start_ns
+
+    def at_step(self, step: int) -> "Timeline":
+        """Only the rows of one step; chips and their names stay."""
+        rows = (self.span_rows, self.flow_rows, self.counter_rows)
+        return _canonical(
+            self.origin, dict(self.chips), self.texts, *(part[part["step"] == step] for part in rows)
+        )
+
+    def shifted(self, offset_ns: int) -> "Timeline":
+        """The same timeline on a clock that is `offset_ns` ahead."""
+        spans, counters = self.span_rows.copy(), self.counter_rows.copy()
+        for column in ("start_ns", "end_ns"):
+            spans[column] += offset_ns
+        counters["at_ns"] += offset_ns
+        return _canonical(self.origin, dict(self.chips), self.texts, spans, self.flow_rows, counters)
+
+    def from_zero(self) -> "Timeline":
+        """Shifted so that the first span starts at 0."""
+        return self.shifted(-self.start_ns)
+
+    def _span(self, row: tuple[Any, ...]) -> Span:
+        start, end, step, chip, instr, microbatch, lane, kind, name, nbytes, flops = row
+        texts = self.texts
+        return Span(
+            step, chip, LANES[lane], texts[kind], texts[name], instr, start, end, nbytes, flops, microbatch
+        )
+
+    def _counter(self, row: tuple[Any, ...]) -> Counter:
+        at_ns, step, chip, name, nbytes = row
+        return Counter(step, chip, self.texts[name], at_ns, nbytes)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Timeline):
+            return NotImplemented
+        mine = (self.origin, self.chips, self.texts)
+        return mine == (other.origin, other.chips, other.texts) and all(
+            np.array_equal(a, b)
+            for a, b in (
+                (self.span_rows, other.span_rows),
+                (self.flow_rows, other.flow_rows),
+                (self.counter_rows, other.counter_rows),
+            )
+        )
+
+    __hash__ = None  # type: ignore[assignment]  # equality is over a million rows: not a key
+
+    def __repr__(self) -> str:
+        return (
+            f"Timeline({self.origin}: {len(self.chips)} chips, {len(self.steps)} steps, "
+            f"{len(self.span_rows)} spans, {len(self.flow_rows)} flows, {self.duration_ns / 1e6:.3f} ms)"
+        )
+
+
+class Recorder:
+    """The one mutable thing here: append rows as they happen, then ask for the `timeline()`."""
+
+    def __init__(self, origin: Origin, chips: Mapping[int, str] | None = None) -> None:
+        self._origin = origin
+        self._chips = dict(chips or {})
+        self._texts: dict[str, int] = {}
+        self._spans, self._flows, self._counters = array("q"), array("q"), array("q")
+
+    def span(
+        self,
+        *,
+        step: int,
+        chip: int,
+        lane: Lane,
+        kind: str,
+        name: str,
+        instr: int,
+        start_ns: int,
+        end_ns: int,
+        nbytes: int = 0,
+        flops: int = 0,
+        microbatch: int = NONE,
+    ) -> None:
+        """Note one finished piece of work."""
+        texts = self._texts
+        kind_id = texts.setdefault(kind, len(texts))
+        name_id = texts.setdefault(name, len(texts))
+        code = _LANE_CODE[lane]
+        self._spans.extend(
+            (start_ns, end_ns, step, chip, instr, microbatch, code, kind_id, name_id, nbytes, flops)
+        )
+
+    def flow(
+        self,
+        *,
+        step: int,
+        microbatch: int,
+        source_chip: int,
+        source_instr: int,
+        target_chip: int,
+        target_instr: int,
+    ) -> None:
+        """Note that this send feeds that recv (either side may say so, or both)."""
+        self._flows.extend((step, microbatch, source_chip, source_instr, target_chip, target_instr))
+
+    def counter(self, *, step: int, chip: int, name: str, at_ns: int, nbytes: int) -> None:
+        """Note how many bytes `name` holds from now on."""
+        name_id = self._texts.setdefault(name, len(self._texts))
+        self._counters.extend((at_ns, step, chip, name_id, nbytes))
+
+    def timeline(self) -> Timeline:
+        """All that was recorded so far, as a value."""
+        return _canonical(
+            self._origin,
+            self._chips,
+            tuple(self._texts),
+            _packed(self._spans, SPAN_ROW),
+            _packed(self._flows, FLOW_ROW),
+            _packed(self._counters, COUNTER_ROW),
+        )
+
+
+def timeline_of(
+    origin: Origin,
+    spans: Iterable[Span],
+    flows: Iterable[Flow] = (),
+    counters: Iterable[Counter] = (),
+    chips: Mapping[int, str] | None = None,
+) -> Timeline:
+    """A timeline from values; for a long recording use a `Recorder`."""
+    recorder = Recorder(origin, chips)
+    for note, values in ((recorder.span, spans), (recorder.flow, flows), (recorder.counter, counters)):
+        for value in values:
+            note(**{each.name: getattr(value, each.name) for each in fields(value)})
+    return recorder.timeline()
+
+
+def merge(parts: Sequence[tuple[Timeline, int]]) -> Timeline:
+    """One timeline from several actors' parts, each with the nanoseconds to add to its clock.
+
+    The result does not depend on the order of the parts; flows named by both ends appear once. Raises
+    ValueError for no part, parts of different origin, or two names for one chip.
+    """
+    if len({part.origin for part, _ in parts}) != 1:
+        raise ValueError("merge needs at least one timeline, and all of one origin")
+    chips: dict[int, str] = {}
+    for chip, name in (pair for part, _ in parts for pair in part.chips):
+        if chips.setdefault(chip, name) != name:
+            raise ValueError(f"chip {chip} is called {chips[chip]!r} in one part and {name!r} in another")
+    texts = tuple(sorted({text for part, _ in parts for text in part.texts}))
+    shifted = [_reworded(part.shifted(offset), texts) for part, offset in parts]
+    rows = (np.concatenate(group) for group in zip(*shifted, strict=True))
+    return _canonical(parts[0][0].origin, chips, texts, *rows)
+
+
+def group_ids(*columns: NDArray[Any]) -> Ints:
+    """Equal tuples over the columns get equal ids, counted from 0 in ascending order of the tuples."""
+    order = np.lexsort(columns[::-1])
+    changed = np.zeros(len(order), dtype=bool)
+    for column in columns:
+        in_order = column[order]
+        changed[1:] |= in_order[1:] != in_order[:-1]
+    ids = np.empty(len(order), dtype=np.int64)
+    ids[order] = np.cumsum(changed)
+    return ids
+
+
+def _packed(flat: "array[int]", row: np.dtype[np.void]) -> Rows:
+    """Columns of `row` from a flat list of int64, row after row."""
+    assert row.names is not None
+    wide = np.array(flat, dtype=np.int64).reshape(-1, len(row.names))
+    rows = np.empty(len(wide), dtype=row)
+    for position, column in enumerate(row.names):
+        limits = np.iinfo(row[column])
+        if len(wide) and not limits.min <= wide[:, position].min() <= wide[:, position].max() <= limits.max:
+            raise ValueError(f"timeline column {column} holds a value outside {limits.min}..{limits.max}")
+        rows[column] = wide[:, position]
+    return rows
+
+
+def _canonical(
+    origin: Origin,
+    chips: Mapping[int, str],
+    texts: tuple[str, ...],
+    spans: Rows,
+    flows: Rows,
+    counters: Rows,
+) -> Timeline:
+    """Sort rows and texts, drop unused texts and repeated flows, name every chip."""
+    used = np.unique(
+        np.concatenate([spans["kind"], spans["name"], counters["name"]]).astype(np.int64)
+    ).tolist()
+    words = tuple(sorted(texts[code] for code in used))
+    timeline = Timeline(origin, (), texts, spans, flows, counters)
+    spans, flows, counters = (_sorted(rows) for rows in _reworded(timeline, words))
+    flows = flows[np.concatenate([[True], flows[1:] != flows[:-1]])] if len(flows) else flows
+    seen = [spans["chip"], counters["chip"], flows["source_chip"], flows["target_chip"]]
+    numbers = sorted({*chips, *np.unique(np.concatenate(seen)).tolist()})
+    names = tuple((chip, chips.get(chip, f"chip {chip}")) for chip in numbers)
+    return Timeline(origin, names, words, spans, flows, counters)
+
+
+def _reworded(timeline: Timeline, words: tuple[str, ...]) -> tuple[Rows, Rows, Rows]:
+    """The rows with text codes that point into `words`."""
+    position = {word: code for code, word in enumerate(words)}
+    table = np.array([position.get(text, 0) for text in timeline.texts], dtype=np.int64)
+    spans, counters = timeline.span_rows.copy(), timeline.counter_rows.copy()
+    if len(table):
+        spans["kind"], spans["name"] = table[spans["kind"]], table[spans["name"]]
+        counters["name"] = table[counters["name"]]
+    return spans, timeline.flow_rows, counters
+
+
+def _sorted(rows: Rows) -> Rows:
+    """Rows in ascending order of their columns, first column first: no two orders of one set."""
+    assert rows.dtype.names is not None
+    return rows[np.lexsort([rows[column] for column in reversed(rows.dtype.names)])]

@@ -1,0 +1,116 @@
+"""check: is this file valid? Answers for cluster, job and chip files; the file says which it is by its
+`kind`.
+
+Raises the file's own errors, all at once; a report means that the file is valid. Reads no other file than the
+catalog, and needs neither torch nor ray. Another kind of file is one more entry in CHECKERS.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from comms.network import UNBOUNDED
+from comms.units import Quantity, format_quantity
+from kernels.chips import Chip
+from orchestrator.chip_file import ChipFile, described_chip
+from orchestrator.cluster import Cluster
+from orchestrator.cluster_file import cluster_from
+from orchestrator.errors import ConfigError
+from orchestrator.job_file import job_from
+from orchestrator.schema import nearest, validate
+from orchestrator.yaml_file import Document, read_yaml
+
+
+@dataclass(frozen=True, slots=True)
+class CheckReport:
+    """A valid file, and what it says in a few lines."""
+
+    path: str
+    kind: str
+    lines: tuple[str, ...]
+
+
+def check(path: str | Path) -> CheckReport:
+    """What the valid file at `path` describes. Raises UserError with everything that is wrong with it."""
+    document = read_yaml(Path(path))
+    kind = document.root.get("kind")
+    if not isinstance(kind, str) or kind not in CHECKERS:
+        known = " or ".join(CHECKERS)
+        problem = "the key 'kind' is missing" if kind is None else f"kind cannot be {kind!r}"
+        hint = nearest(kind, tuple(CHECKERS)) if isinstance(kind, str) else f"add `kind:` with {known}"
+        raise ConfigError(problem, document.where(("kind",)), hint)
+    return CheckReport(str(path), kind, CHECKERS[kind](document))
+
+
+def _check_cluster(document: Document) -> tuple[str, ...]:
+    cluster = cluster_from(document)
+    chips = _types(cluster)
+    price = _amount(cluster.usd_per_hour, Quantity.HOURLY_PRICE)
+    power = _amount(cluster.watts, Quantity.POWER)
+    return (
+        f"{cluster.name}: {_hosts(cluster)} of {chips}, {cluster.device}",
+        *_tier_lines(cluster),
+        f"{cluster.num_chips} chips: {price}, {power}",
+    )
+
+
+def _hosts(cluster: Cluster) -> str:
+    if cluster.num_hosts is None:
+        return "any number of hosts"
+    return f"{cluster.num_hosts} host{'s' if cluster.num_hosts > 1 else ''}"
+
+
+def _types(cluster: Cluster) -> str:
+    names = " + ".join(chip.name for chip in cluster.chip_types)
+    return f"{cluster.chips_per_host} x {names}" if len(cluster.chip_types) == 1 else names
+
+
+def _tier_lines(cluster: Cluster) -> list[str]:
+    lines = []
+    for tier in cluster.network.tiers:
+        size = "any number of" if tier.size == UNBOUNDED else str(tier.size)
+        rate = format_quantity(tier.loaded_link.bytes_per_s, Quantity.DATA_RATE)
+        latency = format_quantity(tier.link.latency_s, Quantity.TIME)
+        lines.append(f"{tier.name}: {size} chips, {rate}, {latency}")
+    return lines
+
+
+def _amount(value: float | None, quantity: Quantity) -> str:
+    return f"{quantity} not known" if value is None else format_quantity(value, quantity)
+
+
+def _check_job(document: Document) -> tuple[str, ...]:
+    job = job_from(document)
+    degrees = " ".join(
+        f"{axis} {'auto' if degree is None else degree}"
+        for axis, degree in (("dp", job.plan.dp), ("tp", job.plan.tp), ("pp", job.plan.pp))
+    )
+    return (
+        f"{job.model} on {job.data}, {job.dtype}, {job.optimizer.name}",
+        f"{job.steps} steps of {job.global_batch} x {job.seq} tokens",
+        f"plan: {degrees}, zero {job.plan.zero}, {job.plan.schedule}",
+    )
+
+
+def _check_chip(document: Document) -> tuple[str, ...]:
+    validate(document, ChipFile)
+    chip = described_chip(document, (), None)
+    size = format_quantity(chip.memory_bytes, Quantity.SIZE)
+    rate = format_quantity(chip.memory_bytes_per_s, Quantity.DATA_RATE)
+    return (
+        f"{chip.name} ({chip.year}), {chip.kind}: {_peaks(chip)}",
+        f"memory {size} at {rate}",
+    )
+
+
+def _peaks(chip: Chip) -> str:
+    peaks = chip.peak_flops_per_s.items()
+    return ", ".join(f"{dtype} {format_quantity(peak, Quantity.COMPUTE_RATE)}" for dtype, peak in peaks)
+
+
+# One entry per kind of file: from a document to the lines of its report.
+CHECKERS: dict[str, Callable[[Document], tuple[str, ...]]] = {
+    "cluster": _check_cluster,
+    "job": _check_job,
+    "chip": _check_chip,
+}

@@ -1,0 +1,40 @@
+"""Options: what the command line asked for, as one frozen value that every verb receives.
+
+None means not given: the verb takes the value from the job file, the cluster file or its own default. Files are not
+opened here, and whether an option makes sense for a verb was settled by the command line.
+"""
+
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+
+
+class Runner(StrEnum):
+    """Who executes the Program: nobody (it is timed), one process, or Ray actors."""
+
+    SIMULATED = "simulated"
+    INLINE = "inline"
+    RAY = "ray"
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """The flags of one command."""
+
+    file: Path | None = None  # check only
+    cluster: Path | None = None
+    job: Path | None = None
+    model: str | None = None
+    data: str | None = None
+    plan: Path | None = None
+    chips: int | None = None
+    global_batch: int | None = None
+    seq: int | None = None
+    steps: int | None = None
+    runner: Runner | None = None
+    run_dir: Path | None = None
+    resume: Path | None = None
+    overrides: tuple[str, ...] = ()  # `a.b=c` each, in the order given
+    as_json: bool = False
+    dry_run: bool = False
+    verbose: bool = False

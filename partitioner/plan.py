@@ -1,0 +1,119 @@
+"""The plan: degrees, schedule and cuts, everything that decides how a model is split.
+
+A plan is a small YAML file that can be saved, edited and given back. Mesh axes are (pp, dp, tp), tp fastest, so
+that the chips of a tensor-parallel group are neighbours on the fastest links.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+
+import yaml
+
+from partitioner.errors import PartitionError
+
+VERSION = 1
+DEFAULT_BUCKET_BYTES = 25_000_000  # gradient bucket, torch DDP's default
+
+
+class Schedule(StrEnum):
+    """Order of microbatches in a pipeline."""
+
+    GPIPE = "gpipe"
+    ONE_F_ONE_B = "1f1b"
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How a model is split over `dp * tp * pp` chips.
+
+    `stages[s]` is the number of units in pipeline stage s; empty = balance them by FLOPs. `zero` 1 shards the
+    optimizer state over dp. `bucket_bytes`: gradients are reduced in buckets of at least this size.
+    """
+
+    dp: int = 1
+    tp: int = 1
+    pp: int = 1
+    zero: int = 0
+    schedule: Schedule = Schedule.ONE_F_ONE_B
+    microbatches: int = 1
+    stages: tuple[int, ...] = ()
+    bucket_bytes: int = DEFAULT_BUCKET_BYTES
+
+    def __post_init__(self) -> None:
+        for name in ("dp", "tp", "pp", "microbatches"):
+            if getattr(self, name) < 1:
+                raise PartitionError(f"{name} is {getattr(self, name)}", where="plan", hint=f"{name} must be at least 1")
+        if self.zero not in (0, 1):
+            raise PartitionError(f"zero is {self.zero}", where="plan", hint="zero must be 0 or 1")
+        if self.stages and len(self.stages) != self.pp:
+            raise PartitionError(f"{len(self.stages)} stages listed for pp = {self.pp}", where="plan",
+                                 hint="give one unit count per stage, or none")  # fmt: skip
+
+    @property
+    def num_chips(self) -> int:
+        return self.dp * self.tp * self.pp
+
+    @property
+    def axes(self) -> tuple[tuple[str, int], ...]:
+        return (("pp", self.pp), ("dp", self.dp), ("tp", self.tp))
+
+    def __str__(self) -> str:
+        return f"dp{self.dp} tp{self.tp} pp{self.pp} zero{self.zero} {self.schedule} x{self.microbatches}"
+
+
+def plan_to_yaml(plan: Plan) -> str:
+    """The plan as an editable file."""
+    fields = asdict(plan) | {"schedule": str(plan.schedule), "stages": list(plan.stages)}
+    return yaml.safe_dump({"kind": "plan", "version": VERSION} | fields, sort_keys=False, default_flow_style=None)
+
+
+def plan_from_yaml(text: str, where: str = "plan") -> Plan:
+    """Read a plan back; PartitionError names unknown keys and wrong values."""
+    try:
+        raw = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise PartitionError(f"not YAML: {error}", where=where, hint="see the plan.yaml of a run") from error
+    if not isinstance(raw, dict) or raw.pop("kind", None) != "plan" or raw.pop("version", None) != VERSION:
+        raise PartitionError("not a plan file", where=where, hint=f"it starts with kind: plan and version: {VERSION}")
+    unknown = sorted(set(raw) - set(Plan.__slots__))
+    if unknown:
+        raise PartitionError(f"unknown key {unknown[0]!r}", where=where, hint=f"known keys: {', '.join(Plan.__slots__)}")
+    try:
+        raw["schedule"] = Schedule(raw.get("schedule", Schedule.ONE_F_ONE_B))
+        raw["stages"] = tuple(int(n) for n in raw.get("stages", ()))
+        numbers = {key: _whole(key, raw[key]) for key in raw if key not in ("schedule", "stages")}
+    except (TypeError, ValueError) as error:
+        raise PartitionError(str(error), where=where, hint="see the plan.yaml of a run") from error
+    return Plan(**{**raw, **numbers})
+
+
+def _whole(key: str, value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(f"{key} must be a whole number, not {value!r}")
+    return value
+
+
+def balance(costs: Sequence[float], num_stages: int) -> tuple[int, ...]:
+    """Sizes of `num_stages` contiguous non-empty groups of `costs` whose largest sum is smallest.
+
+    Exact, by dynamic programming over prefixes (Alpa's inter-operator slicing without the device choice);
+    O(stages * n^2). Ties go to earlier, larger groups.
+    """
+    count = len(costs)
+    if count < num_stages:
+        raise PartitionError(f"the model has {count} pieces for {num_stages} pipeline stages", where="plan",
+                             hint=f"use pp <= {count}")  # fmt: skip
+    prefix = [0.0]
+    for cost in costs:
+        prefix.append(prefix[-1] + cost)
+    best = {0: (0.0, ())}  # type: dict[int, tuple[float, tuple[int, ...]]]
+    for stage in range(1, num_stages + 1):
+        found: dict[int, tuple[float, tuple[int, ...]]] = {}
+        for end in range(stage, count - (num_stages - stage) + 1):
+            options = ((max(worst, prefix[end] - prefix[start]), -start, (*cuts, end - start))
+                       for start, (worst, cuts) in best.items() if start < end)  # fmt: skip
+            worst, _, cuts = min(options)
+            found[end] = (worst, cuts)
+        best = found
+    return best[count][1]

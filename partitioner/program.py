@@ -1,0 +1,334 @@
+"""The Program: what every chip does in one training step, per role instead of per chip.
+
+A *role* is an equivalence class of chips (here: a pipeline stage). Its *bodies* are short ordered lists of
+instructions (forward of one microbatch, backward of one microbatch, update, ...) and its *schedule* is the
+order in which bodies are called, so a Program for 100,000 chips and 96 microbatches is as small as one for 8
+chips. Peers and groups are named by mesh axes; coordinates are inputs (`TensorKind.COORDINATE`), never constants.
+
+A *segment* is a straight run of tensor operations between two communications. Its operations are kept as one
+expression each (`aten.mm.default(v0, v3)`), with the shapes, FLOPs and bytes that a cost model needs.
+
+This module is torch-free. Text form and msgpack codec: `program_text.py`, `program_codec.py`.
+Not here: validity (`check.py`), memory (`memory.py`), timing (runners).
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import cached_property
+from math import prod
+from typing import TypeAlias
+
+VERSION = 1
+
+DTYPE_BYTES: Mapping[str, int] = {
+    "f64": 8, "f32": 4, "f16": 2, "bf16": 2, "i64": 8, "i32": 4, "i16": 2, "i8": 1, "u8": 1, "b8": 1,
+}  # fmt: skip
+
+
+class TensorKind(StrEnum):
+    """What a tensor is for; decides its lifetime and its class in the memory report."""
+
+    PARAM = "param"  # a model parameter's local shard (usually a view into a FLAT buffer)
+    FLAT = "flat"  # one buffer that holds many parameters end to end
+    MASTER = "master"  # full-precision copy that the optimizer updates
+    GRAD = "grad"  # gradient accumulator, lives across the microbatches of a step
+    STATE = "state"  # optimizer state, accounted for by element count
+    CONSTANT = "constant"  # computed once before the first step (masks, rotary tables), or a model buffer
+    COORDINATE = "coordinate"  # this chip's index along a mesh axis, a 0-dim integer
+    BATCH = "batch"  # model input, one per microbatch
+    ACTIVATION = "activation"  # anything computed in a microbatch
+    SCALAR = "scalar"  # persistent small results (loss, count, norms)
+
+
+MICROBATCH_KINDS = frozenset({TensorKind.BATCH, TensorKind.ACTIVATION})
+
+
+class CollectiveOp(StrEnum):
+    """Collectives a Program may use; `comms` decides how each is carried out and what it costs."""
+
+    ALL_REDUCE = "all_reduce"
+    ALL_GATHER = "all_gather"
+    REDUCE_SCATTER = "reduce_scatter"
+    ALL_TO_ALL = "all_to_all"
+    BROADCAST = "broadcast"
+
+
+class Reduction(StrEnum):
+    """How contributions are combined; NONE for collectives that only move data."""
+
+    NONE = "none"
+    SUM = "sum"
+    MAX = "max"
+    MIN = "min"
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """Shape and dtype of a value; prints as `f32[4,256,192]`."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def numel(self) -> int:
+        return prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * DTYPE_BYTES[self.dtype]
+
+    def __str__(self) -> str:
+        return f"{self.dtype}[{','.join(map(str, self.shape))}]"
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """One tensor of a role.
+
+    `shards` says how the local tensor is cut from the global one: ((dim, axis), ...).
+    `base`: the id of the buffer this one is a view of, at element `offset` (or, with `shards`, the slice that
+    belongs to the chip's coordinate). `source`: global name of a parameter, buffer or batch entry.
+    """
+
+    id: int
+    name: str
+    kind: TensorKind
+    spec: TensorSpec
+    shards: tuple[tuple[int, str], ...] = ()
+    base: int | None = None
+    offset: int = 0
+    source: str = ""
+
+    @property
+    def is_per_microbatch(self) -> bool:
+        return self.kind in MICROBATCH_KINDS
+
+
+@dataclass(frozen=True, slots=True)
+class Op:
+    """One tensor operation: `code` is a call whose operands are earlier values `v<i>`."""
+
+    code: str
+    outs: tuple[TensorSpec, ...]
+    is_tuple: bool
+    flops: int
+    read_bytes: int
+    write_bytes: int
+
+    @property
+    def target(self) -> str:
+        return self.code.partition("(")[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A straight run of ops: values v0..v(n-1) are the inputs, op i defines value v(n+i)."""
+
+    id: int
+    name: str
+    inputs: tuple[TensorSpec, ...]
+    ops: tuple[Op, ...]
+    outputs: tuple[int, ...]
+
+    @property
+    def flops(self) -> int:
+        return sum(op.flops for op in self.ops)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(op.read_bytes + op.write_bytes for op in self.ops)
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Chips that meet in a collective: those that differ only along `axes` (and, of pp, are in `stages`)."""
+
+    axes: tuple[str, ...]
+    stages: tuple[int, ...] = ()
+
+    def __str__(self) -> str:
+        restricted = "@" + "+".join(map(str, self.stages)) if self.stages else ""
+        return "*".join(self.axes) + restricted
+
+
+@dataclass(frozen=True, slots=True)
+class Compute:
+    """Run a segment. Blocks the compute lane."""
+
+    id: int
+    segment: int
+    reads: tuple[int, ...]
+    writes: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Accumulate:
+    """Add `reads[i]` into the accumulators `writes[i]`; the first addition of a step overwrites them."""
+
+    id: int
+    reads: tuple[int, ...]
+    writes: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Collective:
+    """Start a collective over `group`; asynchronous, finished by a `Wait` on what it writes."""
+
+    id: int
+    op: CollectiveOp
+    reduction: Reduction
+    group: Group
+    dim: int
+    reads: tuple[int, ...]
+    writes: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    """Start sending `tensor` to the chip with the same coordinates in stage `to`; asynchronous."""
+
+    id: int
+    tensor: int
+    to: int
+
+
+@dataclass(frozen=True, slots=True)
+class Recv:
+    """Start receiving `tensor` from the chip with the same coordinates in stage `source`; asynchronous."""
+
+    id: int
+    tensor: int
+    source: int
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """Block until every pending operation that writes `tensors` has finished."""
+
+    id: int
+    tensors: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Free:
+    """Drop `tensors` (of this microbatch); one still being sent goes when the transfer ends."""
+
+    id: int
+    tensors: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """Optimizer step on `param` (a flat buffer or this chip's shard of one), predicated on finite statistics.
+
+    `stats` is the reduced vector (sum of squared gradients, loss sum, count); `target`, if not `param`, gets
+    `param` cast to its dtype afterwards. `decay` says whether weight decay applies.
+    """
+
+    id: int
+    param: int
+    grad: int
+    stats: int
+    target: int
+    decay: bool
+
+
+Instruction: TypeAlias = Compute | Accumulate | Collective | Send | Recv | Wait | Free | Update
+
+
+@dataclass(frozen=True, slots=True)
+class Body:
+    """A named run of instructions, called once per microbatch or once per step."""
+
+    name: str
+    instructions: tuple[Instruction, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One execution of a body; `microbatch` selects the instance of per-microbatch tensors."""
+
+    body: str
+    microbatch: int
+
+
+@dataclass(frozen=True)
+class Role:
+    """All chips of one pipeline stage."""
+
+    stage: int
+    tensors: tuple[Tensor, ...]
+    bodies: tuple[Body, ...]
+    schedules: tuple[tuple[str, tuple[Call, ...]], ...]
+
+    @property
+    def name(self) -> str:
+        return f"stage {self.stage}"
+
+    @cached_property
+    def body(self) -> Mapping[str, Body]:
+        return {body.name: body for body in self.bodies}
+
+    @cached_property
+    def schedule(self) -> Mapping[str, tuple[Call, ...]]:
+        return dict(self.schedules)
+
+
+@dataclass(frozen=True)
+class Program:
+    """Everything the chips do: `axes` slowest first, one role per pipeline stage.
+
+    `meta` carries facts about the whole step (samples, tokens, model FLOPs, dtype, names); see `lower.py`.
+    """
+
+    axes: tuple[tuple[str, int], ...]
+    microbatches: int
+    segments: tuple[Segment, ...]
+    roles: tuple[Role, ...]
+    meta: tuple[tuple[str, str | int | float], ...] = ()
+
+    @cached_property
+    def facts(self) -> Mapping[str, str | int | float]:
+        return dict(self.meta)
+
+    @property
+    def num_chips(self) -> int:
+        return prod(size for _, size in self.axes)
+
+    def size(self, axis: str) -> int:
+        """Number of chips along `axis` (1 when the mesh has no such axis)."""
+        return dict(self.axes).get(axis, 1)
+
+    def coordinates(self, chip: int) -> dict[str, int]:
+        """Mesh coordinates of a chip: row-major, last axis fastest."""
+        found: dict[str, int] = {}
+        for axis, size in reversed(self.axes):
+            chip, found[axis] = divmod(chip, size)
+        return found
+
+    def chip_at(self, coordinates: Mapping[str, int]) -> int:
+        """Inverse of `coordinates`."""
+        chip = 0
+        for axis, size in self.axes:
+            chip = chip * size + coordinates[axis]
+        return chip
+
+    def role_of(self, chip: int) -> Role:
+        return self.roles[self.coordinates(chip)["pp"]]
+
+    def members(self, group: Group, chip: int) -> tuple[int, ...]:
+        """The chips that meet `chip` in `group`, in chip order (the order of every reduction)."""
+        at = self.coordinates(chip)
+        return tuple(sorted(self.chip_at(at | moved) for moved in self._along(group)))
+
+    def _along(self, group: Group) -> Iterator[dict[str, int]]:
+        choices: list[dict[str, int]] = [{}]
+        for axis in group.axes:
+            indices = group.stages if axis == "pp" and group.stages else range(self.size(axis))
+            choices = [chosen | {axis: index} for chosen in choices for index in indices]
+        yield from choices
+
+    def peer(self, chip: int, stage: int) -> int:
+        """The chip with the same coordinates as `chip` in another stage."""
+        return self.chip_at(self.coordinates(chip) | {"pp": stage})

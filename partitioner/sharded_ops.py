@@ -1,0 +1,181 @@
+"""Tensor-parallel forms of the operations that DTensor would bake a chip's own offset into.
+
+Each takes the chip's coordinate as a tensor, so one trace serves every chip of a role:
+- embedding with the vocabulary cut (Shoeybi et al. 2019, section 3),
+- cross entropy over vocabulary-cut logits: three small all-reduces instead of gathering the logits,
+- the slice that turns a replicated tensor into a shard (patched into DTensor's placement while tracing).
+CPU flash attention has no DTensor rule; it gets one here: batch and heads may be cut.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.distributed.tensor.experimental import register_sharding
+
+import kernels.ops  # noqa: F401  (registers orchestrate::shard_slice)
+
+aten = torch.ops.aten
+
+
+def all_reduce(x: torch.Tensor, reduction: str, mesh: DeviceMesh) -> torch.Tensor:
+    """Functional all-reduce over the tp axis, visible in the trace."""
+    started = torch.ops._c10d_functional.all_reduce(x, reduction, mesh.get_group().group_name)
+    return torch.ops._c10d_functional.wait_tensor(started)
+
+
+def vocab_embedding(weight: DTensor, ids: torch.Tensor, coordinate: torch.Tensor) -> DTensor:
+    """Rows of a vocabulary-cut table: [.., hidden], zero where another chip holds the row, then summed."""
+    local = weight.to_local(grad_placements=weight.placements)
+    index = ids - coordinate * local.shape[0]
+    held = (index >= 0) & (index < local.shape[0])
+    rows = torch.nn.functional.embedding(torch.where(held, index, 0), local)
+    rows = rows * held.unsqueeze(-1).to(rows.dtype)
+    return DTensor.from_local(_SumForward.apply(rows, weight.device_mesh), weight.device_mesh, [Replicate()])
+
+
+def is_cut(value: object, dim: int) -> bool:
+    """True for a DTensor cut along `dim`."""
+    return isinstance(value, DTensor) and isinstance(value.placements[0], Shard) and value.placements[0].dim == dim
+
+
+def cut_matmul(target: object, args: Sequence[Any], entered: dict[int, torch.Tensor]) -> DTensor | None:
+    """A matmul whose weight is cut, in Megatron's two forms; None when it is not one.
+
+    Column: the whole input times a slice of the outputs, gradient of the input summed over chips. Row: a slice of
+    the input times a slice of the weight, products summed over chips, bias added once. DTensor would choose among
+    layouts by a cost of its own, and for the backward often moves weights instead. `entered` remembers inputs
+    already handed to column-wise weights: query, key and value then share one all-reduce in the backward.
+    """
+    if target is aten.linear.default:
+        x, weight, bias, out_dim = args[0], args[1], args[2] if len(args) > 2 else None, 0
+    elif target is aten.addmm.default:
+        x, weight, bias, out_dim = args[1], args[2], args[0], 1
+    elif target in (aten.mm.default, aten.matmul.default):
+        x, weight, bias, out_dim = args[0], args[1], None, 1
+    else:
+        return None
+    if not isinstance(weight, DTensor) or weight.dim() != 2 or not isinstance(weight.placements[0], Shard):
+        return None
+    mesh, last = weight.device_mesh, x.dim() - 1
+    if weight.placements[0].dim == out_dim:
+        if id(x) not in entered:
+            entered[id(x)] = _SumBackward.apply(_placed(x, Replicate()).to_local(), mesh)
+        local = entered[id(x)]
+        result = DTensor.from_local(_times(local, weight, out_dim), mesh, [Shard(last)], run_check=False)
+    else:
+        local = _placed(x, Shard(last)).to_local()
+        partial = DTensor.from_local(_times(local, weight, out_dim), mesh, [Partial()], run_check=False)
+        result = partial.redistribute(placements=[Replicate()])
+    return result if bias is None else result + bias
+
+
+def _placed(x: DTensor, placement: Replicate | Shard) -> DTensor:
+    """`x` in `placement`; untouched if it is there already."""
+    return x if x.placements[0] == placement else x.redistribute(placements=[placement])
+
+
+def _times(x: torch.Tensor, weight: DTensor, out_dim: int) -> torch.Tensor:
+    local = weight.to_local(grad_placements=weight.placements)
+    return torch.nn.functional.linear(x, local) if out_dim == 0 else x @ local
+
+
+class _SumBackward(torch.autograd.Function):
+    """The identity whose gradient is summed over the tp axis (Megatron's f)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, mesh: DeviceMesh) -> torch.Tensor:
+        ctx.mesh = mesh
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return all_reduce(grads[0], "sum", ctx.mesh), None
+
+
+class _SumForward(torch.autograd.Function):
+    """All-reduce whose gradient is the identity: every chip receives the whole gradient already."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, mesh: DeviceMesh) -> torch.Tensor:  # noqa: ARG004
+        return all_reduce(x, "sum", mesh)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:  # noqa: ARG004
+        return grads[0], None
+
+
+def vocab_cross_entropy(
+    logits: DTensor, target: torch.Tensor, coordinate: torch.Tensor, ignore_index: int
+) -> DTensor:
+    """Sum of token losses for [tokens, vocab] logits cut along vocab; target is [tokens], whole on every chip."""
+    local = logits.to_local(grad_placements=logits.placements)
+    total = _VocabCrossEntropy.apply(local, target, coordinate, ignore_index, logits.device_mesh)
+    return DTensor.from_local(total, logits.device_mesh, [Replicate()])
+
+
+class _VocabCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, logits: torch.Tensor, target: torch.Tensor, coordinate: torch.Tensor, ignore: int, mesh: DeviceMesh
+    ) -> torch.Tensor:
+        width = logits.shape[-1]
+        shifted = logits - all_reduce(logits.amax(-1), "max", mesh).unsqueeze(-1)
+        exponentials = shifted.exp()
+        index = target - coordinate * width
+        held = (index >= 0) & (index < width)
+        index = torch.where(held, index, 0).unsqueeze(-1)
+        picked = shifted.gather(-1, index).squeeze(-1) * held.to(logits.dtype)
+        sums = all_reduce(torch.stack([exponentials.sum(-1), picked]), "sum", mesh)
+        counted = (target != ignore).to(logits.dtype)
+        ctx.save_for_backward(exponentials / sums[0].unsqueeze(-1), index, held, counted)
+        return ((sums[0].log() - sums[1]) * counted).sum()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None]:
+        softmax, index, held, counted = ctx.saved_tensors
+        grad = softmax.scatter_add(-1, index, -held.to(softmax.dtype).unsqueeze(-1))
+        return grad * (counted * grads[0]).unsqueeze(-1), None, None, None, None
+
+
+@contextmanager
+def coordinate_slices(coordinate: torch.Tensor) -> Iterator[None]:
+    """While tracing, a replicated tensor becomes a shard through `shard_slice`, not at a constant offset."""
+    original = Shard._replicate_to_shard
+
+    def replicate_to_shard(self: Shard, local: torch.Tensor, mesh: DeviceMesh, mesh_dim: int, _: object) -> torch.Tensor:
+        return torch.ops.orchestrate.shard_slice(local, self.dim, coordinate, mesh.size(mesh_dim=mesh_dim))
+
+    Shard._replicate_to_shard = replicate_to_shard  # type: ignore[method-assign,assignment]
+    try:
+        yield
+    finally:
+        Shard._replicate_to_shard = original  # type: ignore[method-assign]
+
+
+def _attention_rule(*args: Any) -> list[Any]:
+    """(query, key, value, dropout, causal, *, mask, scale) -> (output, logsumexp)."""
+    rest = [None] * (len(args) - 3)
+    return [
+        ([Replicate(), Replicate()], [Replicate(), Replicate(), Replicate(), *rest]),
+        ([Shard(0), Shard(0)], [Shard(0), Shard(0), Shard(0), *rest]),
+        ([Shard(1), Shard(1)], [Shard(1), Shard(1), Shard(1), *rest]),
+    ]
+
+
+def _attention_backward_rule(*args: Any) -> list[Any]:
+    """(grad, query, key, value, output, logsumexp, dropout, causal, *, mask, scale) -> three gradients."""
+    rest = [None] * (len(args) - 6)
+    return [([cut] * 3, [cut] * 6 + rest) for cut in (Replicate(), Shard(0), Shard(1))]
+
+
+def register_attention_rules() -> None:
+    """Teach DTensor the CPU flash attention operators (idempotent)."""
+    forward = aten._scaled_dot_product_flash_attention_for_cpu.default
+    backward = aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+    register_sharding(forward)(lambda q, k, v, *rest, **named: _attention_rule(q, k, v, *rest, *named.values()))
+    register_sharding(backward)(lambda *args, **named: _attention_backward_rule(*args, *named.values()))
+

@@ -1,0 +1,61 @@
+"""check: each kind of file gets its report, and a file that does not say its kind is told how."""
+
+from pathlib import Path
+
+import pytest
+
+from kernels.chips import CATALOG, chip_keys
+from orchestrator.errors import ConfigError
+from orchestrator.verbs.check import check
+
+ROOT = Path(__file__).parents[2]
+
+
+def write(tmp_path, text):
+    path = tmp_path / "file.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_a_cluster_report_names_hosts_tiers_price_and_power():
+    report = check(ROOT / "cluster_configs/dgx-a100.yaml")
+    text = "\n".join(report.lines)
+    assert report.kind == "cluster"
+    assert "any number of hosts of 8 x NVIDIA A100 SXM 80 GB" in text
+    assert "scale-up: 8 chips, 231.6 GB/s, 2 us" in text
+    assert "infiniband: any number of chips, 24 GB/s, 1.3 us" in text
+    assert "14 USD/h, 6.5 kW" in text
+
+
+def test_a_job_report_names_model_steps_and_plan(tmp_path):
+    report = check(write(tmp_path, "kind: job\nversion: 1\nmodel: hf:gpt2\nplan: {dp: 4}\n"))
+    assert report.kind == "job"
+    assert "hf:gpt2" in report.lines[0]
+    assert "dp 4 tp auto pp auto" in report.lines[2]
+
+
+@pytest.mark.parametrize("key", chip_keys())
+def test_every_catalog_file_passes_the_strict_schema(key):
+    assert check(CATALOG / f"{key}.yaml").kind == "chip"
+
+
+def test_a_chip_file_with_a_wrong_unit_is_refused(tmp_path):
+    text = (CATALOG / "nvidia_l4.yaml").read_text().replace("72 W", "72 GB")
+    with pytest.raises(ConfigError, match="a power is expected"):
+        check(write(tmp_path, text))
+
+
+@pytest.mark.parametrize(
+    ("text", "problem", "hint"),
+    [
+        ("version: 1\n", "'kind' is missing", "cluster or job or chip"),
+        ("kind: clutser\n", "kind cannot be 'clutser'", "did you mean 'cluster'?"),
+        ("kind: 3\n", "kind cannot be 3", "cluster or job or chip"),
+        ("", "'kind' is missing", "add `kind:`"),
+    ],
+)
+def test_a_file_of_no_known_kind_is_told_how(tmp_path, text, problem, hint):
+    with pytest.raises(ConfigError) as error:
+        check(write(tmp_path, text))
+    assert problem in error.value.problem
+    assert hint in error.value.hint

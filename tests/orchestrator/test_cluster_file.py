@@ -1,0 +1,287 @@
+"""Cluster files: what they mean, what `take` gives, and how every mistake is reported."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from comms.links import Link
+from comms.network import TierKind
+from kernels.chips import load_chip
+from orchestrator.cluster import Device
+from orchestrator.cluster_file import ClusterFile, cluster_from, load_cluster
+from orchestrator.errors import ClusterError, ConfigError, UserError
+from orchestrator.json_schema import json_schema
+from orchestrator.yaml_file import parse_yaml
+
+ROOT = Path(__file__).parents[2]
+SHIPPED = sorted((ROOT / "cluster_configs").glob("*.yaml"))
+
+MINIMAL = """\
+kind: cluster
+version: 1
+name: two hosts
+device: simulated
+repeat: 2
+hosts:
+  - chips:
+      - like: nvidia_a100_sxm_80gb
+        count: 4
+    nics: {count: 2, bandwidth: 200 Gb/s, latency: 2 us}
+    power: 1 kW
+    price: 3 USD/h
+"""
+
+
+def cluster(text):
+    return cluster_from(parse_yaml(text, "c.yaml"))
+
+
+def errors_of(text):
+    with pytest.raises(UserError) as error:
+        cluster(text)
+    return error.value.findings
+
+
+def test_a_file_becomes_a_cluster():
+    found = cluster(MINIMAL)
+    assert (found.num_chips, found.chips_per_host, found.num_hosts) == (8, 4, 2)
+    assert found.chip(7) == load_chip("nvidia_a100_sxm_80gb")
+    assert found.device is Device.SIMULATED
+    assert found.usd_per_hour == 8 * 1.75 + 2 * 3
+    assert found.watts == 8 * 400 + 2 * 1000
+
+
+def test_nics_are_shared_equally_between_the_chips_of_a_host():
+    outer = cluster(MINIMAL).network.tiers[-1]
+    assert (outer.kind, outer.size) == (TierKind.SCALE_OUT, 8)
+    assert outer.link == Link(2e-6, 2 * 25e9 / 4)
+
+
+def test_what_a_file_leaves_out_comes_from_the_chip():
+    found = cluster(MINIMAL + "scale_up: {}\n").network.tiers[0]
+    assert (found.kind, found.size) == (TierKind.SCALE_UP, 4)
+    assert found.link == Link(2e-6, 300e9 * 0.91)
+
+
+def test_overrides_replace_single_figures():
+    text = MINIMAL.replace("count: 4\n", "count: 4\n        memory: {capacity: 40 GB}\n        tdp: 250 W\n")
+    chip, base = cluster(text).chip(0), load_chip("nvidia_a100_sxm_80gb")
+    assert (chip.memory_bytes, chip.tdp_w) == (40 * 10**9, 250.0)
+    assert (chip.memory_bytes_per_s, chip.peak("bf16")) == (base.memory_bytes_per_s, base.peak("bf16"))
+    assert chip.key != base.key
+
+
+def test_a_new_chip_needs_no_catalog():
+    own = "name: mine\n        peak: {bf16: 1 TFLOP/s}\n        memory: {capacity: 1 GB, bandwidth: 10 GB/s}"
+    text = (
+        MINIMAL.replace("like: nvidia_a100_sxm_80gb", own) + "scale_up: {bandwidth: 1 GB/s, latency: 5 us}\n"
+    )
+    found = cluster(text)
+    assert (found.chip(0).name, found.chip(0).peak("bf16")) == ("mine", 1e12)
+    assert found.usd_per_hour is None
+    assert found.watts is None
+
+
+def test_hosts_may_mix_chips_and_the_slowest_link_counts():
+    mixed = "- like: nvidia_h100_sxm\n        count: 2\n      - like: nvidia_a100_sxm_80gb\n        count: 2"
+    found = cluster(
+        MINIMAL.replace("- like: nvidia_a100_sxm_80gb\n        count: 4", mixed) + "scale_up: {}\n"
+    )
+    assert [found.chip(i).key for i in (0, 1, 2, 3, 4, 6)].count("nvidia_h100_sxm") == 3
+    assert found.network.tiers[0].link.bytes_per_s == 300e9 * 0.91
+    assert len(found.chip_types) == 2
+
+
+def test_a_scale_up_domain_may_span_hosts():
+    found = cluster(MINIMAL.replace("repeat: 2", "repeat: 18") + "scale_up: {domain: 36}\n")
+    assert [tier.size for tier in found.network.tiers] == [36, 72]
+
+
+def test_pcie_switches_make_two_tiers():
+    tiers = cluster(MINIMAL.replace("    nics:", "    pcie: {switches: 2}\n    nics:")).network.tiers
+    assert [(tier.kind, tier.size) for tier in tiers[:2]] == [(TierKind.PCIE, 2), (TierKind.PCIE, 4)]
+
+
+def test_chips_with_a_known_on_chip_network_bring_their_tier():
+    found = cluster(MINIMAL.replace("nvidia_a100_sxm_80gb", "tenstorrent_wormhole_n150"))
+    assert found.network.tier_for([3]).kind is TierKind.ON_CHIP
+    assert found.network.tier_for([3]).link.latency_s == pytest.approx(9e-9)
+
+
+@given(st.integers(1, 200))
+def test_take_gives_whole_hosts_or_part_of_one(num_chips):
+    unit = load_cluster(ROOT / "cluster_configs/dgx-a100.yaml")
+    if num_chips > 8 and num_chips % 8:
+        with pytest.raises(ClusterError, match="not a whole number of hosts"):
+            unit.take(num_chips)
+        return
+    taken = unit.take(num_chips)
+    assert taken.num_chips == num_chips == taken.network.tiers[-1].size
+    assert taken.take(None) == taken
+    assert taken.usd_per_hour == pytest.approx(1.75 * num_chips)
+
+
+def test_take_says_which_numbers_are_possible():
+    with pytest.raises(ClusterError, match="ask for 96 or 104 chips"):
+        load_cluster(ROOT / "cluster_configs/dgx-a100.yaml").take(100)
+    with pytest.raises(ClusterError, match="has 8 chips"):
+        cluster(MINIMAL).take(12)
+    with pytest.raises(ClusterError, match="at least one"):
+        cluster(MINIMAL).take(0)
+
+
+def test_a_superpod_of_forty_hosts_ends_with_part_of_a_scalable_unit():
+    found = load_cluster(ROOT / "cluster_configs/dgx-h100-superpod.yaml").take(320)
+    assert [tier.size for tier in found.network.tiers] == [8, 256, 320]
+    assert found.network.tier_for([0, 255]).name == "scalable unit"
+    assert found.network.tier_for([255, 256]).name == "spine"
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_files_load_are_short_and_say_what_they_are(path):
+    text = path.read_text()
+    assert load_cluster(path).take(None).num_chips >= 1
+    assert len(text.splitlines()) < 40
+    assert text.startswith("#")
+
+
+def test_the_laptop_has_eight_chips_on_two_hosts_and_two_actors():
+    found = load_cluster(ROOT / "cluster_configs/laptop.yaml")
+    assert (found.num_chips, found.num_hosts, found.actors) == (8, 2, 2)
+    assert found.network.tier_for([0, 4]).kind is TierKind.SCALE_OUT
+    assert found.network.tier_for([0, 3]).kind is TierKind.PCIE
+
+
+TOP_KEYS = [name for name in ClusterFile.model_fields if name in parse_yaml(MINIMAL, "c").root]
+
+
+@given(st.sampled_from([key for key in TOP_KEYS if len(key) > 3]), st.data())
+def test_a_typo_in_a_key_names_the_line_and_the_right_key(key, data):
+    at = data.draw(st.integers(0, len(key) - 2))
+    swapped = key[:at] + key[at + 1] + key[at] + key[at + 2 :]
+    typo = data.draw(st.sampled_from([key[:at] + key[at + 1 :], swapped, key[:at] + "z" + key[at:]]))
+    if typo in ClusterFile.model_fields or typo == "kind":
+        return
+    found = errors_of(MINIMAL.replace(f"{key}:", f"{typo}:", 1))
+    unknown = next(error for error in found if "unknown key" in error.problem)
+    line = next(i for i, text in enumerate(MINIMAL.splitlines(), 1) if text.startswith(f"{key}:"))
+    assert unknown.where == f"c.yaml:{line}"
+    assert unknown.hint == f"did you mean {key!r}?"
+
+
+def test_all_errors_of_a_file_come_at_once_each_with_its_line():
+    text = MINIMAL.replace("2 us}", "2 GB}").replace("count: 4", "count: four").replace("1 kW", "1000")
+    found = {error.where: error for error in errors_of(text + "scael_up: {}\n")}
+    assert set(found) == {"c.yaml:9", "c.yaml:10", "c.yaml:11", "c.yaml:13"}
+    assert "'2 GB' is a size, but a time is expected" in found["c.yaml:10"].problem
+    assert "needs a unit" in found["c.yaml:11"].problem
+    assert found["c.yaml:13"].hint == "did you mean 'scale_up'?"
+    assert all(error.hint and error.problem for error in found.values())
+
+
+def test_a_duplicate_key_names_both_lines():
+    (error,) = errors_of(MINIMAL + "name: again\n")
+    assert "'name' stands twice" in error.problem
+    assert error.where == "c.yaml:13 (first at c.yaml:3)"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "problem"),
+    [
+        ("nvidia_a100_sxm_80gb", "nvidia_a100_80gb", "not in the catalog"),
+        ("device: simulated", "device: tpu", "device cannot be 'tpu'"),
+        ("version: 1", "version: 2", "version cannot be 2"),
+        ("    nics: {count: 2, bandwidth: 200 Gb/s, latency: 2 us}\n", "", "a host without NICs"),
+        ("    nics:", "    pcie: {switches: 3}\n    nics:", "do not spread evenly"),
+        ("bandwidth: 200 Gb/s", "bandwidth: 0 Gb/s", "of zero"),
+        ("name: two hosts\n", "", "'name' is missing"),
+        ("count: 4", "count: auto", "count only CPU cores"),
+        ("like: nvidia_a100_sxm_80gb", "name: mine", "peak needs a figure"),
+        ("        count: 4", "        tdp: {value: 3 W, sorce: me}", "unknown key 'sorce'"),
+    ],
+)
+def test_a_file_that_cannot_be_is_refused(old, new, problem):
+    assert any(problem in error.problem for error in errors_of(MINIMAL.replace(old, new)))
+
+
+def test_a_domain_that_does_not_nest_is_refused():
+    with pytest.raises(ClusterError, match="does not hold whole groups"):
+        cluster(MINIMAL + "scale_up: {domain: 3}\n")
+
+
+def test_hosts_of_different_sizes_are_refused():
+    second = "  - chips: [{like: nvidia_l4, count: 2}]\n    nics: {bandwidth: 1 GB/s, latency: 1 us}\n"
+    with pytest.raises(ClusterError, match=r"different numbers of chips \(2, 4\)"):
+        cluster(MINIMAL + second)
+
+
+@pytest.mark.parametrize("text", ["a: [", "- 1\n", "a: b: c\n", "\ta: 1\n"])
+def test_what_is_not_a_yaml_mapping_is_a_config_error(text):
+    with pytest.raises(ConfigError) as error:
+        cluster(text)
+    assert error.value.where.startswith("c.yaml:")
+
+
+def test_a_missing_file_is_a_config_error(tmp_path):
+    with pytest.raises(ConfigError, match="cannot read the file"):
+        load_cluster(tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize("kind", ["cluster", "job"])
+def test_the_committed_schemas_are_current(kind):
+    committed = (ROOT / f"docs/schema/{kind}.schema.json").read_text()
+    assert json.loads(committed) == json_schema(kind)
+
+
+def test_there_is_a_schema_for_two_kinds_only():
+    with pytest.raises(ConfigError, match="did you mean 'cluster'"):
+        json_schema("clusters")
+
+
+def test_loading_a_cluster_imports_neither_torch_nor_ray():
+    code = (
+        "import sys; from orchestrator.cluster_file import load_cluster; load_cluster(sys.argv[1]);"
+        "sys.exit(bool({'torch', 'ray', 'numpy'} & set(sys.modules)))"
+    )
+    command = [sys.executable, "-c", code, str(SHIPPED[0])]
+    assert subprocess.run(command, check=False, cwd=ROOT).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        (
+            MINIMAL.replace("repeat: 2", "repeat: 1").replace("nvidia_a100_sxm_80gb", "apple_m3_max"),
+            "joined by nothing",
+        ),
+        (MINIMAL.replace("nvidia_a100_sxm_80gb", "apple_m3_max"), "joined by nothing"),
+        (
+            MINIMAL.replace("repeat: 2", "repeat: 1").replace("nvidia_a100_sxm_80gb", "apple_m3_max")
+            + "scale_up: {domain: 2}\n",
+            "joined in groups of 2 only",
+        ),
+        (MINIMAL + "scale_out: [{name: leaf, hosts: 1}]\n", "the outermost level joins 1 hosts"),
+        (
+            MINIMAL.replace("nvidia_a100_sxm_80gb", "nvidia_l4") + "scale_up: {}\n",
+            "no scale-up links of its own",
+        ),
+        (
+            MINIMAL.replace("nvidia_a100_sxm_80gb", "nvidia_l4") + "scale_up: {bandwidth: 1 GB/s}\n",
+            "not known",
+        ),
+    ],
+)
+def test_a_network_with_a_gap_is_refused(text, problem):
+    assert any(problem in error.problem for error in errors_of(text))
+
+
+def test_one_chip_alone_is_a_cluster():
+    text = MINIMAL.replace("repeat: 2", "repeat: 1").replace("nvidia_a100_sxm_80gb", "apple_m3_max")
+    found = cluster(text.replace("count: 4", "count: 1"))
+    assert found.num_chips == 1
+    assert found.network.tier_for([0]).link.bytes_per_s == 400e9
