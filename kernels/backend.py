@@ -87,10 +87,10 @@ class _Writer:
         self.graph, self.values, self.device = graph, values, device
 
     def add(self, op: OpCode) -> Any:
-        call = _parse(op.code)
+        call = parse(op.code)
         if isinstance(call.func, ast.Name):
             return self._python_call(call.func.id, call)
-        schema = _schema(op.code)
+        schema = operator(op.code)._schema
         given = dict(zip((a.name for a in schema.arguments), call.args, strict=False))
         given |= {k.arg: k.value for k in call.keywords if k.arg}
         inputs = [self._argument(a, given.get(a.name), op.code) for a in schema.arguments]
@@ -121,7 +121,7 @@ class _Writer:
             return self.values[int(given.id[1:])]
         if isinstance(given, ast.List) and "Tensor" in kind:
             return self._tensor_list(given, kind)
-        return self._constant(_literal(given, self.device), kind)
+        return self._constant(literal(given, self.device), kind)
 
     def _tensor_list(self, given: ast.List, kind: str) -> Any:
         items = [
@@ -152,7 +152,8 @@ class _Writer:
         return self.graph.insertConstant(value)
 
 
-def _parse(code: str) -> ast.Call:
+def parse(code: str) -> ast.Call:
+    """The call that an op's code is. Raises SegmentError."""
     try:
         call = ast.parse(code, mode="eval").body
     except SyntaxError as error:
@@ -162,23 +163,24 @@ def _parse(code: str) -> ast.Call:
     return call
 
 
-def _schema(code: str) -> Any:
+def operator(code: str) -> Any:
+    """The operator that an op calls. Raises SegmentError."""
     space, name, overload = code.partition("(")[0].split(".")
     try:
-        return getattr(getattr(getattr(torch.ops, space), name), overload)._schema
+        return getattr(getattr(getattr(torch.ops, space), name), overload)
     except AttributeError as error:
         raise SegmentError(f"unknown operator {space}.{name}.{overload}") from error
 
 
-def _literal(node: ast.expr, device: str) -> object:
+def literal(node: ast.expr, device: str) -> object:
     """A literal of the op language: numbers, strings, lists, `dtype.f32`, `device`, `inf`."""
     match node:
         case ast.Constant(value=value):
             return value
         case ast.UnaryOp(op=ast.USub(), operand=operand):
-            return -_literal(operand, device)  # type: ignore[operator]
+            return -literal(operand, device)  # type: ignore[operator]
         case ast.List(elts=elts) | ast.Tuple(elts=elts):
-            return [_literal(e, device) for e in elts]
+            return [literal(e, device) for e in elts]
         case ast.Name(id="device"):
             return torch.device(device)
         case ast.Name(id="inf"):

@@ -1,173 +1,156 @@
 """The command line: one verb per question. It reads flags, runs the verb and turns its outcome into an exit code.
 
-Verbs are imported when they run, so that a help text costs neither torch nor ray. Results go to stdout, talk to stderr.
-Exit codes: 0 done, 1 the run ended early, 2 the input is wrong, 3 it does not fit, 4 chips hang, 5 the runs differ,
-130 interrupted. Flags are few on purpose: everything else is `--set a.b=c`, checked by the schema of the job.
+Verbs are imported when they run, so that a help text costs neither torch nor ray. Results go to stdout, talk to
+stderr. Exit codes: 0 done, 1 the run ended early, 2 the input is wrong, 3 it does not fit, 4 chips hang, 5 the runs
+differ, 130 interrupted. Flags are few on purpose: everything else is `--set a.b=c`, typed by the job's schema.
 """
 
 import importlib
+import sys
 import traceback
+from collections.abc import Callable, Mapping
+from inspect import Parameter, Signature
 from pathlib import Path
-from typing import Annotated, Protocol
+from typing import Annotated, Protocol, get_args
 
 import typer
 
 from orchestrator.console import Console
-from orchestrator.errors import UserError
-from orchestrator.shipped import cluster_path
+from orchestrator.errors import OrchestrateError, UserError
 from orchestrator.verbs.options import Options, Runner
 
 INTERRUPTED = 130
 
-app = typer.Typer(
-    name="orchestrate",
-    help="Plan, simulate and run the training of a PyTorch model on a described cluster of chips.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["--help"]},
-)
+# Every flag there is: the field of Options that it fills, its type, and how it reads on the command line.
+FLAGS: dict[str, object] = {
+    "cluster": Annotated[
+        str | None, typer.Option(metavar="FILE|NAME", help="Cluster file, or a shipped one by its bare name.")
+    ],
+    "job": Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Job file: model, data, optimizer, plan, steps.")
+    ],
+    "model": Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="builtin:NAME, hf:NAME, path.py:factory or pkg.module:factory."),
+    ],
+    "data": Annotated[str | None, typer.Option(metavar="PATH", help="A text file or a folder of them.")],
+    "plan": Annotated[
+        Path | None, typer.Option(metavar="FILE", help="A saved plan to use instead of a new one.")
+    ],
+    "chips": Annotated[int | None, typer.Option(min=1, help="Take this many chips of the cluster.")],
+    "global_batch": Annotated[int | None, typer.Option(min=1, help="Sequences per step, over all chips.")],
+    "seq": Annotated[int | None, typer.Option(min=1, help="Tokens per sequence.")],
+    "steps": Annotated[int | None, typer.Option(min=1, help="Optimizer steps.")],
+    "runner": Annotated[Runner | None, typer.Option(help="Who executes the plan.")],
+    "run_dir": Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Write results here; must not exist yet.")
+    ],
+    "resume": Annotated[
+        Path | None, typer.Option(metavar="RUN_DIR", help="Continue the run in this folder.")
+    ],
+    "overrides": Annotated[
+        list[str] | None, typer.Option("--set", metavar="A.B=C", help="Override one key; may be repeated.")
+    ],
+    "dry_run": Annotated[bool, typer.Option("--dry-run", help="Plan and simulate; start nothing.")],
+    "as_json": Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")],
+    "verbose": Annotated[bool, typer.Option("--verbose", "-v", help="Say more, with tracebacks.")],
+}
+_FILE = Annotated[Path, typer.Argument(metavar="FILE", help="A cluster, job or chip file.")]
 
-Cluster = Annotated[str | None, typer.Option(metavar="FILE|NAME", help="Cluster file, or a shipped one by name.")]
-Job = Annotated[Path | None, typer.Option(metavar="FILE", help="Job file: model, data, optimizer, plan.")]
-Model = Annotated[
-    str | None,
-    typer.Option(metavar="MODEL", help="builtin:NAME, hf:NAME, path.py:factory or pkg.module:factory."),
-]
-Data = Annotated[str | None, typer.Option(metavar="PATH", help="Text file or folder to train on.")]
-Plan = Annotated[Path | None, typer.Option(metavar="FILE", help="Use this saved plan instead of making one.")]
-Chips = Annotated[int | None, typer.Option(min=1, help="Take this many chips of the cluster.")]
-GlobalBatch = Annotated[int | None, typer.Option(min=1, help="Sequences per step, over all chips.")]
-Seq = Annotated[int | None, typer.Option(min=1, help="Tokens per sequence.")]
-Steps = Annotated[int | None, typer.Option(min=1, help="Optimizer steps.")]
-RunnerFlag = Annotated[Runner | None, typer.Option(help="Who executes the plan.")]
-RunDir = Annotated[Path | None, typer.Option(metavar="FOLDER", help="Write results here; must not exist yet.")]
-Resume = Annotated[Path | None, typer.Option(metavar="RUN_DIR", help="Continue the run in this folder.")]
-Set = Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help="Override one key; repeatable.")]
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Plan and simulate; start nothing.")]
-Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Say more; show tracebacks.")]
+_TALK = ("as_json", "verbose")
+_PLANNED = ("cluster", "job", "model", "data", "plan", "chips", "global_batch", "seq", "steps", "run_dir")
+
+# Verb to the question that it answers and the flags that mean something to it.
+VERBS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "check": ("Is this file valid, and what does it describe?", ("file", *_TALK)),
+    "plan": ("How is the model split, does it fit, how long is a step?", (*_PLANNED, "overrides", *_TALK)),
+    "simulate": (
+        "How long is a step at any scale, where does the time go, what does it cost?",
+        (*_PLANNED, "overrides", *_TALK),
+    ),
+    "train": (
+        "Train with real tensors, prediction beside measurement.",
+        (*_PLANNED, "runner", "resume", "overrides", "dry_run", *_TALK),
+    ),
+    "verify": (
+        "Is the split run the same training run as on one chip?",
+        (*_PLANNED, "runner", "overrides", *_TALK),
+    ),
+    "doctor": ("Is this machine ready? Versions, cores, memory, chips, Ray.", _TALK),
+}
 
 
 class Verb(Protocol):
-    """What every module of `orchestrator.verbs` that is named after a verb offers."""
+    """What each module of `orchestrator.verbs` that is named after a verb offers."""
 
     def main(self, options: Options, console: Console) -> int:
-        """Answer the verb's question; returns the exit code, raises UserError."""
+        """Answer the verb's question and return the exit code. Raises UserError."""
 
 
-@app.command()
-def check(
-    file: Annotated[Path, typer.Argument(help="A cluster, job or chip file.")],
-    json: Json = False,
-    verbose: Verbose = False,
-) -> None:
-    """Is this file valid, and what does it describe?"""
-    _run("check", None, Options(file=file, as_json=json, verbose=verbose))
+def main() -> None:
+    """The entry point `orchestrate`."""
+    build()()
 
 
-@app.command()
-def plan(
-    cluster: Cluster = None,
-    job: Job = None,
-    model: Model = None,
-    data: Data = None,
-    plan: Plan = None,
-    chips: Chips = None,
-    global_batch: GlobalBatch = None,
-    seq: Seq = None,
-    steps: Steps = None,
-    run_dir: RunDir = None,
-    set_: Set = None,
-    json: Json = False,
-    verbose: Verbose = False,
-) -> None:
-    """How is the model split, does it fit, how long is a step?"""
-    options = Options(
-        job=job, model=model, data=data, plan=plan, chips=chips, global_batch=global_batch, seq=seq, steps=steps,
-        run_dir=run_dir, overrides=tuple(set_ or ()), as_json=json, verbose=verbose,
-    )  # fmt: skip
-    _run("plan", cluster, options)
+def run(verb: str, given: Mapping[str, object]) -> int:
+    """Run one verb with these flags; its exit code, or that of the error that ended it."""
+    console = Console(as_json=given.get("as_json") is True, verbose=given.get("verbose") is True)
+    try:
+        options = _options(given)
+        module: Verb = importlib.import_module(f"orchestrator.verbs.{verb}")
+        return module.main(options, console)
+    except OrchestrateError as error:
+        console.detail(traceback.format_exc().rstrip())
+        if isinstance(error, UserError):
+            console.error(error)
+        else:
+            console.say(f"error: {error}")
+        return error.exit_code
+    except KeyboardInterrupt:
+        console.say("interrupted")
+        return INTERRUPTED
 
 
-@app.command()
-def simulate(
-    cluster: Cluster = None,
-    job: Job = None,
-    model: Model = None,
-    data: Data = None,
-    plan: Plan = None,
-    chips: Chips = None,
-    global_batch: GlobalBatch = None,
-    seq: Seq = None,
-    steps: Steps = None,
-    run_dir: RunDir = None,
-    set_: Set = None,
-    json: Json = False,
-    verbose: Verbose = False,
-) -> None:
-    """How long is a step at any scale, where does the time go, what does it cost?"""
-    options = Options(
-        job=job, model=model, data=data, plan=plan, chips=chips, global_batch=global_batch, seq=seq, steps=steps,
-        run_dir=run_dir, overrides=tuple(set_ or ()), as_json=json, verbose=verbose,
-    )  # fmt: skip
-    _run("simulate", cluster, options)
+def _options(given: Mapping[str, object]) -> Options:
+    """What typer read, as Options: a shipped cluster's name becomes its file, lists become tuples."""
+    fields = dict(given)
+    if isinstance(name := given.get("cluster"), str):
+        # Imported here: the schemas behind it cost more than a whole help text.
+        from orchestrator.shipped import cluster_path
+
+        fields["cluster"] = cluster_path(name)
+    overrides = given.get("overrides")
+    fields["overrides"] = tuple(overrides) if isinstance(overrides, list) else ()
+    return Options(**fields)  # type: ignore[arg-type]
 
 
-@app.command()
-def train(
-    cluster: Cluster = None,
-    job: Job = None,
-    model: Model = None,
-    data: Data = None,
-    plan: Plan = None,
-    chips: Chips = None,
-    global_batch: GlobalBatch = None,
-    seq: Seq = None,
-    steps: Steps = None,
-    runner: RunnerFlag = None,
-    run_dir: RunDir = None,
-    resume: Resume = None,
-    set_: Set = None,
-    json: Json = False,
-    dry_run: DryRun = False,
-    verbose: Verbose = False,
-) -> None:
-    """Run the plan with real tensors, prediction beside measurement."""
-    options = Options(
-        job=job, model=model, data=data, plan=plan, chips=chips, global_batch=global_batch, seq=seq, steps=steps,
-        runner=runner, run_dir=run_dir, resume=resume, overrides=tuple(set_ or ()), as_json=json, dry_run=dry_run,
-        verbose=verbose,
-    )  # fmt: skip
-    _run("train", cluster, options)
+def build() -> typer.Typer:
+    """The command line, not yet run."""
+    app = typer.Typer(
+        name="orchestrate",
+        help="Plan, simulate and run the training of a PyTorch model on a described cluster of chips.",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+    )
+    for verb, (question, flags) in VERBS.items():
+        app.command(verb, help=question)(_command(verb, flags))
+    return app
 
 
-@app.command()
-def verify(
-    cluster: Cluster = None,
-    job: Job = None,
-    model: Model = None,
-    data: Data = None,
-    plan: Plan = None,
-    chips: Chips = None,
-    global_batch: GlobalBatch = None,
-    seq: Seq = None,
-    steps: Steps = None,
-    runner: RunnerFlag = None,
-    run_dir: RunDir = None,
-    set_: Set = None,
-    json: Json = False,
-    verbose: Verbose = False,
-) -> None:
-    """Is the split run the same training run as on one chip?"""
-    options = Options(
-        job=job, model=model, data=data, plan=plan, chips=chips, global_batch=global_batch, seq=seq, steps=steps,
-        runner=runner, run_dir=run_dir, overrides=tuple(set_ or ()), as_json=json, verbose=verbose,
-    )  # fmt: skip
-    _run("verify", cluster, options)
+def _command(verb: str, flags: tuple[str, ...]) -> Callable[..., None]:
+    """A function with one keyword per flag, which is how typer learns what a command takes."""
+
+    def command(**given: object) -> None:
+        sys.exit(run(verb, given))
+
+    parameters = [_parameter(flag) for flag in flags]
+    command.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
+    return command
 
 
-@app.command()
-def doctor(json: Json = False, verbose: Verbose = False) -> None:
-    """Is this machine ready? Versions, cores, memory, chips, Ray."""
-    _run("doctor", None, Options(as_json=json, verbose=verbose))
+def _parameter(flag: str) -> Parameter:
+    if flag == "file":
+        return Parameter(flag, Parameter.KEYWORD_ONLY, annotation=_FILE)
+    default = False if get_args(FLAGS[flag])[0] is bool else None
+    return Parameter(flag, Parameter.KEYWORD_ONLY, default=default, annotation=FLAGS[flag])

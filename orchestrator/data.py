@@ -125,7 +125,9 @@ def _user_text(path: Path) -> bytes:
         text = _folder_text(path) if path.is_dir() else path.read_bytes()
     except OSError as error:
         problem = f"cannot read {error.filename or path}: {error.strerror}"
-        raise DataError(problem=problem, where="data", hint="give the path of a text file or a folder") from error
+        raise DataError(
+            problem=problem, where="data", hint="give the path of a text file or a folder"
+        ) from error
     if not text:
         kind = "the folder holds no text files" if path.is_dir() else "the file is empty"
         raise DataError(problem=kind, where=str(path), hint="give a file or folder with text in it")

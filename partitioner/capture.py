@@ -45,10 +45,16 @@ class Captured:
     tp_plan: Mapping[str, str] = field(default_factory=dict)
 
 
-def trace_module(module: nn.Module, batch: Mapping[str, torch.Tensor], loss_fn: LossFunction | None) -> Captured:
+def trace_module(
+    module: nn.Module,
+    batch: Mapping[str, torch.Tensor],
+    loss_fn: LossFunction | None,
+    tp_plan: Mapping[str, str] | None = None,
+) -> Captured:
     """Trace `module(**batch)` (then `loss_fn(output, **batch)`, if given) to a graph that returns a scalar.
 
-    `batch` may hold real or meta tensors: only shapes and dtypes are used. Raises CaptureError.
+    `batch` may hold real or meta tensors: only shapes and dtypes are used. `tp_plan` maps module-name patterns to
+    tensor-parallel styles (see `styles.py`); without one the model's own is looked for. Raises CaptureError.
     """
     _refuse_unsupported(module)
     calls: list[ModuleCall] = []
@@ -71,7 +77,7 @@ def trace_module(module: nn.Module, batch: Mapping[str, torch.Tensor], loss_fn: 
         calls=calls,
         containers=_containers(module),
         frozen=frozenset(name for name, p in module.named_parameters() if not p.requires_grad),
-        tp_plan=_tensor_parallel_plan(module),
+        tp_plan=tp_plan or _tensor_parallel_plan(module),
     )
     _normalise(captured)
     return captured

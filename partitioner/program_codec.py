@@ -1,10 +1,12 @@
-"""msgpack form of a Program, for the disk and the wire: compact, versioned, the same bytes for equal Programs.
+"""msgpack form of a Program, for the disk and the wire: compact, versioned, equal bytes for equal Programs.
 
-Layout: a list (magic, version, tables, content). Specs, operations and groups are stored once in tables and named
-by position; tensors are stored by column; instructions as short lists that start with a code. Decoding shares what
-the tables share. Validity is not judged here: see `check.py`.
+Layout: a list (magic, version, tables, content). Specs, operations and groups are stored once in tables and
+named by position; tensors are stored by column; instructions as short lists that start with a code; `meta` as
+JSON, because a step's FLOPs may need more than 64 bits. Decoding shares what the tables share. Validity is not
+judged here: see `check.py`.
 """
 
+import json
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any, Generic, TypeVar, assert_never
 
@@ -12,8 +14,28 @@ import msgpack
 
 from partitioner.errors import ProgramError
 from partitioner.program import (
-    VERSION, Accumulate, Body, Call, Collective, CollectiveOp, Compute, Free, Group, Instruction, Op, Program, Recv,
-    Reduction, Role, Segment, Send, Tensor, TensorKind, TensorSpec, Update, Wait,
+    VERSION,
+    Accumulate,
+    Body,
+    Call,
+    Collective,
+    CollectiveOp,
+    Compute,
+    Free,
+    Group,
+    Instruction,
+    Op,
+    Program,
+    Recv,
+    Reduction,
+    Role,
+    Segment,
+    Send,
+    Tensor,
+    TensorKind,
+    TensorSpec,
+    Update,
+    Wait,
 )  # fmt: skip
 
 MAGIC = "program"
@@ -29,7 +51,7 @@ def encode(program: Program) -> bytes:
     tables = _Tables()
     segments = [tables.segment(segment) for segment in program.segments]
     roles = [tables.role(role) for role in program.roles]
-    content = [program.axes, program.microbatches, segments, roles, program.meta]
+    content = [program.axes, program.microbatches, segments, roles, json.dumps(program.meta)]
     return bytes(msgpack.packb([MAGIC, VERSION, tables.packed(), content]))
 
 
@@ -48,9 +70,9 @@ def decode(data: bytes) -> Program:
     try:
         packed, (axes, microbatches, segments, roles, meta) = rest
         reader = _Reader(packed)
-        return Program(
-            axes, microbatches, tuple(map(reader.segment, segments)), tuple(map(reader.role, roles)), meta
-        )  # fmt: skip
+        facts = tuple((key, value) for key, value in json.loads(meta))
+        made = tuple(map(reader.segment, segments))
+        return Program(axes, microbatches, made, tuple(map(reader.role, roles)), facts)
     except (ValueError, TypeError, IndexError) as error:
         raise ProgramError(f"the Program is damaged: {error}", where="program", hint=hint) from error
 
@@ -84,8 +106,15 @@ class _Tables:
         return [segment.id, segment.name, inputs, ops, segment.outputs]
 
     def role(self, role: Role) -> list[object]:
-        bodies = [[b.name, _run(i.id for i in b.instructions), [self.code(i) for i in b.instructions]] for b in role.bodies]
-        return [role.stage, self.columns(role.tensors), bodies, [[n, *_calls(calls)] for n, calls in role.schedules]]
+        schedules = [[name, *_calls(calls)] for name, calls in role.schedules]
+        return [role.stage, self.columns(role.tensors), [self.body(b) for b in role.bodies], schedules]
+
+    def body(self, body: Body) -> list[object]:
+        return [
+            body.name,
+            _run(ins.id for ins in body.instructions),
+            [self.code(ins) for ins in body.instructions],
+        ]
 
     def columns(self, tensors: Sequence[Tensor]) -> list[object]:
         return [
@@ -163,10 +192,16 @@ class _Reader:
         )
 
     def tensors(
-        self, ids: Sequence[int] | int, names: Sequence[str], kinds: bytes, specs: Sequence[int], *more: Sequence[Any]
+        self,
+        ids: Sequence[int] | int,
+        names: Sequence[str],
+        kinds: bytes,
+        specs: Sequence[int],
+        *more: Sequence[Any],
     ) -> tuple[Tensor, ...]:
         shards, bases, offsets, sources = more
-        origins = (name if source is SAME_AS_NAME else source for name, source in zip(names, sources, strict=True))
+        named = zip(names, sources, strict=True)
+        origins = (name if source is SAME_AS_NAME else source for name, source in named)
         numbers = range(ids, ids + len(names)) if isinstance(ids, int) else ids
         kind, spec = map(KINDS.__getitem__, kinds), map(self.specs.__getitem__, specs)
         return tuple(map(Tensor, numbers, names, kind, spec, shards, bases, offsets, origins))
@@ -174,11 +209,16 @@ class _Reader:
     def body(self, name: str, ids: Sequence[int] | int, codes: Sequence[Sequence[Any]]) -> Body:
         numbers = range(ids, ids + len(codes)) if isinstance(ids, int) else ids
         readers = self.readers
-        return Body(name, tuple(readers[code[0]](number, *code[1:]) for number, code in zip(numbers, codes, strict=True)))
+        numbered = zip(numbers, codes, strict=True)
+        return Body(name, tuple(readers[code[0]](number, *code[1:]) for number, code in numbered))
 
-    def collective(self, number: int, op: int, reduction: int, group: int, *rest: Any) -> Collective:
-        return Collective(number, OPS[op], REDUCTIONS[reduction], self.groups[group], *rest)
+    def collective(
+        self, number: int, op: int, reduction: int, group: int, dim: int, *flow: tuple[int, ...]
+    ) -> Collective:
+        return Collective(number, OPS[op], REDUCTIONS[reduction], self.groups[group], dim, *flow)
 
 
-def _read_calls(names: Sequence[str], numbers: Sequence[int], microbatches: Sequence[int]) -> tuple[Call, ...]:
-    return tuple(Call(names[number], microbatch) for number, microbatch in zip(numbers, microbatches, strict=True))
+def _read_calls(
+    names: Sequence[str], numbers: Sequence[int], microbatches: Sequence[int]
+) -> tuple[Call, ...]:
+    return tuple(map(Call, map(names.__getitem__, numbers), microbatches))

@@ -9,21 +9,42 @@
         3 all_reduce sum tp t5 -> t6
       schedule step: forward(0) forward(1)
 
-Words with odd characters are written as JSON strings; blank lines and lines that start with # are skipped. Names and
-numbers are read, never evaluated: an operation's code stays a string. Validity is not judged here: see `check.py`.
+Words with odd characters are written as JSON strings; blank lines and lines that start with # are skipped.
+Names and numbers are read, never evaluated: an operation's code stays a string. Validity is not judged here: see
+`check.py`.
 """
 
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
-from typing import NoReturn, TypeVar, assert_never
+from typing import NoReturn, assert_never
 
 from partitioner.errors import ProgramError
 from partitioner.program import (
-    DTYPE_BYTES, VERSION, Accumulate, Body, Call, Collective, CollectiveOp, Compute, Free, Group, Instruction, Op,
-    Program, Recv, Reduction, Role, Segment, Send, Tensor, TensorKind, TensorSpec, Update, Wait,
+    DTYPE_BYTES,
+    VERSION,
+    Accumulate,
+    Body,
+    Call,
+    Collective,
+    CollectiveOp,
+    Compute,
+    Free,
+    Group,
+    Instruction,
+    Op,
+    Program,
+    Recv,
+    Reduction,
+    Role,
+    Segment,
+    Send,
+    Tensor,
+    TensorKind,
+    TensorSpec,
+    Update,
+    Wait,
 )  # fmt: skip
 
 LINE_WIDTH = 110
@@ -32,8 +53,8 @@ TOKEN = re.compile(r'(?:[^\s"]|"(?:[^"\\]|\\.)*")+')
 SPEC = re.compile(r"([a-z]+[0-9]+)\[([0-9,]*)\]")
 CALL = re.compile(r'("(?:[^"\\]|\\.)*"|[^\s"()]+)\((\d+)\)')
 COSTS = re.compile(r"(.*) flops=(\d+) read=(\d+) written=(\d+)")
+UPDATE = re.compile(r"t(\d+) grad=t(\d+) stats=t(\d+) target=t(\d+) (decay|no_decay)")
 NO_AXES = "-"
-Choice = TypeVar("Choice", bound=StrEnum)
 
 
 def to_text(program: Program) -> str:
@@ -161,11 +182,9 @@ class _Cursor:
         return cls([(number, line) for number, line in stripped if line and not line.startswith("#")])
 
     def starts(self, *words: str) -> bool:
-        """True if the next line begins with one of `words`."""
         return self.index < len(self.lines) and self.lines[self.index][1].startswith(words)
 
     def is_calls(self) -> bool:
-        """True if the next line goes on with a schedule."""
         return self.index < len(self.lines) and CALL.sub("", self.lines[self.index][1]).strip() == ""
 
     def take(self, expected: str) -> str:
@@ -195,7 +214,7 @@ def _read_program(cursor: _Cursor) -> Program:
 
 
 def _read_segment(cursor: _Cursor) -> Segment:
-    number, name = _words(_after("segment", cursor.take("segment")), 2)
+    number, name = _words(_after("segment", cursor.take("segment")), 2, 2)
     inputs: list[TensorSpec] = []
     ops: list[Op] = []
     while cursor.starts("v"):
@@ -204,7 +223,7 @@ def _read_segment(cursor: _Cursor) -> Segment:
         value, equals, code = left.partition(" = ")
         expected = len(inputs) + len(ops)
         if not colon or _id("v", value) != expected:
-            raise ValueError(f"expected 'v{expected} = code : spec ...' or 'v{expected} : spec', not {line!r}")
+            raise ValueError(f"expected 'v{expected} = code : ...' or 'v{expected} : spec', not {line!r}")
         if equals:
             ops.append(_read_op(code, right))
         elif ops:
@@ -243,16 +262,13 @@ def _read_role(cursor: _Cursor) -> Role:
 
 
 def _read_tensor(line: str) -> Tensor:
-    number, equals, kind, name, colon, spec, *more = _words(line, 6, exact=False)
-    if (equals, colon) != ("=", ":"):
-        raise ValueError(f"a tensor is 't0 = kind name : spec ...', not {line!r}")
-    options = dict(word.split("=", 1) if "=" in word else _fail(f"{word!r} is not key=value") for word in more)
-    unknown = sorted(set(options) - {"shards", "base", "offset", "source"})
-    if unknown:
-        raise ValueError(f"a tensor has no {unknown[0]!r}; it may have shards, base, offset and source")
+    number, equals, kind, name, colon, spec, *more = _words(line, 6, 10)
+    options = {key: value for key, _, value in (word.partition("=") for word in more)}
+    if (equals, colon) != ("=", ":") or not options.keys() <= {"shards", "base", "offset", "source"}:
+        raise ValueError(f"a tensor is 't0 = kind name : spec shards= base= offset= source=', not {line!r}")
     cuts = (cut.partition(":") for cut in options["shards"].split(",")) if "shards" in options else ()
     return Tensor(
-        id=_id("t", number), name=_unword(name), kind=_choice(TensorKind, kind), spec=_spec(spec),
+        id=_id("t", number), name=_unword(name), kind=_kind(kind), spec=_spec(spec),
         shards=tuple((_number(dim), axis) for dim, _, axis in cuts),
         base=_id("t", options["base"]) if "base" in options else None,
         offset=_number(options.get("offset", "0")), source=_unword(options.get("source", "")),
@@ -272,7 +288,7 @@ def _read_schedule(cursor: _Cursor) -> tuple[str, tuple[Call, ...]]:
 
 
 def _read_instruction(line: str) -> Instruction:
-    number, verb, *rest = _words(line, 2, exact=False)
+    number, verb, *rest = _words(line, 2)
     if verb in tuple(CollectiveOp):
         return _read_collective(_number(number), CollectiveOp(verb), rest)
     if verb not in READERS:
@@ -297,9 +313,7 @@ def _read_collective(number: int, op: CollectiveOp, words: Sequence[str]) -> Col
 
 
 def _read_compute(number: int, words: Sequence[str]) -> Compute:
-    if not words:
-        raise ValueError("compute needs a segment, for example s3")
-    return Compute(number, _id("s", words[0]), *_read_flow(words[1:]))
+    return Compute(number, _id("s", words[0] if words else ""), *_read_flow(words[1:]))
 
 
 def _read_transfer(number: int, words: Sequence[str], link: str) -> tuple[int, int, int]:
@@ -309,8 +323,7 @@ def _read_transfer(number: int, words: Sequence[str], link: str) -> tuple[int, i
 
 
 def _read_update(number: int, words: Sequence[str]) -> Update:
-    pattern = r"t(\d+) grad=t(\d+) stats=t(\d+) target=t(\d+) (decay|no_decay)"
-    found = re.fullmatch(pattern, " ".join(words))
+    found = UPDATE.fullmatch(" ".join(words))
     if found is None:
         raise ValueError("expected 'update t1 grad=t2 stats=t3 target=t1 decay' (or no_decay)")
     param, grad, stats, target = (int(group) for group in found.groups()[:4])
@@ -318,9 +331,7 @@ def _read_update(number: int, words: Sequence[str]) -> Update:
 
 
 def _read_flow(words: Sequence[str]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    if words.count("->") != 1:
-        raise ValueError("expected 't1 t2 -> t3'")
-    at = words.index("->")
+    at = words.index("->") if words.count("->") == 1 else _fail("expected 't1 t2 -> t3'")
     return _ids(words[:at]), _ids(words[at + 1 :])
 
 
@@ -344,10 +355,10 @@ def _after(keyword: str, line: str) -> str:
     return rest if first == keyword else _fail(f"expected '{keyword}', found {line!r}")
 
 
-def _words(line: str, count: int, *, exact: bool = True) -> list[str]:
+def _words(line: str, least: int, most: int | None = None) -> list[str]:
     words = TOKEN.findall(line)
-    if len(words) < count or (exact and len(words) > count):
-        raise ValueError(f"{'expected' if exact else 'expected at least'} {count} words, found {line!r}")
+    if len(words) < least or len(words) > (most or len(words)):
+        raise ValueError(f"expected {least}{f' to {most}' if most else ' or more'} words, found {line!r}")
     return words
 
 
@@ -360,9 +371,7 @@ def _number(text: str) -> int:
 
 
 def _id(letter: str, text: str) -> int:
-    digits = text[1:]
-    is_id = text[:1] == letter and digits.isascii() and digits.isdecimal()
-    return int(digits) if is_id else _fail(f"expected {letter}<number>, found {text!r}")
+    return _number(text[1:]) if text[:1] == letter else _fail(f"expected {letter}<number>, found {text!r}")
 
 
 def _ids(words: Sequence[str]) -> tuple[int, ...]:
@@ -386,5 +395,6 @@ def _meta_value(text: str) -> str | int | float:
     return value if isinstance(value, str | int | float) else _fail(f"{text} is not a string or a number")
 
 
-def _choice(kinds: type[Choice], text: str) -> Choice:
-    return kinds(text) if text in tuple(kinds) else _fail(f"unknown kind {text!r}; known: {', '.join(kinds)}")
+def _kind(text: str) -> TensorKind:
+    kinds = tuple(TensorKind)
+    return TensorKind(text) if text in kinds else _fail(f"unknown kind {text!r}; known: {', '.join(kinds)}")

@@ -5,7 +5,7 @@ gradient comes back from each and is added. Batch entries are loaded by every st
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch.fx import Node
 
@@ -124,6 +124,7 @@ class _Stage:
         role.pieces("forward", unit.name, traced.forward, slots, traced.specs, f"u{index}")
         for value, slot in zip(unit.outputs, traced.outputs, strict=True):
             self.values[value] = slots[slot]
+            role.tensors[slots[slot]] = replace(role.tensors[slots[slot]], source=f"value:{value}")
         self.slots[index] = slots
 
     def _coordinate(self, traced: TracedUnit) -> int:
@@ -180,6 +181,7 @@ class _Stage:
             else:
                 value = unit.activations[source - len(unit.params) - len(unit.frees)]
                 self.grads.setdefault(value, []).append(slots[slot])
+                role.tensors[slots[slot]] = replace(role.tensors[slots[slot]], source=f"grad:{value}:{index}")
         role.emit("backward", Accumulate(0, tuple(reads), tuple(writes)))
         self.finished.unit_ends[index] = role.bodies["backward"][-1].id
 

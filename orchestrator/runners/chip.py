@@ -17,6 +17,7 @@ from partitioner.machine import Machine, Run
 from partitioner.program import Accumulate, Compute, Free, Program, Tensor, TensorKind, Update
 
 Clock = Callable[[], int]
+Observer = Callable[["Chip", Compute, int, Sequence[torch.Tensor], Sequence[torch.Tensor]], None]
 ZERO_FILLED = (TensorKind.FLAT, TensorKind.MASTER, TensorKind.GRAD)
 
 
@@ -84,6 +85,7 @@ class Chip:
         self.input = StepInput(0.0)
         self.stats: StepStatistics | None = None
         self.checked = False
+        self.observer: Observer | None = None
         self.first_bad: str | None = None
         for tensor in self.tensors:
             self.fixed[tensor.id] = self._allocate(tensor)
@@ -189,7 +191,10 @@ class Chip:
 
     def _compute(self, instruction: Compute, microbatch: int) -> None:
         function = self.library.function(instruction.segment)
-        results = function(*[self.read(t, microbatch) for t in instruction.reads])
+        operands = [self.read(t, microbatch) for t in instruction.reads]
+        results = function(*operands)
+        if self.observer is not None:
+            self.observer(self, instruction, microbatch, operands, results)
         for tensor, value in zip(instruction.writes, results, strict=True):
             self.write(tensor, microbatch, value)
         if self.checked and self.first_bad is None:

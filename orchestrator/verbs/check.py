@@ -6,7 +6,7 @@ catalog, and needs neither torch nor ray. Another kind of file is one more entry
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from comms.network import UNBOUNDED
@@ -15,9 +15,11 @@ from kernels.chips import Chip
 from orchestrator.chip_file import ChipFile, described_chip
 from orchestrator.cluster import Cluster
 from orchestrator.cluster_file import cluster_from
+from orchestrator.console import Console, Table
 from orchestrator.errors import ConfigError
 from orchestrator.job_file import job_from
 from orchestrator.schema import nearest, validate
+from orchestrator.verbs.options import Options
 from orchestrator.yaml_file import Document, read_yaml
 
 
@@ -28,6 +30,15 @@ class CheckReport:
     path: str
     kind: str
     lines: tuple[str, ...]
+
+
+def main(options: Options, console: Console) -> int:
+    """Print what the file describes."""
+    assert options.file is not None, "the command line requires it"
+    report = check(options.file)
+    rows = tuple((line,) for line in report.lines)
+    console.results(asdict(report), (Table(f"{report.path}: a valid {report.kind} file", rows),))
+    return 0
 
 
 def check(path: str | Path) -> CheckReport:

@@ -1,0 +1,75 @@
+"""Choosing a plan where the job leaves degrees open.
+
+A rule, not a search: the least model parallelism whose weights, gradients and optimizer state take at most
+`STATE_SHARE` of a chip's memory, tensor parallelism only inside a host, pipeline stages beyond that, and the rest
+data parallel. Activations are not estimated here; `simulate` measures them on the Program and says if it fits.
+"""
+
+from math import ceil
+
+from orchestrator.cluster import Cluster
+from orchestrator.errors import PlanError
+from orchestrator.job import Dtype, Job
+from partitioner.plan import Plan, Schedule
+
+STATE_SHARE = 0.6  # of a chip's memory; the rest is for activations and buffers
+MICROBATCHES_PER_STAGE = 4  # bubble (p-1)/(m+p-1) of about a fifth
+# bytes per parameter: (parameter + gradient, optimizer with AdamW's two states and a master copy if low precision)
+STATE_BYTES = {Dtype.FP32: (8, 8), Dtype.FP64: (16, 16), Dtype.BF16: (6, 12)}
+
+
+def choose_plan(job: Job, cluster: Cluster, num_params: int) -> Plan:
+    """The plan for all chips of `cluster`. Raises PlanError with the arithmetic when the degrees cannot work."""
+    chips = cluster.num_chips
+    given = {"dp": job.plan.dp, "tp": job.plan.tp, "pp": job.plan.pp}
+    candidates = [(tp, pp) for tp in _choices(given["tp"], chips) for pp in _choices(given["pp"], chips)
+                  if chips % (tp * pp) == 0 and given["dp"] in (None, chips // (tp * pp))]  # fmt: skip
+    if not candidates:
+        known = " x ".join(f"{axis} {size}" for axis, size in given.items() if size)
+        raise PlanError(f"{known} does not multiply to {chips} chips", "plan",
+                        "change a degree, leave one out (auto), or take other --chips")  # fmt: skip
+    splitting = [c for c in candidates if job.global_batch % (chips // (c[0] * c[1])) == 0]
+    if not splitting:
+        dp = chips // max(tp * pp for tp, pp in candidates)
+        raise PlanError(f"global_batch {job.global_batch} is not a multiple of dp {dp}", "plan",
+                        f"use --global-batch {ceil(job.global_batch / dp) * dp}, or a smaller dp")  # fmt: skip
+    tp, pp = min(splitting, key=lambda c: _rank(c, job, cluster, num_params))
+    dp = chips // (tp * pp)
+    return Plan(
+        dp=dp, tp=tp, pp=pp, zero=job.plan.zero, schedule=Schedule(str(job.plan.schedule)),
+        microbatches=choose_microbatches(job, dp, pp),
+    )  # fmt: skip
+
+
+def choose_microbatches(job: Job, dp: int, pp: int) -> int:
+    """Microbatches per step and replica: as asked, else one without a pipeline, else a few per stage."""
+    per_replica = job.global_batch // dp
+    if job.microbatches is not None:
+        if per_replica % job.microbatches:
+            raise PlanError(
+                f"{per_replica} sequences per replica (global_batch {job.global_batch} / dp {dp}) do not split into "
+                f"{job.microbatches} microbatches", "microbatches", "use a divisor, or leave microbatches at auto",
+            )  # fmt: skip
+        return job.microbatches
+    if pp == 1:
+        return 1
+    wanted = MICROBATCHES_PER_STAGE * pp
+    divisors = [m for m in range(1, per_replica + 1) if per_replica % m == 0]
+    return next((m for m in divisors if m >= wanted), divisors[-1])
+
+
+def _choices(given: int | None, chips: int) -> list[int]:
+    """The degree asked for, or every power of two up to the number of chips."""
+    if given is not None:
+        return [given]
+    return [1 << k for k in range(chips.bit_length()) if 1 << k <= chips]
+
+
+def _rank(choice: tuple[int, int], job: Job, cluster: Cluster, num_params: int) -> tuple[bool, bool, int, int]:
+    """Smaller is better: fits, keeps tp inside a host, little model parallelism, tp before pp."""
+    tp, pp = choice
+    weights, optimizer = STATE_BYTES[job.dtype]
+    shards = cluster.num_chips // (tp * pp) if job.plan.zero else 1
+    need = num_params / (tp * pp) * (weights + optimizer / shards)
+    memory = min(chip.memory_bytes for chip in cluster.chip_types)
+    return need > STATE_SHARE * memory, tp > cluster.chips_per_host, tp * pp, pp

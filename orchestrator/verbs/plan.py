@@ -1,0 +1,95 @@
+"""plan: how is the model split, does it fit, how long is a step?
+
+`partition` is the Python entry; `prepare` is what the verbs that start from options share. A plan that was made can
+be saved (`--run-dir`), edited and given back with `--plan`.
+"""
+
+from orchestrator import preparation, run_dir, wording
+from orchestrator.cluster import Cluster
+from orchestrator.console import Console, Table
+from orchestrator.job import Job
+from orchestrator.preparation import Prepared
+from orchestrator.verbs.inputs import resolve
+from orchestrator.verbs.options import Options
+from orchestrator.verbs.simulate import SimulationResult, require_fit, simulate, write_run
+from partitioner.plan import Plan, plan_to_yaml
+from partitioner.program import Program, Role, TensorKind
+
+
+def prepare(options: Options, console: Console | None = None) -> Prepared:
+    """The Program that the options describe. Raises UserError."""
+    inputs = resolve(options)
+    return preparation.prepare(inputs.cluster, inputs.job, inputs.plan, progress=console)
+
+
+def partition(cluster: Cluster, job: Job, plan: Plan | None = None) -> Prepared:
+    """Split `job`'s model over all chips of `cluster`, as `plan` says or by the default rule. Raises UserError."""
+    return preparation.prepare(cluster, job, plan)
+
+
+def main(options: Options, console: Console) -> int:
+    """The `plan` verb."""
+    prepared = prepare(options, console)
+    result = simulate(prepared.program, prepared.cluster)
+    console.results(document(prepared, result), [stage_table(prepared.program), fit_table(result)])
+    if options.run_dir is not None:
+        write_run(run_dir.create(options.run_dir), prepared, result)
+        console.say(f"edit {options.run_dir / 'plan.yaml'} and give it back with --plan")
+    elif not options.as_json:
+        console.say(plan_to_yaml(prepared.plan))
+    require_fit(result)
+    return 0
+
+
+def parameter_bytes(role: Role) -> int:
+    """Bytes of parameters that each chip of a stage holds."""
+    return sum(t.spec.nbytes for t in role.tensors if t.kind is TensorKind.PARAM)
+
+
+def step_flops(program: Program, role: Role) -> int:
+    """FLOPs that each chip of a stage does in a step, optimizer left out."""
+    bodies = {
+        body.name: sum(
+            program.segments[ins.segment].flops for ins in body.instructions if hasattr(ins, "segment")
+        )
+        for body in role.bodies
+    }
+    return sum(bodies[call.body] for call in role.schedule["step"])
+
+
+def document(prepared: Prepared, result: SimulationResult) -> dict[str, object]:
+    """As JSON values."""
+    program = prepared.program
+    stages = [
+        {"stage": r.stage, "parameter_bytes_per_chip": parameter_bytes(r), "flops_per_chip": step_flops(program, r)}
+        for r in program.roles
+    ]
+    plan = prepared.plan
+    return {
+        "plan": {"dp": plan.dp, "tp": plan.tp, "pp": plan.pp, "zero": plan.zero, "schedule": str(plan.schedule),
+                 "microbatches": plan.microbatches},
+        "num_chips": plan.num_chips, "units": program.facts["units"], "units_per_stage": program.facts["stages"],
+        "parameters": program.facts["params"], "stages": stages, "was_cached": prepared.was_cached,
+        **{k: v for k, v in result.document().items() if k in ("step_time_s", "peak_memory_bytes", "fits", "mfu")},
+    }  # fmt: skip
+
+
+def stage_table(program: Program) -> Table:
+    """What each stage holds and does."""
+    rows = tuple(
+        (f"stage {r.stage}", size, wording.scaled(parameter_bytes(r), "B"), wording.scaled(step_flops(program, r), "FLOP"))
+        for r, size in zip(program.roles, str(program.facts["stages"]).split("+"), strict=True)
+    )
+    title = f"{program.facts['model']}: {program.facts['plan']} on {program.num_chips} chips"
+    return Table(title, rows, ("stage", "units", "parameters per chip", "work per chip and step"))
+
+
+def fit_table(result: SimulationResult) -> Table:
+    """Memory and time of the plan."""
+    rows = [
+        (f"stage {role.stage} peak memory", wording.scaled(role.peak_bytes, "B"),
+         wording.percent(role.peak_bytes / result.chip_of(role).memory_bytes) + " of the chip")
+        for role in result.memory
+    ]  # fmt: skip
+    rows.append(("step", wording.seconds(result.step_time_s), f"MFU {wording.percent(result.mfu)}"))
+    return Table("does it fit, how fast is it", tuple(rows), ("what", "value", "share"))

@@ -1,0 +1,278 @@
+"""simulate: how long is a step at any scale, where does the time go, what does it cost, does it fit?
+
+Needs a Program and a cluster, no torch and no chip. Averages over chips: all stages have the same number of
+chips, so the breakdown is the mean over stages and sums to the step time; `roles` gives each stage's own.
+Peak memory is per chip of a stage. A plan that does not fit is still timed, then ends with FitError.
+"""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from kernels.chips import Chip
+from orchestrator import metrics, run_dir, wording
+from orchestrator.cluster import Cluster
+from orchestrator.console import Console, Table, pairs
+from orchestrator.disk import write_whole
+from orchestrator.errors import FitError, PlanError
+from orchestrator.perfetto import trace_gz
+from orchestrator.preparation import Prepared
+from orchestrator.run_dir import RunDir
+from orchestrator.runners.simulated import SimulatedStep, simulate_step
+from orchestrator.runners.step_costs import DEFAULT_DTYPE, NS_PER_S, ClusterCosts
+from orchestrator.runners.stretch import Tally
+from orchestrator.timeline import Timeline
+from orchestrator.verbs.options import Options
+from partitioner.errors import ProgramError
+from partitioner.memory import MemoryClass, RoleMemory, peak_memory
+from partitioner.plan import plan_to_yaml
+from partitioner.program import Program
+from partitioner.program_codec import encode
+from partitioner.program_text import to_text
+
+AXES = ("tp", "dp", "pp", "all")  # always shown, zero or not; others only where a Program has them
+
+# What to turn when a class of memory is the largest of a stage that does not fit.
+KNOBS: Mapping[MemoryClass, str] = {
+    MemoryClass.OPTIMIZER: "set plan.zero to 1 (with dp > 1), or raise tp or pp",
+    MemoryClass.ACTIVATIONS: "raise microbatches (smaller ones), use the 1f1b schedule, or raise tp",
+    MemoryClass.TEMPORARY: "raise microbatches (smaller ones), or raise tp",
+    MemoryClass.BATCH: "raise microbatches (smaller ones), or shorten --seq",
+}
+DEFAULT_KNOB = "raise tp or pp, or take more chips"
+
+
+@dataclass(frozen=True, slots=True)
+class StepBreakdown:
+    """Seconds of a chip's step; the parts sum to the step time."""
+
+    compute_s: float
+    optimizer_s: float
+    host_s: float
+    exposed_communication_s: tuple[tuple[str, float], ...]
+    bubble_s: float
+
+    def document(self) -> dict[str, object]:
+        """As JSON values."""
+        return {
+            "compute_s": self.compute_s,
+            "exposed_communication_s": dict(self.exposed_communication_s),
+            "bubble_s": self.bubble_s,
+            "host_s": self.host_s,
+            "optimizer_s": self.optimizer_s,
+        }
+
+
+@dataclass(frozen=True)
+class SimulationResult:
+    """What is predicted for one step. Prices and power are None where a chip's figures are not known."""
+
+    program: Program = field(repr=False)
+    cluster: Cluster = field(repr=False)
+    step: SimulatedStep = field(repr=False)
+    memory: tuple[RoleMemory, ...] = field(repr=False)
+    elapsed_s: float
+
+    @property
+    def num_chips(self) -> int:
+        return self.program.num_chips
+
+    @property
+    def plan(self) -> str:
+        """The plan in words."""
+        return str(self.program.facts.get("plan", ""))
+
+    @property
+    def step_time_s(self) -> float:
+        return self.step.step_ns / NS_PER_S
+
+    @property
+    def tokens_per_s(self) -> float:
+        return metrics.tokens_per_s(int(self.program.facts["tokens"]), self.step_time_s)
+
+    @property
+    def mfu(self) -> float:
+        """Against the mean peak of the chips for the job's dtype."""
+        dtype = str(self.program.facts.get("dtype", DEFAULT_DTYPE))
+        peaks = [chip.peak(dtype) for host in self.cluster.unit for chip in host.chips]
+        flops = float(self.program.facts["model_flops"])
+        return metrics.mfu(flops, sum(peaks) / len(peaks), self.step_time_s, self.num_chips)
+
+    @property
+    def cost_usd_per_step(self) -> float | None:
+        hourly = self.cluster.usd_per_hour
+        return None if hourly is None else metrics.cost_usd_per_step(hourly, self.step_time_s)
+
+    @property
+    def energy_j_per_step(self) -> float | None:
+        """Rated power of the chips alone, without their hosts."""
+        watts = [chip.tdp_w for host in self.cluster.unit for chip in host.chips]
+        known = [value for value in watts if value is not None]
+        if len(known) < len(watts):
+            return None
+        return metrics.energy_j_per_step(sum(known) / len(known), self.num_chips, self.step_time_s)
+
+    @cached_property
+    def breakdown(self) -> StepBreakdown:
+        """The mean over all chips."""
+        return _breakdown(self.step.overall, len(self.step.tallies))
+
+    @cached_property
+    def roles(self) -> tuple[StepBreakdown, ...]:
+        """One per stage."""
+        return tuple(_breakdown(tally, 1) for tally in self.step.tallies)
+
+    @property
+    def fits(self) -> bool:
+        """Whether every stage's peak is within its chips' memory."""
+        return all(role.peak_bytes <= self.chip_of(role).memory_bytes for role in self.memory)
+
+    def chip_of(self, role: RoleMemory) -> Chip:
+        """The chip with the least memory in a stage; the unit repeats, so one unit is enough to look at."""
+        per_stage = self.num_chips // self.program.size("pp")
+        distinct = min(per_stage, self.cluster.chips_per_host * len(self.cluster.unit))
+        chips = (self.cluster.chip(role.stage * per_stage + offset) for offset in range(distinct))
+        return min(chips, key=lambda chip: chip.memory_bytes)
+
+    def timeline(self, step: int = 0) -> Timeline:
+        """The predicted step: every chip of a small mesh, one chip per stage of a large one."""
+        return self.step.timeline(step)
+
+    def document(self) -> dict[str, object]:
+        """As JSON values: the answer of `simulate --json`."""
+        return {
+            "step_time_s": self.step_time_s,
+            "tokens_per_s": self.tokens_per_s,
+            "mfu": self.mfu,
+            "peak_memory_bytes": [role.peak_bytes for role in self.memory],
+            "fits": self.fits,
+            "cost_usd_per_step": self.cost_usd_per_step,
+            "energy_j_per_step": self.energy_j_per_step,
+            "breakdown": self.breakdown.document(),
+            "roles": [role.document() for role in self.roles],
+            "num_chips": self.num_chips,
+            "plan": self.plan,
+            "fidelity": self.step.fidelity,
+            "left_out": self.step.left_out,
+            "elapsed_s": self.elapsed_s,
+        }
+
+
+def simulate(
+    program: Program, cluster: Cluster, *, clock: Callable[[], float] = time.perf_counter
+) -> SimulationResult:
+    """Predict one step of `program` on its number of chips of `cluster`. Raises ClusterError or PlanError."""
+    started = clock()
+    used = cluster.take(program.num_chips)
+    try:
+        step = simulate_step(program, ClusterCosts(program, used))
+    except ProgramError as error:
+        raise PlanError(error.problem, error.where, error.hint) from error
+    memory = peak_memory(program)
+    return SimulationResult(program, used, step, memory, clock() - started)
+
+
+def require_fit(result: SimulationResult) -> None:
+    """Raise FitError for the fullest stage that does not fit: what is largest in it, and what to turn."""
+    if result.fits:
+        return
+    worst = max(result.memory, key=lambda role: role.peak_bytes - result.chip_of(role).memory_bytes)
+    chip = result.chip_of(worst)
+    largest, nbytes = max(worst.classes, key=lambda pair: pair[1])
+    raise FitError(
+        f"does not fit: {wording.scaled(worst.peak_bytes, 'B')} needed ({largest}: {wording.scaled(nbytes, 'B')}), "
+        f"{chip.name} has {wording.scaled(chip.memory_bytes, 'B')}",
+        f"plan {result.plan}, {worst.where}",
+        KNOBS.get(largest, DEFAULT_KNOB),
+    )
+
+
+def main(options: Options, console: Console) -> int:
+    """Prepare a Program as asked, predict it, answer. Raises UserError."""
+    # Imported here: the plan verb shows what this module predicts.
+    from orchestrator.verbs.plan import prepare
+
+    return answer(prepare(options), options, console)
+
+
+def answer(prepared: Prepared, options: Options, console: Console) -> int:
+    """Print the prediction and, with --run-dir, write plan, Program, timeline and trace. Raises FitError."""
+    with console.phase("simulate"):
+        result = simulate(prepared.program, prepared.cluster)
+    console.results(result.document(), tables(result))
+    if options.run_dir is not None:
+        write_run(run_dir.create(options.run_dir), prepared, result)
+        console.say(f"trace for https://ui.perfetto.dev in {options.run_dir}")
+    require_fit(result)
+    return 0
+
+
+def write_run(run: RunDir, prepared: Prepared, result: SimulationResult) -> None:
+    """Everything about a prediction that is worth keeping."""
+    timeline = result.timeline()
+    run.write_config(
+        {
+            "cluster": prepared.cluster.name,
+            "chips": result.num_chips,
+            "model": prepared.job.model,
+            "seq": prepared.job.seq,
+            "global_batch": prepared.job.global_batch,
+        }
+    )
+    run.write_plan(plan_to_yaml(prepared.plan))
+    run.write_program(to_text(prepared.program), encode(prepared.program))
+    run.write_timeline(timeline)
+    write_whole(run.trace, trace_gz(timeline))
+
+
+def tables(result: SimulationResult) -> tuple[Table, ...]:
+    """The prediction to read."""
+    head = pairs(
+        f"{result.plan} on {result.num_chips} chips of {result.cluster.name}",
+        (
+            ("step", wording.seconds(result.step_time_s)),
+            ("throughput", wording.scaled(result.tokens_per_s, "tok/s")),
+            ("MFU", wording.percent(result.mfu)),
+            ("cost", f"{wording.dollars(result.cost_usd_per_step)} per step"),
+            ("energy", f"{wording.scaled(result.energy_j_per_step, 'J')} per step"),
+            ("fidelity", f"{result.step.fidelity}, made in {wording.seconds(result.elapsed_s)}"),
+            ("left out", "; ".join(result.step.left_out)),
+        ),
+    )
+    return head, _time_table(result), _memory_table(result)
+
+
+def _time_table(result: SimulationResult) -> Table:
+    parts = result.breakdown
+    rows = [
+        ("compute", parts.compute_s),
+        *((f"waiting for {axis}", seconds) for axis, seconds in parts.exposed_communication_s),
+        ("bubble", parts.bubble_s),
+        ("host", parts.host_s),
+        ("optimizer", parts.optimizer_s),
+    ]
+    total = result.step_time_s or 1.0
+    texts = tuple((name, wording.seconds(value), wording.percent(value / total)) for name, value in rows)
+    return Table("where the time goes (mean over chips)", texts, ("part", "time", "share"))
+
+
+def _memory_table(result: SimulationResult) -> Table:
+    rows = []
+    for role in result.memory:
+        size = result.chip_of(role).memory_bytes
+        share = wording.percent(role.peak_bytes / size)
+        rows.append((f"stage {role.stage}", wording.scaled(role.peak_bytes, "B"), share))
+    return Table("peak memory per chip", tuple(rows), ("stage", "peak", "of the chip"))
+
+
+def _breakdown(tally: Tally, num_stages: int) -> StepBreakdown:
+    unit = NS_PER_S * num_stages
+    axes = dict.fromkeys((*AXES, *sorted(tally.exposed_ns)))
+    return StepBreakdown(
+        compute_s=tally.compute_ns / unit,
+        optimizer_s=tally.optimizer_ns / unit,
+        host_s=tally.host_ns / unit,
+        exposed_communication_s=tuple((axis, tally.exposed_ns.get(axis, 0) / unit) for axis in axes),
+        bubble_s=tally.bubble_ns / unit,
+    )

@@ -1,0 +1,193 @@
+"""verify: is the split run the same training as one chip's?
+
+Both sides start from the same parameters and see the same batches. In float64 rounding differences are near 1e-15,
+so equality within 1e-10 (per tensor, L2, against the larger of its norm and FLOOR) is a proof. In the job's own dtype
+the difference is held against the noise of one-chip runs whose samples are merely re-ordered. A plan that cuts nothing
+where it says it does is not accepted either. Where the sides differ, the first wrong instruction is named.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+
+from orchestrator import wording
+from orchestrator.cluster import Cluster
+from orchestrator.console import Console, Table, pairs
+from orchestrator.errors import PlanError
+from orchestrator.job import Dtype, Job
+from orchestrator.preparation import Prepared, build_model, prepare
+from orchestrator.preparation import Progress as Shown
+from orchestrator.preparation import Quiet
+from orchestrator.verbs.inputs import resolve
+from orchestrator.verbs.options import Options
+from orchestrator.verbs.plan import parameter_bytes, step_flops
+from orchestrator.verbs.verify_runs import (
+    Trajectory, first_difference, make_batches, module_values, planned_run, reference_run, relative,
+)  # fmt: skip
+from partitioner.plan import Plan
+
+TOLERANCE = 1e-10  # relative, float64
+FLOOR = 1e-6  # smaller norms count as this: a gradient that is zero but for rounding has no relative error
+STEPS = 10
+NOISE_FACTOR = 10.0  # in the job's dtype, differences up to so many times the noise of re-ordering are noise
+NUM_REORDERED = 2
+REPLICATED = 0.95  # a plan that uses this share of what full replication over tp would is one that cuts nothing
+DIFFERS = 5  # exit code
+
+
+@dataclass(frozen=True, slots=True)
+class Errors:
+    """Largest relative differences: of any loss, any gradient, any parameter after the last step."""
+
+    loss: float
+    grad: float
+    param: float
+
+    @property
+    def worst(self) -> float:
+        return max(self.loss, self.grad, self.param)
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyResult:
+    """The verdict. `errors` are of the float64 proof; `own` and `noise` of the job's dtype (None if that is float64)."""
+
+    equal: bool
+    errors: Errors
+    own: Errors | None
+    noise: Errors | None
+    first_difference: str | None
+    plan: str
+    parameter_bytes_per_chip: tuple[int, ...]
+    flops_per_chip: tuple[int, ...]
+    one_chip_parameter_bytes: int
+    one_chip_flops: int
+
+    def document(self) -> dict[str, object]:
+        """As JSON values."""
+        return {
+            "equal": self.equal, "loss_rel": self.errors.loss, "grad_rel": self.errors.grad,
+            "param_rel": self.errors.param, "first_difference": self.first_difference, "tolerance": TOLERANCE,
+            "floor": FLOOR, "steps": STEPS, "plan": self.plan,
+            "own_dtype": None if self.own is None else vars_of(self.own),
+            "reordering_noise": None if self.noise is None else vars_of(self.noise),
+            "parameter_bytes_per_chip": list(self.parameter_bytes_per_chip), "flops_per_chip": list(self.flops_per_chip),
+            "one_chip_parameter_bytes": self.one_chip_parameter_bytes, "one_chip_flops": self.one_chip_flops,
+        }  # fmt: skip
+
+
+def vars_of(errors: Errors) -> dict[str, float]:
+    """An Errors as JSON values."""
+    return {"loss_rel": errors.loss, "grad_rel": errors.grad, "param_rel": errors.param}
+
+
+def main(options: Options, console: Console) -> int:
+    """The `verify` verb."""
+    inputs = resolve(options)
+    result = verify(inputs.cluster, inputs.job, inputs.plan, progress=console)
+    console.results(result.document(), [_table(result)])
+    return 0 if result.equal else DIFFERS
+
+
+def verify(cluster: Cluster, job: Job, plan: Plan | None = None, *, progress: Shown | None = None) -> VerifyResult:
+    """Compare `STEPS` steps of the plan with one chip. Raises UserError if there is nothing to compare."""
+    shown = progress or Quiet()
+    exact = replace(job, dtype=Dtype.FP64)
+    prepared = prepare(cluster, exact, plan, progress=shown)
+    alone = prepare(cluster.take(1), exact, replace(prepared.plan, dp=1, tp=1, pp=1, zero=0, stages=(),
+                    microbatches=prepared.plan.dp * prepared.plan.microbatches))  # fmt: skip
+    _require_cut(prepared, alone)
+    with shown.phase("compare in fp64"):
+        errors, difference = _proof(prepared)
+    own = noise = None
+    if job.dtype is not Dtype.FP64:
+        with shown.phase(f"compare in {job.dtype}"):
+            own, noise = _own_dtype(cluster, job, prepared.plan)
+    is_noise = own is None or noise is None or _within(own, noise)
+    return VerifyResult(
+        equal=errors.worst <= TOLERANCE and is_noise, errors=errors, own=own, noise=noise, first_difference=difference,
+        plan=str(prepared.plan),
+        parameter_bytes_per_chip=tuple(parameter_bytes(role) for role in prepared.program.roles),
+        flops_per_chip=tuple(step_flops(prepared.program, role) for role in prepared.program.roles),
+        one_chip_parameter_bytes=parameter_bytes(alone.program.roles[0]),
+        one_chip_flops=step_flops(alone.program, alone.program.roles[0]),
+    )  # fmt: skip
+
+
+def _within(own: Errors, noise: Errors) -> bool:
+    limit = NOISE_FACTOR
+    return own.loss <= limit * noise.loss and own.grad <= limit * noise.grad and own.param <= limit * noise.param
+
+
+def _proof(prepared: Prepared) -> tuple[Errors, str | None]:
+    job = prepared.job
+    model = build_model(job, "cpu")
+    values, batches = module_values(model), make_batches(model, job, STEPS)
+    planned = planned_run(prepared, values, batches)
+    errors = compare(planned, reference_run(model, job, batches))
+    if errors.worst <= TOLERANCE:
+        return errors, None
+    found = first_difference(prepared, values, batches[0], TOLERANCE, job.optimizer.lr)
+    return errors, found or "no forward or backward instruction; look at reductions and the update"
+
+
+def _own_dtype(cluster: Cluster, job: Job, plan: Plan) -> tuple[Errors, Errors]:
+    """(plan against one chip, largest difference between one chip and itself re-ordered)."""
+    prepared = prepare(cluster, job, plan)
+    model = build_model(job, "cpu")
+    values, batches = module_values(model), make_batches(model, job, STEPS)
+    planned = planned_run(prepared, values, batches)
+    plain = reference_run(model, job, batches)
+    noises = []
+    for number in range(NUM_REORDERED):
+        order = torch.randperm(job.global_batch, generator=torch.Generator().manual_seed(number))
+        noises.append(compare(reference_run(build_model(job, "cpu"), job, batches, order), plain))
+    floor = torch.finfo(torch.bfloat16 if job.dtype is Dtype.BF16 else torch.float32).eps
+    largest = Errors(*(max(floor, *(getattr(n, key) for n in noises)) for key in ("loss", "grad", "param")))
+    return compare(planned, plain), largest
+
+
+def compare(one: Trajectory, other: Trajectory) -> Errors:
+    """Largest relative differences between two trajectories; tensors that one side lacks count as infinite."""
+    loss = max(abs(a - b) / max(abs(b), FLOOR) for a, b in zip(one.losses, other.losses, strict=True))
+    return Errors(loss, _largest(one.gradients, other.gradients), _largest(one.parameters, other.parameters))
+
+
+def _largest(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> float:
+    if set(one) != set(other):
+        return float("inf")
+    return max(relative(one[name], other[name], FLOOR) for name in other)
+
+
+def _require_cut(prepared: Prepared, alone: Prepared) -> None:
+    """Refuse a plan whose tensor parallelism cuts neither parameters nor work."""
+    program, tp = prepared.program, prepared.plan.tp
+    if tp == 1:
+        return
+    held = sum(parameter_bytes(role) for role in program.roles) * tp
+    work = sum(step_flops(program, role) for role in program.roles) * tp * prepared.plan.dp
+    whole_bytes, whole_work = (f(*a) for f, a in ((parameter_bytes, (alone.program.roles[0],)),
+                                                  (step_flops, (alone.program, alone.program.roles[0]))))  # fmt: skip
+    if held >= REPLICATED * tp * whole_bytes or work >= REPLICATED * tp * whole_work:
+        raise PlanError(
+            f"tp {tp} only replicates: all chips together hold {held / whole_bytes:.2f} times the parameters and do "
+            f"{work / whole_work:.2f} times the work", str(prepared.plan), "use tp 1, or give the model a tp_plan",
+        )  # fmt: skip
+
+
+def _table(result: VerifyResult) -> Table:
+    rows = [
+        ("equal", "yes" if result.equal else "NO"),
+        ("fp64: loss, gradients, parameters differ by",
+         f"{result.errors.loss:.1e}, {result.errors.grad:.1e}, {result.errors.param:.1e} (limit {TOLERANCE:.0e})"),
+    ]  # fmt: skip
+    if result.own is not None and result.noise is not None:
+        rows.append(("job's dtype: the same", f"{result.own.loss:.1e}, {result.own.grad:.1e}, {result.own.param:.1e}"))
+        rows.append(("noise of re-ordering", f"{result.noise.loss:.1e}, {result.noise.grad:.1e}, {result.noise.param:.1e}"))
+    rows.append(("first difference", result.first_difference or "none"))
+    for stage, (nbytes, flops) in enumerate(zip(result.parameter_bytes_per_chip, result.flops_per_chip, strict=True)):
+        held = f"{wording.scaled(nbytes, 'B')} of {wording.scaled(result.one_chip_parameter_bytes, 'B')} parameters"
+        work = f"{wording.scaled(flops, 'FLOP')} of {wording.scaled(result.one_chip_flops, 'FLOP')} per step"
+        rows.append((f"each chip of stage {stage}", f"{held}, {work}"))
+    return pairs(f"{result.plan} against one chip, {STEPS} steps", rows)

@@ -1,0 +1,194 @@
+"""Claims about the command line: flags arrive as Options, outcomes become exit codes, streams stay apart."""
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from orchestrator import cli
+from orchestrator.console import Console
+from orchestrator.errors import FitError, HangError, OrchestrateError, RunError, UserError
+from orchestrator.verbs.options import Options, Runner
+
+ROOT = Path(__file__).parent.parent.parent
+Call = Callable[..., int]
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch) -> Call:
+    """Run the command line with these words; its exit code."""
+
+    def run(*words: str) -> int:
+        monkeypatch.setattr(sys, "argv", ["orchestrate", *words])
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        assert isinstance(stopped.value.code, int)
+        return stopped.value.code
+
+    return run
+
+
+@pytest.fixture
+def verb(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Callable[[], int]], list[Options]]:
+    """Put a verb in the place of the real one; what it was asked is in the list."""
+
+    def replace(name: str, outcome: Callable[[], int]) -> list[Options]:
+        asked: list[Options] = []
+        module = ModuleType(name)
+
+        def main(options: Options, console: Console) -> int:
+            asked.append(options)
+            return outcome()
+
+        module.main = main  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, f"orchestrator.verbs.{name}", module)
+        return asked
+
+    return replace
+
+
+def raising(error: BaseException) -> Callable[[], int]:
+    def outcome() -> int:
+        raise error
+
+    return outcome
+
+
+def test_nothing_given_is_none_everywhere(call, verb):
+    asked = verb("train", lambda: 0)
+    assert call("train") == 0
+    assert asked == [Options()]
+
+
+def test_every_flag_reaches_the_verb(call, verb, tmp_path):
+    asked = verb("train", lambda: 0)
+    cluster = tmp_path / "mine.yaml"
+    cluster.write_text("")
+    words: Sequence[str] = (
+        f"--cluster {cluster} --job j.yaml --model builtin:gpt-mini --data texts --plan p.yaml --chips 8"
+        " --global-batch 32 --seq 256 --steps 7 --runner inline --run-dir out --resume old"
+        " --set a.b=1 --set c=x --json --dry-run -v"
+    ).split()
+    assert call("train", *words) == 0
+    assert asked == [
+        Options(
+            cluster=cluster,
+            job=Path("j.yaml"),
+            model="builtin:gpt-mini",
+            data="texts",
+            plan=Path("p.yaml"),
+            chips=8,
+            global_batch=32,
+            seq=256,
+            steps=7,
+            runner=Runner.INLINE,
+            run_dir=Path("out"),
+            resume=Path("old"),
+            overrides=("a.b=1", "c=x"),
+            as_json=True,
+            dry_run=True,
+            verbose=True,
+        )
+    ]
+
+
+def test_a_shipped_cluster_is_found_by_its_bare_name(call, verb):
+    asked = verb("plan", lambda: 0)
+    assert call("plan", "--cluster", "laptop") == 0
+    assert asked[0].cluster is not None
+    assert asked[0].cluster.samefile(ROOT / "cluster_configs" / "laptop.yaml")
+
+
+def test_a_file_wins_over_a_shipped_cluster_of_the_same_name(call, verb, tmp_path, monkeypatch):
+    asked = verb("plan", lambda: 0)
+    (tmp_path / "laptop").write_text("")
+    monkeypatch.chdir(tmp_path)
+    assert call("plan", "--cluster", "laptop") == 0
+    assert asked[0].cluster == Path("laptop")
+
+
+def test_a_misspelt_cluster_is_answered_with_the_nearest(call, capsys):
+    assert call("plan", "--cluster", "labtop") == 2
+    assert "did you mean 'laptop'?" in capsys.readouterr().err
+
+
+def test_a_missing_cluster_file_is_answered_with_the_shipped_ones(call, capsys):
+    assert call("plan", "--cluster", "no/such.yaml") == 2
+    assert "dgx-a100" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("kind", "code"), [(UserError, 2), (FitError, 3), (RunError, 1), (HangError, 4)])
+def test_a_user_error_is_three_lines_and_its_exit_code(call, verb, capsys, kind, code):
+    verb("simulate", raising(kind("it is so", "here", "do this")))
+    assert call("simulate") == code
+    streams = capsys.readouterr()
+    assert streams.err == "error: it is so\n  at: here\n  do: do this\n"
+    assert streams.out == ""
+
+
+def test_a_traceback_comes_with_verbose(call, verb, capsys):
+    verb("simulate", raising(UserError("it is so", "here", "do this")))
+    assert call("simulate", "-v") == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_an_error_without_a_place_is_still_one_line(call, verb, capsys):
+    verb("simulate", raising(OrchestrateError("it broke")))
+    assert call("simulate") == 1
+    assert capsys.readouterr().err == "error: it broke\n"
+
+
+def test_an_interrupt_ends_with_130(call, verb, capsys):
+    verb("train", raising(KeyboardInterrupt()))
+    assert call("train") == 130
+    assert "interrupted" in capsys.readouterr().err
+
+
+def test_the_exit_code_of_a_verb_is_passed_on(call, verb):
+    verb("verify", lambda: 5)
+    assert call("verify") == 5
+
+
+def test_our_own_bugs_keep_their_traceback(verb, monkeypatch):
+    verb("train", raising(AssertionError("a bug")))
+    monkeypatch.setattr(sys, "argv", ["orchestrate", "train"])
+    with pytest.raises(AssertionError, match="a bug"):
+        cli.main()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("train", "--no-such-flag"),
+        ("train", "--chips", "0"),
+        ("train", "--runner", "cloud"),
+        ("simulate", "--runner", "ray"),
+        ("plan", "--resume", "runs/run-0001"),
+        ("check",),
+        ("no-such-verb",),
+    ],
+    ids=" ".join,
+)
+def test_what_a_verb_does_not_know_is_refused(call, words):
+    assert call(*words) == 2
+
+
+def test_check_describes_a_valid_file(call, capsys):
+    assert call("check", str(ROOT / "cluster_configs" / "laptop.yaml")) == 0
+    assert "laptop" in capsys.readouterr().out
+
+
+def test_check_answers_in_json(call, capsys):
+    path = str(ROOT / "cluster_configs" / "laptop.yaml")
+    assert call("check", path, "--json") == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["kind"] == "cluster"
+    assert document["path"] == path
+
+
+def test_check_of_a_missing_file_is_an_input_error(call, capsys, tmp_path):
+    assert call("check", str(tmp_path / "nothing.yaml")) == 2
+    assert "nothing.yaml" in capsys.readouterr().err
