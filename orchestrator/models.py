@@ -156,7 +156,7 @@ def _seeded(device: str, seed: int) -> Iterator[None]:
         yield
 
 
-def _import_transformers() -> Any:  # noqa: ANN401 - an optional dependency without types
+def _import_transformers() -> Any:
     try:
         return importlib.import_module("transformers")
     except ModuleNotFoundError as error:
@@ -169,7 +169,7 @@ def _import_transformers() -> Any:  # noqa: ANN401 - an optional dependency with
         ) from error
 
 
-def _hf_config(transformers: Any, spec: ModelSpec, args: Mapping[str, object]) -> Any:  # noqa: ANN401
+def _hf_config(transformers: Any, spec: ModelSpec, args: Mapping[str, object]) -> Any:
     values = {**_hf_values(spec), **args, "use_cache": False}
     model_type = values.pop("model_type", None)
     if not isinstance(model_type, str) or model_type not in transformers.CONFIG_MAPPING:
@@ -209,7 +209,7 @@ def _hf_loss(logits: Tensor, labels: Tensor, **_: object) -> Tensor:
     return next_token_loss(logits, labels)
 
 
-def _hf_plan(module: Any, model_type: str) -> dict[str, str]:  # noqa: ANN401
+def _hf_plan(module: Any, model_type: str) -> dict[str, str]:
     if model_type == "gpt2":
         return dict(GPT2_PLAN)
     plan = module.tp_plan or {}

@@ -5,6 +5,7 @@ A rule, not a search: the least model parallelism whose weights, gradients and o
 data parallel. Activations are not estimated here; `simulate` measures them on the Program and says if it fits.
 """
 
+from dataclasses import dataclass
 from math import ceil
 
 from orchestrator.cluster import Cluster
@@ -18,39 +19,66 @@ MICROBATCHES_PER_STAGE = 4  # bubble (p-1)/(m+p-1) of about a fifth
 STATE_BYTES = {Dtype.FP32: (8, 8), Dtype.FP64: (16, 16), Dtype.BF16: (6, 12)}
 
 
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """What is asked of a plan; None is left to the rule."""
+
+    global_batch: int
+    dp: int | None = None
+    tp: int | None = None
+    pp: int | None = None
+    zero: int = 0
+    schedule: Schedule = Schedule.ONE_F_ONE_B
+    microbatches: int | None = None
+    dtype: Dtype = Dtype.FP32
+
+
 def choose_plan(job: Job, cluster: Cluster, num_params: int) -> Plan:
-    """The plan for all chips of `cluster`. Raises PlanError with the arithmetic when the degrees cannot work."""
+    """The plan of a job for all chips of `cluster`. Raises PlanError with the arithmetic when degrees cannot work."""
+    asked = job.plan
+    schedule = Schedule(str(asked.schedule))
+    wish = Wish(job.global_batch, asked.dp, asked.tp, asked.pp, asked.zero, schedule, job.microbatches, job.dtype)
+    return fulfil(wish, cluster, num_params)
+
+
+def split_chips(cluster: Cluster, global_batch: int, num_params: int) -> Plan:
+    """The plan when nothing is asked."""
+    return fulfil(Wish(global_batch), cluster, num_params)
+
+
+def fulfil(wish: Wish, cluster: Cluster, num_params: int) -> Plan:
+    """The plan that the rule gives for a wish."""
     chips = cluster.num_chips
-    given = {"dp": job.plan.dp, "tp": job.plan.tp, "pp": job.plan.pp}
+    given = {"dp": wish.dp, "tp": wish.tp, "pp": wish.pp}
     candidates = [(tp, pp) for tp in _choices(given["tp"], chips) for pp in _choices(given["pp"], chips)
                   if chips % (tp * pp) == 0 and given["dp"] in (None, chips // (tp * pp))]  # fmt: skip
     if not candidates:
         known = " x ".join(f"{axis} {size}" for axis, size in given.items() if size)
         raise PlanError(f"{known} does not multiply to {chips} chips", "plan",
                         "change a degree, leave one out (auto), or take other --chips")  # fmt: skip
-    splitting = [c for c in candidates if job.global_batch % (chips // (c[0] * c[1])) == 0]
+    splitting = [c for c in candidates if wish.global_batch % (chips // (c[0] * c[1])) == 0]
     if not splitting:
         dp = chips // max(tp * pp for tp, pp in candidates)
-        raise PlanError(f"global_batch {job.global_batch} is not a multiple of dp {dp}", "plan",
-                        f"use --global-batch {ceil(job.global_batch / dp) * dp}, or a smaller dp")  # fmt: skip
-    tp, pp = min(splitting, key=lambda c: _rank(c, job, cluster, num_params))
+        raise PlanError(f"global_batch {wish.global_batch} is not a multiple of dp {dp}", "plan",
+                        f"use --global-batch {ceil(wish.global_batch / dp) * dp}, or a smaller dp")  # fmt: skip
+    tp, pp = min(splitting, key=lambda c: _rank(c, wish, cluster, num_params))
     dp = chips // (tp * pp)
     return Plan(
-        dp=dp, tp=tp, pp=pp, zero=job.plan.zero, schedule=Schedule(str(job.plan.schedule)),
-        microbatches=choose_microbatches(job, dp, pp),
+        dp=dp, tp=tp, pp=pp, zero=wish.zero, schedule=wish.schedule,
+        microbatches=choose_microbatches(wish, dp, pp),
     )  # fmt: skip
 
 
-def choose_microbatches(job: Job, dp: int, pp: int) -> int:
+def choose_microbatches(wish: Wish, dp: int, pp: int) -> int:
     """Microbatches per step and replica: as asked, else one without a pipeline, else a few per stage."""
-    per_replica = job.global_batch // dp
-    if job.microbatches is not None:
-        if per_replica % job.microbatches:
+    per_replica = wish.global_batch // dp
+    if wish.microbatches is not None:
+        if per_replica % wish.microbatches:
             raise PlanError(
-                f"{per_replica} sequences per replica (global_batch {job.global_batch} / dp {dp}) do not split into "
-                f"{job.microbatches} microbatches", "microbatches", "use a divisor, or leave microbatches at auto",
+                f"{per_replica} sequences per replica (global_batch {wish.global_batch} / dp {dp}) do not split into "
+                f"{wish.microbatches} microbatches", "microbatches", "use a divisor, or leave microbatches at auto",
             )  # fmt: skip
-        return job.microbatches
+        return wish.microbatches
     if pp == 1:
         return 1
     wanted = MICROBATCHES_PER_STAGE * pp
@@ -65,11 +93,11 @@ def _choices(given: int | None, chips: int) -> list[int]:
     return [1 << k for k in range(chips.bit_length()) if 1 << k <= chips]
 
 
-def _rank(choice: tuple[int, int], job: Job, cluster: Cluster, num_params: int) -> tuple[bool, bool, int, int]:
+def _rank(choice: tuple[int, int], wish: Wish, cluster: Cluster, num_params: int) -> tuple[bool, bool, int, int]:
     """Smaller is better: fits, keeps tp inside a host, little model parallelism, tp before pp."""
     tp, pp = choice
-    weights, optimizer = STATE_BYTES[job.dtype]
-    shards = cluster.num_chips // (tp * pp) if job.plan.zero else 1
+    weights, optimizer = STATE_BYTES[wish.dtype]
+    shards = cluster.num_chips // (tp * pp) if wish.zero else 1
     need = num_params / (tp * pp) * (weights + optimizer / shards)
     memory = min(chip.memory_bytes for chip in cluster.chip_types)
     return need > STATE_SHARE * memory, tp > cluster.chips_per_host, tp * pp, pp

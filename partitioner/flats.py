@@ -25,6 +25,7 @@ class Param:
     tied: tuple[int, ...]  # the stages that share it, empty if only one has it
     unit: int  # the earliest unit of the role that uses it: its gradient is complete when that unit's backward ends
     is_frozen: bool
+    decays: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +58,7 @@ def _buckets(params: Iterable[Param], bucket_bytes: int) -> list[list[Param]]:
     """Split by kind, then fill buckets from the last unit to the first."""
     by_kind: dict[tuple[object, ...], list[Param]] = {}
     for param in sorted(params, key=lambda p: (-p.unit, p.name)):
-        kind = (param.is_frozen, decays(param), param.tied, param.dim is None, param.spec.dtype)
+        kind = (param.is_frozen, param.decays, param.tied, param.dim is None, param.spec.dtype)
         by_kind.setdefault(kind, []).append(param)
     buckets: list[list[Param]] = []
     for members in by_kind.values():
@@ -70,11 +71,6 @@ def _buckets(params: Iterable[Param], bucket_bytes: int) -> list[list[Param]]:
         if current:
             buckets.append(current)
     return buckets
-
-
-def decays(param: Param) -> bool:
-    """Weight decay applies to matrices, not to biases and norms (the usual choice since GPT-2)."""
-    return len(param.spec.shape) >= 2
 
 
 def _declare(role: RoleBuilder, name: str, members: list[Param], shards: int, states: int) -> FlatGroup:
@@ -107,7 +103,7 @@ def _declare(role: RoleBuilder, name: str, members: list[Param], shards: int, st
         if states:
             role.tensor(f"{name}.states", TensorKind.STATE, TensorSpec((states, *mine.shape), wide))
     return FlatGroup(
-        params=tuple(members), decay=decays(members[0]), tied=members[0].tied, replicated=members[0].dim is None,
+        params=tuple(members), decay=members[0].decays, tied=members[0].tied, replicated=members[0].dim is None,
         ready=min(p.unit for p in members), flat=flat, grad=grad, grad_shard=grad_shard, param_shard=param_shard,
         update=update,
     )  # fmt: skip

@@ -27,13 +27,17 @@ CALLED_ONCE = 0  # microbatch number of bodies that run once per step
 
 @dataclass(frozen=True, slots=True)
 class StepShape:
-    """What one step processes: `samples` per step over all replicas, `tokens` per sample (1 if no sequence)."""
+    """What one step processes: `samples` per step over all replicas, `tokens` per sample (1 if no sequence).
+
+    `undecayed`: parameters without weight decay; None = all but matrices (biases and norms), the choice since GPT-2.
+    """
 
     samples: int
     tokens: int
     model: str
     dtype: str
     optimizer_states: int
+    undecayed: frozenset[str] | None = None
 
 
 def lower(graph: Graph, plan: Plan, shape: StepShape, progress: Callable[[str], None] = lambda _: None) -> Program:
@@ -105,7 +109,7 @@ def _role(context: StageContext, stage: int, pool: SegmentPool, shape: StepShape
     plan = context.plan
     role = RoleBuilder(stage, pool)
     groups = make_groups(
-        role, _params(context, stage), dp=plan.dp, zero=plan.zero, bucket_bytes=plan.bucket_bytes,
+        role, _params(context, stage, shape.undecayed), dp=plan.dp, zero=plan.zero, bucket_bytes=plan.bucket_bytes,
         states=shape.optimizer_states,
     )  # fmt: skip
     trained = tuple(g for g in groups if not g.params[0].is_frozen)
@@ -117,7 +121,7 @@ def _role(context: StageContext, stage: int, pool: SegmentPool, shape: StepShape
     return Role(stage, tuple(role.tensors), role.finished_bodies(), _schedules(role, plan))
 
 
-def _params(context: StageContext, stage: int) -> list[Param]:
+def _params(context: StageContext, stage: int, undecayed: frozenset[str] | None) -> list[Param]:
     graph = context.graph
     stages: dict[str, set[int]] = {}
     earliest: dict[str, int] = {}
@@ -134,7 +138,8 @@ def _params(context: StageContext, stage: int) -> list[Param]:
             shape[dim] //= context.plan.tp
         tied = tuple(sorted(stages[name])) if len(stages[name]) > 1 else ()
         spec = TensorSpec(tuple(shape), graph.specs[name].dtype)
-        params.append(Param(name, spec, dim, tied, unit, name in graph.frozen))
+        decays = len(shape) >= 2 if undecayed is None else name not in undecayed
+        params.append(Param(name, spec, dim, tied, unit, name in graph.frozen, decays))
     return params
 
 

@@ -15,6 +15,7 @@ in axes of size 1), so channels are numbered as at full size. The cost does not 
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 
 from partitioner.findings import Finding, Rule, at, place, representative
 from partitioner.machine import Key, Machine, Post

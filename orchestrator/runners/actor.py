@@ -1,0 +1,229 @@
+"""Actor: one process that executes several chips of a Program, with one long call per step.
+
+Plain Python: `ray_start` makes it a Ray actor. Control comes as Ray calls with small arguments; Programs come as bytes
+and tensors through `Transport`. The interpreter switches threads more often than usual here, because a tensor that
+arrives is taken by one thread while another one computes.
+"""
+
+import importlib
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from kernels.optimizers import Factory, OptimizerSpec, StepStatistics
+from orchestrator.runners.assignment import chips_of
+from orchestrator.runners.chip import Mark, Settings, StepInput
+from orchestrator.runners.chip_set import ChipSet
+from orchestrator.runners.chip_state import restore_state, saved_state
+from orchestrator.runners.mailbox import Mailbox, batch_key, marks_key, state_key, value_key
+from orchestrator.runners.transport import Address, Transport
+from partitioner.machine import Key
+from partitioner.program import Program, TensorKind
+from partitioner.program_codec import decode
+
+DRIVER = -1  # the driver's number among the actors
+MEETINGS = ("p2p", "group")
+PATIENCE_S = 600.0  # for values from the driver, which may be building a model
+SWITCH_S = 5e-4
+
+
+@dataclass(frozen=True, slots=True)
+class Assignment:
+    """What an actor is to do: `optimizer` is a specification, or the `pkg.module:factory` of a user's own."""
+
+    actor_of: tuple[int, ...]
+    optimizer: OptimizerSpec | str
+    clip_norm: float | None
+    device: str
+    num_workers: int
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """One execution of a schedule. `batches` are the (replica, microbatch, name) that the driver has sent."""
+
+    schedule: str
+    epoch: int
+    lr: float = 0.0
+    batches: tuple[tuple[int, int, str], ...] = ()
+    measure: bool = False
+    check: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What came of an order: statistics, and the first (chip, instruction) with a non-finite result."""
+
+    stats: StepStatistics | None
+    first_bad: tuple[int, str] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """How far the chips are: `progress` changes whenever one moves, `waits` says who waits for whom."""
+
+    progress: tuple[object, ...]
+    waits: str
+
+
+class ChipActor:
+    """The chips of one actor."""
+
+    def __init__(self, actor: int, secret: bytes, interface: str, share_memory: bool) -> None:
+        sys.setswitchinterval(SWITCH_S)
+        self.actor = actor
+        self.mailbox = Mailbox(PATIENCE_S)
+        self.transport = Transport(
+            actor, secret, self._deliver, interface=interface, share_memory=share_memory
+        )
+        self._chip_set: ChipSet | None = None
+
+    def address(self) -> Address:
+        """Where the other actors reach this one."""
+        return self.transport.address
+
+    def clock(self) -> int:
+        """This host's monotonic clock, in nanoseconds."""
+        return time.perf_counter_ns()
+
+    def connect(self, addresses: Mapping[int, Address], program: bytes, assignment: Assignment) -> None:
+        """Get to know the peers and take the chips of a Program."""
+        self.transport.connect({a: address for a, address in addresses.items() if a != self.actor})
+        settings = Settings(factory(assignment.optimizer), assignment.clip_norm, assignment.device)
+        self._chip_set = ChipSet(
+            decode(program),
+            chips_of(assignment.actor_of, self.actor),
+            settings,
+            num_workers=assignment.num_workers,
+            actor_of=assignment.actor_of,
+            actor=self.actor,
+            mail=self.transport,
+        )
+
+    def load(self) -> None:
+        """Take parameters and buffers from the mailbox, in the order of need; compute constants."""
+        values: dict[str, torch.Tensor] = {}
+
+        def value(name: str) -> torch.Tensor:
+            if name not in values:
+                values[name] = self.mailbox.take(0, value_key(name))
+            return values[name]
+
+        self.chip_set.load(value)
+
+    def run(self, order: Order) -> Report:
+        """Execute a schedule on all chips; measured intervals are sent to the driver."""
+        batches: dict[int, dict[tuple[int, str], torch.Tensor]] = {}
+        for replica, microbatch, name in order.batches:
+            tensor = self.mailbox.take(order.epoch, batch_key(replica, microbatch, name))
+            batches.setdefault(replica, {})[microbatch, name] = tensor.to(self.chip_set.settings.device)
+        outcome = self.chip_set.run(
+            order.schedule, StepInput(order.lr), batches, measure=order.measure, check=order.check
+        )
+        if order.measure:
+            self.transport.send(
+                DRIVER, order.epoch, marks_key(self.actor), self.actor, marks_tensor(outcome.marks)
+            )
+        chips = self.chip_set.chips.items()
+        first_bad = next(((i, chip.first_bad) for i, chip in sorted(chips) if chip.first_bad), None)
+        return Report(outcome.stats, first_bad)
+
+    def send_states(self) -> dict[int, list[str]]:
+        """Send the checkpoint states to the driver; returns their names by chip."""
+        names: dict[int, list[str]] = {}
+        for index, chip in self.chip_set.chips.items():
+            state = saved_state(chip)
+            names[index] = list(state)
+            for name, tensor in state.items():
+                self.transport.send(DRIVER, 0, state_key(index, name), index, tensor)
+        return names
+
+    def restore(self, names: Mapping[int, Sequence[str]]) -> None:
+        """Put back a checkpoint from the states of these chips, which the driver has sent."""
+        states = {
+            chip: {name: self.mailbox.take(0, state_key(chip, name)) for name in of_chip}
+            for chip, of_chip in names.items()
+        }
+        self.chip_set.prepare_optimizers()
+        for chip in self.chip_set.chips.values():
+            restore_state(chip, states.__getitem__)
+
+    def standing(self) -> Standing:
+        """Where every chip is; raises what ended the transport, if it has ended. Called while `run` is running."""
+        if self.transport.failure is not None:
+            raise self.transport.failure
+        chip_set = self.chip_set
+        with chip_set.changed:
+            work = chip_set.work
+            if work is None:
+                return Standing((), "")
+            positions = tuple((machine.call, machine.index) for machine in work.machines.values())
+            return Standing((chip_set.epoch, work.meeting, positions), chip_set.explain(work))
+
+    @property
+    def chip_set(self) -> ChipSet:
+        """The chips; `connect` has been called."""
+        assert self._chip_set is not None
+        return self._chip_set
+
+    def _deliver(self, epoch: int, key: Key, source: int, tensor: torch.Tensor) -> None:
+        if key.kind in MEETINGS:
+            device = self.chip_set.settings.device
+            self.chip_set.deliver(epoch, key, source, tensor.to(device))
+        else:
+            self.mailbox.put(epoch, key, tensor)
+
+
+def factory(optimizer: OptimizerSpec | str) -> Factory:
+    """The optimizer factory that a name stands for."""
+    if isinstance(optimizer, OptimizerSpec):
+        return optimizer
+    module, _, name = optimizer.partition(":")
+    made: Callable[..., Any] = getattr(importlib.import_module(module), name)
+    return made
+
+
+def needed_values(program: Program, chips: Sequence[int]) -> frozenset[str]:
+    """The parameters, buffers and literals that `Chip.load` asks for on these chips."""
+    roles = {program.role_of(chip).stage: program.role_of(chip) for chip in chips}
+    return frozenset(
+        f"params:{tensor.source}" if tensor.kind is TensorKind.PARAM else tensor.source
+        for role in roles.values()
+        for tensor in role.tensors
+        if (tensor.kind is TensorKind.PARAM and tensor.base is not None)
+        or (tensor.kind is TensorKind.CONSTANT and tensor.source)
+    )
+
+
+def needed_batches(program: Program, chips: Sequence[int]) -> frozenset[tuple[int, str]]:
+    """The (replica, batch name) that these chips read."""
+    return frozenset(
+        (program.coordinates(chip)["dp"], tensor.source.split(":", 1)[1])
+        for chip in chips
+        for tensor in program.role_of(chip).tensors
+        if tensor.kind is TensorKind.BATCH
+    )
+
+
+def needed_states(program: Program, chips: Sequence[int]) -> frozenset[int]:
+    """The chips whose saved state `restore_state` asks for on these chips: the first replica's, or their own."""
+    first = {program.chip_at(program.coordinates(chip) | {"dp": 0}) for chip in chips}
+    return frozenset(first | set(chips) if program.facts["zero"] else first)
+
+
+def marks_tensor(marks: Sequence[Mark]) -> torch.Tensor:
+    """Marks as rows of integers."""
+    rows = [[m.chip, m.call, m.microbatch, m.instruction, m.start_ns, m.end_ns] for m in marks]
+    return torch.tensor(rows, dtype=torch.int64).reshape(-1, 6)
+
+
+def marks_from(rows: torch.Tensor, offset_ns: int) -> tuple[Mark, ...]:
+    """Inverse of `marks_tensor`, on the driver's clock."""
+    return tuple(
+        Mark(chip, call, microbatch, instruction, start + offset_ns, end + offset_ns)
+        for chip, call, microbatch, instruction, start, end in rows.tolist()
+    )

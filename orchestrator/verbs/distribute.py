@@ -1,0 +1,162 @@
+"""distribute: the one line that moves a model.
+
+    step = orchestrator.distribute(model, optimizer, cluster="cluster.yaml")
+    loss = step(batch)
+
+The model is captured at the first batch, split over the cluster's chips and trained there, in this process. The
+learning rate is read from the optimizer's first group at every step, so schedulers keep working; `step.sync()` copies
+the trained parameters back into the model.
+"""
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from kernels.optimizers import OptimizerError, require_elementwise, states_per_element
+from orchestrator.batches import split_batch
+from orchestrator.cluster import Cluster
+from orchestrator.cluster_file import load_cluster
+from orchestrator.errors import CaptureError, PlanError, RunError
+from orchestrator.plan_choice import split_chips
+from orchestrator.runners.chip import Settings
+from orchestrator.runners.chip_state import full_parameters
+from orchestrator.runners.inline import InlineExecutor
+from orchestrator.shipped import cluster_path
+from partitioner.capture import LossFunction, trace_module
+from partitioner.check import require_valid
+from partitioner.dtypes import SHORT
+from partitioner.errors import CaptureError as ModelCannotBeCaptured
+from partitioner.errors import PartitionError
+from partitioner.lower import StepShape, lower
+from partitioner.plan import Plan
+from partitioner.program import Program
+from partitioner.units import build_graph
+
+
+class DistributedStep:
+    """A training step on all chips of a plan; made by `distribute`."""
+
+    def __init__(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, cluster: Cluster, plan: Plan | None,
+        loss_fn: LossFunction | None, clip_norm: float | None,
+    ) -> None:  # fmt: skip
+        self.model, self.optimizer, self.cluster = model, optimizer, cluster
+        self.plan, self.loss_fn, self.clip_norm = plan, loss_fn, clip_norm
+        self.program: Program | None = None
+        self._executor: InlineExecutor | None = None
+        self._values: dict[str, torch.Tensor] = {}
+
+    def __call__(self, batch: Mapping[str, torch.Tensor]) -> float:
+        """One optimizer step on a whole global batch; returns its mean loss. Raises UserError."""
+        executor = self._executor or self._start(batch)
+        assert self.plan is not None
+        outcome = executor.step(float(self.optimizer.param_groups[0]["lr"]), split_batch(batch, self.plan))
+        assert outcome.stats is not None
+        if not outcome.stats.is_finite:
+            raise RunError("the loss or a gradient is not finite; the step was skipped", "step", "lower the learning rate")
+        return outcome.stats.loss
+
+    def evaluate(self, batch: Mapping[str, torch.Tensor]) -> float:
+        """Mean loss of a batch of the same shape, without training."""
+        executor = self._executor or self._start(batch)
+        assert self.plan is not None
+        stats = executor.evaluate(split_batch(batch, self.plan)).stats
+        assert stats is not None
+        return stats.loss
+
+    def sync(self) -> nn.Module:
+        """Copy the trained parameters back into the model and return it."""
+        if self._executor is not None and self.program is not None:
+            states = self._executor.states()
+            with torch.no_grad():
+                trained = full_parameters(self.program, states.__getitem__)
+                for name, param in self.model.named_parameters():
+                    if name in trained:
+                        param.copy_(trained[name])
+        return self.model
+
+    def _start(self, batch: Mapping[str, torch.Tensor]) -> InlineExecutor:
+        samples = _num_samples(batch)
+        plan = self.plan or split_chips(self.cluster, samples, sum(p.numel() for p in self.model.parameters()))
+        if samples % (plan.dp * plan.microbatches):
+            raise PlanError(f"a batch of {samples} does not split into dp {plan.dp} x {plan.microbatches} microbatches",
+                            "batch", f"use a multiple of {plan.dp * plan.microbatches}")  # fmt: skip
+        self.plan = plan
+        try:
+            self.program = self._program(batch, plan, samples)
+        except ModelCannotBeCaptured as error:
+            raise CaptureError(error.problem, error.where, error.hint) from error
+        except PartitionError as error:
+            raise PlanError(error.problem, error.where, error.hint) from error
+        settings = Settings(_factory(self.optimizer), self.clip_norm)
+        workers = self.cluster.actors or len(os.sched_getaffinity(0))
+        self._executor = InlineExecutor(self.program, settings, workers)
+        self._executor.load(self._values.__getitem__)
+        return self._executor
+
+    def _program(self, batch: Mapping[str, torch.Tensor], plan: Plan, samples: int) -> Program:
+        size = samples // (plan.dp * plan.microbatches)
+        example = {name: value[:size] for name, value in batch.items()}
+        captured = trace_module(self.model, example, self.loss_fn)
+        graph = build_graph(captured, num_samples=size, min_units=plan.pp)
+        dtype = SHORT[next(self.model.parameters()).dtype]
+        states = states_per_element(_factory(self.optimizer))
+        tokens = max(value.shape[1] if value.dim() > 1 and not value.is_floating_point() else 1 for value in batch.values())
+        shape = StepShape(samples, tokens, type(self.model).__name__, dtype, states, _undecayed(self.model, self.optimizer))
+        program = lower(graph, plan, shape)
+        require_valid(program)
+        self._values = {f"params:{k}": v.detach() for k, v in self.model.named_parameters()}
+        self._values |= {f"buffer:{k}": v for k, v in self.model.named_buffers()}
+        self._values |= {f"literal:{k}": v for k, v in graph.literals.items()}
+        return program
+
+
+def distribute(
+    model: nn.Module, optimizer: torch.optim.Optimizer, cluster: str | Path | Cluster, *, plan: Plan | None = None,
+    chips: int | None = None, loss_fn: LossFunction | None = None, clip_norm: float | None = None,
+) -> DistributedStep:  # fmt: skip
+    """Train `model` with `optimizer`'s settings on the chips of `cluster` (a file, a shipped name, or a Cluster).
+
+    `model(**batch)` returns the loss, or `loss_fn(output, **batch)` does. Without a `plan` one is chosen at the first
+    batch. Raises UserError.
+    """
+    try:
+        require_elementwise(_factory(optimizer))
+    except OptimizerError as error:
+        raise PlanError(str(error), type(optimizer).__name__, "use an elementwise optimizer (AdamW, SGD, Lion, ...)") from error
+    found = cluster if isinstance(cluster, Cluster) else load_cluster(cluster_path(str(cluster)))
+    return DistributedStep(model, optimizer, found.take(chips), plan, loss_fn, clip_norm)
+
+
+def _num_samples(batch: Mapping[str, torch.Tensor]) -> int:
+    if not isinstance(batch, Mapping) or not batch:
+        raise PlanError("the batch is not a mapping of tensors", "step(batch)", "pass {name: tensor}, as model(**batch)")
+    sizes = {name: value.shape[0] for name, value in batch.items()}
+    if len(set(sizes.values())) != 1:
+        raise PlanError(f"batch entries differ in their first dim: {sizes}", "step(batch)", "make it the sample dim")
+    return next(iter(sizes.values()))
+
+
+def _factory(optimizer: torch.optim.Optimizer) -> Callable[..., torch.optim.Optimizer]:
+    """The same optimizer over other tensors."""
+    kind, settings = type(optimizer), dict(optimizer.defaults)
+    accepted = kind.__init__.__code__.co_varnames
+    return lambda params: kind(params, **{k: v for k, v in settings.items() if k in accepted})
+
+
+def _undecayed(model: nn.Module, optimizer: torch.optim.Optimizer) -> frozenset[str]:
+    """Parameters in groups without weight decay; groups may differ in nothing else."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    usual = optimizer.defaults.get("weight_decay", 0.0)
+    undecayed: set[str] = set()
+    for group in optimizer.param_groups:
+        other = [k for k, v in group.items() if k in optimizer.defaults and k not in ("lr", "weight_decay") and v != optimizer.defaults[k]]
+        if other or group.get("weight_decay", usual) not in (0.0, usual) or group["lr"] != optimizer.param_groups[0]["lr"]:
+            raise PlanError(f"parameter groups differ in {', '.join(other) or 'lr or weight_decay'}", type(optimizer).__name__,
+                            "groups may only switch weight decay off")  # fmt: skip
+        if group.get("weight_decay", usual) == 0.0:
+            undecayed |= {names[id(p)] for p in group["params"] if id(p) in names}
+    return frozenset(undecayed)
