@@ -76,13 +76,17 @@ class TokenData:
         return _windows(self.validation, indices % self.num_validation_samples * self.seq, self.seq)
 
 
-def load_data(source: str, *, seq: int, seed: int) -> TokenData:
+def load_data(source: str, *, seq: int, seed: int, vocab_size: int | None = None) -> TokenData:
     """The text of `source` (builtin:english, a file, or a folder), cut into training and validation.
 
-    Raises DataError when there is none, or too little for one window on either side of the cut.
+    Raises DataError when there is none, too little for one window on either side of the cut, or a byte that is no
+    token of a model with `vocab_size` tokens (None: not checked).
     """
     text = _builtin_text(source) if source.startswith("builtin:") else _user_text(Path(source))
     train, validation = split(np.frombuffer(text, dtype=np.uint8))
+    if vocab_size is not None and max(text) >= vocab_size:
+        problem = f"the text holds byte {max(text)}, and the model knows {vocab_size} tokens"
+        raise DataError(problem=problem, where=source, hint=f"give the model {NUM_BYTES} tokens")
     if min(len(train), len(validation)) < seq + 1:
         need = round((seq + 1) / HOLDOUT)
         raise DataError(
@@ -156,10 +160,11 @@ def _num_windows(length: int, seq: int) -> int:
 def _epoch_starts(seed: int, epoch: int, length: int, seq: int) -> NDArray[np.int64]:
     """First byte of each window in the order of visit: a permutation, sorted by hash, shifted by a phase."""
     num_windows = _num_windows(length, seq)
-    key = _mix(_mix(np.array([seed], np.uint64)) + np.uint64(epoch))
-    order = np.argsort(_mix(key + np.arange(num_windows, dtype=np.uint64)), kind="stable")
-    num_phases = min(length - 1 - num_windows * seq + 1, seq)
-    phase = int(_mix(~key)[0] % np.uint64(num_phases))
+    key: Hashes = _mix(_mix(np.array([seed % 2**64], np.uint64)) + np.uint64(epoch))
+    windows: Hashes = np.arange(num_windows, dtype=np.uint64)
+    order = np.argsort(_mix(key + windows), kind="stable")
+    num_phases = min(length - num_windows * seq, seq)
+    phase = int(_mix(~key)[0]) % num_phases
     return order * seq + phase
 
 

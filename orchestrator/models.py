@@ -152,7 +152,7 @@ def _build_from_factory(
 def _seeded(device: str, seed: int) -> Iterator[None]:
     """New tensors lie on `device` and random numbers come from `seed`; afterwards nothing has changed."""
     with torch.random.fork_rng(devices=[]), torch.device(device):
-        torch.manual_seed(seed)
+        torch.manual_seed(seed % 2**64)
         yield
 
 
@@ -182,9 +182,10 @@ def _hf_config(transformers: Any, spec: ModelSpec, args: Mapping[str, object]) -
         if name not in known and name not in config_class.attribute_map:
             hint = f"use an attribute of {config_class.__name__}"
             raise ModelError(problem=f"unknown option {name!r}", where=f"model_args of {spec}", hint=hint)
+    invalid = importlib.import_module("huggingface_hub.errors").StrictDataclassError
     try:
         return config_class(**values)
-    except (ValueError, TypeError) as error:
+    except (invalid, ValueError, TypeError) as error:
         raise ModelError(problem=_one_line(error), where=str(spec), hint="mend the configuration") from error
 
 

@@ -14,7 +14,9 @@ from orchestrator.job import Dtype, Job
 from partitioner.plan import Plan, Schedule
 
 STATE_SHARE = 0.6  # of a chip's memory; the rest is for activations and buffers
-MICROBATCHES_PER_STAGE = 4  # bubble (p-1)/(m+p-1) of about a fifth
+MICROBATCHES_PER_STAGE = 2  # at least: a bubble (p-1)/(m+p-1) of about a third
+# tokens of one microbatch: enough for efficient matrix multiplications, few enough for activations
+PIPELINE_TOKENS, ACCUMULATION_TOKENS = 2048, 8192
 # bytes per parameter: (parameter + gradient, optimizer with AdamW's two states and a master copy if low precision)
 STATE_BYTES = {Dtype.FP32: (8, 8), Dtype.FP64: (16, 16), Dtype.BF16: (6, 12)}
 
@@ -31,13 +33,14 @@ class Wish:
     schedule: Schedule = Schedule.ONE_F_ONE_B
     microbatches: int | None = None
     dtype: Dtype = Dtype.FP32
+    seq: int = 1
 
 
 def choose_plan(job: Job, cluster: Cluster, num_params: int) -> Plan:
     """The plan of a job for all chips of `cluster`. Raises PlanError with the arithmetic when degrees cannot work."""
     asked = job.plan
     schedule = Schedule(str(asked.schedule))
-    wish = Wish(job.global_batch, asked.dp, asked.tp, asked.pp, asked.zero, schedule, job.microbatches, job.dtype)
+    wish = Wish(job.global_batch, asked.dp, asked.tp, asked.pp, asked.zero, schedule, job.microbatches, job.dtype, job.seq)
     return fulfil(wish, cluster, num_params)
 
 
@@ -70,7 +73,7 @@ def fulfil(wish: Wish, cluster: Cluster, num_params: int) -> Plan:
 
 
 def choose_microbatches(wish: Wish, dp: int, pp: int) -> int:
-    """Microbatches per step and replica: as asked, else one without a pipeline, else a few per stage."""
+    """Microbatches per step and replica: as asked, else a few per stage and none too large."""
     per_replica = wish.global_batch // dp
     if wish.microbatches is not None:
         if per_replica % wish.microbatches:
@@ -79,9 +82,8 @@ def choose_microbatches(wish: Wish, dp: int, pp: int) -> int:
                 f"{wish.microbatches} microbatches", "microbatches", "use a divisor, or leave microbatches at auto",
             )  # fmt: skip
         return wish.microbatches
-    if pp == 1:
-        return 1
-    wanted = MICROBATCHES_PER_STAGE * pp
+    tokens = ACCUMULATION_TOKENS if pp == 1 else PIPELINE_TOKENS
+    wanted = max(MICROBATCHES_PER_STAGE * pp if pp > 1 else 1, ceil(per_replica * wish.seq / tokens))
     divisors = [m for m in range(1, per_replica + 1) if per_replica % m == 0]
     return next((m for m in divisors if m >= wanted), divisors[-1])
 

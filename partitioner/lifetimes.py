@@ -72,7 +72,6 @@ class _Schedule:
         self.states: list[_State] = [_State()]
         self.numbers: dict[object, int] = {_State().key(): 0}
         self.known: dict[tuple[str, int, int], tuple[int, int]] = {}
-        self.last: dict[int, tuple[Call, Instruction]] = {}
 
     def follow(self, name: str, calls: Sequence[Call]) -> Iterator[Finding]:
         persistent = 0
@@ -84,7 +83,7 @@ class _Schedule:
                 yield from walk.body(self.role.body[call.body], call)
                 self.known[key] = (self._number(walk.own), self._number(walk.shared))
             states[call.microbatch], persistent = self.known[key]
-        yield from self._end(name, states, self.states[persistent])
+        yield from self._end(name, calls, states, self.states[persistent])
 
     def _number(self, state: _State) -> int:
         number = self.numbers.setdefault(state.key(), len(self.states))
@@ -92,26 +91,33 @@ class _Schedule:
             self.states.append(state)
         return number
 
-    def _end(self, name: str, states: dict[int, int], shared: _State) -> Iterator[Finding]:
-        reported: set[int] = set()
-        for microbatch, number in states.items():
+    def _end(
+        self, name: str, calls: Sequence[Call], states: dict[int, int], shared: _State
+    ) -> Iterator[Finding]:
+        left = dict.fromkeys(shared.moving, (None, "is still on its way"))  # type: dict[int, tuple[int | None, str]]
+        for microbatch, number in reversed(states.items()):
             state = self.states[number]
-            for tensor in sorted(t for t, status in state.status.items() if status == LIVE):
-                problem = f"t{tensor} of microbatch {microbatch} is not freed by the end of schedule {name}"
-                yield from self._once(tensor, problem, reported)
-            for tensor in sorted(state.moving):
-                problem = f"t{tensor} of microbatch {microbatch} is on its way at the end of schedule {name}"
-                yield from self._once(tensor, problem, reported)
-        for tensor in sorted(shared.moving):
-            yield from self._once(tensor, f"t{tensor} is on its way at the end of schedule {name}", reported)
-
-    def _once(self, tensor: int, problem: str, reported: set[int]) -> Iterator[Finding]:
-        """Say it once per tensor, at the instruction that touched it last."""
-        if tensor not in reported:
-            reported.add(tensor)
-            call, ins = self.last[tensor]
+            alive = (t for t, status in state.status.items() if status == LIVE)
+            left |= dict.fromkeys(alive, (microbatch, "is not freed"))
+            left |= dict.fromkeys(state.moving, (microbatch, "is still on its way"))
+        for tensor in sorted(left):
+            owner, problem = left[tensor]
+            instance = f"t{tensor}" if owner is None else f"t{tensor} of microbatch {owner}"
+            call, ins = self._last_use(tensor, calls, owner)
             where = place(self.chip, self.role, call.body, ins, call)
-            yield Finding(Rule.LIFETIME, where, problem, self.chip, ins.id)
+            said = f"{instance} {problem} by the end of schedule {name}"
+            yield Finding(Rule.LIFETIME, where, said, self.chip, ins.id)
+
+    def _last_use(
+        self, tensor: int, calls: Sequence[Call], microbatch: int | None
+    ) -> tuple[Call, Instruction]:
+        return next(
+            (call, ins)
+            for call in reversed(calls)
+            if microbatch in (None, call.microbatch)
+            for ins in reversed(self.role.body[call.body].instructions)
+            if tensor in named(ins)
+        )
 
 
 def _root(role: Role, tensor: int) -> int:
@@ -135,8 +141,6 @@ class _Walk:
         for ins in body.instructions:
             for problem in self._execute(ins):
                 yield at(Rule.LIFETIME, self.schedule.chip, self.role, body.name, ins, problem, call)
-            for tensor in named(ins):
-                self.schedule.last[tensor] = (call, ins)
 
     def _execute(self, ins: Instruction) -> Iterable[str]:
         if isinstance(ins, Wait):

@@ -77,7 +77,7 @@ class Machine:
         self._pending: Counter[tuple[int, int]] = Counter()
         self._open: dict[Key, Post] = {}
         self._members: dict[Group, tuple[int, ...]] = {}
-        self._log: deque[str] = deque(maxlen=STORY_LENGTH)
+        self._log: deque[Item] = deque(maxlen=STORY_LENGTH)
         self._skip_empty()
 
     @property
@@ -107,7 +107,7 @@ class Machine:
             self._open[item.key] = item
             self._pending.update(self._written(item))
             self.index += 1
-        self._log.append(describe(item))
+        self._log.append(item)
         self._skip_empty()
 
     def arrive(self, key: Key) -> None:
@@ -134,7 +134,7 @@ class Machine:
 
     def story(self) -> tuple[str, ...]:
         """The last items completed, oldest first."""
-        return tuple(self._log)
+        return tuple(describe(item) for item in self._log)
 
     def _body(self) -> Body:
         return self.role.body[self.calls[self.call].body]

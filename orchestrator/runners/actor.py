@@ -1,6 +1,6 @@
 """Actor: one process that executes several chips of a Program, with one long call per step.
 
-Plain Python: `ray_start` makes it a Ray actor. Control comes as Ray calls with small arguments; Programs come as bytes
+Plain Python: `on_ray` makes it a Ray actor. Control comes as Ray calls with small arguments; Programs come as bytes
 and tensors through `Transport`. The interpreter switches threads more often than usual here, because a tensor that
 arrives is taken by one thread while another one computes.
 """
@@ -12,9 +12,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import ray
 import torch
 
-from kernels.optimizers import Factory, OptimizerSpec, StepStatistics
+from kernels.optimizers import Factory, FlatOptimizer, OptimizerSpec, StepStatistics
 from orchestrator.runners.assignment import chips_of
 from orchestrator.runners.chip import Mark, Settings, StepInput
 from orchestrator.runners.chip_set import ChipSet
@@ -22,7 +23,6 @@ from orchestrator.runners.chip_state import restore_state, saved_state
 from orchestrator.runners.mailbox import Mailbox, batch_key, marks_key, state_key, value_key
 from orchestrator.runners.transport import Address, Transport
 from partitioner.machine import Key
-from partitioner.program import Program, TensorKind
 from partitioner.program_codec import decode
 
 DRIVER = -1  # the driver's number among the actors
@@ -73,18 +73,22 @@ class Standing:
 class ChipActor:
     """The chips of one actor."""
 
-    def __init__(self, actor: int, secret: bytes, interface: str, share_memory: bool) -> None:
+    def __init__(self, actor: int, secret: bytes, interface: str | None, share_memory: bool) -> None:
         sys.setswitchinterval(SWITCH_S)
         self.actor = actor
         self.mailbox = Mailbox(PATIENCE_S)
-        self.transport = Transport(
-            actor, secret, self._deliver, interface=interface, share_memory=share_memory
-        )
+        at = interface or ray.util.get_node_ip_address()
+        self.transport = Transport(actor, secret, self._deliver, interface=at, share_memory=share_memory)
         self._chip_set: ChipSet | None = None
 
     def address(self) -> Address:
         """Where the other actors reach this one."""
         return self.transport.address
+
+    def warm_up(self) -> None:
+        """Take a step of a small optimizer: the first one in a process imports for a second."""
+        small = torch.zeros(1)
+        FlatOptimizer(OptimizerSpec(), small, decay=True).step(torch.zeros(1), 1.0, 0.0)
 
     def clock(self) -> int:
         """This host's monotonic clock, in nanoseconds."""
@@ -185,34 +189,6 @@ def factory(optimizer: OptimizerSpec | str) -> Factory:
     module, _, name = optimizer.partition(":")
     made: Callable[..., Any] = getattr(importlib.import_module(module), name)
     return made
-
-
-def needed_values(program: Program, chips: Sequence[int]) -> frozenset[str]:
-    """The parameters, buffers and literals that `Chip.load` asks for on these chips."""
-    roles = {program.role_of(chip).stage: program.role_of(chip) for chip in chips}
-    return frozenset(
-        f"params:{tensor.source}" if tensor.kind is TensorKind.PARAM else tensor.source
-        for role in roles.values()
-        for tensor in role.tensors
-        if (tensor.kind is TensorKind.PARAM and tensor.base is not None)
-        or (tensor.kind is TensorKind.CONSTANT and tensor.source)
-    )
-
-
-def needed_batches(program: Program, chips: Sequence[int]) -> frozenset[tuple[int, str]]:
-    """The (replica, batch name) that these chips read."""
-    return frozenset(
-        (program.coordinates(chip)["dp"], tensor.source.split(":", 1)[1])
-        for chip in chips
-        for tensor in program.role_of(chip).tensors
-        if tensor.kind is TensorKind.BATCH
-    )
-
-
-def needed_states(program: Program, chips: Sequence[int]) -> frozenset[int]:
-    """The chips whose saved state `restore_state` asks for on these chips: the first replica's, or their own."""
-    first = {program.chip_at(program.coordinates(chip) | {"dp": 0}) for chip in chips}
-    return frozenset(first | set(chips) if program.facts["zero"] else first)
 
 
 def marks_tensor(marks: Sequence[Mark]) -> torch.Tensor:

@@ -151,19 +151,19 @@ class ChipSet:
         return None
 
     def explain(self, work: _Work) -> str:
-        """Which chip waits where, and for whom."""
+        """Which chip waits where, and for whom (called with the lock)."""
         lines = []
         for index, machine in work.machines.items():
-            if not machine.done:
-                missing = [
-                    f"{key.kind} {key.chips} #{key.number}, missing {self._missing(key)}" for key in machine.blocked_on()
-                ]
-                lines.append(f"{machine.position()} waits for {'; '.join(missing) or 'nothing'} (chip {index})")
+            if index in work.running:  # its worker moves the machine without the lock
+                lines.append(f"chip {index} ({machine.role.name}) is running")
+            elif not machine.done:
+                missing = (f"{k.kind} {k.chips} #{k.number}, missing {self._missing(k)}" for k in machine.blocked_on())
+                lines.append(f"{machine.position()} waits for {'; '.join(missing) or 'nothing'}")
         return "\n".join(lines)
 
     def _missing(self, key: Key) -> list[int]:
         meeting = self.meetings.open.get(key)
-        present = {*meeting.posts, *meeting.remote} if meeting else set()
+        present = {*meeting.posts, *meeting.values} if meeting else set()
         return [c for c in key.chips if c not in present]
 
     def _advance(self, work: _Work, index: int) -> None:

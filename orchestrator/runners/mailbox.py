@@ -54,5 +54,7 @@ class Mailbox:
         with self.changed:
             while (epoch, key) not in self.items:
                 if not self.changed.wait(self.patience_s):
-                    raise Missing(f"{key.kind} {key.chips} #{key.number} did not come in {self.patience_s:.0f} s")
+                    raise Missing(
+                        f"{key.kind} {key.chips} #{key.number} did not come in {self.patience_s:.0f} s"
+                    )
             return self.items.pop((epoch, key))

@@ -78,7 +78,13 @@ class Transport:
     """
 
     def __init__(
-        self, actor: int, secret: bytes, deliver: Deliver, *, interface: str = "127.0.0.1", share_memory: bool = True
+        self,
+        actor: int,
+        secret: bytes,
+        deliver: Deliver,
+        *,
+        interface: str = "127.0.0.1",
+        share_memory: bool = True,
     ) -> None:
         self.actor, self.secret, self.deliver = actor, secret, deliver
         self.failure: BaseException | None = None  # what ended the receiving thread
@@ -164,7 +170,9 @@ class Transport:
         tensor = torch.empty(header.shape, dtype=TORCH[header.dtype])
         target = _bytes_of(tensor)
         if header.block is None:
-            np.copyto(np.asarray(target), np.frombuffer(frames[1].buffer, np.uint8))  # releases the interpreter
+            np.copyto(
+                np.asarray(target), np.frombuffer(frames[1].buffer, np.uint8)
+            )  # releases the interpreter
             return tensor
         try:
             read_block(self._peers[header.sender].process, header.block, target)
@@ -190,4 +198,4 @@ def host_id() -> str:
 def _bytes_of(tensor: torch.Tensor) -> memoryview:
     """The tensor's elements as bytes: of itself if it lies in order in main memory, else of a copy."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy())
+    return memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]  # numpy's stubs hide the buffer

@@ -4,11 +4,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from orchestrator import preparation
 from orchestrator.cluster import Cluster
 from orchestrator.cluster_file import cluster_from
 from orchestrator.errors import ConfigError, PlanError
 from orchestrator.job import Job
 from orchestrator.job_file import job_document, job_from, load_job
+from orchestrator.preparation import Prepared, Progress
 from orchestrator.shipped import cluster_path
 from orchestrator.verbs.options import Options
 from orchestrator.yaml_file import Document, read_yaml
@@ -44,6 +46,12 @@ def resolve(options: Options) -> Inputs:
     shortcuts = [f"{key}={value}" for name, key in SHORTCUTS.items() if (value := getattr(options, name)) is not None]
     job = load_job(options.job, (*shortcuts, *options.overrides))
     return Inputs(cluster, job, read_plan(options.plan), document.root)
+
+
+def prepare(options: Options, progress: Progress) -> Prepared:
+    """The Program that the options describe. Raises UserError."""
+    inputs = resolve(options)
+    return preparation.prepare(inputs.cluster, inputs.job, inputs.plan, progress=progress)
 
 
 def read_plan(path: Path | None) -> Plan | None:

@@ -26,7 +26,8 @@ def measured_timeline(program: Program, marks: Mapping[int, Sequence[Mark]]) -> 
             timed: Timed = instruction  # type: ignore[assignment]
             said = label(program, role, body, timed)
             recorder.span(
-                step, mark.chip, said.lane, said.kind, said.name, mark.instruction, mark.start_ns - zero,
-                mark.end_ns - zero, nbytes=said.nbytes, flops=said.flops, microbatch=mark.microbatch,
+                step=step, chip=mark.chip, lane=said.lane, kind=said.kind, name=said.name, instr=mark.instruction,
+                start_ns=mark.start_ns - zero, end_ns=mark.end_ns - zero, nbytes=said.nbytes, flops=said.flops,
+                microbatch=mark.microbatch,
             )  # fmt: skip
     return recorder.timeline()

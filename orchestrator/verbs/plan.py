@@ -1,7 +1,6 @@
 """plan: how is the model split, does it fit, how long is a step?
 
-`partition` is the Python entry; `prepare` is what the verbs that start from options share. A plan that was made can
-be saved (`--run-dir`), edited and given back with `--plan`.
+`partition` is the Python entry. A plan that was made can be saved (`--run-dir`), edited and given back with `--plan`.
 """
 
 from orchestrator import preparation, run_dir, wording
@@ -9,17 +8,11 @@ from orchestrator.cluster import Cluster
 from orchestrator.console import Console, Table
 from orchestrator.job import Job
 from orchestrator.preparation import Prepared
-from orchestrator.verbs.inputs import resolve
+from orchestrator.verbs.inputs import prepare
 from orchestrator.verbs.options import Options
 from orchestrator.verbs.simulate import SimulationResult, require_fit, simulate, write_run
 from partitioner.plan import Plan, plan_to_yaml
 from partitioner.program import Program, Role, TensorKind
-
-
-def prepare(options: Options, console: Console | None = None) -> Prepared:
-    """The Program that the options describe. Raises UserError."""
-    inputs = resolve(options)
-    return preparation.prepare(inputs.cluster, inputs.job, inputs.plan, progress=console)
 
 
 def partition(cluster: Cluster, job: Job, plan: Plan | None = None) -> Prepared:

@@ -23,6 +23,7 @@ from orchestrator.runners.simulated import SimulatedStep, simulate_step
 from orchestrator.runners.step_costs import DEFAULT_DTYPE, NS_PER_S, ClusterCosts
 from orchestrator.runners.stretch import Tally
 from orchestrator.timeline import Timeline
+from orchestrator.verbs.inputs import prepare
 from orchestrator.verbs.options import Options
 from partitioner.errors import ProgramError
 from partitioner.memory import MemoryClass, RoleMemory, peak_memory
@@ -190,10 +191,7 @@ def require_fit(result: SimulationResult) -> None:
 
 def main(options: Options, console: Console) -> int:
     """Prepare a Program as asked, predict it, answer. Raises UserError."""
-    # Imported here: the plan verb shows what this module predicts.
-    from orchestrator.verbs.plan import prepare
-
-    return answer(prepare(options), options, console)
+    return answer(prepare(options, console), options, console)
 
 
 def answer(prepared: Prepared, options: Options, console: Console) -> int:

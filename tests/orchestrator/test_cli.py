@@ -99,7 +99,7 @@ def test_a_shipped_cluster_is_found_by_its_bare_name(call, verb):
     asked = verb("plan", lambda: 0)
     assert call("plan", "--cluster", "laptop") == 0
     assert asked[0].cluster is not None
-    assert asked[0].cluster.samefile(ROOT / "cluster_configs" / "laptop.yaml")
+    assert asked[0].cluster.read_bytes() == (ROOT / "cluster_configs" / "laptop.yaml").read_bytes()
 
 
 def test_a_file_wins_over_a_shipped_cluster_of_the_same_name(call, verb, tmp_path, monkeypatch):

@@ -88,7 +88,10 @@ def role_text(stage: int, pp: int, dp: int, microbatches: int, schedule: Schedul
     """One role as text."""
     made = bodies(stage, stage == pp - 1, dp)
     names = frozenset(made)
-    step = (*with_transfers(SCHEDULES[schedule](stage, pp, microbatches), names, "backward_last"), Call("update", 0))
+    step = (
+        *with_transfers(SCHEDULES[schedule](stage, pp, microbatches), names, "backward_last"),
+        Call("update", 0),
+    )
     evaluate: list[Call] = []
     for microbatch in range(microbatches):
         evaluate += [*with_transfers((("forward", microbatch),), names, ""), Call("drop", microbatch)]

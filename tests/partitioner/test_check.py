@@ -82,7 +82,8 @@ def test_a_dropped_recv_is_named_on_both_sides(toy):
     program = toy(2, 2, 2, 2)
     role = program.roles[1]
     gone = tuple(
-        replace(b, instructions=tuple(i for i in b.instructions if not isinstance(i, Recv))) for b in role.bodies
+        replace(b, instructions=tuple(i for i in b.instructions if not isinstance(i, Recv)))
+        for b in role.bodies
     )
     found = check_program(replace(program, roles=(program.roles[0], replace(role, bodies=gone))))
     assert any(f.rule is Rule.LIFETIME and f.chip == 4 and "never written" in f.problem for f in found)
@@ -110,7 +111,14 @@ def test_swapped_collectives_meet_the_wrong_partner():
     good = ("all_reduce sum pp t0 -> t1", "wait t1", "all_reduce max pp t0 -> t0")
     text = [*good[:2], "wait t0", *good[:2], "wait t0"]
     assert check_program(exchange(*text)) == ()
-    swapped = ("all_reduce sum pp t0 -> t1", "wait t1", "wait t0", "all_reduce max pp t0 -> t1", "wait t1", "wait t0")
+    swapped = (
+        "all_reduce sum pp t0 -> t1",
+        "wait t1",
+        "wait t0",
+        "all_reduce max pp t0 -> t1",
+        "wait t1",
+        "wait t0",
+    )
     (finding,) = check_program(exchange(*swapped))
     assert (finding.chip, finding.instruction) == (1, 1)
     assert "all_reduce max over pp" in finding.problem
@@ -118,7 +126,9 @@ def test_swapped_collectives_meet_the_wrong_partner():
 
 
 def test_collectives_in_another_order_meet_the_wrong_partner(text_of):
-    text = text_of(2, 1).replace("update t0 grad", "all_reduce max pp t5 -> t5\n    97 wait t5\n    98 update t0 grad")
+    text = text_of(2, 1).replace(
+        "update t0 grad", "all_reduce max pp t5 -> t5\n    97 wait t5\n    98 update t0 grad"
+    )
     assert check_program(from_text(text)) == ()
     first, second = text.split("role 1")
     second = second.replace("all_reduce sum pp*dp*tp t4 -> t5", "all_reduce max pp t4 -> t5", 1)
@@ -159,14 +169,20 @@ def test_reading_what_is_still_on_its_way_needs_a_wait(text_of):
 
 
 def test_writing_what_a_collective_still_reads_needs_a_wait(text_of):
-    text = text_of(1, 2, 2).replace("accumulate t12 -> t3", "all_reduce sum dp t2 -> t2\n    99 accumulate t12 -> t3")
+    text = text_of(1, 2, 2).replace(
+        "accumulate t12 -> t3", "all_reduce sum dp t2 -> t2\n    99 accumulate t12 -> t3"
+    )
     assert "writes t3 while the transfer into t2 uses it: a wait is missing" in problems(from_text(text))
 
 
 @pytest.mark.parametrize(
     ("old", "new", "said"),
     [
-        ("t8 = activation part : f32[2,4]", "t8 = activation part : f32[2,5]", "its segment returns f32[2,4]"),
+        (
+            "t8 = activation part : f32[2,4]",
+            "t8 = activation part : f32[2,5]",
+            "its segment returns f32[2,4]",
+        ),
         ("v5 = aten.t.default(v2)", "v5 = aten.t.default(v6)", "reads v6 before it is defined"),
         ("return v8 v6", "return v8 v9", "returns v9, which it does not define"),
         ("compute s0", "compute s9", "segment 9 does not exist"),

@@ -30,8 +30,12 @@ def test_equal_programs_have_equal_bytes(programs, data):
 def test_gaps_in_ids_survive(toy):
     program = toy(2, 1)
     role = program.roles[0]
-    body = replace(role.bodies[0], instructions=tuple(replace(i, id=3 * i.id + 2) for i in role.bodies[0].instructions))
-    moved = replace(program, roles=(replace(role, bodies=(body,), tensors=role.tensors[3:]), program.roles[1]))
+    body = replace(
+        role.bodies[0], instructions=tuple(replace(i, id=3 * i.id + 2) for i in role.bodies[0].instructions)
+    )
+    moved = replace(
+        program, roles=(replace(role, bodies=(body,), tensors=role.tensors[3:]), program.roles[1])
+    )
     assert decode(encode(moved)) == moved
 
 
@@ -48,7 +52,9 @@ def test_microbatches_cost_two_small_numbers_each(toy):
 
 
 def test_chips_cost_nothing(toy):
-    assert len(encode(toy(2, 4, 2, 2))) == len(encode(replace(toy(2, 4, 2, 2), axes=(("pp", 2), ("dp", 64), ("tp", 8)))))
+    assert len(encode(toy(2, 4, 2, 2))) == len(
+        encode(replace(toy(2, 4, 2, 2), axes=(("pp", 2), ("dp", 64), ("tp", 8))))
+    )
 
 
 def test_another_version_is_refused():
