@@ -7,7 +7,7 @@ lifetime. `Program.meta` gets the step's facts: `samples`, `tokens`, `model_flop
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from partitioner.errors import PartitionError
 from partitioner.flats import FlatGroup, Param, make_groups
@@ -19,9 +19,11 @@ from partitioner.program import Call, Free, Program, Role, TensorSpec
 from partitioner.role_builder import RoleBuilder, SegmentPool, touched
 from partitioner.schedules import SCHEDULES, with_transfers
 from partitioner.stage import StageContext, emit_stage
+from partitioner.unfuse import unfuse
 from partitioner.update import emit_stats, emit_update, reduce_gradients
 
 BACKWARD_FLOPS = 3  # forward + backward, as multiples of forward: two matmuls per matmul
+MATRIX = 2  # dims of a parameter that gets weight decay
 CALLED_ONCE = 0  # microbatch number of bodies that run once per step
 
 
@@ -42,6 +44,10 @@ class StepShape:
 
 def lower(graph: Graph, plan: Plan, shape: StepShape, progress: Callable[[str], None] = lambda _: None) -> Program:
     """Make the Program of one training step (and of evaluation). Raises PartitionError or CaptureError."""
+    undecayed = shape.undecayed
+    if undecayed is None:
+        undecayed = frozenset(name for name in graph.params if len(graph.specs[name].shape) < MATRIX)
+    graph = unfuse(graph) if plan.tp > 1 else graph
     sizes = plan.stages or balance([unit_cost(graph, i) for i in range(len(graph.units))], plan.pp)
     if sum(sizes) != len(graph.units):
         raise PartitionError(
@@ -52,7 +58,7 @@ def lower(graph: Graph, plan: Plan, shape: StepShape, progress: Callable[[str], 
     stage_of = [stage for stage, size in enumerate(sizes) for _ in range(size)]
     context = StageContext(graph, plan, traced, tuple(stage_of), _param_dims(graph, plan), _nominal_count(graph, shape))
     pool = SegmentPool()
-    roles = tuple(_role(context, stage, pool, shape) for stage in range(plan.pp))
+    roles = tuple(_role(context, stage, pool, replace(shape, undecayed=undecayed)) for stage in range(plan.pp))
     flops = BACKWARD_FLOPS * sum(graph.templates[u.template].flops for u in graph.units)
     meta: dict[str, str | int | float] = {
         "model": shape.model, "dtype": shape.dtype, "plan": str(plan), "samples": shape.samples,
@@ -109,7 +115,7 @@ def _role(context: StageContext, stage: int, pool: SegmentPool, shape: StepShape
     plan = context.plan
     role = RoleBuilder(stage, pool)
     groups = make_groups(
-        role, _params(context, stage, shape.undecayed), dp=plan.dp, zero=plan.zero, bucket_bytes=plan.bucket_bytes,
+        role, _params(context, stage, shape.undecayed or frozenset()), dp=plan.dp, zero=plan.zero, bucket_bytes=plan.bucket_bytes,
         states=shape.optimizer_states,
     )  # fmt: skip
     trained = tuple(g for g in groups if not g.params[0].is_frozen)
@@ -121,7 +127,7 @@ def _role(context: StageContext, stage: int, pool: SegmentPool, shape: StepShape
     return Role(stage, tuple(role.tensors), role.finished_bodies(), _schedules(role, plan))
 
 
-def _params(context: StageContext, stage: int, undecayed: frozenset[str] | None) -> list[Param]:
+def _params(context: StageContext, stage: int, undecayed: frozenset[str]) -> list[Param]:
     graph = context.graph
     stages: dict[str, set[int]] = {}
     earliest: dict[str, int] = {}
@@ -138,8 +144,7 @@ def _params(context: StageContext, stage: int, undecayed: frozenset[str] | None)
             shape[dim] //= context.plan.tp
         tied = tuple(sorted(stages[name])) if len(stages[name]) > 1 else ()
         spec = TensorSpec(tuple(shape), graph.specs[name].dtype)
-        decays = len(shape) >= 2 if undecayed is None else name not in undecayed
-        params.append(Param(name, spec, dim, tied, unit, name in graph.frozen, decays))
+        params.append(Param(name, spec, dim, tied, unit, name in graph.frozen, name not in undecayed))
     return params
 
 

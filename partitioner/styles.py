@@ -15,7 +15,7 @@ from torch.fx import Node
 
 aten = torch.ops.aten
 NodeTest: TypeAlias = Callable[[Node], bool]
-COLUMN, ROW, VOCAB, REPLICATE = "colwise", "rowwise", "vocab", "replicate"
+COLUMN, ROW, VOCAB, REPLICATE, FUSED = "colwise", "rowwise", "vocab", "replicate", "fused"
 # weight position and bias position among the arguments
 MATMULS = {
     aten.linear.default: (1, 2), aten.addmm.default: (2, 0), aten.mm.default: (1, None), aten.matmul.default: (1, None),
@@ -56,6 +56,8 @@ def shard_dim(style: str, node: Node, param: Node) -> int | None:
     """The dim of `param` that tp cuts when `node` uses it in `style`; None = replicated."""
     if style == REPLICATE:
         return None
+    if style == FUSED:  # [.., parts, width, ..], see unfuse.py: each use selects one part
+        return int(node.args[1]) + 1 if node.target is aten.select.int else None  # type: ignore[arg-type]
     if node.target is aten.embedding.default:
         return 0
     if _bias(node) is param:
@@ -93,7 +95,7 @@ def _known(style: str) -> str | None:
         return COLUMN
     if style.startswith("rowwise"):
         return ROW
-    return {"vocab": VOCAB, "replicate": REPLICATE, "replicated": REPLICATE}.get(style)
+    return {"vocab": VOCAB, "fused_qkv": COLUMN, "replicate": REPLICATE, "replicated": REPLICATE}.get(style)
 
 
 def _upstream_is_column(node: Node, colours: Mapping[Node, str], inside: set[Node], is_model: NodeTest) -> bool:

@@ -118,6 +118,11 @@ class Chip:
                 self._fixed(tensor.id).copy_(self._fixed(self._named(tensor.source)))
 
     def _cut(self, tensor: Tensor, whole: torch.Tensor) -> torch.Tensor:
+        """This chip's shard; the whole may have to be seen in another shape first (see partitioner/unfuse.py)."""
+        shape = list(tensor.spec.shape)
+        for dim, axis in tensor.shards:
+            shape[dim] *= self.program.size(axis)
+        whole = whole.reshape(shape)
         for dim, axis in tensor.shards:
             length = tensor.spec.shape[dim]
             whole = whole.narrow(dim, self.coordinates[axis] * length, length)

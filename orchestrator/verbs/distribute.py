@@ -75,7 +75,7 @@ class DistributedStep:
                 trained = full_parameters(self.program, states.__getitem__)
                 for name, param in self.model.named_parameters():
                     if name in trained:
-                        param.copy_(trained[name])
+                        param.copy_(trained[name].view(param.shape))
         return self.model
 
     def _start(self, batch: Mapping[str, torch.Tensor]) -> InlineExecutor:

@@ -164,7 +164,7 @@ def compare(one: Trajectory, other: Trajectory, grad_floor: float) -> Errors:
 def _largest(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor], floor: float) -> float:
     if set(one) != set(other):
         return float("inf")
-    return max(relative(one[name], other[name], floor) for name in other)
+    return max(relative(one[name].reshape(other[name].shape), other[name], floor) for name in other)
 
 
 def _require_cut(prepared: Prepared, alone: Prepared) -> None:
