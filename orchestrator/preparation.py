@@ -198,9 +198,10 @@ def _make(job: Job, plan: Plan, progress: Progress) -> Program:
     try:
         with progress.phase("capture"):
             graph = capture(model, job, plan)
-        with progress.phase("partition"):
-            return lower_graph(graph, job, plan)
     except ModelCannotBeCaptured as error:
         raise CaptureError(error.problem, error.where or job.model, error.hint or "simplify the model") from error
+    try:
+        with progress.phase("partition"):
+            return lower_graph(graph, job, plan)
     except PartitionError as error:
         raise PlanError(error.problem, error.where or "plan", error.hint or "see the plan") from error

@@ -26,6 +26,7 @@ from partitioner.graph import Template
 from partitioner.sharded_ops import is_cut
 
 aten = torch.ops.aten
+SPLITTING_VIEWS = {aten.view.default, aten.reshape.default, aten.unflatten.int}
 
 
 @dataclass(frozen=True)
@@ -95,8 +96,22 @@ def trace_joint(
             )
         return (*(o.detach() for o in outputs), *grads)
 
-    traced = make_fx(joint, tracing_mode="real", _allow_non_fake_inputs=True)(*locals_, coordinate, *tangents)
+    with _explained(tp):
+        traced = make_fx(joint, tracing_mode="real", _allow_non_fake_inputs=True)(*locals_, coordinate, *tangents)
     return Joint(traced.graph, len(locals_), len(template.outputs), tuple(differentiable), tuple(wanted))
+
+
+@contextmanager
+def _explained(tp: int) -> Iterator[None]:
+    """Turn a failure inside the trace into a CaptureError that names the operator."""
+    try:
+        yield
+    except CaptureError:
+        raise
+    except RuntimeError as error:
+        first = str(error).strip().split("\n")[0]
+        raise CaptureError(f"cannot cut the model by tp {tp}: {first}", where="tensor parallelism",
+                           hint="use another tp, or give the model a tp_plan that replicates this part") from error  # fmt: skip
 
 
 def _dim(dims: Sequence[int | None], index: int) -> int | None:
@@ -145,10 +160,25 @@ class _Sharded(torch.fx.Interpreter):
         self.entered: dict[int, torch.Tensor] = {}
 
     def run_node(self, n: torch.fx.Node) -> Any:
+        self._require_whole_heads(n)
         if n.meta.get("no_grad"):
             with torch.no_grad():
                 return super().run_node(n)
         return super().run_node(n)
+
+    def _require_whole_heads(self, node: torch.fx.Node) -> None:
+        """Refuse a view that splits a cut dim into (heads, width) where the heads do not divide."""
+        source = self.env.get(node.args[0]) if node.args and isinstance(node.args[0], torch.fx.Node) else None
+        result = node.meta.get("val")
+        if self.mesh is None or node.target not in SPLITTING_VIEWS or not isinstance(source, DTensor):
+            return
+        last = source.dim() - 1
+        splits = isinstance(result, torch.Tensor) and result.dim() > source.dim() and result.shape[:last] == source.shape[:last]
+        if is_cut(source, last) and splits and result.shape[last] % self.mesh.size():
+            raise CaptureError(
+                f"{result.shape[last]} heads do not divide by tp {self.mesh.size()}", where=str(node.target),
+                hint=f"use a tp that divides {result.shape[last]}",
+            )  # fmt: skip
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
         value = super().get_attr(target, args, kwargs)

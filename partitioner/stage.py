@@ -84,8 +84,10 @@ class _Stage:
             self._accumulate_loss()
 
     def _arrivals(self) -> list[str]:
-        needed = dict.fromkeys(v for i in self.units for v in self.graph.units[i].activations)
-        return [v for v in needed if self.context.producer(v) != self.role.stage]
+        """Values that come from earlier stages, in the order in which they are made (channels are FIFO)."""
+        needed = {v for i in self.units for v in self.graph.units[i].activations}
+        made = (v for unit in self.graph.units for v in unit.outputs)
+        return [v for v in made if v in needed and self.context.producer(v) != self.role.stage]
 
     def _sides(self) -> None:
         """Constants once, inputs once per microbatch, both cut down to what this stage needs."""
@@ -144,8 +146,8 @@ class _Stage:
         for index in reversed(self.units):
             self._unit_backward(index)
         for value in self._arrivals():
-            if value in self.grads:
-                role.emit("send_backward", Send(0, self._grad(value), self.context.producer(value)))
+            if self._is_differentiable(value):
+                role.emit("send_backward", Send(0, self._tangent(value), self.context.producer(value)))
 
     def _receive_gradients(self) -> None:
         role, received = self.role, []

@@ -29,7 +29,7 @@ from partitioner.program import Program
 from partitioner.program_codec import encode
 
 LOOK_S = 2.0  # how often the driver asks actors for their standing while it waits
-ANSWER_S = 5.0  # how long an actor may take to tell it
+ANSWER_S = 2.0  # how long an actor may take to tell it
 ROUND_TRIPS = 5
 
 
