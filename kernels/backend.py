@@ -18,7 +18,16 @@ import kernels.ops  # noqa: F401  (registers orchestrate::shard_slice)
 
 SegmentFunction: TypeAlias = Callable[..., tuple[torch.Tensor, ...]]
 SCALAR_TYPES = {
-    "u8": 0, "i8": 1, "i16": 2, "i32": 3, "i64": 4, "f16": 5, "f32": 6, "f64": 7, "b8": 11, "bf16": 15,
+    "u8": 0,
+    "i8": 1,
+    "i16": 2,
+    "i32": 3,
+    "i64": 4,
+    "f16": 5,
+    "f32": 6,
+    "f64": 7,
+    "b8": 11,
+    "bf16": 15,
 }  # fmt: skip  (c10::ScalarType)
 NAMED_CONSTANTS = {
     "torch.strided": 0, "torch.contiguous_format": 0, "torch.preserve_format": 1, "torch.channels_last": 2,
@@ -38,7 +47,9 @@ class OpCode:
     is_tuple: bool
 
 
-def compile_segment(name: str, num_inputs: int, ops: Sequence[OpCode], outputs: Sequence[int], device: str) -> SegmentFunction:
+def compile_segment(
+    name: str, num_inputs: int, ops: Sequence[OpCode], outputs: Sequence[int], device: str
+) -> SegmentFunction:
     """A function from the segment's inputs to its outputs. Raises SegmentError."""
     graph = torch._C.Graph()
     tensor = torch._C.TensorType.get()
@@ -108,7 +119,9 @@ class _Writer:
         if name != "getitem":
             raise SegmentError(f"{name} is not an operator of the backend")
         source, index = call.args
-        assert isinstance(source, ast.Name) and isinstance(index, ast.Constant) and isinstance(index.value, int)
+        assert (
+            isinstance(source, ast.Name) and isinstance(index, ast.Constant) and isinstance(index.value, int)
+        )
         return self.values[int(source.id[1:])][index.value]
 
     def _argument(self, argument: Any, given: ast.expr | None, code: str) -> Any:
@@ -132,7 +145,9 @@ class _Writer:
         self.graph.appendNode(node)
         optional = "Optional[Tensor]" in kind
         tensor = torch._C.TensorType.get()
-        node.output().setType(torch._C.ListType(torch._C.OptionalType(tensor)) if optional else torch._C.ListType.ofTensors())
+        node.output().setType(
+            torch._C.ListType(torch._C.OptionalType(tensor)) if optional else torch._C.ListType.ofTensors()
+        )
         return node.output()
 
     def _constant(self, value: object, kind: str) -> Any:

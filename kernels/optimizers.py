@@ -33,7 +33,9 @@ class OptimizerSpec:
                 params, lr=self.lr, betas=self.betas, eps=self.eps, weight_decay=self.weight_decay, fused=True
             )
         assert self.name == "sgd", self.name
-        return torch.optim.SGD(params, lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay, foreach=True)
+        return torch.optim.SGD(
+            params, lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay, foreach=True
+        )
 
 
 class OptimizerError(ValueError):

@@ -11,7 +11,9 @@ import torch
 from partitioner.plan import Plan
 
 
-def split_batch(batch: Mapping[str, torch.Tensor], plan: Plan) -> dict[int, dict[tuple[int, str], torch.Tensor]]:
+def split_batch(
+    batch: Mapping[str, torch.Tensor], plan: Plan
+) -> dict[int, dict[tuple[int, str], torch.Tensor]]:
     """Cut a global batch along dim 0: {replica: {(microbatch, name): tensor}}."""
     parts = plan.dp * plan.microbatches
     cut = {name: tensor.chunk(parts) for name, tensor in batch.items()}

@@ -40,7 +40,17 @@ def choose_plan(job: Job, cluster: Cluster, num_params: int) -> Plan:
     """The plan of a job for all chips of `cluster`. Raises PlanError with the arithmetic when degrees cannot work."""
     asked = job.plan
     schedule = Schedule(str(asked.schedule))
-    wish = Wish(job.global_batch, asked.dp, asked.tp, asked.pp, asked.zero, schedule, job.microbatches, job.dtype, job.seq)
+    wish = Wish(
+        job.global_batch,
+        asked.dp,
+        asked.tp,
+        asked.pp,
+        asked.zero,
+        schedule,
+        job.microbatches,
+        job.dtype,
+        job.seq,
+    )
     return fulfil(wish, cluster, num_params)
 
 
@@ -95,7 +105,9 @@ def _choices(given: int | None, chips: int) -> list[int]:
     return [1 << k for k in range(chips.bit_length()) if 1 << k <= chips]
 
 
-def _rank(choice: tuple[int, int], wish: Wish, cluster: Cluster, num_params: int) -> tuple[bool, bool, int, int]:
+def _rank(
+    choice: tuple[int, int], wish: Wish, cluster: Cluster, num_params: int
+) -> tuple[bool, bool, int, int]:
     """Smaller is better: fits, keeps tp inside a host, little model parallelism, tp before pp."""
     tp, pp = choice
     weights, optimizer = STATE_BYTES[wish.dtype]

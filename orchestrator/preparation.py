@@ -57,7 +57,12 @@ class Prepared:
 
 
 def prepare(
-    cluster: Cluster, job: Job, plan: Plan | None = None, *, progress: Progress | None = None, use_cache: bool = True
+    cluster: Cluster,
+    job: Job,
+    plan: Plan | None = None,
+    *,
+    progress: Progress | None = None,
+    use_cache: bool = True,
 ) -> Prepared:
     """Make the Program of `job` on all chips of `cluster`. Raises PlanError, ModelError or CaptureError."""
     progress = progress or Quiet()
@@ -143,7 +148,9 @@ def optimizer_factory(job: Job) -> Callable[..., "object"]:
     try:
         factory = getattr(import_module(module), name)
     except (ImportError, AttributeError) as error:
-        raise PlanError(f"there is no {name} in {module}", "optimizer.name", "write pkg.module:factory") from error
+        raise PlanError(
+            f"there is no {name} in {module}", "optimizer.name", "write pkg.module:factory"
+        ) from error
     try:
         require_elementwise(factory)
     except OptimizerError as error:
@@ -165,7 +172,9 @@ def _content(job: Job, plan: Plan) -> dict[str, object]:
 
 
 def _num_params(job: Job, progress: Progress, cacheable: bool) -> int:
-    key = program_cache.key_of({"params": job.model, "args": {k: repr(v) for k, v in sorted(job.model_args.items())}})
+    key = program_cache.key_of(
+        {"params": job.model, "args": {k: repr(v) for k, v in sorted(job.model_args.items())}}
+    )
     known = program_cache.load_number(key) if cacheable else None
     if known is not None:
         return known
@@ -199,7 +208,9 @@ def _make(job: Job, plan: Plan, progress: Progress) -> Program:
         with progress.phase("capture"):
             graph = capture(model, job, plan)
     except ModelCannotBeCaptured as error:
-        raise CaptureError(error.problem, error.where or job.model, error.hint or "simplify the model") from error
+        raise CaptureError(
+            error.problem, error.where or job.model, error.hint or "simplify the model"
+        ) from error
     try:
         with progress.phase("partition"):
             return lower_graph(graph, job, plan)

@@ -62,12 +62,23 @@ def trace_module(
 
     def forward(*flat: torch.Tensor) -> torch.Tensor:
         named = dict(zip(values, flat, strict=True))
-        groups = {space: {k[len(space) + 1 :]: v for k, v in named.items() if k.startswith(space + ":")} for space in NAMESPACES}
-        output = functional_call(module, groups["params"] | groups["buffers"], args=(), kwargs=groups["batch"])
+        groups = {
+            space: {k[len(space) + 1 :]: v for k, v in named.items() if k.startswith(space + ":")}
+            for space in NAMESPACES
+        }
+        output = functional_call(
+            module, groups["params"] | groups["buffers"], args=(), kwargs=groups["batch"]
+        )
         return scalar_loss(loss_fn(output, **groups["batch"]) if loss_fn else output)
 
     with _recording(module, calls), torch.enable_grad(), _explaining(module):
-        traced = make_fx(forward, pre_dispatch=True, tracing_mode="real", _allow_non_fake_inputs=True, _error_on_data_dependent_ops=False)(*values.values())
+        traced = make_fx(
+            forward,
+            pre_dispatch=True,
+            tracing_mode="real",
+            _allow_non_fake_inputs=True,
+            _error_on_data_dependent_ops=False,
+        )(*values.values())
     for index, node in enumerate(traced.graph.nodes):
         node.meta["index"] = index
     placeholders = [node.name for node in traced.graph.nodes if node.op == "placeholder"]
@@ -106,7 +117,9 @@ def _refuse_unsupported(module: nn.Module) -> None:
     for name, child in module.named_modules():
         where = f"{name or type(module).__name__} ({type(child).__name__})"
         if isinstance(child, nn.modules.dropout._DropoutNd) and child.p > 0 and module.training:
-            raise CaptureError("dropout is active", where=where, hint="set its probability to 0 (or call model.eval())")
+            raise CaptureError(
+                "dropout is active", where=where, hint="set its probability to 0 (or call model.eval())"
+            )
         tracks = isinstance(child, nn.modules.batchnorm._NormBase) and child.track_running_stats
         if tracks and module.training:
             raise CaptureError(
@@ -121,7 +134,9 @@ def _fake_inputs(module: nn.Module, batch: Mapping[str, torch.Tensor]) -> dict[s
     sources |= {f"buffers:{name}": value for name, value in module.named_buffers()}
     sources |= {f"batch:{name}": value for name, value in batch.items()}
     with FakeTensorMode(allow_non_fake_inputs=True):
-        return {name: torch.empty(value.shape, dtype=value.dtype, device="cpu") for name, value in sources.items()}
+        return {
+            name: torch.empty(value.shape, dtype=value.dtype, device="cpu") for name, value in sources.items()
+        }
 
 
 def _containers(module: nn.Module) -> frozenset[str]:
@@ -226,7 +241,9 @@ def _is_idle_dropout(node: torch.fx.Node) -> bool:
 def _drop_autocast(node: torch.fx.Node) -> None:
     is_enter = "enter" in str(node.target)
     if is_enter and len(node.args) > 2 and node.args[2]:
-        raise CaptureError("the model enables autocast itself", where=node.name, hint="set the job's dtype instead")
+        raise CaptureError(
+            "the model enables autocast itself", where=node.name, hint="set the job's dtype instead"
+        )
     if is_enter:
         for user in list(node.users):
             user.graph.erase_node(user)

@@ -66,7 +66,10 @@ def _attention_flops(name: str, args: Any) -> int:
 def _is_causal(name: str, args: Any) -> bool:
     if name == "scaled_dot_product_attention":
         return len(args) > 5 and bool(args[5])
-    position = {"_scaled_dot_product_flash_attention_for_cpu": 4, "_scaled_dot_product_flash_attention_for_cpu_backward": 7}
+    position = {
+        "_scaled_dot_product_flash_attention_for_cpu": 4,
+        "_scaled_dot_product_flash_attention_for_cpu_backward": 7,
+    }
     index = position.get(name, 4)
     return len(args) > index and args[index] is True
 
@@ -75,7 +78,9 @@ def op_bytes(node: Node) -> tuple[int, int]:
     """(bytes read, bytes written)."""
     if node.op != "call_function" or op_name(node.target) in VIEWS:
         return 0, 0
-    reads = sum(t.numel() * t.element_size() for n in node.all_input_nodes for t in _tensors(n.meta.get("val")))
+    reads = sum(
+        t.numel() * t.element_size() for n in node.all_input_nodes for t in _tensors(n.meta.get("val"))
+    )
     writes = sum(t.numel() * t.element_size() for t in _tensors(node.meta.get("val")))
     name = op_name(node.target)
     if name == "embedding":  # reads only the looked-up rows

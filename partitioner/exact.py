@@ -18,7 +18,11 @@ class ExactFloat64(TorchFunctionMode):
     """Keeps float64 values wide through explicit casts."""
 
     def __torch_function__(
-        self, func: Callable[..., Any], types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         named = dict(kwargs or {})
         if args and isinstance(args[0], torch.Tensor) and args[0].dtype is torch.float64:

@@ -84,7 +84,9 @@ def _declare(role: RoleBuilder, name: str, members: list[Param], shards: int, st
     offset = 0
     for p in members:
         shards_of = ((p.dim, "tp"),) if p.dim is not None else ()
-        role.tensor(p.name, TensorKind.PARAM, p.spec, shards=shards_of, base=flat, offset=offset, source=p.name)
+        role.tensor(
+            p.name, TensorKind.PARAM, p.spec, shards=shards_of, base=flat, offset=offset, source=p.name
+        )
         if not frozen:
             spec = TensorSpec(p.spec.shape, wide)
             role.tensor(f"{p.name}.grad", TensorKind.GRAD, spec, base=grad, offset=offset, source=p.name)
@@ -95,11 +97,17 @@ def _declare(role: RoleBuilder, name: str, members: list[Param], shards: int, st
         if shards > 1:
             grad_shard = role.tensor(f"{name}.grad_shard", TensorKind.GRAD, mine)
             param_shard = role.tensor(
-                f"{name}.param_shard", TensorKind.FLAT, TensorSpec(mine.shape, dtype), shards=((0, "dp"),), base=flat
+                f"{name}.param_shard",
+                TensorKind.FLAT,
+                TensorSpec(mine.shape, dtype),
+                shards=((0, "dp"),),
+                base=flat,
             )
         update = param_shard
         if wide != dtype:
-            update = role.tensor(f"{name}.master", TensorKind.MASTER, mine, source=role.tensors[param_shard].name)
+            update = role.tensor(
+                f"{name}.master", TensorKind.MASTER, mine, source=role.tensors[param_shard].name
+            )
         if states:
             role.tensor(f"{name}.states", TensorKind.STATE, TensorSpec((states, *mine.shape), wide))
     return FlatGroup(

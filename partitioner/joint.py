@@ -72,7 +72,11 @@ def param_dims(template: Template) -> tuple[int | None, ...]:
 
 
 def trace_joint(
-    template: Template, dims: Sequence[int | None], mesh: DeviceMesh | None, frozen: Sequence[bool], first: bool
+    template: Template,
+    dims: Sequence[int | None],
+    mesh: DeviceMesh | None,
+    frozen: Sequence[bool],
+    first: bool,
 ) -> Joint:
     """Trace one template; `dims[i]` is where tp cuts parameter i, `first`: no gradient for the activations."""
     tp = mesh.size() if mesh else 1
@@ -80,7 +84,10 @@ def trace_joint(
         locals_ = [_local(spec, _dim(dims, i), tp) for i, spec in enumerate(template.inputs)]
         coordinate = torch.zeros((), dtype=torch.int64)
         differentiable = [i for i, spec in enumerate(template.outputs) if spec.dtype.startswith(("f", "bf"))]
-        tangents = [torch.empty(template.outputs[i].shape, dtype=TORCH[template.outputs[i].dtype]) for i in differentiable]
+        tangents = [
+            torch.empty(template.outputs[i].shape, dtype=TORCH[template.outputs[i].dtype])
+            for i in differentiable
+        ]
     wanted = _wanted(template, frozen, first)
 
     def joint(*flat: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -90,14 +97,20 @@ def trace_joint(
         with torch.enable_grad(), sharded_ops.coordinate_slices(coordinate):
             outputs = _forward(template, inputs, dims, mesh, coordinate)
             sources = [inputs[i] for i in wanted]
-            with_grad = [(outputs[i], seed) for i, seed in zip(differentiable, seeds, strict=True) if outputs[i].requires_grad]
+            with_grad = [
+                (outputs[i], seed)
+                for i, seed in zip(differentiable, seeds, strict=True)
+                if outputs[i].requires_grad
+            ]
             grads = torch.autograd.grad(
                 [o for o, _ in with_grad], sources, [s for _, s in with_grad], allow_unused=True
             )
         return (*(o.detach() for o in outputs), *grads)
 
     with _explained(tp):
-        traced = make_fx(joint, tracing_mode="real", _allow_non_fake_inputs=True)(*locals_, coordinate, *tangents)
+        traced = make_fx(joint, tracing_mode="real", _allow_non_fake_inputs=True)(
+            *locals_, coordinate, *tangents
+        )
     return Joint(traced.graph, len(locals_), len(template.outputs), tuple(differentiable), tuple(wanted))
 
 
@@ -145,7 +158,9 @@ def _forward(
     if mesh is None:
         return list(interpreter.run(*inputs))
     placed = [
-        DTensor.from_local(x, mesh, [Replicate() if _dim(dims, i) is None else Shard(_dim(dims, i))], run_check=False)  # type: ignore[arg-type]
+        DTensor.from_local(
+            x, mesh, [Replicate() if _dim(dims, i) is None else Shard(_dim(dims, i))], run_check=False
+        )  # type: ignore[arg-type]
         for i, x in enumerate(inputs)
     ]
     return [o.redistribute(placements=[Replicate()]).to_local() for o in interpreter.run(*placed)]
@@ -154,7 +169,9 @@ def _forward(
 class _Sharded(torch.fx.Interpreter):
     """Runs a unit's graph; replaces what must not depend on the chip's own coordinate."""
 
-    def __init__(self, module: torch.fx.GraphModule, mesh: DeviceMesh | None, coordinate: torch.Tensor) -> None:
+    def __init__(
+        self, module: torch.fx.GraphModule, mesh: DeviceMesh | None, coordinate: torch.Tensor
+    ) -> None:
         super().__init__(module, garbage_collect_values=False)
         self.mesh, self.coordinate = mesh, coordinate
         self.entered: dict[int, torch.Tensor] = {}
@@ -173,7 +190,11 @@ class _Sharded(torch.fx.Interpreter):
         if self.mesh is None or node.target not in SPLITTING_VIEWS or not isinstance(source, DTensor):
             return
         last = source.dim() - 1
-        splits = isinstance(result, torch.Tensor) and result.dim() > source.dim() and result.shape[:last] == source.shape[:last]
+        splits = (
+            isinstance(result, torch.Tensor)
+            and result.dim() > source.dim()
+            and result.shape[:last] == source.shape[:last]
+        )
         if is_cut(source, last) and splits and result.shape[last] % self.mesh.size():
             raise CaptureError(
                 f"{result.shape[last]} heads do not divide by tp {self.mesh.size()}", where=str(node.target),
@@ -199,4 +220,3 @@ class _Sharded(torch.fx.Interpreter):
 
 def _whole(value: DTensor) -> torch.Tensor:
     return value.redistribute(placements=[Replicate()]).to_local()
-

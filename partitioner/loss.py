@@ -20,7 +20,13 @@ ELEMENTWISE = {
     aten.mse_loss.default: 2, aten.l1_loss.default: 2, aten.smooth_l1_loss.default: 2, aten.huber_loss.default: 2,
     aten.binary_cross_entropy.default: 3, aten.binary_cross_entropy_with_logits.default: 4,
 }  # fmt: skip
-TRANSPARENT = {aten.reshape.default, aten.view.default, aten.clone.default, aten.alias.default, aten.detach.default}
+TRANSPARENT = {
+    aten.reshape.default,
+    aten.view.default,
+    aten.clone.default,
+    aten.alias.default,
+    aten.detach.default,
+}
 
 
 def rewrite(graph: torch.fx.Graph, num_samples: int) -> tuple[Node, Node, str]:
@@ -30,7 +36,11 @@ def rewrite(graph: torch.fx.Graph, num_samples: int) -> tuple[Node, Node, str]:
     assert isinstance(loss, Node)
     core = _core(loss)
     with graph.inserting_before(output):
-        if core.target is aten.cross_entropy_loss.default and _reduction(core, 3) == MEAN and len(core.args) < 6:
+        if (
+            core.target is aten.cross_entropy_loss.default
+            and _reduction(core, 3) == MEAN
+            and len(core.args) < 6
+        ):
             total, count, rule = *_cross_entropy(graph, core), "sum over valid targets"
         elif core.target in ELEMENTWISE and _reduction(core, ELEMENTWISE[core.target]) == MEAN:
             total, count, rule = *_elementwise(graph, core), "sum over elements"
@@ -70,11 +80,15 @@ def _with(node: Node, position: int, defaults: tuple[object, ...]) -> tuple[obje
 
 def _cross_entropy(graph: torch.fx.Graph, core: Node) -> tuple[Node, Node]:
     if core.args[2:3] and core.args[2] is not None:
-        raise CaptureError("class weights in cross entropy are not supported", where=core.name, hint="drop `weight=`")
+        raise CaptureError(
+            "class weights in cross entropy are not supported", where=core.name, hint="drop `weight=`"
+        )
     target = core.args[1]
     assert isinstance(target, Node)
     if target.meta["val"].dtype.is_floating_point:
-        raise CaptureError("class probabilities as targets are not supported", where=core.name, hint="use class indices")
+        raise CaptureError(
+            "class probabilities as targets are not supported", where=core.name, hint="use class indices"
+        )
     ignore_index = core.args[4] if len(core.args) > 4 else core.kwargs.get("ignore_index", -100)
     total = _call(graph, aten.cross_entropy_loss.default, *_with(core, 3, (None, None, None, MEAN)))
     valid = _call(graph, aten.ne.Scalar, target, ignore_index)

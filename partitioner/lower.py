@@ -42,7 +42,9 @@ class StepShape:
     undecayed: frozenset[str] | None = None
 
 
-def lower(graph: Graph, plan: Plan, shape: StepShape, progress: Callable[[str], None] = lambda _: None) -> Program:
+def lower(
+    graph: Graph, plan: Plan, shape: StepShape, progress: Callable[[str], None] = lambda _: None
+) -> Program:
     """Make the Program of one training step (and of evaluation). Raises PartitionError or CaptureError."""
     undecayed = shape.undecayed
     if undecayed is None:
@@ -56,9 +58,13 @@ def lower(graph: Graph, plan: Plan, shape: StepShape, progress: Callable[[str], 
         )  # fmt: skip
     traced = _trace_templates(graph, plan, progress)
     stage_of = [stage for stage, size in enumerate(sizes) for _ in range(size)]
-    context = StageContext(graph, plan, traced, tuple(stage_of), _param_dims(graph, plan), _nominal_count(graph, shape))
+    context = StageContext(
+        graph, plan, traced, tuple(stage_of), _param_dims(graph, plan), _nominal_count(graph, shape)
+    )
     pool = SegmentPool()
-    roles = tuple(_role(context, stage, pool, replace(shape, undecayed=undecayed)) for stage in range(plan.pp))
+    roles = tuple(
+        _role(context, stage, pool, replace(shape, undecayed=undecayed)) for stage in range(plan.pp)
+    )
     flops = BACKWARD_FLOPS * sum(graph.templates[u.template].flops for u in graph.units)
     meta: dict[str, str | int | float] = {
         "model": shape.model, "dtype": shape.dtype, "plan": str(plan), "samples": shape.samples,
@@ -95,7 +101,9 @@ def _param_dims(graph: Graph, plan: Plan) -> Mapping[str, int | None]:
     return dims
 
 
-def _trace_templates(graph: Graph, plan: Plan, progress: Callable[[str], None]) -> Mapping[tuple[int, bool], TracedUnit]:
+def _trace_templates(
+    graph: Graph, plan: Plan, progress: Callable[[str], None]
+) -> Mapping[tuple[int, bool], TracedUnit]:
     """Trace every (template, is it first) once."""
     dims = _param_dims(graph, plan)
     traced: dict[tuple[int, bool], TracedUnit] = {}
@@ -106,7 +114,9 @@ def _trace_templates(graph: Graph, plan: Plan, progress: Callable[[str], None]) 
                 progress(f"tracing {unit.name}")
                 template = graph.templates[unit.template]
                 frozen = [name in graph.frozen for name in unit.params]
-                joint = trace_joint(template, [dims[name] for name in unit.params], mesh, frozen, first=key[1])
+                joint = trace_joint(
+                    template, [dims[name] for name in unit.params], mesh, frozen, first=key[1]
+                )
                 traced[key] = split_joint(joint)
     return traced
 
@@ -191,4 +201,3 @@ def _schedules(role: RoleBuilder, plan: Plan) -> tuple[tuple[str, tuple[Call, ..
     evaluate.append(Call("report", CALLED_ONCE))
     start = (Call("constants", CALLED_ONCE),) if "constants" in bodies else ()
     return (("start", start), ("step", step), ("evaluate", tuple(evaluate)))
-

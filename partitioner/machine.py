@@ -153,7 +153,9 @@ class Machine:
 
     def _written(self, post: Post) -> list[tuple[int, int]]:
         ins = post.instruction
-        tensors = ins.writes if isinstance(ins, Collective) else (ins.tensor,) if isinstance(ins, Recv) else ()
+        tensors = (
+            ins.writes if isinstance(ins, Collective) else (ins.tensor,) if isinstance(ins, Recv) else ()
+        )
         return [self._instance(t, post.microbatch) for t in tensors]
 
     def _key(self, instruction: Send | Recv | Collective) -> Key:

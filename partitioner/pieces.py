@@ -101,7 +101,10 @@ def split_joint(joint: Joint) -> TracedUnit:
         forward=forward_pieces,
         backward=backward_pieces,
         outputs=tuple(numbering.slots[o] for o in outputs),
-        grads=tuple((i, numbering.slots[g] if isinstance(g, Node) else None) for i, g in zip(joint.wanted, grads, strict=True)),
+        grads=tuple(
+            (i, numbering.slots[g] if isinstance(g, Node) else None)
+            for i, g in zip(joint.wanted, grads, strict=True)
+        ),
     )
 
 
@@ -128,7 +131,9 @@ def _clean(graph: torch.fx.Graph) -> None:
         name = op_name(node.target)
         if name == "getitem":  # stays with its producer, so that no tuple crosses a segment's border
             source.append(node)
-        same_shape = name in ("view", "_unsafe_view", "expand") and node.meta["val"].shape == source.meta["val"].shape
+        same_shape = (
+            name in ("view", "_unsafe_view", "expand") and node.meta["val"].shape == source.meta["val"].shape
+        )
         if name in ("detach", "alias") or same_shape:
             node.replace_all_uses_with(source)
     graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
@@ -139,9 +144,13 @@ def _inline_scalar(node: Node) -> None:
     owner = node.graph.owning_module
     literal = getattr(owner, str(node.target), None) if owner is not None else None
     if not isinstance(literal, torch.Tensor) or literal.numel() != 1 or not isinstance(value, torch.Tensor):
-        raise CaptureError("a tensor is created inside a traced block", where=str(node.target), hint="make it a buffer")
+        raise CaptureError(
+            "a tensor is created inside a traced block", where=str(node.target), hint="make it a buffer"
+        )
     with node.graph.inserting_before(node):
-        made = node.graph.call_function(aten.full.default, (list(literal.shape), literal.item()), {"dtype": literal.dtype})
+        made = node.graph.call_function(
+            aten.full.default, (list(literal.shape), literal.item()), {"dtype": literal.dtype}
+        )
     made.meta = dict(node.meta)
     node.replace_all_uses_with(made)
 
@@ -163,7 +172,9 @@ def _backward_nodes(grads: Sequence[Node], forward: set[Node]) -> set[Node]:
     stack = list(grads)
     while stack:
         node = stack.pop()
-        remade = node not in forward or (is_view(node.target) and op_name(node.target) not in ("wait_tensor", "getitem"))
+        remade = node not in forward or (
+            is_view(node.target) and op_name(node.target) not in ("wait_tensor", "getitem")
+        )
         if node not in found and node.op == "call_function" and remade:
             found.add(node)
             stack.extend(node.all_input_nodes)
@@ -194,7 +205,9 @@ def _pieces(nodes: Sequence[Node], needed_later: set[Node], slots: _Slots) -> tu
         if run and _is_collective(run[0]):
             pieces.append(_collective(run[0], slots))
         elif run:
-            later = needed_later | {_source(n) for other in runs[index + 1 :] for node in other for n in node.all_input_nodes}
+            later = needed_later | {
+                _source(n) for other in runs[index + 1 :] for node in other for n in node.all_input_nodes
+            }
             pieces.append(_segment(run, later, slots))
     return tuple(pieces)
 
@@ -208,7 +221,9 @@ def _source(node: Node) -> Node:
 
 def _collective(node: Node, slots: _Slots) -> CollectivePiece:
     op = COLLECTIVES[op_name(node.target)]
-    reduction = next((REDUCTIONS[a] for a in node.args[1:] if isinstance(a, str) and a in REDUCTIONS), Reduction.NONE)
+    reduction = next(
+        (REDUCTIONS[a] for a in node.args[1:] if isinstance(a, str) and a in REDUCTIONS), Reduction.NONE
+    )
     source = node.args[0]
     assert isinstance(source, Node)
     write = slots.of(node)

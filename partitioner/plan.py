@@ -43,7 +43,9 @@ class Plan:
     def __post_init__(self) -> None:
         for name in ("dp", "tp", "pp", "microbatches"):
             if getattr(self, name) < 1:
-                raise PartitionError(f"{name} is {getattr(self, name)}", where="plan", hint=f"{name} must be at least 1")
+                raise PartitionError(
+                    f"{name} is {getattr(self, name)}", where="plan", hint=f"{name} must be at least 1"
+                )
         if self.zero not in (0, 1):
             raise PartitionError(f"zero is {self.zero}", where="plan", hint="zero must be 0 or 1")
         if self.stages and len(self.stages) != self.pp:
@@ -65,7 +67,9 @@ class Plan:
 def plan_to_yaml(plan: Plan) -> str:
     """The plan as an editable file."""
     fields = asdict(plan) | {"schedule": str(plan.schedule), "stages": list(plan.stages)}
-    return yaml.safe_dump({"kind": "plan", "version": VERSION} | fields, sort_keys=False, default_flow_style=None)
+    return yaml.safe_dump(
+        {"kind": "plan", "version": VERSION} | fields, sort_keys=False, default_flow_style=None
+    )
 
 
 def plan_from_yaml(text: str, where: str = "plan") -> Plan:
@@ -75,10 +79,14 @@ def plan_from_yaml(text: str, where: str = "plan") -> Plan:
     except yaml.YAMLError as error:
         raise PartitionError(f"not YAML: {error}", where=where, hint="see the plan.yaml of a run") from error
     if not isinstance(raw, dict) or raw.pop("kind", None) != "plan" or raw.pop("version", None) != VERSION:
-        raise PartitionError("not a plan file", where=where, hint=f"it starts with kind: plan and version: {VERSION}")
+        raise PartitionError(
+            "not a plan file", where=where, hint=f"it starts with kind: plan and version: {VERSION}"
+        )
     unknown = sorted(set(raw) - set(Plan.__slots__))
     if unknown:
-        raise PartitionError(f"unknown key {unknown[0]!r}", where=where, hint=f"known keys: {', '.join(Plan.__slots__)}")
+        raise PartitionError(
+            f"unknown key {unknown[0]!r}", where=where, hint=f"known keys: {', '.join(Plan.__slots__)}"
+        )
     try:
         raw["schedule"] = Schedule(raw.get("schedule", Schedule.ONE_F_ONE_B))
         raw["stages"] = tuple(int(n) for n in raw.get("stages", ()))

@@ -70,12 +70,24 @@ class RoleBuilder:
     ) -> None:
         self.emit(body, Collective(0, op, reduction, group, 0, (read,), (write,)))
 
-    def pieces(self, body: str, name: str, pieces: Sequence[Piece], slots: dict[int, int], specs: Sequence[TensorSpec], prefix: str) -> None:
+    def pieces(
+        self,
+        body: str,
+        name: str,
+        pieces: Sequence[Piece],
+        slots: dict[int, int],
+        specs: Sequence[TensorSpec],
+        prefix: str,
+    ) -> None:
         """Emit a unit's pieces; `slots` maps its slots to tensors and gains those the pieces make."""
         for piece in pieces:
             if isinstance(piece, CollectivePiece):
-                slots[piece.write] = self.tensor(f"{prefix}.{piece.write}", TensorKind.ACTIVATION, specs[piece.write])
-                self.collective(body, piece.op, piece.reduction, Group(("tp",)), slots[piece.read], slots[piece.write])
+                slots[piece.write] = self.tensor(
+                    f"{prefix}.{piece.write}", TensorKind.ACTIVATION, specs[piece.write]
+                )
+                self.collective(
+                    body, piece.op, piece.reduction, Group(("tp",)), slots[piece.read], slots[piece.write]
+                )
                 self.wait(body, slots[piece.write])
                 continue
             assert isinstance(piece, SegmentPiece)

@@ -39,7 +39,11 @@ def vocab_embedding(weight: DTensor, ids: torch.Tensor, coordinate: torch.Tensor
 
 def is_cut(value: object, dim: int) -> bool:
     """True for a DTensor cut along `dim`."""
-    return isinstance(value, DTensor) and isinstance(value.placements[0], Shard) and value.placements[0].dim == dim
+    return (
+        isinstance(value, DTensor)
+        and isinstance(value.placements[0], Shard)
+        and value.placements[0].dim == dim
+    )
 
 
 def cut_matmul(target: object, args: Sequence[Any], entered: dict[int, torch.Tensor]) -> DTensor | None:
@@ -120,7 +124,12 @@ def vocab_cross_entropy(
 class _VocabCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, logits: torch.Tensor, target: torch.Tensor, coordinate: torch.Tensor, ignore: int, mesh: DeviceMesh
+        ctx: Any,
+        logits: torch.Tensor,
+        target: torch.Tensor,
+        coordinate: torch.Tensor,
+        ignore: int,
+        mesh: DeviceMesh,
     ) -> torch.Tensor:
         width = logits.shape[-1]
         shifted = logits - all_reduce(logits.amax(-1), "max", mesh).unsqueeze(-1)
@@ -146,7 +155,9 @@ def coordinate_slices(coordinate: torch.Tensor) -> Iterator[None]:
     """While tracing, a replicated tensor becomes a shard through `shard_slice`, not at a constant offset."""
     original = Shard._replicate_to_shard
 
-    def replicate_to_shard(self: Shard, local: torch.Tensor, mesh: DeviceMesh, mesh_dim: int, _: object) -> torch.Tensor:
+    def replicate_to_shard(
+        self: Shard, local: torch.Tensor, mesh: DeviceMesh, mesh_dim: int, _: object
+    ) -> torch.Tensor:
         return torch.ops.orchestrate.shard_slice(local, self.dim, coordinate, mesh.size(mesh_dim=mesh_dim))
 
     Shard._replicate_to_shard = replicate_to_shard  # type: ignore[method-assign,assignment]
@@ -176,6 +187,7 @@ def register_attention_rules() -> None:
     """Teach DTensor the CPU flash attention operators (idempotent)."""
     forward = aten._scaled_dot_product_flash_attention_for_cpu.default
     backward = aten._scaled_dot_product_flash_attention_for_cpu_backward.default
-    register_sharding(forward)(lambda q, k, v, *rest, **named: _attention_rule(q, k, v, *rest, *named.values()))
+    register_sharding(forward)(
+        lambda q, k, v, *rest, **named: _attention_rule(q, k, v, *rest, *named.values())
+    )
     register_sharding(backward)(lambda *args, **named: _attention_backward_rule(*args, *named.values()))
-

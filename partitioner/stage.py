@@ -36,7 +36,9 @@ class StageContext:
         return next(self.stage_of[i] for i, unit in enumerate(self.graph.units) if value in unit.outputs)
 
     def consumers(self, value: str) -> list[int]:
-        return sorted({self.stage_of[i] for i, unit in enumerate(self.graph.units) if value in unit.activations})
+        return sorted(
+            {self.stage_of[i] for i, unit in enumerate(self.graph.units) if value in unit.activations}
+        )
 
 
 @dataclass
@@ -96,13 +98,22 @@ class _Stage:
         if any(graph.loss in graph.units[i].outputs for i in self.units):
             needed.add(graph.count)
         inputs = _Side(graph.inputs, [v for v in graph.inputs.outputs if v in needed])
-        constants = _Side(graph.constants, [v for v in graph.constants.outputs if v in needed | set(inputs.reads)])
-        for side, body, kind in ((constants, "constants", TensorKind.CONSTANT), (inputs, "forward", TensorKind.ACTIVATION)):
+        constants = _Side(
+            graph.constants, [v for v in graph.constants.outputs if v in needed | set(inputs.reads)]
+        )
+        for side, body, kind in (
+            (constants, "constants", TensorKind.CONSTANT),
+            (inputs, "forward", TensorKind.ACTIVATION),
+        ):
             for name in side.reads:
                 self._declare_source(name)
             if side.ops:
-                writes = [self.values.setdefault(n, self.role.tensor(n, kind, graph.specs[n])) for n in side.made]
-                segment = self.role.pool.add(body, [graph.specs[n] for n in side.reads], side.ops, side.outputs)
+                writes = [
+                    self.values.setdefault(n, self.role.tensor(n, kind, graph.specs[n])) for n in side.made
+                ]
+                segment = self.role.pool.add(
+                    body, [graph.specs[n] for n in side.reads], side.ops, side.outputs
+                )
                 self.role.compute(body, segment, [self.values[n] for n in side.reads], writes)
 
     def _declare_source(self, name: str) -> None:
@@ -136,7 +147,9 @@ class _Stage:
     def _accumulate_loss(self) -> None:
         role = self.role
         sums = tuple(role.tensor(f"step.{name}", TensorKind.SCALAR, SCALAR) for name in ("loss", "count"))
-        role.emit("forward", Accumulate(0, (self.values[self.graph.loss], self.values[self.graph.count]), sums))
+        role.emit(
+            "forward", Accumulate(0, (self.values[self.graph.loss], self.values[self.graph.count]), sums)
+        )
         self.finished.losses = (sums[0], sums[1])
 
     def backward(self) -> None:
@@ -198,7 +211,9 @@ class _Stage:
             name, filler = f"zero.{spec}", "0.0"
         if name not in role.by_name:
             seed = role.tensor(name, TensorKind.CONSTANT, spec)
-            code = f"aten.full.default({list(spec.shape)!r}, {filler}, dtype=dtype.{spec.dtype}, device=device)"
+            code = (
+                f"aten.full.default({list(spec.shape)!r}, {filler}, dtype=dtype.{spec.dtype}, device=device)"
+            )
             role.simple("constants", "fill", code, [], seed)
         return role.by_name[name]
 
@@ -234,5 +249,3 @@ class _Side:
         self.ops: tuple[Op, ...] = tuple(make_op(n, number) for n in calls)
         self.made: tuple[str, ...] = tuple(made)
         self.outputs: tuple[int, ...] = tuple(number[results[v]] for v in made)
-
-

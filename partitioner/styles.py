@@ -43,7 +43,9 @@ def param_styles(
         if weight is None or weight not in params:
             continue
         name = names[list(params).index(weight)]
-        style = _planned(name, plan) or (ROW if _upstream_is_column(node, colours, inside, is_model) else COLUMN)
+        style = _planned(name, plan) or (
+            ROW if _upstream_is_column(node, colours, inside, is_model) else COLUMN
+        )
         colours[node] = style
         found.setdefault(weight, style)
         bias = _bias(node)
@@ -98,7 +100,9 @@ def _known(style: str) -> str | None:
     return {"vocab": VOCAB, "fused_qkv": COLUMN, "replicate": REPLICATE, "replicated": REPLICATE}.get(style)
 
 
-def _upstream_is_column(node: Node, colours: Mapping[Node, str], inside: set[Node], is_model: NodeTest) -> bool:
+def _upstream_is_column(
+    node: Node, colours: Mapping[Node, str], inside: set[Node], is_model: NodeTest
+) -> bool:
     """True when every path back from `node` meets a column-wise weight before it leaves the unit."""
     first = node.args[1 if node.target is aten.addmm.default else 0]
     stack, seen, columns = [first] if isinstance(first, Node) else [], set(), 0

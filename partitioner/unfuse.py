@@ -71,7 +71,12 @@ def _split_of(node: Node) -> Node | None:
 
 
 def _take_apart(
-    node: Node, split: Node, parts: list[Node], params: dict[Node, int], inputs: list[TensorSpec], styles: list[str]
+    node: Node,
+    split: Node,
+    parts: list[Node],
+    params: dict[Node, int],
+    inputs: list[TensorSpec],
+    styles: list[str],
 ) -> bool:
     """Replace `node` and `split` by one matmul per part; False if the pattern does not hold."""
     weight_at, bias_at = MATMULS[node.target]  # type: ignore[index]
@@ -81,7 +86,12 @@ def _take_apart(
     widths = {int(v.shape[-1]) for v in split.meta["val"]}
     count = len(split.meta["val"])
     is_last = split.args[2] in (-1, split.args[0].meta["val"].dim() - 1) if len(split.args) > 2 else False  # type: ignore[union-attr]
-    if any(p not in params or len(p.users) != 1 for p in fused) or len(widths) != 1 or not is_last or count < 2:  # type: ignore[union-attr]
+    if (
+        any(p not in params or len(p.users) != 1 for p in fused)
+        or len(widths) != 1
+        or not is_last
+        or count < 2
+    ):  # type: ignore[union-attr]
         return False
     out_dims = {weight: 0 if node.target is aten.linear.default else 1, bias: 0}
     for param in fused:
@@ -97,7 +107,9 @@ def _view_param(
 ) -> None:
     """Declare the parameter as [.., count, width, ..]."""
     shape = inputs[index].shape
-    inputs[index] = TensorSpec((*shape[:dim], count, shape[dim] // count, *shape[dim + 1 :]), inputs[index].dtype)
+    inputs[index] = TensorSpec(
+        (*shape[:dim], count, shape[dim] // count, *shape[dim + 1 :]), inputs[index].dtype
+    )
     styles[index] = FUSED
     with param.meta["val"].fake_mode:
         param.meta["val"] = param.meta["val"].view(inputs[index].shape)

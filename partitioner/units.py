@@ -37,7 +37,9 @@ def build_graph(captured: Captured, *, num_samples: int, min_units: int = 1) -> 
     if len(pieces) < min_units:
         pieces = _pieces(captured, levels, _top_level_borders(captured.calls))
     if levels[total] is not Level.MODEL:
-        raise CaptureError("the loss depends on no parameter", where=total.name, hint="check what the model returns")
+        raise CaptureError(
+            "the loss depends on no parameter", where=total.name, hint="check what the model returns"
+        )
     builder = _Builder(captured, levels, pieces, (total, count))
     return builder.build()
 
@@ -61,7 +63,9 @@ def _refuse_random(node: Node) -> None:
     is_attention = "scaled_dot_product" in str(target)
     if is_attention and (len(node.args) < 5 or node.args[4] == 0.0):
         return
-    raise CaptureError(f"random operator {target}", where=node.name, hint="switch dropout off (p = 0 or model.eval())")
+    raise CaptureError(
+        f"random operator {target}", where=node.name, hint="switch dropout off (p = 0 or model.eval())"
+    )
 
 
 def _borders(calls: Sequence[ModuleCall], candidates: frozenset[str]) -> list[int]:
@@ -87,7 +91,9 @@ def _pieces(captured: Captured, levels: Mapping[Node, Level], borders: list[int]
             pieces.setdefault(sum(edge <= index for edge in borders), []).append(node)
     merged: list[list[Node]] = []
     for _, nodes in sorted(pieces.items()):
-        has_params = any(n.op == "placeholder" for node in nodes for n in node.all_input_nodes if levels[n] is Level.MODEL)
+        has_params = any(
+            n.op == "placeholder" for node in nodes for n in node.all_input_nodes if levels[n] is Level.MODEL
+        )
         if merged and not has_params:
             merged[-1].extend(nodes)
         else:
@@ -114,13 +120,21 @@ class _Builder:
         inputs = self._side(Level.BATCH, [n for n in self.free_values if self._is(n, Level.BATCH)])
         names = self.captured.names
         used = {name for unit in units for name in unit.params}
-        params = tuple(n.split(":", 1)[1] for n in names.values() if n.startswith("params:") and n.split(":", 1)[1] in used)
+        params = tuple(
+            n.split(":", 1)[1]
+            for n in names.values()
+            if n.startswith("params:") and n.split(":", 1)[1] in used
+        )
         return Graph(
             units=units,
             templates=tuple(self.templates),
             constants=constants,
             inputs=inputs,
-            specs={self._name(n): spec_of(n.meta["val"]) for n in self.levels if isinstance(n.meta.get("val"), torch.Tensor)},
+            specs={
+                self._name(n): spec_of(n.meta["val"])
+                for n in self.levels
+                if isinstance(n.meta.get("val"), torch.Tensor)
+            },
             params=params,
             frozen=self.captured.frozen,
             batch=tuple(n.split(":", 1)[1] for n in names.values() if n.startswith("batch:")),
@@ -144,7 +158,9 @@ class _Builder:
         frees = [n for n in outer if not self._is(n, Level.MODEL)]
         activations = [n for n in outer if n not in params and n not in frees]
         self.free_values |= dict.fromkeys(frees)
-        outputs = [n for n in nodes if n in self.ends or any(u not in inside and u.op != "output" for u in n.users)]
+        outputs = [
+            n for n in nodes if n in self.ends or any(u not in inside and u.op != "output" for u in n.users)
+        ]
         names = tuple(self._name(n) for n in params)
         styles = param_styles(
             names, params, inside, self.captured.tp_plan,
@@ -202,7 +218,12 @@ class _Builder:
         nodes = self._closure(outputs, level)
         inside = set(nodes)
         feeds = [*nodes, *(n for n in outputs if n not in inside)]
-        outer = dict.fromkeys(n for node in feeds for n in ([node] if node not in inside else node.all_input_nodes) if n not in inside)
+        outer = dict.fromkeys(
+            n
+            for node in feeds
+            for n in ([node] if node not in inside else node.all_input_nodes)
+            if n not in inside
+        )
         return Side(
             graph=_extract(self.captured, nodes, list(outer), outputs),
             inputs=tuple(self._name(n) for n in outer),
@@ -239,7 +260,9 @@ def _structure(nodes: list[Node], inputs: list[Node], outputs: list[Node]) -> ob
     return tuple(lines), specs, tuple(number[n] for n in outputs)
 
 
-def _extract(captured: Captured, nodes: list[Node], inputs: list[Node], outputs: list[Node]) -> torch.fx.GraphModule:
+def _extract(
+    captured: Captured, nodes: list[Node], inputs: list[Node], outputs: list[Node]
+) -> torch.fx.GraphModule:
     """Copy `nodes` into a graph of their own with `inputs` as placeholders."""
     graph = torch.fx.Graph()
     copies: dict[Node, Node] = {}

@@ -30,7 +30,11 @@ def reduce_gradients(role: RoleBuilder, body: str, group: FlatGroup, plan: Plan)
 
 
 def emit_update(
-    role: RoleBuilder, groups: Sequence[FlatGroup], plan: Plan, losses: tuple[int, int] | None, started: set[int]
+    role: RoleBuilder,
+    groups: Sequence[FlatGroup],
+    plan: Plan,
+    losses: tuple[int, int] | None,
+    started: set[int],
 ) -> None:
     """The `update` body; groups in `started` (by index) are already being reduced."""
     body = "update"
@@ -53,7 +57,11 @@ def emit_update(
 
 
 def emit_stats(
-    role: RoleBuilder, body: str, squares: Sequence[tuple[int, float]], losses: tuple[int, int] | None, plan: Plan
+    role: RoleBuilder,
+    body: str,
+    squares: Sequence[tuple[int, float]],
+    losses: tuple[int, int] | None,
+    plan: Plan,
 ) -> int:
     """Sum (gradient square, loss, count) over all chips; returns the tensor."""
     total = _weighted_sum(role, body, f"{body}.square", squares)
@@ -61,8 +69,10 @@ def emit_stats(
     loss, count = losses or (zero, zero)
     mine = role.tensor(f"{body}.local_stats", TensorKind.SCALAR, STATS)
     stats = role.tensor(f"{body}.stats", TensorKind.SCALAR, STATS)
-    once = [_weighted_sum(role, body, f"{body}.{name}", [(tensor, 1.0 / plan.tp)]) for name, tensor in
-            (("loss", loss), ("count", count))]  # every chip of a tp group holds the same loss
+    once = [
+        _weighted_sum(role, body, f"{body}.{name}", [(tensor, 1.0 / plan.tp)])
+        for name, tensor in (("loss", loss), ("count", count))
+    ]  # every chip of a tp group holds the same loss
     role.simple(body, "stack", "aten.stack.default([v0, v1, v2])", [total, *once], mine)
     role.collective(body, CollectiveOp.ALL_REDUCE, Reduction.SUM, ALL, mine, stats)
     role.wait(body, stats)

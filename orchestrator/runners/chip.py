@@ -102,7 +102,9 @@ class Chip:
         if tensor.kind is TensorKind.COORDINATE:
             axis = tensor.source.split(":")[1]
             return torch.tensor(self.coordinates[axis], dtype=dtype, device=device)
-        return torch.zeros(tensor.spec.shape, dtype=dtype, device=device) if tensor.kind in ZERO_FILLED else None
+        return (
+            torch.zeros(tensor.spec.shape, dtype=dtype, device=device) if tensor.kind in ZERO_FILLED else None
+        )
 
     def load(self, values: Callable[[str], torch.Tensor]) -> None:
         """Fill parameters and buffers: `values("params:w")` or `values("buffer:b")` is the whole tensor."""
@@ -216,7 +218,9 @@ class Chip:
         for source, target in zip(instruction.reads, instruction.writes, strict=True):
             value = self.read(source, microbatch)
             if self.fixed[target] is None:
-                self.fixed[target] = torch.zeros((), dtype=TORCH[self.tensors[target].spec.dtype], device=self.settings.device)
+                self.fixed[target] = torch.zeros(
+                    (), dtype=TORCH[self.tensors[target].spec.dtype], device=self.settings.device
+                )
             into = later if target in self.touched else first
             self.touched.add(target)
             into[0].append(self._fixed(target))

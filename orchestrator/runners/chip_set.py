@@ -103,7 +103,10 @@ class ChipSet:
         return self._outcome(STATS.get(schedule))
 
     def _run_workers(self, work: _Work) -> None:
-        helpers = [threading.Thread(target=self._helper, args=(work,), daemon=True) for _ in range(self.num_workers - 1)]
+        helpers = [
+            threading.Thread(target=self._helper, args=(work,), daemon=True)
+            for _ in range(self.num_workers - 1)
+        ]
         for helper in helpers:
             helper.start()
         self._worker(work)
@@ -157,7 +160,10 @@ class ChipSet:
             if index in work.running:  # its worker moves the machine without the lock
                 lines.append(f"chip {index} ({machine.role.name}) is running")
             elif not machine.done:
-                missing = (f"{k.kind} {k.chips} #{k.number}, missing {self._missing(k)}" for k in machine.blocked_on())
+                missing = (
+                    f"{k.kind} {k.chips} #{k.number}, missing {self._missing(k)}"
+                    for k in machine.blocked_on()
+                )
                 lines.append(f"{machine.position()} waits for {'; '.join(missing) or 'nothing'}")
         return "\n".join(lines)
 
@@ -215,7 +221,9 @@ class ChipSet:
             for index in local:
                 chip, post = self.chips[index], posts[index]
                 if chip.marks is not None:
-                    chip.marks.append(Mark(index, post.call, post.microbatch, post.instruction.id, marks_start, end))
+                    chip.marks.append(
+                        Mark(index, post.call, post.microbatch, post.instruction.id, marks_start, end)
+                    )
                 work.arrived[index].append(key)
                 if index not in work.running and index not in work.ready:
                     work.ready.append(index)

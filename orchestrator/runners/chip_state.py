@@ -18,7 +18,9 @@ def saved_state(chip: Chip) -> dict[str, torch.Tensor]:
     """The tensors this chip is responsible for, by name; empty if another replica saves them all."""
     state: dict[str, torch.Tensor] = {}
     if chip.coordinates["dp"] == 0:
-        state |= {t.name: _value(chip, t.id) for t in chip.tensors if t.kind is TensorKind.FLAT and t.base is None}
+        state |= {
+            t.name: _value(chip, t.id) for t in chip.tensors if t.kind is TensorKind.FLAT and t.base is None
+        }
     if chip.coordinates["dp"] == 0 or chip.program.facts["zero"]:
         state |= {t.name: _value(chip, t.id) for t in chip.tensors if t.kind is TensorKind.MASTER}
         for param, optimizer in chip.optimizers.items():
@@ -55,7 +57,9 @@ def full_parameters(program: Program, state_of: Callable[[int], State]) -> dict[
                 chip = program.chip_at({"pp": role.stage, "dp": 0, "tp": tp})
                 flat = state_of(chip)[base]
                 pieces.append(flat.narrow(0, tensor.offset, tensor.spec.numel).view(tensor.spec.shape))
-            found[tensor.source] = torch.cat(pieces, tensor.shards[0][0]) if tensor.shards else pieces[0].clone()
+            found[tensor.source] = (
+                torch.cat(pieces, tensor.shards[0][0]) if tensor.shards else pieces[0].clone()
+            )
     return found
 
 

@@ -42,7 +42,9 @@ class Meeting:
 class Meetings:
     """All open meetings of a process. Not thread-safe by itself: the caller holds the lock of `ChipSet`."""
 
-    def __init__(self, chips: dict[int, Chip], actor_of: Sequence[int], actor: int, mail: Mail | None) -> None:
+    def __init__(
+        self, chips: dict[int, Chip], actor_of: Sequence[int], actor: int, mail: Mail | None
+    ) -> None:
         self.chips, self.actor_of, self.actor, self.mail = chips, actor_of, actor, mail
         self.open: dict[Key, Meeting] = {}
 
@@ -99,7 +101,9 @@ class Meetings:
             if target in meeting.posts:
                 receive = meeting.posts[target]
                 assert isinstance(receive.instruction, Recv)
-                self.chips[target].write(receive.instruction.tensor, receive.microbatch, meeting.values[source])
+                self.chips[target].write(
+                    receive.instruction.tensor, receive.microbatch, meeting.values[source]
+                )
         else:
             self._combine(key, meeting)
         return list(meeting.posts)
@@ -115,7 +119,11 @@ class Meetings:
         if first.op is CollectiveOp.ALL_GATHER:
             self._gather(meeting, key, parts)
             return
-        result = parts[0] if first.op is CollectiveOp.BROADCAST else self._reduce(first.reduction, parts, meeting, key)
+        result = (
+            parts[0]
+            if first.op is CollectiveOp.BROADCAST
+            else self._reduce(first.reduction, parts, meeting, key)
+        )
         for chip in targets:
             self._put(chip, meeting.posts[chip], result)
 
@@ -123,7 +131,9 @@ class Meetings:
         assert isinstance(post.instruction, Collective)
         self.chips[chip].write(post.instruction.writes[0], post.microbatch, value)
 
-    def _reduce(self, reduction: Reduction, parts: list[torch.Tensor], meeting: Meeting, key: Key) -> torch.Tensor:
+    def _reduce(
+        self, reduction: Reduction, parts: list[torch.Tensor], meeting: Meeting, key: Key
+    ) -> torch.Tensor:
         """Combine in chip order; in place in the first chip's own buffer where that is also its result."""
         post = meeting.posts.get(key.chips[0])
         in_place = (

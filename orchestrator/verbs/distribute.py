@@ -56,7 +56,11 @@ class DistributedStep:
         outcome = executor.step(float(self.optimizer.param_groups[0]["lr"]), split_batch(batch, self.plan))
         assert outcome.stats is not None
         if not outcome.stats.is_finite:
-            raise RunError("the loss or a gradient is not finite; the step was skipped", "step", "lower the learning rate")
+            raise RunError(
+                "the loss or a gradient is not finite; the step was skipped",
+                "step",
+                "lower the learning rate",
+            )
         return outcome.stats.loss
 
     def evaluate(self, batch: Mapping[str, torch.Tensor]) -> float:
@@ -80,7 +84,9 @@ class DistributedStep:
 
     def _start(self, batch: Mapping[str, torch.Tensor]) -> InlineExecutor:
         samples = _num_samples(batch)
-        plan = self.plan or split_chips(self.cluster, samples, sum(p.numel() for p in self.model.parameters()))
+        plan = self.plan or split_chips(
+            self.cluster, samples, sum(p.numel() for p in self.model.parameters())
+        )
         if samples % (plan.dp * plan.microbatches):
             raise PlanError(f"a batch of {samples} does not split into dp {plan.dp} x {plan.microbatches} microbatches",
                             "batch", f"use a multiple of {plan.dp * plan.microbatches}")  # fmt: skip
@@ -104,8 +110,13 @@ class DistributedStep:
         graph = build_graph(captured, num_samples=size, min_units=plan.pp)
         dtype = SHORT[next(self.model.parameters()).dtype]
         states = states_per_element(_factory(self.optimizer))
-        tokens = max(value.shape[1] if value.dim() > 1 and not value.is_floating_point() else 1 for value in batch.values())
-        shape = StepShape(samples, tokens, type(self.model).__name__, dtype, states, _undecayed(self.model, self.optimizer))
+        tokens = max(
+            value.shape[1] if value.dim() > 1 and not value.is_floating_point() else 1
+            for value in batch.values()
+        )
+        shape = StepShape(
+            samples, tokens, type(self.model).__name__, dtype, states, _undecayed(self.model, self.optimizer)
+        )
         program = lower(graph, plan, shape)
         require_valid(program)
         self._values = {f"params:{k}": v.detach() for k, v in self.model.named_parameters()}
@@ -126,17 +137,23 @@ def distribute(
     try:
         require_elementwise(_factory(optimizer))
     except OptimizerError as error:
-        raise PlanError(str(error), type(optimizer).__name__, "use an elementwise optimizer (AdamW, SGD, Lion, ...)") from error
+        raise PlanError(
+            str(error), type(optimizer).__name__, "use an elementwise optimizer (AdamW, SGD, Lion, ...)"
+        ) from error
     found = cluster if isinstance(cluster, Cluster) else load_cluster(cluster_path(str(cluster)))
     return DistributedStep(model, optimizer, found.take(chips), plan, loss_fn, clip_norm)
 
 
 def _num_samples(batch: Mapping[str, torch.Tensor]) -> int:
     if not isinstance(batch, Mapping) or not batch:
-        raise PlanError("the batch is not a mapping of tensors", "step(batch)", "pass {name: tensor}, as model(**batch)")
+        raise PlanError(
+            "the batch is not a mapping of tensors", "step(batch)", "pass {name: tensor}, as model(**batch)"
+        )
     sizes = {name: value.shape[0] for name, value in batch.items()}
     if len(set(sizes.values())) != 1:
-        raise PlanError(f"batch entries differ in their first dim: {sizes}", "step(batch)", "make it the sample dim")
+        raise PlanError(
+            f"batch entries differ in their first dim: {sizes}", "step(batch)", "make it the sample dim"
+        )
     return next(iter(sizes.values()))
 
 
@@ -153,8 +170,16 @@ def _undecayed(model: nn.Module, optimizer: torch.optim.Optimizer) -> frozenset[
     usual = optimizer.defaults.get("weight_decay", 0.0)
     undecayed: set[str] = set()
     for group in optimizer.param_groups:
-        other = [k for k, v in group.items() if k in optimizer.defaults and k not in ("lr", "weight_decay") and v != optimizer.defaults[k]]
-        if other or group.get("weight_decay", usual) not in (0.0, usual) or group["lr"] != optimizer.param_groups[0]["lr"]:
+        other = [
+            k
+            for k, v in group.items()
+            if k in optimizer.defaults and k not in ("lr", "weight_decay") and v != optimizer.defaults[k]
+        ]
+        if (
+            other
+            or group.get("weight_decay", usual) not in (0.0, usual)
+            or group["lr"] != optimizer.param_groups[0]["lr"]
+        ):
             raise PlanError(f"parameter groups differ in {', '.join(other) or 'lr or weight_decay'}", type(optimizer).__name__,
                             "groups may only switch weight decay off")  # fmt: skip
         if group.get("weight_decay", usual) == 0.0:

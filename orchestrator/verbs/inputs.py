@@ -43,7 +43,9 @@ def resolve(options: Options) -> Inputs:
     """Read the files that the options name. Raises ConfigError, ClusterError or PlanError."""
     document = read_yaml(options.cluster or cluster_path(DEFAULT_CLUSTER))
     cluster = cluster_from(document).take(options.chips)
-    shortcuts = [f"{key}={value}" for name, key in SHORTCUTS.items() if (value := getattr(options, name)) is not None]
+    shortcuts = [
+        f"{key}={value}" for name, key in SHORTCUTS.items() if (value := getattr(options, name)) is not None
+    ]
     job = load_job(options.job, (*shortcuts, *options.overrides))
     return Inputs(cluster, job, read_plan(options.plan), document.root)
 

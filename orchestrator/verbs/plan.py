@@ -54,7 +54,11 @@ def document(prepared: Prepared, result: SimulationResult) -> dict[str, object]:
     """As JSON values."""
     program = prepared.program
     stages = [
-        {"stage": r.stage, "parameter_bytes_per_chip": parameter_bytes(r), "flops_per_chip": step_flops(program, r)}
+        {
+            "stage": r.stage,
+            "parameter_bytes_per_chip": parameter_bytes(r),
+            "flops_per_chip": step_flops(program, r),
+        }
         for r in program.roles
     ]
     plan = prepared.plan
@@ -70,7 +74,12 @@ def document(prepared: Prepared, result: SimulationResult) -> dict[str, object]:
 def stage_table(program: Program) -> Table:
     """What each stage holds and does."""
     rows = tuple(
-        (f"stage {r.stage}", size, wording.scaled(parameter_bytes(r), "B"), wording.scaled(step_flops(program, r), "FLOP"))
+        (
+            f"stage {r.stage}",
+            size,
+            wording.scaled(parameter_bytes(r), "B"),
+            wording.scaled(step_flops(program, r), "FLOP"),
+        )
         for r, size in zip(program.roles, str(program.facts["stages"]).split("+"), strict=True)
     )
     title = f"{program.facts['model']}: {program.facts['plan']} on {program.num_chips} chips"

@@ -102,7 +102,9 @@ def _inputs(options: Options) -> tuple[Inputs, RunDir]:
              if getattr(options, name) is not None]  # fmt: skip
     if given or options.overrides:
         flag = f"--{given[0].replace('_', '-')}" if given else "--set"
-        raise ConfigError(f"{flag} cannot change a run that is resumed", "--resume", "leave it out, or start a new run")
+        raise ConfigError(
+            f"{flag} cannot change a run that is resumed", "--resume", "leave it out, or start a new run"
+        )
     folder = run_dir.resume(options.resume)
     return from_config(folder.read_config(), read_plan(folder.plan), str(folder.config)), folder
 
@@ -212,7 +214,10 @@ def _facts(training: Training, predicted: SimulationResult, baselines: Mapping[s
     rows = [
         ("model", f"{prepared.job.model}, {scaled(float(program.facts['params']), '')} parameters"),
         ("plan", f"{prepared.plan} on {cluster.num_chips} {chip}{cluster.chip(0).name}"),
-        ("data", f"{data.name}: {scaled(len(data.train), 'B')} to train on, {scaled(len(data.validation), 'B')} held out"),
+        (
+            "data",
+            f"{data.name}: {scaled(len(data.train), 'B')} to train on, {scaled(len(data.validation), 'B')} held out",
+        ),
         ("predicted step on these chips", f"{seconds(predicted.step_time_s)} (fidelity folded)"),
         *((f"validation loss of a {name}", f"{loss:.3f} nats/byte") for name, loss in baselines.items()),
         ("run directory", str(training.run_dir.root)),
@@ -227,7 +232,9 @@ def _write_results(
     folder, program = training.run_dir, training.prepared.program
     records = metrics.read_metrics(folder.metrics)
     curve = [(int(str(r["step"])), float(str(r["loss"]))) for r in records if r.get("loss") is not None]
-    points = [(int(str(r["step"])), float(str(r["val_loss"]))) for r in records if r.get("val_loss") is not None]
+    points = [
+        (int(str(r["step"])), float(str(r["val_loss"]))) for r in records if r.get("val_loss") is not None
+    ]
     if curve:
         curves = LossCurves(train=curve, validation=points, baselines=baselines, unit="nats per byte")
         write_whole(folder.loss_plot, loss_png(curves))
@@ -250,4 +257,3 @@ def _rows(result: TrainResult) -> list[tuple[str, str]]:
         ("predicted step on the chips", seconds(result.predicted_step_time_s)),
         ("run directory", str(result.run_dir)),
     ]
-

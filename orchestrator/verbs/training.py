@@ -63,7 +63,9 @@ class Training:
     prediction: Prediction
     clock: Callable[[], float]
 
-    def run(self, progress: Progress, show: Callable[[StepLine], None], is_stopping: Callable[[], bool]) -> None:
+    def run(
+        self, progress: Progress, show: Callable[[StepLine], None], is_stopping: Callable[[], bool]
+    ) -> None:
         """Train from `progress.step` to the job's last step, or to the step at whose end `is_stopping()`; then save."""
         job = self.prepared.job
         with MetricsWriter(self.run_dir.metrics) as metrics:
@@ -123,7 +125,9 @@ class Training:
             total, count = total + stats.loss_sum, count + stats.count
         return total / count
 
-    def _line(self, progress: Progress, stats: StepStatistics, seconds: float, validation: float | None) -> StepLine:
+    def _line(
+        self, progress: Progress, stats: StepStatistics, seconds: float, validation: float | None
+    ) -> StepLine:
         job, prediction = self.prepared.job, self.prediction
         tokens = job.global_batch * job.seq
         cost = prediction.cost_usd_per_step
@@ -166,7 +170,12 @@ class Training:
             raise RunError("there is no complete checkpoint", str(self.run_dir.root), "start a new run")
         manifest = found.checkpoint.manifest
         if manifest.extra.get("data") != self.data.digest:
-            raise RunError("the data is not what the run was trained on", self.data.name, "give the same data")
-        shards = {int(name.rsplit("-", 1)[1]): tensors for name, tensors in checkpoint.load(found.checkpoint).items()}
+            raise RunError(
+                "the data is not what the run was trained on", self.data.name, "give the same data"
+            )
+        shards = {
+            int(name.rsplit("-", 1)[1]): tensors
+            for name, tensors in checkpoint.load(found.checkpoint).items()
+        }
         self.executor.restore({chip: shards.get(chip, {}) for chip in range(self.prepared.program.num_chips)})
         return Progress(step=manifest.step)

@@ -38,7 +38,9 @@ LOSS_FLOOR = 1e-6
 STEPS = 10
 NOISE_FACTOR = 10.0  # in the job's dtype, differences up to so many times the noise of re-ordering are noise
 NUM_REORDERED = 2
-REPLICATED = 0.95  # a plan that uses this share of what full replication over tp would is one that cuts nothing
+REPLICATED = (
+    0.95  # a plan that uses this share of what full replication over tp would is one that cuts nothing
+)
 DIFFERS = 5  # exit code
 
 
@@ -96,7 +98,9 @@ def main(options: Options, console: Console) -> int:
     return 0 if result.equal else DIFFERS
 
 
-def verify(cluster: Cluster, job: Job, plan: Plan | None = None, *, progress: Shown | None = None) -> VerifyResult:
+def verify(
+    cluster: Cluster, job: Job, plan: Plan | None = None, *, progress: Shown | None = None
+) -> VerifyResult:
     """Compare `STEPS` steps of the plan with one chip. Raises UserError if there is nothing to compare."""
     shown = progress or Quiet()
     exact = replace(job, dtype=Dtype.FP64)
@@ -123,7 +127,9 @@ def verify(cluster: Cluster, job: Job, plan: Plan | None = None, *, progress: Sh
 
 def _within(own: Errors, noise: Errors) -> bool:
     limit = NOISE_FACTOR
-    return own.loss <= limit * noise.loss and own.grad <= limit * noise.grad and own.param <= limit * noise.param
+    return (
+        own.loss <= limit * noise.loss and own.grad <= limit * noise.grad and own.param <= limit * noise.param
+    )
 
 
 def _proof(prepared: Prepared) -> tuple[Errors, str | None]:
@@ -148,7 +154,9 @@ def _own_dtype(cluster: Cluster, job: Job, plan: Plan) -> tuple[Errors, Errors]:
     noises = []
     for number in range(NUM_REORDERED):
         order = torch.randperm(job.global_batch, generator=torch.Generator().manual_seed(number))
-        noises.append(compare(reference_run(build_model(job, "cpu"), job, batches, order), plain, OWN_GRAD_FLOOR))
+        noises.append(
+            compare(reference_run(build_model(job, "cpu"), job, batches, order), plain, OWN_GRAD_FLOOR)
+        )
     floor = torch.finfo(torch.bfloat16 if job.dtype is Dtype.BF16 else torch.float32).eps
     largest = Errors(*(max(floor, *(getattr(n, key) for n in noises)) for key in ("loss", "grad", "param")))
     return compare(planned, plain, OWN_GRAD_FLOOR), largest
@@ -190,10 +198,19 @@ def _table(result: VerifyResult) -> Table:
          f"{result.errors.loss:.1e}, {result.errors.grad:.1e}, {result.errors.param:.1e} (limit {TOLERANCE:.0e})"),
     ]  # fmt: skip
     if result.own is not None and result.noise is not None:
-        rows.append(("job's dtype: the same", f"{result.own.loss:.1e}, {result.own.grad:.1e}, {result.own.param:.1e}"))
-        rows.append(("noise of re-ordering", f"{result.noise.loss:.1e}, {result.noise.grad:.1e}, {result.noise.param:.1e}"))
+        rows.append(
+            ("job's dtype: the same", f"{result.own.loss:.1e}, {result.own.grad:.1e}, {result.own.param:.1e}")
+        )
+        rows.append(
+            (
+                "noise of re-ordering",
+                f"{result.noise.loss:.1e}, {result.noise.grad:.1e}, {result.noise.param:.1e}",
+            )
+        )
     rows.append(("first difference", result.first_difference or "none"))
-    for stage, (nbytes, flops) in enumerate(zip(result.parameter_bytes_per_chip, result.flops_per_chip, strict=True)):
+    for stage, (nbytes, flops) in enumerate(
+        zip(result.parameter_bytes_per_chip, result.flops_per_chip, strict=True)
+    ):
         held = f"{wording.scaled(nbytes, 'B')} of {wording.scaled(result.one_chip_parameter_bytes, 'B')} parameters"
         work = f"{wording.scaled(flops, 'FLOP')} of {wording.scaled(result.one_chip_flops, 'FLOP')} per step"
         rows.append((f"each chip of stage {stage}", f"{held}, {work}"))

@@ -45,7 +45,10 @@ def make_batches(model: BuiltModel, job: Job, steps: int) -> list[dict[str, torc
     generator = torch.Generator().manual_seed(job.seed)
     batches = []
     for _ in range(steps):
-        batch = {k: _random_like(v, model, generator) for k, v in model.example_batch(job.global_batch, job.seq).items()}
+        batch = {
+            k: _random_like(v, model, generator)
+            for k, v in model.example_batch(job.global_batch, job.seq).items()
+        }
         if model.vocab_size is not None and "labels" in batch:
             ignored = torch.rand(batch["labels"].shape, generator=generator) < IGNORED_SHARE
             batch["labels"] = batch["labels"].masked_fill(ignored, IGNORED_LABEL)
@@ -66,7 +69,10 @@ def reference_run(
     """Train the module itself; `order` permutes the samples of every batch. The module's parameters change."""
     module, make = model.module, optimizer_factory(job)
     trained = [p for p in module.parameters() if p.requires_grad]
-    optimizers = [make([p for p in trained if p.dim() >= 2]), make([p for p in trained if p.dim() < 2] or [torch.zeros(1, requires_grad=True)])]
+    optimizers = [
+        make([p for p in trained if p.dim() >= 2]),
+        make([p for p in trained if p.dim() < 2] or [torch.zeros(1, requires_grad=True)]),
+    ]
     for group in optimizers[1].param_groups:
         group["weight_decay"] = 0.0
     losses, gradients = [], {}
@@ -122,14 +128,21 @@ def whole_tensors(program: Program, chips: ChipSet, kind: TensorKind) -> dict[st
     found: dict[str, torch.Tensor] = {}
     for role in program.roles:
         for tensor in role.tensors:
-            if tensor.kind is not kind or not tensor.source or tensor.base is None or tensor.shards == ((0, "dp"),):
+            if (
+                tensor.kind is not kind
+                or not tensor.source
+                or tensor.base is None
+                or tensor.shards == ((0, "dp"),)
+            ):
                 continue
             param = next(t for t in role.tensors if t.kind is TensorKind.PARAM and t.source == tensor.source)
             pieces = []
             for tp in range(program.size("tp") if param.shards else 1):
                 flat = _flat(program, chips, role.tensors[tensor.base].name, {"pp": role.stage, "tp": tp})
                 pieces.append(flat.narrow(0, tensor.offset, tensor.spec.numel).view(tensor.spec.shape))
-            found[tensor.source] = torch.cat(pieces, param.shards[0][0]) if param.shards else pieces[0].clone()
+            found[tensor.source] = (
+                torch.cat(pieces, param.shards[0][0]) if param.shards else pieces[0].clone()
+            )
     return found
 
 
@@ -139,7 +152,9 @@ def _flat(program: Program, chips: ChipSet, name: str, at: dict[str, int]) -> to
     shard = name.replace(".grads", ".grad_shard")
     if shard == name or not any(t.name == shard for t in first.tensors):
         return _named(first, name)
-    return torch.cat([_named(chips.chips[program.chip_at(at | {"dp": dp})], shard) for dp in range(program.size("dp"))])
+    return torch.cat(
+        [_named(chips.chips[program.chip_at(at | {"dp": dp})], shard) for dp in range(program.size("dp"))]
+    )
 
 
 def _named(chip: Chip, name: str) -> torch.Tensor:
@@ -163,7 +178,9 @@ class Found:
         return f"{where} ({self.name}): off by {self.error:.1e}"
 
 
-def first_difference(prepared: Prepared, values: Tensors, batch: Tensors, tolerance: float, lr: float) -> str | None:
+def first_difference(
+    prepared: Prepared, values: Tensors, batch: Tensors, tolerance: float, lr: float
+) -> str | None:
     """The first instruction whose result is wrong, or None.
 
     Every segment is run again operator by operator on the same operands (finds a wrong kernel); if all agree, every
@@ -172,7 +189,13 @@ def first_difference(prepared: Prepared, values: Tensors, batch: Tensors, tolera
     wrong: list[Found] = []
     seen: dict[tuple[int, int, str], tuple[Found, torch.Tensor]] = {}
 
-    def watch(chip: Chip, ins: Compute, microbatch: int, operands: Sequence[torch.Tensor], results: Sequence[torch.Tensor]) -> None:
+    def watch(
+        chip: Chip,
+        ins: Compute,
+        microbatch: int,
+        operands: Sequence[torch.Tensor],
+        results: Sequence[torch.Tensor],
+    ) -> None:
         segment = chip.program.segments[ins.segment]
         ops = [OpCode(op.code, len(op.outs), op.is_tuple) for op in segment.ops]
         expected = interpret_segment(ops, segment.outputs, chip.settings.device, operands)
@@ -183,7 +206,15 @@ def first_difference(prepared: Prepared, values: Tensors, batch: Tensors, tolera
     _observe(prepared, values, batch, lr, watch, seen)
     if wrong:
         return str(wrong[0])
-    one = replace(prepared.plan, dp=1, tp=1, pp=1, zero=0, stages=(), microbatches=prepared.plan.dp * prepared.plan.microbatches)
+    one = replace(
+        prepared.plan,
+        dp=1,
+        tp=1,
+        pp=1,
+        zero=0,
+        stages=(),
+        microbatches=prepared.plan.dp * prepared.plan.microbatches,
+    )
     alone: dict[tuple[int, int, str], tuple[Found, torch.Tensor]] = {}
     _observe(_on_one_chip(prepared, one), values, batch, lr, None, alone)
     known = {(microbatch, source): value for (_, microbatch, source), (_, value) in alone.items()}
@@ -205,14 +236,23 @@ def _observe(
     """Run one step, calling `watch` on every Compute and keeping every unit's results in `seen`."""
     chips = chips_of(prepared, values)
 
-    def observer(chip: Chip, ins: Compute, microbatch: int, operands: Sequence[torch.Tensor], results: Sequence[torch.Tensor]) -> None:
+    def observer(
+        chip: Chip,
+        ins: Compute,
+        microbatch: int,
+        operands: Sequence[torch.Tensor],
+        results: Sequence[torch.Tensor],
+    ) -> None:
         if watch is not None:
             watch(chip, ins, microbatch, operands, results)
         for tensor, value in zip(ins.writes, results, strict=True):
             source = chip.tensors[tensor].source
             if source.startswith(("value:", "grad:")) and chip.coordinates["tp"] == 0:
                 name = chip.program.segments[ins.segment].name
-                seen[chip.coordinates["dp"], microbatch, source] = (Found(chip.index, microbatch, ins.id, name, 0.0), value.clone())
+                seen[chip.coordinates["dp"], microbatch, source] = (
+                    Found(chip.index, microbatch, ins.id, name, 0.0),
+                    value.clone(),
+                )
 
     for chip in chips.chips.values():
         chip.observer = observer

@@ -1,0 +1,104 @@
+"""Tokens/s of 8 simulated chips (dp2 tp2 pp2) over a plain PyTorch loop: one process, same global batch, same cores.
+
+Steps of all contestants alternate in one run, so that a busy machine slows all alike; the figure is the median of the
+step-by-step ratios.   python benchmarks/throughput.py [--rounds 7] [--no-ray]
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+
+import torch
+from harness import median, report, seconds_of
+
+from orchestrator.batches import split_batch
+from orchestrator.cluster_file import load_cluster
+from orchestrator.console import Console
+from orchestrator.job_file import load_job
+from orchestrator.preparation import Prepared, build_model, prepare
+from orchestrator.runners.executing import Executor
+from orchestrator.runners.starting import InlineLaunch
+from orchestrator.shipped import cluster_path
+
+JOB = (
+    "model=builtin:gpt-10m",
+    "seq=256",
+    "global_batch=32",
+    "microbatches=4",
+    "plan.dp=2",
+    "plan.tp=2",
+    "plan.pp=2",
+)
+LR = 1e-3
+
+
+def main() -> None:
+    """Measure and report."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--no-ray", action="store_true")
+    options = parser.parse_args()
+    cluster = load_cluster(cluster_path("laptop"))
+    prepared = prepare(cluster, load_job(None, JOB))
+    batch = random_batch(prepared)
+    executors: dict[str, Executor] = {"inline": InlineLaunch(cluster).connect(prepared, Console())}
+    if not options.no_ray:
+        from orchestrator.runners.on_ray import RayLaunch
+
+        executors["ray, 2 actors"] = RayLaunch(cluster).connect(prepared, Console())
+    contestants: dict[str, Callable[[], object]] = {"plain PyTorch": plain_loop(prepared, batch)}
+    for name, executor in executors.items():
+        contestants[name] = stepper(executor, prepared, batch)
+    times: dict[str, list[float]] = {name: [] for name in contestants}
+    for step in contestants.values():
+        step()  # warm up
+    for _ in range(options.rounds):
+        for name, step in contestants.items():
+            times[name].append(seconds_of(step))
+    for executor in executors.values():
+        executor.close()
+    tokens = prepared.job.global_batch * prepared.job.seq
+    rows = []
+    for name, seconds in times.items():
+        ratios = [plain / own for plain, own in zip(times["plain PyTorch"], seconds, strict=True)]
+        rows.append({"runner": name, "tokens_per_s": tokens / median(seconds), "over_plain": median(ratios),
+                     "worst_round": min(ratios), "best_round": max(ratios), "rounds": len(seconds)})  # fmt: skip
+    report("throughput", rows)
+
+
+def random_batch(prepared: Prepared) -> dict[str, torch.Tensor]:
+    """A global batch of random bytes."""
+    job = prepared.job
+    generator = torch.Generator().manual_seed(0)
+    shape = (job.global_batch, job.seq)
+    return {name: torch.randint(0, 256, shape, generator=generator) for name in ("input_ids", "labels")}
+
+
+def plain_loop(prepared: Prepared, batch: dict[str, torch.Tensor]) -> Callable[[], object]:
+    """The usual training step on all cores."""
+    module = build_model(prepared.job, "cpu").module
+    optimizer = torch.optim.AdamW(module.parameters(), lr=LR, fused=True)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        module(**batch).backward()
+        torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+        optimizer.step()
+
+    return step
+
+
+def stepper(executor: Executor, prepared: Prepared, batch: dict[str, torch.Tensor]) -> Callable[[], object]:
+    """One step of an executor that has the model's parameters."""
+    module = build_model(prepared.job, "cpu").module
+    values = {f"params:{k}": v.detach() for k, v in module.named_parameters()}
+    values |= {f"buffer:{k}": v for k, v in module.named_buffers()}
+    executor.load(values.__getitem__)
+    batches = split_batch(batch, prepared.plan)
+    return lambda: executor.step(LR, batches)
+
+
+if __name__ == "__main__":
+    start = time.perf_counter()
+    main()
+    print(f"took {time.perf_counter() - start:.0f} s")
