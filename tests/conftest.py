@@ -1,0 +1,107 @@
+"""What every package's tests share: tiny models, Programs made from them, a cache folder of our own, one thread."""
+
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+TINY: Mapping[str, object] = {"layers": 2, "width": 32, "heads": 4, "vocab": 64, "max_seq": 16}
+SEQ = 16
+BATCH = 8
+
+
+@pytest.fixture(scope="session", autouse=True)
+def private_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Programs made here are kept for this run only, never in the user's cache."""
+    from orchestrator import program_cache
+
+    folder = tmp_path_factory.mktemp("programs")
+    functions = (
+        program_cache.load_program, program_cache.store_program, program_cache.load_number, program_cache.store_number,
+    )  # fmt: skip
+    before = [f.__defaults__ for f in functions]
+    for function in functions:
+        function.__defaults__ = (folder,)
+    yield folder
+    for function, defaults in zip(functions, before, strict=True):
+        function.__defaults__ = defaults
+
+
+@pytest.fixture(scope="session")
+def one_thread() -> Iterator[None]:
+    """Tiny tensors gain nothing from threads, and lose much on a busy machine."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(one_thread: None) -> Callable[..., Any]:
+    """A BuiltModel: the two-layer GPT of a given dtype, device and options."""
+    import torch
+
+    from orchestrator.models import build
+
+    def make(device: str = "meta", dtype: Any = torch.float32, name: str = "builtin:gpt-nano", **options: object) -> Any:
+        args = {**TINY, **options} if name.startswith("builtin:") else options
+        return build(name, args, device=device, dtype=dtype, seed=0)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_graph(tiny_model: Callable[..., Any]) -> Callable[..., Any]:
+    """The captured graph of the two-layer GPT for `samples` samples."""
+    from partitioner.capture import trace_module
+    from partitioner.units import build_graph
+
+    @functools.cache
+    def make(samples: int = 2, min_units: int = 1, **options: Any) -> Any:
+        model = tiny_model(**options)
+        captured = trace_module(model.module, model.example_batch(samples, SEQ), None, model.tp_plan)
+        return build_graph(captured, num_samples=samples, min_units=min_units)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_program(tiny_graph: Callable[..., Any]) -> Callable[..., Any]:
+    """The Program of the two-layer GPT for a plan; microbatches of two samples."""
+    from partitioner.lower import StepShape, lower
+    from partitioner.plan import Plan
+
+    @functools.cache
+    def make(options: tuple[tuple[str, Any], ...] = (), **degrees: Any) -> Any:
+        plan = Plan(**degrees)
+        graph = tiny_graph(2, plan.pp, **dict(options))
+        dtype = str(next(iter(graph.specs.values())).dtype)
+        return lower(graph, plan, StepShape(2 * plan.dp * plan.microbatches, SEQ, "tiny", dtype, 2))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_job() -> Callable[..., Any]:
+    """A Job for the two-layer GPT; further `key=value` overrides follow."""
+    from orchestrator.job_file import load_job
+
+    def make(*overrides: str) -> Any:
+        args = "{" + ", ".join(f"{k}: {v}" for k, v in TINY.items()) + "}"
+        base = [f"model_args={args}", "model=builtin:gpt-nano", f"seq={SEQ}", f"global_batch={BATCH}", "steps=4"]
+        return load_job(None, (*base, *overrides))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def laptop() -> Any:
+    """The shipped laptop cluster."""
+    from orchestrator.cluster_file import load_cluster
+    from orchestrator.shipped import cluster_path
+
+    return load_cluster(cluster_path("laptop"))
