@@ -60,7 +60,7 @@ def compile_segment(
         values.append(value)
     writer = _Writer(graph, values, device)
     for op in ops:
-        values.append(writer.add(op))
+        writer.add(op)
     result = graph.create("prim::TupleConstruct", [values[i] for i in outputs], 1)
     graph.appendNode(result)
     result.output().setType(torch._C.TupleType([tensor] * len(outputs)))
@@ -92,12 +92,16 @@ def prepare_thread() -> None:
 
 
 class _Writer:
-    """Adds ops to a TorchScript graph, filling defaults from the operator's schema."""
+    """Adds ops to a TorchScript graph, filling defaults from the operator's schema; `values` get their results."""
 
     def __init__(self, graph: Any, values: list[Any], device: str) -> None:
         self.graph, self.values, self.device = graph, values, device
 
-    def add(self, op: OpCode) -> Any:
+    def add(self, op: OpCode) -> None:
+        """Append one op to the graph and its result to the values."""
+        self.values.append(self._result(op))
+
+    def _result(self, op: OpCode) -> Any:
         call = parse(op.code)
         if isinstance(call.func, ast.Name):
             return self._python_call(call.func.id, call)

@@ -78,6 +78,7 @@ class StepStatistics:
 
     @property
     def loss(self) -> float:
+        """Mean loss over what was counted; NaN if nothing was."""
         return self.loss_sum / self.count if self.count else math.nan
 
     @property
@@ -87,10 +88,12 @@ class StepStatistics:
 
     @property
     def correction(self) -> float:
+        """What makes accumulated gradients those of the mean loss: nominal over actual count."""
         return self.nominal_count / self.count if self.count else math.nan
 
     @property
     def is_finite(self) -> bool:
+        """False: the step is skipped."""
         return math.isfinite(self.squares) and math.isfinite(self.loss_sum) and self.count > 0
 
     def gradient_scale(self, clip_norm: float | None) -> float:

@@ -29,10 +29,10 @@ from orchestrator.yaml_file import Document, Location, parse_scalar, read_yaml
 # What `train` runs when nothing is said: a small GPT on the text that comes with the interpreter.
 DEFAULT_MODEL = "builtin:gpt-mini"
 DEFAULT_DATA = "builtin:english"
-DEFAULT_SEQ = 256
+DEFAULT_SEQ = 128
 DEFAULT_GLOBAL_BATCH = 32
-DEFAULT_STEPS = 300
-DEFAULT_LR = 1e-3
+DEFAULT_STEPS = 200
+DEFAULT_LR = 3e-3
 DEFAULT_WARMUP_STEPS = 20
 DEFAULT_SCHEMA = {"kind": "job", "version": 1}
 

@@ -105,7 +105,9 @@ def _gpt3(layers: int, width: int, heads: int) -> GPTOptions:
 GPT_PRESETS: Mapping[str, GPTOptions] = types.MappingProxyType(
     {
         "gpt-nano": GPTOptions(2, 64, 4, max_seq=256),
-        "gpt-mini": GPTOptions(4, 192, 6),
+        "gpt-mini": GPTOptions(
+            4, 128, 4, norm=Norm.RMS, rotary=True, activation=Activation.SWIGLU, bias=False
+        ),
         "gpt-10m": GPTOptions(6, 384, 6),
         "gpt-small": _gpt3(12, 768, 12),
         "gpt-medium": _gpt3(24, 1024, 16),

@@ -23,6 +23,7 @@ from partitioner.plan import Plan
 from partitioner.program import Program
 
 if TYPE_CHECKING:
+    from kernels.optimizers import Factory
     from orchestrator.models import BuiltModel
     from partitioner.graph import Graph
 
@@ -135,7 +136,7 @@ def optimizer_states(job: Job) -> int:
     return states_per_element(optimizer_factory(job))
 
 
-def optimizer_factory(job: Job) -> Callable[..., "object"]:
+def optimizer_factory(job: Job) -> "Factory":
     """What makes the job's optimizer from a list of tensors."""
     from kernels.optimizers import OptimizerError, OptimizerSpec, require_elementwise
 
@@ -146,7 +147,7 @@ def optimizer_factory(job: Job) -> Callable[..., "object"]:
         )
     module, _, name = wanted.name.partition(":")
     try:
-        factory = getattr(import_module(module), name)
+        factory: Factory = getattr(import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise PlanError(
             f"there is no {name} in {module}", "optimizer.name", "write pkg.module:factory"
@@ -194,9 +195,10 @@ def _check(plan: Plan, job: Job, cluster: Cluster) -> None:
     parts = plan.dp * plan.microbatches
     if job.global_batch % parts:
         raise PlanError(
-            f"global_batch {job.global_batch} does not split into dp {plan.dp} x {plan.microbatches} microbatches", "plan",
+            f"global_batch {job.global_batch} does not split into dp {plan.dp} x {plan.microbatches} microbatches",
+            "plan",
             f"use a multiple of {parts}",
-        )  # fmt: skip
+        )
 
 
 def _make(job: Job, plan: Plan, progress: Progress) -> Program:

@@ -19,6 +19,7 @@ from torch.func import functional_call
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 
 from partitioner.errors import CaptureError
+from partitioner.graph import operand
 
 LossFunction = Callable[..., torch.Tensor]
 NAMESPACES = ("params", "buffers", "batch")
@@ -99,8 +100,8 @@ def scalar_loss(output: object) -> torch.Tensor:
     found: object = output
     if isinstance(output, Mapping) and "loss" in output:
         found = output["loss"]
-    elif isinstance(getattr(output, "loss", None), torch.Tensor):
-        found = getattr(output, "loss")
+    elif isinstance(loss := getattr(output, "loss", None), torch.Tensor):
+        found = loss
     elif isinstance(output, tuple | list) and output:
         found = output[0]
     if not isinstance(found, torch.Tensor) or found.numel() != 1:
@@ -227,7 +228,7 @@ def _normalise(captured: Captured) -> None:
         elif node.op == "call_function" and "autocast" in str(node.target):
             _drop_autocast(node)
         elif _is_idle_dropout(node):
-            node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
+            node.replace_all_uses_with(operand(node, 0))
             graph.erase_node(node)
         elif isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
             _make_pure(captured, node)
@@ -235,7 +236,7 @@ def _normalise(captured: Captured) -> None:
 
 
 def _is_idle_dropout(node: torch.fx.Node) -> bool:
-    return node.target is torch.ops.aten.dropout.default and (node.args[1] == 0 or not node.args[2])
+    return node.target is torch.ops.aten.dropout.default and bool(node.args[1] == 0 or not node.args[2])
 
 
 def _drop_autocast(node: torch.fx.Node) -> None:

@@ -15,8 +15,8 @@ from torch.utils.flop_counter import flop_registry
 aten = torch.ops.aten
 VIEWS = {
     "view", "_unsafe_view", "reshape", "t", "transpose", "permute", "expand", "slice", "select", "split", "chunk",
-    "split_with_sizes", "unsqueeze", "squeeze", "detach", "alias", "getitem", "as_strided", "unbind", "narrow", "flatten",
-    "expand_as", "unflatten", "view_as", "diagonal", "to", "wait_tensor",
+    "split_with_sizes", "unsqueeze", "squeeze", "detach", "alias", "getitem", "as_strided", "unbind", "narrow",
+    "flatten", "expand_as", "unflatten", "view_as", "diagonal", "to", "wait_tensor",
 }  # fmt: skip
 FREE = VIEWS | {"empty", "empty_like", "zeros", "ones", "full", "arange", "scalar_tensor", "sym_size"}
 
@@ -38,13 +38,11 @@ def op_flops(node: Node) -> int:
     name = op_name(node.target)
     if node.op != "call_function" or name in FREE:
         return 0
-    values = torch.fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: n.meta.get("val"))
-    args, kwargs = values  # type: ignore[misc]
-    result = node.meta.get("val")
-    if name == "linear":
-        return 2 * result.numel() * args[0].shape[-1]  # type: ignore[union-attr]
-    if name == "matmul":
-        return 2 * result.numel() * args[0].shape[-1]  # type: ignore[union-attr]
+    values: Any = torch.fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: n.meta.get("val"))
+    args, kwargs = values
+    result: Any = node.meta.get("val")
+    if name in ("linear", "matmul"):
+        return 2 * result.numel() * args[0].shape[-1]
     if "scaled_dot_product" in name:
         return _attention_flops(name, args)
     packet = getattr(node.target, "overloadpacket", None)

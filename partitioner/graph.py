@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+from torch.fx import Node
 
 from partitioner.program import TensorSpec
 
@@ -72,3 +73,10 @@ class Graph:
     def param_numel(self) -> int:
         """Number of parameters, tied ones counted once."""
         return sum(self.specs[name].numel for name in self.params)
+
+
+def operand(node: Node, index: int) -> Node:
+    """Argument `index` of a node where the operator's schema says that it is a tensor."""
+    found = node.args[index]
+    assert isinstance(found, Node), f"argument {index} of {node} is {found}"
+    return found

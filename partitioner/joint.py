@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -123,8 +123,11 @@ def _explained(tp: int) -> Iterator[None]:
         raise
     except RuntimeError as error:
         first = str(error).strip().split("\n")[0]
-        raise CaptureError(f"cannot cut the model by tp {tp}: {first}", where="tensor parallelism",
-                           hint="use another tp, or give the model a tp_plan that replicates this part") from error  # fmt: skip
+        raise CaptureError(
+            f"cannot cut the model by tp {tp}: {first}",
+            where="tensor parallelism",
+            hint="use another tp, or give the model a tp_plan that replicates this part",
+        ) from error
 
 
 def _dim(dims: Sequence[int | None], index: int) -> int | None:
@@ -158,12 +161,14 @@ def _forward(
     if mesh is None:
         return list(interpreter.run(*inputs))
     placed = [
-        DTensor.from_local(
-            x, mesh, [Replicate() if _dim(dims, i) is None else Shard(_dim(dims, i))], run_check=False
-        )  # type: ignore[arg-type]
+        DTensor.from_local(x, mesh, [_placement(_dim(dims, i))], run_check=False)
         for i, x in enumerate(inputs)
     ]
     return [o.redistribute(placements=[Replicate()]).to_local() for o in interpreter.run(*placed)]
+
+
+def _placement(dim: int | None) -> Placement:
+    return Replicate() if dim is None else Shard(dim)
 
 
 class _Sharded(torch.fx.Interpreter):
@@ -189,12 +194,10 @@ class _Sharded(torch.fx.Interpreter):
         result = node.meta.get("val")
         if self.mesh is None or node.target not in SPLITTING_VIEWS or not isinstance(source, DTensor):
             return
+        if not isinstance(result, torch.Tensor):
+            return
         last = source.dim() - 1
-        splits = (
-            isinstance(result, torch.Tensor)
-            and result.dim() > source.dim()
-            and result.shape[:last] == source.shape[:last]
-        )
+        splits = result.dim() > source.dim() and result.shape[:last] == source.shape[:last]
         if is_cut(source, last) and splits and result.shape[last] % self.mesh.size():
             raise CaptureError(
                 f"{result.shape[last]} heads do not divide by tp {self.mesh.size()}", where=str(node.target),

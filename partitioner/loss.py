@@ -6,17 +6,20 @@ NLL and the elementwise losses of `torch.nn.functional`. Any other scalar is tak
 weight: sum = loss x samples, count = samples; `rewrite` says which rule it used.
 """
 
+from typing import Any
+
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import Node
 
 from partitioner.errors import CaptureError
+from partitioner.graph import operand
 
 aten = torch.ops.aten
 MEAN, SUM = 1, 2
 END = 1 << 40  # index of nodes that the rewriting adds: after every captured one
 # position of `reduction` among the arguments
-ELEMENTWISE = {
+ELEMENTWISE: dict[Any, int] = {
     aten.mse_loss.default: 2, aten.l1_loss.default: 2, aten.smooth_l1_loss.default: 2, aten.huber_loss.default: 2,
     aten.binary_cross_entropy.default: 3, aten.binary_cross_entropy_with_logits.default: 4,
 }  # fmt: skip
@@ -96,16 +99,15 @@ def _cross_entropy(graph: torch.fx.Graph, core: Node) -> tuple[Node, Node]:
 
 
 def _elementwise(graph: torch.fx.Graph, core: Node) -> tuple[Node, Node]:
-    position = ELEMENTWISE[core.target]  # type: ignore[index]
+    position = ELEMENTWISE[core.target]
+    assert isinstance(core.target, torch._ops.OpOverload)
     defaults = (None,) * position + (MEAN,)
-    total = _call(graph, core.target, *_with(core, position, defaults))  # type: ignore[arg-type]
-    first = core.args[0]
-    assert isinstance(first, Node)
-    return total, _constant(graph, first.meta["val"].numel())
+    total = _call(graph, core.target, *_with(core, position, defaults))
+    return total, _constant(graph, operand(core, 0).meta["val"].numel())
 
 
-def _call(graph: torch.fx.Graph, target: torch._ops.OpOverload, *args: object) -> Node:
-    node = graph.call_function(target, args)  # type: ignore[arg-type]
+def _call(graph: torch.fx.Graph, target: torch._ops.OpOverload, *args: Any) -> Node:
+    node = graph.call_function(target, args)
     values = [arg.meta["val"] if isinstance(arg, Node) else arg for arg in args]
     with _fake_mode(graph):
         node.meta["val"] = target(*values)

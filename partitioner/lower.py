@@ -124,10 +124,15 @@ def _trace_templates(
 def _role(context: StageContext, stage: int, pool: SegmentPool, shape: StepShape) -> Role:
     plan = context.plan
     role = RoleBuilder(stage, pool)
+    params = _params(context, stage, shape.undecayed or frozenset())
     groups = make_groups(
-        role, _params(context, stage, shape.undecayed or frozenset()), dp=plan.dp, zero=plan.zero, bucket_bytes=plan.bucket_bytes,
+        role,
+        params,
+        dp=plan.dp,
+        zero=plan.zero,
+        bucket_bytes=plan.bucket_bytes,
         states=shape.optimizer_states,
-    )  # fmt: skip
+    )
     trained = tuple(g for g in groups if not g.params[0].is_frozen)
     finished = emit_stage(role, context)
     role.add_frees(("recv_forward", "forward", "send_forward", "recv_backward", "backward", "send_backward"))
@@ -147,14 +152,14 @@ def _params(context: StageContext, stage: int, undecayed: frozenset[str]) -> lis
             if context.stage_of[index] == stage:
                 earliest.setdefault(name, index)
     params = []
-    for name, unit in earliest.items():
+    for name, first in earliest.items():
         dim = context.dims[name]
         shape = list(graph.specs[name].shape)
         if dim is not None:
             shape[dim] //= context.plan.tp
         tied = tuple(sorted(stages[name])) if len(stages[name]) > 1 else ()
         spec = TensorSpec(tuple(shape), graph.specs[name].dtype)
-        params.append(Param(name, spec, dim, tied, unit, name in graph.frozen, name not in undecayed))
+        params.append(Param(name, spec, dim, tied, first, name in graph.frozen, name not in undecayed))
     return params
 
 

@@ -130,7 +130,8 @@ class Machine:
             return f"chip {self.chip} ({self.role.name}): at the end"
         call, body = self.calls[self.call], self._body()
         instruction = body.instructions[self.index]
-        return f"chip {self.chip} ({self.role.name}): {call.body}({call.microbatch}) instruction {instruction.id} {instruction}"
+        stream = f"chip {self.chip} ({self.role.name}): {call.body}({call.microbatch})"
+        return f"{stream} instruction {instruction.id} {instruction}"
 
     def story(self) -> tuple[str, ...]:
         """The last items completed, oldest first."""

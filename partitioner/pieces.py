@@ -14,6 +14,7 @@ from torch.fx import Node
 from partitioner.costs import is_view, op_bytes, op_flops, op_name
 from partitioner.dtypes import SHORT, spec_of
 from partitioner.errors import CaptureError
+from partitioner.graph import operand
 from partitioner.joint import Joint
 from partitioner.program import CollectiveOp, Op, Reduction, TensorSpec
 
@@ -215,7 +216,7 @@ def _pieces(nodes: Sequence[Node], needed_later: set[Node], slots: _Slots) -> tu
 def _source(node: Node) -> Node:
     """A wait stands for the collective it waits on."""
     while op_name(node.target) == "wait_tensor":
-        node = node.args[0]  # type: ignore[assignment]
+        node = operand(node, 0)
     return node
 
 

@@ -315,6 +315,7 @@ class Program:
         return chip
 
     def role_of(self, chip: int) -> Role:
+        """The role that a chip plays: that of its pipeline stage."""
         return self.roles[self.coordinates(chip)["pp"]]
 
     def members(self, group: Group, chip: int) -> tuple[int, ...]:

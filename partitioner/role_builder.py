@@ -2,12 +2,27 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from partitioner.pieces import CollectivePiece, Piece, SegmentPiece
 from partitioner.program import (
-    Body, Collective, CollectiveOp, Compute, Free, Group, Instruction, Op, Recv, Reduction, Segment, Send, Tensor,
-    TensorKind, TensorSpec, Wait,
-)  # fmt: skip
+    Body,
+    Collective,
+    CollectiveOp,
+    Compute,
+    Free,
+    Group,
+    Instruction,
+    Op,
+    Recv,
+    Reduction,
+    Segment,
+    Send,
+    Tensor,
+    TensorKind,
+    TensorSpec,
+    Wait,
+)
 
 
 @dataclass
@@ -37,17 +52,19 @@ class RoleBuilder:
     bodies: dict[str, list[Instruction]] = field(default_factory=dict)
     next_id: int = 0
 
-    def tensor(self, name: str, kind: TensorKind, spec: TensorSpec, **more: object) -> int:
+    def tensor(self, name: str, kind: TensorKind, spec: TensorSpec, **more: Any) -> int:
         """Declare a tensor once; later calls with the same name return it."""
         if name not in self.by_name:
             self.by_name[name] = len(self.tensors)
-            self.tensors.append(Tensor(len(self.tensors), name, kind, spec, **more))  # type: ignore[arg-type]
+            self.tensors.append(Tensor(len(self.tensors), name, kind, spec, **more))
         return self.by_name[name]
 
     def spec(self, tensor: int) -> TensorSpec:
+        """Shape and dtype of a tensor."""
         return self.tensors[tensor].spec
 
     def body(self, name: str) -> None:
+        """Declare a body, which may stay empty."""
         self.bodies.setdefault(name, [])
 
     def _number(self) -> int:
@@ -59,15 +76,18 @@ class RoleBuilder:
         self.bodies.setdefault(body, []).append(replace(instruction, id=self._number()))
 
     def compute(self, body: str, segment: int, reads: Sequence[int], writes: Sequence[int]) -> None:
+        """Emit a Compute."""
         self.emit(body, Compute(0, segment, tuple(reads), tuple(writes)))
 
     def wait(self, body: str, *tensors: int) -> None:
+        """Emit a Wait, if there is anything to wait for."""
         if tensors:
             self.emit(body, Wait(0, tensors))
 
     def collective(
         self, body: str, op: CollectiveOp, reduction: Reduction, group: Group, read: int, write: int
     ) -> None:
+        """Emit a Collective from one tensor to another."""
         self.emit(body, Collective(0, op, reduction, group, 0, (read,), (write,)))
 
     def pieces(

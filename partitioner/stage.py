@@ -29,6 +29,7 @@ class StageContext:
     nominal_count: int
 
     def units(self, stage: int) -> list[int]:
+        """The units of a stage, in order."""
         return [i for i, s in enumerate(self.stage_of) if s == stage]
 
     def producer(self, value: str) -> int:
@@ -36,6 +37,7 @@ class StageContext:
         return next(self.stage_of[i] for i, unit in enumerate(self.graph.units) if value in unit.outputs)
 
     def consumers(self, value: str) -> list[int]:
+        """The stages that read an activation, in order."""
         return sorted(
             {self.stage_of[i] for i, unit in enumerate(self.graph.units) if value in unit.activations}
         )
@@ -234,7 +236,7 @@ class _Side:
     def __init__(self, side: Side, wanted: Sequence[str]) -> None:
         nodes = list(side.graph.graph.nodes)
         sources = dict(zip((n for n in nodes if n.op == "placeholder"), side.inputs, strict=True))
-        results = dict(zip(side.outputs, nodes[-1].args[0], strict=True)) if side.outputs else {}  # type: ignore[arg-type]
+        results = dict(zip(side.outputs, nodes[-1].args[0], strict=True)) if side.outputs else {}
         kept, stack = set(), [results[v] for v in wanted]
         while stack:
             node = stack.pop()

@@ -8,7 +8,7 @@ the colouring only decides how much is communicated.
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch.fx import Node
@@ -17,7 +17,7 @@ aten = torch.ops.aten
 NodeTest: TypeAlias = Callable[[Node], bool]
 COLUMN, ROW, VOCAB, REPLICATE, FUSED = "colwise", "rowwise", "vocab", "replicate", "fused"
 # weight position and bias position among the arguments
-MATMULS = {
+MATMULS: dict[Any, tuple[int, int | None]] = {
     aten.linear.default: (1, 2), aten.addmm.default: (2, 0), aten.mm.default: (1, None), aten.matmul.default: (1, None),
 }  # fmt: skip
 
@@ -59,7 +59,11 @@ def shard_dim(style: str, node: Node, param: Node) -> int | None:
     if style == REPLICATE:
         return None
     if style == FUSED:  # [.., parts, width, ..], see unfuse.py: each use selects one part
-        return int(node.args[1]) + 1 if node.target is aten.select.int else None  # type: ignore[arg-type]
+        if node.target is not aten.select.int:
+            return None
+        selected = node.args[1]
+        assert isinstance(selected, int)
+        return selected + 1
     if node.target is aten.embedding.default:
         return 0
     if _bias(node) is param:
@@ -71,13 +75,13 @@ def shard_dim(style: str, node: Node, param: Node) -> int | None:
 
 
 def _weight(node: Node) -> Node | None:
-    position = MATMULS.get(node.target)  # type: ignore[arg-type]
+    position = MATMULS.get(node.target)
     weight = node.args[position[0]] if position else None
     return weight if isinstance(weight, Node) and weight.op == "placeholder" else None
 
 
 def _bias(node: Node) -> Node | None:
-    position = MATMULS.get(node.target)  # type: ignore[arg-type]
+    position = MATMULS.get(node.target)
     if position is None or position[1] is None or len(node.args) <= position[1]:
         return None
     bias = node.args[position[1]]

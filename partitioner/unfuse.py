@@ -12,7 +12,8 @@ from math import prod
 import torch
 from torch.fx import Node
 
-from partitioner.graph import Graph, Template
+from partitioner.costs import op_name
+from partitioner.graph import Graph, Template, operand
 from partitioner.program import TensorSpec
 from partitioner.styles import FUSED, MATMULS
 
@@ -52,7 +53,7 @@ def _unfuse_template(template: Template, shared: set[int]) -> Template:
         split = _split_of(node)
         if split is None or split.target not in SPLITS:
             continue
-        parts = [user for user in split.users if user.target.__name__ == "getitem"]  # type: ignore[union-attr]
+        parts = [user for user in split.users if op_name(user.target) == "getitem"]
         if _take_apart(node, split, parts, params, inputs, styles):
             module.graph.eliminate_dead_code()
     if inputs == list(template.inputs):
@@ -79,23 +80,25 @@ def _take_apart(
     styles: list[str],
 ) -> bool:
     """Replace `node` and `split` by one matmul per part; False if the pattern does not hold."""
-    weight_at, bias_at = MATMULS[node.target]  # type: ignore[index]
-    weight = node.args[weight_at]
+    weight_at, bias_at = MATMULS[node.target]
+    weight = operand(node, weight_at)
     bias = node.args[bias_at] if bias_at is not None and len(node.args) > bias_at else None
+    assert bias is None or isinstance(bias, Node)
     fused = [p for p in (weight, bias) if p is not None]
     widths = {int(v.shape[-1]) for v in split.meta["val"]}
     count = len(split.meta["val"])
-    is_last = split.args[2] in (-1, split.args[0].meta["val"].dim() - 1) if len(split.args) > 2 else False  # type: ignore[union-attr]
+    last = operand(split, 0).meta["val"].dim() - 1
+    is_last = len(split.args) > 2 and split.args[2] in (-1, last)
     if (
         any(p not in params or len(p.users) != 1 for p in fused)
         or len(widths) != 1
         or not is_last
         or count < 2
-    ):  # type: ignore[union-attr]
+    ):
         return False
-    out_dims = {weight: 0 if node.target is aten.linear.default else 1, bias: 0}
+    weight_dim = 0 if node.target is aten.linear.default else 1
+    out_dims = {param: weight_dim if param is weight else 0 for param in fused}
     for param in fused:
-        assert isinstance(param, Node)
         _view_param(param, out_dims[param], count, params[param], inputs, styles)
     for part in parts:
         _one_part(node, split, part, fused, out_dims)
@@ -115,12 +118,13 @@ def _view_param(
         param.meta["val"] = param.meta["val"].view(inputs[index].shape)
 
 
-def _one_part(node: Node, split: Node, part: Node, fused: list[Node], out_dims: dict[Node, int]) -> None:  # type: ignore[type-arg]
+def _one_part(node: Node, split: Node, part: Node, fused: list[Node], out_dims: dict[Node, int]) -> None:
+    assert callable(node.target)
     graph, index = node.graph, part.args[1]
     with graph.inserting_before(part):
         pieces = {p: graph.call_function(aten.select.int, (p, out_dims[p], index)) for p in fused}
         args = tuple(pieces.get(a, a) if isinstance(a, Node) else a for a in node.args)
-        made = graph.call_function(node.target, args)  # type: ignore[arg-type]
+        made = graph.call_function(node.target, args)
         if split.args[0] is not node:
             made = graph.call_function(aten.view.default, (made, list(part.meta["val"].shape)))
     part.replace_all_uses_with(made)

@@ -210,7 +210,8 @@ class Chip:
     def _look_for_nan(self, instruction: Compute, microbatch: int, results: Sequence[torch.Tensor]) -> None:
         if any(r.is_floating_point() and not torch.isfinite(r).all() for r in results):
             name = self.program.segments[instruction.segment].name
-            self.first_bad = f"chip {self.index} ({self.role.name}), microbatch {microbatch}, instruction {instruction.id} ({name})"
+            place = f"chip {self.index} ({self.role.name}), microbatch {microbatch}"
+            self.first_bad = f"{place}, instruction {instruction.id} ({name})"
 
     def _accumulate(self, instruction: Accumulate, microbatch: int) -> None:
         first: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])

@@ -1,4 +1,7 @@
-"""The inline runner: all chips in this process; with one worker everything happens in the calling thread (pdb works)."""
+"""The inline runner: all chips in this process.
+
+With one worker everything happens in the calling thread (pdb works).
+"""
 
 from collections.abc import Callable
 

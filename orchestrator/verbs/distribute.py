@@ -144,7 +144,7 @@ def distribute(
     return DistributedStep(model, optimizer, found.take(chips), plan, loss_fn, clip_norm)
 
 
-def _num_samples(batch: Mapping[str, torch.Tensor]) -> int:
+def _num_samples(batch: object) -> int:
     if not isinstance(batch, Mapping) or not batch:
         raise PlanError(
             "the batch is not a mapping of tensors", "step(batch)", "pass {name: tensor}, as model(**batch)"
@@ -180,8 +180,11 @@ def _undecayed(model: nn.Module, optimizer: torch.optim.Optimizer) -> frozenset[
             or group.get("weight_decay", usual) not in (0.0, usual)
             or group["lr"] != optimizer.param_groups[0]["lr"]
         ):
-            raise PlanError(f"parameter groups differ in {', '.join(other) or 'lr or weight_decay'}", type(optimizer).__name__,
-                            "groups may only switch weight decay off")  # fmt: skip
+            raise PlanError(
+                f"parameter groups differ in {', '.join(other) or 'lr or weight_decay'}",
+                type(optimizer).__name__,
+                "groups may only switch weight decay off",
+            )
         if group.get("weight_decay", usual) == 0.0:
             undecayed |= {names[id(p)] for p in group["params"] if id(p) in names}
     return frozenset(undecayed)

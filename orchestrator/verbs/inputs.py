@@ -18,6 +18,9 @@ from partitioner.errors import PartitionError
 from partitioner.plan import Plan, plan_from_yaml
 
 DEFAULT_CLUSTER = "laptop"
+# What `train` shows when neither a job nor a model nor a plan is asked for: every kind of parallelism at once.
+DEMONSTRATION = ("plan.tp=2", "plan.pp=2")
+DEMONSTRATION_CHIPS = 4  # a multiple of so many
 # flags that stand for a key of the job file
 SHORTCUTS = {"model": "model", "data": "data", "global_batch": "global_batch", "seq": "seq", "steps": "steps"}
 
@@ -46,8 +49,14 @@ def resolve(options: Options) -> Inputs:
     shortcuts = [
         f"{key}={value}" for name, key in SHORTCUTS.items() if (value := getattr(options, name)) is not None
     ]
-    job = load_job(options.job, (*shortcuts, *options.overrides))
+    demonstration = DEMONSTRATION if _is_bare(options, cluster) else ()
+    job = load_job(options.job, (*demonstration, *shortcuts, *options.overrides))
     return Inputs(cluster, job, read_plan(options.plan), document.root)
+
+
+def _is_bare(options: Options, cluster: Cluster) -> bool:
+    asked = options.job or options.model or options.plan or any(o.startswith("plan.") for o in options.overrides)
+    return not asked and cluster.num_chips % DEMONSTRATION_CHIPS == 0
 
 
 def prepare(options: Options, progress: Progress) -> Prepared:

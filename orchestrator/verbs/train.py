@@ -236,7 +236,9 @@ def _write_results(
         (int(str(r["step"])), float(str(r["val_loss"]))) for r in records if r.get("val_loss") is not None
     ]
     if curve:
-        curves = LossCurves(train=curve, validation=points, baselines=baselines, unit="nats per byte")
+        curves = LossCurves(
+            train=tuple(curve), validation=tuple(points), baselines=baselines, unit="nats per byte"
+        )
         write_whole(folder.loss_plot, loss_png(curves))
     measured = measured_timeline(program, progress.marks) if progress.marks else None
     folder.write_timeline(predicted)

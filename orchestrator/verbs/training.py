@@ -109,9 +109,10 @@ class Training:
         outcome = self.executor.step(lr, batches, check=True)
         self.save(step)
         raise RunError(
-            f"the loss or a gradient is not finite at step {step + 1}", outcome.first_bad or "the optimizer's statistics",
+            f"the loss or a gradient is not finite at step {step + 1}",
+            outcome.first_bad or "the optimizer's statistics",
             "lower optimizer.lr or lengthen the warm-up; the checkpoint before this step is saved",
-        )  # fmt: skip
+        )
 
     def validate(self) -> float:
         """Mean loss per token over the job's validation batches."""

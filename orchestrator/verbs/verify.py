@@ -16,15 +16,20 @@ from orchestrator.cluster import Cluster
 from orchestrator.console import Console, Table, pairs
 from orchestrator.errors import PlanError
 from orchestrator.job import Dtype, Job
-from orchestrator.preparation import Prepared, build_model, prepare
+from orchestrator.preparation import Prepared, Quiet, build_model, prepare
 from orchestrator.preparation import Progress as Shown
-from orchestrator.preparation import Quiet
 from orchestrator.verbs.inputs import resolve
 from orchestrator.verbs.options import Options
 from orchestrator.verbs.plan import parameter_bytes, step_flops
 from orchestrator.verbs.verify_runs import (
-    Trajectory, first_difference, make_batches, module_values, planned_run, reference_run, relative,
-)  # fmt: skip
+    Trajectory,
+    first_difference,
+    make_batches,
+    module_values,
+    planned_run,
+    reference_run,
+    relative,
+)
 from partitioner.plan import Plan
 
 TOLERANCE = 1e-10  # relative, float64
@@ -38,9 +43,7 @@ LOSS_FLOOR = 1e-6
 STEPS = 10
 NOISE_FACTOR = 10.0  # in the job's dtype, differences up to so many times the noise of re-ordering are noise
 NUM_REORDERED = 2
-REPLICATED = (
-    0.95  # a plan that uses this share of what full replication over tp would is one that cuts nothing
-)
+REPLICATED = 0.95  # a plan that uses this share of what full replication over tp would cuts nothing
 DIFFERS = 5  # exit code
 
 
@@ -59,7 +62,10 @@ class Errors:
 
 @dataclass(frozen=True, slots=True)
 class VerifyResult:
-    """The verdict. `errors` are of the float64 proof; `own` and `noise` of the job's dtype (None if that is float64)."""
+    """The verdict.
+
+    `errors` are of the float64 proof; `own` and `noise` of the job's dtype (None if that is float64).
+    """
 
     equal: bool
     errors: Errors
@@ -80,7 +86,8 @@ class VerifyResult:
             "grad_floor": GRAD_FLOOR, "param_floor": PARAM_FLOOR, "steps": STEPS, "plan": self.plan,
             "own_dtype": None if self.own is None else vars_of(self.own),
             "reordering_noise": None if self.noise is None else vars_of(self.noise),
-            "parameter_bytes_per_chip": list(self.parameter_bytes_per_chip), "flops_per_chip": list(self.flops_per_chip),
+            "parameter_bytes_per_chip": list(self.parameter_bytes_per_chip),
+            "flops_per_chip": list(self.flops_per_chip),
             "one_chip_parameter_bytes": self.one_chip_parameter_bytes, "one_chip_flops": self.one_chip_flops,
         }  # fmt: skip
 

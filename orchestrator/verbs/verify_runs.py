@@ -260,7 +260,10 @@ def _observe(
 
 
 def relative(value: torch.Tensor, expected: torch.Tensor, floor: float) -> float:
-    """L2 distance over the larger of the expected norm and `floor`; infinite if shapes differ or numbers are not finite."""
+    """L2 distance over the larger of the expected norm and `floor`.
+
+    Infinite if shapes differ or numbers are not finite.
+    """
     if value.shape != expected.shape:
         return float("inf")
     if not value.is_floating_point():

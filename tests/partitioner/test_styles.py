@@ -59,7 +59,7 @@ BATCH = {"x": torch.zeros(2, 4, 4)}
 
 def test_a_column_weight_is_followed_by_a_row_weight_and_its_bias_stays_whole() -> None:
     found = styles_of(TwoLayers(), BATCH, {})
-    assert found["up.weight"], found["up.bias"] == (COLUMN, COLUMN)
+    assert (found["up.weight"], found["up.bias"]) == (COLUMN, COLUMN)
     assert (found["down.weight"], found["down.bias"]) == (ROW, REPLICATE)
 
 
