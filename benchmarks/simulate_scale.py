@@ -53,8 +53,8 @@ def main() -> None:
 def simulate(chips: int, home: Path) -> dict[str, object]:
     """The answer of one command."""
     process = orchestrate(
-        "simulate", "--cluster", "dgx-a100", "--chips", str(chips), "--global-batch", str(SIZES[chips]), *MODEL, "--json",
-        home=home, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+        "simulate", "--cluster", "dgx-a100", "--chips", str(chips), "--global-batch", str(SIZES[chips]), *MODEL,
+        "--json", home=home, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     out, _ = process.communicate()
     found: dict[str, object] = json.loads(out)

@@ -35,7 +35,7 @@ def main() -> None:
 
 
 def degrees() -> list[tuple[int, int, int]]:
-    """All (dp, tp, pp) of powers of two whose product is at most the chips; the 2-layer builtin model limits pp to 4."""
+    """All (dp, tp, pp) of powers of two with at most 8 chips; 4 heads and 4 pieces limit tp and pp to 4."""
     sizes = (1, 2, 4, 8)
     return [
         (d, t, p) for d in sizes for t in sizes for p in sizes if d * t * p <= CHIPS and t <= 4 and p <= 4

@@ -59,6 +59,7 @@ class SegmentLibrary:
         self._functions: dict[int, SegmentFunction] = {}
 
     def function(self, index: int) -> SegmentFunction:
+        """Segment `index`, compiled."""
         found = self._functions.get(index)
         if found is None:
             segment = self.program.segments[index]

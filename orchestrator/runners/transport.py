@@ -28,7 +28,7 @@ from partitioner.dtypes import SHORT, TORCH
 from partitioner.machine import Key
 
 Deliver: TypeAlias = Callable[[int, Key, int, torch.Tensor], None]
-RAW_BYTES = 1 << 15  # up to here two copies through a socket are cheaper than opening a block
+RAW_BYTES = 1 << 16  # up to here two copies through a socket are cheaper than opening a block
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 

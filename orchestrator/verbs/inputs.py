@@ -55,7 +55,9 @@ def resolve(options: Options) -> Inputs:
 
 
 def _is_bare(options: Options, cluster: Cluster) -> bool:
-    asked = options.job or options.model or options.plan or any(o.startswith("plan.") for o in options.overrides)
+    asked = (
+        options.job or options.model or options.plan or any(o.startswith("plan.") for o in options.overrides)
+    )
     return not asked and cluster.num_chips % DEMONSTRATION_CHIPS == 0
 
 
