@@ -34,6 +34,9 @@ NAMED_CONSTANTS = {
 }  # fmt: skip
 
 
+OPERATOR_PARTS = 3
+
+
 class SegmentError(ValueError):
     """An op that cannot be compiled: unknown operator or malformed code."""
 
@@ -86,8 +89,9 @@ def one_thread_per_chip() -> Iterator[None]:
 
 
 def prepare_thread() -> None:
-    """Per-thread settings: OpenMP's thread count and grad mode are thread-local."""
+    """Per-thread settings: OpenMP's thread count, grad mode and the executor's optimisation are thread-local."""
     torch.set_num_threads(1)
+    torch._C._set_graph_executor_optimize(False)
     torch.set_grad_enabled(False)
 
 
@@ -177,14 +181,17 @@ def parse(code: str) -> ast.Call:
         call = ast.parse(code, mode="eval").body
     except SyntaxError as error:
         raise SegmentError(f"malformed op {code!r}") from error
-    if not isinstance(call, ast.Call):
+    if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name | ast.Attribute):
         raise SegmentError(f"malformed op {code!r}")
     return call
 
 
 def operator(code: str) -> Any:
     """The operator that an op calls. Raises SegmentError."""
-    space, name, overload = code.partition("(")[0].split(".")
+    path = code.partition("(")[0].split(".")
+    if len(path) != OPERATOR_PARTS:
+        raise SegmentError(f"{'.'.join(path)} is not namespace.name.overload")
+    space, name, overload = path
     try:
         return getattr(getattr(getattr(torch.ops, space), name), overload)
     except AttributeError as error:

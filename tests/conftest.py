@@ -105,3 +105,44 @@ def laptop() -> Any:
     from orchestrator.shipped import cluster_path
 
     return load_cluster(cluster_path("laptop"))
+
+
+@pytest.fixture(scope="session")
+def running_chips(tiny_model: Callable[..., Any]) -> Callable[..., Any]:
+    """All chips of a Program made by `tiny_program`, with the model's start values."""
+    from kernels.optimizers import OptimizerSpec
+    from orchestrator.runners.chip import Settings
+    from orchestrator.runners.chip_set import ChipSet
+
+    def make(program: Any, options: Mapping[str, Any] | None = None, workers: int = 1, clip: float | None = 1.0) -> Any:
+        module = tiny_model("cpu", **(options or {})).module
+        values = {f"params:{k}": v.detach() for k, v in module.named_parameters()}
+        values |= {f"buffer:{k}": v for k, v in module.named_buffers()}
+        settings = Settings(OptimizerSpec("adamw", lr=1e-2), clip)
+        chips = ChipSet(program, range(program.num_chips), settings, num_workers=workers)
+        chips.load(values.__getitem__)
+        return chips
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def batches_of() -> Callable[..., Any]:
+    """Random batches for every replica and microbatch of a Program, the same tokens for any split."""
+    import torch
+
+    def make(program: Any, number: int = 0) -> Any:
+        generator = torch.Generator().manual_seed(number)
+        samples, dp = int(program.facts["samples"]), program.size("dp")
+        tokens = torch.randint(0, 64, (samples, SEQ + 1), generator=generator)
+        parts = tokens.chunk(dp * program.microbatches)
+        return {
+            replica: {
+                (microbatch, name): parts[replica * program.microbatches + microbatch][:, cut]
+                for microbatch in range(program.microbatches)
+                for name, cut in (("input_ids", slice(0, SEQ)), ("labels", slice(1, SEQ + 1)))
+            }
+            for replica in range(dp)
+        }
+
+    return make

@@ -107,8 +107,8 @@ class RayStart:
 
         if not ray.is_initialized():
             logging.getLogger("ray").setLevel(logging.ERROR)
+            self._owns_ray = True  # also of one that came up halfway
             self._initialize(ray)
-            self._owns_ray = True
         if self.plan.address is not None:
             self.interface = ray.util.get_node_ip_address()
         require_resources(self.plan, ray.cluster_resources())
@@ -164,12 +164,11 @@ class RayStart:
     def _end(self) -> None:
         import ray
 
-        if not ray.is_initialized():
-            return
-        for actor in self.actors:
-            ray.kill(actor)
-        if self._group is not None:
-            ray.util.remove_placement_group(self._group)
+        if ray.is_initialized():
+            for actor in self.actors:
+                ray.kill(actor)
+            if self._group is not None:
+                ray.util.remove_placement_group(self._group)
         if self._owns_ray:
             ray.shutdown()
 

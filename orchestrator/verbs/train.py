@@ -18,9 +18,9 @@ from orchestrator import metrics, run_dir
 from orchestrator.baselines import baseline_losses
 from orchestrator.cluster import Cluster, Device
 from orchestrator.console import Console, Table, pairs
-from orchestrator.data import load_data
+from orchestrator.data import NUM_BYTES, load_data
 from orchestrator.disk import write_whole
-from orchestrator.errors import ConfigError
+from orchestrator.errors import ConfigError, ModelError
 from orchestrator.job import Job
 from orchestrator.perfetto import trace_gz
 from orchestrator.plots import LossCurves, loss_png, timeline_png
@@ -38,9 +38,11 @@ from partitioner.program_codec import encode
 from partitioner.program_text import to_text
 
 if TYPE_CHECKING:
+    from orchestrator.models import BuiltModel
     from orchestrator.runners.starting import Launch
 
 INTERRUPTED = 130
+TEXT_INPUTS = ("input_ids", "labels")
 PLAIN_LINES = 10  # a line for every so many steps, off a terminal
 
 
@@ -115,6 +117,7 @@ def _name(job: Job) -> str:
 
 def _train(inputs: Inputs, runner: Runner, folder: RunDir, console: Console, *, resume: bool) -> TrainResult:
     console.log_to(folder.log)
+    data = load_data(inputs.job.data, seq=inputs.job.seq, seed=inputs.job.seed)
     launch = _launch(inputs.cluster, runner)
     try:
         prepared = prepare(inputs.cluster, inputs.job, inputs.plan, progress=console)
@@ -122,7 +125,6 @@ def _train(inputs: Inputs, runner: Runner, folder: RunDir, console: Console, *, 
             _write_inputs(folder, inputs, prepared, runner)
         with console.phase("simulate"):
             predicted = simulate(prepared.program, prepared.cluster)
-        data = load_data(inputs.job.data, seq=inputs.job.seq, seed=inputs.job.seed)
         executor = launch.connect(prepared, console)
     except BaseException:
         launch.close()
@@ -162,6 +164,7 @@ def _loop(training: Training, predicted: SimulationResult, console: Console, *, 
     job, data, folder = training.prepared.job, training.data, training.run_dir
     with console.phase("load parameters"):
         model = build_model(job, "cpu")
+        _require_bytes(model, job)
         values = {f"params:{k}": v.detach() for k, v in model.module.named_parameters()}
         values |= {f"buffer:{k}": v for k, v in model.module.named_buffers()}
         training.executor.load(values.__getitem__)
@@ -184,6 +187,18 @@ def _loop(training: Training, predicted: SimulationResult, console: Console, *, 
         predicted_step_time_s=predicted.step_time_s, run_dir=folder.root, steps=progress.step,
         was_interrupted=progress.was_interrupted, baselines=baselines,
     )  # fmt: skip
+
+
+def _require_bytes(model: "BuiltModel", job: Job) -> None:
+    """Training feeds text: the model must take it."""
+    inputs = sorted(model.example_batch(1, job.seq))
+    if inputs != sorted(TEXT_INPUTS):
+        problem = f"the model takes {', '.join(inputs)}, but train feeds text as {', '.join(TEXT_INPUTS)}"
+        raise ModelError(problem, job.model,
+                         "use orchestrator.distribute(model, optimizer, cluster) with batches of your own")  # fmt: skip
+    if model.vocab_size is not None and model.vocab_size < NUM_BYTES:
+        raise ModelError(f"a vocabulary of {model.vocab_size} is too small for bytes", job.model,
+                         f"give it at least {NUM_BYTES} entries")  # fmt: skip
 
 
 @contextmanager

@@ -8,8 +8,8 @@ import torch
 
 from kernels.backend import OpCode, SegmentError, compile_segment, one_thread_per_chip, prepare_thread
 from kernels.reference import interpret_segment
-from partitioner.dtypes import TORCH
-from partitioner.program import Segment, TensorSpec
+from orchestrator.runners.chip import StepInput
+from partitioner.program import Segment
 
 OPTIONS: dict[str, tuple[tuple[str, Any], ...]] = {
     "gpt": (),
@@ -19,13 +19,6 @@ OPTIONS: dict[str, tuple[tuple[str, Any], ...]] = {
 }
 
 
-def random_value(spec: TensorSpec, generator: torch.Generator) -> torch.Tensor:
-    dtype = TORCH[spec.dtype]
-    if dtype.is_floating_point:
-        return torch.randn(spec.shape, generator=generator, dtype=torch.float32).to(dtype)
-    return torch.randint(0, 2, spec.shape, generator=generator).to(dtype)
-
-
 def codes(segment: Segment) -> list[OpCode]:
     return [OpCode(op.code, len(op.outs), op.is_tuple) for op in segment.ops]
 
@@ -33,20 +26,24 @@ def codes(segment: Segment) -> list[OpCode]:
 @pytest.mark.parametrize("name", OPTIONS)
 @pytest.mark.parametrize("tp", [1, 2])
 def test_every_segment_of_a_program_gives_the_bytes_of_its_operators(
-    name: str, tp: int, tiny_program: Callable[..., Any]
+    name: str, tp: int, tiny_program: Callable[..., Any], running_chips: Callable[..., Any], batches_of: Callable[..., Any]
 ) -> None:
-    program = tiny_program(OPTIONS[name], tp=tp)
-    generator = torch.Generator().manual_seed(7)
-    with one_thread_per_chip():
-        for segment in program.segments:
-            inputs = [random_value(spec, generator) for spec in segment.inputs]
-            function = compile_segment(segment.name, len(inputs), codes(segment), segment.outputs, "cpu")
-            found = function(*(x.clone() for x in inputs))
-            expected = interpret_segment(codes(segment), segment.outputs, "cpu", inputs)
-            assert len(found) == len(expected) == len(segment.outputs)
-            for one, other in zip(found, expected, strict=True):
-                assert one.dtype == other.dtype
-                assert torch.equal(one.nan_to_num(1.0), other.nan_to_num(1.0))
+    program = tiny_program(OPTIONS[name], tp=tp, pp=2, microbatches=2)
+    chips, seen = running_chips(program, dict(OPTIONS[name])), set()
+
+    def compare(chip: Any, ins: Any, microbatch: int, operands: Any, results: Any) -> None:
+        segment = program.segments[ins.segment]
+        expected = interpret_segment(codes(segment), segment.outputs, "cpu", operands)
+        assert [r.dtype for r in results] == [e.dtype for e in expected]
+        assert all(torch.equal(r, e) for r, e in zip(results, expected, strict=True)), segment.name
+        seen.add(ins.segment)
+
+    for chip in chips.chips.values():
+        chip.observer = compare
+    chips.run("step", StepInput(0.01), batches_of(program))
+    chips.run("evaluate", StepInput(0.0), batches_of(program))
+    started = {i.segment for r in program.roles if "constants" in r.body for i in r.body["constants"].instructions}
+    assert seen | started == set(range(len(program.segments)))
 
 
 def run(code: str | list[str], *inputs: torch.Tensor, num_outs: int = 1, is_tuple: bool = False, output: int = -1) -> torch.Tensor:

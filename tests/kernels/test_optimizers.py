@@ -94,7 +94,7 @@ def test_loaded_state_is_a_copy() -> None:
     assert all(torch.equal(second.state()[k], v) for k, v in before.items())
 
 
-@pytest.mark.parametrize(("spec", "count"), zip(SPECS, (2, 0, 1), strict=True))
+@pytest.mark.parametrize(("spec", "count"), list(zip(SPECS, (2, 0, 1), strict=True)))
 def test_states_are_counted_by_taking_a_step(spec: OptimizerSpec, count: int) -> None:
     assert states_per_element(spec) == count
 

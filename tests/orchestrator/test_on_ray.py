@@ -96,7 +96,7 @@ def assert_same_bytes(found: States, expected: States) -> None:
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize(("num_actors", "share_memory"), [(1, True), (2, True), (2, False)])
+@pytest.mark.parametrize(("num_actors", "share_memory"), [(1, True), (2, False)])
 def test_any_number_of_actors_gives_the_bytes_of_one_process(
     local_ray, case, expected, num_actors, share_memory
 ):
