@@ -1,0 +1,139 @@
+"""The same claims about every runner: what is timed, run in one process and run by actors is one Program."""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+
+from orchestrator.batches import split_batch
+from orchestrator.cluster_file import load_cluster
+from orchestrator.console import Console
+from orchestrator.job_file import load_job
+from orchestrator.occupancy import violations
+from orchestrator.preparation import Prepared, build_model, prepare
+from orchestrator.runners.base import is_timed
+from orchestrator.runners.starting import InlineLaunch
+from orchestrator.shipped import cluster_path
+from orchestrator.timeline import Timeline
+from orchestrator.verbs.measured import measured_timeline
+from orchestrator.verbs.simulate import simulate
+from partitioner.program import Recv, Send
+
+JOB = (
+    "model=builtin:gpt-nano", "seq=16", "global_batch=16", "microbatches=2", "plan.dp=2", "plan.tp=2", "plan.pp=2",
+    "plan.zero=1",
+)  # fmt: skip
+RUNNERS = ["simulated", "inline", pytest.param("ray", marks=pytest.mark.ray)]
+
+
+@pytest.fixture(scope="module")
+def prepared() -> Prepared:
+    """A small job with every kind of parallelism on the eight chips of laptop.yaml."""
+    return prepare(load_cluster(cluster_path("laptop")), load_job(None, JOB))
+
+
+@pytest.fixture(scope="module", params=RUNNERS)
+def ran(request: pytest.FixtureRequest, prepared: Prepared) -> Iterator[tuple[str, Timeline, float | None]]:
+    """(runner, timeline of one step, loss of the step if there is one)."""
+    name = request.param
+    if name == "simulated":
+        yield name, simulate(prepared.program, prepared.cluster).timeline(), None
+        return
+    if name == "ray":
+        from orchestrator.runners.on_ray import RayLaunch
+
+        executor = RayLaunch(prepared.cluster).connect(prepared, Console())
+    else:
+        executor = InlineLaunch(replace(prepared.cluster, actors=2)).connect(prepared, Console())
+    try:
+        model = build_model(prepared.job, "cpu")
+        values = {f"params:{k}": v.detach() for k, v in model.module.named_parameters()}
+        values |= {f"buffer:{k}": v for k, v in model.module.named_buffers()}
+        executor.load(values.__getitem__)
+        batches = split_batch(batch_of(prepared), prepared.plan)
+        outcome = executor.step(1e-3, batches, measure=True)
+        assert outcome.stats is not None
+        yield name, measured_timeline(prepared.program, {0: outcome.marks}), outcome.stats.loss
+    finally:
+        executor.close()
+
+
+def batch_of(prepared: Prepared) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    shape = (prepared.job.global_batch, prepared.job.seq)
+    return {name: torch.randint(0, 256, shape, generator=generator) for name in ("input_ids", "labels")}
+
+
+def expected_instances(prepared: Prepared) -> Counter[tuple[int, int, int]]:
+    """(chip, instruction, microbatch) of everything that takes time in one step."""
+    program, found = prepared.program, Counter[tuple[int, int, int]]()
+    for chip in range(program.num_chips):
+        role = program.role_of(chip)
+        for call in role.schedule["step"]:
+            timed = [i for i in role.body[call.body].instructions if is_timed(i)]
+            found.update((chip, i.id, call.microbatch) for i in timed)
+    return found
+
+
+def test_every_instruction_happens_exactly_once(ran, prepared):
+    _, timeline, _ = ran
+    work = [
+        s for s in timeline.spans if str(s.lane) != "host"
+    ]  # the host's span launches the same instruction
+    seen = Counter((s.chip, s.instr, s.microbatch) for s in work)
+    assert seen == expected_instances(prepared)
+
+
+def test_no_two_things_happen_at_once_in_a_lane(ran):
+    name, timeline, _ = ran
+    if name == "simulated":  # real chips share cores: a lane of theirs is not a resource
+        assert violations(timeline) == ()
+
+
+def test_computation_follows_the_order_of_the_program(ran, prepared):
+    _, timeline, _ = ran
+    program = prepared.program
+    for chip in range(program.num_chips):
+        role = program.role_of(chip)
+        order = {}
+        for position, call in enumerate(role.schedule["step"]):
+            for index, ins in enumerate(role.body[call.body].instructions):
+                order[ins.id, call.microbatch] = (position, index)
+        compute = [s for s in timeline.spans if s.chip == chip and str(s.lane) in ("compute", "optimizer")]
+        by_time = [
+            order[s.instr, s.microbatch] for s in sorted(compute, key=lambda s: (s.start_ns, s.end_ns))
+        ]
+        assert by_time == sorted(by_time)
+
+
+def test_nothing_is_received_before_it_was_sent(ran, prepared):
+    _, timeline, _ = ran
+    program = prepared.program
+    ends: dict[tuple[str, int, int, int], int] = {}
+    for span in timeline.spans:
+        role = program.role_of(span.chip)
+        ins = next(i for b in role.bodies for i in b.instructions if i.id == span.instr)
+        if isinstance(ins, Send):
+            kind = "forward" if ins.to > role.stage else "backward"
+            ends[kind, span.chip, program.peer(span.chip, ins.to), span.microbatch] = span.start_ns
+    checked = 0
+    for span in timeline.spans:
+        role = program.role_of(span.chip)
+        ins = next(i for b in role.bodies for i in b.instructions if i.id == span.instr)
+        if isinstance(ins, Recv):
+            kind = "forward" if ins.source < role.stage else "backward"
+            sent = ends[kind, program.peer(span.chip, ins.source), span.chip, span.microbatch]
+            assert span.end_ns >= sent
+            checked += 1
+    assert checked == len(ends) > 0
+
+
+def test_runners_with_tensors_agree_with_one_chip(ran, prepared):
+    name, _, loss = ran
+    if name == "simulated":
+        return
+    module = build_model(prepared.job, "cpu").module
+    alone = float(module(**batch_of(prepared)).detach())
+    assert loss == pytest.approx(alone, rel=1e-6)
