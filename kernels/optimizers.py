@@ -58,10 +58,13 @@ def require_elementwise(factory: Factory) -> None:
     results = []
     for shape in ((4, 6), (24,)):
         param = start.clone().reshape(shape).requires_grad_()
-        optimizer = factory([param])
-        for grad in grads:
-            param.grad = grad.clone().reshape(shape)
-            optimizer.step()
+        try:
+            optimizer = factory([param])
+            for grad in grads:
+                param.grad = grad.clone().reshape(shape)
+                optimizer.step()
+        except Exception as error:  # whatever the user's code raises
+            raise OptimizerError(f"the optimizer cannot step on a flat tensor: {error}") from error
         results.append(param.detach().reshape(24))
     if not torch.allclose(results[0], results[1], rtol=1e-6, atol=1e-7):
         raise OptimizerError(f"{type(optimizer).__name__} depends on the shape of its parameters")

@@ -16,6 +16,7 @@ def split_batch(
 ) -> dict[int, dict[tuple[int, str], torch.Tensor]]:
     """Cut a global batch along dim 0: {replica: {(microbatch, name): tensor}}."""
     parts = plan.dp * plan.microbatches
+    assert all(len(tensor) % parts == 0 for tensor in batch.values()), "the batch does not divide"
     cut = {name: tensor.chunk(parts) for name, tensor in batch.items()}
     return {
         replica: {

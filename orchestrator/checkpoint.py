@@ -215,6 +215,15 @@ def prune(run_dir: Path, keep: int) -> tuple[Path, ...]:
     return tuple(removed)
 
 
+def remove_newer(run_dir: Path, kept: Checkpoint) -> None:
+    """Remove what is newer than `kept`: checkpoints that could not be read, which must not outlive good ones."""
+    for folder in _newest_first(run_dir / "checkpoints"):
+        if folder == kept.folder:
+            return
+        (folder / MANIFEST).unlink(missing_ok=True)
+        shutil.rmtree(folder)
+
+
 def _name(step: int) -> str:
     return f"step-{step:06d}"
 

@@ -58,7 +58,8 @@ FLAGS: dict[str, object] = {
 _FILE = Annotated[Path, typer.Argument(metavar="FILE", help="A cluster, job or chip file.")]
 
 _TALK = ("as_json", "verbose")
-_PLANNED = ("cluster", "job", "model", "data", "plan", "chips", "global_batch", "seq", "steps", "run_dir")
+_INPUTS = ("cluster", "job", "model", "plan", "chips", "global_batch", "seq")
+_PLANNED = (*_INPUTS, "run_dir")
 
 # Verb to the question that it answers and the flags that mean something to it.
 VERBS: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -70,11 +71,11 @@ VERBS: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "train": (
         "Train with real tensors, prediction beside measurement.",
-        (*_PLANNED, "runner", "resume", "overrides", "dry_run", *_TALK),
+        (*_PLANNED, "data", "steps", "runner", "resume", "overrides", "dry_run", *_TALK),
     ),
     "verify": (
         "Is the split run the same training run as on one chip?",
-        (*_PLANNED, "runner", "overrides", *_TALK),
+        (*_INPUTS, "overrides", *_TALK),
     ),
     "doctor": ("Is this machine ready? Versions, cores, memory, chips, Ray.", _TALK),
 }

@@ -50,7 +50,7 @@ def _optimizer_name(name: str) -> str:
 
 
 class OptimizerSection(Section):
-    """adamw, sgd, or a factory that is given the parameters and the learning rate."""
+    """adamw, sgd, or a factory that is given the parameters; its own settings apply, with the lr of here."""
 
     name: Annotated[str, AfterValidator(_optimizer_name)] = "adamw"
     lr: Annotated[float, Field(gt=0)] = DEFAULT_LR

@@ -245,7 +245,13 @@ def _load_file(spec: ModelSpec) -> ModuleType:
     assert found.loader is not None
     module = importlib.util.module_from_spec(found)
     sys.modules[found.name] = module  # dataclasses and pickling look their module up by name
-    found.loader.exec_module(module)
+    try:
+        found.loader.exec_module(module)
+    except Exception as error:  # whatever the user's file raises
+        hint = "make the file importable on its own"
+        raise ModelError(
+            problem=f"{type(error).__name__}: {_one_line(error)}", where=spec.target, hint=hint
+        ) from error
     return module
 
 

@@ -107,11 +107,11 @@ def _choices(given: int | None, chips: int) -> list[int]:
 
 def _rank(
     choice: tuple[int, int], wish: Wish, cluster: Cluster, num_params: int
-) -> tuple[bool, bool, int, int]:
-    """Smaller is better: fits, keeps tp inside a host, little model parallelism, tp before pp."""
+) -> tuple[float, bool, int, int]:
+    """Smaller is better: least over the share, keeps tp inside a host, little model parallelism, tp before pp."""
     tp, pp = choice
     weights, optimizer = STATE_BYTES[wish.dtype]
     shards = cluster.num_chips // (tp * pp) if wish.zero else 1
     need = num_params / (tp * pp) * (weights + optimizer / shards)
     memory = min(chip.memory_bytes for chip in cluster.chip_types)
-    return need > STATE_SHARE * memory, tp > cluster.chips_per_host, tp * pp, pp
+    return max(need - STATE_SHARE * memory, 0.0), tp > cluster.chips_per_host, tp * pp, pp

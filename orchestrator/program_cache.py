@@ -19,7 +19,7 @@ from partitioner.program_codec import decode, encode
 
 FOLDER = Path.home() / ".cache" / "orchestrate"
 CODE = ("partitioner", "kernels")
-MODEL_CODE = ("builtin_gpt.py", "models.py", "model_specs.py")
+MODEL_CODE = ("builtin_gpt.py", "models.py", "model_specs.py", "preparation.py")
 
 
 @cache

@@ -22,6 +22,8 @@ from partitioner.errors import CaptureError
 from partitioner.graph import operand
 
 LossFunction = Callable[..., torch.Tensor]
+LARGEST_LITERAL = 64
+aten = torch.ops.aten
 NAMESPACES = ("params", "buffers", "batch")
 
 
@@ -225,6 +227,8 @@ def _normalise(captured: Captured) -> None:
         node.meta["no_grad"] = not grad_enabled
         if node.op == "call_function" and "_assert" in str(node.target):
             graph.erase_node(node)
+        elif node.op == "get_attr":
+            _inline_literal(captured, node)
         elif node.op == "call_function" and "autocast" in str(node.target):
             _drop_autocast(node)
         elif _is_idle_dropout(node):
@@ -233,6 +237,32 @@ def _normalise(captured: Captured) -> None:
         elif isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
             _make_pure(captured, node)
     graph.eliminate_dead_code()
+
+
+def _inline_literal(captured: Captured, node: torch.fx.Node) -> None:
+    """A small tensor made of Python numbers becomes operators; a large one must be a buffer."""
+    value = getattr(captured.graph_module, str(node.target))
+    if not isinstance(value, torch.Tensor) or value.numel() > LARGEST_LITERAL:
+        raise CaptureError("a tensor is created from Python numbers in the forward", where=node.name,
+                           hint="make it a buffer of the module")  # fmt: skip
+    graph = node.graph
+    with graph.inserting_before(node):
+        numbers = [_made(graph, node, aten.scalar_tensor.default, (n.item(),), {"dtype": value.dtype}, n)
+                   for n in value.flatten()]  # fmt: skip
+        whole = numbers[0]
+        if value.dim():
+            flat = _made(graph, node, aten.stack.default, (numbers,), {}, value.flatten())
+            whole = _made(graph, node, aten.view.default, (flat, list(value.shape)), {}, value)
+    node.replace_all_uses_with(whole)
+    graph.erase_node(node)
+
+
+def _made(
+    graph: torch.fx.Graph, origin: torch.fx.Node, target: Any, args: Any, kwargs: Any, value: torch.Tensor
+) -> torch.fx.Node:
+    made = graph.call_function(target, args, kwargs)
+    made.meta = dict(origin.meta) | {"val": value.clone()}
+    return made
 
 
 def _is_idle_dropout(node: torch.fx.Node) -> bool:

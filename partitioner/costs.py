@@ -9,8 +9,9 @@ from math import prod
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Node
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 aten = torch.ops.aten
 VIEWS = {
@@ -90,3 +91,19 @@ def _tensors(value: object) -> list[torch.Tensor]:
     if isinstance(value, torch.Tensor):
         return [value]
     return [t for t in value if isinstance(t, torch.Tensor)] if isinstance(value, tuple | list) else []
+
+
+def template_flops(module: torch.fx.GraphModule) -> int:
+    """Model FLOPs of a captured slice: matrix multiplications and convolutions only (the convention of MFU).
+
+    Counted by torch below the composite operators, plus attention, whose CPU kernel torch does not count.
+    """
+    nodes = list(module.graph.nodes)
+    attention = sum(op_flops(n) for n in nodes if "scaled_dot_product" in op_name(n.target))
+    with (
+        FakeTensorMode(allow_non_fake_inputs=True),
+        FlopCounterMode(display=False) as counter,
+        torch.no_grad(),
+    ):
+        module(*(torch.empty_like(n.meta["val"], device="cpu") for n in nodes if n.op == "placeholder"))
+    return int(counter.get_total_flops()) + attention

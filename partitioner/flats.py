@@ -55,9 +55,12 @@ def make_groups(
 
 
 def _buckets(params: Iterable[Param], bucket_bytes: int) -> list[list[Param]]:
-    """Split by kind, then fill buckets from the last unit to the first."""
+    """Split by kind, then fill buckets from the last unit to the first.
+
+    Tied parameters come last and in the order of their names: the same in every stage that shares them.
+    """
     by_kind: dict[tuple[object, ...], list[Param]] = {}
-    for param in sorted(params, key=lambda p: (-p.unit, p.name)):
+    for param in sorted(params, key=lambda p: (p.tied, 0 if p.tied else -p.unit, p.name)):
         kind = (param.is_frozen, param.decays, param.tied, param.dim is None, param.spec.dtype)
         by_kind.setdefault(kind, []).append(param)
     buckets: list[list[Param]] = []

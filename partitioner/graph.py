@@ -66,9 +66,9 @@ class Graph:
     frozen: frozenset[str]
     batch: tuple[str, ...]
     buffers: tuple[str, ...]
-    literals: Mapping[str, torch.Tensor]
     loss: str
     count: str
+    loss_rule: str
 
     def param_numel(self) -> int:
         """Number of parameters, tied ones counted once."""

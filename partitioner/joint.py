@@ -211,8 +211,11 @@ class _Sharded(torch.fx.Interpreter):
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         if self.mesh is not None:
             if target is aten.embedding.default and is_cut(args[0], 0):
-                return sharded_ops.vocab_embedding(args[0], args[1].to_local(), self.coordinate)
+                return sharded_ops.vocab_embedding(args[0], args[1].to_local(), self.coordinate, *args[2:3])
             if target is aten.cross_entropy_loss.default and is_cut(args[0], args[0].dim() - 1):
+                if not sharded_ops.is_plain_sum(args):
+                    whole = args[0].redistribute(placements=[Replicate()])
+                    return super().call_function(target, (whole, *args[1:]), kwargs)
                 ignore = args[4] if len(args) > 4 else -100
                 return sharded_ops.vocab_cross_entropy(args[0], _whole(args[1]), self.coordinate, ignore)
             matmul = sharded_ops.cut_matmul(target, args, self.entered) if not kwargs else None

@@ -23,6 +23,8 @@ ELEMENTWISE: dict[Any, int] = {
     aten.mse_loss.default: 2, aten.l1_loss.default: 2, aten.smooth_l1_loss.default: 2, aten.huber_loss.default: 2,
     aten.binary_cross_entropy.default: 3, aten.binary_cross_entropy_with_logits.default: 4,
 }  # fmt: skip
+CLASSIFICATION = {aten.cross_entropy_loss.default, aten.nll_loss_nd.default, aten.nll_loss.default}
+SUMS = {aten.sum.default, aten.sum.dim_IntList}
 TRANSPARENT = {
     aten.reshape.default,
     aten.view.default,
@@ -39,14 +41,14 @@ def rewrite(graph: torch.fx.Graph, num_samples: int) -> tuple[Node, Node, str]:
     assert isinstance(loss, Node)
     core = _core(loss)
     with graph.inserting_before(output):
-        if (
-            core.target is aten.cross_entropy_loss.default
-            and _reduction(core, 3) == MEAN
-            and len(core.args) < 6
-        ):
+        if core.target in CLASSIFICATION and _reduction(core, 3) == MEAN:
             total, count, rule = *_cross_entropy(graph, core), "sum over valid targets"
         elif core.target in ELEMENTWISE and _reduction(core, ELEMENTWISE[core.target]) == MEAN:
             total, count, rule = *_elementwise(graph, core), "sum over elements"
+        elif _is_sum(core):
+            raise CaptureError(
+                "the loss is a sum, which grows with the batch", where=core.name, hint="return a mean"
+            )
         else:
             total = _call(graph, aten.mul.Tensor, loss, float(num_samples))
             count = _constant(graph, num_samples)
@@ -62,6 +64,13 @@ def _core(loss: Node) -> Node:
     while isinstance(node.args[0], Node) and (node.target in TRANSPARENT or _is_idle_cast(node)):
         node = node.args[0]
     return node
+
+
+def _is_sum(core: Node) -> bool:
+    if core.target in CLASSIFICATION:
+        return _reduction(core, 3) == SUM
+    position = ELEMENTWISE.get(core.target)
+    return core.target in SUMS or (position is not None and _reduction(core, position) == SUM)
 
 
 def _is_idle_cast(node: Node) -> bool:
@@ -93,7 +102,8 @@ def _cross_entropy(graph: torch.fx.Graph, core: Node) -> tuple[Node, Node]:
             "class probabilities as targets are not supported", where=core.name, hint="use class indices"
         )
     ignore_index = core.args[4] if len(core.args) > 4 else core.kwargs.get("ignore_index", -100)
-    total = _call(graph, aten.cross_entropy_loss.default, *_with(core, 3, (None, None, None, MEAN)))
+    assert isinstance(core.target, torch._ops.OpOverload)
+    total = _call(graph, core.target, *_with(core, 3, (None, None, None, MEAN)))
     valid = _call(graph, aten.ne.Scalar, target, ignore_index)
     return total, _call(graph, aten.sum.default, valid)
 

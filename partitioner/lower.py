@@ -70,7 +70,7 @@ def lower(
         "model": shape.model, "dtype": shape.dtype, "plan": str(plan), "samples": shape.samples,
         "tokens": shape.samples * shape.tokens, "params": graph.param_numel(), "units": len(graph.units),
         "model_flops": flops * plan.microbatches * plan.dp, "nominal_count": context.nominal_count,
-        "zero": plan.zero, "schedule": str(plan.schedule), "stages": "+".join(map(str, sizes)),
+        "zero": plan.zero, "loss": graph.loss_rule, "schedule": str(plan.schedule), "stages": "+".join(map(str, sizes)),
     }  # fmt: skip
     return Program(plan.axes, plan.microbatches, tuple(pool.segments), roles, tuple(meta.items()))
 

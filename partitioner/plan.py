@@ -48,6 +48,9 @@ class Plan:
                 )
         if self.zero not in (0, 1):
             raise PartitionError(f"zero is {self.zero}", where="plan", hint="zero must be 0 or 1")
+        if any(size < 1 for size in self.stages):
+            raise PartitionError(f"stages {list(self.stages)} has an empty stage", where="plan",
+                                 hint="give every stage at least one unit")  # fmt: skip
         if self.stages and len(self.stages) != self.pp:
             raise PartitionError(f"{len(self.stages)} stages listed for pp = {self.pp}", where="plan",
                                  hint="give one unit count per stage, or none")  # fmt: skip

@@ -19,6 +19,8 @@ from torch.distributed.tensor.experimental import register_sharding
 import kernels.ops  # noqa: F401  (registers orchestrate::shard_slice)
 
 aten = torch.ops.aten
+NO_PADDING = -1
+SUM = 2  # torch's code of the reduction
 
 
 def all_reduce(x: torch.Tensor, reduction: str, mesh: DeviceMesh) -> torch.Tensor:
@@ -27,13 +29,20 @@ def all_reduce(x: torch.Tensor, reduction: str, mesh: DeviceMesh) -> torch.Tenso
     return torch.ops._c10d_functional.wait_tensor(started)
 
 
-def vocab_embedding(weight: DTensor, ids: torch.Tensor, coordinate: torch.Tensor) -> DTensor:
-    """Rows of a vocabulary-cut table: [.., hidden], zero where another chip holds the row, then summed."""
+def vocab_embedding(
+    weight: DTensor, ids: torch.Tensor, coordinate: torch.Tensor, padding_idx: int = NO_PADDING
+) -> DTensor:
+    """Rows of a vocabulary-cut table: [.., hidden], zero where another chip holds the row, then summed.
+
+    The row of `padding_idx` gets no gradient, as in `torch.nn.Embedding`.
+    """
     local = weight.to_local(grad_placements=weight.placements)
     index = ids - coordinate * local.shape[0]
     held = (index >= 0) & (index < local.shape[0])
     rows = torch.nn.functional.embedding(torch.where(held, index, 0), local)
     rows = rows * held.unsqueeze(-1).to(rows.dtype)
+    if padding_idx != NO_PADDING:
+        rows = torch.where((ids == padding_idx).unsqueeze(-1), rows.detach(), rows)
     return DTensor.from_local(_SumForward.apply(rows, weight.device_mesh), weight.device_mesh, [Replicate()])
 
 
@@ -110,6 +119,12 @@ class _SumForward(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
         return grads[0], None
+
+
+def is_plain_sum(args: Sequence[Any]) -> bool:
+    """Whether the arguments of a cross entropy ask for what `vocab_cross_entropy` computes: an unweighted sum."""
+    weight, reduction, smoothing = args[2:3], args[3:4], args[5:6]
+    return tuple(weight) in ((), (None,)) and tuple(reduction) == (SUM,) and tuple(smoothing) in ((), (0.0,))
 
 
 def vocab_cross_entropy(

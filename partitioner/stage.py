@@ -123,7 +123,7 @@ class _Stage:
             return
         graph = self.graph
         kind = TensorKind.BATCH if name in graph.batch else TensorKind.CONSTANT
-        space = "batch" if name in graph.batch else "literal" if name in graph.literals else "buffer"
+        space = "batch" if name in graph.batch else "buffer"
         self.values[name] = self.role.tensor(name, kind, graph.specs[name], source=f"{space}:{name}")
 
     def _traced(self, unit: Unit) -> TracedUnit:

@@ -13,7 +13,7 @@ from torch.fx import Node
 
 from partitioner import loss
 from partitioner.capture import Captured, ModuleCall
-from partitioner.costs import op_flops
+from partitioner.costs import template_flops
 from partitioner.dtypes import spec_of
 from partitioner.errors import CaptureError
 from partitioner.graph import Graph, Side, Template, Unit
@@ -31,7 +31,7 @@ class Level(IntEnum):
 def build_graph(captured: Captured, *, num_samples: int, min_units: int = 1) -> Graph:
     """Cut a capture of `num_samples` samples into at least `min_units` units, if the model has that many pieces."""
     graph = captured.graph_module.graph
-    total, count, _ = loss.rewrite(graph, num_samples)
+    total, count, rule = loss.rewrite(graph, num_samples)
     levels = _levels(captured)
     pieces = _pieces(captured, levels, _borders(captured.calls, captured.containers))
     if len(pieces) < min_units:
@@ -40,7 +40,7 @@ def build_graph(captured: Captured, *, num_samples: int, min_units: int = 1) -> 
         raise CaptureError(
             "the loss depends on no parameter", where=total.name, hint="check what the model returns"
         )
-    builder = _Builder(captured, levels, pieces, (total, count))
+    builder = _Builder(captured, levels, pieces, (total, count), rule)
     return builder.build()
 
 
@@ -105,9 +105,14 @@ class _Builder:
     """Holds the tables while units, templates and sides are made from pieces."""
 
     def __init__(
-        self, captured: Captured, levels: dict[Node, Level], pieces: list[list[Node]], ends: tuple[Node, Node]
+        self,
+        captured: Captured,
+        levels: dict[Node, Level],
+        pieces: list[list[Node]],
+        ends: tuple[Node, Node],
+        rule: str,
     ) -> None:
-        self.captured, self.levels, self.pieces, self.ends = captured, levels, pieces, ends
+        self.captured, self.levels, self.pieces, self.ends, self.rule = captured, levels, pieces, ends, rule
         self.templates: list[Template] = []
         self.known: dict[object, int] = {}
         self.free_values: dict[Node, None] = {}
@@ -139,9 +144,9 @@ class _Builder:
             frozen=self.captured.frozen,
             batch=tuple(n.split(":", 1)[1] for n in names.values() if n.startswith("batch:")),
             buffers=tuple(n.split(":", 1)[1] for n in names.values() if n.startswith("buffers:")),
-            literals={n.name: _literal(self.captured, n) for n in self.levels if n.op == "get_attr"},
             loss=self._name(total),
             count=self._name(count),
+            loss_rule=self.rule,
         )
 
     def _is(self, node: Node, level: Level) -> bool:
@@ -191,7 +196,7 @@ class _Builder:
                     num_params=len(inputs[0]),
                     num_frees=len(inputs[1]),
                     outputs=tuple(spec_of(n.meta["val"]) for n in outputs),
-                    flops=sum(op_flops(n) for n in nodes),
+                    flops=template_flops(_extract(self.captured, nodes, flat, outputs)),
                     tp_styles=styles,
                 )
             )
@@ -229,14 +234,6 @@ class _Builder:
             inputs=tuple(self._name(n) for n in outer),
             outputs=tuple(self._name(n) for n in outputs),
         )
-
-
-def _literal(captured: Captured, node: Node) -> torch.Tensor:
-    value = captured.graph_module
-    for part in str(node.target).split("."):
-        value = getattr(value, part)
-    assert isinstance(value, torch.Tensor)
-    return value
 
 
 def _piece_name(calls: Sequence[ModuleCall], nodes: list[Node]) -> str:

@@ -47,7 +47,9 @@ def tiny_model(one_thread: None) -> Callable[..., Any]:
 
     from orchestrator.models import build
 
-    def make(device: str = "meta", dtype: Any = torch.float32, name: str = "builtin:gpt-nano", **options: object) -> Any:
+    def make(
+        device: str = "meta", dtype: Any = torch.float32, name: str = "builtin:gpt-nano", **options: object
+    ) -> Any:
         args = {**TINY, **options} if name.startswith("builtin:") else options
         return build(name, args, device=device, dtype=dtype, seed=0)
 
@@ -92,7 +94,13 @@ def tiny_job() -> Callable[..., Any]:
 
     def make(*overrides: str) -> Any:
         args = "{" + ", ".join(f"{k}: {v}" for k, v in TINY.items()) + "}"
-        base = [f"model_args={args}", "model=builtin:gpt-nano", f"seq={SEQ}", f"global_batch={BATCH}", "steps=4"]
+        base = [
+            f"model_args={args}",
+            "model=builtin:gpt-nano",
+            f"seq={SEQ}",
+            f"global_batch={BATCH}",
+            "steps=4",
+        ]
         return load_job(None, (*base, *overrides))
 
     return make
@@ -114,7 +122,9 @@ def running_chips(tiny_model: Callable[..., Any]) -> Callable[..., Any]:
     from orchestrator.runners.chip import Settings
     from orchestrator.runners.chip_set import ChipSet
 
-    def make(program: Any, options: Mapping[str, Any] | None = None, workers: int = 1, clip: float | None = 1.0) -> Any:
+    def make(
+        program: Any, options: Mapping[str, Any] | None = None, workers: int = 1, clip: float | None = 1.0
+    ) -> Any:
         module = tiny_model("cpu", **(options or {})).module
         values = {f"params:{k}": v.detach() for k, v in module.named_parameters()}
         values |= {f"buffer:{k}": v for k, v in module.named_buffers()}

@@ -99,6 +99,7 @@ class ChipSet:
         with one_thread_per_chip():
             self._run_workers(work)
         if work.error is not None:
+            self.meetings.open.clear()  # keys start again at the next execution
             raise work.error
         return self._outcome(STATS.get(schedule))
 

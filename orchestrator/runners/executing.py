@@ -29,7 +29,7 @@ class Executor(Protocol):
     """All chips of a Program, wherever they are."""
 
     def load(self, values: Callable[[str], torch.Tensor]) -> None:
-        """Give parameters ("params:NAME") and buffers ("buffer:NAME", "literal:NAME") to the chips that need them."""
+        """Give parameters ("params:NAME") and buffers ("buffer:NAME") to the chips that need them."""
 
     def step(self, lr: float, batches: Batches, *, measure: bool = False, check: bool = False) -> Outcome:
         """One training step."""

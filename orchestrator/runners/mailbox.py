@@ -16,7 +16,7 @@ class Missing(RuntimeError):
 
 
 def value_key(name: str) -> Key:
-    """A parameter, buffer or literal."""
+    """A parameter or buffer."""
     return Key(f"value:{name}", (), 0)
 
 

@@ -6,7 +6,7 @@ from partitioner.program import Program, TensorKind
 
 
 def values(program: Program, chips: Sequence[int]) -> frozenset[str]:
-    """The parameters, buffers and literals that `Chip.load` asks for on these chips."""
+    """The parameters and buffers that `Chip.load` asks for on these chips."""
     roles = {program.role_of(chip).stage: program.role_of(chip) for chip in chips}
     return frozenset(
         f"params:{tensor.source}" if tensor.kind is TensorKind.PARAM else tensor.source

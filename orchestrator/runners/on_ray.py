@@ -9,6 +9,7 @@ Assumes one process per actor and Ray's own process placement (PACK). Never wait
 import logging
 import os
 import secrets
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 LOOPBACK = "127.0.0.1"
 OBJECT_STORE_BYTES = 80 << 20  # Ray's least: tensors do not go through its store
 PATIENCE_S = 60.0  # for Ray, for free resources and for actors to come up
+KNOCK_S = 5.0
 STAGES = ("start Ray", "start actors")
 DEVICES = {Device.SIMULATED: "cpu", Device.CPU: "cpu", Device.CUDA: "cuda"}
 
@@ -106,7 +108,7 @@ class RayStart:
         import ray
 
         if not ray.is_initialized():
-            logging.getLogger("ray").setLevel(logging.ERROR)
+            logging.getLogger("ray").setLevel(logging.CRITICAL)  # what goes wrong is told by our own errors
             self._owns_ray = True  # also of one that came up halfway
             self._initialize(ray)
         if self.plan.address is not None:
@@ -114,7 +116,7 @@ class RayStart:
         require_resources(self.plan, ray.cluster_resources())
 
     def _initialize(self, ray: Any) -> None:
-        quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
+        quiet = {"log_to_driver": False, "logging_level": logging.CRITICAL}
         if self.plan.address is None:
             ray.init(
                 num_cpus=self.plan.num_cpus or len(os.sched_getaffinity(0)),
@@ -124,8 +126,9 @@ class RayStart:
             )
             return
         try:
+            knock(self.plan.address)
             ray.init(address=self.plan.address, **quiet)
-        except ConnectionError as error:
+        except OSError as error:
             hint = "start one with `ray start --head`, or leave the address out"
             raise ClusterError("no Ray cluster answers", f"address {self.plan.address}", hint) from error
 
@@ -171,6 +174,13 @@ class RayStart:
                 ray.util.remove_placement_group(self._group)
         if self._owns_ray:
             ray.shutdown()
+
+
+def knock(address: str) -> None:
+    """Raise OSError if nobody listens at HOST:PORT: Ray itself would try for minutes. Other forms pass."""
+    host, _, port = address.rpartition(":")
+    if host and port.isdigit() and "/" not in host:
+        socket.create_connection((host, int(port)), KNOCK_S).close()
 
 
 def require_resources(plan: ActorPlan, total: Mapping[str, float]) -> None:

@@ -3,7 +3,8 @@
 import os
 from typing import TYPE_CHECKING, Protocol
 
-from orchestrator.cluster import Cluster
+from orchestrator.cluster import Cluster, Device
+from orchestrator.errors import ClusterError
 from orchestrator.preparation import Prepared, Progress, optimizer_factory
 from orchestrator.runners.executing import Executor
 
@@ -30,6 +31,9 @@ class InlineLaunch:
     def connect(self, prepared: Prepared, progress: Progress) -> Executor:
         """See `Launch`."""
         from orchestrator.runners.inline import InlineExecutor
+
+        if self.cluster.device is Device.CUDA:
+            raise ClusterError("CUDA chips need a process each", self.cluster.origin, "use --runner ray")
 
         with progress.phase("start chips"):
             return InlineExecutor(prepared.program, chip_settings(prepared), num_workers(self.cluster))

@@ -35,6 +35,8 @@ from partitioner.plan import Plan
 from partitioner.program import Program
 from partitioner.units import build_graph
 
+JOB_DTYPES = {"f32": "fp32", "f64": "fp64", "bf16": "bf16"}
+
 
 class DistributedStep:
     """A training step on all chips of a plan; made by `distribute`."""
@@ -48,10 +50,11 @@ class DistributedStep:
         self.program: Program | None = None
         self._executor: InlineExecutor | None = None
         self._values: dict[str, torch.Tensor] = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}
 
     def __call__(self, batch: Mapping[str, torch.Tensor]) -> float:
         """One optimizer step on a whole global batch; returns its mean loss. Raises UserError."""
-        executor = self._executor or self._start(batch)
+        executor = self._ready(batch)
         assert self.plan is not None
         outcome = executor.step(float(self.optimizer.param_groups[0]["lr"]), split_batch(batch, self.plan))
         assert outcome.stats is not None
@@ -65,7 +68,7 @@ class DistributedStep:
 
     def evaluate(self, batch: Mapping[str, torch.Tensor]) -> float:
         """Mean loss of a batch of the same shape, without training."""
-        executor = self._executor or self._start(batch)
+        executor = self._ready(batch)
         assert self.plan is not None
         stats = executor.evaluate(split_batch(batch, self.plan)).stats
         assert stats is not None
@@ -81,6 +84,16 @@ class DistributedStep:
                     if name in trained:
                         param.copy_(trained[name].view(param.shape))
         return self.model
+
+    def _ready(self, batch: Mapping[str, torch.Tensor]) -> InlineExecutor:
+        """The executor; a batch must look like the first one, whose counts are part of the Program."""
+        if self._executor is None:
+            return self._start(batch)
+        shapes = {name: tuple(value.shape) for name, value in batch.items()}
+        if shapes != self._shapes:
+            raise PlanError(f"the batch has shapes {shapes}, the first had {self._shapes}", "step(batch)",
+                            "keep batches of one size (drop or fill up the last)")  # fmt: skip
+        return self._executor
 
     def _start(self, batch: Mapping[str, torch.Tensor]) -> InlineExecutor:
         samples = _num_samples(batch)
@@ -101,14 +114,17 @@ class DistributedStep:
         workers = self.cluster.actors or len(os.sched_getaffinity(0))
         self._executor = InlineExecutor(self.program, settings, workers)
         self._executor.load(self._values.__getitem__)
+        self._shapes = {name: tuple(value.shape) for name, value in batch.items()}
         return self._executor
 
     def _program(self, batch: Mapping[str, torch.Tensor], plan: Plan, samples: int) -> Program:
         size = samples // (plan.dp * plan.microbatches)
         example = {name: value[:size] for name, value in batch.items()}
         captured = trace_module(self.model, example, self.loss_fn)
+        held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+        captured.frozen |= {name for name, p in self.model.named_parameters() if id(p) not in held}
         graph = build_graph(captured, num_samples=size, min_units=plan.pp)
-        dtype = SHORT[next(self.model.parameters()).dtype]
+        dtype = JOB_DTYPES.get(SHORT[next(self.model.parameters()).dtype], "fp32")
         states = states_per_element(_factory(self.optimizer))
         tokens = max(
             value.shape[1] if value.dim() > 1 and not value.is_floating_point() else 1
@@ -121,7 +137,6 @@ class DistributedStep:
         require_valid(program)
         self._values = {f"params:{k}": v.detach() for k, v in self.model.named_parameters()}
         self._values |= {f"buffer:{k}": v for k, v in self.model.named_buffers()}
-        self._values |= {f"literal:{k}": v for k, v in graph.literals.items()}
         return program
 
 
@@ -140,6 +155,9 @@ def distribute(
         raise PlanError(
             str(error), type(optimizer).__name__, "use an elementwise optimizer (AdamW, SGD, Lion, ...)"
         ) from error
+    if optimizer.state:
+        raise PlanError("the optimizer has stepped before: its state would be lost", type(optimizer).__name__,
+                        "give a new optimizer")  # fmt: skip
     found = cluster if isinstance(cluster, Cluster) else load_cluster(cluster_path(str(cluster)))
     return DistributedStep(model, optimizer, found.take(chips), plan, loss_fn, clip_norm)
 

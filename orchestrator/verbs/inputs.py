@@ -42,14 +42,17 @@ class Inputs:
         }  # fmt: skip
 
 
-def resolve(options: Options) -> Inputs:
-    """Read the files that the options name. Raises ConfigError, ClusterError or PlanError."""
+def resolve(options: Options, *, demonstrate: bool = False) -> Inputs:
+    """Read the files that the options name. Raises ConfigError, ClusterError or PlanError.
+
+    `demonstrate`: a command that names neither a job nor a model nor a plan shows every kind of parallelism.
+    """
     document = read_yaml(options.cluster or cluster_path(DEFAULT_CLUSTER))
     cluster = cluster_from(document).take(options.chips)
     shortcuts = [
         f"{key}={value}" for name, key in SHORTCUTS.items() if (value := getattr(options, name)) is not None
     ]
-    demonstration = DEMONSTRATION if _is_bare(options, cluster) else ()
+    demonstration = DEMONSTRATION if demonstrate and _is_bare(options, cluster) else ()
     job = load_job(options.job, (*demonstration, *shortcuts, *options.overrides))
     return Inputs(cluster, job, read_plan(options.plan), document.root)
 

@@ -30,7 +30,7 @@ from orchestrator.timeline import Timeline
 from orchestrator.verbs.inputs import Inputs, from_config, read_plan, resolve
 from orchestrator.verbs.measured import measured_timeline
 from orchestrator.verbs.options import Options, Runner
-from orchestrator.verbs.simulate import SimulationResult, simulate
+from orchestrator.verbs.simulate import SimulationResult, answer, simulate
 from orchestrator.verbs.training import Prediction, Progress, Training
 from orchestrator.wording import scaled, seconds
 from partitioner.plan import Plan, plan_to_yaml
@@ -42,6 +42,9 @@ if TYPE_CHECKING:
     from orchestrator.runners.starting import Launch
 
 INTERRUPTED = 130
+FIXED_BY_RUN = (
+    "cluster", "job", "model", "data", "plan", "chips", "global_batch", "seq", "steps", "run_dir",
+)  # fmt: skip
 TEXT_INPUTS = ("input_ids", "labels")
 PLAIN_LINES = 10  # a line for every so many steps, off a terminal
 
@@ -73,9 +76,8 @@ def main(options: Options, console: Console) -> int:
     inputs, folder = _inputs(options)
     runner = options.runner or Runner.RAY
     if options.dry_run or runner is Runner.SIMULATED:
-        from orchestrator.verbs import simulate as simulate_verb
-
-        return simulate_verb.main(options, console)
+        prepared = prepare(inputs.cluster, inputs.job, inputs.plan, progress=console)
+        return answer(prepared, options, console)
     result = _train(inputs, runner, folder, console, resume=options.resume is not None)
     console.results(result.document(), [pairs("trained", _rows(result))])
     return INTERRUPTED if result.was_interrupted else 0
@@ -96,12 +98,11 @@ def run(
 
 def _inputs(options: Options) -> tuple[Inputs, RunDir]:
     if options.resume is None:
-        inputs = resolve(options)
+        inputs = resolve(options, demonstrate=True)
         if options.dry_run or options.runner is Runner.SIMULATED:
             return inputs, RunDir(Path())
         return inputs, run_dir.create(options.run_dir, job=_name(inputs.job))
-    given = [name for name in ("cluster", "job", "model", "data", "plan", "chips", "global_batch", "seq", "run_dir")
-             if getattr(options, name) is not None]  # fmt: skip
+    given = [name for name in FIXED_BY_RUN if getattr(options, name) is not None]
     if given or options.overrides:
         flag = f"--{given[0].replace('_', '-')}" if given else "--set"
         raise ConfigError(
@@ -130,7 +131,9 @@ def _train(inputs: Inputs, runner: Runner, folder: RunDir, console: Console, *, 
         launch.close()
         raise
     try:
-        training = Training(prepared, executor, data, folder, _prediction(predicted), time.perf_counter)
+        training = Training(
+            prepared, executor, data, folder, _prediction(predicted), time.perf_counter, console.warn
+        )
         return _loop(training, predicted, console, resume=resume)
     finally:
         executor.close()

@@ -62,6 +62,8 @@ class Training:
     run_dir: RunDir
     prediction: Prediction
     clock: Callable[[], float]
+    warn: Callable[[str], None]
+    saved: set[int] = field(default_factory=set)  # steps that this process has written
 
     def run(
         self, progress: Progress, show: Callable[[StepLine], None], is_stopping: Callable[[], bool]
@@ -97,7 +99,8 @@ class Training:
         if measure:
             progress.marks[progress.step] = outcome.marks
         validation = None
-        if self._is_due(progress.step, job.validation.every) or progress.step == job.steps:
+        is_last = progress.step == job.steps and job.validation.every > 0
+        if is_last or self._is_due(progress.step, job.validation.every):
             validation = self.validate()
             progress.validation.append((progress.step, validation))
         line = self._line(progress, outcome.stats, seconds, validation)
@@ -152,9 +155,9 @@ class Training:
     def save(self, step: int) -> None:
         """Write the checkpoint of `step` (once) and drop old ones."""
         job = self.prepared.job
-        name = f"step-{step:06d}"
-        if (self.run_dir.checkpoints / name / "manifest.json").exists():
+        if step in self.saved:
             return
+        self.saved.add(step)
         manifest = checkpoint.Manifest(
             step=step, sample=step * job.global_batch, seed=job.seed,
             layout={"plan": str(self.prepared.plan), "stages": str(self.prepared.program.facts["stages"])},
@@ -169,6 +172,9 @@ class Training:
         found = checkpoint.latest(self.run_dir.root)
         if found.checkpoint is None:
             raise RunError("there is no complete checkpoint", str(self.run_dir.root), "start a new run")
+        for warning in found.warnings:
+            self.warn(warning)
+        checkpoint.remove_newer(self.run_dir.root, found.checkpoint)
         manifest = found.checkpoint.manifest
         if manifest.extra.get("data") != self.data.digest:
             raise RunError(

@@ -26,7 +26,11 @@ def codes(segment: Segment) -> list[OpCode]:
 @pytest.mark.parametrize("name", OPTIONS)
 @pytest.mark.parametrize("tp", [1, 2])
 def test_every_segment_of_a_program_gives_the_bytes_of_its_operators(
-    name: str, tp: int, tiny_program: Callable[..., Any], running_chips: Callable[..., Any], batches_of: Callable[..., Any]
+    name: str,
+    tp: int,
+    tiny_program: Callable[..., Any],
+    running_chips: Callable[..., Any],
+    batches_of: Callable[..., Any],
 ) -> None:
     program = tiny_program(OPTIONS[name], tp=tp, pp=2, microbatches=2)
     chips, seen = running_chips(program, dict(OPTIONS[name])), set()
@@ -42,14 +46,20 @@ def test_every_segment_of_a_program_gives_the_bytes_of_its_operators(
         chip.observer = compare
     chips.run("step", StepInput(0.01), batches_of(program))
     chips.run("evaluate", StepInput(0.0), batches_of(program))
-    started = {i.segment for r in program.roles if "constants" in r.body for i in r.body["constants"].instructions}
+    started = {
+        i.segment for r in program.roles if "constants" in r.body for i in r.body["constants"].instructions
+    }
     assert seen | started == set(range(len(program.segments)))
 
 
-def run(code: str | list[str], *inputs: torch.Tensor, num_outs: int = 1, is_tuple: bool = False, output: int = -1) -> torch.Tensor:
+def run(
+    code: str | list[str], *inputs: torch.Tensor, num_outs: int = 1, is_tuple: bool = False, output: int = -1
+) -> torch.Tensor:
     """The value of a list of operations, by the compiled function; the reference must agree."""
     lines = [code] if isinstance(code, str) else code
-    ops = [OpCode(line, num_outs, is_tuple) for line in lines[:1]] + [OpCode(line, 1, False) for line in lines[1:]]
+    ops = [OpCode(line, num_outs, is_tuple) for line in lines[:1]] + [
+        OpCode(line, 1, False) for line in lines[1:]
+    ]
     last = len(inputs) + len(ops) - 1 if output < 0 else output
     (found,) = compile_segment("test", len(inputs), ops, [last], "cpu")(*inputs)
     (expected,) = interpret_segment(ops, [last], "cpu", inputs)
@@ -126,7 +136,9 @@ def test_what_is_no_operator_on_values_and_literals_is_refused(code: str, said: 
         compile_segment("test", 1, [OpCode(code, 1, False)], [1], "cpu")
 
 
-@pytest.mark.parametrize("code", ["__import__('os').system('true')", "(lambda x: x)(v0)", "mm(v0, v0)", "aten.mm(v0, v0)"])
+@pytest.mark.parametrize(
+    "code", ["__import__('os').system('true')", "(lambda x: x)(v0)", "mm(v0, v0)", "aten.mm(v0, v0)"]
+)
 def test_calls_of_anything_else_are_refused_too(code: str) -> None:
     with pytest.raises(SegmentError):
         compile_segment("test", 1, [OpCode(code, 1, False)], [1], "cpu")

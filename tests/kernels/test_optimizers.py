@@ -28,7 +28,9 @@ def plain(spec: OptimizerSpec, params: Sequence[torch.Tensor]) -> torch.optim.Op
     """The same settings in torch's simplest implementation."""
     if spec.name == "sgd":
         return torch.optim.SGD(params, spec.lr, spec.momentum, weight_decay=spec.weight_decay, foreach=False)
-    return torch.optim.AdamW(params, spec.lr, spec.betas, spec.eps, spec.weight_decay, foreach=False, fused=False)
+    return torch.optim.AdamW(
+        params, spec.lr, spec.betas, spec.eps, spec.weight_decay, foreach=False, fused=False
+    )
 
 
 def randoms(count: int) -> list[torch.Tensor]:
@@ -144,7 +146,11 @@ def test_statistics_say_the_mean_loss_and_whether_a_step_may_be_taken() -> None:
     good = StepStatistics(4.0, 6.0, 3.0, 6.0)
     assert (good.loss, good.grad_norm, good.gradient_scale(None)) == (2.0, 4.0, 2.0)
     assert good.is_finite
-    for bad in (StepStatistics(math.nan, 1, 1, 1), StepStatistics(1, math.inf, 1, 1), StepStatistics(1, 1, 0, 1)):
+    for bad in (
+        StepStatistics(math.nan, 1, 1, 1),
+        StepStatistics(1, math.inf, 1, 1),
+        StepStatistics(1, 1, 0, 1),
+    ):
         assert not bad.is_finite
     empty = StepStatistics(0.0, 0.0, 0.0, 4.0)
     assert math.isnan(empty.loss) and math.isnan(empty.correction)

@@ -15,7 +15,9 @@ def test_the_pieces_in_order_are_the_global_batch(dp: int, microbatches: int, si
     split = split_batch({"x": samples, "y": samples[:, 0]}, Plan(dp=dp, microbatches=microbatches))
     assert set(split) == set(range(dp))
     for name, whole in (("x", samples), ("y", samples[:, 0])):
-        pieces = [split[replica][microbatch, name] for replica in range(dp) for microbatch in range(microbatches)]
+        pieces = [
+            split[replica][microbatch, name] for replica in range(dp) for microbatch in range(microbatches)
+        ]
         assert {len(p) for p in pieces} == {size}
         assert torch.equal(torch.cat(pieces), whole)
 

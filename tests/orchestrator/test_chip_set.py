@@ -10,7 +10,7 @@ import torch
 from orchestrator.runners.chip import StepInput
 from orchestrator.runners.chip_set import ChipSet, Stuck
 from orchestrator.runners.chip_state import full_parameters, saved_state
-from partitioner.program import Body, Collective, Program, Role, Send, TensorKind
+from partitioner.program import Body, Program, Role, Send, TensorKind
 
 Make = Callable[..., Any]
 PLAN = {"dp": 2, "tp": 2, "pp": 2, "zero": 1, "microbatches": 2}
@@ -45,14 +45,19 @@ def test_evaluation_changes_nothing_and_gives_the_loss_of_the_next_step(
 ) -> None:
     program = tiny_program(**PLAN)
     chips, batches = running_chips(program), batches_of(program)
-    before = {i: {t.id: chip.fixed[t.id].clone() for t in chip.tensors if t.kind is TensorKind.FLAT} for i, chip in chips.chips.items()}
+    before = {
+        i: {t.id: chip.fixed[t.id].clone() for t in chip.tensors if t.kind is TensorKind.FLAT}
+        for i, chip in chips.chips.items()
+    }
     seen = chips.run("evaluate", StepInput(0.0), batches).stats
     assert all(torch.equal(chips.chips[i].fixed[t], v) for i, kept in before.items() for t, v in kept.items())
     assert seen.loss == chips.run("step", StepInput(0.01), batches).stats.loss
 
 
 @pytest.mark.parametrize("schedule", ["step", "evaluate"])
-def test_no_tensor_of_a_microbatch_survives(schedule: str, tiny_program: Make, running_chips: Make, batches_of: Make) -> None:
+def test_no_tensor_of_a_microbatch_survives(
+    schedule: str, tiny_program: Make, running_chips: Make, batches_of: Make
+) -> None:
     program = tiny_program(**PLAN)
     chips = running_chips(program)
     chips.run(schedule, StepInput(0.01), batches_of(program))
@@ -60,14 +65,18 @@ def test_no_tensor_of_a_microbatch_survives(schedule: str, tiny_program: Make, r
     assert not chips.meetings.open
 
 
-def test_the_statistics_are_the_same_on_every_chip(tiny_program: Make, running_chips: Make, batches_of: Make) -> None:
+def test_the_statistics_are_the_same_on_every_chip(
+    tiny_program: Make, running_chips: Make, batches_of: Make
+) -> None:
     program = tiny_program(**PLAN)
     chips = running_chips(program)
     chips.run("step", StepInput(0.01), batches_of(program))
     assert len({chip.stats for chip in chips.chips.values()}) == 1
 
 
-def test_marks_name_every_instruction_that_works_or_meets(tiny_program: Make, running_chips: Make, batches_of: Make) -> None:
+def test_marks_name_every_instruction_that_works_or_meets(
+    tiny_program: Make, running_chips: Make, batches_of: Make
+) -> None:
     program = tiny_program(pp=2, microbatches=2)
     chips = running_chips(program)
     assert chips.run("step", StepInput(0.01), batches_of(program)).marks == ()
@@ -78,7 +87,9 @@ def test_marks_name_every_instruction_that_works_or_meets(tiny_program: Make, ru
     assert sends <= {m.instruction for m in marks if m.chip == 0}
 
 
-@pytest.mark.parametrize("broken", [0, pytest.param(1, marks=pytest.mark.xfail(reason="chip 0, where it spreads to, is named"))])
+@pytest.mark.parametrize(
+    "broken", [0, pytest.param(1, marks=pytest.mark.xfail(reason="chip 0, where it spreads to, is named"))]
+)
 def test_the_first_result_that_is_not_finite_is_named_and_the_step_is_skipped(
     broken: int, tiny_program: Make, running_chips: Make, batches_of: Make
 ) -> None:
@@ -100,7 +111,9 @@ def tampered(program: Program, stage: int, body: str, drop: type) -> Program:
 
     def without(found: Body) -> Body:
         position = next(i for i, ins in enumerate(found.instructions) if isinstance(ins, drop))
-        return replace(found, instructions=(*found.instructions[:position], *found.instructions[position + 1 :]))
+        return replace(
+            found, instructions=(*found.instructions[:position], *found.instructions[position + 1 :])
+        )
 
     role = program.roles[stage]
     bodies = tuple(without(b) if b.name == body else b for b in role.bodies)
@@ -109,7 +122,9 @@ def tampered(program: Program, stage: int, body: str, drop: type) -> Program:
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_send_that_never_comes_is_explained(workers: int, tiny_program: Make, running_chips: Make, batches_of: Make) -> None:
+def test_a_send_that_never_comes_is_explained(
+    workers: int, tiny_program: Make, running_chips: Make, batches_of: Make
+) -> None:
     program = tampered(tiny_program(pp=2, microbatches=2), 0, "send_forward", Send)
     chips = running_chips(program, workers=workers)
     with pytest.raises(Stuck) as caught:
@@ -119,7 +134,9 @@ def test_a_send_that_never_comes_is_explained(workers: int, tiny_program: Make, 
     assert "waits for p2p (0, 1) #0, missing [0]" in message
 
 
-def test_a_collective_that_one_stage_skips_is_explained(tiny_program: Make, running_chips: Make, batches_of: Make) -> None:
+def test_a_collective_that_one_stage_skips_is_explained(
+    tiny_program: Make, running_chips: Make, batches_of: Make
+) -> None:
     program = tiny_program(pp=2, microbatches=2)
     first, last = program.roles
     shorter = tuple((name, tuple(c for c in calls if c.body != "update")) for name, calls in last.schedules)
@@ -129,7 +146,9 @@ def test_a_collective_that_one_stage_skips_is_explained(tiny_program: Make, runn
         chips.run("step", StepInput(0.01), batches_of(program))
 
 
-def test_an_error_in_a_worker_reaches_the_caller(tiny_program: Make, running_chips: Make, batches_of: Make) -> None:
+def test_an_error_in_a_worker_reaches_the_caller(
+    tiny_program: Make, running_chips: Make, batches_of: Make
+) -> None:
     program = tiny_program(dp=2)
 
     def fail(*_: object) -> None:

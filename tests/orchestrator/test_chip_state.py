@@ -69,7 +69,9 @@ def test_every_replica_but_the_first_saves_only_what_is_its_own(
 
 
 @pytest.mark.parametrize("name", ["builtin:gpt-nano", "hf:gpt2-tiny", "hf:llama-tiny"])
-@pytest.mark.parametrize("degrees", [{}, {"tp": 2}, {"pp": 2, "dp": 2, "microbatches": 2, "zero": 1}], ids=str)
+@pytest.mark.parametrize(
+    "degrees", [{}, {"tp": 2}, {"pp": 2, "dp": 2, "microbatches": 2, "zero": 1}], ids=str
+)
 def test_parameters_are_whole_again_by_name_and_shape(
     name: str, degrees: Any, tiny_program: Make, tiny_model: Make, running_chips: Make
 ) -> None:

@@ -20,7 +20,9 @@ each_plan = pytest.mark.parametrize("plan", PLANS, ids=str)
 class Perceptron(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.layers = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 2))
+        self.layers = nn.Sequential(
+            nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 2)
+        )
 
     def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         return nn.functional.mse_loss(self.layers(x), y)
@@ -42,7 +44,12 @@ def adamw(module: nn.Module, **more: Any) -> torch.optim.Optimizer:
     return torch.optim.AdamW(module.parameters(), lr=0.01, weight_decay=0.1, **more)
 
 
-def eager(make: Callable[[nn.Module], torch.optim.Optimizer], steps: int, clip: float | None = None, gamma: float = 1.0) -> Any:
+def eager(
+    make: Callable[[nn.Module], torch.optim.Optimizer],
+    steps: int,
+    clip: float | None = None,
+    gamma: float = 1.0,
+) -> Any:
     """(losses, module) of a plain torch loop."""
     module = model()
     optimizer = make(module)
@@ -81,8 +88,8 @@ def test_it_equals_the_plain_loop(plan: Plan, laptop: Any, one_thread: None) -> 
         lambda m: torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9, nesterov=True),
         lambda m: torch.optim.Adam(m.parameters(), lr=0.01, weight_decay=0.05, amsgrad=True),
         lambda m: torch.optim.RMSprop(m.parameters(), lr=0.01, centered=True),
-        lambda m: torch.optim.AdamW([{"params": [p for p in m.parameters() if p.dim() > 1]},
-                                     {"params": [p for p in m.parameters() if p.dim() < 2], "weight_decay": 0.0}], lr=0.01),
+        lambda m: torch.optim.AdamW([{"params": [p for p in m.parameters() if p.dim() > 1]}, {"params": [
+            p for p in m.parameters() if p.dim() < 2], "weight_decay": 0.0}], lr=0.01),
     ],
     ids=["sgd", "adam", "rmsprop", "two groups"],
 )  # fmt: skip
@@ -121,7 +128,9 @@ def test_loss_fn_and_cluster_by_name_and_a_plan_of_its_own(one_thread: None) -> 
     module = nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 2)).double()
     inputs = {"input": batch(0)["x"]}
     expected = module(**inputs).square().mean().item()
-    step = orchestrator.distribute(module, adamw(module), "laptop", chips=2, loss_fn=lambda out, input: out.square().mean())
+    step = orchestrator.distribute(
+        module, adamw(module), "laptop", chips=2, loss_fn=lambda out, **batch: out.square().mean()
+    )
     assert step.evaluate(inputs) == pytest.approx(expected, rel=1e-12)
     assert step(inputs) == pytest.approx(expected, rel=1e-12)
     assert step.plan is not None and step.plan.num_chips == 2
@@ -195,3 +204,96 @@ def test_chips_of_the_plan_and_of_the_cluster_must_agree(laptop: Any) -> None:
     step = distribute(module, adamw(module), laptop, plan=Plan(dp=4), chips=2)
     with pytest.raises(PlanError, match="4 chips"):
         step(batch(0))
+
+
+class Turning(nn.Module):
+    """Hands on a strided tensor and takes one in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(self.linear(x.reshape(-1, 8))).reshape(-1, 8, 8).transpose(1, 2)
+
+
+class Awkward(nn.Module):
+    """Strided tensors between blocks, a table made in the forward, losses that are no plain mean."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.blocks = nn.ModuleList(Turning() if kind == "strided" else nn.Linear(8, 8) for _ in range(2))
+        self.head = nn.Linear(8, 16, bias=False)
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = block(x)
+        if self.kind == "table":
+            x = x * torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0])
+        logits, labels = self.head(x).flatten(0, 1), y.flatten()
+        if self.kind == "smoothed":
+            return nn.functional.cross_entropy(logits, labels, label_smoothing=0.1)
+        loss = nn.functional.cross_entropy(logits, labels)
+        more = {"auxiliary": x, "mean of logits": logits}.get(self.kind)
+        return loss if more is None else loss + 0.01 * more.square().mean()
+
+
+AWKWARD = {
+    "plain": None,
+    "strided": "a reshape inside a unit is traced as a view of a contiguous tensor",
+    "table": "literals of the forward are not among the operations of the constants",
+    "smoothed": "vocabulary-cut cross entropy always sums, and knows no smoothing",
+    "auxiliary": "vocabulary-cut cross entropy always sums",
+    "mean of logits": "an average over the cut dim becomes a collective without a reduction",
+}
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param(k, marks=[pytest.mark.xfail(reason=why)] if why else []) for k, why in AWKWARD.items()],
+)
+def test_awkward_models_give_the_loss_of_the_module(kind: str, laptop: Any, one_thread: None) -> None:
+    module = Awkward(kind).double()
+    generator = torch.Generator().manual_seed(1)
+    inputs = {
+        "x": torch.randn(4, 8, 8, generator=generator, dtype=torch.float64),
+        "y": torch.randint(0, 16, (4, 8), generator=generator),
+    }
+    expected = module(**inputs).item()
+    step = distribute(module, adamw(module), laptop, plan=Plan(tp=2), chips=2)
+    assert step.evaluate(inputs) == pytest.approx(expected, rel=1e-10)
+
+
+class Skipping(nn.Module):
+    """Values that are used again in later stages, and one that stops there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(6, 6) for _ in range(4))
+        self.last = nn.Linear(6, 2)
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        first = torch.tanh(self.blocks[0](x))
+        second = torch.tanh(self.blocks[1](first))
+        third = self.blocks[2](second) + first
+        fourth = self.blocks[3](third) * first + second.detach()
+        return nn.functional.mse_loss(self.last(fourth), y)
+
+
+@pytest.mark.parametrize(
+    "plan", [Plan(), Plan(pp=3, microbatches=4), Plan(pp=5, microbatches=2), Plan(tp=2, pp=2)], ids=str
+)
+def test_a_value_may_skip_stages(plan: Plan, laptop: Any, one_thread: None) -> None:
+    plain, module = Skipping().double(), Skipping().double()
+    module.load_state_dict(plain.state_dict())
+    optimizer, losses = adamw(plain), []
+    for number in range(3):
+        optimizer.zero_grad()
+        loss = plain(**batch(number))
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    step = distribute(module, adamw(module), laptop, plan=plan)
+    assert [step(batch(number)) for number in range(3)] == pytest.approx(losses, rel=1e-10)
+    close(step.sync(), plain)

@@ -37,8 +37,10 @@ def chips_with(read: Tensor, write: Tensor, dp: int, pp: int = 1) -> dict[int, C
     return {i: Chip(program, i, library, SETTINGS) for i in range(program.num_chips)}
 
 
-def tensor(id: int, shape: tuple[int, ...], dtype: str, kind: TensorKind = TensorKind.ACTIVATION) -> Tensor:
-    return Tensor(id, f"t{id}", kind, TensorSpec(shape, dtype))
+def tensor(
+    number: int, shape: tuple[int, ...], dtype: str, kind: TensorKind = TensorKind.ACTIVATION
+) -> Tensor:
+    return Tensor(number, f"t{number}", kind, TensorSpec(shape, dtype))
 
 
 def meet(
@@ -65,7 +67,9 @@ def contributions(draw: st.DrawFn) -> tuple[list[torch.Tensor], str, list[int]]:
     size, rows, columns = draw(st.integers(1, 5)), draw(st.integers(1, 3)), draw(st.integers(1, 4))
     dtype = draw(st.sampled_from(sorted(DTYPES)))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 10**6)))
-    parts = [(100 * torch.randn(rows * size, columns, generator=generator)).to(DTYPES[dtype]) for _ in range(size)]
+    parts = [
+        (100 * torch.randn(rows * size, columns, generator=generator)).to(DTYPES[dtype]) for _ in range(size)
+    ]
     return parts, dtype, draw(st.permutations(range(size)))
 
 
@@ -74,7 +78,11 @@ def in_chip_order(reduction: Reduction, parts: list[torch.Tensor]) -> torch.Tens
     wide = [p.float() if p.dtype is torch.bfloat16 else p for p in parts]
     total = wide[0]
     for part in wide[1:]:
-        total = total + part if reduction is Reduction.SUM else (torch.maximum if reduction is Reduction.MAX else torch.minimum)(total, part)
+        total = (
+            total + part
+            if reduction is Reduction.SUM
+            else (torch.maximum if reduction is Reduction.MAX else torch.minimum)(total, part)
+        )
     return total.to(parts[0].dtype)
 
 
@@ -86,9 +94,19 @@ REDUCTIONS = st.sampled_from([Reduction.SUM, Reduction.MAX, Reduction.MIN])
 
 
 @given(contributions(), REDUCTIONS, st.booleans())
-def test_all_reduce_adds_in_chip_order_whoever_comes_first(case: Any, reduction: Reduction, in_place: bool) -> None:
+def test_all_reduce_adds_in_chip_order_whoever_comes_first(
+    case: Any, reduction: Reduction, in_place: bool
+) -> None:
     parts, dtype, order = case
-    found = meet(CollectiveOp.ALL_REDUCE, reduction, parts, dtype, tuple(parts[0].shape), order=order, in_place=in_place)
+    found = meet(
+        CollectiveOp.ALL_REDUCE,
+        reduction,
+        parts,
+        dtype,
+        tuple(parts[0].shape),
+        order=order,
+        in_place=in_place,
+    )
     assert equal(found, [in_chip_order(reduction, parts)] * len(parts))
 
 
@@ -104,7 +122,9 @@ def test_reduce_scatter_gives_every_chip_its_part_of_the_all_reduce(case: Any, r
 def test_all_gather_lines_up_the_parts(case: Any, kind: TensorKind) -> None:
     parts, dtype, order = case
     rows, columns = parts[0].shape
-    found = meet(CollectiveOp.ALL_GATHER, Reduction.NONE, parts, dtype, (rows * len(parts), columns), kind, order)
+    found = meet(
+        CollectiveOp.ALL_GATHER, Reduction.NONE, parts, dtype, (rows * len(parts), columns), kind, order
+    )
     assert equal(found, [torch.cat(parts)] * len(parts))
 
 
@@ -161,7 +181,10 @@ def test_what_was_sent_is_what_was_there_when_it_was_posted() -> None:
     assert torch.equal(chips[1].read(1, 0), torch.ones(2))
 
 
-@given(contributions(), st.sampled_from([CollectiveOp.ALL_REDUCE, CollectiveOp.REDUCE_SCATTER, CollectiveOp.ALL_TO_ALL]))
+@given(
+    contributions(),
+    st.sampled_from([CollectiveOp.ALL_REDUCE, CollectiveOp.REDUCE_SCATTER, CollectiveOp.ALL_TO_ALL]),
+)
 def test_two_actors_get_the_bytes_of_one(case: Any, op: CollectiveOp) -> None:
     parts, dtype, _ = case
     size, (rows, columns) = len(parts), parts[0].shape
@@ -172,7 +195,9 @@ def test_two_actors_get_the_bytes_of_one(case: Any, op: CollectiveOp) -> None:
     expected = meet(op, reduction, parts, dtype, shape)
     chips = chips_with(tensor(0, (rows, columns), dtype), tensor(1, shape, dtype), size)
     actor_of = tuple(chip % 2 for chip in range(size))
-    halves = [Meetings({c: chips[c] for c in range(size) if actor_of[c] == a}, actor_of, a, None) for a in (0, 1)]
+    halves = [
+        Meetings({c: chips[c] for c in range(size) if actor_of[c] == a}, actor_of, a, None) for a in (0, 1)
+    ]
     instruction = Collective(5, op, reduction, Group(("dp",)), 0, (0,), (1,))
     post = Post(0, 0, instruction, Key("group", tuple(range(size)), 0))
     for chip in range(size):

@@ -1,5 +1,6 @@
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from orchestrator.model_specs import GPTOptions
 from orchestrator.runners.chip import Settings
 from orchestrator.runners.executing import Batches, Executor, States
 from orchestrator.runners.inline import InlineExecutor
-from orchestrator.runners.on_ray import ActorPlan, RayStart, raise_busy, require_resources
+from orchestrator.runners.on_ray import ActorPlan, RayStart, knock, raise_busy, require_resources
 from orchestrator.runners.ray_executor import RayExecutor, RayOptions
 from partitioner.capture import trace_module
 from partitioner.lower import StepShape, lower
@@ -213,3 +214,12 @@ def test_what_is_short_is_named():
     require_resources(plan, {"CPU": 4.0, "GPU": 4.0})
     with pytest.raises(ClusterError, match="4 CPUs needed, 1 free"):
         raise_busy(plan, {"CPU": 1.0, "GPU": 4.0})
+
+
+def test_an_address_where_nobody_listens_is_refused_at_once():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        host, port = server.getsockname()
+        knock(f"{host}:{port}")
+    with pytest.raises(ConnectionRefusedError):
+        knock(f"{host}:{port}")
+    knock("auto")

@@ -41,11 +41,11 @@ def document() -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def finished(
     tmp_path_factory: pytest.TempPathFactory, tiny_job: Make, laptop: Any, document: dict[str, Any]
-) -> Iterator[tuple[Any, Path]]:
+) -> tuple[Any, Path]:
     """A run of four steps on four chips, with checkpoints after each two."""
     folder = tmp_path_factory.mktemp("runs") / "whole"
     job = tiny_job(*SMALL, "checkpoints.every=2", "checkpoints.keep=3")
-    yield train.run(laptop.take(4), job, plan=PLAN, folder=folder, document=document), folder
+    return train.run(laptop.take(4), job, plan=PLAN, folder=folder, document=document), folder
 
 
 def saved(folder: Path, step: int) -> dict[str, dict[str, torch.Tensor]]:
@@ -70,7 +70,11 @@ def test_metrics_have_a_line_per_step_and_the_loss_goes_down(finished: tuple[Any
     losses = [float(str(r["loss"])) for r in records]
     assert losses[-1] == result.final_loss < losses[0]
     assert records[-1]["val_loss"] == result.val_loss
-    assert all(float(str(r[k])) > 0 for r in records for k in ("lr", "step_time_s", "tokens_per_s", "predicted_step_time_s"))
+    assert all(
+        float(str(r[k])) > 0
+        for r in records
+        for k in ("lr", "step_time_s", "tokens_per_s", "predicted_step_time_s")
+    )
 
 
 def test_plan_and_program_can_be_read_back(finished: tuple[Any, Path]) -> None:
@@ -87,7 +91,9 @@ def test_predicted_and_measured_spans_join(finished: tuple[Any, Path]) -> None:
     assert predicted is not None and measured is not None
     keys = [{(s.chip, s.instr, s.microbatch) for s in t.spans} for t in (measured, predicted)]
     assert keys[0] and {chip for chip, _, _ in keys[0]} == set(range(4))
-    stages = [{(chip // 2, *rest) for chip, *rest in found} for found in keys]  # predicted: one chip speaks for a role
+    stages = [
+        {(chip // 2, *rest) for chip, *rest in found} for found in keys
+    ]  # predicted: one chip speaks for a role
     assert stages[0] <= stages[1]
 
 
@@ -116,7 +122,9 @@ def test_a_resumed_run_goes_on_bit_for_bit(
     with stopping_after(2):
         interrupted = train.run(laptop.take(4), job, plan=PLAN, folder=folder, document=document)
     assert interrupted.was_interrupted and interrupted.steps == 2
-    result = train.main(Options(resume=folder, runner=Runner.INLINE), Console(out=io.StringIO(), err=io.StringIO()))
+    result = train.main(
+        Options(resume=folder, runner=Runner.INLINE), Console(out=io.StringIO(), err=io.StringIO())
+    )
     assert result == 0
     one, other = (read_metrics(f / "metrics.jsonl") for f in (finished[1], folder))
     facts = ("step", "loss", "grad_norm", "val_loss", "lr")
@@ -137,7 +145,9 @@ def test_a_run_is_resumed_only_on_the_data_it_was_trained_on(
         train.run(laptop.take(1), job, folder=folder, document=document)
     text.write_text("that is the question" * 100)
     with pytest.raises(RunError, match="not what the run was trained on"):
-        train.main(Options(resume=folder, runner=Runner.INLINE), Console(out=io.StringIO(), err=io.StringIO()))
+        train.main(
+            Options(resume=folder, runner=Runner.INLINE), Console(out=io.StringIO(), err=io.StringIO())
+        )
 
 
 def test_a_loss_that_explodes_stops_the_run_and_names_step_and_instruction(
@@ -157,8 +167,8 @@ def test_a_loss_that_explodes_stops_the_run_and_names_step_and_instruction(
 def test_the_command_line_prints_one_json_document(tmp_path: Path) -> None:
     args = "model_args={layers: 1, width: 16, heads: 2, max_seq: 16}"
     options = Options(
-        model="builtin:gpt-nano", chips=2, global_batch=4, seq=16, steps=2, runner=Runner.INLINE, run_dir=tmp_path / "run",
-        overrides=(args, "validation.batches=1"), as_json=True,
+        model="builtin:gpt-nano", chips=2, global_batch=4, seq=16, steps=2, runner=Runner.INLINE,
+        run_dir=tmp_path / "run", overrides=(args, "validation.batches=1"), as_json=True,
     )  # fmt: skip
     out, err = io.StringIO(), io.StringIO()
     assert train.main(options, Console(as_json=True, out=out, err=err)) == 0
@@ -167,7 +177,9 @@ def test_the_command_line_prints_one_json_document(tmp_path: Path) -> None:
     assert "predicted step on these chips" in err.getvalue()
 
 
-def test_a_dry_run_predicts_and_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dry_run_predicts_and_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     options = Options(model="builtin:gpt-nano", chips=2, global_batch=4, seq=16, dry_run=True, as_json=True)
     out = io.StringIO()

@@ -15,7 +15,9 @@ SEQ = 16
 MATMULS = ("linear", "matmul", "mm", "addmm", "bmm")
 
 
-def nodes_of(function: Callable[..., Any], *inputs: torch.Tensor, dispatched: bool = True) -> list[torch.fx.Node]:
+def nodes_of(
+    function: Callable[..., Any], *inputs: torch.Tensor, dispatched: bool = True
+) -> list[torch.fx.Node]:
     traced = make_fx(function, pre_dispatch=not dispatched, tracing_mode="fake")(*inputs)
     return [n for n in traced.graph.nodes if n.op == "call_function"]
 
@@ -43,7 +45,9 @@ A, B, X = torch.zeros(3, 4), torch.zeros(4, 5), torch.zeros(2, 3, 4)
 def test_flops_of_single_operations(function: Any, inputs: Any, flops: int | None, dispatched: bool) -> None:
     found = flops_of(function, *inputs, dispatched=dispatched)
     if flops is None:
-        copies = [n for n in nodes_of(function, *inputs, dispatched=dispatched) if op_name(n.target) == "clone"]
+        copies = [
+            n for n in nodes_of(function, *inputs, dispatched=dispatched) if op_name(n.target) == "clone"
+        ]
         assert found == sum(n.meta["val"].numel() for n in copies)
     else:
         assert found == flops
@@ -77,7 +81,11 @@ def test_bytes_are_operands_plus_results_and_lookups_read_only_rows() -> None:
     assert op_bytes(product) == (4 * (A.numel() + B.numel()), 4 * 15)
     (view,) = nodes_of(lambda x: x.transpose(0, 1), X)
     assert op_bytes(view) == (0, 0)
-    (rows,) = nodes_of(lambda i, w: torch.nn.functional.embedding(i, w), torch.zeros(3, dtype=torch.int64), torch.zeros(1000, 8))
+    (rows,) = nodes_of(
+        lambda i, w: torch.nn.functional.embedding(i, w),
+        torch.zeros(3, dtype=torch.int64),
+        torch.zeros(1000, 8),
+    )
     assert op_bytes(rows) == (3 * 8 * 4, 3 * 8 * 4)
     (made,) = nodes_of(lambda x: torch.zeros(5), X)
     assert op_bytes(made) == (0, 20)
@@ -106,9 +114,15 @@ def test_a_step_does_six_flops_per_weight_and_token_and_attention_beside(
     tiny_program: Callable[..., Any], tiny_model: Callable[..., Any]
 ) -> None:
     program, module = tiny_program(), tiny_model().module
-    weights = sum(p.numel() for n, p in module.named_parameters() if p.dim() == 2 and n not in ("embed.weight", "positions.weight"))
+    weights = sum(
+        p.numel()
+        for n, p in module.named_parameters()
+        if p.dim() == 2 and n not in ("embed.weight", "positions.weight")
+    )
     tokens, layers, width = 2 * SEQ, 2, 32
-    attention = 3 * layers * 2 * tokens * SEQ * width  # causal: half of 4 s d per token forward, three times that in all
+    attention = (
+        3 * layers * 2 * tokens * SEQ * width
+    )  # causal: half of 4 s d per token forward, three times that in all
     closed_form = 6 * weights * tokens + attention
     assert closed_form < program.facts["model_flops"] < 1.15 * closed_form  # the rest is elementwise
 
@@ -125,5 +139,10 @@ def test_matmul_flops_of_a_program_equal_torchs_counter_on_the_eager_module(
     program = tiny_program()
     ran = [program.segments[i.segment] for body in ("forward", "backward")
            for i in program.roles[0].body[body].instructions if isinstance(i, Compute)]  # fmt: skip
-    found = sum(op.flops for s in ran for op in s.ops if op.target.startswith("aten.") and op.target.split(".")[1] in MATMULS)
+    found = sum(
+        op.flops
+        for s in ran
+        for op in s.ops
+        if op.target.startswith("aten.") and op.target.split(".")[1] in MATMULS
+    )
     assert found == expected > 0

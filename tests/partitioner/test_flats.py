@@ -29,7 +29,9 @@ def param_lists(draw: st.DrawFn) -> list[Param]:
     ]
 
 
-def grouped(params: list[Param], dp: int, zero: int, bucket: int, states: int = 2) -> tuple[RoleBuilder, tuple[FlatGroup, ...]]:
+def grouped(
+    params: list[Param], dp: int, zero: int, bucket: int, states: int = 2
+) -> tuple[RoleBuilder, tuple[FlatGroup, ...]]:
     role = RoleBuilder(0, SegmentPool())
     return role, make_groups(role, params, dp=dp, zero=zero, bucket_bytes=bucket, states=states)
 
@@ -38,7 +40,9 @@ cases = given(param_lists(), st.integers(1, 5), st.sampled_from([0, 1]), st.samp
 
 
 @cases
-def test_every_parameter_is_in_one_group_with_others_of_its_kind(params: list[Param], dp: int, zero: int, bucket: int) -> None:
+def test_every_parameter_is_in_one_group_with_others_of_its_kind(
+    params: list[Param], dp: int, zero: int, bucket: int
+) -> None:
     _, groups = grouped(params, dp, zero, bucket)
     assert Counter(p for g in groups for p in g.params) == Counter(params)
     for group in groups:
@@ -47,7 +51,9 @@ def test_every_parameter_is_in_one_group_with_others_of_its_kind(params: list[Pa
 
 
 @cases
-def test_views_lie_end_to_end_and_padding_is_less_than_a_shard_each(params: list[Param], dp: int, zero: int, bucket: int) -> None:
+def test_views_lie_end_to_end_and_padding_is_less_than_a_shard_each(
+    params: list[Param], dp: int, zero: int, bucket: int
+) -> None:
     role, groups = grouped(params, dp, zero, bucket)
     for group in groups:
         views = [role.tensors[role.by_name[p.name]] for p in group.params]
@@ -65,12 +71,22 @@ def test_shards_cover_the_buffer_exactly(params: list[Param], dp: int, zero: int
             assert group.grad == group.flat == group.update
             continue
         shards = dp if zero else 1
-        assert role.spec(group.grad_shard).numel * shards == role.spec(group.flat).numel == role.spec(group.grad).numel
-        assert role.spec(group.update).numel == role.spec(group.param_shard).numel == role.spec(group.grad_shard).numel
+        assert (
+            role.spec(group.grad_shard).numel * shards
+            == role.spec(group.flat).numel
+            == role.spec(group.grad).numel
+        )
+        assert (
+            role.spec(group.update).numel
+            == role.spec(group.param_shard).numel
+            == role.spec(group.grad_shard).numel
+        )
 
 
 @cases
-def test_low_precision_is_updated_in_full_precision(params: list[Param], dp: int, zero: int, bucket: int) -> None:
+def test_low_precision_is_updated_in_full_precision(
+    params: list[Param], dp: int, zero: int, bucket: int
+) -> None:
     role, groups = grouped(params, dp, zero, bucket)
     trained = [g for g in groups if not g.params[0].is_frozen]
     assert all(role.spec(g.update).dtype == role.spec(g.grad).dtype == "f32" for g in trained)

@@ -33,7 +33,11 @@ def reductions(joint: Joint) -> list[str]:
 
 
 def collectives(joint: Joint) -> list[str]:
-    return [n.name for n in joint.graph.nodes if "_c10d_functional" in str(n.target) and "wait" not in str(n.target)]
+    return [
+        n.name
+        for n in joint.graph.nodes
+        if "_c10d_functional" in str(n.target) and "wait" not in str(n.target)
+    ]
 
 
 def shapes(joint: Joint) -> list[tuple[int, ...]]:
@@ -72,14 +76,20 @@ def test_a_block_has_two_all_reduces_forward_and_two_backward(joints: dict[int, 
 def test_the_embedding_is_summed_and_the_loss_needs_three_small_reductions(joints: dict[int, Joint]) -> None:
     assert reductions(joints[EMBED]) == ["sum"]
     head = joints[HEAD]
-    assert sorted(reductions(head)) == ["max", "sum", "sum"]  # two for the loss, one for the gradient of its input
+    assert sorted(reductions(head)) == [
+        "max",
+        "sum",
+        "sum",
+    ]  # two for the loss, one for the gradient of its input
     assert len(collectives(head)) == 3
     sizes = [n.args[0].meta["val"].numel() for n in head.graph.nodes if "all_reduce" in str(n.target)]
     tokens, width = 2 * 16, 32
     assert sorted(sizes) == [tokens, 2 * tokens, tokens * width]  # never tokens * vocabulary
 
 
-def test_local_parameters_are_halves_along_the_cut_dim(joints: dict[int, Joint], tiny_graph: Callable[..., Any]) -> None:
+def test_local_parameters_are_halves_along_the_cut_dim(
+    joints: dict[int, Joint], tiny_graph: Callable[..., Any]
+) -> None:
     graph = tiny_graph()
     for index, joint in joints.items():
         template = graph.templates[graph.units[index].template]
@@ -97,7 +107,9 @@ def test_gradients_have_the_shapes_of_what_they_are_gradients_of(joints: dict[in
             assert grad.meta["val"].shape == placeholders[index].meta["val"].shape
 
 
-def test_each_chip_does_its_share_of_the_matmuls(tiny_graph: Callable[..., Any], joints: dict[int, Joint]) -> None:
+def test_each_chip_does_its_share_of_the_matmuls(
+    tiny_graph: Callable[..., Any], joints: dict[int, Joint]
+) -> None:
     def matmul_flops(joint: Joint) -> int:
         nodes = [n for n in joint.graph.nodes if str(n.target) in ("aten.mm.default", "aten.addmm.default")]
         return sum(2 * n.meta["val"].numel() * n.args[-2].meta["val"].shape[-1] for n in nodes)
@@ -106,7 +118,9 @@ def test_each_chip_does_its_share_of_the_matmuls(tiny_graph: Callable[..., Any],
         assert 2 * matmul_flops(joints[index]) == matmul_flops(trace_unit(tiny_graph(), index, None))
 
 
-def test_nothing_in_the_graph_depends_on_the_chip(joints: dict[int, Joint], tiny_graph: Callable[..., Any]) -> None:
+def test_nothing_in_the_graph_depends_on_the_chip(
+    joints: dict[int, Joint], tiny_graph: Callable[..., Any]
+) -> None:
     expected = {index: text_of(joint) for index, joint in joints.items()}
     with process_group(rank=1, size=2):
         register_attention_rules()
@@ -115,7 +129,9 @@ def test_nothing_in_the_graph_depends_on_the_chip(joints: dict[int, Joint], tiny
         assert {index: text_of(trace_unit(tiny_graph(), index, mesh)) for index in expected} == expected
 
 
-def test_the_first_unit_has_no_gradient_for_its_input(joints: dict[int, Joint], tiny_graph: Callable[..., Any]) -> None:
+def test_the_first_unit_has_no_gradient_for_its_input(
+    joints: dict[int, Joint], tiny_graph: Callable[..., Any]
+) -> None:
     unit = tiny_graph().units[EMBED]
     assert joints[EMBED].wanted == tuple(range(len(unit.params)))
     assert joints[BLOCK].wanted[-1] == len(tiny_graph().units[BLOCK].params)
@@ -126,7 +142,10 @@ def test_frozen_parameters_get_no_gradient(tiny_graph: Callable[..., Any]) -> No
     template = tiny_graph().templates[unit.template]
     frozen = [name.endswith("bias") for name in unit.params]
     joint = trace_joint(template, [None] * len(frozen), None, frozen, first=False)
-    assert joint.wanted == (*(i for i, name in enumerate(unit.params) if not name.endswith("bias")), len(frozen))
+    assert joint.wanted == (
+        *(i for i, name in enumerate(unit.params) if not name.endswith("bias")),
+        len(frozen),
+    )
 
 
 def test_one_chip_needs_no_process_group() -> None:
@@ -141,7 +160,9 @@ def test_a_process_group_of_the_users_own_is_left_alone() -> None:
         assert dist.is_initialized()
 
 
-def test_heads_that_do_not_divide_are_refused_with_the_number_of_heads(tiny_program: Callable[..., Any]) -> None:
+def test_heads_that_do_not_divide_are_refused_with_the_number_of_heads(
+    tiny_program: Callable[..., Any],
+) -> None:
     with pytest.raises(CaptureError, match="1 heads do not divide by tp 2"):
         tiny_program((("heads", 1),), tp=2)
 

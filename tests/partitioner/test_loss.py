@@ -18,27 +18,29 @@ CLASSES = torch.tensor([0, 1, -100, 2, -100, 1])
 NUMBERS = torch.rand(6, 3, generator=GENERATOR, dtype=torch.float64)
 
 
-def rewritten(function: Loss, target: torch.Tensor, part: slice = slice(None)) -> tuple[float, float, str, float]:
+def rewritten(
+    function: Loss, target: torch.Tensor, part: slice = slice(None)
+) -> tuple[float, float, str, float]:
     """(sum, count, rule, the module's own loss) on a part of the samples."""
     torch.manual_seed(0)
     module = nn.Linear(4, 3).double()
-    batch = {"input": X[part], "target": target[part]}
+    batch = {"x": X[part], "target": target[part]}
 
     class Model(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.inner = module
 
-        def forward(self, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-            return function(self.inner(input), target)
+        def forward(self, x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+            return function(self.inner(x), target)
 
     captured = trace_module(Model(), batch, None)
-    _, _, rule = loss.rewrite(captured.graph_module.graph, len(batch["input"]))
+    _, _, rule = loss.rewrite(captured.graph_module.graph, len(batch["x"]))
     captured.graph_module.recompile()
     sources = {"params:inner.weight": module.weight, "params:inner.bias": module.bias}
     sources |= {f"batch:{k}": v for k, v in batch.items()}
     total, count = captured.graph_module(*(sources[name] for name in captured.names.values()))
-    return total.item(), count.item(), rule, function(module(batch["input"]), batch["target"]).item()
+    return total.item(), count.item(), rule, function(module(batch["x"]), batch["target"]).item()
 
 
 def nll(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -68,18 +70,24 @@ KNOWN = [
     (F.binary_cross_entropy_with_logits, NUMBERS, 18, "sum over elements"),
     (penalised, NUMBERS, 6, "mean over samples of equal weight"),
 ]
-each_loss = pytest.mark.parametrize(("function", "target", "count", "rule"), KNOWN, ids=lambda v: getattr(v, "__name__", ""))
+each_loss = pytest.mark.parametrize(
+    ("function", "target", "count", "rule"), KNOWN, ids=lambda v: getattr(v, "__name__", "")
+)
 
 
 @each_loss
-def test_sum_over_count_is_the_models_own_loss(function: Loss, target: torch.Tensor, count: int, rule: str) -> None:
+def test_sum_over_count_is_the_models_own_loss(
+    function: Loss, target: torch.Tensor, count: int, rule: str
+) -> None:
     total, counted, used, own = rewritten(function, target)
     assert (counted, used) == (count, rule)
     assert total / counted == pytest.approx(own, rel=1e-12)
 
 
 @each_loss
-def test_sums_and_counts_add_up_over_unequal_pieces(function: Loss, target: torch.Tensor, count: int, rule: str) -> None:
+def test_sums_and_counts_add_up_over_unequal_pieces(
+    function: Loss, target: torch.Tensor, count: int, rule: str
+) -> None:
     whole, number = rewritten(function, target)[:2]
     pieces = [rewritten(function, target, part) for part in (slice(0, 2), slice(2, 6))]
     assert sum(p[1] for p in pieces) == number

@@ -11,7 +11,18 @@ from partitioner.errors import PartitionError
 from partitioner.lower import StepShape, lower, unit_cost
 from partitioner.machine import Machine, Run
 from partitioner.plan import Plan
-from partitioner.program import Accumulate, Collective, Compute, Free, Program, Recv, Role, Send, TensorKind, Update
+from partitioner.program import (
+    Accumulate,
+    Collective,
+    Compute,
+    Free,
+    Program,
+    Recv,
+    Role,
+    Send,
+    TensorKind,
+    Update,
+)
 
 PLANS = [
     {}, {"dp": 2}, {"dp": 2, "zero": 1}, {"tp": 2}, {"pp": 2, "microbatches": 3}, {"pp": 4, "microbatches": 4},
@@ -112,7 +123,10 @@ def test_a_tied_table_is_reduced_over_the_stages_that_share_it(tiny_program: Mak
 
 def test_neighbouring_stages_exchange_one_activation_and_one_gradient(tiny_program: Make) -> None:
     program = tiny_program(pp=4, microbatches=4)
-    ways = [({s.to for s in instructions(r, Send)}, {x.source for x in instructions(r, Recv)}) for r in program.roles]
+    ways = [
+        ({s.to for s in instructions(r, Send)}, {x.source for x in instructions(r, Recv)})
+        for r in program.roles
+    ]
     assert ways == [({1}, {1}), ({0, 2}, {0, 2}), ({1, 3}, {1, 3}), ({2}, {2})]
 
 
@@ -136,7 +150,9 @@ def chips_after(program: Program, schedule: str) -> set[tuple[int, int]]:
 
 @pytest.mark.parametrize("schedule", ["step", "evaluate"])
 @pytest.mark.parametrize("degrees", [{}, {"microbatches": 3}, {"dp": 2, "zero": 1}], ids=str)
-def test_nothing_of_a_microbatch_is_left_at_the_end(tiny_program: Make, degrees: dict[str, int], schedule: str) -> None:
+def test_nothing_of_a_microbatch_is_left_at_the_end(
+    tiny_program: Make, degrees: dict[str, int], schedule: str
+) -> None:
     assert chips_after(tiny_program(**degrees), schedule) == set()
 
 
@@ -179,5 +195,9 @@ def test_progress_names_every_unit_that_is_traced(tiny_graph: Callable[..., Any]
 def test_losses_are_accumulated_only_where_the_loss_is_made(tiny_program: Make) -> None:
     program = tiny_program(pp=2, microbatches=2)
     for role, expected in zip(program.roles, (0, 1), strict=True):
-        sums = [a for a in instructions(role, Accumulate) if any(role.tensors[t].name == "step.loss" for t in a.writes)]
+        sums = [
+            a
+            for a in instructions(role, Accumulate)
+            if any(role.tensors[t].name == "step.loss" for t in a.writes)
+        ]
         assert len(sums) == expected

@@ -71,7 +71,9 @@ def pieces_of(unit: TracedUnit) -> list[SegmentPiece]:
     return [p for p in (*unit.forward, *unit.backward) if isinstance(p, SegmentPiece)]
 
 
-@pytest.mark.parametrize(("index", "tp"), [(EMBED, 1), (BLOCK, 1), (HEAD, 1), (EMBED, 2), (BLOCK, 2), (HEAD, 2)])
+@pytest.mark.parametrize(
+    ("index", "tp"), [(EMBED, 1), (BLOCK, 1), (HEAD, 1), (EMBED, 2), (BLOCK, 2), (HEAD, 2)]
+)
 def test_specs_of_slots_and_segments_agree(graph: Any, index: int, tp: int) -> None:
     unit = split_unit(graph, index, tp)
     for piece in pieces_of(unit):
@@ -98,10 +100,17 @@ def test_every_slot_is_written_before_it_is_read(graph: Any, tp: int) -> None:
     for index in (EMBED, BLOCK, HEAD):
         unit = split_unit(graph, index, tp)
         known = set(range(unit.first_tangent))
-        for way, more in ((unit.forward, ()), (unit.backward, range(unit.first_tangent, unit.first_tangent + len(unit.tangents)))):
+        for way, more in (
+            (unit.forward, ()),
+            (unit.backward, range(unit.first_tangent, unit.first_tangent + len(unit.tangents))),
+        ):
             known |= set(more)
             for piece in way:
-                reads, writes = (piece.reads, piece.writes) if isinstance(piece, SegmentPiece) else ((piece.read,), (piece.write,))
+                reads, writes = (
+                    (piece.reads, piece.writes)
+                    if isinstance(piece, SegmentPiece)
+                    else ((piece.read,), (piece.write,))
+                )
                 assert set(reads) <= known
                 known |= set(writes)
         assert {s for _, s in unit.grads if s is not None} <= known
@@ -118,7 +127,9 @@ def test_code_holds_nothing_but_calls_of_literals(graph: Any) -> None:
     for piece in pieces_of(split_unit(graph, HEAD, 2)):
         for op in piece.ops:
             names = {n.id for n in ast.walk(ast.parse(op.code)) if isinstance(n, ast.Name)}
-            assert all(n in ("aten", "getitem", "device", "dtype", "inf", "torch") or n[1:].isdigit() for n in names)
+            assert all(
+                n in ("aten", "getitem", "device", "dtype", "inf", "torch") or n[1:].isdigit() for n in names
+            )
 
 
 def test_views_are_made_again_in_backward_instead_of_being_saved(graph: Any) -> None:

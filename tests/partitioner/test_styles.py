@@ -15,7 +15,9 @@ from partitioner.units import build_graph
 NAMES = ["builtin:gpt-nano", "hf:gpt2-tiny", "hf:llama-tiny"]
 
 
-def styles_of(module: nn.Module, batch: dict[str, torch.Tensor], plan: Mapping[str, str] | None) -> dict[str, str]:
+def styles_of(
+    module: nn.Module, batch: dict[str, torch.Tensor], plan: Mapping[str, str] | None
+) -> dict[str, str]:
     captured = trace_module(module, batch, None, plan)
     captured.tp_plan = plan or {}
     graph = build_graph(captured, num_samples=len(next(iter(batch.values()))))
@@ -38,7 +40,11 @@ def test_the_head_and_the_embedding_are_cut_by_vocabulary(name: str, tiny_model:
     model = tiny_model(name=name)
     captured = trace_module(model.module, model.example_batch(2, 8), None, model.tp_plan)
     graph = build_graph(captured, num_samples=2)
-    dims = {n: d for u in graph.units for n, d in zip(u.params, param_dims(graph.templates[u.template]), strict=True)}
+    dims = {
+        n: d
+        for u in graph.units
+        for n, d in zip(u.params, param_dims(graph.templates[u.template]), strict=True)
+    }
     tables = [n for n in dims if any(word in n for word in ("embed", "wte", "head"))]
     assert tables and {dims[n] for n in tables} == {0}
 
@@ -87,13 +93,19 @@ def test_patterns_of_the_plan_decide(plan: Mapping[str, str], expected: tuple[st
 
 def test_a_star_matches_one_path_component_only() -> None:
     module = nn.Sequential(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)))
-    captured = trace_module(module, {"input": torch.zeros(2, 4)}, lambda o, input: o.mean(), {"0.*": "rowwise", "*": "colwise"})
+    captured = trace_module(
+        module, {"input": torch.zeros(2, 4)}, lambda o, **batch: o.mean(), {"0.*": "rowwise", "*": "colwise"}
+    )
     graph = build_graph(captured, num_samples=2)
     assert {s for t in graph.templates for s in t.tp_styles} == {ROW, REPLICATE}
 
 
-@pytest.mark.parametrize(("style", "dims"), [(COLUMN, (0, 0)), (ROW, (1, None)), (REPLICATE, (None, None)), (VOCAB, (0, None))])
-def test_a_style_says_which_dim_of_weight_and_bias_is_cut(style: str, dims: tuple[int | None, int | None]) -> None:
+@pytest.mark.parametrize(
+    ("style", "dims"), [(COLUMN, (0, 0)), (ROW, (1, None)), (REPLICATE, (None, None)), (VOCAB, (0, None))]
+)
+def test_a_style_says_which_dim_of_weight_and_bias_is_cut(
+    style: str, dims: tuple[int | None, int | None]
+) -> None:
     graph = torch.fx.Graph()
     x, weight, bias = (graph.placeholder(n) for n in ("x", "weight", "bias"))
     node = graph.call_function(torch.ops.aten.linear.default, (x, weight, bias))

@@ -60,7 +60,11 @@ def test_every_parameter_belongs_to_a_unit_and_numbers_add_up(
     tiny_graph: Callable[..., Any], tiny_model: Callable[..., Any]
 ) -> None:
     graph, module = tiny_graph(tied=True), tiny_model(tied=True).module
-    assert {p for unit in graph.units for p in unit.params} == set(graph.params) == dict(module.named_parameters()).keys()
+    assert (
+        {p for unit in graph.units for p in unit.params}
+        == set(graph.params)
+        == dict(module.named_parameters()).keys()
+    )
     assert graph.param_numel() == sum(p.numel() for p in module.parameters())
     homes = [unit.name for unit in graph.units if "embed.weight" in unit.params]
     assert len(homes) == 2  # the tied table is used at both ends
@@ -92,7 +96,9 @@ class Stack(nn.Module):
 
 def test_a_model_without_containers_is_one_unit_unless_more_are_needed() -> None:
     def graph(min_units: int) -> Any:
-        return build_graph(trace_module(Stack(), {"x": torch.zeros(2, 4)}, None), num_samples=2, min_units=min_units)
+        return build_graph(
+            trace_module(Stack(), {"x": torch.zeros(2, 4)}, None), num_samples=2, min_units=min_units
+        )
 
     assert len(graph(1).units) == 1
     cut = graph(2)
