@@ -168,7 +168,7 @@ def _content(job: Job, plan: Plan) -> dict[str, object]:
     return {
         "model": job.model, "model_args": {k: repr(v) for k, v in sorted(job.model_args.items())}, "seq": job.seq,
         "global_batch": job.global_batch, "dtype": str(job.dtype), "plan": repr(plan),
-        "optimizer_states": optimizer_states(job),
+        "optimizer": job.optimizer.name, "optimizer_states": optimizer_states(job),
     }  # fmt: skip
 
 

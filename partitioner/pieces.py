@@ -19,7 +19,7 @@ from partitioner.joint import Joint
 from partitioner.program import CollectiveOp, Op, Reduction, TensorSpec
 
 aten = torch.ops.aten
-REDUCTIONS = {"sum": Reduction.SUM, "max": Reduction.MAX, "min": Reduction.MIN}
+REDUCTIONS = {"sum": Reduction.SUM, "avg": Reduction.AVG, "max": Reduction.MAX, "min": Reduction.MIN}
 COLLECTIVES = {
     "all_reduce": CollectiveOp.ALL_REDUCE,
     "all_gather_into_tensor": CollectiveOp.ALL_GATHER,

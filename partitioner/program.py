@@ -59,6 +59,7 @@ class Reduction(StrEnum):
 
     NONE = "none"
     SUM = "sum"
+    AVG = "avg"
     MAX = "max"
     MIN = "min"
 

@@ -31,6 +31,8 @@ class Level(IntEnum):
 def build_graph(captured: Captured, *, num_samples: int, min_units: int = 1) -> Graph:
     """Cut a capture of `num_samples` samples into at least `min_units` units, if the model has that many pieces."""
     graph = captured.graph_module.graph
+    for node in graph.nodes:
+        _refuse_random(node)
     total, count, rule = loss.rewrite(graph, num_samples)
     levels = _levels(captured)
     pieces = _pieces(captured, levels, _borders(captured.calls, captured.containers))
@@ -51,7 +53,6 @@ def _levels(captured: Captured) -> dict[Node, Level]:
             space = captured.names[node.name].split(":")[0]
             levels[node] = {"params": Level.MODEL, "batch": Level.BATCH, "buffers": Level.CONSTANT}[space]
         elif node.op != "output":
-            _refuse_random(node)
             levels[node] = max((levels[n] for n in node.all_input_nodes), default=Level.CONSTANT)
     return levels
 

@@ -17,7 +17,7 @@ import torch
 
 from kernels.optimizers import Factory, FlatOptimizer, OptimizerSpec, StepStatistics
 from orchestrator.runners.assignment import chips_of
-from orchestrator.runners.chip import Mark, Settings, StepInput
+from orchestrator.runners.chip import BadOrder, Mark, Settings, StepInput
 from orchestrator.runners.chip_set import ChipSet
 from orchestrator.runners.chip_state import restore_state, saved_state
 from orchestrator.runners.mailbox import Mailbox, batch_key, marks_key, state_key, value_key
@@ -56,10 +56,10 @@ class Order:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What came of an order: statistics, and the first (chip, instruction) with a non-finite result."""
+    """What came of an order: statistics, and the first instruction with a non-finite result."""
 
     stats: StepStatistics | None
-    first_bad: tuple[int, str] | None
+    first_bad: tuple[BadOrder, str] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,9 +132,7 @@ class ChipActor:
             self.transport.send(
                 DRIVER, order.epoch, marks_key(self.actor), self.actor, marks_tensor(outcome.marks)
             )
-        chips = self.chip_set.chips.items()
-        first_bad = next(((i, chip.first_bad) for i, chip in sorted(chips) if chip.first_bad), None)
-        return Report(outcome.stats, first_bad)
+        return Report(outcome.stats, outcome.first_bad)
 
     def send_states(self) -> dict[int, list[str]]:
         """Send the checkpoint states to the driver; returns their names by chip."""

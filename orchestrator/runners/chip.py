@@ -17,6 +17,9 @@ from partitioner.machine import Machine, Run
 from partitioner.program import Accumulate, Compute, Free, Program, Tensor, TensorKind, Update
 
 Clock = Callable[[], int]
+BadOrder = tuple[
+    bool, int, int, int
+]  # backward?, microbatch, stages along the flow, chip: causes before effects
 Observer = Callable[["Chip", Compute, int, Sequence[torch.Tensor], Sequence[torch.Tensor]], None]
 ZERO_FILLED = (TensorKind.FLAT, TensorKind.MASTER, TensorKind.GRAD)
 
@@ -86,8 +89,9 @@ class Chip:
         self.input = StepInput(0.0)
         self.stats: StepStatistics | None = None
         self.checked = False
+        self.body = ""
         self.observer: Observer | None = None
-        self.first_bad: str | None = None
+        self.first_bad: tuple[BadOrder, str] | None = None
         for tensor in self.tensors:
             self.fixed[tensor.id] = self._allocate(tensor)
 
@@ -178,6 +182,7 @@ class Chip:
 
     def execute(self, run: Run) -> None:
         """Carry out the instructions of a run in order."""
+        self.body = run.body.name
         for instruction in run.instructions:
             start = self.settings.clock() if self.marks is not None else 0
             match instruction:
@@ -212,7 +217,10 @@ class Chip:
         if any(r.is_floating_point() and not torch.isfinite(r).all() for r in results):
             name = self.program.segments[instruction.segment].name
             place = f"chip {self.index} ({self.role.name}), microbatch {microbatch}"
-            self.first_bad = f"{place}, instruction {instruction.id} ({name})"
+            backward = self.body.startswith("backward")
+            along = -self.role.stage if backward else self.role.stage
+            order = (not self.body.startswith("forward"), microbatch, along, self.index)
+            self.first_bad = order, f"{place}, instruction {instruction.id} ({name})"
 
     def _accumulate(self, instruction: Accumulate, microbatch: int) -> None:
         first: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])

@@ -236,7 +236,7 @@ class ChipSet:
         value = None if place is None else chip.fixed[place]
         stats = None if value is None else chip.statistics(value)
         marks = tuple(m for c in self.chips.values() for m in (c.marks or ()))
-        bad = next((c.first_bad for c in self.chips.values() if c.first_bad), None)
+        bad = min((c.first_bad for c in self.chips.values() if c.first_bad), default=None)
         return Outcome(stats, marks, bad)
 
     def prepare_optimizers(self) -> None:

@@ -10,7 +10,7 @@ from typing import Protocol, TypeAlias
 import torch
 
 from kernels.optimizers import StepStatistics
-from orchestrator.runners.chip import Mark
+from orchestrator.runners.chip import BadOrder, Mark
 
 Batches: TypeAlias = Mapping[int, Mapping[tuple[int, str], torch.Tensor]]
 States: TypeAlias = Mapping[int, Mapping[str, torch.Tensor]]
@@ -22,7 +22,7 @@ class Outcome:
 
     stats: StepStatistics | None
     marks: tuple[Mark, ...] = ()
-    first_bad: str | None = None
+    first_bad: tuple[BadOrder, str] | None = None
 
 
 class Executor(Protocol):

@@ -19,6 +19,7 @@ LOW_PRECISION = (torch.float16, torch.bfloat16)
 CHUNKED = (CollectiveOp.REDUCE_SCATTER, CollectiveOp.ALL_TO_ALL)
 COMBINE: dict[Reduction, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     Reduction.SUM: torch.Tensor.add_,
+    Reduction.AVG: torch.Tensor.add_,  # divided by the number of parts at the end
     Reduction.MAX: lambda a, b: torch.maximum(a, b, out=a),
     Reduction.MIN: lambda a, b: torch.minimum(a, b, out=a),
 }
@@ -176,4 +177,4 @@ def combine(reduction: Reduction, parts: Sequence[torch.Tensor], out: torch.Tens
     total = parts[0].clone() if out is None else out
     for part in parts[1:]:
         COMBINE[reduction](total, part)
-    return total
+    return total.div_(len(parts)) if reduction is Reduction.AVG else total

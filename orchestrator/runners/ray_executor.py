@@ -8,7 +8,7 @@ which chip waits for whom. After either, all actors are ended: nobody is left wa
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import ray
 import torch
@@ -22,11 +22,13 @@ from orchestrator.runners.assignment import assign, chips_of
 from orchestrator.runners.chip import Mark
 from orchestrator.runners.executing import Batches, Outcome, States
 from orchestrator.runners.mailbox import Mailbox, batch_key, marks_key, state_key, value_key
-from orchestrator.runners.on_ray import RayStart
 from orchestrator.runners.transport import Transport, host_id
 from partitioner.machine import Key
 from partitioner.program import Program
 from partitioner.program_codec import encode
+
+if TYPE_CHECKING:
+    from orchestrator.runners.on_ray import RayStart
 
 LOOK_S = 2.0  # how often the driver asks actors for their standing while it waits
 ANSWER_S = 2.0  # how long an actor may take to tell it
@@ -46,7 +48,7 @@ class RayOptions:
 class RayExecutor:
     """Executes a Program on the actors of `start`, which it owns from now on."""
 
-    def __init__(self, start: RayStart, program: Program, options: RayOptions) -> None:
+    def __init__(self, start: "RayStart", program: Program, options: RayOptions) -> None:
         start.wait()
         self.start, self.program, self.options = start, program, options
         self.actor_of = assign(program, min(start.plan.num_actors, program.num_chips))
@@ -145,7 +147,7 @@ class RayExecutor:
         reports: list[Report] = self._call(schedule, running)
         stats = next((r.stats for r in reports if r.stats is not None), None)
         bad = min((r.first_bad for r in reports if r.first_bad is not None), default=None)
-        return Outcome(stats, self._marks() if measure else (), None if bad is None else bad[1])
+        return Outcome(stats, self._marks() if measure else (), bad)
 
     def _send_batches(
         self, actor: int, chips: Sequence[int], batches: Batches

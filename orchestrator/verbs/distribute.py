@@ -100,6 +100,9 @@ class DistributedStep:
         plan = self.plan or split_chips(
             self.cluster, samples, sum(p.numel() for p in self.model.parameters())
         )
+        if plan.num_chips != self.cluster.num_chips:
+            raise PlanError(f"the plan is for {plan.num_chips} chips, the cluster has {self.cluster.num_chips}", "plan",
+                            f"take chips={plan.num_chips}, or change a degree")  # fmt: skip
         if samples % (plan.dp * plan.microbatches):
             raise PlanError(f"a batch of {samples} does not split into dp {plan.dp} x {plan.microbatches} microbatches",
                             "batch", f"use a multiple of {plan.dp * plan.microbatches}")  # fmt: skip

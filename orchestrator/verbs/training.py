@@ -113,7 +113,7 @@ class Training:
         self.save(step)
         raise RunError(
             f"the loss or a gradient is not finite at step {step + 1}",
-            outcome.first_bad or "the optimizer's statistics",
+            outcome.first_bad[1] if outcome.first_bad else "the optimizer's statistics",
             "lower optimizer.lr or lengthen the warm-up; the checkpoint before this step is saved",
         )
 

@@ -14,11 +14,15 @@ from orchestrator.verbs.options import Options
 from partitioner.plan import Plan, plan_to_yaml
 
 
-def test_without_options_it_is_the_laptop_and_the_default_job_with_every_kind_of_parallelism() -> None:
+def test_without_options_it_is_the_laptop_and_the_default_job() -> None:
     inputs = resolve(Options())
     assert inputs.cluster == load_cluster(cluster_path("laptop")).take(None)
-    assert inputs.job == load_job(None, DEMONSTRATION)
+    assert inputs.job == load_job(None)
     assert inputs.plan is None
+
+
+def test_a_demonstration_shows_every_kind_of_parallelism() -> None:
+    assert resolve(Options(), demonstrate=True).job == load_job(None, DEMONSTRATION)
 
 
 @pytest.mark.parametrize(
@@ -27,7 +31,7 @@ def test_without_options_it_is_the_laptop_and_the_default_job_with_every_kind_of
     ids=str,
 )
 def test_who_asks_for_anything_gets_no_demonstration(options: Options) -> None:
-    wanted = resolve(options).job.plan
+    wanted = resolve(options, demonstrate=True).job.plan
     assert (wanted.dp, wanted.tp, wanted.pp) == (None, None, None)
 
 

@@ -93,7 +93,6 @@ CHANGES: dict[str, Callable[[Any, Plan], tuple[Any, Plan]]] = {
     "global batch": lambda job, plan: (replace(job, global_batch=16), plan),
     "dtype": lambda job, plan: (replace(job, dtype=Dtype.BF16), plan),
     "optimizer": lambda job, plan: (replace(job, optimizer=replace(job.optimizer, name="sgd")), plan),
-    "momentum": lambda job, plan: (replace(job, optimizer=replace(job.optimizer, momentum=0.5)), plan),
     "degrees": lambda job, plan: (job, replace(plan, dp=1, tp=2)),
     "stages": lambda job, plan: (job, replace(plan, stages=(4,))),
     "schedule": lambda job, plan: (job, replace(plan, schedule=Schedule.GPIPE)),
@@ -117,6 +116,13 @@ def key(job: Any, plan: Plan) -> str:
 def test_everything_that_decides_a_program_is_in_its_key(change: str, tiny_job: Make) -> None:
     job, plan = tiny_job(), Plan(dp=2)
     assert key(*CHANGES[change](job, plan)) != key(job, plan)
+
+
+def test_momentum_counts_where_it_is_state(tiny_job: Make) -> None:
+    keys = {
+        key(tiny_job("optimizer.name=sgd", f"optimizer.momentum={m}"), Plan(dp=2)) for m in (0.0, 0.5, 0.9)
+    }
+    assert len(keys) == 2
 
 
 @pytest.mark.parametrize("change", SAME)

@@ -192,7 +192,7 @@ def test_a_dry_run_predicts_and_leaves_nothing_behind(
     ("given", "flag"),
     [
         ({"seq": 8}, "--seq"), ({"global_batch": 2}, "--global-batch"), ({"overrides": ("seed=1",)}, "--set"),
-        ({"chips": 2}, "--chips"), pytest.param({"steps": 9}, "--steps", marks=pytest.mark.xfail(reason="is ignored")),
+        ({"chips": 2}, "--chips"), ({"steps": 9}, "--steps"),
     ],
 )  # fmt: skip
 def test_a_resumed_run_takes_no_other_inputs(given: dict[str, Any], flag: str, tmp_path: Path) -> None:

@@ -107,7 +107,12 @@ def autocast_off(m: Scripted, x: torch.Tensor) -> torch.Tensor:
         return m.lin(x).sum()
 
 
-@pytest.mark.parametrize("forward", [relu_then_add, under_no_grad, idle_dropout, autocast_off])
+def small_tables(m: Scripted, x: torch.Tensor) -> torch.Tensor:
+    table = torch.tensor([[1.0, 2.0], [3.0, 4.0]]).reshape(4)
+    return (m.lin(x) * table + torch.tensor(0.5)).mean()
+
+
+@pytest.mark.parametrize("forward", [relu_then_add, under_no_grad, idle_dropout, autocast_off, small_tables])
 def test_the_graph_computes_what_the_module_does(forward: Forward) -> None:
     assert same(forward)
 
@@ -192,16 +197,21 @@ def test_writes_through_views_and_new_buffers_are_refused(forward: Forward) -> N
     assert "in place" in refused(forward).problem
 
 
+def test_a_large_tensor_of_python_numbers_must_be_a_buffer() -> None:
+    error = refused(lambda m, x: (m.lin(x).mean() * torch.tensor([1.0] * 100)).mean())
+    assert "created from Python numbers" in error.problem and "buffer" in error.hint
+
+
 def functional_dropout(m: Scripted, x: torch.Tensor) -> torch.Tensor:
-    return F.dropout(m.lin(x), 0.5, training=True).sum()
+    return F.dropout(m.lin(x), 0.5, training=True).mean()
 
 
 def noisy(m: Scripted, x: torch.Tensor) -> torch.Tensor:
-    return (m.lin(x) + torch.randn(2, 4)).sum()
+    return (m.lin(x) + torch.randn(2, 4)).mean()
 
 
 def noisy_in_place(m: Scripted, x: torch.Tensor) -> torch.Tensor:
-    return (m.lin(x) + torch.empty(2, 4).uniform_()).sum()
+    return (m.lin(x) + torch.empty(2, 4).uniform_()).mean()
 
 
 @pytest.mark.parametrize(
@@ -238,7 +248,7 @@ def test_a_model_that_switches_autocast_on_is_told_about_dtype() -> None:
 
 
 def test_a_loss_without_parameters_is_refused() -> None:
-    assert "depends on no parameter" in refused(lambda m, x: x.sum()).problem
+    assert "depends on no parameter" in refused(lambda m, x: x.mean()).problem
 
 
 def test_hooks_are_removed_even_when_the_trace_fails() -> None:

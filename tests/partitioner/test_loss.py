@@ -100,9 +100,36 @@ def test_a_batch_without_any_valid_target_has_sum_and_count_zero() -> None:
     assert own != own
 
 
-def test_sum_reduction_is_not_taken_for_a_mean() -> None:
-    _, count, rule, _ = rewritten(lambda x, y: F.mse_loss(x, y, reduction="sum"), NUMBERS)
-    assert (count, rule) == (6, "mean over samples of equal weight")
+def cross_entropy_sum(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(x, y, reduction="sum")
+
+
+@pytest.mark.parametrize(
+    ("function", "target"),
+    [
+        (lambda x, y: F.mse_loss(x, y, reduction="sum"), NUMBERS),
+        (lambda x, y: (x - y).abs().sum(), NUMBERS),
+        (cross_entropy_sum, CLASSES),
+    ],
+)
+def test_a_sum_is_refused_because_it_grows_with_the_batch(function: Loss, target: torch.Tensor) -> None:
+    with pytest.raises(CaptureError, match="grows with the batch"):
+        rewritten(function, target)
+
+
+def smoothed(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(x, y, label_smoothing=0.2)
+
+
+def log_softmax_nll(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return F.nll_loss(F.log_softmax(x, -1), y)
+
+
+@pytest.mark.parametrize("function", [smoothed, log_softmax_nll])
+def test_other_forms_of_cross_entropy_count_valid_targets_too(function: Loss) -> None:
+    total, count, rule, own = rewritten(function, CLASSES)
+    assert (count, rule) == (4, "sum over valid targets")
+    assert total / count == pytest.approx(own, rel=1e-12)
 
 
 def test_class_weights_and_probabilities_are_refused() -> None:
