@@ -239,6 +239,11 @@ def _normalise(captured: Captured) -> None:
     graph.eliminate_dead_code()
 
 
+def _shares_memory(node: torch.fx.Node) -> bool:
+    is_view = isinstance(node.target, torch._ops.OpOverload) and node.target.is_view
+    return is_view or getattr(node.target, "__name__", "") == "getitem"
+
+
 def _inline_literal(captured: Captured, node: torch.fx.Node) -> None:
     """A small tensor made of Python numbers becomes operators; a large one must be a buffer."""
     value = getattr(captured.graph_module, str(node.target))
@@ -288,7 +293,8 @@ def _make_pure(captured: Captured, node: torch.fx.Node) -> None:
     name = node.target._schema.name.removeprefix("aten::")
     pure = getattr(torch.ops.aten, name.removesuffix("_"), None) if name.endswith("_") else None
     overload = getattr(pure, node.target._overloadname, None) if pure else None
-    is_view = isinstance(target.target, torch._ops.OpOverload) and target.target.is_view
+    # a write must not reach what shares the memory: neither what `target` views nor earlier views of it
+    is_view = _shares_memory(target) or any(_shares_memory(user) for user in target.users if user is not node)
     if overload is None or target.op == "placeholder" or is_view:
         source = captured.names.get(target.name, target.name)
         raise CaptureError(

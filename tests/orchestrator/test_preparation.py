@@ -60,7 +60,7 @@ from pathlib import Path
 from orchestrator import program_cache
 for name in ("load_program", "store_program", "load_number", "store_number"):
     getattr(program_cache, name).__defaults__ = (Path(sys.argv[1]),)
-from orchestrator.verbs.inputs import prepare, resolve
+from orchestrator.verbs.inputs import prepare
 from orchestrator.preparation import Quiet
 from orchestrator.verbs.options import Options
 from orchestrator.verbs.simulate import simulate

@@ -177,22 +177,28 @@ def writing_what_was_viewed(m: Scripted, x: torch.Tensor) -> torch.Tensor:
     hidden = m.lin(x)
     flat = hidden.view(-1)
     hidden.add_(1)
-    return flat.sum()
+    return flat.mean()
 
 
 def writing_a_chunk(m: Scripted, x: torch.Tensor) -> torch.Tensor:
     hidden = m.lin(x)
     hidden.chunk(2, -1)[0].mul_(2)
-    return hidden.sum()
+    return hidden.mean()
 
 
 def replacing_a_buffer(m: Scripted, x: torch.Tensor) -> torch.Tensor:
     m.seen = m.seen + 1
-    return m.lin(x).sum() * m.seen
+    return m.lin(x).mean() * m.seen
 
 
-@pytest.mark.parametrize("forward", [writing_what_was_viewed, writing_a_chunk, replacing_a_buffer])
-@pytest.mark.xfail(reason="the write is dropped silently")
+@pytest.mark.parametrize(
+    "forward",
+    [
+        writing_what_was_viewed,
+        writing_a_chunk,
+        pytest.param(replacing_a_buffer, marks=pytest.mark.xfail(reason="the new value is dropped silently")),
+    ],
+)
 def test_writes_through_views_and_new_buffers_are_refused(forward: Forward) -> None:
     assert "in place" in refused(forward).problem
 
