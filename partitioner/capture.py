@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.func import functional_call
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
+from torch.nn.utils.stateless import _reparametrize_module
 
 from partitioner.errors import CaptureError
 from partitioner.graph import operand
@@ -69,9 +69,9 @@ def trace_module(
             space: {k[len(space) + 1 :]: v for k, v in named.items() if k.startswith(space + ":")}
             for space in NAMESPACES
         }
-        output = functional_call(
-            module, groups["params"] | groups["buffers"], args=(), kwargs=groups["batch"]
-        )
+        with _reparametrize_module(module, groups["params"] | groups["buffers"], tie_weights=True):
+            output = module(**groups["batch"])
+            _require_same_buffers(module, groups["buffers"])
         return scalar_loss(loss_fn(output, **groups["batch"]) if loss_fn else output)
 
     with _recording(module, calls), torch.enable_grad(), _explaining(module):
@@ -129,6 +129,14 @@ def _refuse_unsupported(module: nn.Module) -> None:
                 "batch norm updates running statistics in the forward", where=where,
                 hint="use group or layer norm, or put the model in eval mode",
             )  # fmt: skip
+
+
+def _require_same_buffers(module: nn.Module, given: Mapping[str, torch.Tensor]) -> None:
+    for name, value in given.items():
+        if module.get_buffer(name) is not value:
+            raise CaptureError(
+                "the forward replaces a buffer", where=name, hint="keep state out of the forward"
+            )
 
 
 def _fake_inputs(module: nn.Module, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

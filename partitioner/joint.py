@@ -102,9 +102,7 @@ def trace_joint(
                 for i, seed in zip(differentiable, seeds, strict=True)
                 if outputs[i].requires_grad
             ]
-            grads = torch.autograd.grad(
-                [o for o, _ in with_grad], sources, [s for _, s in with_grad], allow_unused=True
-            )
+            grads = _gradients(with_grad, sources)
         return (*(o.detach() for o in outputs), *grads)
 
     with _explained(tp):
@@ -128,6 +126,15 @@ def _explained(tp: int) -> Iterator[None]:
             where="tensor parallelism",
             hint="use another tp, or give the model a tp_plan that replicates this part",
         ) from error
+
+
+def _gradients(
+    outputs: Sequence[tuple[torch.Tensor, torch.Tensor]], sources: Sequence[torch.Tensor]
+) -> tuple[torch.Tensor | None, ...]:
+    """Gradients of `sources` for (output, tangent) pairs; None where nothing flows."""
+    if not outputs or not sources:
+        return (None,) * len(sources)
+    return torch.autograd.grad([o for o, _ in outputs], sources, [t for _, t in outputs], allow_unused=True)
 
 
 def _dim(dims: Sequence[int | None], index: int) -> int | None:

@@ -260,6 +260,12 @@ def _code(node: Node, number: Mapping[Node, int]) -> str:
     parts = [_literal(arg, number) for arg in node.args]
     parts += [f"{key}={_literal(arg, number)}" for key, arg in node.kwargs.items() if key != "pin_memory"]
     target = node.target
+    if op_name(target) in ("view", "_unsafe_view"):  # traced on contiguous operands; real ones may be strided
+        target = aten.reshape.default
+    if op_name(target) == "as_strided":
+        raise CaptureError(
+            "as_strided depends on memory layout", where=node.name, hint="use view, narrow or unfold"
+        )
     if isinstance(target, torch._ops.OpOverload):
         space, name = target._schema.name.split("::")
         return f"{space}.{name}.{target._overloadname}({', '.join(parts)})"

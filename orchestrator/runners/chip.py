@@ -219,7 +219,8 @@ class Chip:
             place = f"chip {self.index} ({self.role.name}), microbatch {microbatch}"
             backward = self.body.startswith("backward")
             along = -self.role.stage if backward else self.role.stage
-            order = (not self.body.startswith("forward"), microbatch, along, self.index)
+            rank = 0 if self.body.startswith("forward") else 1 if backward else 2
+            order = (rank, microbatch, along, self.index)
             self.first_bad = order, f"{place}, instruction {instruction.id} ({name})"
 
     def _accumulate(self, instruction: Accumulate, microbatch: int) -> None:

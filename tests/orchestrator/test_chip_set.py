@@ -106,7 +106,6 @@ def test_the_first_result_that_is_not_finite_is_named_and_the_step_is_skipped(
 
 
 @pytest.mark.parametrize("microbatch", [0, 1])
-@pytest.mark.xfail(reason="instructions of the update count as those of the first backward")
 def test_a_gradient_that_is_not_finite_is_named_before_what_it_spreads_to(
     microbatch: int, tiny_program: Make, running_chips: Make, batches_of: Make
 ) -> None:
