@@ -17,9 +17,8 @@ from partitioner.machine import Machine, Run
 from partitioner.program import Accumulate, Compute, Free, Program, Tensor, TensorKind, Update
 
 Clock = Callable[[], int]
-BadOrder = tuple[
-    bool, int, int, int
-]  # backward?, microbatch, stages along the flow, chip: causes before effects
+# forward 0, backward 1, later 2; microbatch; stage along the flow; chip: causes before effects
+BadOrder = tuple[int, int, int, int]
 Observer = Callable[["Chip", Compute, int, Sequence[torch.Tensor], Sequence[torch.Tensor]], None]
 ZERO_FILLED = (TensorKind.FLAT, TensorKind.MASTER, TensorKind.GRAD)
 
