@@ -35,18 +35,29 @@ def main() -> None:
 
 
 def degrees() -> list[tuple[int, int, int]]:
-    """All (dp, tp, pp) of powers of two with at most 8 chips; 4 heads and 4 pieces limit tp and pp to 4."""
+    """All (dp, tp, pp) of powers of two with at most 8 chips."""
     sizes = (1, 2, 4, 8)
-    return [
-        (d, t, p) for d in sizes for t in sizes for p in sizes if d * t * p <= CHIPS and t <= 4 and p <= 4
-    ]
+    return [(d, t, p) for d in sizes for t in sizes for p in sizes if d * t * p <= CHIPS]
+
+
+def heads(model: str, tp: int) -> tuple[str, ...]:
+    """Settings that give the model enough heads for tp; grouped heads where they are few enough."""
+    wanted = max(4, tp)
+    return {
+        "builtin:gpt-nano": (f"model_args.heads={wanted}",),
+        "hf:gpt2-tiny": (f"model_args.n_head={wanted}",),
+        "hf:llama-tiny": (
+            f"model_args.num_attention_heads={wanted}",
+            f"model_args.num_key_value_heads={max(2, tp)}",
+        ),
+    }[model]
 
 
 def one(model: str, dp: int, tp: int, pp: int, zero: int) -> dict[str, object]:
     """One verification."""
     cluster = load_cluster(cluster_path("laptop")).take(dp * tp * pp)
     settings = (f"model={model}", f"plan.dp={dp}", f"plan.tp={tp}", f"plan.pp={pp}", f"plan.zero={zero}")
-    result = verify(cluster, load_job(None, (*FIXED, *settings)))
+    result = verify(cluster, load_job(None, (*FIXED, *settings, *heads(model, tp))))
     share = max(result.parameter_bytes_per_chip) / result.one_chip_parameter_bytes
     return {
         "model": model, "plan": result.plan, "equal": result.equal, "loss_rel": result.errors.loss,

@@ -6,6 +6,7 @@ Only the tp axis is given to DTensor; data parallelism, ZeRO and pipelining are 
 the same interpreter runs on plain tensors.
 """
 
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -53,12 +54,14 @@ def tensor_parallel_mesh(tp: int) -> Iterator[DeviceMesh | None]:
     if dist.is_initialized():
         raise CaptureError("torch.distributed is already initialised", where="this process",
                            hint="partition before init_process_group")  # fmt: skip
+    hook = sys.excepthook  # torch puts a rank before every line of a traceback, and leaves it there
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=tp)
     try:
         sharded_ops.register_attention_rules()
         yield DeviceMesh("cpu", list(range(tp)), mesh_dim_names=("tp",))
     finally:
         dist.destroy_process_group()
+        sys.excepthook = hook
 
 
 def param_dims(template: Template) -> tuple[int | None, ...]:
