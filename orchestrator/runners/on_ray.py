@@ -105,7 +105,12 @@ class RayStart:
         self.on_phase(name, time.monotonic() - start)
 
     def _start_ray(self) -> None:
-        import ray
+        try:
+            import ray
+        except ImportError as error:
+            raise RunError(
+                "Ray is not installed", "--runner ray", "pip install 'ray>=2.60', or use --runner inline"
+            ) from error
 
         if not ray.is_initialized():
             logging.getLogger("ray").setLevel(logging.CRITICAL)  # what goes wrong is told by our own errors
@@ -165,6 +170,8 @@ class RayStart:
             actor.warm_up.remote()  # nobody waits for it
 
     def _end(self) -> None:
+        if self.failure is not None and isinstance(self.failure.__cause__, ImportError):
+            return  # without Ray there is nothing to end
         import ray
 
         if ray.is_initialized():

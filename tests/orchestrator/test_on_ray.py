@@ -1,6 +1,7 @@
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -223,3 +224,11 @@ def test_an_address_where_nobody_listens_is_refused_at_once():
     with pytest.raises(ConnectionRefusedError):
         knock(f"{host}:{port}")
     knock("auto")
+
+
+def test_a_missing_ray_is_named_before_anything_starts(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    start = RayStart(ActorPlan(1))
+    with pytest.raises(RunError, match="not installed"):
+        start.wait()
+    start.close()
