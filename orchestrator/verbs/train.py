@@ -74,13 +74,20 @@ class TrainResult:
 def main(options: Options, console: Console) -> int:
     """The `train` verb."""
     inputs, folder = _inputs(options)
-    runner = options.runner or Runner.RAY
+    runner = options.runner or _usual_runner(options, folder)
     if options.dry_run or runner is Runner.SIMULATED:
         prepared = prepare(inputs.cluster, inputs.job, inputs.plan, progress=console)
         return answer(prepared, options, console)
     result = _train(inputs, runner, folder, console, resume=options.resume is not None)
     console.results(result.document(), [pairs("trained", _rows(result))])
     return INTERRUPTED if result.was_interrupted else 0
+
+
+def _usual_runner(options: Options, folder: RunDir) -> Runner:
+    """Ray, or what the run that is resumed was started with."""
+    return (
+        Runner.RAY if options.resume is None else Runner(str(folder.read_config().get("runner", Runner.RAY)))
+    )
 
 
 def run(

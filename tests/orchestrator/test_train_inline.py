@@ -198,3 +198,14 @@ def test_a_dry_run_predicts_and_leaves_nothing_behind(
 def test_a_resumed_run_takes_no_other_inputs(given: dict[str, Any], flag: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=f"{flag} cannot change a run"):
         train.main(Options(resume=tmp_path, **given), Console(out=io.StringIO(), err=io.StringIO()))
+
+
+def test_a_resumed_run_goes_on_with_its_own_runner(tmp_path: Path) -> None:
+    from orchestrator.run_dir import RunDir
+    from orchestrator.verbs.options import Options, Runner
+    from orchestrator.verbs.train import _usual_runner
+
+    folder = RunDir(tmp_path)
+    folder.write_config({"runner": "inline"})
+    assert _usual_runner(Options(resume=tmp_path), folder) is Runner.INLINE
+    assert _usual_runner(Options(), folder) is Runner.RAY
