@@ -14,7 +14,7 @@ from kernels.backend import OpCode, SegmentFunction, compile_segment
 from kernels.optimizers import Factory, FlatOptimizer, StepStatistics
 from partitioner.dtypes import TORCH
 from partitioner.machine import Machine, Run
-from partitioner.program import Accumulate, Compute, Free, Program, Tensor, TensorKind, Update
+from partitioner.program import Accumulate, Compute, Free, Program, Segment, Tensor, TensorKind, Update
 
 Clock = Callable[[], int]
 # forward 0, backward 1, later 2; microbatch; stage along the flow; chip: causes before effects
@@ -53,6 +53,11 @@ class StepInput:
     batches: Mapping[tuple[int, str], torch.Tensor] = field(default_factory=dict)
 
 
+def op_codes(segment: Segment) -> list[OpCode]:
+    """A segment's ops as the kernel packages take them."""
+    return [OpCode(op.code, len(op.outs), op.is_tuple) for op in segment.ops]
+
+
 class SegmentLibrary:
     """Compiled segments of a Program, made when first used and shared by all chips of a process."""
 
@@ -65,8 +70,9 @@ class SegmentLibrary:
         found = self._functions.get(index)
         if found is None:
             segment = self.program.segments[index]
-            ops = [OpCode(op.code, len(op.outs), op.is_tuple) for op in segment.ops]
-            found = compile_segment(segment.name, len(segment.inputs), ops, segment.outputs, self.device)
+            found = compile_segment(
+                segment.name, len(segment.inputs), op_codes(segment), segment.outputs, self.device
+            )
             self._functions[index] = found
         return found
 

@@ -8,7 +8,6 @@ learning rate is read from the optimizer's first group at every step, so schedul
 the trained parameters back into the model.
 """
 
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from orchestrator.plan_choice import split_chips
 from orchestrator.runners.chip import Settings
 from orchestrator.runners.chip_state import full_parameters
 from orchestrator.runners.inline import InlineExecutor
+from orchestrator.runners.starting import num_workers
 from orchestrator.shipped import cluster_path
 from partitioner.capture import LossFunction, trace_module
 from partitioner.check import require_valid
@@ -114,8 +114,7 @@ class DistributedStep:
         except PartitionError as error:
             raise PlanError(error.problem, error.where, error.hint) from error
         settings = Settings(_factory(self.optimizer), self.clip_norm)
-        workers = self.cluster.actors or len(os.sched_getaffinity(0))
-        self._executor = InlineExecutor(self.program, settings, workers)
+        self._executor = InlineExecutor(self.program, settings, num_workers(self.cluster))
         self._executor.load(self._values.__getitem__)
         self._shapes = {name: tuple(value.shape) for name, value in batch.items()}
         return self._executor

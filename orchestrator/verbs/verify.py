@@ -26,6 +26,7 @@ from orchestrator.verbs.verify_runs import (
     first_difference,
     make_batches,
     module_values,
+    on_one_chip,
     planned_run,
     reference_run,
     relative,
@@ -112,8 +113,7 @@ def verify(
     shown = progress or Quiet()
     exact = replace(job, dtype=Dtype.FP64)
     prepared = prepare(cluster, exact, plan, progress=shown)
-    alone = prepare(cluster.take(1), exact, replace(prepared.plan, dp=1, tp=1, pp=1, zero=0, stages=(),
-                    microbatches=prepared.plan.dp * prepared.plan.microbatches))  # fmt: skip
+    alone = on_one_chip(prepared)
     _require_cut(prepared, alone)
     with shown.phase("compare in fp64"):
         errors, difference = _proof(prepared)

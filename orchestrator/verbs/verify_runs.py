@@ -10,19 +10,17 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from kernels.backend import OpCode
 from kernels.reference import interpret_segment
 from orchestrator.batches import split_batch
 from orchestrator.job import Dtype, Job
 from orchestrator.lr_schedule import learning_rate
 from orchestrator.models import BuiltModel
 from orchestrator.preparation import Prepared, optimizer_factory, prepare
-from orchestrator.runners.chip import Chip, Settings, StepInput
+from orchestrator.runners.chip import Chip, Settings, StepInput, op_codes
 from orchestrator.runners.chip_set import ChipSet
 from orchestrator.runners.starting import chip_settings
 from partitioner.capture import scalar_loss
 from partitioner.exact import ExactFloat64
-from partitioner.plan import Plan
 from partitioner.program import Compute, Program, TensorKind
 
 IGNORED_LABEL = -100
@@ -107,6 +105,14 @@ def planned_run(prepared: Prepared, values: Tensors, batches: Sequence[Tensors])
         if step == 0:
             gradients = whole_tensors(prepared.program, chips, TensorKind.GRAD)
     return Trajectory(tuple(losses), gradients, whole_tensors(prepared.program, chips, TensorKind.PARAM))
+
+
+def on_one_chip(prepared: Prepared) -> Prepared:
+    """The same job on one chip, with the microbatches that the replicas of the plan see one after another."""
+    plan = prepared.plan
+    microbatches = plan.dp * plan.microbatches
+    one = replace(plan, dp=1, tp=1, pp=1, zero=0, stages=(), microbatches=microbatches)
+    return prepare(prepared.cluster.take(1), prepared.job, one)
 
 
 def chips_of(prepared: Prepared, values: Tensors, settings: Settings | None = None) -> ChipSet:
@@ -197,8 +203,7 @@ def first_difference(
         results: Sequence[torch.Tensor],
     ) -> None:
         segment = chip.program.segments[ins.segment]
-        ops = [OpCode(op.code, len(op.outs), op.is_tuple) for op in segment.ops]
-        expected = interpret_segment(ops, segment.outputs, chip.settings.device, operands)
+        expected = interpret_segment(op_codes(segment), segment.outputs, chip.settings.device, operands)
         error = max((relative(r, e, 1e-30) for r, e in zip(results, expected, strict=True)), default=0.0)
         if error > tolerance:
             wrong.append(Found(chip.index, microbatch, ins.id, segment.name, error))
@@ -206,27 +211,14 @@ def first_difference(
     _observe(prepared, values, batch, lr, watch, seen)
     if wrong:
         return str(wrong[0])
-    one = replace(
-        prepared.plan,
-        dp=1,
-        tp=1,
-        pp=1,
-        zero=0,
-        stages=(),
-        microbatches=prepared.plan.dp * prepared.plan.microbatches,
-    )
     alone: dict[tuple[int, int, str], tuple[Found, torch.Tensor]] = {}
-    _observe(_on_one_chip(prepared, one), values, batch, lr, None, alone)
+    _observe(on_one_chip(prepared), values, batch, lr, None, alone)
     known = {(microbatch, source): value for (_, microbatch, source), (_, value) in alone.items()}
     for (replica, microbatch, source), (found, value) in seen.items():
         expected = known.get((replica * prepared.plan.microbatches + microbatch, source))
         if expected is not None and (error := relative(value, expected, 1e-30)) > tolerance:
             return str(replace(found, error=error))
     return None
-
-
-def _on_one_chip(prepared: Prepared, plan: Plan) -> Prepared:
-    return prepare(prepared.cluster.take(1), prepared.job, plan)
 
 
 def _observe(
