@@ -1,0 +1,110 @@
+"""Topologies: the wires of a network as columns, and the routes that messages take over them.
+
+Nodes are numbered: chips first (0 .. num_chips - 1), then switches. A wire is one direction of one link, from
+its tail to its head node. A route is the wires a message crosses, in order; its first byte arrives after the
+sum of their latencies, and it moves at the rate of the slowest share it gets. A node that forwards packets or
+whole messages (`forward_nbytes` of the wire into it) takes that many bytes in before it sends on; the others
+cut through.
+
+Regular topologies compute routes from positions and keep no table of pairs, so their memory grows with the
+number of wires only.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+IntArray: TypeAlias = NDArray[np.int64]
+FloatArray: TypeAlias = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Wires:
+    """All wires of a topology; one row each.
+
+    `shares` is the number of the wire whose capacity a wire uses: its own, or for half-duplex media that of the
+    opposite direction.
+    """
+
+    tail: IntArray  # [wires] node it leaves
+    head: IntArray  # [wires] node it enters
+    latency_s: FloatArray  # [wires] first byte in to first byte out, with the switch at its head
+    bytes_per_s: FloatArray  # [wires]
+    forward_nbytes: FloatArray  # [wires] bytes the head takes in before it forwards; 0 cut-through, inf whole
+    tier: IntArray  # [wires] index into Topology.tiers
+    shares: IntArray  # [wires]
+
+    @property
+    def num_wires(self) -> int:
+        return len(self.tail)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Routes:
+    """The routes of m messages: message i crosses wires[offsets[i] : offsets[i + 1]]."""
+
+    offsets: IntArray  # [m + 1]
+    wires: IntArray  # [offsets[-1]]
+
+    @property
+    def num_messages(self) -> int:
+        return len(self.offsets) - 1
+
+    def of(self, message: int) -> IntArray:
+        """The wires of one message, in the order it crosses them."""
+        return self.wires[self.offsets[message] : self.offsets[message + 1]]
+
+
+class Topology(Protocol):
+    """What every network shape offers; a new shape is one class with these."""
+
+    @property
+    def num_chips(self) -> int:
+        """Chips are nodes 0 .. num_chips - 1."""
+        ...
+
+    @property
+    def num_nodes(self) -> int:
+        """Chips and switches."""
+        ...
+
+    @property
+    def tiers(self) -> tuple[str, ...]:
+        """Names of the tiers that wires belong to."""
+        ...
+
+    def wires(self) -> Wires:
+        """The wires, always in the same order."""
+        ...
+
+    def routes(self, src: IntArray, dst: IntArray) -> Routes:
+        """One route per pair of nodes; empty where both are the same. Keyed by position, never random.
+
+        Any two chips have one. A chip and a switch above it have one where the shape lets switches reduce.
+        """
+        ...
+
+
+def routes_of(columns: Sequence[IntArray]) -> Routes:
+    """Routes from columns of wires, hop by hop: columns[h][i] is the h-th wire of message i, -1 for none."""
+    if not columns:
+        raise ValueError("routes need at least one column")
+    table = np.stack([np.asarray(column, dtype=np.int64) for column in columns], axis=1)
+    taken = table >= 0
+    offsets = np.zeros(len(table) + 1, dtype=np.int64)
+    np.cumsum(taken.sum(axis=1), out=offsets[1:])
+    return Routes(offsets, table[taken])
+
+
+def route_latencies(wires: Wires, routes: Routes) -> FloatArray:
+    """[m] Sum of the latencies along each route, in seconds."""
+    return _per_route(wires.latency_s[routes.wires], routes)
+
+
+def _per_route(values: FloatArray, routes: Routes) -> FloatArray:
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    totals: FloatArray = sums[routes.offsets[1:]] - sums[routes.offsets[:-1]]
+    return totals
