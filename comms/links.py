@@ -1,10 +1,13 @@
-"""Links: how long one message occupies one wire.
+"""Links and protocols: how long one message occupies one wire.
 
 Hockney's model, seconds = latency + nbytes / bytes_per_s (Parallel Computing 20, 1994), for every kind of
 link from an on-chip hop to a data-centre network; only the two numbers differ, by four orders of magnitude.
 
-Assumes the link is idle and the rate is sustained, one direction. Not modelled: contention between messages,
-protocol switches by message size (eager and rendezvous), and packet headers.
+Communication libraries trade latency for bandwidth by message size: eager messages are copied but need no
+handshake, rendezvous pays a round trip and then moves at full rate; NCCL's LL and LL128 pay for flags inside
+the data with a share of the bandwidth. All are the same two numbers more per protocol, and the fastest is used.
+
+Assumes the rate is sustained, one direction. Sharing between messages is not modelled here, but in `sharing`.
 """
 
 from dataclasses import dataclass
@@ -24,3 +27,23 @@ class Link:
     def seconds(self, nbytes: float) -> float:
         """Time until the last byte has arrived, on an otherwise idle link."""
         return self.latency_s + nbytes / self.bytes_per_s
+
+
+@dataclass(frozen=True, slots=True)
+class Protocol:
+    """One way in which a library moves messages: what it adds to every hop between chips, what it leaves."""
+
+    name: str
+    latency_s: float = 0.0  # per message, on top of the link's
+    share: float = 1.0  # of the link's bandwidth, 0 < share <= 1
+
+    def __post_init__(self) -> None:
+        if self.latency_s < 0 or not 0 < self.share <= 1:
+            raise ValueError(f"a protocol needs latency_s >= 0 and 0 < share <= 1, got {self}")
+
+    def on(self, link: Link) -> Link:
+        """The link as messages of this protocol see it."""
+        return Link(link.latency_s + self.latency_s, link.bytes_per_s * self.share)
+
+
+PLAIN = Protocol("plain")
