@@ -8,7 +8,7 @@ links), and its chunks may be cut into `pieces` that follow each other.
 What a schedule means, for the proof, for every fidelity of timing and for an executor alike:
 
 * A message of round s may leave once its sender has everything that earlier rounds send to it, of the same
-  channel and piece.
+  channel and piece; in a channel `by_chunk`, only what they send to it of the chunks that the message carries.
 * Messages of one channel that leave a chip by the same wire leave one after another, phase by phase; within a
   phase round by round and there piece by piece (INTERLEAVED), or piece by piece and there round by round
   (SERIAL: a chip starts on a piece when it is done with the one before, in that phase).
@@ -82,6 +82,7 @@ class Channel:
     phases: tuple[tuple[Round, ...], ...]
     pieces: int = 1
     order: Order = Order.SERIAL
+    by_chunk: bool = False  # chunks do not wait for each other, only for their turn on a wire
 
     @property
     def rounds(self) -> tuple[Round, ...]:
