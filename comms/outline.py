@@ -29,7 +29,9 @@ class Stage:
     repeat: int
     nbytes: float
     hops: tuple[Hop, ...]
-    own_ports: bool = False  # each round's messages leave by wires of their own (a tree's levels, a chain's chips)
+    own_ports: bool = (
+        False  # each round's messages leave by wires of their own (a tree's levels, a chain's chips)
+    )
 
 
 @dataclass(frozen=True, slots=True)
