@@ -15,28 +15,17 @@ contention between collectives, the time to add contributions, protocols by size
 algorithm is one function from (nbytes, levels) to seconds, entered in ALGORITHMS.
 """
 
-from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import TypeAlias
 
+from comms.groups import Lattice as Lattice
+from comms.groups import Members as Members
+from comms.groups import group_size, sharing
+from comms.groups import mesh_group as mesh_group
 from comms.links import Link
 from comms.network import Network
-
-
-@dataclass(frozen=True, slots=True)
-class Lattice:
-    """A group of chips by arithmetic: an offset plus all sums of k * stride, k < size, per (stride, size).
-
-    Stands for every offset that the mesh has, and is priced as the worst of them.
-    """
-
-    steps: tuple[tuple[int, int], ...]
-
-    @property
-    def num_chips(self) -> int:
-        return prod(size for _, size in self.steps)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,21 +48,6 @@ class CollectiveCost:
 
 Levels: TypeAlias = tuple[Level, ...]
 Algorithm: TypeAlias = Callable[[float, Levels], float]
-Members: TypeAlias = Sequence[int] | Lattice
-
-
-def mesh_group(axes: Sequence[tuple[str, int]], along: Collection[str]) -> Lattice:
-    """The chips that differ only `along` these axes of a row-major mesh (`axes` slowest first)."""
-    steps: list[tuple[int, int]] = []
-    stride = 1
-    for axis, size in reversed(axes):
-        if axis in along and size > 1:
-            if steps and steps[-1][0] * steps[-1][1] == stride:  # neighbouring axes are one longer axis
-                steps[-1] = (steps[-1][0], steps[-1][1] * size)
-            else:
-                steps.append((stride, size))
-        stride *= size
-    return Lattice(tuple(steps))
 
 
 def collective_seconds(op: str, nbytes: float, members: Members, network: Network) -> CollectiveCost:
@@ -94,34 +68,16 @@ def transfer_seconds(nbytes: float, source: int, target: int, network: Network) 
 
 def fold(members: Members, network: Network) -> Levels:
     """The levels of a group, innermost first, only those where members meet; none for a single chip."""
-    total = members.num_chips if isinstance(members, Lattice) else len(members)
+    total = group_size(members)
     levels: list[Level] = []
     together = 1
     for index, tier in enumerate(network.tiers):
         is_last = index == len(network.tiers) - 1
-        count = total if is_last else _sharing(members, tier.size)
+        count = total if is_last else sharing(members, tier.size) or 1
         if count > together and count % together == 0:
             levels.append(Level(tier.name, count // together, tier.loaded_link))
             together = count
     return tuple(levels)
-
-
-def _sharing(members: Members, size: int) -> int:
-    """How many members share each aligned block of `size` chips; 1 where the blocks differ."""
-    if not isinstance(members, Lattice):
-        counts = set(Counter(chip // size for chip in members).values())
-        return counts.pop() if len(counts) == 1 else 1
-    count = 1
-    for stride, length in members.steps:
-        if stride >= size:
-            continue
-        if size % (stride * length) == 0:
-            count *= length
-        elif size % stride == 0 and length % (size // stride) == 0:
-            count *= size // stride
-        else:
-            return 1
-    return count
 
 
 def _ring(passes: int) -> Algorithm:

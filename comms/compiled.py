@@ -33,39 +33,60 @@ class Job:
     protocol: Protocol = PLAIN
 
 
-class Streams(NamedTuple):
-    """One row per stream; `*0` is where its rows start in the arrays that it indexes."""
+STREAM = np.dtype(
+    [
+        ("job", "i8"),
+        ("ranks", "i8"),
+        ("pieces", "i8"),
+        ("groups", "i8"),
+        ("rounds", "i8"),
+        ("round0", "i8"),  # first row among the rounds
+        ("rank0", "i8"),  # first row among the ranks
+        (
+            "chain0",
+            "i8",
+        ),  # chain (piece, rank, group) is row chain0 + (piece * ranks + rank) * groups + group
+        ("left0", "i8"),  # what a chain still gets in round s is row left0 + chain * rounds + s
+        ("start_s", "f8"),
+        ("serial", "?"),
+        ("by_chunk", "?"),
+    ],
+    align=True,
+)
+ROUND = np.dtype(
+    [
+        ("edge0", "i8"),  # message i of the round goes along edge edge0 + i
+        ("first", "i8"),  # its messages, pieces not counted
+        ("last", "i8"),  # exclusive
+        ("stream", "i4"),
+        ("number", "i4"),  # in its stream
+        ("phase_start", "i4"),  # number of the first round of its phase
+        ("phase_end", "i4"),  # exclusive
+    ],
+    align=True,
+)
+EDGE = np.dtype(  # who sends to whom, by which wires: one row per message of a pattern
+    [
+        ("src", "i4"),  # rank in the stream
+        ("dst", "i4"),
+        ("port", "i8"),
+        ("latency_s", "f8"),
+        ("route0", "i8"),
+        ("route1", "i8"),  # exclusive
+    ],
+    align=True,
+)
 
-    job: IntArray
-    ranks: IntArray
-    pieces: IntArray
-    groups: IntArray
-    rounds: IntArray
-    round0: IntArray
-    rank0: IntArray
-    chain0: IntArray  # chain (piece, rank, group) is row chain0 + (piece * ranks + rank) * groups + group
-    left0: IntArray  # what a chain still gets in round s is row left0 + chain * rounds + s
-    start_s: FloatArray
-    serial: NDArray[np.bool_]
-    by_chunk: NDArray[np.bool_]
 
+class Work(NamedTuple):
+    """What is to be sent, as the compiled loops read it."""
 
-class Messages(NamedTuple):
-    """Rounds point to rows of patterns (who, by which route) and of messages (how much, which chunks)."""
-
-    pattern0: IntArray  # [rounds] first row in the pattern arrays
-    first: IntArray  # [rounds + 1] first message of each round, pieces not counted
-    phase_start: Int32Array  # [rounds] number of the first round of its phase, in the stream
-    phase_end: Int32Array  # [rounds] number after the last round of its phase, in the stream
-    stream: Int32Array  # [rounds]
-    src: Int32Array  # [pattern rows] rank in the stream
-    dst: Int32Array
-    port: Int32Array
-    latency_s: FloatArray
-    route0: IntArray  # [pattern rows + 1]
+    streams: NDArray[np.void]  # STREAM
+    rounds: NDArray[np.void]  # ROUND
+    edges: NDArray[np.void]  # EDGE
     route: Int32Array  # resources
     nbytes: FloatArray  # [messages] of one piece
-    round: Int32Array  # [messages]
+    round_of: Int32Array  # [messages]
     chunk: Int32Array  # [messages], empty where no channel is by_chunk
     num_chunks: Int32Array
     forward_nbytes: FloatArray  # [resources] as Wires.forward_nbytes; empty where every switch cuts through
@@ -75,8 +96,7 @@ class Messages(NamedTuple):
 class Compiled:
     """All jobs, ready to be timed."""
 
-    streams: Streams
-    messages: Messages
+    work: Work
     num_ports: int
     num_chains: int
     num_left: int
@@ -91,9 +111,15 @@ class Compiled:
     @property
     def num_messages(self) -> int:
         """Messages of all jobs, with every piece counted."""
-        m, streams = self.messages, self.streams
-        per_round = np.diff(m.first)
-        return int((per_round * streams.pieces[m.stream]).sum())
+        return int(self.messages_by_stream().sum())
+
+    def messages_by_stream(self) -> IntArray:
+        """[streams] Messages with every piece counted."""
+        rounds, streams = self.work.rounds, self.work.streams
+        totals = np.zeros(len(streams), dtype=np.int64)
+        np.add.at(totals, rounds["stream"], rounds["last"] - rounds["first"])
+        counted: IntArray = totals * streams["pieces"]
+        return counted
 
 
 def compile_jobs(topology: Topology, jobs: Sequence[Job]) -> Compiled:
@@ -129,14 +155,13 @@ class _Building:
         self.topology, self.wires = topology, wires
         self.streams: list[tuple[float, ...]] = []
         self.rounds: list[tuple[NDArray[np.generic], ...]] = []
-        self.patterns: list[tuple[NDArray[np.generic], ...]] = []
+        self.edges: list[tuple[NDArray[np.generic], ...]] = []
         self.sizes: list[FloatArray] = []
         self.chunks: list[tuple[IntArray, IntArray]] = []
         self.rank_node: list[IntArray] = []
         self.port_rank: list[IntArray] = []
-        self.num = dict.fromkeys(("rounds", "ranks", "chains", "left", "pattern", "messages", "ports"), 0)
+        self.num = dict.fromkeys(("rounds", "ranks", "chains", "left", "edges", "messages", "ports"), 0)
         self.num["route"] = 0
-        self.crossings = np.zeros(wires.num_wires)
 
     def add(self, number: int, job: Job, channel: Channel) -> None:
         """One more stream."""
@@ -151,6 +176,7 @@ class _Building:
         )
         patterns = self._patterns([each.pattern for each, _ in rounds], job)
         self._add_rounds(rounds, patterns, job, pieces)
+        self.chunks += [(each.first, each.count) for each, _ in rounds]
         self.rank_node.append(np.asarray(job.places, dtype=np.int64))
         self.num["rounds"] += len(rounds)
         self.num["ranks"] += ranks
@@ -165,12 +191,12 @@ class _Building:
         every = np.unique(np.concatenate(keys)) if keys else np.zeros(0, dtype=np.int64)
         rows: dict[int, int] = {}
         for (key, pattern), wanted in zip(distinct.items(), keys, strict=True):
-            rows[key] = self.num["pattern"]
+            rows[key] = self.num["edges"]
             _, offsets, resources, latency = routed[key]
             port = np.searchsorted(every, wanted) + self.num["ports"]
-            route0 = offsets[:-1] + self.num["route"]
-            self.patterns.append((pattern.src, pattern.dst, port, latency, route0, resources))
-            self.num["pattern"] += len(pattern.src)
+            route = offsets + self.num["route"]
+            self.edges.append((pattern.src, pattern.dst, port, latency, route[:-1], route[1:], resources))
+            self.num["edges"] += len(pattern.src)
             self.num["route"] += len(resources)
         self.port_rank.append(every // (self.wires.num_wires + 1) + self.num["ranks"])
         self.num["ports"] += len(every)
@@ -194,72 +220,34 @@ class _Building:
     ) -> None:
         lengths = np.array([len(each.pattern.src) for each, _ in rounds], dtype=np.int64)
         first = np.cumsum(lengths) - lengths + self.num["messages"]
-        pattern0 = np.array([patterns[id(each.pattern)] for each, _ in rounds], dtype=np.int64)
+        edge0 = np.array([patterns[id(each.pattern)] for each, _ in rounds], dtype=np.int64)
         start = np.array([phase[0] for _, phase in rounds], dtype=np.int64)
         end = np.array([phase[1] for _, phase in rounds], dtype=np.int64)
         stream = np.full(len(rounds), len(self.streams) - 1, dtype=np.int64)
-        self.rounds.append((pattern0, first, start, end, stream))
+        number = np.arange(len(rounds))
+        self.rounds.append((edge0, first, first + lengths, stream, number, start, end))
         scale = job.nbytes / pieces / job.protocol.share
         for each, _ in rounds:
             self.sizes.append(job.schedule.message_shares(each) * scale)
-            self.chunks.append((each.first, each.count))
         self.num["messages"] += int(lengths.sum())
-        self._count_crossings(rounds, patterns, job, pieces)
-
-    def _count_crossings(
-        self, rounds: Sequence[tuple[Round, object]], patterns: dict[int, int], job: Job, pieces: int
-    ) -> None:
-        """Bytes over each resource, from the sum of a pattern's rounds: one pass per distinct pattern."""
-        totals: dict[int, FloatArray] = {}
-        sizes = self.sizes[len(self.sizes) - len(rounds) :]
-        for (each, _), nbytes in zip(rounds, sizes, strict=True):
-            row = patterns[id(each.pattern)]
-            totals[row] = totals[row] + nbytes if row in totals else nbytes.copy()
-        starts = dict(self._pattern_blocks())
-        for row, total in totals.items():
-            _, _, _, _, route0, resources = self.patterns[starts[row]]
-            hops = np.diff(np.concatenate([route0 - route0[:1], [len(resources)]])) if len(route0) else route0
-            np.add.at(self.crossings, resources, np.repeat(total * pieces, hops))
-
-    def _pattern_blocks(self) -> Iterator[tuple[int, int]]:
-        row = 0
-        for block, columns in enumerate(self.patterns):
-            yield row, block
-            row += len(columns[0])
 
     def done(self, num_jobs: int) -> Compiled:
         """Everything laid end to end."""
-        columns = list(zip(*self.streams, strict=True)) if self.streams else [()] * 12
-        kinds = [np.int64] * 9 + [np.float64, np.bool_, np.bool_]
-        streams = Streams(*(np.array(c, dtype=k) for c, k in zip(columns, kinds, strict=True)))
-        pattern0, first, start, end, stream = _joined(self.rounds, 5)
-        src, dst, port, latency, route0, route = _joined(self.patterns, 6)
-        by_chunk = bool(streams.by_chunk.any())
-        chunk, num_chunks = _joined(self.chunks if by_chunk else [], 2)
-        forward = self.wires.forward_nbytes
-        messages = Messages(
-            pattern0=pattern0.astype(np.int64),
-            first=np.append(first, self.num["messages"]).astype(np.int64),
-            phase_start=start.astype(np.int32),
-            phase_end=end.astype(np.int32),
-            stream=stream.astype(np.int32),
-            src=src.astype(np.int32),
-            dst=dst.astype(np.int32),
-            port=port.astype(np.int32),
-            latency_s=latency.astype(np.float64),
-            route0=np.append(route0, self.num["route"]).astype(np.int64),
-            route=route.astype(np.int32),
-            nbytes=np.concatenate(self.sizes) if self.sizes else np.zeros(0),
-            round=np.repeat(
-                np.arange(len(first), dtype=np.int32), np.diff(np.append(first, self.num["messages"]))
-            ),
-            chunk=chunk.astype(np.int32),
-            num_chunks=num_chunks.astype(np.int32),
-            forward_nbytes=forward if forward.any() else np.zeros(0),
+        rounds, streams = _records(ROUND, self.rounds), np.array(self.streams, dtype=STREAM)
+        chunks = self.chunks if streams["by_chunk"].any() else []
+        work = Work(
+            streams=streams,
+            rounds=rounds,
+            edges=_records(EDGE, [columns[:-1] for columns in self.edges]),
+            route=_column([columns[-1] for columns in self.edges]).astype(np.int32),
+            nbytes=_column(self.sizes).astype(np.float64),
+            round_of=np.repeat(np.arange(len(rounds), dtype=np.int32), rounds["last"] - rounds["first"]),
+            chunk=_column([first for first, _ in chunks]).astype(np.int32),
+            num_chunks=_column([count for _, count in chunks]).astype(np.int32),
+            forward_nbytes=self.wires.forward_nbytes if self.wires.forward_nbytes.any() else np.zeros(0),
         )
         return Compiled(
-            streams=streams,
-            messages=messages,
+            work=work,
             num_ports=self.num["ports"],
             num_chains=self.num["chains"],
             num_left=self.num["left"],
@@ -267,7 +255,7 @@ class _Building:
             port_rank=_column(self.port_rank).astype(np.int32),
             rank_node=_column(self.rank_node).astype(np.int64),
             bytes_per_s=self.wires.bytes_per_s.astype(np.float64),
-            crossings=self.crossings,
+            crossings=_crossings(work, self.wires.num_wires),
         )
 
 
@@ -278,16 +266,30 @@ def _phase_bounds(channel: Channel) -> Iterator[tuple[int, int, tuple[Round, ...
         start += len(phase)
 
 
+def _crossings(work: Work, num_resources: int) -> FloatArray:
+    """[resources] Bytes of all messages that cross each: summed per edge, then along its route."""
+    totals = np.zeros(len(work.edges))
+    for each in work.rounds:
+        pieces = work.streams["pieces"][each["stream"]]
+        edges = slice(each["edge0"], each["edge0"] + each["last"] - each["first"])
+        totals[edges] += work.nbytes[each["first"] : each["last"]] * pieces
+    along = np.repeat(totals, work.edges["route1"] - work.edges["route0"])
+    crossings: FloatArray = np.bincount(work.route, weights=along, minlength=num_resources).astype(np.float64)
+    return crossings
+
+
 def _port_keys(pattern: Pattern, heads: IntArray, num_wires: int) -> IntArray:
     """One number per (rank, resource by which it leaves); messages without a wire have a port of their own."""
     keys: IntArray = np.asarray(pattern.src, dtype=np.int64) * (num_wires + 1) + heads + 1
     return keys
 
 
-def _joined(blocks: Sequence[tuple[NDArray[np.generic], ...]], width: int) -> list[NDArray[np.generic]]:
-    if not blocks:
-        return [np.zeros(0, dtype=np.int64) for _ in range(width)]
-    return [_column(list(column)) for column in zip(*blocks, strict=True)]
+def _records(dtype: np.dtype[np.void], blocks: Sequence[tuple[NDArray[np.generic], ...]]) -> NDArray[np.void]:
+    """Columns block by block, as records."""
+    table = np.zeros(sum(len(columns[0]) for columns in blocks), dtype=dtype)
+    for number, name in enumerate(dtype.names or ()):
+        table[name] = _column([columns[number] for columns in blocks])
+    return table
 
 
 def _column(blocks: Sequence[NDArray[np.generic]]) -> NDArray[np.generic]:

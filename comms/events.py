@@ -10,11 +10,11 @@ Not modelled: packets, queues in switches, loss and congestion control, which ma
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
-from comms.compiled import Messages, Streams
+from comms.compiled import Work
 from comms.heaps import Finishes, Timers, add_timer, clear_finish, set_finish, take_timer
+from comms.loops import compiled
 from comms.sharing import Flows, draw_in, draw_in_all, insert, remove, solve
 
 SAME_INSTANT = 1e-12  # relative: rounding must not split what happens together
@@ -27,60 +27,75 @@ ARRIVED, FLOW_EVENTS, SOLVED, JOBS_LEFT = 0, 1, 2, 3
 MAX_PIECES = 1 << 20  # a timer's number holds a message and a piece
 
 
-class Ports(NamedTuple):
-    """What leaves by each port in which order: rows first[port] .. first[port + 1] of the lists."""
-
-    first: NDArray[np.int64]  # [ports + 1]
-    message: NDArray[np.int32]
-    segment_start: NDArray[np.int32]  # [rows] the pieces of a segment follow each other: segment by segment,
-    segment_end: NDArray[np.int32]  # [rows] there piece by piece, there message by message
-    stream: NDArray[np.int32]  # [ports]
-    rank: NDArray[np.int32]  # [ports] in the stream
-    of_rank_first: NDArray[np.int64]  # [rank rows + 1]
-    of_rank: NDArray[np.int32]
+QUEUE = np.dtype(  # what leaves by the ports: one row per message, port by port, in the order they leave
+    [
+        ("message", "i4"),
+        ("start", "i4"),  # of its segment: the pieces of a segment follow each other,
+        ("end", "i4"),  # and in a piece its messages
+    ],
+    align=True,
+)
+PORT = np.dtype(
+    [
+        ("row", "i8"),  # of the queue: its next message
+        ("last", "i8"),  # of the queue, exclusive
+        ("first", "i8"),
+        ("piece", "i8"),
+        ("nbytes", "f8"),  # of that message, still to leave
+        ("since", "f8"),  # when that was so
+        ("stream", "i4"),
+        ("rank", "i4"),  # in the stream
+        ("state", "i4"),
+    ],
+    align=True,
+)
+RANK = np.dtype(
+    [
+        ("port0", "i8"),  # rows of Queues.of_rank
+        ("port1", "i8"),
+        ("overhead_s", "f8"),  # before each message it sends
+        ("end_s", "f8"),  # when its last message came or left
+    ],
+    align=True,
+)
+JOB = np.dtype(
+    [
+        ("left", "i8"),  # messages still to arrive
+        ("messages", "i8"),
+        ("end_s", "f8"),
+        ("repeats", "?"),
+    ],
+    align=True,
+)
 
 
 class Noise(NamedTuple):
-    """What sending costs a chip beyond its wires."""
+    """An exponential delay before each message; none with a mean of 0."""
 
-    overhead_s: NDArray[np.float64]  # [rank rows] before each message
-    mean_s: float  # of an exponential delay before each message
+    mean_s: float
     seed: int
-
-
-class State(NamedTuple):
-    """Where everything is."""
-
-    got: NDArray[np.int32]  # [chains] rounds fully received
-    left: NDArray[np.uint16]  # [chains * rounds] messages still to come
-    row: NDArray[np.int64]  # [ports] next message
-    piece: NDArray[np.int64]  # [ports] its piece
-    state: NDArray[np.int8]  # [ports]
-    nbytes: NDArray[np.float64]  # [ports] still to leave
-    since: NDArray[np.float64]  # [ports] when that was so
-    job_left: NDArray[np.int64]  # [jobs] messages still to arrive
-    job_messages: NDArray[np.int64]  # [jobs]
-    repeats: NDArray[np.bool_]  # [jobs] background
-    left_again: NDArray[np.uint16]  # `left` as it was at first, for jobs that repeat
-    job_end: NDArray[np.float64]  # [jobs]
-    rank_end: NDArray[np.float64]  # [rank rows] when its last message came or left
-    starts: NDArray[np.float64]  # [message and piece] empty where nothing is recorded
-    arrivals: NDArray[np.float64]
-    record0: NDArray[np.int64]  # [streams]
-    counters: NDArray[np.int64]
 
 
 class World(NamedTuple):
     """Everything the loop reads and writes."""
 
-    streams: Streams
-    messages: Messages
-    ports: Ports
+    work: Work
     flows: Flows
     timers: Timers
     finishes: Finishes
-    state: State
     noise: Noise
+    queue: NDArray[np.void]  # QUEUE
+    port: NDArray[np.void]  # PORT
+    ports_of_rank: NDArray[np.int32]
+    rank: NDArray[np.void]  # RANK
+    job: NDArray[np.void]  # JOB
+    got: NDArray[np.int32]  # [chains] rounds fully received
+    left: NDArray[np.uint16]  # [chains * rounds] messages still to come
+    left_again: NDArray[np.uint16]  # the same as it was at first, for jobs that repeat
+    record0: NDArray[np.int64]  # [streams] first row of what is recorded
+    starts: NDArray[np.float64]  # [message and piece] empty where nothing is recorded
+    arrivals: NDArray[np.float64]
+    counters: NDArray[np.int64]
 
 
 class Changes(NamedTuple):
@@ -91,7 +106,7 @@ class Changes(NamedTuple):
     bytes_per_s: NDArray[np.float64]
 
 
-@njit(cache=True)
+@compiled
 def run(w: World, changes: Changes, next_change: int) -> int:
     """Until all foreground jobs are done, nothing can happen any more, or timers need more room.
 
@@ -99,172 +114,168 @@ def run(w: World, changes: Changes, next_change: int) -> int:
     """
     timers, finishes = w.timers, w.finishes
     # What one event may add: a timer for each port, and one for each stream that starts again.
-    room = len(timers.time) - 2 * len(w.ports.stream) - 2 * len(w.streams.job) - 2
-    while w.state.counters[JOBS_LEFT] > 0 and timers.size[0] < room:
+    room = len(timers.heap) - 2 * len(w.port) - 2 * len(w.work.streams) - 2
+    while w.counters[JOBS_LEFT] > 0 and timers.size[0] < room:
         now = np.inf
         if timers.size[0] > 0:
-            now = timers.time[0]
+            now = timers.heap[0].time
         if finishes.size[0] > 0:
-            now = min(now, finishes.time[finishes.port[0]])
+            now = min(now, finishes.port[finishes.heap[0]].time)
         if next_change < len(changes.at_s):
             now = min(now, changes.at_s[next_change])
         if now == np.inf:
             break
         until = now * (1.0 + SAME_INSTANT)
         drawn = 0
-        while finishes.size[0] > 0 and finishes.time[finishes.port[0]] <= until and timers.size[0] < room:
-            port = finishes.port[0]
+        while (
+            finishes.size[0] > 0 and finishes.port[finishes.heap[0]].time <= until and timers.size[0] < room
+        ):
+            port = finishes.heap[0]
             drawn = _leave(w, port, now, drawn)
             drawn = _try(w, port, now, drawn)
-        while timers.size[0] > 0 and timers.time[0] <= until and timers.size[0] < room:
+        while timers.size[0] > 0 and timers.heap[0].time <= until and timers.size[0] < room:
             drawn = _happen(w, take_timer(timers), now, drawn)
         while next_change < len(changes.at_s) and changes.at_s[next_change] <= until:
             resource = changes.resource[next_change]
-            w.flows.bytes_per_s[resource] = changes.bytes_per_s[next_change]
+            w.flows.resource[resource].bytes_per_s = changes.bytes_per_s[next_change]
             drawn = draw_in_all(w.flows, resource, drawn, False)
             next_change += 1
         if drawn > 0:
-            _settle(w.flows, finishes, w.state, now, drawn)
+            _settle(w, now, drawn)
     return next_change
 
 
-@njit(cache=True)
-def _settle(flows: Flows, finishes: Finishes, state: State, now: float, drawn: int) -> None:
+@compiled
+def _settle(w: World, now: float, drawn: int) -> None:
     """Solve what was disturbed, and move the ends of the flows whose rate changed."""
-    drawn = solve(flows, drawn)
-    state.counters[SOLVED] += drawn
+    drawn = solve(w.flows, drawn)
+    w.counters[SOLVED] += drawn
     for index in range(drawn):
-        flow = flows.scratch_flows[index]
-        flows.scratch_in[flow] = False
-        if state.state[flow] != SENDING or flows.num_hops[flow] == 0:
+        number = w.flows.drawn[index]
+        flow = w.flows.flow[number]
+        port = w.port[number]
+        flow.drawn = False
+        if port.state != SENDING or flow.hops == 0:
             continue
-        gone = flows.scratch_old[flow] * (now - state.since[flow])
-        state.nbytes[flow] = max(0.0, state.nbytes[flow] - gone)
-        state.since[flow] = now
-        rate = flows.rate[flow]
-        set_finish(finishes, flow, now + state.nbytes[flow] / rate if rate > 0.0 else np.inf)
+        port.nbytes = max(0.0, port.nbytes - flow.old_rate * (now - port.since))
+        port.since = now
+        set_finish(w.finishes, number, now + port.nbytes / flow.rate if flow.rate > 0.0 else np.inf)
 
 
-@njit(cache=True)
+@compiled
 def _happen(w: World, number: int, now: float, drawn: int) -> int:
     """An arrival (number >= 0), the end of a port's overhead, or the start of a stream."""
-    num_ports = len(w.ports.stream)
+    num_ports = len(w.port)
     if number < 0 and -number <= num_ports:
         return _send(w, -number - 1, now, drawn)
     if number >= 0:
-        message, piece = number // MAX_PIECES, number % MAX_PIECES
-        stream = w.messages.stream[w.messages.round[message]]
-        first = _deliver(w, message, piece, now)
+        first = _deliver(w, number // MAX_PIECES, number % MAX_PIECES, now)
         last = first + 1
     else:
-        stream = -number - 1 - num_ports
-        first = w.streams.rank0[stream]
-        last = first + w.streams.ranks[stream]
-    for index in range(w.ports.of_rank_first[first], w.ports.of_rank_first[last]):
-        drawn = _try(w, w.ports.of_rank[index], now, drawn)
+        stream = w.work.streams[-number - 1 - num_ports]
+        first, last = stream.rank0, stream.rank0 + stream.ranks
+    for rank in range(first, last):
+        for index in range(w.rank[rank].port0, w.rank[rank].port1):
+            drawn = _try(w, w.ports_of_rank[index], now, drawn)
     return drawn
 
 
-@njit(cache=True)
+@compiled
 def _deliver(w: World, message: int, piece: int, now: float) -> int:
     """Note an arrival; the row of the rank that may go on by it."""
-    streams, messages, state = w.streams, w.messages, w.state
-    where = messages.round[message]
-    stream = messages.stream[where]
-    rank = messages.dst[messages.pattern0[where] + message - messages.first[where]]
-    ranks, groups, rounds = streams.ranks[stream], streams.groups[stream], streams.rounds[stream]
-    each = where - streams.round0[stream]
-    num, first = 1, 0
-    if streams.by_chunk[stream]:
-        first, num = messages.chunk[message], messages.num_chunks[message]
+    each = w.work.rounds[w.work.round_of[message]]
+    stream = w.work.streams[each.stream]
+    dst = w.work.edges[each.edge0 + message - each.first].dst
+    chunk, num = 0, 1
+    if stream.by_chunk:
+        chunk, num = w.work.chunk[message], w.work.num_chunks[message]
     for offset in range(num):
-        chain = (piece * ranks + rank) * groups + (first + offset) % groups
-        base = streams.left0[stream] + chain * rounds
-        state.left[base + each] -= 1
-        got = state.got[streams.chain0[stream] + chain]
-        while got < rounds and state.left[base + got] == 0:
+        chain = (piece * stream.ranks + dst) * stream.groups + (chunk + offset) % stream.groups
+        base = stream.left0 + chain * stream.rounds
+        w.left[base + each.number] -= 1
+        got = w.got[stream.chain0 + chain]
+        while got < stream.rounds and w.left[base + got] == 0:
             got += 1
-        state.got[streams.chain0[stream] + chain] = got
-    row = streams.rank0[stream] + rank
-    state.rank_end[row] = max(state.rank_end[row], now)
-    if len(state.arrivals) > 0:
-        state.arrivals[_record_row(w, stream, message, piece)] = now
-    state.counters[ARRIVED] += 1
-    job = streams.job[stream]
-    state.job_left[job] -= 1
-    if state.job_left[job] == 0 and state.repeats[job]:
-        _restart(w, job, now)
-    elif state.job_left[job] == 0:
-        state.job_end[job] = now
-        state.counters[JOBS_LEFT] -= 1
-    return row
+        w.got[stream.chain0 + chain] = got
+    rank = w.rank[stream.rank0 + dst]
+    rank.end_s = max(rank.end_s, now)
+    if len(w.arrivals) > 0:
+        w.arrivals[_record_row(w, each.stream, message, piece)] = now
+    w.counters[ARRIVED] += 1
+    job = w.job[stream.job]
+    job.left -= 1
+    if job.left == 0:
+        if job.repeats:
+            _restart(w, stream.job, now)
+        else:
+            job.end_s = now
+            w.counters[JOBS_LEFT] -= 1
+    return stream.rank0 + dst  # type: ignore[no-any-return]
 
 
-@njit(cache=True)
+@compiled
 def _restart(w: World, job: int, now: float) -> None:
     """A background job starts again."""
-    streams, state = w.streams, w.state
-    state.job_left[job] = state.job_messages[job]
-    for stream in range(len(streams.job)):
-        if streams.job[stream] != job:
+    w.job[job].left = w.job[job].messages
+    for number in range(len(w.work.streams)):
+        stream = w.work.streams[number]
+        if stream.job != job:
             continue
-        rounds = streams.rounds[stream]
-        chains = streams.pieces[stream] * streams.ranks[stream] * streams.groups[stream]
-        first = streams.left0[stream]
-        state.left[first : first + chains * rounds] = state.left_again[first : first + chains * rounds]
-        for chain in range(chains):
-            got, base = 0, first + chain * rounds
-            while got < rounds and state.left[base + got] == 0:
+        for chain in range(stream.pieces * stream.ranks * stream.groups):
+            base = stream.left0 + chain * stream.rounds
+            for row in range(base, base + stream.rounds):
+                w.left[row] = w.left_again[row]
+            got = 0
+            while got < stream.rounds and w.left[base + got] == 0:
                 got += 1
-            state.got[streams.chain0[stream] + chain] = got
-        add_timer(w.timers, now, -len(w.ports.stream) - 1 - stream)
-    for port in range(len(w.ports.stream)):
-        if streams.job[w.ports.stream[port]] == job:
-            state.row[port] = w.ports.first[port]
-            state.piece[port] = 0
+            w.got[stream.chain0 + chain] = got
+        add_timer(w.timers, now, -len(w.port) - 1 - number)
+    for number in range(len(w.port)):
+        port = w.port[number]
+        if w.work.streams[port.stream].job == job:
+            port.row, port.piece = port.first, 0
 
 
-@njit(cache=True)
-def _ready(w: World, stream: int, rank: int, message: int, piece: int) -> bool:
-    """Whether the sender has all that the message waits for."""
-    streams, messages, got = w.streams, w.messages, w.state.got
-    where = messages.round[message]
-    each, groups, ranks = where - streams.round0[stream], streams.groups[stream], streams.ranks[stream]
-    base = streams.chain0[stream] + (piece * ranks + rank) * groups
-    if streams.by_chunk[stream]:
-        for offset in range(messages.num_chunks[message]):
-            if got[base + (messages.chunk[message] + offset) % groups] < each:
+@compiled
+def _ready(w: World, port: int, message: int) -> bool:
+    """Whether the sender has all that the message at the head of its port waits for."""
+    each, sender = w.work.rounds[w.work.round_of[message]], w.port[port]
+    stream, piece = w.work.streams[each.stream], sender.piece
+    base = stream.chain0 + (piece * stream.ranks + sender.rank) * stream.groups
+    if stream.by_chunk:
+        for offset in range(w.work.num_chunks[message]):
+            if w.got[base + (w.work.chunk[message] + offset) % stream.groups] < each.number:
                 return False
-    elif got[base] < each:
+    elif w.got[base] < each.number:
         return False
-    if streams.serial[stream] and piece > 0:
-        for group in range(groups):
-            if got[base - ranks * groups + group] < messages.phase_end[where]:
+    if stream.serial and piece > 0:
+        before = base - stream.ranks * stream.groups
+        for group in range(stream.groups):
+            if w.got[before + group] < each.phase_end:
                 return False
     return True
 
 
-@njit(cache=True)
-def _try(w: World, port: int, now: float, drawn: int) -> int:
+@compiled
+def _try(w: World, number: int, now: float, drawn: int) -> int:
     """Start what can leave by a port, if it is idle."""
-    ports, state = w.ports, w.state
-    stream, rank = ports.stream[port], ports.rank[port]
-    while state.state[port] == IDLE and state.row[port] < ports.first[port + 1]:
-        message, piece = ports.message[state.row[port]], state.piece[port]
-        if not _ready(w, stream, rank, message, piece):
+    port = w.port[number]
+    while port.state == IDLE and port.row < port.last:
+        message = w.queue[port.row].message
+        if not _ready(w, number, message):
             return drawn
-        delay = w.noise.overhead_s[w.streams.rank0[stream] + rank]
+        delay = w.rank[w.work.streams[port.stream].rank0 + port.rank].overhead_s
         if w.noise.mean_s > 0.0:
-            delay -= w.noise.mean_s * np.log(uniform(w.noise.seed, message, piece))
+            delay -= w.noise.mean_s * np.log(uniform(w.noise.seed, message, port.piece))
         if delay > 0.0:
-            state.state[port] = STARTING
-            add_timer(w.timers, now + delay, -port - 1)
+            port.state = STARTING
+            add_timer(w.timers, now + delay, -number - 1)
             return drawn
-        drawn = _send(w, port, now, drawn)
+        drawn = _send(w, number, now, drawn)
     return drawn
 
 
-@njit(cache=True)
+@compiled
 def uniform(seed: int, message: int, piece: int) -> float:
     """In (0, 1], from a hash of the message's number (splitmix64): no state, so no order to depend on."""
     x = np.uint64(seed) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(message) * np.uint64(0xD1B54A32D192ED03)
@@ -275,81 +286,81 @@ def uniform(seed: int, message: int, piece: int) -> float:
     return (np.float64(x >> np.uint64(11)) + 1.0) / 9007199254740992.0
 
 
-@njit(cache=True)
-def _send(w: World, port: int, now: float, drawn: int) -> int:
+@compiled
+def _send(w: World, number: int, now: float, drawn: int) -> int:
     """The message at the head of a port leaves."""
-    messages, state, flows = w.messages, w.state, w.flows
-    message = w.ports.message[state.row[port]]
-    where = messages.round[message]
-    pattern = messages.pattern0[where] + message - messages.first[where]
-    start, end = messages.route0[pattern], messages.route0[pattern + 1]
-    state.state[port] = SENDING
-    state.nbytes[port] = messages.nbytes[message]
-    state.since[port] = now
-    if len(state.starts) > 0:
-        state.starts[_record_row(w, w.ports.stream[port], message, state.piece[port])] = now
-    if end == start or messages.nbytes[message] == 0.0:
-        flows.num_hops[port] = 0
-        set_finish(w.finishes, port, now)
+    port = w.port[number]
+    message = w.queue[port.row].message
+    each = w.work.rounds[w.work.round_of[message]]
+    edge = w.work.edges[each.edge0 + message - each.first]
+    nbytes = w.work.nbytes[message]
+    port.state, port.nbytes, port.since = SENDING, nbytes, now
+    if len(w.starts) > 0:
+        w.starts[_record_row(w, port.stream, message, port.piece)] = now
+    if edge.route0 == edge.route1 or nbytes == 0.0:
+        set_finish(w.finishes, number, now)
         return drawn
-    state.counters[FLOW_EVENTS] += 1
-    if insert(flows, port, messages.route, start, end) and flows.rate[port] > 0.0:
-        set_finish(w.finishes, port, now + state.nbytes[port] / flows.rate[port])
+    w.counters[FLOW_EVENTS] += 1
+    alone = insert(w.flows, number, w.work.route, edge.route0, edge.route1)
+    rate = w.flows.flow[number].rate
+    if alone and rate > 0.0:
+        set_finish(w.finishes, number, now + nbytes / rate)
         return drawn
-    set_finish(w.finishes, port, np.inf)
-    drawn = draw_in(flows, port, drawn)
-    for hop in range(start, end):
-        drawn = draw_in_all(flows, messages.route[hop], drawn, False)
+    set_finish(w.finishes, number, np.inf)
+    drawn = draw_in(w.flows, number, drawn)
+    for hop in range(edge.route0, edge.route1):
+        drawn = draw_in_all(w.flows, w.work.route[hop], drawn, False)
     return drawn
 
 
-@njit(cache=True)
-def _leave(w: World, port: int, now: float, drawn: int) -> int:
+@compiled
+def _leave(w: World, number: int, now: float, drawn: int) -> int:
     """The last byte of a port's message has left: free the wires, let it arrive, turn to the next one."""
-    messages, state, flows = w.messages, w.state, w.flows
-    row, piece, stream = state.row[port], state.piece[port], w.ports.stream[port]
-    message = w.ports.message[row]
-    where = messages.round[message]
-    pattern = messages.pattern0[where] + message - messages.first[where]
-    start, end = messages.route0[pattern], messages.route0[pattern + 1]
-    clear_finish(w.finishes, port)
-    if flows.num_hops[port] > 0:
-        state.counters[FLOW_EVENTS] += 1
-        if not remove(flows, port):
-            for hop in range(start, end):
-                drawn = draw_in_all(flows, messages.route[hop], drawn, True)
-    latency = messages.latency_s[pattern] + forwarding_s(messages, flows.bytes_per_s, start, end, message)
-    add_timer(w.timers, now + latency, message * MAX_PIECES + piece)
-    state.state[port] = IDLE
-    sender = w.streams.rank0[stream] + w.ports.rank[port]
-    state.rank_end[sender] = max(state.rank_end[sender], now)
-    row += 1
-    if row == w.ports.segment_end[row - 1]:
-        if piece + 1 < w.streams.pieces[stream]:
-            piece += 1
-            row = w.ports.segment_start[row - 1]
+    port = w.port[number]
+    queued = w.queue[port.row]
+    each = w.work.rounds[w.work.round_of[queued.message]]
+    edge = w.work.edges[each.edge0 + queued.message - each.first]
+    clear_finish(w.finishes, number)
+    if w.flows.flow[number].hops > 0:
+        w.counters[FLOW_EVENTS] += 1
+        if not remove(w.flows, number):
+            for hop in range(edge.route0, edge.route1):
+                drawn = draw_in_all(w.flows, w.work.route[hop], drawn, True)
+    came = (
+        now
+        + edge.latency_s
+        + forwarding_s(w.work, w.flows.resource, edge.route0, edge.route1, queued.message)
+    )
+    add_timer(w.timers, came, queued.message * MAX_PIECES + port.piece)
+    port.state = IDLE
+    stream = w.work.streams[port.stream]
+    rank = w.rank[stream.rank0 + port.rank]
+    rank.end_s = max(rank.end_s, now)
+    port.row += 1
+    if port.row == queued.end:
+        if port.piece + 1 < stream.pieces:
+            port.piece += 1
+            port.row = queued.start
         else:
-            piece = 0
-    state.row[port], state.piece[port] = row, piece
+            port.piece = 0
     return drawn
 
 
-@njit(cache=True)
+@compiled
 def _record_row(w: World, stream: int, message: int, piece: int) -> int:
-    first = w.messages.first[w.streams.round0[stream]]
-    return w.state.record0[stream] + (message - first) * w.streams.pieces[stream] + piece  # type: ignore[no-any-return]
+    row = w.work.streams[stream]
+    first = w.work.rounds[row.round0].first
+    return w.record0[stream] + (message - first) * row.pieces + piece  # type: ignore[no-any-return]
 
 
-@njit(cache=True)
-def forwarding_s(
-    messages: Messages, bytes_per_s: NDArray[np.float64], start: int, end: int, message: int
-) -> float:
+@compiled
+def forwarding_s(work: Work, resources: NDArray[np.void], start: int, end: int, message: int) -> float:
     """What switches add that take a packet, or the whole message, in before they send on."""
     total = 0.0
-    if len(messages.forward_nbytes) > 0:
+    if len(work.forward_nbytes) > 0:
         for hop in range(start, end - 1):
-            resource = messages.route[hop]
-            held = min(messages.forward_nbytes[resource], messages.nbytes[message])
+            resource = work.route[hop]
+            held = min(work.forward_nbytes[resource], work.nbytes[message])
             if held > 0.0:
-                total += held / bytes_per_s[resource]
+                total += held / resources[resource].bytes_per_s
     return total

@@ -5,15 +5,27 @@ s are the chips [0, s), [s, 2s), ... Sizes nest: each is a multiple of the one i
 except the outermost, which may end with a part of a group. A message between
 two chips uses the innermost tier with a group that holds both.
 
-Not modelled: routes inside a tier, and which flows share a wire. A tier's link is what every one of its chips
-has when all of them communicate at once (four chips behind one NIC have a quarter of it each).
+Each group of a tier has a copy of the tier's shape, with ports of its own: a chip on NVLink and a network card sends
+over both at once. Where messages of a tier use the wires of the next one and only turn round earlier (two chips
+behind one PCIe switch, two hosts under one leaf), the tier is `part_of_next` and the wires are there once.
+
+A tier of one chip stands for what is inside the chip: its figures are told, no message of the network uses it.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from itertools import pairwise
 
-from comms.links import Link
+from comms.errors import CommsError
+from comms.groups import Lattice, Members, group_size, sharing
+from comms.layers import Switch
+from comms.levels import Level, Levels, num_members
+from comms.links import PLAIN, Link, Protocol
+from comms.shapes import Shape, shape_of
+from comms.tiered import Fabric, TieredTopology
+from comms.topology import Topology
+from comms.tree import Tree
 
 # The size of the outermost tier where a cluster may grow to as many chips as are asked for.
 UNBOUNDED = 2**62
@@ -30,23 +42,34 @@ class TierKind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Tier:
-    """One level of the network: groups of `size` chips, and the link each chip has inside its group."""
+    """One level of the network: groups of `size` chips, and the shape that joins the chips of each."""
 
     name: str
-    size: int  # chips in one group at this tier
-    link: Link  # per chip, per direction, before oversubscription
     kind: TierKind
-    oversubscription: float = 1.0  # bandwidth below this tier's switches / bandwidth above them
+    size: int  # chips in one group at this tier
+    shape: Shape
     source: str = ""  # where the figures come from, in words
+    setup_s: float = 0.0  # of a collective that crosses this tier, once
+    protocols: tuple[Protocol, ...] = (PLAIN,)  # ways to move a message, the fastest is taken
+    part_of_next: bool = False  # its wires are those of the next tier
 
     def __post_init__(self) -> None:
-        if self.size < 1 or self.oversubscription < 1:
-            raise ValueError(f"tier {self.name!r}: size and oversubscription must be at least 1")
+        if self.size < 1 or self.setup_s < 0 or not self.protocols:
+            problem = "a tier needs at least one chip, one protocol and no negative time"
+            raise CommsError(problem, f"tier {self.name!r}")
+        if self.size > 1 and self.shape.num_chips < self.size:
+            problem = f"a shape of {self.shape.num_chips} chips cannot join {self.size}"
+            raise CommsError(problem, f"tier {self.name!r}")
+
+    @property
+    def link(self) -> Link:
+        """What one message alone has between chips that meet in this tier."""
+        return self.shape.link
 
     @property
     def loaded_link(self) -> Link:
-        """The link when every chip of the group sends at once: bandwidth / oversubscription."""
-        return Link(self.link.latency_s, self.link.bytes_per_s / self.oversubscription)
+        """What each chip has when all chips of the group send to others that they meet in this tier."""
+        return self.shape.loaded_link
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,14 +80,22 @@ class Network:
 
     def __post_init__(self) -> None:
         if not self.tiers:
-            raise ValueError("a network needs at least one tier")
+            raise CommsError("a network needs at least one tier")
+        if len({tier.name for tier in self.tiers}) < len(self.tiers):
+            names = ", ".join(tier.name for tier in self.tiers)
+            raise CommsError(f"two tiers have one name ({names})", hint="give each its own")
+        if self.tiers[-1].part_of_next:
+            raise CommsError("there is no next tier", f"tier {self.tiers[-1].name!r}")
         for inner, outer in zip(self.tiers, self.tiers[1:], strict=False):
             is_outermost = outer is self.tiers[-1]
             if outer.size <= inner.size or (outer.size % inner.size and not is_outermost):
-                raise ValueError(
+                raise CommsError(
                     f"tier {outer.name!r} of {outer.size} chips does not hold whole groups of "
                     f"{inner.size} (tier {inner.name!r})"
                 )
+            if inner.part_of_next and outer.shape.cut(inner.size) != inner.shape:
+                problem = f"its shape is not what tier {outer.name!r} has for {inner.size} chips"
+                raise CommsError(problem, f"tier {inner.name!r}")
 
     def tier_for(self, chips: Sequence[int]) -> Tier:
         """The innermost tier with one group that holds all of `chips` (not empty). O(len(chips))."""
@@ -72,12 +103,115 @@ class Network:
         for tier in self.tiers:
             if low // tier.size == high // tier.size:
                 return tier
-        raise ValueError(f"chip {high} is outside the network of {self.tiers[-1].size} chips")
+        raise CommsError(f"chip {high} is outside the network of {self.tiers[-1].size} chips")
 
     def take(self, num_chips: int) -> "Network":
         """What the first `num_chips` chips need of the network; its outermost tier has exactly that size."""
         kept = [tier for tier in self.tiers if tier.size < num_chips]
         outer = next((tier for tier in self.tiers if tier.size >= num_chips), None)
-        if outer is None:
-            raise ValueError(f"{num_chips} chips do not fit in a network of {self.tiers[-1].size}")
-        return Network((*kept, replace(outer, size=num_chips)))
+        if outer is None or num_chips < 1:
+            raise CommsError(f"{num_chips} chips do not fit in a network of {self.tiers[-1].size}")
+        if outer.size > num_chips:
+            shape = outer.shape.cut(num_chips)
+            outer = replace(outer, size=num_chips, shape=shape)
+        return Network((*kept, replace(outer, part_of_next=False)))
+
+    def topology(self, num_chips: int | None = None) -> TieredTopology:
+        """All wires between the first `num_chips` chips (None: all), and the routes over them."""
+        if num_chips is not None:
+            return self.take(num_chips).topology()
+        if self.tiers[-1].size == UNBOUNDED:
+            problem = "a network for any number of chips has no topology"
+            raise CommsError(problem, hint="say for how many chips")
+        names = tuple(tier.name for tier in self.tiers)
+        return TieredTopology(self.tiers[-1].size, names, tuple(self._fabric(at) for at in self._owners()))
+
+    def levels(self, members: Members, aligned: bool = False) -> Levels | None:
+        """How a group folds over the tiers: one level for each at which members meet, none for one chip.
+
+        Members are numbered in ascending order of their chips; of a list only they are busy, of a Lattice all
+        its copies. `aligned` promises that messages between bunches join members with the same inner digits (as
+        hierarchical algorithms send), which tells rails apart. None where the group sits unevenly on a tier: full
+        fidelity prices it.
+        """
+        _check_members(members, self.tiers[-1].size)
+        if not isinstance(members, Lattice) and any(a >= b for a, b in pairwise(members)):
+            return None
+        names = {tier.name for tier in self.tiers}
+        found: list[Level] = []
+        inner = 1
+        for at in self._owners():
+            owner = self.tiers[at]
+            patterns = _patterns(members, owner.size, is_last=at == len(self.tiers) - 1)
+            ways = {owner.shape.levels(pattern, inner, aligned) for pattern in patterns}
+            levels = ways.pop() if len(ways) == 1 else None
+            if levels is None:
+                return None
+            found += [replace(each, tier=each.tier if each.tier in names else owner.name) for each in levels]
+            inner = owner.size
+        assert num_members(tuple(found)) == group_size(members)
+        return tuple(found)
+
+    def _owners(self) -> tuple[int, ...]:
+        """The tiers that have wires of their own between chips."""
+        return tuple(i for i, tier in enumerate(self.tiers) if tier.size > 1 and not tier.part_of_next)
+
+    def _fabric(self, owner: int) -> Fabric:
+        """A tier's shape; its wires count to the tiers that they are named for, else to the owner."""
+        tier = self.tiers[owner]
+        names = [each.name for each in self.tiers]
+        tiers = tuple(names.index(name) if name in names else owner for name in tier.shape.tiers)
+        return Fabric(tier.shape, tier.size, tiers)
+
+
+def switched(
+    name: str, size: int, link: Link, kind: TierKind, oversubscription: float = 1.0, source: str = ""
+) -> Tier:
+    """One switch that joins `size` chips; `link` is what one message has from chip to chip."""
+    port = Link(link.latency_s / 2, link.bytes_per_s)
+    return Tier(name, kind, size, Tree(size, port, Switch(name, oversubscription=oversubscription)), source)
+
+
+def shaped(name: str, kind: TierKind, topology: Topology, source: str = "") -> Tier:
+    """A tier of any topology: torus, full mesh, dragonfly, graph."""
+    return Tier(name, kind, topology.num_chips, shape_of(topology), source)
+
+
+def layered(tree: Tree, kind: TierKind, inner: int = 1, source: str = "") -> tuple[Tier, ...]:
+    """A tier for each layer of a tree that joins more than the `inner` chips that meet elsewhere."""
+    tiers: list[Tier] = []
+    for layer in tree.layers:
+        size = min(layer.size, tree.num_chips)
+        if size > max([inner, *(tier.size for tier in tiers)]):
+            tiers.append(
+                Tier(
+                    layer.switch.tier, kind, size, tree.cut(size), source, part_of_next=size < tree.num_chips
+                )
+            )
+    return tuple(tiers)
+
+
+def _check_members(members: Members, num_chips: int) -> None:
+    """Raises CommsError where a group is empty, or has a chip twice or one that is not there."""
+    if group_size(members) < 1:
+        raise CommsError("a group needs at least one chip")
+    if isinstance(members, Lattice):
+        high = members.highest
+    else:
+        high = max(members)
+        if min(members) < 0 or len(set(members)) < len(members):
+            raise CommsError("a group names a chip twice or one below 0", hint="name each chip once")
+    if high >= num_chips:
+        raise CommsError(f"chip {high} is outside the network of {num_chips} chips")
+
+
+def _patterns(members: Members, size: int, is_last: bool) -> set[Lattice | tuple[int, ...]]:
+    """The ways in which a group lies in blocks of `size` chips; none where that cannot be told."""
+    if isinstance(members, Lattice):
+        if is_last:
+            return {members}
+        return set() if sharing(members, size) is None else {members.within(size)}
+    blocks: dict[int, list[int]] = {}
+    for chip in members:
+        blocks.setdefault(chip // size, []).append(chip % size)
+    return {tuple(block) for block in blocks.values()}

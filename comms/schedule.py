@@ -106,7 +106,7 @@ class Schedule:
     def message_shares(self, each: Round) -> FloatArray:
         """[messages] Bytes of each message of a round over nbytes, all pieces together."""
         if isinstance(self.shares, float):
-            return each.count * self.shares
+            return np.asarray(each.count * self.shares, dtype=np.float64)
         ends = np.concatenate([[0.0], np.cumsum(np.concatenate([self.shares, self.shares]))])
         totals: FloatArray = ends[each.first + each.count] - ends[each.first]
         return totals

@@ -13,267 +13,267 @@ linked lists, one per resource. Everything here is compiled; arrays are changed 
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
+
+from comms.loops import compiled
 
 EPSILON = 1e-9  # relative; rates closer than this are equal
 NONE = -1
 
 
-class Flows(NamedTuple):
-    """The flows under way and who shares what. `scratch_*` belong to the solver."""
+FLOW = np.dtype(
+    [
+        ("rate", "f8"),
+        ("old_rate", "f8"),  # before it was drawn in
+        ("bottleneck", "i8"),  # resource
+        ("row0", "i8"),  # first of its incidences
+        ("hops", "i8"),
+        ("drawn", "?"),  # is being solved anew
+        ("settled", "?"),
+    ],
+    align=True,
+)
+RESOURCE = np.dtype(
+    [
+        ("bytes_per_s", "f8"),
+        ("head", "i8"),  # first incidence
+        ("count", "i8"),
+        ("row", "i8"),  # among the touched
+    ],
+    align=True,
+)
+INCIDENCE = np.dtype([("after", "i8"), ("before", "i8"), ("resource", "i8"), ("flow", "i8")], align=True)
+TOUCHED = np.dtype([("resource", "i8"), ("room", "f8"), ("open", "i8")], align=True)
+SHARE = np.dtype([("share", "f8"), ("row", "i8")], align=True)
 
-    bytes_per_s: NDArray[np.float64]  # [resources] capacity
-    head: NDArray[np.int64]  # [resources] first incidence
-    count: NDArray[np.int64]  # [resources]
-    after: NDArray[np.int64]  # [flows * hops] next incidence of the same resource
-    before: NDArray[np.int64]
-    resource: NDArray[np.int32]  # [flows * hops]
-    num_hops: NDArray[np.int64]  # [flows]
-    rate: NDArray[np.float64]  # [flows]
-    bottleneck: NDArray[np.int64]  # [flows] resource
-    scratch_in: NDArray[np.bool_]  # [flows] solved anew
-    scratch_frozen: NDArray[np.bool_]  # [flows]
-    scratch_flows: NDArray[np.int64]  # [flows] those solved anew
-    scratch_old: NDArray[np.float64]  # [flows] rate before
-    scratch_row: NDArray[np.int64]  # [resources] row among the touched, or NONE
-    scratch_touched: NDArray[np.int64]  # [resources]
-    scratch_room: NDArray[np.float64]  # [touched] capacity left for those solved anew
-    scratch_open: NDArray[np.int64]  # [touched] how many of them are not settled
-    heap_share: NDArray[np.float64]
-    heap_row: NDArray[np.int64]
+
+class Flows(NamedTuple):
+    """The flows under way and who shares what; the last three belong to the solver."""
+
+    flow: NDArray[np.void]  # [flows] FLOW
+    resource: NDArray[np.void]  # [resources] RESOURCE
+    incidence: NDArray[np.void]  # [flows * hops] INCIDENCE, lists by resource
+    drawn: NDArray[np.int64]  # [flows] those to be solved anew
+    touched: NDArray[np.void]  # [resources] TOUCHED: theirs, and what is left of them
+    heap: NDArray[np.void]  # [resources + 1] SHARE
 
 
 def empty_flows(bytes_per_s: NDArray[np.float64], num_flows: int, max_hops: int) -> Flows:
     """No flow under way."""
-    resources, rows = len(bytes_per_s), num_flows * max(1, max_hops)
+    resources = np.zeros(len(bytes_per_s), dtype=RESOURCE)
+    resources["bytes_per_s"], resources["head"], resources["row"] = bytes_per_s, NONE, NONE
+    flows = np.zeros(num_flows, dtype=FLOW)
+    flows["row0"] = np.arange(num_flows) * max_hops
     return Flows(
-        bytes_per_s=bytes_per_s.copy(),
-        head=np.full(resources, NONE),
-        count=np.zeros(resources, dtype=np.int64),
-        after=np.full(rows, NONE),
-        before=np.full(rows, NONE),
-        resource=np.zeros(rows, dtype=np.int32),
-        num_hops=np.zeros(num_flows, dtype=np.int64),
-        rate=np.zeros(num_flows),
-        bottleneck=np.full(num_flows, NONE),
-        scratch_in=np.zeros(num_flows, dtype=np.bool_),
-        scratch_frozen=np.zeros(num_flows, dtype=np.bool_),
-        scratch_flows=np.zeros(num_flows, dtype=np.int64),
-        scratch_old=np.zeros(num_flows),
-        scratch_row=np.full(resources, NONE),
-        scratch_touched=np.zeros(resources, dtype=np.int64),
-        scratch_room=np.zeros(resources),
-        scratch_open=np.zeros(resources, dtype=np.int64),
-        heap_share=np.zeros(resources + 1),
-        heap_row=np.zeros(resources + 1, dtype=np.int64),
+        flow=flows,
+        resource=resources,
+        incidence=np.zeros(num_flows * max_hops, dtype=INCIDENCE),
+        drawn=np.zeros(num_flows, dtype=np.int64),
+        touched=np.zeros(len(bytes_per_s), dtype=TOUCHED),
+        heap=np.zeros(len(bytes_per_s) + 1, dtype=SHARE),
     )
 
 
-@njit(cache=True)
+@compiled
 def insert(flows: Flows, flow: int, route: NDArray[np.int32], start: int, end: int) -> bool:
     """Put a flow on route[start:end]. True when it is alone on all of it: its rate is then known at once."""
-    stride = len(flows.after) // len(flows.rate)
     alone = True
     slowest = np.inf
     where = NONE
     for hop in range(end - start):
         resource = route[start + hop]
-        row = flow * stride + hop
-        first = flows.head[resource]
+        row = flows.flow[flow].row0 + hop
+        first = flows.resource[resource].head
         if first != NONE:
             alone = False
-            flows.before[first] = row
-        flows.after[row], flows.before[row] = first, NONE
-        flows.resource[row] = resource
-        flows.head[resource] = row
-        flows.count[resource] += 1
-        if flows.bytes_per_s[resource] < slowest:
-            slowest, where = flows.bytes_per_s[resource], resource
-    flows.num_hops[flow] = end - start
-    flows.rate[flow] = slowest if alone else 0.0
-    flows.bottleneck[flow] = where
+            flows.incidence[first].before = row
+        flows.incidence[row].after, flows.incidence[row].before = first, NONE
+        flows.incidence[row].resource, flows.incidence[row].flow = resource, flow
+        flows.resource[resource].head = row
+        flows.resource[resource].count += 1
+        if flows.resource[resource].bytes_per_s < slowest:
+            slowest, where = flows.resource[resource].bytes_per_s, resource
+    flows.flow[flow].hops = end - start
+    flows.flow[flow].rate = slowest if alone else 0.0
+    flows.flow[flow].bottleneck = where
     return alone
 
 
-@njit(cache=True)
+@compiled
 def remove(flows: Flows, flow: int) -> bool:
     """Take a flow off its route. True when nobody shared any of it: no rate changes then."""
-    stride = len(flows.after) // len(flows.rate)
     alone = True
-    for row in range(flow * stride, flow * stride + flows.num_hops[flow]):
-        resource = flows.resource[row]
-        before, after = flows.before[row], flows.after[row]
+    for row in range(flows.flow[flow].row0, flows.flow[flow].row0 + flows.flow[flow].hops):
+        resource = flows.incidence[row].resource
+        before, after = flows.incidence[row].before, flows.incidence[row].after
         if before == NONE:
-            flows.head[resource] = after
+            flows.resource[resource].head = after
         else:
-            flows.after[before] = after
+            flows.incidence[before].after = after
         if after != NONE:
-            flows.before[after] = before
-        flows.count[resource] -= 1
-        if flows.count[resource] > 0:
+            flows.incidence[after].before = before
+        flows.resource[resource].count -= 1
+        if flows.resource[resource].count > 0:
             alone = False
-    flows.num_hops[flow] = 0
-    flows.rate[flow] = 0.0
+    flows.flow[flow].hops = 0
+    flows.flow[flow].rate = 0.0
     return alone
 
 
-@njit(cache=True)
+@compiled
 def draw_in(flows: Flows, flow: int, num: int) -> int:
     """Mark a flow to be solved anew; the new number of those."""
-    if flows.scratch_in[flow]:
+    if flows.flow[flow].drawn:
         return num
-    flows.scratch_in[flow] = True
-    flows.scratch_old[flow] = flows.rate[flow]
-    flows.scratch_flows[num] = flow
+    flows.flow[flow].drawn = True
+    flows.flow[flow].old_rate = flows.flow[flow].rate
+    flows.drawn[num] = flow
     return num + 1
 
 
-@njit(cache=True)
+@compiled
 def draw_in_all(flows: Flows, resource: int, num: int, only_bound: bool) -> int:
     """Draw in the flows on a resource, or only those whose bottleneck it is."""
-    stride = len(flows.after) // len(flows.rate)
-    row = flows.head[resource]
+    row = flows.resource[resource].head
     while row != NONE:
-        flow = row // stride
-        if not only_bound or flows.bottleneck[flow] == resource:
+        flow = flows.incidence[row].flow
+        if not only_bound or flows.flow[flow].bottleneck == resource:
             num = draw_in(flows, flow, num)
-        row = flows.after[row]
+        row = flows.incidence[row].after
     return num
 
 
-@njit(cache=True)
+@compiled
 def solve(flows: Flows, num: int) -> int:
-    """Max-min rates for scratch_flows[:num] and all that they disturb; the number solved in the end.
+    """Max-min rates for drawn[:num] and all that they disturb; the number solved in the end.
 
-    Old rates are in scratch_old; the caller clears scratch_in of the flows it gets back.
+    Old rates are in old_rate; the caller clears drawn of the flows it gets back.
     """
     while True:
         touched = _touch(flows, num)
         _fill(flows, num, touched)
         grown = _check(flows, num, touched)
         for row in range(touched):
-            flows.scratch_row[flows.scratch_touched[row]] = NONE
+            flows.resource[flows.touched[row].resource].row = NONE
         if grown == num:
             return num
         num = grown
 
 
-@njit(cache=True)
+@compiled
 def _touch(flows: Flows, num: int) -> int:
     """The resources of the flows to be solved, and what the others leave of them."""
-    stride = len(flows.after) // len(flows.rate)
     touched = 0
     for index in range(num):
-        flow = flows.scratch_flows[index]
-        flows.scratch_frozen[flow] = False
-        for at in range(flow * stride, flow * stride + flows.num_hops[flow]):
-            resource = flows.resource[at]
-            if flows.scratch_row[resource] == NONE:
-                flows.scratch_row[resource] = touched
-                flows.scratch_touched[touched] = resource
-                flows.scratch_room[touched] = flows.bytes_per_s[resource]
-                flows.scratch_open[touched] = 0
+        flow = flows.drawn[index]
+        flows.flow[flow].settled = False
+        for at in range(flows.flow[flow].row0, flows.flow[flow].row0 + flows.flow[flow].hops):
+            resource = flows.incidence[at].resource
+            if flows.resource[resource].row == NONE:
+                flows.resource[resource].row = touched
+                flows.touched[touched].resource = resource
+                flows.touched[touched].room = flows.resource[resource].bytes_per_s
+                flows.touched[touched].open = 0
                 touched += 1
     for place in range(touched):
-        row = flows.head[flows.scratch_touched[place]]
+        row = flows.resource[flows.touched[place].resource].head
         while row != NONE:
-            flow = row // stride
-            if flows.scratch_in[flow]:
-                flows.scratch_open[place] += 1
+            flow = flows.incidence[row].flow
+            if flows.flow[flow].drawn:
+                flows.touched[place].open += 1
             else:
-                flows.scratch_room[place] -= flows.rate[flow]
-            row = flows.after[row]
-        flows.scratch_room[place] = max(0.0, flows.scratch_room[place])
+                flows.touched[place].room -= flows.flow[flow].rate
+            row = flows.incidence[row].after
+        flows.touched[place].room = max(0.0, flows.touched[place].room)
     return touched
 
 
-@njit(cache=True)
+@compiled
 def _fill(flows: Flows, num: int, touched: int) -> None:
     """Progressive filling: the resource with the least share settles its flows; shares only grow."""
-    stride = len(flows.after) // len(flows.rate)
     size = 0
     for place in range(touched):
-        size = _push(flows, size, flows.scratch_room[place] / flows.scratch_open[place], place)
+        size = _push(flows, size, flows.touched[place].room / flows.touched[place].open, place)
     while size > 0:
-        share, place = flows.heap_share[0], flows.heap_row[0]
+        share, place = flows.heap[0].share, flows.heap[0].row
         size = _pop(flows, size)
-        if flows.scratch_open[place] == 0:
+        if flows.touched[place].open == 0:
             continue
-        now = max(0.0, flows.scratch_room[place]) / flows.scratch_open[place]
+        now = max(0.0, flows.touched[place].room) / flows.touched[place].open
         if now > share * (1.0 + EPSILON):  # others settled here since it was put in
             size = _push(flows, size, now, place)
             continue
-        resource = flows.scratch_touched[place]
-        row = flows.head[resource]
+        resource = flows.touched[place].resource
+        row = flows.resource[resource].head
         while row != NONE:
-            flow = row // stride
-            if flows.scratch_in[flow] and not flows.scratch_frozen[flow]:
-                flows.scratch_frozen[flow] = True
-                flows.rate[flow] = now
-                flows.bottleneck[flow] = resource
-                for at in range(flow * stride, flow * stride + flows.num_hops[flow]):
-                    other = flows.scratch_row[flows.resource[at]]
-                    flows.scratch_room[other] -= now
-                    flows.scratch_open[other] -= 1
-            row = flows.after[row]
+            flow = flows.incidence[row].flow
+            if flows.flow[flow].drawn and not flows.flow[flow].settled:
+                flows.flow[flow].settled = True
+                flows.flow[flow].rate = now
+                flows.flow[flow].bottleneck = resource
+                for at in range(flows.flow[flow].row0, flows.flow[flow].row0 + flows.flow[flow].hops):
+                    other = flows.resource[flows.incidence[at].resource].row
+                    flows.touched[other].room -= now
+                    flows.touched[other].open -= 1
+            row = flows.incidence[row].after
 
 
-@njit(cache=True)
+@compiled
 def _check(flows: Flows, num: int, touched: int) -> int:
     """Draw in whoever has no bottleneck now, or is faster than a flow on that flow's bottleneck."""
-    stride = len(flows.after) // len(flows.rate)
     for place in range(touched):
-        resource = flows.scratch_touched[place]
+        resource = flows.touched[place].resource
         fastest, bound = 0.0, np.inf
-        row = flows.head[resource]
+        row = flows.resource[resource].head
         while row != NONE:
-            flow = row // stride
-            if flows.scratch_in[flow]:
-                fastest = max(fastest, flows.rate[flow])
-                if flows.bottleneck[flow] == resource:
-                    bound = min(bound, flows.rate[flow])
-            row = flows.after[row]
-        full = flows.scratch_room[place] <= EPSILON * flows.bytes_per_s[resource]
-        row = flows.head[resource]
+            flow = flows.incidence[row].flow
+            if flows.flow[flow].drawn:
+                fastest = max(fastest, flows.flow[flow].rate)
+                if flows.flow[flow].bottleneck == resource:
+                    bound = min(bound, flows.flow[flow].rate)
+            row = flows.incidence[row].after
+        full = flows.touched[place].room <= EPSILON * flows.resource[resource].bytes_per_s
+        row = flows.resource[resource].head
         while row != NONE:
-            flow = row // stride
-            if not flows.scratch_in[flow]:
-                rate = flows.rate[flow]
-                lost = flows.bottleneck[flow] == resource and (not full or fastest > rate * (1 + EPSILON))
+            flow = flows.incidence[row].flow
+            if not flows.flow[flow].drawn:
+                rate = flows.flow[flow].rate
+                lost = flows.flow[flow].bottleneck == resource and (
+                    not full or fastest > rate * (1 + EPSILON)
+                )
                 if lost or rate > bound * (1 + EPSILON):
                     num = draw_in(flows, flow, num)
-            row = flows.after[row]
+            row = flows.incidence[row].after
     return num
 
 
-@njit(cache=True)
+@compiled
 def _push(flows: Flows, size: int, share: float, row: int) -> int:
     at = size
     while at > 0:
         parent = (at - 1) // 2
-        if flows.heap_share[parent] <= share:
+        if flows.heap[parent].share <= share:
             break
-        flows.heap_share[at], flows.heap_row[at] = flows.heap_share[parent], flows.heap_row[parent]
+        flows.heap[at].share, flows.heap[at].row = flows.heap[parent].share, flows.heap[parent].row
         at = parent
-    flows.heap_share[at], flows.heap_row[at] = share, row
+    flows.heap[at].share, flows.heap[at].row = share, row
     return size + 1
 
 
-@njit(cache=True)
+@compiled
 def _pop(flows: Flows, size: int) -> int:
     size -= 1
-    share, row = flows.heap_share[size], flows.heap_row[size]
+    share, row = flows.heap[size].share, flows.heap[size].row
     at = 0
     while 2 * at + 1 < size:
         child = 2 * at + 1
-        if child + 1 < size and flows.heap_share[child + 1] < flows.heap_share[child]:
+        if child + 1 < size and flows.heap[child + 1].share < flows.heap[child].share:
             child += 1
-        if flows.heap_share[child] >= share:
+        if flows.heap[child].share >= share:
             break
-        flows.heap_share[at], flows.heap_row[at] = flows.heap_share[child], flows.heap_row[child]
+        flows.heap[at].share, flows.heap[at].row = flows.heap[child].share, flows.heap[child].row
         at = child
-    flows.heap_share[at], flows.heap_row[at] = share, row
+    flows.heap[at].share, flows.heap[at].row = share, row
     return size
 
 
@@ -288,4 +288,5 @@ def fair_rates(
         insert(flows, flow, resources, offsets[flow], offsets[flow + 1])
         drawn = draw_in(flows, flow, drawn)
     solve(flows, drawn)
-    return flows.rate
+    rates: NDArray[np.float64] = flows.flow["rate"]
+    return rates

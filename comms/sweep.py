@@ -9,11 +9,11 @@ sweep gives up and the event loop takes over. When it does not give up, its answ
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
-from comms.compiled import Messages, Streams
+from comms.compiled import Work
 from comms.events import SAME_INSTANT, Noise, forwarding_s, uniform
+from comms.loops import compiled
 
 NONE = -1
 
@@ -21,130 +21,127 @@ NONE = -1
 class Sweep(NamedTuple):
     """Where everything is."""
 
+    work: Work
+    noise: Noise
+    overhead_s: NDArray[np.float64]  # [rank rows]
+    resource: NDArray[np.void]  # [resources] sharing.RESOURCE, for the rates
     ready: NDArray[np.float64]  # [chains] when the chain has all of the rounds so far
     staged: NDArray[np.float64]  # [chains] the same with the round that is being sent
     free: NDArray[np.float64]  # [ports]
-    rate: NDArray[np.float64]  # [pattern rows]
+    rate: NDArray[np.float64]  # [edges]
     busy_until: NDArray[np.float64]  # [resources]
     owner: NDArray[np.int64]  # [resources] the stream that uses it
     rank_end: NDArray[np.float64]  # [rank rows]
     job_end: NDArray[np.float64]  # [jobs]
+    record0: NDArray[np.int64]  # [streams] first row of what is recorded
     starts: NDArray[np.float64]  # [message and piece] empty where nothing is recorded
     arrivals: NDArray[np.float64]
-    record0: NDArray[np.int64]  # [streams]
 
 
-@njit(cache=True)
-def sweep(
-    streams: Streams, messages: Messages, bytes_per_s: NDArray[np.float64], noise: Noise, state: Sweep
-) -> bool:
+@compiled
+def sweep(s: Sweep) -> bool:
     """Time everything; False as soon as two messages meet."""
-    for row in range(len(messages.src)):
+    for number in range(len(s.work.edges)):
         slowest = np.inf
-        for hop in range(messages.route0[row], messages.route0[row + 1]):
-            slowest = min(slowest, bytes_per_s[messages.route[hop]])
-        state.rate[row] = slowest
-    for stream in range(len(streams.job)):
-        first, rounds = streams.round0[stream], streams.rounds[stream]
-        chains = streams.pieces[stream] * streams.ranks[stream] * streams.groups[stream]
-        base = streams.chain0[stream]
-        state.ready[base : base + chains] = streams.start_s[stream]
-        state.staged[base : base + chains] = streams.start_s[stream]
+        for hop in range(s.work.edges[number].route0, s.work.edges[number].route1):
+            slowest = min(slowest, s.resource[s.work.route[hop]].bytes_per_s)
+        s.rate[number] = slowest
+    for number in range(len(s.work.streams)):
+        stream = s.work.streams[number]
+        chains = stream.pieces * stream.ranks * stream.groups
+        s.ready[stream.chain0 : stream.chain0 + chains] = stream.start_s
+        s.staged[stream.chain0 : stream.chain0 + chains] = stream.start_s
         segment = 0
-        while segment < rounds:
-            end = messages.phase_end[first + segment] if streams.serial[stream] else segment + 1
-            for piece in range(streams.pieces[stream]):
-                if streams.serial[stream] and piece > 0:
-                    _after_piece_before(streams, state, stream, piece)
-                for each in range(first + segment, first + end):
-                    if not _round(streams, messages, bytes_per_s, noise, state, stream, each, piece):
+        while segment < stream.rounds:
+            end = s.work.rounds[stream.round0 + segment].phase_end if stream.serial else segment + 1
+            for piece in range(stream.pieces):
+                if stream.serial and piece > 0:
+                    _after_piece_before(s, number, piece)
+                for each in range(stream.round0 + segment, stream.round0 + end):
+                    if not _round(s, each, piece):
                         return False
             segment = end
     return True
 
 
-@njit(cache=True)
-def _after_piece_before(streams: Streams, state: Sweep, stream: int, piece: int) -> None:
+@compiled
+def _after_piece_before(s: Sweep, number: int, piece: int) -> None:
     """A chip starts on a piece when it is done with the one before."""
-    ranks, groups = streams.ranks[stream], streams.groups[stream]
-    for rank in range(ranks):
-        here = streams.chain0[stream] + (piece * ranks + rank) * groups
-        done = state.ready[here - ranks * groups]
-        for group in range(1, groups):
-            done = max(done, state.ready[here - ranks * groups + group])
-        for group in range(groups):
-            state.ready[here + group] = max(state.ready[here + group], done)
-            state.staged[here + group] = state.ready[here + group]
+    stream = s.work.streams[number]
+    for rank in range(stream.ranks):
+        here = stream.chain0 + (piece * stream.ranks + rank) * stream.groups
+        before = here - stream.ranks * stream.groups
+        done = s.ready[before]
+        for group in range(1, stream.groups):
+            done = max(done, s.ready[before + group])
+        for group in range(stream.groups):
+            s.ready[here + group] = max(s.ready[here + group], done)
+            s.staged[here + group] = s.ready[here + group]
 
 
-@njit(cache=True)
-def _round(
-    streams: Streams,
-    messages: Messages,
-    bytes_per_s: NDArray[np.float64],
-    noise: Noise,
-    state: Sweep,
-    stream: int,
-    each: int,
-    piece: int,
-) -> bool:
+@compiled
+def _round(s: Sweep, number: int, piece: int) -> bool:
     """One piece of one round."""
-    ranks, groups, by_chunk = streams.ranks[stream], streams.groups[stream], streams.by_chunk[stream]
-    rank0, job = streams.rank0[stream], streams.job[stream]
-    base = streams.chain0[stream] + piece * ranks * groups
-    shift = messages.pattern0[each] - messages.first[each]
+    each = s.work.rounds[number]
+    stream = s.work.streams[each.stream]
+    base, groups = stream.chain0 + piece * stream.ranks * stream.groups, stream.groups
     chunk, num = 0, 1
-    for message in range(messages.first[each], messages.first[each + 1]):
-        row = message + shift
-        src, dst = messages.src[row], messages.dst[row]
-        if by_chunk:
-            chunk, num = messages.chunk[message], messages.num_chunks[message]
-        start = 0.0
+    for message in range(each.first, each.last):
+        edge_number = each.edge0 + message - each.first
+        edge = s.work.edges[edge_number]
+        if stream.by_chunk:
+            chunk, num = s.work.chunk[message], s.work.num_chunks[message]
+        start = s.free[edge.port]
         for offset in range(num):
-            start = max(start, state.ready[base + src * groups + (chunk + offset) % groups])
-        start = max(start, state.free[messages.port[row]])
-        start += noise.overhead_s[rank0 + src]
-        if noise.mean_s > 0.0:
-            start -= noise.mean_s * np.log(uniform(noise.seed, message, piece))
-        end = start + messages.nbytes[message] / state.rate[row]
-        if not _take(messages, state, stream, row, start, end):
+            start = max(start, s.ready[base + edge.src * groups + (chunk + offset) % groups])
+        start += s.overhead_s[stream.rank0 + edge.src]
+        if s.noise.mean_s > 0.0:
+            start -= s.noise.mean_s * np.log(uniform(s.noise.seed, message, piece))
+        end = start + s.work.nbytes[message] / s.rate[edge_number]
+        if not _take(s, each.stream, edge_number, start, end):
             return False
-        state.free[messages.port[row]] = end
-        came = end + messages.latency_s[row]
-        if len(messages.forward_nbytes) > 0:
-            came += forwarding_s(
-                messages, bytes_per_s, messages.route0[row], messages.route0[row + 1], message
-            )
+        s.free[edge.port] = end
+        came = end + edge.latency_s
+        if len(s.work.forward_nbytes) > 0:
+            came += forwarding_s(s.work, s.resource, edge.route0, edge.route1, message)
+        for offset in range(num):
+            chain = base + edge.dst * groups + (chunk + offset) % groups
+            s.staged[chain] = max(s.staged[chain], came)
+        _note(s, number, message, piece, start, end, came)
+    for message in range(each.first, each.last):
+        if stream.by_chunk:
+            chunk, num = s.work.chunk[message], s.work.num_chunks[message]
+        dst = s.work.edges[each.edge0 + message - each.first].dst
         for offset in range(num):
             chain = base + dst * groups + (chunk + offset) % groups
-            state.staged[chain] = max(state.staged[chain], came)
-        state.rank_end[rank0 + src] = max(state.rank_end[rank0 + src], end)
-        state.rank_end[rank0 + dst] = max(state.rank_end[rank0 + dst], came)
-        state.job_end[job] = max(state.job_end[job], came)
-        if len(state.starts) > 0:
-            at = message - messages.first[streams.round0[stream]]
-            at = state.record0[stream] + at * streams.pieces[stream] + piece
-            state.starts[at], state.arrivals[at] = start, came
-    for message in range(messages.first[each], messages.first[each + 1]):
-        if by_chunk:
-            chunk, num = messages.chunk[message], messages.num_chunks[message]
-        dst = messages.dst[message + shift]
-        for offset in range(num):
-            chain = base + dst * groups + (chunk + offset) % groups
-            state.ready[chain] = state.staged[chain]
+            s.ready[chain] = s.staged[chain]
     return True
 
 
-@njit(cache=True)
-def _take(messages: Messages, state: Sweep, stream: int, row: int, start: float, end: float) -> bool:
+@compiled
+def _note(s: Sweep, number: int, message: int, piece: int, start: float, end: float, came: float) -> None:
+    """When chips and jobs are done, and the message's times where they are recorded."""
+    each = s.work.rounds[number]
+    edge, stream = s.work.edges[each.edge0 + message - each.first], s.work.streams[each.stream]
+    src, dst = stream.rank0 + edge.src, stream.rank0 + edge.dst
+    s.rank_end[src] = max(s.rank_end[src], end)
+    s.rank_end[dst] = max(s.rank_end[dst], came)
+    s.job_end[stream.job] = max(s.job_end[stream.job], came)
+    if len(s.starts) > 0:
+        row = s.record0[each.stream] + piece
+        row += (message - s.work.rounds[stream.round0].first) * stream.pieces
+        s.starts[row], s.arrivals[row] = start, came
+
+
+@compiled
+def _take(s: Sweep, stream: int, edge: int, start: float, end: float) -> bool:
     """Take the wires of a route from start to end; False where they are taken."""
-    for hop in range(messages.route0[row], messages.route0[row + 1]):
-        resource = messages.route[hop]
-        owner = state.owner[resource]
-        if owner != stream and owner != NONE:
+    for hop in range(s.work.edges[edge].route0, s.work.edges[edge].route1):
+        resource = s.work.route[hop]
+        if s.owner[resource] != stream and s.owner[resource] != NONE:
             return False
-        if start < state.busy_until[resource] * (1.0 - SAME_INSTANT):
+        if start < s.busy_until[resource] * (1.0 - SAME_INSTANT):
             return False
-        state.owner[resource] = stream
-        state.busy_until[resource] = end
+        s.owner[resource] = stream
+        s.busy_until[resource] = end
     return True

@@ -80,7 +80,10 @@ def _tier_lines(cluster: Cluster) -> list[str]:
     lines = []
     for tier in cluster.network.tiers:
         size = "any number of" if tier.size == UNBOUNDED else str(tier.size)
-        rate = format_quantity(tier.loaded_link.bytes_per_s, Quantity.DATA_RATE)
+        loaded, alone = (
+            format_quantity(link.bytes_per_s, Quantity.DATA_RATE) for link in (tier.loaded_link, tier.link)
+        )
+        rate = loaded if loaded == alone else f"{loaded} ({alone} alone)"
         latency = format_quantity(tier.link.latency_s, Quantity.TIME)
         lines.append(f"{tier.name}: {size} chips, {rate}, {latency}")
     return lines

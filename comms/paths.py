@@ -1,0 +1,269 @@
+"""Best paths over wires: the smallest latency, then the fewest wires, then the widest bottleneck.
+
+Among paths alike in all three a message takes one by a hash of its two ends (equal-cost multi-path). Nodes are
+told apart by where they first appear among the wires, never by their number: a network whose chips are
+relabelled, its wires in the same order, has the same paths over the same wires.
+
+Paths are found from one source to all nodes at once (Bellman-Ford over whole columns of wires), when they are
+first asked for; those of the latest sources are kept up to a fixed size, so that memory grows with the wires and
+not with the pairs.
+
+Latencies are compared as whole multiples of what divides them all (where nothing does, of a small part of the
+largest), so that equal sums are equal.
+Not modelled: paths that change with load.
+"""
+
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from typing import TypeAlias, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from comms.errors import CommsError
+from comms.topology import FloatArray, IntArray, Routes, Topology, Wires, routes_of
+
+BoolArray: TypeAlias = NDArray[np.bool_]
+Tree: TypeAlias = tuple[IntArray, FloatArray]  # [nodes] cost and width of the best path from one source
+Value = TypeVar("Value", np.int64, np.float64)
+
+FAR = np.int64(2**62)  # cost of what cannot be reached; one wire more still fits into 64 bits
+BLOCK_CELLS = 2**21  # sources times wires (or nodes) that are worked on at once
+KEPT_CELLS = 2**22  # sources times nodes whose trees are kept: 64 MiB
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Paths:
+    """The best paths over wires, from the trees of their sources."""
+
+    num_nodes: int
+    wires: Wires
+    passes: BoolArray  # [nodes] whether a node passes on what is not for it
+    order: IntArray  # [wires] wires by head, then by number
+    first: IntArray  # [nodes + 1] where the wires into a node begin in `order`
+    weights: IntArray  # [wires] in `order`: latency, then one per wire
+    appearance: IntArray  # [nodes] rank by first appearance among the wires
+    _trees: OrderedDict[int, Tree] = field(default_factory=OrderedDict, init=False, repr=False)
+
+    def routes(self, src: IntArray, dst: IntArray) -> Routes:
+        """One path per pair; empty where both ends are the same."""
+        src, dst = node_pairs(src, dst, self.num_nodes)
+        sources, row = np.unique(src, return_inverse=True)
+        lengths = np.zeros(len(src), dtype=np.int64)
+        parts: list[tuple[IntArray, Routes]] = []
+        for block in _blocks(len(sources), self.num_nodes):
+            messages = np.flatnonzero((row >= block.start) & (row < block.stop) & (src != dst))
+            if not len(messages):
+                continue
+            trees = self._trees_of(sources[block])
+            for some in _blocks(len(messages), int(np.diff(self.first).max(initial=1))):
+                of = messages[some]
+                found = self._traced(trees, row[of] - block.start, src[of], dst[of])
+                lengths[of] = np.diff(found.offsets)
+                parts.append((of, found))
+        offsets = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(lengths)])
+        wires = np.empty(offsets[-1], dtype=np.int64)
+        for messages, found in parts:
+            wires[ranges(offsets[messages], lengths[messages])] = found.wires
+        return Routes(offsets, wires)
+
+    def latencies(self, sources: IntArray) -> FloatArray:
+        """[sources, nodes] Smallest latency from each source to each node in seconds; inf where there is no way."""
+        rows = [
+            self._cheapest(self.wires.latency_s[self.order], sources[block], np.float64(np.inf)).T
+            for block in _blocks(len(sources), max(self.num_nodes, self.wires.num_wires))
+        ]
+        return np.concatenate(rows)
+
+    def check_chips_meet(self, num_chips: int) -> None:
+        """Raises CommsError with two chips of which one cannot reach the other. O(wires), from chip 0."""
+        for tail, head, there in (
+            (self.wires.tail, self.wires.head, "from chip 0 to chip {}"),
+            (self.wires.head, self.wires.tail, "from chip {} to chip 0"),
+        ):
+            reached = _reached(tail, head, self.passes)
+            if not reached[:num_chips].all():
+                chip = int(np.flatnonzero(~reached[:num_chips])[0])
+                raise _no_way(there.format(chip))
+
+    def _trees_of(self, sources: IntArray) -> Tree:
+        """[sources, nodes] Costs and widths, kept from earlier or found now."""
+        missing = np.array(
+            [source for source in sources.tolist() if source not in self._trees], dtype=np.int64
+        )
+        found: dict[int, Tree] = {}
+        for block in _blocks(len(missing), max(self.num_nodes, self.wires.num_wires)):
+            cost = self._cheapest(self.weights, missing[block], FAR)
+            width = self._widest(cost, missing[block])
+            found.update(
+                (source, (cost[:, i].copy(), width[:, i].copy()))
+                for i, source in enumerate(missing[block].tolist())
+            )
+        trees = [found[source] if source in found else self._trees[source] for source in sources.tolist()]
+        self._trees.update(found)
+        while len(self._trees) > max(1, KEPT_CELLS // self.num_nodes):
+            self._trees.popitem(last=False)
+        return np.stack([cost for cost, _ in trees]), np.stack([width for _, width in trees])
+
+    def _cheapest(self, weights: NDArray[Value], sources: IntArray, far: Value) -> NDArray[Value]:
+        """[nodes, sources] Smallest sums of weights (of the wires in `order`), by relaxing all wires at once."""
+        columns = np.arange(len(sources))
+        cost = np.full((self.num_nodes, len(sources)), far, dtype=weights.dtype)
+        cost[sources, columns] = 0
+        if not len(self.order):
+            return cost
+        tails, heads, starts = self._ends()
+        while True:
+            leaving = np.where(self.passes[:, None], cost, far)
+            leaving[sources, columns] = 0
+            best = np.minimum.reduceat(leaving[tails] + weights[:, None], starts, axis=0)
+            better = np.minimum(cost[heads], best)
+            if np.array_equal(better, cost[heads]):
+                return cost
+            cost[heads] = better
+
+    def _widest(self, cost: IntArray, sources: IntArray) -> FloatArray:
+        """[nodes, sources] Largest bottleneck among the paths of the smallest cost; 0 where there is none."""
+        columns = np.arange(len(sources))
+        width = np.zeros(cost.shape)
+        width[sources, columns] = np.inf
+        if not len(self.order):
+            return width
+        tails, heads, starts = self._ends()
+        tight = cost[tails] + self.weights[:, None] == cost[self.wires.head[self.order]]
+        tight &= self.passes[tails][:, None] | (tails[:, None] == sources)
+        rates = np.where(tight, self.wires.bytes_per_s[self.order][:, None], 0.0)
+        while True:
+            best = np.maximum.reduceat(np.minimum(width[tails], rates), starts, axis=0)
+            better = np.maximum(width[heads], best)
+            if np.array_equal(better, width[heads]):
+                return width
+            width[heads] = better
+
+    def _ends(self) -> tuple[IntArray, IntArray, IntArray]:
+        """Tails of the wires in `order`; the nodes that wires lead to, and where theirs begin."""
+        heads = np.flatnonzero(np.diff(self.first))
+        return self.wires.tail[self.order], heads, self.first[heads]
+
+    def _traced(self, trees: Tree, row: IntArray, src: IntArray, dst: IntArray) -> Routes:
+        """Paths from their ends back to their sources, one wire of all messages at a time."""
+        cost, width = trees
+        if (cost[row, dst] >= FAR).any():
+            lost = int(np.argmax(cost[row, dst] >= FAR))
+            raise _no_way(f"from node {src[lost]} to node {dst[lost]}")
+        need, node = width[row, dst], dst.copy()
+        key = mixed(self.appearance[src] * self.num_nodes + self.appearance[dst])
+        columns: list[IntArray] = []
+        active = np.arange(len(src))
+        while len(active):
+            counts = self.first[node[active] + 1] - self.first[node[active]]
+            slot = ranges(self.first[node[active]], counts)
+            turn = np.repeat(np.arange(len(active)), counts)
+            message, wire = active[turn], self.order[slot]
+            tail = self.wires.tail[wire]
+            fits = cost[row[message], tail] + self.weights[slot] == cost[row[message], node[message]]
+            fits &= np.minimum(width[row[message], tail], self.wires.bytes_per_s[wire]) >= need[message]
+            fits &= self.passes[tail] | (tail == src[message])
+            choices = np.bincount(turn[fits], minlength=len(active))
+            pick = np.cumsum(choices) - choices + (key[active] % choices.astype(np.uint64)).astype(np.int64)
+            column = np.full(len(src), -1, dtype=np.int64)
+            column[active] = wire[fits][pick]
+            columns.append(column)
+            node[active] = self.wires.tail[column[active]]
+            key = mixed(key)
+            active = active[node[active] != src[active]]
+        return routes_of(columns[::-1])
+
+
+def paths_of(wires: Wires, topology: Topology, through_chips: bool) -> Paths:
+    """The best paths over some wires of a topology, which may be fewer than it has."""
+    num_nodes = topology.num_nodes
+    order = np.lexsort((np.arange(wires.num_wires), wires.head))
+    first = np.searchsorted(wires.head[order], np.arange(num_nodes + 1))
+    passes = np.ones(num_nodes, dtype=np.bool_)
+    passes[: topology.num_chips] = through_chips
+    ends = np.stack([wires.tail, wires.head], axis=1).ravel()
+    seen = np.full(num_nodes, len(ends), dtype=np.int64)
+    np.minimum.at(seen, ends, np.arange(len(ends)))
+    appearance = np.empty(num_nodes, dtype=np.int64)
+    appearance[np.argsort(seen, kind="stable")] = np.arange(num_nodes)
+    return Paths(num_nodes, wires, passes, order, first, _weights(wires, num_nodes)[order], appearance)
+
+
+def _weights(wires: Wires, num_nodes: int) -> IntArray:
+    """Latency and one wire as one whole number, so that the sums over any path are exact and below FAR."""
+    hop_bits = num_nodes.bit_length()
+    units = np.zeros(wires.num_wires)
+    longest = float(wires.latency_s.max(initial=0.0))
+    if longest:
+        finest = longest / 2.0 ** min(40, 60 - 2 * hop_bits)
+        units = np.rint(
+            wires.latency_s / max(_divisor(np.unique(wires.latency_s / longest)) * longest, finest)
+        )
+    weights: IntArray = units.astype(np.int64) * 2**hop_bits + 1
+    return weights
+
+
+def _divisor(values: FloatArray) -> float:
+    """What all values up to 1 are multiples of, by Euclid's algorithm to nine digits; 0 where there is nothing."""
+    divisor = 1.0
+    for value in values.tolist():
+        rest = value
+        while rest > 1e-9:
+            divisor, rest = rest, divisor - rest * round(divisor / rest)
+            rest = abs(rest)
+        if divisor < 1e-6:
+            return 0.0
+    return divisor
+
+
+def node_pairs(src: IntArray, dst: IntArray, num_nodes: int) -> tuple[IntArray, IntArray]:
+    """Both ends as columns of integers. Raises CommsError for a node that does not exist."""
+    src, dst = np.asarray(src, dtype=np.int64), np.asarray(dst, dtype=np.int64)
+    for ends in (src, dst):
+        wrong = (ends < 0) | (ends >= num_nodes)
+        if wrong.any():
+            raise CommsError(
+                f"there is no node {ends[wrong][0]}",
+                "network",
+                f"nodes are 0 to {num_nodes - 1}, chips first",
+            )
+    return src, dst
+
+
+def ranges(starts: IntArray, counts: IntArray) -> IntArray:
+    """starts[0], starts[0] + 1, ... (counts[0] of them), then those of starts[1], and so on."""
+    before = np.cumsum(counts) - counts
+    numbers: IntArray = np.repeat(starts - before, counts) + np.arange(int(np.sum(counts)))
+    return numbers
+
+
+def _reached(tail: IntArray, head: IntArray, passes: BoolArray) -> BoolArray:
+    """[nodes] What can be reached from node 0."""
+    reached = np.zeros(len(passes), dtype=np.bool_)
+    reached[0] = True
+    leads = passes.copy()
+    leads[0] = True
+    while True:
+        new = head[(reached & leads)[tail] & ~reached[head]]
+        if not len(new):
+            return reached
+        reached[new] = True
+
+
+def _no_way(between: str) -> CommsError:
+    return CommsError(f"there is no way {between}", "network", "join them by a link, or leave a wire alive")
+
+
+def mixed(keys: NDArray[np.int64] | NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Well mixed bits of each key: the finaliser of splitmix64 (Steele, Lea, Flood, OOPSLA 2014)."""
+    bits = keys.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
+    bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return bits ^ (bits >> np.uint64(31))
+
+
+def _blocks(count: int, cells_each: int) -> list[slice]:
+    """Slices of `count` rows that hold about BLOCK_CELLS cells."""
+    step = max(1, BLOCK_CELLS // max(1, cells_each))
+    return [slice(start, min(start + step, count)) for start in range(0, count, step)]

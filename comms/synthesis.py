@@ -1,0 +1,254 @@
+"""Synthesis: a schedule made for one network, where no fixed algorithm fits it.
+
+Several forests of trees are packed onto the wires (`comms.forest`), each is cut into as many pieces as help and
+put into a timetable (`comms.timetable`), and the best few are timed at full fidelity, which decides. All-gather
+and broadcast run down trees, reduce-scatter and reduce up, all-reduce both ways over the same roots, so that the
+way back of the first pieces goes on beside the way there of the last; all-to-all takes the paths of trees.
+
+What comes out is the best that was found, not the best there is; `least_seconds` says how far it can be from it.
+Not modelled: switches that reduce, what a chip needs to start a message (small pieces cost nothing but latency),
+and room for pieces on the way.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.sparse.csgraph import connected_components, shortest_path
+
+from comms.compiled import Job
+from comms.errors import CommsError
+from comms.forest import Forest, Hops, Wanted, forest_loads, hops_of, pack
+from comms.schedule import Op, Schedule
+from comms.timetable import Sends, Timetable, channels_of, sends_of, timetable
+from comms.topology import FloatArray, IntArray, Topology
+
+NAME = "synthesized"
+WORTH = 1.01  # a schedule of its own must be faster by this factor
+LEANS = (0.2, 1.0)  # near the cheapest tree, and the tree of cheapest paths
+SWEEPS = 12
+PACE = 0.8  # pieces follow each other a little faster than the fullest wire lets them
+MAX_SENDS = 40_000
+FINALISTS = 2  # timed at full fidelity
+SHARED_CHANNELS = (1, 4, 8, 16, 32)  # where wires are shared, one queue per chip leaves some of them idle
+TREES = {
+    Op.ALL_REDUCE: (1, 2, 4, 8, 16, 32),
+    Op.BROADCAST: (1, 2, 4, 8, 16),
+    Op.REDUCE: (1, 2, 4, 8, 16),
+    Op.ALL_GATHER: (1, 2, 4),  # per root from here on
+    Op.REDUCE_SCATTER: (1, 2, 4),
+    Op.ALL_TO_ALL: (1, 2),
+}
+PER_ROOT = (Op.ALL_GATHER, Op.REDUCE_SCATTER, Op.ALL_TO_ALL)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Synthesized:
+    """A schedule made for one network and size."""
+
+    schedule: Schedule
+    seconds: float  # at full fidelity
+    planned_s: float  # by its own timetable, with one message at a time on a wire
+    least_s: float  # no schedule among chips is faster
+    busy: FloatArray  # [wires] share of the time that it moves bytes
+
+    @property
+    def chunks(self) -> int:
+        """Into how many chunks the buffer is cut."""
+        return self.schedule.num_chunks
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Verdict:
+    """Whether a schedule of its own is worth it, and why."""
+
+    found: Synthesized | None  # None: the fixed algorithm is kept
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Draft:
+    """A forest, its messages and when they leave."""
+
+    forest: Forest
+    sends: Sends
+    planned: Timetable
+
+
+def improve(
+    op: Op, topology: Topology, nbytes: float, fixed: str, seconds: float, *, seed: int, effort: int = 1
+) -> Verdict:
+    """A schedule better than a fixed algorithm that takes `seconds`, or the word that it is kept, with the reason."""
+    least = least_seconds(op, topology, nbytes)
+    if seconds <= least * WORTH:
+        return Verdict(None, f"keeps {fixed}: it is within {seconds / least - 1:.1%} of what the wires allow")
+    found = synthesize(op, topology, nbytes, seed=seed, effort=effort)
+    if seconds <= found.seconds * WORTH:
+        return Verdict(
+            None, f"keeps {fixed}: the best found takes {found.seconds / seconds:.2f} times as long"
+        )
+    return Verdict(found, f"{seconds / found.seconds:.2f} times faster than {fixed}")
+
+
+def synthesize(
+    op: Op, topology: Topology, nbytes: float, *, seed: int, effort: int = 1, root: int = 0
+) -> Synthesized:
+    """The best schedule found over all chips of a topology; the same for the same seed.
+
+    `effort` is how often forests are packed anew. Time grows with effort x trees x chips^2 and with the messages,
+    of which there are at most MAX_SENDS or those of uncut shares.
+    """
+    hops = _checked(op, topology, nbytes, root)
+    if hops.num_chips == 1:
+        schedule = Schedule(op, NAME, 1, 1, 1.0, (), root)
+        return Synthesized(schedule, 0.0, 0.0, 0.0, np.zeros(len(hops.capacity)))
+    drafts = sorted(_drafts(op, hops, nbytes, root, seed, effort), key=lambda each: each.planned.seconds)
+    timed = [
+        _timed(op, topology, hops, nbytes, root, draft, channels)
+        for draft in drafts[:FINALISTS]
+        for channels in _channel_counts(hops, draft)
+    ]
+    return min(timed, key=lambda each: each.seconds)
+
+
+def _checked(op: Op, topology: Topology, nbytes: float, root: int) -> Hops:
+    if op not in TREES:
+        raise CommsError(f"cannot synthesize {op}", "synthesis", f"ask for one of {', '.join(TREES)}")
+    if nbytes < 0:
+        raise CommsError(f"{nbytes} bytes", "synthesis", "give a size of zero or more")
+    if not 0 <= root < topology.num_chips:
+        raise CommsError(f"there is no chip {root}", "synthesis", f"chips are 0 to {topology.num_chips - 1}")
+    hops = hops_of(topology)
+    parts, _ = connected_components(hops.number >= 0, connection="strong")
+    if parts > 1:
+        raise CommsError("chips cannot reach each other hop by hop", "synthesis", "join them by links")
+    return hops
+
+
+def _drafts(op: Op, hops: Hops, nbytes: float, root: int, seed: int, effort: int) -> Iterator[_Draft]:
+    """One draft per number of trees, way of growing them and start."""
+    for trees in TREES[op]:
+        for start in range(effort):
+            for lean in LEANS:
+                wanted = _wanted(op, hops, nbytes, root, trees)
+                forest = pack(hops, wanted, lean=lean, sweeps=SWEEPS, seed=seed + start)
+                yield _cut(hops, forest, wanted.nbytes, seed + start)
+
+
+def _wanted(op: Op, hops: Hops, nbytes: float, root: int, trees: int) -> Wanted:
+    n = hops.num_chips
+    down = op not in (Op.REDUCE, Op.REDUCE_SCATTER)
+    up = op in (Op.ALL_REDUCE, Op.REDUCE, Op.REDUCE_SCATTER)
+    if op in PER_ROOT:
+        roots = tuple(np.repeat(np.arange(n), trees).tolist())
+        return Wanted(roots, nbytes / n / trees, down, up, op is Op.ALL_TO_ALL)
+    if op is Op.ALL_REDUCE:
+        near = _central(hops, nbytes / trees)[: max(1, n // 2)]
+        return Wanted(tuple(np.resize(near, trees).tolist()), nbytes / trees, down, up)
+    return Wanted((root,) * trees, nbytes / trees, down, up)
+
+
+def _central(hops: Hops, nbytes: float) -> IntArray:
+    """Chips, those with the shortest ways to and from the farthest first."""
+    ways = np.zeros((hops.num_chips, hops.num_chips))
+    ways[hops.src, hops.dst] = hops.latency_s + nbytes / hops.bytes_per_s
+    far = shortest_path(ways)
+    return np.argsort(np.maximum(far.max(axis=0), far.max(axis=1)), kind="stable")
+
+
+def _cut(hops: Hops, forest: Forest, nbytes: float, seed: int) -> _Draft:
+    """As many pieces as help: their number doubles while the timetable gets shorter by enough."""
+    fullest_s = float((forest_loads(hops, forest) / hops.capacity).max()) * nbytes
+    best: _Draft | None = None
+    pieces = 1
+    while True:
+        sends = sends_of(hops, forest, pieces)
+        if best is not None and len(sends.hop) > MAX_SENDS:
+            return best
+        planned = timetable(hops, sends, nbytes / pieces, PACE * fullest_s / pieces, seed)
+        if best is not None and planned.seconds * WORTH > best.planned.seconds:
+            return best
+        best = _Draft(forest, sends, planned)
+        pieces *= 2
+
+
+def _channel_counts(hops: Hops, draft: _Draft) -> tuple[int, ...]:
+    """One channel keeps the timetable where a hop is a wire of its own."""
+    alone = len(np.unique(hops.routes.wires)) == hops.num_hops == len(hops.routes.wires)
+    return (1,) if alone else tuple(c for c in SHARED_CHANNELS if c <= draft.sends.num_chunks)
+
+
+def _timed(
+    op: Op, topology: Topology, hops: Hops, nbytes: float, root: int, draft: _Draft, channels: int
+) -> Synthesized:
+    from comms.full import simulate  # compiled loops, only where they are needed
+
+    n, chunks = hops.num_chips, draft.sends.num_chunks
+    share = n / chunks if op is Op.ALL_TO_ALL else 1.0 / chunks
+    made = channels_of(hops, draft.sends, draft.planned, channels)
+    schedule = Schedule(op, NAME, n, chunks, share, made, root)
+    seconds = float(simulate(topology, [Job(schedule, np.arange(n), nbytes)]).seconds[0])
+    busy = draft.planned.busy_s / seconds if seconds else draft.planned.busy_s
+    return Synthesized(schedule, seconds, draft.planned.seconds, _least(op, hops, nbytes, root), busy)
+
+
+def least_seconds(op: Op, topology: Topology, nbytes: float, *, root: int = 0) -> float:
+    """No schedule among chips is faster: what a chip must send or get, what all must, and the longest way.
+
+    All-reduce needs 2 (chips - 1) messages for each byte, as gossip in a directed graph does (Harary and Schwenk,
+    Pacific Journal of Mathematics 54, 1974). Switches that reduce can be faster. Cuts of several chips are not
+    looked at, so the bound is loose where chips hang together in islands.
+    """
+    return _least(op, _checked(op, topology, nbytes, root), nbytes, root)
+
+
+def _least(op: Op, hops: Hops, nbytes: float, root: int) -> float:
+    n = hops.num_chips
+    others = n - 1
+    if not others:
+        return 0.0
+    part, not_root = nbytes / n, np.arange(n) != root
+    way = np.zeros((n, n))
+    way[hops.src, hops.dst] = 1.0
+    match op:
+        case Op.ALL_REDUCE:
+            sent, got, total = np.full(n, nbytes), np.full(n, nbytes), 2 * others * nbytes
+        case Op.ALL_GATHER:
+            sent, got, total = np.full(n, part), np.full(n, others * part), others * nbytes
+        case Op.REDUCE_SCATTER:
+            sent, got, total = np.full(n, others * part), np.full(n, part), others * nbytes
+        case Op.ALL_TO_ALL:
+            sent = got = np.full(n, others * part)
+            total = float(shortest_path(way).sum()) * part
+        case Op.BROADCAST:
+            sent, got, total = ~not_root * nbytes, not_root * nbytes, others * nbytes
+        case _:
+            sent, got, total = not_root * nbytes, ~not_root * nbytes, others * nbytes
+    first = hops.routes.wires[hops.routes.offsets[:-1]]
+    last = hops.routes.wires[hops.routes.offsets[1:] - 1]
+    bounds = [
+        (sent / _rates(hops, hops.src, first)).max(),
+        (got / _rates(hops, hops.dst, last)).max(),
+        total / min(hops.capacity[np.unique(wires)].sum() for wires in (first, last)),
+        _longest_way(op, hops, root),
+    ]
+    return float(max(bounds))
+
+
+def _rates(hops: Hops, chip: IntArray, wire: IntArray) -> FloatArray:
+    """[chips] Bytes per second over the distinct wires at each chip."""
+    pairs = np.unique(np.stack([chip, wire], axis=1), axis=0)
+    return np.bincount(pairs[:, 0], hops.capacity[pairs[:, 1]], minlength=hops.num_chips)
+
+
+def _longest_way(op: Op, hops: Hops, root: int) -> float:
+    """Seconds that an empty message needs between the two chips that are farthest apart."""
+    # A latency of zero would read as no edge.
+    ways = np.full((hops.num_chips, hops.num_chips), np.inf)
+    ways[hops.src, hops.dst] = hops.latency_s
+    far = shortest_path(np.where(np.isinf(ways), 0.0, np.maximum(ways, 1e-18)))
+    if op is Op.BROADCAST:
+        far = far[root]
+    elif op is Op.REDUCE:
+        far = far[:, root]
+    return float(far.max()) if far.max() > 1e-15 else 0.0

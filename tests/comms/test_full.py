@@ -1,0 +1,336 @@
+"""Full fidelity against a simulation that is slow and obvious, straight from the meaning of a schedule."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from comms.compiled import Job
+from comms.errors import CommsError
+from comms.full import CALM, Change, Conditions, Method, simulate
+from comms.schedule import Channel, Op, Order, Pattern, Round, Schedule
+from comms.sharing import fair_rates
+from comms.topology import Wires, routes_of
+
+
+class Table:
+    """A topology by hand: wires, and a route for each pair."""
+
+    tiers = ("table",)
+
+    def __init__(self, num_chips, wires, routes, forward=0.0):
+        self.num_chips = self.num_nodes = num_chips
+        self._wires = wires  # (latency, rate)
+        self._routes = routes  # (src, dst) -> wires
+        self.forward = forward
+
+    def wires(self):
+        num = len(self._wires)
+        latency, rate = np.array(self._wires, dtype=float).reshape(num, 2).T
+        zeros = np.zeros(num, dtype=np.int64)
+        return Wires(zeros, zeros, latency, rate, np.full(num, self.forward), zeros, np.arange(num))
+
+    def routes(self, src, dst):
+        found = [self._routes[int(s), int(d)] for s, d in zip(src, dst, strict=True)]
+        longest = max((len(route) for route in found), default=1)
+        padded = [list(route) + [-1] * (longest - len(route)) for route in found]
+        return routes_of(list(np.array(padded, dtype=np.int64).reshape(len(found), longest).T))
+
+
+def filled(capacity, routes):
+    """Max-min fair rates by progressive filling: raise all rates together, stop whoever meets a full wire."""
+    rates = [0.0] * len(routes)
+    growing = {flow for flow, route in enumerate(routes) if route}
+    while growing:
+        load = {w: sum(rates[f] for f, r in enumerate(routes) if w in r) for w in range(len(capacity))}
+        users = {w: [f for f in growing if w in routes[f]] for w in range(len(capacity))}
+        steps = {w: (capacity[w] - load[w]) / len(users[w]) for w in users if users[w]}
+        step = min(steps.values())
+        for flow in growing:
+            rates[flow] += step
+        full = {w for w, s in steps.items() if s <= step * (1 + 1e-12) + 1e-15}
+        growing -= {f for w in full for f in users[w]}
+    return rates
+
+
+class Chain:
+    """One message of one piece, for the slow simulation."""
+
+    def __init__(self, job, channel, piece, number, phase, index, src, dst, nbytes, chunks, route):
+        self.job, self.channel, self.piece, self.round, self.phase = job, channel, piece, number, phase
+        self.index, self.src, self.dst, self.left, self.chunks = index, src, dst, nbytes, chunks
+        self.nbytes, self.route = nbytes, route
+        self.started = self.sent = self.arrived = None
+
+    @property
+    def port(self):
+        return (self.job, self.channel, self.src, self.route[0] if self.route else None)
+
+
+def messages_of(topology, jobs):
+    found = []
+    for j, job in enumerate(jobs):
+        for c, channel in enumerate(job.schedule.channels):
+            number = 0
+            for phase, rounds in enumerate(channel.phases):
+                for each in rounds:
+                    sizes = job.schedule.message_shares(each) * job.nbytes / channel.pieces
+                    for i in range(len(each.pattern.src)):
+                        s, d = int(each.pattern.src[i]), int(each.pattern.dst[i])
+                        key = (int(job.places[s]), int(job.places[d]))
+                        total = job.schedule.num_chunks
+                        chunks = {(int(each.first[i]) + k) % total for k in range(int(each.count[i]))}
+                        for piece in range(channel.pieces):
+                            route = list(topology._routes[key])
+                            found.append(Chain(j, c, piece, number, phase, i, s, d, sizes[i], chunks, route))
+                    number += 1
+    return found
+
+
+def turn(message, channel):
+    if channel.order is Order.SERIAL:
+        return (message.phase, message.piece, message.round, message.index)
+    return (message.phase, message.round, message.piece, message.index)
+
+
+def slow_simulation(topology, jobs):
+    """Seconds of each job, by looking at everything at every instant."""
+    capacity = [rate for _, rate in topology._wires]
+    latency = [lat for lat, _ in topology._wires]
+    messages = messages_of(topology, jobs)
+
+    def may_leave(m, now):
+        channel = jobs[m.job].schedule.channels[m.channel]
+        if now < jobs[m.job].start_s:
+            return False
+        same = [o for o in messages if (o.job, o.channel) == (m.job, m.channel)]
+        for other in same:
+            if other.port == m.port and turn(other, channel) < turn(m, channel) and other.sent is None:
+                return False
+            late = other.arrived is None or other.arrived > now
+            if other.dst == m.src and late:
+                if other.piece == m.piece and other.round < m.round:
+                    if not channel.by_chunk or other.chunks & m.chunks:
+                        return False
+                before = other.piece == m.piece - 1 and other.phase <= m.phase
+                if channel.order is Order.SERIAL and before:
+                    return False
+        return True
+
+    now = 0.0
+    while any(m.arrived is None or m.arrived > now for m in messages):
+        moved = True
+        while moved:
+            moved = False
+            for m in messages:
+                if m.started is None and may_leave(m, now):
+                    m.started, moved = now, True
+                    if m.left <= 0 or not m.route:
+                        m.sent, m.arrived = now, now + sum(latency[w] for w in m.route)
+        going = [m for m in messages if m.started is not None and m.sent is None]
+        rates = filled(capacity, [m.route for m in going])
+        times = [now + m.left / r for m, r in zip(going, rates, strict=True) if r > 0]
+        times += [m.arrived for m in messages if m.arrived is not None and m.arrived > now]
+        times += [job.start_s for job in jobs if job.start_s > now]
+        then = min(times, default=now)
+        for m, rate in zip(going, rates, strict=True):
+            m.left -= rate * (then - now)
+            if m.left <= 1e-9 * m.nbytes:
+                m.sent = then
+                held = sum(min(topology.forward, m.nbytes) / capacity[w] for w in m.route[:-1])
+                m.arrived = then + sum(latency[w] for w in m.route) + held
+        now = then
+    return [
+        max((m.arrived for m in messages if m.job == j), default=job.start_s) - job.start_s
+        for j, job in enumerate(jobs)
+    ]
+
+
+@st.composite
+def tables(draw, num_chips):
+    num = draw(st.integers(1, 5))
+    wires = [(draw(st.floats(0, 2)), draw(st.floats(0.5, 4))) for _ in range(num)]
+    pick = st.lists(st.integers(0, num - 1), min_size=1, max_size=3, unique=True)
+    pairs = [(s, d) for s in range(num_chips) for d in range(num_chips) if s != d]
+    return Table(
+        num_chips, wires, {pair: tuple(draw(pick)) for pair in pairs}, draw(st.sampled_from([0.0, 0.3]))
+    )
+
+
+@st.composite
+def schedules(draw, ranks, chunks=3):
+    """Any rounds at all: timing does not ask whether they make sense."""
+
+    def a_round():
+        num = draw(st.integers(1, 3))
+        src = draw(st.lists(st.integers(0, ranks - 1), min_size=num, max_size=num))
+        dst = [(s + draw(st.integers(1, ranks - 1))) % ranks for s in src]
+        first = draw(st.lists(st.integers(0, chunks - 1), min_size=num, max_size=num))
+        count = draw(st.lists(st.integers(0, chunks), min_size=num, max_size=num))
+        return Round(Pattern(np.array(src), np.array(dst)), np.array(first), np.array(count), True)
+
+    channels = []
+    for _ in range(draw(st.integers(1, 2))):
+        phases = tuple(
+            tuple(a_round() for _ in range(draw(st.integers(1, 2)))) for _ in range(draw(st.integers(1, 2)))
+        )
+        order, by_chunk = draw(st.sampled_from(Order)), draw(st.booleans())
+        channels.append(Channel(phases, draw(st.integers(1, 2)), order, by_chunk))
+    return Schedule(Op.ALL_REDUCE, "any", ranks, chunks, 1.0 / chunks, tuple(channels))
+
+
+@settings(deadline=None, max_examples=150)
+@given(st.data())
+def test_any_schedules_on_any_wires_take_what_the_slow_simulation_says(data):
+    ranks = data.draw(st.integers(2, 4))
+    table = data.draw(tables(ranks))
+    jobs = [
+        Job(data.draw(schedules(ranks)), np.array(data.draw(st.permutations(range(ranks)))), 5.0, start)
+        for start in data.draw(st.lists(st.sampled_from([0.0, 1.5]), min_size=1, max_size=2))
+    ]
+    expected = slow_simulation(table, jobs)
+    assert simulate(table, jobs, method=Method.EVENTS).seconds == pytest.approx(expected, rel=1e-7, abs=1e-9)
+    assert simulate(table, jobs).seconds == pytest.approx(expected, rel=1e-7, abs=1e-9)
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.data())
+def test_rates_are_those_of_progressive_filling(data):
+    num = data.draw(st.integers(1, 6))
+    capacity = data.draw(st.lists(st.floats(0.1, 10), min_size=num, max_size=num))
+    pick = st.lists(st.integers(0, num - 1), min_size=1, max_size=4, unique=True)
+    routes = data.draw(st.lists(pick, min_size=1, max_size=12))
+    offsets = np.cumsum([0, *map(len, routes)])
+    rates = fair_rates(np.array(capacity), offsets, np.concatenate(routes).astype(np.int32))
+    assert rates == pytest.approx(filled(capacity, routes), rel=1e-9)
+
+
+def ring(n, pieces=1, order=Order.SERIAL):
+    rank = np.arange(n)
+    pattern, one = Pattern(rank, (rank + 1) % n), np.ones(n, dtype=np.int64)
+    rounds = [Round(pattern, (rank - s) % n, one, True) for s in range(n - 1)]
+    rounds += [Round(pattern, (rank + 1 - s) % n, one, False) for s in range(n - 1)]
+    return Schedule(Op.ALL_REDUCE, "ring", n, n, 1.0 / n, (Channel((tuple(rounds),), pieces, order),))
+
+
+def ring_table(n, rates, latency=0.1):
+    rates = np.broadcast_to(rates, n)
+    pairs = {(s, (s + 1) % n): (s,) for s in range(n)}
+    return Table(n, [(latency, rate) for rate in rates], pairs)
+
+
+@given(st.integers(2, 9), st.integers(1, 4), st.sampled_from(Order), st.integers(0, 99))
+@settings(deadline=None, max_examples=60)
+def test_sweep_and_events_agree_where_nothing_meets(n, pieces, order, seed):
+    table = ring_table(n, np.random.default_rng(seed).uniform(1, 2, n))
+    job = Job(ring(n, pieces, order), np.arange(n), 7.0)
+    swept = simulate(table, [job], method=Method.SWEEP, record=True)
+    stepped = simulate(table, [job], method=Method.EVENTS, record=True)
+    assert swept.seconds == pytest.approx(stepped.seconds, rel=1e-12)
+    assert swept.starts[0] == pytest.approx(stepped.starts[0], rel=1e-9, abs=1e-12)
+    assert swept.arrivals[0] == pytest.approx(stepped.arrivals[0], rel=1e-9)
+    assert swept.chip_end_s[0] == pytest.approx(stepped.chip_end_s[0], rel=1e-9)
+    assert swept.num_messages == stepped.num_messages == 2 * (n - 1) * n * pieces
+
+
+def test_a_uniform_ring_takes_its_closed_form():
+    result = simulate(ring_table(8, 2.0), [Job(ring(8), np.arange(8), 16.0)])
+    assert result.seconds[0] == pytest.approx(14 * (0.1 + 2.0 / 2.0))
+    assert result.method is Method.SWEEP
+    assert result.wire_nbytes == pytest.approx(np.full(8, 14 * 2.0))
+
+
+def one_message(src=0, dst=1, ranks=2):
+    each = Round(Pattern(np.array([src]), np.array([dst])), np.zeros(1, int), np.ones(1, int), False)
+    return Schedule(Op.BROADCAST, "one", ranks, 1, 1.0, (Channel(((each,),)),))
+
+
+LINE = Table(2, [(0.5, 2.0)], {(0, 1): (0,), (1, 0): (0,)})
+
+
+def seconds(conditions=CALM, nbytes=10.0, schedule=None):
+    return simulate(LINE, [Job(schedule or one_message(), np.arange(2), nbytes)], conditions).seconds[0]
+
+
+def test_conditions_slow_a_message_down_as_they_say():
+    assert seconds() == pytest.approx(5.5)
+    assert seconds(nbytes=0.0) == 0.5
+    assert seconds(Conditions(factors={0: 0.5})) == pytest.approx(10.5)
+    assert seconds(Conditions(overhead_s={0: 2.0})) == pytest.approx(7.5)
+    assert seconds(Conditions(every_overhead_s=1.0)) == pytest.approx(6.5)
+    down = Conditions(changes=(Change(1.0, 0, 0.0), Change(4.0, 0, 1.0)))
+    assert seconds(down) == pytest.approx(8.5)
+
+
+def test_a_wire_that_stays_dead_is_an_error():
+    with pytest.raises(CommsError, match="never arrive"):
+        seconds(Conditions(factors={0: 0.0}))
+    with pytest.raises(CommsError, match="never arrive"):
+        seconds(Conditions(changes=(Change(1.0, 0, 0.0),)))
+
+
+def test_background_takes_its_share_for_as_long_as_the_foreground_runs():
+    jobs = [Job(one_message(), np.arange(2), 10.0), Job(one_message(1, 0), np.arange(2), 4.0, repeats=True)]
+    result = simulate(LINE, jobs)
+    # 4 bytes each at rate 1, half a second at rate 2 until the background comes again; twice; then the latency.
+    assert result.seconds[0] == pytest.approx(4 + 0.5 + 4 + 0.5 + 0.5)
+    assert math.isnan(result.seconds[1])
+
+
+def test_the_maximum_of_the_noise_grows_with_the_number_of_chips():
+    def slowest_of(n, seed):
+        rank = np.arange(n)
+        shift = Round(Pattern(rank, (rank + 1) % n), rank, np.ones(n, dtype=np.int64), False)
+        schedule = Schedule(Op.ALL_GATHER, "shift", n, n, 1.0 / n, (Channel(((shift,),)),))
+        conditions = Conditions(noise_s=2.0, seed=seed)
+        return simulate(ring_table(n, 2.0), [Job(schedule, rank, 0.0)], conditions).seconds[0] - 0.1
+
+    assert slowest_of(8, 1) == slowest_of(8, 1) != slowest_of(8, 2)
+    for n in (
+        4,
+        64,
+        1024,
+    ):  # the mean of the largest of n exponentials is the mean times the n-th harmonic number
+        expected = 2.0 * sum(1 / k for k in range(1, n + 1))
+        assert np.mean([slowest_of(n, seed) for seed in range(60)]) == pytest.approx(expected, rel=0.12)
+
+
+@pytest.mark.parametrize(
+    ("places", "nbytes", "problem"),
+    [
+        ([0], 1.0, "1 places for 2 ranks"),
+        ([0, 0], 1.0, "two ranks on one node"),
+        ([0, 5], 1.0, "node 5 is outside"),
+        ([0, 1], -1.0, "bytes"),
+    ],
+)
+def test_impossible_jobs_are_named(places, nbytes, problem):
+    with pytest.raises(CommsError, match=problem):
+        simulate(LINE, [Job(one_message(), np.array(places), nbytes)])
+
+
+@given(st.permutations(range(6)), st.integers(0, 99))
+@settings(deadline=None, max_examples=30)
+def test_relabelling_chips_with_their_network_relabels_the_timeline(names, seed):
+    rng = np.random.default_rng(seed)
+    rates = rng.uniform(1, 2, 3)
+    routes = {(s, d): tuple(rng.choice(3, 2, replace=False)) for s in range(6) for d in range(6) if s != d}
+    table = Table(6, [(0.1, rate) for rate in rates], routes)
+    renamed = Table(6, table._wires, {(names[s], names[d]): r for (s, d), r in routes.items()})
+    first = simulate(table, [Job(ring(6), np.arange(6), 3.0)], record=True)
+    second = simulate(renamed, [Job(ring(6), np.array(names), 3.0)], record=True)
+    assert first.arrivals[0] == pytest.approx(second.arrivals[0], rel=1e-9)
+
+
+@given(st.floats(0.1, 10), st.integers(0, 99))
+@settings(deadline=None, max_examples=30)
+def test_scaling_all_costs_scales_the_time(k, seed):
+    rng = np.random.default_rng(seed)
+    routes = {(s, d): tuple(rng.choice(3, 2, replace=False)) for s in range(5) for d in range(5) if s != d}
+    rates = rng.uniform(1, 2, 3)
+    base = Table(5, [(0.1, rate) for rate in rates], routes)
+    scaled = Table(5, [(0.1 * k, rate / k) for rate in rates], routes)
+    job = Job(ring(5), np.arange(5), 3.0)
+    assert simulate(scaled, [job]).seconds == pytest.approx(k * simulate(base, [job]).seconds, rel=1e-9)
