@@ -124,7 +124,7 @@ def _proposals(topology: Topology, wires: Wires, most: int) -> Proposals:
             yield np.roll(rings[-1].chips[::-1], 1)
         yield from fixed
         if pairs is not None:
-            rate = _rates(pairs, left)
+            rate = _rates(pairs, left[wires.shares])
             yield (
                 _widest_order(rate, pairs) if topology.num_chips <= EXACT_CHIPS else _near_order(rate, pairs)
             )
@@ -165,10 +165,8 @@ def _pairs(topology: Topology, wires: Wires) -> _Pairs:
     n = topology.num_chips
     src, dst = np.divmod(np.arange(n * n), n)
     routes = topology.routes(src, dst)
-    inner = wires.tail[routes.wires] < n  # every route has its source among these
-    relays = np.add.reduceat(np.append(inner, 0), routes.offsets[:-1]) > 1 if len(inner) else inner[:0]
-    relayed = np.zeros(n * n, dtype=np.bool_)
-    relayed[: len(relays)] = relays & (src != dst)
+    from_chip = np.append(wires.tail[routes.wires] < n, False).astype(np.int64)
+    relayed = np.add.reduceat(from_chip, routes.offsets[:-1]) > 1  # the first wire always leaves a chip
     return _Pairs(routes, route_latencies(wires, routes).reshape(n, n), relayed.reshape(n, n))
 
 

@@ -95,40 +95,45 @@ def turn(message, channel):
     return (message.phase, message.round, message.piece, message.index)
 
 
+def may_leave(m, messages, jobs, now):
+    """Whether a message may leave now, by the rules of comms.schedule."""
+    channel = jobs[m.job].schedule.channels[m.channel]
+    if now < jobs[m.job].start_s:
+        return False
+    for other in messages:
+        if (other.job, other.channel) != (m.job, m.channel):
+            continue
+        if other.port == m.port and turn(other, channel) < turn(m, channel) and other.sent is None:
+            return False
+        if other.dst != m.src or (other.arrived is not None and other.arrived <= now):
+            continue
+        waits = other.piece == m.piece and other.round < m.round
+        if waits and (not channel.by_chunk or other.chunks & m.chunks):
+            return False
+        if channel.order is Order.SERIAL and other.piece == m.piece - 1 and other.phase <= m.phase:
+            return False
+    return True
+
+
+def start_all(messages, jobs, latency, now):
+    """Whatever may leave leaves, until nothing more may."""
+    moved = True
+    while moved:
+        moved = False
+        for m in messages:
+            if m.started is None and may_leave(m, messages, jobs, now):
+                m.started, moved = now, True
+                if m.left <= 0 or not m.route:
+                    m.sent, m.arrived = now, now + sum(latency[w] for w in m.route)
+
+
 def slow_simulation(topology, jobs):
     """Seconds of each job, by looking at everything at every instant."""
-    capacity = [rate for _, rate in topology._wires]
-    latency = [lat for lat, _ in topology._wires]
+    latency, capacity = zip(*topology._wires, strict=True)
     messages = messages_of(topology, jobs)
-
-    def may_leave(m, now):
-        channel = jobs[m.job].schedule.channels[m.channel]
-        if now < jobs[m.job].start_s:
-            return False
-        same = [o for o in messages if (o.job, o.channel) == (m.job, m.channel)]
-        for other in same:
-            if other.port == m.port and turn(other, channel) < turn(m, channel) and other.sent is None:
-                return False
-            late = other.arrived is None or other.arrived > now
-            if other.dst == m.src and late:
-                if other.piece == m.piece and other.round < m.round:
-                    if not channel.by_chunk or other.chunks & m.chunks:
-                        return False
-                before = other.piece == m.piece - 1 and other.phase <= m.phase
-                if channel.order is Order.SERIAL and before:
-                    return False
-        return True
-
     now = 0.0
     while any(m.arrived is None or m.arrived > now for m in messages):
-        moved = True
-        while moved:
-            moved = False
-            for m in messages:
-                if m.started is None and may_leave(m, now):
-                    m.started, moved = now, True
-                    if m.left <= 0 or not m.route:
-                        m.sent, m.arrived = now, now + sum(latency[w] for w in m.route)
+        start_all(messages, jobs, latency, now)
         going = [m for m in messages if m.started is not None and m.sent is None]
         rates = filled(capacity, [m.route for m in going])
         times = [now + m.left / r for m, r in zip(going, rates, strict=True) if r > 0]
@@ -288,13 +293,10 @@ def test_the_maximum_of_the_noise_grows_with_the_number_of_chips():
         return simulate(ring_table(n, 2.0), [Job(schedule, rank, 0.0)], conditions).seconds[0] - 0.1
 
     assert slowest_of(8, 1) == slowest_of(8, 1) != slowest_of(8, 2)
-    for n in (
-        4,
-        64,
-        1024,
-    ):  # the mean of the largest of n exponentials is the mean times the n-th harmonic number
+    # The mean of the largest of n exponentials is their mean times the n-th harmonic number.
+    for n, seeds in ((4, 500), (64, 100), (1024, 30)):
         expected = 2.0 * sum(1 / k for k in range(1, n + 1))
-        assert np.mean([slowest_of(n, seed) for seed in range(60)]) == pytest.approx(expected, rel=0.12)
+        assert np.mean([slowest_of(n, seed) for seed in range(seeds)]) == pytest.approx(expected, rel=0.1)
 
 
 @pytest.mark.parametrize(
