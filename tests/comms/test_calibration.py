@@ -98,7 +98,10 @@ def test_a_reducing_switch_beats_the_ring_and_two_chips_need_none():
 def test_constants_are_found_again(setup, latency_over_setup, share, num_chips, rate):
     latency = latency_over_setup * setup / (2 * (num_chips - 1))
     true = Constants(setup, latency, share)
-    fit = fit_fabric([measured(true, Sheet(rate), num_chips=num_chips)])
+    knee = setup * rate * share
+    fit = fit_fabric(
+        [measured(true, Sheet(rate), num_chips=num_chips, sizes=knee * 2.0 ** np.arange(-12, 12))]
+    )
     assert fit.mean_error < 0.01
     found = fit.constants.setup_s + fit.constants.latency_s * 2 * (num_chips - 1)
     assert found == pytest.approx(setup * (1 + latency_over_setup), rel=0.03)  # beliefs pull a little

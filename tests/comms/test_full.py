@@ -173,7 +173,7 @@ def schedules(draw, ranks, chunks=3):
         src = draw(st.lists(st.integers(0, ranks - 1), min_size=num, max_size=num))
         dst = [(s + draw(st.integers(1, ranks - 1))) % ranks for s in src]
         first = draw(st.lists(st.integers(0, chunks - 1), min_size=num, max_size=num))
-        count = draw(st.lists(st.integers(0, chunks), min_size=num, max_size=num))
+        count = draw(st.lists(st.integers(1, chunks), min_size=num, max_size=num))
         return Round(Pattern(np.array(src), np.array(dst)), np.array(first), np.array(count), True)
 
     channels = []
