@@ -23,6 +23,7 @@ from comms.topology import FloatArray, IntArray, Routes, Topology
 
 BASE = 4.0  # a wire costs this much more with one tree more, near the fullest
 STEEPEST = 40.0  # logarithm of the most that the cost of two wires may differ by, for the same rate
+PATIENCE = 4  # sweeps without progress before it stops
 NONE = -1
 
 
@@ -42,6 +43,11 @@ class Hops:
     @property
     def num_hops(self) -> int:
         return len(self.src)
+
+    @property
+    def is_single_wires(self) -> bool:
+        """Whether every hop has one wire, and for itself."""
+        return len(np.unique(self.routes.wires)) == len(self.routes.wires) == self.num_hops
 
     def loads(self, uses: FloatArray) -> FloatArray:
         """[resources] How often each is used when hop h is used uses[h] times."""
@@ -112,21 +118,22 @@ class Wanted:
 def pack(hops: Hops, wanted: Wanted, *, lean: float, sweeps: int, seed: int) -> Forest:
     """Trees with a small load on the fullest wire. Time grows with sweeps x trees x chips^2."""
     packing = _Packing(hops, wanted, lean, np.random.default_rng(seed))
-    best, fullest = packing.forest(), np.inf
-    for _ in range(sweeps + 1):
+    best, fullest, last = packing.forest(), np.inf, 0
+    for each in range(sweeps + 1):
         packing.sweep()
         if packing.fullest() < fullest:
-            best, fullest = packing.forest(), packing.fullest()
+            best, fullest, last = packing.forest(), packing.fullest(), each
+        if each - last == PATIENCE:
+            break
     return best
 
 
-def forest_loads(hops: Hops, forest: Forest) -> FloatArray:
-    """[resources] Shares that cross each: of the trees, or of the parts where they are personal."""
-    total = np.zeros(len(hops.capacity))
-    for tree in range(forest.num_trees):
-        for ways in (forest.down[tree], forest.up[tree]):
-            total += hops.loads(_uses(hops, ways, forest.personal))
-    return total
+def fullest_seconds(hops: Hops, forest: Forest, nbytes: float) -> float:
+    """How long the fullest wire moves bytes, with `nbytes` in each share (each part, where they are personal)."""
+    uses = np.zeros(hops.num_hops)
+    for ways in (*forest.down, *forest.up):
+        uses += _uses(hops, ways, forest.personal)
+    return float((hops.loads(uses) / hops.capacity).max()) * nbytes
 
 
 def _uses(hops: Hops, ways: IntArray, personal: bool) -> FloatArray:

@@ -28,10 +28,10 @@ from comms.errors import CommsError
 from comms.schedule import Op, Round, Schedule
 from comms.topology import IntArray
 
-Counts = NDArray[np.int32]
+Counts = NDArray[np.int16]
 
-MOST = 1 << 20  # contributions counted; beyond, they are as wrong
-BLOCK = 1 << 24  # counts held at a time
+MOST = 10_000  # contributions counted; beyond, they are as wrong
+BLOCK = 1 << 25  # counts held at a time
 REDUCING = frozenset({Op.ALL_REDUCE, Op.REDUCE_SCATTER, Op.REDUCE})
 BY_RANK = frozenset({Op.ALL_GATHER, Op.REDUCE_SCATTER, Op.GATHER, Op.SCATTER, Op.BARRIER})
 
@@ -147,7 +147,7 @@ def _brought_by(schedule: Schedule, chunks: IntArray) -> IntArray:
 
 def _start(schedule: Schedule, chunks: IntArray, nodes: int, sources: int) -> Counts:
     """[node, chunk, source] how often each source's contribution is in each chunk; helpers have nothing."""
-    state = np.zeros((nodes, len(chunks), sources), dtype=np.int32)
+    state = np.zeros((nodes, len(chunks), sources), dtype=np.int16)
     if schedule.op in REDUCING:
         ranks = np.arange(schedule.num_ranks)
         state[ranks, :, ranks] = 1

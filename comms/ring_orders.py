@@ -99,7 +99,7 @@ def hierarchy(topology: Topology) -> tuple[Bunches, ...]:
     distance = np.maximum(latency / rate, (latency / rate).T)
     steps = np.unique(distance[~np.eye(len(distance), dtype=np.bool_)])
     levels: list[Bunches] = []
-    for near, far in zip(steps, [*steps[1:], np.inf], strict=True):
+    for near, far in zip(steps, np.append(steps[1:], np.inf), strict=False):
         if far < near * GAP:
             continue
         together = distance <= near

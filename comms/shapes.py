@@ -87,7 +87,9 @@ class Whole:
         routes = self.topology.routes(src, np.arange(self.num_chips))
         users = np.bincount(wires.shares[routes.wires], minlength=wires.num_wires)
         rates = wires.bytes_per_s / np.maximum(users[wires.shares] if shared else 1, 1)
-        return Link(float(route_latencies(wires, routes).max()), float(rates[routes.wires].min(initial=np.inf)))
+        return Link(
+            float(route_latencies(wires, routes).max()), float(rates[routes.wires].min(initial=np.inf))
+        )
 
     def cut(self, num_chips: int) -> "Shape":
         """Itself."""

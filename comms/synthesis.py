@@ -18,7 +18,7 @@ from scipy.sparse.csgraph import connected_components, shortest_path
 
 from comms.compiled import Job
 from comms.errors import CommsError
-from comms.forest import Forest, Hops, Wanted, forest_loads, hops_of, pack
+from comms.forest import Forest, Hops, Wanted, fullest_seconds, hops_of, pack
 from comms.schedule import Op, Schedule
 from comms.timetable import Sends, Timetable, channels_of, sends_of, timetable
 from comms.topology import FloatArray, IntArray, Topology
@@ -28,9 +28,12 @@ WORTH = 1.01  # a schedule of its own must be faster by this factor
 LEANS = (0.2, 1.0)  # near the cheapest tree, and the tree of cheapest paths
 SWEEPS = 12
 PACE = 0.8  # pieces follow each other a little faster than the fullest wire lets them
-MAX_SENDS = 40_000
+HELPS = 1.01  # twice the pieces must shorten the timetable by this factor
+MAX_PACKED = 2**20  # trees x chips^2
+MAX_SENDS = 32_000
+MAX_SHARED_SENDS = 6_000  # events cost more than a sweep
 FINALISTS = 2  # timed at full fidelity
-SHARED_CHANNELS = (1, 4, 8, 16, 32)  # where wires are shared, one queue per chip leaves some of them idle
+SHARED_CHANNELS = (1, 4, 16)  # where wires are shared, one queue per chip leaves some of them idle
 TREES = {
     Op.ALL_REDUCE: (1, 2, 4, 8, 16, 32),
     Op.BROADCAST: (1, 2, 4, 8, 16),
@@ -67,10 +70,18 @@ class Verdict:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Draft:
-    """A forest, its messages and when they leave."""
+class _Packed:
+    """A forest and how long it keeps the fullest wire busy."""
 
     forest: Forest
+    nbytes: float  # of a share
+    fullest_s: float
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Draft:
+    """The messages of a forest, cut into pieces, and when they leave."""
+
     sends: Sends
     planned: Timetable
 
@@ -102,7 +113,7 @@ def synthesize(
     if hops.num_chips == 1:
         schedule = Schedule(op, NAME, 1, 1, 1.0, (), root)
         return Synthesized(schedule, 0.0, 0.0, 0.0, np.zeros(len(hops.capacity)))
-    drafts = sorted(_drafts(op, hops, nbytes, root, seed, effort), key=lambda each: each.planned.seconds)
+    drafts = _drafts(op, hops, nbytes, root, seed, effort)
     timed = [
         _timed(op, topology, hops, nbytes, root, draft, channels)
         for draft in drafts[:FINALISTS]
@@ -125,14 +136,26 @@ def _checked(op: Op, topology: Topology, nbytes: float, root: int) -> Hops:
     return hops
 
 
-def _drafts(op: Op, hops: Hops, nbytes: float, root: int, seed: int, effort: int) -> Iterator[_Draft]:
-    """One draft per number of trees, way of growing them and start."""
+def _drafts(op: Op, hops: Hops, nbytes: float, root: int, seed: int, effort: int) -> list[_Draft]:
+    """Timetables, the shortest first. Forests whose fullest wire alone takes longer than the best are left out."""
+    packed = sorted(_forests(op, hops, nbytes, root, seed, effort), key=lambda each: each.fullest_s)
+    drafts: list[_Draft] = []
+    for each in packed:
+        if not drafts or each.fullest_s < min(draft.planned.seconds for draft in drafts):
+            drafts.append(_cut(hops, each, seed, MAX_SENDS if hops.is_single_wires else MAX_SHARED_SENDS))
+    return sorted(drafts, key=lambda draft: draft.planned.seconds)
+
+
+def _forests(op: Op, hops: Hops, nbytes: float, root: int, seed: int, effort: int) -> Iterator[_Packed]:
+    """One per number of trees, way of growing them and start; more trees are left out where they take too long."""
     for trees in TREES[op]:
+        wanted = _wanted(op, hops, nbytes, root, trees)
+        if trees > 1 and len(wanted.roots) * hops.num_chips**2 > MAX_PACKED:
+            break
         for start in range(effort):
             for lean in LEANS:
-                wanted = _wanted(op, hops, nbytes, root, trees)
                 forest = pack(hops, wanted, lean=lean, sweeps=SWEEPS, seed=seed + start)
-                yield _cut(hops, forest, wanted.nbytes, seed + start)
+                yield _Packed(forest, wanted.nbytes, fullest_seconds(hops, forest, wanted.nbytes))
 
 
 def _wanted(op: Op, hops: Hops, nbytes: float, root: int, trees: int) -> Wanted:
@@ -156,26 +179,27 @@ def _central(hops: Hops, nbytes: float) -> IntArray:
     return np.argsort(np.maximum(far.max(axis=0), far.max(axis=1)), kind="stable")
 
 
-def _cut(hops: Hops, forest: Forest, nbytes: float, seed: int) -> _Draft:
+def _cut(hops: Hops, packed: _Packed, seed: int, most: int) -> _Draft:
     """As many pieces as help: their number doubles while the timetable gets shorter by enough."""
-    fullest_s = float((forest_loads(hops, forest) / hops.capacity).max()) * nbytes
     best: _Draft | None = None
     pieces = 1
     while True:
-        sends = sends_of(hops, forest, pieces)
-        if best is not None and len(sends.hop) > MAX_SENDS:
+        sends = sends_of(hops, packed.forest, pieces)
+        if best is not None and len(sends.hop) > most:
             return best
-        planned = timetable(hops, sends, nbytes / pieces, PACE * fullest_s / pieces, seed)
-        if best is not None and planned.seconds * WORTH > best.planned.seconds:
+        pace_s = PACE * packed.fullest_s / pieces
+        planned = timetable(hops, sends, packed.nbytes / pieces, pace_s, seed)
+        if best is not None and planned.seconds * HELPS > best.planned.seconds:
             return best
-        best = _Draft(forest, sends, planned)
+        best = _Draft(sends, planned)
         pieces *= 2
 
 
 def _channel_counts(hops: Hops, draft: _Draft) -> tuple[int, ...]:
-    """One channel keeps the timetable where a hop is a wire of its own."""
-    alone = len(np.unique(hops.routes.wires)) == hops.num_hops == len(hops.routes.wires)
-    return (1,) if alone else tuple(c for c in SHARED_CHANNELS if c <= draft.sends.num_chunks)
+    """One channel keeps the timetable where hops share no wires."""
+    if hops.is_single_wires:
+        return (1,)
+    return tuple(count for count in SHARED_CHANNELS if count <= draft.sends.num_chunks)
 
 
 def _timed(

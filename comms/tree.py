@@ -330,7 +330,7 @@ def _planes(
 ) -> IntArray:
     """[messages] The plane in the layer where the ends meet; further in it is the remainder by the planes there."""
     planes = np.array([layer.planes for layer in numbers.layers])
-    chosen = (dst if spread is Spread.BY_TARGET else _hashed(src, dst)) % planes[meet]
+    chosen: IntArray = (dst if spread is Spread.BY_TARGET else _hashed(src, dst)) % planes[meet]
     for end in ends:  # a switch is reached in its own plane
         own = np.where(end.layer >= 0, planes[end.layer], 1)
         chosen = chosen - chosen % own + end.plane

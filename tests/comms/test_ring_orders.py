@@ -122,12 +122,11 @@ def test_a_hybrid_cube_mesh_has_three_links_worth_of_rings_each_way():
 @given(st.integers(3, 6), st.data())
 @settings(max_examples=30, deadline=None)
 def test_small_graphs_get_the_widest_then_shortest_of_all_orders(num_chips, data):
-    """Every two chips are joined, so that no order needs a relay."""
-    rates, latencies = st.sampled_from([1e9, 2e9, 4e9]), st.sampled_from([1e-6, 3e-6])
+    """Every two chips are joined, and none is reached sooner through a third."""
+    rates, latencies = st.sampled_from([1e9, 2e9, 4e9]), st.sampled_from([2e-6, 3e-6])
     link = {pair: Link(1e-6, data.draw(rates)) for pair in permutations(range(num_chips), 2)}
     link = {pair: Link(data.draw(latencies), each.bytes_per_s) for pair, each in link.items()}
     graph = Graph(num_chips, tuple(Edge(a, b, each, Duplex.ONE_WAY) for (a, b), each in link.items()))
-    direct = all(len(graph.routes(np.array([a]), np.array([b])).wires) == 1 for a, b in link)
     laps = [[0, *rest, 0] for rest in permutations(range(1, num_chips))]
     widths = [
         (
@@ -137,8 +136,7 @@ def test_small_graphs_get_the_widest_then_shortest_of_all_orders(num_chips, data
         for lap in laps
     ]
     ring = ring_order(graph)
-    if direct:
-        assert (ring.bytes_per_s, -ring.latency_s) == pytest.approx(max(widths))
+    assert (ring.bytes_per_s, -ring.latency_s) == pytest.approx(max(widths))
 
 
 @given(st.integers(2, 7), st.integers(0, 2**32 - 1))
