@@ -36,7 +36,7 @@ def closed_seconds(outline: Outline) -> float:
     if num_positions(outline) == 1:
         return _uniform(outline)
     stages = [stage for phase in outline.phases for stage in phase if stage.repeat]
-    if len(stages) > 1 or stages[0].own_ports or len(stages[0].hops) > MAX_POSITIONS:
+    if len(stages) != 1 or stages[0].own_ports or len(stages[0].hops) > MAX_POSITIONS:
         return folded_seconds(outline)
     return _ring(stages[0], outline.pieces, outline.order)
 

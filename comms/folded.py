@@ -54,7 +54,7 @@ def folded_seconds(outline: Outline) -> float:
 
 def num_positions(outline: Outline) -> int:
     """How many chips stand for all. An outline's stages have this many hops, or one."""
-    counts = {len(stage.hops) for phase in outline.phases for stage in phase} - {1}
+    counts = {len(stage.hops) for phase in outline.phases for stage in phase if stage.repeat} - {1}
     assert len(counts) <= 1, f"stages of {outline.algorithm} differ in their positions: {counts}"
     return counts.pop() if counts else 1
 
