@@ -61,6 +61,8 @@ def bisection(topology: Topology) -> Cut:
     """The cut into halves that the least can pass."""
     wires = topology.wires()
     n = topology.num_chips
+    if n == 1:
+        return _cut(wires, np.ones(topology.num_nodes, dtype=np.bool_), n, Proof.CLOSED_FORM)
     if isinstance(topology, FullMesh):
         return _cut(wires, np.arange(n) < n // 2, n, Proof.CLOSED_FORM)
     if (
