@@ -51,8 +51,9 @@ class Hops:
 
     def loads(self, uses: FloatArray) -> FloatArray:
         """[resources] How often each is used when hop h is used uses[h] times."""
-        per_wire = np.repeat(uses, np.diff(self.routes.offsets))
-        return np.bincount(self.routes.wires, per_wire, minlength=len(self.capacity))
+        loads = np.zeros(len(self.capacity))
+        np.add.at(loads, self.routes.wires, np.repeat(uses, np.diff(self.routes.offsets)))
+        return loads
 
     def costs(self, lengths: FloatArray) -> FloatArray:
         """[chips, chips] Latency of each hop and lengths[r] for each resource r; inf where there is no hop."""
@@ -60,6 +61,15 @@ class Hops:
         over = np.add.reduceat(lengths[self.routes.wires], self.routes.offsets[:-1])
         costs[self.src, self.dst] = over + self.latency_s
         return costs
+
+    def ways(self, costs: FloatArray) -> FloatArray:
+        """[chips, chips] Cost of the cheapest way when hop h costs costs[h] (Floyd and Warshall, 1962)."""
+        far = np.full((self.num_chips, self.num_chips), np.inf)
+        far[self.src, self.dst] = costs
+        np.fill_diagonal(far, 0.0)
+        for chip in range(self.num_chips):
+            np.minimum(far, far[:, chip, None] + far[chip], out=far)
+        return far
 
 
 def hops_of(topology: Topology) -> Hops:

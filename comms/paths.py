@@ -48,15 +48,15 @@ class Paths:
     def routes(self, src: IntArray, dst: IntArray) -> Routes:
         """One path per pair; empty where both ends are the same."""
         src, dst = node_pairs(src, dst, self.num_nodes)
-        sources, row = np.unique(src, return_inverse=True)
+        roots, row = np.unique(self.root[src], return_inverse=True)
         lengths = np.zeros(len(src), dtype=np.int64)
         parts: list[tuple[IntArray, Routes]] = []
-        for block in _blocks(len(sources), self.num_nodes):
+        for block in _blocks(len(roots), self.num_nodes):
             messages = np.flatnonzero((row >= block.start) & (row < block.stop) & (src != dst))
             if not len(messages):
                 continue
-            trees = self._trees_of(sources[block])
-            for some in _blocks(len(messages), int(np.diff(self.first).max(initial=1))):
+            trees = self._trees_of(roots[block])
+            for some in _blocks(len(messages), 1):
                 of = messages[some]
                 found = self._traced(trees, row[of] - block.start, src[of], dst[of])
                 lengths[of] = np.diff(found.offsets)
@@ -106,73 +106,83 @@ class Paths:
         return np.stack([cost for cost, _ in trees]), np.stack([width for _, width in trees])
 
     def _cheapest(self, weights: NDArray[Value], sources: IntArray, far: Value) -> NDArray[Value]:
-        """[nodes, sources] Smallest sums of weights (of the wires in `order`), by relaxing all wires at once."""
-        columns = np.arange(len(sources))
+        """[nodes, sources] Smallest sums of weights (of the wires in `order`).
+
+        Relaxes the wires out of all nodes that have come nearer to any source, until none does.
+        """
         cost = np.full((self.num_nodes, len(sources)), far, dtype=weights.dtype)
-        cost[sources, columns] = 0
-        if not len(self.order):
-            return cost
-        tails, heads, starts = self._ends()
+        cost[sources, np.arange(len(sources))] = 0
+        tails, heads = self.wires.tail[self.order], self.wires.head[self.order]
+        nearer = np.zeros(self.num_nodes, dtype=np.bool_)
+        nearer[sources] = True
         while True:
-            leaving = np.where(self.passes[:, None], cost, far)
-            leaving[sources, columns] = 0
-            best = np.minimum.reduceat(leaving[tails] + weights[:, None], starts, axis=0)
-            better = np.minimum(cost[heads], best)
-            if np.array_equal(better, cost[heads]):
+            active = np.flatnonzero(nearer[tails])
+            if not len(active):
                 return cost
-            cost[heads] = better
+            tail = tails[active]
+            reach = np.where(self._leads(tail, sources), cost[tail], far) + weights[active][:, None]
+            starts = np.flatnonzero(np.diff(heads[active], prepend=-1))
+            ends = heads[active][starts]
+            best = np.minimum.reduceat(reach, starts, axis=0)
+            nearer[:] = False
+            nearer[ends] = (best < cost[ends]).any(axis=1)
+            cost[ends] = np.minimum(best, cost[ends])
 
     def _widest(self, cost: IntArray, sources: IntArray) -> FloatArray:
         """[nodes, sources] Largest bottleneck among the paths of the smallest cost; 0 where there is none."""
-        columns = np.arange(len(sources))
         width = np.zeros(cost.shape)
-        width[sources, columns] = np.inf
+        width[sources, np.arange(len(sources))] = np.inf
         if not len(self.order):
             return width
-        tails, heads, starts = self._ends()
-        tight = cost[tails] + self.weights[:, None] == cost[self.wires.head[self.order]]
-        tight &= self.passes[tails][:, None] | (tails[:, None] == sources)
-        rates = np.where(tight, self.wires.bytes_per_s[self.order][:, None], 0.0)
+        tails, heads = self.wires.tail[self.order], self.wires.head[self.order]
+        is_best = cost[tails] + self.weights[:, None] == cost[heads]
+        is_best &= self._leads(tails, sources)
+        rates = np.where(is_best, self.wires.bytes_per_s[self.order][:, None], 0.0)
+        wider = np.zeros(self.num_nodes, dtype=np.bool_)
+        wider[sources] = True
         while True:
-            best = np.maximum.reduceat(np.minimum(width[tails], rates), starts, axis=0)
-            better = np.maximum(width[heads], best)
-            if np.array_equal(better, width[heads]):
+            active = np.flatnonzero(wider[tails])
+            if not len(active):
                 return width
-            width[heads] = better
+            starts = np.flatnonzero(np.diff(heads[active], prepend=-1))
+            ends = heads[active][starts]
+            best = np.maximum.reduceat(np.minimum(width[tails[active]], rates[active]), starts, axis=0)
+            wider[:] = False
+            wider[ends] = (best > width[ends]).any(axis=1)
+            width[ends] = np.maximum(best, width[ends])
 
-    def _ends(self) -> tuple[IntArray, IntArray, IntArray]:
-        """Tails of the wires in `order`; the nodes that wires lead to, and where theirs begin."""
-        heads = np.flatnonzero(np.diff(self.first))
-        return self.wires.tail[self.order], heads, self.first[heads]
+    def _leads(self, tails: IntArray, sources: IntArray) -> BoolArray:
+        """[tails, sources] Whether what comes from a source may leave a node."""
+        return self.passes[tails][:, None] | (tails[:, None] == sources)
 
     def _traced(self, trees: Tree, row: IntArray, src: IntArray, dst: IntArray) -> Routes:
         """Paths from their ends back to their sources, one wire of all messages at a time."""
         cost, width = trees
+        root, start = self.root[src], self.start[src]
         if (cost[row, dst] >= FAR).any():
             lost = int(np.argmax(cost[row, dst] >= FAR))
             raise _no_way(f"from node {src[lost]} to node {dst[lost]}")
-        need, node = width[row, dst], dst.copy()
+        need = width[row, dst]
+        if self.wires.num_wires:
+            need = np.minimum(need, np.where(start < 0, np.inf, self.wires.bytes_per_s[start]))
+        needs, need_of = np.unique(need, return_inverse=True)
         key = mixed(self.appearance[src] * self.num_nodes + self.appearance[dst])
-        columns: list[IntArray] = []
-        active = np.arange(len(src))
+        node, columns = dst.copy(), [start]
+        active = np.flatnonzero(node != root)
+        backwards: list[IntArray] = []
         while len(active):
-            counts = self.first[node[active] + 1] - self.first[node[active]]
-            slot = ranges(self.first[node[active]], counts)
-            turn = np.repeat(np.arange(len(active)), counts)
-            message, wire = active[turn], self.order[slot]
-            tail = self.wires.tail[wire]
-            fits = cost[row[message], tail] + self.weights[slot] == cost[row[message], node[message]]
-            fits &= np.minimum(width[row[message], tail], self.wires.bytes_per_s[wire]) >= need[message]
-            fits &= self.passes[tail] | (tail == src[message])
-            choices = np.bincount(turn[fits], minlength=len(active))
-            pick = np.cumsum(choices) - choices + (key[active] % choices.astype(np.uint64)).astype(np.int64)
+            case = (row[active] * self.num_nodes + node[active]) * len(needs) + need_of[active]
+            cases, case_of = np.unique(case, return_inverse=True)
+            wires, first = self._choices(trees, *_split(cases, self.num_nodes, len(needs)), needs)
+            choices = np.diff(first)[case_of]
+            turn = (key[active] % choices.astype(np.uint64)).astype(np.int64)
             column = np.full(len(src), -1, dtype=np.int64)
-            column[active] = wire[fits][pick]
-            columns.append(column)
+            column[active] = wires[first[case_of] + turn]
+            backwards.append(column)
             node[active] = self.wires.tail[column[active]]
             key = mixed(key)
-            active = active[node[active] != src[active]]
-        return routes_of(columns[::-1])
+            active = active[node[active] != root[active]]
+        return routes_of([*columns, *backwards[::-1]])
 
 
 def paths_of(wires: Wires, topology: Topology, through_chips: bool) -> Paths:

@@ -14,9 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.sparse.csgraph import connected_components, shortest_path
 
-from comms.compiled import Job
 from comms.errors import CommsError
 from comms.forest import Forest, Hops, Wanted, fullest_seconds, hops_of, pack
 from comms.schedule import Op, Schedule
@@ -30,7 +28,7 @@ SWEEPS = 12
 PACE = 0.8  # pieces follow each other a little faster than the fullest wire lets them
 HELPS = 1.01  # twice the pieces must shorten the timetable by this factor
 MAX_PACKED = 2**20  # trees x chips^2
-MAX_SENDS = 32_000
+MAX_SENDS = 2**16
 MAX_SHARED_SENDS = 6_000  # events cost more than a sweep
 FINALISTS = 2  # timed at full fidelity
 SHARED_CHANNELS = (1, 4, 16)  # where wires are shared, one queue per chip leaves some of them idle
@@ -130,8 +128,7 @@ def _checked(op: Op, topology: Topology, nbytes: float, root: int) -> Hops:
     if not 0 <= root < topology.num_chips:
         raise CommsError(f"there is no chip {root}", "synthesis", f"chips are 0 to {topology.num_chips - 1}")
     hops = hops_of(topology)
-    parts, _ = connected_components(hops.number >= 0, connection="strong")
-    if parts > 1:
+    if not np.isfinite(hops.ways(np.ones(hops.num_hops))).all():
         raise CommsError("chips cannot reach each other hop by hop", "synthesis", "join them by links")
     return hops
 
@@ -173,9 +170,7 @@ def _wanted(op: Op, hops: Hops, nbytes: float, root: int, trees: int) -> Wanted:
 
 def _central(hops: Hops, nbytes: float) -> IntArray:
     """Chips, those with the shortest ways to and from the farthest first."""
-    ways = np.zeros((hops.num_chips, hops.num_chips))
-    ways[hops.src, hops.dst] = hops.latency_s + nbytes / hops.bytes_per_s
-    far = shortest_path(ways)
+    far = hops.ways(hops.latency_s + nbytes / hops.bytes_per_s)
     return np.argsort(np.maximum(far.max(axis=0), far.max(axis=1)), kind="stable")
 
 
@@ -205,6 +200,7 @@ def _channel_counts(hops: Hops, draft: _Draft) -> tuple[int, ...]:
 def _timed(
     op: Op, topology: Topology, hops: Hops, nbytes: float, root: int, draft: _Draft, channels: int
 ) -> Synthesized:
+    from comms.compiled import Job
     from comms.full import simulate  # compiled loops, only where they are needed
 
     n, chunks = hops.num_chips, draft.sends.num_chunks
@@ -232,8 +228,6 @@ def _least(op: Op, hops: Hops, nbytes: float, root: int) -> float:
     if not others:
         return 0.0
     part, not_root = nbytes / n, np.arange(n) != root
-    way = np.zeros((n, n))
-    way[hops.src, hops.dst] = 1.0
     match op:
         case Op.ALL_REDUCE:
             sent, got, total = np.full(n, nbytes), np.full(n, nbytes), 2 * others * nbytes
@@ -243,7 +237,7 @@ def _least(op: Op, hops: Hops, nbytes: float, root: int) -> float:
             sent, got, total = np.full(n, others * part), np.full(n, part), others * nbytes
         case Op.ALL_TO_ALL:
             sent = got = np.full(n, others * part)
-            total = float(shortest_path(way).sum()) * part
+            total = float(hops.ways(np.ones(hops.num_hops)).sum()) * part
         case Op.BROADCAST:
             sent, got, total = ~not_root * nbytes, not_root * nbytes, others * nbytes
         case _:
@@ -262,17 +256,16 @@ def _least(op: Op, hops: Hops, nbytes: float, root: int) -> float:
 def _rates(hops: Hops, chip: IntArray, wire: IntArray) -> FloatArray:
     """[chips] Bytes per second over the distinct wires at each chip."""
     pairs = np.unique(np.stack([chip, wire], axis=1), axis=0)
-    return np.bincount(pairs[:, 0], hops.capacity[pairs[:, 1]], minlength=hops.num_chips)
+    rates: FloatArray = np.zeros(hops.num_chips)
+    np.add.at(rates, pairs[:, 0], hops.capacity[pairs[:, 1]])
+    return rates
 
 
 def _longest_way(op: Op, hops: Hops, root: int) -> float:
     """Seconds that an empty message needs between the two chips that are farthest apart."""
-    # A latency of zero would read as no edge.
-    ways = np.full((hops.num_chips, hops.num_chips), np.inf)
-    ways[hops.src, hops.dst] = hops.latency_s
-    far = shortest_path(np.where(np.isinf(ways), 0.0, np.maximum(ways, 1e-18)))
+    far = hops.ways(hops.latency_s)
     if op is Op.BROADCAST:
         far = far[root]
     elif op is Op.REDUCE:
         far = far[:, root]
-    return float(far.max()) if far.max() > 1e-15 else 0.0
+    return float(far.max())

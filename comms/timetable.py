@@ -11,14 +11,16 @@ it is only close: a slow wire holds a fast one in the plan, and shares it in the
 """
 
 from dataclasses import dataclass
-from heapq import heappop, heappush
-from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from comms.forest import NONE, Forest, Hops
 from comms.schedule import Channel, Pattern, Round
 from comms.topology import FloatArray, IntArray
+
+if TYPE_CHECKING:
+    from comms.clock import Work
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -122,132 +124,57 @@ def timetable(hops: Hops, sends: Sends, nbytes: float, pace_s: float, seed: int)
 
     Time grows with the messages, and with how many wait for a wire beyond a switch.
     """
-    moving_s = nbytes / hops.bytes_per_s[sends.hop]
-    arriving_s = moving_s + hops.latency_s[sends.hop]
+    from comms.clock import played, ways_behind  # compiled loops, only where they are needed
+
+    work = _work(hops, sends, nbytes)
     lot = np.random.default_rng(seed).random(len(sends.hop))
     turn = np.empty(len(lot), dtype=np.int64)
-    turn[np.lexsort((lot, sends.piece * pace_s - _ways_behind(sends, arriving_s)))] = np.arange(len(lot))
-    start = _Clock(hops, sends, turn, moving_s, arriving_s).run()
-    busy = np.bincount(sends.hop, moving_s, minlength=hops.num_hops)
-    return Timetable(start, float((start + arriving_s).max(initial=0.0)), hops.loads(busy))
+    turn[np.lexsort((lot, sends.piece * pace_s - ways_behind(work)))] = np.arange(len(lot))
+    start = played(work, turn, len(hops.capacity))
+    busy = np.bincount(sends.hop, work.moving_s, minlength=hops.num_hops)
+    return Timetable(start, float((start + work.arriving_s).max(initial=0.0)), hops.loads(busy))
 
 
-def _ways_behind(sends: Sends, arriving_s: FloatArray) -> FloatArray:
-    """[sends] Seconds of the longest chain that starts with each, on empty wires."""
-    behind = arriving_s.copy()
-    own = arriving_s.tolist()
-    reach = behind.tolist()
-    for late, early in zip(sends.needs[0][::-1].tolist(), sends.needs[1][::-1].tolist(), strict=True):
-        if own[early] + reach[late] > reach[early]:
-            reach[early] = own[early] + reach[late]
-    return np.array(reach)
+def _work(hops: Hops, sends: Sends, nbytes: float) -> "Work":
+    from comms.clock import Work
 
-
-class _Clock:
-    """Runs the messages against the wires; nothing is left over for a second run."""
-
-    def __init__(
-        self, hops: Hops, sends: Sends, turn: IntArray, moving_s: FloatArray, arriving_s: FloatArray
-    ) -> None:
-        offsets, wires = hops.routes.offsets.tolist(), hops.routes.wires.tolist()
-        routes = [wires[a:b] for a, b in pairwise(offsets)]
-        self.routes = [routes[hop] for hop in sends.hop.tolist()]
-        self.turn, self.moving_s, self.arriving_s = turn.tolist(), moving_s.tolist(), arriving_s.tolist()
-        self.missing = np.bincount(sends.needs[0], minlength=len(turn)).tolist()
-        self.after: list[list[int]] = [[] for _ in self.turn]
-        for late, early in zip(sends.needs[0].tolist(), sends.needs[1].tolist(), strict=True):
-            self.after[early].append(late)
-        self.start = [-1.0] * len(turn)
-        self.held = [False] * len(hops.capacity)
-        self.waiting: list[list[tuple[int, int]]] = [[] for _ in self.held]  # heaps of (turn, send)
-        self.events: list[tuple[float, int, int]] = []  # (time, 0 arrived or 1 left, send)
-
-    def run(self) -> FloatArray:
-        """[sends] When each leaves."""
-        for send, missing in enumerate(self.missing):
-            if not missing:
-                heappush(self.waiting[self.routes[send][0]], (self.turn[send], send))
-        for wire in range(len(self.waiting)):
-            self._serve(wire, 0.0)
-        while self.events:
-            now = self.events[0][0]
-            wires: list[int] = []
-            while self.events and self.events[0][0] == now:
-                _, left, send = heappop(self.events)
-                wires.extend(self._left(send) if left else self._arrived(send))
-            for wire in wires:
-                self._serve(wire, now)
-        return np.array(self.start)
-
-    def _left(self, send: int) -> list[int]:
-        for wire in self.routes[send]:
-            self.held[wire] = False
-        return self.routes[send]
-
-    def _arrived(self, send: int) -> list[int]:
-        wires = []
-        for late in self.after[send]:
-            self.missing[late] -= 1
-            if not self.missing[late]:
-                wires.append(self.routes[late][0])
-                heappush(self.waiting[wires[-1]], (self.turn[late], late))
-        return wires
-
-    def _serve(self, wire: int, now: float) -> None:
-        """Start the most pressing message that waits for this wire and finds all others free.
-
-        One that finds another held moves over there, and is looked at again when that falls free.
-        """
-        queue = self.waiting[wire]
-        while queue and not self.held[wire]:
-            turn, send = heappop(queue)
-            route = self.routes[send]
-            held = next((each for each in route if self.held[each]), NONE)
-            if held != NONE:
-                heappush(self.waiting[held], (turn, send))
-                continue
-            for each in route:
-                self.held[each] = True
-            self.start[send] = now
-            heappush(self.events, (now + self.moving_s[send], 1, send))
-            heappush(self.events, (now + self.arriving_s[send], 0, send))
+    late, early = sends.needs
+    order = np.argsort(early, kind="stable")
+    after0 = np.searchsorted(early[order], np.arange(len(sends.hop) + 1))
+    moving_s = nbytes / hops.bytes_per_s[sends.hop]
+    return Work(
+        sends.hop,
+        moving_s,
+        moving_s + hops.latency_s[sends.hop],
+        np.bincount(late, minlength=len(sends.hop)),
+        after0,
+        late[order],
+        hops.routes.offsets,
+        hops.routes.wires,
+    )
 
 
 def channels_of(hops: Hops, sends: Sends, planned: Timetable, num_channels: int) -> tuple[Channel, ...]:
-    """The order of a timetable as channels that share out the chunks and do not wait for each other."""
+    """The order of a timetable as channels that share out the chunks, none of which waits for another chunk."""
+    from comms.clock import places
+
+    first_wire = hops.routes.wires[hops.routes.offsets[sends.hop]]
+    port = (first_wire * hops.num_chips + hops.src[sends.hop]) * num_channels + sends.chunk % num_channels
     order = np.argsort(planned.start_s, kind="stable")
-    place = _rounds(hops, sends, order, num_channels)
+    place = places(_work(hops, sends, 0.0), order, np.unique(port, return_inverse=True)[1])
+    patterns: dict[tuple[bytes, bytes], Pattern] = {}
     channels = []
-    for channel in range(num_channels):
+    for channel in range(min(num_channels, sends.num_chunks)):
         mine = order[sends.chunk[order] % num_channels == channel]
-        by_round = mine[np.argsort(place[mine], kind="stable")]
-        rounds: list[Round] = []
-        if len(by_round):
-            cuts = np.flatnonzero(np.diff(place[by_round] * 2 + sends.reduces[by_round])) + 1
-            rounds.extend(_round(hops, sends, rows) for rows in np.split(by_round, cuts))
+        by_round = mine[np.argsort(place[mine] * 2 + sends.reduces[mine], kind="stable")]
+        cuts = np.flatnonzero(np.diff(place[by_round] * 2 + sends.reduces[by_round])) + 1
+        rounds = (_round(hops, sends, rows, patterns) for rows in np.split(by_round, cuts))
         channels.append(Channel((tuple(rounds),), by_chunk=True))
     return tuple(channels)
 
 
-def _round(hops: Hops, sends: Sends, rows: IntArray) -> Round:
+def _round(hops: Hops, sends: Sends, rows: IntArray, patterns: dict[tuple[bytes, bytes], Pattern]) -> Round:
     hop = sends.hop[rows]
-    pattern = Pattern(hops.src[hop], hops.dst[hop])
+    src, dst = hops.src[hop], hops.dst[hop]
+    pattern = patterns.setdefault((src.tobytes(), dst.tobytes()), Pattern(src, dst))
     return Round(pattern, sends.chunk[rows], np.ones(len(rows), dtype=np.int64), bool(sends.reduces[rows[0]]))
-
-
-def _rounds(hops: Hops, sends: Sends, order: IntArray, num_channels: int) -> IntArray:
-    """[sends] The first round after those it needs and after the one before it on its first wire."""
-    first_wire = hops.routes.wires[hops.routes.offsets[sends.hop]]
-    port = (first_wire * hops.num_chips + hops.src[sends.hop]) * num_channels + sends.chunk % num_channels
-    needed: list[list[int]] = [[] for _ in order]
-    for late, early in zip(sends.needs[0].tolist(), sends.needs[1].tolist(), strict=True):
-        needed[late].append(early)
-    place = [0] * len(order)
-    last: dict[int, int] = {}
-    ports = port.tolist()
-    for send in order.tolist():
-        earliest = last.get(ports[send], -1)
-        for early in needed[send]:
-            earliest = max(earliest, place[early])
-        place[send] = last[ports[send]] = earliest + 1
-    return np.array(place, dtype=np.int64)

@@ -5,8 +5,9 @@ ranks send to the same one at a time. With `fanouts` they count on digit by digi
 a host then go to different chips of the next host together. Pairwise exchange does the same in n - 1 rounds, each
 of which waits for the one before (Thakur, Rabenseifner and Gropp, 2005, section 4.4).
 
-Outlines assume that chips have one port for the innermost level and one for all others, as with a fabric inside
-the host and a network card, and that the schedule's fanouts are those of the levels.
+Outlines take the schedule's fanouts to be those of the levels. Which levels leave by the same port of a chip they
+must be told where it matters (`ports`); else the innermost has one, and all others share one, as with a fabric
+inside the host and a network card.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -25,7 +26,7 @@ from comms.algorithms.rounds import (
     schedule_of,
 )
 from comms.errors import CommsError
-from comms.levels import Level, Levels, num_members
+from comms.levels import Levels, num_members
 from comms.outline import Hop, Outline, Stage
 from comms.schedule import Op, Pattern, Round, Schedule
 from comms.topology import FloatArray, IntArray
@@ -120,13 +121,15 @@ def scatter(num_ranks: int, root: int = 0) -> Schedule:
     return schedule_of(Op.SCATTER, "direct", num_ranks, num_ranks, rounds, root=root)
 
 
-def one_round_outline(op: Op, nbytes: float, levels: Levels) -> Outline | None:
-    """One message from everyone to everyone: the port that is done last."""
+def one_round_outline(
+    op: Op, nbytes: float, levels: Levels, *, ports: Sequence[int] | None = None
+) -> Outline | None:
+    """One message from everyone to everyone: the port that is done last. `ports`: one number per level."""
     spans = folds(levels)
     if any(level.ring for level, _ in spans):
         return None
     each = nbytes if op is Op.ALL_REDUCE else nbytes / num_members(levels)
-    stages = (_last_port(spans, each, all_send=True),) if spans else ()
+    stages = (_last_port(levels, ports, each, all_send=True),) if spans else ()
     return Outline("direct", (stages,), (0,))
 
 
@@ -135,7 +138,7 @@ def two_shot_outline(nbytes: float, levels: Levels) -> Outline | None:
     spans = folds(levels)
     if len(spans) > 1 or any(level.ring for level, _ in spans):
         return None
-    stages = (_last_port(spans, nbytes / num_members(levels), all_send=True),) * 2 if spans else ()
+    stages = (_last_port(levels, None, nbytes / num_members(levels), all_send=True),) * 2 if spans else ()
     return Outline("two-shot", (stages,), (0,))
 
 
@@ -152,8 +155,10 @@ def pairwise_outline(nbytes: float, levels: Levels) -> Outline | None:
     return Outline("pairwise", (stages,), (0,))
 
 
-def rooted_outline(op: Op, nbytes: float, levels: Levels) -> Outline | None:
-    """Scatter from the first member or gather to it.
+def rooted_outline(
+    op: Op, nbytes: float, levels: Levels, *, ports: Sequence[int] | None = None
+) -> Outline | None:
+    """Scatter from the first member or gather to it. `ports`: one number per level.
 
     What it gathers shares its ports. Over more than two levels that is a question of who shares what further
     out, so there is no outline.
@@ -162,7 +167,7 @@ def rooted_outline(op: Op, nbytes: float, levels: Levels) -> Outline | None:
     if any(level.ring for level, _ in spans) or (op is Op.GATHER and len(spans) > 2):
         return None
     each = nbytes / num_members(levels)
-    stages = (_last_port(spans, each, all_send=False),) if spans else ()
+    stages = (_last_port(levels, ports, each, all_send=False),) if spans else ()
     return Outline("direct", (stages,), (0,))
 
 
@@ -193,17 +198,21 @@ def _shifted(num_ranks: int, fanouts: Sequence[int] | None) -> list[IntArray]:
     return columns
 
 
-def _last_port(spans: tuple[tuple[Level, int], ...], each: float, all_send: bool) -> Stage:
+def _last_port(levels: Levels, ports: Sequence[int] | None, each: float, all_send: bool) -> Stage:
     """What leaves a port (or, gathered, enters it) up to the message that arrives last, as one message."""
+    spans = folds(levels)
+    if ports is None:
+        used = [int(index > 0) for index in range(len(spans))]
+    else:
+        used = [port for port, level in zip(ports, levels, strict=True) if level.fanout > 1]
+    nbytes, seconds = dict.fromkeys(used, 0.0), dict.fromkeys(used, 0.0)
     stages = []
-    for ports in (spans[:1], spans[1:]):
-        nbytes = seconds = 0.0
-        for level, inner in ports:
-            rate = level.rate(inner if all_send else 1)
-            nbytes += inner * (level.fanout - 1) * each
-            seconds += inner * (level.fanout - 1) * each / rate
-            hop = Hop(level.latency_s, nbytes / seconds if seconds > 0 else rate)
-            stages.append((level.latency_s + seconds, Stage(1, nbytes, (hop,))))
+    for port, (level, inner) in zip(used, spans, strict=True):
+        rate, messages = level.rate(inner if all_send else 1), inner * (level.fanout - 1)
+        nbytes[port] += messages * each
+        seconds[port] += messages * each / rate
+        hop = Hop(level.latency_s, nbytes[port] / seconds[port] if seconds[port] > 0 else rate)
+        stages.append((level.latency_s + seconds[port], Stage(1, nbytes[port], (hop,))))
     return max(stages, key=lambda stage: stage[0])[1]
 
 

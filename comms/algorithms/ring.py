@@ -5,8 +5,10 @@ Distributed Computing 69, 2009): 2 (n - 1) rounds of nbytes / n. Broadcast and r
 Several rings share the buffer out: over different orders of the ranks, so that each leaves a host by another
 chip, or in both directions.
 
-A ring has one pattern for all its rounds. Outlines are exact for one ring; of several rings over more than one
-level they say what happens if chips shared their wires among all rings at all times, which is an upper bound.
+A ring has one pattern for all its rounds. Outlines are exact for one ring, and for several on one level. Several
+rings over hosts, as `rail_orders` has them, share the wires inside in turns that are not modelled: messages are
+taken to have them alone, unless the wires are then busier than anything else, and to have equal shares if so.
+With 2 to 8 rings over 2 to 16 hosts of 4 or 8 chips that is within 12 % of full fidelity, mostly within 1 %.
 """
 
 from collections.abc import Sequence
@@ -112,13 +114,19 @@ def around_outline(
     order: Order = Order.SERIAL,
 ) -> Outline | None:
     """All-reduce, all-gather or reduce-scatter over members in order (`rail_orders` where rings > 1)."""
-    flows = rings * (2 if both_ways else 1)
-    hops = _hops(levels, flows, both_ways)
+    n, flows = num_members(levels), rings * (2 if both_ways else 1)
+    spans = folds(levels)
+    each = nbytes / (n * flows)
+    if any(level.ring for level, _ in spans):
+        hops = _neighbour_hops(spans[0][0], flows, both_ways) if len(spans) == 1 else None
+    elif len(spans) > 1:
+        hops = None if both_ways else _carried_hops(spans, flows, each / pieces)
+    else:
+        hops = tuple(_hop(level, flows) for level, _ in spans)
     if hops is None:
         return None
-    n = num_members(levels)
     rounds = (n - 1) * (2 if op is Op.ALL_REDUCE else 1)
-    stages = (Stage(rounds, nbytes / (n * flows), hops),) if n > 1 else ()
+    stages = (Stage(rounds, each, hops),) if n > 1 else ()
     return Outline(_name(both_ways), (stages,), (0,), pieces, order)
 
 
@@ -203,18 +211,28 @@ def _chains(chains: Sequence[IntArray], pieces: int, reduces: bool) -> tuple[Cha
     )
 
 
-def _hops(levels: Levels, flows: int, both_ways: bool) -> tuple[Hop, ...] | None:
-    """What each position's message to the next one costs; None where positions are not alike in every bunch."""
-    spans = folds(levels)
-    if not spans:
-        return ()
-    if any(level.ring for level, _ in spans):
-        return _neighbour_hops(spans[0][0], flows, both_ways) if len(spans) == 1 else None
+def _carried_hops(spans: tuple[tuple[Level, int], ...], rings: int, nbytes: float) -> tuple[Hop, ...] | None:
+    """What each position's message to the next one costs: it crosses the levels that a count in digits carries over.
+
+    `nbytes` of one message decide whether several rings get in each other's way; see the module.
+    """
     positions = spans[-1][1]
     if positions > MAX_POSITIONS:
         return None
-    crossed = [[level for level, inner in spans if place % inner == 0] for place in range(1, positions + 1)]
-    return tuple(_hop(outermost, flows) for *_, outermost in crossed)
+    crossed = [
+        max(at for at, (_, inner) in enumerate(spans) if place % inner == 0)
+        for place in range(1, positions + 1)
+    ]
+    last = len(spans) - 1
+    alone = [_hop(level, rings if at == last else 1) for at, (level, _) in enumerate(spans)]
+    wire_s = [nbytes / alone[at].bytes_per_s for at in crossed]
+    moves_s = sum(alone[at].latency_s for at in crossed) + sum(wire_s)
+    busiest_s = max(moves_s / positions, *wire_s)
+    for at, (level, _) in enumerate(spans[:-1]):
+        shared = _hop(level, rings - rings // level.fanout)
+        if nbytes / shared.bytes_per_s > busiest_s:
+            alone[at] = shared
+    return tuple(alone[at] for at in crossed)
 
 
 def _neighbour_hops(level: Level, flows: int, both_ways: bool) -> tuple[Hop, ...] | None:

@@ -14,10 +14,10 @@ nothing but the filling of one pipeline.
 Outlines of binomial trees follow the longest path and are exact for any number of ranks; where chips share a
 tapered trunk they are an upper bound, as most are silent in most rounds. That of the double tree has siblings send
 to their parent, and a parent to its two children, at once at half the rate. It is exact for 2**k and 2**k - 1
-ranks, and an upper bound for others, by less than the time of two pieces (12 % for one piece, under 1 % for 32).
+ranks, and an upper bound for others, by less than the time of two pieces (15 % for one piece, under 1 % for 32).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from math import ceil
@@ -78,9 +78,7 @@ def scatter_gather_broadcast(num_ranks: int, root: int = 0) -> Schedule:
     rounds = _parts(num_ranks, root, None)
     ring = tuple(each for channel in all_gather(num_ranks).channels for each in channel.rounds)
     channels = (Channel((rounds, ring)),) if rounds else ()
-    return Schedule(
-        Op.BROADCAST, SCATTER_GATHER, num_ranks, num_ranks, 1.0 / num_ranks, channels, root
-    )
+    return Schedule(Op.BROADCAST, SCATTER_GATHER, num_ranks, num_ranks, 1.0 / num_ranks, channels, root)
 
 
 def double_tree_all_reduce(num_ranks: int, *, pieces: int = 1) -> Schedule:
@@ -147,7 +145,7 @@ def scatter_gather_outline(nbytes: float, levels: Levels) -> Outline | None:
     return Outline(SCATTER_GATHER, (stages,), (0,))
 
 
-def double_tree_outline(nbytes: float, levels: Levels, *, pieces: int | None = None) -> Outline | None:
+def double_tree_outline(nbytes: float, levels: Levels, *, pieces: int = 1) -> Outline | None:
     """All pieces leave the deepest leaf, the last one goes up to the root, and the same down again.
 
     The root of 2**k ranks has one child, with which it shares no wire. None on rings and over several levels.
@@ -158,11 +156,10 @@ def double_tree_outline(nbytes: float, levels: Levels, *, pieces: int | None = N
     way: tuple[Stage, ...] = ()
     for level, _ in spans:
         n = level.fanout
-        num = double_tree_pieces(nbytes, levels) if pieces is None else pieces
-        piece, alone = nbytes / 2 / num, n & (n - 1) == 0
+        piece, alone = nbytes / 2 / pieces, n & (n - 1) == 0
         rate = level.rate(1 if n == 2 else 2)
         way = (
-            Stage(num - 1, piece, (Hop(0.0, rate),), own_ports=True),
+            Stage(pieces - 1, piece, (Hop(0.0, rate),), own_ports=True),
             Stage(n.bit_length() - 1 - alone, piece, (Hop(level.latency_s, rate),), own_ports=True),
             Stage(int(alone), piece, (Hop(level.latency_s, level.rate()),), own_ports=True),
         )
@@ -290,9 +287,10 @@ SCHEDULES: Schedules = {
     DOUBLE: {Op.ALL_REDUCE: double_tree_all_reduce},
 }
 OUTLINES: Outlines = {
-    BINOMIAL: {
-        op: partial(rooted_outline, op) for op in (Op.BROADCAST, Op.REDUCE, Op.SCATTER, Op.GATHER)
-    },
+    BINOMIAL: {op: partial(rooted_outline, op) for op in (Op.BROADCAST, Op.REDUCE, Op.SCATTER, Op.GATHER)},
     SCATTER_GATHER: {Op.BROADCAST: scatter_gather_outline},
     DOUBLE: {Op.ALL_REDUCE: double_tree_outline},
+}
+PIECES: Mapping[str, Mapping[Op, Callable[[float, Levels], int]]] = {
+    DOUBLE: {Op.ALL_REDUCE: double_tree_pieces}
 }

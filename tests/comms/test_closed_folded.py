@@ -252,10 +252,13 @@ def test_doubling_of_surplus_ranks_has_no_outline():
     st.sampled_from((Op.ALL_REDUCE, Op.ALL_GATHER, Op.REDUCE_SCATTER, Op.ALL_TO_ALL)),
     levels_of(),
     st.floats(0, 1e9),
+    st.booleans(),
 )
-def test_one_round_is_timed_as_it_is_played(op, levels, nbytes):
+def test_one_round_is_timed_as_it_is_played(op, levels, nbytes, has_one_port):
     schedule = direct.SCHEDULES["direct"][op](num_members(levels), fanouts=fanouts_of(levels))
-    agree(direct.one_round_outline(op, nbytes, levels), schedule, nbytes, levels)
+    ports = [0] * len(levels) if has_one_port else None
+    outline = direct.one_round_outline(op, nbytes, levels, ports=ports)
+    agree(outline, schedule, nbytes, levels, one_port if has_one_port else None)
 
 
 @PATIENT

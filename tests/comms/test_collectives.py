@@ -9,21 +9,21 @@ from hypothesis import strategies as st
 
 from comms.collectives import ALGORITHMS, collective_seconds, fold, mesh_group, transfer_seconds
 from comms.links import Link
-from comms.network import Network, Tier, TierKind
+from comms.network import Network, TierKind, switched
 
 PATIENT = settings(deadline=None)
 FAST, SLOW = Link(2e-6, 300e9), Link(5e-6, 25e9)
 HOSTS = Network(
     (
-        Tier("fabric", 8, FAST, TierKind.SCALE_UP),
-        Tier("net", 2**14, SLOW, TierKind.SCALE_OUT, oversubscription=2.0),
+        switched("fabric", 8, FAST, TierKind.SCALE_UP),
+        switched("net", 2**14, SLOW, TierKind.SCALE_OUT, oversubscription=2.0),
     )
 )
 links = st.builds(Link, st.floats(0, 1e-4), st.floats(1e6, 1e12))
 
 
 def flat(num_chips, link):
-    return Network((Tier("flat", num_chips, link, TierKind.SCALE_UP),))
+    return Network((switched("flat", num_chips, link, TierKind.SCALE_UP),))
 
 
 def play_ring(hops, nbytes, passes):
@@ -129,9 +129,9 @@ def test_a_mesh_group_folds_like_the_listed_chips_of_every_coordinate(sizes, alo
     axes = tuple(zip(("pp", "dp", "tp"), sizes, strict=True))
     network = Network(
         (
-            Tier("pair", 2, FAST, TierKind.PCIE),
-            Tier("host", 8, FAST, TierKind.SCALE_UP),
-            Tier("net", 512, SLOW, TierKind.SCALE_OUT),
+            switched("pair", 2, FAST, TierKind.PCIE),
+            switched("host", 8, FAST, TierKind.SCALE_UP),
+            switched("net", 512, SLOW, TierKind.SCALE_OUT),
         )
     )
     groups: dict[tuple[int, ...], list[int]] = {}

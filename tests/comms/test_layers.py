@@ -4,7 +4,7 @@ from math import inf, prod
 
 import numpy as np
 import pytest
-from hypothesis import event, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from comms.groups import mesh_group
@@ -80,7 +80,6 @@ def check(tree, groups, levels, inside=1):
 def test_a_level_gives_each_message_of_all_copies_what_the_wires_give_it(tree, data):
     axes, along = data.draw(meshes(tree.num_chips))
     levels = tree.levels(mesh_group(axes, along), aligned=True)
-    event(f"{levels and len(levels)} levels")
     if levels is not None:
         check(tree, copies_of(axes, along), levels)
 

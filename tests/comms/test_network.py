@@ -1,17 +1,31 @@
-"""Links and networks: which tier two chips meet in, and what is left of a network of fewer chips."""
+"""Links and networks: which tier two chips meet in, what is left of fewer chips, and how groups fold over tiers."""
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from comms.links import Link
-from comms.network import UNBOUNDED, Network, Tier, TierKind
+from comms.errors import CommsError
+from comms.graph import Edge, Graph
+from comms.groups import Lattice, mesh_group
+from comms.layers import Switch, Trunk
+from comms.links import PLAIN, Link
+from comms.network import UNBOUNDED, Network, TierKind, layered, shaped, switched
+from comms.topology import route_latencies
+from comms.torus import Torus
+from comms.tree import Tree
 
+FEW = settings(deadline=None, max_examples=60)
 SLOW = Link(1e-5, 1e9)
+FABRIC = switched("fabric", 8, Link(2e-6, 300e9), TierKind.SCALE_UP)
+SPINE = Trunk(32, Link(0.5e-6, 200e9), Switch("spine"))
+CARDS = Tree(128, Link(1e-6, 64e9), Switch("leaf"), (Trunk(4, Link(1e-6, 50e9), Switch("leaf")), SPINE))
 
 
 def network(*sizes: int) -> Network:
-    return Network(tuple(Tier(f"tier {size}", size, SLOW, TierKind.SCALE_OUT) for size in sizes))
+    return Network(tuple(switched(f"tier {size}", size, SLOW, TierKind.SCALE_OUT) for size in sizes))
 
 
 @st.composite
@@ -21,6 +35,11 @@ def networks(draw):
     for factor in factors[1:]:
         sizes.append(sizes[-1] * factor)
     return network(*sizes)
+
+
+def pod() -> Network:
+    """Hosts of 8 chips with two cards each, 4 hosts to a leaf, 4 leaves."""
+    return Network((FABRIC, *layered(CARDS, TierKind.SCALE_OUT, inner=8)))
 
 
 def test_a_message_takes_latency_plus_bytes_over_rate():
@@ -42,8 +61,12 @@ def test_tier_for_is_the_innermost_with_all_chips_in_one_group(net, data):
 
 
 def test_a_chip_outside_the_network_is_refused():
-    with pytest.raises(ValueError, match="outside the network of 8 chips"):
+    with pytest.raises(CommsError, match="outside the network of 8 chips"):
         network(4, 8).tier_for([3, 8])
+    with pytest.raises(CommsError, match="outside the network of 8 chips"):
+        network(4, 8).levels([3, 8])
+    with pytest.raises(CommsError, match="outside the network of 8 chips"):
+        network(4, 8).levels(Lattice(((4, 3),)))
 
 
 @given(networks(), st.data())
@@ -60,24 +83,159 @@ def test_an_unbounded_network_ends_at_what_is_taken():
     assert [tier.size for tier in net.take(1024).tiers] == [8, 1024]
     assert [tier.size for tier in net.take(4).tiers] == [4]
     assert net.tier_for([0, 10**9]).size == UNBOUNDED
+    assert net.topology(1024).num_chips == 1024
+    with pytest.raises(CommsError, match="any number of chips"):
+        net.topology()
 
 
 def test_a_network_cannot_give_more_chips_than_it_has():
-    with pytest.raises(ValueError, match="9 chips do not fit"):
+    with pytest.raises(CommsError, match="9 chips do not fit"):
         network(4, 8).take(9)
+    with pytest.raises(CommsError, match="0 chips do not fit"):
+        network(4, 8).take(0)
 
 
 def test_groups_that_do_not_nest_are_refused():
-    with pytest.raises(ValueError, match="does not hold whole groups"):
+    with pytest.raises(CommsError, match="does not hold whole groups"):
         network(4, 6, 12)
-    with pytest.raises(ValueError, match="does not hold whole groups"):
+    with pytest.raises(CommsError, match="does not hold whole groups"):
         network(8, 4)
-    with pytest.raises(ValueError, match="at least one tier"):
+    with pytest.raises(CommsError, match="at least one tier"):
         Network(())
 
 
+def test_tiers_that_make_no_sense_are_refused():
+    with pytest.raises(CommsError, match="one name"):
+        Network((FABRIC, replace(FABRIC, size=16, shape=Tree(16, SLOW))))
+    with pytest.raises(CommsError, match="cannot join 16"):
+        replace(FABRIC, size=16)
+    with pytest.raises(CommsError, match="no next tier"):
+        Network((replace(FABRIC, part_of_next=True),))
+    with pytest.raises(CommsError, match="not what tier 'tier 16' has"):
+        Network((replace(FABRIC, part_of_next=True), network(16).tiers[0]))
+    with pytest.raises(CommsError, match="no negative time"):
+        replace(FABRIC, setup_s=-1.0)
+
+
 def test_oversubscription_divides_the_loaded_rate_only():
-    tier = Tier("spine", 64, Link(1e-6, 40e9), TierKind.SCALE_OUT, oversubscription=4.0)
+    tier = switched("spine", 64, Link(1e-6, 40e9), TierKind.SCALE_OUT, oversubscription=4.0)
+    assert tier.link == Link(1e-6, 40e9)
     assert tier.loaded_link == Link(1e-6, 10e9)
-    with pytest.raises(ValueError, match="at least 1"):
-        Tier("spine", 64, SLOW, TierKind.SCALE_OUT, oversubscription=0.5)
+    assert tier.protocols == (PLAIN,)
+    with pytest.raises(CommsError, match="cannot be like this"):
+        switched("spine", 64, SLOW, TierKind.SCALE_OUT, oversubscription=0.5)
+
+
+def test_one_chip_alone_has_the_whole_card_and_four_at_once_a_quarter_each():
+    leaf, spine = pod().tiers[1:]
+    assert (leaf.name, leaf.size, leaf.part_of_next) == ("leaf", 32, True)
+    assert leaf.link == Link(4e-6, 50e9)
+    assert leaf.loaded_link.bytes_per_s == 12.5e9
+    assert (spine.link.latency_s, spine.link.bytes_per_s) == (pytest.approx(5e-6), 50e9)
+    assert spine.loaded_link.bytes_per_s == 200e9 / 32
+
+
+@FEW
+@given(st.lists(st.tuples(st.integers(0, 127), st.integers(0, 127)), min_size=1, max_size=30))
+def test_a_message_takes_the_latency_of_the_innermost_tier_that_holds_both_ends(pairs):
+    net = pod()
+    topology = net.topology()
+    src, dst = (np.array(column) for column in zip(*pairs, strict=True))
+    latencies = route_latencies(topology.wires(), topology.routes(src, dst))
+    expected = [0.0 if a == b else net.tier_for(pair).link.latency_s for pair in pairs for a, b in [pair]]
+    assert latencies == pytest.approx(expected, abs=1e-15)
+
+
+@FEW
+@given(st.sampled_from([1, 2, 4, 8, 16, 32, 40, 96, 128]), st.data())
+def test_what_is_taken_times_messages_as_the_whole_does(num_chips, data):
+    whole, part = pod().topology(), pod().topology(num_chips)
+    chip = st.integers(0, num_chips - 1)
+    src, dst = (np.array(data.draw(st.lists(chip, min_size=4, max_size=4))) for _ in range(2))
+    there, here = whole.routes(src, dst), part.routes(src, dst)
+    assert part.num_chips == num_chips
+    assert route_latencies(whole.wires(), there) == pytest.approx(route_latencies(part.wires(), here))
+
+
+AXES = ("pp", "dp", "tp")
+
+
+@FEW
+@given(st.sampled_from([1, 2, 4, 8, 16]), st.sampled_from([1, 2, 4, 8]), st.sets(st.sampled_from(AXES)))
+def test_levels_are_what_the_wires_of_the_whole_network_give_each_message(tp, dp, along):
+    net = pod()
+    axes = tuple(zip(AXES, (128 // tp // dp, dp, tp), strict=True))
+    levels = net.levels(mesh_group(axes, along))
+    assert levels is not None
+    groups = copies_of(axes, along)
+    inside = 1
+    for level in levels:
+        latencies, shares = played(net.topology(), groups, inside, level.fanout)
+        assert latencies == pytest.approx(np.full(128, level.latency_s))
+        assert shares == pytest.approx(np.full(128, level.rate(inside)))
+        inside *= level.fanout
+    assert inside == groups.shape[1]
+
+
+def copies_of(axes, along):
+    """[copies, members] All groups along these axes."""
+    sizes = [size for _, size in axes]
+    fixed = [i for i, (axis, _) in enumerate(axes) if axis not in along]
+    moving = [i for i, (axis, _) in enumerate(axes) if axis in along]
+    members = int(np.prod([sizes[i] for i in moving], dtype=np.int64))
+    return np.arange(np.prod(sizes)).reshape(sizes).transpose(fixed + moving).reshape(-1, members)
+
+
+def played(topology, groups, inside, fanout):
+    """Latencies and shares when each member sends to the same one of the next bunch of its level."""
+    members = np.arange(groups.shape[1])
+    digit = members // inside % fanout
+    target = members + ((digit + 1) % fanout - digit) * inside
+    routes = topology.routes(groups.ravel(), groups[:, target].ravel())
+    wires = topology.wires()
+    users = np.bincount(wires.shares[routes.wires], minlength=wires.num_wires)
+    each = wires.bytes_per_s / np.maximum(users[wires.shares], 1)
+    shares = [each[routes.of(i)].min() for i in range(routes.num_messages)]
+    return route_latencies(wires, routes), np.array(shares)
+
+
+def test_a_listed_group_has_the_card_to_itself_and_the_copies_of_a_lattice_share_it():
+    one_per_host = range(0, 128, 8)
+    listed, all_copies = pod().levels(one_per_host), pod().levels(Lattice(((8, 16),)))
+    assert [level.rate() for level in listed] == [50e9, 50e9]
+    assert [level.rate(flows) for level, flows in zip(all_copies, (1, 4), strict=True)] == [12.5e9, 200e9 / 32]
+
+
+def test_groups_without_an_even_fold_have_no_levels():
+    net = pod()
+    assert net.levels((5, 6, 7, 8, 9)) is None
+    assert net.levels((1, 0)) is None  # its first member is not its first chip
+    assert net.levels(mesh_group((("dp", 8), ("tp", 6)), ("tp",))) is None
+    assert net.levels((5,)) == ()
+    assert net.levels(Lattice(())) == ()
+    with pytest.raises(CommsError, match="at least one chip"):
+        net.levels(())
+    with pytest.raises(CommsError, match="names a chip twice"):
+        net.levels((1, 1))
+
+
+def test_a_torus_of_hosts_folds_by_dimension_and_its_levels_carry_the_tier_of_the_network():
+    torus = Torus((4, 4), (Link(1e-6, 40e9),), names=("row", "column"))
+    net = Network((shaped("ici", TierKind.SCALE_UP, torus), switched("dcn", 64, SLOW, TierKind.SCALE_OUT)))
+    levels = net.levels(mesh_group((("dp", 16), ("tp", 4)), ("dp", "tp")))
+    assert [(level.tier, level.fanout, level.ring) for level in levels] == [
+        ("ici", 4, True),
+        ("ici", 4, True),
+        ("dcn", 4, False),
+    ]
+    assert net.topology().tiers == ("ici", "dcn")
+
+
+def test_a_network_of_any_graph_has_routes_but_no_levels():
+    edges = tuple(Edge(a, (a + 1) % 5, Link(1e-6, 1e9)) for a in range(5))
+    net = Network((shaped("ring", TierKind.SCALE_UP, Graph(5, edges)),))
+    assert net.levels(range(5)) is None
+    assert np.diff(net.topology().routes(np.array([0]), np.array([2])).offsets).tolist() == [2]
+    part = net.topology(3)  # the other chips still pass messages on
+    assert (part.num_chips, part.num_nodes) == (3, 5)
+    assert net.tiers[0].link.latency_s == pytest.approx(2e-6)

@@ -7,7 +7,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from comms.links import Link
 from orchestrator.cluster_file import load_cluster
 from orchestrator.occupancy import breakdown, lane_busy, violations
 from orchestrator.runners.base import Runner
@@ -180,9 +179,7 @@ def test_k_times_the_costs_take_k_times_as_long(shape, costs, k):
 def test_more_bandwidth_is_never_slower(p, m, schedule, factor):
     program = toy(p, m, schedule)
     cluster = DGX.take(8 * p)
-    tiers = tuple(
-        replace(t, link=Link(t.link.latency_s, t.link.bytes_per_s * factor)) for t in cluster.network.tiers
-    )
+    tiers = tuple(replace(tier, shape=tier.shape.scaled(rate=factor)) for tier in cluster.network.tiers)
     better = replace(cluster, network=replace(cluster.network, tiers=tiers))
     slow, fast = (simulate_step(program, ClusterCosts(program, c)).step_ns for c in (cluster, better))
     assert fast <= slow

@@ -1,0 +1,379 @@
+"""Hierarchical: level by level, so that every wire further out carries only a share of the buffer.
+
+Reduce-scatter inside, all-reduce of the shares across (all members of a bunch at once, each with its like in the
+other bunches), all-gather inside; with three levels the middle one in the same way. Its halves are reduce_scatter
+and all_gather. An all_to_all first gives everything to the member of the own bunch that sits like its target.
+A broadcast scatters level by level outwards and gathers on the way back.
+
+Each level by its own way: around a ring, by halving and doubling, or directly. Pieces follow each other one at a
+time in each phase (SERIAL), so that a piece crosses while the next one is still inside: a flow shop.
+
+Outlines are exact in one piece. With several they assume that chips have one port for the innermost level and one
+for all others (a fabric inside the host, a network card); a broadcast is then an upper bound, as its root need not
+wait for itself. Levels that are rings are gone round in one direction.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import partial, reduce
+from itertools import product
+from math import prod, sqrt
+from typing import TypeVar
+
+import numpy as np
+
+from comms.algorithms.rounds import Outlines, Schedules, check_ranks, checked_fanouts, folds, inner_sizes
+from comms.closed import closed_seconds
+from comms.errors import CommsError
+from comms.levels import Level, Levels
+from comms.outline import Hop, Outline, Stage
+from comms.schedule import Channel, Op, Order, Pattern, Round, Schedule
+from comms.topology import IntArray
+
+
+class Way(StrEnum):
+    """How one level is crossed."""
+
+    RING = "ring"
+    DOUBLING = "halving-doubling"
+    DIRECT = "direct"
+
+
+T = TypeVar("T")
+
+RINGS = (Way.RING,)  # ways by level, innermost first; the last one stands for all further out
+MAX_PIECES = 64
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Move:
+    """Messages of all ranks to those whose digit is `to`, with what stands for `num` digits from `first` on.
+
+    Empty columns where a rank stays silent: `rows` are those that do not.
+    """
+
+    rows: IntArray
+    to: IntArray
+    first: IntArray
+    num: int = 1
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Blocks:
+    """Which chunks stand for which digits: chunk start + sum of strides[d] * digit[d].
+
+    Scattering goes through the digits in `order`: a rank works on the chunks of its own digits so far, and of all
+    those to come. Gathering comes back.
+    """
+
+    fanouts: tuple[int, ...]
+    strides: tuple[int, ...]
+    order: tuple[int, ...]
+    start: int = 0
+    patterns: dict[bytes, Pattern] | None = None
+
+    @classmethod
+    def nested(cls, fanouts: tuple[int, ...], order: tuple[int, ...], start: int = 0) -> "Blocks":
+        """All that a rank works on is one range of chunks, whoever ends with which."""
+        strides = [0] * len(fanouts)
+        for place, digit in enumerate(order):
+            strides[digit] = prod(fanouts[each] for each in order[place + 1 :])
+        return cls(fanouts, tuple(strides), order, start, {})
+
+    @classmethod
+    def by_rank(
+        cls, fanouts: tuple[int, ...], order: tuple[int, ...], start: int = 0, per_rank: int = 1
+    ) -> "Blocks":
+        """Rank r ends with chunk r * per_rank + start, so that what it works on is scattered over the buffer."""
+        return cls(fanouts, tuple(per_rank * size for size in inner_sizes(fanouts)), order, start, {})
+
+    @property
+    def num_ranks(self) -> int:
+        return prod(self.fanouts)
+
+    def digit(self, place: int) -> IntArray:
+        """[ranks] The digit at a place of the order."""
+        which = self.order[place]
+        return np.arange(self.num_ranks) // inner_sizes(self.fanouts)[which] % self.fanouts[which]
+
+    def round_of(self, place: int, moves: Sequence[Move], reduces: bool) -> Round:
+        """One round of messages along the digit at a place of the order."""
+        which = self.order[place]
+        inner, digit = inner_sizes(self.fanouts)[which], self.digit(place)
+        base = self.start + sum(self.digit(k) * self.strides[self.order[k]] for k in range(place))
+        columns = []
+        for move in moves:
+            offsets, counts = self._runs(place, move.num)
+            src, num = np.arange(self.num_ranks)[move.rows], len(offsets)
+            dst = src + (move.to - digit[move.rows]) * inner
+            first = (base + 0 * digit)[move.rows] + move.first * self.strides[which]
+            every = (first[:, np.newaxis] + offsets).ravel()
+            columns.append((np.repeat(src, num), np.repeat(dst, num), every, np.tile(counts, len(src))))
+        src, dst, first, count = (np.concatenate(column) for column in zip(*columns, strict=True))
+        return Round(self._pattern(src, dst), first, count, reduces)
+
+    def _runs(self, place: int, num: int) -> tuple[IntArray, IntArray]:
+        """What stands for `num` digits, as ranges of chunks: where they start, and how long they are."""
+        own = np.arange(num) * self.strides[self.order[place]]
+        open_digits = [np.arange(self.fanouts[each]) * self.strides[each] for each in self.order[place + 1 :]]
+        chunks = np.sort(reduce(lambda a, b: np.add.outer(a, b).ravel(), open_digits, own))
+        starts = np.flatnonzero(np.diff(chunks, prepend=chunks[0] - 2) != 1)
+        return chunks[starts], np.diff(np.append(starts, len(chunks)))
+
+    def _pattern(self, src: IntArray, dst: IntArray) -> Pattern:
+        """The same object for the same messages."""
+        assert self.patterns is not None
+        return self.patterns.setdefault(src.tobytes() + dst.tobytes(), Pattern(src, dst))
+
+
+def scattered(blocks: Blocks, place: int, way: Way) -> tuple[Round, ...]:
+    """Rounds after which each rank has the sum of what stands for its digit."""
+    return tuple(blocks.round_of(place, moves, reduces=True) for moves in _moves(blocks, place, way, False))
+
+
+def gathered(blocks: Blocks, place: int, way: Way) -> tuple[Round, ...]:
+    """Rounds after which each rank has what stands for any digit."""
+    return tuple(blocks.round_of(place, moves, reduces=False) for moves in _moves(blocks, place, way, True))
+
+
+def ring_moves(fanout: int, digit: IntArray, step: int, gathers: bool) -> Iterator[tuple[Move, ...]]:
+    """Around the ring, upwards (step 1) or downwards (step -1)."""
+    every = np.arange(len(digit))
+    for each in range(fanout - 1):
+        behind = each if gathers else each + 1
+        yield (Move(every, (digit + step) % fanout, (digit - step * behind) % fanout),)
+
+
+def _moves(blocks: Blocks, place: int, way: Way, gathers: bool) -> Iterator[tuple[Move, ...]]:
+    fanout, digit = blocks.fanouts[blocks.order[place]], blocks.digit(place)
+    every = np.arange(len(digit))
+    if way is Way.RING:
+        yield from ring_moves(fanout, digit, 1, gathers)
+    elif way is Way.DIRECT:
+        others = [(digit + by) % fanout for by in range(1, fanout)]
+        yield tuple(Move(every, other, digit if gathers else other) for other in others)
+    else:
+        if fanout & (fanout - 1):
+            raise CommsError(f"{fanout} ranks", "halving-doubling", "take a power of two, or another way")
+        bits = [1 << bit for bit in range(fanout.bit_length() - 1)]
+        for half in bits if gathers else reversed(bits):
+            kept = digit if gathers else digit ^ half
+            yield (Move(every, digit ^ half, kept // half * half, half),)
+
+
+def all_reduce(
+    num_ranks: int, *, fanouts: Sequence[int] | None = None, ways: Sequence[Way] = RINGS, pieces: int = 1
+) -> Schedule:
+    """Scatter inwards to outwards, then gather on the way back; the outermost level does both in one phase."""
+    blocks, places = _begin(num_ranks, fanouts, pieces, nested=True)
+    inward = [scattered(blocks, place, _way(ways, place)) for place in places]
+    outward = [gathered(blocks, place, _way(ways, place)) for place in reversed(places)]
+    return _schedule(Op.ALL_REDUCE, num_ranks, _turning(inward, outward), ways, pieces)
+
+
+def reduce_scatter(
+    num_ranks: int, *, fanouts: Sequence[int] | None = None, ways: Sequence[Way] = RINGS, pieces: int = 1
+) -> Schedule:
+    """From the innermost level outwards. What goes to one rank is not one range of chunks, so it is several."""
+    blocks, places = _begin(num_ranks, fanouts, pieces, nested=False)
+    phases = [scattered(blocks, place, _way(ways, place)) for place in places]
+    return _schedule(Op.REDUCE_SCATTER, num_ranks, phases, ways, pieces)
+
+
+def all_gather(
+    num_ranks: int, *, fanouts: Sequence[int] | None = None, ways: Sequence[Way] = RINGS, pieces: int = 1
+) -> Schedule:
+    """From the outermost level inwards."""
+    blocks, places = _begin(num_ranks, fanouts, pieces, nested=False)
+    phases = [gathered(blocks, place, _way(ways, place)) for place in reversed(places)]
+    return _schedule(Op.ALL_GATHER, num_ranks, phases, ways, pieces)
+
+
+def broadcast(
+    num_ranks: int,
+    root: int = 0,
+    *,
+    fanouts: Sequence[int] | None = None,
+    ways: Sequence[Way] = RINGS,
+    pieces: int = 1,
+) -> Schedule:
+    """Whoever has something scatters it over its level, the far ones first; then all gather.
+
+    As those behind in a ring get their part later, they do not disturb those ahead.
+    """
+    check_ranks(num_ranks, root)
+    blocks, places = _begin(num_ranks, fanouts, pieces, nested=True)
+    inward = [_dealt(blocks, place, root) for place in places]
+    outward = [gathered(blocks, place, _way(ways, place)) for place in reversed(places)]
+    return _schedule(Op.BROADCAST, num_ranks, _turning(inward, outward), ways, pieces, root)
+
+
+def all_to_all(num_ranks: int, *, fanouts: Sequence[int] | None = None, pieces: int = 1) -> Schedule:
+    """Level by level outwards, each time directly to the one whose digit is that of the target."""
+    check_ranks(num_ranks, pieces=pieces)
+    parts = checked_fanouts(num_ranks, fanouts)
+    phases = [
+        (_exchanged(num_ranks, fanout, inner),)
+        for fanout, inner in zip(parts, inner_sizes(parts), strict=True)
+    ]
+    channels = (Channel(tuple(phases), pieces, Order.SERIAL),) if phases else ()
+    num_chunks = num_ranks * num_ranks
+    return Schedule(Op.ALL_TO_ALL, _name((Way.DIRECT,)), num_ranks, num_chunks, 1.0 / num_ranks, channels)
+
+
+def outline(
+    op: Op, nbytes: float, levels: Levels, *, ways: Sequence[Way] = RINGS, pieces: int = 1
+) -> Outline | None:
+    """Two levels or more; None where a way does not suit a level (`_suits`)."""
+    spans = folds(levels)
+    taken = [_way(ways, place) for place in range(len(spans))]
+    if len(spans) < 2 or not all(_suits(op, *each) for each in zip(taken, spans, strict=True)):
+        return None
+    inward: list[tuple[Stage, ...]] = []
+    outward: list[tuple[Stage, ...]] = []
+    for way, (level, inner) in zip(taken, spans, strict=True):
+        rounds = _stages(way, nbytes / inner, level, inner)
+        first = _stages(Way.DIRECT, nbytes if op is Op.ALL_TO_ALL else nbytes / inner, level, inner)
+        inward.append(first if op in (Op.BROADCAST, Op.ALL_TO_ALL) else rounds)
+        outward.insert(0, rounds[::-1])
+    ports = [min(place, 1) for place in range(len(spans))]
+    if op in (Op.REDUCE_SCATTER, Op.ALL_TO_ALL):
+        return Outline(_name(ways), tuple(inward), tuple(ports), pieces)
+    if op is Op.ALL_GATHER:
+        return Outline(_name(ways), tuple(outward), tuple(ports[::-1]), pieces)
+    return Outline(_name(ways), tuple(_turning(inward, outward)), (*ports, *ports[-2::-1]), pieces)
+
+
+def flow_shop_pieces(op: Op, nbytes: float, levels: Levels, *, ways: Sequence[Way] = RINGS) -> int:
+    """About the best number of pieces, where levels have ports of their own as the outlines assume.
+
+    With q pieces each phase takes its latencies and 1 / q of its transfers, and the busiest port does so q times:
+    the sum is least at q = sqrt(transfers of the other ports / latencies of the busiest).
+    """
+    whole = outline(op, nbytes, levels, ways=ways)
+    if whole is None or op is Op.BROADCAST:
+        return 1
+    moving, waiting = [0.0, 0.0], [0.0, 0.0]
+    for phase, port in zip(whole.phases, whole.ports, strict=True):
+        for stage in phase:
+            moving[port] += stage.repeat * stage.nbytes / stage.hops[0].bytes_per_s
+            waiting[port] += stage.repeat * stage.hops[0].latency_s
+    busiest = 0 if moving[0] > moving[1] else 1
+    if waiting[busiest] <= 0:
+        return MAX_PIECES if moving[1 - busiest] > 0 else 1
+    best = sqrt(moving[1 - busiest] / waiting[busiest])
+    candidates = sorted({1, *(min(MAX_PIECES, max(1, int(best) + more)) for more in (0, 1))})
+    outlines = {pieces: outline(op, nbytes, levels, ways=ways, pieces=pieces) for pieces in candidates}
+    times = {pieces: closed_seconds(each) for pieces, each in outlines.items() if each is not None}
+    return min(candidates, key=times.__getitem__)
+
+
+def _name(ways: Sequence[Way]) -> str:
+    return "hierarchical " + ", ".join(dict.fromkeys(ways))
+
+
+def _way(ways: Sequence[Way], place: int) -> Way:
+    return ways[min(place, len(ways) - 1)]
+
+
+def _begin(num_ranks: int, fanouts: Sequence[int] | None, pieces: int, nested: bool) -> tuple[Blocks, range]:
+    check_ranks(num_ranks, pieces=pieces)
+    parts = checked_fanouts(num_ranks, fanouts)
+    order = tuple(range(len(parts)))
+    blocks = Blocks.nested(parts, order) if nested else Blocks.by_rank(parts, order)
+    return blocks, range(len(parts))
+
+
+def _turning(inward: Sequence[tuple[T, ...]], outward: Sequence[tuple[T, ...]]) -> list[tuple[T, ...]]:
+    """Phases there and back; the outermost level is turned round in."""
+    if not inward:
+        return []
+    return [*inward[:-1], (*inward[-1], *outward[0]), *outward[1:]]
+
+
+def _schedule(
+    op: Op,
+    num_ranks: int,
+    phases: Sequence[tuple[Round, ...]],
+    ways: Sequence[Way],
+    pieces: int,
+    root: int = 0,
+) -> Schedule:
+    channels = (Channel(tuple(phases), pieces, Order.SERIAL),) if phases else ()
+    return Schedule(op, _name(ways), num_ranks, num_ranks, 1.0 / num_ranks, channels, root)
+
+
+def _dealt(blocks: Blocks, place: int, root: int) -> tuple[Round, ...]:
+    """What the root's bunch has by now goes to the other bunches of its level, one message each."""
+    inner = inner_sizes(blocks.fanouts)
+    fanout, digit = blocks.fanouts[place], blocks.digit(place)
+    start = root // inner[place] * inner[place]
+    rows = np.arange(start, start + inner[place])
+    moves = []
+    for by in reversed(range(1, fanout)):
+        other = (digit[rows] + by) % fanout
+        moves.append(Move(rows, other, other))
+    return (blocks.round_of(place, moves, reduces=False),)
+
+
+def _exchanged(num_ranks: int, fanout: int, inner: int) -> Round:
+    """All chunks whose target has another digit here; their source is like the sender further out."""
+    ranks, source = np.arange(num_ranks), np.arange(inner)
+    target = np.arange(num_ranks // (inner * fanout))[:, np.newaxis] * inner * fanout
+    digit = ranks // inner % fanout
+    columns = []
+    for by in range(1, fanout):
+        dst = ranks + ((digit + by) % fanout - digit) * inner
+        to = dst % (inner * fanout)  # targets share the digits up to here
+        sources = (ranks // inner * inner)[:, np.newaxis] + source
+        chunk = sources[:, np.newaxis] * num_ranks + to[:, np.newaxis, np.newaxis] + target
+        num = chunk[0].size
+        columns.append((np.repeat(ranks, num), np.repeat(dst, num), chunk.ravel()))
+    src, dst, chunk = (np.concatenate(column) for column in zip(*columns, strict=True))
+    return Round(Pattern(src, dst), chunk, np.ones_like(chunk), reduces=False)
+
+
+def _suits(op: Op, way: Way, span: tuple[Level, int]) -> bool:
+    """Rings and boards: neighbours only where there is a ring, powers of two to double, rings to broadcast."""
+    level, _ = span
+    if op in (Op.BROADCAST, Op.ALL_TO_ALL) and level.ring and level.fanout > 2:
+        return False
+    if op is Op.BROADCAST and way is not Way.RING:
+        return False
+    if level.ring and level.fanout > 2:
+        return way is Way.RING and level.wraps
+    return way is not Way.DOUBLING or level.fanout & (level.fanout - 1) == 0
+
+
+def _stages(way: Way, nbytes: float, level: Level, inner: int) -> tuple[Stage, ...]:
+    """Scattering `nbytes` per rank over a level, all `inner` members of each bunch at once."""
+    fanout = level.fanout
+    hop = Hop(level.latency_s, level.rate(inner))
+    if way is Way.RING:
+        return (Stage(fanout - 1, nbytes / fanout, (hop,)),)
+    if way is Way.DOUBLING:
+        bits = range(fanout.bit_length() - 1)
+        return tuple(Stage(1, nbytes / (2 << bit), (hop,)) for bit in bits)
+    others = fanout - 1
+    together = Hop(level.latency_s, others * level.rate(others * inner))
+    return (Stage(1, others * nbytes / fanout, (together,)),)
+
+
+REDUCING = {Op.ALL_REDUCE: all_reduce, Op.REDUCE_SCATTER: reduce_scatter, Op.ALL_GATHER: all_gather}
+MIXES = tuple((inner,) if inner is outer else (inner, outer) for inner, outer in product(Way, Way))
+SCHEDULES: Schedules = {
+    _name(ways): {
+        **{op: partial(make, ways=ways) for op, make in REDUCING.items()},
+        **({Op.BROADCAST: broadcast} if ways == RINGS else {}),
+        **({Op.ALL_TO_ALL: all_to_all} if ways == (Way.DIRECT,) else {}),
+    }
+    for ways in MIXES
+}
+OUTLINES: Outlines = {
+    _name(ways): {op: partial(outline, op, ways=ways) for op in SCHEDULES[_name(ways)]} for ways in MIXES
+}
+PIECES: Mapping[str, Mapping[Op, Callable[[float, Levels], int]]] = {
+    _name(ways): {op: partial(flow_shop_pieces, op, ways=ways) for op in SCHEDULES[_name(ways)]}
+    for ways in MIXES
+}

@@ -1,0 +1,48 @@
+"""Groups by arithmetic against the same groups listed."""
+
+import itertools
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from comms.groups import Lattice, group_size, mesh_group, sharing
+
+AXES = ("pp", "dp", "tp")
+sizes = st.tuples(st.integers(1, 6), st.integers(1, 6), st.integers(1, 6))
+
+
+def copies_of(axes, along):
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for chip, at in enumerate(itertools.product(*(range(size) for _, size in axes))):
+        fixed = tuple(c for (axis, _), c in zip(axes, at, strict=True) if axis not in along)
+        groups.setdefault(fixed, []).append(chip)
+    return list(groups.values())
+
+
+@given(sizes, st.sets(st.sampled_from(AXES)))
+def test_a_lattice_is_the_first_of_its_copies(shape, along):
+    axes = tuple(zip(AXES, shape, strict=True))
+    lattice = mesh_group(axes, along)
+    first = copies_of(axes, along)[0]
+    assert sorted(lattice.chips().tolist()) == first
+    assert (group_size(lattice), lattice.highest) == (len(first), first[-1])
+
+
+@given(sizes, st.sets(st.sampled_from(AXES)), st.integers(1, 40))
+def test_members_share_a_block_as_in_every_copy_or_not_at_all(shape, along, size):
+    axes = tuple(zip(AXES, shape, strict=True))
+    lattice = mesh_group(axes, along)
+    count = sharing(lattice, size)
+    if count is not None:
+        assert {sharing(copy, size) for copy in copies_of(axes, along)} == {count}
+        assert group_size(lattice.within(size)) == count
+
+
+def test_neighbouring_axes_are_one_longer_step():
+    assert mesh_group((("pp", 2), ("dp", 4), ("tp", 8)), ("dp", "tp")) == Lattice(((1, 32),))
+
+
+@pytest.mark.parametrize(("chips", "count"), [((0, 1, 4, 5), 2), ((0, 1, 4), None), ((3, 7), 1)])
+def test_listed_members_are_counted_block_by_block(chips, count):
+    assert sharing(chips, 4) == count
