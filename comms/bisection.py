@@ -35,7 +35,7 @@ EXACT_CHIPS = 16
 MOST_CUTS = 2**21
 BLOCK_CUTS = 2**15
 DENSE_NODES = 2048  # more are not exchanged: gains need a table of pairs
-BOUND_SOURCES = 256  # chips from which the farthest one is looked for
+BOUND_SOURCES = 64  # chips from which the farthest one is looked for
 
 
 class Proof(StrEnum):

@@ -1,9 +1,10 @@
 """Compiled: jobs on a topology as flat arrays, which is what the compiled loops of full fidelity read.
 
-A stream is one channel of one job. Streams number their ranks, rounds, pieces and groups from 0; the arrays of
-all streams are laid end to end. A group is what waits together: all chunks of a channel, or each chunk in a
-channel `by_chunk`. A port is one wire by which one rank of one stream leaves: its messages go one after another,
-so a port has at most one message under way. A resource is a wire's capacity (`Wires.shares`).
+A stream is one channel of one job, for all its groups; a run is one group of one job. Streams number their ranks,
+rounds, pieces and chunk groups from 0; the arrays of all streams are laid end to end. A chunk group is what waits
+together: all chunks of a channel, or each chunk in a channel `by_chunk`. A port is one wire by which one rank of
+one stream leaves: its messages go one after another, so a port has at most one message under way. A resource is
+a wire's capacity (`Wires.shares`).
 """
 
 from collections.abc import Iterator, Sequence
@@ -23,20 +24,29 @@ Int32Array = NDArray[np.int32]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Job:
-    """One collective to be timed: rank i of the schedule sits on node places[i]."""
+    """One collective to be timed: rank i of the schedule sits on node places[i].
+
+    Several groups may do the same at once, each starting and ending for itself: places[group, i].
+    """
 
     schedule: Schedule
-    places: IntArray
+    places: IntArray  # [ranks] or [groups, ranks]
     nbytes: float
     start_s: float = 0.0
     repeats: bool = False  # background: starts again when it is done, and nobody waits for it
     protocol: Protocol = PLAIN
 
+    @property
+    def by_group(self) -> IntArray:
+        """[groups, ranks] The places."""
+        return np.atleast_2d(np.asarray(self.places, dtype=np.int64))
+
 
 STREAM = np.dtype(
     [
-        ("job", "i8"),
-        ("ranks", "i8"),
+        ("ranks", "i8"),  # of all its groups
+        ("members", "i8"),  # ranks of one group
+        ("run0", "i8"),  # the run of its first group; a run is one group of a job
         ("pieces", "i8"),
         ("groups", "i8"),
         ("rounds", "i8"),
@@ -47,7 +57,6 @@ STREAM = np.dtype(
             "i8",
         ),  # chain (piece, rank, group) is row chain0 + (piece * ranks + rank) * groups + group
         ("left0", "i8"),  # what a chain still gets in round s is row left0 + chain * rounds + s
-        ("start_s", "f8"),
         ("serial", "?"),
         ("by_chunk", "?"),
     ],
@@ -62,6 +71,20 @@ ROUND = np.dtype(
         ("number", "i4"),  # in its stream
         ("phase_start", "i4"),  # number of the first round of its phase
         ("phase_end", "i4"),  # exclusive
+    ],
+    align=True,
+)
+RUN = np.dtype(
+    [
+        ("job", "i8"),
+        ("group", "i8"),
+        ("stream0", "i8"),
+        ("stream1", "i8"),  # exclusive
+        ("messages", "i8"),
+        ("left", "i8"),  # messages still to arrive
+        ("start_s", "f8"),
+        ("end_s", "f8"),
+        ("repeats", "?"),
     ],
     align=True,
 )
@@ -97,10 +120,10 @@ class Compiled:
     """All jobs, ready to be timed."""
 
     work: Work
+    runs: NDArray[np.void]  # RUN, job by job
     num_ports: int
     num_chains: int
     num_left: int
-    num_jobs: int
     port_rank: Int32Array  # [ports] row of the rank that sends by it, over all streams
     rank_node: IntArray  # [rank rows] node of the topology
     bytes_per_s: FloatArray  # [resources]
@@ -126,26 +149,27 @@ def compile_jobs(topology: Topology, jobs: Sequence[Job]) -> Compiled:
     """Routes, ports and sizes of everything that the jobs send. Raises CommsError for impossible places."""
     wires = topology.wires()
     building = _Building(topology, wires)
-    for number, job in enumerate(jobs):
+    for job in jobs:
         _check_places(topology, job)
-        for channel in job.schedule.channels:
-            building.add(number, job, channel)
-    return building.done(len(jobs))
+        building.add_job(job)
+    return building.done()
 
 
 def _check_places(topology: Topology, job: Job) -> None:
-    ranks = job.schedule.num_ranks + job.schedule.num_helpers
-    if len(job.places) != ranks:
-        problem = f"{len(job.places)} places for {ranks} ranks"
-        raise CommsError(problem, job.schedule.algorithm, "name one node per rank of the schedule")
-    if len(np.unique(job.places)) != ranks:
-        raise CommsError("two ranks on one node", job.schedule.algorithm, "give every rank a node of its own")
-    if ranks and (job.places.min() < 0 or job.places.max() >= topology.num_nodes):
-        outside = int(job.places[(job.places < 0) | (job.places >= topology.num_nodes)][0])
-        problem = f"node {outside} is outside a topology of {topology.num_nodes} nodes"
-        raise CommsError(problem, job.schedule.algorithm, "place ranks on nodes that there are")
+    ranks, places = job.schedule.num_ranks + job.schedule.num_helpers, job.by_group
+    where = job.schedule.algorithm
+    if places.shape[1] != ranks:
+        problem = f"{places.shape[1]} places for {ranks} ranks"
+        raise CommsError(problem, where, "name one node per rank of the schedule")
+    in_order = np.sort(places, axis=1)
+    if (in_order[:, 1:] == in_order[:, :-1]).any():
+        raise CommsError("two ranks on one node", where, "give every rank a node of its own")
+    outside = places[(places < 0) | (places >= topology.num_nodes)]
+    if len(outside):
+        problem = f"node {outside[0]} is outside a topology of {topology.num_nodes} nodes"
+        raise CommsError(problem, where, "place ranks on nodes that there are")
     if job.nbytes < 0:
-        raise CommsError(f"{job.nbytes} bytes", job.schedule.algorithm, "give a size of zero or more")
+        raise CommsError(f"{job.nbytes} bytes", where, "give a size of zero or more")
 
 
 class _Building:
@@ -160,24 +184,35 @@ class _Building:
         self.chunks: list[tuple[IntArray, IntArray]] = []
         self.rank_node: list[IntArray] = []
         self.port_rank: list[IntArray] = []
-        self.num = dict.fromkeys(("rounds", "ranks", "chains", "left", "edges", "messages", "ports"), 0)
-        self.num["route"] = 0
+        self.runs: list[tuple[float, ...]] = []
+        names = ("jobs", "rounds", "ranks", "chains", "left", "edges", "messages", "ports", "route")
+        self.num = dict.fromkeys(names, 0)
 
-    def add(self, number: int, job: Job, channel: Channel) -> None:
-        """One more stream."""
+    def add_job(self, job: Job) -> None:
+        """One more job: a stream per channel, a run per group."""
+        groups, stream0 = len(job.by_group), len(self.streams)
+        for channel in job.schedule.channels:
+            self._add_channel(job, channel)
+        self.num["jobs"] += 1
+        stream1, messages = len(self.streams), job.schedule.num_messages
+        for group in range(groups):
+            times = (messages, messages, job.start_s, job.start_s, job.repeats)
+            self.runs.append((self.num["jobs"] - 1, group, stream0, stream1, *times))
+
+    def _add_channel(self, job: Job, channel: Channel) -> None:
         rounds = [(each, phase) for phase in _phase_bounds(channel) for each in phase[2]]
-        ranks, pieces = len(job.places), max(1, channel.pieces)
+        num_groups, members = job.by_group.shape
+        ranks, pieces = num_groups * members, max(1, channel.pieces)
         groups = job.schedule.num_chunks if channel.by_chunk else 1
         chains = pieces * ranks * groups
-        order = channel.order is Order.SERIAL
         self.streams.append(
-            (number, ranks, pieces, groups, len(rounds), self.num["rounds"], self.num["ranks"])
-            + (self.num["chains"], self.num["left"], job.start_s, order, channel.by_chunk)
+            (ranks, members, len(self.runs), pieces, groups, len(rounds), self.num["rounds"])
+            + (self.num["ranks"], self.num["chains"], self.num["left"])
+            + (channel.order is Order.SERIAL, channel.by_chunk)
         )
         patterns = self._patterns([each.pattern for each, _ in rounds], job)
         self._add_rounds(rounds, patterns, job, pieces)
-        self.chunks += [(each.first, each.count) for each, _ in rounds]
-        self.rank_node.append(np.asarray(job.places, dtype=np.int64))
+        self.rank_node.append(job.by_group.ravel())
         self.num["rounds"] += len(rounds)
         self.num["ranks"] += ranks
         self.num["chains"] += chains
@@ -185,7 +220,7 @@ class _Building:
 
     def _patterns(self, patterns: Sequence[Pattern], job: Job) -> dict[int, int]:
         """First row of each distinct pattern; ports are numbered per stream, over all its patterns."""
-        distinct = {id(pattern): pattern for pattern in patterns}
+        distinct = {id(pattern): _in_groups(pattern, job) for pattern in patterns}
         routed = {key: self._routed(pattern, job) for key, pattern in distinct.items()}
         keys = [_port_keys(p, routed[key][0], self.wires.num_wires) for key, p in distinct.items()]
         every = np.unique(np.concatenate(keys)) if keys else np.zeros(0, dtype=np.int64)
@@ -203,7 +238,8 @@ class _Building:
         return rows
 
     def _routed(self, pattern: Pattern, job: Job) -> tuple[IntArray, IntArray, IntArray, FloatArray]:
-        routes = self.topology.routes(job.places[pattern.src], job.places[pattern.dst])
+        places = job.by_group.ravel()
+        routes = self.topology.routes(places[pattern.src], places[pattern.dst])
         resources = self.wires.shares[routes.wires]
         heads = np.full(routes.num_messages, -1, dtype=np.int64)
         taken = routes.offsets[1:] > routes.offsets[:-1]
@@ -218,7 +254,8 @@ class _Building:
         job: Job,
         pieces: int,
     ) -> None:
-        lengths = np.array([len(each.pattern.src) for each, _ in rounds], dtype=np.int64)
+        groups = len(job.by_group)
+        lengths = np.array([len(each.pattern.src) * groups for each, _ in rounds], dtype=np.int64)
         first = np.cumsum(lengths) - lengths + self.num["messages"]
         edge0 = np.array([patterns[id(each.pattern)] for each, _ in rounds], dtype=np.int64)
         start = np.array([phase[0] for _, phase in rounds], dtype=np.int64)
@@ -228,10 +265,11 @@ class _Building:
         self.rounds.append((edge0, first, first + lengths, stream, number, start, end))
         scale = job.nbytes / pieces / job.protocol.share
         for each, _ in rounds:
-            self.sizes.append(job.schedule.message_shares(each) * scale)
+            self.sizes.append(np.tile(job.schedule.message_shares(each) * scale, groups))
+            self.chunks.append((np.tile(each.first, groups), np.tile(each.count, groups)))
         self.num["messages"] += int(lengths.sum())
 
-    def done(self, num_jobs: int) -> Compiled:
+    def done(self) -> Compiled:
         """Everything laid end to end."""
         rounds, streams = _records(ROUND, self.rounds), np.array(self.streams, dtype=STREAM)
         chunks = self.chunks if streams["by_chunk"].any() else []
@@ -248,15 +286,22 @@ class _Building:
         )
         return Compiled(
             work=work,
+            runs=np.array(self.runs, dtype=RUN),
             num_ports=self.num["ports"],
             num_chains=self.num["chains"],
             num_left=self.num["left"],
-            num_jobs=num_jobs,
             port_rank=_column(self.port_rank).astype(np.int32),
             rank_node=_column(self.rank_node).astype(np.int64),
             bytes_per_s=self.wires.bytes_per_s.astype(np.float64),
             crossings=_crossings(work, self.wires.num_wires),
         )
+
+
+def _in_groups(pattern: Pattern, job: Job) -> Pattern:
+    """A pattern of one group, for all groups: group after group."""
+    groups, members = job.by_group.shape
+    shift = np.arange(groups)[:, np.newaxis] * members
+    return Pattern((pattern.src + shift).ravel(), (pattern.dst + shift).ravel())
 
 
 def _phase_bounds(channel: Channel) -> Iterator[tuple[int, int, tuple[Round, ...]]]:

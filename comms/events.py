@@ -22,8 +22,10 @@ SAME_INSTANT = 1e-12  # relative: rounding must not split what happens together
 # States of a port.
 IDLE, STARTING, SENDING = 0, 1, 2
 
-# Counters: messages that have arrived, flows that started or ended, flows solved anew, foreground jobs left.
-ARRIVED, FLOW_EVENTS, SOLVED, JOBS_LEFT = 0, 1, 2, 3
+# Counters: messages that have arrived, flows that started or ended, flows solved anew, runs under way that are
+# waited for, runs in `World.ended`.
+ARRIVED, FLOW_EVENTS, SOLVED, WAITED_FOR, ENDED = 0, 1, 2, 3, 4
+NUM_COUNTERS = 5
 MAX_PIECES = 1 << 20  # a timer's number holds a message and a piece
 
 
@@ -58,15 +60,6 @@ RANK = np.dtype(
     ],
     align=True,
 )
-JOB = np.dtype(
-    [
-        ("left", "i8"),  # messages still to arrive
-        ("messages", "i8"),
-        ("end_s", "f8"),
-        ("repeats", "?"),
-    ],
-    align=True,
-)
 
 
 class Noise(NamedTuple):
@@ -88,10 +81,11 @@ class World(NamedTuple):
     port: NDArray[np.void]  # PORT
     ports_of_rank: NDArray[np.int32]
     rank: NDArray[np.void]  # RANK
-    job: NDArray[np.void]  # JOB
+    run: NDArray[np.void]  # compiled.RUN
+    ended: NDArray[np.int64]  # [runs] those that ended since the caller looked
     got: NDArray[np.int32]  # [chains] rounds fully received
     left: NDArray[np.uint16]  # [chains * rounds] messages still to come
-    left_again: NDArray[np.uint16]  # the same as it was at first, for jobs that repeat
+    left_again: NDArray[np.uint16]  # the same as it was at first, for runs that start again
     record0: NDArray[np.int64]  # [streams] first row of what is recorded
     starts: NDArray[np.float64]  # [message and piece] empty where nothing is recorded
     arrivals: NDArray[np.float64]
@@ -107,15 +101,17 @@ class Changes(NamedTuple):
 
 
 @compiled
-def run(w: World, changes: Changes, next_change: int) -> int:
-    """Until all foreground jobs are done, nothing can happen any more, or timers need more room.
+def run(w: World, changes: Changes, next_change: int, until_s: float, run_by_run: bool) -> int:
+    """On until all runs that are waited for have ended, or any (`run_by_run`), or nothing happens by `until_s`.
 
-    Returns the next change of capacity.
+    It also stops when timers need more room. Returns the next change of capacity.
     """
     timers, finishes = w.timers, w.finishes
-    # What one event may add: a timer for each port, and one for each stream that starts again.
-    room = len(timers.heap) - 2 * len(w.port) - 2 * len(w.work.streams) - 2
-    while w.counters[JOBS_LEFT] > 0 and timers.size[0] < room:
+    # What the events of one instant may add: a timer for each port, one for each run that starts again (Live).
+    room = len(timers.heap) - 2 * len(w.port) - 2 * len(w.run) - 2
+    while w.counters[WAITED_FOR] > 0 and timers.size[0] < room:
+        if run_by_run and w.counters[ENDED] > 0:
+            break
         now = np.inf
         if timers.size[0] > 0:
             now = timers.heap[0].time
@@ -123,7 +119,7 @@ def run(w: World, changes: Changes, next_change: int) -> int:
             now = min(now, finishes.port[finishes.heap[0]].time)
         if next_change < len(changes.at_s):
             now = min(now, changes.at_s[next_change])
-        if now == np.inf:
+        if now == np.inf or now > until_s:
             break
         until = now * (1.0 + SAME_INSTANT)
         drawn = 0
@@ -164,16 +160,24 @@ def _settle(w: World, now: float, drawn: int) -> None:
 
 @compiled
 def _happen(w: World, number: int, now: float, drawn: int) -> int:
-    """An arrival (number >= 0), the end of a port's overhead, or the start of a stream."""
+    """An arrival (number >= 0), the end of a port's overhead, or the start of a run."""
     num_ports = len(w.port)
-    if number < 0 and -number <= num_ports:
-        return _send(w, -number - 1, now, drawn)
     if number >= 0:
-        first = _deliver(w, number // MAX_PIECES, number % MAX_PIECES, now)
-        last = first + 1
-    else:
-        stream = w.work.streams[-number - 1 - num_ports]
-        first, last = stream.rank0, stream.rank0 + stream.ranks
+        rank = _deliver(w, number // MAX_PIECES, number % MAX_PIECES, now)
+        return _try_all(w, rank, rank + 1, now, drawn)
+    if -number <= num_ports:
+        return _send(w, -number - 1, now, drawn)
+    started = w.run[-number - 1 - num_ports]
+    for each in range(started.stream0, started.stream1):
+        stream = w.work.streams[each]
+        first = stream.rank0 + started.group * stream.members
+        drawn = _try_all(w, first, first + stream.members, now, drawn)
+    return drawn
+
+
+@compiled
+def _try_all(w: World, first: int, last: int, now: float, drawn: int) -> int:
+    """Start what can leave from ranks first .. last - 1."""
     for rank in range(first, last):
         for index in range(w.rank[rank].port0, w.rank[rank].port1):
             drawn = _try(w, w.ports_of_rank[index], now, drawn)
@@ -202,38 +206,49 @@ def _deliver(w: World, message: int, piece: int, now: float) -> int:
     if len(w.arrivals) > 0:
         w.arrivals[_record_row(w, each.stream, message, piece)] = now
     w.counters[ARRIVED] += 1
-    job = w.job[stream.job]
-    job.left -= 1
-    if job.left == 0:
-        if job.repeats:
-            _restart(w, stream.job, now)
-        else:
-            job.end_s = now
-            w.counters[JOBS_LEFT] -= 1
+    number = stream.run0 + dst // stream.members
+    its = w.run[number]
+    its.left -= 1
+    if its.left == 0:
+        _end(w, number, now)
     return stream.rank0 + dst  # type: ignore[no-any-return]
 
 
 @compiled
-def _restart(w: World, job: int, now: float) -> None:
-    """A background job starts again."""
-    w.job[job].left = w.job[job].messages
-    for number in range(len(w.work.streams)):
-        stream = w.work.streams[number]
-        if stream.job != job:
-            continue
-        for chain in range(stream.pieces * stream.ranks * stream.groups):
-            base = stream.left0 + chain * stream.rounds
-            for row in range(base, base + stream.rounds):
-                w.left[row] = w.left_again[row]
-            got = 0
-            while got < stream.rounds and w.left[base + got] == 0:
-                got += 1
-            w.got[stream.chain0 + chain] = got
+def _end(w: World, number: int, now: float) -> None:
+    """All messages of a run have arrived."""
+    if w.run[number].repeats:
+        rewind(w, number)
         add_timer(w.timers, now, -len(w.port) - 1 - number)
-    for number in range(len(w.port)):
-        port = w.port[number]
-        if w.work.streams[port.stream].job == job:
-            port.row, port.piece = port.first, 0
+        return
+    w.run[number].end_s = now
+    w.ended[w.counters[ENDED]] = number
+    w.counters[ENDED] += 1
+    w.counters[WAITED_FOR] -= 1
+
+
+@compiled
+def rewind(w: World, number: int) -> None:
+    """Make a run ready to start again."""
+    its = w.run[number]
+    its.left = its.messages
+    for each in range(its.stream0, its.stream1):
+        stream = w.work.streams[each]
+        first = its.group * stream.members
+        for piece in range(stream.pieces):
+            base = (piece * stream.ranks + first) * stream.groups
+            for chain in range(base, base + stream.members * stream.groups):
+                left = stream.left0 + chain * stream.rounds
+                for row in range(left, left + stream.rounds):
+                    w.left[row] = w.left_again[row]
+                got = 0
+                while got < stream.rounds and w.left[left + got] == 0:
+                    got += 1
+                w.got[stream.chain0 + chain] = got
+        for rank in range(stream.rank0 + first, stream.rank0 + first + stream.members):
+            for index in range(w.rank[rank].port0, w.rank[rank].port1):
+                port = w.port[w.ports_of_rank[index]]
+                port.row, port.piece = port.first, 0
 
 
 @compiled

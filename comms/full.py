@@ -8,7 +8,7 @@ Assumes that a job's chips are ready at its start (plus their lateness). Not mod
 the time to add contributions is part of a wire's rate.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -17,8 +17,20 @@ from numpy.typing import NDArray
 
 from comms.compiled import Compiled, Job, compile_jobs
 from comms.errors import CommsError
-from comms.events import ARRIVED, FLOW_EVENTS, JOB, JOBS_LEFT, PORT, RANK, SOLVED, Changes, Noise, World, run
-from comms.heaps import TIMER, Timers, empty_finishes, empty_timers
+from comms.events import (
+    ARRIVED,
+    FLOW_EVENTS,
+    NUM_COUNTERS,
+    PORT,
+    RANK,
+    SOLVED,
+    WAITED_FOR,
+    Changes,
+    Noise,
+    World,
+    run,
+)
+from comms.heaps import TIMER, Timers, add_timer, empty_finishes, empty_timers
 from comms.queues import queues, received_at_first, still_to_come
 from comms.sharing import empty_flows
 from comms.sweep import NONE, Sweep, sweep
@@ -60,8 +72,9 @@ CALM = Conditions()
 class FullResult:
     """What was timed. `wire_nbytes` counts background jobs once."""
 
-    seconds: FloatArray  # [jobs] from its start to its end; nan for background jobs
-    chip_end_s: tuple[FloatArray, ...]  # per job and rank: last byte in or out
+    seconds: FloatArray  # [jobs] from its start to the end of its last group; nan for background jobs
+    group_seconds: tuple[FloatArray, ...]  # per job: [groups]
+    chip_end_s: tuple[FloatArray, ...]  # per job: [groups * ranks] last byte in or out
     wire_nbytes: FloatArray  # [wires] bytes that cross each capacity (Wires.shares)
     num_messages: int
     flow_events: int  # starts and ends of flows; 0 by sweep
@@ -81,7 +94,7 @@ def simulate(
 ) -> FullResult:
     """Time all jobs together. Raises CommsError where they cannot finish (a dead wire, and no way round)."""
     compiled = compile_jobs(topology, jobs)
-    rates = _rates(compiled, conditions)
+    rates = rates_under(compiled, conditions)
     may_sweep = not conditions.changes and not any(job.repeats for job in jobs) and bool((rates > 0).all())
     if method is not Method.EVENTS and may_sweep:
         swept = _swept(compiled, rates, conditions, record)
@@ -89,10 +102,11 @@ def simulate(
             return swept
     if method is Method.SWEEP:
         raise CommsError("messages meet on a wire", "sweep", "leave the method open")
-    return _by_events(compiled, jobs, rates, conditions, record)
+    return _by_events(compiled, rates, conditions, record)
 
 
-def _rates(compiled: Compiled, conditions: Conditions) -> FloatArray:
+def rates_under(compiled: Compiled, conditions: Conditions) -> FloatArray:
+    """[resources] Bytes per second."""
     rates = compiled.bytes_per_s.copy()
     for wire, factor in conditions.factors.items():
         if not 0 <= factor < np.inf:
@@ -121,51 +135,55 @@ def _swept(compiled: Compiled, rates: FloatArray, conditions: Conditions, record
         busy_until=np.zeros(len(rates)),
         owner=np.full(len(rates), NONE),
         rank_end=np.zeros(len(compiled.rank_node)),
-        job_end=_job_starts(compiled),
+        run=compiled.runs,
+        record0=record0,
         starts=np.zeros(recorded),
         arrivals=np.zeros(recorded),
-        record0=record0,
     )
     if not sweep(state):
+        compiled.runs["end_s"] = compiled.runs["start_s"]
         return None
-    return FullResult(
-        state.job_end - _job_starts(compiled),
-        _chip_ends(compiled, state.rank_end),
-        compiled.crossings,
-        compiled.num_messages,
-        0,
-        0,
-        Method.SWEEP,
-        *(_spans(compiled, state.starts, state.arrivals, record0) if record else ((), ())),
+    spans = _spans(compiled, state.starts, state.arrivals, record0) if record else ((), ())
+    counted = (compiled.num_messages, 0, 0)
+    return _result(compiled, state.rank_end, counted, Method.SWEEP, spans)
+
+
+def _by_events(compiled: Compiled, rates: FloatArray, conditions: Conditions, record: bool) -> FullResult:
+    world = first_world(
+        compiled, rates, conditions, record=record, again=bool(compiled.runs["repeats"].any())
     )
-
-
-def _by_events(
-    compiled: Compiled, jobs: Sequence[Job], rates: FloatArray, conditions: Conditions, record: bool
-) -> FullResult:
-    repeats = np.array([job.repeats for job in jobs], dtype=np.bool_)
-    world = _first_world(compiled, rates, conditions, repeats, record)
-    changes, next_change, stuck = _changes(compiled, conditions), 0, False
-    while world.counters[JOBS_LEFT] > 0 and not stuck:
-        next_change = run(world, changes, next_change)
+    start_runs(world, range(len(compiled.runs)))
+    changes, next_change, stuck = timed_changes(compiled, conditions), 0, False
+    while world.counters[WAITED_FOR] > 0 and not stuck:
+        next_change = run(world, changes, next_change, np.inf, False)
         # It stops early for want of room, or because nothing can happen any more.
         stuck = world.timers.size[0] == 0
-        world = world._replace(timers=_grown(world.timers))
-    if world.counters[JOBS_LEFT] > 0:
+        world = world._replace(timers=grown(world.timers))
+    if world.counters[WAITED_FOR] > 0:
         raise CommsError("a message can never arrive", "simulation", "a wire on its route stays at rate zero")
-    return FullResult(
-        np.where(repeats, np.nan, world.job["end_s"] - _job_starts(compiled)),
-        _chip_ends(compiled, world.rank["end_s"]),
-        compiled.crossings,
-        int(world.counters[ARRIVED]),
-        int(world.counters[FLOW_EVENTS]),
-        int(world.counters[SOLVED]),
-        Method.EVENTS,
-        *(_spans(compiled, world.starts, world.arrivals, world.record0) if record else ((), ())),
-    )
+    spans = _spans(compiled, world.starts, world.arrivals, world.record0) if record else ((), ())
+    arrived, events, solved = (int(world.counters[which]) for which in (ARRIVED, FLOW_EVENTS, SOLVED))
+    return _result(compiled, world.rank["end_s"], (arrived, events, solved), Method.EVENTS, spans)
 
 
-def _changes(compiled: Compiled, conditions: Conditions) -> Changes:
+def _result(
+    compiled: Compiled,
+    rank_end: FloatArray,
+    counted: tuple[int, int, int],
+    method: Method,
+    spans: tuple[tuple[FloatArray, ...], tuple[FloatArray, ...]],
+) -> FullResult:
+    runs = compiled.runs
+    took = np.where(runs["repeats"], np.nan, runs["end_s"] - runs["start_s"])
+    cut = np.flatnonzero(np.diff(runs["job"])) + 1
+    by_group = tuple(np.split(took, cut)) if len(took) else ()
+    seconds = np.array([group.max() for group in by_group])
+    ends = _chip_ends(compiled, rank_end)
+    return FullResult(seconds, by_group, ends, compiled.crossings, *counted, method, *spans)
+
+
+def timed_changes(compiled: Compiled, conditions: Conditions) -> Changes:
+    """The changes of capacity, in order of time."""
     changes = sorted(conditions.changes, key=lambda change: (change.at_s, change.wire))
     wire = np.array([change.wire for change in changes], dtype=np.int64)
     factor = np.array([change.factor for change in changes], dtype=np.float64)
@@ -173,65 +191,54 @@ def _changes(compiled: Compiled, conditions: Conditions) -> Changes:
     return Changes(at_s, wire, compiled.bytes_per_s[wire] * factor)
 
 
-def _job_starts(compiled: Compiled) -> FloatArray:
-    starts = np.zeros(compiled.num_jobs)
-    starts[compiled.work.streams["job"]] = compiled.work.streams["start_s"]
-    return starts
-
-
-def _grown(timers: Timers) -> Timers:
+def grown(timers: Timers) -> Timers:
+    """The same timers with twice the room."""
     heap = np.zeros(2 * len(timers.heap), dtype=TIMER)
     heap[: len(timers.heap)] = timers.heap
     return Timers(heap, timers.size)
 
 
-def _first_timers(compiled: Compiled) -> Timers:
-    """One timer per stream; put in sorted, they are a heap."""
-    order = np.argsort(compiled.work.streams["start_s"], kind="stable")
-    num = len(order)
-    timers = empty_timers(8 * (compiled.num_ports + num) + 1024)
-    timers.heap["time"][:num] = compiled.work.streams["start_s"][order]
-    timers.heap["number"][:num] = -compiled.num_ports - 1 - order
-    timers.size[0] = num
-    return timers
-
-
-def _first_world(
-    compiled: Compiled,
-    rates: FloatArray,
-    conditions: Conditions,
-    repeats: NDArray[np.bool_],
-    record: bool,
+def first_world(
+    compiled: Compiled, rates: FloatArray, conditions: Conditions, *, record: bool, again: bool
 ) -> World:
+    """Nothing started yet. `again`: runs may be rewound."""
     work = compiled.work
     recorded, record0 = _record_rows(compiled, record)
     left = still_to_come(compiled)
     queue, first = queues(compiled)
     rank, ports_of_rank = _ranks(compiled, conditions)
-    job = np.zeros(compiled.num_jobs, dtype=JOB)
-    np.add.at(job["messages"], work.streams["job"], compiled.messages_by_stream())
-    job["left"], job["repeats"], job["end_s"] = job["messages"], repeats, _job_starts(compiled)
-    foreground = int(np.count_nonzero(~repeats & (job["messages"] > 0)))
-    route_lengths = work.edges["route1"] - work.edges["route0"]
+    hops = int((work.edges["route1"] - work.edges["route0"]).max(initial=1))
     return World(
         work=work,
-        flows=empty_flows(rates, compiled.num_ports, int(route_lengths.max(initial=1))),
-        timers=_first_timers(compiled),
+        flows=empty_flows(rates, compiled.num_ports, hops),
+        timers=empty_timers(8 * compiled.num_ports + 4 * len(compiled.runs) + 1024),
         finishes=empty_finishes(compiled.num_ports),
         noise=Noise(conditions.noise_s, conditions.seed),
         queue=queue,
         port=_port_records(compiled, first),
         ports_of_rank=ports_of_rank,
         rank=rank,
-        job=job,
+        run=compiled.runs,
+        ended=np.zeros(len(compiled.runs), dtype=np.int64),
         got=received_at_first(compiled, left),
         left=left,
-        left_again=left.copy() if repeats.any() else left[:0],
+        left_again=left.copy() if again else left[:0],
         record0=record0,
         starts=np.zeros(recorded),
         arrivals=np.zeros(recorded),
-        counters=np.array([0, 0, 0, foreground], dtype=np.int64),
+        counters=np.zeros(NUM_COUNTERS, dtype=np.int64),
     )
+
+
+def start_runs(world: World, numbers: Iterable[int]) -> None:
+    """Let runs start at their start_s. A run without messages ends there."""
+    for number in numbers:
+        its = world.run[number]
+        if its["messages"] == 0:
+            its["end_s"] = its["start_s"]
+            continue
+        add_timer(world.timers, float(its["start_s"]), -len(world.port) - 1 - number)
+        world.counters[WAITED_FOR] += not its["repeats"]
 
 
 def _port_records(compiled: Compiled, first: IntArray) -> NDArray[np.void]:
@@ -269,9 +276,9 @@ def _spans(
 
 def _chip_ends(compiled: Compiled, rank_end: FloatArray) -> tuple[FloatArray, ...]:
     """Per job, the latest over its channels."""
-    ends: list[FloatArray] = [np.zeros(0)] * compiled.num_jobs
-    for stream in compiled.work.streams:
-        rows = rank_end[stream["rank0"] : stream["rank0"] + stream["ranks"]]
-        known = ends[stream["job"]]
-        ends[stream["job"]] = np.maximum(known, rows) if len(known) else rows.copy()
+    ends: list[FloatArray] = []
+    for its in compiled.runs[compiled.runs["group"] == 0]:
+        streams = compiled.work.streams[its["stream0"] : its["stream1"]]
+        rows = [rank_end[each["rank0"] : each["rank0"] + each["ranks"]] for each in streams]
+        ends.append(np.maximum.reduce(rows) if rows else np.zeros(0))
     return tuple(ends)

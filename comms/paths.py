@@ -42,6 +42,10 @@ class Paths:
     order: IntArray  # [wires] wires by head, then by number
     first: IntArray  # [nodes + 1] where the wires into a node begin in `order`
     weights: IntArray  # [wires] in `order`: latency, then one per wire
+    start: (
+        IntArray  # [nodes] the only wire out of a node, -1 if there are several or its head passes nothing on
+    )
+    root: IntArray  # [nodes] where trees for what a node sends begin: at the head of `start`, or itself
     appearance: IntArray  # [nodes] rank by first appearance among the wires
     _trees: OrderedDict[int, Tree] = field(default_factory=OrderedDict, init=False, repr=False)
 
@@ -56,9 +60,9 @@ class Paths:
             if not len(messages):
                 continue
             trees = self._trees_of(roots[block])
-            for some in _blocks(len(messages), 1):
+            for some in _blocks(len(messages), int(np.diff(self.first).max(initial=1))):
                 of = messages[some]
-                found = self._traced(trees, row[of] - block.start, src[of], dst[of])
+                found = self._traced(trees, roots[block], row[of] - block.start, src[of], dst[of])
                 lengths[of] = np.diff(found.offsets)
                 parts.append((of, found))
         offsets = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(lengths)])
@@ -153,36 +157,49 @@ class Paths:
 
     def _leads(self, tails: IntArray, sources: IntArray) -> BoolArray:
         """[tails, sources] Whether what comes from a source may leave a node."""
-        return self.passes[tails][:, None] | (tails[:, None] == sources)
+        leads: BoolArray = self.passes[tails][:, None] | (tails[:, None] == sources)
+        return leads
 
-    def _traced(self, trees: Tree, row: IntArray, src: IntArray, dst: IntArray) -> Routes:
-        """Paths from their ends back to their sources, one wire of all messages at a time."""
+    def _traced(self, trees: Tree, roots: IntArray, row: IntArray, src: IntArray, dst: IntArray) -> Routes:
+        """Paths from their ends back to their roots, one wire of all messages at a time."""
         cost, width = trees
-        root, start = self.root[src], self.start[src]
         if (cost[row, dst] >= FAR).any():
             lost = int(np.argmax(cost[row, dst] >= FAR))
             raise _no_way(f"from node {src[lost]} to node {dst[lost]}")
-        need = width[row, dst]
-        if self.wires.num_wires:
-            need = np.minimum(need, np.where(start < 0, np.inf, self.wires.bytes_per_s[start]))
-        needs, need_of = np.unique(need, return_inverse=True)
+        rate = np.append(self.wires.bytes_per_s, np.inf)  # of no wire, number -1
+        needs, need = np.unique(np.minimum(width[row, dst], rate[self.start[src]]), return_inverse=True)
         key = mixed(self.appearance[src] * self.num_nodes + self.appearance[dst])
-        node, columns = dst.copy(), [start]
-        active = np.flatnonzero(node != root)
-        backwards: list[IntArray] = []
+        node, backwards = dst.copy(), list[IntArray]()
+        active = np.flatnonzero(node != roots[row])
         while len(active):
-            case = (row[active] * self.num_nodes + node[active]) * len(needs) + need_of[active]
-            cases, case_of = np.unique(case, return_inverse=True)
-            wires, first = self._choices(trees, *_split(cases, self.num_nodes, len(needs)), needs)
-            choices = np.diff(first)[case_of]
-            turn = (key[active] % choices.astype(np.uint64)).astype(np.int64)
+            place, cases = np.unique(row[active] * self.num_nodes + node[active], return_inverse=True)
+            cases, case = np.unique(cases * len(needs) + need[active], return_inverse=True)
+            at, level = place[cases // len(needs)], needs[cases % len(needs)]
+            wires, first = self._choices(trees, roots, at // self.num_nodes, at % self.num_nodes, level)
+            choices = np.diff(first)[case].astype(np.uint64)
             column = np.full(len(src), -1, dtype=np.int64)
-            column[active] = wires[first[case_of] + turn]
+            column[active] = wires[first[case] + (key[active] % choices).astype(np.int64)]
             backwards.append(column)
             node[active] = self.wires.tail[column[active]]
             key = mixed(key)
-            active = active[node[active] != root[active]]
-        return routes_of([*columns, *backwards[::-1]])
+            active = active[node[active] != roots[row[active]]]
+        return routes_of([self.start[src], *backwards[::-1]])
+
+    def _choices(
+        self, trees: Tree, roots: IntArray, row: IntArray, node: IntArray, need: FloatArray
+    ) -> tuple[IntArray, IntArray]:
+        """For each case the last wires of all best paths to a node: case i has wires[first[i] : first[i + 1]]."""
+        cost, width = trees
+        counts = self.first[node + 1] - self.first[node]
+        slot = ranges(self.first[node], counts)
+        case = np.repeat(np.arange(len(node)), counts)
+        wire, of = self.order[slot], row[case]
+        tail = self.wires.tail[wire]
+        fits = cost[of, tail] + self.weights[slot] == cost[of, node[case]]
+        fits &= np.minimum(width[of, tail], self.wires.bytes_per_s[wire]) >= need[case]
+        fits &= self.passes[tail] | (tail == roots[of])
+        first = np.concatenate([[0], np.cumsum(np.bincount(case[fits], minlength=len(node)))])
+        return wire[fits], first
 
 
 def paths_of(wires: Wires, topology: Topology, through_chips: bool) -> Paths:
@@ -197,7 +214,14 @@ def paths_of(wires: Wires, topology: Topology, through_chips: bool) -> Paths:
     np.minimum.at(seen, ends, np.arange(len(ends)))
     appearance = np.empty(num_nodes, dtype=np.int64)
     appearance[np.argsort(seen, kind="stable")] = np.arange(num_nodes)
-    return Paths(num_nodes, wires, passes, order, first, _weights(wires, num_nodes)[order], appearance)
+    leaving = np.bincount(wires.tail, minlength=num_nodes)
+    start = np.full(num_nodes, -1, dtype=np.int64)
+    start[wires.tail] = np.arange(wires.num_wires)
+    start[leaving != 1] = -1
+    start[start >= 0] = np.where(passes[wires.head[start[start >= 0]]], start[start >= 0], -1)
+    root = np.where(start < 0, np.arange(num_nodes), np.append(wires.head, 0)[start])
+    weights = _weights(wires, num_nodes)[order]
+    return Paths(num_nodes, wires, passes, order, first, weights, start, root, appearance)
 
 
 def _weights(wires: Wires, num_nodes: int) -> IntArray:

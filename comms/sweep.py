@@ -32,7 +32,7 @@ class Sweep(NamedTuple):
     busy_until: NDArray[np.float64]  # [resources]
     owner: NDArray[np.int64]  # [resources] the stream that uses it
     rank_end: NDArray[np.float64]  # [rank rows]
-    job_end: NDArray[np.float64]  # [jobs]
+    run: NDArray[np.void]  # compiled.RUN
     record0: NDArray[np.int64]  # [streams] first row of what is recorded
     starts: NDArray[np.float64]  # [message and piece] empty where nothing is recorded
     arrivals: NDArray[np.float64]
@@ -49,8 +49,9 @@ def sweep(s: Sweep) -> bool:
     for number in range(len(s.work.streams)):
         stream = s.work.streams[number]
         chains = stream.pieces * stream.ranks * stream.groups
-        s.ready[stream.chain0 : stream.chain0 + chains] = stream.start_s
-        s.staged[stream.chain0 : stream.chain0 + chains] = stream.start_s
+        start = s.run[stream.run0].start_s
+        s.ready[stream.chain0 : stream.chain0 + chains] = start
+        s.staged[stream.chain0 : stream.chain0 + chains] = start
         segment = 0
         while segment < stream.rounds:
             end = s.work.rounds[stream.round0 + segment].phase_end if stream.serial else segment + 1
@@ -126,7 +127,8 @@ def _note(s: Sweep, number: int, message: int, piece: int, start: float, end: fl
     src, dst = stream.rank0 + edge.src, stream.rank0 + edge.dst
     s.rank_end[src] = max(s.rank_end[src], end)
     s.rank_end[dst] = max(s.rank_end[dst], came)
-    s.job_end[stream.job] = max(s.job_end[stream.job], came)
+    its = s.run[stream.run0 + edge.dst // stream.members]
+    its.end_s = max(its.end_s, came)
     if len(s.starts) > 0:
         row = s.record0[each.stream] + piece
         row += (message - s.work.rounds[stream.round0].first) * stream.pieces

@@ -30,8 +30,8 @@ HELPS = 1.01  # twice the pieces must shorten the timetable by this factor
 MAX_PACKED = 2**20  # trees x chips^2
 MAX_SENDS = 2**16
 MAX_SHARED_SENDS = 6_000  # events cost more than a sweep
-FINALISTS = 2  # timed at full fidelity
-SHARED_CHANNELS = (1, 4, 16)  # where wires are shared, one queue per chip leaves some of them idle
+FINALISTS = 3  # timed at full fidelity where wires are shared; elsewhere a timetable says the same
+SHARED_CHANNELS = (1, 16)
 TREES = {
     Op.ALL_REDUCE: (1, 2, 4, 8, 16, 32),
     Op.BROADCAST: (1, 2, 4, 8, 16),
@@ -80,6 +80,7 @@ class _Packed:
 class _Draft:
     """The messages of a forest, cut into pieces, and when they leave."""
 
+    num_trees: int
     sends: Sends
     planned: Timetable
 
@@ -113,9 +114,9 @@ def synthesize(
         return Synthesized(schedule, 0.0, 0.0, 0.0, np.zeros(len(hops.capacity)))
     drafts = _drafts(op, hops, nbytes, root, seed, effort)
     timed = [
-        _timed(op, topology, hops, nbytes, root, draft, channels)
-        for draft in drafts[:FINALISTS]
-        for channels in _channel_counts(hops, draft)
+        _timed(op, topology, hops, nbytes, root, draft, deal)
+        for draft in drafts[: 1 if hops.is_single_wires else FINALISTS]
+        for deal in _deals(hops, draft)
     ]
     return min(timed, key=lambda each: each.seconds)
 
@@ -186,26 +187,31 @@ def _cut(hops: Hops, packed: _Packed, seed: int, most: int) -> _Draft:
         planned = timetable(hops, sends, packed.nbytes / pieces, pace_s, seed)
         if best is not None and planned.seconds * HELPS > best.planned.seconds:
             return best
-        best = _Draft(sends, planned)
+        best = _Draft(packed.forest.num_trees, sends, planned)
         pieces *= 2
 
 
-def _channel_counts(hops: Hops, draft: _Draft) -> tuple[int, ...]:
-    """One channel keeps the timetable where hops share no wires."""
+def _deals(hops: Hops, draft: _Draft) -> list[IntArray]:
+    """[chunks] Ways to deal chunks to channels. One keeps the timetable where hops share no wires.
+
+    Elsewhere a chip with one queue waits while its message shares a wire further on, so there are more of them:
+    one for each tree, or for every so many pieces.
+    """
+    chunk = np.arange(draft.sends.num_chunks)
     if hops.is_single_wires:
-        return (1,)
-    return tuple(count for count in SHARED_CHANNELS if count <= draft.sends.num_chunks)
+        return [np.zeros_like(chunk)]
+    return [chunk * draft.num_trees // len(chunk), *(chunk % count for count in SHARED_CHANNELS)]
 
 
 def _timed(
-    op: Op, topology: Topology, hops: Hops, nbytes: float, root: int, draft: _Draft, channels: int
+    op: Op, topology: Topology, hops: Hops, nbytes: float, root: int, draft: _Draft, deal: IntArray
 ) -> Synthesized:
     from comms.compiled import Job
     from comms.full import simulate  # compiled loops, only where they are needed
 
     n, chunks = hops.num_chips, draft.sends.num_chunks
     share = n / chunks if op is Op.ALL_TO_ALL else 1.0 / chunks
-    made = channels_of(hops, draft.sends, draft.planned, channels)
+    made = channels_of(hops, draft.sends, draft.planned, deal)
     schedule = Schedule(op, NAME, n, chunks, share, made, root)
     seconds = float(simulate(topology, [Job(schedule, np.arange(n), nbytes)]).seconds[0])
     busy = draft.planned.busy_s / seconds if seconds else draft.planned.busy_s

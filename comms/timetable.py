@@ -131,7 +131,8 @@ def timetable(hops: Hops, sends: Sends, nbytes: float, pace_s: float, seed: int)
     turn = np.empty(len(lot), dtype=np.int64)
     turn[np.lexsort((lot, sends.piece * pace_s - ways_behind(work)))] = np.arange(len(lot))
     start = played(work, turn, len(hops.capacity))
-    busy = np.bincount(sends.hop, work.moving_s, minlength=hops.num_hops)
+    busy = np.zeros(hops.num_hops)
+    np.add.at(busy, sends.hop, work.moving_s)
     return Timetable(start, float((start + work.arriving_s).max(initial=0.0)), hops.loads(busy))
 
 
@@ -154,20 +155,22 @@ def _work(hops: Hops, sends: Sends, nbytes: float) -> "Work":
     )
 
 
-def channels_of(hops: Hops, sends: Sends, planned: Timetable, num_channels: int) -> tuple[Channel, ...]:
-    """The order of a timetable as channels that share out the chunks, none of which waits for another chunk."""
+def channels_of(hops: Hops, sends: Sends, planned: Timetable, deal: IntArray) -> tuple[Channel, ...]:
+    """The order of a timetable as channels in which no chunk waits for another; chunk c is in channel deal[c]."""
     from comms.clock import places
 
+    channel = deal[sends.chunk]
     first_wire = hops.routes.wires[hops.routes.offsets[sends.hop]]
-    port = (first_wire * hops.num_chips + hops.src[sends.hop]) * num_channels + sends.chunk % num_channels
+    port = (first_wire * hops.num_chips + hops.src[sends.hop]) * (int(deal.max()) + 1) + channel
     order = np.argsort(planned.start_s, kind="stable")
     place = places(_work(hops, sends, 0.0), order, np.unique(port, return_inverse=True)[1])
+    place = place * 2 + sends.reduces  # what adds and what replaces cannot be in one round
     patterns: dict[tuple[bytes, bytes], Pattern] = {}
     channels = []
-    for channel in range(min(num_channels, sends.num_chunks)):
-        mine = order[sends.chunk[order] % num_channels == channel]
-        by_round = mine[np.argsort(place[mine] * 2 + sends.reduces[mine], kind="stable")]
-        cuts = np.flatnonzero(np.diff(place[by_round] * 2 + sends.reduces[by_round])) + 1
+    for each in np.unique(channel):
+        mine = order[channel[order] == each]
+        by_round = mine[np.argsort(place[mine], kind="stable")]
+        cuts = np.flatnonzero(np.diff(place[by_round])) + 1
         rounds = (_round(hops, sends, rows, patterns) for rows in np.split(by_round, cuts))
         channels.append(Channel((tuple(rounds),), by_chunk=True))
     return tuple(channels)

@@ -49,22 +49,23 @@ def torus_cycle(dims: tuple[int, ...], wraps: tuple[bool, ...]) -> IntArray:
 def disjoint_cycles(dims: tuple[int, ...]) -> tuple[IntArray, ...]:
     """One cycle per dimension of a torus (three chips or more in each), no two over one link; () if none are found."""
     bundles = _Bundles(dims)
+    budget = STEPS // bundles.num_chips
     squares: list[tuple[int, int, int]] = [
         (chip, a, b) for chip in range(prod(dims)) for b in range(len(dims)) for a in range(b)
     ]
-    tried, patience = 0, 0
+    tried, patience = bundles.num_rings, 0  # it takes an exchange per ring at least
     while bundles.num_rings > len(dims):
         moved = False
         order: list[int] = np.argsort(mixed(np.arange(len(squares)) + tried * len(squares))).tolist()
         for chip, a, b in (squares[number] for number in order):
+            if tried >= budget:
+                return ()
             gain = bundles.exchanged(chip, a, b, patience > 0)
             tried += gain is not None
             if gain is not None and gain >= 0:
                 moved, patience = True, patience - 1 if gain == 0 else 0
             if bundles.num_rings == len(dims):
                 break
-        if tried * bundles.num_chips > STEPS:
-            return ()
         if not moved:
             patience = 3  # a few exchanges that leave as many rings lead out of a dead end
     return tuple(bundles.walk(bundle) for bundle in range(len(dims)))

@@ -8,9 +8,11 @@ A broadcast scatters level by level outwards and gathers on the way back.
 Each level by its own way: around a ring, by halving and doubling, or directly. Pieces follow each other one at a
 time in each phase (SERIAL), so that a piece crosses while the next one is still inside: a flow shop.
 
-Outlines are exact in one piece. With several they assume that chips have one port for the innermost level and one
-for all others (a fabric inside the host, a network card); a broadcast is then an upper bound, as its root need not
-wait for itself. Levels that are rings are gone round in one direction.
+Outlines are exact in one piece. With several pieces, and for a broadcast, they assume that chips have one port for
+the innermost level and others further out (a fabric inside the host, a network card); with several pieces, one for
+all of those. A broadcast's is for one piece only; where the members of a bunch share a tapered trunk it is an upper
+bound, as they do not all send at once, and where all levels share one port it is too low, by up to a sixth, as
+chips that are early then meet with those that are late. Levels that are rings are gone round in one direction.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -225,10 +227,12 @@ def all_to_all(num_ranks: int, *, fanouts: Sequence[int] | None = None, pieces: 
 def outline(
     op: Op, nbytes: float, levels: Levels, *, ways: Sequence[Way] = RINGS, pieces: int = 1
 ) -> Outline | None:
-    """Two levels or more; None where a way does not suit a level (`_suits`)."""
+    """Two levels or more; None where a way does not suit a level (`_suits`), and for a broadcast in pieces."""
     spans = folds(levels)
     taken = [_way(ways, place) for place in range(len(spans))]
     if len(spans) < 2 or not all(_suits(op, *each) for each in zip(taken, spans, strict=True)):
+        return None
+    if op is Op.BROADCAST and pieces > 1:
         return None
     inward: list[tuple[Stage, ...]] = []
     outward: list[tuple[Stage, ...]] = []

@@ -120,7 +120,7 @@ def around_outline(
     if any(level.ring for level, _ in spans):
         hops = _neighbour_hops(spans[0][0], flows, both_ways) if len(spans) == 1 else None
     elif len(spans) > 1:
-        hops = None if both_ways else _carried_hops(spans, flows, each / pieces)
+        hops = None if both_ways else _carried_hops(spans, flows)
     else:
         hops = tuple(_hop(level, flows) for level, _ in spans)
     if hops is None:
@@ -134,13 +134,16 @@ def chain_outline(
     op: Op, nbytes: float, levels: Levels, *, rings: int = 1, both_ways: bool = False, pieces: int = 1
 ) -> Outline | None:
     """Broadcast from the first member along all others, or reduce to it; every chip sends by a wire of its own."""
-    flows = rings * (2 if both_ways else 1)
-    if op not in (Op.BROADCAST, Op.REDUCE) or _hops(levels, flows, both_ways) is None:
+    n, flows = num_members(levels), rings * (2 if both_ways else 1)
+    spans = folds(levels)
+    assert op in (Op.BROADCAST, Op.REDUCE)
+    if len(spans) > 1 and (flows > 1 or any(level.ring for level, _ in spans)):
         return None
-    n = num_members(levels)
+    if both_ways and spans and spans[0][0].ring:
+        return None
     stages = tuple(
         Stage(n // inner - n // (inner * level.fanout), nbytes / flows, (_hop(level, flows),), own_ports=True)
-        for level, inner in folds(levels)
+        for level, inner in spans
     )
     return Outline(_name(both_ways), (stages,), (0,), pieces)
 
@@ -211,28 +214,23 @@ def _chains(chains: Sequence[IntArray], pieces: int, reduces: bool) -> tuple[Cha
     )
 
 
-def _carried_hops(spans: tuple[tuple[Level, int], ...], rings: int, nbytes: float) -> tuple[Hop, ...] | None:
+def _carried_hops(spans: tuple[tuple[Level, int], ...], rings: int) -> tuple[Hop, ...] | None:
     """What each position's message to the next one costs: it crosses the levels that a count in digits carries over.
 
-    `nbytes` of one message decide whether several rings get in each other's way; see the module.
+    Of several rings, one position per inner level has its share of the wires only; see the module.
     """
-    positions = spans[-1][1]
+    positions, last = spans[-1][1], len(spans) - 1
     if positions > MAX_POSITIONS:
         return None
-    crossed = [
-        max(at for at, (_, inner) in enumerate(spans) if place % inner == 0)
-        for place in range(1, positions + 1)
-    ]
-    last = len(spans) - 1
-    alone = [_hop(level, rings if at == last else 1) for at, (level, _) in enumerate(spans)]
-    wire_s = [nbytes / alone[at].bytes_per_s for at in crossed]
-    moves_s = sum(alone[at].latency_s for at in crossed) + sum(wire_s)
-    busiest_s = max(moves_s / positions, *wire_s)
-    for at, (level, _) in enumerate(spans[:-1]):
-        shared = _hop(level, rings - rings // level.fanout)
-        if nbytes / shared.bytes_per_s > busiest_s:
-            alone[at] = shared
-    return tuple(alone[at] for at in crossed)
+    flows = [rings if at == last else 1 for at in range(len(spans))]
+    hops, busy = [], set()
+    for place in range(1, positions + 1):
+        at = max(index for index, (_, inner) in enumerate(spans) if place % inner == 0)
+        level = spans[at][0]
+        shared = at < last and at not in busy
+        hops.append(_hop(level, rings - rings // level.fanout if shared else flows[at]))
+        busy.add(at)
+    return tuple(hops)
 
 
 def _neighbour_hops(level: Level, flows: int, both_ways: bool) -> tuple[Hop, ...] | None:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from comms.compiled import Job
 from comms.errors import CommsError
 from comms.full import CALM, Change, Conditions, Method, simulate
+from comms.live import Live
 from comms.schedule import Channel, Op, Order, Pattern, Round, Schedule
 from comms.sharing import fair_rates
 from comms.topology import Wires, routes_of
@@ -336,3 +337,45 @@ def test_scaling_all_costs_scales_the_time(k, seed):
     scaled = Table(5, [(0.1 * k, rate / k) for rate in rates], routes)
     job = Job(ring(5), np.arange(5), 3.0)
     assert simulate(scaled, [job]).seconds == pytest.approx(k * simulate(base, [job]).seconds, rel=1e-9)
+
+
+@given(st.integers(2, 5), st.integers(1, 4), st.integers(0, 99))
+@settings(deadline=None, max_examples=30)
+def test_groups_of_a_job_are_jobs_of_their_own(n, groups, seed):
+    rng = np.random.default_rng(seed)
+    total = n * groups
+    routes = {(s, d): tuple(rng.choice(4, 2, replace=False)) for s in range(total) for d in range(total)}
+    table = Table(total, [(0.1, rate) for rate in rng.uniform(1, 2, 4)], routes)
+    places = rng.permutation(total).reshape(groups, n)
+    together = simulate(table, [Job(ring(n), places, 3.0)])
+    apart = simulate(table, [Job(ring(n), each, 3.0) for each in places])
+    assert together.group_seconds[0] == pytest.approx(apart.seconds, rel=1e-9)
+    assert together.seconds[0] == pytest.approx(apart.seconds.max(), rel=1e-9)
+    assert together.wire_nbytes == pytest.approx(apart.wire_nbytes)
+
+
+def test_groups_started_live_take_what_they_take_when_all_is_known_before():
+    rng = np.random.default_rng(0)
+    routes = {(s, d): tuple(rng.choice(4, 2, replace=False)) for s in range(6) for d in range(6)}
+    table = Table(6, [(0.1, rate) for rate in rng.uniform(1, 2, 4)], routes)
+    places = np.arange(6).reshape(2, 3)
+    first, second = Job(ring(3), places[0], 3.0, 1.0), Job(ring(3), places[1], 3.0, 2.0)
+    known = simulate(table, [first, second])
+    live = Live(table, [Job(ring(3), places, 3.0)])
+    for round_ in range(3):  # the same groups again and again, always alone in the network with each other
+        base = 100.0 * round_
+        live.start(0, 0, base + 1.0)
+        assert live.advance(base + 2.0) == ()
+        live.start(0, 1, base + 2.0)
+        ends = {}
+        while len(ends) < 2:
+            ends |= {each.group: each.at_s for each in live.advance(np.inf)}
+        assert ends[0] - base - 1.0 == pytest.approx(known.seconds[0], rel=1e-9)
+        assert ends[1] - base - 2.0 == pytest.approx(known.seconds[1], rel=1e-9)
+
+
+def test_a_group_that_cannot_end_is_an_error_when_driven_live_too():
+    live = Live(LINE, [Job(one_message(), np.arange(2), 10.0)], Conditions(factors={0: 0.0}))
+    live.start(0, 0, 0.0)
+    with pytest.raises(CommsError, match="never arrive"):
+        live.advance(np.inf)
