@@ -11,6 +11,7 @@ Assumes the rate is sustained, one direction. Sharing between messages is not mo
 """
 
 from dataclasses import dataclass
+from math import sqrt
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,10 +37,20 @@ class Protocol:
     name: str
     latency_s: float = 0.0  # per message, on top of the link's
     share: float = 1.0  # of the link's bandwidth, 0 < share <= 1
+    pipelined: bool = False  # a collective's stages hand on pieces of the best size, see `handing_on_s`
 
     def __post_init__(self) -> None:
         if self.latency_s < 0 or not 0 < self.share <= 1:
             raise ValueError(f"a protocol needs latency_s >= 0 and 0 < share <= 1, got {self}")
+
+    def handing_on_s(self, latency_s: float, wire_s: float) -> float:
+        """What a collective takes beyond its latencies and its bytes, because stages hand pieces on.
+
+        With m pieces, s stages of latency a and bytes that take w in all: (s + m) * (a + w / m), at the best m
+        (sqrt(s a) + sqrt(w)) ** 2 (Sanders, Speck and Traff, Parallel Computing 35, 2009); this is the excess
+        over s a + w, both given as sums over the stages.
+        """
+        return 2 * sqrt(latency_s * wire_s) if self.pipelined else 0.0
 
     def on(self, link: Link) -> Link:
         """The link as messages of this protocol see it."""

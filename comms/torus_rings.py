@@ -48,12 +48,15 @@ def torus_cycle(dims: tuple[int, ...], wraps: tuple[bool, ...]) -> IntArray:
 
 def disjoint_cycles(dims: tuple[int, ...]) -> tuple[IntArray, ...]:
     """One cycle per dimension of a torus (three chips or more in each), no two over one link; () if none are found."""
+    budget = STEPS // prod(dims)
+    if sum(prod(dims) // size for size in dims) >= budget:
+        return ()
     bundles = _Bundles(dims)
-    budget = STEPS // bundles.num_chips
     squares: list[tuple[int, int, int]] = [
         (chip, a, b) for chip in range(prod(dims)) for b in range(len(dims)) for a in range(b)
     ]
-    tried, patience = bundles.num_rings, 0  # it takes an exchange per ring at least
+    bundles.join(squares)
+    tried, patience = 0, 0
     while bundles.num_rings > len(dims):
         moved = False
         order: list[int] = np.argsort(mixed(np.arange(len(squares)) + tried * len(squares))).tolist()
@@ -93,6 +96,36 @@ class _Bundles:
     def num_rings(self) -> int:
         return sum(self.rings)
 
+    def join(self, squares: list[tuple[int, int, int]]) -> None:
+        """Exchanges at squares whose sides lie on four different rings, which joins two pairs of them."""
+        on: list[list[int]] = [list(range(self.num_chips)) for _ in self.up]
+
+        def ring(bundle: int, chip: int) -> int:
+            while on[bundle][chip] != chip:
+                on[bundle][chip] = on[bundle][on[bundle][chip]]
+                chip = on[bundle][chip]
+            return chip
+
+        for dim, up in enumerate(self.up):
+            for chip, beside in enumerate(up):
+                on[dim][ring(dim, beside)] = ring(dim, chip)
+        for chip, a, b in squares:
+            beside, above = self.up[a][chip], self.up[b][chip]
+            p, q = self.bundle[a][chip], self.bundle[b][chip]
+            if p == q or self.bundle[a][above] != p or self.bundle[b][beside] != q:
+                continue
+            if ring(p, chip) != ring(p, above) and ring(q, chip) != ring(q, beside):
+                self._swap((chip, beside, above, self.up[a][above]), p, q)
+                self._hand_over(chip, a, b, p, q)
+                on[p][ring(p, above)] = ring(p, chip)
+                on[q][ring(q, beside)] = ring(q, chip)
+                self.rings[p] -= 1
+                self.rings[q] -= 1
+
+    def _hand_over(self, chip: int, a: int, b: int, p: int, q: int) -> None:
+        self.bundle[a][chip] = self.bundle[a][self.up[b][chip]] = q
+        self.bundle[b][chip] = self.bundle[b][self.up[a][chip]] = p
+
     def exchanged(self, chip: int, a: int, b: int, even: bool) -> int | None:
         """Rings fewer after the exchange at one square (an `even` one may leave as many), None if there is none."""
         beside, above = self.up[a][chip], self.up[b][chip]
@@ -107,8 +140,7 @@ class _Bundles:
             self._swap(corners, q, p)
             return -1
         self.rings[p], self.rings[q] = rings
-        self.bundle[a][chip] = self.bundle[a][above] = q
-        self.bundle[b][chip] = self.bundle[b][beside] = p
+        self._hand_over(chip, a, b, p, q)
         return gain
 
     def _swap(self, corners: tuple[int, int, int, int], p: int, q: int) -> None:

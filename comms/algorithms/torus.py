@@ -18,7 +18,7 @@ a dimension at times that depend on all figures.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from math import ceil, prod
+from math import ceil
 
 import numpy as np
 
@@ -30,7 +30,7 @@ from comms.outline import Hop, Outline, Stage
 from comms.schedule import Channel, Op, Pattern, Round, Schedule
 from comms.topology import IntArray
 
-TORUS, ROTATED, LINE = "torus", "rotated torus", "line"
+TORUS, MESH, ROTATED, LINE = "torus", "mesh", "rotated torus", "line"
 FILLING = 1 / 32  # of the time with endless pieces, what filling pipelines may cost more
 BOTH_WAYS = (1, -1)
 
@@ -39,7 +39,7 @@ def all_reduce(
     num_ranks: int,
     *,
     fanouts: Sequence[int] | None = None,
-    wraps: Sequence[bool] | None = None,
+    wraps: Sequence[bool] | bool = True,
     rotated: bool = False,
 ) -> Schedule:
     """Reduce-scatter along all dimensions, then all-gather back."""
@@ -50,7 +50,7 @@ def reduce_scatter(
     num_ranks: int,
     *,
     fanouts: Sequence[int] | None = None,
-    wraps: Sequence[bool] | None = None,
+    wraps: Sequence[bool] | bool = True,
     rotated: bool = False,
 ) -> Schedule:
     """From the first dimension to the last. What goes to one chip is not one range of chunks, so it is several."""
@@ -61,7 +61,7 @@ def all_gather(
     num_ranks: int,
     *,
     fanouts: Sequence[int] | None = None,
-    wraps: Sequence[bool] | None = None,
+    wraps: Sequence[bool] | bool = True,
     rotated: bool = False,
 ) -> Schedule:
     """From the last dimension to the first."""
@@ -90,29 +90,38 @@ def line_pieces(nbytes: float, levels: Levels) -> int:
     return max(1, ceil((level.fanout - 2) * half_s / (FILLING * endless))) if endless > 0 else 1
 
 
-def outline(op: Op, nbytes: float, levels: Levels, *, rotated: bool = False) -> Outline | None:
-    """Over rings and lines; rotated, over two rings or more of the same size and figures."""
+def outline(
+    op: Op,
+    nbytes: float,
+    levels: Levels,
+    *,
+    wraps: Sequence[bool] | bool = True,
+    rotated: bool = False,
+) -> Outline | None:
+    """Over dimensions that are gone round where `wraps`; rotated, over two rings or more with the same figures."""
     spans = folds(levels)
-    if not spans or not all(level.ring for level, _ in spans):
+    rings = _rings([], [level.fanout for level in levels], wraps)
+    if not spans or not all(_suits(*each) for each in zip(spans, rings, strict=True)):
         return None
-    alike = {(s.fanout, s.latency_s, s.bytes_per_s, s.wraps and s.fanout > 2) for s, _ in spans}
-    if rotated and (len(spans) < 2 or len(alike) > 1 or not all(_wraps(level) for level, _ in spans)):
+    alike = {(level.fanout, level.latency_s, level.bytes_per_s) for level, _ in spans}
+    if rotated and (len(spans) < 2 or len(alike) > 1 or not all(_is_own(*each) for each in spans)):
         return None
     scatter: list[tuple[Stage, ...]] = []
     part = nbytes / (2 * len(spans) if rotated else 2)
-    for level, inner in spans:
+    for (level, inner), ring in zip(spans, rings, strict=True):
         part /= level.fanout
-        rate = min(level.bytes_per_s / (1 if _wraps(level) else 2), level.rate(2 * inner))
-        scatter.append((Stage(level.fanout - 1, part, (Hop(level.latency_s, rate),), not _wraps(level)),))
+        per_wire = 1 if ring and level.fanout > 2 else 2
+        hop = Hop(level.latency_s, min(level.bytes_per_s / per_wire, level.rate(2 * inner)))
+        scatter.append((Stage(level.fanout - 1, part, (hop,), own_ports=not ring),))
     gather = scatter[::-1]
     phases = {Op.REDUCE_SCATTER: scatter, Op.ALL_GATHER: gather, Op.ALL_REDUCE: scatter + gather}[op]
-    return Outline(_name(rotated), tuple(phases), (0,) * len(phases))
+    return Outline(_name(rotated, rings), tuple(phases), (0,) * len(phases))
 
 
 def line_outline(nbytes: float, levels: Levels, *, pieces: int = 1) -> Outline | None:
     """All pieces leave the end of the line, the last one goes along it, and the same back."""
     spans = folds(levels)
-    if len(spans) != 1 or not spans[0][0].ring or spans[0][0].wraps or spans[0][0].fanout < 3:
+    if len(spans) != 1 or spans[0][0].wraps or not _is_own(*spans[0]):
         return None
     level, _ = spans[0]
     piece, rate = nbytes / 2 / pieces, level.rate(2)
@@ -123,19 +132,27 @@ def line_outline(nbytes: float, levels: Levels, *, pieces: int = 1) -> Outline |
     return Outline(LINE, (way, way), (0, 0))
 
 
-def _name(rotated: bool) -> str:
-    return ROTATED if rotated else TORUS
+def _name(rotated: bool, rings: Sequence[bool]) -> str:
+    return ROTATED if rotated else TORUS if all(rings) else MESH
 
 
-def _wraps(level: Level) -> bool:
-    return level.wraps and level.fanout > 2
+def _is_own(level: Level, inner: int) -> bool:
+    """Whether chips have wires of their own both ways along this dimension, at its full rate."""
+    return level.ring and level.fanout > 2 and level.rate(2 * inner) >= level.bytes_per_s
+
+
+def _suits(span: tuple[Level, int], ring: bool) -> bool:
+    level, inner = span
+    if level.fanout == 2:
+        return level.ring
+    return level.ring and level.wraps if ring else _is_own(level, inner)
 
 
 def _torus(
     op: Op,
     num_ranks: int,
     fanouts: Sequence[int] | None,
-    wraps: Sequence[bool] | None,
+    wraps: Sequence[bool] | bool,
     rotated: bool,
 ) -> Schedule:
     check_ranks(num_ranks)
@@ -155,22 +172,24 @@ def _torus(
         gather = [_along(blocks, place, rings, step, gathers=True) for place in reversed(dims)]
         phases = {Op.REDUCE_SCATTER: scatter, Op.ALL_GATHER: gather, Op.ALL_REDUCE: scatter + gather}[op]
         channels.append(Channel(tuple(phases)))
-    return Schedule(op, _name(rotated), num_ranks, num_chunks, 1.0 / num_chunks, tuple(channels))
+    return Schedule(op, _name(rotated, rings), num_ranks, num_chunks, 1.0 / num_chunks, tuple(channels))
 
 
 def _rings(
-    parts: tuple[int, ...], fanouts: Sequence[int] | None, wraps: Sequence[bool] | None
+    parts: Sequence[int], fanouts: Sequence[int] | None, wraps: Sequence[bool] | bool
 ) -> tuple[bool, ...]:
-    """Per dimension of more than one chip, whether it is gone round; all where nothing is said."""
-    given = parts if fanouts is None else tuple(fanouts)
-    said = (True,) * len(given) if wraps is None else tuple(wraps)
+    """Per dimension of more than one chip, whether it is gone round."""
+    given = parts if fanouts is None else fanouts
+    said = (wraps,) * len(given) if isinstance(wraps, bool) else tuple(wraps)
     if len(said) != len(given):
         problem = f"{len(said)} answers for {len(given)} dimensions"
         raise CommsError(problem, "torus", "say of each whether it wraps around")
     return tuple(wrap for wrap, fanout in zip(said, given, strict=True) if fanout > 1)
 
 
-def _along(blocks: Blocks, place: int, rings: tuple[bool, ...], step: int, gathers: bool) -> tuple[Round, ...]:
+def _along(
+    blocks: Blocks, place: int, rings: tuple[bool, ...], step: int, gathers: bool
+) -> tuple[Round, ...]:
     """The rounds of one channel along one dimension."""
     which = blocks.order[place]
     fanout, digit = blocks.fanouts[which], blocks.digit(place)
@@ -181,20 +200,14 @@ def _along(blocks: Blocks, place: int, rings: tuple[bool, ...], step: int, gathe
 
 
 def _line_moves(fanout: int, digit: IntArray, gathers: bool) -> Iterator[tuple[Move, ...]]:
-    """Gathering, round s takes what is s places behind one further, both ways; scattering is that backwards."""
+    """Gathering, round s takes what is from s places behind one further, both ways; scattering is that backwards."""
     for each in range(fanout - 1):
-        behind = each if gathers else fanout - 2 - each
         moves = []
         for step in BOTH_WAYS:
-            start = digit - step * behind
-            rows = np.flatnonzero(
-                (start >= 0) & (start < fanout) & (digit + step >= 0) & (digit + step < fanout)
-            )
-            if gathers:
-                moves.append(Move(rows, digit[rows] + step, start[rows]))
-                continue
-            back = {here: row for row, here in enumerate(digit[rows])}
-            del back
+            first = digit - step * each if gathers else digit + step * (fanout - 1 - each)
+            there = [(place >= 0) & (place < fanout) for place in (first, digit + step)]
+            rows = np.flatnonzero(there[0] & there[1])
+            moves.append(Move(rows, digit[rows] + step, first[rows]))
         yield tuple(moves)
 
 
@@ -208,9 +221,28 @@ def _there_and_back(line: IntArray, chunks: IntArray) -> Channel:
         low, high = max(0, each - pieces + 1), min(each, places - 1)
         if (low, high) not in patterns:
             near, far = line[low : high + 1], line[low + 1 : high + 2]
-            patterns[low, high] = Pattern(near, far), Pattern(line[::-1][low : high + 1], line[::-1][low + 1 : high + 2])
+            patterns[low, high] = (
+                Pattern(near, far),
+                Pattern(line[::-1][low : high + 1], line[::-1][low + 1 : high + 2]),
+            )
         upwards, downwards = patterns[low, high]
         chunk = chunks[each - np.arange(low, high + 1)]
         there.append(Round(upwards, chunk, one[: len(chunk)], reduces=True))
         back.append(Round(downwards, chunk, one[: len(chunk)], reduces=False))
     return Channel((tuple(there), tuple(back)))
+
+
+OPS = {Op.ALL_REDUCE: all_reduce, Op.REDUCE_SCATTER: reduce_scatter, Op.ALL_GATHER: all_gather}
+SCHEDULES: Schedules = {
+    TORUS: dict(OPS),
+    MESH: {op: partial(make, wraps=False) for op, make in OPS.items()},
+    ROTATED: {op: partial(make, rotated=True) for op, make in OPS.items()},
+    LINE: {Op.ALL_REDUCE: line_all_reduce},
+}
+OUTLINES: Outlines = {
+    TORUS: {op: partial(outline, op) for op in OPS},
+    MESH: {op: partial(outline, op, wraps=False) for op in OPS},
+    ROTATED: {op: partial(outline, op, rotated=True) for op in OPS},
+    LINE: {Op.ALL_REDUCE: line_outline},
+}
+PIECES: Mapping[str, Mapping[Op, Callable[[float, Levels], int]]] = {LINE: {Op.ALL_REDUCE: line_pieces}}

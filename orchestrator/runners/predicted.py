@@ -12,7 +12,7 @@ from orchestrator.runners.base import Label, Timed, label
 from orchestrator.runners.stretch import Piece
 from orchestrator.timeline import Lane, Origin, Recorder, Timeline
 from partitioner.machine import Key, Post
-from partitioner.program import Program, Role
+from partitioner.program import Program
 
 
 class Ran(NamedTuple):
@@ -29,40 +29,43 @@ class Meeting:
     """A transfer or a collective between stages: all had posted at `ready_ns`, bytes moved from start to end."""
 
     key: Key
-    posts: Mapping[int, Post]  # by stage
+    posts: Mapping[int, Post]  # by what was timed: stages, or chips
     ready_ns: int
     start_ns: int
     end_ns: int
 
 
 def predicted_timeline(
-    program: Program, ran: Sequence[Sequence[Ran]], meetings: Sequence[Meeting], step: int, *, all_chips: bool
+    program: Program,
+    ran: Sequence[Sequence[Ran]],
+    meetings: Sequence[Meeting],
+    step: int,
+    shown: Sequence[tuple[int, ...]],
 ) -> Timeline:
-    """Every span and arrow of the step; chips are named after their stage."""
-    writer = _Writer(program, step, all_chips)
-    for role, rows in zip(program.roles, ran, strict=True):
+    """Every span and arrow of the step; `shown` are the chips that get the spans of each that was timed."""
+    writer = _Writer(program, step, shown)
+    for number, rows in enumerate(ran):
         for row in rows:
-            writer.stretch(role, row)
+            writer.stretch(number, row)
     for meeting in meetings:
         writer.meeting(meeting)
     return writer.recorder.timeline()
 
 
 class _Writer:
-    def __init__(self, program: Program, step: int, all_chips: bool) -> None:
-        self.program, self.step = program, step
-        per_stage = program.num_chips // program.size("pp")
-        shown = range(per_stage if all_chips else 1)
-        self.chips = {
-            role.stage: tuple(role.stage * per_stage + offset for offset in shown) for role in program.roles
-        }
+    def __init__(self, program: Program, step: int, shown: Sequence[tuple[int, ...]]) -> None:
+        self.program, self.step, self.chips = program, step, shown
+        self.stages = [program.size("pp") * number // len(shown) for number in range(len(shown))]
         names = {
-            chip: f"chip {chip} (stage {stage})" for stage, chips in self.chips.items() for chip in chips
+            chip: f"chip {chip} (stage {stage})"
+            for stage, chips in zip(self.stages, shown, strict=True)
+            for chip in chips
         }
         self.recorder = Recorder(Origin.PREDICTED, names)
         self.labels: dict[tuple[int, str, int], Label] = {}
 
-    def stretch(self, role: Role, row: Ran) -> None:
+    def stretch(self, number: int, row: Ran) -> None:
+        role = self.program.roles[self.stages[number]]
         instructions = role.body[row.body].instructions
         for piece in row.pieces:
             instruction = instructions[piece.at]
@@ -74,12 +77,12 @@ class _Writer:
             if piece.lane is Lane.HOST:
                 said = replace(said, lane=Lane.HOST, kind="host", nbytes=0, flops=0)
             start, end = row.start_ns + piece.start_ns, row.start_ns + piece.end_ns
-            self._span(role.stage, said, instruction.id, row.microbatch, start, end)
+            self._span(number, said, instruction.id, row.microbatch, start, end)
 
     def meeting(self, meeting: Meeting) -> None:
-        for stage, post in meeting.posts.items():
-            said = label(self.program, self.program.roles[stage], "", post.instruction)
-            self._span(stage, said, post.instruction.id, post.microbatch, meeting.start_ns, meeting.end_ns)
+        for number, post in meeting.posts.items():
+            said = label(self.program, self.program.roles[self.stages[number]], "", post.instruction)
+            self._span(number, said, post.instruction.id, post.microbatch, meeting.start_ns, meeting.end_ns)
         if meeting.key.kind == "p2p":
             self._flow(meeting)
 
@@ -96,8 +99,10 @@ class _Writer:
                 target_instr=recv.instruction.id,
             )
 
-    def _span(self, stage: int, said: Label, instr: int, microbatch: int, start_ns: int, end_ns: int) -> None:
-        for chip in self.chips[stage]:
+    def _span(
+        self, number: int, said: Label, instr: int, microbatch: int, start_ns: int, end_ns: int
+    ) -> None:
+        for chip in self.chips[number]:
             self.recorder.span(
                 step=self.step,
                 chip=chip,

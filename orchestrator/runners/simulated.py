@@ -16,7 +16,7 @@ device), exposed communication by axis (waiting while bytes move or queue; pp is
 step time for every role.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from heapq import heappop, heappush
@@ -55,6 +55,7 @@ class SimulatedStep:
     num_timed: int  # stretches that were timed, not reused
     fidelity: str = FIDELITY
     left_out: tuple[str, ...] = LEFT_OUT
+    every_chip: bool = False  # `ran` and `meetings` are of chips, not of one representative per stage
 
     @property
     def busiest(self) -> int:
@@ -72,7 +73,16 @@ class SimulatedStep:
     def timeline(self, step: int = 0, *, all_chips: bool | None = None) -> Timeline:
         """Spans of the representatives, or of every chip (None: of every chip where there are few)."""
         every = self.program.num_chips <= SMALL if all_chips is None else all_chips
-        return predicted_timeline(self.program, self.ran, self.meetings, step, all_chips=every)
+        return predicted_timeline(self.program, self.ran, self.meetings, step, self._shown(every))
+
+    def _shown(self, every: bool) -> tuple[tuple[int, ...], ...]:
+        """For each that was timed, the chips that get its spans."""
+        per_stage = self.program.num_chips // self.program.size("pp")
+        if self.every_chip:
+            shown = range(self.program.num_chips)
+            return tuple((chip,) if every or chip % per_stage == 0 else () for chip in shown)
+        firsts = range(0, self.program.num_chips, per_stage)
+        return tuple(tuple(range(first, first + (per_stage if every else 1))) for first in firsts)
 
     def _worked_ns(self, stage: int) -> int:
         tally = self.tallies[stage]
@@ -190,7 +200,10 @@ class _Simulation:
                 self._pause(stage, at)
                 return
             if stage.blocked_since is not None:
-                _charge_wait(stage, at, woken_by)
+                assert woken_by is not None
+                post = woken_by.posts[stage.stage]
+                charge_wait(stage.tally, stage.blocked_since, at, woken_by.ready_ns, post)
+                stage.blocked_since = None
             machine.complete(item)
             if isinstance(item, Post):
                 self._meet(stage.stage, item, at)
@@ -258,21 +271,23 @@ class _Simulation:
     def _check_finished(self) -> None:
         stuck = [stage.machine for stage in self.stages if not stage.machine.done]
         if stuck:
-            others = f" (and {len(stuck) - 1} more)" if len(stuck) > 1 else ""
-            raise ProgramError(
-                f"the stages wait for each other for ever{others}",
-                where=stuck[0].position(),
-                hint="every send needs a receive, and every member of a group must reach its collectives",
-            )
+            raise stuck_error(stuck)
 
 
-def _charge_wait(stage: _Stage, at: int, meeting: Meeting | None) -> None:
-    """The stream waited: for the last end of the meeting to come (bubble), then for the bytes."""
-    assert stage.blocked_since is not None
-    assert meeting is not None
-    came = min(at, max(stage.blocked_since, meeting.ready_ns))
-    stage.tally.bubble_ns += came - stage.blocked_since
-    instruction = meeting.posts[stage.stage].instruction
+def stuck_error(stuck: Sequence[Machine]) -> ProgramError:
+    """What to say of machines that wait for ever."""
+    others = f" (and {len(stuck) - 1} more)" if len(stuck) > 1 else ""
+    return ProgramError(
+        f"the chips wait for each other for ever{others}",
+        where=stuck[0].position(),
+        hint="every send needs a receive, and every member of a group must reach its collectives",
+    )
+
+
+def charge_wait(tally: Tally, blocked_since: int, at: int, ready_ns: int, post: Post) -> None:
+    """A stream waited until `at`: for the last end of the meeting to come (bubble), then for the bytes."""
+    came = min(at, max(blocked_since, ready_ns))
+    tally.bubble_ns += came - blocked_since
+    instruction = post.instruction
     axis = axis_name(instruction.group) if isinstance(instruction, Collective) else "pp"
-    stage.tally.expose(axis, at - came)
-    stage.blocked_since = None
+    tally.expose(axis, at - came)

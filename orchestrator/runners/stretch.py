@@ -100,6 +100,16 @@ class Tally:
         for axis, duration in other.exposed_ns.items():
             self.expose(axis, duration)
 
+    def times(self, factor: float) -> "Tally":
+        """Every part multiplied."""
+        return Tally(
+            round(self.compute_ns * factor),
+            round(self.optimizer_ns * factor),
+            round(self.host_ns * factor),
+            round(self.bubble_ns * factor),
+            {axis: round(duration * factor) for axis, duration in self.exposed_ns.items()},
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Stretch:
@@ -109,6 +119,17 @@ class Stretch:
     pieces: tuple[Piece, ...]
     tally: Tally
     after: InFlight
+
+    def slowed(self, factor: float) -> "Stretch":
+        """The same on a chip that takes `factor` times as long. Nothing may be in flight after it."""
+        assert self.after is NOTHING, "a collective was timed with the work"
+        if factor == 1.0:
+            return self
+        pieces = tuple(
+            piece._replace(start_ns=round(piece.start_ns * factor), end_ns=round(piece.end_ns * factor))
+            for piece in self.pieces
+        )
+        return Stretch(round(self.duration_ns * factor), pieces, self.tally.times(factor), NOTHING)
 
 
 def axis_name(group: Group) -> str:

@@ -203,7 +203,10 @@ def test_a_listed_group_has_the_card_to_itself_and_the_copies_of_a_lattice_share
     one_per_host = range(0, 128, 8)
     listed, all_copies = pod().levels(one_per_host), pod().levels(Lattice(((8, 16),)))
     assert [level.rate() for level in listed] == [50e9, 50e9]
-    assert [level.rate(flows) for level, flows in zip(all_copies, (1, 4), strict=True)] == [12.5e9, 200e9 / 32]
+    assert [level.rate(flows) for level, flows in zip(all_copies, (1, 4), strict=True)] == [
+        12.5e9,
+        200e9 / 32,
+    ]
 
 
 def test_groups_without_an_even_fold_have_no_levels():
