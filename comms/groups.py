@@ -42,6 +42,14 @@ class Lattice:
             chips = (np.arange(size)[:, None] * stride + chips).ravel()
         return chips
 
+    def copies(self, num_chips: int) -> IntArray:
+        """[copies, chips] All copies in a mesh of `num_chips` chips, by their first chip, each in ascending order."""
+        every = np.arange(num_chips)
+        first = every.copy()
+        for stride, size in self.steps:
+            first -= every // stride % size * stride
+        return np.argsort(first, kind="stable").reshape(-1, self.num_chips)
+
     def within(self, size: int) -> "Lattice":
         """What of the group lies in one aligned block of `size` chips, where all blocks hold alike."""
         kept = [(stride, min(length, size // stride)) for stride, length in self.steps if stride < size]

@@ -33,8 +33,8 @@ FOLDER = _kept_in()
 
 def compiled(function: FunctionT) -> FunctionT:
     """`function` as machine code, with the same signature."""
-    before, numba.config.CACHE_DIR = numba.config.CACHE_DIR, FOLDER
+    before, numba.config.CACHE_DIR = numba.config.CACHE_DIR, FOLDER  # type: ignore[attr-defined]
     try:
         return cast(FunctionT, numba.njit(cache=True, error_model="numpy")(function))
     finally:
-        numba.config.CACHE_DIR = before
+        numba.config.CACHE_DIR = before  # type: ignore[attr-defined]

@@ -29,7 +29,10 @@ PACE = 0.8  # pieces follow each other a little faster than the fullest wire let
 HELPS = 1.01  # twice the pieces must shorten the timetable by this factor
 MAX_PACKED = 2**20  # trees x chips^2
 MAX_SENDS = 2**16
-MAX_SHARED_SENDS = 6_000  # events cost more than a sweep
+MAX_SHARED_SENDS = 12_000  # events cost more than a sweep
+MAX_CELLS = (
+    2**25
+)  # chunks x chips x rounds of all channels: what is kept at full fidelity of who waits for what
 FINALISTS = 3  # timed at full fidelity where wires are shared; elsewhere a timetable says the same
 SHARED_CHANNELS = (1, 16)
 TREES = {
@@ -38,7 +41,7 @@ TREES = {
     Op.REDUCE: (1, 2, 4, 8, 16),
     Op.ALL_GATHER: (1, 2, 4),  # per root from here on
     Op.REDUCE_SCATTER: (1, 2, 4),
-    Op.ALL_TO_ALL: (1, 2),
+    Op.ALL_TO_ALL: (1, 2, 4),
 }
 PER_ROOT = (Op.ALL_GATHER, Op.REDUCE_SCATTER, Op.ALL_TO_ALL)
 

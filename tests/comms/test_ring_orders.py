@@ -73,7 +73,18 @@ def test_every_mesh_and_torus_has_a_cycle_of_neighbours_but_those_of_odd_sides_w
 
 @pytest.mark.parametrize(
     "dims",
-    [*product(range(3, 8), repeat=2), (16, 16), (3, 20), (3, 3, 3), (3, 4, 5), (4, 4, 4), (3, 3, 3, 3)],
+    [
+        *product(range(3, 8), repeat=2),
+        (16, 16),
+        (3, 20),
+        (16, 32),
+        (64, 64),
+        (3, 3, 3),
+        (3, 4, 5),
+        (4, 4, 4),
+        (8, 8, 8),
+        (3, 3, 3, 3),
+    ],
 )
 def test_a_torus_falls_apart_into_cycles_that_share_no_link(dims):
     cycles = disjoint_cycles(dims)
@@ -81,6 +92,12 @@ def test_a_torus_falls_apart_into_cycles_that_share_no_link(dims):
     assert len(cycles) == len(dims)
     assert len(set(links)) == len(links) == len(dims) * int(np.prod(dims))
     assert all((hops(Torus(dims, (LINK,)), cycle) == 1).all() for cycle in cycles)
+
+
+def test_a_torus_that_defeats_the_search_still_has_its_snake_both_ways():
+    torus = Torus((64, 64, 32), (LINK,))
+    assert disjoint_cycles(torus.dims) == ()
+    assert [ring.bytes_per_s for ring in ring_orders(torus)] == [1e9, 1e9]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,97 @@
+"""The catalog: every algorithm by name and operation, with its schedule and its outline for a group's levels.
+
+A new algorithm is one file with tables of schedules and outlines, entered here. Options follow from the group: its
+fanouts, the number of pieces that suits the size, the orders of several rings.
+"""
+
+from collections.abc import Callable, Mapping
+from functools import cache, partial
+from inspect import signature
+from math import prod
+
+from comms.algorithms import bruck, direct, doubling, hierarchical, in_network, ring, torus, tree
+from comms.levels import Levels
+from comms.outline import Outline
+from comms.schedule import Op, Schedule
+
+FILES = (ring, doubling, direct, bruck, tree, hierarchical, torus, in_network)
+RAIL_RINGS = "rail rings"
+IN_NETWORK = in_network.NAME
+MOST_RINGS = 16  # as many channels as libraries open
+
+
+def names(op: Op) -> tuple[str, ...]:
+    """The algorithms for an operation, in the order of the files: of equally fast ones the first is taken."""
+    known = [name for file in FILES for name, ops in file.SCHEDULES.items() if op in ops]
+    return (*known, RAIL_RINGS) if op in _RAIL_OPS else tuple(known)
+
+
+def joins_likes(name: str) -> bool:
+    """Whether its messages between bunches join members with the same inner digits only: they keep to rails."""
+    return name in hierarchical.SCHEDULES
+
+
+def outline_of(name: str, op: Op, nbytes: float, levels: Levels) -> Outline | None:
+    """What representative chips send; None where the algorithm does not suit these levels."""
+    if name == RAIL_RINGS:
+        rings = _num_rings(levels)
+        return ring.around_outline(op, nbytes, levels, rings=rings) if rings > 1 else None
+    make = _outlines()[name][op]
+    return make(nbytes, levels, **_options(name, op, make, nbytes, levels))
+
+
+def schedule_of(name: str, op: Op, num_ranks: int, nbytes: float, levels: Levels | None) -> Schedule:
+    """The messages of all ranks. Without levels the group counts as one flat level."""
+    if name == RAIL_RINGS:
+        rings = _num_rings(levels or ())
+        per_host = prod(level.fanout for level in (levels or ())[:-1])
+        orders = ring.rail_orders(num_ranks, per_host, rings)
+        return _RAIL_OPS[op](num_ranks, orders=orders)
+    make = _schedules()[name][op]
+    return make(num_ranks, **_options(name, op, make, nbytes, levels))
+
+
+_RAIL_OPS: Mapping[Op, Callable[..., Schedule]] = {
+    op: ring.SCHEDULES["ring"][op] for op in (Op.ALL_REDUCE, Op.ALL_GATHER, Op.REDUCE_SCATTER)
+}
+
+
+@cache
+def _schedules() -> Mapping[str, Mapping[Op, Callable[..., Schedule]]]:
+    return {name: ops for file in FILES for name, ops in file.SCHEDULES.items()}
+
+
+@cache
+def _outlines() -> Mapping[str, Mapping[Op, Callable[..., Outline | None]]]:
+    return {name: ops for file in FILES for name, ops in file.OUTLINES.items()}
+
+
+@cache
+def _pieces() -> Mapping[str, Mapping[Op, Callable[[float, Levels], int]]]:
+    return {
+        name: ops for file in (tree, hierarchical, torus, in_network) for name, ops in file.PIECES.items()
+    }
+
+
+@cache
+def _takes(make: Callable[..., object] | partial[object], option: str) -> bool:
+    return option in signature(make).parameters
+
+
+def _options(
+    name: str, op: Op, make: Callable[..., object], nbytes: float, levels: Levels | None
+) -> dict[str, object]:
+    options: dict[str, object] = {}
+    if levels and _takes(make, "fanouts"):
+        options["fanouts"] = tuple(level.fanout for level in levels)
+    pieces = _pieces().get(name, {}).get(op)
+    if levels and pieces is not None and _takes(make, "pieces"):
+        options["pieces"] = pieces(nbytes, levels)
+    return options
+
+
+def _num_rings(levels: Levels) -> int:
+    """One ring for each chip of a bunch, so that each leaves the bunch by another chip; no ring levels."""
+    if len(levels) < 2 or any(level.ring for level in levels):
+        return 1
+    return min(MOST_RINGS, prod(level.fanout for level in levels[:-1]))

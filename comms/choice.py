@@ -1,0 +1,161 @@
+"""Choice: the algorithm and protocol with which a group carries out a collective fastest, and why.
+
+All algorithms of the catalog that suit the levels of the group are timed by their closed forms under each protocol
+of the tiers that the group spans; the fastest is taken, of equally fast ones the first. A library that pays for
+every collective once (`Tier.setup_s`) and hands pieces on between its stages (`Protocol.pipelined`) is charged so.
+
+A group that does not fold into levels counts as one flat level over its outermost tier, with what its chips have
+there when all of them send; `Choice.is_folded` says which it was. Full fidelity needs no such assumption.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from math import inf
+
+from comms.algorithms.catalog import IN_NETWORK, joins_likes, names, outline_of, schedule_of
+from comms.calibration import IN_NETWORK_STAGES
+from comms.closed import closed_seconds
+from comms.errors import CommsError
+from comms.folded import folded_seconds
+from comms.groups import Lattice, Members, group_size
+from comms.levels import Level, Levels
+from comms.links import PLAIN, Protocol
+from comms.network import Network, Tier
+from comms.outline import Outline
+from comms.schedule import Op, Schedule
+
+AUTO = "auto"
+NOTHING = "none"  # one chip: no algorithm
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """How a collective is carried out, and what that takes by its closed form."""
+
+    op: Op
+    nbytes: float
+    num_chips: int
+    algorithm: str
+    protocol: Protocol
+    setup_s: float  # charged once, whatever the fidelity: launch, and handing pieces on
+    transfer_s: float  # what the messages take
+    levels: Levels
+    is_folded: bool
+    others: tuple[tuple[str, float], ...] = ()  # what else suits, and its seconds, fastest first
+
+    @property
+    def seconds(self) -> float:
+        return self.setup_s + self.transfer_s
+
+    @property
+    def tier(self) -> str:
+        """The outermost tier that the collective crosses; empty for one chip."""
+        return self.levels[-1].tier if self.levels else ""
+
+    @property
+    def reason(self) -> str:
+        """Why this algorithm, in one sentence."""
+        if not self.levels:
+            return "one chip has all it needs"
+        if len(self.others) < 1:
+            return f"nothing else suits a group of {_shape(self.levels)}"
+        name, seconds = self.others[0]
+        times = f"{seconds / self.seconds:.2f} times as long" if self.seconds > 0 else "no less"
+        return f"fastest of {len(self.others) + 1} for {_shape(self.levels)}; {name} takes {times}"
+
+    def schedule(self) -> Schedule:
+        """The messages of all ranks, in the order of the members."""
+        levels = self.levels if self.is_folded else None
+        return schedule_of(self.algorithm, self.op, self.num_chips, self.nbytes, levels)
+
+    def folded_s(self) -> float:
+        """What the messages take by the sweep over representative chips."""
+        if not self.levels:
+            return 0.0
+        outline = _outline(self.algorithm, self.op, self.nbytes, self.levels, self.protocol)
+        assert outline is not None
+        return folded_seconds(outline)
+
+
+def choose(op: Op, nbytes: float, members: Members, network: Network, algorithm: str = AUTO) -> Choice:
+    """The fastest way for `op` over these chips, or `algorithm`. Raises CommsError where that does not suit."""
+    num_chips = group_size(members)
+    if nbytes < 0:
+        raise CommsError(f"{nbytes} bytes", "size", "give a size of zero or more")
+    if algorithm not in (AUTO, *names(op)):
+        known = ", ".join(names(op))
+        raise CommsError(f"no algorithm {algorithm!r} for {op}", "algorithm", f"known: auto, {known}")
+    tried = _tried(op, nbytes, members, network, algorithm)
+    if num_chips == 1:
+        return Choice(op, nbytes, 1, NOTHING, PLAIN, 0.0, 0.0, (), True)
+    if not tried:
+        hint = "leave it to auto, or take one that suits these levels"
+        raise CommsError(f"{algorithm} does not suit this group of {num_chips} chips", "algorithm", hint)
+    best = min(tried, key=lambda choice: choice.seconds)
+    seen = {best.algorithm}
+    others = []
+    for choice in sorted(tried, key=lambda choice: choice.seconds):
+        if choice.algorithm not in seen:
+            seen.add(choice.algorithm)
+            others.append((choice.algorithm, choice.seconds))
+    return replace(best, others=tuple(others))
+
+
+def _tried(op: Op, nbytes: float, members: Members, network: Network, algorithm: str) -> list[Choice]:
+    num_chips = group_size(members)
+    if num_chips == 1:
+        return []
+    tier = _outermost(members, network)
+    protocols = _protocols(network, tier)
+    ways = {aligned: network.levels(members, aligned) for aligned in (False, True)}
+    choices = []
+    for name in names(op) if algorithm == AUTO else (algorithm,):
+        levels = ways[joins_likes(name)]
+        flat = levels if levels is not None else _flat(num_chips, tier)
+        if levels is None and joins_likes(name):
+            continue
+        for protocol in protocols:
+            outline = _outline(name, op, nbytes, flat, protocol)
+            if outline is None:
+                continue
+            extra = protocol.handing_on_s(*_latency_and_wire(name, outline))
+            seconds = closed_seconds(outline)
+            setup = tier.setup_s + extra
+            choices.append(
+                Choice(op, nbytes, num_chips, name, protocol, setup, seconds, flat, levels is not None)
+            )
+    return choices
+
+
+def _outline(name: str, op: Op, nbytes: float, levels: Levels, protocol: Protocol) -> Outline | None:
+    return outline_of(name, op, nbytes, tuple(level.under(protocol) for level in levels))
+
+
+def _latency_and_wire(name: str, outline: Outline) -> tuple[float, float]:
+    """Latencies and bytes along all stages, in seconds, for what handing pieces on costs."""
+    stages = [stage for phase in outline.phases for stage in phase]
+    latency = sum(stage.repeat * max(hop.latency_s for hop in stage.hops) for stage in stages)
+    wire = sum(stage.repeat * stage.nbytes / min(hop.bytes_per_s for hop in stage.hops) for stage in stages)
+    return latency * (IN_NETWORK_STAGES if name == IN_NETWORK else 1.0), wire
+
+
+def _outermost(members: Members, network: Network) -> Tier:
+    """The tier in which the first and the last of the members meet."""
+    if isinstance(members, Lattice):
+        return network.tier_for((0, members.highest))
+    return network.tier_for(members)
+
+
+def _protocols(network: Network, outermost: Tier) -> Sequence[Protocol]:
+    """Those of the outermost tier: a library moves a whole collective in one way."""
+    return outermost.protocols
+
+
+def _flat(num_chips: int, tier: Tier) -> Levels:
+    """All members as if no two shared a tier further in."""
+    link = tier.loaded_link
+    return (Level(tier.name, num_chips, link.latency_s, link.bytes_per_s, inf),)
+
+
+def _shape(levels: Levels) -> str:
+    return " x ".join(f"{level.fanout} ({level.tier})" for level in levels)

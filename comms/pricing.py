@@ -1,0 +1,124 @@
+"""Pricing: what a collective takes, at any fidelity, and which links decide.
+
+    closed   arithmetic over the levels of the group, in microseconds of work
+    folded   the same messages, swept over representative chips
+    full     every message of every chip on the topology (comms.full), wires shared max-min fairly
+
+What the library adds (`Choice.setup_s`) is the same in all. On groups that fold evenly the three agree; groups
+that do not are priced by full fidelity where there is a topology of few enough chips.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from math import prod
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from comms.algorithms.catalog import IN_NETWORK, outline_of
+from comms.choice import Choice
+from comms.closed import closed_seconds
+from comms.groups import Lattice, Members
+from comms.schedule import Op
+from comms.tiered import TieredTopology
+from comms.topology import IntArray
+
+if TYPE_CHECKING:
+    from comms.compiled import Job
+
+FREE = 1e9  # how much better a tier is made to see what it costs
+
+
+class Fidelity(StrEnum):
+    """How closely a collective is timed."""
+
+    CLOSED = "closed"
+    FOLDED = "folded"
+    FULL = "full"
+
+
+@dataclass(frozen=True, slots=True)
+class TierShare:
+    """One tier that a collective crosses."""
+
+    tier: str
+    fanout: int
+    latency_s: float
+    bytes_per_s: float  # of a chip, when all chips of a bunch send to others at once
+    saved_s: float  # what would be saved if this tier cost nothing
+
+
+def algbw(op: Op, nbytes: float, seconds: float) -> float:
+    """Bytes per second as nccl-tests count them: nbytes over time."""
+    return nbytes / seconds if seconds > 0 and op is not Op.BARRIER else 0.0
+
+
+def busbw(op: Op, nbytes: float, seconds: float, num_chips: int) -> float:
+    """What a link carries, as nccl-tests count it: comparable over numbers of chips (its PERFORMANCE.md)."""
+    n = num_chips
+    factor = {
+        Op.ALL_REDUCE: 2 * (n - 1) / n,
+        Op.ALL_GATHER: (n - 1) / n,
+        Op.REDUCE_SCATTER: (n - 1) / n,
+        Op.ALL_TO_ALL: (n - 1) / n,
+        Op.GATHER: (n - 1) / n,
+        Op.SCATTER: (n - 1) / n,
+    }.get(op, 1.0 if n > 1 else 0.0)
+    return algbw(op, nbytes, seconds) * factor
+
+
+def tier_shares(choice: Choice) -> tuple[TierShare, ...]:
+    """Per level that the group spans, what it costs: by the closed form with that level free."""
+    shares = []
+    for at, level in enumerate(choice.levels):
+        free = replace(
+            level,
+            latency_s=0.0,
+            hop_latency_s=0.0,
+            bytes_per_s=level.bytes_per_s * FREE,
+            pool_bytes_per_s=level.pool_bytes_per_s * FREE,
+        )
+        levels = tuple(
+            (free if other == at else each).under(choice.protocol) for other, each in enumerate(choice.levels)
+        )
+        outline = outline_of(choice.algorithm, choice.op, choice.nbytes, levels)
+        saved = choice.transfer_s - closed_seconds(outline) if outline is not None else 0.0
+        inner = prod(each.fanout for each in choice.levels[:at])
+        shares.append(
+            TierShare(level.tier, level.fanout, level.latency_s, level.rate(inner), max(0.0, saved))
+        )
+    return tuple(shares)
+
+
+def job_of(choice: Choice, groups: IntArray, topology: TieredTopology, start_s: float = 0.0) -> "Job":
+    """The messages of a choice for groups of chips ([groups, chips], members in order) on a topology."""
+    # Imported here: what only wants closed forms need not load compiled loops.
+    from comms.compiled import Job
+
+    schedule = choice.schedule()
+    places = np.array([_places(choice, members, topology) for members in groups])
+    return Job(schedule, places, choice.nbytes, start_s, protocol=choice.protocol)
+
+
+def groups_of(members: Members, num_chips: int) -> IntArray:
+    """[groups, chips] A list of chips alone, or all copies of a Lattice among `num_chips` chips."""
+    if isinstance(members, Lattice):
+        return members.copies(num_chips)
+    return np.asarray(members, dtype=np.int64)[np.newaxis]
+
+
+def _places(choice: Choice, members: IntArray, topology: TieredTopology) -> IntArray:
+    """The members, and after them the switches that reduce for them: one per bunch, then the one over all."""
+    if choice.algorithm != IN_NETWORK or len(members) == 1:
+        return members
+    bunch = choice.levels[0].fanout
+    bunches = [members[first : first + bunch] for first in range(0, len(members), bunch)]
+    switches = [topology.switch_over(_as_list(each)) for each in bunches]
+    if len(bunches) > 1:
+        switches.append(topology.switch_over(_as_list(members)))
+    return np.concatenate([members, np.array(switches, dtype=np.int64)])
+
+
+def _as_list(chips: IntArray) -> Sequence[int]:
+    return [int(chip) for chip in chips]
