@@ -147,7 +147,10 @@ class Network:
             levels = ways.pop() if len(ways) == 1 else None
             if levels is None:
                 return None
-            found += [replace(each, tier=each.tier if each.tier in names else owner.name) for each in levels]
+            found += [
+                replace(each, tier=each.tier if each.tier in names else owner.name, port=at)
+                for each in levels
+            ]
             inner = owner.size
         assert num_members(tuple(found)) == group_size(members)
         return tuple(found)

@@ -173,9 +173,10 @@ def _wanted(op: Op, hops: Hops, nbytes: float, root: int, trees: int) -> Wanted:
 
 
 def _central(hops: Hops, nbytes: float) -> IntArray:
-    """Chips, those with the shortest ways to and from the farthest first."""
+    """Chips, those with the shortest ways to and from the farthest first; among these, to and from all."""
     far = hops.ways(hops.latency_s + nbytes / hops.bytes_per_s)
-    return np.argsort(np.maximum(far.max(axis=0), far.max(axis=1)), kind="stable")
+    there_and_back = far + far.T
+    return np.lexsort((there_and_back.sum(axis=0), there_and_back.max(axis=0)))
 
 
 def _cut(hops: Hops, packed: _Packed, seed: int, most: int) -> _Draft:

@@ -177,12 +177,15 @@ def _hops(levels: Levels) -> tuple[Hop, ...] | None:
 def _exchange(level: Level, inner: int, distance: int) -> Hop:
     """All members of two bunches `distance` apart exchange.
 
-    In a ring of bunches as many exchanges as the distance cross the wire in the middle between them.
+    In a row of bunches as many exchanges as the distance cross the wire in the middle between them. Halfway round a
+    ring both ways are as short, and messages take them in turn by position, which halves that.
     """
     rate = level.rate(inner)
-    if level.ring:
-        return Hop(level.latency_s + (distance - 1) * level.hop_latency_s, rate / distance)
-    return Hop(level.latency_s, rate)
+    if not level.ring:
+        return Hop(level.latency_s, rate)
+    halfway = level.wraps and 2 * distance == level.fanout > 2
+    messages = distance / 2 if halfway else distance
+    return Hop(level.latency_s + (distance - 1) * level.hop_latency_s, rate / messages)
 
 
 SCHEDULES: Schedules = {

@@ -16,7 +16,7 @@ chips that are early then meet with those that are late. Levels that are rings a
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import partial, reduce
 from itertools import product
@@ -73,7 +73,7 @@ class Blocks:
     strides: tuple[int, ...]
     order: tuple[int, ...]
     start: int = 0
-    patterns: dict[bytes, Pattern] | None = None
+    patterns: dict[bytes, Pattern] = field(default_factory=dict)  # so far, to be shared by rounds alike
 
     @classmethod
     def nested(cls, fanouts: tuple[int, ...], order: tuple[int, ...], start: int = 0) -> "Blocks":
@@ -81,14 +81,14 @@ class Blocks:
         strides = [0] * len(fanouts)
         for place, digit in enumerate(order):
             strides[digit] = prod(fanouts[each] for each in order[place + 1 :])
-        return cls(fanouts, tuple(strides), order, start, {})
+        return cls(fanouts, tuple(strides), order, start)
 
     @classmethod
     def by_rank(
         cls, fanouts: tuple[int, ...], order: tuple[int, ...], start: int = 0, per_rank: int = 1
     ) -> "Blocks":
         """Rank r ends with chunk r * per_rank + start, so that what it works on is scattered over the buffer."""
-        return cls(fanouts, tuple(per_rank * size for size in inner_sizes(fanouts)), order, start, {})
+        return cls(fanouts, tuple(per_rank * size for size in inner_sizes(fanouts)), order, start)
 
     @property
     def num_ranks(self) -> int:
@@ -125,7 +125,6 @@ class Blocks:
 
     def _pattern(self, src: IntArray, dst: IntArray) -> Pattern:
         """The same object for the same messages."""
-        assert self.patterns is not None
         return self.patterns.setdefault(src.tobytes() + dst.tobytes(), Pattern(src, dst))
 
 

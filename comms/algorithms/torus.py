@@ -115,7 +115,7 @@ def outline(
         scatter.append((Stage(level.fanout - 1, part, (hop,), own_ports=not ring),))
     gather = scatter[::-1]
     phases = {Op.REDUCE_SCATTER: scatter, Op.ALL_GATHER: gather, Op.ALL_REDUCE: scatter + gather}[op]
-    return Outline(_name(rotated, rings), tuple(phases), (0,) * len(phases))
+    return Outline(_name(rotated, wraps), tuple(phases), (0,) * len(phases))
 
 
 def line_outline(nbytes: float, levels: Levels, *, pieces: int = 1) -> Outline | None:
@@ -132,8 +132,8 @@ def line_outline(nbytes: float, levels: Levels, *, pieces: int = 1) -> Outline |
     return Outline(LINE, (way, way), (0, 0))
 
 
-def _name(rotated: bool, rings: Sequence[bool]) -> str:
-    return ROTATED if rotated else TORUS if all(rings) else MESH
+def _name(rotated: bool, wraps: Sequence[bool] | bool) -> str:
+    return ROTATED if rotated else TORUS if np.all(wraps) else MESH
 
 
 def _is_own(level: Level, inner: int) -> bool:
@@ -172,7 +172,7 @@ def _torus(
         gather = [_along(blocks, place, rings, step, gathers=True) for place in reversed(dims)]
         phases = {Op.REDUCE_SCATTER: scatter, Op.ALL_GATHER: gather, Op.ALL_REDUCE: scatter + gather}[op]
         channels.append(Channel(tuple(phases)))
-    return Schedule(op, _name(rotated, rings), num_ranks, num_chunks, 1.0 / num_chunks, tuple(channels))
+    return Schedule(op, _name(rotated, wraps), num_ranks, num_chunks, 1.0 / num_chunks, tuple(channels))
 
 
 def _rings(

@@ -1,8 +1,9 @@
 """Step costs: nanoseconds of every instruction of a Program on a cluster.
 
 Compute by the roofline of the chip that runs the role, accumulation and the optimizer by memory traffic,
-collectives and transfers by closed forms over the network. The simulator asks through the `Costs` protocol,
-so another model of time (measured, calibrated, contended) takes this one's place without a change to it.
+collectives as `comms.choice` chooses and prices them, transfers over the tier that joins the stages, all chips
+of a stage sending at once. The simulator asks through the `Costs` protocol, so another model of time (measured,
+calibrated) takes this one's place without a change to it.
 
 Assumes that a role is as slow as its slowest chip type (by peak), that chip 0 of the mesh is chip 0 of the
 cluster, and that a transfer between stages is as slow as between the first chips of both. Not modelled: the
@@ -12,7 +13,9 @@ host's time to start a communication, and the optimizer's arithmetic.
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from comms.collectives import Members, collective_seconds, mesh_group, transfer_seconds
+from comms.choice import Choice, choose
+from comms.groups import Members, mesh_group
+from comms.schedule import Op
 from kernels.chips import Chip
 from kernels.roofline import SegmentTime, memory_seconds, segment_time
 from orchestrator.cluster import Cluster
@@ -70,7 +73,7 @@ class ClusterCosts:
     cluster: Cluster
     _segments: dict[tuple[int, int], SegmentTime] = field(default_factory=dict)
     _chips: dict[int, Chip] = field(default_factory=dict)
-    _collectives: dict[tuple[str, Group, int], int] = field(default_factory=dict)
+    _collectives: dict[tuple[str, Group, int], Choice] = field(default_factory=dict)
     _state_share: dict[int, float] = field(default_factory=dict)
 
     def work(self, role: Role, instruction: Working) -> Work:
@@ -90,15 +93,15 @@ class ClusterCosts:
         key = (str(instruction.op), instruction.group, nbytes)
         if key not in self._collectives:
             members = self._members(role, instruction.group)
-            cost = collective_seconds(key[0], nbytes, members, self.cluster.network)
-            self._collectives[key] = _ns(cost.seconds)
-        return self._collectives[key]
+            self._collectives[key] = choose(Op(key[0]), nbytes, members, self.cluster.network)
+        return _ns(self._collectives[key].seconds)
 
     def transfer_ns(self, role: Role, instruction: Send) -> int:
         """Time of one message between the stages' first chips."""
         nbytes = role.tensors[instruction.tensor].spec.nbytes
         source, target = self._first_chip(role.stage), self._first_chip(instruction.to)
-        return _ns(transfer_seconds(nbytes, source, target, self.cluster.network).seconds)
+        link = self.cluster.network.tier_for((source, target)).loaded_link
+        return _ns(link.seconds(nbytes))
 
     def _members(self, role: Role, group: Group) -> Members:
         """By arithmetic; groups of a few named stages are small enough to list."""

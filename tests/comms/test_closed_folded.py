@@ -114,7 +114,7 @@ def on_wires(level, src, dst, number, schedule):
         ahead, back = (b - a) % level.fanout, (a - b) % level.fanout
         if not level.wraps:
             return [(i, 1) for i in range(a, b)] if a < b else [(i, -1) for i in range(a, b, -1)]
-        if ahead <= back:
+        if ahead < back or (ahead == back and a % 2 == 0):
             return [((a + i) % level.fanout, 1) for i in range(ahead)]
         return [((a - i) % level.fanout, -1) for i in range(back)]
 
