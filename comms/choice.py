@@ -12,7 +12,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import inf
 
-from comms.algorithms.catalog import IN_NETWORK, joins_likes, names, outline_of, schedule_of
+from comms.algorithms.catalog import (
+    IN_NETWORK,
+    considered,
+    joins_likes,
+    names,
+    outline_of,
+    schedule_of,
+)
 from comms.calibration import IN_NETWORK_STAGES
 from comms.closed import closed_seconds
 from comms.errors import CommsError
@@ -109,7 +116,7 @@ def _tried(op: Op, nbytes: float, members: Members, network: Network, algorithm:
     protocols = _protocols(network, tier)
     ways = {aligned: network.levels(members, aligned) for aligned in (False, True)}
     choices = []
-    for name in names(op) if algorithm == AUTO else (algorithm,):
+    for name in considered(op, num_chips) if algorithm == AUTO else (algorithm,):
         levels = ways[joins_likes(name)]
         flat = levels if levels is not None else _flat(num_chips, tier)
         if levels is None and joins_likes(name):

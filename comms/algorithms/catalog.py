@@ -18,12 +18,29 @@ FILES = (ring, doubling, direct, bruck, tree, hierarchical, torus, in_network)
 RAIL_RINGS = "rail rings"
 IN_NETWORK = in_network.NAME
 MOST_RINGS = 16  # as many channels as libraries open
+MOST_PEERS = 64
 
 
 def names(op: Op) -> tuple[str, ...]:
     """The algorithms for an operation, in the order of the files: of equally fast ones the first is taken."""
     known = [name for file in FILES for name, ops in file.SCHEDULES.items() if op in ops]
     return (*known, RAIL_RINGS) if op in _RAIL_OPS else tuple(known)
+
+
+def considered(op: Op, num_chips: int) -> tuple[str, ...]:
+    """What an automatic choice looks at.
+
+    Not several rings over hosts, of which the outline only says about what full fidelity does. Nor that each chip
+    exchanges parts with more than MOST_PEERS others at once where there are other ways: libraries keep connections
+    and buffers for a few, and what a message costs by itself is not modelled.
+    """
+    left_out = {RAIL_RINGS}
+    if num_chips > MOST_PEERS + 1 and op is not Op.ALL_TO_ALL:
+        left_out |= {
+            name for name in names(op) if name in direct.SCHEDULES or name.endswith(hierarchical.Way.DIRECT)
+        }
+    kept = tuple(name for name in names(op) if name not in left_out)
+    return kept or names(op)
 
 
 def joins_likes(name: str) -> bool:

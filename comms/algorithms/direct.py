@@ -5,9 +5,7 @@ ranks send to the same one at a time. With `fanouts` they count on digit by digi
 a host then go to different chips of the next host together. Pairwise exchange does the same in n - 1 rounds, each
 of which waits for the one before (Thakur, Rabenseifner and Gropp, 2005, section 4.4).
 
-Outlines take the schedule's fanouts to be those of the levels. Which levels leave by the same port of a chip they
-must be told where it matters (`ports`); else the innermost has one, and all others share one, as with a fabric
-inside the host and a network card.
+Outlines take the schedule's fanouts to be those of the levels; levels with the same `port` share it.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -121,15 +119,13 @@ def scatter(num_ranks: int, root: int = 0) -> Schedule:
     return schedule_of(Op.SCATTER, "direct", num_ranks, num_ranks, rounds, root=root)
 
 
-def one_round_outline(
-    op: Op, nbytes: float, levels: Levels, *, ports: Sequence[int] | None = None
-) -> Outline | None:
-    """One message from everyone to everyone: the port that is done last. `ports`: one number per level."""
+def one_round_outline(op: Op, nbytes: float, levels: Levels) -> Outline | None:
+    """One message from everyone to everyone: the port that is done last."""
     spans = folds(levels)
     if any(level.ring for level, _ in spans):
         return None
     each = nbytes if op is Op.ALL_REDUCE else nbytes / num_members(levels)
-    stages = (_last_port(levels, ports, each, all_send=True),) if spans else ()
+    stages = (_last_port(levels, each, all_send=True),) if spans else ()
     return Outline("direct", (stages,), (0,))
 
 
@@ -138,7 +134,7 @@ def two_shot_outline(nbytes: float, levels: Levels) -> Outline | None:
     spans = folds(levels)
     if len(spans) > 1 or any(level.ring for level, _ in spans):
         return None
-    stages = (_last_port(levels, None, nbytes / num_members(levels), all_send=True),) * 2 if spans else ()
+    stages = (_last_port(levels, nbytes / num_members(levels), all_send=True),) * 2 if spans else ()
     return Outline("two-shot", (stages,), (0,))
 
 
@@ -155,10 +151,8 @@ def pairwise_outline(nbytes: float, levels: Levels) -> Outline | None:
     return Outline("pairwise", (stages,), (0,))
 
 
-def rooted_outline(
-    op: Op, nbytes: float, levels: Levels, *, ports: Sequence[int] | None = None
-) -> Outline | None:
-    """Scatter from the first member or gather to it. `ports`: one number per level.
+def rooted_outline(op: Op, nbytes: float, levels: Levels) -> Outline | None:
+    """Scatter from the first member or gather to it.
 
     What it gathers shares its ports. Over more than two levels that is a question of who shares what further
     out, so there is no outline.
@@ -167,7 +161,7 @@ def rooted_outline(
     if any(level.ring for level, _ in spans) or (op is Op.GATHER and len(spans) > 2):
         return None
     each = nbytes / num_members(levels)
-    stages = (_last_port(levels, ports, each, all_send=False),) if spans else ()
+    stages = (_last_port(levels, each, all_send=False),) if spans else ()
     return Outline("direct", (stages,), (0,))
 
 
@@ -198,13 +192,10 @@ def _shifted(num_ranks: int, fanouts: Sequence[int] | None) -> list[IntArray]:
     return columns
 
 
-def _last_port(levels: Levels, ports: Sequence[int] | None, each: float, all_send: bool) -> Stage:
+def _last_port(levels: Levels, each: float, all_send: bool) -> Stage:
     """What leaves a port (or, gathered, enters it) up to the message that arrives last, as one message."""
     spans = folds(levels)
-    if ports is None:
-        used = [int(index > 0) for index in range(len(spans))]
-    else:
-        used = [port for port, level in zip(ports, levels, strict=True) if level.fanout > 1]
+    used = [level.port for level, _ in spans]
     nbytes, seconds = dict.fromkeys(used, 0.0), dict.fromkeys(used, 0.0)
     stages = []
     for port, (level, inner) in zip(used, spans, strict=True):

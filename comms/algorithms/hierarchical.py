@@ -8,13 +8,12 @@ A broadcast scatters level by level outwards and gathers on the way back.
 Each level by its own way: around a ring, by halving and doubling, or directly. Pieces follow each other one at a
 time in each phase (SERIAL), so that a piece crosses while the next one is still inside: a flow shop.
 
-Outlines are exact in one piece. With several pieces, and for a broadcast, they assume that chips have one port for
-the innermost level and others further out (a fabric inside the host, a network card); with several pieces, one for
-all of those. A broadcast's is for one piece only; where the members of a bunch share a tapered trunk it is an upper
-bound, as they do not all send at once, and where all levels share one port it is too low, by up to a sixth, as
-chips that are early then meet with those that are late. Levels that are rings are gone round in one direction.
+Outlines are exact; with several pieces too, as levels say which of them share a port. That of a broadcast is for one
+piece and levels with ports of their own, and an upper bound where the members of a bunch share a tapered trunk, as
+they do not all send at once. Levels that are rings are gone round in one direction.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -226,12 +225,16 @@ def all_to_all(num_ranks: int, *, fanouts: Sequence[int] | None = None, pieces: 
 def outline(
     op: Op, nbytes: float, levels: Levels, *, ways: Sequence[Way] = RINGS, pieces: int = 1
 ) -> Outline | None:
-    """Two levels or more; None where a way does not suit a level (`_suits`), and for a broadcast in pieces."""
+    """Two levels or more; None where a way does not suit a level (`_suits`), and for most broadcasts.
+
+    On one port, chips that have their part of a broadcast early get in the way of those that have it late.
+    """
     spans = folds(levels)
     taken = [_way(ways, place) for place in range(len(spans))]
     if len(spans) < 2 or not all(_suits(op, *each) for each in zip(taken, spans, strict=True)):
         return None
-    if op is Op.BROADCAST and pieces > 1:
+    ports = [level.port for level, _ in spans]
+    if op is Op.BROADCAST and (pieces > 1 or len(set(ports)) < len(ports)):
         return None
     inward: list[tuple[Stage, ...]] = []
     outward: list[tuple[Stage, ...]] = []
@@ -240,7 +243,6 @@ def outline(
         first = _stages(Way.DIRECT, nbytes if op is Op.ALL_TO_ALL else nbytes / inner, level, inner)
         inward.append(first if op in (Op.BROADCAST, Op.ALL_TO_ALL) else rounds)
         outward.insert(0, rounds[::-1])
-    ports = [min(place, 1) for place in range(len(spans))]
     if op in (Op.REDUCE_SCATTER, Op.ALL_TO_ALL):
         return Outline(_name(ways), tuple(inward), tuple(ports), pieces)
     if op is Op.ALL_GATHER:
@@ -249,7 +251,7 @@ def outline(
 
 
 def flow_shop_pieces(op: Op, nbytes: float, levels: Levels, *, ways: Sequence[Way] = RINGS) -> int:
-    """About the best number of pieces, where levels have ports of their own as the outlines assume.
+    """About the best number of pieces for levels with several ports; one where they share one.
 
     With q pieces each phase takes its latencies and 1 / q of its transfers, and the busiest port does so q times:
     the sum is least at q = sqrt(transfers of the other ports / latencies of the busiest).
@@ -257,15 +259,13 @@ def flow_shop_pieces(op: Op, nbytes: float, levels: Levels, *, ways: Sequence[Wa
     whole = outline(op, nbytes, levels, ways=ways)
     if whole is None or op is Op.BROADCAST:
         return 1
-    moving, waiting = [0.0, 0.0], [0.0, 0.0]
+    moving, waiting = Counter[int](), Counter[int]()
     for phase, port in zip(whole.phases, whole.ports, strict=True):
-        for stage in phase:
-            moving[port] += stage.repeat * stage.nbytes / stage.hops[0].bytes_per_s
-            waiting[port] += stage.repeat * stage.hops[0].latency_s
-    busiest = 0 if moving[0] > moving[1] else 1
-    if waiting[busiest] <= 0:
-        return MAX_PIECES if moving[1 - busiest] > 0 else 1
-    best = sqrt(moving[1 - busiest] / waiting[busiest])
+        moving.update({port: sum(each.repeat * each.nbytes / each.hops[0].bytes_per_s for each in phase)})
+        waiting.update({port: sum(each.repeat * each.hops[0].latency_s for each in phase)})
+    busiest = max(moving, key=moving.__getitem__)
+    others = sum(moving.values()) - moving[busiest]
+    best = sqrt(others / waiting[busiest]) if waiting[busiest] > 0 else MAX_PIECES * (others > 0)
     candidates = sorted({1, *(min(MAX_PIECES, max(1, int(best) + more)) for more in (0, 1))})
     outlines = {pieces: outline(op, nbytes, levels, ways=ways, pieces=pieces) for pieces in candidates}
     times = {pieces: closed_seconds(each) for pieces, each in outlines.items() if each is not None}

@@ -44,7 +44,7 @@ class Ended(Protocol):
     def group(self) -> int: ...
 
 
-class Network(Protocol):
+class Running(Protocol):
     """Where communication takes place (as `comms.live.Live`)."""
 
     def start(self, job: int, group: int, at_s: float) -> float | None:
@@ -65,10 +65,10 @@ class Spot(NamedTuple):
 
 
 class Traffic(Protocol):
-    """Where a program's communications are among the network's jobs."""
+    """Where a program's communications are among the jobs of a network."""
 
     @property
-    def network(self) -> Network: ...
+    def live(self) -> Running: ...
 
     def spot(self, post: Post) -> Spot:
         """The job and group of what a chip posted."""
@@ -150,7 +150,7 @@ class _Simulation:
             raise stuck_error(unfinished)
 
     def _ended_by(self, until_s: float) -> tuple[tuple[int, Key], ...]:
-        ended = self.traffic.network.advance(until_s)
+        ended = self.traffic.live.advance(until_s)
         return tuple(
             (ceil(each.at_s * NS_PER_S - 1e-3), self.under_way.pop((each.job, each.group))) for each in ended
         )
@@ -218,7 +218,7 @@ class _Simulation:
         gathering.start_ns = at
         spot = self.traffic.spot(gathering.posts[key.chips[0]])
         start_s = at / NS_PER_S + spot.setup_s
-        end_s = self.traffic.network.start(spot.job, spot.group, start_s)
+        end_s = self.traffic.live.start(spot.job, spot.group, start_s)
         if end_s is None:
             self.under_way[spot.job, spot.group] = key
         else:

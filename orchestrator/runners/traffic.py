@@ -1,4 +1,4 @@
-"""Traffic: the communications of a program as jobs on the network of a cluster, for full fidelity.
+"""Traffic: the communications of a program as jobs on a network, for full fidelity.
 
 Every distinct collective and transfer of the program becomes one job, with all groups of chips that carry it out;
 each is started as often as the program does. Collectives are carried out as `comms.choice` chooses, which is what
@@ -17,13 +17,13 @@ from comms.compiled import Job
 from comms.full import CALM, Conditions
 from comms.groups import Members, mesh_group
 from comms.live import Live
+from comms.network import Network
 from comms.pricing import job_of
 from comms.schedule import Channel, Op, Pattern, Round, Schedule
 from comms.tiered import TieredTopology
 from comms.topology import IntArray, Topology
-from orchestrator.cluster import Cluster
 from orchestrator.runners.base import collective_nbytes
-from orchestrator.runners.every_chip import Network, Spot
+from orchestrator.runners.every_chip import Spot
 from partitioner.machine import Post
 from partitioner.program import Collective, Group, Program, Role, Send
 
@@ -41,16 +41,16 @@ class _Kind:
 
 @dataclass
 class ProgramTraffic:
-    """The jobs of `program` on the first `program.num_chips` chips of `cluster`."""
+    """The jobs of `program` on a network."""
 
     program: Program
-    cluster: Cluster
+    network: Network  # as many chips as the program has
     conditions: Conditions = CALM
-    topology: Topology | None = None  # the cluster's own, or as conditions leave it
+    topology: Topology | None = None  # the network's own, or as conditions leave it
     _spots: dict[tuple[str, int, tuple[int, ...]], Spot] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        whole = self.cluster.network.topology()
+        whole = self.network.topology()
         jobs: list[Job] = []
         for number, (kind, stages) in enumerate(self._kinds().items()):
             job, groups, setup_s = self._job(kind, stages, whole)
@@ -58,7 +58,7 @@ class ProgramTraffic:
             for index, chips in enumerate(groups):
                 key = (kind.op, kind.nbytes, tuple(int(chip) for chip in chips))
                 self._spots[key] = Spot(number, index, setup_s)
-        self.network: Network = Live(self.topology or whole, jobs, self.conditions)
+        self.live = Live(self.topology or whole, jobs, self.conditions)
 
     def _job(self, kind: _Kind, stages: set[int], whole: TieredTopology) -> tuple[Job, IntArray, float]:
         """The job, its groups of chips, and what starting one costs."""
@@ -77,7 +77,7 @@ class ProgramTraffic:
             members = mesh_group(self.program.axes, kind.group.axes)
             groups = members.copies(self.program.num_chips)
             groups = groups[np.isin(groups[:, 0] // per_stage, list(stages))]
-        choice = choose(Op(kind.op), kind.nbytes, members, self.cluster.network)
+        choice = choose(Op(kind.op), kind.nbytes, members, self.network)
         return job_of(choice, groups, whole), groups, choice.setup_s
 
     def spot(self, post: Post) -> Spot:
