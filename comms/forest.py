@@ -23,7 +23,7 @@ from comms.topology import FloatArray, IntArray, Routes, Topology
 
 BASE = 4.0  # a wire costs this much more with one tree more, near the fullest
 STEEPEST = 40.0  # logarithm of the most that the cost of two wires may differ by, for the same rate
-PATIENCE = 4  # sweeps without progress before it stops
+PATIENCE = 8  # sweeps without progress before it stops
 NONE = -1
 
 

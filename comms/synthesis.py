@@ -24,7 +24,7 @@ from comms.topology import FloatArray, IntArray, Topology
 NAME = "synthesized"
 WORTH = 1.01  # a schedule of its own must be faster by this factor
 LEANS = (0.0, 0.2, 1.0)  # the cheapest tree, one near it, and the tree of cheapest paths
-SWEEPS = 12
+SWEEPS = 30
 PACE = 0.8  # pieces follow each other a little faster than the fullest wire lets them
 HELPS = 1.01  # twice the pieces must shorten the timetable by this factor
 MAX_PACKED = 2**20  # trees x chips^2
@@ -36,7 +36,7 @@ MAX_CELLS = (
 FINALISTS = 3  # timed at full fidelity where wires are shared; elsewhere a timetable says the same
 SHARED_CHANNELS = (1, 16)
 TREES = {
-    Op.ALL_REDUCE: (1, 2, 4, 8, 16, 32),
+    Op.ALL_REDUCE: (1, 2, 4, 8, 16, 24, 32, 48),
     Op.BROADCAST: (1, 2, 4, 8, 16),
     Op.REDUCE: (1, 2, 4, 8, 16),
     Op.ALL_GATHER: (1, 2, 4),  # per root from here on

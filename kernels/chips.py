@@ -83,14 +83,28 @@ class Port:
     domain: int | None = None  # most chips that one fabric of these links joins, where published
 
 
+class NocShape(StrEnum):
+    """How the cores of a chip are joined, where they stand in rows and columns."""
+
+    MESH = "mesh"
+    TORUS = "torus"
+    ONE_WAY_TORUS = "one-way torus"  # every second of its networks runs the other way
+
+
 @dataclass(frozen=True, slots=True)
 class Noc:
     """The network between the cores of one chip; None where a figure is not published."""
 
     topology: str
-    hop_latency_s: float | None = None
+    shape: NocShape | None = None
+    dims: tuple[int, ...] = ()  # of one network, in routers; empty where not known
+    networks: int = 1
+    hop_latency_s: float | None = None  # from router to router
+    entry_latency_s: float = 0.0  # from a core to its router, and the same again at the other end
     hop_bytes_per_s: float | None = None  # one hop, one direction
     aggregate_bytes_per_s: float | None = None
+    memory_latency_s: float | None = None  # of a core's own memory
+    loaded_latency_factor: float | None = None  # with all cores sending, over one alone
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,14 +208,35 @@ def parse_chip(document: Mapping[str, object]) -> Chip:
 
 
 def _noc(figures: Figures) -> Noc | None:
-    if not figures.keys("noc"):
+    keys = figures.keys("noc")
+    if not keys:
         return None
     return Noc(
         topology=figures.text("noc.topology"),
+        shape=_noc_shape(figures.text("noc.shape")) if "shape" in keys else None,
+        dims=_dims(figures.text("noc.dims")) if "dims" in keys else (),
+        networks=figures.optional_integer("noc.networks", "") or 1,
         hop_latency_s=figures.optional("noc.hop_latency", "s"),
+        entry_latency_s=figures.optional("noc.entry_latency", "s") or 0.0,
         hop_bytes_per_s=figures.optional("noc.hop_bandwidth", "B/s"),
         aggregate_bytes_per_s=figures.optional("noc.aggregate_bandwidth", "B/s"),
+        memory_latency_s=figures.optional("noc.memory_latency", "s"),
+        loaded_latency_factor=figures.optional("noc.loaded_latency_factor", ""),
     )
+
+
+def _noc_shape(word: str) -> NocShape:
+    if word not in tuple(NocShape):
+        raise ChipError(f"noc.shape must be one of {', '.join(NocShape)}, got {word!r}")
+    return NocShape(word)
+
+
+def _dims(text: str) -> tuple[int, ...]:
+    """Sizes such as 10 x 12."""
+    sizes = text.split("x")
+    if not all(size.strip().isdigit() and int(size) for size in sizes):
+        raise ChipError(f"noc.dims must be sizes such as 10 x 12, got {text!r}")
+    return tuple(int(size) for size in sizes)
 
 
 def _port(figures: Figures, section: str, latency: tuple[float, str]) -> Port | None:

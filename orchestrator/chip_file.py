@@ -100,12 +100,18 @@ class CoresSection(Section):
 
 
 class NocSection(Section):
-    """The on-chip network."""
+    """The on-chip network; `shape` is mesh, torus or one-way torus, `dims` sizes such as 10 x 12."""
 
     topology: Words = None
+    shape: Words = None
+    dims: Words = None
+    networks: Number = None
     hop_latency: TimeFigure = None
+    entry_latency: TimeFigure = None
     hop_bandwidth: RateFigure = None
     aggregate_bandwidth: RateFigure = None
+    memory_latency: TimeFigure = None
+    loaded_latency_factor: Number = None
 
 
 class PortSection(Section):

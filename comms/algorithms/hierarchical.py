@@ -13,19 +13,17 @@ piece and levels with ports of their own, and an upper bound where the members o
 they do not all send at once. Levels that are rings are gone round in one direction.
 """
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import partial, reduce
 from itertools import product
-from math import prod, sqrt
+from math import prod
 from typing import TypeVar
 
 import numpy as np
 
 from comms.algorithms.rounds import Outlines, Schedules, check_ranks, checked_fanouts, folds, inner_sizes
-from comms.closed import closed_seconds
 from comms.errors import CommsError
 from comms.levels import Level, Levels
 from comms.outline import Hop, Outline, Stage
@@ -251,25 +249,24 @@ def outline(
 
 
 def flow_shop_pieces(op: Op, nbytes: float, levels: Levels, *, ways: Sequence[Way] = RINGS) -> int:
-    """About the best number of pieces for levels with several ports; one where they share one.
+    """About the best number of pieces for levels with several ports, a power of two; one where they share one.
 
-    With q pieces each phase takes its latencies and 1 / q of its transfers, and the busiest port does so q times:
-    the sum is least at q = sqrt(transfers of the other ports / latencies of the busiest).
+    All phases take the first piece, then the busiest port takes the others: the sum over phases of latency +
+    transfer / q, and q - 1 times that over the phases of one port. This is never less than the outline's time.
     """
     whole = outline(op, nbytes, levels, ways=ways)
     if whole is None or op is Op.BROADCAST:
         return 1
-    moving, waiting = Counter[int](), Counter[int]()
+    moving, waiting = dict.fromkeys(whole.ports, 0.0), dict.fromkeys(whole.ports, 0.0)
     for phase, port in zip(whole.phases, whole.ports, strict=True):
-        moving.update({port: sum(each.repeat * each.nbytes / each.hops[0].bytes_per_s for each in phase)})
-        waiting.update({port: sum(each.repeat * each.hops[0].latency_s for each in phase)})
-    busiest = max(moving, key=moving.__getitem__)
-    others = sum(moving.values()) - moving[busiest]
-    best = sqrt(others / waiting[busiest]) if waiting[busiest] > 0 else MAX_PIECES * (others > 0)
-    candidates = sorted({1, *(min(MAX_PIECES, max(1, int(best) + more)) for more in (0, 1))})
-    outlines = {pieces: outline(op, nbytes, levels, ways=ways, pieces=pieces) for pieces in candidates}
-    times = {pieces: closed_seconds(each) for pieces, each in outlines.items() if each is not None}
-    return min(candidates, key=times.__getitem__)
+        moving[port] += sum(each.repeat * each.nbytes / each.hops[0].bytes_per_s for each in phase)
+        waiting[port] += sum(each.repeat * each.hops[0].latency_s for each in phase)
+
+    def seconds(pieces: int) -> float:
+        per_port = [waiting[port] + moving[port] / pieces for port in moving]
+        return sum(per_port) + (pieces - 1) * max(per_port)
+
+    return min((1 << bit for bit in range(MAX_PIECES.bit_length())), key=seconds)
 
 
 def _name(ways: Sequence[Way]) -> str:
