@@ -12,7 +12,6 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from comms.compiled import Work
 from comms.heaps import Finishes, Timers, add_timer, clear_finish, set_finish, take_timer
 from comms.loops import compiled
 from comms.sharing import Flows, draw_in, draw_in_all, insert, remove, solve
@@ -72,7 +71,17 @@ class Noise(NamedTuple):
 class World(NamedTuple):
     """Everything the loop reads and writes."""
 
-    work: Work
+    streams: NDArray[
+        np.void
+    ]  # from here to forward_nbytes as in compiled.Work: a tuple in a tuple costs time
+    rounds: NDArray[np.void]
+    edges: NDArray[np.void]
+    route: NDArray[np.int32]
+    nbytes: NDArray[np.float64]
+    round_of: NDArray[np.int32]
+    chunk: NDArray[np.int32]
+    num_chunks: NDArray[np.int32]
+    forward_nbytes: NDArray[np.float64]
     flows: Flows
     timers: Timers
     finishes: Finishes
@@ -169,7 +178,7 @@ def _happen(w: World, number: int, now: float, drawn: int) -> int:
         return _send(w, -number - 1, now, drawn)
     started = w.run[-number - 1 - num_ports]
     for each in range(started.stream0, started.stream1):
-        stream = w.work.streams[each]
+        stream = w.streams[each]
         first = stream.rank0 + started.group * stream.members
         drawn = _try_all(w, first, first + stream.members, now, drawn)
     return drawn
@@ -187,12 +196,12 @@ def _try_all(w: World, first: int, last: int, now: float, drawn: int) -> int:
 @compiled
 def _deliver(w: World, message: int, piece: int, now: float) -> int:
     """Note an arrival; the row of the rank that may go on by it."""
-    each = w.work.rounds[w.work.round_of[message]]
-    stream = w.work.streams[each.stream]
-    dst = w.work.edges[each.edge0 + message - each.first].dst
+    each = w.rounds[w.round_of[message]]
+    stream = w.streams[each.stream]
+    dst = w.edges[each.edge0 + message - each.first].dst
     chunk, num = 0, 1
     if stream.by_chunk:
-        chunk, num = w.work.chunk[message], w.work.num_chunks[message]
+        chunk, num = w.chunk[message], w.num_chunks[message]
     for offset in range(num):
         chain = (piece * stream.ranks + dst) * stream.groups + (chunk + offset) % stream.groups
         base = stream.left0 + chain * stream.rounds
@@ -233,7 +242,7 @@ def rewind(w: World, number: int) -> None:
     its = w.run[number]
     its.left = its.messages
     for each in range(its.stream0, its.stream1):
-        stream = w.work.streams[each]
+        stream = w.streams[each]
         first = its.group * stream.members
         for piece in range(stream.pieces):
             base = (piece * stream.ranks + first) * stream.groups
@@ -254,12 +263,12 @@ def rewind(w: World, number: int) -> None:
 @compiled
 def _ready(w: World, port: int, message: int) -> bool:
     """Whether the sender has all that the message at the head of its port waits for."""
-    each, sender = w.work.rounds[w.work.round_of[message]], w.port[port]
-    stream, piece = w.work.streams[each.stream], sender.piece
+    each, sender = w.rounds[w.round_of[message]], w.port[port]
+    stream, piece = w.streams[each.stream], sender.piece
     base = stream.chain0 + (piece * stream.ranks + sender.rank) * stream.groups
     if stream.by_chunk:
-        for offset in range(w.work.num_chunks[message]):
-            if w.got[base + (w.work.chunk[message] + offset) % stream.groups] < each.number:
+        for offset in range(w.num_chunks[message]):
+            if w.got[base + (w.chunk[message] + offset) % stream.groups] < each.number:
                 return False
     elif w.got[base] < each.number:
         return False
@@ -279,7 +288,7 @@ def _try(w: World, number: int, now: float, drawn: int) -> int:
         message = w.queue[port.row].message
         if not _ready(w, number, message):
             return drawn
-        delay = w.rank[w.work.streams[port.stream].rank0 + port.rank].overhead_s
+        delay = w.rank[w.streams[port.stream].rank0 + port.rank].overhead_s
         if w.noise.mean_s > 0.0:
             delay -= w.noise.mean_s * np.log(uniform(w.noise.seed, message, port.piece))
         if delay > 0.0:
@@ -308,9 +317,9 @@ def _send(w: World, number: int, now: float, drawn: int) -> int:
     """The message at the head of a port leaves."""
     port = w.port[number]
     message = w.queue[port.row].message
-    each = w.work.rounds[w.work.round_of[message]]
-    edge = w.work.edges[each.edge0 + message - each.first]
-    nbytes = w.work.nbytes[message]
+    each = w.rounds[w.round_of[message]]
+    edge = w.edges[each.edge0 + message - each.first]
+    nbytes = w.nbytes[message]
     port.state, port.nbytes, port.since = SENDING, nbytes, now
     if len(w.starts) > 0:
         w.starts[_record_row(w, port.stream, message, port.piece)] = now
@@ -318,7 +327,7 @@ def _send(w: World, number: int, now: float, drawn: int) -> int:
         set_finish(w.finishes, number, now)
         return drawn
     w.counters[FLOW_EVENTS] += 1
-    alone = insert(w.flows, number, w.work.route, edge.route0, edge.route1)
+    alone = insert(w.flows, number, w.route, edge.route0, edge.route1)
     rate = w.flows.flow[number].rate
     if alone and rate > 0.0:
         set_finish(w.finishes, number, now + nbytes / rate)
@@ -326,7 +335,7 @@ def _send(w: World, number: int, now: float, drawn: int) -> int:
     set_finish(w.finishes, number, np.inf)
     drawn = draw_in(w.flows, number, drawn)
     for hop in range(edge.route0, edge.route1):
-        drawn = draw_in_all(w.flows, w.work.route[hop], drawn, False)
+        drawn = draw_in_all(w.flows, w.route[hop], drawn, False)
     return drawn
 
 
@@ -335,22 +344,24 @@ def _leave(w: World, number: int, now: float, drawn: int) -> int:
     """The last byte of a port's message has left: free the wires, let it arrive, turn to the next one."""
     port = w.port[number]
     queued = w.queue[port.row]
-    each = w.work.rounds[w.work.round_of[queued.message]]
-    edge = w.work.edges[each.edge0 + queued.message - each.first]
+    each = w.rounds[w.round_of[queued.message]]
+    edge = w.edges[each.edge0 + queued.message - each.first]
     clear_finish(w.finishes, number)
     if w.flows.flow[number].hops > 0:
         w.counters[FLOW_EVENTS] += 1
         if not remove(w.flows, number):
             for hop in range(edge.route0, edge.route1):
-                drawn = draw_in_all(w.flows, w.work.route[hop], drawn, True)
+                drawn = draw_in_all(w.flows, w.route[hop], drawn, True)
     came = (
         now
         + edge.latency_s
-        + forwarding_s(w.work, w.flows.resource, edge.route0, edge.route1, queued.message)
+        + forwarding_s(
+            w.forward_nbytes, w.route, w.flows.resource, edge.route0, edge.route1, w.nbytes[queued.message]
+        )
     )
     add_timer(w.timers, came, queued.message * MAX_PIECES + port.piece)
     port.state = IDLE
-    stream = w.work.streams[port.stream]
+    stream = w.streams[port.stream]
     rank = w.rank[stream.rank0 + port.rank]
     rank.end_s = max(rank.end_s, now)
     port.row += 1
@@ -365,19 +376,25 @@ def _leave(w: World, number: int, now: float, drawn: int) -> int:
 
 @compiled
 def _record_row(w: World, stream: int, message: int, piece: int) -> int:
-    row = w.work.streams[stream]
-    first = w.work.rounds[row.round0].first
+    row = w.streams[stream]
+    first = w.rounds[row.round0].first
     return w.record0[stream] + (message - first) * row.pieces + piece  # type: ignore[no-any-return]
 
 
 @compiled
-def forwarding_s(work: Work, resources: NDArray[np.void], start: int, end: int, message: int) -> float:
+def forwarding_s(
+    forward_nbytes: NDArray[np.float64],
+    route: NDArray[np.int32],
+    resources: NDArray[np.void],
+    start: int,
+    end: int,
+    nbytes: float,
+) -> float:
     """What switches add that take a packet, or the whole message, in before they send on."""
     total = 0.0
-    if len(work.forward_nbytes) > 0:
+    if len(forward_nbytes) > 0:
         for hop in range(start, end - 1):
-            resource = work.route[hop]
-            held = min(work.forward_nbytes[resource], work.nbytes[message])
+            held = min(forward_nbytes[route[hop]], nbytes)
             if held > 0.0:
-                total += held / resources[resource].bytes_per_s
+                total += held / resources[route[hop]].bytes_per_s
     return total

@@ -124,7 +124,7 @@ def _overheads(compiled: Compiled, conditions: Conditions) -> FloatArray:
 def _swept(compiled: Compiled, rates: FloatArray, conditions: Conditions, record: bool) -> FullResult | None:
     recorded, record0 = _record_rows(compiled, record)
     state = Sweep(
-        work=compiled.work,
+        **compiled.work._asdict(),
         noise=Noise(conditions.noise_s, conditions.seed),
         overhead_s=_overheads(compiled, conditions),
         resource=empty_flows(rates, 0, 0).resource,
@@ -209,7 +209,7 @@ def first_world(
     rank, ports_of_rank = _ranks(compiled, conditions)
     hops = int((work.edges["route1"] - work.edges["route0"]).max(initial=1))
     return World(
-        work=work,
+        **work._asdict(),
         flows=empty_flows(rates, compiled.num_ports, hops),
         timers=empty_timers(8 * compiled.num_ports + 4 * len(compiled.runs) + 1024),
         finishes=empty_finishes(compiled.num_ports),

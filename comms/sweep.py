@@ -11,7 +11,6 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from comms.compiled import Work
 from comms.events import SAME_INSTANT, Noise, forwarding_s, uniform
 from comms.loops import compiled
 
@@ -21,7 +20,17 @@ NONE = -1
 class Sweep(NamedTuple):
     """Where everything is."""
 
-    work: Work
+    streams: NDArray[
+        np.void
+    ]  # from here to forward_nbytes as in compiled.Work: a tuple in a tuple costs time
+    rounds: NDArray[np.void]
+    edges: NDArray[np.void]
+    route: NDArray[np.int32]
+    nbytes: NDArray[np.float64]
+    round_of: NDArray[np.int32]
+    chunk: NDArray[np.int32]
+    num_chunks: NDArray[np.int32]
+    forward_nbytes: NDArray[np.float64]
     noise: Noise
     overhead_s: NDArray[np.float64]  # [rank rows]
     resource: NDArray[np.void]  # [resources] sharing.RESOURCE, for the rates
@@ -41,20 +50,20 @@ class Sweep(NamedTuple):
 @compiled
 def sweep(s: Sweep) -> bool:
     """Time everything; False as soon as two messages meet."""
-    for number in range(len(s.work.edges)):
+    for number in range(len(s.edges)):
         slowest = np.inf
-        for hop in range(s.work.edges[number].route0, s.work.edges[number].route1):
-            slowest = min(slowest, s.resource[s.work.route[hop]].bytes_per_s)
+        for hop in range(s.edges[number].route0, s.edges[number].route1):
+            slowest = min(slowest, s.resource[s.route[hop]].bytes_per_s)
         s.rate[number] = slowest
-    for number in range(len(s.work.streams)):
-        stream = s.work.streams[number]
+    for number in range(len(s.streams)):
+        stream = s.streams[number]
         chains = stream.pieces * stream.ranks * stream.groups
         start = s.run[stream.run0].start_s
         s.ready[stream.chain0 : stream.chain0 + chains] = start
         s.staged[stream.chain0 : stream.chain0 + chains] = start
         segment = 0
         while segment < stream.rounds:
-            end = s.work.rounds[stream.round0 + segment].phase_end if stream.serial else segment + 1
+            end = s.rounds[stream.round0 + segment].phase_end if stream.serial else segment + 1
             for piece in range(stream.pieces):
                 if stream.serial and piece > 0:
                     _after_piece_before(s, number, piece)
@@ -68,7 +77,7 @@ def sweep(s: Sweep) -> bool:
 @compiled
 def _after_piece_before(s: Sweep, number: int, piece: int) -> None:
     """A chip starts on a piece when it is done with the one before."""
-    stream = s.work.streams[number]
+    stream = s.streams[number]
     for rank in range(stream.ranks):
         here = stream.chain0 + (piece * stream.ranks + rank) * stream.groups
         before = here - stream.ranks * stream.groups
@@ -83,36 +92,38 @@ def _after_piece_before(s: Sweep, number: int, piece: int) -> None:
 @compiled
 def _round(s: Sweep, number: int, piece: int) -> bool:
     """One piece of one round."""
-    each = s.work.rounds[number]
-    stream = s.work.streams[each.stream]
+    each = s.rounds[number]
+    stream = s.streams[each.stream]
     base, groups = stream.chain0 + piece * stream.ranks * stream.groups, stream.groups
     chunk, num = 0, 1
     for message in range(each.first, each.last):
         edge_number = each.edge0 + message - each.first
-        edge = s.work.edges[edge_number]
+        edge = s.edges[edge_number]
         if stream.by_chunk:
-            chunk, num = s.work.chunk[message], s.work.num_chunks[message]
+            chunk, num = s.chunk[message], s.num_chunks[message]
         start = s.free[edge.port]
         for offset in range(num):
             start = max(start, s.ready[base + edge.src * groups + (chunk + offset) % groups])
         start += s.overhead_s[stream.rank0 + edge.src]
         if s.noise.mean_s > 0.0:
             start -= s.noise.mean_s * np.log(uniform(s.noise.seed, message, piece))
-        end = start + s.work.nbytes[message] / s.rate[edge_number]
+        end = start + s.nbytes[message] / s.rate[edge_number]
         if not _take(s, each.stream, edge_number, start, end):
             return False
         s.free[edge.port] = end
         came = end + edge.latency_s
-        if len(s.work.forward_nbytes) > 0:
-            came += forwarding_s(s.work, s.resource, edge.route0, edge.route1, message)
+        if len(s.forward_nbytes) > 0:
+            came += forwarding_s(
+                s.forward_nbytes, s.route, s.resource, edge.route0, edge.route1, s.nbytes[message]
+            )
         for offset in range(num):
             chain = base + edge.dst * groups + (chunk + offset) % groups
             s.staged[chain] = max(s.staged[chain], came)
         _note(s, number, message, piece, start, end, came)
     for message in range(each.first, each.last):
         if stream.by_chunk:
-            chunk, num = s.work.chunk[message], s.work.num_chunks[message]
-        dst = s.work.edges[each.edge0 + message - each.first].dst
+            chunk, num = s.chunk[message], s.num_chunks[message]
+        dst = s.edges[each.edge0 + message - each.first].dst
         for offset in range(num):
             chain = base + dst * groups + (chunk + offset) % groups
             s.ready[chain] = s.staged[chain]
@@ -122,8 +133,8 @@ def _round(s: Sweep, number: int, piece: int) -> bool:
 @compiled
 def _note(s: Sweep, number: int, message: int, piece: int, start: float, end: float, came: float) -> None:
     """When chips and jobs are done, and the message's times where they are recorded."""
-    each = s.work.rounds[number]
-    edge, stream = s.work.edges[each.edge0 + message - each.first], s.work.streams[each.stream]
+    each = s.rounds[number]
+    edge, stream = s.edges[each.edge0 + message - each.first], s.streams[each.stream]
     src, dst = stream.rank0 + edge.src, stream.rank0 + edge.dst
     s.rank_end[src] = max(s.rank_end[src], end)
     s.rank_end[dst] = max(s.rank_end[dst], came)
@@ -131,15 +142,15 @@ def _note(s: Sweep, number: int, message: int, piece: int, start: float, end: fl
     its.end_s = max(its.end_s, came)
     if len(s.starts) > 0:
         row = s.record0[each.stream] + piece
-        row += (message - s.work.rounds[stream.round0].first) * stream.pieces
+        row += (message - s.rounds[stream.round0].first) * stream.pieces
         s.starts[row], s.arrivals[row] = start, came
 
 
 @compiled
 def _take(s: Sweep, stream: int, edge: int, start: float, end: float) -> bool:
     """Take the wires of a route from start to end; False where they are taken."""
-    for hop in range(s.work.edges[edge].route0, s.work.edges[edge].route1):
-        resource = s.work.route[hop]
+    for hop in range(s.edges[edge].route0, s.edges[edge].route1):
+        resource = s.route[hop]
         if s.owner[resource] != stream and s.owner[resource] != NONE:
             return False
         if start < s.busy_until[resource] * (1.0 - SAME_INSTANT):
