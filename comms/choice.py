@@ -4,8 +4,9 @@ All algorithms of the catalog that suit the levels of the group are timed by the
 of the tiers that the group spans; the fastest is taken, of equally fast ones the first. A library that pays for
 every collective once (`Tier.setup_s`) and hands pieces on between its stages (`Protocol.pipelined`) is charged so.
 
-A group that does not fold into levels counts as one flat level over its outermost tier, with what its chips have
-there when all of them send; `Choice.is_folded` says which it was. Full fidelity needs no such assumption.
+A group that does not fold into levels, or that nothing suits as it folds, counts as one flat level over its
+outermost tier, with what its chips have there when all of them send; `Choice.is_folded` says which it was. Full
+fidelity needs no such assumption.
 """
 
 from collections.abc import Sequence
@@ -93,6 +94,8 @@ def choose(op: Op, nbytes: float, members: Members, network: Network, algorithm:
         known = ", ".join(names(op))
         raise CommsError(f"no algorithm {algorithm!r} for {op}", "algorithm", f"known: auto, {known}")
     tried = _tried(op, nbytes, members, network, algorithm)
+    if not tried and algorithm == AUTO:
+        tried = _tried(op, nbytes, members, network, algorithm, flat=True)
     if num_chips == 1:
         return Choice(op, nbytes, 1, NOTHING, PLAIN, 0.0, 0.0, (), True)
     if not tried:
@@ -108,28 +111,30 @@ def choose(op: Op, nbytes: float, members: Members, network: Network, algorithm:
     return replace(best, others=tuple(others))
 
 
-def _tried(op: Op, nbytes: float, members: Members, network: Network, algorithm: str) -> list[Choice]:
+def _tried(
+    op: Op, nbytes: float, members: Members, network: Network, algorithm: str, flat: bool = False
+) -> list[Choice]:
     num_chips = group_size(members)
     if num_chips == 1:
         return []
     tier = _outermost(members, network)
     protocols = _protocols(network, tier)
-    ways = {aligned: network.levels(members, aligned) for aligned in (False, True)}
+    ways = {aligned: None if flat else network.levels(members, aligned) for aligned in (False, True)}
     choices = []
     for name in considered(op, num_chips) if algorithm == AUTO else (algorithm,):
         levels = ways[joins_likes(name)]
-        flat = levels if levels is not None else _flat(num_chips, tier)
         if levels is None and joins_likes(name):
             continue
+        used = _flat(num_chips, tier) if levels is None else levels
         for protocol in protocols:
-            outline = _outline(name, op, nbytes, flat, protocol)
+            outline = _outline(name, op, nbytes, used, protocol)
             if outline is None:
                 continue
             extra = protocol.handing_on_s(*_latency_and_wire(name, outline))
             seconds = closed_seconds(outline)
             setup = tier.setup_s + extra
             choices.append(
-                Choice(op, nbytes, num_chips, name, protocol, setup, seconds, flat, levels is not None)
+                Choice(op, nbytes, num_chips, name, protocol, setup, seconds, used, levels is not None)
             )
     return choices
 

@@ -210,7 +210,7 @@ class _Building:
             + (self.num["ranks"], self.num["chains"], self.num["left"])
             + (channel.order is Order.SERIAL, channel.by_chunk)
         )
-        patterns = self._patterns([each.pattern for each, _ in rounds], job)
+        patterns = self._patterns([each.pattern for each, _ in rounds], job, channel.at_once)
         self._add_rounds(rounds, patterns, job, pieces)
         self.rank_node.append(job.by_group.ravel())
         self.num["rounds"] += len(rounds)
@@ -218,11 +218,16 @@ class _Building:
         self.num["chains"] += chains
         self.num["left"] += chains * len(rounds)
 
-    def _patterns(self, patterns: Sequence[Pattern], job: Job) -> dict[int, int]:
+    def _patterns(self, patterns: Sequence[Pattern], job: Job, at_once: bool) -> dict[int, int]:
         """First row of each distinct pattern; ports are numbered per stream, over all its patterns."""
         distinct = {id(pattern): _in_groups(pattern, job) for pattern in patterns}
         routed = {key: self._routed(pattern, job) for key, pattern in distinct.items()}
         keys = [_port_keys(p, routed[key][0], self.wires.num_wires) for key, p in distinct.items()]
+        lanes = 1
+        if at_once:
+            numbers = [_numbers_among_equals(each) for each in keys]
+            lanes += max(int(each.max(initial=0)) for each in numbers)
+            keys = [each * lanes + number for each, number in zip(keys, numbers, strict=True)]
         every = np.unique(np.concatenate(keys)) if keys else np.zeros(0, dtype=np.int64)
         rows: dict[int, int] = {}
         for (key, pattern), wanted in zip(distinct.items(), keys, strict=True):
@@ -233,7 +238,7 @@ class _Building:
             self.edges.append((pattern.src, pattern.dst, port, latency, route[:-1], route[1:], resources))
             self.num["edges"] += len(pattern.src)
             self.num["route"] += len(resources)
-        self.port_rank.append(every // (self.wires.num_wires + 1) + self.num["ranks"])
+        self.port_rank.append(every // lanes // (self.wires.num_wires + 1) + self.num["ranks"])
         self.num["ports"] += len(every)
         return rows
 
@@ -327,6 +332,17 @@ def _port_keys(pattern: Pattern, heads: IntArray, num_wires: int) -> IntArray:
     """One number per (rank, resource by which it leaves); messages without a wire have a port of their own."""
     keys: IntArray = np.asarray(pattern.src, dtype=np.int64) * (num_wires + 1) + heads + 1
     return keys
+
+
+def _numbers_among_equals(keys: IntArray) -> IntArray:
+    """[keys] How many of the same there are before each."""
+    order = np.argsort(keys, kind="stable")
+    start = np.ones(len(keys), dtype=np.bool_)
+    start[1:] = np.diff(keys[order]) != 0
+    first = np.maximum.accumulate(np.where(start, np.arange(len(keys)), 0))
+    numbers = np.empty_like(keys)
+    numbers[order] = np.arange(len(keys)) - first
+    return numbers
 
 
 def _records(dtype: np.dtype[np.void], blocks: Sequence[tuple[NDArray[np.generic], ...]]) -> NDArray[np.void]:

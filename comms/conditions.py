@@ -125,16 +125,6 @@ class Described:
         """Whether nothing differs."""
         return self == Described(seed=self.seed)
 
-    @property
-    def highest_chip(self) -> int:
-        """The last chip that is named, -1 where none is."""
-        named = [chip for fault in self.chips for chip in fault.chips]
-        named += [chip for job in self.background for chip in job.chips]
-        for fault in self.links:
-            which = fault.which
-            named += [which.a, which.b] if isinstance(which, Between) else which.chips
-        return max(named, default=-1)
-
 
 CALM = Described()
 
@@ -188,7 +178,8 @@ def resolve(described: Described, topology: Topology, horizon_s: float = HORIZON
 def check_chips(described: Described, num_chips: int) -> None:
     """Raises CommsError where a chip is named that is not there."""
     named = [(fault.where, chips_of(fault.which)) for fault in described.links]
-    named += [(fault.where, fault.chips) for fault in (*described.chips, *described.background)]
+    named += [(fault.where, fault.chips) for fault in described.chips]
+    named += [(job.where, job.chips) for job in described.background]
     for where, chips in named:
         if not chips or min(chips) < 0 or max(chips) >= num_chips:
             problem = f"chip {max(chips)} is named, but there are {num_chips} chips" if chips else "no chip"

@@ -181,9 +181,11 @@ class _Packing:
                 self._lay(way, tree)
 
     def _lay(self, way: str, tree: int) -> None:
+        from comms.growth import grown  # compiled loops, only where they are needed
+
         self.total -= self.load[way][tree]
         costs = self.hops.costs(self._lengths())
-        into = costs if way == "down" else costs.T
+        into = costs if way == "down" else np.ascontiguousarray(costs.T)
         parent = grown(into, self.wanted.roots[tree], self.lean)
         chips = np.flatnonzero(parent >= 0)
         ends = (parent[chips], chips) if way == "down" else (chips, parent[chips])
@@ -214,25 +216,3 @@ class _Packing:
         none = np.full((len(self.wanted.roots), self.hops.num_chips), NONE)
         down, up = (self.ways.get(way, none).copy() for way in ("down", "up"))
         return Forest(np.array(self.wanted.roots), down, up, self.wanted.personal)
-
-
-def grown(costs: FloatArray, root: int, lean: float) -> IntArray:
-    """[chips] The parent of each chip in one tree over hops of finite cost; NONE at the root.
-
-    The next chip is the one with the smallest cost of its hop plus `lean` times what its parent has so far.
-    """
-    n = len(costs)
-    parent = np.full(n, NONE)
-    open_ = np.ones(n, dtype=np.bool_)
-    key = np.full(n, np.inf)
-    chip, so_far = root, 0.0
-    for _ in range(n - 1):
-        open_[chip] = False
-        key[chip] = np.inf
-        offer = costs[chip] + lean * so_far
-        better = (offer < key) & open_
-        key[better] = offer[better]
-        parent[better] = chip
-        chip = int(key.argmin())
-        so_far = float(key[chip])
-    return parent

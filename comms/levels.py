@@ -26,6 +26,9 @@ class Level:
     ring: bool = False  # bunches have wires to their two neighbours only; else all reach each other alike
     wraps: bool = True  # ring only: the last is a neighbour of the first
     reduces: bool = False  # the switch between the bunches can add and copy
+    pairs: bool = (
+        False  # every two bunches have a wire of their own: messages to different ones share nothing
+    )
     port: int = 0  # levels with the same number leave a chip by the same wires
 
     def seconds(self, nbytes: float, flows: int = 1) -> float:

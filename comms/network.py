@@ -29,6 +29,7 @@ from comms.tree import Tree
 
 # The size of the outermost tier where a cluster may grow to as many chips as are asked for.
 UNBOUNDED = 2**62
+MOST_PORTS = 64  # of one shape: a torus has one per dimension
 
 
 class TierKind(StrEnum):
@@ -148,7 +149,11 @@ class Network:
             if levels is None:
                 return None
             found += [
-                replace(each, tier=each.tier if each.tier in names else owner.name, port=at)
+                replace(
+                    each,
+                    tier=each.tier if each.tier in names else owner.name,
+                    port=at * MOST_PORTS + each.port,
+                )
                 for each in levels
             ]
             inner = owner.size

@@ -11,7 +11,8 @@ What a schedule means, for the proof, for every fidelity of timing and for an ex
   channel and piece; in a channel `by_chunk`, only what they send to it of the chunks that the message carries.
 * Messages of one channel that leave a chip by the same wire leave one after another, phase by phase; within a
   phase round by round and there piece by piece (INTERLEAVED), or piece by piece and there round by round
-  (SERIAL: a chip starts on a piece when it is done with the one before, in that phase).
+  (SERIAL: a chip starts on a piece when it is done with the one before, in that phase). In a channel `at_once`
+  the messages of a round do not: the first of each round follow each other, the second ones, and so on.
 * Several messages to one chunk of a chip in one round all count: they are added, or carry the same.
 
 Chunks by operation, with n = num_ranks (`nbytes` is what the caller of a collective names):
@@ -83,6 +84,7 @@ class Channel:
     pieces: int = 1
     order: Order = Order.SERIAL
     by_chunk: bool = False  # chunks do not wait for each other, only for their turn on a wire
+    at_once: bool = False  # messages of one round by the same wire share it, not one after another
 
     @property
     def rounds(self) -> tuple[Round, ...]:

@@ -14,7 +14,7 @@
 `op`, `ranks` and `chunks` come first (`comms.schedule` says what the chunks of each operation are), then where
 needed `algorithm NAME`, `root RANK`, `helpers COUNT` and `shares` (bytes of a chunk over those of the collective:
 one number, or one for each). A `channel` goes on independently of others; `pieces`, `order serial` (or
-`interleaved`) and `by_chunk` may follow. A `phase` opens a group of rounds that use the same links. Both may be
+`interleaved`), `by_chunk` and `at_once` may follow. A `phase` opens a group of rounds that use the same links. Both may be
 left out where there is one. Rounds count from 0 in each channel. A message carries one chunk or a range, which may
 wrap around (`chunk 3-0`), and replaces them at the receiver, or is added to them (`reduce`).
 """
@@ -52,6 +52,7 @@ class _ChannelLines:
     pieces: int = 1
     order: Order = Order.SERIAL
     by_chunk: bool = False
+    at_once: bool = False
     phases: list[list[_Lines]] = field(default_factory=list)
 
     @property
@@ -119,8 +120,8 @@ def _statements(schedule: Schedule) -> Iterator[str]:
     if shares != [_usual_share(schedule.op, schedule.num_ranks, schedule.num_chunks)]:
         yield " ".join(["shares", *(repr(share) for share in shares)])
     for channel in schedule.channels:
-        by_chunk = " by_chunk" if channel.by_chunk else ""
-        yield f"channel pieces {channel.pieces} order {channel.order}{by_chunk}"
+        flags = (" by_chunk" if channel.by_chunk else "") + (" at_once" if channel.at_once else "")
+        yield f"channel pieces {channel.pieces} order {channel.order}{flags}"
         number = 0
         for phase in channel.phases:
             yield "phase"
@@ -207,8 +208,10 @@ def _read_channel(read: _Text, rest: str, where: str) -> None:
                 channel.order = Order(order)
             case ["by_chunk", *left]:
                 channel.by_chunk = True
+            case ["at_once", *left]:
+                channel.at_once = True
             case _:
-                hint = "pieces and a number, order serial or interleaved, or by_chunk"
+                hint = "pieces and a number, order serial or interleaved, by_chunk, or at_once"
                 raise CommsError(f"says {' '.join(words)!r} of a channel", where, hint)
         words = left
     read.channels.append(channel)
@@ -292,7 +295,7 @@ def _schedule(read: _Text, name: str) -> Schedule:
 
 def _channel(lines: _ChannelLines, patterns: dict[tuple[bytes, bytes], Pattern]) -> Channel:
     phases = tuple(tuple(_round(each, patterns) for each in phase) for phase in lines.phases)
-    return Channel(phases, lines.pieces, lines.order, lines.by_chunk)
+    return Channel(phases, lines.pieces, lines.order, lines.by_chunk, lines.at_once)
 
 
 def _round(lines: _Lines, patterns: dict[tuple[bytes, bytes], Pattern]) -> Round:

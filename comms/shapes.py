@@ -172,7 +172,7 @@ class Pairs(Whole):
             return None
         link = self.topology.link
         pool = (count - 1) * link.bytes_per_s
-        return (Level(self.topology.tier, count, link.latency_s, link.bytes_per_s, pool),)
+        return (Level(self.topology.tier, count, link.latency_s, link.bytes_per_s, pool, pairs=True),)
 
 
 def shape_of(topology: Topology) -> Shape:

@@ -188,6 +188,7 @@ class Torus:
             hop_latency_s=link.latency_s,
             ring=True,
             wraps=self.is_ring(dim) and size == self.dims[dim],
+            port=0 if self.access else dim,  # a chip without a way in of its own is on each dimension's wires
         )
 
     def _lines(self, dim: int) -> int:
@@ -334,7 +335,8 @@ class FullMesh:
         if self.num_chips == 1:
             return ()
         rate = self.link.bytes_per_s
-        return (Level(self.tier, self.num_chips, self.link.latency_s, rate, (self.num_chips - 1) * rate),)
+        pool = (self.num_chips - 1) * rate
+        return (Level(self.tier, self.num_chips, self.link.latency_s, rate, pool, pairs=True),)
 
     def _wire(self, tail: IntArray, head: IntArray) -> IntArray:
         return tail * (self.num_chips - 1) + head - (head > tail)

@@ -9,11 +9,13 @@ modelled: which chip is behind which PCIe switch beyond equal shares in order, a
 beyond what the hosts' price says.
 """
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
-from comms.links import Link
+from comms.conditions import CALM, Described, check_chips
+from comms.errors import CommsError
+from comms.links import PLAIN, Link, Protocol
 from comms.network import Network
 from kernels.chips import Chip
 from orchestrator.errors import ClusterError
@@ -28,11 +30,28 @@ class Device(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class Library:
+    """What a communication library adds to the links of a tier."""
+
+    setup_s: float = 0.0  # of each collective, once
+    protocols: tuple[Protocol, ...] = (PLAIN,)
+    issue_s: float = 0.0  # what a message by itself takes more than a stage of a collective
+
+
+PLAIN_LIBRARY = Library()
+
+
+@dataclass(frozen=True, slots=True)
 class Pcie:
-    """A host's PCIe tree: equal switches under one root complex, and one chip's link to its switch."""
+    """A host's PCIe tree: equal switches under one root complex (0: all chips hang on it)."""
 
     switches: int
-    link: Link
+    link: Link  # one chip to its switch
+    uplink_bytes_per_s: float  # one switch to the root complex
+    root: Link  # what chips have that meet there, as far as it is less
+    duplex: bool = True
+    library: Library = PLAIN_LIBRARY
+    source: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +60,7 @@ class Nics:
 
     count: int
     link: Link
+    duplex: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +85,8 @@ class Cluster:
     network: Network
     actors: int | None  # processes that execute simulated chips; None: one per core
     origin: str  # the file it was read from
+    conditions: Described = CALM  # what is slow, down or busy
+    issue_s: Mapping[str, float] = field(default_factory=dict, hash=False)  # by tier, see Library
 
     @property
     def chips_per_host(self) -> int:
@@ -109,6 +131,7 @@ class Cluster:
         """The cluster of the first `num_chips` chips: part of one host, or whole hosts. None takes all."""
         wanted = self.num_chips if num_chips is None else num_chips
         self._check_take(wanted)
+        self._check_conditions(wanted)
         per_host = min(wanted, self.chips_per_host)
         unit = self.unit
         if wanted < self.chips_per_host:
@@ -135,6 +158,14 @@ class Cluster:
                 self.origin,
                 f"ask for {' or '.join(map(str, near))} chips, or for at most {size}",
             )
+
+    def _check_conditions(self, wanted: int) -> None:
+        """A condition on a chip that is not taken would have no effect."""
+        try:
+            check_chips(self.conditions, wanted)
+        except CommsError as error:
+            hint = "take more chips, or change `conditions:`"
+            raise ClusterError(error.problem, error.where or self.origin, hint) from error
 
     def _sum(self, figure: Callable[[Host], float | None]) -> float | None:
         """A figure summed over all hosts, in time that does not grow with their number."""

@@ -12,30 +12,37 @@ also meet over PCIe and one card serves them all, both are one tree of wires; el
 Between levels, bandwidth shrinks by the `oversubscription` of each: 4 at the spine leaves every chip a quarter of its
 share when all send through it, 2 above that an eighth. At the first level it is what its switches can pass.
 
-Not modelled: PCIe traffic and network traffic of one chip in each other's way where they have wires of their own;
-uplinks of PCIe switches wider or narrower than a chip's link.
+Instead of levels of switches, one shape may join all chips by their cards: a torus, a dragonfly.
+
+Not modelled: PCIe traffic and network traffic of one chip in each other's way where they have wires of their own.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from comms.errors import CommsError
-from comms.layers import Switch, Trunk, half_latencies
+from comms.layers import Spread, Switch, Trunk, half_latencies
 from comms.links import Link
 from comms.network import UNBOUNDED, Network, Tier, TierKind, layered, switched
+from comms.shapes import Shape
 from comms.tree import Tree
-from orchestrator.cluster import Host, Nics
+from orchestrator.cluster import PLAIN_LIBRARY, Host, Library, Nics, Pcie
 from orchestrator.errors import ClusterError
+from orchestrator.fabric_shapes import Drawing
 from orchestrator.yaml_file import Document
 
 
 @dataclass(frozen=True, slots=True)
 class Fabric:
-    """The scale-up fabric: one chip's link, and how many chips one domain joins."""
+    """The scale-up fabric: the shape of one domain."""
 
-    link: Link
-    domain: int
+    shape: Shape
     source: str
-    reduces: bool = False  # its switches add and copy
+    library: Library = PLAIN_LIBRARY
+
+    @property
+    def domain(self) -> int:
+        return self.shape.num_chips
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +56,11 @@ class Level:
     source: str
     rails: bool = False  # one switch for each card of a host, those of equal place under one
     reduces: bool = False  # its switches add and copy
+    paths: int = 1  # side by side, from each switch of the level below
+    spread: Spread = Spread.ADAPTIVE
+    forward_nbytes: float = 0.0
+    library: Library = PLAIN_LIBRARY
+    drawing: Drawing | None = None  # a shape over all chips instead of switches
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,15 +69,28 @@ class _Step:
 
     tier: str
     size: int
-    bytes_per_s: float
+    bytes_per_s: float  # of all its paths together
     latency_s: float | None  # between chips that meet in the layer; None where none do
     paths: int = 1
     rails: int = 1
     oversubscription: float = 1.0
     reduces: bool = False
+    duplex: bool = True
+    forward_nbytes: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Inside:
+    """The wires of a host's PCIe tree: between its chips, and on their way out (chip first, then uplinks)."""
+
+    steps: tuple[_Step, ...] = ()
+    way_out: tuple[_Step, ...] = ()
+    library: Library = PLAIN_LIBRARY
+    source: str = ""
 
 
 PCIE_SOURCE = "the host links of the chips"
+PCIE_SWITCH, PCIE_ROOT = "pcie switch", "pcie root"
 
 
 def build_network(
@@ -83,11 +108,12 @@ def build_network(
     if fabric is not None:
         tiers.append(_scale_up(fabric, total))
     inside = _pcie(unit, document)
-    _check_joined(max(fabric.domain if fabric else 1, per_host if inside else 1), per_host, document)
+    reach = fabric.domain if fabric else 1
+    _check_joined(max(reach, per_host if inside.steps else 1), per_host, document)
     try:
         if num_hosts == 1:
-            tiers += _tiers(_tree(per_host, inside), tiers, ()) if inside else []
-        else:
+            tiers += _tiers(_tree(per_host, inside.steps), tiers, inside, ()) if inside.steps else []
+        elif reach < total:
             _check_levels(levels, num_hosts, document)
             tiers += _leaving(unit, tiers, inside, levels, total)
         return Network(tuple(tiers or [_alone(unit[0])]))
@@ -95,6 +121,19 @@ def build_network(
         hint = error.hint or "make each group a whole number of the groups inside it"
         where = document.where(("scale_up",) if fabric else ("scale_out",))
         raise ClusterError(str(error), where, hint) from error
+
+
+def issue_times(
+    network: Network, fabric: Fabric | None, levels: tuple[Level, ...], pcie: Pcie | None
+) -> dict[str, float]:
+    """By tier of the network, what a message by itself takes more than a stage of a collective; none for nothing."""
+    libraries = {level.name: level.library for level in levels}
+    if fabric is not None:
+        libraries["scale-up"] = fabric.library
+    if pcie is not None:
+        libraries |= {PCIE_SWITCH: pcie.library, PCIE_ROOT: pcie.library}
+    names = {tier.name for tier in network.tiers}
+    return {name: its.issue_s for name, its in libraries.items() if name in names and its.issue_s}
 
 
 def _check_joined(reach: int, per_host: int, document: Document) -> None:
@@ -109,6 +148,8 @@ def _check_joined(reach: int, per_host: int, document: Document) -> None:
 def _check_levels(levels: tuple[Level, ...], num_hosts: int | None, document: Document) -> None:
     where = document.where(("scale_out",))
     hosts = levels[-1].hosts
+    if levels[0].drawing is not None:
+        return
     if num_hosts is not None and hosts is not None and hosts < num_hosts:
         problem = f"the outermost level joins {hosts} hosts, but there are {num_hosts}"
         raise ClusterError(problem, where, "add a level with `hosts: any`")
@@ -140,55 +181,82 @@ def _on_chip(unit: tuple[Host, ...]) -> list[Tier]:
 
 
 def _scale_up(fabric: Fabric, total: int) -> Tier:
-    step = _Step("scale-up", 1, fabric.link.bytes_per_s, fabric.link.latency_s, reduces=fabric.reduces)
     size = min(fabric.domain, total)
-    return Tier("scale-up", TierKind.SCALE_UP, size, _tree(size, [step]), fabric.source)
+    library, shape = fabric.library, fabric.shape.cut(size)
+    return Tier("scale-up", TierKind.SCALE_UP, size, shape, fabric.source, library.setup_s, library.protocols)
 
 
-def _pcie(unit: tuple[Host, ...], document: Document) -> list[_Step]:
+def _pcie(unit: tuple[Host, ...], document: Document) -> _Inside:
     """The wires from a chip to the root complex of its host; none where a host has no PCIe tree."""
     trees = [host.pcie for host in unit if host.pcie is not None]
     if len(trees) < len(unit):
-        return []
-    switches = {tree.switches for tree in trees}
-    if len(switches) > 1:
-        hint = "give every host the same number of PCIe switches"
-        raise ClusterError("hosts differ in their PCIe switches", document.where(("hosts",)), hint)
-    link = _slowest([tree.link for tree in trees])
-    per_switch = len(unit[0].chips) // switches.pop()
-    # Through the root complex a message crosses two switches: twice the latency of one.
-    root = 2 * link.latency_s
-    if per_switch == len(unit[0].chips):
-        return [_Step("pcie switch", 1, link.bytes_per_s, link.latency_s)]
-    if per_switch == 1:
-        return [_Step("pcie root", 1, link.bytes_per_s, root)]
-    return [
-        _Step("pcie switch", 1, link.bytes_per_s, link.latency_s),
-        _Step("pcie root", per_switch, link.bytes_per_s, root),
-    ]
+        return _Inside()
+    for what, values in (
+        ("PCIe switches", {tree.switches for tree in trees}),
+        ("PCIe setup or protocols", {tree.library for tree in trees}),
+    ):
+        if len(values) > 1:
+            hint = "give every host the same"
+            raise ClusterError(f"hosts differ in their {what}", document.where(("hosts",)), hint)
+    link, root = _slowest([tree.link for tree in trees]), _slowest([tree.root for tree in trees])
+    uplink = min(tree.uplink_bytes_per_s for tree in trees)
+    duplex = all(tree.duplex for tree in trees)
+    switches, per_host = trees[0].switches, len(unit[0].chips)
+    port = _Step(PCIE_SWITCH, 1, link.bytes_per_s, link.latency_s, duplex=duplex)
+    steps: tuple[_Step, ...] = (port,)
+    way_out = steps
+    if switches == 0 or switches == per_host > 1:
+        rate = min(link.bytes_per_s, root.bytes_per_s)
+        steps = (_Step(PCIE_ROOT, 1, rate, root.latency_s, duplex=duplex),)
+    elif switches > 1:
+        up = _Step(PCIE_ROOT, per_host // switches, uplink, root.latency_s, duplex=duplex)
+        steps, way_out = (port, replace(up, bytes_per_s=min(uplink, root.bytes_per_s))), (port, up)
+    return _Inside(steps, way_out, trees[0].library, trees[0].source or PCIE_SOURCE)
 
 
 def _leaving(
-    unit: tuple[Host, ...], before: list[Tier], inside: list[_Step], levels: tuple[Level, ...], total: int
+    unit: tuple[Host, ...], before: list[Tier], inside: _Inside, levels: tuple[Level, ...], total: int
 ) -> list[Tier]:
     """The tiers from PCIe outwards; those of PCIe are part of the next where the whole host shares its cards."""
-    per_host = len(unit[0].chips)
+    per_host, steps = len(unit[0].chips), list(inside.steps)
     nics = _slowest_nics(unit)
     latencies = [nics.link.latency_s if level.latency_s is None else level.latency_s for level in levels]
-    card = _card(nics, per_host, levels[0], latencies[0])
     meets = max((tier.size for tier in before), default=1) < per_host  # over PCIe, or nowhere
-    one_tree = meets and card.size == per_host and latencies[0] >= (inside[-1].latency_s or 0.0)
-    steps = [*inside, card] if one_tree else _way_out(inside, card, nics, per_host)
-    per_chip = min(step.bytes_per_s * step.paths / step.size for step in steps) / levels[0].oversubscription
+    own = _tiers(_tree(per_host, inside.steps), before, inside, levels) if steps and meets else []
+    if levels[0].drawing is not None:
+        return [*own, _drawn(levels[0], levels[0].drawing, nics, inside, per_host, total)]
+    card = _card(nics, per_host, levels[0], latencies[0])
+    slowest_s = max([step.latency_s or 0.0 for step in steps], default=0.0)
+    one_tree = meets and card.size == per_host and latencies[0] >= slowest_s
+    steps = [*steps, card] if one_tree else _way_out(inside, card, nics, per_host)
+    per_chip = min(step.bytes_per_s / step.size for step in steps) / levels[0].oversubscription
     for level, latency_s, below in zip(levels[1:], latencies[1:], levels, strict=False):
         if below.hosts is None:
             break
         per_chip /= level.oversubscription
         size, rails = below.hosts * per_host, per_host // card.size if below.rails else 1
-        rate = size * per_chip / rails
-        steps.append(_Step(level.name, size, rate, latency_s, rails=rails, reduces=level.reduces))
-    own = [] if one_tree or not (inside and meets) else _tiers(_tree(per_host, inside), before, levels)
-    return own + _tiers(_tree(total, steps), before + own, levels)
+        up = _Step(level.name, size, size * per_chip / rails, latency_s, level.paths, rails)
+        steps.append(replace(up, reduces=level.reduces, forward_nbytes=level.forward_nbytes))
+    own = [] if one_tree else own
+    return own + _tiers(_tree(total, tuple(steps), levels[0].spread), before + own, inside, levels)
+
+
+def _drawn(level: Level, drawing: Drawing, nics: Nics, inside: _Inside, per_host: int, total: int) -> Tier:
+    """A shape over all chips, each by cards of its own."""
+    if nics.count % per_host:
+        problem = f"{nics.count} cards are not the same number for each of {per_host} chips"
+        drawing.fail("shape", f"{problem}, which a {drawing.kind} needs", "give each chip its cards")
+    size = drawing.num_chips or total
+    if size == UNBOUNDED:
+        drawing.fail("shape", f"a {drawing.kind} of any number of chips", "give `repeat` a number")
+    rate = nics.link.bytes_per_s * nics.count / per_host
+    rate = min([rate, *(step.bytes_per_s for step in inside.way_out)])
+    latency_s = nics.link.latency_s if level.latency_s is None else level.latency_s
+    drawing.check_size(size if total == UNBOUNDED else total)
+    spread = Link(latency_s, rate / drawing.links_per_chip(size))
+    shape = drawing.shape(size, spread, 1.0, level.name, level.library.issue_s)
+    library = level.library
+    return Tier(level.name, TierKind.SCALE_OUT, size, shape, level.source, library.setup_s, library.protocols)
 
 
 def _slowest_nics(unit: tuple[Host, ...]) -> Nics:
@@ -205,25 +273,27 @@ def _card(nics: Nics, per_host: int, level: Level, latency_s: float) -> _Step:
     if nics.count < per_host:
         even = per_host % nics.count == 0
         size, paths = (per_host // nics.count, 1) if even else (per_host, nics.count)
-        rate = nics.link.bytes_per_s
-    over = level.oversubscription
-    return _Step(level.name, size, rate, latency_s, paths, oversubscription=over, reduces=level.reduces)
+        rate = nics.link.bytes_per_s * paths
+    step = _Step(level.name, size, rate, latency_s, paths, oversubscription=level.oversubscription)
+    return replace(step, reduces=level.reduces, duplex=nics.duplex, forward_nbytes=level.forward_nbytes)
 
 
-def _way_out(inside: list[_Step], card: _Step, nics: Nics, per_host: int) -> list[_Step]:
+def _way_out(inside: _Inside, card: _Step, nics: Nics, per_host: int) -> list[_Step]:
     """From a chip to the first switch between hosts, on wires that are not used within the host."""
-    port = inside[0].bytes_per_s if inside else nics.link.bytes_per_s
+    port = inside.way_out[0].bytes_per_s if inside.way_out else nics.link.bytes_per_s
     if card.size == 1:
-        return [replace(card, bytes_per_s=min(card.bytes_per_s, port) if inside else card.bytes_per_s)]
+        return [
+            replace(card, bytes_per_s=min(card.bytes_per_s, port) if inside.way_out else card.bytes_per_s)
+        ]
     steps = [_Step(card.tier, 1, port, None)]
-    for uplink in inside[1:]:
+    for uplink in inside.way_out[1:]:
         behind_each = nics.count % (per_host // uplink.size) == 0
         if not behind_each and card.size % uplink.size == 0:
             steps.append(replace(uplink, tier=card.tier, latency_s=None))
     return [*steps, card]
 
 
-def _tree(num_chips: int, steps: list[_Step]) -> Tree:
+def _tree(num_chips: int, steps: tuple[_Step, ...], spread: Spread = Spread.ADAPTIVE) -> Tree:
     """The tree of these wires; of layers in which no chips meet, the one outside them has the latency."""
     totals: list[float] = []
     for step in reversed(steps):
@@ -232,21 +302,26 @@ def _tree(num_chips: int, steps: list[_Step]) -> Tree:
     for step, latency_s in zip(steps, half_latencies(totals), strict=True):
         if trunks and step.size >= num_chips and step.rails == 1:
             break
-        switch = Switch(step.tier, step.reduces, oversubscription=step.oversubscription)
-        trunks.append(Trunk(step.size, Link(latency_s, step.bytes_per_s), switch, step.paths, step.rails))
-    return Tree(num_chips, trunks[0].link, trunks[0].to, tuple(trunks[1:]))
+        switch = Switch(step.tier, step.reduces, step.forward_nbytes, oversubscription=step.oversubscription)
+        link = Link(latency_s, step.bytes_per_s / step.paths)
+        trunks.append(Trunk(step.size, link, switch, step.paths, step.rails, step.duplex))
+    port = trunks[0]
+    return Tree(num_chips, port.link, port.to, tuple(trunks[1:]), port.duplex, spread)
 
 
-def _tiers(tree: Tree, before: list[Tier], levels: tuple[Level, ...]) -> list[Tier]:
+def _tiers(tree: Tree, before: list[Tier], inside: _Inside, levels: tuple[Level, ...]) -> list[Tier]:
     """The tiers of a tree that join more chips than those before."""
-    sources = {level.name: level.source for level in levels}
+    known = {level.name: level for level in levels}
     reach = max((tier.size for tier in before), default=1)
-    return [
-        replace(tier, source=sources[tier.name])
-        if tier.name in sources
-        else replace(tier, kind=TierKind.PCIE, source=PCIE_SOURCE)
-        for tier in layered(tree, TierKind.SCALE_OUT, reach)
-    ]
+    return [_told(tier, inside, known) for tier in layered(tree, TierKind.SCALE_OUT, reach)]
+
+
+def _told(tier: Tier, inside: _Inside, levels: Mapping[str, Level]) -> Tier:
+    """A tier with what the file says of it besides its wires."""
+    level = levels.get(tier.name)
+    library, source = (level.library, level.source) if level else (inside.library, inside.source)
+    kind = TierKind.SCALE_OUT if level else TierKind.PCIE
+    return replace(tier, kind=kind, source=source, setup_s=library.setup_s, protocols=library.protocols)
 
 
 def _slowest(links: list[Link]) -> Link:

@@ -199,7 +199,10 @@ def _last_port(levels: Levels, each: float, all_send: bool) -> Stage:
     nbytes, seconds = dict.fromkeys(used, 0.0), dict.fromkeys(used, 0.0)
     stages = []
     for port, (level, inner) in zip(used, spans, strict=True):
-        rate, messages = level.rate(inner if all_send else 1), inner * (level.fanout - 1)
+        rate, messages = (
+            level.rate(inner if all_send else 1),
+            inner * (1 if level.pairs else level.fanout - 1),
+        )
         nbytes[port] += messages * each
         seconds[port] += messages * each / rate
         hop = Hop(level.latency_s, nbytes[port] / seconds[port] if seconds[port] > 0 else rate)

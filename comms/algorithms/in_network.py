@@ -67,7 +67,8 @@ def schedule(
 def outline(op: Op, nbytes: float, levels: Levels, *, pieces: int = 1) -> Outline | None:
     """Over one level or two whose switches reduce; up, further up, down and further down by wires of their own."""
     spans = folds(levels)
-    if len(spans) > 2 or not all(level.reduces for level, _ in spans):
+    one_tree = len({level.port for level, _ in spans}) <= 1  # else no wires join a leaf and the spine
+    if len(spans) > 2 or not one_tree or not all(level.reduces for level, _ in spans):
         return None
     n, reached_s = num_members(levels), 0.0
     part = 0.0 if op is Op.BARRIER else nbytes if op in WHOLE else nbytes / n

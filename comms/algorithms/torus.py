@@ -171,7 +171,7 @@ def _torus(
         scatter = [_along(blocks, place, rings, step, gathers=False) for place in dims]
         gather = [_along(blocks, place, rings, step, gathers=True) for place in reversed(dims)]
         phases = {Op.REDUCE_SCATTER: scatter, Op.ALL_GATHER: gather, Op.ALL_REDUCE: scatter + gather}[op]
-        channels.append(Channel(tuple(phases)))
+        channels.append(Channel(tuple(phases), at_once=True))
     return Schedule(op, _name(rotated, wraps), num_ranks, num_chunks, 1.0 / num_chunks, tuple(channels))
 
 

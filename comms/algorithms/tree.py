@@ -272,7 +272,7 @@ def _up_and_down(parents: IntArray, chunks: IntArray) -> Channel:
             pattern = patterns[upwards, low, high]
             rounds.append(Round(pattern, chunks[each - turn[taken]], one[: len(pattern.src)], upwards))
         ways.append(tuple(rounds))
-    return Channel(tuple(ways))
+    return Channel(tuple(ways), at_once=True)
 
 
 def _depths(parents: IntArray) -> IntArray:

@@ -1,6 +1,7 @@
 """Full fidelity against a simulation that is slow and obvious, straight from the meaning of a schedule."""
 
 import math
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -59,15 +60,15 @@ def filled(capacity, routes):
 class Chain:
     """One message of one piece, for the slow simulation."""
 
-    def __init__(self, job, channel, piece, number, phase, index, src, dst, nbytes, chunks, route):
+    def __init__(self, job, channel, piece, number, phase, index, lane, src, dst, nbytes, chunks, route):
         self.job, self.channel, self.piece, self.round, self.phase = job, channel, piece, number, phase
         self.index, self.src, self.dst, self.left, self.chunks = index, src, dst, nbytes, chunks
-        self.nbytes, self.route = nbytes, route
+        self.nbytes, self.route, self.lane = nbytes, route, lane
         self.started = self.sent = self.arrived = None
 
     @property
     def port(self):
-        return (self.job, self.channel, self.src, self.route[0] if self.route else None)
+        return (self.job, self.channel, self.src, self.route[0] if self.route else None, self.lane)
 
 
 def messages_of(topology, jobs):
@@ -77,15 +78,19 @@ def messages_of(topology, jobs):
             number = 0
             for phase, rounds in enumerate(channel.phases):
                 for each in rounds:
+                    seen = Counter()
                     sizes = job.schedule.message_shares(each) * job.nbytes / channel.pieces
                     for i in range(len(each.pattern.src)):
                         s, d = int(each.pattern.src[i]), int(each.pattern.dst[i])
                         key = (int(job.places[s]), int(job.places[d]))
                         total = job.schedule.num_chunks
                         chunks = {(int(each.first[i]) + k) % total for k in range(int(each.count[i]))}
+                        route = list(topology._routes[key])
+                        lane = seen[s, route[0]] if channel.at_once else 0
+                        seen[s, route[0]] += 1
                         for piece in range(channel.pieces):
-                            route = list(topology._routes[key])
-                            found.append(Chain(j, c, piece, number, phase, i, s, d, sizes[i], chunks, route))
+                            numbers = (j, c, piece, number, phase, i, lane, s, d)
+                            found.append(Chain(*numbers, sizes[i], chunks, list(route)))
                     number += 1
     return found
 
@@ -183,7 +188,7 @@ def schedules(draw, ranks, chunks=3):
             tuple(a_round() for _ in range(draw(st.integers(1, 2)))) for _ in range(draw(st.integers(1, 2)))
         )
         order, by_chunk = draw(st.sampled_from(Order)), draw(st.booleans())
-        channels.append(Channel(phases, draw(st.integers(1, 2)), order, by_chunk))
+        channels.append(Channel(phases, draw(st.integers(1, 2)), order, by_chunk, draw(st.booleans())))
     return Schedule(Op.ALL_REDUCE, "any", ranks, chunks, 1.0 / chunks, tuple(channels))
 
 

@@ -1,0 +1,215 @@
+"""Full collectives: one collective moved message by message on a network in the state that it is in.
+
+A site is a network with its conditions: links that are gone or slow, chips that are late, noise, jobs of others in
+the background. What the library adds (setup, the price of handing pieces on) is that of the tier, as everywhere.
+A schedule that nobody calibrated (a user's own, a synthesized one) is charged the same, with what it takes for no
+bytes as its latencies.
+
+Importing this loads the compiled loops; who only wants closed forms leaves it alone.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from comms.algorithms import ring
+from comms.algorithms.catalog import outline_of
+from comms.choice import Choice, choose
+from comms.compiled import Job
+from comms.conditions import CALM, Described, Resolved, resolve
+from comms.errors import CommsError
+from comms.full import FullResult, Method, simulate
+from comms.graph import Rerouted
+from comms.groups import Lattice, mesh_group
+from comms.links import Link, Protocol
+from comms.network import Network
+from comms.pricing import groups_of, job_of
+from comms.schedule import Op, Schedule
+from comms.synthesis import WORTH, improve, synthesize
+from comms.tiered import TieredTopology
+from comms.topology import Topology, Wires
+from comms.torus import Torus
+from orchestrator.node_names import node_names
+
+SEED = 0  # of what is synthesized: the same question, the same schedule
+MOST_MESSAGES = 2**24  # some 2 GB
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Site:
+    """A network of exactly `num_chips`, and the state it is in."""
+
+    network: Network
+    num_chips: int
+    whole: TieredTopology
+    resolved: Resolved
+
+    @property
+    def members(self) -> Lattice:
+        """All chips."""
+        return mesh_group((("all", self.num_chips),), ("all",))
+
+    @property
+    def topology(self) -> Topology:
+        """Without what is down."""
+        return self.resolved.topology
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether every wire runs at its own rate all the time."""
+        conditions = self.resolved.conditions
+        return self.topology is self.whole and not conditions.factors and not conditions.changes
+
+    @property
+    def seen(self) -> Topology:
+        """The topology with what is slow as it is, for those who look at wires only."""
+        factors = self.resolved.conditions.factors
+        slow = {wire: factor for wire, factor in factors.items() if 0 < factor < 1}
+        return Rerouted(self.topology, (), slow) if slow else self.topology
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class FullTiming:
+    """What a collective took; `seconds` is with `setup_s`."""
+
+    algorithm: str
+    seconds: float
+    setup_s: float
+    protocol: Protocol
+    result: FullResult
+
+
+@dataclass(frozen=True, slots=True)
+class WireLoad:
+    """A wire by its ends, and for which part of the time it was busy."""
+
+    tier: str
+    tail: str
+    head: str
+    nbytes: float
+    bytes_per_s: float
+    busy: float
+
+
+@dataclass(frozen=True, slots=True)
+class TierLoad:
+    """What crossed the wires of a tier in all, and the busiest of them."""
+
+    tier: str
+    nbytes: float
+    busiest: WireLoad
+
+
+def site_of(network: Network, num_chips: int, described: Described = CALM) -> Site:
+    """The site of the first `num_chips` chips. Raises CommsError for conditions that it cannot have."""
+    own = network.take(num_chips)
+    whole = own.topology()
+    return Site(own, num_chips, whole, resolve(described, whole))
+
+
+def load_loops() -> None:
+    """Have the loops compiled, or loaded if they were compiled before."""
+    pair = Torus((2,), (Link(1e-6, 1e9),))
+    for method in Method:
+        simulate(pair, [Job(ring.all_reduce(2), np.arange(2), 1.0)], method=method)
+
+
+def expected_messages(choice: Choice) -> int:
+    """About how many messages a choice sends; never fewer than it does."""
+    levels = tuple(level.under(choice.protocol) for level in choice.levels)
+    outline = outline_of(choice.algorithm, choice.op, choice.nbytes, levels) if levels else None
+    if outline is None:
+        return 0
+    rounds = sum(stage.repeat for phase in outline.phases for stage in phase)
+    return rounds * outline.pieces * choice.num_chips
+
+
+def timed_choice(site: Site, choice: Choice) -> FullTiming:
+    """A choice at full fidelity. Raises CommsError where that is too much."""
+    _check_messages(expected_messages(choice), choice.algorithm)
+    job = job_of(choice, groups_of(site.members, site.num_chips), site.whole)
+    result = simulate(site.topology, [job, *_background(site)], site.resolved.conditions)
+    seconds = choice.setup_s + float(result.seconds[0])
+    return FullTiming(choice.algorithm, seconds, choice.setup_s, choice.protocol, result)
+
+
+def timed_schedule(site: Site, schedule: Schedule, nbytes: float) -> FullTiming:
+    """Any schedule over all chips, by the fastest protocol of the outermost tier."""
+    _check_messages(schedule.num_messages, schedule.algorithm)
+    tier = site.network.tier_for((0, site.num_chips - 1))
+    timings = [_under(site, schedule, nbytes, protocol, tier.setup_s) for protocol in tier.protocols]
+    return min(timings, key=lambda timing: timing.seconds)
+
+
+def synthesized(site: Site, op: Op, nbytes: float) -> FullTiming:
+    """The best schedule found for this site."""
+    return timed_schedule(site, synthesize(op, site.seen, nbytes, seed=SEED).schedule, nbytes)
+
+
+def improved(site: Site, op: Op, nbytes: float, fixed: FullTiming) -> tuple[FullTiming | None, str]:
+    """A schedule for this site that beats a fixed algorithm, or None where that is kept; and why."""
+    verdict = improve(op, site.seen, nbytes, fixed.algorithm, fixed.seconds - fixed.setup_s, seed=SEED)
+    if verdict.found is None:
+        return None, verdict.reason
+    timing = timed_schedule(site, verdict.found.schedule, nbytes)
+    ratio = timing.seconds / fixed.seconds
+    if ratio * WORTH >= 1:
+        return None, f"keeps {fixed.algorithm}: the best found takes {ratio:.2f} times as long"
+    return timing, f"{1 / ratio:.2f} times faster than {fixed.algorithm}"
+
+
+def tier_loads(site: Site, timing: FullTiming, chips_per_host: int) -> tuple[TierLoad, ...]:
+    """Per tier that bytes crossed, from the inside; the share of time is of the whole collective."""
+    wires, nbytes = site.topology.wires(), timing.result.wire_nbytes
+    rate = wire_rates(site, wires)
+    names = node_names(site.whole, chips_per_host)
+    busy = nbytes / rate / timing.seconds if timing.seconds else np.zeros(len(rate))
+    loads: list[TierLoad] = []
+    for number, tier in enumerate(site.topology.tiers):
+        own = np.flatnonzero((wires.tier == number) & (nbytes > 0))
+        if len(own):
+            wire = int(own[busy[own].argmax()])
+            ends = names[wires.tail[wire]], names[wires.head[wire]]
+            worst = WireLoad(tier, *ends, float(nbytes[wire]), float(rate[wire]), float(busy[wire]))
+            loads.append(TierLoad(tier, float(nbytes[own].sum()), worst))
+    return tuple(loads)
+
+
+def wire_rates(site: Site, wires: Wires) -> np.ndarray:
+    """[wires] Bytes per second as they are at the start."""
+    rate = wires.bytes_per_s.copy()
+    for wire, factor in site.resolved.conditions.factors.items():
+        rate[wire] *= factor
+    return rate
+
+
+def _under(site: Site, schedule: Schedule, nbytes: float, protocol: Protocol, setup_s: float) -> FullTiming:
+    def run(size: float) -> FullResult:
+        job = Job(schedule, np.arange(schedule.num_ranks), size, protocol=protocol)
+        return simulate(site.topology, [job, *_background(site)], site.resolved.conditions)
+
+    result = run(nbytes)
+    seconds = float(result.seconds[0])
+    if protocol.pipelined:
+        latency_s = float(run(0.0).seconds[0])
+        setup_s += protocol.handing_on_s(latency_s, max(0.0, seconds - latency_s))
+    return FullTiming(schedule.algorithm, setup_s + seconds, setup_s, protocol, result)
+
+
+def _background(site: Site) -> list[Job]:
+    """The jobs of others, each again and again from the start."""
+    jobs = []
+    for each in site.resolved.background:
+        chips = tuple(sorted(each.chips))
+        job = job_of(choose(each.op, each.nbytes, chips, site.network), np.array([chips]), site.whole)
+        jobs.append(Job(job.schedule, job.places, job.nbytes, repeats=True, protocol=job.protocol))
+    return jobs
+
+
+def _check_messages(count: int, algorithm: str) -> None:
+    if count > MOST_MESSAGES:
+        raise CommsError(
+            f"{algorithm} sends about {count / 1e6:.0f} million messages, too many to move one by one",
+            "--fidelity full",
+            "ask for folded, for fewer chips, or for an algorithm with fewer rounds",
+        )

@@ -1,0 +1,101 @@
+"""Node names: what the chips and switches of a topology are called where people read about them.
+
+Chips go by their number and, where there are several, their host. A switch belongs to the innermost tier that its
+wires are in and is numbered within that tier; switches that a network of edges gave names keep them.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from comms.graph import Graph, Rerouted
+from comms.shapes import Whole
+from comms.tiered import TieredTopology
+from comms.topology import IntArray, Topology, Wires
+
+NO_CHIP = "place without a chip"
+
+
+def node_names(topology: Topology, chips_per_host: int) -> tuple[str, ...]:
+    """[nodes] A name each."""
+    while isinstance(topology, Rerouted):  # nodes are numbered as before
+        topology = topology.topology
+    several = topology.num_chips > chips_per_host
+    names = [
+        f"chip {chip} (host {chip // chips_per_host})" if several else f"chip {chip}"
+        for chip in range(topology.num_chips)
+    ]
+    tier = switch_tiers(topology)
+    given, missing = dict(_given(topology)), missing_places(topology)
+    twins = _ways_out(topology.wires(), topology.num_chips, tier)
+    count = [0] * len(topology.tiers)
+    for node in range(topology.num_chips, topology.num_nodes):
+        if node in given:
+            names.append(given[node])
+        elif node in missing:
+            names.append(NO_CHIP)
+        elif node in twins:
+            names.append(names[twins[node]])
+        else:
+            at = tier[node - topology.num_chips]
+            names.append(f"{_kind(topology.tiers[at])} {count[at]}")
+            count[at] += 1
+    return tuple(names)
+
+
+def _kind(tier: str) -> str:
+    return tier if tier.endswith(("switch", "root", "router")) else f"{tier} switch"
+
+
+def switch_tiers(topology: Topology) -> IntArray:
+    """[nodes that are no chips] The innermost tier of the wires at each; 0 where there are none."""
+    wires, chips = topology.wires(), topology.num_chips
+    tiers = np.full(topology.num_nodes, len(topology.tiers), dtype=np.int64)
+    for ends in (wires.tail, wires.head):
+        np.minimum.at(tiers, ends, wires.tier)
+    own: IntArray = tiers[chips:]
+    return np.where(own < len(topology.tiers), own, 0)
+
+
+def missing_places(topology: Topology) -> frozenset[int]:
+    """Nodes of the last copy of a fabric at which there would be chips if there were more."""
+    found: list[int] = []
+    if isinstance(topology, TieredTopology):
+        node = topology.num_chips
+        for fabric in topology.fabrics:
+            copies = -(-topology.num_chips // fabric.size)
+            node += copies * (fabric.shape.num_nodes - fabric.size)
+            missing = copies * fabric.size - topology.num_chips
+            found += range(node, node + missing)
+            node += missing
+    return frozenset(found)
+
+
+def _ways_out(wires: Wires, num_chips: int, tier: IntArray) -> dict[int, int]:
+    """Nodes that stand for the way out of a switch whose capacity is limited, and the switch."""
+    leaving, entering = np.bincount(wires.tail), np.bincount(wires.head)
+    twins: dict[int, int] = {}
+    inside = np.flatnonzero((wires.tail >= num_chips) & (wires.head >= num_chips))
+    for tail, head in zip(wires.tail[inside].tolist(), wires.head[inside].tolist(), strict=True):
+        only = leaving[tail] == 1 and entering[head] == 1 and tier[tail - num_chips] == tier[head - num_chips]
+        if only and head > tail:
+            twins[head] = tail
+    return twins
+
+
+def _given(topology: Topology) -> Iterator[tuple[int, str]]:
+    """Nodes that have a name of their own."""
+    if isinstance(topology, Whole):
+        yield from _given(topology.topology)
+    elif isinstance(topology, Graph):
+        yield from ((topology.num_chips + i, name) for i, name in enumerate(topology.switches))
+    elif isinstance(topology, TieredTopology):
+        node = topology.num_chips
+        for fabric in topology.fabrics:
+            copies = -(-topology.num_chips // fabric.size)
+            local = [(at - fabric.size, name) for at, name in _given(fabric.shape)]
+            per_copy = fabric.shape.num_nodes - fabric.size
+            for copy in range(copies):
+                for at, name in local:
+                    yield node + copy * per_copy + at, f"{name} of group {copy}" if copies > 1 else name
+            node += copies * per_copy + copies * fabric.size - topology.num_chips

@@ -1,0 +1,64 @@
+"""Protocols of a tier, from what a file says to what `comms` reckons with.
+
+A file gives two sets of figures: of a message by itself (latency, efficiency) and of a stage of a collective, in place
+of them (a protocol's latency and share, both as `orchestrate calibrate links` prints them). A collective runs as one
+kernel and pays its setup once; a message by itself pays for being issued each time. So the link gets the better of
+both, protocols what they lack of it, and what issuing a message adds (`issue_s`) stands apart: no cost counts twice.
+"""
+
+from collections.abc import Sequence
+
+from comms.links import Protocol
+from orchestrator.cluster import Library
+from orchestrator.errors import ClusterError
+from orchestrator.network_sections import LibrarySection, ProtocolSection
+from orchestrator.yaml_file import Document, Location
+
+
+def best_share(efficiency: float, sections: Sequence[ProtocolSection]) -> float:
+    """What the links reach at best, alone or in a collective."""
+    return max([efficiency, *(each.share for each in sections if each.share is not None)])
+
+
+def library_of(
+    section: LibrarySection,
+    latency_s: float,
+    efficiency: float,
+    best: float,
+    document: Document,
+    at: Location,
+) -> Library:
+    """A tier's library, where a message by itself has this latency and efficiency, and its links reach `best`."""
+    latencies = [latency_s if each.latency is None else each.latency for each in section.protocols]
+    shares = [efficiency if each.share is None else each.share for each in section.protocols]
+    _check(section.protocols, latencies, shares, (latency_s, best), document, at)
+    if not section.protocols:
+        return Library(section.setup)
+    base = min(latencies)
+    protocols = tuple(
+        Protocol(each.name, latency - base, share / best, each.pipelined)
+        for each, latency, share in zip(section.protocols, latencies, shares, strict=True)
+    )
+    return Library(section.setup, protocols, latency_s - base)
+
+
+def _check(
+    sections: Sequence[ProtocolSection],
+    latencies: Sequence[float],
+    shares: Sequence[float],
+    limits: tuple[float, float],
+    document: Document,
+    at: Location,
+) -> None:
+    """Raises ClusterError for names given twice, and for figures that a message by itself would beat."""
+    names = [each.name for each in sections]
+    for number, (name, latency, share) in enumerate(zip(names, latencies, shares, strict=True)):
+        where = document.where((*at, "protocols", number))
+        if name in names[:number]:
+            raise ClusterError(f"two protocols are named {name!r}", where, "give each its own name")
+        if latency > limits[0]:
+            problem = f"a stage of protocol {name!r} takes longer than a message by itself"
+            raise ClusterError(problem, where, "raise the tier's `latency`, or lower the protocol's")
+        if share > limits[1]:
+            problem = f"protocol {name!r} has a share of {share}, above the efficiency of {limits[1]}"
+            raise ClusterError(problem, where, "raise the `efficiency` of the links")

@@ -1,0 +1,118 @@
+"""comms: what does it take to move these bytes, by which algorithm, and which links decide?
+
+One collective over all chips of a cluster, a range of sizes (`--sweep`), or the latency of every tier (`--tiers`).
+Needs neither torch nor ray. What is asked for and has no effect is said.
+"""
+
+from comms.choice import AUTO
+from comms.pricing import Fidelity
+from comms.schedule import Op
+from orchestrator import comms_report
+from orchestrator.cluster import Cluster
+from orchestrator.cluster_file import load_cluster
+from orchestrator.collective import Question, time_collective
+from orchestrator.console import Console
+from orchestrator.errors import ConfigError
+from orchestrator.shipped import cluster_path
+from orchestrator.size_sweep import sweep_sizes
+from orchestrator.verbs.comms_inputs import (
+    Algorithm,
+    check_picture,
+    read_algorithm,
+    read_op,
+    read_size,
+    read_sizes,
+    say_ignored,
+    told,
+    write_picture,
+)
+from orchestrator.verbs.inputs import DEFAULT_CLUSTER
+from orchestrator.verbs.options import Options
+
+DEFAULT_SIZE = "64 MiB"
+
+
+def main(options: Options, console: Console) -> int:
+    """Answer what the options ask. Raises UserError."""
+    check_picture(options.plot)
+    cluster = load_cluster(options.cluster or cluster_path(DEFAULT_CLUSTER)).take(options.chips)
+    with told("network"):
+        if options.tiers:
+            return _tiers(cluster, options, console)
+        algorithm = read_algorithm(options.algorithm, options.op)
+        question = _question(cluster, algorithm, options, console)
+        if options.sweep is not None:
+            return _sweep(cluster, question, options, console)
+        return _one(cluster, question, options, console)
+
+
+def _question(cluster: Cluster, algorithm: Algorithm, options: Options, console: Console) -> Question:
+    schedule, num_chips = algorithm.schedule, cluster.num_chips
+    if schedule is not None and schedule.num_ranks != num_chips:
+        raise ConfigError(
+            f"a schedule of {schedule.num_ranks} ranks, but {num_chips} chips",
+            str(options.algorithm),
+            f"take --chips {schedule.num_ranks}",
+        )
+    op = schedule.op if schedule is not None else read_op(options.op)
+    if op is Op.BARRIER:
+        say_ignored(console, {"--size": options.size}, "a barrier moves no bytes")
+        if options.sweep is not None:
+            raise ConfigError("a barrier has no size to vary", "--sweep", "leave --sweep out")
+    if options.sweep is not None:
+        say_ignored(console, {"--size": options.size}, "--sweep gives the sizes")
+    if num_chips == 1:
+        given = {"--algorithm": options.algorithm, "--fidelity": options.fidelity}
+        say_ignored(console, given, "one chip has all it needs")
+    nbytes = 0.0 if op is Op.BARRIER else read_size(options.size or DEFAULT_SIZE, "--size")
+    return Question(
+        network=cluster.network,
+        num_chips=num_chips,
+        op=op,
+        nbytes=nbytes,
+        algorithm=algorithm.name if num_chips > 1 else AUTO,
+        schedule=schedule if num_chips > 1 else None,
+        fidelity=None if options.fidelity is None else Fidelity(options.fidelity),
+        described=cluster.conditions,
+        chips_per_host=cluster.chips_per_host,
+    )
+
+
+def _one(cluster: Cluster, question: Question, options: Options, console: Console) -> int:
+    answer = time_collective(question, console.phase)
+    for warning in answer.warnings:
+        console.warn(warning)
+    console.results(comms_report.document(answer, cluster.name), comms_report.tables(answer, cluster.name))
+    if options.plot is not None:
+        from orchestrator.topology_plot import topology_png
+
+        write_picture(topology_png(answer, cluster.name), options.plot, console)
+    return 0
+
+
+def _sweep(cluster: Cluster, question: Question, options: Options, console: Console) -> int:
+    assert options.sweep is not None
+    sweep = sweep_sizes(question, read_sizes(options.sweep), console.phase)
+    for warning in sweep.warnings:
+        console.warn(warning)
+    console.results(
+        comms_report.sweep_document(sweep, cluster.name), comms_report.sweep_tables(sweep, cluster.name)
+    )
+    if options.plot is not None:
+        from orchestrator.bandwidth_plot import sweep_png
+
+        write_picture(sweep_png(sweep, cluster.name), options.plot, console)
+    return 0
+
+
+def _tiers(cluster: Cluster, options: Options, console: Console) -> int:
+    given = {
+        "--op": options.op,
+        "--size": options.size,
+        "--algorithm": options.algorithm,
+        "--fidelity": options.fidelity,
+        "--sweep": options.sweep,
+        "--plot": options.plot,
+    }
+    say_ignored(console, given, "--tiers is about single messages")
+    return 0

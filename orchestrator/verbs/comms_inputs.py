@@ -1,0 +1,114 @@
+"""Comms inputs: from what the command line says of a collective to values, with errors that name the flag."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from comms.algorithms.catalog import names
+from comms.choice import AUTO
+from comms.errors import CommsError
+from comms.schedule import Op, Schedule
+from comms.schedule_text import load_schedule
+from comms.synthesis import NAME as SYNTHESIZED
+from comms.units import Quantity, UnitError, parse
+from orchestrator.console import Console
+from orchestrator.disk import write_whole
+from orchestrator.errors import ConfigError
+from orchestrator.schema import nearest
+from orchestrator.size_sweep import sizes_between
+
+
+@dataclass(frozen=True, slots=True)
+class Algorithm:
+    """What --algorithm means: a name, or a schedule from a file."""
+
+    name: str = AUTO
+    schedule: Schedule | None = None
+
+
+@contextmanager
+def told(where: str) -> Iterator[None]:
+    """What is wrong with networks, schedules and measurements, as the user's error."""
+    try:
+        yield
+    except CommsError as error:
+        hint = error.hint or "change what is asked for"
+        raise ConfigError(error.problem, error.where or where, hint) from error
+
+
+def read_op(text: str | None) -> Op:
+    """The operation that --op names; all-reduce by default."""
+    if text is None:
+        return Op.ALL_REDUCE
+    known = tuple(map(str, Op))
+    word = text.lower().replace("-", "_")
+    if word not in known:
+        raise ConfigError(f"there is no operation {text!r}", "--op", nearest(text, known))
+    return Op(word)
+
+
+def read_size(text: str, flag: str) -> float:
+    """A whole number of bytes, with its unit."""
+    try:
+        nbytes = parse(text, Quantity.SIZE)
+    except UnitError as error:
+        raise ConfigError(error.problem, flag, error.hint) from error
+    if nbytes != int(nbytes):
+        raise ConfigError(f"{text} is {nbytes:g} bytes", flag, "give a whole number of bytes")
+    return nbytes
+
+
+def read_sizes(text: str) -> tuple[float, ...]:
+    """The sizes of `--sweep 1KiB..1GiB`."""
+    low, dots, high = text.partition("..")
+    if not dots:
+        raise ConfigError(f"{text!r} is not a range", "--sweep", "write it like 1KiB..1GiB")
+    with told("--sweep"):
+        return sizes_between(read_size(low, "--sweep"), read_size(high, "--sweep"))
+
+
+def read_algorithm(text: str | None, op: str | None) -> Algorithm:
+    """A name, or the schedule in a file: proved, and of the operation that is asked for."""
+    if text is None:
+        return Algorithm()
+    if not Path(text).is_file():
+        known = (AUTO, SYNTHESIZED, *names(read_op(op)))
+        if text not in known:
+            hint = f"{nearest(text, known)} (or give a file with a schedule)"
+            raise ConfigError(f"{read_op(op)} has no algorithm {text!r}", "--algorithm", hint)
+        return Algorithm(text)
+    with told("--algorithm"):
+        schedule = load_schedule(Path(text))
+    if op is not None and read_op(op) is not schedule.op:
+        problem = f"a schedule for {schedule.op}, but --op is {read_op(op)}"
+        raise ConfigError(problem, text, "leave --op out")
+    if schedule.num_helpers:
+        problem = f"{schedule.num_helpers} of its ranks are switches, which have no place here"
+        raise ConfigError(problem, text, "leave helpers out; --algorithm in-network uses the switches")
+    return Algorithm(schedule.algorithm, schedule)
+
+
+def check_picture(path: Path | None) -> None:
+    """Before anything takes time: can a picture be written there?"""
+    if path is None:
+        return
+    if path.suffix.lower() != ".png":
+        raise ConfigError("pictures are PNG files", f"--plot {path}", "give a name that ends in .png")
+    if path.is_dir() or not path.parent.is_dir():
+        raise ConfigError(
+            "a picture cannot be written there", f"--plot {path}", "give a file in a folder that exists"
+        )
+
+
+def write_picture(png: bytes, path: Path, console: Console) -> None:
+    """The picture, whole or not at all."""
+    write_whole(path, png)
+    console.say(f"picture in {path}")
+
+
+def say_ignored(console: Console, given: Mapping[str, object], why: str) -> None:
+    """Say which of these flags have no effect."""
+    for flag, value in given.items():
+        if value is not None:
+            console.warn(f"{flag} has no effect: {why}")
