@@ -1,7 +1,7 @@
 """Synthesized schedules against the best fixed algorithm and against plain matching, all at full fidelity.
 
-Fixed: all that the catalog has, in natural order and around the best ring; up to eight rings over different orders,
-whole and in pieces; dimension by dimension where there are dimensions. Matching: chunks are given to wires as soon
+Fixed: all that the catalog has, in natural order and around the best ring, whole and in pieces; up to eight rings
+over different orders; dimension by dimension where there are dimensions. Matching: chunks are given to wires as soon
 as both are free, by lot (Won et al., TACOS, MICRO 2024), the best of several seeds and numbers of chunks; all-reduce
 is twice that, as its first half is the same on reversed wires.
 
@@ -10,13 +10,14 @@ is twice that, as its first half is the same on reversed wires.
 
 from collections.abc import Iterator
 from heapq import heappop, heappush
-from itertools import combinations
+from inspect import signature
+from itertools import combinations, product
 
 import numpy as np
 from harness import report, seconds_of
 
 from comms.algorithms import ring, torus
-from comms.algorithms.catalog import names, schedule_of
+from comms.algorithms.catalog import FILES
 from comms.compiled import Job
 from comms.errors import CommsError
 from comms.forest import Hops, hops_of
@@ -33,6 +34,7 @@ from comms.torus import Torus
 LINK = Link(1e-6, 50e9)
 SIZES = (1e6, 64e6)
 OPS = (Op.ALL_REDUCE, Op.ALL_GATHER, Op.BROADCAST, Op.ALL_TO_ALL)
+PIECES = (1, 4, 16, 64)
 EFFORT = 4
 MATCHED = ((1, 4), (2, 4), (4, 2))  # chunks of each chip, seeds
 # Links between the eight chips of a first DGX-1 with V100, in pairs of 25 GB/s each way.
@@ -83,26 +85,27 @@ def switch(num_chips: int, last: float) -> Graph:
 def fixed_schedules(topology: Topology, op: Op, nbytes: float) -> Iterator[tuple[str, Schedule, IntArray]]:
     """All fixed algorithms for so many chips, and where to place their ranks."""
     n = topology.num_chips
-    rings = ring_orders(topology)
-    for name in names(op):
-        try:
-            schedule = schedule_of(name, op, n, nbytes, None)
-        except CommsError:
-            continue  # not for so many ranks
-        if not schedule.num_helpers:
-            yield name, schedule, np.arange(n)
-            yield f"{name}, ring order", schedule, rings[0].chips
+    natural, orders = np.arange(n), [each.chips for each in ring_orders(topology)]
+    for name, make in ((name, ops[op]) for file in FILES for name, ops in file.SCHEDULES.items() if op in ops):
+        for pieces in PIECES if "pieces" in signature(make).parameters else (None,):
+            try:
+                schedule = make(n) if pieces is None else make(n, pieces=pieces)
+            except CommsError:
+                continue  # not for so many ranks
+            if not schedule.num_helpers:
+                said = name if pieces in (None, 1) else f"{name} in {pieces} pieces"
+                yield said, schedule, natural
+                yield f"{said}, ring order", schedule, orders[0]
     if op in torus.OPS:
-        for num in range(1, len(rings) + 1):
-            for pieces in (1, 4, 16):
-                orders = [each.chips for each in rings[:num]]
-                made = ring.SCHEDULES["ring"][op](n, orders=orders, pieces=pieces)
-                yield f"{num} rings in {pieces} pieces", made, np.arange(n)
+        for num in range(2, len(orders) + 1):
+            for pieces in PIECES:
+                made = ring.SCHEDULES["ring"][op](n, orders=orders[:num], pieces=pieces)
+                yield f"{num} rings in {pieces} pieces", made, natural
         whole = topology.topology if isinstance(topology, Rerouted) else topology
         if isinstance(whole, Torus):
-            for rotated in (False, True):
-                made = torus.OPS[op](n, fanouts=whole.dims, wraps=whole.wraps[0], rotated=rotated)
-                yield made.algorithm, made, np.arange(n)
+            for wraps, rotated in product((False, True), repeat=2):
+                made = torus.OPS[op](n, fanouts=whole.dims, wraps=wraps, rotated=rotated)
+                yield made.algorithm, made, natural
 
 
 def best_fixed(topology: Topology, op: Op, nbytes: float) -> tuple[float, str]:

@@ -33,14 +33,14 @@ MAX_SHARED_SENDS = 12_000  # events cost more than a sweep
 MAX_CELLS = (
     2**25
 )  # chunks x chips x rounds of all channels: what is kept at full fidelity of who waits for what
-FINALISTS = 3  # timed at full fidelity where wires are shared; elsewhere a timetable says the same
+FINALISTS = 3  # times effort, timed at full fidelity where wires are shared; elsewhere a timetable says the same
 SHARED_CHANNELS = (1, 16)
 TREES = {
     Op.ALL_REDUCE: (1, 2, 4, 8, 16, 24, 32, 48),
     Op.BROADCAST: (1, 2, 4, 8, 16),
     Op.REDUCE: (1, 2, 4, 8, 16),
-    Op.ALL_GATHER: (1, 2, 4),  # per root from here on
-    Op.REDUCE_SCATTER: (1, 2, 4),
+    Op.ALL_GATHER: (1, 2, 3, 4, 6),  # per root from here on
+    Op.REDUCE_SCATTER: (1, 2, 3, 4, 6),
     Op.ALL_TO_ALL: (1, 2, 4),
 }
 PER_ROOT = (Op.ALL_GATHER, Op.REDUCE_SCATTER, Op.ALL_TO_ALL)

@@ -102,7 +102,9 @@ def test_all_copies_of_a_group_at_once_take_what_the_closed_form_says(data):
     )
     network = Network((fabric, net))
     along = data.draw(st.sampled_from([Lattice(((inner, outer),)), Lattice(((1, inner),))]))
-    choice = choose(data.draw(st.sampled_from(Op)), data.draw(sizes), along, network)
+    everyone = [Op.ALL_REDUCE, Op.ALL_GATHER, Op.REDUCE_SCATTER, Op.ALL_TO_ALL, Op.BARRIER]
+    # Closed forms take it that all chips under an oversubscribed switch send; a root's do not.
+    choice = choose(data.draw(st.sampled_from(everyone)), data.draw(sizes), along, network)
     assert choice.is_folded
     assert full_seconds(choice, along, network) == pytest.approx(choice.transfer_s, rel=CLOSE)
 
