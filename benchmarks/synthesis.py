@@ -86,7 +86,9 @@ def fixed_schedules(topology: Topology, op: Op, nbytes: float) -> Iterator[tuple
     """All fixed algorithms for so many chips, and where to place their ranks."""
     n = topology.num_chips
     natural, orders = np.arange(n), [each.chips for each in ring_orders(topology)]
-    for name, make in ((name, ops[op]) for file in FILES for name, ops in file.SCHEDULES.items() if op in ops):
+    for name, make in (
+        (name, ops[op]) for file in FILES for name, ops in file.SCHEDULES.items() if op in ops
+    ):
         for pieces in PIECES if "pieces" in signature(make).parameters else (None,):
             try:
                 schedule = make(n) if pieces is None else make(n, pieces=pieces)

@@ -12,6 +12,7 @@ and room for pieces on the way.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 
@@ -33,7 +34,9 @@ MAX_SHARED_SENDS = 12_000  # events cost more than a sweep
 MAX_CELLS = (
     2**25
 )  # chunks x chips x rounds of all channels: what is kept at full fidelity of who waits for what
-FINALISTS = 3  # times effort, timed at full fidelity where wires are shared; elsewhere a timetable says the same
+FINALISTS = (
+    3  # times effort, timed at full fidelity where wires are shared; elsewhere a timetable says the same
+)
 SHARED_CHANNELS = (1, 16)
 TREES = {
     Op.ALL_REDUCE: (1, 2, 4, 8, 16, 24, 32, 48),
@@ -71,6 +74,19 @@ class Verdict:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class _Task:
+    """What is asked for."""
+
+    op: Op
+    topology: Topology
+    nbytes: float
+    root: int
+    seed: int
+    effort: int
+    hops: Hops
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class _Packed:
     """A forest and how long it keeps the fullest wire busy."""
 
@@ -100,26 +116,20 @@ def improve(
     root: int = 0,
 ) -> Verdict:
     """A schedule that beats a fixed algorithm of `seconds`, or the word that this is kept; with the reason."""
-    hops = _checked(op, topology, nbytes, root)
-    least = _least(op, hops, nbytes, root)
+    task = _task(op, topology, nbytes, root, seed, effort)
+    least = _least(task)
     if seconds <= least * WORTH:
-        return Verdict(
-            None,
-            f"keeps {fixed}: within {seconds / least - 1:.1%} of what wires allow"
-            if least
-            else f"keeps {fixed}",
-        )
-    drafts = _drafts(op, hops, nbytes, root, seed, effort)
+        over = max(0.0, seconds / least - 1) if least else 0.0
+        return Verdict(None, f"keeps {fixed}: within {over:.1%} of what wires allow")
+    drafts = _drafts(task)
     planned = drafts[0].planned.seconds
     if seconds <= planned * WORTH:
-        return Verdict(
-            None, f"keeps {fixed}: the best plan found takes {planned / seconds:.2f} times as long"
-        )
-    found = _fastest(op, topology, hops, nbytes, root, drafts)
+        times = planned / seconds
+        return Verdict(None, f"keeps {fixed}: the best plan found takes {times:.2f} times as long")
+    found = _fastest(task, drafts)
     if seconds <= found.seconds * WORTH:
-        return Verdict(
-            None, f"keeps {fixed}: the best found takes {found.seconds / seconds:.2f} times as long"
-        )
+        times = found.seconds / seconds
+        return Verdict(None, f"keeps {fixed}: the best schedule found takes {times:.2f} times as long")
     return Verdict(found, f"{seconds / found.seconds:.2f} times faster than {fixed}")
 
 
@@ -131,59 +141,61 @@ def synthesize(
     `effort` is how often forests are packed anew. Time grows with effort x trees x chips^2 and with the messages,
     of which there are at most MAX_SENDS or those of uncut shares.
     """
-    hops = _checked(op, topology, nbytes, root)
-    if hops.num_chips == 1:
-        schedule = Schedule(op, NAME, 1, 1, 1.0, (), root)
-        return Synthesized(schedule, 0.0, 0.0, 0.0, np.zeros(len(hops.capacity)))
-    return _fastest(op, topology, hops, nbytes, root, _drafts(op, hops, nbytes, root, seed, effort))
+    task = _task(op, topology, nbytes, root, seed, effort)
+    if topology.num_chips > 1:
+        return _fastest(task, _drafts(task))
+    schedule = Schedule(op, NAME, 1, 1, 1.0, (), root)
+    return Synthesized(schedule, 0.0, 0.0, 0.0, np.zeros(len(task.hops.capacity)))
 
 
-def _checked(op: Op, topology: Topology, nbytes: float, root: int) -> Hops:
+def _task(op: Op, topology: Topology, nbytes: float, root: int, seed: int, effort: int) -> _Task:
     if op not in TREES:
         raise CommsError(f"cannot synthesize {op}", "synthesis", f"ask for one of {', '.join(TREES)}")
     if nbytes < 0:
         raise CommsError(f"{nbytes} bytes", "synthesis", "give a size of zero or more")
     if not 0 <= root < topology.num_chips:
         raise CommsError(f"there is no chip {root}", "synthesis", f"chips are 0 to {topology.num_chips - 1}")
+    if effort < 1:
+        raise CommsError(f"an effort of {effort}", "synthesis", "give 1 or more")
     hops = hops_of(topology)
     if not np.isfinite(hops.ways(np.ones(hops.num_hops))).all():
         raise CommsError("chips cannot reach each other hop by hop", "synthesis", "join them by links")
-    return hops
+    return _Task(op, topology, nbytes, root, seed, effort, hops)
 
 
-def _drafts(op: Op, hops: Hops, nbytes: float, root: int, seed: int, effort: int) -> list[_Draft]:
+def _drafts(task: _Task) -> list[_Draft]:
     """Timetables, the shortest first. Forests whose fullest wire alone takes longer than the best are left out."""
-    packed = sorted(_forests(op, hops, nbytes, root, seed, effort), key=lambda each: each.fullest_s)
+    most = MAX_SENDS if task.hops.is_single_wires else MAX_SHARED_SENDS
     drafts: list[_Draft] = []
-    for each in packed:
+    for each in sorted(_forests(task), key=lambda packed: packed.fullest_s):
         if not drafts or each.fullest_s < min(draft.planned.seconds for draft in drafts):
-            drafts.append(_cut(hops, each, seed, MAX_SENDS if hops.is_single_wires else MAX_SHARED_SENDS))
+            drafts.append(_cut(task, each, most))
     return sorted(drafts, key=lambda draft: draft.planned.seconds)
 
 
-def _forests(op: Op, hops: Hops, nbytes: float, root: int, seed: int, effort: int) -> Iterator[_Packed]:
-    """One per number of trees, way of growing them and start; more trees are left out where they take too long."""
-    for trees in TREES[op]:
-        wanted = _wanted(op, hops, nbytes, root, trees)
-        if trees > 1 and len(wanted.roots) * hops.num_chips**2 > MAX_PACKED:
+def _forests(task: _Task) -> Iterator[_Packed]:
+    """One per number of trees, way of growing them and start; many trees are left out where they take too long."""
+    for trees in TREES[task.op]:
+        wanted = _wanted(task, trees)
+        if trees > 1 and len(wanted.roots) * task.hops.num_chips**2 > MAX_PACKED:
             break
-        for start in range(effort):
-            for lean in LEANS:
-                forest = pack(hops, wanted, lean=lean, sweeps=SWEEPS, seed=seed + start)
-                yield _Packed(forest, wanted.nbytes, fullest_seconds(hops, forest, wanted.nbytes))
+        for start, lean in product(range(task.effort), LEANS):
+            forest = pack(task.hops, wanted, lean=lean, sweeps=SWEEPS, seed=task.seed + start)
+            yield _Packed(forest, wanted.nbytes, fullest_seconds(task.hops, forest, wanted.nbytes))
 
 
-def _wanted(op: Op, hops: Hops, nbytes: float, root: int, trees: int) -> Wanted:
-    n = hops.num_chips
+def _wanted(task: _Task, trees: int) -> Wanted:
+    op, n = task.op, task.hops.num_chips
     down = op not in (Op.REDUCE, Op.REDUCE_SCATTER)
     up = op in (Op.ALL_REDUCE, Op.REDUCE, Op.REDUCE_SCATTER)
     if op in PER_ROOT:
         roots = tuple(np.repeat(np.arange(n), trees).tolist())
-        return Wanted(roots, nbytes / n / trees, down, up, op is Op.ALL_TO_ALL)
+        return Wanted(roots, task.nbytes / n / trees, down, up, op is Op.ALL_TO_ALL)
+    share = task.nbytes / trees
     if op is Op.ALL_REDUCE:
-        near = _central(hops, nbytes / trees)[: max(1, n // 2)]
-        return Wanted(tuple(np.resize(near, trees).tolist()), nbytes / trees, down, up)
-    return Wanted((root,) * trees, nbytes / trees, down, up)
+        near = _central(task.hops, share)[: max(1, n // 2)]
+        return Wanted(tuple(np.resize(near, trees).tolist()), share, down, up)
+    return Wanted((task.root,) * trees, share, down, up)
 
 
 def _central(hops: Hops, nbytes: float) -> IntArray:
@@ -193,41 +205,39 @@ def _central(hops: Hops, nbytes: float) -> IntArray:
     return np.lexsort((there_and_back.sum(axis=0), there_and_back.max(axis=0)))
 
 
-def _cut(hops: Hops, packed: _Packed, seed: int, most: int) -> _Draft:
+def _cut(task: _Task, packed: _Packed, most: int) -> _Draft:
     """As many pieces as help: their number doubles while the timetable gets shorter by enough."""
     best: _Draft | None = None
     pieces = 1
     while True:
-        sends = sends_of(hops, packed.forest, pieces)
+        sends = sends_of(task.hops, packed.forest, pieces)
         if best is not None and len(sends.hop) > most:
             return best
         pace_s = PACE * packed.fullest_s / pieces
-        planned = timetable(hops, sends, packed.nbytes / pieces, pace_s, seed)
+        planned = timetable(task.hops, sends, packed.nbytes / pieces, pace_s, task.seed)
         if best is not None and planned.seconds * HELPS > best.planned.seconds:
             return best
         best = _Draft(packed.forest.num_trees, sends, planned)
         pieces *= 2
 
 
-def _fastest(
-    op: Op, topology: Topology, hops: Hops, nbytes: float, root: int, drafts: list[_Draft]
-) -> Synthesized:
+def _fastest(task: _Task, drafts: list[_Draft]) -> Synthesized:
     """The fastest schedule of the best few drafts, at full fidelity."""
     from comms.compiled import Job
     from comms.full import simulate  # compiled loops, only where they are needed
 
+    chips = np.arange(task.hops.num_chips)
     best: Synthesized | None = None
-    for draft in drafts[: 1 if hops.is_single_wires else FINALISTS]:
-        for deal in _deals(hops, draft):
-            schedule = _schedule(op, hops, root, draft, deal)
+    for draft in drafts[: 1 if task.hops.is_single_wires else FINALISTS * task.effort]:
+        for deal in _deals(task.hops, draft):
+            schedule = _schedule(task, draft, deal)
             rounds = sum(len(channel.rounds) for channel in schedule.channels)
-            if best is not None and schedule.num_chunks * hops.num_chips * rounds > MAX_CELLS:
+            if best is not None and schedule.num_chunks * len(chips) * rounds > MAX_CELLS:
                 continue
-            seconds = float(simulate(topology, [Job(schedule, np.arange(hops.num_chips), nbytes)]).seconds[0])
+            seconds = float(simulate(task.topology, [Job(schedule, chips, task.nbytes)]).seconds[0])
             if best is None or seconds < best.seconds:
                 busy = draft.planned.busy_s / seconds if seconds else draft.planned.busy_s
-                least = _least(op, hops, nbytes, root)
-                best = Synthesized(schedule, seconds, draft.planned.seconds, least, busy)
+                best = Synthesized(schedule, seconds, draft.planned.seconds, _least(task), busy)
     assert best is not None
     return best
 
@@ -244,11 +254,11 @@ def _deals(hops: Hops, draft: _Draft) -> list[IntArray]:
     return [*(chunk % count for count in SHARED_CHANNELS), chunk * draft.num_trees // len(chunk)]
 
 
-def _schedule(op: Op, hops: Hops, root: int, draft: _Draft, deal: IntArray) -> Schedule:
-    n, chunks = hops.num_chips, draft.sends.num_chunks
-    share = n / chunks if op is Op.ALL_TO_ALL else 1.0 / chunks
-    channels = channels_of(hops, draft.sends, draft.planned, deal)
-    return Schedule(op, NAME, n, chunks, share, channels, root)
+def _schedule(task: _Task, draft: _Draft, deal: IntArray) -> Schedule:
+    n, chunks = task.hops.num_chips, draft.sends.num_chunks
+    share = n / chunks if task.op is Op.ALL_TO_ALL else 1.0 / chunks
+    channels = channels_of(task.hops, draft.sends, draft.planned, deal)
+    return Schedule(task.op, NAME, n, chunks, share, channels, task.root)
 
 
 def least_seconds(op: Op, topology: Topology, nbytes: float, *, root: int = 0) -> float:
@@ -258,16 +268,16 @@ def least_seconds(op: Op, topology: Topology, nbytes: float, *, root: int = 0) -
     Pacific Journal of Mathematics 54, 1974). Switches that reduce can be faster. Cuts of several chips are not
     looked at, so the bound is loose where chips hang together in islands.
     """
-    return _least(op, _checked(op, topology, nbytes, root), nbytes, root)
+    return _least(_task(op, topology, nbytes, root, 0, 1))
 
 
-def _least(op: Op, hops: Hops, nbytes: float, root: int) -> float:
-    n = hops.num_chips
+def _least(task: _Task) -> float:
+    hops, nbytes, n = task.hops, task.nbytes, task.hops.num_chips
     others = n - 1
     if not others:
         return 0.0
-    part, not_root = nbytes / n, np.arange(n) != root
-    match op:
+    part, not_root = nbytes / n, np.arange(n) != task.root
+    match task.op:
         case Op.ALL_REDUCE:
             sent, got, total = np.full(n, nbytes), np.full(n, nbytes), 2 * others * nbytes
         case Op.ALL_GATHER:
@@ -287,7 +297,7 @@ def _least(op: Op, hops: Hops, nbytes: float, root: int) -> float:
         (sent / _rates(hops, hops.src, first)).max(),
         (got / _rates(hops, hops.dst, last)).max(),
         total / min(hops.capacity[np.unique(wires)].sum() for wires in (first, last)),
-        _longest_way(op, hops, root),
+        _longest_way(task),
     ]
     return float(max(bounds))
 
@@ -300,11 +310,11 @@ def _rates(hops: Hops, chip: IntArray, wire: IntArray) -> FloatArray:
     return rates
 
 
-def _longest_way(op: Op, hops: Hops, root: int) -> float:
+def _longest_way(task: _Task) -> float:
     """Seconds that an empty message needs between the two chips that are farthest apart."""
-    far = hops.ways(hops.latency_s)
-    if op is Op.BROADCAST:
-        far = far[root]
-    elif op is Op.REDUCE:
-        far = far[:, root]
+    far = task.hops.ways(task.hops.latency_s)
+    if task.op is Op.BROADCAST:
+        far = far[task.root]
+    elif task.op is Op.REDUCE:
+        far = far[:, task.root]
     return float(far.max())

@@ -16,7 +16,7 @@ Not modelled: what header flits take off a rate, and cores that are fused off.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import prod
+from math import fsum, prod
 
 import numpy as np
 
@@ -115,7 +115,7 @@ def _chip_rows(chip: OnChip) -> Iterator[Row]:
     torus, rate, cores = _grid(chip), chip.bytes_per_s, prod(chip.dims)
     for core, who in ((1, "neighbouring core"), (_furthest(torus), f"the furthest of {cores} cores")):
         hops = len(torus.routes(np.array([0]), np.array([core])).wires) - 2
-        latency_s = 2 * chip.entry_s + hops * chip.hop_s
+        latency_s = fsum([2 * chip.entry_s, hops * chip.hop_s])
         loaded = None if rate is None else rate if core == 1 else rate / _load(torus)
         yield Row("on-chip", f"core to {who}, {where}", latency_s, rate, loaded, hops, chip.source)
     everywhere = sum_over_cores_s(chip)
@@ -171,8 +171,9 @@ def _tier_rows(network: Network, tier: Tier, inner: int) -> Iterator[Row]:
         (far, f"the furthest of {tier.size} chips", _loaded_far(shape, float(rates[far]))),
     ):
         if at == near or latencies[at] > latencies[near]:
-            between, hops = f"chip to {who}, {tier.name}", len(routes.of(at))
-            yield Row(tier.name, between, float(latencies[at]), float(rates[at]), loaded, hops, source)
+            crossed, between = routes.of(at), f"chip to {who}, {tier.name}"
+            latency_s = fsum(wires.latency_s[crossed].tolist())
+            yield Row(tier.name, between, latency_s, float(rates[at]), loaded, len(crossed), source)
 
 
 def _loaded_far(shape: Shape, alone: float) -> float:

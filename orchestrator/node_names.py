@@ -5,15 +5,41 @@ wires are in and is numbered within that tier; switches that a network of edges 
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 
 from comms.graph import Graph, Rerouted
 from comms.shapes import Whole
-from comms.tiered import TieredTopology
+from comms.tiered import Fabric, TieredTopology
 from comms.topology import IntArray, Topology, Wires
 
 NO_CHIP = "place without a chip"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Copy:
+    """One copy of a fabric: which nodes of the whole network are the nodes of the fabric's shape."""
+
+    fabric: Fabric
+    number: int
+    several: bool
+    nodes: IntArray  # [nodes of the shape]
+
+
+def copies_of(topology: TieredTopology) -> Iterator[Copy]:
+    """All copies, fabric by fabric from the inside; see `comms.tiered` for the order of nodes."""
+    node, chips = topology.num_chips, topology.num_chips
+    for fabric in topology.fabrics:
+        count = -(-chips // fabric.size)
+        switches = fabric.shape.num_nodes - fabric.size
+        missing = node + count * switches
+        for number in range(count):
+            places = number * fabric.size + np.arange(fabric.size)
+            places = np.where(places < chips, places, missing + places - chips)
+            own = node + number * switches + np.arange(switches)
+            yield Copy(fabric, number, count > 1, np.concatenate([places, own]))
+        node = missing + count * fabric.size - chips
 
 
 def node_names(topology: Topology, chips_per_host: int) -> tuple[str, ...]:
@@ -27,7 +53,7 @@ def node_names(topology: Topology, chips_per_host: int) -> tuple[str, ...]:
     ]
     tier = switch_tiers(topology)
     given, missing = dict(_given(topology)), missing_places(topology)
-    twins = _ways_out(topology.wires(), topology.num_chips, tier)
+    twins = ways_out(topology.wires(), topology.num_chips, tier)
     count = [0] * len(topology.tiers)
     for node in range(topology.num_chips, topology.num_nodes):
         if node in given:
@@ -59,19 +85,13 @@ def switch_tiers(topology: Topology) -> IntArray:
 
 def missing_places(topology: Topology) -> frozenset[int]:
     """Nodes of the last copy of a fabric at which there would be chips if there were more."""
-    found: list[int] = []
-    if isinstance(topology, TieredTopology):
-        node = topology.num_chips
-        for fabric in topology.fabrics:
-            copies = -(-topology.num_chips // fabric.size)
-            node += copies * (fabric.shape.num_nodes - fabric.size)
-            missing = copies * fabric.size - topology.num_chips
-            found += range(node, node + missing)
-            node += missing
-    return frozenset(found)
+    if not isinstance(topology, TieredTopology):
+        return frozenset()
+    places = (copy.nodes[: copy.fabric.size] for copy in copies_of(topology))
+    return frozenset(int(node) for own in places for node in own[own >= topology.num_chips])
 
 
-def _ways_out(wires: Wires, num_chips: int, tier: IntArray) -> dict[int, int]:
+def ways_out(wires: Wires, num_chips: int, tier: IntArray) -> dict[int, int]:
     """Nodes that stand for the way out of a switch whose capacity is limited, and the switch."""
     leaving, entering = np.bincount(wires.tail), np.bincount(wires.head)
     twins: dict[int, int] = {}
@@ -90,12 +110,6 @@ def _given(topology: Topology) -> Iterator[tuple[int, str]]:
     elif isinstance(topology, Graph):
         yield from ((topology.num_chips + i, name) for i, name in enumerate(topology.switches))
     elif isinstance(topology, TieredTopology):
-        node = topology.num_chips
-        for fabric in topology.fabrics:
-            copies = -(-topology.num_chips // fabric.size)
-            local = [(at - fabric.size, name) for at, name in _given(fabric.shape)]
-            per_copy = fabric.shape.num_nodes - fabric.size
-            for copy in range(copies):
-                for at, name in local:
-                    yield node + copy * per_copy + at, f"{name} of group {copy}" if copies > 1 else name
-            node += copies * per_copy + copies * fabric.size - topology.num_chips
+        for copy in copies_of(topology):
+            for at, name in _given(copy.fabric.shape):
+                yield int(copy.nodes[at]), f"{name} of group {copy.number}" if copy.several else name

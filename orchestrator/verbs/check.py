@@ -9,7 +9,9 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from comms.network import UNBOUNDED
+from comms.conditions import CALM, Described
+from comms.network import UNBOUNDED, Tier
+from comms.shapes import Grid, Pairs, Whole
 from comms.units import Quantity, format_quantity
 from kernels.chips import Chip
 from orchestrator.chip_file import ChipFile, described_chip
@@ -60,8 +62,9 @@ def _check_cluster(document: Document) -> tuple[str, ...]:
     power = _amount(cluster.watts, Quantity.POWER)
     return (
         f"{cluster.name}: {_hosts(cluster)} of {chips}, {cluster.device}",
-        *_tier_lines(cluster),
+        *(_tier_line(tier, cluster.issue_s.get(tier.name, 0.0)) for tier in cluster.network.tiers),
         f"{cluster.num_chips} chips: {price}, {power}",
+        *_condition_lines(cluster.conditions),
     )
 
 
@@ -76,17 +79,41 @@ def _types(cluster: Cluster) -> str:
     return f"{cluster.chips_per_host} x {names}" if len(cluster.chip_types) == 1 else names
 
 
-def _tier_lines(cluster: Cluster) -> list[str]:
-    lines = []
-    for tier in cluster.network.tiers:
-        size = "any number of" if tier.size == UNBOUNDED else str(tier.size)
-        loaded, alone = (
-            format_quantity(link.bytes_per_s, Quantity.DATA_RATE) for link in (tier.loaded_link, tier.link)
-        )
-        rate = loaded if loaded == alone else f"{loaded} ({alone} alone)"
-        latency = format_quantity(tier.link.latency_s, Quantity.TIME)
-        lines.append(f"{tier.name}: {size} chips, {rate}, {latency}")
-    return lines
+def _tier_line(tier: Tier, issue_s: float) -> str:
+    """How many chips, in which shape, what a message gets, and what a collective pays besides."""
+    size = "any number of" if tier.size == UNBOUNDED else str(tier.size)
+    loaded, alone = (
+        format_quantity(link.bytes_per_s, Quantity.DATA_RATE) for link in (tier.loaded_link, tier.link)
+    )
+    rate = loaded if loaded == alone else f"{loaded} ({alone} alone)"
+    latency = format_quantity(tier.link.latency_s + issue_s, Quantity.TIME)
+    told = [f"{tier.name}: {size} chips{_shape(tier)}", rate, latency]
+    if tier.setup_s:
+        told.append(f"{format_quantity(tier.setup_s, Quantity.TIME)} a collective")
+    return ", ".join(told)
+
+
+def _shape(tier: Tier) -> str:
+    """What joins the chips where it is not a switch; figures are then those between neighbours."""
+    shape = tier.shape
+    if isinstance(shape, Grid):
+        dims = " x ".join(map(str, shape.topology.dims))
+        return f" ({'torus' if any(shape.topology.wraps) else 'mesh'} of {dims})"
+    if isinstance(shape, Pairs):
+        return " (full mesh)"
+    return f" ({type(shape.topology).__name__.lower()})" if isinstance(shape, Whole) else ""
+
+
+def _condition_lines(conditions: Described) -> list[str]:
+    """How much is out of order; nothing where all is as the data sheets say."""
+    parts = (
+        ("link", conditions.links),
+        ("chip", conditions.chips),
+        ("background job", conditions.background),
+    )
+    told = [f"{len(some)} {name}{'s' if len(some) > 1 else ''}" for name, some in parts if some]
+    told += ["jitter"] if conditions.jitter != CALM.jitter else []
+    return [f"conditions: {', '.join(told)}"] if told else []
 
 
 def _amount(value: float | None, quantity: Quantity) -> str:

@@ -268,7 +268,7 @@ def test_one_chip_has_all_it_needs() -> None:
     found = synthesize(Op.ALL_REDUCE, mesh(1), NBYTES, seed=0)
     prove(found.schedule)
     assert (found.seconds, found.chunks) == (0.0, 1)
-    assert improve(Op.ALL_REDUCE, mesh(1), NBYTES, "nothing", 0.0, seed=0).reason == "keeps nothing"
+    assert improve(Op.ALL_REDUCE, mesh(1), NBYTES, "nothing", 0.0, seed=0).reason.startswith("keeps nothing")
 
 
 @pytest.mark.parametrize(
@@ -282,4 +282,3 @@ def test_one_chip_has_all_it_needs() -> None:
 def test_what_makes_no_sense_is_refused(op: Op, nbytes: float, root: int, problem: str) -> None:
     with pytest.raises(CommsError, match=problem):
         synthesize(op, ring_of(4), nbytes, seed=0, root=root)
-
