@@ -27,7 +27,7 @@ from comms.pricing import groups_of, job_of
 from comms.schedule import Op, Schedule
 from comms.synthesis import WORTH, improve, synthesize
 from comms.tiered import TieredTopology
-from comms.topology import Topology, Wires
+from comms.topology import FloatArray, Topology
 from comms.torus import Torus
 from orchestrator.node_names import node_names
 
@@ -161,9 +161,8 @@ def improved(site: Site, op: Op, nbytes: float, fixed: FullTiming) -> tuple[Full
 def tier_loads(site: Site, timing: FullTiming, chips_per_host: int) -> tuple[TierLoad, ...]:
     """Per tier that bytes crossed, from the inside; the share of time is of the whole collective."""
     wires, nbytes = site.topology.wires(), timing.result.wire_nbytes
-    rate = wire_rates(site, wires)
+    rate, busy = _rates(site), _busy(site, timing)
     names = node_names(site.whole, chips_per_host)
-    busy = nbytes / rate / timing.seconds if timing.seconds else np.zeros(len(rate))
     loads: list[TierLoad] = []
     for number, tier in enumerate(site.topology.tiers):
         own = np.flatnonzero((wires.tier == number) & (nbytes > 0))
@@ -175,9 +174,23 @@ def tier_loads(site: Site, timing: FullTiming, chips_per_host: int) -> tuple[Tie
     return tuple(loads)
 
 
-def wire_rates(site: Site, wires: Wires) -> np.ndarray:
+def busy_by_wire(site: Site, timing: FullTiming) -> dict[int, float]:
+    """By number in the whole network the share of time that each wire moves bytes; none for those that are down."""
+    wires = site.topology.wires()
+    busy = _busy(site, timing)[wires.shares]
+    kept = site.topology.kept if isinstance(site.topology, Rerouted) else range(wires.num_wires)
+    return {int(wire): float(share) for wire, share in zip(kept, busy, strict=True)}
+
+
+def _busy(site: Site, timing: FullTiming) -> FloatArray:
+    """[wires] Share of the collective's time."""
+    rate = _rates(site)
+    return timing.result.wire_nbytes / rate / timing.seconds if timing.seconds else np.zeros(len(rate))
+
+
+def _rates(site: Site) -> FloatArray:
     """[wires] Bytes per second as they are at the start."""
-    rate = wires.bytes_per_s.copy()
+    rate = site.topology.wires().bytes_per_s.copy()
     for wire, factor in site.resolved.conditions.factors.items():
         rate[wire] *= factor
     return rate

@@ -122,24 +122,21 @@ def _places(topology: TieredTopology) -> dict[int, Spot]:
     for copy in copies:
         if isinstance(copy.fabric.shape, Tree):
             down = is_below and copy.fabric is innermost
-            start = min((y for _, y in places.values() if not down), default=0.0) if down else top
-            _stack(copy, topology, places, start, -RISE if down else RISE)
+            _stack(copy, places, 0.0 if down else top, -RISE if down else RISE)
     return places
 
 
-def _stack(copy: Copy, topology: TieredTopology, places: dict[int, Spot], start: float, step: float) -> None:
+def _stack(copy: Copy, places: dict[int, Spot], start: float, step: float) -> None:
     """Put a tree's switches over what is below them, layer by layer."""
     shape = copy.fabric.shape
     assert isinstance(shape, Tree)
     wires = shape.wires()
+    out = {switch: way for way, switch in ways_out(wires, shape.num_chips, switch_tiers(shape)).items()}
     for number, _ in enumerate(shape.layers):
         wanted: dict[int, float] = {}
         for switch in shape.switches(number).tolist():
-            below = [
-                places[int(copy.nodes[tail])][0]
-                for tail in wires.tail[wires.head == switch].tolist()
-                if tail < switch and int(copy.nodes[tail]) in places
-            ]
+            heads = wires.head[np.isin(wires.tail, [switch, out.get(switch, switch)])].tolist()
+            below = [places[int(copy.nodes[head])][0] for head in heads if int(copy.nodes[head]) in places]
             if below:
                 wanted[int(copy.nodes[switch])] = sum(below) / len(below)
         for node, x in _apart(wanted).items():

@@ -1,0 +1,137 @@
+"""Topology plot: chips, switches and links, coloured by rate or by how busy a collective keeps them.
+
+Small networks are drawn whole, large ones as an excerpt. Thick and dark is much. Links that are down are dashed.
+"""
+
+from typing import TYPE_CHECKING
+
+from comms.network import Network
+from orchestrator import wording
+from orchestrator.collective import Answer
+from orchestrator.figures import FAINT, INK, blank_figure, png_bytes
+from orchestrator.topology_excerpt import excerpt
+from orchestrator.topology_layout import Kind, Line, Picture, layout
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+WHOLE_CHIPS = 64
+WHOLE_NODES = 160
+CHIP, SWITCH, DOWN = "#F0E442", "#CFE3F2", "#D55E00"
+THIN, THICK = 0.8, 4.5
+_INCHES = 0.62  # per chip
+
+
+def topology_png(answer: Answer, cluster: str) -> bytes:
+    """The network of an answer: by load where every message was moved, else by rate."""
+    question = answer.question
+    picture = picture_of(answer)
+    by_load = answer.full is not None and is_drawn_whole(question.network, question.num_chips)
+    size = f"{question.num_chips} chips of {cluster}" if question.num_chips > 1 else f"one chip of {cluster}"
+    title = f"{size}: load of {question.op} ({answer.algorithm})" if by_load else size
+    return picture_png(picture, title, "busy" if by_load else "rate")
+
+
+def is_drawn_whole(network: Network, num_chips: int) -> bool:
+    """Whether all chips and switches are drawn."""
+    return num_chips <= WHOLE_CHIPS and network.topology(num_chips).num_nodes <= WHOLE_NODES
+
+
+def picture_of(answer: Answer) -> Picture:
+    """What is drawn of an answer's network; lines have their rate, or the share of time that they are busy."""
+    question = answer.question
+    if not is_drawn_whole(question.network, question.num_chips):
+        return excerpt(question.network, question.num_chips)
+    if answer.site is None or answer.full is None:
+        topology = question.network.topology(question.num_chips)
+        rates = topology.wires().bytes_per_s
+        return layout(topology, question.chips_per_host, dict(enumerate(rates.tolist())))
+    # Imported here: with full fidelity comes its event loop.
+    from orchestrator.full_collective import busy_by_wire
+
+    return layout(answer.site.whole, question.chips_per_host, busy_by_wire(answer.site, answer.full))
+
+
+def picture_png(picture: Picture, title: str, measure: str) -> bytes:
+    """A picture as PNG. `measure`: what lines are coloured by, `busy` or `rate`."""
+    xs, ys = [node.x for node in picture.nodes], [node.y for node in picture.nodes]
+    width, height = max(xs) - min(xs), max(ys) - min(ys)
+    figure = blank_figure(min(22.0, 4.0 + _INCHES * width), min(14.0, 2.4 + 0.95 * height))
+    axes = figure.add_subplot()
+    axes.set_axis_off()
+    _draw_lines(figure, axes, picture, measure)
+    _draw_nodes(axes, picture)
+    axes.set_xlim(min(xs) - 1.2, max(xs) + 1.2)
+    axes.set_ylim(min(ys) - 0.8, max(ys) + 0.8)
+    axes.set_title(title, loc="left", fontsize=12, fontweight="bold")
+    return png_bytes(figure)
+
+
+def _draw_lines(figure: "Figure", axes: "Axes", picture: Picture, measure: str) -> None:
+    from matplotlib import colormaps
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import LogNorm, Normalize
+    from matplotlib.ticker import FuncFormatter
+
+    values = [line.value for line in picture.lines if line.value]
+    if measure == "busy":
+        norm: Normalize = Normalize(0.0, max(1.0, *values) if values else 1.0)
+    else:
+        low, high = (min(values), max(values)) if values else (1.0, 10.0)
+        norm = LogNorm(low / 1.5, high * 1.5)
+    colours = colormaps["viridis_r"]
+    for line in picture.lines:
+        share = 0.0 if not line.value else float(norm(line.value))
+        _draw_line(axes, picture, line, colours(0.15 + 0.85 * share), THIN + (THICK - THIN) * share)
+    if values:
+        bar = figure.colorbar(ScalarMappable(norm, colours), ax=axes, shrink=0.7, pad=0.01)
+        if measure == "busy":
+            bar.set_label("share of the time that the busier direction moves bytes")
+            bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: wording.percent(value)))
+        else:
+            bar.set_label("rate, one direction")
+            bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: wording.scaled(value, "B/s")))
+            bar.ax.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: ""))
+
+
+def _draw_line(axes: "Axes", picture: Picture, line: Line, colour: object, width: float) -> None:
+    from matplotlib.patches import FancyArrowPatch
+
+    a, b = picture.nodes[line.a], picture.nodes[line.b]
+    is_down = line.value is None
+    axes.add_patch(
+        FancyArrowPatch(
+            (a.x, a.y),
+            (b.x, b.y),
+            arrowstyle="-",
+            connectionstyle=f"arc3,rad={line.bend}",
+            color=DOWN if is_down else colour,
+            linewidth=1.2 if is_down else width,
+            linestyle=(0, (3, 3)) if is_down else "solid",
+            shrinkA=0,
+            shrinkB=0,
+            zorder=1,
+        )
+    )
+
+
+def _draw_nodes(axes: "Axes", picture: Picture) -> None:
+    looks = {
+        Kind.CHIP: {"boxstyle": "circle,pad=0.25", "facecolor": CHIP, "edgecolor": INK},
+        Kind.SWITCH: {"boxstyle": "round,pad=0.3", "facecolor": SWITCH, "edgecolor": INK},
+        Kind.MORE: {"boxstyle": "round,pad=0.4", "facecolor": "white", "edgecolor": FAINT, "linestyle": "--"},
+    }
+    for node in picture.nodes:
+        small = 7 if len(picture.nodes) > 40 else 8.5
+        axes.text(
+            node.x,
+            node.y,
+            node.text,
+            ha="center",
+            va="center",
+            fontsize=small,
+            color=INK,
+            bbox={"linewidth": 0.8, **looks[node.kind]},
+            zorder=3,
+        )
