@@ -9,7 +9,6 @@ outermost tier, with what its chips have there when all of them send; `Choice.is
 fidelity needs no such assumption.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import inf
 
@@ -118,25 +117,31 @@ def _tried(
     if num_chips == 1:
         return []
     tier = _outermost(members, network)
-    protocols = _protocols(network, tier)
     ways = {aligned: None if flat else network.levels(members, aligned) for aligned in (False, True)}
     choices = []
-    for name in considered(op, num_chips) if algorithm == AUTO else (algorithm,):
+    for name, protocol in _offered(op, num_chips, tier, algorithm):
         levels = ways[joins_likes(name)]
         if levels is None and joins_likes(name):
             continue
         used = _flat(num_chips, tier) if levels is None else levels
-        for protocol in protocols:
-            outline = _outline(name, op, nbytes, used, protocol)
-            if outline is None:
-                continue
-            extra = protocol.handing_on_s(*_latency_and_wire(name, outline))
-            seconds = closed_seconds(outline)
-            setup = tier.setup_s + extra
-            choices.append(
-                Choice(op, nbytes, num_chips, name, protocol, setup, seconds, used, levels is not None)
-            )
+        outline = _outline(name, op, nbytes, used, protocol)
+        if outline is None:
+            continue
+        setup = tier.setup_s + protocol.handing_on_s(*_latency_and_wire(name, outline))
+        seconds, is_folded = closed_seconds(outline), levels is not None
+        choices.append(Choice(op, nbytes, num_chips, name, protocol, setup, seconds, used, is_folded))
     return choices
+
+
+def _offered(op: Op, num_chips: int, tier: Tier, algorithm: str) -> list[tuple[str, Protocol]]:
+    """Algorithms with the protocols of the outermost tier: a library moves a whole collective in one way.
+
+    What the library offers, if that is anything for this operation, else all with all.
+    """
+    wanted = considered(op, num_chips) if algorithm == AUTO else (algorithm,)
+    every = [(name, protocol) for name in wanted for protocol in tier.protocols]
+    offered = [pair for pair in every if not pair[1].algorithms or pair[0] in pair[1].algorithms]
+    return offered or every
 
 
 def _outline(name: str, op: Op, nbytes: float, levels: Levels, protocol: Protocol) -> Outline | None:
@@ -156,11 +161,6 @@ def _outermost(members: Members, network: Network) -> Tier:
     if isinstance(members, Lattice):
         return network.tier_for((0, members.highest))
     return network.tier_for(members)
-
-
-def _protocols(network: Network, outermost: Tier) -> Sequence[Protocol]:
-    """Those of the outermost tier: a library moves a whole collective in one way."""
-    return outermost.protocols
 
 
 def _flat(num_chips: int, tier: Tier) -> Levels:

@@ -38,6 +38,7 @@ class Protocol:
     latency_s: float = 0.0  # per message, on top of the link's
     share: float = 1.0  # of the link's bandwidth, 0 < share <= 1
     pipelined: bool = False  # a collective's stages hand on pieces of the best size, see `handing_on_s`
+    algorithms: tuple[str, ...] = ()  # those that the library offers with it; none named: all
 
     def __post_init__(self) -> None:
         if self.latency_s < 0 or not 0 < self.share <= 1:

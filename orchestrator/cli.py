@@ -11,13 +11,13 @@ import traceback
 from collections.abc import Callable, Mapping
 from inspect import Parameter, Signature
 from pathlib import Path
-from typing import Annotated, Protocol, get_args
+from typing import Annotated, Literal, Protocol, get_args
 
 import typer
 
 from orchestrator.console import Console
 from orchestrator.errors import OrchestrateError, UserError
-from orchestrator.verbs.options import Options, Runner
+from orchestrator.verbs.options import Options, Runner, Subject
 
 INTERRUPTED = 130
 
@@ -51,11 +51,47 @@ FLAGS: dict[str, object] = {
     "overrides": Annotated[
         list[str] | None, typer.Option("--set", metavar="A.B=C", help="Override one key; may be repeated.")
     ],
+    "op": Annotated[
+        str | None,
+        typer.Option(metavar="OP", help="all_reduce (the default), all_gather, all_to_all, barrier, ..."),
+    ],
+    "size": Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Bytes of the collective, with a unit: 64MiB.")
+    ],
+    "algorithm": Annotated[
+        str | None,
+        typer.Option(metavar="NAME|FILE", help="auto, a name, synthesized, or a file with a schedule."),
+    ],
+    "fidelity": Annotated[
+        Literal["closed", "folded", "full"] | None,
+        typer.Option(help="How closely it is timed; full moves every message."),
+    ],
+    "sweep": Annotated[
+        str | None, typer.Option(metavar="LOW..HIGH", help="Sizes from LOW to HIGH, doubling: 1KiB..1GiB.")
+    ],
+    "tiers": Annotated[
+        bool, typer.Option("--tiers", help="Latency and rate of every tier, from core to core outwards.")
+    ],
+    "plot": Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw a picture into this file.")],
     "dry_run": Annotated[bool, typer.Option("--dry-run", help="Plan and simulate; start nothing.")],
     "as_json": Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")],
     "verbose": Annotated[bool, typer.Option("--verbose", "-v", help="Say more, with tracebacks.")],
 }
-_FILE = Annotated[Path, typer.Argument(metavar="FILE", help="A cluster, job or chip file.")]
+# A flag that takes fewer values at one verb.
+NARROWER: dict[tuple[str, str], object] = {
+    ("simulate", "fidelity"): Annotated[
+        Literal["folded", "full"] | None,
+        typer.Option(help="One chip per stage, or every chip and every message."),
+    ],
+}
+# What is given without a flag.
+ARGUMENTS: dict[str, object] = {
+    "file": Annotated[Path, typer.Argument(metavar="FILE", help="A cluster, job or chip file.")],
+    "subject": Annotated[Subject, typer.Argument(help="What the tables are measurements of.")],
+    "tables": Annotated[
+        list[Path], typer.Argument(metavar="TABLE...", help="nccl-tests output or CSV, one run each.")
+    ],
+}
 
 _TALK = ("as_json", "verbose")
 _INPUTS = ("cluster", "job", "model", "plan", "chips", "global_batch", "seq")
@@ -67,7 +103,7 @@ VERBS: dict[str, tuple[str, tuple[str, ...]]] = {
     "plan": ("How is the model split, does it fit, how long is a step?", (*_PLANNED, "overrides", *_TALK)),
     "simulate": (
         "How long is a step at any scale, where does the time go, what does it cost?",
-        (*_PLANNED, "overrides", *_TALK),
+        (*_PLANNED, "fidelity", "overrides", *_TALK),
     ),
     "train": (
         "Train with real tensors, prediction beside measurement.",
@@ -76,6 +112,14 @@ VERBS: dict[str, tuple[str, tuple[str, ...]]] = {
     "verify": (
         "Is the split run the same training run as on one chip?",
         (*_INPUTS, "overrides", *_TALK),
+    ),
+    "comms": (
+        "What does moving bytes between chips take, by which algorithm, over which links?",
+        ("cluster", "op", "size", "chips", "algorithm", "fidelity", "sweep", "tiers", "plot", *_TALK),
+    ),
+    "calibrate": (
+        "Which latency and bandwidth do measurements show, and how well do they fit?",
+        ("subject", "tables", "cluster", "op", "chips", "plot", *_TALK),
     ),
     "doctor": ("Is this machine ready? Versions, cores, memory, chips, Ray.", _TALK),
 }
@@ -120,8 +164,9 @@ def _options(given: Mapping[str, object]) -> Options:
         from orchestrator.shipped import cluster_path
 
         fields["cluster"] = cluster_path(name)
-    overrides = given.get("overrides")
-    fields["overrides"] = tuple(overrides) if isinstance(overrides, list) else ()
+    for several in ("overrides", "tables"):
+        values = given.get(several)
+        fields[several] = tuple(values) if isinstance(values, list) else ()
     return Options(**fields)  # type: ignore[arg-type]
 
 
@@ -145,13 +190,14 @@ def _command(verb: str, flags: tuple[str, ...]) -> Callable[..., None]:
     def command(**given: object) -> None:
         sys.exit(run(verb, given))
 
-    parameters = [_parameter(flag) for flag in flags]
+    parameters = [_parameter(verb, flag) for flag in flags]
     command.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
     return command
 
 
-def _parameter(flag: str) -> Parameter:
-    if flag == "file":
-        return Parameter(flag, Parameter.KEYWORD_ONLY, annotation=_FILE)
-    default = False if get_args(FLAGS[flag])[0] is bool else None
-    return Parameter(flag, Parameter.KEYWORD_ONLY, default=default, annotation=FLAGS[flag])
+def _parameter(verb: str, flag: str) -> Parameter:
+    if flag in ARGUMENTS:
+        return Parameter(flag, Parameter.KEYWORD_ONLY, annotation=ARGUMENTS[flag])
+    annotation = NARROWER.get((verb, flag), FLAGS[flag])
+    default = False if get_args(annotation)[0] is bool else None
+    return Parameter(flag, Parameter.KEYWORD_ONLY, default=default, annotation=annotation)

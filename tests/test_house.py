@@ -35,21 +35,28 @@ PLACEHOLDER_VALUE = re.compile(r"\bplaceholder (value|number|implementation|text
 # A new flag is a new promise. Prefer a key of the job file and --set; if it must be a flag, it is added here too.
 FLAGS = frozenset(
     {
+        "--algorithm",
         "--chips",
         "--cluster",
         "--data",
         "--dry-run",
+        "--fidelity",
         "--global-batch",
         "--job",
         "--json",
         "--model",
+        "--op",
         "--plan",
+        "--plot",
         "--resume",
         "--run-dir",
         "--runner",
         "--seq",
         "--set",
+        "--size",
         "--steps",
+        "--sweep",
+        "--tiers",
         "--verbose",
         "-v",
     }

@@ -63,7 +63,7 @@ def _check_cluster(document: Document) -> tuple[str, ...]:
     return (
         f"{cluster.name}: {_hosts(cluster)} of {chips}, {cluster.device}",
         *(_tier_line(tier, cluster.issue_s.get(tier.name, 0.0)) for tier in cluster.network.tiers),
-        f"{cluster.num_chips} chips: {price}, {power}",
+        f"{_count(cluster.num_chips)}: {price}, {power}",
         *_condition_lines(cluster.conditions),
     )
 
@@ -81,16 +81,20 @@ def _types(cluster: Cluster) -> str:
 
 def _tier_line(tier: Tier, issue_s: float) -> str:
     """How many chips, in which shape, what a message gets, and what a collective pays besides."""
-    size = "any number of" if tier.size == UNBOUNDED else str(tier.size)
+    size = "any number of chips" if tier.size == UNBOUNDED else _count(tier.size)
     loaded, alone = (
         format_quantity(link.bytes_per_s, Quantity.DATA_RATE) for link in (tier.loaded_link, tier.link)
     )
     rate = loaded if loaded == alone else f"{loaded} ({alone} alone)"
     latency = format_quantity(tier.link.latency_s + issue_s, Quantity.TIME)
-    told = [f"{tier.name}: {size} chips{_shape(tier)}", rate, latency]
+    told = [f"{tier.name}: {size}{_shape(tier)}", rate, latency]
     if tier.setup_s:
         told.append(f"{format_quantity(tier.setup_s, Quantity.TIME)} a collective")
     return ", ".join(told)
+
+
+def _count(num_chips: int) -> str:
+    return f"{num_chips} chip{'s' if num_chips > 1 else ''}"
 
 
 def _shape(tier: Tier) -> str:

@@ -17,11 +17,19 @@ class Runner(StrEnum):
     RAY = "ray"
 
 
+class Subject(StrEnum):
+    """What is calibrated."""
+
+    LINKS = "links"
+
+
 @dataclass(frozen=True, slots=True)
 class Options:
     """The flags of one command."""
 
     file: Path | None = None  # check only
+    subject: Subject | None = None  # calibrate only, and so are tables
+    tables: tuple[Path, ...] = ()
     cluster: Path | None = None
     job: Path | None = None
     model: str | None = None
@@ -35,6 +43,13 @@ class Options:
     run_dir: Path | None = None
     resume: Path | None = None
     overrides: tuple[str, ...] = ()  # `a.b=c` each, in the order given
+    op: str | None = None
+    size: str | None = None
+    algorithm: str | None = None  # a name, or a file with a schedule
+    fidelity: str | None = None
+    sweep: str | None = None  # LOW..HIGH
+    tiers: bool = False
+    plot: Path | None = None
     as_json: bool = False
     dry_run: bool = False
     verbose: bool = False

@@ -191,3 +191,15 @@ def test_mistakes_are_named():
         choose(Op.ALL_REDUCE, 1.0, range(9), network)
     with pytest.raises(CommsError, match="does not suit"):
         choose(Op.ALL_REDUCE, 1.0, range(8), network, "torus")
+
+
+def test_a_library_uses_the_algorithms_it_offers_with_a_protocol():
+    tier = switched("fabric", 8, Link(2e-6, 300e9), TierKind.SCALE_UP)
+    rings = Protocol("rings", share=0.9, algorithms=("ring", "double tree"))
+    library = Network((Tier("fabric", tier.kind, 8, tier.shape, protocols=(rings,)),))
+    assert choose(Op.ALL_REDUCE, 2.0**28, range(8), Network((tier,))).algorithm == "two-shot"
+    choice = choose(Op.ALL_REDUCE, 2.0**28, range(8), library)
+    assert (choice.algorithm, choice.protocol) == ("ring", rings)
+    assert {name for name, _ in choice.others} == {"double tree"}
+    assert choose(Op.GATHER, 2.0**28, range(8), library).algorithm == "direct"  # it offers nothing for it
+    assert choose(Op.ALL_REDUCE, 2.0**28, range(8), library, "two-shot").algorithm == "two-shot"
