@@ -36,15 +36,13 @@ from typing import TypeAlias
 import numpy as np
 from scipy.optimize import least_squares
 
+from comms.algorithms.in_network import IN_NETWORK_STAGES
 from comms.errors import CommsError
 from comms.links import Link, Protocol
 from comms.measured_tables import MeasuredCurve, MeasuredPoint
 from comms.schedule import Op
 from comms.topology import FloatArray
 
-# One pass through a reducing switch takes as long as this many ring hops: 25 us and 3.4 us per hop on NVLink in
-# the table of latencies that NCCL chooses its algorithms by (src/graph/tuning.cc).
-IN_NETWORK_STAGES = 25.0 / 3.4
 LARGE_NBYTES = 2**20  # errors are stated from here up and below: where bandwidth and where latency rules
 
 # What is believed before measuring, as (centre, width in ln): latency of all stages over setup, and the eager

@@ -20,7 +20,7 @@ from comms.algorithms.catalog import (
     outline_of,
     schedule_of,
 )
-from comms.calibration import IN_NETWORK_STAGES
+from comms.algorithms.in_network import IN_NETWORK_STAGES
 from comms.closed import closed_seconds
 from comms.errors import CommsError
 from comms.folded import folded_seconds

@@ -14,6 +14,7 @@ Not modelled: the time until a network notices a dead link, links that fail whil
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import ceil
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -338,12 +339,12 @@ def _changes(
         if flapping & set(rows):
             raise CommsError("a link flaps in two ways", fault.where, "describe it once")
         flapping |= set(rows)
-        at_s = fault.flaps.first_s
-        while at_s < horizon_s:
+        flaps = fault.flaps
+        for number in range(ceil((horizon_s - flaps.first_s) / flaps.every_s)):
+            at_s = flaps.first_s + number * flaps.every_s
             for row in rows:
                 changes.append(Change(at_s, row, 0.0))
-                changes.append(Change(at_s + fault.flaps.down_s, row, factors.get(row, 1.0)))
-            at_s += fault.flaps.every_s
+                changes.append(Change(at_s + flaps.down_s, row, factors.get(row, 1.0)))
     return tuple(sorted(changes, key=lambda change: (change.at_s, change.wire)))
 
 

@@ -153,11 +153,12 @@ def run(w: World, changes: Changes, next_change: int, until_s: float, run_by_run
 @compiled
 def _settle(w: World, now: float, drawn: int) -> None:
     """Solve what was disturbed, and move the ends of the flows whose rate changed."""
-    drawn = solve(w.flows, drawn)
+    flows = w.flows
+    drawn = solve(flows, drawn)
     w.counters[SOLVED] += drawn
     for index in range(drawn):
-        number = w.flows.drawn[index]
-        flow = w.flows.flow[number]
+        number = flows.drawn[index]
+        flow = flows.flow[number]
         port = w.port[number]
         flow.drawn = False
         if port.state != SENDING or flow.hops == 0:
@@ -315,6 +316,7 @@ def uniform(seed: int, message: int, piece: int) -> float:
 @compiled
 def _send(w: World, number: int, now: float, drawn: int) -> int:
     """The message at the head of a port leaves."""
+    flows = w.flows
     port = w.port[number]
     message = w.queue[port.row].message
     each = w.rounds[w.round_of[message]]
@@ -327,36 +329,37 @@ def _send(w: World, number: int, now: float, drawn: int) -> int:
         set_finish(w.finishes, number, now)
         return drawn
     w.counters[FLOW_EVENTS] += 1
-    alone = insert(w.flows, number, w.route, edge.route0, edge.route1)
-    rate = w.flows.flow[number].rate
+    alone = insert(flows, number, w.route, edge.route0, edge.route1)
+    rate = flows.flow[number].rate
     if alone and rate > 0.0:
         set_finish(w.finishes, number, now + nbytes / rate)
         return drawn
     set_finish(w.finishes, number, np.inf)
-    drawn = draw_in(w.flows, number, drawn)
+    drawn = draw_in(flows, number, drawn)
     for hop in range(edge.route0, edge.route1):
-        drawn = draw_in_all(w.flows, w.route[hop], drawn, False)
+        drawn = draw_in_all(flows, w.route[hop], drawn, False)
     return drawn
 
 
 @compiled
 def _leave(w: World, number: int, now: float, drawn: int) -> int:
     """The last byte of a port's message has left: free the wires, let it arrive, turn to the next one."""
+    flows = w.flows
     port = w.port[number]
     queued = w.queue[port.row]
     each = w.rounds[w.round_of[queued.message]]
     edge = w.edges[each.edge0 + queued.message - each.first]
     clear_finish(w.finishes, number)
-    if w.flows.flow[number].hops > 0:
+    if flows.flow[number].hops > 0:
         w.counters[FLOW_EVENTS] += 1
-        if not remove(w.flows, number):
+        if not remove(flows, number):
             for hop in range(edge.route0, edge.route1):
-                drawn = draw_in_all(w.flows, w.route[hop], drawn, True)
+                drawn = draw_in_all(flows, w.route[hop], drawn, True)
     came = (
         now
         + edge.latency_s
         + forwarding_s(
-            w.forward_nbytes, w.route, w.flows.resource, edge.route0, edge.route1, w.nbytes[queued.message]
+            w.forward_nbytes, w.route, flows.resource, edge.route0, edge.route1, w.nbytes[queued.message]
         )
     )
     add_timer(w.timers, came, queued.message * MAX_PIECES + port.piece)

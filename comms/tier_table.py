@@ -23,11 +23,11 @@ import numpy as np
 from comms.links import Link
 from comms.network import Network, Tier, TierKind
 from comms.shapes import Grid, Pairs, Shape
-from comms.topology import route_latencies
 from comms.torus import Torus
 from comms.tree import Tree
 
 FEW_CORES = 4096  # up to here all cores are looked at to find the furthest
+SAME = 1e-9  # relative: chips as far as this from each other are equally far
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,16 +164,15 @@ def _tier_rows(network: Network, tier: Tier, inner: int) -> Iterator[Row]:
     others = np.arange(inner, tier.size)
     wires, routes = shape.wires(), shape.routes(np.zeros_like(others), others)
     rates = np.minimum.reduceat(wires.bytes_per_s[routes.wires], routes.offsets[:-1])
-    latencies = route_latencies(wires, routes)
+    latencies = np.add.reduceat(wires.latency_s[routes.wires], routes.offsets[:-1])
     near, far = int(np.lexsort((rates, latencies))[0]), int(np.lexsort((rates, -latencies))[0])
-    for at, who, loaded in (
-        (near, "the nearest chip", float(rates[near])),
-        (far, f"the furthest of {tier.size} chips", _loaded_far(shape, float(rates[far]))),
-    ):
-        if at == near or latencies[at] > latencies[near]:
-            crossed, between = routes.of(at), f"chip to {who}, {tier.name}"
-            latency_s = fsum(wires.latency_s[crossed].tolist())
-            yield Row(tier.name, between, latency_s, float(rates[at]), loaded, len(crossed), source)
+    ends = [(near, "the nearest chip", float(rates[near]))]
+    if latencies[far] > latencies[near] * (1 + SAME):
+        ends.append((far, f"the furthest of {tier.size} chips", _loaded_far(shape, float(rates[far]))))
+    for at, who, loaded in ends:
+        crossed, between = routes.of(at), f"chip to {who}, {tier.name}"
+        latency_s = fsum(wires.latency_s[crossed].tolist())
+        yield Row(tier.name, between, latency_s, float(rates[at]), loaded, len(crossed), source)
 
 
 def _loaded_far(shape: Shape, alone: float) -> float:

@@ -95,7 +95,9 @@ def limiting_link(answer: Answer) -> dict[str, object] | None:
         worst = max((load.busiest for load in answer.loads), key=lambda wire: wire.busy)
         return {"tier": worst.tier, "from": worst.tail, "to": worst.head, "busy": worst.busy}
     tier = answer.limiting_tier
-    return None if tier is None else {"tier": tier.tier, "saved_s": tier.saved_s}
+    if tier is None:
+        return None
+    return {"tier": tier.tier, "level": answer.tiers.index(tier), "saved_s": tier.saved_s}
 
 
 def _candidate(candidate: Candidate) -> dict[str, object]:
@@ -148,7 +150,7 @@ def tables(answer: Answer, cluster: str) -> tuple[Table, ...]:
         ("algorithm", _algorithm(answer)),
         ("why", answer.reason),
     ]
-    if question.op is not Op.BARRIER and question.num_chips > 1:
+    if answer.busbw_bytes_per_s:
         rows.append(("algorithm bandwidth", wording.scaled(answer.algbw_bytes_per_s, "B/s")))
         rows.append(("bus bandwidth", wording.scaled(answer.busbw_bytes_per_s, "B/s")))
     if limit := limit_in_words(answer):
@@ -181,19 +183,31 @@ def limit_in_words(answer: Answer) -> str:
     tier = answer.limiting_tier
     if tier is None:
         return ""
+    name = level_names(answer.tiers)[answer.tiers.index(tier)]
     share = wording.percent(tier.saved_s / answer.seconds)
-    return f"{tier.tier}: without it {wording.seconds(tier.saved_s)} less ({share})"
+    return f"{name}: without it {wording.seconds(tier.saved_s)} less ({share})"
 
 
 def _level_table(answer: Answer) -> Table:
-    heads = ("tier", "groups of it", "latency", "rate of a chip", "saved if free", "share")
-    rows = tuple(_level_row(share, answer.seconds) for share in answer.tiers)
+    heads = ("tier", "joins", "latency", "rate of a chip", "saved if free", "share")
+    rows = tuple(
+        (level_names(answer.tiers)[at], *_level_figures(share, answer.seconds))
+        for at, share in enumerate(answer.tiers)
+    )
     return Table("tiers that it crosses, from the inside", rows, heads)
 
 
-def _level_row(share: TierShare, seconds: float) -> tuple[str, ...]:
+def level_names(tiers: Sequence[TierShare]) -> tuple[str, ...]:
+    """The tier of each level; where several are of one tier, as the dimensions of a torus, which of them."""
+    names = [share.tier for share in tiers]
+    return tuple(
+        name if names.count(name) == 1 else f"{name}, dimension {names[: at + 1].count(name)}"
+        for at, name in enumerate(names)
+    )
+
+
+def _level_figures(share: TierShare, seconds: float) -> tuple[str, ...]:
     return (
-        share.tier,
         str(share.fanout),
         wording.seconds(share.latency_s),
         wording.scaled(share.bytes_per_s, "B/s"),

@@ -33,6 +33,9 @@ WHOLE = frozenset({Op.ALL_REDUCE, Op.REDUCE, Op.BROADCAST})  # the buffer is one
 ADDS_UP = frozenset({Op.ALL_REDUCE, Op.REDUCE, Op.REDUCE_SCATTER})
 ADDS_DOWN = frozenset({Op.REDUCE, Op.REDUCE_SCATTER})  # to what the receiver has
 OPS = (Op.ALL_REDUCE, Op.REDUCE_SCATTER, Op.ALL_GATHER, Op.BROADCAST, Op.REDUCE, Op.BARRIER)
+# One pass through a reducing switch takes a library as long as this many ring hops: 25 us and 3.4 us per hop on
+# NVLink in the table of latencies that NCCL chooses its algorithms by (src/graph/tuning.cc).
+IN_NETWORK_STAGES = 25.0 / 3.4
 FILLING = 1 / 32  # of the time with endless pieces, what filling the pipeline may cost more
 
 

@@ -7,12 +7,13 @@ Needs neither torch nor ray. What is asked for and has no effect is said.
 from comms.choice import AUTO
 from comms.pricing import Fidelity
 from comms.schedule import Op
-from orchestrator import comms_report
+from orchestrator import comms_report, tier_report
 from orchestrator.cluster import Cluster
 from orchestrator.cluster_file import load_cluster
 from orchestrator.collective import Question, time_collective
 from orchestrator.console import Console
 from orchestrator.errors import ConfigError
+from orchestrator.latency_tiers import latency_tiers
 from orchestrator.shipped import cluster_path
 from orchestrator.size_sweep import sweep_sizes
 from orchestrator.verbs.comms_inputs import (
@@ -35,10 +36,11 @@ DEFAULT_SIZE = "64 MiB"
 def main(options: Options, console: Console) -> int:
     """Answer what the options ask. Raises UserError."""
     check_picture(options.plot)
-    cluster = load_cluster(options.cluster or cluster_path(DEFAULT_CLUSTER)).take(options.chips)
+    whole = load_cluster(options.cluster or cluster_path(DEFAULT_CLUSTER))
     with told("network"):
-        if options.tiers:
-            return _tiers(cluster, options, console)
+        if options.tiers:  # of a cluster that grows as asked for, every tier that it may get
+            return _tiers(whole if options.chips is None else whole.take(options.chips), options, console)
+        cluster = whole.take(options.chips)
         algorithm = read_algorithm(options.algorithm, options.op)
         question = _question(cluster, algorithm, options, console)
         if options.sweep is not None:
@@ -115,4 +117,6 @@ def _tiers(cluster: Cluster, options: Options, console: Console) -> int:
         "--plot": options.plot,
     }
     say_ignored(console, given, "--tiers is about single messages")
+    rows = latency_tiers(cluster)
+    console.results(tier_report.document(rows, cluster.name), tier_report.tables(rows, cluster.name))
     return 0

@@ -75,7 +75,9 @@ def read_algorithm(text: str | None, op: str | None) -> Algorithm:
     if not Path(text).is_file():
         known = (AUTO, SYNTHESIZED, *names(read_op(op)))
         if text not in known:
-            hint = f"{nearest(text, known)} (or give a file with a schedule)"
+            hint = nearest(text, known)
+            if not hint.startswith("did you mean"):  # names may have commas in them
+                hint = f"one of {'; '.join(known)}; or a file with a schedule"
             raise ConfigError(f"{read_op(op)} has no algorithm {text!r}", "--algorithm", hint)
         return Algorithm(text)
     with told("--algorithm"):

@@ -6,9 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from comms.layers import Spread, Switch
 from comms.links import Link
 from comms.network import UNBOUNDED, TierKind
+from comms.shapes import Grid, Whole
 from comms.topology import route_latencies
+from comms.tree import Tree
 from orchestrator.cluster_file import cluster_from, load_cluster
 from orchestrator.errors import ClusterError
 from orchestrator.tiers import Fabric, Level, build_network
@@ -74,7 +77,7 @@ def test_every_tier_of_a_shipped_cluster_has_the_latency_of_its_file(path):
     topology = net.topology()
     for inner, tier in zip((None, *net.tiers), net.tiers, strict=False):
         if tier.size > 1:
-            far = inner.size if inner else 1
+            far = inner.size if inner and inner.size > 1 else 1
             route = topology.routes(np.array([0, far]), np.array([far, 0]))
             expected = np.full(2, tier.link.latency_s)
             assert route_latencies(topology.wires(), route) == pytest.approx(expected)
@@ -151,7 +154,8 @@ def test_on_rails_chips_of_equal_place_meet_under_a_leaf_and_others_above():
 
 
 def test_switches_that_reduce_are_levels_that_reduce():
-    fabric = Fabric(Link(1e-6, 100e9), 8, "a fabric", reduces=True)
+    port = Link(0.5e-6, 100e9)
+    fabric = Fabric(Tree(8, port, Switch("scale-up", reduces=True)), "a fabric")
     levels = build(LEAF, replace(TOP, reduces=True), hosts=8, fabric=fabric).levels(range(64))
     assert [(level.tier, level.reduces) for level in levels] == [
         ("scale-up", True),
@@ -174,3 +178,136 @@ def test_switches_that_reduce_are_levels_that_reduce():
 def test_levels_that_make_no_sense_are_refused(levels, hosts, problem):
     with pytest.raises(ClusterError, match=problem):
         build(*levels, hosts=hosts)
+
+
+def root_of(keys):
+    text = HOSTS.replace("pcie: {switches: 2, bandwidth: 24 GB/s, latency: 1 us}", f"pcie: {{{keys}}}")
+    return network(text.replace("repeat: any", "repeat: 1").split("scale_out:")[0])
+
+
+@pytest.mark.parametrize(
+    ("keys", "names", "alone", "latencies"),
+    [
+        ("switches: 1, bandwidth: 24 GB/s, latency: 1 us", ["pcie switch"], [24e9], [1e-6]),
+        ("switches: 8, bandwidth: 24 GB/s, latency: 1 us", ["pcie root"], [24e9], [2e-6]),
+        ("switches: 0, bandwidth: 24 GB/s, latency: 1 us", ["pcie root"], [24e9], [2e-6]),
+        (
+            "switches: 0, bandwidth: 24 GB/s, latency: 1 us, root: {bandwidth: 9.9 GB/s, latency: 5 us}",
+            ["pcie root"],
+            [9.9e9],
+            [5e-6],
+        ),
+        (
+            "switches: 4, bandwidth: 24 GB/s, latency: 1 us, root: {bandwidth: 9.9 GB/s}",
+            ["pcie switch", "pcie root"],
+            [24e9, 9.9e9],
+            [1e-6, 2e-6],
+        ),
+        (
+            "switches: 4, bandwidth: 24 GB/s, latency: 1 us, uplink: 12 GB/s",
+            ["pcie switch", "pcie root"],
+            [24e9, 12e9],
+            [1e-6, 2e-6],
+        ),
+        (
+            "switches: 4, bandwidth: 24 GB/s, efficiency: 0.5, latency: 1 us",
+            ["pcie switch", "pcie root"],
+            [12e9, 12e9],
+            [1e-6, 2e-6],
+        ),
+    ],
+)
+def test_pcie_between_chips(keys, names, alone, latencies):
+    tiers = root_of(keys).tiers
+    assert [tier.name for tier in tiers] == names
+    assert [tier.link.bytes_per_s for tier in tiers] == pytest.approx(alone)
+    assert [tier.link.latency_s for tier in tiers] == pytest.approx(latencies)
+
+
+def test_what_the_root_lacks_between_chips_a_card_of_its_own_may_have():
+    keys = "switches: 2, bandwidth: 24 GB/s, latency: 1 us, uplink: 20 GB/s, root: {bandwidth: 5 GB/s}"
+    text = HOSTS.replace("pcie: {switches: 2, bandwidth: 24 GB/s, latency: 1 us}", f"pcie: {{{keys}}}")
+    text = text.replace(
+        "count: 1, bandwidth: 100 Gb/s, latency: 10 us", "count: 1, bandwidth: 800 Gb/s, latency: 1 us"
+    )
+    net = network(text)
+    assert rates(net)["pcie root"][0] == 5e9
+    assert rates(net)["leaf"][0] == 20e9
+
+
+def test_half_duplex_links_share_their_rate():
+    keys = "switches: 1, bandwidth: 24 GB/s, latency: 1 us, duplex: half"
+    tier = root_of(keys).tiers[0]
+    assert (tier.link.bytes_per_s, tier.loaded_link.bytes_per_s) == (24e9, 12e9)
+
+
+def test_half_duplex_cards_share_their_rate():
+    net = network(HOSTS.replace("latency: 10 us}", "latency: 10 us, duplex: half}"))
+    assert rates(net)["leaf"] == (100 * GBIT, 100 * GBIT / 16)
+
+
+def test_paths_to_the_spine_split_its_rate_and_messages_keep_to_one():
+    text = HOSTS.replace("oversubscription: 2}", "oversubscription: 2, paths: 4, spread: by target}")
+    net = network(text.replace("count: 1,", "count: 8,"))
+    tree = net.tiers[-1].shape
+    assert (tree.spread, tree.trunks[-1].paths) == (Spread.BY_TARGET, 4)
+    whole = network(HOSTS.replace("count: 1,", "count: 8,")).tiers[-1].shape
+    assert 4 * tree.trunks[-1].link.bytes_per_s == pytest.approx(whole.trunks[-1].link.bytes_per_s)
+
+
+def test_store_and_forward_takes_in_a_packet():
+    text = HOSTS.replace("{name: leaf, hosts: 4}", "{name: leaf, hosts: 4, forwarding: store-and-forward}")
+    wires = network(text).topology(64).wires()
+    assert set(wires.forward_nbytes.tolist()) == {0.0, 1500.0}
+    text = text.replace("store-and-forward}", "store-and-forward, packet: 4 KiB}")
+    assert 4096.0 in network(text).topology(64).wires().forward_nbytes
+
+
+def test_a_shape_may_join_all_chips_by_their_cards():
+    text = HOSTS.split("scale_out:")[0].replace("repeat: any", "repeat: 4").replace("count: 1,", "count: 8,")
+    torus = network(text + "scale_out: [{name: torus, shape: torus, dims: [8, 4]}]\n").tiers[-1]
+    assert isinstance(torus.shape, Grid)
+    assert (torus.size, torus.kind) == (32, TierKind.SCALE_OUT)
+    assert torus.link == Link(10e-6, 12.5e9 / 4)  # a card's rate, over four links
+    dragonfly = network(
+        text + "scale_out: [{name: far, shape: dragonfly, dims: [2, 4, 4], links: "
+        "[{}, {latency: 1 us, bandwidth: 5 GB/s}, {latency: 2 us, bandwidth: 5 GB/s}]}]\n"
+    ).tiers[-1]
+    assert isinstance(dragonfly.shape, Whole)
+    assert dragonfly.shape.num_chips == 32
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "problem"),
+    [
+        ("count: 8,", "count: 4,", "not the same number for each of 8 chips"),
+        ("repeat: 4", "repeat: 3", "dims of 8 x 4 make 32 chips, but there are 24"),
+        ("dims: [8, 4]", "dims: [8, 4], rails: true", "`rails` has no effect on a torus"),
+        ("[{name", "[{name: leaf, hosts: 2}, {name", "joins all chips by itself"),
+    ],
+)
+def test_shapes_over_cards_that_cannot_be_are_refused(old, new, problem):
+    text = HOSTS.split("scale_out:")[0].replace("repeat: any", "repeat: 4").replace("count: 1,", "count: 8,")
+    text += "scale_out: [{name: torus, shape: torus, dims: [8, 4]}]\n"
+    with pytest.raises(ClusterError, match=problem):
+        network(text.replace(old, new))
+
+
+def test_a_level_between_hosts_may_have_a_library():
+    text = HOSTS.replace(
+        "{name: leaf, hosts: 4}",
+        "{name: leaf, hosts: 4, setup: 20 us, protocols: [{name: p, latency: 4 us, share: 0.5}]}",
+    )
+    cluster = cluster_from(parse_yaml(text, "c.yaml"))
+    leaf = next(tier for tier in cluster.network.tiers if tier.name == "leaf")
+    assert (leaf.setup_s, leaf.link.latency_s) == (20e-6, pytest.approx(4e-6))
+    assert [(each.name, each.latency_s, each.share) for each in leaf.protocols] == [("p", 0.0, 0.5)]
+    assert cluster.issue_s == {"leaf": pytest.approx(6e-6)}
+
+
+def test_pcie_may_have_a_library():
+    keys = "switches: 4, bandwidth: 24 GB/s, latency: 2 us, setup: 9 us"
+    cluster = root_of(keys + ", protocols: [{name: p, latency: 0.5 us, pipelined: true}]")
+    assert [tier.setup_s for tier in cluster.tiers] == [9e-6, 9e-6]
+    assert [tier.link.latency_s for tier in cluster.tiers] == pytest.approx([0.5e-6, 2.5e-6])
+    assert all(tier.protocols[0].pipelined for tier in cluster.tiers)
