@@ -58,11 +58,12 @@ def networks() -> dict[str, Topology]:
         "mesh 5 x 4": Torus((5, 4), (LINK,), (False,)),
         "mesh 8 x 8": Torus((8, 8), (LINK,), (False,)),
         "torus 4 x 4": whole,
-        "torus 4 x 4, one link dead": Rerouted(whole, (*map(int, dead), *map(int, back))),
+        "torus 4 x 4, one link dead": Rerouted(whole, tuple(dead)),
         "hybrid cube mesh": Graph(
             8, tuple(Edge(a, b, Link(1e-6, 25e9 * num)) for (a, b), num in CUBE_MESH.items())
         ),
         "islands of 3 and 5, thin bridge": islands(3, 5, Link(2e-6, 12.5e9)),
+        "hosts of 3 and 5 on switches": hosts((3, 5), Link(1e-6, 300e9), Link(5e-6, 25e9)),
         "switch of 8": switch(8, 1.0),
         "switch of 8, one port at half": switch(8, 0.5),
         "ring of 8": Torus((8,), (LINK,)),
@@ -73,6 +74,14 @@ def islands(a: int, b: int, bridge: Link) -> Graph:
     """Two full meshes with one link between them."""
     inside = [*combinations(range(a), 2), *combinations(range(a, a + b), 2)]
     return Graph(a + b, (*(Edge(i, j, LINK) for i, j in inside), Edge(0, a, bridge)))
+
+
+def hosts(sizes: tuple[int, ...], inside: Link, card: Link) -> Graph:
+    """Chips on the switch of their host, which has one network card."""
+    names = [f"host {number}" for number, size in enumerate(sizes) for _ in range(size)]
+    edges = [Edge(chip, name, inside) for chip, name in enumerate(names)]
+    edges += [Edge(name, "network", card) for name in dict.fromkeys(names)]
+    return Graph(len(names), tuple(edges), (*dict.fromkeys(names), "network"))
 
 
 def switch(num_chips: int, last: float) -> Graph:
