@@ -15,8 +15,8 @@
 needed `algorithm NAME`, `root RANK`, `helpers COUNT` and `shares` (bytes of a chunk over those of the collective:
 one number, or one for each). A `channel` goes on independently of others; `pieces`, `order serial` (or
 `interleaved`), `by_chunk` and `at_once` may follow. A `phase` opens a group of rounds that use the same links.
-Both may be left out where there is one. Rounds count from 0 in each channel. A message carries one chunk or a range, which may
-wrap around (`chunk 3-0`), and replaces them at the receiver, or is added to them (`reduce`).
+Both may be left out where there is one. Rounds count from 0 in each channel. A message carries one chunk or a
+range, which may wrap around (`chunk 3-0`), and replaces them at the receiver, or is added to them (`reduce`).
 """
 
 import re

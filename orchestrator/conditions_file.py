@@ -110,8 +110,8 @@ Chips: TypeAlias = Annotated[tuple[int, ...], ChipSet()]
 class FlapsSection(Section):
     """Down for a while, again and again; `first` is the first time."""
 
-    down: Time = Field(gt=0)
-    every: Time = Field(gt=0)
+    down: Time
+    every: Time
     first: Time = 0.0
 
 

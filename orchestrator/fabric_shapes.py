@@ -132,7 +132,8 @@ class Drawing:
             return shape_of(self._topology(num_chips, link, efficiency, name, earlier_s))
         except CommsError as error:
             hint = error.hint or "change the shape"
-            raise ClusterError(str(error), self.document.where(self.at), hint) from error
+            key = "edges" if self.kind == "edges" else "dims"
+            raise ClusterError(str(error), self.document.where((*self.at, key)), hint) from error
 
     def _topology(
         self, num_chips: int, link: Link, efficiency: float, name: str, earlier_s: float

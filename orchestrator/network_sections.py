@@ -20,6 +20,7 @@ class ProtocolSection(Section):
     latency: Time | None = None
     share: Share | None = None
     pipelined: bool = False
+    algorithms: list[str] = Field(default_factory=list)
 
 
 class LinkSection(Section):

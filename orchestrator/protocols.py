@@ -8,10 +8,13 @@ both, protocols what they lack of it, and what issuing a message adds (`issue_s`
 
 from collections.abc import Sequence
 
+from comms.algorithms.catalog import names as algorithm_names
 from comms.links import Protocol
+from comms.schedule import Op
 from orchestrator.cluster import Library
 from orchestrator.errors import ClusterError
 from orchestrator.network_sections import LibrarySection, ProtocolSection
+from orchestrator.schema import nearest
 from orchestrator.yaml_file import Document, Location
 
 
@@ -36,7 +39,7 @@ def library_of(
         return Library(section.setup)
     base = min(latencies)
     protocols = tuple(
-        Protocol(each.name, latency - base, share / best, each.pipelined)
+        Protocol(each.name, latency - base, share / best, each.pipelined, tuple(each.algorithms))
         for each, latency, share in zip(section.protocols, latencies, shares, strict=True)
     )
     return Library(section.setup, protocols, latency_s - base)
@@ -54,6 +57,10 @@ def _check(
     names = [each.name for each in sections]
     for number, (name, latency, share) in enumerate(zip(names, latencies, shares, strict=True)):
         where = document.where((*at, "protocols", number))
+        known = tuple(dict.fromkeys(known for op in Op for known in algorithm_names(op)))
+        for algorithm in sections[number].algorithms:
+            if algorithm not in known:
+                raise ClusterError(f"there is no algorithm {algorithm!r}", where, nearest(algorithm, known))
         if name in names[:number]:
             raise ClusterError(f"two protocols are named {name!r}", where, "give each its own name")
         if latency > limits[0]:

@@ -5,6 +5,8 @@ under the next tier's switch, and so on outwards. Tori show a corner of their gr
 stand side by side (rails, planes) one is drawn for all.
 """
 
+from collections.abc import Mapping
+
 from comms.network import Network, Tier
 from comms.shapes import Grid, Whole
 from comms.units import Quantity, format_quantity
@@ -14,9 +16,12 @@ FEW = 8  # chips that are drawn of a group
 EDGE = 4  # chips along a dimension of a grid
 
 
-def excerpt(network: Network, num_chips: int) -> Picture:
-    """One group of each tier of a network of so many chips; lines have the rate of one chip's or group's link."""
-    drawing = _Drawing()
+def excerpt(network: Network, num_chips: int, busy: Mapping[str, float] | None = None) -> Picture:
+    """One group of each tier of a network of so many chips.
+
+    Lines have the rate between chips that meet in their tier, or how `busy` the busiest wire of that tier is.
+    """
+    drawing = _Drawing(busy)
     tiers = [tier for tier in network.tiers if tier.size > 1]
     inner = 1
     for number, tier in enumerate(tiers):
@@ -40,7 +45,8 @@ def figures_of(tier: Tier) -> str:
 class _Drawing:
     """A picture that grows from the inside out."""
 
-    def __init__(self) -> None:
+    def __init__(self, busy: Mapping[str, float] | None) -> None:
+        self.busy = busy
         self.nodes: list[Node] = []
         self.lines: list[Line] = []
         self.chips: list[int] = []  # nodes by which the group reaches outwards, where its switches do not
@@ -51,13 +57,17 @@ class _Drawing:
         self.nodes.append(Node(x, y, text, kind))
         return len(self.nodes) - 1
 
+    def value(self, tier: Tier) -> float:
+        """What the lines of a tier are coloured by."""
+        return tier.link.bytes_per_s if self.busy is None else self.busy.get(tier.name, 0.0)
+
     @property
     def right(self) -> float:
         return max(node.x for node in self.nodes)
 
     def innermost(self, tier: Tier, size: int, below: bool) -> None:
         """A group of chips, as the tier joins them."""
-        if isinstance(tier.shape, Grid) and size == tier.shape.num_chips:
+        if isinstance(tier.shape, Grid):
             self.corner(tier, tier.shape.topology.dims)
             return
         shown = size if size <= FEW else FEW - 1
@@ -78,11 +88,12 @@ class _Drawing:
                 digits.append(rest % size)
                 rest //= size
             self.chips.append(self.add(x, y, ",".join(map(str, digits)), Kind.CHIP))
+        self.chips.sort(key=lambda node: -self.nodes[node].y)  # those at the edge reach outwards
         for number in range(len(spots)):
             stride = 1
             for size in part:
                 if number // stride % size + 1 < size:
-                    self.lines.append(Line(number, number + stride, tier.link.bytes_per_s))
+                    self.lines.append(Line(number, number + stride, self.value(tier)))
                 stride *= size
         words = " x ".join(map(str, dims))
         text = f"a corner of\n{words}\n{tier.name}\n{figures_of(tier)}"
@@ -91,7 +102,7 @@ class _Drawing:
 
     def around(self, tier: Tier, groups: int, inner: int, before: Tier) -> None:
         """The next tier: a box for the other groups, and a switch over all."""
-        own = [self.switch] if before.part_of_next and self.switch is not None else self.chips
+        own = [self.switch] if before.part_of_next and self.switch is not None else self.chips[:FEW]
         others = groups - 1
         box = None
         if others > 0:
@@ -105,5 +116,5 @@ class _Drawing:
         x = sum(self.nodes[node].x for node in below) / len(below)
         kind = f"\n({type(tier.shape.topology).__name__.lower()})" if isinstance(tier.shape, Whole) else ""
         switch = self.add(x, y, f"{tier.name}{kind}\n{figures_of(tier)}", Kind.SWITCH)
-        self.lines += [Line(node, switch, tier.link.bytes_per_s) for node in below]
+        self.lines += [Line(node, switch, self.value(tier)) for node in below]
         return switch

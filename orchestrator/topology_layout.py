@@ -6,10 +6,10 @@ Copies stand side by side. Switches of trees stand above what is below them, tho
 chips where there is another. Pure values: drawing is done by `topology_plot`.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from math import cos, pi, sin, sqrt
+from math import cos, pi, prod, sin, sqrt
 
 import numpy as np
 
@@ -22,6 +22,8 @@ from orchestrator.node_names import Copy, copies_of, missing_places, node_names,
 RISE = 1.6  # between two layers of switches
 GAP = 1.0  # between two copies
 BEHIND = (0.42, 0.34)  # where the next layer of a third dimension stands
+BESIDE = 0.4  # how far a bent line is from the straight one
+LETTER = 0.13  # width of a letter in a switch
 
 Spot = tuple[float, float]
 
@@ -65,14 +67,14 @@ class Picture:
 
 def layout(topology: TieredTopology, chips_per_host: int, value: Mapping[int, float]) -> Picture:
     """Everything of a topology; `value` by wire, those without one are down."""
-    places = _places(topology)
-    twins = ways_out(topology.wires(), topology.num_chips, switch_tiers(topology))
     names = node_names(topology, chips_per_host)
+    places = _places(topology, names)
+    twins = ways_out(topology.wires(), topology.num_chips, switch_tiers(topology))
     drawn = {node: index for index, node in enumerate(sorted(set(places) - set(twins)))}
     nodes = tuple(
         Node(*places[node], str(node), Kind.CHIP)
         if node < topology.num_chips
-        else Node(*places[node], names[node], Kind.SWITCH)
+        else Node(*places[node], two_lines(names[node]), Kind.SWITCH)
         for node in drawn
     )
     index = drawn | {twin: drawn[of] for twin, of in twins.items() if of in drawn}
@@ -92,17 +94,25 @@ def _lines(
             if found is not None and (known is None or found > known):
                 best[pair] = found
     for (a, b), strongest in sorted(best.items()):
-        far = nodes[a].kind is nodes[b].kind is Kind.CHIP and _is_far(nodes[a], nodes[b])
-        yield Line(a, b, strongest, bend=0.25 if far else 0.0)
+        chips = nodes[a].kind is nodes[b].kind is Kind.CHIP
+        yield Line(a, b, strongest, bend=_bend(nodes[a], nodes[b]) if chips else 0.0)
 
 
-def _is_far(one: Node, other: Node) -> bool:
-    """Whether a straight line may hide behind the chips between the two."""
+def _bend(one: Node, other: Node) -> float:
+    """Of a line that would hide behind the chips between the two: so that it passes beside them."""
     along_x, along_y = abs(one.x - other.x), abs(one.y - other.y)
-    return (along_y < 1e-6 and along_x > 1.01) or (along_x < 1e-6 and along_y > 1.01)
+    length = sqrt(along_x**2 + along_y**2)
+    hides = length > 1.01 and min(along_x, along_y) < 1e-6
+    return 2 * BESIDE / length if hides else 0.0
 
 
-def _places(topology: TieredTopology) -> dict[int, Spot]:
+def two_lines(name: str) -> str:
+    """A name of several words, the last two (`switch 3`) under the others."""
+    words = name.split(" ")
+    return name if len(words) < 3 else f"{' '.join(words[:-2])}\n{' '.join(words[-2:])}"
+
+
+def _places(topology: TieredTopology, names: Sequence[str]) -> dict[int, Spot]:
     """Where each node is drawn."""
     copies = list(copies_of(topology))
     places: dict[int, Spot] = {}
@@ -122,11 +132,11 @@ def _places(topology: TieredTopology) -> dict[int, Spot]:
     for copy in copies:
         if isinstance(copy.fabric.shape, Tree):
             down = is_below and copy.fabric is innermost
-            _stack(copy, places, 0.0 if down else top, -RISE if down else RISE)
+            _stack(copy, places, names, 0.0 if down else top, -RISE if down else RISE)
     return places
 
 
-def _stack(copy: Copy, places: dict[int, Spot], start: float, step: float) -> None:
+def _stack(copy: Copy, places: dict[int, Spot], names: Sequence[str], start: float, step: float) -> None:
     """Put a tree's switches over what is below them, layer by layer."""
     shape = copy.fabric.shape
     assert isinstance(shape, Tree)
@@ -139,11 +149,12 @@ def _stack(copy: Copy, places: dict[int, Spot], start: float, step: float) -> No
             below = [places[int(copy.nodes[head])][0] for head in heads if int(copy.nodes[head]) in places]
             if below:
                 wanted[int(copy.nodes[switch])] = sum(below) / len(below)
-        for node, x in _apart(wanted).items():
+        widest = max((len(line) for node in wanted for line in two_lines(names[node]).split("\n")), default=0)
+        for node, x in _apart(wanted, LETTER * widest + 0.4).items():
             places[node] = (x, start + step * (number + 1))
 
 
-def _apart(wanted: Mapping[int, float], least: float = 1.0) -> dict[int, float]:
+def _apart(wanted: Mapping[int, float], least: float) -> dict[int, float]:
     """The same places, moved so far that neighbours do not overlap."""
     order = sorted(wanted, key=lambda node: (wanted[node], node))
     xs: list[float] = []
@@ -174,13 +185,15 @@ def shape_spots(shape: Shape | Topology, num_chips: int) -> list[Spot]:
 def grid_spots(dims: tuple[int, ...]) -> list[Spot]:
     """A grid of the first two dimensions; a third stands behind it, further ones beside it."""
     sizes = (*dims, 1, 1, 1)
-    width = sizes[0] + BEHIND[0] * (sizes[2] - 1) + GAP
+    upright = sizes[1] > 2 * sizes[0]  # pictures are wider than high
+    width = (sizes[1] if upright else sizes[0]) + BEHIND[0] * (sizes[2] - 1) + GAP
     spots = []
-    for chip in range(int(np.prod(dims))):
+    for chip in range(prod(dims)):
         x, rest = chip % sizes[0], chip // sizes[0]
         y, rest = rest % sizes[1], rest // sizes[1]
         z, beside = rest % sizes[2], rest // sizes[2]
-        spots.append((x + BEHIND[0] * z + width * beside, y + BEHIND[1] * z))
+        across, up = (y, x) if upright else (x, y)
+        spots.append((across + BEHIND[0] * z + width * beside, up + BEHIND[1] * z))
     return spots
 
 

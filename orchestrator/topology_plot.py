@@ -21,13 +21,14 @@ WHOLE_NODES = 160
 CHIP, SWITCH, DOWN = "#F0E442", "#CFE3F2", "#D55E00"
 THIN, THICK = 0.8, 4.5
 _INCHES = 0.62  # per chip
+_TITLE_INCHES = 0.125  # per letter
+_MOST_TICKS = 6
 
 
 def topology_png(answer: Answer, cluster: str) -> bytes:
     """The network of an answer: by load where every message was moved, else by rate."""
     question = answer.question
-    picture = picture_of(answer)
-    by_load = answer.full is not None and is_drawn_whole(question.network, question.num_chips)
+    picture, by_load = picture_of(answer), answer.full is not None
     size = f"{question.num_chips} chips of {cluster}" if question.num_chips > 1 else f"one chip of {cluster}"
     title = f"{size}: load of {question.op} ({answer.algorithm})" if by_load else size
     return picture_png(picture, title, "busy" if by_load else "rate")
@@ -42,7 +43,8 @@ def picture_of(answer: Answer) -> Picture:
     """What is drawn of an answer's network; lines have their rate, or the share of time that they are busy."""
     question = answer.question
     if not is_drawn_whole(question.network, question.num_chips):
-        return excerpt(question.network, question.num_chips)
+        busy = {load.tier: load.busiest.busy for load in answer.loads} if answer.full else None
+        return excerpt(question.network, question.num_chips, busy)
     if answer.site is None or answer.full is None:
         topology = question.network.topology(question.num_chips)
         rates = topology.wires().bytes_per_s
@@ -57,7 +59,8 @@ def picture_png(picture: Picture, title: str, measure: str) -> bytes:
     """A picture as PNG. `measure`: what lines are coloured by, `busy` or `rate`."""
     xs, ys = [node.x for node in picture.nodes], [node.y for node in picture.nodes]
     width, height = max(xs) - min(xs), max(ys) - min(ys)
-    figure = blank_figure(min(22.0, 4.0 + _INCHES * width), min(14.0, 2.4 + 0.95 * height))
+    least = max(4.0 + _INCHES * width, _TITLE_INCHES * len(title))
+    figure = blank_figure(min(22.0, least), min(14.0, max(4.5, 2.4 + 0.95 * height)))
     axes = figure.add_subplot()
     axes.set_axis_off()
     _draw_lines(figure, axes, picture, measure)
@@ -72,7 +75,7 @@ def _draw_lines(figure: "Figure", axes: "Axes", picture: Picture, measure: str) 
     from matplotlib import colormaps
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import LogNorm, Normalize
-    from matplotlib.ticker import FuncFormatter
+    from matplotlib.ticker import FuncFormatter, NullLocator
 
     values = [line.value for line in picture.lines if line.value]
     if measure == "busy":
@@ -87,12 +90,15 @@ def _draw_lines(figure: "Figure", axes: "Axes", picture: Picture, measure: str) 
     if values:
         bar = figure.colorbar(ScalarMappable(norm, colours), ax=axes, shrink=0.7, pad=0.01)
         if measure == "busy":
-            bar.set_label("share of the time that the busier direction moves bytes")
+            bar.set_label("busy (the busier direction)")
             bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: wording.percent(value)))
         else:
             bar.set_label("rate, one direction")
             bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: wording.scaled(value, "B/s")))
-            bar.ax.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: ""))
+            told = sorted(set(values))
+            if len(told) <= _MOST_TICKS:
+                bar.set_ticks(told)
+            bar.ax.yaxis.set_minor_locator(NullLocator())
 
 
 def _draw_line(axes: "Axes", picture: Picture, line: Line, colour: object, width: float) -> None:

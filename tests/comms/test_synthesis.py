@@ -71,11 +71,11 @@ def ring_of(num_chips: int, duplex: Duplex = Duplex.FULL) -> Graph:
 @st.composite
 def networks(draw: st.DrawFn) -> Graph:
     """Any few chips in a tree with more edges here and there, of any speeds, some half-duplex, maybe a switch."""
-    chips = draw(st.integers(2, 5))
+    chips = draw(st.integers(2, 4))
     nodes: list[int | str] = [*range(chips), *(["switch"] if draw(st.booleans()) else [])]
     pairs = [(nodes[draw(st.integers(0, i - 1))], nodes[i]) for i in range(1, len(nodes))]
     more = [pair for pair in combinations(nodes, 2) if pair not in pairs]
-    pairs += draw(st.lists(st.sampled_from(more), unique=True, max_size=4)) if more else []
+    pairs += draw(st.lists(st.sampled_from(more), unique=True, max_size=3)) if more else []
     links = st.builds(Link, st.sampled_from([0.0, 1e-6, 5e-6]), st.sampled_from([5e9, 10e9, 50e9]))
     duplex = st.sampled_from([Duplex.FULL, Duplex.FULL, Duplex.HALF])
     edges = tuple(Edge(a, b, draw(links), draw(duplex)) for a, b in pairs)
@@ -108,7 +108,7 @@ def best_fixed(topology: Topology, op: Op, nbytes: float, dims: tuple[int, ...] 
     return min(seconds_of(topology, *each, nbytes) for each in fixed_schedules(topology, op, dims))
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(networks(), st.sampled_from(OPS), st.sampled_from([0.0, 1.0, 1e5, 1e7]), st.integers(0, 3))
 def test_every_schedule_is_proved_and_not_faster_than_wires_allow(
     network: Graph, op: Op, nbytes: float, seed: int
@@ -121,16 +121,15 @@ def test_every_schedule_is_proved_and_not_faster_than_wires_allow(
     assert (found.busy <= 1 + 1e-9).all()
 
 
-@pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize(
-    "topology",
+    ("op", "topology"),
     [
-        mesh(3, 3),
-        islands((3, 4), Link(2e-6, 10e9)),
-        ring_of(5, Duplex.ONE_WAY),
-        without(mesh(3, 3), 3, 4),
+        *((op, mesh(3, 3)) for op in OPS),
+        (Op.ALL_REDUCE, ring_of(5, Duplex.ONE_WAY)),
+        (Op.ALL_REDUCE, without(mesh(3, 3), 3, 4)),
+        (Op.ALL_GATHER, islands((3, 4), Link(2e-6, 10e9))),
+        (Op.ALL_TO_ALL, islands((3, 4), Link(2e-6, 10e9))),
     ],
-    ids=["mesh", "islands", "one-way ring", "dead link"],
 )
 def test_where_hops_are_wires_full_fidelity_plays_the_timetable(op: Op, topology: Topology) -> None:
     found = synthesize(op, topology, 1e6, seed=1)
@@ -144,10 +143,9 @@ def test_where_hops_are_wires_full_fidelity_plays_the_timetable(op: Op, topology
     ("topology", "dims", "op", "nbytes"),
     [
         (mesh(4, 4), (4, 4), Op.ALL_REDUCE, NBYTES),
-        (mesh(5, 4), (5, 4), Op.ALL_REDUCE, NBYTES),
         (mesh(4, 4), (4, 4), Op.ALL_TO_ALL, NBYTES),
         (mesh(4, 4), (4, 4), Op.ALL_GATHER, 1e6),
-        (without(mesh(4, 4, wraps=True), 0, 1), (4, 4), Op.ALL_REDUCE, 1e6),
+        (without(mesh(4, 4, wraps=True), 0, 1), (4, 4), Op.ALL_GATHER, 1e6),
         (cube_mesh(), (), Op.ALL_TO_ALL, NBYTES),
     ],
 )

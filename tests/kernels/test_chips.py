@@ -1,5 +1,6 @@
 """The chip catalog: every file reads, every figure says where it comes from, and missing dtypes fall back."""
 
+import math
 import pickle
 import subprocess
 import sys
@@ -10,7 +11,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from comms.units import Quantity, format_quantity, parse
-from kernels.chips import CATALOG, FALLBACKS, ChipKind, chip_document, chip_keys, load_chip, parse_chip
+from kernels.chips import (
+    CATALOG,
+    FALLBACKS,
+    ChipKind,
+    NocShape,
+    chip_document,
+    chip_keys,
+    load_chip,
+    parse_chip,
+)
 from kernels.figures import ChipError, Figures
 
 UNITS = {"B": Quantity.SIZE, "B/s": Quantity.DATA_RATE, "s": Quantity.TIME, "FLOP/s": Quantity.COMPUTE_RATE}
@@ -70,6 +80,27 @@ def test_on_chip_hops_are_seconds():
     assert noc is not None
     assert noc.hop_latency_s == pytest.approx(9e-9)
     assert noc.hop_bytes_per_s == 32e9
+    assert noc.entry_latency_s == pytest.approx(5e-9)
+    assert (noc.shape, noc.dims, noc.networks) == (NocShape.ONE_WAY_TORUS, (10, 12), 2)
+
+
+def test_cores_that_no_grid_is_known_of():
+    noc = load_chip("graphcore_gc2").noc
+    assert (noc.shape, noc.dims, noc.hop_latency_s) == (None, (), None)
+    assert noc.memory_latency_s == pytest.approx(6 / 1.6e9)
+    assert noc.loaded_latency_factor == 1.24
+
+
+@pytest.mark.parametrize(
+    "key", [key for key in chip_keys() if load_chip(key).noc and load_chip(key).noc.dims]
+)
+def test_a_grid_has_room_for_the_cores_that_are_counted(key):
+    chip = load_chip(key)
+    dies = 2 if key == "tenstorrent_wormhole_n300" else 1
+    assert (
+        math.prod(chip.noc.dims) * dies >= 0.88 * chip.cores
+    )  # Cerebras counts cores outside the usable rectangle
+    assert chip.noc.shape is not None
 
 
 def test_missing_dtypes_fall_back_as_documented():
@@ -111,6 +142,9 @@ def test_chips_are_values():
         ("memory", {"capacity": "80 GB", "type": "hbm"}, "memory.bandwidth is missing"),
         ("peak", {"fp4": "1 TFLOP/s"}, "peak needs a figure"),
         ("cores", {"count": "many"}, "cores.count must be a bare number"),
+        ("noc", {"topology": "x", "shape": "toros"}, "noc.shape must be one of mesh, torus, one-way torus"),
+        ("noc", {"topology": "x", "dims": "10 by 12"}, "noc.dims must be sizes such as 10 x 12"),
+        ("noc", {"topology": "x", "dims": "0 x 12"}, "noc.dims must be sizes such as 10 x 12"),
     ],
 )
 def test_a_bad_figure_is_named(section, value, message):

@@ -22,9 +22,43 @@ def test_a_cluster_report_names_hosts_tiers_price_and_power():
     text = "\n".join(report.lines)
     assert report.kind == "cluster"
     assert "any number of hosts of 8 x NVIDIA A100 SXM 80 GB" in text
-    assert "scale-up: 8 chips, 231.6 GB/s, 2 us" in text
-    assert "infiniband: any number of chips, 24 GB/s, 1.3 us" in text
+    assert "scale-up: 8 chips, 273.9 GB/s, 2 us, 31.6 us a collective" in text
+    assert "infiniband: any number of chips, 24 GB/s, 1.3 us, 31.6 us a collective" in text
     assert "14 USD/h, 6.5 kW" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("tpu-v5p-pod", "scale-up: 8960 chips (torus of 16 x 20 x 28), 90 GB/s, 1 us"),
+        ("tenstorrent-galaxy", "scale-up: 32 chips (mesh of 4 x 8), 47 GB/s, 760 ns"),
+        ("cerebras-cs3", "on-chip: 1 chip, 3.715 GB/s, 1.077 ns"),
+        ("pcie-workstation", "pcie root: 4 chips, 4.95 GB/s (9.9 GB/s alone), 2.6 us"),
+    ],
+)
+def test_a_cluster_report_names_shapes(name, line):
+    assert line in check(ROOT / f"cluster_configs/{name}.yaml").lines
+
+
+def test_a_cluster_report_counts_conditions_and_names_other_shapes(tmp_path):
+    text = (ROOT / "cluster_configs/tenstorrent-galaxy.yaml").read_text()
+    text = text.replace("shape: mesh", "shape: full mesh").replace("  dims: [4, 8]", "  domain: 32")
+    report = check(
+        write(
+            tmp_path,
+            f"{text}\nconditions:\n  links: [{{from: 0, to: 9, down: true}}, {{from: 1, to: 2, factor: 0.5}}]\n"
+            "  chips: [{chip: 3, slowdown: 2}]\n  jitter: {rate: 5 %}\n",
+        )
+    )
+    assert "conditions: 2 links, 1 chip, jitter" in report.lines
+    assert "scale-up: 32 chips (full mesh), 47 GB/s, 760 ns" in report.lines
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "cluster_configs").glob("*.yaml")), ids=lambda path: path.stem
+)
+def test_every_shipped_cluster_is_valid(path):
+    assert check(path).kind == "cluster"
 
 
 def test_a_job_report_names_model_steps_and_plan(tmp_path):

@@ -1,0 +1,80 @@
+"""calibrate: which constants do measurements show, and how well do they fit?
+
+`links` reads what nccl-tests print or CSV files (`comms.measured_tables`), one run each, all of the same links.
+With a cluster file the line rate is that of its links, and what the file predicts now is held against the tables.
+Measurements are read, never made.
+"""
+
+from pathlib import Path
+
+from comms.errors import CommsError
+from comms.measured_tables import bus_factor, read_table
+from orchestrator import calibration_report
+from orchestrator.console import Console
+from orchestrator.errors import ConfigError
+from orchestrator.line_rates import LineRate, line_rate
+from orchestrator.link_calibration import Calibration, Table, calibrate_links
+from orchestrator.verbs.comms_inputs import check_picture, read_op, told, write_picture
+from orchestrator.verbs.options import Options
+
+
+def main(options: Options, console: Console) -> int:
+    """Read the tables, fit, answer. Raises UserError."""
+    check_picture(options.plot)
+    with told("tables"):
+        tables = [_read(path, options) for path in options.tables]
+        line = _line_rate(tables, options.cluster)
+        with console.phase("fit"):
+            calibration = calibrate_links(tables, line)
+    console.results(calibration_report.document(calibration), calibration_report.tables(calibration))
+    if options.plot is not None:
+        from orchestrator.bandwidth_plot import measured_png
+
+        measured, fitted = curves(calibration)
+        write_picture(measured_png("measured and fitted", measured, fitted), options.plot, console)
+    return 0
+
+
+def _read(path: Path, options: Options) -> Table:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError("the table cannot be read", str(path), "give nccl-tests output or CSV") from error
+    op = None if options.op is None else read_op(options.op)
+    try:
+        return Table(path.name, read_table(text, str(path), op, options.chips))
+    except CommsError as error:
+        hint = error.hint.replace("say the operation", "say the operation (--op)")
+        hint = hint.replace("the number of chips", "the number of chips (--chips)")
+        raise ConfigError(error.problem, error.where, hint) from error
+
+
+def _line_rate(tables: list[Table], cluster: Path | None) -> LineRate | None:
+    """Of the tier that all tables were measured in."""
+    if cluster is None:
+        return None
+    found = [line_rate(cluster, table.curve.num_chips) for table in tables]
+    for table, line in zip(tables, found, strict=True):
+        if line.tier.name != found[0].tier.name:
+            first = tables[0]
+            raise ConfigError(
+                f"{first.curve.num_chips} chips meet in tier {found[0].tier.name!r}, "
+                f"{table.curve.num_chips} in {line.tier.name!r}",
+                f"{first.name}, {table.name}",
+                "calibrate one tier at a time",
+            )
+    return found[-1]
+
+
+Curves = dict[str, list[tuple[float, float]]]
+
+
+def curves(calibration: Calibration) -> tuple[Curves, Curves]:
+    """Bandwidth over size, measured and fitted, by table."""
+    measured: Curves = {}
+    fitted: Curves = {}
+    for table, residuals in zip(calibration.tables, calibration.residuals, strict=True):
+        factor = bus_factor(table.curve.op, table.curve.num_chips)
+        measured[table.name] = [(each.nbytes, each.nbytes / each.measured_s * factor) for each in residuals]
+        fitted[table.name] = [(each.nbytes, each.nbytes / each.predicted_s * factor) for each in residuals]
+    return measured, fitted

@@ -1,0 +1,34 @@
+"""Shipped clusters against the NCCL curves that their constants were fitted to, by their closed forms."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from comms.choice import choose
+from comms.measured_tables import read_csv
+from comms.schedule import Op
+from orchestrator.cluster_file import load_cluster
+
+ROOT = Path(__file__).parents[2]
+CURVES = yaml.safe_load((ROOT / "tests/comms/nccl_curves.yaml").read_text())["curves"]
+LARGE = 2**20
+
+
+@pytest.mark.parametrize(
+    ("cluster", "name", "algorithm"),
+    [("dgx-a100", "a100-8", "ring"), ("dgx-h100-superpod", "h100-8", "in-network")],
+)
+def test_all_reduce_on_eight_gpus_is_what_was_measured(cluster, name, algorithm):
+    network = load_cluster(ROOT / f"cluster_configs/{cluster}.yaml").network.take(8)
+    table = next(row["table"] for row in CURVES if row["name"] == name)
+    errors = {}
+    for point in read_csv(table, name, Op.ALL_REDUCE, 8).points:
+        choice = choose(Op.ALL_REDUCE, point.nbytes, range(8), network)
+        errors[point.nbytes] = abs(choice.seconds / point.seconds - 1)
+        assert choice.algorithm == algorithm
+    large = [error for nbytes, error in errors.items() if nbytes >= LARGE]
+    small = [error for nbytes, error in errors.items() if nbytes < LARGE]
+    assert sum(large) / len(large) < 0.10
+    assert sum(small) / len(small) < 0.25
+    assert errors[max(errors)] < 0.05
