@@ -32,7 +32,7 @@ from comms.topology import IntArray, Topology
 from comms.torus import Torus
 
 LINK = Link(1e-6, 50e9)
-SIZES = (1e6, 64e6)
+SIZES = (1e6, 64e6, 1e9)
 OPS = (Op.ALL_REDUCE, Op.ALL_GATHER, Op.BROADCAST, Op.ALL_TO_ALL)
 PIECES = (1, 4, 16, 64)
 EFFORT = 4

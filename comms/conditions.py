@@ -15,7 +15,7 @@ Not modelled: the time until a network notices a dead link, links that fail whil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import ceil
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
@@ -129,6 +129,8 @@ class Described:
 
 CALM = Described()
 
+Found: TypeAlias = list[tuple[LinkFault, tuple[int, ...]]]  # faults and their wires
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Resolved:
@@ -154,11 +156,10 @@ def resolve(described: Described, topology: Topology, horizon_s: float = HORIZON
     with the names of chips that would be cut off."""
     from comms.full import Conditions  # it loads compiled loops, which files and tables do not need
 
-    check_chips(described, topology.num_chips)
     wires = topology.wires()
-    found = [(fault, _wires_of(fault, topology, wires)) for fault in described.links]
-    dead = sorted({wire for fault, which in found if not fault.factor for wire in which})
-    left = _without(topology, wires, dead)
+    found = _found(described, topology, wires)
+    dead = _check_dead(found, topology, wires)
+    left = _without(topology, dead)
     numbers = np.arange(wires.num_wires) if left is topology else _renumbered(left, wires.num_wires)
     now = left.wires() if dead else wires
     factors = _factors(described, found, numbers, now)
@@ -176,6 +177,12 @@ def resolve(described: Described, topology: Topology, horizon_s: float = HORIZON
     )
 
 
+def check_links(described: Described, topology: Topology) -> None:
+    """Raises what `resolve` would raise for links, without making anything."""
+    wires = topology.wires()
+    _check_dead(_found(described, topology, wires), topology, wires)
+
+
 def check_chips(described: Described, num_chips: int) -> None:
     """Raises CommsError where a chip is named that is not there."""
     named = [(fault.where, chips_of(fault.which)) for fault in described.links]
@@ -190,6 +197,11 @@ def check_chips(described: Described, num_chips: int) -> None:
 def chips_of(which: Between | Reach) -> tuple[int, ...]:
     """The chips that a link is named by."""
     return (which.a, which.b) if isinstance(which, Between) else which.chips
+
+
+def _found(described: Described, topology: Topology, wires: Wires) -> Found:
+    check_chips(described, topology.num_chips)
+    return [(fault, _wires_of(fault, topology, wires)) for fault in described.links]
 
 
 def _wires_of(fault: LinkFault, topology: Topology, wires: Wires) -> tuple[int, ...]:
@@ -245,11 +257,10 @@ def _on_path(way: IntArray, path: int | None, where: str) -> list[int]:
     return [int(way[path])]
 
 
-def _without(topology: Topology, wires: Wires, dead: list[int]) -> Topology:
-    """The topology around its dead wires. Raises CommsError with the chips that cannot be reached any more."""
+def _without(topology: Topology, dead: list[int]) -> Topology:
+    """The topology around its dead wires."""
     if not dead:
         return topology
-    _check_reached(topology, wires, dead)
     around = _ThroughChips if _chips_relay(topology) else Rerouted
     return around(topology, tuple(dead))
 
@@ -262,7 +273,12 @@ def _chips_relay(topology: Topology) -> bool:
     return all(graph.through_chips for graph in graphs if isinstance(graph, Graph))
 
 
-def _check_reached(topology: Topology, wires: Wires, dead: list[int]) -> None:
+def _check_dead(found: Found, topology: Topology, wires: Wires) -> list[int]:
+    """The dead wires. Raises CommsError with the chips that cannot be reached any more."""
+    faults = [(fault, which) for fault, which in found if not fault.factor]
+    dead = sorted({wire for _, which in faults for wire in which})
+    if not dead:
+        return []
     alive = np.ones(wires.num_wires, dtype=np.bool_)
     alive[dead] = False
     tail, head = wires.tail[alive], wires.head[alive]
@@ -275,7 +291,9 @@ def _check_reached(topology: Topology, wires: Wires, dead: list[int]) -> None:
         chips = np.flatnonzero(lost)
         names = ", ".join(map(str, chips[:8])) + (", ..." if len(chips) > 8 else "")
         problem = f"{'chips' if len(chips) > 1 else 'chip'} {names} cut off by links that are down"
-        raise CommsError(problem, "conditions", "leave one way to each chip, or take the chip out")
+        where = ", ".join(dict.fromkeys(fault.where for fault, _ in faults if fault.where))
+        raise CommsError(problem, where, "leave one way to each chip, or take the chip out")
+    return dead
 
 
 def _reached(tail: IntArray, head: IntArray, relays: np.ndarray) -> np.ndarray:
@@ -297,9 +315,6 @@ def _renumbered(left: Topology, num_wires: int) -> IntArray:
     numbers = np.full(num_wires, -1, dtype=np.int64)
     numbers[left.kept] = np.arange(len(left.kept))
     return numbers
-
-
-Found = list[tuple[LinkFault, tuple[int, ...]]]
 
 
 def _capacities(which: tuple[int, ...], numbers: IntArray, now: Wires) -> list[int]:

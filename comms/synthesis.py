@@ -193,16 +193,17 @@ def _wanted(task: _Task, trees: int) -> Wanted:
         return Wanted(roots, task.nbytes / n / trees, down, up, op is Op.ALL_TO_ALL)
     share = task.nbytes / trees
     if op is Op.ALL_REDUCE:
-        near = _central(task.hops, share)[: max(1, n // 2)]
-        return Wanted(tuple(np.resize(near, trees).tolist()), share, down, up)
+        roots = np.resize(_central(task.hops, share), trees)
+        return Wanted(tuple(roots.tolist()), share, down, up)
     return Wanted((task.root,) * trees, share, down, up)
 
 
 def _central(hops: Hops, nbytes: float) -> IntArray:
-    """Chips, those with the shortest ways to and from the farthest first; among these, to and from all."""
+    """The chips that are no farther from all others, there and back, than most are; the nearest first."""
     far = hops.ways(hops.latency_s + nbytes / hops.bytes_per_s)
-    there_and_back = far + far.T
-    return np.lexsort((there_and_back.sum(axis=0), there_and_back.max(axis=0)))
+    from_all = (far + far.T).sum(axis=0)
+    order = np.argsort(from_all, kind="stable")
+    return order[from_all[order] <= np.median(from_all) * (1 + 1e-9)]
 
 
 def _cut(task: _Task, packed: _Packed, most: int) -> _Draft:

@@ -47,7 +47,8 @@ class OnChip:
     aggregate_bytes_per_s: float | None = None
     memory_s: float | None = None  # a core's own memory
     loaded_factor: float | None = None  # latency with all cores sending, over that of one alone
-    source: str = ""
+    source: str = ""  # of a hop
+    memory_source: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +107,7 @@ def _chip_rows(chip: OnChip) -> Iterator[Row]:
     where = f"on {chip.chip}"
     if chip.memory_s is not None:
         between = f"core to its own memory, {where}"
-        yield Row("core", between, chip.memory_s, None, None, 0, chip.source)
+        yield Row("core", between, chip.memory_s, None, None, 0, chip.memory_source)
     if not chip.dims or chip.hop_s is None:
         share = chip.aggregate_bytes_per_s / chip.cores if chip.aggregate_bytes_per_s else None
         source = f"not known: no latency is published of its network ({chip.topology})"

@@ -4,11 +4,13 @@ A relative error is above zero where the prediction is too slow. Errors are stat
 decides, and below, where latency does.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from math import isnan
 
+from comms.algorithms.catalog import IN_NETWORK
 from comms.calibration import LARGE_NBYTES, Residual
 from comms.measured_tables import bus_factor
+from comms.schedule import Op
 from comms.units import Quantity, format_quantity
 from orchestrator import wording
 from orchestrator.comms_report import size_in_words
@@ -16,6 +18,7 @@ from orchestrator.console import Table, pairs
 from orchestrator.link_calibration import Calibration, Errors, errors
 
 DIGITS = 3  # of what is pasted
+RINGS = {Op.ALL_REDUCE, Op.ALL_GATHER, Op.REDUCE_SCATTER, Op.BROADCAST, Op.REDUCE}  # fitted as rings
 
 
 def document(calibration: Calibration) -> dict[str, object]:
@@ -181,12 +184,32 @@ def _lines(calibration: Calibration) -> list[str]:
         share = 1.0
     lines.append(f"setup: {_time(constants.setup_s)}")
     lines.append("protocols:")
-    stage = _time(constants.latency_s + constants.handshake_s)
-    lines.append(f"  - {{name: pipelined, latency: {stage}, share: {share:.{DIGITS}g}, pipelined: true}}")
-    if constants.eager_share is not None:
-        eager = share * constants.eager_share
-        lines.append(f"  - {{name: eager, latency: {_time(constants.latency_s)}, share: {eager:.{DIGITS}g}}}")
+    stage = constants.latency_s + constants.handshake_s
+    for suffix, algorithm, part in _ways(calibration):
+        lines.append(_protocol(f"pipelined{suffix}", algorithm, stage, share * part, "pipelined: true"))
+        if constants.eager_share is not None:
+            rate = share * part * constants.eager_share
+            lines.append(_protocol(f"eager{suffix}", algorithm, constants.latency_s, rate, ""))
     return lines
+
+
+def _ways(calibration: Calibration) -> Iterator[tuple[str, str, float]]:
+    """Suffix of a protocol's name, the algorithm that it was fitted with, and its part of the fitted share."""
+    ops = {table.curve.op for table in calibration.tables}
+    yield "", "ring" if ops <= RINGS else "", 1.0
+    assert calibration.fabric is not None
+    share = calibration.fabric.fabrics[0].in_network_share
+    if share is not None:
+        # Of an all-reduce over n chips an n-th moves twice (`comms.calibration`), which the algorithm does not know.
+        n = max(table.curve.num_chips for table in calibration.tables)
+        twice = n / (n + 1) if Op.ALL_REDUCE in ops else 1.0
+        yield " in network", IN_NETWORK, share * twice
+
+
+def _protocol(name: str, algorithm: str, latency_s: float, share: float, more: str) -> str:
+    only = f"algorithms: [{algorithm}]" if algorithm else ""
+    parts = [f"name: {name}", only, f"latency: {_time(latency_s)}", f"share: {share:.{DIGITS}g}", more]
+    return f"  - {{{', '.join(part for part in parts if part)}}}"
 
 
 def _rate_lines(rate: float, calibration: Calibration) -> list[str]:

@@ -22,6 +22,7 @@ from comms.full import FullResult, Method, simulate
 from comms.graph import Rerouted
 from comms.groups import Lattice, mesh_group
 from comms.links import Link, Protocol
+from comms.live import Live
 from comms.network import Network
 from comms.pricing import groups_of, job_of
 from comms.schedule import Op, Schedule
@@ -109,9 +110,13 @@ def site_of(network: Network, num_chips: int, described: Described = CALM) -> Si
 
 def load_loops() -> None:
     """Have the loops compiled, or loaded if they were compiled before."""
-    pair = Torus((2,), (Link(1e-6, 1e9),))
+    pair, jobs = Torus((2,), (Link(1e-6, 1e9),)), [Job(ring.all_reduce(2), np.arange(2), 1.0)]
     for method in Method:
-        simulate(pair, [Job(ring.all_reduce(2), np.arange(2), 1.0)], method=method)
+        simulate(pair, jobs, method=method)
+    live = Live(pair, jobs)
+    for at_s in (1.0, 2.0):  # the second time a job is wound back
+        live.start(0, 0, at_s)
+        live.advance(np.inf)
 
 
 def expected_messages(choice: Choice) -> int:

@@ -16,7 +16,7 @@ def latency_tiers(cluster: Cluster) -> tuple[Row, ...]:
 
 
 def _on_chip(chip: Chip) -> OnChip:
-    noc, source = chip.noc, chip.sources.get("noc.hop_latency", chip.sources.get("noc.memory_latency", ""))
+    noc = chip.noc
     if noc is None:
         return OnChip(chip.name, "none described", chip.cores)
     return OnChip(
@@ -33,7 +33,8 @@ def _on_chip(chip: Chip) -> OnChip:
         aggregate_bytes_per_s=noc.aggregate_bytes_per_s,
         memory_s=noc.memory_latency_s,
         loaded_factor=noc.loaded_latency_factor,
-        source=source,
+        source=chip.sources.get("noc.hop_latency", ""),
+        memory_source=chip.sources.get("noc.memory_latency", ""),
     )
 
 
@@ -45,5 +46,5 @@ def _host_memory(cluster: Cluster) -> HostMemory | None:
         return None
     link = Link(port.latency_s, port.bytes_per_s * port.efficiency)
     figures = ("latency", "bandwidth", "efficiency")
-    sources = dict.fromkeys(chip.sources.get(f"host_link.{figure}", "") for figure in figures)
-    return HostMemory(port.name, link, "; ".join(source for source in sources if source))
+    clauses = [c for figure in figures for c in chip.sources.get(f"host_link.{figure}", "").split("; ")]
+    return HostMemory(port.name, link, "; ".join(dict.fromkeys(clause for clause in clauses if clause)))

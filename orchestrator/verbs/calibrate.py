@@ -22,7 +22,7 @@ def main(options: Options, console: Console) -> int:
     """Read the tables, fit, answer. Raises UserError."""
     check_picture(options.plot)
     with told("tables"):
-        tables = [_read(path, options) for path in options.tables]
+        tables = [_read(path, options, console) for path in options.tables]
         line = _line_rate(tables, options.cluster)
         with console.phase("fit"):
             calibration = calibrate_links(tables, line)
@@ -35,18 +35,21 @@ def main(options: Options, console: Console) -> int:
     return 0
 
 
-def _read(path: Path, options: Options) -> Table:
+def _read(path: Path, options: Options, console: Console) -> Table:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError("the table cannot be read", str(path), "give nccl-tests output or CSV") from error
     op = None if options.op is None else read_op(options.op)
     try:
-        return Table(path.name, read_table(text, str(path), op, options.chips))
+        table = Table(path.name, read_table(text, str(path), op, options.chips))
     except CommsError as error:
         hint = error.hint.replace("say the operation", "say the operation (--op)")
         hint = hint.replace("the number of chips", "the number of chips (--chips)")
         raise ConfigError(error.problem, error.where, hint) from error
+    if table.curve.op is None and "sendrecv" not in text:
+        console.warn(f"{path} names no operation: read as messages from chip to chip; --op says otherwise")
+    return table
 
 
 def _line_rate(tables: list[Table], cluster: Path | None) -> LineRate | None:

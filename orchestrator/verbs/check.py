@@ -9,7 +9,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from comms.conditions import CALM, Described
+from comms.conditions import CALM, Described, check_links
+from comms.errors import CommsError
 from comms.network import UNBOUNDED, Tier
 from comms.shapes import Grid, Pairs, Whole
 from comms.units import Quantity, format_quantity
@@ -18,7 +19,7 @@ from orchestrator.chip_file import ChipFile, described_chip
 from orchestrator.cluster import Cluster
 from orchestrator.cluster_file import cluster_from
 from orchestrator.console import Console, Table
-from orchestrator.errors import ConfigError
+from orchestrator.errors import ClusterError, ConfigError
 from orchestrator.job_file import job_from
 from orchestrator.schema import nearest, validate
 from orchestrator.verbs.options import Options
@@ -57,6 +58,7 @@ def check(path: str | Path) -> CheckReport:
 
 def _check_cluster(document: Document) -> tuple[str, ...]:
     cluster = cluster_from(document)
+    _check_links(cluster)
     chips = _types(cluster)
     price = _amount(cluster.usd_per_hour, Quantity.HOURLY_PRICE)
     power = _amount(cluster.watts, Quantity.POWER)
@@ -66,6 +68,16 @@ def _check_cluster(document: Document) -> tuple[str, ...]:
         f"{_count(cluster.num_chips)}: {price}, {power}",
         *_condition_lines(cluster.conditions),
     )
+
+
+def _check_links(cluster: Cluster) -> None:
+    """Raises ClusterError for links that there are not, and for chips that are cut off from the others."""
+    if cluster.conditions.links:
+        taken = cluster.take(None)
+        try:
+            check_links(taken.conditions, taken.network.topology())
+        except CommsError as error:
+            raise ClusterError(error.problem, error.where or cluster.origin, error.hint) from error
 
 
 def _hosts(cluster: Cluster) -> str:

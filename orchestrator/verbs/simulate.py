@@ -7,15 +7,18 @@ Peak memory is per chip of a stage. A plan that does not fit is still timed, the
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
+from comms.errors import CommsError
+from comms.pricing import Fidelity
 from kernels.chips import Chip
 from orchestrator import metrics, run_dir, wording
 from orchestrator.cluster import Cluster
+from orchestrator.collective import LOADING
 from orchestrator.console import Console, Table, pairs
 from orchestrator.disk import write_whole
-from orchestrator.errors import FitError, PlanError
+from orchestrator.errors import ClusterError, ConfigError, FitError, PlanError
 from orchestrator.perfetto import trace_gz
 from orchestrator.preparation import Prepared
 from orchestrator.run_dir import RunDir
@@ -33,6 +36,10 @@ from partitioner.program_codec import encode
 from partitioner.program_text import to_text
 
 AXES = ("tp", "dp", "pp", "all")  # always shown, zero or not; others only where a Program has them
+
+EVERY_CHIP = 2048  # up to so many are driven one by one
+CONDITIONS = "the conditions of the cluster file"
+BACKGROUND = "jobs of others in the background"
 
 # What to turn when a class of memory is the largest of a stage that does not fit.
 KNOBS: Mapping[MemoryClass, str] = {
@@ -161,17 +168,60 @@ class SimulationResult:
 
 
 def simulate(
-    program: Program, cluster: Cluster, *, clock: Callable[[], float] = time.perf_counter
+    program: Program,
+    cluster: Cluster,
+    *,
+    fidelity: Fidelity | None = None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> SimulationResult:
-    """Predict one step of `program` on its number of chips of `cluster`. Raises ClusterError or PlanError."""
+    """Predict one step of `program` on its number of chips of `cluster`. Raises ClusterError or PlanError.
+
+    Folded unless `fidelity` says full, or the cluster is not in perfect order and has few enough chips for that.
+    """
     started = clock()
     used = cluster.take(program.num_chips)
     try:
-        step = simulate_step(program, ClusterCosts(program, used))
+        if chosen_fidelity(used, fidelity) is Fidelity.FULL:
+            step = _every_chip(program, used)
+        else:
+            step = simulate_step(program, ClusterCosts(program, used))
+            if not used.conditions.is_calm:
+                step = replace(step, left_out=(*step.left_out, CONDITIONS))
     except ProgramError as error:
         raise PlanError(error.problem, error.where, error.hint) from error
     memory = peak_memory(program)
     return SimulationResult(program, used, step, memory, clock() - started)
+
+
+def chosen_fidelity(cluster: Cluster, asked: Fidelity | None) -> Fidelity:
+    """How a step over all chips of a cluster is timed."""
+    if asked is not None:
+        return asked
+    few = cluster.num_chips <= EVERY_CHIP
+    return Fidelity.FOLDED if cluster.conditions.is_calm or not few else Fidelity.FULL
+
+
+def _every_chip(program: Program, cluster: Cluster) -> SimulatedStep:
+    """Every chip driven and every message moved, on the network in the state that it is in."""
+    if program.num_chips > EVERY_CHIP:
+        raise ConfigError(
+            f"{program.num_chips} chips are too many to drive one by one (up to {EVERY_CHIP})",
+            "--fidelity full",
+            "take --fidelity folded, or fewer chips",
+        )
+    # Imported here: with full fidelity comes its event loop.
+    from orchestrator.full_collective import site_of
+    from orchestrator.runners.every_chip import simulate_every_chip
+    from orchestrator.runners.traffic import ProgramTraffic
+
+    try:
+        site = site_of(cluster.network, program.num_chips, cluster.conditions)
+        traffic = ProgramTraffic(program, site.network, site.resolved.conditions, site.topology)
+        costs = ClusterCosts(program, cluster)
+        step = simulate_every_chip(program, costs, traffic, slow=site.resolved.work_factors)
+    except CommsError as error:
+        raise ClusterError(error.problem, error.where or cluster.origin, error.hint) from error
+    return replace(step, left_out=(*step.left_out, BACKGROUND)) if site.resolved.background else step
 
 
 def require_fit(result: SimulationResult) -> None:
@@ -196,8 +246,16 @@ def main(options: Options, console: Console) -> int:
 
 def answer(prepared: Prepared, options: Options, console: Console) -> int:
     """Print the prediction and, with --run-dir, write plan, Program, timeline and trace. Raises FitError."""
+    asked = None if options.fidelity is None else Fidelity(options.fidelity)
+    if chosen_fidelity(prepared.cluster, asked) is Fidelity.FULL:
+        with console.phase(LOADING):
+            from orchestrator.full_collective import load_loops  # not needed to fold
+
+            load_loops()
     with console.phase("simulate"):
-        result = simulate(prepared.program, prepared.cluster)
+        result = simulate(prepared.program, prepared.cluster, fidelity=asked)
+    if CONDITIONS in result.step.left_out:
+        console.warn(f"folded fidelity leaves out {CONDITIONS}; --fidelity full applies them")
     console.results(result.document(), tables(result))
     if options.run_dir is not None:
         write_run(run_dir.create(options.run_dir), prepared, result)

@@ -105,9 +105,17 @@ def test_loaded_rates_are_those_of_all_cores_sending_half_way_round(dims, wraps)
 
 
 def test_what_is_not_known_is_said_and_not_guessed():
-    exchange = OnChip("ipu", "exchange", 1000, aggregate_bytes_per_s=8e12, memory_s=3e-9, loaded_factor=1.24)
+    exchange = OnChip(
+        "ipu",
+        "exchange",
+        1000,
+        aggregate_bytes_per_s=8e12,
+        memory_s=3e-9,
+        loaded_factor=1.24,
+        memory_source="notes",
+    )
     memory, core = tier_table(NOBODY, (exchange,))
-    assert (memory.latency_s, memory.hops) == (3e-9, 0)
+    assert (memory.latency_s, memory.hops, memory.source) == (3e-9, 0, "notes")
     assert (core.latency_s, core.bytes_per_s, core.hops, core.ratio) == (None, None, None, None)
     assert (core.loaded_bytes_per_s, core.loaded_factor) == (8e9, 1.24)
     assert "not known" in core.source

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from kernels.chips import CATALOG, chip_keys
-from orchestrator.errors import ConfigError
+from orchestrator.errors import ClusterError, ConfigError
 from orchestrator.verbs.check import check
 
 ROOT = Path(__file__).parents[2]
@@ -59,6 +59,25 @@ def test_a_cluster_report_counts_conditions_and_names_other_shapes(tmp_path):
 )
 def test_every_shipped_cluster_is_valid(path):
     assert check(path).kind == "cluster"
+
+
+@pytest.mark.parametrize(
+    ("links", "problem", "lines"),
+    [
+        (["[{chip: 31, tier: scale-up, down: true}]"], "chip 31 cut off by links that are down", [0]),
+        (["", "- {from: 30, to: 31, down: true}", "- {from: 27, to: 31, down: true}"], "chip 31 cut", [1, 2]),
+        (["[{from: 0, to: 9, down: true}]"], "there is no link from chip 0 to chip 9", [0]),
+    ],
+)
+def test_a_network_that_falls_apart_is_refused_with_the_lines_that_do_it(tmp_path, links, problem, lines):
+    text = (ROOT / "cluster_configs/tenstorrent-galaxy.yaml").read_text() + "conditions:\n"
+    first = len(text.splitlines()) + 1
+    path = write(tmp_path, f"{text}  links: " + "\n    ".join(links) + "\n")
+    with pytest.raises(ClusterError) as error:
+        check(path)
+    assert problem in error.value.problem
+    assert error.value.where == ", ".join(f"{path}:{first + line}" for line in lines)
+    assert error.value.hint
 
 
 def test_a_job_report_names_model_steps_and_plan(tmp_path):
