@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from comms.costs import forwarding_s, uniform
 from comms.heaps import Finishes, Timers, add_timer, clear_finish, set_finish, take_timer
 from comms.loops import compiled
 from comms.sharing import Flows, draw_in, draw_in_all, insert, remove, solve
@@ -301,19 +302,6 @@ def _try(w: World, number: int, now: float, drawn: int) -> int:
 
 
 @compiled
-def uniform(seed: int, message: int, piece: int) -> float:
-    """In (0, 1], from a hash of the message's number (splitmix64): no state, so no order to depend on."""
-    x = np.uint64(seed + 1) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(message) * np.uint64(
-        0xD1B54A32D192ED03
-    )
-    x += np.uint64(piece) * np.uint64(0x8CB92BA72F3D8DD7)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    x = x ^ (x >> np.uint64(31))
-    return (np.float64(x >> np.uint64(11)) + 1.0) / 9007199254740992.0
-
-
-@compiled
 def _send(w: World, number: int, now: float, drawn: int) -> int:
     """The message at the head of a port leaves."""
     flows = w.flows
@@ -382,22 +370,3 @@ def _record_row(w: World, stream: int, message: int, piece: int) -> int:
     row = w.streams[stream]
     first = w.rounds[row.round0].first
     return w.record0[stream] + (message - first) * row.pieces + piece  # type: ignore[no-any-return]
-
-
-@compiled
-def forwarding_s(
-    forward_nbytes: NDArray[np.float64],
-    route: NDArray[np.int32],
-    resources: NDArray[np.void],
-    start: int,
-    end: int,
-    nbytes: float,
-) -> float:
-    """What switches add that take a packet, or the whole message, in before they send on."""
-    total = 0.0
-    if len(forward_nbytes) > 0:
-        for hop in range(start, end - 1):
-            held = min(forward_nbytes[route[hop]], nbytes)
-            if held > 0.0:
-                total += held / resources[route[hop]].bytes_per_s
-    return total

@@ -17,7 +17,7 @@ import numba
 
 FunctionT = TypeVar("FunctionT", bound=Callable[..., object])
 
-FILES = ("compiled.py", "events.py", "heaps.py", "loops.py", "sharing.py", "sweep.py")
+FILES = ("compiled.py", "costs.py", "events.py", "heaps.py", "loops.py", "sharing.py", "sweep.py")
 HERE = Path(__file__).parent
 
 

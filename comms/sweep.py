@@ -11,7 +11,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from comms.events import SAME_INSTANT, Noise, forwarding_s, uniform
+from comms.costs import forwarding_s, uniform
+from comms.events import SAME_INSTANT, Noise
 from comms.loops import compiled
 
 NONE = -1

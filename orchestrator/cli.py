@@ -77,8 +77,17 @@ FLAGS: dict[str, object] = {
     "as_json": Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")],
     "verbose": Annotated[bool, typer.Option("--verbose", "-v", help="Say more, with tracebacks.")],
 }
-# A flag that takes fewer values at one verb.
-NARROWER: dict[tuple[str, str], object] = {
+# A flag that takes other values, or means something else, at one verb.
+AT_VERB: dict[tuple[str, str], object] = {
+    ("calibrate", "cluster"): Annotated[
+        str | None, typer.Option(metavar="FILE|NAME", help="Cluster that the tables were measured on.")
+    ],
+    ("calibrate", "op"): Annotated[
+        str | None, typer.Option(metavar="OP", help="Operation of tables that do not say it: all_reduce, ...")
+    ],
+    ("calibrate", "chips"): Annotated[
+        int | None, typer.Option(min=2, help="Number of chips of tables that do not say it.")
+    ],
     ("simulate", "fidelity"): Annotated[
         Literal["folded", "full"] | None,
         typer.Option(help="One chip per stage, or every chip and every message."),
@@ -87,9 +96,11 @@ NARROWER: dict[tuple[str, str], object] = {
 # What is given without a flag.
 ARGUMENTS: dict[str, object] = {
     "file": Annotated[Path, typer.Argument(metavar="FILE", help="A cluster, job or chip file.")],
-    "subject": Annotated[Subject, typer.Argument(help="What the tables are measurements of.")],
+    "subject": Annotated[
+        Subject, typer.Argument(metavar="links", help="What the tables are measurements of.")
+    ],
     "tables": Annotated[
-        list[Path], typer.Argument(metavar="TABLE...", help="nccl-tests output or CSV, one run each.")
+        list[Path], typer.Argument(metavar="TABLE", help="nccl-tests output or CSV, one run each.")
     ],
 }
 
@@ -198,6 +209,6 @@ def _command(verb: str, flags: tuple[str, ...]) -> Callable[..., None]:
 def _parameter(verb: str, flag: str) -> Parameter:
     if flag in ARGUMENTS:
         return Parameter(flag, Parameter.KEYWORD_ONLY, annotation=ARGUMENTS[flag])
-    annotation = NARROWER.get((verb, flag), FLAGS[flag])
+    annotation = AT_VERB.get((verb, flag), FLAGS[flag])
     default = False if get_args(annotation)[0] is bool else None
     return Parameter(flag, Parameter.KEYWORD_ONLY, default=default, annotation=annotation)

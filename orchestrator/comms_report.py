@@ -244,9 +244,7 @@ def _candidate_table(answer: Answer) -> Table:
         for each in shown
     )
     left = len(answer.candidates) - len(shown)
-    title = (
-        f"what was looked at ({left} slower ones are in --json)" if left and shown else "what was looked at"
-    )
+    title = f"what was looked at ({left} more in --json)" if left and shown else "what was looked at"
     return Table(title, rows, ("algorithm", "time", "of the chosen", "fidelity"))
 
 

@@ -1,0 +1,309 @@
+"""Claims about `orchestrate comms`: what it answers, at which fidelity, what it refuses and what it warns of."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from comms.algorithms import ring
+from comms.conditions import Described, LinkFault, Reach
+from comms.pricing import Fidelity
+from comms.schedule import Op
+from comms.schedule_text import schedule_text
+from orchestrator import cli
+from orchestrator.cluster_file import load_cluster
+from orchestrator.collective import Question, conditions_in_words, time_collective
+from orchestrator.shipped import shipped_clusters
+
+CONFIGS = Path(__file__).parents[2] / "cluster_configs"
+LAPTOP = (CONFIGS / "laptop.yaml").read_text()
+MESH = (CONFIGS / "tenstorrent-galaxy.yaml").read_text()
+MIB = 2**20
+
+
+@pytest.fixture
+def comms(monkeypatch, capsys):
+    """Run `orchestrate comms` with these words: exit code, stdout, stderr."""
+
+    def run(*words: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["orchestrate", "comms", *words])
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        streams = capsys.readouterr()
+        return int(stopped.value.code or 0), streams.out, streams.err
+
+    return run
+
+
+@pytest.fixture
+def answer(comms):
+    """The JSON of a run that must succeed."""
+
+    def run(*words: str) -> dict:
+        code, out, err = comms(*words, "--json")
+        assert code == 0, err
+        return json.loads(out)
+
+    return run
+
+
+def file_with(tmp_path: Path, text: str, conditions: str) -> str:
+    path = tmp_path / "cluster.yaml"
+    path.write_text(f"{text}conditions:\n{conditions}")
+    return str(path)
+
+
+@pytest.mark.parametrize(("cluster", "chips"), [("laptop", "8"), ("dgx-a100", "16"), ("tpu-v5p-pod", "64")])
+def test_the_three_fidelities_agree_on_groups_that_fold(answer, cluster, chips):
+    words = ("--cluster", cluster, "--chips", chips)
+    seconds = [answer(*words, "--fidelity", each)["seconds"] for each in ("closed", "folded", "full")]
+    assert seconds == pytest.approx([seconds[0]] * 3, rel=1e-3)
+
+
+@pytest.mark.parametrize("op", list(Op))
+def test_every_operation_has_an_answer(answer, op):
+    found = answer("--op", op, "--size", "1MiB")
+    assert (found["op"], found["fidelity"]) == (op, "folded")
+    assert found["seconds"] > 0
+    assert (found["nbytes"] == 0) == (op is Op.BARRIER)
+
+
+def test_bandwidths_are_those_of_nccl_tests(answer):
+    found = answer("--size", "64MiB")
+    assert found["algbw_bytes_per_s"] == pytest.approx(64 * MIB / found["seconds"])
+    assert found["busbw_bytes_per_s"] == pytest.approx(found["algbw_bytes_per_s"] * 2 * 7 / 8)
+
+
+def test_the_document_has_every_promised_key(answer):
+    promised = "seconds algorithm algbw_bytes_per_s busbw_bytes_per_s per_tier limiting_link elapsed_s"
+    promised += " reason protocol setup_s fidelity num_messages candidates left_out notes"
+    found = answer("--fidelity", "full")
+    assert set(promised.split()) <= found.keys()
+    assert found["num_messages"] > 0
+    assert min(each["seconds"] for each in found["candidates"]) == pytest.approx(found["seconds"])
+    assert found["candidates"][0]["algorithm"] == found["algorithm"]
+
+
+def test_the_limiting_link_is_a_tier_and_with_full_fidelity_a_wire_with_two_ends(answer):
+    assert answer()["limiting_link"]["tier"] == "ethernet"
+    wire = answer("--fidelity", "full")["limiting_link"]
+    assert wire["tier"] == "ethernet"
+    assert {wire["from"], wire["to"]} == {"pcie root 0", "ethernet switch 0"}
+    assert 0.5 < wire["busy"] <= 1
+
+
+def test_bytes_of_a_tier_are_those_of_its_messages(answer):
+    found = answer("--fidelity", "full", "--chips", "2", "--algorithm", "ring", "--size", "2MiB")
+    (tier,) = found["per_tier"]
+    assert tier["nbytes"] == pytest.approx(2 * 2 * 2 * MIB)  # two chips send 2 MiB each, up and down
+    assert tier["busiest_wire"]["nbytes"] == pytest.approx(2 * MIB)
+
+
+@pytest.mark.parametrize("size", ["64", "1.5B", "many", "-1B", "3 GB/s"])
+def test_a_size_is_whole_bytes_with_a_unit(comms, size):
+    code, out, err = comms("--size", size)
+    assert (code, out) == (2, "")
+    assert "at: --size" in err
+    assert "do: " in err
+
+
+@pytest.mark.parametrize("size", ["0B", "1B"])
+def test_the_smallest_sizes_take_time_too(answer, size):
+    found = answer("--size", size)
+    assert found["nbytes"] == float(size[0])
+    assert found["seconds"] > 0
+
+
+def test_one_chip_needs_nothing(comms, answer):
+    found = answer("--chips", "1")
+    assert (found["seconds"], found["algorithm"], found["limiting_link"]) == (0, "none", None)
+    assert found["reason"] == "one chip has all it needs"
+    assert "--algorithm has no effect" in comms("--chips", "1", "--algorithm", "ring")[2]
+
+
+def test_more_chips_than_there_are_is_an_error_with_a_way_out(comms):
+    code, _, err = comms("--chips", "16")
+    assert code == 2
+    assert "has 8 chips" in err
+
+
+def test_chips_that_do_not_fold_are_moved_message_by_message_and_the_answer_says_so(comms, answer):
+    found = answer("--chips", "3")
+    assert found["fidelity"] == "full"
+    assert any("do not fold" in note for note in found["notes"])
+    code, _, err = comms("--chips", "3", "--fidelity", "folded")
+    assert code == 0
+    assert "warning: 3 chips do not fold" in err
+
+
+def test_a_slow_link_makes_it_slower_and_is_told(comms, answer, tmp_path):
+    path = file_with(tmp_path, LAPTOP, "  links:\n    - {chip: 0, tier: ethernet, factor: 0.5}\n")
+    calm, slow = answer("--op", "all_gather"), answer("--cluster", path, "--op", "all_gather")
+    assert slow["fidelity"] == "full"
+    assert slow["seconds"] > 1.5 * calm["seconds"]
+    assert "conditions of the cluster file: 1 slow link" in slow["notes"]
+    code, out, err = comms("--cluster", path, "--op", "all_gather", "--fidelity", "folded", "--json")
+    assert json.loads(out)["seconds"] == pytest.approx(calm["seconds"])
+    assert (code, "conditions of the cluster file are left out" in err) == (0, True)
+
+
+def test_conditions_that_do_not_touch_a_collective_change_nothing(answer, tmp_path):
+    path = file_with(tmp_path, LAPTOP, "  chips:\n    - {chip: 3, slowdown: 2}\n")
+    assert answer("--cluster", path)["seconds"] == answer()["seconds"]
+
+
+def test_conditions_are_counted_in_words():
+    links = (LinkFault(Reach((0,), "ethernet"), 0.5), LinkFault(Reach((1,), "ethernet"), 0.0))
+    assert conditions_in_words(Described(links=links)) == "1 link down, 1 slow link"
+    assert conditions_in_words(Described()) == ""
+
+
+def test_around_a_dead_link_a_schedule_made_for_the_network_wins(answer, tmp_path):
+    path = file_with(tmp_path, MESH, "  links:\n    - {from: 5, to: 6, down: true}\n")
+    found = answer("--cluster", path, "--size", "4MiB")
+    assert found["algorithm"] == "synthesized"
+    assert "times faster than" in found["reason"]
+    fixed = [each for each in found["candidates"] if each["algorithm"] != "synthesized"]
+    assert fixed
+    assert all(each["seconds"] > found["seconds"] for each in fixed)
+
+
+def test_synthesis_is_compared_with_what_auto_would_take(answer):
+    found = answer("--algorithm", "synthesized", "--chips", "4", "--size", "1MiB")
+    assert [each["fidelity"] for each in found["candidates"]] == ["full", "full"]
+    assert found["candidates"][0]["algorithm"] == "synthesized"
+    assert "made for this network" in found["reason"]
+
+
+def test_an_algorithm_can_be_asked_for_by_name(answer, comms):
+    found = answer("--algorithm", "ring")
+    assert (found["algorithm"], found["reason"]) == ("ring", "asked for by name")
+    code, _, err = comms("--algorithm", "rng")
+    assert (code, "did you mean 'ring'?" in err) == (2, True)
+    code, _, err = comms("--op", "gather", "--algorithm", "torus")
+    assert (code, "gather has no algorithm" in err) == (2, True)
+
+
+def test_a_schedule_from_a_file_takes_what_the_same_algorithm_takes(answer, comms, tmp_path):
+    path = tmp_path / "mine.txt"
+    path.write_text(schedule_text(ring.all_reduce(8)).replace("algorithm ring", "algorithm mine"))
+    mine = answer("--algorithm", str(path))
+    assert mine["algorithm"] == "mine"
+    assert mine["seconds"] == pytest.approx(answer("--algorithm", "ring")["seconds"], rel=1e-3)
+    assert "proved" in mine["reason"]
+    assert "--fidelity closed has no effect" in comms("--algorithm", str(path), "--fidelity", "closed")[2]
+
+
+@pytest.mark.parametrize(
+    ("change", "words", "told"),
+    [
+        (("1 -> 2 chunk 0", "1 -> 2 chunk 1"), (), "rank"),
+        (("", ""), ("--chips", "4"), "a schedule of 8 ranks, but 4 chips"),
+        (("", ""), ("--op", "all_gather"), "a schedule for all_reduce, but --op is all_gather"),
+        (("op all_reduce", "op all_red"), (), "line 1"),
+    ],
+)
+def test_a_schedule_that_does_not_hold_is_refused(comms, tmp_path, change, words, told):
+    path = tmp_path / "mine.txt"
+    text = schedule_text(ring.all_reduce(8))
+    assert change[0] in text
+    path.write_text(text.replace(*change, 1))
+    code, _, err = comms("--algorithm", str(path), *words)
+    assert code == 2
+    assert told in err
+    assert "Traceback" not in err
+
+
+def test_a_sweep_doubles_and_says_where_the_choice_changes(answer):
+    found = answer("--sweep", "1KiB..1MiB")
+    assert [row["nbytes"] for row in found["rows"]] == [2.0**power for power in range(10, 21)]
+    assert [row["algorithm"] for row in found["rows"]] != [found["rows"][0]["algorithm"]] * 11
+    choices = found["choices"]
+    assert (choices[0]["from_nbytes"], choices[-1]["to_nbytes"]) == (1024, MIB)
+    for row in found["rows"]:
+        within = [each for each in choices if each["from_nbytes"] <= row["nbytes"] <= each["to_nbytes"]]
+        assert [each["algorithm"] for each in within] == [row["algorithm"]]
+    assert found["rows"][-1]["seconds"] == answer("--size", "1MiB")["seconds"]
+
+
+@pytest.mark.parametrize("sweep", ["1KiB", "2KiB..1KiB", "0B..1KiB", "1..2", "1KiB-1MiB"])
+def test_a_range_that_is_none_is_refused(comms, sweep):
+    code, _, err = comms("--sweep", sweep)
+    assert (code, "at: --sweep" in err) == (2, True)
+
+
+def test_tiers_are_told_from_the_inside_to_the_network(answer, comms):
+    tiers = answer("--tiers", "--cluster", "dgx-h100-superpod")["tiers"]
+    assert [row["tier"] for row in tiers][-2:] == ["scalable unit", "spine"]
+    assert [
+        row["tier"] for row in answer("--tiers", "--cluster", "dgx-h100-superpod", "--chips", "8")["tiers"]
+    ][-1] == "scale-up"
+    assert "ethernet" in comms("--tiers")[1]
+
+
+@pytest.mark.parametrize(
+    ("words", "flag"),
+    [
+        (("--tiers", "--size", "1MiB"), "--size"),
+        (("--tiers", "--fidelity", "full"), "--fidelity"),
+        (("--sweep", "1KiB..2KiB", "--size", "1MiB"), "--size"),
+        (("--op", "barrier", "--size", "1MiB"), "--size"),
+    ],
+)
+def test_what_has_no_effect_is_said(comms, words, flag):
+    code, _, err = comms(*words)
+    assert code == 0
+    assert f"warning: {flag} has no effect" in err
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("--op", "allreduce"), "did you mean 'all_reduce'?"),
+        (("--op", "barrier", "--sweep", "1B..2B"), "no size to vary"),
+        (("--plot", "picture.pdf"), ".png"),
+        (("--plot", "no/such/folder/picture.png"), "folder that exists"),
+        (
+            (
+                "--cluster",
+                "dgx-h100-superpod",
+                "--chips",
+                "8192",
+                "--algorithm",
+                "ring",
+                "--fidelity",
+                "full",
+            ),
+            "too many to move one by one",
+        ),
+    ],
+)
+def test_what_cannot_be_is_three_lines_and_exit_code_2(comms, words, told):
+    code, out, err = comms(*words)
+    assert (code, out) == (2, "")
+    assert told in err
+    assert err.count("error:") == 1
+
+
+@pytest.mark.parametrize("name", list(shipped_clusters()))
+def test_every_shipped_cluster_has_an_answer_and_tiers(answer, name):
+    assert answer("--cluster", name)["seconds"] >= 0
+    assert answer("--cluster", name, "--tiers")["tiers"]
+
+
+def test_the_same_question_has_the_same_answer(answer):
+    def timeless(found: dict) -> dict:
+        return {key: value for key, value in found.items() if key not in ("elapsed_s", "loading_s")}
+
+    words = ("--chips", "3", "--size", "1MiB")
+    assert timeless(answer(*words)) == timeless(answer(*words))
+
+
+def test_the_clock_is_the_callers():
+    cluster = load_cluster(CONFIGS / "laptop.yaml")
+    question = Question(cluster.network, 8, Op.ALL_REDUCE, MIB)
+    assert time_collective(question, clock=iter((1.0, 1.5)).__next__).elapsed_s == 0.5
+    full = Question(cluster.network, 8, Op.ALL_REDUCE, MIB, fidelity=Fidelity.FULL)
+    found = time_collective(full, clock=iter((1.0, 2.0, 5.0, 9.0)).__next__)
+    assert (found.loading_s, found.elapsed_s) == (3.0, 5.0)
