@@ -203,7 +203,8 @@ def _central(hops: Hops, nbytes: float) -> IntArray:
     far = hops.ways(hops.latency_s + nbytes / hops.bytes_per_s)
     from_all = (far + far.T).sum(axis=0)
     order = np.argsort(from_all, kind="stable")
-    return order[from_all[order] <= np.median(from_all) * (1 + 1e-9)]
+    near: IntArray = order[from_all[order] <= np.median(from_all) * (1 + 1e-9)]
+    return near
 
 
 def _cut(task: _Task, packed: _Packed, most: int) -> _Draft:

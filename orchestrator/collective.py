@@ -158,8 +158,9 @@ def _way(question: Question, choice: Choice) -> _Way:
         return _Way(Fidelity.FULL, (), (warning,) if asked not in (None, Fidelity.FULL) else ())
     state = conditions_in_words(described)
     special = [f"conditions of the cluster file: {state}"] if state else []
-    if not choice.is_folded:
-        special.append(f"{question.num_chips} chips do not fold into equal groups on this network")
+    uneven = "" if choice.is_folded else _why_flat(question)
+    if uneven:
+        special.append(uneven)
     if asked is Fidelity.FULL or (asked is None and special and question.num_chips <= QUICK_CHIPS):
         why = () if asked else ("every message is moved, because of the above",)
         return _Way(Fidelity.FULL, (*special, *why) if special else ())
@@ -168,12 +169,17 @@ def _way(question: Question, choice: Choice) -> _Way:
         warnings.append(
             f"the conditions of the cluster file are left out ({state}); --fidelity full applies them"
         )
-    if not choice.is_folded:
-        warnings.append(
-            f"{question.num_chips} chips do not fold into equal groups on this network and count as one flat level;"
-            " --fidelity full moves every message"
-        )
+    if uneven:
+        warnings.append(f"{uneven} and count as one flat level; --fidelity full moves every message")
     return _Way(asked or Fidelity.FOLDED, (), tuple(warnings))
+
+
+def _why_flat(question: Question) -> str:
+    """Why the levels of the chips are not what is timed."""
+    chips = f"{question.num_chips} chips"
+    if question.network.levels(question.members) is None:
+        return f"{chips} do not fold into equal groups on this network"
+    return f"{chips} fold into levels that no algorithm for {question.op} suits"
 
 
 def conditions_in_words(described: Described) -> str:
@@ -238,7 +244,7 @@ def _by_messages(question: Question, choice: Choice, phase: Phase) -> Answer:
     if question.schedule is not None or question.algorithm == SYNTHESIZED:
         return _against_fixed(question, site, choice, phase)
     if question.algorithm == AUTO and not (choice.is_folded and site.is_whole):
-        return _contest(question, site, phase)
+        return _contest(question, site, choice, phase)
     with phase(f"every message of {choice.algorithm}"):
         timing = full.timed_choice(site, choice)
     own = Candidate(timing.algorithm, timing.seconds, Fidelity.FULL)
@@ -268,12 +274,12 @@ def _against_fixed(question: Question, site: "Site", choice: Choice, phase: Phas
     return _full_answer(question, site, timing, what, tuple(candidates))
 
 
-def _contest(question: Question, site: "Site", phase: Phase) -> Answer:
+def _contest(question: Question, site: "Site", usual: Choice, phase: Phase) -> Answer:
     """Fixed algorithms against each other at full fidelity, and the best against a schedule of its own."""
     from orchestrator import full_collective as full
 
     timings, skipped = [], 0
-    choices = _suitable(question)
+    choices = _suitable(question) or [usual]
     for number, choice in enumerate(choices):
         if number >= FEW and full.expected_messages(choice) > QUICK_MESSAGES:
             skipped += 1

@@ -58,7 +58,7 @@ class Calibration:
     tables: tuple[Table, ...]
     fabric: FabricFit | None  # of collectives
     link: LinkFit | None  # of messages from chip to chip
-    line: LineRate | None
+    line: LineRate | None  # of the first table
     residuals: tuple[tuple[Residual, ...], ...]  # per table
     held_out: tuple[tuple[Residual, ...], ...] | None  # the same points, predicted from fits to others
     as_it_is: tuple[tuple[Residual, ...], ...] | None  # the same points, as the cluster file has them now
@@ -68,8 +68,11 @@ class Calibration:
         return 2 if self.fabric is None else self.fabric.constants.num_constants
 
 
-def calibrate_links(tables: Sequence[Table], line: LineRate | None = None) -> Calibration:
-    """The constants of the links that all these tables were measured on. Raises CommsError."""
+def calibrate_links(tables: Sequence[Table], lines: Sequence[LineRate] = ()) -> Calibration:
+    """The constants of the links that all these tables were measured on; `lines` one per table, or none.
+
+    Raises CommsError.
+    """
     pairs = [table for table in tables if table.curve.op is None]
     if pairs and len(pairs) < len(tables):
         raise CommsError(
@@ -77,14 +80,16 @@ def calibrate_links(tables: Sequence[Table], line: LineRate | None = None) -> Ca
             f"{pairs[0].name} and others",
             "calibrate with one kind at a time",
         )
-    as_it_is = None if line is None else tuple(_as_it_is(table.curve, line) for table in tables)
+    line = lines[0] if lines else None
+    as_it_is = None
+    if lines:
+        as_it_is = tuple(_as_it_is(table.curve, own) for table, own in zip(tables, lines, strict=True))
     if pairs:
         link, held = _fit_pairs(tables), _held_out_pairs(tables)
         residuals = tuple(_on(link.link, table.curve) for table in tables)
         return Calibration(tuple(tables), None, link, line, residuals, held, as_it_is)
-    share = REDUCING_SHARE if line is not None and line.reduces else None
-    sheet = Sheet(None if line is None else line.bytes_per_s, share)
-    runs = [Run(table.curve, sheet) for table in tables]
+    sheets = [_sheet(own) for own in lines] if lines else [Sheet(None)] * len(tables)
+    runs = [Run(table.curve, sheet) for table, sheet in zip(tables, sheets, strict=True)]
     plain, eager = _held_out(runs, eager=False), _held_out(runs, eager=True)
     has_eager = eager is not None and plain is not None and _mean(eager) < BETTER * _mean(plain)
     fit = fit_fabric(runs, has_eager)
@@ -97,6 +102,10 @@ def errors(residuals: Sequence[Sequence[Residual]] | None) -> Errors:
     if not every:
         return Errors(nan, nan)
     return Errors(mean_error(every, LARGE_NBYTES, inf), mean_error(every, 0.0, LARGE_NBYTES))
+
+
+def _sheet(line: LineRate) -> Sheet:
+    return Sheet(line.bytes_per_s, REDUCING_SHARE if line.reduces else None)
 
 
 def _held_out(runs: Sequence[Run], eager: bool) -> tuple[tuple[Residual, ...], ...] | None:

@@ -23,9 +23,9 @@ def main(options: Options, console: Console) -> int:
     check_picture(options.plot)
     with told("tables"):
         tables = [_read(path, options, console) for path in options.tables]
-        line = _line_rate(tables, options.cluster)
+        lines = _line_rates(tables, options.cluster)
         with console.phase("fit"):
-            calibration = calibrate_links(tables, line)
+            calibration = calibrate_links(tables, lines)
     console.results(calibration_report.document(calibration), calibration_report.tables(calibration))
     if options.plot is not None:
         from orchestrator.bandwidth_plot import measured_png
@@ -52,10 +52,10 @@ def _read(path: Path, options: Options, console: Console) -> Table:
     return table
 
 
-def _line_rate(tables: list[Table], cluster: Path | None) -> LineRate | None:
-    """Of the tier that all tables were measured in."""
+def _line_rates(tables: list[Table], cluster: Path | None) -> list[LineRate]:
+    """Of the tier that all tables were measured in, one each; none without a cluster."""
     if cluster is None:
-        return None
+        return []
     found = [line_rate(cluster, table.curve.num_chips) for table in tables]
     for table, line in zip(tables, found, strict=True):
         if line.tier.name != found[0].tier.name:
@@ -66,7 +66,7 @@ def _line_rate(tables: list[Table], cluster: Path | None) -> LineRate | None:
                 f"{first.name}, {table.name}",
                 "calibrate one tier at a time",
             )
-    return found[-1]
+    return found
 
 
 Curves = dict[str, list[tuple[float, float]]]

@@ -137,6 +137,12 @@ def test_chips_that_do_not_fold_are_moved_message_by_message_and_the_answer_says
     assert "warning: 3 chips do not fold" in err
 
 
+def test_where_nothing_suits_the_levels_the_answer_is_that_of_full_fidelity(answer):
+    found = answer("--cluster", "tpu-v5p-pod", "--chips", "64", "--op", "barrier")
+    assert (found["fidelity"], found["algorithm"]) == ("full", "dissemination")
+    assert any("no algorithm for barrier suits" in note for note in found["notes"])
+
+
 def test_a_slow_link_makes_it_slower_and_is_told(comms, answer, tmp_path):
     path = file_with(tmp_path, LAPTOP, "  links:\n    - {chip: 0, tier: ethernet, factor: 0.5}\n")
     calm, slow = answer("--op", "all_gather"), answer("--cluster", path, "--op", "all_gather")
@@ -234,11 +240,9 @@ def test_a_range_that_is_none_is_refused(comms, sweep):
 
 
 def test_tiers_are_told_from_the_inside_to_the_network(answer, comms):
-    tiers = answer("--tiers", "--cluster", "dgx-h100-superpod")["tiers"]
-    assert [row["tier"] for row in tiers][-2:] == ["scalable unit", "spine"]
-    assert [
-        row["tier"] for row in answer("--tiers", "--cluster", "dgx-h100-superpod", "--chips", "8")["tiers"]
-    ][-1] == "scale-up"
+    words = ("--tiers", "--cluster", "dgx-h100-superpod")
+    assert [row["tier"] for row in answer(*words)["tiers"]][-2:] == ["scalable unit", "spine"]
+    assert [row["tier"] for row in answer(*words, "--chips", "8")["tiers"]][-1] == "scale-up"
     assert "ethernet" in comms("--tiers")[1]
 
 

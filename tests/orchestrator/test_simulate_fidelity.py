@@ -1,0 +1,94 @@
+"""Claims about `orchestrate simulate --fidelity`: folded and full agree, conditions count, too many are refused."""
+
+from dataclasses import replace
+from io import StringIO
+from pathlib import Path
+
+import pytest
+import torch
+
+from comms.conditions import Background, ChipFault, Described, LinkFault, Reach
+from comms.pricing import Fidelity
+from comms.schedule import Op
+from orchestrator import models
+from orchestrator.cluster_file import load_cluster
+from orchestrator.console import Console
+from orchestrator.errors import ClusterError, ConfigError
+from orchestrator.job_file import load_job
+from orchestrator.preparation import Prepared
+from orchestrator.verbs.options import Options
+from orchestrator.verbs.simulate import BACKGROUND, CONDITIONS, answer, chosen_fidelity, simulate
+from partitioner.capture import trace_module
+from partitioner.lower import StepShape, lower
+from partitioner.plan import Plan
+from partitioner.units import build_graph
+
+CONFIGS = Path(__file__).parents[2] / "cluster_configs"
+LAPTOP = load_cluster(CONFIGS / "laptop.yaml")
+PLAN = Plan(dp=2, tp=2, pp=2, zero=1, microbatches=4, bucket_bytes=100_000)
+SLOW_CHIP = replace(LAPTOP, conditions=Described(chips=(ChipFault((3,), 1.5),)))
+SLOW_LINK = replace(LAPTOP, conditions=Described(links=(LinkFault(Reach((0,), "ethernet"), 0.25),)))
+
+
+@pytest.fixture(scope="module")
+def program():
+    built = models.build("builtin:gpt-nano", {}, device="meta", dtype=torch.float32, seed=0)
+    graph = build_graph(
+        trace_module(built.module, built.example_batch(2, 32), None, built.tp_plan), num_samples=2
+    )
+    return lower(graph, PLAN, StepShape(16, 32, "builtin:gpt-nano", "fp32", 2))
+
+
+def test_folded_and_full_agree_on_a_symmetric_plan_and_the_document_is_the_same(program):
+    folded, full = (simulate(program, LAPTOP, fidelity=each) for each in (Fidelity.FOLDED, Fidelity.FULL))
+    assert full.step_time_s == pytest.approx(folded.step_time_s, rel=0.005)
+    one, other = folded.document(), full.document()
+    assert one.keys() == other.keys()
+    assert (one["fidelity"], other["fidelity"]) == ("folded", "full")
+    assert "contention" in str(one["left_out"])
+    assert "contention" not in str(other["left_out"])
+
+
+@pytest.mark.parametrize("cluster", [SLOW_CHIP, SLOW_LINK], ids=["chip", "link"])
+def test_what_is_slow_makes_the_step_longer_without_being_asked(program, cluster):
+    calm, slow = simulate(program, LAPTOP), simulate(program, cluster)
+    assert (calm.step.fidelity, slow.step.fidelity) == ("folded", "full")
+    assert slow.step_time_s > 1.02 * calm.step_time_s
+
+
+def test_folded_leaves_conditions_out_and_says_so(program):
+    found = simulate(program, SLOW_LINK, fidelity=Fidelity.FOLDED)
+    assert found.step_time_s == simulate(program, LAPTOP).step_time_s
+    assert CONDITIONS in found.step.left_out
+
+
+def test_jobs_in_the_background_are_left_out_and_named(program):
+    others = Described(background=(Background(Op.ALL_REDUCE, (0, 4), 2.0**20),))
+    assert BACKGROUND in simulate(program, replace(LAPTOP, conditions=others)).step.left_out
+
+
+def test_too_many_chips_are_refused_and_not_taken_by_default(program):
+    many = replace(program, axes=(("pp", 2), ("dp", 2048), ("tp", 2)))
+    cluster = load_cluster(CONFIGS / "dgx-a100.yaml")
+    with pytest.raises(ConfigError, match="8192 chips are too many") as caught:
+        simulate(many, cluster, fidelity=Fidelity.FULL)
+    assert "folded" in caught.value.hint
+    late = replace(cluster.take(8192), conditions=SLOW_CHIP.conditions)
+    assert chosen_fidelity(late, None) is Fidelity.FOLDED
+    assert chosen_fidelity(SLOW_CHIP, None) is Fidelity.FULL
+
+
+def test_conditions_that_the_network_cannot_have_are_the_users_error(program):
+    links = tuple(LinkFault(Reach((0,), tier), 0.0) for tier in ("pcie switch",))
+    with pytest.raises(ClusterError, match="cut off"):
+        simulate(program, replace(LAPTOP, conditions=Described(links=links)))
+
+
+@pytest.mark.parametrize(("flag", "warned"), [("folded", True), ("full", False), (None, False)])
+def test_the_verb_takes_the_flag_and_warns_where_conditions_are_left_out(program, tmp_path, flag, warned):
+    job_file = tmp_path / "job.yaml"
+    job_file.write_text("kind: job\nversion: 1\nmodel: builtin:gpt-nano\n")
+    prepared = Prepared(SLOW_CHIP, load_job(job_file), PLAN, program, was_cached=True)
+    out, err = StringIO(), StringIO()
+    assert answer(prepared, Options(fidelity=flag), Console(out=out, err=err)) == 0
+    assert ("warning" in err.getvalue()) == warned
