@@ -152,8 +152,10 @@ def _latency_and_wire(name: str, outline: Outline) -> tuple[float, float]:
     """Latencies and bytes along all stages, in seconds, for what handing pieces on costs."""
     stages = [stage for phase in outline.phases for stage in phase]
     latency = sum(stage.repeat * max(hop.latency_s for hop in stage.hops) for stage in stages)
-    wire = sum(stage.repeat * stage.nbytes / min(hop.bytes_per_s for hop in stage.hops) for stage in stages)
-    return latency * (IN_NETWORK_STAGES if name == IN_NETWORK else 1.0), wire
+    wires = [stage.repeat * stage.nbytes / min(hop.bytes_per_s for hop in stage.hops) for stage in stages]
+    if name == IN_NETWORK:  # what goes up and what comes down cross wires of their own, at the same time
+        return latency * IN_NETWORK_STAGES, max(wires, default=0.0)
+    return latency, sum(wires)
 
 
 def _outermost(members: Members, network: Network) -> Tier:

@@ -193,8 +193,8 @@ def _wanted(task: _Task, trees: int) -> Wanted:
         return Wanted(roots, task.nbytes / n / trees, down, up, op is Op.ALL_TO_ALL)
     share = task.nbytes / trees
     if op is Op.ALL_REDUCE:
-        roots = np.resize(_central(task.hops, share), trees)
-        return Wanted(tuple(roots.tolist()), share, down, up)
+        near = np.resize(_central(task.hops, share), trees)
+        return Wanted(tuple(near.tolist()), share, down, up)
     return Wanted((task.root,) * trees, share, down, up)
 
 

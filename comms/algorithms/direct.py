@@ -154,11 +154,11 @@ def pairwise_outline(nbytes: float, levels: Levels) -> Outline | None:
 def rooted_outline(op: Op, nbytes: float, levels: Levels) -> Outline | None:
     """Scatter from the first member or gather to it.
 
-    What it gathers shares its ports. Over more than two levels that is a question of who shares what further
-    out, so there is no outline.
+    What is gathered shares the root's ports: over more than one level, at rates that change as the near are done,
+    so there is no outline.
     """
     spans = folds(levels)
-    if any(level.ring for level, _ in spans) or (op is Op.GATHER and len(spans) > 2):
+    if any(level.ring for level, _ in spans) or (op is Op.GATHER and len(spans) > 1):
         return None
     each = nbytes / num_members(levels)
     stages = (_last_port(levels, each, all_send=False),) if spans else ()

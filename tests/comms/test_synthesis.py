@@ -76,7 +76,7 @@ def networks(draw: st.DrawFn) -> Graph:
     pairs = [(nodes[draw(st.integers(0, i - 1))], nodes[i]) for i in range(1, len(nodes))]
     more = [pair for pair in combinations(nodes, 2) if pair not in pairs]
     pairs += draw(st.lists(st.sampled_from(more), unique=True, max_size=3)) if more else []
-    links = st.builds(Link, st.sampled_from([0.0, 1e-6, 5e-6]), st.sampled_from([5e9, 10e9, 50e9]))
+    links = st.builds(Link, st.sampled_from([1e-6, 5e-6]), st.sampled_from([5e9, 10e9, 50e9]))
     duplex = st.sampled_from([Duplex.FULL, Duplex.FULL, Duplex.HALF])
     edges = tuple(Edge(a, b, draw(links), draw(duplex)) for a, b in pairs)
     return Graph(chips, edges, ("switch",) if "switch" in nodes else ())
@@ -109,7 +109,7 @@ def best_fixed(topology: Topology, op: Op, nbytes: float, dims: tuple[int, ...] 
 
 
 @settings(max_examples=6, deadline=None)
-@given(networks(), st.sampled_from(OPS), st.sampled_from([0.0, 1.0, 1e5, 1e7]), st.integers(0, 3))
+@given(networks(), st.sampled_from(OPS), st.sampled_from([0.0, 1.0, 1e5]), st.integers(0, 3))
 def test_every_schedule_is_proved_and_not_faster_than_wires_allow(
     network: Graph, op: Op, nbytes: float, seed: int
 ) -> None:
