@@ -10,6 +10,7 @@ from orchestrator.schema import nearest
 
 _PACKAGE = Path(__file__).parent
 _FOLDERS = (_PACKAGE / "cluster_configs", _PACKAGE.parent / "cluster_configs")
+DEFAULT_CLUSTER = "laptop"  # where no command line says another
 
 
 def shipped_clusters() -> dict[str, Path]:

@@ -14,7 +14,7 @@ from orchestrator.collective import Question, time_collective
 from orchestrator.console import Console
 from orchestrator.errors import ConfigError
 from orchestrator.latency_tiers import latency_tiers
-from orchestrator.shipped import cluster_path
+from orchestrator.shipped import DEFAULT_CLUSTER, cluster_path
 from orchestrator.size_sweep import sweep_sizes
 from orchestrator.verbs.comms_inputs import (
     Algorithm,
@@ -27,7 +27,6 @@ from orchestrator.verbs.comms_inputs import (
     told,
     write_picture,
 )
-from orchestrator.verbs.inputs import DEFAULT_CLUSTER
 from orchestrator.verbs.options import Options
 
 DEFAULT_SIZE = "64 MiB"

@@ -11,13 +11,12 @@ from orchestrator.errors import ConfigError, PlanError
 from orchestrator.job import Job
 from orchestrator.job_file import job_document, job_from, load_job
 from orchestrator.preparation import Prepared, Progress
-from orchestrator.shipped import cluster_path
+from orchestrator.shipped import DEFAULT_CLUSTER, cluster_path
 from orchestrator.verbs.options import Options
 from orchestrator.yaml_file import Document, read_yaml
 from partitioner.errors import PartitionError
 from partitioner.plan import Plan, plan_from_yaml
 
-DEFAULT_CLUSTER = "laptop"
 # What `train` shows when neither a job nor a model nor a plan is asked for: every kind of parallelism at once.
 DEMONSTRATION = ("plan.tp=2", "plan.pp=2")
 DEMONSTRATION_CHIPS = 4  # a multiple of so many
