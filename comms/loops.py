@@ -17,7 +17,17 @@ import numba
 
 FunctionT = TypeVar("FunctionT", bound=Callable[..., object])
 
-FILES = ("compiled.py", "costs.py", "events.py", "heaps.py", "loops.py", "sharing.py", "sweep.py")
+FILES = (
+    "clock.py",
+    "compiled.py",
+    "costs.py",
+    "events.py",
+    "growth.py",
+    "heaps.py",
+    "loops.py",
+    "sharing.py",
+    "sweep.py",
+)
 HERE = Path(__file__).parent
 
 

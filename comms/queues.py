@@ -78,7 +78,9 @@ def received_at_first(compiled: Compiled, left: NDArray[np.uint16]) -> NDArray[n
     for stream in compiled.work.streams:
         chains = int(stream["pieces"] * stream["ranks"] * stream["groups"])
         rounds, first = int(stream["rounds"]), int(stream["left0"])
+        if not rounds:
+            continue
         waits = left[first : first + chains * rounds].reshape(chains, rounds) > 0
-        none = np.where(waits.any(axis=1), waits.argmax(axis=1), rounds) if rounds else 0
+        none = np.where(waits.any(axis=1), waits.argmax(axis=1), rounds)
         got[stream["chain0"] : stream["chain0"] + chains] = none
     return got

@@ -275,6 +275,15 @@ def test_conditions_slow_a_message_down_as_they_say():
     assert seconds(down) == pytest.approx(8.5)
 
 
+def test_a_channel_or_job_that_sends_nothing_takes_no_time():
+    idle = Schedule(Op.BROADCAST, "idle", 2, 1, 1.0, (Channel(()), *one_message().channels))
+    assert seconds(schedule=idle) == pytest.approx(5.5)
+    nothing = Schedule(Op.BROADCAST, "nothing", 2, 1, 1.0, ())
+    for method in Method:
+        jobs = [Job(nothing, np.arange(2), 10.0), Job(one_message(), np.arange(2), 10.0)]
+        assert simulate(LINE, jobs, method=method).seconds == pytest.approx([0.0, 5.5])
+
+
 def test_a_wire_that_stays_dead_is_an_error():
     with pytest.raises(CommsError, match="never arrive"):
         seconds(Conditions(factors={0: 0.0}))
