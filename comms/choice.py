@@ -72,7 +72,7 @@ class Choice:
 
     def schedule(self) -> Schedule:
         """The messages of all ranks, in the order of the members."""
-        levels = self.levels if self.is_folded else None
+        levels = tuple(level.under(self.protocol) for level in self.levels) if self.is_folded else None
         return schedule_of(self.algorithm, self.op, self.num_chips, self.nbytes, levels)
 
     def folded_s(self) -> float:
@@ -130,7 +130,8 @@ def _tried(
         setup = tier.setup_s + protocol.handing_on_s(*_latency_and_wire(name, outline))
         seconds, is_folded = closed_seconds(outline), levels is not None
         choices.append(Choice(op, nbytes, num_chips, name, protocol, setup, seconds, used, is_folded))
-    return choices
+    exact = [choice for choice in choices if choice.is_folded]
+    return exact or choices  # a guess is no match for what is known
 
 
 def _offered(op: Op, num_chips: int, tier: Tier, algorithm: str) -> list[tuple[str, Protocol]]:

@@ -17,8 +17,8 @@ shop: the sum over all of them, and q - 1 times the longest.
 With p positions in a ring (hop i: w_i, l_i) the time is that of the longest path on which each step either waits
 for the port (w_i) or follows the message (w_i + l_i, to position i + 1), the last step being such a move. A path
 with m moves visits m positions and waits at the one with the largest w; of paths once around and more, one with
-the fewest or one with the most turns is the longest. Ring outlines with several stages have no form shorter than
-their sweep, `comms.folded`, which is used for them.
+the fewest or one with the most turns is the longest. Ring outlines with several stages, or with
+pieces between each other, have no form shorter than their sweep, `comms.folded`, which is used for them.
 """
 
 import numpy as np
@@ -38,7 +38,9 @@ def closed_seconds(outline: Outline) -> float:
     stages = [stage for phase in outline.phases for stage in phase if stage.repeat]
     if len(stages) != 1 or stages[0].own_ports or len(stages[0].hops) > MAX_POSITIONS:
         return folded_seconds(outline)
-    return _ring(stages[0], outline.pieces, outline.order)
+    if outline.order is Order.INTERLEAVED and outline.pieces > 1:
+        return folded_seconds(outline)
+    return _ring(stages[0], outline.pieces)
 
 
 def _uniform(outline: Outline) -> float:
@@ -87,21 +89,19 @@ def _interleaved(stage: Stage, pieces: int, first: float, last: float) -> tuple[
     return first + through, last + through, last + wire_s
 
 
-def _ring(stage: Stage, pieces: int, order: Order) -> float:
-    """The longest path. SERIAL pieces are further rounds; INTERLEAVED, a move spares as many waits as pieces."""
+def _ring(stage: Stage, pieces: int) -> float:
+    """The longest path; pieces one after another are further rounds."""
     wire = np.array([_wire_s(stage, hop, pieces) for hop in stage.hops])
     moves = wire + np.array([hop.latency_s for hop in stage.hops])
-    rounds, width = stage.repeat, pieces
-    if order is Order.SERIAL:
-        rounds, width = stage.repeat * pieces, 1
+    rounds = stage.repeat * pieces
     positions = len(wire)
     path = (np.arange(positions)[:, np.newaxis] + np.arange(positions)) % positions  # [start, move]
     moved: FloatArray = np.cumsum(moves[path], axis=1)
     slowest = np.maximum.accumulate(wire[path], axis=1)
     num = np.arange(1, positions + 1)
-    waits = (rounds - num) * width + width - 1
+    waits = rounds - num
     once = np.where(num <= rounds, moved + waits * slowest, 0.0).max()
     turns = (rounds - num) // positions
-    waits = (rounds - num - turns * positions) * width + width - 1
+    waits = rounds - num - turns * positions
     often = np.where(turns > 0, moved + turns * moves.sum() + waits * wire.max(), 0.0).max()
     return float(max(once, often))

@@ -20,6 +20,7 @@ from comms.schedule import Channel, Order, Pattern, Round, Schedule
 from comms.topology import FloatArray, IntArray, Topology, Wires, route_latencies
 
 Int32Array = NDArray[np.int32]
+MAX_PIECES = 1 << 20  # a timer's number holds a message and a piece
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -127,6 +128,7 @@ class Compiled:
     port_rank: Int32Array  # [ports] row of the rank that sends by it, over all streams
     rank_node: IntArray  # [rank rows] node of the topology
     bytes_per_s: FloatArray  # [resources]
+    shares: IntArray  # [wires] resource that each uses
     crossings: FloatArray = field(
         repr=False
     )  # [resources] bytes that all messages bring, repeats not counted
@@ -168,8 +170,13 @@ def _check_places(topology: Topology, job: Job) -> None:
     if len(outside):
         problem = f"node {outside[0]} is outside a topology of {topology.num_nodes} nodes"
         raise CommsError(problem, where, "place ranks on nodes that there are")
-    if job.nbytes < 0:
+    if not 0 <= job.nbytes < np.inf:
         raise CommsError(f"{job.nbytes} bytes", where, "give a size of zero or more")
+    if not 0 <= job.start_s < np.inf:
+        raise CommsError(f"a start at {job.start_s} s", where, "give a time of zero or more")
+    for channel in job.schedule.channels:
+        if not 1 <= channel.pieces < MAX_PIECES:
+            raise CommsError(f"{channel.pieces} pieces", where, f"cut it into 1 to {MAX_PIECES - 1} pieces")
 
 
 class _Building:
@@ -202,7 +209,7 @@ class _Building:
     def _add_channel(self, job: Job, channel: Channel) -> None:
         rounds = [(each, phase) for phase in _phase_bounds(channel) for each in phase[2]]
         num_groups, members = job.by_group.shape
-        ranks, pieces = num_groups * members, max(1, channel.pieces)
+        ranks, pieces = num_groups * members, channel.pieces
         groups = job.schedule.num_chunks if channel.by_chunk else 1
         chains = pieces * ranks * groups
         self.streams.append(
@@ -249,7 +256,10 @@ class _Building:
         heads = np.full(routes.num_messages, -1, dtype=np.int64)
         taken = routes.offsets[1:] > routes.offsets[:-1]
         heads[taken] = resources[routes.offsets[:-1][taken]]
-        latency = route_latencies(self.wires, routes) + job.protocol.latency_s
+        members, chips = job.by_group.shape[1], job.schedule.num_ranks
+        # A message up to a switch that reduces and the one down from it are one message to a library.
+        half = (pattern.src % members >= chips) | (pattern.dst % members >= chips)
+        latency = route_latencies(self.wires, routes) + job.protocol.latency_s * np.where(half, 0.5, 1.0)
         return heads, routes.offsets, resources, latency
 
     def _add_rounds(
@@ -298,6 +308,7 @@ class _Building:
             port_rank=_column(self.port_rank).astype(np.int32),
             rank_node=_column(self.rank_node).astype(np.int64),
             bytes_per_s=self.wires.bytes_per_s.astype(np.float64),
+            shares=self.wires.shares,
             crossings=_crossings(work, self.wires.num_wires),
         )
 

@@ -7,12 +7,13 @@ from comms.loops import compiled
 
 
 @compiled
-def uniform(seed: int, message: int, piece: int) -> float:
-    """In (0, 1], from a hash of the message's number (splitmix64): no state, so no order to depend on."""
+def uniform(seed: int, message: int, piece: int, started_s: float) -> float:
+    """In (0, 1], from a hash of the message and its run's start (splitmix64): no state, no order to depend on."""
     x = np.uint64(seed + 1) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(message) * np.uint64(
         0xD1B54A32D192ED03
     )
     x += np.uint64(piece) * np.uint64(0x8CB92BA72F3D8DD7)
+    x += np.uint64(np.int64(started_s * 1e12)) * np.uint64(0xAEF17502108EF2D9)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     x = x ^ (x >> np.uint64(31))

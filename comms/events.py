@@ -12,21 +12,22 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from comms.compiled import MAX_PIECES
 from comms.costs import forwarding_s, uniform
 from comms.heaps import Finishes, Timers, add_timer, clear_finish, set_finish, take_timer
 from comms.loops import compiled
 from comms.sharing import Flows, draw_in, draw_in_all, insert, remove, solve
 
-SAME_INSTANT = 1e-12  # relative: rounding must not split what happens together
+SAME_INSTANT = 1e-15  # relative, a few last digits: rounding must not split what happens together
 
 # States of a port.
 IDLE, STARTING, SENDING = 0, 1, 2
 
 # Counters: messages that have arrived, flows that started or ended, flows solved anew, runs under way that are
-# waited for, runs in `World.ended`.
-ARRIVED, FLOW_EVENTS, SOLVED, WAITED_FOR, ENDED = 0, 1, 2, 3, 4
-NUM_COUNTERS = 5
-MAX_PIECES = 1 << 20  # a timer's number holds a message and a piece
+# waited for, runs in `World.ended`, restarts of background runs.
+ARRIVED, FLOW_EVENTS, SOLVED, WAITED_FOR, ENDED, RESTARTS = 0, 1, 2, 3, 4, 5
+NUM_COUNTERS = 6
+MOST_RESTARTS = 10**6  # of background runs while somebody waits: who waits then waits for ever
 
 
 QUEUE = np.dtype(  # what leaves by the ports: one row per message, port by port, in the order they leave
@@ -120,7 +121,7 @@ def run(w: World, changes: Changes, next_change: int, until_s: float, run_by_run
     # What the events of one instant may add: a timer for each port, one for each run that starts again (Live).
     room = len(timers.heap) - 2 * len(w.port) - 2 * len(w.run) - 2
     while w.counters[WAITED_FOR] > 0 and timers.size[0] < room:
-        if run_by_run and w.counters[ENDED] > 0:
+        if (run_by_run and w.counters[ENDED] > 0) or w.counters[RESTARTS] > MOST_RESTARTS:
             break
         now = np.inf
         if timers.size[0] > 0:
@@ -230,6 +231,8 @@ def _end(w: World, number: int, now: float) -> None:
     """All messages of a run have arrived."""
     if w.run[number].repeats:
         rewind(w, number)
+        w.run[number].start_s = now
+        w.counters[RESTARTS] += 1
         add_timer(w.timers, now, -len(w.port) - 1 - number)
         return
     w.run[number].end_s = now
@@ -292,13 +295,20 @@ def _try(w: World, number: int, now: float, drawn: int) -> int:
             return drawn
         delay = w.rank[w.streams[port.stream].rank0 + port.rank].overhead_s
         if w.noise.mean_s > 0.0:
-            delay -= w.noise.mean_s * np.log(uniform(w.noise.seed, message, port.piece))
+            delay -= w.noise.mean_s * np.log(uniform(w.noise.seed, message, port.piece, _started(w, number)))
         if delay > 0.0:
             port.state = STARTING
             add_timer(w.timers, now + delay, -number - 1)
             return drawn
         drawn = _send(w, number, now, drawn)
     return drawn
+
+
+@compiled
+def _started(w: World, number: int) -> float:
+    """When the run of a port's messages started: what happens again does not happen the same way."""
+    stream = w.streams[w.port[number].stream]
+    return w.run[stream.run0 + w.port[number].rank // stream.members].start_s  # type: ignore[no-any-return]
 
 
 @compiled

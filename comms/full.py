@@ -20,9 +20,11 @@ from comms.errors import CommsError
 from comms.events import (
     ARRIVED,
     FLOW_EVENTS,
+    MOST_RESTARTS,
     NUM_COUNTERS,
     PORT,
     RANK,
+    RESTARTS,
     SOLVED,
     WAITED_FOR,
     Changes,
@@ -46,7 +48,7 @@ class Method(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """From `at_s` on, a wire runs at `factor` of its rate: 0 is down, 1 is as it was."""
+    """From `at_s` on, a wire runs at `factor` of the topology's rate: 0 is down. It takes the place of `factors`."""
 
     at_s: float
     wire: int
@@ -107,12 +109,23 @@ def simulate(
 
 def rates_under(compiled: Compiled, conditions: Conditions) -> FloatArray:
     """[resources] Bytes per second."""
-    rates = compiled.bytes_per_s.copy()
+    lowest: dict[int, float] = {}
     for wire, factor in conditions.factors.items():
-        if not 0 <= factor < np.inf:
-            raise CommsError(f"a factor of {factor}", f"wire {wire}", "give a share of the rate, 0 or more")
-        rates[wire] *= factor
+        resource = _resource(compiled, wire, factor)
+        lowest[resource] = min(factor, lowest.get(resource, np.inf))
+    rates = compiled.bytes_per_s.copy()
+    for resource, factor in lowest.items():
+        rates[resource] *= factor
     return rates
+
+
+def _resource(compiled: Compiled, wire: int, factor: float) -> int:
+    """What a condition on a wire changes. Raises CommsError for a wire or a factor that cannot be."""
+    if not 0 <= wire < len(compiled.shares):
+        raise CommsError(f"no wire {wire} among {len(compiled.shares)}", "conditions", "count wires from 0")
+    if not 0 <= factor < np.inf:
+        raise CommsError(f"a factor of {factor}", f"wire {wire}", "give a share of the rate, 0 or more")
+    return int(compiled.shares[wire])
 
 
 def _overheads(compiled: Compiled, conditions: Conditions) -> FloatArray:
@@ -157,7 +170,7 @@ def _by_events(compiled: Compiled, rates: FloatArray, conditions: Conditions, re
     while world.counters[WAITED_FOR] > 0 and not stuck:
         next_change = run(world, changes, next_change, np.inf, False)
         # It stops early for want of room, or because nothing can happen any more.
-        stuck = world.timers.size[0] == 0
+        stuck = world.timers.size[0] == 0 or world.counters[RESTARTS] > MOST_RESTARTS
         world = world._replace(timers=grown(world.timers))
     if world.counters[WAITED_FOR] > 0:
         raise CommsError("a message can never arrive", "simulation", "a wire on its route stays at rate zero")
@@ -185,7 +198,9 @@ def _result(
 def timed_changes(compiled: Compiled, conditions: Conditions) -> Changes:
     """The changes of capacity, in order of time."""
     changes = sorted(conditions.changes, key=lambda change: (change.at_s, change.wire))
-    wire = np.array([change.wire for change in changes], dtype=np.int64)
+    if any(not 0 <= change.at_s < np.inf for change in changes):
+        raise CommsError("a change before the start", "conditions", "give times of zero or more")
+    wire = np.array([_resource(compiled, each.wire, each.factor) for each in changes], dtype=np.int64)
     factor = np.array([change.factor for change in changes], dtype=np.float64)
     at_s = np.array([change.at_s for change in changes], dtype=np.float64)
     return Changes(at_s, wire, compiled.bytes_per_s[wire] * factor)

@@ -13,7 +13,7 @@ messages that keep to one of several paths. Full fidelity prices those.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from math import inf
+from math import inf, isfinite
 
 from comms.errors import CommsError
 from comms.groups import Lattice, Members, group_size, sharing
@@ -136,11 +136,19 @@ def folded(layers: Sequence[Layer], members: Members, inner: int, aligned: bool)
         if (layer.rails > 1 and not stays_on_rail) or any(each.planes > 1 for each in crossed):
             return None
         link = alone(crossed)
-        pool = together * _share(crossed, under)
-        fanout, reduces = count // together, layer.switch.reduces
-        levels.append(
-            Level(layer.switch.tier, fanout, link.latency_s, link.bytes_per_s, pool, reduces=reduces)
+        # A lone message of a copy meets those of the other copies under the same inner trunks.
+        below = zip(crossed, [1, *counts], under, strict=False)
+        rate = min(link.bytes_per_s, *(each.bytes_per_s_up * mine / every for each, mine, every in below))
+        level = Level(
+            layer.switch.tier,
+            count // together,
+            link.latency_s,
+            rate,
+            together * _share(crossed, under),
+            reduces=layer.switch.reduces,
+            shared=any(isfinite(each.backplane) or not each.duplex for each in crossed),
         )
+        levels.append(level)
         together = count
     return tuple(levels)
 

@@ -29,6 +29,7 @@ class Level:
     pairs: bool = (
         False  # every two bunches have a wire of their own: messages to different ones share nothing
     )
+    shared: bool = False  # the pool is what a switch passes in all, or a wire in both directions
     port: int = 0  # levels with the same number leave a chip by the same wires
 
     def seconds(self, nbytes: float, flows: int = 1) -> float:

@@ -38,10 +38,11 @@ class Live:
     def start(self, job: int, group: int, at_s: float) -> float | None:
         """Start a group, not before anything that has happened; its end at once where it sends nothing."""
         number = int(self._first[job]) + group
+        its = self._world.run[number]
+        assert not self._used[number] or its["left"] == 0, "the group is under way"
         if self._used[number]:
             rewind(self._world, number)
         self._used[number] = True
-        its = self._world.run[number]
         its["start_s"] = at_s
         if its["messages"] == 0:
             return at_s

@@ -19,7 +19,6 @@ FunctionT = TypeVar("FunctionT", bound=Callable[..., object])
 
 FILES = (
     "clock.py",
-    "compiled.py",
     "costs.py",
     "events.py",
     "growth.py",
@@ -46,5 +45,7 @@ def compiled(function: FunctionT) -> FunctionT:
     before, numba.config.CACHE_DIR = numba.config.CACHE_DIR, FOLDER  # type: ignore[attr-defined]
     try:
         return cast(FunctionT, numba.njit(cache=True, error_model="numpy")(function))
+    except RuntimeError:  # nowhere to keep it: compiled anew in each process
+        return cast(FunctionT, numba.njit(error_model="numpy")(function))
     finally:
         numba.config.CACHE_DIR = before  # type: ignore[attr-defined]

@@ -4,6 +4,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from comms.compiled import Compiled
+from comms.errors import CommsError
 from comms.events import QUEUE
 from comms.topology import IntArray
 
@@ -68,7 +69,9 @@ def _counts(
         within = np.arange(num.sum()) - np.repeat(np.cumsum(num) - num, num)
         chunk = (np.repeat(first, num) + within) % groups
         counts = np.bincount(np.repeat(dst, num) * groups + chunk, minlength=ranks * groups)
-    assert counts.max(initial=0) <= MOST, "more messages to one chip in one round than the counters hold"
+    if counts.max(initial=0) > MOST:
+        problem = f"{counts.max()} messages to one chip in one round"
+        raise CommsError(problem, "full fidelity", f"at most {MOST}: choose another algorithm or fidelity")
     return counts.reshape(ranks, groups)
 
 

@@ -107,7 +107,9 @@ def _round(s: Sweep, number: int, piece: int) -> bool:
             start = max(start, s.ready[base + edge.src * groups + (chunk + offset) % groups])
         start += s.overhead_s[stream.rank0 + edge.src]
         if s.noise.mean_s > 0.0:
-            start -= s.noise.mean_s * np.log(uniform(s.noise.seed, message, piece))
+            start -= s.noise.mean_s * np.log(
+                uniform(s.noise.seed, message, piece, s.run[stream.run0 + edge.src // stream.members].start_s)
+            )
         end = start + s.nbytes[message] / s.rate[edge_number]
         if not _take(s, each.stream, edge_number, start, end):
             return False

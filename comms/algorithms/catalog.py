@@ -50,6 +50,8 @@ def joins_likes(name: str) -> bool:
 
 def outline_of(name: str, op: Op, nbytes: float, levels: Levels) -> Outline | None:
     """What representative chips send; None where the algorithm does not suit these levels."""
+    if any(level.shared for level in levels) and _needs_wires_of_its_own(name, op, len(levels)):
+        return None
     if name == RAIL_RINGS:
         rings = _num_rings(levels)
         return ring.around_outline(op, nbytes, levels, rings=rings) if rings > 1 else None
@@ -66,6 +68,18 @@ def schedule_of(name: str, op: Op, num_ranks: int, nbytes: float, levels: Levels
         return _RAIL_OPS[op](num_ranks, orders=orders)
     make = _schedules()[name][op]
     return make(num_ranks, **_options(name, op, make, nbytes, levels))
+
+
+def _needs_wires_of_its_own(name: str, op: Op, num_levels: int) -> bool:
+    """Whether its outline is wrong where a switch limits all that passes it, or both directions share a wire.
+
+    Pools take it that all members send and receive alike, at one level at a time. A root's collective does not, and
+    flat rings and one-round algorithms cross several levels at once.
+    """
+    if op in (Op.BROADCAST, Op.REDUCE, Op.GATHER, Op.SCATTER) or name in tree.SCHEDULES:
+        return True
+    flat = name in (RAIL_RINGS, IN_NETWORK) or name in ring.SCHEDULES or name in direct.SCHEDULES
+    return flat and num_levels > 1
 
 
 _RAIL_OPS: Mapping[Op, Callable[..., Schedule]] = {
@@ -86,7 +100,9 @@ def _outlines() -> Mapping[str, Mapping[Op, Callable[..., Outline | None]]]:
 @cache
 def _pieces() -> Mapping[str, Mapping[Op, Callable[[float, Levels], int]]]:
     return {
-        name: ops for file in (tree, hierarchical, torus, in_network) for name, ops in file.PIECES.items()
+        name: ops
+        for file in (ring, tree, hierarchical, torus, in_network)
+        for name, ops in file.PIECES.items()
     }
 
 

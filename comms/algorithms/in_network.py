@@ -62,7 +62,7 @@ def schedule(
         ups.append(_round(op, True, leaves, np.full_like(leaves, spine), own_leaf, leaf_loads))
         downs.append(_round(op, False, leaves, np.full_like(leaves, spine), own_leaf, leaf_loads))
     phases = tuple((each,) for each in (*ups, *reversed(downs)))
-    channels = (Channel(phases, pieces, Order.INTERLEAVED),)
+    channels = (Channel(phases, pieces, Order.INTERLEAVED, at_once=True),)
     num_helpers = num_leaves + (num_leaves > 1)
     return Schedule(op, NAME, num_ranks, num_chunks, share, channels, root, num_helpers)
 

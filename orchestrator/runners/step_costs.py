@@ -11,10 +11,12 @@ host's time to start a communication, and the optimizer's arithmetic.
 """
 
 from dataclasses import dataclass, field
+from math import prod
 from typing import Protocol
 
 from comms.choice import Choice, choose
 from comms.groups import Members, mesh_group
+from comms.links import Link
 from comms.schedule import Op
 from kernels.chips import Chip
 from kernels.roofline import SegmentTime, memory_seconds, segment_time
@@ -74,6 +76,7 @@ class ClusterCosts:
     _segments: dict[tuple[int, int], SegmentTime] = field(default_factory=dict)
     _chips: dict[int, Chip] = field(default_factory=dict)
     _collectives: dict[tuple[str, Group, int], Choice] = field(default_factory=dict)
+    _between: dict[tuple[int, int], Link] = field(default_factory=dict)
     _state_share: dict[int, float] = field(default_factory=dict)
 
     def work(self, role: Role, instruction: Working) -> Work:
@@ -99,9 +102,21 @@ class ClusterCosts:
     def transfer_ns(self, role: Role, instruction: Send) -> int:
         """Time of one message between the stages' first chips."""
         nbytes = role.tensors[instruction.tensor].spec.nbytes
-        source, target = self._first_chip(role.stage), self._first_chip(instruction.to)
-        link = self.cluster.network.tier_for((source, target)).loaded_link
-        return _ns(link.seconds(nbytes))
+        stages = (min(role.stage, instruction.to), max(role.stage, instruction.to))
+        if stages not in self._between:
+            self._between[stages] = self._link_between(*stages)
+        return _ns(self._between[stages].seconds(nbytes))
+
+    def _link_between(self, low: int, high: int) -> Link:
+        """What each chip of a stage has towards its like in another, all chips of the stage sending at once."""
+        network, per_stage = self.cluster.network, self._chips_per_stage
+        first, second = self._first_chip(low), self._first_chip(high)
+        chips = [*range(first, first + per_stage), *range(second, second + per_stage)]
+        levels = network.levels(chips, aligned=True)
+        if not levels:
+            return network.tier_for((first, second)).loaded_link
+        inner = prod(level.fanout for level in levels[:-1])
+        return Link(levels[-1].latency_s, levels[-1].rate(min(inner, per_stage)))
 
     def _members(self, role: Role, group: Group) -> Members:
         """By arithmetic; groups of a few named stages are small enough to list."""

@@ -25,7 +25,7 @@ from comms.topology import IntArray, Topology
 from orchestrator.runners.base import collective_nbytes
 from orchestrator.runners.every_chip import Spot
 from partitioner.machine import Post
-from partitioner.program import Collective, Group, Program, Role, Send
+from partitioner.program import Collective, Group, Program, Recv, Role, Send
 
 TRANSFER = "transfer"
 
@@ -47,7 +47,7 @@ class ProgramTraffic:
     network: Network  # as many chips as the program has
     conditions: Conditions = CALM
     topology: Topology | None = None  # the network's own, or as conditions leave it
-    _spots: dict[tuple[str, int, tuple[int, ...]], Spot] = field(default_factory=dict)
+    _spots: dict[tuple[_Kind, tuple[int, ...]], Spot] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         whole = self.network.topology()
@@ -56,8 +56,7 @@ class ProgramTraffic:
             job, groups, setup_s = self._job(kind, stages, whole)
             jobs.append(job)
             for index, chips in enumerate(groups):
-                key = (kind.op, kind.nbytes, tuple(int(chip) for chip in chips))
-                self._spots[key] = Spot(number, index, setup_s)
+                self._spots[kind, tuple(int(chip) for chip in chips)] = Spot(number, index, setup_s)
         self.live = Live(self.topology or whole, jobs, self.conditions)
 
     def _job(self, kind: _Kind, stages: set[int], whole: TieredTopology) -> tuple[Job, IntArray, float]:
@@ -82,13 +81,8 @@ class ProgramTraffic:
 
     def spot(self, post: Post) -> Spot:
         """The job and group of what a chip posted."""
-        instruction, role = post.instruction, self.program.role_of(post.key.chips[0])
-        if isinstance(instruction, Collective):
-            op, nbytes = str(instruction.op), collective_nbytes(role, instruction)
-        else:
-            assert isinstance(instruction, Send)
-            op, nbytes = TRANSFER, role.tensors[instruction.tensor].spec.nbytes
-        return self._spots[op, nbytes, post.key.chips]
+        role = self.program.role_of(post.key.chips[0])
+        return self._spots[_kind_of(role, post.instruction), post.key.chips]
 
     def _kinds(self) -> dict[_Kind, set[int]]:
         """Every distinct communication, with the stages that carry it out."""
@@ -102,12 +96,16 @@ class ProgramTraffic:
 def _kinds_of(role: Role) -> Iterator[_Kind]:
     for body in role.bodies:
         for instruction in body.instructions:
-            if isinstance(instruction, Collective):
-                nbytes = collective_nbytes(role, instruction)
-                yield _Kind(str(instruction.op), nbytes, instruction.group)
-            elif isinstance(instruction, Send):
-                nbytes = role.tensors[instruction.tensor].spec.nbytes
-                yield _Kind(TRANSFER, nbytes, (role.stage, instruction.to))
+            if isinstance(instruction, Collective | Send):
+                yield _kind_of(role, instruction)
+
+
+def _kind_of(role: Role, instruction: Collective | Send | Recv) -> _Kind:
+    if isinstance(instruction, Collective):
+        return _Kind(str(instruction.op), collective_nbytes(role, instruction), instruction.group)
+    assert isinstance(instruction, Send)
+    nbytes = role.tensors[instruction.tensor].spec.nbytes
+    return _Kind(TRANSFER, nbytes, (role.stage, instruction.to))
 
 
 def _one_message() -> Schedule:
