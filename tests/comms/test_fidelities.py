@@ -203,3 +203,56 @@ def test_a_library_uses_the_algorithms_it_offers_with_a_protocol():
     assert {name for name, _ in choice.others} == {"double tree"}
     assert choose(Op.GATHER, 2.0**28, range(8), library).algorithm == "direct"  # it offers nothing for it
     assert choose(Op.ALL_REDUCE, 2.0**28, range(8), library, "two-shot").algorithm == "two-shot"
+
+
+def test_an_automatic_choice_prefers_what_is_known_to_a_guess():
+    fabric = switched("fabric", 4, Link(1e-6, 300e9), TierKind.SCALE_UP)
+    tree = Tree(16, Link(1e-6, 50e9), Switch("leaf"), (Trunk(4, Link(1e-6, 25e9), Switch("spine"), rails=4),))
+    network = Network((fabric, *layered(tree, TierKind.SCALE_OUT, inner=4)))
+    if network.levels(range(16)) is None and network.levels(range(16), aligned=True) is not None:
+        assert choose(Op.ALL_REDUCE, 2.0**20, range(16), network).is_folded
+
+
+def test_chains_go_in_pieces():
+    network = Network((switched("fabric", 8, Link(2e-6, 300e9), TierKind.SCALE_UP),))
+    choice = choose(Op.BROADCAST, 2.0**28, range(8), network, "ring")
+    assert choice.transfer_s < 1.2 * 2.0**28 / 300e9
+    assert full_seconds(choice, range(8), network) == pytest.approx(choice.transfer_s, rel=CLOSE)
+
+
+@pytest.mark.parametrize("op", [Op.ALL_REDUCE, Op.BROADCAST, Op.ALL_TO_ALL, Op.GATHER])
+@pytest.mark.parametrize("taper", [1.0, 2.0, 4.0])
+def test_what_a_switch_limits_is_priced_right_or_not_at_all(op, taper):
+    leaf, spine = Switch("leaf", oversubscription=taper), Switch("spine", oversubscription=taper)
+    tree = Tree(8, Link(1e-6, 10e9), leaf, (Trunk(2, Link(1e-6, 20e9), spine),))
+    network = Network(layered(tree, TierKind.SCALE_OUT))
+    for name in names(op):
+        try:
+            choice = choose(op, 2.0**26, range(8), network, name)
+        except CommsError:
+            continue
+        if choice.is_folded and name != RAIL_RINGS:
+            assert full_seconds(choice, range(8), network) == pytest.approx(choice.transfer_s, rel=CLOSE)
+
+
+@pytest.mark.parametrize("op", [Op.ALL_REDUCE, Op.BROADCAST, Op.REDUCE])
+def test_copies_of_a_group_share_tapered_trunks_in_every_fidelity(op):
+    trunks = (Trunk(4, Link(1e-6, 20e9), Switch("middle")), Trunk(8, Link(1e-6, 20e9), Switch("top")))
+    network = Network(layered(Tree(32, Link(1e-6, 10e9), Switch("leaf"), trunks), TierKind.SCALE_OUT))
+    for name in names(op):
+        try:
+            choice = choose(op, 2.0**26, Lattice(((4, 8),)), network, name)
+        except CommsError:
+            continue
+        if choice.is_folded and name != RAIL_RINGS:
+            seconds = full_seconds(choice, Lattice(((4, 8),)), network)
+            assert seconds == pytest.approx(choice.transfer_s, rel=5e-3)
+
+
+def test_a_switch_that_reduces_pays_a_protocol_once_in_every_fidelity():
+    tree = Tree(8, Link(1e-6, 300e9), Switch("nvswitch", reduces=True))
+    flags = (Protocol("flags", 5e-6),)
+    network = Network((Tier("fabric", TierKind.SCALE_UP, 8, tree, protocols=flags),))
+    choice = choose(Op.ALL_REDUCE, 0.0, range(8), network, "in-network")
+    assert choice.transfer_s == pytest.approx(7e-6)
+    assert full_seconds(choice, range(8), network) == pytest.approx(7e-6)

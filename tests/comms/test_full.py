@@ -393,3 +393,80 @@ def test_a_group_that_cannot_end_is_an_error_when_driven_live_too():
     live.start(0, 0, 0.0)
     with pytest.raises(CommsError, match="never arrive"):
         live.advance(np.inf)
+
+
+@pytest.mark.parametrize(
+    ("job", "problem"),
+    [
+        ({"nbytes": math.inf}, "inf bytes"),
+        ({"start_s": -1.0}, "a start at -1.0 s"),
+        ({"start_s": math.nan}, "a start at nan s"),
+    ],
+)
+def test_times_and_sizes_that_cannot_be_are_refused(job, problem):
+    with pytest.raises(CommsError, match=problem):
+        simulate(LINE, [Job(**({"schedule": one_message(), "places": np.arange(2), "nbytes": 1.0} | job))])
+
+
+@pytest.mark.parametrize("pieces", [0, 1 << 20])
+def test_a_number_of_pieces_that_no_timer_holds_is_refused(pieces):
+    channel = Channel(one_message().channels[0].phases, pieces)
+    with pytest.raises(CommsError, match=f"{pieces} pieces"):
+        seconds(schedule=Schedule(Op.BROADCAST, "one", 2, 1, 1.0, (channel,)))
+
+
+@pytest.mark.parametrize(
+    ("conditions", "problem"),
+    [
+        (Conditions(factors={7: 0.5}), "no wire 7 among 1"),
+        (Conditions(factors={-1: 0.5}), "no wire -1"),
+        (Conditions(factors={0: -1.0}), "a factor of -1"),
+        (Conditions(changes=(Change(-1.0, 0, 0.5),)), "before the start"),
+        (Conditions(changes=(Change(1.0, 0, math.nan),)), "a factor of nan"),
+    ],
+)
+def test_conditions_that_cannot_be_are_refused(conditions, problem):
+    with pytest.raises(CommsError, match=problem):
+        seconds(conditions)
+
+
+def test_a_change_counts_from_the_sheet_and_a_factor_from_either_way_of_a_shared_wire():
+    half = Conditions(factors={0: 0.5}, changes=(Change(0.0, 0, 1.0),))
+    assert seconds(half) == pytest.approx(5.5)
+
+    class Shared(Table):
+        def wires(self):
+            one = super().wires()
+            return Wires(*(getattr(one, name) for name in Wires.__slots__[:-1]), np.zeros(2, dtype=np.int64))
+
+    both = Shared(2, [(0.5, 2.0), (0.5, 2.0)], {(0, 1): (0,), (1, 0): (1,)})
+    job = Job(one_message(), np.arange(2), 10.0)
+    for factors in ({0: 0.5}, {1: 0.5}, {0: 0.5, 1: 0.5}):
+        assert simulate(both, [job], Conditions(factors=factors)).seconds[0] == pytest.approx(10.5)
+
+
+def test_who_waits_for_ever_beside_a_background_job_is_told_so():
+    wires = Table(4, [(0.5, 2.0), (0.0, 2.0)], {(0, 1): (0,), (2, 3): (1,)})
+    jobs = [
+        Job(one_message(), np.array([0, 1]), 10.0),
+        Job(one_message(), np.array([2, 3]), 1e-3, repeats=True),
+    ]
+    with pytest.raises(CommsError, match="never arrive"):
+        simulate(wires, jobs, Conditions(factors={0: 0.0}))
+
+
+def test_a_late_start_changes_nothing():
+    quick = ring_table(8, 512e9, 1e-9)
+    for method in Method:
+        early = simulate(quick, [Job(ring(8), np.arange(8), 512.0)], method=method).seconds[0]
+        late = simulate(quick, [Job(ring(8), np.arange(8), 512.0, 1000.0)], method=method).seconds[0]
+        assert late == pytest.approx(early, rel=1e-3)
+
+
+def test_noise_is_another_one_each_time_a_group_starts():
+    live = Live(LINE, [Job(one_message(), np.arange(2), 10.0)], Conditions(noise_s=2.0, seed=3))
+    took = []
+    for start in (0.0, 100.0, 200.0):
+        live.start(0, 0, start)
+        took.append(live.advance(np.inf)[0].at_s - start)
+    assert len({round(each, 6) for each in took}) == 3
