@@ -205,14 +205,6 @@ def test_a_library_uses_the_algorithms_it_offers_with_a_protocol():
     assert choose(Op.ALL_REDUCE, 2.0**28, range(8), library, "two-shot").algorithm == "two-shot"
 
 
-def test_an_automatic_choice_prefers_what_is_known_to_a_guess():
-    fabric = switched("fabric", 4, Link(1e-6, 300e9), TierKind.SCALE_UP)
-    tree = Tree(16, Link(1e-6, 50e9), Switch("leaf"), (Trunk(4, Link(1e-6, 25e9), Switch("spine"), rails=4),))
-    network = Network((fabric, *layered(tree, TierKind.SCALE_OUT, inner=4)))
-    if network.levels(range(16)) is None and network.levels(range(16), aligned=True) is not None:
-        assert choose(Op.ALL_REDUCE, 2.0**20, range(16), network).is_folded
-
-
 def test_chains_go_in_pieces():
     network = Network((switched("fabric", 8, Link(2e-6, 300e9), TierKind.SCALE_UP),))
     choice = choose(Op.BROADCAST, 2.0**28, range(8), network, "ring")

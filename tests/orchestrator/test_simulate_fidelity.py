@@ -31,12 +31,23 @@ SLOW_LINK = replace(LAPTOP, conditions=Described(links=(LinkFault(Reach((0,), "e
 
 
 @pytest.fixture(scope="module")
-def program():
+def graph():
     built = models.build("builtin:gpt-nano", {}, device="meta", dtype=torch.float32, seed=0)
-    graph = build_graph(
-        trace_module(built.module, built.example_batch(2, 32), None, built.tp_plan), num_samples=2
-    )
+    traced = trace_module(built.module, built.example_batch(2, 32), None, built.tp_plan)
+    return build_graph(traced, num_samples=2)
+
+
+@pytest.fixture(scope="module")
+def program(graph):
     return lower(graph, PLAN, StepShape(16, 32, "builtin:gpt-nano", "fp32", 2))
+
+
+@pytest.mark.parametrize(("dp", "tp", "pp"), [(1, 2, 4), (2, 1, 4), (4, 1, 2), (1, 4, 2)])
+def test_transfers_between_stages_take_the_same_folded_and_full(graph, dp, tp, pp):
+    plan = Plan(dp=dp, tp=tp, pp=pp, microbatches=4)
+    split = lower(graph, plan, StepShape(16, 32, "builtin:gpt-nano", "fp32", 2))
+    folded, full = (simulate(split, LAPTOP, fidelity=each) for each in (Fidelity.FOLDED, Fidelity.FULL))
+    assert full.step_time_s == pytest.approx(folded.step_time_s, rel=0.02)
 
 
 def test_folded_and_full_agree_on_a_symmetric_plan_and_the_document_is_the_same(program):
