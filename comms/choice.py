@@ -127,7 +127,10 @@ def _tried(
         outline = _outline(name, op, nbytes, used, protocol)
         if outline is None:
             continue
-        setup = tier.setup_s + protocol.handing_on_s(*_latency_and_wire(name, outline))
+        latency, wire = _latency_and_wire(name, outline)
+        setup = tier.setup_s + protocol.handing_on_s(latency, wire)
+        if name == IN_NETWORK and protocol.pipelined:  # its stages inside the switch, which no message shows
+            setup += latency * (1 - 1 / IN_NETWORK_STAGES)
         seconds, is_folded = closed_seconds(outline), levels is not None
         choices.append(Choice(op, nbytes, num_chips, name, protocol, setup, seconds, used, is_folded))
     exact = [choice for choice in choices if choice.is_folded]
