@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from comms.algorithms.catalog import considered
+from comms.bisection import Cut, bisection
 from comms.choice import AUTO, Choice, choose
 from comms.conditions import CALM, Described
 from comms.errors import CommsError
@@ -44,6 +45,9 @@ def quiet(name: str) -> AbstractContextManager[None]:
     """A phase that nobody watches."""
     del name
     return nullcontext()
+
+
+MOST_CUT = 16_384  # chips of a network whose halves are looked at
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -104,6 +108,12 @@ class Answer:
     @property
     def busbw_bytes_per_s(self) -> float:
         return busbw(self.question.op, self.question.nbytes, self.seconds, self.question.num_chips)
+
+    def bisection(self) -> Cut | None:
+        """The narrowest cut of the network into halves; None for one chip, and where it is too large to look at."""
+        if not 1 < self.question.num_chips <= MOST_CUT:
+            return None
+        return bisection(self.site.resolved.topology if self.site else self.question.network.topology())
 
     @property
     def left_out(self) -> tuple[str, ...]:

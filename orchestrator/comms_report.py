@@ -27,7 +27,7 @@ def size_in_words(nbytes: float) -> str:
 
 def document(answer: Answer, cluster: str) -> dict[str, object]:
     """One answer as JSON values."""
-    question = answer.question
+    question, cut = answer.question, answer.bisection()
     return {
         "cluster": cluster,
         "op": str(question.op),
@@ -42,6 +42,7 @@ def document(answer: Answer, cluster: str) -> dict[str, object]:
         "busbw_bytes_per_s": answer.busbw_bytes_per_s,
         "per_tier": _per_tier(answer),
         "limiting_link": limiting_link(answer),
+        "bisection_bytes_per_s": None if cut is None else cut.bytes_per_s,
         "fidelity": str(answer.fidelity),
         "num_messages": answer.full.result.num_messages if answer.full else None,
         "candidates": [_candidate(each) for each in answer.candidates],
@@ -155,6 +156,8 @@ def tables(answer: Answer, cluster: str) -> tuple[Table, ...]:
         rows.append(("bus bandwidth", wording.scaled(answer.busbw_bytes_per_s, "B/s")))
     if limit := limit_in_words(answer):
         rows.append(("limited by", limit))
+    if (cut := answer.bisection()) is not None:
+        rows.append(("bisection of the chips", f"{wording.scaled(cut.bytes_per_s, 'B/s')}, {cut.proof}"))
     rows += [("note", note) for note in answer.notes]
     made = f"{answer.fidelity}, made in {wording.seconds(answer.elapsed_s)}"
     rows.append(("fidelity", made if not answer.full else f"{made}, {_messages(answer)}"))

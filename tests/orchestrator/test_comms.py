@@ -311,3 +311,8 @@ def test_the_clock_is_the_callers():
     full = Question(cluster.network, 8, Op.ALL_REDUCE, MIB, fidelity=Fidelity.FULL)
     found = time_collective(full, clock=iter((1.0, 2.0, 5.0, 9.0)).__next__)
     assert (found.loading_s, found.elapsed_s) == (3.0, 5.0)
+
+
+def test_the_bisection_is_what_one_card_of_each_host_carries(answer):
+    assert answer("--cluster", "laptop")["bisection_bytes_per_s"] == pytest.approx(25e9 / 8)
+    assert answer("--cluster", "laptop", "--chips", "1")["bisection_bytes_per_s"] is None
