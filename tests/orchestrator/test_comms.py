@@ -316,3 +316,26 @@ def test_the_clock_is_the_callers():
 def test_the_bisection_is_what_one_card_of_each_host_carries(answer):
     assert answer("--cluster", "laptop")["bisection_bytes_per_s"] == pytest.approx(25e9 / 8)
     assert answer("--cluster", "laptop", "--chips", "1")["bisection_bytes_per_s"] is None
+
+
+SCRAMBLED = """\
+kind: cluster
+version: 1
+name: scrambled
+device: simulated
+hosts:
+  - chips: [{like: nvidia_a100_sxm_80gb, count: 6}]
+scale_up:
+  bandwidth: 50 GB/s
+  latency: 1 us
+  efficiency: 1.0
+  edges: [{a: 0, b: 2}, {a: 2, b: 4}, {a: 4, b: 1}, {a: 1, b: 3}, {a: 3, b: 5}, {a: 5, b: 0}]
+"""
+
+
+def test_a_ring_goes_from_neighbour_to_neighbour_on_a_graph(answer, tmp_path):
+    path = tmp_path / "scrambled.yaml"
+    path.write_text(SCRAMBLED)
+    found = answer("--cluster", str(path), "--algorithm", "ring", "--size", "600 MB")
+    assert found["fidelity"] == "full"
+    assert found["seconds"] == pytest.approx(10 * (1e-6 + 100e6 / 50e9), rel=1e-6)
