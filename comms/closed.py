@@ -16,9 +16,10 @@ shop: the sum over all of them, and q - 1 times the longest.
 
 With p positions in a ring (hop i: w_i, l_i) the time is that of the longest path on which each step either waits
 for the port (w_i) or follows the message (w_i + l_i, to position i + 1), the last step being such a move. A path
-with m moves visits m positions and waits at the one with the largest w; of paths once around and more, one with
-the fewest or one with the most turns is the longest. Ring outlines with several stages, or with
-pieces between each other, have no form shorter than their sweep, `comms.folded`, which is used for them.
+with m moves visits m positions and waits at the one with the largest w; of paths all the way around, which have
+the same largest w, one with the fewest turns (none or one more) or one with the most is the longest. Ring outlines
+with several stages, or with pieces between each other, have no form shorter than their sweep, `comms.folded`,
+which is used for them.
 """
 
 import numpy as np
@@ -101,7 +102,10 @@ def _ring(stage: Stage, pieces: int) -> float:
     num = np.arange(1, positions + 1)
     waits = rounds - num
     once = np.where(num <= rounds, moved + waits * slowest, 0.0).max()
-    turns = (rounds - num) // positions
-    waits = rounds - num - turns * positions
-    often = np.where(turns > 0, moved + turns * moves.sum() + waits * wire.max(), 0.0).max()
-    return float(max(once, often))
+    most = (rounds - num) // positions
+    times = [once]
+    for turns in (np.minimum(most, 1), most):
+        waits = rounds - num - turns * positions
+        around = moved + turns * moves.sum() + waits * wire.max()
+        times.append(np.where(turns > 0, around, 0.0).max())
+    return float(max(times))

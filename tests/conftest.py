@@ -6,6 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# The same examples in every run; `--hypothesis-profile=search` looks for new ones.
+REPEATABLE = settings(derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("repeatable", REPEATABLE)
+settings.register_profile("search", REPEATABLE, derandomize=False, print_blob=True)
+settings.load_profile("repeatable")
 
 TINY: Mapping[str, object] = {"layers": 2, "width": 32, "heads": 4, "vocab": 64, "max_seq": 16}
 SEQ = 16

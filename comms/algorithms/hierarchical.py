@@ -24,6 +24,7 @@ from typing import TypeVar
 import numpy as np
 
 from comms.algorithms.rounds import Outlines, Schedules, check_ranks, checked_fanouts, folds, inner_sizes
+from comms.closed import closed_seconds
 from comms.errors import CommsError
 from comms.levels import Level, Levels
 from comms.outline import Hop, Outline, Stage
@@ -248,25 +249,15 @@ def outline(
     return Outline(_name(ways), tuple(_turning(inward, outward)), (*ports, *ports[-2::-1]), pieces)
 
 
-def flow_shop_pieces(op: Op, nbytes: float, levels: Levels, *, ways: Sequence[Way] = RINGS) -> int:
-    """About the best number of pieces for levels with several ports, a power of two; one where they share one.
-
-    All phases take the first piece, then the busiest port takes the others: the sum over phases of latency +
-    transfer / q, and q - 1 times that over the phases of one port. This is never less than the outline's time.
-    """
+def best_pieces(op: Op, nbytes: float, levels: Levels, *, ways: Sequence[Way] = RINGS) -> int:
+    """The best power of two of pieces for levels with several ports; one where they share one."""
     whole = outline(op, nbytes, levels, ways=ways)
-    if whole is None or op is Op.BROADCAST:
+    if whole is None or len(set(whole.ports)) == 1:
         return 1
-    moving, waiting = dict.fromkeys(whole.ports, 0.0), dict.fromkeys(whole.ports, 0.0)
-    for phase, port in zip(whole.phases, whole.ports, strict=True):
-        moving[port] += sum(each.repeat * each.nbytes / each.hops[0].bytes_per_s for each in phase)
-        waiting[port] += sum(each.repeat * each.hops[0].latency_s for each in phase)
-
-    def seconds(pieces: int) -> float:
-        per_port = [waiting[port] + moving[port] / pieces for port in moving]
-        return sum(per_port) + (pieces - 1) * max(per_port)
-
-    return min((1 << bit for bit in range(MAX_PIECES.bit_length())), key=seconds)
+    counts = [1 << bit for bit in range(MAX_PIECES.bit_length())]
+    cut = {pieces: outline(op, nbytes, levels, ways=ways, pieces=pieces) for pieces in counts}
+    times = {pieces: closed_seconds(each) for pieces, each in cut.items() if each is not None}
+    return min(times, key=times.__getitem__)
 
 
 def _name(ways: Sequence[Way]) -> str:
@@ -374,6 +365,5 @@ OUTLINES: Outlines = {
     _name(ways): {op: partial(outline, op, ways=ways) for op in SCHEDULES[_name(ways)]} for ways in MIXES
 }
 PIECES: Mapping[str, Mapping[Op, Callable[[float, Levels], int]]] = {
-    _name(ways): {op: partial(flow_shop_pieces, op, ways=ways) for op in SCHEDULES[_name(ways)]}
-    for ways in MIXES
+    _name(ways): {op: partial(best_pieces, op, ways=ways) for op in SCHEDULES[_name(ways)]} for ways in MIXES
 }

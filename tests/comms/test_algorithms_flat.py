@@ -14,7 +14,7 @@ from comms.levels import Level
 from comms.proof import prove
 from comms.schedule import Op, Order
 
-PATIENT = settings(deadline=None, max_examples=40)
+PATIENT = settings(max_examples=40)
 FAMILIES = (ring, doubling, direct, bruck)
 EVERY = [
     (name, op, make)

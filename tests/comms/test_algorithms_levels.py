@@ -19,7 +19,7 @@ from comms.outline import Hop
 from comms.proof import prove
 from comms.schedule import Op, Order
 
-PATIENT = settings(deadline=None, max_examples=30)
+PATIENT = settings(max_examples=30)
 FAMILIES = (tree, hierarchical, torus, in_network)
 EVERY = [
     (name, op, make)
@@ -262,7 +262,7 @@ def test_every_algorithm_is_proved_for_its_ranks_and_roots(name, op, make):
 
 
 @each_schedule
-@settings(deadline=None, max_examples=6)
+@settings(max_examples=6)
 @given(data=st.data())
 def test_every_algorithm_over_levels_is_proved(name, op, make, data):
     if name in (tree.SCATTER_GATHER, tree.DOUBLE, torus.LINE):
@@ -457,7 +457,7 @@ def test_other_double_trees_take_at_most_as_long_as_outlined(num_ranks):
 
 
 @pytest.mark.parametrize("name", hierarchical.SCHEDULES)
-@settings(deadline=None, max_examples=8)
+@settings(max_examples=8)
 @given(data=st.data())
 def test_hierarchies_take_as_long_as_outlined(name, data):
     digits = st.lists(st.sampled_from([2, 4] if Way.DOUBLING in name else [2, 3, 4]), min_size=2, max_size=2)
@@ -499,7 +499,7 @@ def test_tori_take_as_long_as_outlined(levels):
         check_time(torus.outline(op, NBYTES, levels, wraps=wraps), schedule, wires)
 
 
-@settings(deadline=None, max_examples=4)
+@settings(max_examples=4)
 @given(latencies, st.sampled_from([[3, 3], [4, 4], [3, 3, 3]]))
 def test_rotated_tori_take_as_long_as_outlined(latency, fanouts):
     levels = tuple(
@@ -521,7 +521,7 @@ def test_a_line_takes_as_long_as_outlined(num_ranks, latency, pieces):
 
 
 @pytest.mark.parametrize("op", in_network.OPS)
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 @given(data=st.data())
 def test_switches_that_reduce_take_as_long_as_outlined(op, data):
     fanouts = data.draw(st.lists(st.integers(2, 6), min_size=1, max_size=2))

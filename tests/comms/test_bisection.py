@@ -60,7 +60,7 @@ def graphs(draw, most=6):
 
 
 @given(graphs())
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_small_graphs_have_the_least_minimum_cut_of_all_halves(graph):
     cut = bisection(graph)
     assert cut.proof is Proof.EVERY_CUT
@@ -120,7 +120,7 @@ def test_odd_meshes_are_cut_with_a_jog_in_every_layer(topology, rate):
 
 
 @given(st.integers(4, 10), st.integers(0, 2**32 - 1))
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 def test_exchanges_find_the_least_cut_of_two_clusters_whatever_their_numbers(half, seed):
     """Two dense halves of ten chips or more, joined by two thin links."""
     half += 6
@@ -219,7 +219,7 @@ def test_groups_are_bound_by_their_own_chips():
 
 
 @given(graphs(), st.sampled_from(Op), st.floats(0, 1e9))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_more_bytes_never_lower_a_bound_and_it_is_never_below_latency(graph, op, nbytes):
     cut = bisection(graph)
     low = makespan_bound(graph, op, nbytes, cut=cut)

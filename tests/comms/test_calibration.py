@@ -90,7 +90,7 @@ def test_a_reducing_switch_beats_the_ring_and_two_chips_need_none():
     assert predict(switch, Op.ALL_TO_ALL, 8, large) == predict(ring, Op.ALL_TO_ALL, 8, large)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(
     st.floats(2e-6, 1e-3), st.floats(0.05, 0.8), st.floats(0.3, 0.9), st.sampled_from([2, 4, 8, 32]),
     st.sampled_from([1e9, 300e9]),
@@ -118,7 +118,7 @@ def test_an_eager_protocol_is_found_again_and_only_where_asked_for():
     assert both.constants.latency_s == pytest.approx(1e-6, rel=0.2)
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(st.floats(0.01, 100.0))
 def test_scaling_all_times_scales_the_constants(factor):
     run = RUNS["a100-8"]
@@ -230,7 +230,6 @@ def test_what_cannot_be_fitted_says_why(runs, message):
     assert error.value.hint
 
 
-@settings(deadline=None)
 @given(st.floats(1e-8, 1e-2), st.floats(1e6, 1e12))
 def test_a_link_is_found_again(latency, rate):
     link = Link(latency, rate)

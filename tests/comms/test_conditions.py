@@ -282,7 +282,7 @@ def test_half_duplex_edges_draw_one_jitter():
     assert len(on(graph, jitter=Jitter(0.1)).conditions.factors) == 1
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     st.sampled_from([RING, Torus((3, 4), (LINK,)), FullMesh(5, LINK), HOSTS]),
     st.data(),

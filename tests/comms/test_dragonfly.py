@@ -50,7 +50,7 @@ def long_links(fly):
 
 
 @given(dragonflies())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_every_two_groups_have_the_same_number_of_links_and_each_leads_back(fly):
     tail, head = long_links(fly)
     counts = np.zeros((fly.num_groups, fly.num_groups), dtype=int)
@@ -65,7 +65,7 @@ def test_every_two_groups_have_the_same_number_of_links_and_each_leads_back(fly)
 
 
 @given(dragonflies())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_minimal_routes_are_walks_with_one_long_link_and_at_most_two_local_ones(fly):
     src, dst = all_pairs(fly.num_chips)
     routes = fly.routes(src, dst)
@@ -80,7 +80,7 @@ def test_minimal_routes_are_walks_with_one_long_link_and_at_most_two_local_ones(
 
 
 @given(dragonflies())
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_minimal_routes_are_the_shortest_with_one_long_link_at_most(fly):
     """Dijkstra, with long links so dear that a second one never pays."""
     wires = fly.wires()
@@ -95,7 +95,7 @@ def test_minimal_routes_are_the_shortest_with_one_long_link_at_most(fly):
 
 
 @given(dragonflies(routing=Routing.VALIANT))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_valiant_routes_go_by_a_third_group_exactly_where_two_groups_talk(fly):
     src, dst = all_pairs(fly.num_chips)
     routes = fly.routes(src, dst)

@@ -22,7 +22,7 @@ from comms.torus import FullMesh, Torus
 from comms.tree import Tree
 
 CLOSE = 1e-3
-MANY = settings(deadline=None, max_examples=60)
+MANY = settings(max_examples=60)
 EVERY = [(op, name) for op in Op for name in names(op) if name != RAIL_RINGS]
 
 links = st.builds(Link, st.floats(1e-8, 1e-4), st.floats(1e8, 1e12))
@@ -74,7 +74,7 @@ def full_seconds(choice, members, network, conditions=None):
 
 @pytest.mark.parametrize(("op", "name"), EVERY)
 @given(st.data())
-@settings(deadline=None, max_examples=12)
+@settings(max_examples=12)
 def test_the_three_fidelities_agree(op, name, data):
     network = data.draw(clusters())
     num_chips = network.tiers[-1].size

@@ -192,7 +192,7 @@ def schedules(draw, ranks, chunks=3):
     return Schedule(Op.ALL_REDUCE, "any", ranks, chunks, 1.0 / chunks, tuple(channels))
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(st.data())
 def test_any_schedules_on_any_wires_take_what_the_slow_simulation_says(data):
     ranks = data.draw(st.integers(2, 4))
@@ -206,7 +206,7 @@ def test_any_schedules_on_any_wires_take_what_the_slow_simulation_says(data):
     assert simulate(table, jobs).seconds == pytest.approx(expected, rel=1e-7, abs=1e-9)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(st.data())
 def test_rates_are_those_of_progressive_filling(data):
     num = data.draw(st.integers(1, 6))
@@ -233,7 +233,7 @@ def ring_table(n, rates, latency=0.1):
 
 
 @given(st.integers(2, 9), st.integers(1, 4), st.sampled_from(Order), st.integers(0, 99))
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_sweep_and_events_agree_where_nothing_meets(n, pieces, order, seed):
     table = ring_table(n, np.random.default_rng(seed).uniform(1, 2, n))
     job = Job(ring(n, pieces, order), np.arange(n), 7.0)
@@ -329,7 +329,7 @@ def test_impossible_jobs_are_named(places, nbytes, problem):
 
 
 @given(st.permutations(range(6)), st.integers(0, 99))
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 def test_relabelling_chips_with_their_network_relabels_the_timeline(names, seed):
     rng = np.random.default_rng(seed)
     rates = rng.uniform(1, 2, 3)
@@ -342,7 +342,7 @@ def test_relabelling_chips_with_their_network_relabels_the_timeline(names, seed)
 
 
 @given(st.floats(0.1, 10), st.integers(0, 99))
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 def test_scaling_all_costs_scales_the_time(k, seed):
     rng = np.random.default_rng(seed)
     routes = {(s, d): tuple(rng.choice(3, 2, replace=False)) for s in range(5) for d in range(5) if s != d}
@@ -354,7 +354,7 @@ def test_scaling_all_costs_scales_the_time(k, seed):
 
 
 @given(st.integers(2, 5), st.integers(1, 4), st.integers(0, 99))
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 def test_groups_of_a_job_are_jobs_of_their_own(n, groups, seed):
     rng = np.random.default_rng(seed)
     total = n * groups

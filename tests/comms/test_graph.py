@@ -66,7 +66,7 @@ def walk(wires, path):
 
 
 @given(graphs())
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_routes_are_the_quickest_then_shortest_then_widest_paths(graph):
     src, dst = all_pairs(graph.num_chips)
     routes, wires = graph.routes(src, dst), graph.wires()
@@ -81,7 +81,7 @@ def test_routes_are_the_quickest_then_shortest_then_widest_paths(graph):
 
 
 @given(graphs(), st.data())
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_relabelled_chips_and_switches_take_the_same_wires(graph, data):
     chips = data.draw(st.permutations(range(graph.num_chips)))
     switches = data.draw(st.permutations(range(graph.num_chips, graph.num_nodes)))
@@ -96,7 +96,7 @@ def test_relabelled_chips_and_switches_take_the_same_wires(graph, data):
 
 
 @given(graphs(), st.sampled_from([1e-3, 0.5, 3.0, 1e6]))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_scaled_latencies_leave_the_paths_alone(graph, k):
     edges = tuple(Edge(e.a, e.b, Link(e.link.latency_s * k, e.link.bytes_per_s)) for e in graph.edges)
     src, dst = all_pairs(graph.num_chips)
@@ -229,7 +229,7 @@ SHAPES = (
 
 
 @given(st.sampled_from(SHAPES), st.data())
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_only_routes_over_dead_wires_change_and_none_crosses_one(topology, data):
     dead, slow = damage(data, topology)
     src, dst = all_pairs(topology.num_chips)

@@ -17,7 +17,7 @@ from comms.topology import route_latencies
 from comms.torus import Torus
 from comms.tree import Tree
 
-FEW = settings(deadline=None, max_examples=60)
+FEW = settings(max_examples=60)
 SLOW = Link(1e-5, 1e9)
 FABRIC = switched("fabric", 8, Link(2e-6, 300e9), TierKind.SCALE_UP)
 SPINE = Trunk(32, Link(0.5e-6, 200e9), Switch("spine"))

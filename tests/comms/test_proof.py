@@ -13,7 +13,7 @@ from comms.errors import CommsError
 from comms.proof import prove
 from comms.schedule import Channel, Op, Pattern, Round, Schedule
 
-PATIENT = settings(deadline=None, max_examples=150)
+PATIENT = settings(max_examples=150)
 SOUND = [
     make
     for family in (ring, doubling, direct, bruck)

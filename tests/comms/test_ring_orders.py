@@ -137,7 +137,7 @@ def test_a_hybrid_cube_mesh_has_three_links_worth_of_rings_each_way():
 
 
 @given(st.integers(3, 6), st.data())
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_small_graphs_get_the_widest_then_shortest_of_all_orders(num_chips, data):
     """Every two chips are joined, and none is reached sooner through a third."""
     rates, latencies = st.sampled_from([1e9, 2e9, 4e9]), st.sampled_from([2e-6, 3e-6])
@@ -157,7 +157,7 @@ def test_small_graphs_get_the_widest_then_shortest_of_all_orders(num_chips, data
 
 
 @given(st.integers(2, 7), st.integers(0, 2**32 - 1))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_the_shortest_cycle_is_that_of_all_orders(n, seed):
     rng = np.random.default_rng(seed)
     cost = rng.integers(1, 9, (n, n)).astype(float)

@@ -10,7 +10,7 @@ from comms.errors import CommsError
 from comms.schedule import Channel, Op, Order, Schedule
 from comms.schedule_text import load_schedule, parse_schedule, same_schedule, schedule_text
 
-PATIENT = settings(deadline=None, max_examples=60)
+PATIENT = settings(max_examples=60)
 SOUND = [
     make
     for family in (ring, doubling, direct, bruck)

@@ -16,7 +16,7 @@ from comms.topology import route_latencies
 from comms.torus import FullMesh, Torus
 from comms.tree import Tree
 
-FEW = settings(deadline=None, max_examples=60)
+FEW = settings(max_examples=60)
 LINK = Link(1e-6, 10e9)
 
 

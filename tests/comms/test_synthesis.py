@@ -108,7 +108,7 @@ def best_fixed(topology: Topology, op: Op, nbytes: float, dims: tuple[int, ...] 
     return min(seconds_of(topology, *each, nbytes) for each in fixed_schedules(topology, op, dims))
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=6)
 @given(networks(), st.sampled_from(OPS), st.sampled_from([0.0, 1.0, 1e5]), st.integers(0, 3))
 def test_every_schedule_is_proved_and_not_faster_than_wires_allow(
     network: Graph, op: Op, nbytes: float, seed: int
@@ -227,7 +227,7 @@ def all_gather_cut_s(hops: Hops, nbytes: float) -> float:
     return float(worst) * nbytes / n
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.integers(0, 1000), st.sampled_from([Op.ALL_GATHER, Op.REDUCE_SCATTER]))
 def test_packed_trees_come_close_to_the_tightest_cut(seed: int, op: Op) -> None:
     rng = np.random.default_rng(seed)

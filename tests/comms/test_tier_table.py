@@ -91,7 +91,7 @@ def test_a_large_mesh_is_not_laid_out_core_by_core():
     assert (far.bytes_per_s, far.loaded_bytes_per_s) == (None, None)  # no rate is known
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.lists(st.sampled_from([2, 4, 8]), min_size=1, max_size=3), st.booleans())
 def test_loaded_rates_are_those_of_all_cores_sending_half_way_round(dims, wraps):
     chip = OnChip("grid", "grid", prod(dims), tuple(dims), wraps, hop_s=1e-9, bytes_per_s=1e9, source="x")

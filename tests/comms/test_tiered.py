@@ -11,7 +11,7 @@ from comms.tiered import Fabric, TieredTopology
 from comms.torus import Torus
 from comms.tree import Tree
 
-FEW = settings(deadline=None, max_examples=60)
+FEW = settings(max_examples=60)
 LINK = Link(1e-6, 1e9)
 
 

@@ -61,7 +61,7 @@ def assert_walks(topology, src, dst, routes):
 
 
 @given(tori())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_every_route_is_a_walk_over_the_wires_of_one_network_with_the_fewest_hops(torus):
     src, dst = all_pairs(torus.num_chips)
     routes = torus.routes(src, dst)
@@ -72,7 +72,7 @@ def test_every_route_is_a_walk_over_the_wires_of_one_network_with_the_fewest_hop
 
 
 @given(tori())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_wires_are_distinct_and_as_many_as_the_shape_has(torus):
     wires = torus.wires()
     lines = 0
@@ -92,7 +92,7 @@ def test_wires_are_distinct_and_as_many_as_the_shape_has(torus):
 
 
 @given(tori())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_dimensions_are_crossed_in_order(torus):
     src, dst = all_pairs(torus.num_chips)
     routes, wires = torus.routes(src, dst), torus.wires()
@@ -163,7 +163,7 @@ def test_equal_networks_are_used_in_turn():
 
 
 @given(tori(), st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_a_multicast_is_a_tree_that_reaches_everybody_over_shortest_ways(torus, data):
     if torus.num_chips == 1:
         return
@@ -207,7 +207,7 @@ def test_a_level_of_a_network_with_access_counts_both_ends():
 
 
 @given(tori())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_a_message_to_the_neighbour_costs_what_its_level_says(torus):
     if torus.one_way:
         return

@@ -16,7 +16,7 @@ from comms.links import Link
 from comms.topology import route_latencies
 from comms.tree import Tree
 
-FEW = settings(deadline=None, max_examples=60)
+FEW = settings(max_examples=60)
 PORT = Link(0.5e-6, 10e9)
 CORE = Switch("core")
 

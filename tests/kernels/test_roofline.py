@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from kernels.chips import load_chip
@@ -17,7 +17,6 @@ from kernels.roofline import (
     segment_time,
 )
 
-PATIENT = settings(deadline=None)
 CHIP = load_chip("nvidia_a100_sxm_80gb")
 
 
@@ -87,7 +86,6 @@ def test_many_small_kernels_are_bound_by_the_host_and_few_large_ones_by_the_devi
     assert large.seconds == large.device_s
 
 
-@PATIENT
 @given(st.lists(rows, max_size=8), st.floats(1, 10))
 def test_a_faster_chip_is_never_slower(ops, k):
     peaks = {dtype: peak * k for dtype, peak in CHIP.peak_flops_per_s.items()}
@@ -95,7 +93,6 @@ def test_a_faster_chip_is_never_slower(ops, k):
     assert segment_time(ops, faster).seconds <= segment_time(ops, CHIP).seconds * (1 + 1e-12)
 
 
-@PATIENT
 @given(st.lists(rows, max_size=8), st.floats(1, 10))
 def test_a_chip_k_times_slower_in_everything_takes_k_times_as_long(ops, k):
     slower = replace(

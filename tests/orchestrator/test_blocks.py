@@ -13,7 +13,7 @@ def read(block: int, nbytes: int) -> bytes:
 
 
 @given(st.lists(st.tuples(st.integers(0, 300_000), st.booleans()), max_size=12))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_a_block_is_used_again_only_after_it_was_read(actions):
     pool = BlockPool()
     unread: list[tuple[int, bytes]] = []

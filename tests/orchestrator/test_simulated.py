@@ -47,7 +47,7 @@ BUCKETS = (6, 7, 8)
 PARAM, STATE, MINE, STATS = 9, 10, 11, 12
 ALL = Group(("pp", "dp", "tp"))
 DGX = load_cluster(Path(__file__).parents[2] / "cluster_configs" / "dgx-a100.yaml")
-FEW = settings(max_examples=40, deadline=None)
+FEW = settings(max_examples=40)
 
 
 @dataclass(frozen=True)

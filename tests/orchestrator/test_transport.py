@@ -66,7 +66,7 @@ def same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
     seed=st.integers(0, 1000),
     header=st.tuples(st.integers(0, 9), st.integers(0, 9)),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_a_tensor_arrives_as_it_was_sent(ends, dtype, shape, seed, header):
     epoch, source = header
     sent = make(dtype, shape, seed)

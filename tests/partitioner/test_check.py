@@ -52,13 +52,12 @@ def problems(program: Program) -> str:
 
 
 @given(data=st.data())
-@settings(deadline=None)
 def test_valid_programs_have_no_findings(programs, data):
     assert check_program(data.draw(programs)) == ()
 
 
 @given(data=st.data())
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_without_any_one_instruction_no_program_of_two_stages_is_valid(toy, data):
     program = toy(2, 2, 2, 2)
     role = data.draw(st.sampled_from(program.roles))

@@ -41,7 +41,7 @@ def run_all(program: Program, pick) -> dict[int, list[object]]:
 
 
 @given(data=st.data())
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_every_order_of_events_executes_each_instruction_once_in_order(toy, data):
     degrees = (st.integers(1, 3), st.integers(1, 3), st.integers(1, 2), st.integers(1, 2))
     program = toy(*(data.draw(d) for d in degrees))

@@ -5,7 +5,7 @@ from collections import Counter
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from partitioner.memory import MemoryClass, peak_memory
@@ -50,7 +50,6 @@ def brute_force(role: Role, schedule: str) -> int:
 
 
 @given(data=st.data())
-@settings(deadline=None)
 def test_peak_equals_brute_force(programs, data):
     program = data.draw(programs)
     schedule = data.draw(st.sampled_from(["step", "evaluate"]))
@@ -60,7 +59,6 @@ def test_peak_equals_brute_force(programs, data):
 
 
 @given(data=st.data())
-@settings(deadline=None)
 def test_classes_add_up_to_the_peak(programs, data):
     for memory in peak_memory(data.draw(programs)):
         assert sum(nbytes for _, nbytes in memory.classes) == memory.peak_bytes

@@ -14,14 +14,13 @@ from partitioner.program_text import from_text, to_text
 
 
 @given(data=st.data())
-@settings(deadline=None)
 def test_decode_is_the_inverse_of_encode(programs, data):
     program = data.draw(programs)
     assert decode(encode(program)) == program
 
 
 @given(data=st.data())
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 def test_equal_programs_have_equal_bytes(programs, data):
     program = data.draw(programs)
     assert encode(from_text(to_text(program))) == encode(decode(encode(program))) == encode(program)

@@ -4,7 +4,7 @@ from contextlib import suppress
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from partitioner.errors import ProgramError
@@ -29,14 +29,12 @@ NAMES = st.text(max_size=8)
 
 
 @given(data=st.data())
-@settings(deadline=None)
 def test_any_program_reads_back_equal(programs, data):
     program = data.draw(programs)
     assert from_text(to_text(program)) == program
 
 
 @given(data=st.data(), names=st.lists(NAMES, min_size=5, max_size=5))
-@settings(deadline=None)
 def test_odd_names_specs_and_facts_read_back(toy, specs, data, names):
     op = Op(
         "aten.foo.default(v0, ' : f32[2] flops=1', [1.5e-05, -inf])",
@@ -107,7 +105,6 @@ def test_malformed_text_names_its_line(text_of, old, new, said):
 
 
 @given(data=st.data())
-@settings(deadline=None)
 def test_damaged_text_is_refused_or_read_never_a_crash(text_of, data):
     text = text_of(2, 1)
     start = data.draw(st.integers(0, len(text)))

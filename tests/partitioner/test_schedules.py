@@ -81,7 +81,7 @@ def makespan(program: Program) -> int:
 
 @pytest.mark.parametrize("schedule", list(Schedule))
 @given(stages=st.integers(1, 4), microbatches=st.integers(1, 6))
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 def test_equal_stages_leave_the_known_bubble(toy, schedule, stages, microbatches):
     total = makespan(toy(stages, microbatches, schedule=schedule))
     bubble = 1 - Fraction(2 * microbatches, total)
