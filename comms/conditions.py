@@ -21,6 +21,7 @@ import numpy as np
 
 from comms.errors import CommsError
 from comms.graph import Graph, Rerouted
+from comms.paths import within_reach
 from comms.schedule import Op
 from comms.shapes import Whole
 from comms.tiered import TieredTopology
@@ -142,15 +143,6 @@ class Resolved:
     work_factors: Mapping[int, float]  # chip to how many times as long its work takes, where not once
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _ThroughChips(Rerouted):
-    """Ways round lead through chips too: as libraries relay for a chip whose card is down."""
-
-    @property
-    def through_chips(self) -> bool:
-        return True
-
-
 def resolve(described: Described, topology: Topology, horizon_s: float = HORIZON_S) -> Resolved:
     """What is described, on this topology. Raises CommsError for chips, tiers and links that it does not have, and
     with the names of chips that would be cut off."""
@@ -258,11 +250,8 @@ def _on_path(way: IntArray, path: int | None, where: str) -> list[int]:
 
 
 def _without(topology: Topology, dead: list[int]) -> Topology:
-    """The topology around its dead wires."""
-    if not dead:
-        return topology
-    around = _ThroughChips if _chips_relay(topology) else Rerouted
-    return around(topology, tuple(dead))
+    """The topology around its dead wires; through chips too, as libraries relay for a chip whose card is down."""
+    return Rerouted(topology, tuple(dead), chips_relay=_chips_relay(topology)) if dead else topology
 
 
 def _chips_relay(topology: Topology) -> bool:
@@ -284,7 +273,7 @@ def _check_dead(found: Found, topology: Topology, wires: Wires) -> list[int]:
     tail, head = wires.tail[alive], wires.head[alive]
     relays = np.ones(topology.num_nodes, dtype=np.bool_)
     relays[: topology.num_chips] = _chips_relay(topology)
-    lost = ~(_reached(tail, head, relays) & _reached(head, tail, relays))[: topology.num_chips]
+    lost = ~(within_reach(tail, head, relays) & within_reach(head, tail, relays))[: topology.num_chips]
     if 2 * lost.sum() > len(lost):  # chip 0 is among the few
         lost = ~lost
     if lost.any():
@@ -294,19 +283,6 @@ def _check_dead(found: Found, topology: Topology, wires: Wires) -> list[int]:
         where = ", ".join(dict.fromkeys(fault.where for fault, _ in faults if fault.where))
         raise CommsError(problem, where, "leave one way to each chip, or take the chip out")
     return dead
-
-
-def _reached(tail: IntArray, head: IntArray, relays: np.ndarray) -> np.ndarray:
-    """[nodes] Whether there is a way from chip 0."""
-    reached = np.zeros(len(relays), dtype=np.bool_)
-    reached[0] = True
-    leads = relays.copy()
-    leads[0] = True
-    while True:
-        new = head[(reached & leads)[tail] & ~reached[head]]
-        if not len(new):
-            return reached
-        reached[new] = True
 
 
 def _renumbered(left: Topology, num_wires: int) -> IntArray:

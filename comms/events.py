@@ -73,9 +73,8 @@ class Noise(NamedTuple):
 class World(NamedTuple):
     """Everything the loop reads and writes."""
 
-    streams: NDArray[
-        np.void
-    ]  # from here to forward_nbytes as in compiled.Work: a tuple in a tuple costs time
+    # From here to forward_nbytes as in compiled.Work: a tuple in a tuple costs time.
+    streams: NDArray[np.void]
     rounds: NDArray[np.void]
     edges: NDArray[np.void]
     route: NDArray[np.int32]

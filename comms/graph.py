@@ -87,6 +87,7 @@ class Rerouted:
     topology: Topology
     dead: tuple[int, ...] = ()
     slow: Mapping[int, float] = field(default_factory=dict)  # wire to the share of its rate that is left
+    chips_relay: bool = False  # ways round may lead through chips though the topology does not say so
     kept: IntArray = field(init=False, repr=False)
     _renumbered: IntArray = field(init=False, repr=False)  # [wires of the topology] -1 for the dead
     _wires: Wires = field(init=False, repr=False)
@@ -134,8 +135,8 @@ class Rerouted:
     def through_chips(self) -> bool:
         """Whether ways round may lead through chips: as graphs say; else where there are no switches."""
         if isinstance(self.topology, Graph | Rerouted):
-            return self.topology.through_chips
-        return self.topology.num_nodes == self.topology.num_chips
+            return self.chips_relay or self.topology.through_chips
+        return self.chips_relay or self.topology.num_nodes == self.topology.num_chips
 
     def wires(self) -> Wires:
         return self._wires

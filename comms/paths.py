@@ -85,7 +85,7 @@ class Paths:
             (self.wires.tail, self.wires.head, "from chip 0 to chip {}"),
             (self.wires.head, self.wires.tail, "from chip {} to chip 0"),
         ):
-            reached = _reached(tail, head, self.passes)
+            reached = within_reach(tail, head, self.passes)
             if not reached[:num_chips].all():
                 chip = int(np.flatnonzero(~reached[:num_chips])[0])
                 raise _no_way(there.format(chip))
@@ -272,7 +272,7 @@ def ranges(starts: IntArray, counts: IntArray) -> IntArray:
     return numbers
 
 
-def _reached(tail: IntArray, head: IntArray, passes: BoolArray) -> BoolArray:
+def within_reach(tail: IntArray, head: IntArray, passes: BoolArray) -> BoolArray:
     """[nodes] What can be reached from node 0."""
     reached = np.zeros(len(passes), dtype=np.bool_)
     reached[0] = True

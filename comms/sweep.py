@@ -21,9 +21,8 @@ NONE = -1
 class Sweep(NamedTuple):
     """Where everything is."""
 
-    streams: NDArray[
-        np.void
-    ]  # from here to forward_nbytes as in compiled.Work: a tuple in a tuple costs time
+    # From here to forward_nbytes as in compiled.Work: a tuple in a tuple costs time.
+    streams: NDArray[np.void]
     rounds: NDArray[np.void]
     edges: NDArray[np.void]
     route: NDArray[np.int32]

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from comms.algorithms.catalog import considered
@@ -80,7 +81,7 @@ class Candidate:
     fidelity: Fidelity
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class Answer:
     """What a collective takes. `setup_s` is part of `seconds`."""
 
@@ -109,6 +110,7 @@ class Answer:
     def busbw_bytes_per_s(self) -> float:
         return busbw(self.question.op, self.question.nbytes, self.seconds, self.question.num_chips)
 
+    @cached_property
     def bisection(self) -> Cut | None:
         """The narrowest cut of the network into halves; None for one chip, and where it is too large to look at."""
         if not 1 < self.question.num_chips <= MOST_CUT:

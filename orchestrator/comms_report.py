@@ -27,7 +27,7 @@ def size_in_words(nbytes: float) -> str:
 
 def document(answer: Answer, cluster: str) -> dict[str, object]:
     """One answer as JSON values."""
-    question, cut = answer.question, answer.bisection()
+    question, cut = answer.question, answer.bisection
     return {
         "cluster": cluster,
         "op": str(question.op),
@@ -156,7 +156,7 @@ def tables(answer: Answer, cluster: str) -> tuple[Table, ...]:
         rows.append(("bus bandwidth", wording.scaled(answer.busbw_bytes_per_s, "B/s")))
     if limit := limit_in_words(answer):
         rows.append(("limited by", limit))
-    if (cut := answer.bisection()) is not None:
+    if (cut := answer.bisection) is not None:
         rows.append(("bisection of the chips", f"{wording.scaled(cut.bytes_per_s, 'B/s')}, {cut.proof}"))
     rows += [("note", note) for note in answer.notes]
     made = f"{answer.fidelity}, made in {wording.seconds(answer.elapsed_s)}"

@@ -140,8 +140,9 @@ def timed_choice(site: Site, choice: Choice) -> FullTiming:
     _check_messages(expected_messages(choice), choice.algorithm)
     orders = [groups_of(site.members, site.num_chips)]
     if not choice.is_folded and choice.algorithm in RINGS and choice.op in AROUND:
-        seen = site.seen if isinstance(site.seen, Rerouted) else Rerouted(site.seen)  # looked at wire by wire
-        orders.append(np.array([ring_order(seen).chips], dtype=np.int64))
+        seen = site.seen
+        by_wire = seen if isinstance(seen, Rerouted) else Rerouted(seen)
+        orders.append(np.array([ring_order(by_wire).chips], dtype=np.int64))
     timings = []
     for order in orders:
         job = job_of(choice, order, site.whole)

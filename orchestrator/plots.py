@@ -1,16 +1,11 @@
-"""Plots: loss.png and timeline.png, drawn without a display and without global state.
+"""Plots: loss.png and timeline.png, as PNG bytes (`orchestrator.figures`)."""
 
-matplotlib is imported when a picture is drawn, never at import. Functions return PNG bytes; the same input
-gives the same bytes with one matplotlib (no date or version is stored). Colours are those of Okabe and Ito
-(2008), which colour-blind readers can tell apart.
-"""
-
-import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from orchestrator.figures import COLOURS, FAINT, INK, blank_figure, png_bytes
 from orchestrator.gantt import Gantt, colours_of, draw_gantt
 from orchestrator.timeline import Timeline
 
@@ -18,7 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-INK, FAINT, TRAIN, VALIDATION = "#222222", "#d9d9d9", "#0072B2", "#D55E00"
+TRAIN, VALIDATION = COLOURS[:2]
 _SMOOTHING = 0.05  # share of the steps in the window of the running mean
 _LABEL_GAP = 0.045  # of the axis, between two baseline names
 
@@ -36,7 +31,7 @@ class LossCurves:
 
 def loss_png(curves: LossCurves) -> bytes:
     """Train loss (faint, and its running mean), validation points and baselines over steps."""
-    figure = _figure(9.0, 5.2)
+    figure = blank_figure(9.0, 5.2)
     axes = figure.add_subplot()
     _tidy(axes)
     _draw_train(axes, curves.train)
@@ -61,7 +56,7 @@ def loss_png(curves: LossCurves) -> bytes:
     axes.set_xlim(0, max((step for step, _ in (*curves.train, *curves.validation)), default=1))
     if axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False, loc="upper right")
-    return _png(figure)
+    return png_bytes(figure)
 
 
 def timeline_png(predicted: Timeline | None, measured: Timeline | None, *, max_chips: int = 16) -> bytes:
@@ -76,7 +71,7 @@ def timeline_png(predicted: Timeline | None, measured: Timeline | None, *, max_c
         raise ValueError("timeline_png needs at least one timeline that has a span")
     gantts = [Gantt(timeline.at_step(timeline.steps[-1]).from_zero(), max_chips) for timeline in given]
     heights = [gantt.height for gantt in gantts]
-    figure = _figure(15.0, min(30.0, 0.8 + sum(0.125 * height + 0.8 for height in heights)))
+    figure = blank_figure(15.0, min(30.0, 0.8 + sum(0.125 * height + 0.8 for height in heights)))
     panels = figure.subplots(len(gantts), 1, squeeze=False, height_ratios=heights)[:, 0]
     spans = [gantt.timeline.duration_ns for gantt in gantts]
     shared = max(spans) if max(spans) <= 3 * min(spans) else None
@@ -88,7 +83,7 @@ def timeline_png(predicted: Timeline | None, measured: Timeline | None, *, max_c
         figure.text(
             0.995, 0.995, "the two time axes differ", ha="right", va="top", color=VALIDATION, fontsize=9
         )
-    return _png(figure)
+    return png_bytes(figure)
 
 
 def _gantt_legend(figure: "Figure", colours: Mapping[str, str]) -> None:
@@ -96,15 +91,6 @@ def _gantt_legend(figure: "Figure", colours: Mapping[str, str]) -> None:
 
     handles = [Patch(facecolor=colour, label=kind.replace("_", " ")) for kind, colour in colours.items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 9), frameon=False)
-
-
-def _figure(width: float, height: float) -> "Figure":
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), dpi=130, layout="constrained", facecolor="white")
-    FigureCanvasAgg(figure)
-    return figure
 
 
 def _tidy(axes: "Axes") -> None:
@@ -157,9 +143,3 @@ def _draw_baselines(axes: "Axes", baselines: Mapping[str, float]) -> None:
             fontsize=9,
             color=INK,
         )
-
-
-def _png(figure: "Figure") -> bytes:
-    target = io.BytesIO()
-    figure.savefig(target, format="png", metadata={"Software": None})
-    return target.getvalue()

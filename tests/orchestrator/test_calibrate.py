@@ -1,7 +1,6 @@
 """Claims about `orchestrate calibrate links`: constants are found again, errors are honest, what is pasted holds."""
 
-import json
-import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +10,6 @@ import yaml
 from comms.calibration import Constants, Sheet, predict
 from comms.measured_tables import MeasuredCurve, MeasuredPoint, bus_factor
 from comms.schedule import Op
-from orchestrator import cli
 from orchestrator.calibration_report import paste
 from orchestrator.line_rates import line_rate
 from orchestrator.link_calibration import Table, calibrate_links, errors
@@ -23,29 +21,15 @@ TRUE = Constants(setup_s=30e-6, latency_s=0.6e-6, share=0.8)
 
 
 @pytest.fixture
-def calibrate(monkeypatch, capsys):
+def calibrate(orchestrate):
     """Run `orchestrate calibrate` with these words: exit code, stdout, stderr."""
-
-    def run(*words: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["orchestrate", "calibrate", *map(str, words)])
-        with pytest.raises(SystemExit) as stopped:
-            cli.main()
-        streams = capsys.readouterr()
-        return int(stopped.value.code or 0), streams.out, streams.err
-
-    return run
+    return partial(orchestrate, "calibrate")
 
 
 @pytest.fixture
-def answer(calibrate):
+def answer(orchestrate_json):
     """The JSON of a run that must succeed."""
-
-    def run(*words: object) -> dict:
-        code, out, err = calibrate(*words, "--json")
-        assert code == 0, err
-        return json.loads(out)
-
-    return run
+    return partial(orchestrate_json, "calibrate")
 
 
 def seconds_of(op: Op, num_chips: int, rate: float = 300e9) -> np.ndarray:

@@ -14,21 +14,6 @@ from orchestrator.errors import FitError, HangError, OrchestrateError, RunError,
 from orchestrator.verbs.options import Options, Runner
 
 ROOT = Path(__file__).parent.parent.parent
-Call = Callable[..., int]
-
-
-@pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch) -> Call:
-    """Run the command line with these words; its exit code."""
-
-    def run(*words: str) -> int:
-        monkeypatch.setattr(sys, "argv", ["orchestrate", *words])
-        with pytest.raises(SystemExit) as stopped:
-            cli.main()
-        assert isinstance(stopped.value.code, int)
-        return stopped.value.code
-
-    return run
 
 
 @pytest.fixture
@@ -57,13 +42,13 @@ def raising(error: BaseException) -> Callable[[], int]:
     return outcome
 
 
-def test_nothing_given_is_none_everywhere(call, verb):
+def test_nothing_given_is_none_everywhere(orchestrate, verb):
     asked = verb("train", lambda: 0)
-    assert call("train") == 0
+    assert orchestrate("train").code == 0
     assert asked == [Options()]
 
 
-def test_every_flag_reaches_the_verb(call, verb, tmp_path):
+def test_every_flag_reaches_the_verb(orchestrate, verb, tmp_path):
     asked = verb("train", lambda: 0)
     cluster = tmp_path / "mine.yaml"
     cluster.write_text("")
@@ -72,7 +57,7 @@ def test_every_flag_reaches_the_verb(call, verb, tmp_path):
         " --global-batch 32 --seq 256 --steps 7 --runner inline --run-dir out --resume old"
         " --set a.b=1 --set c=x --json --dry-run -v"
     ).split()
-    assert call("train", *words) == 0
+    assert orchestrate("train", *words).code == 0
     assert asked == [
         Options(
             cluster=cluster,
@@ -95,61 +80,66 @@ def test_every_flag_reaches_the_verb(call, verb, tmp_path):
     ]
 
 
-def test_a_shipped_cluster_is_found_by_its_bare_name(call, verb):
+def test_a_shipped_cluster_is_found_by_its_bare_name(orchestrate, verb):
     asked = verb("plan", lambda: 0)
-    assert call("plan", "--cluster", "laptop") == 0
+    assert orchestrate("plan", "--cluster", "laptop").code == 0
     assert asked[0].cluster is not None
     assert asked[0].cluster.read_bytes() == (ROOT / "cluster_configs" / "laptop.yaml").read_bytes()
 
 
-def test_a_file_wins_over_a_shipped_cluster_of_the_same_name(call, verb, tmp_path, monkeypatch):
+def test_a_file_wins_over_a_shipped_cluster_of_the_same_name(orchestrate, verb, tmp_path, monkeypatch):
     asked = verb("plan", lambda: 0)
     (tmp_path / "laptop").write_text("")
     monkeypatch.chdir(tmp_path)
-    assert call("plan", "--cluster", "laptop") == 0
+    assert orchestrate("plan", "--cluster", "laptop").code == 0
     assert asked[0].cluster == Path("laptop")
 
 
-def test_a_misspelt_cluster_is_answered_with_the_nearest(call, capsys):
-    assert call("plan", "--cluster", "labtop") == 2
-    assert "did you mean 'laptop'?" in capsys.readouterr().err
+def test_a_misspelt_cluster_is_answered_with_the_nearest(orchestrate):
+    ran = orchestrate("plan", "--cluster", "labtop")
+    assert ran.code == 2
+    assert "did you mean 'laptop'?" in ran.err
 
 
-def test_a_missing_cluster_file_is_answered_with_the_shipped_ones(call, capsys):
-    assert call("plan", "--cluster", "no/such.yaml") == 2
-    assert "dgx-a100" in capsys.readouterr().err
+def test_a_missing_cluster_file_is_answered_with_the_shipped_ones(orchestrate):
+    ran = orchestrate("plan", "--cluster", "no/such.yaml")
+    assert ran.code == 2
+    assert "dgx-a100" in ran.err
 
 
 @pytest.mark.parametrize(("kind", "code"), [(UserError, 2), (FitError, 3), (RunError, 1), (HangError, 4)])
-def test_a_user_error_is_three_lines_and_its_exit_code(call, verb, capsys, kind, code):
+def test_a_user_error_is_three_lines_and_its_exit_code(orchestrate, verb, kind, code):
     verb("simulate", raising(kind("it is so", "here", "do this")))
-    assert call("simulate") == code
-    streams = capsys.readouterr()
-    assert streams.err == "error: it is so\n  at: here\n  do: do this\n"
-    assert streams.out == ""
+    ran = orchestrate("simulate")
+    assert ran.code == code
+    assert ran.err == "error: it is so\n  at: here\n  do: do this\n"
+    assert ran.out == ""
 
 
-def test_a_traceback_comes_with_verbose(call, verb, capsys):
+def test_a_traceback_comes_with_verbose(orchestrate, verb):
     verb("simulate", raising(UserError("it is so", "here", "do this")))
-    assert call("simulate", "-v") == 2
-    assert "Traceback" in capsys.readouterr().err
+    ran = orchestrate("simulate", "-v")
+    assert ran.code == 2
+    assert "Traceback" in ran.err
 
 
-def test_an_error_without_a_place_is_still_one_line(call, verb, capsys):
+def test_an_error_without_a_place_is_still_one_line(orchestrate, verb):
     verb("simulate", raising(OrchestrateError("it broke")))
-    assert call("simulate") == 1
-    assert capsys.readouterr().err == "error: it broke\n"
+    ran = orchestrate("simulate")
+    assert ran.code == 1
+    assert ran.err == "error: it broke\n"
 
 
-def test_an_interrupt_ends_with_130(call, verb, capsys):
+def test_an_interrupt_ends_with_130(orchestrate, verb):
     verb("train", raising(KeyboardInterrupt()))
-    assert call("train") == 130
-    assert "interrupted" in capsys.readouterr().err
+    ran = orchestrate("train")
+    assert ran.code == 130
+    assert "interrupted" in ran.err
 
 
-def test_the_exit_code_of_a_verb_is_passed_on(call, verb):
+def test_the_exit_code_of_a_verb_is_passed_on(orchestrate, verb):
     verb("verify", lambda: 5)
-    assert call("verify") == 5
+    assert orchestrate("verify").code == 5
 
 
 def test_our_own_bugs_keep_their_traceback(verb, monkeypatch):
@@ -172,23 +162,26 @@ def test_our_own_bugs_keep_their_traceback(verb, monkeypatch):
     ],
     ids=" ".join,
 )
-def test_what_a_verb_does_not_know_is_refused(call, words):
-    assert call(*words) == 2
+def test_what_a_verb_does_not_know_is_refused(orchestrate, words):
+    assert orchestrate(*words).code == 2
 
 
-def test_check_describes_a_valid_file(call, capsys):
-    assert call("check", str(ROOT / "cluster_configs" / "laptop.yaml")) == 0
-    assert "laptop" in capsys.readouterr().out
+def test_check_describes_a_valid_file(orchestrate):
+    ran = orchestrate("check", str(ROOT / "cluster_configs" / "laptop.yaml"))
+    assert ran.code == 0
+    assert "laptop" in ran.out
 
 
-def test_check_answers_in_json(call, capsys):
+def test_check_answers_in_json(orchestrate):
     path = str(ROOT / "cluster_configs" / "laptop.yaml")
-    assert call("check", path, "--json") == 0
-    document = json.loads(capsys.readouterr().out)
+    ran = orchestrate("check", path, "--json")
+    assert ran.code == 0
+    document = json.loads(ran.out)
     assert document["kind"] == "cluster"
     assert document["path"] == path
 
 
-def test_check_of_a_missing_file_is_an_input_error(call, capsys, tmp_path):
-    assert call("check", str(tmp_path / "nothing.yaml")) == 2
-    assert "nothing.yaml" in capsys.readouterr().err
+def test_check_of_a_missing_file_is_an_input_error(orchestrate, tmp_path):
+    ran = orchestrate("check", str(tmp_path / "nothing.yaml"))
+    assert ran.code == 2
+    assert "nothing.yaml" in ran.err

@@ -1,7 +1,7 @@
 """Claims about `orchestrate comms`: what it answers, at which fidelity, what it refuses and what it warns of."""
 
 import json
-import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,7 +11,6 @@ from comms.conditions import Described, LinkFault, Reach
 from comms.pricing import Fidelity
 from comms.schedule import Op
 from comms.schedule_text import schedule_text
-from orchestrator import cli
 from orchestrator.cluster_file import load_cluster
 from orchestrator.collective import Question, conditions_in_words, time_collective
 from orchestrator.shipped import shipped_clusters
@@ -23,29 +22,15 @@ MIB = 2**20
 
 
 @pytest.fixture
-def comms(monkeypatch, capsys):
+def comms(orchestrate):
     """Run `orchestrate comms` with these words: exit code, stdout, stderr."""
-
-    def run(*words: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["orchestrate", "comms", *words])
-        with pytest.raises(SystemExit) as stopped:
-            cli.main()
-        streams = capsys.readouterr()
-        return int(stopped.value.code or 0), streams.out, streams.err
-
-    return run
+    return partial(orchestrate, "comms")
 
 
 @pytest.fixture
-def answer(comms):
+def answer(orchestrate_json):
     """The JSON of a run that must succeed."""
-
-    def run(*words: str) -> dict:
-        code, out, err = comms(*words, "--json")
-        assert code == 0, err
-        return json.loads(out)
-
-    return run
+    return partial(orchestrate_json, "comms")
 
 
 def file_with(tmp_path: Path, text: str, conditions: str) -> str:

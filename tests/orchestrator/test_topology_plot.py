@@ -1,7 +1,6 @@
 """Pictures of networks: everything is there once, nothing overlaps, large ones are cut, the bytes are the same."""
 
 import io
-import sys
 from itertools import combinations
 from pathlib import Path
 
@@ -10,7 +9,6 @@ import pytest
 from comms.conditions import Between, Described, LinkFault, Reach
 from comms.pricing import Fidelity
 from comms.schedule import Op
-from orchestrator import cli
 from orchestrator.bandwidth_plot import algorithm_curves, sweep_png
 from orchestrator.cluster_file import load_cluster
 from orchestrator.collective import Question, time_collective
@@ -151,13 +149,11 @@ def test_a_sweep_is_drawn_per_algorithm_the_chosen_first():
 
 
 @pytest.mark.parametrize("words", [(), ("--sweep", "1KiB..8KiB"), ("--chips", "1")])
-def test_the_picture_is_where_it_was_asked_for(words, monkeypatch, capsys, tmp_path):
+def test_the_picture_is_where_it_was_asked_for(words, orchestrate, tmp_path):
     from matplotlib.image import imread
 
     path = tmp_path / "picture.png"
-    monkeypatch.setattr(sys, "argv", ["orchestrate", "comms", *words, "--plot", str(path)])
-    with pytest.raises(SystemExit) as stopped:
-        cli.main()
-    assert stopped.value.code == 0
+    ran = orchestrate("comms", *words, "--plot", path)
+    assert ran.code == 0
     assert imread(io.BytesIO(path.read_bytes())).shape[1] > 400
-    assert str(path) in capsys.readouterr().err
+    assert str(path) in ran.err
