@@ -154,6 +154,10 @@ def _outline(name: str, op: Op, nbytes: float, levels: Levels, protocol: Protoco
 
 def _latency_and_wire(name: str, outline: Outline) -> tuple[float, float]:
     """Latencies and bytes along all stages, in seconds, for what handing pieces on costs."""
+    if outline.beside:
+        each = [_latency_and_wire(name, replace(channel, beside=())) for channel in outline.channels]
+        latency = max(latency for latency, _ in each)
+        return latency, max(closed_seconds(outline) - latency, max(wire for _, wire in each))
     stages = [stage for phase in outline.phases for stage in phase]
     latency = sum(stage.repeat * max(hop.latency_s for hop in stage.hops) for stage in stages)
     wires = [stage.repeat * stage.nbytes / min(hop.bytes_per_s for hop in stage.hops) for stage in stages]

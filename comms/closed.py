@@ -18,8 +18,8 @@ With p positions in a ring (hop i: w_i, l_i) the time is that of the longest pat
 for the port (w_i) or follows the message (w_i + l_i, to position i + 1), the last step being such a move. A path
 with m moves visits m positions and waits at the one with the largest w; of paths all the way around, which have
 the same largest w, one with the fewest turns (none or one more) or one with the most is the longest. Ring outlines
-with several stages, or with pieces between each other, have no form shorter than their sweep, `comms.folded`,
-which is used for them.
+with several stages, or with pieces between each other, and channels side by side have no form shorter than their
+sweep, `comms.folded`, which is used for them.
 """
 
 import numpy as np
@@ -34,6 +34,8 @@ MAX_POSITIONS = 512  # the form of a ring takes the square of it
 
 def closed_seconds(outline: Outline) -> float:
     """Time until everything has arrived, everyone being ready at 0."""
+    if outline.beside:
+        return folded_seconds(outline)
     if num_positions(outline) == 1:
         return _uniform(outline)
     stages = [stage for phase in outline.phases for stage in phase if stage.repeat]

@@ -7,7 +7,7 @@ period (chapter 3, theorem 3.109); as soon as that is seen, the remaining period
 
 A stage with one hop in an outline with more positions has each position exchange with its like. Rounds with
 ports of their own are those of other chips: pieces queue there, but neither wait for a chip to be done with the
-piece before nor hold its port.
+piece before nor hold its port. Channels side by side are `comms.side_by_side`.
 
 Exact for what an outline says, up to rounding; what it leaves out (chips that differ) is not modelled.
 """
@@ -19,6 +19,7 @@ import numpy as np
 
 from comms.outline import Outline, Stage
 from comms.schedule import Order
+from comms.side_by_side import side_by_side_seconds
 from comms.topology import FloatArray
 
 STEADY = 1e-12  # relative: states that differ by a constant up to this are the same
@@ -37,6 +38,8 @@ class _Costs:
 
 def folded_seconds(outline: Outline) -> float:
     """Time until everything has arrived, everyone being ready at 0."""
+    if outline.beside:
+        return side_by_side_seconds(outline)
     positions = num_positions(outline)
     ready = np.zeros((outline.pieces, positions))
     free: dict[int, FloatArray] = {}

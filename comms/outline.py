@@ -36,10 +36,20 @@ class Stage:
 
 @dataclass(frozen=True, slots=True)
 class Outline:
-    """Phases in order; those with the same `ports` number leave by the same wires of a chip."""
+    """Phases in order; those with the same `ports` number leave by the same wires of a chip.
+
+    Channels `beside` start at the same time and go on by themselves; they share the rate of ports that they use at
+    the same time. Outlines with such have one position and one piece, and all ports are the chip's own wires.
+    """
 
     algorithm: str
     phases: tuple[tuple[Stage, ...], ...]
     ports: tuple[int, ...]  # one per phase
     pieces: int = 1
     order: Order = Order.SERIAL
+    beside: tuple["Outline", ...] = ()
+
+    @property
+    def channels(self) -> tuple["Outline", ...]:
+        """This one and those beside it."""
+        return (self, *self.beside)

@@ -128,7 +128,8 @@ def expected_messages(choice: Choice) -> int:
     outline = outline_of(choice.algorithm, choice.op, choice.nbytes, levels) if levels else None
     if outline is None:
         return 0
-    rounds = sum(stage.repeat for phase in outline.phases for stage in phase)
+    phases = [phase for channel in outline.channels for phase in channel.phases]
+    rounds = sum(stage.repeat for phase in phases for stage in phase)
     return rounds * outline.pieces * choice.num_chips
 
 

@@ -12,11 +12,12 @@ other way round, so that every wire carries the buffer once, not twice. The way 
 there, which is when the wires are free.
 
 Outlines are exact for dimensions whose wires are a chip's own (rings of two have one link, which both channels
-share). Rotated, they are so for rings all alike; for others there is none, as channels then meet on the wires of
-a dimension at times that depend on all figures.
+share). Rotated over rings that are not all alike, channels meet on the wires of a dimension at times that depend on
+all figures, so that the outline has them side by side.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from math import ceil
 
@@ -98,30 +99,40 @@ def outline(
     wraps: Sequence[bool] | bool = True,
     rotated: bool = False,
 ) -> Outline | None:
-    """Over dimensions that are gone round where `wraps`; rotated, over two rings or more with the same figures."""
+    """Over dimensions that are gone round where `wraps`; rotated, over two rings or more."""
     spans = folds(levels)
     rings = _rings([], [level.fanout for level in levels], wraps)
     if not spans or not all(_suits(*each) for each in zip(spans, rings, strict=True)):
         return None
-    alike = {(level.fanout, level.latency_s, level.bytes_per_s) for level, _ in spans}
-    if rotated and (len(spans) < 2 or len(alike) > 1 or not all(_is_own(*each) for each in spans)):
+    if rotated and (len(spans) < 2 or not all(has_own_wires(*each) for each in spans)):
         return None
-    scatter: list[tuple[Stage, ...]] = []
+    dims = tuple(range(len(spans)))
+    alike = len({(level.fanout, level.latency_s, level.bytes_per_s) for level, _ in spans}) == 1
     part = nbytes / (2 * len(spans) if rotated else 2)
-    for (level, inner), ring in zip(spans, rings, strict=True):
+    channels = []
+    for first in dims if rotated and not alike else dims[:1]:  # alike, they never meet
+        order = dims[first:] + dims[:first]
+        scatter = tuple(_scattering(part, [(spans[dim], rings[dim]) for dim in order]))
+        gather, back = scatter[::-1], order[::-1]
+        phases = {Op.REDUCE_SCATTER: scatter, Op.ALL_GATHER: gather, Op.ALL_REDUCE: scatter + gather}[op]
+        ports = {Op.REDUCE_SCATTER: order, Op.ALL_GATHER: back, Op.ALL_REDUCE: order + back}[op]
+        channels.append(Outline(_name(rotated, wraps), phases, ports if rotated else (0,) * len(phases)))
+    return replace(channels[0], beside=tuple(channels[1:]))
+
+
+def _scattering(part: float, dims: Iterable[tuple[tuple[Level, int], bool]]) -> Iterator[tuple[Stage, ...]]:
+    """Dimension by dimension (level, members inside it, whether it is a ring), what a chip sends one way round."""
+    for (level, inner), ring in dims:
         part /= level.fanout
         per_wire = 1 if ring and level.fanout > 2 else 2
         hop = Hop(level.latency_s, min(level.bytes_per_s / per_wire, level.rate(2 * inner)))
-        scatter.append((Stage(level.fanout - 1, part, (hop,), own_ports=not ring),))
-    gather = scatter[::-1]
-    phases = {Op.REDUCE_SCATTER: scatter, Op.ALL_GATHER: gather, Op.ALL_REDUCE: scatter + gather}[op]
-    return Outline(_name(rotated, wraps), tuple(phases), (0,) * len(phases))
+        yield (Stage(level.fanout - 1, part, (hop,), own_ports=not ring),)
 
 
 def line_outline(nbytes: float, levels: Levels, *, pieces: int = 1) -> Outline | None:
     """All pieces leave the end of the line, the last one goes along it, and the same back."""
     spans = folds(levels)
-    if len(spans) != 1 or spans[0][0].wraps or not _is_own(*spans[0]):
+    if len(spans) != 1 or spans[0][0].wraps or spans[0][0].fanout == 2 or not has_own_wires(*spans[0]):
         return None
     level, _ = spans[0]
     piece, rate = nbytes / 2 / pieces, level.rate(2)
@@ -136,16 +147,17 @@ def _name(rotated: bool, wraps: Sequence[bool] | bool) -> str:
     return ROTATED if rotated else TORUS if np.all(wraps) else MESH
 
 
-def _is_own(level: Level, inner: int) -> bool:
-    """Whether chips have wires of their own both ways along this dimension, at its full rate."""
-    return level.ring and level.fanout > 2 and level.rate(2 * inner) >= level.bytes_per_s
+def has_own_wires(level: Level, inner: int) -> bool:
+    """Whether chips have wires of their own to their neighbours along this dimension, at its full rate."""
+    sides = 1 if level.fanout == 2 else 2
+    return level.ring and level.rate(sides * inner) >= level.bytes_per_s
 
 
 def _suits(span: tuple[Level, int], ring: bool) -> bool:
-    level, inner = span
+    level, _ = span
     if level.fanout == 2:
         return level.ring
-    return level.ring and level.wraps if ring else _is_own(level, inner)
+    return level.ring and level.wraps if ring else has_own_wires(*span)
 
 
 def _torus(
@@ -171,7 +183,7 @@ def _torus(
         scatter = [_along(blocks, place, rings, step, gathers=False) for place in dims]
         gather = [_along(blocks, place, rings, step, gathers=True) for place in reversed(dims)]
         phases = {Op.REDUCE_SCATTER: scatter, Op.ALL_GATHER: gather, Op.ALL_REDUCE: scatter + gather}[op]
-        channels.append(Channel(tuple(phases), at_once=True))
+        channels.append(Channel(tuple(phases), at_once=not rotated))
     return Schedule(op, _name(rotated, wraps), num_ranks, num_chunks, 1.0 / num_chunks, tuple(channels))
 
 

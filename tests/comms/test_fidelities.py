@@ -92,6 +92,18 @@ def test_the_three_fidelities_agree(op, name, data):
         assert seconds == pytest.approx(choice.transfer_s, rel=CLOSE)
 
 
+@pytest.mark.parametrize("nbytes", [1e6, 2.0**20, 1.1e6])
+def test_rounding_does_not_part_chips_that_go_in_lockstep(nbytes):
+    trunks = (
+        Trunk(3, Link(0.0, 2323029099.0), Switch("layer 1")),
+        Trunk(15, Link(5.607564345162192e-06, 2903786373.75), Switch("layer 2")),
+    )
+    tree = Tree(75, Link(1e-6, 774343033.0), Switch("layer 0"), trunks)
+    network = Network(layered(tree, TierKind.SCALE_OUT))
+    choice = choose(Op.ALL_TO_ALL, nbytes, range(75), network, "pairwise")
+    assert full_seconds(choice, range(75), network) == pytest.approx(choice.transfer_s, rel=1e-9)
+
+
 @MANY
 @given(st.data())
 def test_all_copies_of_a_group_at_once_take_what_the_closed_form_says(data):
