@@ -28,6 +28,7 @@ import numpy as np
 from comms.dragonfly import Dragonfly
 from comms.paths import BoolArray, paths_of
 from comms.schedule import Op
+from comms.shapes import sole_shape
 from comms.topology import FloatArray, IntArray, Topology, Wires
 from comms.torus import FullMesh, Torus
 
@@ -59,18 +60,14 @@ class Cut:
 
 def bisection(topology: Topology) -> Cut:
     """The cut into halves that the least can pass."""
-    wires = topology.wires()
+    wires, shape = topology.wires(), sole_shape(topology)
     n = topology.num_chips
     if n == 1:
         return _cut(wires, np.ones(topology.num_nodes, dtype=np.bool_), n, Proof.CLOSED_FORM)
-    if isinstance(topology, FullMesh):
+    if isinstance(shape, FullMesh):
         return _cut(wires, np.arange(n) < n // 2, n, Proof.CLOSED_FORM)
-    if (
-        isinstance(topology, Torus)
-        and topology.access is None
-        and all(d % 2 == 0 or d == 1 for d in topology.dims)
-    ):
-        sides = [_straight(topology.dims, dim) for dim, size in enumerate(topology.dims) if size > 1]
+    if isinstance(shape, Torus) and shape.access is None and all(d % 2 == 0 or d == 1 for d in shape.dims):
+        sides = [_straight(shape.dims, dim) for dim, size in enumerate(shape.dims) if size > 1]
         return _least(
             [_cut(wires, side, n, Proof.CLOSED_FORM) for side in sides or [np.ones(n, dtype=np.bool_)]]
         )
@@ -203,13 +200,13 @@ def _straight(dims: tuple[int, ...], first: int) -> BoolArray:
 
 def _candidates(topology: Topology) -> Iterator[BoolArray]:
     """Halves of the chips to start from."""
-    n = topology.num_chips
+    n, shape = topology.num_chips, sole_shape(topology)
     yield np.arange(n) < n // 2
-    if isinstance(topology, Torus):
-        yield from (_straight(topology.dims, dim) for dim, size in enumerate(topology.dims) if size > 1)
-    elif isinstance(topology, Dragonfly):
-        routers = np.arange(n) // topology.chips_per_router
-        order = np.argsort(routers % topology.routers_per_group, kind="stable")
+    if isinstance(shape, Torus):
+        yield from (_straight(shape.dims, dim) for dim, size in enumerate(shape.dims) if size > 1)
+    elif isinstance(shape, Dragonfly):
+        routers = np.arange(n) // shape.chips_per_router
+        order = np.argsort(routers % shape.routers_per_group, kind="stable")
         yield np.isin(np.arange(n), order[: n // 2])
     elif n <= DENSE_NODES:
         near = paths_of(topology.wires(), topology, through_chips=True).latencies(np.arange(1))[0, :n]

@@ -93,7 +93,7 @@ def choose(op: Op, nbytes: float, members: Members, network: Network, algorithm:
         known = ", ".join(names(op))
         raise CommsError(f"no algorithm {algorithm!r} for {op}", "algorithm", f"known: auto, {known}")
     tried = _tried(op, nbytes, members, network, algorithm)
-    if not tried and algorithm == AUTO:
+    if not tried:
         tried = _tried(op, nbytes, members, network, algorithm, flat=True)
     if num_chips == 1:
         return Choice(op, nbytes, 1, NOTHING, PLAIN, 0.0, 0.0, (), True)

@@ -131,7 +131,7 @@ class Compiled:
     shares: IntArray  # [wires] resource that each uses
     crossings: FloatArray = field(
         repr=False
-    )  # [resources] bytes that all messages bring, repeats not counted
+    )  # [resources] bytes of all messages but those of jobs that repeat
 
     @property
     def num_messages(self) -> int:
@@ -287,6 +287,7 @@ class _Building:
     def done(self) -> Compiled:
         """Everything laid end to end."""
         rounds, streams = _records(ROUND, self.rounds), np.array(self.streams, dtype=STREAM)
+        runs = np.array(self.runs, dtype=RUN)
         chunks = self.chunks if streams["by_chunk"].any() else []
         work = Work(
             streams=streams,
@@ -301,7 +302,7 @@ class _Building:
         )
         return Compiled(
             work=work,
-            runs=np.array(self.runs, dtype=RUN),
+            runs=runs,
             num_ports=self.num["ports"],
             num_chains=self.num["chains"],
             num_left=self.num["left"],
@@ -309,7 +310,7 @@ class _Building:
             rank_node=_column(self.rank_node).astype(np.int64),
             bytes_per_s=self.wires.bytes_per_s.astype(np.float64),
             shares=self.wires.shares,
-            crossings=_crossings(work, self.wires.num_wires),
+            crossings=_crossings(work, runs, self.wires.num_wires),
         )
 
 
@@ -327,10 +328,12 @@ def _phase_bounds(channel: Channel) -> Iterator[tuple[int, int, tuple[Round, ...
         start += len(phase)
 
 
-def _crossings(work: Work, num_resources: int) -> FloatArray:
-    """[resources] Bytes of all messages that cross each: summed per edge, then along its route."""
-    totals = np.zeros(len(work.edges))
-    for each in work.rounds:
+def _crossings(work: Work, runs: NDArray[np.void], num_resources: int) -> FloatArray:
+    """[resources] Bytes that cross each, of runs that come to an end: summed per edge, then along its route."""
+    totals, counts = np.zeros(len(work.edges)), np.ones(len(work.streams), dtype=np.bool_)
+    for each in runs[runs["repeats"]]:
+        counts[each["stream0"] : each["stream1"]] = False
+    for each in work.rounds[counts[work.rounds["stream"]]]:
         pieces = work.streams["pieces"][each["stream"]]
         edges = slice(each["edge0"], each["edge0"] + each["last"] - each["first"])
         totals[edges] += work.nbytes[each["first"] : each["last"]] * pieces

@@ -4,7 +4,8 @@ numba compiles them on first use (some seconds, kept on disk) and needs no compi
 follows IEEE: a flow of rate zero ends at infinity.
 
 numba keeps what it compiled from a file until that file changes, although loops in other files may be compiled
-into it. So what is kept lies in a folder named after the content of all the files with loops.
+into it. So what is kept lies in a folder named after the content of all the files with
+loops, or with constants that are built into them.
 """
 
 import hashlib
@@ -19,6 +20,7 @@ FunctionT = TypeVar("FunctionT", bound=Callable[..., object])
 
 FILES = (
     "clock.py",
+    "compiled.py",
     "costs.py",
     "events.py",
     "growth.py",

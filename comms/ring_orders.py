@@ -24,8 +24,9 @@ from typing import TypeAlias
 
 import numpy as np
 
-from comms.graph import Graph, Rerouted
+from comms.graph import Rerouted
 from comms.paths import BoolArray
+from comms.shapes import sole_shape
 from comms.topology import FloatArray, IntArray, Routes, Topology, Wires, route_latencies
 from comms.torus import FullMesh, Torus
 from comms.torus_rings import disjoint_cycles, torus_cycle
@@ -116,7 +117,8 @@ Proposals: TypeAlias = Callable[[list[RingOrder], FloatArray], Iterator[IntArray
 def _proposals(topology: Topology, wires: Wires, most: int) -> Proposals:
     """Orders to choose the next ring from, given those before and the rate that is left on each wire."""
     fixed = _constructed(topology, most)
-    is_searched = isinstance(topology, Graph | Rerouted) and 2 < topology.num_chips <= SEARCHED_CHIPS
+    is_known = isinstance(sole_shape(topology), Torus | FullMesh)
+    is_searched = not is_known and 2 < topology.num_chips <= SEARCHED_CHIPS
     pairs = _pairs(topology, wires) if is_searched else None
 
     def propose(rings: list[RingOrder], left: FloatArray) -> Iterator[IntArray]:
@@ -135,7 +137,7 @@ def _proposals(topology: Topology, wires: Wires, most: int) -> Proposals:
 def _constructed(topology: Topology, most: int) -> list[IntArray]:
     """The orders that the shape of a topology suggests."""
     natural = np.arange(topology.num_chips)
-    whole = topology.topology if isinstance(topology, Rerouted) else topology
+    whole = sole_shape(topology.topology if isinstance(topology, Rerouted) else topology)
     if isinstance(whole, Torus):
         rings = all(whole.is_ring(dim) and size > 2 for dim, size in enumerate(whole.dims))
         cycles = disjoint_cycles(whole.dims) if rings and len(whole.dims) > 1 and most > 2 else ()

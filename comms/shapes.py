@@ -15,6 +15,7 @@ import numpy as np
 from comms.groups import Lattice, Members, group_size, sharing
 from comms.levels import Level, Levels
 from comms.links import Link
+from comms.tiered import TieredTopology
 from comms.topology import IntArray, Routes, Topology, Wires, route_latencies
 from comms.torus import FullMesh, Torus
 from comms.tree import Tree
@@ -182,3 +183,13 @@ def shape_of(topology: Topology) -> Shape:
     if isinstance(topology, Torus):
         return Grid(topology)
     return Pairs(topology) if isinstance(topology, FullMesh) else Whole(topology)
+
+
+def sole_shape(topology: Topology) -> Topology:
+    """The torus, tree, graph, ... that joins all chips of a network of one tier; else the topology itself."""
+    if not isinstance(topology, TieredTopology) or len(topology.fabrics) != 1:
+        return topology
+    (fabric,) = topology.fabrics
+    if fabric.size != topology.num_chips:
+        return topology
+    return fabric.shape.topology if isinstance(fabric.shape, Whole) else fabric.shape

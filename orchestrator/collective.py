@@ -115,7 +115,7 @@ class Answer:
         """The narrowest cut of the network into halves; None for one chip, and where it is too large to look at."""
         if not 1 < self.question.num_chips <= MOST_CUT:
             return None
-        return bisection(self.site.resolved.topology if self.site else self.question.network.topology())
+        return bisection(self.site.seen if self.site else self.question.network.topology())
 
     @property
     def left_out(self) -> tuple[str, ...]:
@@ -177,6 +177,8 @@ def _way(question: Question, choice: Choice) -> _Way:
         why = () if asked else ("every message is moved, because of the above",)
         return _Way(Fidelity.FULL, (*special, *why) if special else ())
     warnings = []
+    if uneven and question.algorithm != AUTO:
+        raise CommsError(uneven, "--algorithm", "move every message: --fidelity full; or leave it to auto")
     if state:
         warnings.append(
             f"the conditions of the cluster file are left out ({state}); --fidelity full applies them"
@@ -191,7 +193,12 @@ def _why_flat(question: Question) -> str:
     chips = f"{question.num_chips} chips"
     if question.network.levels(question.members) is None:
         return f"{chips} do not fold into equal groups on this network"
-    return f"{chips} fold into levels that no algorithm for {question.op} suits"
+    what = (
+        f"no algorithm for {question.op} suits"
+        if question.algorithm == AUTO
+        else f"{question.algorithm} does not suit"
+    )
+    return f"{chips} fold into levels that {what}"
 
 
 def conditions_in_words(described: Described) -> str:
@@ -255,7 +262,7 @@ def _by_messages(question: Question, choice: Choice, phase: Phase) -> Answer:
     site = full.site_of(question.network, question.num_chips, question.described)
     if question.schedule is not None or question.algorithm == SYNTHESIZED:
         return _against_fixed(question, site, choice, phase)
-    if question.algorithm == AUTO and not (choice.is_folded and site.is_whole):
+    if question.algorithm == AUTO and not (choice.is_folded and not conditions_in_words(question.described)):
         return _contest(question, site, choice, phase)
     with phase(f"every message of {choice.algorithm}"):
         timing = full.timed_choice(site, choice)
@@ -290,10 +297,13 @@ def _contest(question: Question, site: "Site", usual: Choice, phase: Phase) -> A
     """Fixed algorithms against each other at full fidelity, and the best against a schedule of its own."""
     from orchestrator import full_collective as full
 
-    timings, skipped = [], 0
+    timings: list[FullTiming] = []
+    skipped = 0
     choices = _suitable(question) or [usual]
-    for number, choice in enumerate(choices):
-        if number >= FEW and full.expected_messages(choice) > QUICK_MESSAGES:
+    counts = [full.expected_messages(choice) for choice in choices]
+    full.check_messages(min(counts), choices[counts.index(min(counts))].algorithm)
+    for choice, count in zip(choices, counts, strict=True):
+        if count > (full.MOST_MESSAGES if len(timings) < FEW else QUICK_MESSAGES):
             skipped += 1
             continue
         with phase(f"every message of {choice.algorithm}"):
@@ -333,7 +343,8 @@ def _suitable(question: Question) -> list[Choice]:
             choices.append(choose(question.op, question.nbytes, question.members, question.network, name))
         except CommsError:  # it does not suit these levels
             continue
-    return sorted(choices, key=_rank)
+    exact = [choice for choice in choices if choice.is_folded]
+    return sorted(exact or choices, key=_rank)
 
 
 def _full_answer(

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from comms.algorithms import ring
+from comms.algorithms import direct, ring
 from comms.algorithms.catalog import outline_of
 from comms.choice import Choice, choose
 from comms.compiled import Job
@@ -35,6 +35,7 @@ from orchestrator.node_names import node_names
 
 SEED = 0  # of what is synthesized: the same question, the same schedule
 MOST_MESSAGES = 2**24  # some 2 GB
+COUNTED_CHIPS = 256  # up to here a schedule is made to know how many messages it has
 RINGS = frozenset(ring.SCHEDULES)
 AROUND = frozenset({Op.ALL_REDUCE, Op.ALL_GATHER, Op.REDUCE_SCATTER})
 
@@ -57,12 +58,6 @@ class Site:
     def topology(self) -> Topology:
         """Without what is down."""
         return self.resolved.topology
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether every wire runs at its own rate all the time."""
-        conditions = self.resolved.conditions
-        return self.topology is self.whole and not conditions.factors and not conditions.changes
 
     @property
     def seen(self) -> Topology:
@@ -123,14 +118,16 @@ def load_loops() -> None:
 
 
 def expected_messages(choice: Choice) -> int:
-    """About how many messages a choice sends; never fewer than it does."""
+    """How many messages a choice sends: counted up to COUNTED_CHIPS, and about that many above."""
+    if choice.num_chips <= COUNTED_CHIPS:
+        return choice.schedule().num_messages
     levels = tuple(level.under(choice.protocol) for level in choice.levels)
-    outline = outline_of(choice.algorithm, choice.op, choice.nbytes, levels) if levels else None
-    if outline is None:
-        return 0
+    outline = outline_of(choice.algorithm, choice.op, choice.nbytes, levels)
+    assert outline is not None
     phases = [phase for channel in outline.channels for phase in channel.phases]
     rounds = sum(stage.repeat for phase in phases for stage in phase)
-    return rounds * outline.pieces * choice.num_chips
+    peers = choice.num_chips - 1 if choice.algorithm in direct.SCHEDULES else 1
+    return rounds * outline.pieces * choice.num_chips * peers
 
 
 def timed_choice(site: Site, choice: Choice) -> FullTiming:
@@ -138,15 +135,14 @@ def timed_choice(site: Site, choice: Choice) -> FullTiming:
 
     On a network without levels a ring goes from chip to neighbouring chip, where that is faster than by number.
     """
-    _check_messages(expected_messages(choice), choice.algorithm)
+    check_messages(expected_messages(choice), choice.algorithm)
     orders = [groups_of(site.members, site.num_chips)]
     if not choice.is_folded and choice.algorithm in RINGS and choice.op in AROUND:
-        seen = site.seen
-        by_wire = seen if isinstance(seen, Rerouted) else Rerouted(seen)
-        orders.append(np.array([ring_order(by_wire).chips], dtype=np.int64))
+        orders.append(np.array([ring_order(site.seen).chips], dtype=np.int64))
     timings = []
     for order in orders:
         job = job_of(choice, order, site.whole)
+        check_messages(job.schedule.num_messages, choice.algorithm)
         result = simulate(site.topology, [job, *_background(site)], site.resolved.conditions)
         seconds = choice.setup_s + float(result.seconds[0])
         timings.append(FullTiming(choice.algorithm, seconds, choice.setup_s, choice.protocol, result))
@@ -155,7 +151,7 @@ def timed_choice(site: Site, choice: Choice) -> FullTiming:
 
 def timed_schedule(site: Site, schedule: Schedule, nbytes: float) -> FullTiming:
     """Any schedule over all chips, by the fastest protocol of the outermost tier."""
-    _check_messages(schedule.num_messages, schedule.algorithm)
+    check_messages(schedule.num_messages, schedule.algorithm)
     tier = site.network.tier_for((0, site.num_chips - 1))
     timings = [_under(site, schedule, nbytes, protocol, tier.setup_s) for protocol in tier.protocols]
     return min(timings, key=lambda timing: timing.seconds)
@@ -239,7 +235,8 @@ def _background(site: Site) -> list[Job]:
     return jobs
 
 
-def _check_messages(count: int, algorithm: str) -> None:
+def check_messages(count: int, algorithm: str) -> None:
+    """Raises CommsError where messages are too many to move one by one."""
     if count > MOST_MESSAGES:
         raise CommsError(
             f"{algorithm} sends about {count / 1e6:.0f} million messages, too many to move one by one",
