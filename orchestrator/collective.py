@@ -277,7 +277,7 @@ def _against_fixed(question: Question, site: "Site", choice: Choice, phase: Phas
 
     if question.schedule is not None:
         with phase(f"every message of {question.schedule.algorithm}"):
-            timing = full.timed_schedule(site, question.schedule, question.nbytes)
+            timing = full.timed_schedule(site, full.by_number(question.schedule), question.nbytes)
         what = "your own schedule, proved"
     else:
         with phase("synthesis"):
@@ -308,6 +308,9 @@ def _contest(question: Question, site: "Site", usual: Choice, phase: Phase) -> A
             continue
         with phase(f"every message of {choice.algorithm}"):
             timings.append(full.timed_choice(site, choice))
+    if not choices[0].is_folded:
+        with phase("every message of hierarchies found on the network"):
+            timings += full.timed_hierarchies(site, question.op, question.nbytes, QUICK_MESSAGES)
     best = min(timings, key=_rank)
     reason = (
         f"fastest of {len(timings)} when every message is moved" if len(timings) > 1 else "nothing else suits"

@@ -25,8 +25,8 @@ from comms.links import Link, Protocol
 from comms.live import Live
 from comms.network import Network
 from comms.pricing import groups_of, job_of
-from comms.ring_orders import ring_order
 from comms.schedule import Op, Schedule
+from comms.suggested import RING, Laid, laid_hierarchies, laid_rings
 from comms.synthesis import WORTH, improve, synthesize
 from comms.tiered import TieredTopology
 from comms.topology import FloatArray, Topology
@@ -36,8 +36,6 @@ from orchestrator.node_names import node_names
 SEED = 0  # of what is synthesized: the same question, the same schedule
 MOST_MESSAGES = 2**24  # some 2 GB
 COUNTED_CHIPS = 256  # up to here a schedule is made to know how many messages it has
-RINGS = frozenset(ring.SCHEDULES)
-AROUND = frozenset({Op.ALL_REDUCE, Op.ALL_GATHER, Op.REDUCE_SCATTER})
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -133,15 +131,17 @@ def expected_messages(choice: Choice) -> int:
 def timed_choice(site: Site, choice: Choice) -> FullTiming:
     """A choice at full fidelity. Raises CommsError where that is too much.
 
-    On a network without levels a ring goes from chip to neighbouring chip, where that is faster than by number.
+    On a network without levels rings go from chip to neighbouring chip, as many as its wires bear, where that is
+    faster than by number.
     """
     check_messages(expected_messages(choice), choice.algorithm)
-    orders = [groups_of(site.members, site.num_chips)]
-    if not choice.is_folded and choice.algorithm in RINGS and choice.op in AROUND:
-        orders.append(np.array([ring_order(site.seen).chips], dtype=np.int64))
+    job = job_of(choice, groups_of(site.members, site.num_chips), site.whole)
+    jobs = [job]
+    if not choice.is_folded and choice.algorithm == RING:
+        laid = laid_rings(choice.op, site.seen)
+        jobs += [Job(each.schedule, each.chips, choice.nbytes, protocol=job.protocol) for each in laid]
     timings = []
-    for order in orders:
-        job = job_of(choice, order, site.whole)
+    for job in jobs:
         check_messages(job.schedule.num_messages, choice.algorithm)
         result = simulate(site.topology, [job, *_background(site)], site.resolved.conditions)
         seconds = choice.setup_s + float(result.seconds[0])
@@ -149,17 +149,28 @@ def timed_choice(site: Site, choice: Choice) -> FullTiming:
     return min(timings, key=lambda timing: timing.seconds)
 
 
-def timed_schedule(site: Site, schedule: Schedule, nbytes: float) -> FullTiming:
+def timed_schedule(site: Site, laid: Laid, nbytes: float) -> FullTiming:
     """Any schedule over all chips, by the fastest protocol of the outermost tier."""
-    check_messages(schedule.num_messages, schedule.algorithm)
+    check_messages(laid.schedule.num_messages, laid.schedule.algorithm)
     tier = site.network.tier_for((0, site.num_chips - 1))
-    timings = [_under(site, schedule, nbytes, protocol, tier.setup_s) for protocol in tier.protocols]
+    timings = [_under(site, laid, nbytes, protocol, tier.setup_s) for protocol in tier.protocols]
     return min(timings, key=lambda timing: timing.seconds)
+
+
+def timed_hierarchies(site: Site, op: Op, nbytes: float, most_messages: int) -> list[FullTiming]:
+    """Hierarchical algorithms over the bunches of chips that the network shows, of so many messages at most."""
+    laid = [each for each in laid_hierarchies(op, site.seen) if each.schedule.num_messages <= most_messages]
+    return [timed_schedule(site, each, nbytes) for each in laid]
+
+
+def by_number(schedule: Schedule) -> Laid:
+    """Rank r on chip r."""
+    return Laid(schedule, np.arange(schedule.num_ranks))
 
 
 def synthesized(site: Site, op: Op, nbytes: float) -> FullTiming:
     """The best schedule found for this site."""
-    return timed_schedule(site, synthesize(op, site.seen, nbytes, seed=SEED).schedule, nbytes)
+    return timed_schedule(site, by_number(synthesize(op, site.seen, nbytes, seed=SEED).schedule), nbytes)
 
 
 def improved(site: Site, op: Op, nbytes: float, fixed: FullTiming) -> tuple[FullTiming | None, str]:
@@ -167,7 +178,7 @@ def improved(site: Site, op: Op, nbytes: float, fixed: FullTiming) -> tuple[Full
     verdict = improve(op, site.seen, nbytes, fixed.algorithm, fixed.seconds - fixed.setup_s, seed=SEED)
     if verdict.found is None:
         return None, verdict.reason
-    timing = timed_schedule(site, verdict.found.schedule, nbytes)
+    timing = timed_schedule(site, by_number(verdict.found.schedule), nbytes)
     ratio = timing.seconds / fixed.seconds
     if ratio * WORTH >= 1:
         return None, f"keeps {fixed.algorithm}: the best found takes {ratio:.2f} times as long"
@@ -212,9 +223,9 @@ def _rates(site: Site) -> FloatArray:
     return rate
 
 
-def _under(site: Site, schedule: Schedule, nbytes: float, protocol: Protocol, setup_s: float) -> FullTiming:
+def _under(site: Site, laid: Laid, nbytes: float, protocol: Protocol, setup_s: float) -> FullTiming:
     def run(size: float) -> FullResult:
-        job = Job(schedule, np.arange(schedule.num_ranks), size, protocol=protocol)
+        job = Job(laid.schedule, laid.chips, size, protocol=protocol)
         return simulate(site.topology, [job, *_background(site)], site.resolved.conditions)
 
     result = run(nbytes)
@@ -222,7 +233,7 @@ def _under(site: Site, schedule: Schedule, nbytes: float, protocol: Protocol, se
     if protocol.pipelined:
         latency_s = float(run(0.0).seconds[0])
         setup_s += protocol.handing_on_s(latency_s, max(0.0, seconds - latency_s))
-    return FullTiming(schedule.algorithm, setup_s + seconds, setup_s, protocol, result)
+    return FullTiming(laid.schedule.algorithm, setup_s + seconds, setup_s, protocol, result)
 
 
 def _background(site: Site) -> list[Job]:

@@ -318,9 +318,81 @@ scale_up:
 """
 
 
-def test_a_ring_goes_from_neighbour_to_neighbour_on_a_graph(answer, tmp_path):
+def test_rings_go_from_neighbour_to_neighbour_both_ways_on_a_graph(answer, tmp_path):
     path = tmp_path / "scrambled.yaml"
     path.write_text(SCRAMBLED)
     found = answer("--cluster", str(path), "--algorithm", "ring", "--size", "600 MB")
     assert found["fidelity"] == "full"
-    assert found["seconds"] == pytest.approx(10 * (1e-6 + 100e6 / 50e9), rel=1e-6)
+    assert found["seconds"] == pytest.approx(10 * (1e-6 + 50e6 / 50e9), rel=1e-6)
+
+
+DGX = (CONFIGS / "dgx-a100.yaml").read_text()
+
+
+def test_late_chips_and_noise_are_part_of_the_choice(answer, tmp_path):
+    path = file_with(tmp_path, DGX, "  chips: [{chip: 7, delay: 5 ms}]\n")
+    words = ("--cluster", path, "--chips", "16", "--size", "1MiB")
+    every = answer(*words)
+    named = answer(*words, "--algorithm", "recursive doubling")
+    assert every["seconds"] <= named["seconds"] * (1 + 1e-9)
+    assert len(every["candidates"]) > 2
+
+
+def test_a_wire_is_not_said_to_be_busier_than_always_beside_other_jobs(answer, tmp_path):
+    job = "  background:\n    - {op: all_reduce, size: 1 GiB, chips: 0-7}\n"
+    document = answer("--cluster", file_with(tmp_path, DGX, job), "--chips", "8", "--size", "1MiB")
+    assert 0 < document["limiting_link"]["busy"] <= 1
+
+
+def test_an_algorithm_asked_for_by_name_is_moved_message_by_message_where_levels_do_not_suit_it(
+    answer, comms
+):
+    words = ("--cluster", "tenstorrent-galaxy", "--algorithm", "ring")
+    assert answer(*words)["fidelity"] == "full"
+    code, _, err = comms(*words, "--fidelity", "closed")
+    assert code == 2
+    assert "ring does not suit" in err
+    assert "--fidelity full" in err
+
+
+def test_what_has_too_many_messages_is_left_out_of_the_comparison(comms):
+    code, _, err = comms(
+        "--cluster",
+        "dgx-h100-superpod",
+        "--op",
+        "all_to_all",
+        "--chips",
+        "8192",
+        "--fidelity",
+        "full",
+        "--algorithm",
+        "direct",
+    )
+    assert code == 2
+    assert "67 million messages" in err
+
+
+def test_the_bisection_is_that_of_the_links_as_they_are(answer, tmp_path):
+    words = ("--chips", "16", "--size", "1MiB")
+    slow = file_with(tmp_path, DGX, "  links: [{chip: 0, tier: scale-out, factor: 0.1}]\n")
+    assert (
+        answer("--cluster", slow, *words)["bisection_bytes_per_s"]
+        < answer("--cluster", "dgx-a100", *words)["bisection_bytes_per_s"]
+    )
+
+
+def test_the_bisection_of_a_mesh_is_known_by_its_shape(comms):
+    assert "closed form" in comms("--cluster", "tenstorrent-galaxy")[1]
+
+
+ISLANDS = SCRAMBLED[: SCRAMBLED.index("  edges")] + (
+    "  edges: [{a: 0, b: west}, {a: 1, b: east}, {a: 2, b: west}, {a: 3, b: east}, {a: 4, b: west}, {a: 5, b: east},"
+    " {a: west, b: east, bandwidth: 5 GB/s}]\n"
+)
+
+
+def test_hierarchies_found_on_a_graph_take_part_in_the_comparison(answer, tmp_path):
+    path = tmp_path / "islands.yaml"
+    path.write_text(ISLANDS)
+    seconds = {each["algorithm"]: each["seconds"] for each in answer("--cluster", str(path))["candidates"]}
+    assert seconds["hierarchical ring"] < seconds["ring"]

@@ -1,0 +1,71 @@
+"""Claims about algorithms laid out as a topology suggests: proved, in bunches, on wires of their own."""
+
+import numpy as np
+import pytest
+
+from comms.compiled import Job
+from comms.full import simulate
+from comms.graph import Edge, Graph
+from comms.links import Link
+from comms.proof import prove
+from comms.schedule import Op
+from comms.suggested import laid_hierarchies, laid_rings
+from comms.torus import FullMesh
+
+FAST, SLOW = Link(1e-6, 50e9), Link(5e-6, 20e9)
+
+
+def islands(chips_each: int, num: int) -> Graph:
+    """Chips whose numbers go round the islands, each of which has a hub."""
+    hubs = [f"island {island}" for island in range(num)]
+    chips = [Edge(chip, chips_each * num + chip % num, FAST) for chip in range(chips_each * num)]
+    between = [Edge(chips_each * num + a, chips_each * num + b, SLOW) for a in range(num) for b in range(a)]
+    return Graph(chips_each * num, (*chips, *between), tuple(hubs), through_chips=False)
+
+
+def seconds(topology, laid, nbytes):
+    return simulate(topology, [Job(laid.schedule, laid.chips, nbytes)]).seconds[0]
+
+
+@pytest.mark.parametrize("op", Op)
+def test_everything_that_is_laid_out_is_proved_and_has_all_chips(op):
+    topology = islands(3, 3)
+    for laid in (*laid_rings(op, topology), *laid_hierarchies(op, topology)):
+        assert laid.schedule.op is op
+        prove(laid.schedule)
+        assert sorted(laid.chips.tolist()) == list(range(9))
+
+
+def test_a_hierarchy_has_the_chips_of_an_island_side_by_side():
+    for laid in laid_hierarchies(Op.ALL_REDUCE, islands(4, 2)):
+        assert {frozenset(half.tolist()) for half in np.split(laid.chips, 2)} == {
+            frozenset({0, 2, 4, 6}),
+            frozenset({1, 3, 5, 7}),
+        }
+
+
+def test_over_a_slow_link_a_hierarchy_is_faster_than_a_ring():
+    topology = islands(4, 2)
+    rings, bunches = (
+        min(seconds(topology, laid, 64e6) for laid in make(Op.ALL_REDUCE, topology))
+        for make in (laid_rings, laid_hierarchies)
+    )
+    assert bunches < rings
+
+
+def test_islands_of_different_sizes_have_no_hierarchy():
+    links = [Edge(chip, 5 + (chip > 2), FAST) for chip in range(5)]
+    uneven = Graph(5, (*links, Edge(5, 6, SLOW)), ("left", "right"), through_chips=False)
+    assert laid_hierarchies(Op.ALL_REDUCE, uneven) == ()
+
+
+def test_several_rings_share_the_buffer_on_wires_of_their_own():
+    n, nbytes = 5, 1e9
+    one, several = laid_rings(Op.ALL_REDUCE, FullMesh(n, FAST))
+    assert seconds(FullMesh(n, FAST), one, nbytes) == pytest.approx(8 * (1e-6 + nbytes / n / 50e9))
+    assert seconds(FullMesh(n, FAST), several, nbytes) == pytest.approx(8 * (1e-6 + nbytes / n / 4 / 50e9))
+
+
+def test_nothing_goes_round_for_operations_without_a_ring():
+    assert laid_rings(Op.SCATTER, islands(2, 2)) == ()
+    assert laid_rings(Op.BROADCAST, islands(2, 2)) == ()
