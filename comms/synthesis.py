@@ -16,6 +16,7 @@ from itertools import product
 
 import numpy as np
 
+from comms.bisection import bisection, makespan_bound
 from comms.errors import CommsError
 from comms.forest import Forest, Hops, Wanted, fullest_seconds, hops_of, pack
 from comms.schedule import Op, Schedule
@@ -264,59 +265,23 @@ def _schedule(task: _Task, draft: _Draft, deal: IntArray) -> Schedule:
 
 
 def least_seconds(op: Op, topology: Topology, nbytes: float, *, root: int = 0) -> float:
-    """No schedule among chips is faster: what a chip must send or get, what all must, and the longest way.
+    """No schedule among chips is faster: what chips, all of them and halves of them must send, and the longest way.
 
     All-reduce needs 2 (chips - 1) messages for each byte, as gossip in a directed graph does (Harary and Schwenk,
-    Pacific Journal of Mathematics 54, 1974). Switches that reduce can be faster. Cuts of several chips are not
-    looked at, so the bound is loose where chips hang together in islands.
+    Pacific Journal of Mathematics 54, 1974). Switches that reduce can be faster.
     """
     return _least(_task(op, topology, nbytes, root, 0, 1))
 
 
 def _least(task: _Task) -> float:
-    hops, nbytes, n = task.hops, task.nbytes, task.hops.num_chips
-    others = n - 1
-    if not others:
+    if task.hops.num_chips < 2:
         return 0.0
-    part, not_root = nbytes / n, np.arange(n) != task.root
-    match task.op:
-        case Op.ALL_REDUCE:
-            sent, got, total = np.full(n, nbytes), np.full(n, nbytes), 2 * others * nbytes
-        case Op.ALL_GATHER:
-            sent, got, total = np.full(n, part), np.full(n, others * part), others * nbytes
-        case Op.REDUCE_SCATTER:
-            sent, got, total = np.full(n, others * part), np.full(n, part), others * nbytes
-        case Op.ALL_TO_ALL:
-            sent = got = np.full(n, others * part)
-            total = float(hops.ways(np.ones(hops.num_hops)).sum()) * part
-        case Op.BROADCAST:
-            sent, got, total = ~not_root * nbytes, not_root * nbytes, others * nbytes
-        case _:
-            sent, got, total = not_root * nbytes, ~not_root * nbytes, others * nbytes
-    first = hops.routes.wires[hops.routes.offsets[:-1]]
-    last = hops.routes.wires[hops.routes.offsets[1:] - 1]
-    bounds = [
-        (sent / _rates(hops, hops.src, first)).max(),
-        (got / _rates(hops, hops.dst, last)).max(),
-        total / min(hops.capacity[np.unique(wires)].sum() for wires in (first, last)),
-        _longest_way(task),
-    ]
-    return float(max(bounds))
+    bound = makespan_bound(task.topology, task.op, task.nbytes, root=task.root, cut=bisection(task.topology))
+    return max(bound, _relayed_seconds(task.hops, task.nbytes)) if task.op is Op.ALL_TO_ALL else bound
 
 
-def _rates(hops: Hops, chip: IntArray, wire: IntArray) -> FloatArray:
-    """[chips] Bytes per second over the distinct wires at each chip."""
-    pairs = np.unique(np.stack([chip, wire], axis=1), axis=0)
-    rates: FloatArray = np.zeros(hops.num_chips)
-    np.add.at(rates, pairs[:, 0], hops.capacity[pairs[:, 1]])
-    return rates
-
-
-def _longest_way(task: _Task) -> float:
-    """Seconds that an empty message needs between the two chips that are farthest apart."""
-    far = task.hops.ways(task.hops.latency_s)
-    if task.op is Op.BROADCAST:
-        far = far[task.root]
-    elif task.op is Op.REDUCE:
-        far = far[:, task.root]
-    return float(far.max())
+def _relayed_seconds(hops: Hops, nbytes: float) -> float:
+    """What an all-to-all keeps all wires of chips busy for at least: every part goes hop by hop."""
+    total = float(hops.ways(np.ones(hops.num_hops)).sum()) * nbytes / hops.num_chips
+    first, last = hops.routes.wires[hops.routes.offsets[:-1]], hops.routes.wires[hops.routes.offsets[1:] - 1]
+    return total / float(min(hops.capacity[np.unique(wires)].sum() for wires in (first, last)))
