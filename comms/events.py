@@ -56,7 +56,7 @@ PORT = np.dtype(
 )
 RANK = np.dtype(
     [
-        ("port0", "i8"),  # rows of Queues.of_rank
+        ("port0", "i8"),  # rows of World.ports_of_rank
         ("port1", "i8"),
         ("overhead_s", "f8"),  # before each message it sends
         ("end_s", "f8"),  # when its last message came or left

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from comms.topology import FloatArray, IntArray, Routes, Topology
+from comms.topology import FloatArray, IntArray, Routes, Topology, ranges
 
 BASE = 4.0  # a wire costs this much more with one tree more, near the fullest
 STEEPEST = 40.0  # logarithm of the most that the cost of two wires may differ by, for the same rate
@@ -82,7 +82,7 @@ def hops_of(topology: Topology) -> Hops:
     kept = np.flatnonzero(ends[routes.offsets[1:]] - ends[routes.offsets[:-1]] == 1)
     lengths = np.diff(routes.offsets)[kept]
     offsets = np.concatenate([[0], np.cumsum(lengths)])
-    rows = np.repeat(routes.offsets[kept] - offsets[:-1], lengths) + np.arange(offsets[-1])
+    rows = ranges(routes.offsets[kept], lengths)
     taken = routes.wires[rows]
     number = np.full((n, n), NONE)
     number[src[kept], dst[kept]] = np.arange(len(kept))

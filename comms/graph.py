@@ -16,8 +16,8 @@ import numpy as np
 
 from comms.errors import CommsError
 from comms.links import Link
-from comms.paths import Paths, paths_of, ranges
-from comms.topology import IntArray, Routes, Topology, Wires
+from comms.paths import Paths, paths_of
+from comms.topology import IntArray, Routes, Topology, Wires, ranges
 
 
 class Duplex(StrEnum):

@@ -22,7 +22,7 @@ from enum import StrEnum
 from itertools import pairwise
 
 from comms.errors import CommsError
-from comms.schedule import Op
+from comms.schedule import Op, bus_factor
 from comms.units import Quantity, UnitError, parse
 
 
@@ -69,15 +69,6 @@ _THREADS = re.compile(r"#\s+nThreads?:?\s+(\d+)\s+nGpus:?\s+(\d+)")
 _TAG = re.compile(r"^(?:\[\d+,\d+\]<std(?:out|err)>:|\s*\d+: )")  # mpirun --tag-output, srun --label
 _ROW = re.compile(r"\s*\d+\s+\d+\s+[a-z]\w*\s")  # size, count, type
 _TOLERANCE = 0.03  # between seconds and bus bandwidth, on top of what rounding explains
-
-
-def bus_factor(op: Op | None, num_chips: int) -> float:
-    """Bus bandwidth over payload bandwidth, as nccl-tests defines it."""
-    if op is Op.ALL_REDUCE:
-        return 2 * (num_chips - 1) / num_chips
-    if op in (Op.ALL_GATHER, Op.REDUCE_SCATTER, Op.ALL_TO_ALL, Op.GATHER, Op.SCATTER):
-        return (num_chips - 1) / num_chips
-    return 1.0
 
 
 def read_table(

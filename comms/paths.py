@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from comms.errors import CommsError
-from comms.topology import FloatArray, IntArray, Routes, Topology, Wires, routes_of
+from comms.topology import FloatArray, IntArray, Routes, Topology, Wires, ranges, routes_of
 
 BoolArray: TypeAlias = NDArray[np.bool_]
 Tree: TypeAlias = tuple[IntArray, FloatArray]  # [nodes] cost and width of the best path from one source
@@ -263,13 +263,6 @@ def node_pairs(src: IntArray, dst: IntArray, num_nodes: int) -> tuple[IntArray, 
                 f"nodes are 0 to {num_nodes - 1}, chips first",
             )
     return src, dst
-
-
-def ranges(starts: IntArray, counts: IntArray) -> IntArray:
-    """starts[0], starts[0] + 1, ... (counts[0] of them), then those of starts[1], and so on."""
-    before = np.cumsum(counts) - counts
-    numbers: IntArray = np.repeat(starts - before, counts) + np.arange(int(np.sum(counts)))
-    return numbers
 
 
 def within_reach(tail: IntArray, head: IntArray, passes: BoolArray) -> BoolArray:

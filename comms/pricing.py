@@ -20,7 +20,7 @@ from comms.algorithms.catalog import IN_NETWORK, outline_of
 from comms.choice import Choice
 from comms.closed import closed_seconds
 from comms.groups import Lattice, Members
-from comms.schedule import Op
+from comms.schedule import Op, bus_factor
 from comms.tiered import TieredTopology
 from comms.topology import IntArray
 
@@ -55,17 +55,8 @@ def algbw(op: Op, nbytes: float, seconds: float) -> float:
 
 
 def busbw(op: Op, nbytes: float, seconds: float, num_chips: int) -> float:
-    """What a link carries, as nccl-tests count it: comparable over numbers of chips (its PERFORMANCE.md)."""
-    n = num_chips
-    factor = {
-        Op.ALL_REDUCE: 2 * (n - 1) / n,
-        Op.ALL_GATHER: (n - 1) / n,
-        Op.REDUCE_SCATTER: (n - 1) / n,
-        Op.ALL_TO_ALL: (n - 1) / n,
-        Op.GATHER: (n - 1) / n,
-        Op.SCATTER: (n - 1) / n,
-    }.get(op, 1.0 if n > 1 else 0.0)
-    return algbw(op, nbytes, seconds) * factor
+    """What a link carries, as nccl-tests count it: comparable over numbers of chips."""
+    return algbw(op, nbytes, seconds) * bus_factor(op, num_chips)
 
 
 def tier_shares(choice: Choice) -> tuple[TierShare, ...]:

@@ -137,8 +137,6 @@ def _within(each: _Moves, chunks: IntArray) -> _Moves:
 def _brought_by(schedule: Schedule, chunks: IntArray) -> IntArray:
     """Whose each chunk is at first, where it is one rank's."""
     match schedule.op:
-        case Op.ALL_TO_ALL:
-            return chunks // (schedule.num_chunks // schedule.num_ranks)
         case Op.BROADCAST | Op.SCATTER:
             return np.full_like(chunks, schedule.root)
         case _:

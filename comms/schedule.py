@@ -47,6 +47,17 @@ class Op(StrEnum):
     BARRIER = "barrier"
 
 
+def bus_factor(op: Op | None, num_chips: int) -> float:
+    """Bus bandwidth over algorithm bandwidth, as nccl-tests defines it (its PERFORMANCE.md): what a link carries."""
+    if num_chips == 1:
+        return 0.0
+    if op is Op.ALL_REDUCE:
+        return 2 * (num_chips - 1) / num_chips
+    if op in (Op.ALL_GATHER, Op.REDUCE_SCATTER, Op.ALL_TO_ALL, Op.GATHER, Op.SCATTER):
+        return (num_chips - 1) / num_chips
+    return 1.0
+
+
 class Order(StrEnum):
     """Which message leaves first where a phase has several pieces."""
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from comms.errors import CommsError
-from comms.topology import FloatArray, IntArray, Routes, Topology, Wires
+from comms.topology import FloatArray, IntArray, Routes, Topology, Wires, ranges
 from comms.tree import Tree, joined
 
 
@@ -163,6 +163,5 @@ def _merged(num_messages: int, parts: Sequence[tuple[IntArray, Routes]]) -> Rout
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     wires = np.zeros(int(offsets[-1]), dtype=np.int64)
     for which, routes in parts:
-        first = np.repeat(offsets[which] - routes.offsets[:-1], lengths[which])
-        wires[first + np.arange(len(routes.wires))] = routes.wires
+        wires[ranges(offsets[which], lengths[which])] = routes.wires
     return Routes(offsets, wires)

@@ -108,3 +108,10 @@ def _per_route(values: FloatArray, routes: Routes) -> FloatArray:
     sums = np.concatenate([[0.0], np.cumsum(values)])
     totals: FloatArray = sums[routes.offsets[1:]] - sums[routes.offsets[:-1]]
     return totals
+
+
+def ranges(starts: IntArray, counts: IntArray) -> IntArray:
+    """starts[0], starts[0] + 1, ... (counts[0] of them), then those of starts[1], and so on."""
+    before = np.cumsum(counts) - counts
+    numbers: IntArray = np.repeat(starts - before, counts) + np.arange(int(np.sum(counts)))
+    return numbers

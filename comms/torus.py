@@ -23,8 +23,8 @@ import numpy as np
 from comms.errors import CommsError
 from comms.levels import Level, Levels
 from comms.links import Link
-from comms.paths import node_pairs, ranges
-from comms.topology import IntArray, Routes, Wires, routes_of
+from comms.paths import node_pairs
+from comms.topology import IntArray, Routes, Wires, ranges, routes_of
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,8 +9,7 @@ from math import isnan
 
 from comms.algorithms.catalog import IN_NETWORK
 from comms.calibration import LARGE_NBYTES, Residual
-from comms.measured_tables import bus_factor
-from comms.schedule import Op
+from comms.schedule import Op, bus_factor
 from comms.units import Quantity, format_quantity
 from orchestrator import wording
 from orchestrator.comms_report import size_in_words

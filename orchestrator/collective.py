@@ -33,6 +33,7 @@ QUICK_CHIPS = 1024  # up to here full fidelity is used without being asked for
 SYNTHESIS_CHIPS = 64  # up to here a schedule of its own is looked for without being asked for
 QUICK_MESSAGES = 2**18  # algorithms with fewer are all compared at full fidelity,
 FEW = 3  # of others as many as promise most
+BISECTION_CHIPS = 16_384  # up to here the halves of a network are looked at
 LOADING = "event loop of full fidelity (compiled on first use, then kept)"
 
 _NEVER = ("packets, queues and loss in switches", "what chips do beside the collective")
@@ -46,9 +47,6 @@ def quiet(name: str) -> AbstractContextManager[None]:
     """A phase that nobody watches."""
     del name
     return nullcontext()
-
-
-MOST_CUT = 16_384  # chips of a network whose halves are looked at
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -113,7 +111,7 @@ class Answer:
     @cached_property
     def bisection(self) -> Cut | None:
         """The narrowest cut of the network into halves; None for one chip, and where it is too large to look at."""
-        if not 1 < self.question.num_chips <= MOST_CUT:
+        if not 1 < self.question.num_chips <= BISECTION_CHIPS:
             return None
         return bisection(self.site.seen if self.site else self.question.network.topology())
 

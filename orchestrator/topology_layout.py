@@ -53,7 +53,6 @@ class Line:
     a: int
     b: int
     value: float | None
-    text: str = ""
     bend: float = 0.0
 
 

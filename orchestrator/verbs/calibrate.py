@@ -8,7 +8,8 @@ Measurements are read, never made.
 from pathlib import Path
 
 from comms.errors import CommsError
-from comms.measured_tables import bus_factor, read_table
+from comms.measured_tables import read_table
+from comms.schedule import bus_factor
 from orchestrator import calibration_report
 from orchestrator.console import Console
 from orchestrator.errors import ConfigError

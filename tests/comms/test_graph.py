@@ -10,7 +10,7 @@ from comms.dragonfly import Dragonfly
 from comms.errors import CommsError
 from comms.graph import Duplex, Edge, Graph, Rerouted
 from comms.links import Link
-from comms.paths import ranges
+from comms.topology import ranges
 from comms.torus import FullMesh, Torus
 
 LINK = Link(1e-6, 1e9)
