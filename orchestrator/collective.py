@@ -69,6 +69,22 @@ class Question:
         """All chips."""
         return mesh_group((("all", self.num_chips),), ("all",))
 
+    @property
+    def is_uneven(self) -> bool:
+        """Whether chips send parts of all sizes to each other."""
+        return (
+            self.schedule is not None
+            and self.op is Op.ALL_TO_ALL
+            and not isinstance(self.schedule.shares, float)
+        )
+
+    @property
+    def even_nbytes(self) -> float:
+        """What one chip sends on average."""
+        if self.schedule is None or isinstance(self.schedule.shares, float):
+            return self.nbytes
+        return self.nbytes * float(self.schedule.shares.sum()) / self.num_chips
+
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
@@ -164,6 +180,7 @@ def _way(question: Question, choice: Choice) -> _Way:
     asked, described = question.fidelity, question.described
     if question.schedule is not None or question.algorithm == SYNTHESIZED:
         what = "a schedule of your own" if question.schedule is not None else "a synthesized schedule"
+        what = "an uneven all-to-all" if question.is_uneven else what
         warning = f"{what} is timed message by message: --fidelity {asked} has no effect"
         return _Way(Fidelity.FULL, (), (warning,) if asked not in (None, Fidelity.FULL) else ())
     state = conditions_in_words(described)
@@ -276,18 +293,25 @@ def _against_fixed(question: Question, site: "Site", choice: Choice, phase: Phas
     if question.schedule is not None:
         with phase(f"every message of {question.schedule.algorithm}"):
             timing = full.timed_schedule(site, full.by_number(question.schedule), question.nbytes)
-        what = "your own schedule, proved"
+        what = "every part goes straight to its chip" if question.is_uneven else "your own schedule, proved"
     else:
         with phase("synthesis"):
             timing = full.synthesized(site, question.op, question.nbytes)
         what = "made for this network"
     candidates = [Candidate(timing.algorithm, timing.seconds, Fidelity.FULL)]
+    if question.is_uneven:
+        choice = choose(
+            question.op, question.even_nbytes, question.members, question.network, choice.algorithm
+        )
     if full.expected_messages(choice) <= full.MOST_MESSAGES:
         with phase(f"every message of {choice.algorithm}"):
             rival = full.timed_choice(site, choice)
-        candidates.append(Candidate(rival.algorithm, rival.seconds, Fidelity.FULL))
         ratio = rival.seconds / timing.seconds if timing.seconds else 1.0
-        what = f"{what}; {rival.algorithm} takes {ratio:.2f} times as long"
+        if question.is_uneven:
+            what = f"{what}; even parts of as much in all ({rival.algorithm}) take {ratio:.2f} times as long"
+        else:
+            candidates.append(Candidate(rival.algorithm, rival.seconds, Fidelity.FULL))
+            what = f"{what}; {rival.algorithm} takes {ratio:.2f} times as long"
     return _full_answer(question, site, timing, what, tuple(candidates))
 
 

@@ -4,6 +4,7 @@ One collective over all chips of a cluster, a range of sizes (`--sweep`), or the
 Needs neither torch nor ray. What is asked for and has no effect is said.
 """
 
+from comms.algorithms.direct import all_to_allv
 from comms.choice import AUTO
 from comms.pricing import Fidelity
 from comms.schedule import Op
@@ -19,8 +20,10 @@ from orchestrator.size_sweep import sweep_sizes
 from orchestrator.verbs.comms_inputs import (
     Algorithm,
     check_picture,
+    is_uneven,
     read_algorithm,
     read_op,
+    read_parts,
     read_size,
     read_sizes,
     say_ignored,
@@ -40,6 +43,8 @@ def main(options: Options, console: Console) -> int:
         if options.tiers:  # of a cluster that grows as asked for, every tier that it may get
             return _tiers(whole if options.chips is None else whole.take(options.chips), options, console)
         cluster = whole.take(options.chips)
+        if is_uneven(options.op):
+            return _one(cluster, _uneven_question(cluster, options, console), options, console)
         algorithm = read_algorithm(options.algorithm, options.op)
         question = _question(cluster, algorithm, options, console)
         if options.sweep is not None:
@@ -73,6 +78,24 @@ def _question(cluster: Cluster, algorithm: Algorithm, options: Options, console:
         nbytes=nbytes,
         algorithm=algorithm.name if num_chips > 1 else AUTO,
         schedule=schedule if num_chips > 1 else None,
+        fidelity=None if options.fidelity is None else Fidelity(options.fidelity),
+        described=cluster.conditions,
+        chips_per_host=cluster.chips_per_host,
+    )
+
+
+def _uneven_question(cluster: Cluster, options: Options, console: Console) -> Question:
+    """An all-to-all whose parts are in a file."""
+    if options.sweep is not None:
+        raise ConfigError("the sizes of parts come from a file", "--sweep", "leave --sweep out")
+    parts = read_parts(options.size, cluster.num_chips)
+    say_ignored(console, {"--algorithm": options.algorithm}, "every part goes straight to its chip")
+    return Question(
+        network=cluster.network,
+        num_chips=cluster.num_chips,
+        op=Op.ALL_TO_ALL,
+        nbytes=float(parts.sum(axis=1).max()),
+        schedule=all_to_allv(parts) if cluster.num_chips > 1 else None,
         fidelity=None if options.fidelity is None else Fidelity(options.fidelity),
         described=cluster.conditions,
         chips_per_host=cluster.chips_per_host,

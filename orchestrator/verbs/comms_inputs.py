@@ -1,9 +1,12 @@
 """Comms inputs: from what the command line says of a collective to values, with errors that name the flag."""
 
+import csv
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
 
 from comms.algorithms.catalog import names
 from comms.choice import AUTO
@@ -11,12 +14,15 @@ from comms.errors import CommsError
 from comms.schedule import Op, Schedule
 from comms.schedule_text import load_schedule
 from comms.synthesis import NAME as SYNTHESIZED
+from comms.topology import FloatArray
 from comms.units import Quantity, UnitError, parse
 from orchestrator.console import Console
 from orchestrator.disk import write_whole
 from orchestrator.errors import ConfigError
 from orchestrator.schema import nearest
 from orchestrator.size_sweep import sizes_between
+
+UNEVEN = "all_to_allv"  # an all-to-all with parts of all sizes
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,11 +47,16 @@ def read_op(text: str | None) -> Op:
     """The operation that --op names; all-reduce by default."""
     if text is None:
         return Op.ALL_REDUCE
-    known = tuple(map(str, Op))
+    known = (*map(str, Op), UNEVEN)
     word = text.lower().replace("-", "_")
     if word not in known:
         raise ConfigError(f"there is no operation {text!r}", "--op", nearest(text, known))
-    return Op(word)
+    return Op.ALL_TO_ALL if word == UNEVEN else Op(word)
+
+
+def is_uneven(text: str | None) -> bool:
+    """Whether --op names the all-to-all of a table."""
+    return text is not None and text.lower().replace("-", "_") == UNEVEN
 
 
 def read_size(text: str, flag: str) -> float:
@@ -57,6 +68,29 @@ def read_size(text: str, flag: str) -> float:
     if nbytes != int(nbytes):
         raise ConfigError(f"{text} is {nbytes:g} bytes", flag, "give a whole number of bytes")
     return nbytes
+
+
+def read_parts(text: str | None, num_chips: int) -> FloatArray:
+    """[chips, chips] Bytes from chip to chip, from a CSV file with a row per sender: numbers, or sizes with units."""
+    if text is None or not Path(text).is_file():
+        problem = f"{UNEVEN} needs a table of bytes" if text is None else f"there is no file {text}"
+        raise ConfigError(
+            problem, "--size", "give a CSV file: a row per sending chip, a column per receiving one"
+        )
+    with Path(text).open(newline="", encoding="utf-8") as lines:
+        rows = [row for row in csv.reader(lines) if row]
+    if len(rows) != num_chips or any(len(row) != num_chips for row in rows):
+        found = f"{len(rows)} rows of {', '.join(map(str, sorted({len(row) for row in rows})))} columns"
+        raise ConfigError(
+            f"{found} for {num_chips} chips", text, "give a row and a column per chip, or --chips"
+        )
+    return np.array(
+        [[_part(cell.strip(), f"{text}, row {row + 1}") for cell in cells] for row, cells in enumerate(rows)]
+    )
+
+
+def _part(cell: str, where: str) -> float:
+    return float(cell) if cell.replace(".", "", 1).isdigit() else read_size(cell, where)
 
 
 def read_sizes(text: str) -> tuple[float, ...]:

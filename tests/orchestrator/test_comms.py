@@ -396,3 +396,52 @@ def test_hierarchies_found_on_a_graph_take_part_in_the_comparison(answer, tmp_pa
     path.write_text(ISLANDS)
     seconds = {each["algorithm"]: each["seconds"] for each in answer("--cluster", str(path))["candidates"]}
     assert seconds["hierarchical ring"] < seconds["ring"]
+
+
+def parts_file(tmp_path, rows) -> Path:
+    path = tmp_path / "parts.csv"
+    path.write_text("\n".join(",".join(map(str, row)) for row in rows) + "\n")
+    return path
+
+
+def test_an_uneven_all_to_all_of_even_parts_is_an_all_to_all(answer, tmp_path):
+    path = parts_file(tmp_path, [["0" if a == b else "1 MiB" for b in range(8)] for a in range(8)])
+    uneven = answer("--cluster", "dgx-a100", "--op", "all_to_allv", "--size", path)
+    even = answer(
+        "--cluster",
+        "dgx-a100",
+        "--op",
+        "all_to_all",
+        "--size",
+        "8 MiB",
+        "--algorithm",
+        "direct",
+        "--fidelity",
+        "full",
+    )
+    assert uneven["seconds"] == pytest.approx(even["seconds"], rel=1e-6)
+    assert uneven["nbytes"] == 7 * MIB
+
+
+def test_one_busy_receiver_makes_an_all_to_all_slower_than_even_parts(answer, tmp_path):
+    path = parts_file(tmp_path, [[8 * MIB if b == 3 else MIB for b in range(8)] for _ in range(8)])
+    document = answer("--cluster", "dgx-a100", "--op", "all_to_allv", "--size", path)
+    assert document["limiting_link"]["to"] == "chip 3"
+    assert "even parts of as much in all" in document["reason"]
+
+
+@pytest.mark.parametrize("words", [(), ("--size", "no.csv"), ("--size", "1MiB"), ("--sweep", "1KiB..1MiB")])
+def test_an_uneven_all_to_all_wants_a_table_of_all_chips(comms, words):
+    code, _, err = comms("--op", "all_to_allv", *words)
+    assert code == 2
+    assert err.startswith("error: ")
+
+
+@pytest.mark.parametrize(
+    ("rows", "says"),
+    [([[1, 2]], "1 rows of 2 columns"), ([["x"] * 8] * 8, "row 1"), ([[-1] * 8] * 8, "row 1")],
+)
+def test_a_table_of_parts_that_is_wrong_is_told(comms, tmp_path, rows, says):
+    code, _, err = comms("--op", "all_to_allv", "--size", parts_file(tmp_path, rows))
+    assert code == 2
+    assert says in err
