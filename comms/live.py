@@ -1,7 +1,8 @@
 """Live: full fidelity driven from outside, for programs whose communication starts when their chips get there.
 
 All jobs that may ever run are given at first; each of their groups is started when its time has come, as often as
-needed, and whoever drives asks for what has ended since. Time goes forward only.
+needed, and whoever drives asks for what has ended since. Time goes forward only. Jobs that repeat are in the
+background: they start by themselves, and nobody hears of their ends.
 """
 
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ import numpy as np
 
 from comms.compiled import Job, compile_jobs
 from comms.errors import CommsError
-from comms.events import ENDED, WAITED_FOR, rewind, run
+from comms.events import ENDED, MOST_RESTARTS, RESTARTS, WAITED_FOR, rewind, run
 from comms.full import CALM, Conditions, first_world, grown, rates_under, start_runs, timed_changes
 from comms.topology import Topology
 
@@ -34,6 +35,7 @@ class Live:
         self._changes, self._next_change = timed_changes(compiled, conditions), 0
         self._first = np.flatnonzero(compiled.runs["group"] == 0)
         self._used = np.zeros(len(compiled.runs), dtype=np.bool_)
+        start_runs(self._world, np.flatnonzero(compiled.runs["repeats"]).tolist())
 
     def start(self, job: int, group: int, at_s: float) -> float | None:
         """Start a group, not before anything that has happened; its end at once where it sends nothing."""
@@ -63,6 +65,8 @@ class Live:
             self._world = self._world._replace(timers=grown(self._world.timers))
         if until_s == np.inf and counters[WAITED_FOR] > 0 and counters[ENDED] == 0:
             hint = "a wire on its route stays at rate zero"
+            if counters[RESTARTS] > MOST_RESTARTS:
+                hint = "jobs in the background leave it no room, or are so short that they start too often"
             raise CommsError("a message can never arrive", "simulation", hint)
         found = []
         for number in self._world.ended[: counters[ENDED]]:

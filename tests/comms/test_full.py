@@ -388,6 +388,20 @@ def test_groups_started_live_take_what_they_take_when_all_is_known_before():
         assert ends[1] - base - 2.0 == pytest.approx(known.seconds[1], rel=1e-9)
 
 
+def test_background_goes_on_between_what_is_started_live():
+    ours, others = (
+        Job(one_message(), np.arange(2), 10.0),
+        Job(one_message(1, 0), np.arange(2), 4.0, repeats=True),
+    )
+    known = simulate(LINE, [ours, others, Job(one_message(), np.arange(2), 10.0, 101.3)])
+    live = Live(LINE, [ours, others])
+    for start_s, seconds_ in ((0.0, known.seconds[0]), (101.3, known.seconds[2])):
+        live.start(0, 0, start_s)
+        (end,) = live.advance(np.inf)
+        assert end.at_s - start_s == pytest.approx(seconds_, rel=1e-9)
+    assert known.seconds[2] != pytest.approx(known.seconds[0])
+
+
 def test_a_group_that_cannot_end_is_an_error_when_driven_live_too():
     live = Live(LINE, [Job(one_message(), np.arange(2), 10.0)], Conditions(factors={0: 0.0}))
     live.start(0, 0, 0.0)
