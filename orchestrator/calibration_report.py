@@ -4,30 +4,26 @@ A relative error is above zero where the prediction is too slow. Errors are stat
 decides, and below, where latency does.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from math import isnan
 
-from comms.algorithms.catalog import IN_NETWORK
 from comms.calibration import LARGE_NBYTES, Residual
-from comms.schedule import Op, bus_factor
-from comms.units import Quantity, format_quantity
+from comms.schedule import bus_factor
 from orchestrator import wording
+from orchestrator.calibration_paste import paste, time_in_words
 from orchestrator.comms_report import size_in_words
 from orchestrator.console import Table, pairs
 from orchestrator.link_calibration import Calibration, Errors, errors
 
-DIGITS = 3  # of what is pasted
-RINGS = {Op.ALL_REDUCE, Op.ALL_GATHER, Op.REDUCE_SCATTER, Op.BROADCAST, Op.REDUCE}  # fitted as rings
-
 
 def document(calibration: Calibration) -> dict[str, object]:
     """As JSON values."""
-    line = calibration.line
+    line, rate = calibration.line, calibration.line_rate
     return {
         "subject": "links",
         "cluster": None if line is None else line.cluster.name,
         "constants": _constants(calibration),
-        "line_rate_bytes_per_s": None if line is None else line.bytes_per_s,
+        "line_rate_bytes_per_s": None if rate is None else rate.bytes_per_s,
         "fitted": _errors(errors(calibration.residuals)),
         "held_out": _errors(errors(calibration.held_out)),
         "cluster_file_as_it_is": _errors(errors(calibration.as_it_is)),
@@ -94,22 +90,22 @@ def tables(calibration: Calibration) -> tuple[Table, ...]:
 
 def _constant_rows(calibration: Calibration) -> list[tuple[str, str]]:
     rows: list[tuple[str, str]] = []
-    line = calibration.line
     if calibration.link is not None:
         link = calibration.link.link
-        rows.append(("latency of a message", _time(link.latency_s)))
+        rows.append(("latency of a message", time_in_words(link.latency_s)))
         rows.append(("rate of a message", _with_share(link.bytes_per_s, calibration)))
     if calibration.fabric is not None:
         constants, fabric = calibration.fabric.constants, calibration.fabric.fabrics[0]
-        rows.append(("setup of each collective", _time(constants.setup_s)))
-        rows.append(("latency of a stage", _time(constants.latency_s + constants.handshake_s)))
+        rows.append(("setup of each collective", time_in_words(constants.setup_s)))
+        rows.append(("latency of a stage", time_in_words(constants.latency_s + constants.handshake_s)))
         rows.append(("rate of a chip", _with_share(fabric.link.bytes_per_s, calibration)))
         if constants.eager_share is not None:
-            rows.append(("latency of a stage, eager", _time(constants.latency_s)))
+            rows.append(("latency of a stage, eager", time_in_words(constants.latency_s)))
             eager = fabric.link.bytes_per_s * constants.eager_share
             rows.append(("rate of a chip, eager", _with_share(eager, calibration)))
-    if line is not None:
-        told = f"{wording.scaled(line.bytes_per_s, 'B/s')} ({line.words} in {line.cluster.name})"
+    line, rate = calibration.line, calibration.line_rate
+    if line is not None and rate is not None:
+        told = f"{wording.scaled(rate.bytes_per_s, 'B/s')} ({rate.words} in {line.cluster.name})"
         rows.append(("line rate", told))
     elif calibration.fabric is not None:
         rows.append(
@@ -119,10 +115,8 @@ def _constant_rows(calibration: Calibration) -> list[tuple[str, str]]:
 
 
 def _with_share(rate: float, calibration: Calibration) -> str:
-    told = wording.scaled(rate, "B/s")
-    if calibration.line is None:
-        return told
-    return f"{told} ({wording.percent(rate / calibration.line.bytes_per_s)} of the line rate)"
+    told, line = wording.scaled(rate, "B/s"), calibration.line_rate
+    return told if line is None else f"{told} ({wording.percent(rate / line.bytes_per_s)} of the line rate)"
 
 
 def _error_table(calibration: Calibration) -> Table:
@@ -161,61 +155,3 @@ def _residual_table(calibration: Calibration, number: int) -> Table:
     what = "messages" if table.curve.op is None else f"{table.curve.op} over {table.curve.num_chips} chips"
     heads = ("size", "measured", "fitted", "measured bus bandwidth", "error", "held out")
     return Table(f"{table.name}: {what}", rows, heads)
-
-
-def paste(calibration: Calibration) -> str:
-    """The keys of a cluster file, as text."""
-    return "\n".join(_lines(calibration)) + "\n"
-
-
-def _lines(calibration: Calibration) -> list[str]:
-    line = calibration.line
-    where = "scale_up, pcie or a level of scale_out" if line is None else line.section
-    lines = [f"# under {where}; fitted to {', '.join(table.name for table in calibration.tables)}"]
-    if calibration.link is not None:
-        link = calibration.link.link
-        return [*lines, f"latency: {_time(link.latency_s)}", *_rate_lines(link.bytes_per_s, calibration)]
-    assert calibration.fabric is not None
-    constants, fabric = calibration.fabric.constants, calibration.fabric.fabrics[0]
-    share = constants.share
-    if line is None:
-        lines += _rate_lines(fabric.link.bytes_per_s, calibration)
-        share = 1.0
-    lines.append(f"setup: {_time(constants.setup_s)}")
-    lines.append("protocols:")
-    stage = constants.latency_s + constants.handshake_s
-    for suffix, algorithm, part in _ways(calibration):
-        lines.append(_protocol(f"pipelined{suffix}", algorithm, stage, share * part, "pipelined: true"))
-        if constants.eager_share is not None:
-            rate = share * part * constants.eager_share
-            lines.append(_protocol(f"eager{suffix}", algorithm, constants.latency_s, rate, ""))
-    return lines
-
-
-def _ways(calibration: Calibration) -> Iterator[tuple[str, str, float]]:
-    """Suffix of a protocol's name, the algorithm that it was fitted with, and its part of the fitted share."""
-    ops = {table.curve.op for table in calibration.tables}
-    yield "", "ring" if ops <= RINGS else "", 1.0
-    assert calibration.fabric is not None
-    share = calibration.fabric.fabrics[0].in_network_share
-    if share is not None:
-        # Of an all-reduce over n chips an n-th moves twice (`comms.calibration`), which the algorithm does not know.
-        n = max(table.curve.num_chips for table in calibration.tables)
-        twice = n / (n + 1) if Op.ALL_REDUCE in ops else 1.0
-        yield " in network", IN_NETWORK, share * twice
-
-
-def _protocol(name: str, algorithm: str, latency_s: float, share: float, more: str) -> str:
-    only = f"algorithms: [{algorithm}]" if algorithm else ""
-    parts = [f"name: {name}", only, f"latency: {_time(latency_s)}", f"share: {share:.{DIGITS}g}", more]
-    return f"  - {{{', '.join(part for part in parts if part)}}}"
-
-
-def _rate_lines(rate: float, calibration: Calibration) -> list[str]:
-    if calibration.line is not None and rate <= calibration.line.bytes_per_s:
-        return [f"efficiency: {rate / calibration.line.bytes_per_s:.{DIGITS}g}"]
-    return [f"bandwidth: {format_quantity(rate, Quantity.DATA_RATE, DIGITS)}"]
-
-
-def _time(seconds: float) -> str:
-    return format_quantity(seconds, Quantity.TIME, DIGITS)

@@ -10,7 +10,7 @@ use.
 """
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -22,13 +22,13 @@ from kernels.chips import DEFAULT_HOST_LATENCY_S, Chip, Port
 from orchestrator.chip_file import ChipFigures, described_chip
 from orchestrator.cluster import Cluster, Device, Host, Nics, Pcie
 from orchestrator.conditions_file import ConditionsSection, described
-from orchestrator.errors import ClusterError
+from orchestrator.errors import ClusterError, combined
 from orchestrator.fabric_shapes import Drawing
 from orchestrator.network_sections import LevelSection, LinkSection, NicSection, PcieSection, ScaleUpSection
 from orchestrator.protocols import best_share, library_of
 from orchestrator.schema import CountOr, HourlyPrice, Power, Section, validate
 from orchestrator.tiers import Fabric, Level, build_network, issue_times
-from orchestrator.yaml_file import Document, read_yaml
+from orchestrator.yaml_file import Document, Location, read_yaml
 
 FRAME_NBYTES = 1500.0  # of a packet where switches store and forward: the payload of an Ethernet frame
 
@@ -79,10 +79,13 @@ def cluster_from(document: Document) -> Cluster:
     unit = tuple(host for host, section in zip(hosts, file.hosts, strict=True) for _ in range(section.count))
     num_hosts = None if file.repeat is None else file.repeat * len(unit)
     fabric = _fabric(document, file, unit, num_hosts)
-    _check_hosts(document, file, unit, num_hosts, fabric)
+    num_chips = None if num_hosts is None else num_hosts * len(unit[0].chips)
+    reach = fabric.domain if fabric else 1
+    alone = num_hosts == 1 or (num_chips is not None and reach >= num_chips)
+    _check_hosts(document, unit, num_hosts, alone)
     levels = _levels(document, file, unit)
     network = build_network(unit, num_hosts, fabric, levels, document)
-    num_chips = None if num_hosts is None else num_hosts * len(unit[0].chips)
+    _check_used(document, file, alone, meet_over_pcie=reach < len(unit[0].chips))
     return Cluster(
         name=file.name,
         device=Device(file.device),
@@ -125,7 +128,8 @@ def _pcie(document: Document, index: int, section: PcieSection | None, chips: li
         section = PcieSection.model_validate({})
     at = ("hosts", index, "pcie")
     _check_pcie(document, at, section, len(chips), len(ports))
-    line, alone = _rate(section.bandwidth, section.efficiency, ports)
+    has_switches = _has_switches(section, len(chips))
+    line, alone = line_and_efficiency(section.bandwidth, section.efficiency, ports)
     best = best_share(alone, section.protocols)
     latency = section.latency
     if latency is None:
@@ -133,7 +137,10 @@ def _pcie(document: Document, index: int, section: PcieSection | None, chips: li
     root = section.root or LinkSection()
     # Through the root complex a message crosses two switches: twice the latency of one.
     root_s = 2 * latency if root.latency is None else root.latency
-    has_switches = section.switches == 1 or 1 < section.switches < len(chips)
+    if has_switches and root_s < latency:
+        problem = "the way through the root complex is quicker than the one through a single switch"
+        where = document.where((*at, "root", "latency"))
+        raise ClusterError(problem, where, "raise the root's `latency`, or lower that of the switches")
     library = library_of(section, latency if has_switches else root_s, alone, best, document, at)
     uplink = (section.uplink or line) * best
     return Pcie(
@@ -147,7 +154,9 @@ def _pcie(document: Document, index: int, section: PcieSection | None, chips: li
     )
 
 
-def _rate(bandwidth: float | None, efficiency: float | None, ports: list[Port]) -> tuple[float, float]:
+def line_and_efficiency(
+    bandwidth: float | None, efficiency: float | None, ports: list[Port]
+) -> tuple[float, float]:
     """A chip's line rate and what a message by itself reaches of it: as the file says, else the slowest port's."""
     if bandwidth is not None:
         return bandwidth, efficiency or 1.0
@@ -156,7 +165,7 @@ def _rate(bandwidth: float | None, efficiency: float | None, ports: list[Port]) 
 
 
 def _check_pcie(
-    document: Document, at: tuple[str | int, ...], section: PcieSection, num_chips: int, num_ports: int
+    document: Document, at: Location, section: PcieSection, num_chips: int, num_ports: int
 ) -> None:
     """Raises ClusterError for a tree that cannot be, and for keys that would have no effect."""
     where = document.where(at)
@@ -171,6 +180,15 @@ def _check_pcie(
     if section.root is not None and section.switches == 1:
         problem = "`root` has no effect where all chips are behind one switch"
         raise ClusterError(problem, document.where((*at, "root")), "remove it, or change `switches`")
+    has_both = section.root is not None and None not in (section.root.latency, section.latency)
+    if has_both and not _has_switches(section, num_chips):
+        problem = "`latency` has no effect where chips meet at the root complex only, which has its own"
+        raise ClusterError(problem, document.where((*at, "latency")), "remove it, or change `switches`")
+
+
+def _has_switches(section: PcieSection, num_chips: int) -> bool:
+    """Whether chips meet below the root complex."""
+    return section.switches == 1 or 1 < section.switches < num_chips
 
 
 def _check_auto(document: Document, file: ClusterFile) -> None:
@@ -182,30 +200,42 @@ def _check_auto(document: Document, file: ClusterFile) -> None:
                 raise ClusterError("`count: auto` can count only CPU cores", where, hint)
 
 
-def _check_hosts(
-    document: Document,
-    file: ClusterFile,
-    unit: tuple[Host, ...],
-    num_hosts: int | None,
-    fabric: Fabric | None,
-) -> None:
-    """Raises ClusterError for hosts that differ in size or cannot reach each other, and for levels of no use."""
+def _check_hosts(document: Document, unit: tuple[Host, ...], num_hosts: int | None, alone: bool) -> None:
+    """Raises ClusterError for hosts that differ in size or cannot reach each other."""
     sizes = {len(host.chips) for host in unit}
     if len(sizes) > 1:
         problem = f"hosts have different numbers of chips ({', '.join(map(str, sorted(sizes)))})"
         hint = "give every host the same number of chips, or describe two clusters"
         raise ClusterError(problem, document.where(("hosts",)), hint)
-    alone = num_hosts == 1 or (
-        num_hosts is not None and fabric is not None and fabric.domain >= num_hosts * len(unit[0].chips)
-    )
     if not alone and any(host.nics is None for host in unit):
         many = "any number of" if num_hosts is None else str(num_hosts)
         hint = "add `nics:` to each host, or make it one host"
         raise ClusterError(f"{many} hosts, but a host without NICs", document.where(("hosts",)), hint)
+
+
+def _check_used(document: Document, file: ClusterFile, alone: bool, *, meet_over_pcie: bool) -> None:
+    """Raises ClusterError for links, and figures of links, that no message between chips uses."""
+    hint = "remove it, or raise `repeat`" if alone else "remove it"
+    errors = [
+        ClusterError(f"`{at[-1]}` has no effect, as no chips meet there", document.where(at), hint)
+        for at in _unused(file, alone, meet_over_pcie)
+    ]
+    if errors:
+        raise combined(errors)
+
+
+def _unused(file: ClusterFile, alone: bool, meet_over_pcie: bool) -> Iterator[Location]:
+    """Their places. `alone`: nothing leaves the host, or the scale-up domain that holds them all."""
     if alone and file.scale_out:
-        problem = "`scale_out` has no effect, as all chips meet further in"
-        hint = "remove it, or raise `repeat`"
-        raise ClusterError(problem, document.where(("scale_out",)), hint)
+        yield ("scale_out",)
+    for index, host in enumerate(file.hosts):
+        at = ("hosts", index)
+        if alone and host.nics is not None:
+            yield (*at, "nics")
+        if host.pcie is not None and not meet_over_pcie:  # then it is the way out at most
+            told = host.pcie.model_fields_set
+            keys = [(key,) for key in ("latency", "setup", "protocols", "root") if key in told]
+            yield from ((*at, "pcie", *key) for key in ([()] if alone else keys))
 
 
 def _fabric(
@@ -230,7 +260,7 @@ def _fabric(
     if latency is None:
         raise ClusterError("the latency is not known", document.where(at), "add `latency:`, such as 2 us")
     told = section.bandwidth or (1.0 if own_rates else None)
-    line, alone = _rate(told, section.efficiency, ports)
+    line, alone = line_and_efficiency(told, section.efficiency, ports)
     best = best_share(alone, section.protocols)
     library = library_of(section, latency, alone, best, document, at)
     each = line * best / (1 if own_rates else drawing.links_per_chip(domain))

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from comms.pricing import TierShare
 from comms.schedule import Op
 from orchestrator import wording
-from orchestrator.collective import Answer, Candidate
 from orchestrator.console import Table, pairs
+from orchestrator.question import Answer, Candidate
 from orchestrator.size_sweep import Stretch, Sweep, stretches
 
 MOST_CANDIDATES = 6  # of a table; JSON has all

@@ -143,7 +143,7 @@ def timed_choice(site: Site, choice: Choice) -> FullTiming:
     timings = []
     for job in jobs:
         check_messages(job.schedule.num_messages, choice.algorithm)
-        result = simulate(site.topology, [job, *_background(site)], site.resolved.conditions)
+        result = simulate(site.topology, [job, *background_jobs(site)], site.resolved.conditions)
         seconds = choice.setup_s + float(result.seconds[0])
         timings.append(FullTiming(choice.algorithm, seconds, choice.setup_s, choice.protocol, result))
     return min(timings, key=lambda timing: timing.seconds)
@@ -226,7 +226,7 @@ def _rates(site: Site) -> FloatArray:
 def _under(site: Site, laid: Laid, nbytes: float, protocol: Protocol, setup_s: float) -> FullTiming:
     def run(size: float) -> FullResult:
         job = Job(laid.schedule, laid.chips, size, protocol=protocol)
-        return simulate(site.topology, [job, *_background(site)], site.resolved.conditions)
+        return simulate(site.topology, [job, *background_jobs(site)], site.resolved.conditions)
 
     result = run(nbytes)
     seconds = float(result.seconds[0])
@@ -236,7 +236,7 @@ def _under(site: Site, laid: Laid, nbytes: float, protocol: Protocol, setup_s: f
     return FullTiming(laid.schedule.algorithm, setup_s + seconds, setup_s, protocol, result)
 
 
-def _background(site: Site) -> list[Job]:
+def background_jobs(site: Site) -> list[Job]:
     """The jobs of others, each again and again from the start."""
     jobs = []
     for each in site.resolved.background:

@@ -27,7 +27,7 @@ from comms.errors import CommsError
 from comms.groups import mesh_group
 from comms.links import Link
 from comms.measured_tables import MeasuredCurve
-from orchestrator.line_rates import LineRate
+from orchestrator.line_rates import LineRate, Rate
 
 BETTER = 0.9  # five constants must lower the error at points not fitted to this part of it
 # Of the rate of the wires through switches that reduce, as NCCL assumes of Hopper's (src/graph/tuning.cc). A table
@@ -62,6 +62,13 @@ class Calibration:
     residuals: tuple[tuple[Residual, ...], ...]  # per table
     held_out: tuple[tuple[Residual, ...], ...] | None  # the same points, predicted from fits to others
     as_it_is: tuple[tuple[Residual, ...], ...] | None  # the same points, as the cluster file has them now
+
+    @property
+    def line_rate(self) -> Rate | None:
+        """What the rates found are a share of."""
+        if self.line is None:
+            return None
+        return self.line.together if self.link is None else self.line.alone
 
     @property
     def num_constants(self) -> int:
@@ -105,7 +112,7 @@ def errors(residuals: Sequence[Sequence[Residual]] | None) -> Errors:
 
 
 def _sheet(line: LineRate) -> Sheet:
-    return Sheet(line.bytes_per_s, REDUCING_SHARE if line.reduces else None)
+    return Sheet(line.together.bytes_per_s, REDUCING_SHARE if line.reduces else None)
 
 
 def _held_out(runs: Sequence[Run], eager: bool) -> tuple[tuple[Residual, ...], ...] | None:

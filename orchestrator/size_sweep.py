@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 
 from comms.errors import CommsError
-from orchestrator.collective import Answer, Phase, Question, quiet, time_collective
+from orchestrator.collective import Phase, quiet, time_collective
+from orchestrator.question import Answer, Question
 
 FACTOR = 2
 

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from comms.network import Network
 from orchestrator import wording
-from orchestrator.collective import Answer
 from orchestrator.figures import FAINT, INK, blank_figure, png_bytes
+from orchestrator.question import Answer
 from orchestrator.topology_excerpt import excerpt
 from orchestrator.topology_layout import Kind, Line, Picture, layout
 

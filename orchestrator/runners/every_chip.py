@@ -12,20 +12,22 @@ thousand chips. `simulated` times one chip per role and needs no more for symmet
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from heapq import heappop, heappush
 from math import ceil, inf
-from typing import NamedTuple, Protocol
 
 from orchestrator.runners.base import lane_of
 from orchestrator.runners.predicted import Meeting, Ran
-from orchestrator.runners.simulated import SimulatedStep, charge_wait, stuck_error
+from orchestrator.runners.simulated import Driven, SimulatedStep, check_finished
 from orchestrator.runners.step_costs import NS_PER_S, Costs
 from orchestrator.runners.stretch import NOTHING, Stretch, Tally, time_stretch
+from orchestrator.runners.traffic import ProgramTraffic
 from orchestrator.timeline import Lane
 from partitioner.machine import Key, Machine, Post, Run
-from partitioner.program import Collective, Program
+from partitioner.program import Collective, Program, Send
 
 FIDELITY = "full"
+PICOSECOND = 1e-3  # in ns; a float of seconds is that exact up to an hour
 LEFT_OUT = (
     "slow-down of compute by communication beside it",
     "fusion of operations, and efficiency by operand size",
@@ -33,59 +35,11 @@ LEFT_OUT = (
 )
 
 
-class Ended(Protocol):
-    """A communication that ended (as `comms.live.Ended`)."""
-
-    @property
-    def at_s(self) -> float: ...
-    @property
-    def job(self) -> int: ...
-    @property
-    def group(self) -> int: ...
-
-
-class Running(Protocol):
-    """Where communication takes place (as `comms.live.Live`)."""
-
-    def start(self, job: int, group: int, at_s: float) -> float | None:
-        """Start one; its end if that is known at once."""
-        ...
-
-    def advance(self, until_s: float) -> tuple[Ended, ...]:
-        """On to the next end, or to `until_s`."""
-        ...
-
-
-class Spot(NamedTuple):
-    """One group of one job of the network, and what starting it costs beforehand."""
-
-    job: int
-    group: int
-    setup_s: float
-
-
-class Traffic(Protocol):
-    """Where a program's communications are among the jobs of a network."""
-
-    @property
-    def live(self) -> Running: ...
-
-    def spot(self, post: Post) -> Spot:
-        """The job and group of what a chip posted."""
-        ...
-
-
 @dataclass
-class _Chip:
-    """One chip: its machine, what it waits for, its account."""
+class _Chip(Driven):
+    """One chip, and the communications that wait for its lanes."""
 
-    number: int
-    machine: Machine
-    factor: float  # of its work's time
-    blocked_since: int | None = None
-    end_ns: int = 0
-    tally: Tally = field(default_factory=Tally)
-    ran: list[Ran] = field(default_factory=list)
+    factor: float = 1.0  # of its work's time
     lanes: dict[Lane, deque[Key]] = field(default_factory=dict)
 
 
@@ -101,7 +55,7 @@ class _Gathering:
 def simulate_every_chip(
     program: Program,
     costs: Costs,
-    traffic: Traffic,
+    traffic: ProgramTraffic,
     *,
     schedule: str = "step",
     slow: Mapping[int, float] | None = None,
@@ -114,11 +68,16 @@ def simulate_every_chip(
 
 class _Simulation:
     def __init__(
-        self, program: Program, costs: Costs, traffic: Traffic, schedule: str, slow: Mapping[int, float]
+        self,
+        program: Program,
+        costs: Costs,
+        traffic: ProgramTraffic,
+        schedule: str,
+        slow: Mapping[int, float],
     ) -> None:
         self.program, self.costs, self.traffic = program, costs, traffic
         self.chips = [
-            _Chip(number, Machine(program, number, schedule), slow.get(number, 1.0))
+            _Chip(number, Machine(program, number, schedule), factor=slow.get(number, 1.0))
             for number in range(program.num_chips)
         ]
         self.wakes: list[tuple[int, int]] = []
@@ -145,42 +104,18 @@ class _Simulation:
             elif wake is not None:
                 at, number = heappop(self.wakes)
                 self._advance(self.chips[number], at, None)
-        unfinished = [chip.machine for chip in self.chips if not chip.machine.done]
-        if unfinished:
-            raise stuck_error(unfinished)
+        check_finished(self.chips)
 
     def _ended_by(self, until_s: float) -> tuple[tuple[int, Key], ...]:
         ended = self.traffic.live.advance(until_s)
-        return tuple(
-            (ceil(each.at_s * NS_PER_S - 1e-3), self.under_way.pop((each.job, each.group))) for each in ended
-        )
+        return tuple((_ns_up(each.at_s), self.under_way.pop((each.job, each.group))) for each in ended)
 
     def _advance(self, chip: _Chip, at: int, woken_by: Meeting | None) -> None:
-        """Issue everything that this chip can issue at `at`."""
-        machine = chip.machine
-        while True:
-            item = machine.ready()
-            if item is None:
-                if machine.call < len(machine.calls):
-                    chip.blocked_since = at if chip.blocked_since is None else chip.blocked_since
-                else:
-                    chip.end_ns = at
-                return
-            if chip.blocked_since is not None:
-                assert woken_by is not None
-                post = woken_by.posts[chip.number]
-                charge_wait(chip.tally, chip.blocked_since, at, woken_by.ready_ns, post)
-                chip.blocked_since = None
-            machine.complete(item)
-            if isinstance(item, Post):
-                self._post(chip, item, at)
-                continue
-            duration = self._work(chip, item, at)
-            if duration:
-                heappush(self.wakes, (at + duration, chip.number))
-                return
+        held_ns = chip.advance(at, woken_by, partial(self._post, chip, at), partial(self._work, chip, at))
+        if held_ns:
+            heappush(self.wakes, (at + held_ns, chip.number))
 
-    def _work(self, chip: _Chip, run: Run, at: int) -> int:
+    def _work(self, chip: _Chip, at: int, run: Run) -> int:
         """How long a run holds the chip; runs alike are timed once."""
         role = chip.machine.role
         key = (role.stage, run.body.name, run.start, run.stop, chip.factor)
@@ -193,7 +128,7 @@ class _Simulation:
             chip.ran.append(Ran(at, run.microbatch, run.body.name, stretch.pieces))
         return stretch.duration_ns
 
-    def _post(self, chip: _Chip, post: Post, at: int) -> None:
+    def _post(self, chip: _Chip, at: int, post: Post) -> None:
         """Note a post; the one that completes a meeting lines it up on the lanes of all its ends."""
         gathering = self.open.setdefault(post.key, _Gathering())
         gathering.posts[chip.number] = post
@@ -216,13 +151,17 @@ class _Simulation:
             return
         gathering = self.open[key]
         gathering.start_ns = at
-        spot = self.traffic.spot(gathering.posts[key.chips[0]])
+        post = gathering.posts[key.chips[0]]
+        spot = self.traffic.spot(post)
         start_s = at / NS_PER_S + spot.setup_s
+        if isinstance(post.instruction, Send):
+            role = self.chips[key.chips[0]].machine.role
+            start_s += self.costs.issue_ns(role, post.instruction) / NS_PER_S
         end_s = self.traffic.live.start(spot.job, spot.group, start_s)
         if end_s is None:
             self.under_way[spot.job, spot.group] = key
         else:
-            heappush(self.known_ends, (ceil(end_s * NS_PER_S - 1e-3), key))
+            heappush(self.known_ends, (_ns_up(end_s), key))
 
     def _end(self, key: Key, at: int) -> None:
         """The bytes have come: the lanes are free, all ends may go on."""
@@ -269,3 +208,8 @@ class _Simulation:
             left_out=LEFT_OUT,
             every_chip=True,
         )
+
+
+def _ns_up(seconds: float) -> int:
+    """The first whole nanosecond not before. What is a picosecond past one is at it: floats blur whole ones so far."""
+    return ceil(seconds * NS_PER_S - PICOSECOND)

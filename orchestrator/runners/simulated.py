@@ -16,9 +16,9 @@ device), exposed communication by axis (waiting while bytes move or queue; pp is
 step time for every role.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from heapq import heappop, heappush
 
 from orchestrator.cluster import Cluster
@@ -131,21 +131,61 @@ def _is_inside_role(instruction: Instruction) -> bool:
     return kind is not Send and kind is not Recv
 
 
-class _Stage:
-    """The representative of one stage: its machine, its lanes towards other stages, its account."""
+@dataclass
+class Driven:
+    """One chip that is driven: its machine, since when it waits, its account."""
+
+    number: int
+    machine: Machine
+    blocked_since: int | None = None
+    end_ns: int = 0
+    tally: Tally = field(default_factory=Tally)
+    ran: list[Ran] = field(default_factory=list)
+
+    def advance(
+        self, at: int, woken_by: Meeting | None, post: Callable[[Post], None], work: Callable[[Run], int]
+    ) -> int:
+        """Issue everything that can be issued at `at`; for how long work holds the stream then, 0 where it waits."""
+        while (item := self.machine.ready()) is not None:
+            if self.blocked_since is not None:
+                assert woken_by is not None
+                self._charge_wait(self.blocked_since, at, woken_by)
+                self.blocked_since = None
+            self.machine.complete(item)
+            if isinstance(item, Post):
+                post(item)
+            elif held_ns := work(item):
+                return held_ns
+        if self.machine.call == len(self.machine.calls):
+            self.end_ns = at
+        elif self.blocked_since is None:
+            self.blocked_since = at
+        return 0
+
+    def _charge_wait(self, since: int, until: int, meeting: Meeting) -> None:
+        """First it waited for the last end of the meeting to come (bubble), then for the bytes."""
+        came = min(until, max(since, meeting.ready_ns))
+        self.tally.bubble_ns += came - since
+        instruction = meeting.posts[self.number].instruction
+        axis = axis_name(instruction.group) if isinstance(instruction, Collective) else "pp"
+        self.tally.expose(axis, until - came)
+
+
+class _Stage(Driven):
+    """The representative of one stage, its lanes towards other stages, what its work left in flight."""
 
     def __init__(self, program: Program, stage: int, schedule: str) -> None:
-        self.stage = stage
-        self.machine = Machine(program, stage, schedule, _is_inside_role)
+        super().__init__(stage, Machine(program, stage, schedule, _is_inside_role))
         self.role = self.machine.role
         self.per_microbatch = frozenset(t.id for t in self.role.tensors if t.is_per_microbatch)
         self.lanes = {Lane.SEND: 0, Lane.RECV: 0, Lane.COLLECTIVE: 0}
         self.in_flight: InFlight = NOTHING
         self.as_of = (0, 0)  # time and microbatch from which `in_flight` is seen
-        self.blocked_since: int | None = None
-        self.end_ns = 0
-        self.tally = Tally()
-        self.ran: list[Ran] = []
+
+    @property
+    def all_end_ns(self) -> int:
+        """When its stream and what that left in flight have ended."""
+        return max(self.end_ns, self.as_of[0] + self.in_flight.end_ns)
 
 
 class _Simulation:
@@ -172,11 +212,11 @@ class _Simulation:
             for chip in meeting.key.chips:
                 if self.stages[chip].blocked_since is not None:
                     self._advance(self.stages[chip], at, meeting)
-        self._check_finished()
+        check_finished(self.stages)
 
     def result(self) -> SimulatedStep:
         step_ns = max(
-            *(stage.end_ns for stage in self.stages),
+            *(stage.all_end_ns for stage in self.stages),
             *(meeting.end_ns for meeting in self.meetings),
             0,
         )
@@ -192,41 +232,17 @@ class _Simulation:
         )
 
     def _advance(self, stage: _Stage, at: int, woken_by: Meeting | None) -> None:
-        """Issue everything that this stage can issue at `at`."""
-        machine = stage.machine
-        while True:
-            item = machine.ready()
-            if item is None:
-                self._pause(stage, at)
-                return
-            if stage.blocked_since is not None:
-                assert woken_by is not None
-                post = woken_by.posts[stage.stage]
-                charge_wait(stage.tally, stage.blocked_since, at, woken_by.ready_ns, post)
-                stage.blocked_since = None
-            machine.complete(item)
-            if isinstance(item, Post):
-                self._meet(stage.stage, item, at)
-                continue
-            duration = self._run(stage, item, at)
-            if duration:
-                heappush(self.events, (at + duration, _WAKE, stage.stage, None))
-                return
+        held_ns = stage.advance(at, woken_by, partial(self._meet, stage, at), partial(self._work, stage, at))
+        if held_ns:
+            heappush(self.events, (at + held_ns, _WAKE, stage.number, None))
 
-    def _pause(self, stage: _Stage, at: int) -> None:
-        if stage.machine.call < len(stage.machine.calls):
-            stage.blocked_since = at if stage.blocked_since is None else stage.blocked_since
-        else:
-            elapsed = at - stage.as_of[0]
-            stage.end_ns = max(at, at + stage.in_flight.end_ns - elapsed)
-
-    def _run(self, stage: _Stage, run: Run, at: int) -> int:
+    def _work(self, stage: _Stage, at: int, run: Run) -> int:
         """Time a stretch or recall it; returns how long the stream is held."""
         before = NOTHING
         if stage.in_flight is not NOTHING:
             elapsed, shift = at - stage.as_of[0], run.microbatch - stage.as_of[1]
             before = stage.in_flight.later(elapsed, shift, stage.per_microbatch)
-        key = (stage.stage, run.body.name, run.start, run.stop, before)
+        key = (stage.number, run.body.name, run.start, run.stop, before)
         stretch = self.timed.get(key) if self.fold_bodies else None
         if stretch is None:
             stretch = time_stretch(run.instructions, run.start, before, stage.role, self.costs)
@@ -239,10 +255,10 @@ class _Simulation:
             stage.ran.append(Ran(at, run.microbatch, run.body.name, stretch.pieces))
         return stretch.duration_ns
 
-    def _meet(self, chip: int, post: Post, at: int) -> None:
+    def _meet(self, stage: _Stage, at: int, post: Post) -> None:
         """Note a post; the one that completes a meeting starts it as soon as the lanes of all its ends are free."""
         posts = self.gathering.setdefault(post.key, {})
-        posts[chip] = post
+        posts[stage.number] = post
         if len(posts) < len(post.key.chips):
             return
         del self.gathering[post.key]
@@ -268,26 +284,14 @@ class _Simulation:
         assert isinstance(instruction, Send)
         return self.costs.transfer_ns(role, instruction)
 
-    def _check_finished(self) -> None:
-        stuck = [stage.machine for stage in self.stages if not stage.machine.done]
-        if stuck:
-            raise stuck_error(stuck)
 
-
-def stuck_error(stuck: Sequence[Machine]) -> ProgramError:
-    """What to say of machines that wait for ever."""
-    others = f" (and {len(stuck) - 1} more)" if len(stuck) > 1 else ""
-    return ProgramError(
-        f"the chips wait for each other for ever{others}",
-        where=stuck[0].position(),
-        hint="every send needs a receive, and every member of a group must reach its collectives",
-    )
-
-
-def charge_wait(tally: Tally, blocked_since: int, at: int, ready_ns: int, post: Post) -> None:
-    """A stream waited until `at`: for the last end of the meeting to come (bubble), then for the bytes."""
-    came = min(at, max(blocked_since, ready_ns))
-    tally.bubble_ns += came - blocked_since
-    instruction = post.instruction
-    axis = axis_name(instruction.group) if isinstance(instruction, Collective) else "pp"
-    tally.expose(axis, at - came)
+def check_finished(driven: Sequence[Driven]) -> None:
+    """Raises ProgramError where chips wait for each other for ever."""
+    stuck = [each.machine for each in driven if not each.machine.done]
+    if stuck:
+        others = f" (and {len(stuck) - 1} more)" if len(stuck) > 1 else ""
+        raise ProgramError(
+            f"the chips wait for each other for ever{others}",
+            where=stuck[0].position(),
+            hint="every send needs a receive, and every member of a group must reach its collectives",
+        )

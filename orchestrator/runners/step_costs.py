@@ -1,9 +1,9 @@
 """Step costs: nanoseconds of every instruction of a Program on a cluster.
 
 Compute by the roofline of the chip that runs the role, accumulation and the optimizer by memory traffic,
-collectives as `comms.choice` chooses and prices them, transfers over the tier that joins the stages, all chips
-of a stage sending at once. The simulator asks through the `Costs` protocol, so another model of time (measured,
-calibrated) takes this one's place without a change to it.
+collectives as `comms.choice` chooses and prices them, transfers as messages by themselves over the tier that
+joins the stages, all chips of a stage sending at once. The simulator asks through the `Costs` protocol, so another
+model of time (measured, calibrated) takes this one's place without a change to it.
 
 Assumes that a role is as slow as its slowest chip type (by peak), that chip 0 of the mesh is chip 0 of the
 cluster, and that a transfer between stages is as slow as between the first chips of both. Not modelled: the
@@ -66,6 +66,10 @@ class Costs(Protocol):
         """Time from the moment both ends are ready until the last byte has arrived."""
         ...
 
+    def issue_ns(self, role: Role, instruction: Send) -> int:
+        """The part of `transfer_ns` in which nothing moves yet."""
+        ...
+
 
 @dataclass
 class ClusterCosts:
@@ -76,7 +80,7 @@ class ClusterCosts:
     _segments: dict[tuple[int, int], SegmentTime] = field(default_factory=dict)
     _chips: dict[int, Chip] = field(default_factory=dict)
     _collectives: dict[tuple[str, Group, int], Choice] = field(default_factory=dict)
-    _between: dict[tuple[int, int], Link] = field(default_factory=dict)
+    _between: dict[tuple[int, int], tuple[Link, float]] = field(default_factory=dict)
     _state_share: dict[int, float] = field(default_factory=dict)
 
     def work(self, role: Role, instruction: Working) -> Work:
@@ -100,23 +104,32 @@ class ClusterCosts:
         return _ns(self._collectives[key].seconds)
 
     def transfer_ns(self, role: Role, instruction: Send) -> int:
-        """Time of one message between the stages' first chips."""
-        nbytes = role.tensors[instruction.tensor].spec.nbytes
+        """Time of one message by itself between the stages' first chips."""
+        link, issue_s = self._way(role, instruction)
+        return _ns(issue_s + link.seconds(role.tensors[instruction.tensor].spec.nbytes))
+
+    def issue_ns(self, role: Role, instruction: Send) -> int:
+        """What a message by itself pays in the tier that joins the stages, see `Library`."""
+        return _ns(self._way(role, instruction)[1])
+
+    def _way(self, role: Role, instruction: Send) -> tuple[Link, float]:
+        """The link between two stages, and what issuing a message adds to it."""
         stages = (min(role.stage, instruction.to), max(role.stage, instruction.to))
         if stages not in self._between:
-            self._between[stages] = self._link_between(*stages)
-        return _ns(self._between[stages].seconds(nbytes))
+            self._between[stages] = self._way_between(*map(self._first_chip, stages))
+        return self._between[stages]
 
-    def _link_between(self, low: int, high: int) -> Link:
+    def _way_between(self, first: int, second: int) -> tuple[Link, float]:
         """What each chip of a stage has towards its like in another, all chips of the stage sending at once."""
         network, per_stage = self.cluster.network, self._chips_per_stage
-        first, second = self._first_chip(low), self._first_chip(high)
+        tier = network.tier_for((first, second))
+        issue_s = self.cluster.issue_s.get(tier.name, 0.0)
         chips = [*range(first, first + per_stage), *range(second, second + per_stage)]
         levels = network.levels(chips, aligned=True)
         if not levels:
-            return network.tier_for((first, second)).loaded_link
+            return tier.loaded_link, issue_s
         inner = prod(level.fanout for level in levels[:-1])
-        return Link(levels[-1].latency_s, levels[-1].rate(min(inner, per_stage)))
+        return Link(levels[-1].latency_s, levels[-1].rate(min(inner, per_stage))), issue_s
 
     def _members(self, role: Role, group: Group) -> Members:
         """By arithmetic; groups of a few named stages are small enough to list."""

@@ -4,11 +4,13 @@ Every distinct collective and transfer of the program becomes one job, with all 
 each is started as often as the program does. Collectives are carried out as `comms.choice` chooses, which is what
 the other fidelities time too.
 
-Not modelled: the host's time to start a communication beyond the tier's setup.
+Not modelled: the host's time to start a collective beyond the tier's setup, and a transfer at all (`Costs.issue_ns`
+says it).
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
@@ -23,7 +25,6 @@ from comms.schedule import Channel, Op, Pattern, Round, Schedule
 from comms.tiered import TieredTopology
 from comms.topology import IntArray, Topology
 from orchestrator.runners.base import collective_nbytes
-from orchestrator.runners.every_chip import Spot
 from partitioner.machine import Post
 from partitioner.program import Collective, Group, Program, Recv, Role, Send
 
@@ -39,6 +40,14 @@ class _Kind:
     group: Group | tuple[int, int]  # of a transfer, its stages
 
 
+class Spot(NamedTuple):
+    """One group of one job, and what starting it costs beforehand."""
+
+    job: int
+    group: int
+    setup_s: float
+
+
 @dataclass
 class ProgramTraffic:
     """The jobs of `program` on a network."""
@@ -47,6 +56,7 @@ class ProgramTraffic:
     network: Network  # as many chips as the program has
     conditions: Conditions = CALM
     topology: Topology | None = None  # the network's own, or as conditions leave it
+    background: tuple[Job, ...] = ()  # of others, again and again
     _spots: dict[tuple[_Kind, tuple[int, ...]], Spot] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -57,7 +67,7 @@ class ProgramTraffic:
             jobs.append(job)
             for index, chips in enumerate(groups):
                 self._spots[kind, tuple(int(chip) for chip in chips)] = Spot(number, index, setup_s)
-        self.live = Live(self.topology or whole, jobs, self.conditions)
+        self.live = Live(self.topology or whole, [*jobs, *self.background], self.conditions)
 
     def _job(self, kind: _Kind, stages: set[int], whole: TieredTopology) -> tuple[Job, IntArray, float]:
         """The job, its groups of chips, and what starting one costs."""

@@ -11,10 +11,11 @@ from comms.schedule import Op
 from orchestrator import comms_report, tier_report
 from orchestrator.cluster import Cluster
 from orchestrator.cluster_file import load_cluster
-from orchestrator.collective import Question, time_collective
+from orchestrator.collective import time_collective
 from orchestrator.console import Console
 from orchestrator.errors import ConfigError
 from orchestrator.latency_tiers import latency_tiers
+from orchestrator.question import Question
 from orchestrator.shipped import DEFAULT_CLUSTER, cluster_path
 from orchestrator.size_sweep import sweep_sizes
 from orchestrator.verbs.comms_inputs import (

@@ -39,7 +39,6 @@ AXES = ("tp", "dp", "pp", "all")  # always shown, zero or not; others only where
 
 EVERY_CHIP = 2048  # up to so many are driven one by one
 CONDITIONS = "the conditions of the cluster file"
-BACKGROUND = "jobs of others in the background"
 
 # What to turn when a class of memory is the largest of a stage that does not fit.
 KNOBS: Mapping[MemoryClass, str] = {
@@ -210,18 +209,18 @@ def _every_chip(program: Program, cluster: Cluster) -> SimulatedStep:
             "take --fidelity folded, or fewer chips",
         )
     # Imported here: with full fidelity comes its event loop.
-    from orchestrator.full_collective import site_of
+    from orchestrator.full_collective import background_jobs, site_of
     from orchestrator.runners.every_chip import simulate_every_chip
     from orchestrator.runners.traffic import ProgramTraffic
 
     try:
         site = site_of(cluster.network, program.num_chips, cluster.conditions)
-        traffic = ProgramTraffic(program, site.network, site.resolved.conditions, site.topology)
+        others = tuple(background_jobs(site))
+        traffic = ProgramTraffic(program, site.network, site.resolved.conditions, site.topology, others)
         costs = ClusterCosts(program, cluster)
-        step = simulate_every_chip(program, costs, traffic, slow=site.resolved.work_factors)
+        return simulate_every_chip(program, costs, traffic, slow=site.resolved.work_factors)
     except CommsError as error:
         raise ClusterError(error.problem, error.where or cluster.origin, error.hint) from error
-    return replace(step, left_out=(*step.left_out, BACKGROUND)) if site.resolved.background else step
 
 
 def require_fit(result: SimulationResult) -> None:

@@ -399,7 +399,7 @@ def test_background_goes_on_between_what_is_started_live():
         live.start(0, 0, start_s)
         (end,) = live.advance(np.inf)
         assert end.at_s - start_s == pytest.approx(seconds_, rel=1e-9)
-    assert known.seconds[2] != pytest.approx(known.seconds[0])
+    assert known.seconds[2] > 5.5  # what it takes alone
 
 
 def test_a_group_that_cannot_end_is_an_error_when_driven_live_too():

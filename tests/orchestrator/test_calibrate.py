@@ -7,12 +7,14 @@ import numpy as np
 import pytest
 import yaml
 
-from comms.calibration import Constants, Sheet, predict
-from comms.measured_tables import MeasuredCurve, MeasuredPoint, bus_factor
-from comms.schedule import Op
-from orchestrator.calibration_report import paste
+from comms.calibration import Constants, FabricFit, LinkFit, Sheet, predict
+from comms.links import Link
+from comms.measured_tables import MeasuredCurve, MeasuredPoint
+from comms.schedule import Op, bus_factor
+from orchestrator.calibration_paste import paste
 from orchestrator.line_rates import line_rate
-from orchestrator.link_calibration import Table, calibrate_links, errors
+from orchestrator.link_calibration import REDUCING_SHARE, Calibration, Table, calibrate_links, errors
+from orchestrator.verbs.check import check
 
 CONFIGS = Path(__file__).parents[2] / "cluster_configs"
 A100 = CONFIGS / "dgx-a100.yaml"
@@ -92,20 +94,156 @@ def test_several_tables_of_one_fabric_are_fitted_together(answer, tmp_path):
     assert found["fitted"]["mean_error_from_1_mib"] < 0.01
 
 
-def test_what_is_pasted_makes_the_cluster_file_predict_what_was_fitted(tmp_path):
-    seconds = seconds_of(Op.ALL_REDUCE, 8) * (1 + 0.05 * np.sin(np.arange(len(SIZES))))
+def pasted_into(path: Path, text: str, target: Path) -> Path:
+    """A cluster file with these keys where the text says that they belong."""
+    file = yaml.safe_load(path.read_text())
+    for block in text.split("# under ")[1:]:
+        heading, keys = block.split("\n", 1)
+        for section in sections_of(file, heading.split("; fitted to ")[0]):
+            section |= yaml.safe_load(keys)
+    target.write_text(yaml.safe_dump(file))
+    return target
+
+
+def sections_of(file: dict, name: str) -> list[dict]:
+    first, *inner = name.split(", ")
+    match first:
+        case "scale_up":
+            found = [file["scale_up"]]
+        case "scale_out":
+            found = [level for level in file["scale_out"] if f"level {level['name']}" == inner[0]]
+            inner = []
+        case _:
+            found = file["hosts"]
+    for key in inner:
+        found = [section.setdefault(key, {}) for section in found]
+    assert found, name
+    return found
+
+
+def calibrated(path: Path, num_chips: int, latency_s: float, share: float, op: Op | None) -> Calibration:
+    """As if these figures had been fitted."""
+    line, table = line_rate(path, num_chips), Table("a.csv", MeasuredCurve(op, num_chips, ()))
+    if op is None:
+        fit = LinkFit(Link(latency_s, share * line.alone.bytes_per_s), ())
+        return Calibration((table,), None, fit, line, (), None, None)
+    constants = Constants(30e-6, latency_s, share, eager_share=0.1, handshake_s=latency_s)
+    fabric = constants.on(Sheet(line.together.bytes_per_s, REDUCING_SHARE if line.reduces else None))
+    return Calibration((table,), FabricFit(constants, (fabric,), ((),), True), None, line, (), None, None)
+
+
+PLACES = [
+    ("dgx-a100", 8),
+    ("dgx-a100", 16),
+    ("dgx-h100-superpod", 8),
+    ("dgx-h100-superpod", 64),
+    ("dgx-h100-superpod", 512),
+    ("laptop", 2),
+    ("laptop", 4),
+    ("laptop", 8),
+    ("pcie-workstation", 2),
+    ("pcie-workstation", 4),
+    ("two-host-ethernet", 2),
+    ("two-host-ethernet", 4),
+    ("tenstorrent-galaxy", 32),
+    ("cerebras-cs3", 4),
+]
+
+
+@pytest.mark.parametrize("op", [None, Op.ALL_REDUCE, Op.ALL_TO_ALL], ids=str)
+@pytest.mark.parametrize(("cluster", "num_chips"), PLACES)
+def test_what_is_pasted_is_valid_whatever_was_measured(tmp_path, cluster, num_chips, op):
+    path = CONFIGS / f"{cluster}.yaml"
+    for latency_s in (0.0, 1.99999e-6, 2.34567e-6, 40e-6):
+        for share in (0.0123456, 0.95999, 1.0) if op else (0.0123456, 0.5, 1.7):
+            text = paste(calibrated(path, num_chips, latency_s, share, op))
+            assert check(pasted_into(path, text, tmp_path / "changed.yaml")).kind == "cluster", text
+
+
+@pytest.mark.parametrize(("cluster", "num_chips"), PLACES)
+def test_a_pasted_message_is_what_the_cluster_file_then_predicts(tmp_path, cluster, num_chips):
+    path = CONFIGS / f"{cluster}.yaml"
+    share = 0.9 if cluster.startswith("dgx") else 0.7  # above protocols, below the links on the way
+    found = calibrated(path, num_chips, 30e-6, share, op=None)
+    line = line_rate(pasted_into(path, paste(found), tmp_path / "changed.yaml"), num_chips)
+    latency_s = line.tier.link.latency_s + line.cluster.issue_s.get(line.tier.name, 0.0)
+    assert latency_s == pytest.approx(30e-6)
+    assert line.tier.link.bytes_per_s == pytest.approx(found.link.link.bytes_per_s, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("cluster", "num_chips", "rate", "headings"),
+    [
+        ("dgx-a100", 8, 300e9, ["scale_up"]),
+        ("dgx-a100", 16, 25e9, ["hosts, nics"]),
+        ("dgx-h100-superpod", 512, 50e9, ["scale_out, level spine", "hosts, nics"]),
+        ("laptop", 8, 3.125e9, ["hosts, nics"]),
+        ("laptop", 4, 31.5e9, ["hosts, pcie, root"]),
+        ("tenstorrent-galaxy", 32, 50e9, ["scale_up"]),
+        ("cerebras-cs3", 2, 12 * 12.5e9, ["hosts, nics"]),
+    ],
+)
+def test_a_message_is_held_against_what_one_message_can_use(
+    answer, tmp_path, cluster, num_chips, rate, headings
+):
+    table = csv_file(tmp_path / "p2p.csv", 40e-6 + SIZES / (0.5 * rate))
+    found = answer("links", table, "--chips", num_chips, "--cluster", cluster)
+    assert found["line_rate_bytes_per_s"] == pytest.approx(rate)
+    lines = found["paste"].splitlines()
+    assert [line for line in lines if line.startswith("#")] == [
+        f"# under {heading}; fitted to p2p.csv" for heading in headings
+    ]
+    assert "latency: 40 us" in lines
+
+
+@pytest.mark.parametrize(
+    ("cluster", "num_chips", "algorithms"),
+    [
+        ("dgx-a100", 8, ["ring"]),
+        ("laptop", 8, ["ring"]),  # one card
+        ("dgx-a100", 16, ["hierarchical ring"]),  # a flat ring leaves a host by one card of eight
+        ("dgx-h100-superpod", 64, ["hierarchical ring"]),
+        ("tenstorrent-galaxy", 32, None),  # a flat ring uses one link of four
+    ],
+)
+def test_a_pasted_protocol_is_for_rings_that_reach_the_line_rate(cluster, num_chips, algorithms):
+    found = calibrated(CONFIGS / f"{cluster}.yaml", num_chips, 1e-6, 0.5, Op.ALL_REDUCE)
+    assert yaml.safe_load(paste(found))["protocols"][0].get("algorithms") == algorithms
+
+
+def test_constants_of_collectives_between_hosts_raise_what_a_message_takes(answer, tmp_path):
+    seconds = predict(Constants(30e-6, 5e-6, 0.99).on(Sheet(200e9)), Op.ALL_REDUCE, 16, SIZES)
+    table = csv_file(tmp_path / "a.csv", seconds)
+    words = ("--op", "all_reduce", "--chips", 16, "--cluster", "dgx-a100")
+    text = answer("links", table, *words)["paste"]
+    level, cards = (yaml.safe_load(block) for block in text.split("# under hosts, nics; fitted to a.csv\n"))
+    assert text.startswith("# under scale_out, level infiniband; ")
+    assert set(level) == {"setup", "protocols"}
+    assert cards["efficiency"] == level["protocols"][0]["share"] > 0.96
+    assert cards["latency"] == level["protocols"][0]["latency"]
+    assert check(pasted_into(A100, text, tmp_path / "changed.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("cluster", "num_chips", "rate", "within"),
+    [
+        ("dgx-a100", 8, 300e9, 0.01),
+        ("two-host-ethernet", 2, 20e9, 0.01),
+        ("pcie-workstation", 4, 11e9, 0.1),  # two of four stages are behind one switch, and quicker
+    ],
+)
+def test_what_is_pasted_makes_the_cluster_file_predict_what_was_fitted(
+    tmp_path, cluster, num_chips, rate, within
+):
+    path = CONFIGS / f"{cluster}.yaml"
+    seconds = seconds_of(Op.ALL_REDUCE, num_chips, rate) * (1 + 0.05 * np.sin(np.arange(len(SIZES))))
     points = tuple(MeasuredPoint(float(n), float(s)) for n, s in zip(SIZES, seconds, strict=True))
-    table = Table("measured", MeasuredCurve(Op.ALL_REDUCE, 8, points))
-    fitted = calibrate_links([table], [line_rate(A100, 8)])
-    file = yaml.safe_load(A100.read_text())
-    for key in ("setup", "protocols"):
-        file["scale_up"].pop(key, None)
-    file["scale_up"] |= yaml.safe_load(paste(fitted))
-    path = tmp_path / "calibrated.yaml"
-    path.write_text(yaml.safe_dump(file))
-    again = calibrate_links([table], [line_rate(path, 8)])
-    assert errors(again.as_it_is).large == pytest.approx(errors(fitted.residuals).large, abs=0.01)
-    assert errors(again.as_it_is).small == pytest.approx(errors(fitted.residuals).small, abs=0.01)
+    table = Table("measured", MeasuredCurve(Op.ALL_REDUCE, num_chips, points))
+    fitted = calibrate_links([table], [line_rate(path, num_chips)])
+    path = pasted_into(path, paste(fitted), tmp_path / "calibrated.yaml")
+    again = calibrate_links([table], [line_rate(path, num_chips)])
+    assert errors(again.as_it_is).large == pytest.approx(errors(fitted.residuals).large, abs=within)
+    assert errors(again.as_it_is).small == pytest.approx(errors(fitted.residuals).small, abs=within)
 
 
 def test_without_a_cluster_the_rate_is_pasted_instead_of_a_share(answer, tmp_path):
@@ -122,7 +260,7 @@ def test_messages_from_chip_to_chip_have_a_latency_and_a_rate(answer, tmp_path):
     table = csv_file(tmp_path / "p2p.csv", 5e-6 + SIZES / 20e9)
     found = answer("links", table)
     assert found["constants"] == pytest.approx({"latency_s": 5e-6, "bytes_per_s": 20e9}, rel=1e-3)
-    assert yaml.safe_load(found["paste"]) == {"latency": "5 us", "bandwidth": "20 GB/s"}
+    assert yaml.safe_load(found["paste"]) == {"latency": "5 us", "bandwidth": "20 GB/s", "efficiency": 1}
     with_share = answer("links", table, "--cluster", "laptop")
     assert yaml.safe_load(with_share["paste"])["efficiency"] == pytest.approx(20 / 31.5, rel=0.01)
 
@@ -144,7 +282,7 @@ def test_a_table_without_an_operation_is_taken_as_messages_and_that_is_said(cali
 )
 def test_line_rates_are_those_of_the_links_between_the_chips(cluster, num_chips, rate, section):
     found = line_rate(CONFIGS / f"{cluster}.yaml", num_chips)
-    assert (found.bytes_per_s, found.section) == (pytest.approx(rate), section)
+    assert (found.together.bytes_per_s, found.sections.library) == (pytest.approx(rate), section)
 
 
 @pytest.mark.parametrize(

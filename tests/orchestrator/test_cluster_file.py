@@ -41,6 +41,14 @@ def cluster(text):
     return cluster_from(parse_yaml(text, "c.yaml"))
 
 
+def without_cards(text):
+    return text.replace("    nics: {count: 2, bandwidth: 200 Gb/s, latency: 2 us}\n", "")
+
+
+def with_pcie(keys, text=MINIMAL):
+    return text.replace("    nics:", f"    pcie: {{{keys}}}\n    nics:")
+
+
 def errors_of(text):
     with pytest.raises(UserError) as error:
         cluster(text)
@@ -104,7 +112,7 @@ def test_a_scale_up_domain_may_span_hosts():
 
 
 def test_pcie_switches_make_two_tiers():
-    tiers = cluster(MINIMAL.replace("    nics:", "    pcie: {switches: 2}\n    nics:")).network.tiers
+    tiers = cluster(with_pcie("switches: 2")).network.tiers
     assert [(tier.kind, tier.size) for tier in tiers[:2]] == [(TierKind.PCIE, 2), (TierKind.PCIE, 4)]
 
 
@@ -283,6 +291,61 @@ def test_a_network_with_a_gap_is_refused(text, problem):
 
 def test_one_chip_alone_is_a_cluster():
     text = MINIMAL.replace("repeat: 2", "repeat: 1").replace("nvidia_a100_sxm_80gb", "apple_m3_max")
-    found = cluster(text.replace("count: 4", "count: 1"))
+    found = cluster(without_cards(text).replace("count: 4", "count: 1"))
     assert found.num_chips == 1
     assert found.network.tier_for([0]).link.bytes_per_s == 400e9
+
+
+ONE_HOST = MINIMAL.replace("repeat: 2", "repeat: 1")
+PROTOCOL = "protocols: [{name: x, latency: 1 us}]"
+
+
+@pytest.mark.parametrize("more", ["", f", {PROTOCOL}"])
+def test_a_root_complex_quicker_than_the_switches_below_it_is_refused(more):
+    (error,) = errors_of(with_pcie("switches: 2, latency: 5 us, root: {latency: 1 us}" + more))
+    assert "the way through the root complex is quicker" in error.problem
+    assert error.where == "c.yaml:10"
+    assert error.hint
+    tiers = cluster(with_pcie("switches: 2, latency: 5 us, root: {latency: 6 us}" + more)).network.tiers
+    assert tiers[1].link.latency_s - tiers[0].link.latency_s == pytest.approx(1e-6)
+
+
+@pytest.mark.parametrize("switches", [0, 4])
+def test_a_latency_to_switches_that_no_two_chips_share_is_refused(switches):
+    (error,) = errors_of(with_pcie(f"switches: {switches}, latency: 1 us, root: {{latency: 5 us}}"))
+    assert error.problem.startswith("`latency` has no effect")
+    for keys in ("latency: 1 us, root: {bandwidth: 9 GB/s}", "root: {latency: 2 us}"):
+        assert cluster(with_pcie(f"switches: {switches}, {keys}")).network.tiers[0].link.latency_s == 2e-6
+
+
+@pytest.mark.parametrize(
+    ("text", "unused"),
+    [
+        (with_pcie("latency: 1 us") + "scale_up: {}\n", ["latency"]),
+        (with_pcie(f"setup: 1 us, {PROTOCOL}") + "scale_up: {}\n", ["setup", "protocols"]),
+        (with_pcie("switches: 2, root: {bandwidth: 9 GB/s}") + "scale_up: {domain: 4}\n", ["root"]),
+        (with_pcie("latency: 1 us").replace("count: 4", "count: 1"), ["latency"]),
+        (without_cards(with_pcie("switches: 2", ONE_HOST)) + "scale_up: {}\n", ["pcie"]),
+        (ONE_HOST, ["nics"]),
+        (MINIMAL + "scale_up: {domain: 8}\n", ["nics"]),
+        (ONE_HOST + "scale_out: [{name: leaf}]\n", ["scale_out", "nics"]),
+    ],
+)
+def test_links_at_which_no_chips_meet_are_refused(text, unused):
+    found = errors_of(text)
+    assert [error.problem for error in found] == [
+        f"`{key}` has no effect, as no chips meet there" for key in unused
+    ]
+    assert all(error.where.startswith("c.yaml:") and error.hint.startswith("remove it") for error in found)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        with_pcie("switches: 2, bandwidth: 9 GB/s, efficiency: 0.9, source: me") + "scale_up: {}\n",
+        with_pcie(f"latency: 2 us, setup: 1 us, {PROTOCOL}") + "scale_up: {domain: 2}\n",
+        without_cards(with_pcie("latency: 1 us", ONE_HOST)),
+    ],
+)
+def test_pcie_may_say_of_a_way_out_what_it_carries_and_of_meeting_chips_everything(text):
+    assert cluster(text).num_chips in (4, 8)

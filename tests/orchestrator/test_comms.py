@@ -12,7 +12,8 @@ from comms.pricing import Fidelity
 from comms.schedule import Op
 from comms.schedule_text import schedule_text
 from orchestrator.cluster_file import load_cluster
-from orchestrator.collective import Question, conditions_in_words, time_collective
+from orchestrator.collective import time_collective
+from orchestrator.question import Question, conditions_in_words
 from orchestrator.shipped import shipped_clusters
 
 CONFIGS = Path(__file__).parents[2] / "cluster_configs"
@@ -445,3 +446,11 @@ def test_a_table_of_parts_that_is_wrong_is_told(comms, tmp_path, rows, says):
     code, _, err = comms("--op", "all_to_allv", "--size", parts_file(tmp_path, rows))
     assert code == 2
     assert says in err
+
+
+def test_on_a_mesh_the_answer_says_that_a_schedule_of_its_own_may_be_faster(answer):
+    words = ("--cluster", "tenstorrent-galaxy", "--size", "64 MiB")
+    found = answer(*words)
+    assert any("--algorithm synthesized" in note for note in found["notes"])
+    assert answer(*words, "--algorithm", "synthesized")["seconds"] < found["seconds"]
+    assert answer(*words, "--algorithm", "mesh")["notes"] == []

@@ -17,7 +17,7 @@ from orchestrator.errors import ClusterError, ConfigError
 from orchestrator.job_file import load_job
 from orchestrator.preparation import Prepared
 from orchestrator.verbs.options import Options
-from orchestrator.verbs.simulate import BACKGROUND, CONDITIONS, answer, chosen_fidelity, simulate
+from orchestrator.verbs.simulate import CONDITIONS, answer, chosen_fidelity, simulate
 from partitioner.capture import trace_module
 from partitioner.lower import StepShape, lower
 from partitioner.plan import Plan
@@ -25,6 +25,7 @@ from partitioner.units import build_graph
 
 CONFIGS = Path(__file__).parents[2] / "cluster_configs"
 LAPTOP = load_cluster(CONFIGS / "laptop.yaml")
+DGX = load_cluster(CONFIGS / "dgx-a100.yaml")
 PLAN = Plan(dp=2, tp=2, pp=2, zero=1, microbatches=4, bucket_bytes=100_000)
 SLOW_CHIP = replace(LAPTOP, conditions=Described(chips=(ChipFault((3,), 1.5),)))
 SLOW_LINK = replace(LAPTOP, conditions=Described(links=(LinkFault(Reach((0,), "ethernet"), 0.25),)))
@@ -42,12 +43,24 @@ def program(graph):
     return lower(graph, PLAN, StepShape(16, 32, "builtin:gpt-nano", "fp32", 2))
 
 
+@pytest.mark.parametrize("cluster", [LAPTOP, DGX], ids=["laptop", "dgx-a100"])
 @pytest.mark.parametrize(("dp", "tp", "pp"), [(1, 2, 4), (2, 1, 4), (4, 1, 2), (1, 4, 2)])
-def test_transfers_between_stages_take_the_same_folded_and_full(graph, dp, tp, pp):
+def test_transfers_between_stages_take_the_same_folded_and_full(graph, cluster, dp, tp, pp):
     plan = Plan(dp=dp, tp=tp, pp=pp, microbatches=4)
     split = lower(graph, plan, StepShape(16, 32, "builtin:gpt-nano", "fp32", 2))
-    folded, full = (simulate(split, LAPTOP, fidelity=each) for each in (Fidelity.FOLDED, Fidelity.FULL))
+    folded, full = (simulate(split, cluster, fidelity=each) for each in (Fidelity.FOLDED, Fidelity.FULL))
     assert full.step_time_s == pytest.approx(folded.step_time_s, rel=0.02)
+
+
+@pytest.mark.parametrize("fidelity", [Fidelity.FOLDED, Fidelity.FULL])
+def test_transfers_between_stages_pay_for_being_issued_as_the_latency_tiers_say(graph, fidelity):
+    plan = Plan(dp=1, tp=2, pp=4, microbatches=4)
+    split = lower(graph, plan, StepShape(16, 32, "builtin:gpt-nano", "fp32", 2))
+    issue_s = DGX.issue_s["scale-up"]
+    assert issue_s == pytest.approx(2e-6 - 0.56e-6)  # a message by itself, less a stage of a collective
+    with_it, without = (simulate(split, each, fidelity=fidelity) for each in (DGX, replace(DGX, issue_s={})))
+    transfers = 2 * (4 - 1)  # on the way to the last stage and back, at least
+    assert with_it.step_time_s - without.step_time_s >= 0.999 * transfers * issue_s
 
 
 def test_folded_and_full_agree_on_a_symmetric_plan_and_the_document_is_the_same(program):
@@ -73,18 +86,20 @@ def test_folded_leaves_conditions_out_and_says_so(program):
     assert CONDITIONS in found.step.left_out
 
 
-def test_jobs_in_the_background_are_left_out_and_named(program):
-    others = Described(background=(Background(Op.ALL_REDUCE, (0, 4), 2.0**20),))
-    assert BACKGROUND in simulate(program, replace(LAPTOP, conditions=others)).step.left_out
+def test_jobs_in_the_background_make_a_step_longer(program):
+    others = Described(background=(Background(Op.ALL_TO_ALL, tuple(range(8)), 2.0**24),))
+    busy = simulate(program, replace(LAPTOP, conditions=others))
+    alone = simulate(program, LAPTOP, fidelity=Fidelity.FULL)
+    assert busy.step.fidelity == alone.step.fidelity == Fidelity.FULL
+    assert busy.step_time_s > alone.step_time_s * 1.01
 
 
 def test_too_many_chips_are_refused_and_not_taken_by_default(program):
     many = replace(program, axes=(("pp", 2), ("dp", 2048), ("tp", 2)))
-    cluster = load_cluster(CONFIGS / "dgx-a100.yaml")
     with pytest.raises(ConfigError, match="8192 chips are too many") as caught:
-        simulate(many, cluster, fidelity=Fidelity.FULL)
+        simulate(many, DGX, fidelity=Fidelity.FULL)
     assert "folded" in caught.value.hint
-    late = replace(cluster.take(8192), conditions=SLOW_CHIP.conditions)
+    late = replace(DGX.take(8192), conditions=SLOW_CHIP.conditions)
     assert chosen_fidelity(late, None) is Fidelity.FOLDED
     assert chosen_fidelity(SLOW_CHIP, None) is Fidelity.FULL
 

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orchestrator.cluster_file import load_cluster
+from orchestrator.latency_tiers import latency_tiers
 from orchestrator.occupancy import breakdown, lane_busy, violations
 from orchestrator.runners.base import Runner
 from orchestrator.runners.simulated import SimulatedRunner, fold_mesh, simulate_step
@@ -46,7 +47,8 @@ ARRIVED, MADE, GRAD_ARRIVED, GRAD_MADE, PARTIAL, SUMMED = range(6)
 BUCKETS = (6, 7, 8)
 PARAM, STATE, MINE, STATS = 9, 10, 11, 12
 ALL = Group(("pp", "dp", "tp"))
-DGX = load_cluster(Path(__file__).parents[2] / "cluster_configs" / "dgx-a100.yaml")
+CONFIGS = Path(__file__).parents[2] / "cluster_configs"
+DGX = load_cluster(CONFIGS / "dgx-a100.yaml")
 FEW = settings(max_examples=40)
 
 
@@ -62,6 +64,7 @@ class Tables:
     everyone: int = 0
     transfer: int = 0
     other: int = 0
+    issue: int = 0
 
     def work(self, role, instruction):
         if isinstance(instruction, Compute):
@@ -73,6 +76,9 @@ class Tables:
 
     def transfer_ns(self, role, instruction):
         return self.transfer
+
+    def issue_ns(self, role, instruction):
+        return self.issue
 
 
 def toy(num_stages, num_microbatches, schedule=Schedule.ONE_F_ONE_B, dp=4, tp=2):
@@ -255,6 +261,23 @@ def test_the_optimizer_moves_parameter_states_and_gradient_once_each():
         program.roles[0], Update(0, PARAM, BUCKETS[0], STATS, PARAM, True)
     )
     assert work.device_ns == round(5 * SPEC.nbytes / rate * 1e9)  # two parameters, one gradient, two states
+
+
+@pytest.mark.parametrize(
+    ("name", "num_chips", "latency_s"),
+    [("dgx-a100", 8, 2e-6), ("dgx-a100", 16, 1.3e-6), ("pcie-workstation", 4, 2.6e-6), ("laptop", 8, 20e-6)],
+)
+def test_a_transfer_takes_what_the_latency_tiers_say_of_a_message_by_itself(name, num_chips, latency_s):
+    cluster = load_cluster(CONFIGS / f"{name}.yaml").take(num_chips)
+    program, send = toy(2, 1, dp=num_chips // 4, tp=2), Send(0, MADE, 1)
+    row = latency_tiers(cluster)[-1]
+    moving_s = SPEC.nbytes / row.loaded_bytes_per_s
+    costs = ClusterCosts(program, cluster)
+    assert row.latency_s == pytest.approx(latency_s)
+    assert costs.transfer_ns(program.roles[0], send) == pytest.approx((row.latency_s + moving_s) * 1e9, abs=1)
+    assert costs.transfer_ns(program.roles[1], replace(send, to=0)) == costs.transfer_ns(
+        program.roles[0], send
+    )
 
 
 def test_the_simulated_runner_is_a_runner_whose_steps_all_take_as_long():

@@ -182,7 +182,7 @@ def test_levels_that_make_no_sense_are_refused(levels, hosts, problem):
 
 def root_of(keys):
     text = HOSTS.replace("pcie: {switches: 2, bandwidth: 24 GB/s, latency: 1 us}", f"pcie: {{{keys}}}")
-    return network(text.replace("repeat: any", "repeat: 1").split("scale_out:")[0])
+    return network(text.replace("repeat: any", "repeat: 1").split("    nics:")[0])
 
 
 @pytest.mark.parametrize(
@@ -192,7 +192,7 @@ def root_of(keys):
         ("switches: 8, bandwidth: 24 GB/s, latency: 1 us", ["pcie root"], [24e9], [2e-6]),
         ("switches: 0, bandwidth: 24 GB/s, latency: 1 us", ["pcie root"], [24e9], [2e-6]),
         (
-            "switches: 0, bandwidth: 24 GB/s, latency: 1 us, root: {bandwidth: 9.9 GB/s, latency: 5 us}",
+            "switches: 0, bandwidth: 24 GB/s, root: {bandwidth: 9.9 GB/s, latency: 5 us}",
             ["pcie root"],
             [9.9e9],
             [5e-6],

@@ -11,8 +11,9 @@ from comms.pricing import Fidelity
 from comms.schedule import Op
 from orchestrator.bandwidth_plot import algorithm_curves, sweep_png
 from orchestrator.cluster_file import load_cluster
-from orchestrator.collective import Question, time_collective
+from orchestrator.collective import time_collective
 from orchestrator.node_names import node_names
+from orchestrator.question import Question
 from orchestrator.shipped import shipped_clusters
 from orchestrator.size_sweep import sizes_between, sweep_sizes
 from orchestrator.topology_excerpt import excerpt
