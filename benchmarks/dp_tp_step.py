@@ -121,6 +121,8 @@ class StepCosts:
         """There is only one stage."""
         raise AssertionError(instruction)
 
+    issue_ns = transfer_ns
+
 
 def folded(num_chips: int) -> tuple[int, dict[str, str], float]:
     """The step in nanoseconds, the algorithms, and the seconds it took to tell, Program and all."""

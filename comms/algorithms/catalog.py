@@ -9,12 +9,23 @@ from functools import cache, partial
 from inspect import signature
 from math import prod
 
-from comms.algorithms import bruck, direct, doubling, hierarchical, in_network, ring, torus, tree
+from comms.algorithms import (
+    bruck,
+    direct,
+    doubling,
+    hierarchical,
+    in_network,
+    ring,
+    torus,
+    torus_exchange,
+    torus_trees,
+    tree,
+)
 from comms.levels import Levels
 from comms.outline import Outline
 from comms.schedule import Op, Schedule
 
-FILES = (ring, doubling, direct, bruck, tree, hierarchical, torus, in_network)
+FILES = (ring, doubling, direct, bruck, tree, hierarchical, torus, torus_trees, torus_exchange, in_network)
 RAIL_RINGS = "rail rings"
 IN_NETWORK = in_network.NAME
 MOST_RINGS = 16  # as many channels as libraries open
@@ -99,11 +110,7 @@ def _outlines() -> Mapping[str, Mapping[Op, Callable[..., Outline | None]]]:
 
 @cache
 def _pieces() -> Mapping[str, Mapping[Op, Callable[[float, Levels], int]]]:
-    return {
-        name: ops
-        for file in (ring, tree, hierarchical, torus, in_network)
-        for name, ops in file.PIECES.items()
-    }
+    return {name: ops for file in FILES for name, ops in getattr(file, "PIECES", {}).items()}
 
 
 @cache
