@@ -1,17 +1,17 @@
 """Synthesized schedules against the best fixed algorithm and against plain matching, all at full fidelity.
 
-Fixed: all that the catalog has, in natural order and around the best ring, whole and in pieces; up to eight rings
-over different orders; dimension by dimension where there are dimensions. Matching: chunks are given to wires as soon
-as both are free, by lot (Won et al., TACOS, MICRO 2024), the best of several seeds and numbers of chunks; all-reduce
-is twice that, as its first half is the same on reversed wires.
+Fixed: all that the catalog has, in natural order, around the best ring and along the dimensions where there are any,
+whole and in pieces; up to eight rings over different orders. Matching: chunks are given to wires as soon as both are
+free, by lot (Won et al., TACOS, MICRO 2024), the best of several seeds and numbers of chunks; all-reduce is twice
+that, as its first half is the same on reversed wires.
 
     python benchmarks/synthesis.py
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from heapq import heappop, heappush
 from inspect import signature
-from itertools import combinations, product
+from itertools import combinations
 
 import numpy as np
 from harness import report, seconds_of
@@ -92,28 +92,36 @@ def fixed_schedules(topology: Topology, op: Op, nbytes: float) -> Iterator[tuple
     """All fixed algorithms for so many chips, and where to place their ranks."""
     n = topology.num_chips
     natural, orders = np.arange(n), [each.chips for each in ring_orders(topology)]
+    whole = topology.topology if isinstance(topology, Rerouted) else topology
     for name, make in (
         (name, ops[op]) for file in FILES for name, ops in file.SCHEDULES.items() if op in ops
     ):
-        for pieces in PIECES if "pieces" in signature(make).parameters else (None,):
-            try:
-                schedule = make(n) if pieces is None else make(n, pieces=pieces)
-            except CommsError:
-                continue  # not for so many ranks
-            if not schedule.num_helpers:
-                said = name if pieces in (None, 1) else f"{name} in {pieces} pieces"
-                yield said, schedule, natural
-                yield f"{said}, ring order", schedule, orders[0]
+        takes = signature(make).parameters
+        for pieces in PIECES if "pieces" in takes else (1,):
+            said = name if pieces == 1 else f"{name} in {pieces} pieces"
+            options = {"pieces": pieces} if "pieces" in takes else {}
+            flat = _made(make, n, **options)
+            if flat is not None:
+                yield said, flat, natural
+                yield f"{said}, ring order", flat, orders[0]
+            if isinstance(whole, Torus) and len(whole.dims) > 1 and "fanouts" in takes:
+                along = _made(make, n, fanouts=whole.dims, **options)
+                if along is not None:
+                    yield said, along, natural
     if op in torus.OPS:
         for num in range(2, len(orders) + 1):
             for pieces in PIECES:
                 made = ring.SCHEDULES["ring"][op](n, orders=orders[:num], pieces=pieces)
                 yield f"{num} rings in {pieces} pieces", made, natural
-        whole = topology.topology if isinstance(topology, Rerouted) else topology
-        if isinstance(whole, Torus):
-            for wraps, rotated in product((False, True), repeat=2):
-                made = torus.OPS[op](n, fanouts=whole.dims, wraps=wraps, rotated=rotated)
-                yield made.algorithm, made, natural
+
+
+def _made(make: Callable[..., Schedule], num_ranks: int, **options: object) -> Schedule | None:
+    """None if it is not for so many ranks, or needs a switch that reduces."""
+    try:
+        schedule = make(num_ranks, **options)
+    except CommsError:
+        return None
+    return None if schedule.num_helpers else schedule
 
 
 def best_fixed(topology: Topology, op: Op, nbytes: float) -> tuple[float, str]:

@@ -12,3 +12,7 @@ class CommsError(ValueError):
         self.problem = problem
         self.where = where
         self.hint = hint
+
+
+class TooManyMessages(CommsError):
+    """A collective that is too large to be followed message by message."""

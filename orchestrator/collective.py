@@ -7,13 +7,13 @@ for. There fixed algorithms are compared at full fidelity too, and a schedule ma
 
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from comms.algorithms.catalog import considered
 from comms.choice import AUTO, Choice, choose
-from comms.errors import CommsError
+from comms.errors import CommsError, TooManyMessages
 from comms.pricing import Fidelity, tier_shares
 from comms.synthesis import NAME as SYNTHESIZED
 from comms.synthesis import TREES as SYNTHESIZED_OPS
@@ -189,9 +189,8 @@ def _against_fixed(question: Question, site: "Site", choice: Choice, phase: Phas
         choice = choose(
             question.op, question.even_nbytes, question.members, question.network, choice.algorithm
         )
-    if full.expected_messages(choice) <= full.MOST_MESSAGES:
-        with phase(f"every message of {choice.algorithm}"):
-            rival = full.timed_choice(site, choice)
+    with suppress(TooManyMessages), phase(f"every message of {choice.algorithm}"):
+        rival = full.timed_choice(site, choice)
         ratio = rival.seconds / timing.seconds if timing.seconds else 1.0
         if question.is_uneven:
             what = f"{what}; even parts of as much in all ({rival.algorithm}) take {ratio:.2f} times as long"
@@ -206,24 +205,27 @@ def _contest(question: Question, site: "Site", usual: Choice, phase: Phase) -> A
     from orchestrator import full_collective as full
 
     timings: list[FullTiming] = []
-    skipped = 0
+    skipped: list[TooManyMessages] = []
     choices = _suitable(question) or [usual]
-    counts = [full.expected_messages(choice) for choice in choices]
-    full.check_messages(min(counts), choices[counts.index(min(counts))].algorithm)
-    for choice, count in zip(choices, counts, strict=True):
-        if count > (full.MOST_MESSAGES if len(timings) < FEW else QUICK_MESSAGES):
-            skipped += 1
-            continue
-        with phase(f"every message of {choice.algorithm}"):
-            timings.append(full.timed_choice(site, choice))
+    for choice in choices:
+        most = full.MOST_MESSAGES if len(timings) < FEW else QUICK_MESSAGES
+        try:
+            with phase(f"every message of {choice.algorithm}"):
+                timings.append(full.timed_choice(site, choice, most))
+        except TooManyMessages as too_many:
+            skipped.append(too_many)
     if not choices[0].is_folded:
         with phase("every message of hierarchies found on the network"):
             timings += full.timed_hierarchies(site, question.op, question.nbytes, QUICK_MESSAGES)
+    if not timings:
+        raise skipped[0]
     best = min(timings, key=_rank)
     reason = (
         f"fastest of {len(timings)} when every message is moved" if len(timings) > 1 else "nothing else suits"
     )
-    notes = [f"{skipped} algorithms with many messages are left out of the comparison"] if skipped else []
+    notes = (
+        [f"{len(skipped)} algorithms with many messages are left out of the comparison"] if skipped else []
+    )
     if question.looks_for_better and question.op in SYNTHESIZED_OPS:
         if question.num_chips <= SYNTHESIS_CHIPS:
             with phase("synthesis of a schedule for this network"):
@@ -247,15 +249,14 @@ def _rank(timed: "FullTiming | Choice") -> float:
 
 
 def _suitable(question: Question) -> list[Choice]:
-    """Every fixed algorithm that suits, the most promising first."""
+    """Every fixed algorithm that suits, the most promising first; those last that only suit one flat level."""
     choices = []
     for name in considered(question.op, question.num_chips):
         try:
             choices.append(choose(question.op, question.nbytes, question.members, question.network, name))
         except CommsError:  # it does not suit these levels
             continue
-    exact = [choice for choice in choices if choice.is_folded]
-    return sorted(exact or choices, key=_rank)
+    return sorted(choices, key=lambda choice: (not choice.is_folded, _rank(choice)))
 
 
 def _full_answer(

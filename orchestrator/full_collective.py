@@ -17,7 +17,7 @@ from comms.algorithms.catalog import outline_of
 from comms.choice import Choice, choose
 from comms.compiled import Job
 from comms.conditions import CALM, Described, Resolved, resolve
-from comms.errors import CommsError
+from comms.errors import TooManyMessages
 from comms.full import FullResult, Method, simulate
 from comms.graph import Rerouted
 from comms.groups import Lattice, mesh_group
@@ -35,7 +35,7 @@ from orchestrator.node_names import node_names
 
 SEED = 0  # of what is synthesized: the same question, the same schedule
 MOST_MESSAGES = 2**24  # some 2 GB
-COUNTED_CHIPS = 256  # up to here a schedule is made to know how many messages it has
+EASILY_MADE = 2**22  # up to so many sends a schedule is made to know how many messages it has
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -115,38 +115,42 @@ def load_loops() -> None:
         live.advance(np.inf)
 
 
-def expected_messages(choice: Choice) -> int:
-    """How many messages a choice sends: counted up to COUNTED_CHIPS, and about that many above."""
-    if choice.num_chips <= COUNTED_CHIPS:
-        return choice.schedule().num_messages
+def timed_choice(site: Site, choice: Choice, most_messages: int = MOST_MESSAGES) -> FullTiming:
+    """A choice at full fidelity. Raises TooManyMessages where that is too much.
+
+    On a network without levels, or with links down or slow, rings go from chip to neighbouring chip, as many as its
+    wires bear, where that is faster than by number.
+    """
+    sends, pieces = _most_sends(choice)
+    if sends > EASILY_MADE:
+        check_messages(sends * pieces, choice.algorithm, most_messages)
+    job = job_of(choice, groups_of(site.members, site.num_chips), site.whole)
+    jobs = [job]
+    if choice.algorithm == RING and not (choice.is_folded and site.seen is site.whole):
+        laid = laid_rings(choice.op, site.seen)
+        jobs += [Job(each.schedule, each.chips, choice.nbytes, protocol=job.protocol) for each in laid]
+    timings = []
+    for job in jobs:
+        check_messages(job.schedule.num_messages, choice.algorithm, most_messages)
+        result = simulate(site.topology, [job, *background_jobs(site)], site.resolved.conditions)
+        seconds = choice.setup_s + float(result.seconds[0])
+        timings.append(FullTiming(choice.algorithm, seconds, choice.setup_s, choice.protocol, result))
+    return min(timings, key=lambda timing: timing.seconds)
+
+
+def _most_sends(choice: Choice) -> tuple[int, int]:
+    """(sends, pieces of each) of a choice, without its schedule, if every chip sends in every round.
+
+    Between all pairs go as many as there are pairs or more.
+    """
     levels = tuple(level.under(choice.protocol) for level in choice.levels)
     outline = outline_of(choice.algorithm, choice.op, choice.nbytes, levels)
     assert outline is not None
     phases = [phase for channel in outline.channels for phase in channel.phases]
     rounds = sum(stage.repeat for phase in phases for stage in phase)
-    peers = choice.num_chips - 1 if choice.algorithm in direct.SCHEDULES else 1
-    return rounds * outline.pieces * choice.num_chips * peers
-
-
-def timed_choice(site: Site, choice: Choice) -> FullTiming:
-    """A choice at full fidelity. Raises CommsError where that is too much.
-
-    On a network without levels rings go from chip to neighbouring chip, as many as its wires bear, where that is
-    faster than by number.
-    """
-    check_messages(expected_messages(choice), choice.algorithm)
-    job = job_of(choice, groups_of(site.members, site.num_chips), site.whole)
-    jobs = [job]
-    if not choice.is_folded and choice.algorithm == RING:
-        laid = laid_rings(choice.op, site.seen)
-        jobs += [Job(each.schedule, each.chips, choice.nbytes, protocol=job.protocol) for each in laid]
-    timings = []
-    for job in jobs:
-        check_messages(job.schedule.num_messages, choice.algorithm)
-        result = simulate(site.topology, [job, *background_jobs(site)], site.resolved.conditions)
-        seconds = choice.setup_s + float(result.seconds[0])
-        timings.append(FullTiming(choice.algorithm, seconds, choice.setup_s, choice.protocol, result))
-    return min(timings, key=lambda timing: timing.seconds)
+    peers = choice.num_chips - 1
+    sends = rounds * (peers if choice.algorithm in direct.SCHEDULES else 1)
+    return choice.num_chips * max(sends, peers if choice.op is Op.ALL_TO_ALL else 0), outline.pieces
 
 
 def timed_schedule(site: Site, laid: Laid, nbytes: float) -> FullTiming:
@@ -246,10 +250,10 @@ def background_jobs(site: Site) -> list[Job]:
     return jobs
 
 
-def check_messages(count: int, algorithm: str) -> None:
-    """Raises CommsError where messages are too many to move one by one."""
-    if count > MOST_MESSAGES:
-        raise CommsError(
+def check_messages(count: int, algorithm: str, most: int = MOST_MESSAGES) -> None:
+    """Raises TooManyMessages for more than are to be moved one by one."""
+    if count > most:
+        raise TooManyMessages(
             f"{algorithm} sends about {count / 1e6:.0f} million messages, too many to move one by one",
             "--fidelity full",
             "ask for folded, for fewer chips, or for an algorithm with fewer rounds",

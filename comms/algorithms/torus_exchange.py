@@ -31,7 +31,7 @@ from comms.algorithms.rounds import (
     round_of,
 )
 from comms.algorithms.torus import has_own_wires
-from comms.errors import CommsError
+from comms.errors import TooManyMessages
 from comms.levels import Level, Levels
 from comms.outline import Hop, Outline, Stage
 from comms.schedule import Channel, Op, Pattern, Round, Schedule
@@ -51,7 +51,9 @@ def all_to_all(num_ranks: int, *, fanouts: Sequence[int] | None = None, rotated:
     num_chunks = num_ranks**2 * per_pair
     if num_chunks > MOST_CHUNKS:
         problem = f"{num_ranks} ranks exchange {num_chunks} chunks"
-        raise CommsError(problem, _name(rotated), "ask for folded, or for an algorithm that sends directly")
+        raise TooManyMessages(
+            problem, _name(rotated), "ask for folded, or for an algorithm that sends directly"
+        )
     chunks = np.arange(num_chunks).reshape(num_ranks**2, -1, halves)
     channels = tuple(Channel(_phases(chunks[:, number], parts, order)) for number, order in enumerate(orders))
     share = 1.0 / (num_ranks * per_pair)
