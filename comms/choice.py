@@ -121,8 +121,6 @@ def _tried(
     choices = []
     for name, protocol in _offered(op, num_chips, tier, algorithm):
         levels = ways[joins_likes(name)]
-        if levels is None and joins_likes(name):
-            continue
         used = _flat(num_chips, tier) if levels is None else levels
         outline = _outline(name, op, nbytes, used, protocol)
         if outline is None:

@@ -4,16 +4,18 @@ A new algorithm is one file with tables of schedules and outlines, entered here.
 fanouts, the number of pieces that suits the size, the orders of several rings.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache, partial
 from inspect import signature
 from math import prod
+from typing import TypeVar
 
 from comms.algorithms import (
     bruck,
     direct,
     doubling,
     hierarchical,
+    hierarchical_rooted,
     in_network,
     ring,
     torus,
@@ -25,7 +27,24 @@ from comms.levels import Levels
 from comms.outline import Outline
 from comms.schedule import Op, Schedule
 
-FILES = (ring, doubling, direct, bruck, tree, hierarchical, torus, torus_trees, torus_exchange, in_network)
+FILES = (
+    ring,
+    doubling,
+    direct,
+    bruck,
+    tree,
+    hierarchical,
+    hierarchical_rooted,
+    torus,
+    torus_trees,
+    torus_exchange,
+    in_network,
+)
+# Their messages change one digit at a time.
+LIKES = frozenset(
+    name for file in (doubling, bruck, hierarchical, hierarchical_rooted) for name in file.SCHEDULES
+)
+T = TypeVar("T")
 RAIL_RINGS = "rail rings"
 IN_NETWORK = in_network.NAME
 MOST_RINGS = 16  # as many channels as libraries open
@@ -56,7 +75,7 @@ def considered(op: Op, num_chips: int) -> tuple[str, ...]:
 
 def joins_likes(name: str) -> bool:
     """Whether its messages between bunches join members with the same inner digits only: they keep to rails."""
-    return name in hierarchical.SCHEDULES
+    return name in LIKES
 
 
 def outline_of(name: str, op: Op, nbytes: float, levels: Levels) -> Outline | None:
@@ -100,17 +119,26 @@ _RAIL_OPS: Mapping[Op, Callable[..., Schedule]] = {
 
 @cache
 def _schedules() -> Mapping[str, Mapping[Op, Callable[..., Schedule]]]:
-    return {name: ops for file in FILES for name, ops in file.SCHEDULES.items()}
+    return _in_one(file.SCHEDULES for file in FILES)
 
 
 @cache
 def _outlines() -> Mapping[str, Mapping[Op, Callable[..., Outline | None]]]:
-    return {name: ops for file in FILES for name, ops in file.OUTLINES.items()}
+    return _in_one(file.OUTLINES for file in FILES)
 
 
 @cache
 def _pieces() -> Mapping[str, Mapping[Op, Callable[[float, Levels], int]]]:
-    return {name: ops for file in FILES for name, ops in getattr(file, "PIECES", {}).items()}
+    return _in_one(getattr(file, "PIECES", {}) for file in FILES)
+
+
+def _in_one(tables: Iterable[Mapping[str, Mapping[Op, T]]]) -> Mapping[str, Mapping[Op, T]]:
+    """Files may have an algorithm by the same name for different operations."""
+    whole: dict[str, dict[Op, T]] = {}
+    for table in tables:
+        for name, ops in table.items():
+            whole.setdefault(name, {}).update(ops)
+    return whole
 
 
 @cache

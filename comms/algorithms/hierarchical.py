@@ -3,14 +3,13 @@
 Reduce-scatter inside, all-reduce of the shares across (all members of a bunch at once, each with its like in the
 other bunches), all-gather inside; with three levels the middle one in the same way. Its halves are reduce_scatter
 and all_gather. An all_to_all first gives everything to the member of the own bunch that sits like its target.
-A broadcast scatters level by level outwards and gathers on the way back.
+(From and to a root: `comms.algorithms.hierarchical_rooted`.)
 
 Each level by its own way: around a ring, by halving and doubling, or directly. Pieces follow each other one at a
 time in each phase (SERIAL), so that a piece crosses while the next one is still inside: a flow shop.
 
-Outlines are exact; with several pieces too, as levels say which of them share a port. That of a broadcast is for one
-piece and levels with ports of their own, and an upper bound where the members of a bunch share a tapered trunk, as
-they do not all send at once. Levels that are rings are gone round in one direction.
+Outlines are exact; with several pieces too, as levels say which of them share a port. Levels that are rings are gone
+round in one direction.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -165,47 +164,28 @@ def all_reduce(
     num_ranks: int, *, fanouts: Sequence[int] | None = None, ways: Sequence[Way] = RINGS, pieces: int = 1
 ) -> Schedule:
     """Scatter inwards to outwards, then gather on the way back; the outermost level does both in one phase."""
-    blocks, places = _begin(num_ranks, fanouts, pieces, nested=True)
-    inward = [scattered(blocks, place, _way(ways, place)) for place in places]
-    outward = [gathered(blocks, place, _way(ways, place)) for place in reversed(places)]
-    return _schedule(Op.ALL_REDUCE, num_ranks, _turning(inward, outward), ways, pieces)
+    blocks, places = begun(num_ranks, fanouts, pieces, nested=True)
+    inward = [scattered(blocks, place, way_at(ways, place)) for place in places]
+    outward = [gathered(blocks, place, way_at(ways, place)) for place in reversed(places)]
+    return serial_schedule(Op.ALL_REDUCE, name_of(ways), num_ranks, turning(inward, outward), pieces)
 
 
 def reduce_scatter(
     num_ranks: int, *, fanouts: Sequence[int] | None = None, ways: Sequence[Way] = RINGS, pieces: int = 1
 ) -> Schedule:
     """From the innermost level outwards. What goes to one rank is not one range of chunks, so it is several."""
-    blocks, places = _begin(num_ranks, fanouts, pieces, nested=False)
-    phases = [scattered(blocks, place, _way(ways, place)) for place in places]
-    return _schedule(Op.REDUCE_SCATTER, num_ranks, phases, ways, pieces)
+    blocks, places = begun(num_ranks, fanouts, pieces, nested=False)
+    phases = [scattered(blocks, place, way_at(ways, place)) for place in places]
+    return serial_schedule(Op.REDUCE_SCATTER, name_of(ways), num_ranks, phases, pieces)
 
 
 def all_gather(
     num_ranks: int, *, fanouts: Sequence[int] | None = None, ways: Sequence[Way] = RINGS, pieces: int = 1
 ) -> Schedule:
     """From the outermost level inwards."""
-    blocks, places = _begin(num_ranks, fanouts, pieces, nested=False)
-    phases = [gathered(blocks, place, _way(ways, place)) for place in reversed(places)]
-    return _schedule(Op.ALL_GATHER, num_ranks, phases, ways, pieces)
-
-
-def broadcast(
-    num_ranks: int,
-    root: int = 0,
-    *,
-    fanouts: Sequence[int] | None = None,
-    ways: Sequence[Way] = RINGS,
-    pieces: int = 1,
-) -> Schedule:
-    """Whoever has something scatters it over its level, the far ones first; then all gather.
-
-    As those behind in a ring get their part later, they do not disturb those ahead.
-    """
-    check_ranks(num_ranks, root)
-    blocks, places = _begin(num_ranks, fanouts, pieces, nested=True)
-    inward = [_dealt(blocks, place, root) for place in places]
-    outward = [gathered(blocks, place, _way(ways, place)) for place in reversed(places)]
-    return _schedule(Op.BROADCAST, num_ranks, _turning(inward, outward), ways, pieces, root)
+    blocks, places = begun(num_ranks, fanouts, pieces, nested=False)
+    phases = [gathered(blocks, place, way_at(ways, place)) for place in reversed(places)]
+    return serial_schedule(Op.ALL_GATHER, name_of(ways), num_ranks, phases, pieces)
 
 
 def all_to_all(num_ranks: int, *, fanouts: Sequence[int] | None = None, pieces: int = 1) -> Schedule:
@@ -218,35 +198,29 @@ def all_to_all(num_ranks: int, *, fanouts: Sequence[int] | None = None, pieces: 
     ]
     channels = (Channel(tuple(phases), pieces, Order.SERIAL),) if phases else ()
     num_chunks = num_ranks * num_ranks
-    return Schedule(Op.ALL_TO_ALL, _name((Way.DIRECT,)), num_ranks, num_chunks, 1.0 / num_ranks, channels)
+    return Schedule(Op.ALL_TO_ALL, name_of((Way.DIRECT,)), num_ranks, num_chunks, 1.0 / num_ranks, channels)
 
 
 def outline(
     op: Op, nbytes: float, levels: Levels, *, ways: Sequence[Way] = RINGS, pieces: int = 1
 ) -> Outline | None:
-    """Two levels or more; None where a way does not suit a level (`_suits`), and for most broadcasts.
-
-    On one port, chips that have their part of a broadcast early get in the way of those that have it late.
-    """
+    """Two levels or more; None where a way does not suit a level (`suits`)."""
     spans = folds(levels)
-    taken = [_way(ways, place) for place in range(len(spans))]
-    if len(spans) < 2 or not all(_suits(op, *each) for each in zip(taken, spans, strict=True)):
+    taken = [way_at(ways, place) for place in range(len(spans))]
+    if len(spans) < 2 or not all(suits(way, level) for way, (level, _) in zip(taken, spans, strict=True)):
         return None
     ports = [level.port for level, _ in spans]
-    if op is Op.BROADCAST and (pieces > 1 or len(set(ports)) < len(ports)):
-        return None
     inward: list[tuple[Stage, ...]] = []
     outward: list[tuple[Stage, ...]] = []
     for way, (level, inner) in zip(taken, spans, strict=True):
-        rounds = _stages(way, nbytes / inner, level, inner)
-        first = _stages(Way.DIRECT, nbytes if op is Op.ALL_TO_ALL else nbytes / inner, level, inner)
-        inward.append(first if op in (Op.BROADCAST, Op.ALL_TO_ALL) else rounds)
+        rounds = stages(way, nbytes if op is Op.ALL_TO_ALL else nbytes / inner, level, inner)
+        inward.append(rounds)
         outward.insert(0, rounds[::-1])
     if op in (Op.REDUCE_SCATTER, Op.ALL_TO_ALL):
-        return Outline(_name(ways), tuple(inward), tuple(ports), pieces)
+        return Outline(name_of(ways), tuple(inward), tuple(ports), pieces)
     if op is Op.ALL_GATHER:
-        return Outline(_name(ways), tuple(outward), tuple(ports[::-1]), pieces)
-    return Outline(_name(ways), tuple(_turning(inward, outward)), (*ports, *ports[-2::-1]), pieces)
+        return Outline(name_of(ways), tuple(outward), tuple(ports[::-1]), pieces)
+    return Outline(name_of(ways), tuple(turning(inward, outward)), (*ports, *ports[-2::-1]), pieces)
 
 
 def best_pieces(op: Op, nbytes: float, levels: Levels, *, ways: Sequence[Way] = RINGS) -> int:
@@ -260,15 +234,18 @@ def best_pieces(op: Op, nbytes: float, levels: Levels, *, ways: Sequence[Way] = 
     return min(times, key=times.__getitem__)
 
 
-def _name(ways: Sequence[Way]) -> str:
+def name_of(ways: Sequence[Way]) -> str:
+    """As the catalog calls it."""
     return "hierarchical " + ", ".join(dict.fromkeys(ways))
 
 
-def _way(ways: Sequence[Way], place: int) -> Way:
+def way_at(ways: Sequence[Way], place: int) -> Way:
+    """How the level at a place, from the inside, is crossed."""
     return ways[min(place, len(ways) - 1)]
 
 
-def _begin(num_ranks: int, fanouts: Sequence[int] | None, pieces: int, nested: bool) -> tuple[Blocks, range]:
+def begun(num_ranks: int, fanouts: Sequence[int] | None, pieces: int, nested: bool) -> tuple[Blocks, range]:
+    """The chunks of levels, and the places of these in their order; CommsError for what cannot be."""
     check_ranks(num_ranks, pieces=pieces)
     parts = checked_fanouts(num_ranks, fanouts)
     order = tuple(range(len(parts)))
@@ -276,36 +253,24 @@ def _begin(num_ranks: int, fanouts: Sequence[int] | None, pieces: int, nested: b
     return blocks, range(len(parts))
 
 
-def _turning(inward: Sequence[tuple[T, ...]], outward: Sequence[tuple[T, ...]]) -> list[tuple[T, ...]]:
+def turning(inward: Sequence[tuple[T, ...]], outward: Sequence[tuple[T, ...]]) -> list[tuple[T, ...]]:
     """Phases there and back; the outermost level is turned round in."""
     if not inward:
         return []
     return [*inward[:-1], (*inward[-1], *outward[0]), *outward[1:]]
 
 
-def _schedule(
+def serial_schedule(
     op: Op,
+    algorithm: str,
     num_ranks: int,
     phases: Sequence[tuple[Round, ...]],
-    ways: Sequence[Way],
-    pieces: int,
+    pieces: int = 1,
     root: int = 0,
 ) -> Schedule:
+    """One channel, a chunk per rank; a piece crosses a phase before the next one does."""
     channels = (Channel(tuple(phases), pieces, Order.SERIAL),) if phases else ()
-    return Schedule(op, _name(ways), num_ranks, num_ranks, 1.0 / num_ranks, channels, root)
-
-
-def _dealt(blocks: Blocks, place: int, root: int) -> tuple[Round, ...]:
-    """What the root's bunch has by now goes to the other bunches of its level, one message each."""
-    inner = inner_sizes(blocks.fanouts)
-    fanout, digit = blocks.fanouts[place], blocks.digit(place)
-    start = root // inner[place] * inner[place]
-    rows = np.arange(start, start + inner[place])
-    moves = []
-    for by in reversed(range(1, fanout)):
-        other = (digit[rows] + by) % fanout
-        moves.append(Move(rows, other, other))
-    return (blocks.round_of(place, moves, reduces=False),)
+    return Schedule(op, algorithm, num_ranks, num_ranks, 1.0 / num_ranks, channels, root)
 
 
 def _exchanged(num_ranks: int, fanout: int, inner: int) -> Round:
@@ -325,19 +290,14 @@ def _exchanged(num_ranks: int, fanout: int, inner: int) -> Round:
     return Round(Pattern(src, dst), chunk, np.ones_like(chunk), reduces=False)
 
 
-def _suits(op: Op, way: Way, span: tuple[Level, int]) -> bool:
-    """Rings and boards: neighbours only where there is a ring, powers of two to double, rings to broadcast."""
-    level, _ = span
-    if op in (Op.BROADCAST, Op.ALL_TO_ALL) and level.ring and level.fanout > 2:
-        return False
-    if op is Op.BROADCAST and way is not Way.RING:
-        return False
+def suits(way: Way, level: Level) -> bool:
+    """Rings and boards: neighbours only where there is a ring, powers of two to double."""
     if level.ring and level.fanout > 2:
         return way is Way.RING and level.wraps
     return way is not Way.DOUBLING or level.fanout & (level.fanout - 1) == 0
 
 
-def _stages(way: Way, nbytes: float, level: Level, inner: int) -> tuple[Stage, ...]:
+def stages(way: Way, nbytes: float, level: Level, inner: int) -> tuple[Stage, ...]:
     """Scattering `nbytes` per rank over a level, all `inner` members of each bunch at once."""
     fanout = level.fanout
     hop = Hop(level.latency_s, level.rate(inner))
@@ -354,16 +314,16 @@ def _stages(way: Way, nbytes: float, level: Level, inner: int) -> tuple[Stage, .
 REDUCING = {Op.ALL_REDUCE: all_reduce, Op.REDUCE_SCATTER: reduce_scatter, Op.ALL_GATHER: all_gather}
 MIXES = tuple((inner,) if inner is outer else (inner, outer) for inner, outer in product(Way, Way))
 SCHEDULES: Schedules = {
-    _name(ways): {
+    name_of(ways): {
         **{op: partial(make, ways=ways) for op, make in REDUCING.items()},
-        **({Op.BROADCAST: broadcast} if ways == RINGS else {}),
         **({Op.ALL_TO_ALL: all_to_all} if ways == (Way.DIRECT,) else {}),
     }
     for ways in MIXES
 }
 OUTLINES: Outlines = {
-    _name(ways): {op: partial(outline, op, ways=ways) for op in SCHEDULES[_name(ways)]} for ways in MIXES
+    name_of(ways): {op: partial(outline, op, ways=ways) for op in SCHEDULES[name_of(ways)]} for ways in MIXES
 }
 PIECES: Mapping[str, Mapping[Op, Callable[[float, Levels], int]]] = {
-    _name(ways): {op: partial(best_pieces, op, ways=ways) for op in SCHEDULES[_name(ways)]} for ways in MIXES
+    name_of(ways): {op: partial(best_pieces, op, ways=ways) for op in SCHEDULES[name_of(ways)]}
+    for ways in MIXES
 }

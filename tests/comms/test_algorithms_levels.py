@@ -1,6 +1,6 @@
 """Trees, hierarchies, tori and switches that reduce: proved, as frugal as promised, and as long as played out."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from math import inf, log2, prod
 
@@ -9,8 +9,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from comms.algorithms import hierarchical, in_network, torus, torus_exchange, torus_trees, tree
+from comms.algorithms import (
+    hierarchical,
+    hierarchical_rooted,
+    in_network,
+    torus,
+    torus_exchange,
+    torus_trees,
+    tree,
+)
 from comms.algorithms.hierarchical import Way
+from comms.algorithms.hierarchical_rooted import LINEAR
 from comms.closed import closed_seconds
 from comms.errors import CommsError
 from comms.folded import folded_seconds
@@ -20,7 +29,7 @@ from comms.proof import prove
 from comms.schedule import Op, Order
 
 PATIENT = settings(max_examples=30)
-FAMILIES = (tree, hierarchical, torus, torus_trees, torus_exchange, in_network)
+FAMILIES = (tree, hierarchical, hierarchical_rooted, torus, torus_trees, torus_exchange, in_network)
 EVERY = [
     (name, op, make)
     for family in FAMILIES
@@ -464,29 +473,64 @@ def test_hierarchies_take_as_long_as_outlined(name, data):
     num_ranks, fanouts = prod(fanouts_of(levels)), fanouts_of(levels)
     at_once = data.draw(st.booleans())
     for op, make in hierarchical.SCHEDULES[name].items():
-        if op is Op.BROADCAST:
-            continue
         pieces = 3 if len(fanouts) == 2 and num_ranks <= 9 and not at_once else 1
         schedule = make(num_ranks, fanouts=fanouts, pieces=pieces)
         outline = hierarchical.OUTLINES[name][op](NBYTES, levels, pieces=pieces)
         check_time(outline, schedule, tiered(levels), at_once)
 
 
-@PATIENT
-@given(switched_levels(few_digits, tapered=False, own_ports=True), st.data())
-def test_a_hierarchical_broadcast_takes_as_long_as_outlined(levels, data):
+def check_rooted(op, levels, data, *, name=LINEAR):
+    """`check_time` of a hierarchy to or from any root."""
     num_ranks = prod(fanouts_of(levels))
     root = data.draw(st.integers(0, num_ranks - 1))
-    schedule = hierarchical.broadcast(num_ranks, root, fanouts=fanouts_of(levels))
-    check_time(hierarchical.outline(Op.BROADCAST, NBYTES, levels), schedule, tiered(levels))
+    schedule = hierarchical_rooted.SCHEDULES[name][op](num_ranks, root, fanouts=fanouts_of(levels))
+    check_time(hierarchical_rooted.OUTLINES[name][op](NBYTES, levels), schedule, tiered(levels))
+
+
+@pytest.mark.parametrize("name", hierarchical.SCHEDULES)
+@settings(max_examples=8)
+@given(data=st.data())
+def test_hierarchical_reduces_take_as_long_as_outlined(name, data):
+    digits = st.lists(st.sampled_from([2, 4] if Way.DOUBLING in name else [2, 3, 4]), min_size=2, max_size=2)
+    check_rooted(
+        Op.REDUCE, data.draw(switched_levels(st.one_of(digits, st.just([2, 2, 2])))), data, name=name
+    )
 
 
 @PATIENT
-@given(switched_levels(few_digits, own_ports=True))
-def test_over_a_tapered_trunk_a_hierarchical_broadcast_takes_at_most_as_long(levels):
-    schedule = hierarchical.broadcast(prod(fanouts_of(levels)), fanouts=fanouts_of(levels))
-    bound = closed_seconds(hierarchical.outline(Op.BROADCAST, NBYTES, levels))
-    assert played(schedule, NBYTES, tiered(levels)) <= bound * (1 + 1e-9)
+@given(switched_levels(few_digits), st.data())
+def test_hierarchical_gathers_take_as_long_as_outlined(levels, data):
+    check_rooted(Op.GATHER, levels, data)
+
+
+@PATIENT
+@given(switched_levels(few_digits, tapered=False), st.data())
+def test_hierarchical_scatters_take_as_long_as_outlined(levels, data):
+    check_rooted(Op.SCATTER, levels, data)
+
+
+@PATIENT
+@given(switched_levels(few_digits, tapered=False, own_ports=True), st.data())
+def test_hierarchical_broadcasts_over_ports_of_their_own_take_as_long_as_outlined(levels, data):
+    check_rooted(Op.BROADCAST, levels, data, name="hierarchical ring")
+
+
+@pytest.mark.parametrize(("op", "name"), [(Op.SCATTER, LINEAR), (Op.BROADCAST, "hierarchical ring")])
+@PATIENT
+@given(levels=switched_levels(few_digits, own_ports=True))
+def test_over_a_tapered_trunk_what_comes_from_a_root_takes_at_most_as_long(op, name, levels):
+    fanouts = fanouts_of(levels)
+    schedule = hierarchical_rooted.SCHEDULES[name][op](prod(fanouts), fanouts=fanouts)
+    bound = closed_seconds(hierarchical_rooted.OUTLINES[name][op](NBYTES, levels))
+    assert bound * 0.45 <= played(schedule, NBYTES, tiered(levels)) <= bound * (1 + 1e-9)
+
+
+@PATIENT
+@given(switched_levels(few_digits))
+def test_over_one_port_the_outline_of_a_hierarchical_broadcast_is_an_estimate(levels):
+    schedule = hierarchical_rooted.broadcast(prod(fanouts_of(levels)), fanouts=fanouts_of(levels))
+    estimate = closed_seconds(hierarchical_rooted.outline(Op.BROADCAST, NBYTES, levels))
+    assert 0.7 <= played(schedule, NBYTES, tiered(levels)) / estimate <= 1.3
 
 
 @PATIENT
@@ -624,9 +668,10 @@ def test_outlines_are_none_where_an_algorithm_does_not_apply():
     assert hierarchical.outline(Op.ALL_REDUCE, 1.0, (line, switch)) is None
     assert hierarchical.outline(Op.ALL_REDUCE, 1.0, (ring, switch)) is not None
     assert hierarchical.outline(Op.ALL_TO_ALL, 1.0, (ring, switch), ways=(Way.DIRECT,)) is None
-    assert hierarchical.outline(Op.BROADCAST, 1.0, (switch, switch)) is None
-    assert hierarchical.outline(Op.BROADCAST, 1.0, (switch, replace(switch, port=1))) is not None
-    assert hierarchical.outline(Op.BROADCAST, 1.0, (switch, replace(switch, port=1)), pieces=2) is None
+    for op in ROOTED:
+        assert hierarchical_rooted.outline(op, 1.0, (switch,)) is None
+        assert hierarchical_rooted.outline(op, 1.0, (ring, switch)) is None
+    assert hierarchical_rooted.outline(Op.REDUCE, 1.0, (switch, switch), ways=(Way.DOUBLING,)) is None
     assert torus.outline(Op.ALL_REDUCE, 1.0, (switch,)) is None
     assert torus.outline(Op.ALL_REDUCE, 1.0, (line,)) is None
     assert torus.outline(Op.ALL_REDUCE, 1.0, (narrow,), wraps=False) is None

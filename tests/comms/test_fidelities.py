@@ -85,7 +85,7 @@ def lattices(draw, name):
 
 def suiting(name):
     """Clusters of which many suit an algorithm."""
-    if any(word in name for word in ("torus", "mesh", "line")):
+    if name == "line" or "torus" in name or "mesh" in name:
         return lattices(name)
     return clusters(reducing=name == "in-network")
 
@@ -105,6 +105,8 @@ def test_the_three_fidelities_agree(op, name, data):
     seconds = full_seconds(choice, range(num_chips), network)
     if name == "double tree" and num_chips & (num_chips - 1):  # its leaves differ: an upper bound
         assert 0.85 * choice.transfer_s <= seconds <= choice.transfer_s * (1 + CLOSE)
+    elif name.startswith("hierarchical") and op in (Op.BROADCAST, Op.SCATTER):  # not all at the same time
+        assert 0.45 * choice.transfer_s <= seconds <= 1.25 * choice.transfer_s
     else:
         assert seconds == pytest.approx(choice.transfer_s, rel=CLOSE)
 
