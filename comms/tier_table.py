@@ -47,6 +47,7 @@ class OnChip:
     aggregate_bytes_per_s: float | None = None
     memory_s: float | None = None  # a core's own memory
     loaded_factor: float | None = None  # latency with all cores sending, over that of one alone
+    multicasts: bool = False  # routers copy what goes to several cores
     source: str = ""  # of a hop
     memory_source: str = ""
 
@@ -119,11 +120,29 @@ def _chip_rows(chip: OnChip) -> Iterator[Row]:
         latency_s = fsum([2 * chip.entry_s, hops * chip.hop_s])
         loaded = None if rate is None else rate if core == 1 else rate / _load(torus)
         yield Row("on-chip", f"core to {who}, {where}", latency_s, rate, loaded, hops, chip.source)
+    if chip.multicasts:
+        between = f"core to all {cores} cores at once, {where}"
+        yield Row("on-chip multicast", between, *_multicast(chip, torus), chip.source)
     everywhere = sum_over_cores_s(chip)
     if everywhere is not None:
         hops = 2 * sum(size // 2 for size in chip.dims)
         between = f"a number summed over {cores} cores, {where}"
         yield Row("on-chip sum", between, everywhere, None, None, hops, chip.source)
+
+
+def _multicast(chip: OnChip, torus: Torus) -> tuple[float, float | None, float | None, int]:
+    """(latency, rate alone, rate when all send, hops) from core 0 to all others, over each wire once.
+
+    When all do, a core has to take in what every other one sends, by the networks that it is on.
+    """
+    assert chip.hop_s is not None
+    if torus.num_chips <= FEW_CORES:
+        hops = int(torus.multicast(0, range(torus.num_chips)).hops.max()) - 2
+    else:
+        hops = sum(size // 2 if chip.wraps and not chip.one_way else size - 1 for size in chip.dims)
+    rate, others = chip.bytes_per_s, torus.num_chips - 1
+    loaded = None if rate is None else rate * chip.networks / others
+    return fsum([2 * chip.entry_s, hops * chip.hop_s]), rate, loaded, hops
 
 
 def _grid(chip: OnChip) -> Torus:

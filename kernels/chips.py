@@ -105,6 +105,7 @@ class Noc:
     aggregate_bytes_per_s: float | None = None
     memory_latency_s: float | None = None  # of a core's own memory
     loaded_latency_factor: float | None = None  # with all cores sending, over one alone
+    multicasts: bool = False  # routers copy what goes to several cores
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,7 +223,16 @@ def _noc(figures: Figures) -> Noc | None:
         aggregate_bytes_per_s=figures.optional("noc.aggregate_bandwidth", "B/s"),
         memory_latency_s=figures.optional("noc.memory_latency", "s"),
         loaded_latency_factor=figures.optional("noc.loaded_latency_factor", ""),
+        multicasts=_yes_or_no("noc.multicast", figures.text("noc.multicast"))
+        if "multicast" in keys
+        else False,
     )
+
+
+def _yes_or_no(path: str, word: str) -> bool:
+    if word not in ("yes", "no"):
+        raise ChipError(f"{path} must be yes or no, got {word!r}")
+    return word == "yes"
 
 
 def _noc_shape(word: str) -> NocShape:

@@ -100,7 +100,7 @@ class CoresSection(Section):
 
 
 class NocSection(Section):
-    """The on-chip network; `shape` is mesh, torus or one-way torus, `dims` sizes such as 10 x 12."""
+    """The on-chip network; `shape` is mesh, torus or one-way torus, `dims` sizes such as 10 x 12, `multicast` yes or no."""
 
     topology: Words = None
     shape: Words = None
@@ -112,6 +112,7 @@ class NocSection(Section):
     aggregate_bandwidth: RateFigure = None
     memory_latency: TimeFigure = None
     loaded_latency_factor: Number = None
+    multicast: Words = None
 
 
 class PortSection(Section):

@@ -100,7 +100,7 @@ def _way(question: Question, choice: Choice) -> _Way:
 def _why_flat(question: Question) -> str:
     """Why the levels of the chips are not what is timed."""
     chips = f"{question.num_chips} chips"
-    if question.network.levels(question.members) is None:
+    if question.network.levels(question.members, aligned=True) is None:
         return f"{chips} do not fold into equal groups on this network"
     what = (
         f"no algorithm for {question.op} suits"

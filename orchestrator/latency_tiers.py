@@ -33,6 +33,7 @@ def _on_chip(chip: Chip) -> OnChip:
         aggregate_bytes_per_s=noc.aggregate_bytes_per_s,
         memory_s=noc.memory_latency_s,
         loaded_factor=noc.loaded_latency_factor,
+        multicasts=noc.multicasts,
         source=chip.sources.get("noc.hop_latency", ""),
         memory_source=chip.sources.get("noc.memory_latency", ""),
     )

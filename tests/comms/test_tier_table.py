@@ -1,5 +1,6 @@
 """Tier tables: published on-chip figures come out exactly, and every row is what the topology's routes say."""
 
+from dataclasses import replace
 from math import prod
 
 import numpy as np
@@ -102,6 +103,19 @@ def test_loaded_rates_are_those_of_all_cores_sending_half_way_round(dims, wraps)
     to = (digits * np.array([prod(dims[:k]) for k in range(len(dims))])[:, None]).sum(axis=0)
     users = np.bincount(torus.routes(cores, to).wires)
     assert far.loaded_bytes_per_s == pytest.approx(1e9 / users.max())
+
+
+@pytest.mark.parametrize(
+    ("wraps", "one_way", "hops"), [(True, True, 3 + 6), (True, False, 2 + 3), (False, False, 3 + 6)]
+)
+def test_a_multicast_reaches_all_cores_at_the_rate_of_one_message(monkeypatch, wraps, one_way, hops):
+    chip = OnChip("grid", "grid", 28, (4, 7), wraps, one_way, hop_s=1e-9, bytes_per_s=1e9, multicasts=True)
+    for few in (28, 27):  # looked at core by core, and not
+        monkeypatch.setattr("comms.tier_table.FEW_CORES", few)
+        row = rows(NOBODY, chip)["core to all 28 cores at once, on grid"]
+        assert (row.hops, row.latency_s) == (hops, pytest.approx(hops * 1e-9))
+        assert (row.bytes_per_s, row.loaded_bytes_per_s) == (1e9, pytest.approx(1e9 / 27))
+    assert not any("at once" in between for between in rows(NOBODY, replace(chip, multicasts=False)))
 
 
 def test_what_is_not_known_is_said_and_not_guessed():

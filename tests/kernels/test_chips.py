@@ -82,6 +82,7 @@ def test_on_chip_hops_are_seconds():
     assert noc.hop_bytes_per_s == 32e9
     assert noc.entry_latency_s == pytest.approx(5e-9)
     assert (noc.shape, noc.dims, noc.networks) == (NocShape.ONE_WAY_TORUS, (10, 12), 2)
+    assert noc.multicasts
 
 
 def test_cores_that_no_grid_is_known_of():
@@ -143,6 +144,7 @@ def test_chips_are_values():
         ("peak", {"fp4": "1 TFLOP/s"}, "peak needs a figure"),
         ("cores", {"count": "many"}, "cores.count must be a bare number"),
         ("noc", {"topology": "x", "shape": "toros"}, "noc.shape must be one of mesh, torus, one-way torus"),
+        ("noc", {"topology": "x", "multicast": "perhaps"}, "noc.multicast must be yes or no"),
         ("noc", {"topology": "x", "dims": "10 by 12"}, "noc.dims must be sizes such as 10 x 12"),
         ("noc", {"topology": "x", "dims": "0 x 12"}, "noc.dims must be sizes such as 10 x 12"),
     ],
