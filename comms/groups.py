@@ -25,6 +25,7 @@ class Lattice:
     """
 
     steps: tuple[tuple[int, int], ...]
+    alone: bool = False  # it has no other copies: there are no more chips
 
     @property
     def num_chips(self) -> int:

@@ -217,7 +217,7 @@ def _patterns(members: Members, size: int, is_last: bool) -> set[Lattice | tuple
     """The ways in which a group lies in blocks of `size` chips; none where that cannot be told."""
     if isinstance(members, Lattice):
         if is_last:
-            return {members}
+            return {replace(members, alone=members.num_chips == size)}
         return set() if sharing(members, size) is None else {members.within(size)}
     blocks: dict[int, list[int]] = {}
     for chip in members:

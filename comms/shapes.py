@@ -141,9 +141,8 @@ class Grid(Whole):
         digits = [np.unique(column) for column in self.topology.digits(chips)]
         sub = tuple(len(each) for each in digits)
         side_by_side = all(each[-1] - each[0] + 1 == len(each) for each in digits)
-        copies_fit = not isinstance(members, Lattice) or all(
-            size % part == 0 for size, part in zip(self.topology.dims, sub, strict=True)
-        )
+        copies_fit = all(size % part == 0 for size, part in zip(self.topology.dims, sub, strict=True))
+        copies_fit = copies_fit or not isinstance(members, Lattice) or members.alone
         return sub if side_by_side and copies_fit and prod(sub) == len(chips) else None
 
 

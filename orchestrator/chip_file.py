@@ -100,7 +100,7 @@ class CoresSection(Section):
 
 
 class NocSection(Section):
-    """The on-chip network; `shape` is mesh, torus or one-way torus, `dims` sizes such as 10 x 12, `multicast` yes or no."""
+    """The on-chip network; `shape` is mesh, torus or one-way torus, `dims` are as 10 x 12, `multicast` yes or no."""
 
     topology: Words = None
     shape: Words = None

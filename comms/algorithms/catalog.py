@@ -46,6 +46,7 @@ LIKES = frozenset(
 )
 T = TypeVar("T")
 RAIL_RINGS = "rail rings"
+MESHES = (torus.MESH, torus_trees.MESH_TREE, torus_trees.ROTATED_MESH_TREE)
 IN_NETWORK = in_network.NAME
 MOST_RINGS = 16  # as many channels as libraries open
 MOST_PEERS = 64
@@ -152,6 +153,8 @@ def _options(
     options: dict[str, object] = {}
     if levels and _takes(make, "fanouts"):
         options["fanouts"] = tuple(level.fanout for level in levels)
+    if levels and name in MESHES and not all(level.wraps for level in levels):
+        options["wraps"] = tuple(level.wraps for level in levels)  # where some do, they are gone round
     pieces = _pieces().get(name, {}).get(op)
     if levels and pieces is not None and _takes(make, "pieces"):
         options["pieces"] = pieces(nbytes, levels)

@@ -74,12 +74,12 @@ def full_seconds(choice, members, network, conditions=None):
 
 @st.composite
 def lattices(draw, name):
-    """Tori or meshes with a link of its own per dimension, for the algorithms that want nothing else."""
+    """Tori, meshes and what wraps around here and there, for the algorithms that want nothing else; a link per dim."""
     most = 1 if name == "line" else 3
     dims = draw(st.lists(st.integers(3, 5), min_size=2 if "rotated" in name else 1, max_size=most))
-    wraps = "torus" in name
     dims = dims[:2] if np.prod(dims) > 48 else dims
-    shape = Torus(tuple(dims), tuple(draw(links) for _ in dims), (wraps,))
+    wraps = tuple("torus" in name or ("mesh" in name and draw(st.booleans())) for _ in dims)
+    shape = Torus(tuple(dims), tuple(draw(links) for _ in dims), wraps)
     return Network((shaped("lattice", TierKind.SCALE_UP, shape),))
 
 

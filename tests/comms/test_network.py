@@ -242,3 +242,12 @@ def test_a_network_of_any_graph_has_routes_but_no_levels():
     part = net.topology(3)  # the other chips still pass messages on
     assert (part.num_chips, part.num_nodes) == (3, 5)
     assert net.tiers[0].link.latency_s == pytest.approx(2e-6)
+
+
+@pytest.mark.parametrize(("num_chips", "sides"), [(8, [4, 2]), (12, [4, 3]), (20, [4, 5]), (40, [4, 5, 2])])
+def test_a_group_of_all_chips_may_fill_any_block_of_a_torus_as_it_has_no_copies(num_chips, sides):
+    pod = Network((shaped("pod", TierKind.SCALE_UP, Torus((4, 5, 3), (Link(1e-6, 1e9),))),))
+    whole = Lattice(((1, num_chips),))
+    assert [level.fanout for level in pod.take(num_chips).levels(whole)] == sides
+    if num_chips != 20:  # copies of the others would turn corners
+        assert pod.levels(whole) is None
