@@ -153,6 +153,8 @@ def _options(
     options: dict[str, object] = {}
     if levels and _takes(make, "fanouts"):
         options["fanouts"] = tuple(level.fanout for level in levels)
+    if levels and _takes(make, "around"):
+        options["around"] = tuple(hierarchical.is_ring(level) for level in levels)
     if levels and name in MESHES and not all(level.wraps for level in levels):
         options["wraps"] = tuple(level.wraps for level in levels)  # where some do, they are gone round
     pieces = _pieces().get(name, {}).get(op)

@@ -290,9 +290,14 @@ def _exchanged(num_ranks: int, fanout: int, inner: int) -> Round:
     return Round(Pattern(src, dst), chunk, np.ones_like(chunk), reduces=False)
 
 
+def is_ring(level: Level) -> bool:
+    """Whether its bunches reach their neighbours only."""
+    return level.ring and level.fanout > 2
+
+
 def suits(way: Way, level: Level) -> bool:
-    """Rings and boards: neighbours only where there is a ring, powers of two to double."""
-    if level.ring and level.fanout > 2:
+    """Neighbours only where there is a ring, powers of two to double."""
+    if is_ring(level):
         return way is Way.RING and level.wraps
     return way is not Way.DOUBLING or level.fanout & (level.fanout - 1) == 0
 

@@ -4,6 +4,9 @@ A scatter deals to the members of the root's bunch what they then deal to their 
 that backwards. A broadcast scatters a buffer so and gathers it on the way back; a reduce scatters sums level by level
 outwards, which are then collected at the root.
 
+Over a ring of chips everything goes the shorter way, to the furthest first, one chip a round, so that all of a side
+have theirs at once.
+
 Backwards all do the same at the same time: outlines of gather and reduce are exact. Forwards a chip deals to one
 after another, the far ones first, and who has its part early goes on early. Outlines are exact still where bunches
 have all that their members have outwards, those of a broadcast where levels have ports of their own too. Elsewhere
@@ -11,7 +14,7 @@ they are estimates: who is early takes what others may use later (on random tree
 chip that has its part of a broadcast is in the way of one that has not (up to 1.2; 1.006 on rails over a spine).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import numpy as np
@@ -24,6 +27,7 @@ from comms.algorithms.hierarchical import (
     Way,
     begun,
     gathered,
+    is_ring,
     name_of,
     scattered,
     serial_schedule,
@@ -32,74 +36,127 @@ from comms.algorithms.hierarchical import (
     turning,
     way_at,
 )
-from comms.algorithms.rounds import Outlines, Schedules, check_ranks, folds, inner_sizes, reversed_rounds
-from comms.levels import Levels
-from comms.outline import Outline
+from comms.algorithms.rounds import (
+    Outlines,
+    Schedules,
+    check_ranks,
+    folds,
+    inner_sizes,
+    moved,
+    reversed_rounds,
+)
+from comms.levels import Level, Levels
+from comms.outline import Hop, Outline, Stage
 from comms.schedule import Op, Round, Schedule
+from comms.topology import IntArray
 
 LINEAR = "hierarchical linear"
 
 
-def broadcast(num_ranks: int, root: int = 0, *, fanouts: Sequence[int] | None = None) -> Schedule:
+def broadcast(
+    num_ranks: int, root: int = 0, *, fanouts: Sequence[int] | None = None, around: Sequence[bool] = ()
+) -> Schedule:
     """Dealt level by level; then all gather.
 
     As those behind in a ring get their part later, they do not disturb those ahead.
     """
     check_ranks(num_ranks, root)
     blocks, places = begun(num_ranks, fanouts, 1, nested=True)
-    inward = [dealt(blocks, place, root) for place in places]
+    inward = _dealt(blocks, root, fanouts, around)
     outward = [gathered(blocks, place, Way.RING) for place in reversed(places)]
     return serial_schedule(Op.BROADCAST, name_of(RINGS), num_ranks, turning(inward, outward), root=root)
 
 
 def reduce(
-    num_ranks: int, root: int = 0, *, fanouts: Sequence[int] | None = None, ways: Sequence[Way] = RINGS
+    num_ranks: int,
+    root: int = 0,
+    *,
+    fanouts: Sequence[int] | None = None,
+    around: Sequence[bool] = (),
+    ways: Sequence[Way] = RINGS,
 ) -> Schedule:
     """Sums scattered level by level, and collected on the way back."""
     check_ranks(num_ranks, root)
     blocks, places = begun(num_ranks, fanouts, 1, nested=True)
     inward = [scattered(blocks, place, way_at(ways, place)) for place in places]
-    outward = [reversed_rounds(dealt(blocks, place, root), reduces=False) for place in reversed(places)]
+    deals = _dealt(blocks, root, fanouts, around)
+    outward = [reversed_rounds(phase, reduces=False) for phase in reversed(deals)]
     return serial_schedule(Op.REDUCE, name_of(ways), num_ranks, turning(inward, outward), root=root)
 
 
-def scatter(num_ranks: int, root: int = 0, *, fanouts: Sequence[int] | None = None) -> Schedule:
+def scatter(
+    num_ranks: int, root: int = 0, *, fanouts: Sequence[int] | None = None, around: Sequence[bool] = ()
+) -> Schedule:
     """From the innermost level outwards. What goes to one rank is not one range of chunks, so it is several."""
     check_ranks(num_ranks, root)
-    blocks, places = begun(num_ranks, fanouts, 1, nested=False)
-    phases = [dealt(blocks, place, root) for place in places]
+    blocks, _ = begun(num_ranks, fanouts, 1, nested=False)
+    phases = _dealt(blocks, root, fanouts, around)
     return serial_schedule(Op.SCATTER, LINEAR, num_ranks, phases, root=root)
 
 
-def gather(num_ranks: int, root: int = 0, *, fanouts: Sequence[int] | None = None) -> Schedule:
+def gather(
+    num_ranks: int, root: int = 0, *, fanouts: Sequence[int] | None = None, around: Sequence[bool] = ()
+) -> Schedule:
     """A scatter backwards."""
-    there = scatter(num_ranks, root, fanouts=fanouts)
+    there = scatter(num_ranks, root, fanouts=fanouts, around=around)
     phases = [phase for channel in there.channels for phase in channel.phases]
     back = [reversed_rounds(phase, reduces=False) for phase in reversed(phases)]
     return serial_schedule(Op.GATHER, LINEAR, num_ranks, back, root=root)
 
 
-def dealt(blocks: Blocks, place: int, root: int) -> tuple[Round, ...]:
-    """What the root's bunch has by now goes to the other bunches of its level, one message each."""
-    inner = inner_sizes(blocks.fanouts)
-    fanout, digit = blocks.fanouts[place], blocks.digit(place)
-    start = root // inner[place] * inner[place]
-    rows = np.arange(start, start + inner[place])
-    moves = []
-    for by in reversed(range(1, fanout)):
-        other = (digit[rows] + by) % fanout
-        moves.append(Move(rows, other, other))
-    return (blocks.round_of(place, moves, reduces=False),)
+def _dealt(
+    blocks: Blocks, root: int, fanouts: Sequence[int] | None, around: Sequence[bool]
+) -> list[tuple[Round, ...]]:
+    """Per level, what the root's bunch has by then goes to the other bunches. `around`: which fanouts are rings."""
+    parted = [number for number, fanout in enumerate(fanouts or ()) if fanout > 1]
+    rings = [bool(around) and around[number] for number in parted] or [False] * len(blocks.fanouts)
+    return [
+        tuple(_along_ring(blocks, place, root)) if ring else (_directly(blocks, place, root),)
+        for place, ring in enumerate(rings)
+    ]
+
+
+def _directly(blocks: Blocks, place: int, root: int) -> Round:
+    """A message to each of the other bunches."""
+    rows, digit, fanout = _bunch(blocks, place, root), blocks.digit(place), blocks.fanouts[place]
+    others = [(digit[rows] + by) % fanout for by in reversed(range(1, fanout))]
+    return blocks.round_of(place, [Move(rows, other, other) for other in others], reduces=False)
+
+
+def _along_ring(blocks: Blocks, place: int, root: int) -> Iterator[Round]:
+    """Rounds in which what goes to the furthest bunch that is left leaves, both ways, and all others go on."""
+    rows, digit, fanout = _bunch(blocks, place, root), blocks.digit(place), blocks.fanouts[place]
+    inner, sides = inner_sizes(blocks.fanouts)[place], _sides(fanout)
+    for each in range(max(hops for _, hops in sides)):
+        moves = []
+        for step, hops in sides:
+            for hop in range(each + 1 if each < hops else 0):
+                here = moved(rows, inner, fanout, step * hop)
+                to, target = ((digit[here] + step * by) % fanout for by in (1, hops - each))
+                moves.append(Move(here, to, target))
+        yield blocks.round_of(place, moves, reduces=False)
+
+
+def _bunch(blocks: Blocks, place: int, root: int) -> IntArray:
+    """The members of the bunch within a level that has the root."""
+    inner = inner_sizes(blocks.fanouts)[place]
+    return root // inner * inner + np.arange(inner)
+
+
+def _sides(fanout: int) -> tuple[tuple[int, int], ...]:
+    """(step, hops) of the ways around a ring."""
+    up = fanout // 2
+    return ((1, up), (-1, fanout - 1 - up))
 
 
 def outline(op: Op, nbytes: float, levels: Levels, *, ways: Sequence[Way] = RINGS) -> Outline | None:
-    """Two levels or more, none of them a ring of more than two, over which nobody can deal."""
+    """Two levels or more; no lines, on which it depends on the root."""
     spans = folds(levels)
     taken = [way_at(ways, place) for place in range(len(spans))]
     suiting = all(suits(way, level) for way, (level, _) in zip(taken, spans, strict=True))
-    if len(spans) < 2 or not suiting or any(level.ring and level.fanout > 2 for level, _ in spans):
+    if len(spans) < 2 or not suiting:
         return None
-    deals = [stages(Way.DIRECT, nbytes / inner, level, inner) for level, inner in spans]
+    deals = [_dealing(nbytes / inner, level, inner) for level, inner in spans]
     gathers = [stages(way, nbytes / span[1], *span) for way, span in zip(taken, spans, strict=True)]
     phases = {
         Op.SCATTER: deals,
@@ -109,6 +166,14 @@ def outline(op: Op, nbytes: float, levels: Levels, *, ways: Sequence[Way] = RING
     }[op]
     name = LINEAR if op in (Op.SCATTER, Op.GATHER) else name_of(ways)
     return Outline(name, tuple(phases), tuple(range(len(phases))))
+
+
+def _dealing(nbytes: float, level: Level, inner: int) -> tuple[Stage, ...]:
+    """Dealing `nbytes` per member out over a level."""
+    if not is_ring(level):
+        return stages(Way.DIRECT, nbytes, level, inner)
+    hops = max(hops for _, hops in _sides(level.fanout))
+    return (Stage(hops, nbytes / level.fanout, (Hop(level.latency_s, level.rate(2 * inner)),)),)
 
 
 SCHEDULES: Schedules = {

@@ -284,6 +284,17 @@ def test_every_algorithm_over_levels_is_proved(name, op, make, data):
 
 
 @PATIENT
+@given(st.lists(st.integers(1, 5), min_size=1, max_size=3), st.data())
+def test_from_and_to_any_root_levels_may_be_rings_each_for_itself(fanouts, data):
+    around = [data.draw(st.booleans()) for _ in fanouts]
+    root = data.draw(st.integers(0, prod(fanouts) - 1))
+    for ops in hierarchical_rooted.SCHEDULES.values():
+        for op, make in ops.items():
+            if not (op is Op.REDUCE and Way.DOUBLING in make.keywords["ways"]):
+                prove(make(prod(fanouts), root, fanouts=fanouts, around=around))
+
+
+@PATIENT
 @given(st.lists(st.integers(1, 4), min_size=1, max_size=3), st.data())
 def test_dimensions_may_wrap_around_or_not_each_for_itself(fanouts, data):
     wraps = [data.draw(st.booleans()) for _ in fanouts]
@@ -670,7 +681,8 @@ def test_outlines_are_none_where_an_algorithm_does_not_apply():
     assert hierarchical.outline(Op.ALL_TO_ALL, 1.0, (ring, switch), ways=(Way.DIRECT,)) is None
     for op in ROOTED:
         assert hierarchical_rooted.outline(op, 1.0, (switch,)) is None
-        assert hierarchical_rooted.outline(op, 1.0, (ring, switch)) is None
+        assert hierarchical_rooted.outline(op, 1.0, (ring, switch)) is not None
+        assert hierarchical_rooted.outline(op, 1.0, (line, switch)) is None
     assert hierarchical_rooted.outline(Op.REDUCE, 1.0, (switch, switch), ways=(Way.DOUBLING,)) is None
     assert torus.outline(Op.ALL_REDUCE, 1.0, (switch,)) is None
     assert torus.outline(Op.ALL_REDUCE, 1.0, (line,)) is None
