@@ -27,6 +27,7 @@ import numpy as np
 
 from comms.dragonfly import Dragonfly
 from comms.paths import BoolArray, paths_of
+from comms.ring_orders import SEARCHED_CHIPS, hierarchy
 from comms.schedule import Op
 from comms.shapes import sole_shape
 from comms.topology import FloatArray, IntArray, Topology, Wires
@@ -77,6 +78,19 @@ def bisection(topology: Topology) -> Cut:
     return _least([_improved(wires, side, n, topology.num_nodes) for side in _candidates(topology)])
 
 
+def narrow_cuts(topology: Topology) -> tuple[Cut, ...]:
+    """Cuts that may bound a collective: the bisection, and around each bunch of chips that are close together."""
+    wires, num_chips, cuts = topology.wires(), topology.num_chips, [bisection(topology)]
+    if 2 < num_chips <= SEARCHED_CHIPS:
+        for bunch in (
+            bunch for level in hierarchy(topology) for bunch in level if 1 < len(bunch) < num_chips
+        ):
+            chips = np.isin(np.arange(num_chips), bunch)
+            side = _with_switches(wires, chips, topology.num_nodes)
+            cuts.append(_cut(wires, side, num_chips, Proof.BEST_FOUND))
+    return tuple(cuts)
+
+
 def bandwidth_bound(
     topology: Topology,
     op: Op,
@@ -84,11 +98,11 @@ def bandwidth_bound(
     chips: Sequence[int] | None = None,
     root: int = 0,
     switches_reduce: bool = False,
-    cut: Cut | None = None,
+    cuts: Sequence[Cut] = (),
 ) -> float:
     """Seconds that the wires need at least; rank r is chips[r], `nbytes` as in `comms.schedule`.
 
-    `switches_reduce`: switches add and copy, so that chips send less in all. A `cut` that is given is used too.
+    `switches_reduce`: switches add and copy, so that chips send less in all. Beside single chips `cuts` are used.
     """
     ranks = np.arange(topology.num_chips) if chips is None else np.asarray(chips, dtype=np.int64)
     wires, n = topology.wires(), len(ranks)
@@ -102,7 +116,7 @@ def bandwidth_bound(
     if not switches_reduce:
         total = _total(op, n) * nbytes
         bounds += [total / float(out_of.sum()), total / float(into.sum())]
-    if cut is not None:
+    for cut in cuts:
         inside = cut.side[ranks]
         bounds.append(_crossing(op, inside, root) * nbytes / cut.there_bytes_per_s)
         bounds.append(_crossing(op, ~inside, root) * nbytes / cut.back_bytes_per_s)
@@ -130,10 +144,10 @@ def makespan_bound(
     chips: Sequence[int] | None = None,
     root: int = 0,
     switches_reduce: bool = False,
-    cut: Cut | None = None,
+    cuts: Sequence[Cut] = (),
 ) -> float:
     """Seconds that no schedule can beat: the larger of what latency and what bandwidth ask for."""
-    wires = bandwidth_bound(topology, op, nbytes, chips, root, switches_reduce, cut)
+    wires = bandwidth_bound(topology, op, nbytes, chips, root, switches_reduce, cuts)
     return max(wires, latency_bound(topology, op, chips, root))
 
 

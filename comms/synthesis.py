@@ -16,7 +16,7 @@ from itertools import product
 
 import numpy as np
 
-from comms.bisection import bisection, makespan_bound
+from comms.bisection import makespan_bound, narrow_cuts
 from comms.errors import CommsError
 from comms.forest import Forest, Hops, Wanted, fullest_seconds, hops_of, pack
 from comms.schedule import Op, Schedule
@@ -276,7 +276,9 @@ def least_seconds(op: Op, topology: Topology, nbytes: float, *, root: int = 0) -
 def _least(task: _Task) -> float:
     if task.hops.num_chips < 2:
         return 0.0
-    bound = makespan_bound(task.topology, task.op, task.nbytes, root=task.root, cut=bisection(task.topology))
+    bound = makespan_bound(
+        task.topology, task.op, task.nbytes, root=task.root, cuts=narrow_cuts(task.topology)
+    )
     return max(bound, _relayed_seconds(task.hops, task.nbytes)) if task.op is Op.ALL_TO_ALL else bound
 
 

@@ -5,11 +5,15 @@ from itertools import combinations, product
 import networkx as nx
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from comms.bisection import Proof, bandwidth_bound, bisection, latency_bound, makespan_bound
+from comms.algorithms.catalog import RAIL_RINGS, names, schedule_of
+from comms.bisection import Proof, bandwidth_bound, bisection, latency_bound, makespan_bound, narrow_cuts
+from comms.compiled import Job
 from comms.dragonfly import Dragonfly
+from comms.errors import CommsError
+from comms.full import simulate
 from comms.graph import Duplex, Edge, Graph, Rerouted
 from comms.links import Link
 from comms.schedule import Op
@@ -183,7 +187,7 @@ def test_damage_lowers_the_bisection():
 )
 def test_on_one_switch_the_bounds_are_what_the_best_algorithms_take(op, seconds):
     star = Graph(8, tuple(Edge(chip, "switch", LINK) for chip in range(8)), ("switch",))
-    assert bandwidth_bound(star, op, 1e9, cut=bisection(star)) == pytest.approx(seconds)
+    assert bandwidth_bound(star, op, 1e9, cuts=[bisection(star)]) == pytest.approx(seconds)
     assert latency_bound(star, op) == pytest.approx(2e-6)
 
 
@@ -196,15 +200,45 @@ def test_an_all_to_all_on_a_ring_is_bound_by_its_bisection():
     ring = Torus((16,), (LINK,))
     cut = bisection(ring)
     assert bandwidth_bound(ring, Op.ALL_TO_ALL, 1e9) == pytest.approx(15 / 16 / 2)
-    assert bandwidth_bound(ring, Op.ALL_TO_ALL, 1e9, cut=cut) == pytest.approx(8 * 8 / 16 / 2)
+    assert bandwidth_bound(ring, Op.ALL_TO_ALL, 1e9, cuts=[cut]) == pytest.approx(8 * 8 / 16 / 2)
 
 
 def test_an_unsymmetric_cut_is_used_in_the_direction_of_each_flow():
     pair = Graph(2, (Edge(0, 1, Link(1e-6, 1e9), back=Link(1e-6, 2e9)),))
     cut = bisection(pair)
     assert {cut.there_bytes_per_s, cut.back_bytes_per_s} == {1e9, 2e9}
-    assert bandwidth_bound(pair, Op.BROADCAST, 1e9, root=0, cut=cut) == pytest.approx(1.0)
-    assert bandwidth_bound(pair, Op.BROADCAST, 1e9, root=1, cut=cut) == pytest.approx(0.5)
+    assert bandwidth_bound(pair, Op.BROADCAST, 1e9, root=0, cuts=[cut]) == pytest.approx(1.0)
+    assert bandwidth_bound(pair, Op.BROADCAST, 1e9, root=1, cuts=[cut]) == pytest.approx(0.5)
+
+
+def test_a_thin_bridge_between_unequal_islands_bounds_what_crosses_it():
+    edges = [Edge(a, b, LINK) for a, b in [*combinations(range(3), 2), *combinations(range(3, 8), 2)]]
+    islands = Graph(8, (*edges, Edge(0, 3, Link(1e-6, 1e7))))
+    cuts = narrow_cuts(islands)
+    for op, share in (
+        (Op.ALL_REDUCE, 1.0),
+        (Op.ALL_GATHER, 5 / 8),
+        (Op.ALL_TO_ALL, 15 / 8),
+        (Op.BROADCAST, 1.0),
+    ):
+        assert bandwidth_bound(islands, op, 1e7, cuts=cuts) == pytest.approx(share)
+
+
+@given(graphs(), st.data())
+@settings(max_examples=40)
+def test_no_algorithm_beats_the_bounds_of_narrow_cuts(graph, data):
+    op = data.draw(
+        st.sampled_from([Op.ALL_REDUCE, Op.ALL_GATHER, Op.REDUCE_SCATTER, Op.BROADCAST, Op.ALL_TO_ALL])
+    )
+    name = data.draw(st.sampled_from([name for name in names(op) if name != RAIL_RINGS]))
+    nbytes, n = data.draw(st.sampled_from([0.0, 1e3, 1e9])), graph.num_chips
+    try:
+        schedule = schedule_of(name, op, n, nbytes, None)
+    except CommsError:
+        assume(False)
+    assume(not schedule.num_helpers)
+    seconds = simulate(graph, [Job(schedule, np.arange(n), nbytes)]).seconds[0]
+    assert seconds >= makespan_bound(graph, op, nbytes, cuts=narrow_cuts(graph)) * (1 - 1e-9)
 
 
 def test_groups_are_bound_by_their_own_chips():
@@ -222,9 +256,9 @@ def test_groups_are_bound_by_their_own_chips():
 @settings(max_examples=40)
 def test_more_bytes_never_lower_a_bound_and_it_is_never_below_latency(graph, op, nbytes):
     cut = bisection(graph)
-    low = makespan_bound(graph, op, nbytes, cut=cut)
+    low = makespan_bound(graph, op, nbytes, cuts=[cut])
     assert low >= latency_bound(graph, op) > 0
-    assert makespan_bound(graph, op, 2 * nbytes, cut=cut) >= low
+    assert makespan_bound(graph, op, 2 * nbytes, cuts=[cut]) >= low
     assert makespan_bound(graph, op, nbytes) <= low
 
 
