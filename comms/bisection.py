@@ -65,6 +65,8 @@ def bisection(topology: Topology) -> Cut:
     n = topology.num_chips
     if n == 1:
         return _cut(wires, np.ones(topology.num_nodes, dtype=np.bool_), n, Proof.CLOSED_FORM)
+    if shape.num_nodes < topology.num_nodes:  # chips of a larger torus: others pass nothing on for them
+        return bisection(shape)
     if isinstance(shape, FullMesh):
         return _cut(wires, np.arange(n) < n // 2, n, Proof.CLOSED_FORM)
     if isinstance(shape, Torus) and shape.access is None and all(d % 2 == 0 or d == 1 for d in shape.dims):

@@ -4,9 +4,9 @@ All algorithms of the catalog that suit the levels of the group are timed by the
 of the tiers that the group spans; the fastest is taken, of equally fast ones the first. A library that pays for
 every collective once (`Tier.setup_s`) and hands pieces on between its stages (`Protocol.pipelined`) is charged so.
 
-A group that does not fold into levels, or that nothing suits as it folds, counts as one flat level over its
-outermost tier, with what its chips have there when all of them send; `Choice.is_folded` says which it was. Full
-fidelity needs no such assumption.
+A group that does not fold into levels, or that nothing suits as it folds, counts as if its bunches were all alike
+further out (33 hosts on two sets of leaves), or as one flat level over its outermost tier, with what its chips have
+there when all of them send, whichever is faster; `Choice.is_folded` says so. Full fidelity needs no such assumption.
 """
 
 from dataclasses import dataclass, replace
@@ -48,6 +48,7 @@ class Choice:
     transfer_s: float  # what the messages take
     levels: Levels
     is_folded: bool
+    inside: tuple[tuple[str, Protocol], ...] = ()  # protocols of tiers within the outermost one, by tier
     others: tuple[tuple[str, float], ...] = ()  # what else suits, and its seconds, fastest first
 
     @property
@@ -60,26 +61,39 @@ class Choice:
         return self.levels[-1].tier if self.levels else ""
 
     @property
+    def shape(self) -> str:
+        """The levels in words."""
+        return " x ".join(f"{level.fanout} ({level.tier})" for level in self.levels)
+
+    @property
     def reason(self) -> str:
         """Why this algorithm, in one sentence."""
         if not self.levels:
             return "one chip has all it needs"
         if len(self.others) < 1:
-            return f"nothing else suits a group of {_shape(self.levels)}"
+            return f"nothing else comes into question for {self.shape}"
         name, seconds = self.others[0]
         times = f"{seconds / self.seconds:.2f} times as long" if self.seconds > 0 else "no less"
-        return f"fastest of {len(self.others) + 1} for {_shape(self.levels)}; {name} takes {times}"
+        return f"fastest of {len(self.others) + 1} for {self.shape}; {name} takes {times}"
+
+    def seen(self, level: Level) -> Level:
+        """A level as the messages that cross it see it."""
+        return level.under(dict(self.inside).get(level.tier, self.protocol))
+
+    @property
+    def moved(self) -> Levels:
+        """All levels so."""
+        return tuple(self.seen(level) for level in self.levels)
 
     def schedule(self) -> Schedule:
         """The messages of all ranks, in the order of the members."""
-        levels = tuple(level.under(self.protocol) for level in self.levels) if self.is_folded else None
-        return schedule_of(self.algorithm, self.op, self.num_chips, self.nbytes, levels)
+        return schedule_of(self.algorithm, self.op, self.num_chips, self.nbytes, self.moved)
 
     def folded_s(self) -> float:
         """What the messages take by the sweep over representative chips."""
         if not self.levels:
             return 0.0
-        outline = _outline(self.algorithm, self.op, self.nbytes, self.levels, self.protocol)
+        outline = outline_of(self.algorithm, self.op, self.nbytes, self.moved)
         assert outline is not None
         return folded_seconds(outline)
 
@@ -117,22 +131,44 @@ def _tried(
     if num_chips == 1:
         return []
     tier = _outermost(members, network)
-    ways = {aligned: None if flat else network.levels(members, aligned) for aligned in (False, True)}
     choices = []
     for name, protocol in _offered(op, num_chips, tier, algorithm):
-        levels = ways[joins_likes(name)]
-        used = _flat(num_chips, tier) if levels is None else levels
-        outline = _outline(name, op, nbytes, used, protocol)
-        if outline is None:
-            continue
-        latency, wire = _latency_and_wire(name, outline)
-        setup = tier.setup_s + protocol.handing_on_s(latency, wire)
-        if name == IN_NETWORK and protocol.pipelined:  # its stages inside the switch, which no message shows
-            setup += latency * (1 - 1 / IN_NETWORK_STAGES)
-        seconds, is_folded = closed_seconds(outline), levels is not None
-        choices.append(Choice(op, nbytes, num_chips, name, protocol, setup, seconds, used, is_folded))
+        inside = network.inside(tier, protocol)
+        for levels, is_folded in _folds(members, network, joins_likes(name), flat):
+            blank = Choice(op, nbytes, num_chips, name, protocol, 0.0, 0.0, levels, is_folded, inside)
+            outline = outline_of(name, op, nbytes, blank.moved)
+            if outline is None or (name == IN_NETWORK and not is_folded):
+                continue
+            latency, wire = _latency_and_wire(name, outline)
+            setup = tier.setup_s + protocol.handing_on_s(latency, wire)
+            if (
+                name == IN_NETWORK and protocol.pipelined
+            ):  # its stages inside the switch, which no message shows
+                setup += latency * (1 - 1 / IN_NETWORK_STAGES)
+            choices.append(replace(blank, setup_s=setup, transfer_s=closed_seconds(outline)))
     exact = [choice for choice in choices if choice.is_folded]
     return exact or choices  # a guess is no match for what is known
+
+
+def _folds(members: Members, network: Network, aligned: bool, flat: bool) -> list[tuple[Levels, bool]]:
+    """The levels to try, and whether they are what the group folds into."""
+    levels = None if flat else network.levels(members, aligned)
+    if levels is not None:
+        return [(levels, True)]
+    as_if_even = network.levels_as_if_even(members, aligned)
+    guesses = [] if as_if_even is None else [(as_if_even, False)]
+    return [*guesses, (_flat(group_size(members), _outermost(members, network)), False)]
+
+
+def offered(op: Op, members: Members, network: Network) -> tuple[str, ...]:
+    """The algorithms among which an automatic choice is made."""
+    pairs = _offered(op, group_size(members), _outermost(members, network), AUTO)
+    return tuple(dict.fromkeys(name for name, _ in pairs))
+
+
+def is_limited(members: Members, network: Network) -> bool:
+    """Whether the library names the algorithms that it has for these chips."""
+    return all(protocol.algorithms for protocol in _outermost(members, network).protocols)
 
 
 def _offered(op: Op, num_chips: int, tier: Tier, algorithm: str) -> list[tuple[str, Protocol]]:
@@ -144,10 +180,6 @@ def _offered(op: Op, num_chips: int, tier: Tier, algorithm: str) -> list[tuple[s
     every = [(name, protocol) for name in wanted for protocol in tier.protocols]
     offered = [pair for pair in every if not pair[1].algorithms or pair[0] in pair[1].algorithms]
     return offered or every
-
-
-def _outline(name: str, op: Op, nbytes: float, levels: Levels, protocol: Protocol) -> Outline | None:
-    return outline_of(name, op, nbytes, tuple(level.under(protocol) for level in levels))
 
 
 def _latency_and_wire(name: str, outline: Outline) -> tuple[float, float]:
@@ -175,7 +207,3 @@ def _flat(num_chips: int, tier: Tier) -> Levels:
     """All members as if no two shared a tier further in."""
     link = tier.loaded_link
     return (Level(tier.name, num_chips, link.latency_s, link.bytes_per_s, inf),)
-
-
-def _shape(levels: Levels) -> str:
-    return " x ".join(f"{level.fanout} ({level.tier})" for level in levels)

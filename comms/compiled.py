@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from comms.errors import CommsError
 from comms.links import PLAIN, Protocol
 from comms.schedule import Channel, Order, Pattern, Round, Schedule
-from comms.topology import FloatArray, IntArray, Topology, Wires, route_latencies
+from comms.topology import FloatArray, IntArray, Routes, Topology, Wires, route_latencies
 
 Int32Array = NDArray[np.int32]
 MAX_PIECES = 1 << 20  # a timer's number holds a message and a piece
@@ -35,7 +35,8 @@ class Job:
     nbytes: float
     start_s: float = 0.0
     repeats: bool = False  # background: starts again when it is done, and nobody waits for it
-    protocol: Protocol = PLAIN
+    protocol: Protocol = PLAIN  # of messages that cross the outermost tier,
+    inside: tuple[tuple[str, Protocol], ...] = ()  # and of those that go no further than these tiers, by name
 
     @property
     def by_group(self) -> IntArray:
@@ -95,6 +96,7 @@ EDGE = np.dtype(  # who sends to whom, by which wires: one row per message of a 
         ("dst", "i4"),
         ("port", "i8"),
         ("latency_s", "f8"),
+        ("share", "f8"),  # of the rate of wires that a message fills
         ("route0", "i8"),
         ("route1", "i8"),  # exclusive
     ],
@@ -129,9 +131,8 @@ class Compiled:
     rank_node: IntArray  # [rank rows] node of the topology
     bytes_per_s: FloatArray  # [resources]
     shares: IntArray  # [wires] resource that each uses
-    crossings: FloatArray = field(
-        repr=False
-    )  # [resources] bytes of all messages but those of jobs that repeat
+    # [2, resources] bytes of all messages but those of jobs that repeat, and what they fill of a wire's rate
+    crossings: FloatArray = field(repr=False)
 
     @property
     def num_messages(self) -> int:
@@ -188,6 +189,7 @@ class _Building:
         self.rounds: list[tuple[NDArray[np.generic], ...]] = []
         self.edges: list[tuple[NDArray[np.generic], ...]] = []
         self.sizes: list[FloatArray] = []
+        self.share: dict[int, FloatArray] = {}  # [messages] by pattern, of the channel that is being added
         self.chunks: list[tuple[IntArray, IntArray]] = []
         self.rank_node: list[IntArray] = []
         self.port_rank: list[IntArray] = []
@@ -239,17 +241,23 @@ class _Building:
         rows: dict[int, int] = {}
         for (key, pattern), wanted in zip(distinct.items(), keys, strict=True):
             rows[key] = self.num["edges"]
-            _, offsets, resources, latency = routed[key]
+            _, offsets, resources, latency, share = routed[key]
             port = np.searchsorted(every, wanted) + self.num["ports"]
             route = offsets + self.num["route"]
-            self.edges.append((pattern.src, pattern.dst, port, latency, route[:-1], route[1:], resources))
+            self.edges.append(
+                (pattern.src, pattern.dst, port, latency, share, route[:-1], route[1:], resources)
+            )
+            self.share[key] = share
             self.num["edges"] += len(pattern.src)
             self.num["route"] += len(resources)
         self.port_rank.append(every // lanes // (self.wires.num_wires + 1) + self.num["ranks"])
         self.num["ports"] += len(every)
         return rows
 
-    def _routed(self, pattern: Pattern, job: Job) -> tuple[IntArray, IntArray, IntArray, FloatArray]:
+    def _routed(
+        self, pattern: Pattern, job: Job
+    ) -> tuple[IntArray, IntArray, IntArray, FloatArray, FloatArray]:
+        """Of each message the resource by which it leaves, and its route, latency and share."""
         places = job.by_group.ravel()
         routes = self.topology.routes(places[pattern.src], places[pattern.dst])
         resources = self.wires.shares[routes.wires]
@@ -259,8 +267,20 @@ class _Building:
         members, chips = job.by_group.shape[1], job.schedule.num_ranks
         # A message up to a switch that reduces and the one down from it are one message to a library.
         half = (pattern.src % members >= chips) | (pattern.dst % members >= chips)
-        latency = route_latencies(self.wires, routes) + job.protocol.latency_s * np.where(half, 0.5, 1.0)
-        return heads, routes.offsets, resources, latency
+        stage_s, share = self._moved_by(job, routes)
+        latency = route_latencies(self.wires, routes) + stage_s * np.where(half, 0.5, 1.0)
+        return heads, routes.offsets, resources, latency, share
+
+    def _moved_by(self, job: Job, routes: Routes) -> tuple[FloatArray, FloatArray]:
+        """[messages] What the protocol of the outermost tier of its route adds to each, and the share that it gets."""
+        inside = dict(job.inside)
+        protocols = [inside.get(tier, job.protocol) for tier in self.topology.tiers] or [job.protocol]
+        outermost = np.full(routes.num_messages, len(protocols) - 1)
+        taken = np.diff(routes.offsets) > 0
+        if taken.any():
+            outermost[taken] = np.maximum.reduceat(self.wires.tier[routes.wires], routes.offsets[:-1][taken])
+        columns = np.array([(each.latency_s, each.share) for each in protocols])[outermost]
+        return columns[:, 0], columns[:, 1]
 
     def _add_rounds(
         self,
@@ -278,9 +298,9 @@ class _Building:
         stream = np.full(len(rounds), len(self.streams) - 1, dtype=np.int64)
         number = np.arange(len(rounds))
         self.rounds.append((edge0, first, first + lengths, stream, number, start, end))
-        scale = job.nbytes / pieces / job.protocol.share
         for each, _ in rounds:
-            self.sizes.append(np.tile(job.schedule.message_shares(each) * scale, groups))
+            sizes = np.tile(job.schedule.message_shares(each) * (job.nbytes / pieces), groups)
+            self.sizes.append(sizes / self.share[id(each.pattern)])
             self.chunks.append((np.tile(each.first, groups), np.tile(each.count, groups)))
         self.num["messages"] += int(lengths.sum())
 
@@ -329,7 +349,7 @@ def _phase_bounds(channel: Channel) -> Iterator[tuple[int, int, tuple[Round, ...
 
 
 def _crossings(work: Work, runs: NDArray[np.void], num_resources: int) -> FloatArray:
-    """[resources] Bytes that cross each, of runs that come to an end: summed per edge, then along its route."""
+    """See Compiled, of runs that come to an end: summed per edge, then along its route."""
     totals, counts = np.zeros(len(work.edges)), np.ones(len(work.streams), dtype=np.bool_)
     for each in runs[runs["repeats"]]:
         counts[each["stream0"] : each["stream1"]] = False
@@ -337,9 +357,9 @@ def _crossings(work: Work, runs: NDArray[np.void], num_resources: int) -> FloatA
         pieces = work.streams["pieces"][each["stream"]]
         edges = slice(each["edge0"], each["edge0"] + each["last"] - each["first"])
         totals[edges] += work.nbytes[each["first"] : each["last"]] * pieces
-    along = np.repeat(totals, work.edges["route1"] - work.edges["route0"])
-    crossings: FloatArray = np.bincount(work.route, weights=along, minlength=num_resources).astype(np.float64)
-    return crossings
+    lengths = work.edges["route1"] - work.edges["route0"]
+    along = [np.repeat(each, lengths) for each in (totals * work.edges["share"], totals)]
+    return np.array([np.bincount(work.route, weights=each, minlength=num_resources) for each in along])
 
 
 def _port_keys(pattern: Pattern, heads: IntArray, num_wires: int) -> IntArray:

@@ -251,10 +251,10 @@ def _on_path(way: IntArray, path: int | None, where: str) -> list[int]:
 
 def _without(topology: Topology, dead: list[int]) -> Topology:
     """The topology around its dead wires; through chips too, as libraries relay for a chip whose card is down."""
-    return Rerouted(topology, tuple(dead), chips_relay=_chips_relay(topology)) if dead else topology
+    return Rerouted(topology, tuple(dead), chips_relay=may_relay(topology)) if dead else topology
 
 
-def _chips_relay(topology: Topology) -> bool:
+def may_relay(topology: Topology) -> bool:
     """False where a network of edges says that its chips pass nothing on."""
     fabrics = topology.fabrics if isinstance(topology, TieredTopology) else ()
     shapes = [fabric.shape for fabric in fabrics] or [topology]
@@ -272,7 +272,7 @@ def _check_dead(found: Found, topology: Topology, wires: Wires) -> list[int]:
     alive[dead] = False
     tail, head = wires.tail[alive], wires.head[alive]
     relays = np.ones(topology.num_nodes, dtype=np.bool_)
-    relays[: topology.num_chips] = _chips_relay(topology)
+    relays[: topology.num_chips] = may_relay(topology)
     lost = ~(within_reach(tail, head, relays) & within_reach(head, tail, relays))[: topology.num_chips]
     if 2 * lost.sum() > len(lost):  # chip 0 is among the few
         lost = ~lost

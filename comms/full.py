@@ -77,7 +77,8 @@ class FullResult:
     seconds: FloatArray  # [jobs] from its start to the end of its last group; nan for background jobs
     group_seconds: tuple[FloatArray, ...]  # per job: [groups]
     chip_end_s: tuple[FloatArray, ...]  # per job: [groups * ranks] last byte in or out
-    wire_nbytes: FloatArray  # [wires] bytes that cross each capacity (Wires.shares)
+    wire_nbytes: FloatArray  # [wires] bytes that cross each capacity (Wires.shares),
+    wire_load: FloatArray  # [wires] and how many of its bytes that keeps busy, as protocols leave some unused
     num_messages: int
     flow_events: int  # starts and ends of flows; 0 by sweep
     flows_solved: int  # how often a flow's rate was solved anew
@@ -192,7 +193,8 @@ def _result(
     by_group = tuple(np.split(took, cut)) if len(took) else ()
     seconds = np.array([group.max() for group in by_group])
     ends = _chip_ends(compiled, rank_end)
-    return FullResult(seconds, by_group, ends, compiled.crossings, *counted, method, *spans)
+    nbytes, load = compiled.crossings
+    return FullResult(seconds, by_group, ends, nbytes, load, *counted, method, *spans)
 
 
 def timed_changes(compiled: Compiled, conditions: Conditions) -> Changes:

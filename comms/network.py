@@ -117,6 +117,13 @@ class Network:
             outer = replace(outer, size=num_chips, shape=shape)
         return Network((*kept, replace(outer, part_of_next=False)))
 
+    def inside(self, tier: Tier, protocol: Protocol) -> tuple[tuple[str, Protocol], ...]:
+        """By tier within another one, what its own figures say of a protocol by this name."""
+        tiers = self.tiers[: self.tiers.index(tier)]
+        return tuple(
+            (each.name, own) for each in tiers for own in each.protocols if own.name == protocol.name
+        )
+
     def topology(self, num_chips: int | None = None) -> TieredTopology:
         """All wires between the first `num_chips` chips (None: all), and the routes over them."""
         if num_chips is not None:
@@ -136,29 +143,74 @@ class Network:
         fidelity prices it.
         """
         _check_members(members, self.tiers[-1].size)
-        if not isinstance(members, Lattice) and any(a >= b for a, b in pairwise(members)):
+        if not _ascends(members):
             return None
+        levels = self._folded(members, aligned, len(self.tiers))
+        assert levels is None or num_members(levels) == group_size(members)
+        return levels
+
+    def levels_as_if_even(self, members: Members, aligned: bool = False) -> Levels | None:
+        """How a group that has no `levels` would fold if its bunches further out were alike: an assumption.
+
+        The levels of the innermost tiers, as many as the group fills evenly, and one more for all that is further
+        out: as if every two bunches met over the whole of the tier that holds all members, each with what the
+        fullest switches on the way leave it (`Tree.level_between`). That is too slow rather than too fast where
+        tiers further out have less to give. None where that is one level or none (members sit unevenly on the
+        innermost tier, or do not meet there), and where what joins the bunches is no tree.
+        """
+        _check_members(members, self.tiers[-1].size)
+        if not _ascends(members):
+            return None
+        for at in reversed(range(1, len(self.tiers))):
+            inside = self._folded(members, aligned, at)
+            if inside is not None:
+                levels = (*inside, *self._further_out(members, at, num_members(inside)))
+                return levels if len(levels) > 1 and num_members(levels) == group_size(members) else None
+        return None
+
+    def _folded(self, members: Members, aligned: bool, num_tiers: int) -> Levels | None:
+        """The levels of the innermost tiers; None where members that share a block of one sit unevenly on it."""
         names = {tier.name for tier in self.tiers}
+        owners = self._owners()
         found: list[Level] = []
         inner = 1
-        for at in self._owners():
-            owner = self.tiers[at]
-            patterns = _patterns(members, owner.size, is_last=at == len(self.tiers) - 1)
-            ways = {owner.shape.levels(pattern, inner, aligned) for pattern in patterns}
+        for at in sorted({*(owner for owner in owners if owner < num_tiers), num_tiers - 1}):
+            tier = self.tiers[at]
+            if tier.size == 1:
+                continue
+            patterns = _patterns(members, tier.size, is_last=at == len(self.tiers) - 1)
+            ways = {tier.shape.levels(pattern, inner, aligned) for pattern in patterns}
             levels = ways.pop() if len(ways) == 1 else None
             if levels is None:
                 return None
+            first_port = next(owner for owner in owners if owner >= at) * MOST_PORTS
             found += [
                 replace(
                     each,
-                    tier=each.tier if each.tier in names else owner.name,
-                    port=at * MOST_PORTS + each.port,
+                    tier=each.tier if each.tier in names else tier.name,
+                    port=first_port + each.port,
                 )
                 for each in levels
             ]
-            inner = owner.size
-        assert num_members(tuple(found)) == group_size(members)
+            inner = tier.size
         return tuple(found)
+
+    def _further_out(self, members: Members, at: int, bunch: int) -> Levels:
+        """One level between bunches of `bunch` members that share a block of the tier inside `at`, or none."""
+        bunches = group_size(members) // bunch
+        outermost = len(self.tiers) - 1
+        # Blocks of a tier that hold all members; of a Lattice, those of any copy.
+        holds_all = (
+            i for i in range(at, outermost) if sharing(members, self.tiers[i].size) == group_size(members)
+        )
+        meet = next(holds_all, outermost)
+        tier = self.tiers[meet]
+        if bunches == 1 or not isinstance(tier.shape, Tree):
+            return ()
+        inside = members if isinstance(members, Lattice) else tuple(chip % tier.size for chip in members)
+        level = tier.shape.level_between(inside, self.tiers[at - 1].size, bunches)
+        port = next(owner for owner in self._owners() if owner >= meet) * MOST_PORTS
+        return (replace(level, tier=tier.name, port=port),)
 
     def _owners(self) -> tuple[int, ...]:
         """The tiers that have wires of their own between chips."""
@@ -197,6 +249,10 @@ def layered(tree: Tree, kind: TierKind, inner: int = 1, source: str = "") -> tup
                 )
             )
     return tuple(tiers)
+
+
+def _ascends(members: Members) -> bool:
+    return isinstance(members, Lattice) or all(a < b for a, b in pairwise(members))
 
 
 def _check_members(members: Members, num_chips: int) -> None:

@@ -70,9 +70,7 @@ def tier_shares(choice: Choice) -> tuple[TierShare, ...]:
             bytes_per_s=level.bytes_per_s * FREE,
             pool_bytes_per_s=level.pool_bytes_per_s * FREE,
         )
-        levels = tuple(
-            (free if other == at else each).under(choice.protocol) for other, each in enumerate(choice.levels)
-        )
+        levels = tuple(choice.seen(free if other == at else each) for other, each in enumerate(choice.levels))
         outline = outline_of(choice.algorithm, choice.op, choice.nbytes, levels)
         saved = choice.transfer_s - closed_seconds(outline) if outline is not None else 0.0
         inner = prod(each.fanout for each in choice.levels[:at])
@@ -89,7 +87,7 @@ def job_of(choice: Choice, groups: IntArray, topology: TieredTopology, start_s: 
 
     schedule = choice.schedule()
     places = np.array([_places(choice, members, topology) for members in groups])
-    return Job(schedule, places, choice.nbytes, start_s, protocol=choice.protocol)
+    return Job(schedule, places, choice.nbytes, start_s, protocol=choice.protocol, inside=choice.inside)
 
 
 def groups_of(members: Members, num_chips: int) -> IntArray:

@@ -6,7 +6,7 @@ at, and groups on it do not fold. Only trees are cut to fewer chips: elsewhere m
 their way.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Protocol
 
@@ -185,10 +185,19 @@ def shape_of(topology: Topology) -> Shape:
 
 
 def sole_shape(topology: Topology) -> Topology:
-    """The torus, tree, graph, ... that joins all chips of a network of one tier; else the topology itself."""
+    """The torus, tree, graph, ... that joins just the chips of a network of one tier; else the topology itself.
+
+    Of chips that are not all of a torus, the block that they fill.
+    """
     if not isinstance(topology, TieredTopology) or len(topology.fabrics) != 1:
         return topology
     (fabric,) = topology.fabrics
-    if fabric.size != topology.num_chips:
+    shape = fabric.shape.topology if isinstance(fabric.shape, Whole) else fabric.shape
+    num_chips = topology.num_chips
+    if fabric.size != num_chips:
         return topology
-    return fabric.shape.topology if isinstance(fabric.shape, Whole) else fabric.shape
+    if shape.num_chips == num_chips:
+        return shape
+    if isinstance(shape, Torus):
+        return shape.first(num_chips) or topology
+    return replace(shape, num_chips=num_chips) if isinstance(shape, FullMesh) else topology

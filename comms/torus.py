@@ -15,7 +15,7 @@ Not modelled: virtual channels and their deadlocks, adaptive routing, packet hea
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 import numpy as np
@@ -107,6 +107,23 @@ class Torus:
     def link(self, dim: int) -> Link:
         """The link of one dimension."""
         return self.links[dim % len(self.links)]
+
+    def first(self, num_chips: int) -> "Torus | None":
+        """The first chips alone, as a torus or mesh of their own; None where they fill no block."""
+        sizes, left = [], num_chips
+        for size in self.dims:
+            if left % size and left > size:
+                return None
+            sizes.append(min(left, size))
+            left //= sizes[-1]
+        wraps = tuple(
+            self.is_ring(dim) and part == size
+            for dim, (part, size) in enumerate(zip(sizes, self.dims, strict=True))
+        )
+        if left != 1 or (self.one_way and not all(wraps)):
+            return None
+        links = tuple(self.link(dim) for dim in range(len(sizes)))
+        return replace(self, dims=tuple(sizes), links=links, wraps=wraps)
 
     def is_ring(self, dim: int) -> bool:
         """Whether the last chip of a line has a link of its own to the first."""

@@ -18,14 +18,14 @@ Not modelled: buffers and loss in switches, and where in a switch its ports are.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from math import inf
+from math import inf, isfinite
 
 import numpy as np
 
 from comms.errors import CommsError
-from comms.groups import Members
+from comms.groups import Lattice, Members, group_size
 from comms.layers import SWITCH, Layer, Spread, Switch, Trunk, alone, folded, loaded
-from comms.levels import Levels
+from comms.levels import Level, Levels
 from comms.links import Link
 from comms.paths import mixed
 from comms.topology import IntArray, Routes, Wires, routes_of
@@ -150,6 +150,45 @@ class Tree:
     def levels(self, members: Members, inner: int = 1, aligned: bool = False) -> Levels | None:
         """How a group of chips folds over the tree; see `comms.layers.folded`."""
         return folded(self.layers, members, inner, aligned)
+
+    def level_between(self, members: Members, inner: int, bunches: int) -> Level:
+        """What equal bunches, each in a block of `inner` chips, have if every two meet in the outermost layer.
+
+        They may sit unevenly on the layers in between: the fullest switch of each counts. Messages are taken to
+        spread evenly over parallel paths, and switches to send on at once.
+        """
+        layers = self.layers
+        fullest = self._fullest(members)
+        link = alone(layers)
+        rates = [layer.bytes_per_s_up for layer in layers]
+        if isinstance(members, Lattice):  # a lone message of a copy meets those of the other copies
+            inside = [1, *(members.within(layer.size).num_chips for layer in layers)]
+            rates = [
+                rate * min(1.0, mine / every)
+                for rate, mine, every in zip(rates, inside, [1, *fullest], strict=False)
+            ]
+        busy = [replace(layer, chips=count) for layer, count in zip(layers, fullest, strict=True)]
+        return Level(
+            layers[-1].switch.tier,
+            bunches,
+            link.latency_s,
+            min(link.bytes_per_s, *rates),
+            group_size(members) // bunches * loaded(busy).bytes_per_s,
+            reduces=all(layer.switch.reduces for layer in layers if layer.size > inner),
+            shared=any(isfinite(layer.backplane) or not layer.duplex for layer in layers),
+        )
+
+    def _fullest(self, members: Members) -> list[int]:
+        """[layers] Busy chips under the switch that has most; copies of a Lattice keep all chips busy."""
+        numbers = _Numbers.of(self)
+        if isinstance(members, Lattice):
+            return [layer.chips for layer in numbers.layers]
+        places = np.asarray(members, dtype=np.int64)
+        counts: list[int] = []
+        for at in range(len(numbers.layers)):
+            places = numbers.parents(at, places)
+            counts.append(int(np.unique(places, return_counts=True)[1].max()))
+        return counts
 
     def switches(self, layer: int) -> IntArray:
         """The nodes of the switches of a layer, 0 the innermost: plane by plane within each place."""

@@ -9,10 +9,10 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
+from math import inf
 from typing import TYPE_CHECKING
 
-from comms.algorithms.catalog import considered
-from comms.choice import AUTO, Choice, choose
+from comms.choice import AUTO, Choice, choose, is_limited, offered
 from comms.errors import CommsError, TooManyMessages
 from comms.pricing import Fidelity, tier_shares
 from comms.synthesis import NAME as SYNTHESIZED
@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 QUICK_CHIPS = 1024  # up to here full fidelity is used without being asked for
 SYNTHESIS_CHIPS = 64  # up to here a schedule of its own is looked for without being asked for
 QUICK_MESSAGES = 2**18  # algorithms with fewer are all compared at full fidelity,
-FEW = 3  # of others as many as promise most
+FEW = 3  # of others as many as promise most,
+HOPELESS = 2.0  # and not those that by closed form take so many times as long as one that was timed
 LOADING = "event loop of full fidelity (compiled on first use, then kept)"
 
 Phase = Callable[[str], AbstractContextManager[None]]
@@ -93,7 +94,7 @@ def _way(question: Question, choice: Choice) -> _Way:
             f"the conditions of the cluster file are left out ({state}); --fidelity full applies them"
         )
     if uneven:
-        warnings.append(f"{uneven} and count as one flat level; --fidelity full moves every message")
+        warnings.append(f"{uneven} and count as {choice.shape}; --fidelity full moves every message")
     return _Way(asked or Fidelity.FOLDED, (), tuple(warnings))
 
 
@@ -208,13 +209,16 @@ def _contest(question: Question, site: "Site", usual: Choice, phase: Phase) -> A
     skipped: list[TooManyMessages] = []
     choices = _suitable(question) or [usual]
     for choice in choices:
-        most = full.MOST_MESSAGES if len(timings) < FEW else QUICK_MESSAGES
+        best_s = min((each.seconds for each in timings), default=inf)
+        promises = len(timings) < FEW and choice.seconds < HOPELESS * best_s
+        most = full.MOST_MESSAGES if promises else QUICK_MESSAGES
         try:
             with phase(f"every message of {choice.algorithm}"):
                 timings.append(full.timed_choice(site, choice, most))
         except TooManyMessages as too_many:
             skipped.append(too_many)
-    if not choices[0].is_folded:
+    limited = is_limited(question.members, question.network)
+    if not (choices[0].is_folded or limited):
         with phase("every message of hierarchies found on the network"):
             timings += full.timed_hierarchies(site, question.op, question.nbytes, QUICK_MESSAGES)
     if not timings:
@@ -226,7 +230,9 @@ def _contest(question: Question, site: "Site", usual: Choice, phase: Phase) -> A
     notes = (
         [f"{len(skipped)} algorithms with many messages are left out of the comparison"] if skipped else []
     )
-    if question.looks_for_better and question.op in SYNTHESIZED_OPS:
+    if limited:
+        notes.append("only what the library offers is compared (`algorithms` of the tier's protocols)")
+    elif question.looks_for_better and question.op in SYNTHESIZED_OPS:
         if question.num_chips <= SYNTHESIS_CHIPS:
             with phase("synthesis of a schedule for this network"):
                 better, verdict = full.improved(site, question.op, question.nbytes, best)
@@ -249,9 +255,9 @@ def _rank(timed: "FullTiming | Choice") -> float:
 
 
 def _suitable(question: Question) -> list[Choice]:
-    """Every fixed algorithm that suits, the most promising first; those last that only suit one flat level."""
+    """Every fixed algorithm that suits, the most promising first; guesses last."""
     choices = []
-    for name in considered(question.op, question.num_chips):
+    for name in offered(question.op, question.members, question.network):
         try:
             choices.append(choose(question.op, question.nbytes, question.members, question.network, name))
         except CommsError:  # it does not suit these levels

@@ -8,7 +8,7 @@ bytes as its latencies.
 Importing this loads the compiled loops; who only wants closed forms leaves it alone.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -16,14 +16,14 @@ from comms.algorithms import direct, ring
 from comms.algorithms.catalog import outline_of
 from comms.choice import Choice, choose
 from comms.compiled import Job
-from comms.conditions import CALM, Described, Resolved, resolve
+from comms.conditions import CALM, Described, Resolved, may_relay, resolve
 from comms.errors import TooManyMessages
 from comms.full import FullResult, Method, simulate
 from comms.graph import Rerouted
 from comms.groups import Lattice, mesh_group
 from comms.links import Link, Protocol
 from comms.live import Live
-from comms.network import Network
+from comms.network import Network, Tier
 from comms.pricing import groups_of, job_of
 from comms.schedule import Op, Schedule
 from comms.suggested import RING, Laid, laid_hierarchies, laid_rings
@@ -62,7 +62,7 @@ class Site:
         """The topology with what is slow as it is, for those who look at wires only."""
         factors = self.resolved.conditions.factors
         slow = {wire: factor for wire, factor in factors.items() if 0 < factor < 1}
-        return Rerouted(self.topology, (), slow) if slow else self.topology
+        return Rerouted(self.topology, (), slow, may_relay(self.whole)) if slow else self.topology
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -128,7 +128,7 @@ def timed_choice(site: Site, choice: Choice, most_messages: int = MOST_MESSAGES)
     jobs = [job]
     if choice.algorithm == RING and not (choice.is_folded and site.seen is site.whole):
         laid = laid_rings(choice.op, site.seen)
-        jobs += [Job(each.schedule, each.chips, choice.nbytes, protocol=job.protocol) for each in laid]
+        jobs += [replace(job, schedule=each.schedule, places=each.chips) for each in laid]
     timings = []
     for job in jobs:
         check_messages(job.schedule.num_messages, choice.algorithm, most_messages)
@@ -143,8 +143,7 @@ def _most_sends(choice: Choice) -> tuple[int, int]:
 
     Between all pairs go as many as there are pairs or more.
     """
-    levels = tuple(level.under(choice.protocol) for level in choice.levels)
-    outline = outline_of(choice.algorithm, choice.op, choice.nbytes, levels)
+    outline = outline_of(choice.algorithm, choice.op, choice.nbytes, choice.moved)
     assert outline is not None
     phases = [phase for channel in outline.channels for phase in channel.phases]
     rounds = sum(stage.repeat for phase in phases for stage in phase)
@@ -157,7 +156,7 @@ def timed_schedule(site: Site, laid: Laid, nbytes: float) -> FullTiming:
     """Any schedule over all chips, by the fastest protocol of the outermost tier."""
     check_messages(laid.schedule.num_messages, laid.schedule.algorithm)
     tier = site.network.tier_for((0, site.num_chips - 1))
-    timings = [_under(site, laid, nbytes, protocol, tier.setup_s) for protocol in tier.protocols]
+    timings = [_under(site, laid, nbytes, tier, protocol) for protocol in tier.protocols]
     return min(timings, key=lambda timing: timing.seconds)
 
 
@@ -200,8 +199,8 @@ def tier_loads(site: Site, timing: FullTiming, chips_per_host: int) -> tuple[Tie
         if len(own):
             wire = int(own[busy[own].argmax()])
             ends = names[wires.tail[wire]], names[wires.head[wire]]
-            worst = WireLoad(tier, *ends, float(nbytes[wire]), float(rate[wire]), float(busy[wire]))
-            loads.append(TierLoad(tier, float(nbytes[own].sum()), worst))
+            worst = WireLoad(tier, *ends, round(float(nbytes[wire]), 3), float(rate[wire]), float(busy[wire]))
+            loads.append(TierLoad(tier, round(float(nbytes[own].sum()), 3), worst))
     return tuple(loads)
 
 
@@ -216,7 +215,7 @@ def busy_by_wire(site: Site, timing: FullTiming) -> dict[int, float]:
 def _busy(site: Site, timing: FullTiming) -> FloatArray:
     """[wires] Share of the collective's time."""
     rate = _rates(site)
-    return timing.result.wire_nbytes / rate / timing.seconds if timing.seconds else np.zeros(len(rate))
+    return timing.result.wire_load / rate / timing.seconds if timing.seconds else np.zeros(len(rate))
 
 
 def _rates(site: Site) -> FloatArray:
@@ -227,9 +226,11 @@ def _rates(site: Site) -> FloatArray:
     return rate
 
 
-def _under(site: Site, laid: Laid, nbytes: float, protocol: Protocol, setup_s: float) -> FullTiming:
+def _under(site: Site, laid: Laid, nbytes: float, tier: Tier, protocol: Protocol) -> FullTiming:
+    inside, setup_s = site.network.inside(tier, protocol), tier.setup_s
+
     def run(size: float) -> FullResult:
-        job = Job(laid.schedule, laid.chips, size, protocol=protocol)
+        job = Job(laid.schedule, laid.chips, size, protocol=protocol, inside=inside)
         return simulate(site.topology, [job, *background_jobs(site)], site.resolved.conditions)
 
     result = run(nbytes)
@@ -246,7 +247,7 @@ def background_jobs(site: Site) -> list[Job]:
     for each in site.resolved.background:
         chips = tuple(sorted(each.chips))
         job = job_of(choose(each.op, each.nbytes, chips, site.network), np.array([chips]), site.whole)
-        jobs.append(Job(job.schedule, job.places, job.nbytes, repeats=True, protocol=job.protocol))
+        jobs.append(replace(job, repeats=True))
     return jobs
 
 

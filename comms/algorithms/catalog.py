@@ -63,10 +63,10 @@ def considered(op: Op, num_chips: int) -> tuple[str, ...]:
 
     Not several rings over hosts, of which the outline only says about what full fidelity does. Nor that each chip
     exchanges parts with more than MOST_PEERS others at once where there are other ways: libraries keep connections
-    and buffers for a few, and what a message costs by itself is not modelled.
+    and buffers for a few, and what a message costs by itself is not modelled. (Only a root gathers or scatters.)
     """
     left_out = {RAIL_RINGS}
-    if num_chips > MOST_PEERS + 1 and op is not Op.ALL_TO_ALL:
+    if num_chips > MOST_PEERS + 1 and op not in (Op.ALL_TO_ALL, Op.GATHER, Op.SCATTER):
         left_out |= {
             name for name in names(op) if name in direct.SCHEDULES or name.endswith(hierarchical.Way.DIRECT)
         }

@@ -1,5 +1,7 @@
 """Closed form = folded = full, for every algorithm on random clusters; and the physics that all of them keep."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, assume, given, settings
@@ -62,7 +64,8 @@ def clusters(draw, reducing=False):
             link = draw(links)
             port = Link(link.latency_s / 2, link.bytes_per_s)
             tree = Tree(size, port, Switch(f"tier {number}", reduces))
-            tiers.append(Tier(f"tier {number}", TierKind.SCALE_OUT, size, tree))
+            moved = Protocol("p", draw(st.sampled_from([0.0, 1e-6])), draw(st.sampled_from([0.5, 1.0])))
+            tiers.append(Tier(f"tier {number}", TierKind.SCALE_OUT, size, tree, protocols=(moved,)))
     return Network(tuple(tiers))
 
 
@@ -176,7 +179,11 @@ def test_better_wires_are_never_slower_and_scaled_costs_scale_the_time(network, 
     base = simulate(topology, [job]).seconds[0]
     better = simulate(Scaled(topology, 1 / quicker, wider), [job]).seconds[0]
     assert better <= base * (1 + 1e-9)
-    assert simulate(Scaled(topology, 3.0, 1 / 3), [job]).seconds[0] == pytest.approx(3 * base, rel=1e-9)
+    slow = {
+        tier: replace(each, latency_s=3 * each.latency_s) for tier, each in (("", job.protocol), *job.inside)
+    }
+    slower = replace(job, protocol=slow.pop(""), inside=tuple(slow.items()))
+    assert simulate(Scaled(topology, 3.0, 1 / 3), [slower]).seconds[0] == pytest.approx(3 * base, rel=1e-9)
 
 
 @MANY

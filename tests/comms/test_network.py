@@ -11,6 +11,7 @@ from comms.errors import CommsError
 from comms.graph import Edge, Graph
 from comms.groups import Lattice, mesh_group
 from comms.layers import Switch, Trunk
+from comms.levels import num_members
 from comms.links import PLAIN, Link
 from comms.network import UNBOUNDED, Network, TierKind, layered, shaped, switched
 from comms.topology import route_latencies
@@ -191,7 +192,12 @@ def played(topology, groups, inside, fanout):
     members = np.arange(groups.shape[1])
     digit = members // inside % fanout
     target = members + ((digit + 1) % fanout - digit) * inside
-    routes = topology.routes(groups.ravel(), groups[:, target].ravel())
+    return sent(topology, groups.ravel(), groups[:, target].ravel())
+
+
+def sent(topology, src, dst):
+    """Latency and share of each message, where all load their wires alike."""
+    routes = topology.routes(src, dst)
     wires = topology.wires()
     users = np.bincount(wires.shares[routes.wires], minlength=wires.num_wires)
     each = wires.bytes_per_s / np.maximum(users[wires.shares], 1)
@@ -251,3 +257,96 @@ def test_a_group_of_all_chips_may_fill_any_block_of_a_torus_as_it_has_no_copies(
     assert [level.fanout for level in pod.take(num_chips).levels(whole)] == sides
     if num_chips != 20:  # copies of the others would turn corners
         assert pod.levels(whole) is None
+
+
+@st.composite
+def hosts_on_leaves(draw):
+    """Hosts of 2 or 4 chips under two or three layers of switches, cut to some number of whole hosts."""
+    host = draw(st.sampled_from([2, 4]))
+    rails = draw(st.sampled_from([1, host]))
+    sizes = [host]
+    for _ in range(draw(st.integers(1, 2))):
+        sizes.append(sizes[-1] * draw(st.integers(2, 4)))
+    trunks = [
+        Trunk(
+            size,
+            Link(draw(st.integers(0, 3)) * 1e-6, draw(st.integers(1, 9)) * 1e9),
+            Switch(f"layer {number}"),
+            rails=rails if number == 1 else 1,
+        )
+        for number, size in enumerate(sizes[1:], 1)
+    ]
+    tree = Tree(sizes[-1] * 4, Link(1e-6, 5e9), Switch("leaf"), tuple(trunks))
+    fabric = switched("fabric", host, Link(2e-6, 300e9), TierKind.SCALE_UP)
+    num_hosts = draw(st.integers(2, sizes[-1] * 4 // host))
+    return Network((fabric, *layered(tree, TierKind.SCALE_OUT, inner=host))).take(num_hosts * host)
+
+
+@FEW
+@given(hosts_on_leaves(), st.booleans())
+def test_what_folds_is_the_same_further_in_and_has_as_many_members_when_taken_to_be_even(net, aligned):
+    num_chips = net.tiers[-1].size
+    exact, taken = net.levels(range(num_chips), aligned), net.levels_as_if_even(range(num_chips), aligned)
+    assert taken is not None
+    assert num_members(taken) == num_chips
+    if exact is not None:
+        assert taken[:-1] == exact[: len(taken) - 1]
+        assert len(taken) <= len(exact)
+        assert (taken[-1].tier, taken[-1].port) == (exact[-1].tier, exact[-1].port)
+
+
+@FEW
+@given(hosts_on_leaves(), st.booleans(), st.booleans(), st.data())
+def test_no_message_between_bunches_taken_to_be_even_is_slower_than_said(net, by_arithmetic, aligned, data):
+    num_chips, host = net.tiers[-1].size, net.tiers[0].size
+    levels = net.levels_as_if_even(Lattice(((1, num_chips),)) if by_arithmetic else range(num_chips), aligned)
+    assert (levels[0].tier, levels[0].fanout, levels[0].latency_s) == ("fabric", host, 2e-6)
+    bunch, between = num_members(levels[:-1]), levels[-1]
+    turn = data.draw(st.integers(1, between.fanout - 1)) * bunch
+    src = np.arange(num_chips)
+    latencies, shares = sent(net.topology(), src, (src + turn) % num_chips)
+    assert latencies.max() <= between.latency_s * (1 + 1e-9)
+    assert shares.min() >= between.rate(bunch) * (1 - 1e-9)
+
+
+def test_a_unit_and_one_host_more_are_hosts_that_meet_over_the_spine():
+    leaf, spine = Link(0.65e-6, 47.5e9), Link(0.35e-6, 1.52e12)
+    tree = Tree(2048, leaf, Switch("unit"), (Trunk(256, spine, Switch("spine"), rails=8),))
+    net = Network((FABRIC, *layered(tree, TierKind.SCALE_OUT, inner=8)))
+    for num_chips in (264, 520, 1032, 2000):
+        assert net.take(num_chips).levels(range(num_chips), aligned=True) is None
+        for members in (range(num_chips), Lattice(((1, num_chips),))):
+            host, between = net.take(num_chips).levels_as_if_even(members)
+            assert (host.tier, host.fanout) == ("fabric", 8)
+            assert (between.tier, between.fanout) == ("spine", num_chips // 8)
+            assert between.latency_s == pytest.approx(2e-6)
+            assert (between.rate(), between.rate(8), between.rate(16)) == (47.5e9, 47.5e9, 23.75e9)
+    assert [each.fanout for each in net.levels_as_if_even(Lattice(((4, 66),)))] == [2, 33]
+    assert [each.fanout for each in net.levels_as_if_even(range(512), aligned=True)] == [8, 32, 2]
+
+
+def test_levels_that_share_ports_still_do_when_taken_to_be_even():
+    levels = pod().levels_as_if_even(range(72), aligned=True)
+    assert [(level.tier, level.fanout, level.port > 0) for level in levels] == [
+        ("fabric", 8, False),
+        ("spine", 9, True),
+    ]
+    half = pod().levels_as_if_even([chip for chip in range(72) if chip % 4 < 2])
+    assert [level.fanout for level in half] == [4, 9]
+    assert (levels[1].pool_bytes_per_s, half[1].pool_bytes_per_s) == (200e9 / 4, 200e9 / 4)
+    assert [level.fanout for level in pod().levels_as_if_even(range(64))] == [8, 4, 2]
+
+
+def test_groups_without_even_hosts_or_with_nobody_in_them_are_not_taken_to_be_even():
+    net = pod()
+    assert net.levels_as_if_even((5, 6, 7, 8, 9)) is None
+    assert net.levels_as_if_even((1, 0)) is None
+    assert net.levels_as_if_even((5,)) is None
+    assert net.levels_as_if_even(range(8)) is None  # one level
+    assert net.levels_as_if_even(range(0, 72, 8)) is None  # no two members in a host
+    assert net.levels_as_if_even(Lattice(((8, 9),))) is None
+    assert net.levels_as_if_even(Lattice(((3, 9),))) is None
+    with pytest.raises(CommsError, match="outside the network"):
+        net.levels_as_if_even((3, 128))
+    ring = Graph(16, tuple(Edge(a, (a + 1) % 16, Link(1e-6, 1e9)) for a in range(16)))
+    assert Network((FABRIC, shaped("ring", TierKind.SCALE_OUT, ring))).levels_as_if_even(range(16)) is None

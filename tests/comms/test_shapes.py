@@ -7,10 +7,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from comms.bisection import bisection
 from comms.dragonfly import Dragonfly
 from comms.graph import Edge, Graph
 from comms.groups import Lattice, mesh_group
 from comms.links import Link
+from comms.network import Network, TierKind, shaped
+from comms.ring_orders import ring_orders
 from comms.shapes import Grid, Whole, shape_of
 from comms.topology import route_latencies
 from comms.torus import FullMesh, Torus
@@ -103,3 +106,33 @@ def test_every_topology_is_a_shape_with_the_same_routes(topology):
     assert shape.routes(src, dst).wires.tolist() == topology.routes(src, dst).wires.tolist()
     longest = route_latencies(shape.wires(), shape.routes(src, dst)).max()
     assert LINK.latency_s <= shape.link.latency_s <= longest + 1e-15
+
+
+@pytest.mark.parametrize(
+    ("num_chips", "dims", "wraps"),
+    [(4, (4, 1, 1), (True, False, False)), (3, (3, 1, 1), (False,) * 3), (20, (4, 5, 1), (True, True, False))]
+    + [
+        (8, (4, 2, 1), (True, False, False)),
+        (40, (4, 5, 2), (True, True, False)),
+        (60, (4, 5, 3), (True,) * 3),
+    ],
+)
+def test_the_first_chips_of_a_torus_are_a_torus_or_a_mesh_where_they_fill_a_block(num_chips, dims, wraps):
+    part = Torus((4, 5, 3), (LINK,)).first(num_chips)
+    assert part.dims == dims
+    assert [part.is_ring(dim) for dim, size in enumerate(dims) if size > 1] == [
+        wrap for wrap, size in zip(wraps, dims, strict=True) if size > 1
+    ]
+
+
+@pytest.mark.parametrize("num_chips", [5, 18, 50])
+def test_other_numbers_of_chips_fill_no_block(num_chips):
+    assert Torus((4, 5, 3), (LINK,)).first(num_chips) is None
+
+
+@pytest.mark.parametrize(("num_chips", "bytes_per_s"), [(2, 1), (4, 1), (8, 2), (16, 4), (32, 4)])
+def test_part_of_a_mesh_is_cut_in_halves_of_its_own(num_chips, bytes_per_s):
+    mesh = Network((shaped("board", TierKind.SCALE_UP, Torus((4, 8), (LINK,), (False,))),))
+    part = mesh.take(num_chips).topology()
+    assert bisection(part).bytes_per_s == bytes_per_s * LINK.bytes_per_s
+    assert all(sorted(each.chips) == list(range(num_chips)) for each in ring_orders(part))

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from comms.errors import CommsError
+from comms.groups import Lattice
 from comms.layers import Spread, Switch, Trunk, half_latencies
 from comms.links import Link
 from comms.topology import route_latencies
@@ -201,6 +202,24 @@ def test_four_to_one_oversubscription_leaves_a_quarter_when_all_leave_their_leaf
     crossbar = Tree(32, PORT, Switch(oversubscription=4.0))
     assert shares_of(crossbar, chips, chips ^ 1).tolist() == [2.5e9] * 32
     assert (crossbar.link.bytes_per_s, crossbar.loaded_link.bytes_per_s) == (10e9, 2.5e9)
+
+
+@pytest.mark.parametrize("spread", Spread)
+def test_bunches_that_sit_unevenly_have_what_the_fullest_switch_leaves_each(spread):
+    tree = leaf_spine(spread, paths=1, to=Switch("spine", reduces=True))  # 20 GB/s from each leaf
+    listed = tree.level_between(range(6, 16), 2, 5)  # two under one leaf, eight under the other
+    assert (listed.tier, listed.fanout, listed.latency_s) == ("spine", 5, 3e-6)
+    assert (listed.bytes_per_s, listed.pool_bytes_per_s) == (10e9, 2 * 20e9 / 8)
+    assert not listed.reduces  # the leaves do not
+    assert tree.level_between((0, 8, 9), 1, 3).pool_bytes_per_s == 20e9 / 2
+    assert tree.level_between(range(16), 8, 2).reduces  # whole leaves, whose switches have nothing to add
+    every_other = tree.level_between(Lattice(((2, 5),)), 1, 5)  # the chips between are busy too
+    assert (every_other.bytes_per_s, every_other.pool_bytes_per_s) == (10e9, 20e9 / 8)
+
+
+def test_bunches_that_sit_unevenly_on_half_duplex_ports_have_half_and_share_it():
+    level = replace(leaf_spine(), duplex=False).level_between(range(10), 2, 5)
+    assert (level.bytes_per_s, level.pool_bytes_per_s, level.shared) == (5e9, 10e9, True)
 
 
 def test_both_directions_of_half_duplex_wires_share_one_rate():

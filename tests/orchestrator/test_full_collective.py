@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 
 from comms.algorithms import torus_exchange
+from comms.bisection import makespan_bound
 from comms.choice import choose
-from comms.conditions import Between, Described, LinkFault
+from comms.conditions import Between, Described, LinkFault, Reach
 from comms.errors import TooManyMessages
 from comms.pricing import Fidelity
 from comms.schedule import Op
@@ -17,6 +18,8 @@ from orchestrator.question import Question
 
 CONFIGS = Path(__file__).parents[2] / "cluster_configs"
 POD = load_cluster(CONFIGS / "tpu-v5p-pod.yaml").network
+MESH = load_cluster(CONFIGS / "tenstorrent-galaxy.yaml").network  # of 8 x 4
+RAILS = load_cluster(CONFIGS / "dgx-h100-superpod.yaml").network  # of 32 hosts of 8 and more
 RINGS = load_cluster(CONFIGS / "graphcore-pod64.yaml").network  # a torus of 2 x 32
 NBYTES = 2.0**20
 
@@ -50,3 +53,47 @@ def test_a_comparison_leaves_out_what_is_too_large_and_says_so(monkeypatch):
     assert names == {torus_exchange.SHIFT, torus_exchange.ROTATED_SHIFT}
     assert not any("left out" in note for note in whole.notes)
     assert any("2 algorithms with many messages are left out" in note for note in fewer.notes)
+
+
+@pytest.mark.parametrize("num_chips", [8, 24, 31])
+def test_a_slow_link_is_a_condition_of_any_part_of_a_mesh(num_chips):
+    slow = Described(links=(LinkFault(Between(0, 1), 0.5),))
+    asked = Question(
+        MESH.take(num_chips), num_chips, Op.ALL_REDUCE, NBYTES, described=slow, looks_for_better=False
+    )
+    found = time_collective(asked)
+    assert found.seconds > makespan_bound(found.site.topology, Op.ALL_REDUCE, NBYTES)
+
+
+def test_what_is_timed_as_one_flat_level_is_moved_in_as_many_pieces():
+    site = site_of(POD.take(100), 100)
+    choice = choose(Op.BROADCAST, 64 * NBYTES, site.members, site.network, "ring")
+    assert not choice.is_folded
+    assert timed_choice(site, choice).seconds == pytest.approx(choice.seconds, rel=0.1)
+
+
+@pytest.mark.parametrize("op", [Op.ALL_REDUCE, Op.REDUCE, Op.BROADCAST, Op.GATHER])
+def test_one_host_more_than_fills_a_set_of_leaves_does_not_cost_a_multiple(op):
+    even, odd = (
+        time_collective(Question(RAILS.take(n), n, op, 64 * NBYTES, fidelity=Fidelity.CLOSED))
+        for n in (256, 264)
+    )
+    assert even.seconds <= odd.seconds <= 2 * even.seconds
+    (warning,) = odd.warnings
+    assert "count as 8 (scale-up) x 33" in warning
+
+
+def test_bytes_over_wires_are_those_of_the_messages_whatever_share_a_protocol_gets():
+    network = load_cluster(CONFIGS / "dgx-a100.yaml").network
+    asked = Question(network.take(8), 8, Op.ALL_REDUCE, NBYTES, algorithm="ring", fidelity=Fidelity.FULL)
+    (tier,) = time_collective(asked).loads
+    assert tier.busiest.nbytes == pytest.approx(2 * 7 / 8 * NBYTES)
+    assert tier.nbytes == pytest.approx(2 * 8 * tier.busiest.nbytes)  # up to the switch and down
+
+
+def test_under_conditions_a_library_still_has_only_its_own_algorithms():
+    network = load_cluster(CONFIGS / "dgx-a100.yaml").network
+    slow = Described(links=(LinkFault(Reach((0,), "scale-up"), 0.5),))
+    found = time_collective(Question(network.take(8), 8, Op.ALL_REDUCE, NBYTES, described=slow))
+    assert {each.algorithm for each in found.candidates} == {"ring"}
+    assert any("what the library offers" in note for note in found.notes)
