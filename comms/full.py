@@ -62,7 +62,6 @@ class Conditions:
     factors: Mapping[int, float] = field(default_factory=dict)  # wire -> share of its rate
     changes: tuple[Change, ...] = ()
     overhead_s: Mapping[int, float] = field(default_factory=dict)  # node -> before each message it sends
-    every_overhead_s: float = 0.0  # the same for all nodes
     noise_s: float = 0.0  # mean of an exponential delay before each message
     seed: int = 0
 
@@ -132,7 +131,7 @@ def _resource(compiled: Compiled, wire: int, factor: float) -> int:
 def _overheads(compiled: Compiled, conditions: Conditions) -> FloatArray:
     """[rank rows] What each sender adds before a message."""
     extra = [conditions.overhead_s.get(int(node), 0.0) for node in compiled.rank_node]
-    return np.array(extra, dtype=np.float64) + conditions.every_overhead_s
+    return np.array(extra, dtype=np.float64)
 
 
 def _swept(compiled: Compiled, rates: FloatArray, conditions: Conditions, record: bool) -> FullResult | None:

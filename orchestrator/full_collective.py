@@ -12,8 +12,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from comms.algorithms import direct, ring
+from comms.algorithms import direct, doubling, ring
 from comms.algorithms.catalog import outline_of
+from comms.algorithms.hierarchical import Way
 from comms.choice import Choice, choose
 from comms.compiled import Job
 from comms.conditions import CALM, Described, Resolved, may_relay, resolve
@@ -139,17 +140,24 @@ def timed_choice(site: Site, choice: Choice, most_messages: int = MOST_MESSAGES)
 
 
 def _most_sends(choice: Choice) -> tuple[int, int]:
-    """(sends, pieces of each) of a choice, without its schedule, if every chip sends in every round.
+    """(sends, pieces of each) of a choice, without its schedule, if every chip sends in every round to all peers.
 
-    Between all pairs go as many as there are pairs or more.
+    Where what a chip holds is not one range of chunks, as many as there are chunks of others: between all pairs, and
+    in halves of an all-reduce over several levels.
     """
     outline = outline_of(choice.algorithm, choice.op, choice.nbytes, choice.moved)
     assert outline is not None
     phases = [phase for channel in outline.channels for phase in channel.phases]
     rounds = sum(stage.repeat for phase in phases for stage in phase)
-    peers = choice.num_chips - 1
-    sends = rounds * (peers if choice.algorithm in direct.SCHEDULES else 1)
-    return choice.num_chips * max(sends, peers if choice.op is Op.ALL_TO_ALL else 0), outline.pieces
+    others, peers = choice.num_chips - 1, 1
+    if choice.algorithm in direct.SCHEDULES:
+        peers = others
+    elif Way.DIRECT in choice.algorithm:
+        peers = max(level.fanout for level in choice.levels) - 1
+    halves = choice.op in (Op.ALL_GATHER, Op.REDUCE_SCATTER)
+    in_parts = halves and (len(choice.levels) > 1 or choice.algorithm in doubling.SCHEDULES)
+    chunks = others if in_parts or choice.op is Op.ALL_TO_ALL else 0
+    return choice.num_chips * max(rounds * peers, chunks), outline.pieces
 
 
 def timed_schedule(site: Site, laid: Laid, nbytes: float) -> FullTiming:

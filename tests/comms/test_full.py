@@ -270,7 +270,6 @@ def test_conditions_slow_a_message_down_as_they_say():
     assert seconds(nbytes=0.0) == 0.5
     assert seconds(Conditions(factors={0: 0.5})) == pytest.approx(10.5)
     assert seconds(Conditions(overhead_s={0: 2.0})) == pytest.approx(7.5)
-    assert seconds(Conditions(every_overhead_s=1.0)) == pytest.approx(6.5)
     down = Conditions(changes=(Change(1.0, 0, 0.0), Change(4.0, 0, 1.0)))
     assert seconds(down) == pytest.approx(8.5)
 

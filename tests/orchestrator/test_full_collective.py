@@ -41,6 +41,16 @@ def test_what_is_surely_too_much_is_refused_without_being_made():
         timed_choice(site, choice)
 
 
+@pytest.mark.parametrize(
+    "name", ["hierarchical direct, halving-doubling", "hierarchical direct", "halving-doubling"]
+)
+def test_scattered_chunks_are_counted_before_they_fill_the_memory(name):
+    site = site_of(load_cluster(CONFIGS / "dgx-a100.yaml").network, 8192)
+    choice = choose(Op.ALL_GATHER, NBYTES, site.members, site.network, name)
+    with pytest.raises(TooManyMessages, match="million messages"):
+        timed_choice(site, choice)
+
+
 def test_a_comparison_leaves_out_what_is_too_large_and_says_so(monkeypatch):
     slow = Described(links=(LinkFault(Between(0, 1), 0.5),))
     asked = Question(
