@@ -112,7 +112,7 @@ def read_nccl_tests(
         )
     if not is_known:
         raise CommsError(
-            "does not say which operation it measured",
+            "the table does not say which operation it measured",
             where,
             "keep the line with the program's name, or say the operation",
         )
@@ -168,12 +168,14 @@ def _program(lines: Sequence[str], where: str, given: Op | None) -> tuple[Op | N
     """The operation (None: point to point), and whether anything says so."""
     found = {match.group(1) for line in lines for match in _PROGRAM.finditer(line)}
     if len(found) > 1:
-        raise CommsError(f"holds runs of {' and '.join(sorted(found))}", where, "give one run at a time")
+        problem = f"the table holds runs of {' and '.join(sorted(found))}"
+        raise CommsError(problem, where, "give one run at a time")
     if not found:
         return given, given is not None
     op = PROGRAMS[found.pop()]
     if given not in (None, op):
-        raise CommsError(f"is of {op or 'sendrecv'}, not of {given}", where, "leave the operation out")
+        problem = f"the table is of {op or 'sendrecv'}, not of {given}"
+        raise CommsError(problem, where, "leave the operation out")
     return op, True
 
 
@@ -186,18 +188,27 @@ def _chips(lines: Sequence[str], where: str, given: int | None) -> int:
             "give one run at a time; if every process is rank 0, nccl-tests was built without MPI=1",
         )
     threads = [match for line in lines if (match := _THREADS.match(line))]
-    found = len(ranks) or (math.prod(int(number) for number in threads[0].groups()) if threads else 0)
+    of_process = math.prod(int(number) for number in threads[0].groups()) if threads else 0
+    found = max(len(ranks), of_process)  # rank lines of one process may be cut, or of its first chip only
     return _agreed_chips(found or None, given, Op.ALL_REDUCE, where)
 
 
 def _agreed_chips(found: int | None, given: int | None, op: Op | None, where: str) -> int:
+    if found == 1:
+        raise CommsError(
+            "the table is of 1 chip, which moves nothing",
+            where,
+            "give a run over two chips or more, with every line about its ranks",
+        )
     if found is not None and given not in (None, found):
-        raise CommsError(f"is of {found} chips, not of {given}", where, "leave the number of chips out")
+        problem = f"the table is of {found} chips, not of {given}"
+        raise CommsError(problem, where, "leave the number of chips out")
     chips = found or given or (None if op else 2)
     if chips is None:
-        raise CommsError("does not say over how many chips", where, "say the number of chips")
+        raise CommsError("the table does not say over how many chips", where, "say the number of chips")
     if chips < 2:
-        raise CommsError(f"is of {chips} chip, which moves nothing", where, "measure over two chips or more")
+        problem = f"a table of {chips} chip{'s' * (chips != 1)}, and that moves nothing"
+        raise CommsError(problem, where, "give a run over two chips or more")
     return chips
 
 
@@ -211,7 +222,7 @@ def _agreed_op(found: str | None, given: Op | None, where: str) -> Op | None:
             f"unknown operation {found!r}", where, f"known are {', '.join(sorted(Op))}"
         ) from None
     if given not in (None, op):
-        raise CommsError(f"is of {op}, not of {given}", where, "leave the operation out")
+        raise CommsError(f"the table is of {op}, not of {given}", where, "leave the operation out")
     return op
 
 

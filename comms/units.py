@@ -38,7 +38,7 @@ class UnitError(ValueError):
 
 
 _DECIMAL = {"k": 3, "M": 6, "G": 9, "T": 12, "P": 15, "E": 18}
-_BINARY = {"Ki": 10, "Mi": 20, "Gi": 30, "Ti": 40, "Pi": 50}
+_BINARY = {"Ki": 10, "Mi": 20, "Gi": 30, "Ti": 40, "Pi": 50, "Ei": 60}
 _SMALL = {"n": -9, "u": -6, "m": -3}
 
 
@@ -54,10 +54,10 @@ def _binary(base: str) -> dict[str, Decimal]:
 
 # Per quantity: unit -> how many base units it is. The base unit comes first.
 UNITS: dict[Quantity, dict[str, Decimal]] = {
-    Quantity.SIZE: _decimal("B", "kMGTP") | _binary("B"),
-    Quantity.DATA_RATE: _decimal("B/s", "kMGTP")
+    Quantity.SIZE: _decimal("B", "kMGTPE") | _binary("B"),
+    Quantity.DATA_RATE: _decimal("B/s", "kMGTPE")
     | _binary("B/s")
-    | _decimal("b/s", "kMGTP", Decimal("0.125")),
+    | _decimal("b/s", "kMGTPE", Decimal("0.125")),
     Quantity.TIME: _decimal("s", "num"),
     Quantity.COMPUTE_RATE: _decimal("FLOP/s", "kMGTPE") | _decimal("OP/s", "kMGTPE"),
     Quantity.FREQUENCY: _decimal("Hz", "kMG"),
@@ -79,8 +79,8 @@ EXAMPLES: dict[Quantity, str] = {
 
 # Units that format_quantity may choose: one ladder per quantity, powers of a thousand, no bits, no OP/s.
 _LADDERS: dict[Quantity, tuple[str, ...]] = {
-    Quantity.SIZE: ("B", "kB", "MB", "GB", "TB", "PB"),
-    Quantity.DATA_RATE: ("B/s", "kB/s", "MB/s", "GB/s", "TB/s", "PB/s"),
+    Quantity.SIZE: ("B", "kB", "MB", "GB", "TB", "PB", "EB"),
+    Quantity.DATA_RATE: ("B/s", "kB/s", "MB/s", "GB/s", "TB/s", "PB/s", "EB/s"),
     Quantity.TIME: ("ns", "us", "ms", "s"),
     Quantity.COMPUTE_RATE: ("FLOP/s", "kFLOP/s", "MFLOP/s", "GFLOP/s", "TFLOP/s", "PFLOP/s", "EFLOP/s"),
     Quantity.FREQUENCY: ("Hz", "kHz", "MHz", "GHz"),

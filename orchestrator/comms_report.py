@@ -9,11 +9,15 @@ from comms.pricing import TierShare
 from comms.schedule import Op
 from orchestrator import wording
 from orchestrator.console import Table, pairs
-from orchestrator.question import Answer, Candidate
+from orchestrator.question import Answer, Candidate, Question
 from orchestrator.size_sweep import Stretch, Sweep, stretches
 
 MOST_CANDIDATES = 6  # of a table; JSON has all
-_BINARY = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
+NO_LIMIT = 0.05  # a tier that would save less of the time than this limits nothing by itself
+NO_TIER = (
+    "where no single tier limits, tiers are balanced or most is setup; --fidelity full shows the busiest wire"
+)
+_BINARY = ("B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
 
 
 def size_in_words(nbytes: float) -> str:
@@ -84,7 +88,7 @@ def sweep_document(sweep: Sweep, cluster: str) -> dict[str, object]:
             for each in stretches(sweep)
         ],
         "notes": [*sweep.notes, *sweep.warnings],
-        "left_out": list(first.left_out),
+        "left_out": list(sweep.left_out),
         "elapsed_s": sweep.elapsed_s,
         "loading_s": sum(each.loading_s for each in sweep.answers),
     }
@@ -143,9 +147,8 @@ def _per_tier(answer: Answer) -> list[dict[str, object]]:
 def tables(answer: Answer, cluster: str) -> tuple[Table, ...]:
     """One answer to read."""
     question = answer.question
-    size = "" if question.op is Op.BARRIER else f" of {size_in_words(question.nbytes)}"
     chips = f"{question.num_chips} chip{'s' if question.num_chips > 1 else ''}"
-    setup = f" (setup {wording.seconds(answer.setup_s)})" if answer.setup_s else ""
+    setup = f" (of which {wording.seconds(answer.setup_s)} setup and handing on)" if answer.setup_s else ""
     rows = [
         ("time", f"{wording.seconds(answer.seconds)}{setup}"),
         ("algorithm", _algorithm(answer)),
@@ -155,16 +158,25 @@ def tables(answer: Answer, cluster: str) -> tuple[Table, ...]:
         rows.append(("algorithm bandwidth", wording.scaled(answer.algbw_bytes_per_s, "B/s")))
         rows.append(("bus bandwidth", wording.scaled(answer.busbw_bytes_per_s, "B/s")))
     if limit := limit_in_words(answer):
-        rows.append(("limited by", limit))
+        rows.append(("limited by", limit + _why_no_tier(answer)))
     if (cut := answer.bisection) is not None:
         rows.append(("bisection of the chips", f"{wording.scaled(cut.bytes_per_s, 'B/s')}, {cut.proof}"))
     rows += [("note", note) for note in answer.notes]
     made = f"{answer.fidelity}, made in {wording.seconds(answer.elapsed_s)}"
     rows.append(("fidelity", made if not answer.full else f"{made}, {_messages(answer)}"))
     rows.append(("left out", "; ".join(answer.left_out)))
-    head = pairs(f"{question.op}{size} over {chips} of {cluster}", rows)
+    head = pairs(f"{_what(question)} over {chips} of {cluster}", rows)
     more = (_level_table(answer), _wire_table(answer), _candidate_table(answer))
     return (head, *(table for table in more if table.rows))
+
+
+def _what(question: Question) -> str:
+    """The operation and its size."""
+    if question.op is Op.BARRIER:
+        return str(question.op)
+    if question.is_uneven:
+        return f"all_to_allv of at most {size_in_words(question.nbytes)} from a chip (the largest row)"
+    return f"{question.op} of {size_in_words(question.nbytes)}"
 
 
 def _algorithm(answer: Answer) -> str:
@@ -186,9 +198,22 @@ def limit_in_words(answer: Answer) -> str:
     tier = answer.limiting_tier
     if tier is None:
         return ""
-    name = level_names(answer.tiers)[answer.tiers.index(tier)]
     share = wording.percent(tier.saved_s / answer.seconds)
+    if tier.saved_s < NO_LIMIT * answer.seconds:
+        return f"no single tier (the best saves {share})"
+    name = level_names(answer.tiers)[answer.tiers.index(tier)]
     return f"{name}: without it {wording.seconds(tier.saved_s)} less ({share})"
+
+
+def _why_no_tier(answer: Answer) -> str:
+    """What limits where no tier does, for the end of a line; empty where one does."""
+    tier = answer.limiting_tier
+    if answer.loads or tier is None or tier.saved_s >= NO_LIMIT * answer.seconds:
+        return ""
+    if answer.setup_s > answer.seconds / 2:
+        return ": most is setup and handing on"
+    balanced = ": pipelined tiers are balanced" if len(answer.tiers) > 1 else ""
+    return f"{balanced}; --fidelity full shows the busiest wire"
 
 
 def _level_table(answer: Answer) -> Table:
@@ -262,15 +287,16 @@ def sweep_tables(sweep: Sweep, cluster: str) -> tuple[Table, ...]:
             wording.scaled(each.algbw_bytes_per_s, "B/s"),
             wording.scaled(each.busbw_bytes_per_s, "B/s"),
             limit_in_words(each),
+            str(each.fidelity),
         )
         for each in sweep.answers
     )
     title = f"{first.question.op} over {first.question.num_chips} chips of {cluster}"
-    heads = ("size", "time", "algorithm", "algorithm bandwidth", "bus bandwidth", "limited by")
+    heads = ("size", "time", "algorithm", "algorithm bandwidth", "bus bandwidth", "limited by", "fidelity")
     found = [Table(title, rows, heads), _stretch_table(stretches(sweep))]
-    made = f"{first.fidelity}, made in {wording.seconds(sweep.elapsed_s)}"
-    facts = [*(("note", note) for note in sweep.notes), ("fidelity", made)]
-    found.append(pairs("how it was made", [*facts, ("left out", "; ".join(first.left_out))]))
+    notes = [*sweep.notes, *([NO_TIER] if any(map(_why_no_tier, sweep.answers)) else [])]
+    facts = [*(("note", note) for note in notes), ("made in", wording.seconds(sweep.elapsed_s))]
+    found.append(pairs("how it was made", [*facts, ("left out", "; ".join(sweep.left_out))]))
     return tuple(found)
 
 

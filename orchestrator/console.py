@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
@@ -214,9 +215,14 @@ class Console:
     def _draw(self, tables: Sequence[Table], file: TextIO) -> None:
         from rich.console import Console as RichConsole
 
-        rich = RichConsole(file=file, width=None if file.isatty() else PIPE_WIDTH)
+        if file.isatty():
+            for table in tables:
+                _draw_table(RichConsole(file=file), table)
+            return
+        plain = StringIO()  # rich fills lines with blanks, which a pipe has no use for
         for table in tables:
-            _draw_table(rich, table)
+            _draw_table(RichConsole(file=plain, width=PIPE_WIDTH), table)
+        file.writelines(f"{line.rstrip()}\n" for line in plain.getvalue().splitlines())
 
 
 class _Spinner:

@@ -2,9 +2,11 @@
 
 A rule, not a search: the least model parallelism whose weights, gradients and optimizer state take at most
 `STATE_SHARE` of a chip's memory, tensor parallelism only inside a host, pipeline stages beyond that, and the rest
-data parallel. Activations are not estimated here; `simulate` measures them on the Program and says if it fits.
+data parallel. Activations are not estimated here; `simulate` measures them on the Program and says if it fits. What a
+model cannot be split by is not known here either: degrees that were refused are told, and others are chosen.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
 
@@ -36,8 +38,23 @@ class Wish:
     seq: int = 1
 
 
-def choose_plan(job: Job, cluster: Cluster, num_params: int) -> Plan:
-    """The plan of a job for all chips of `cluster`. Raises PlanError with the arithmetic when degrees cannot work."""
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Degrees that a model cannot be split by, and why. Taken to hold for larger ones too."""
+
+    tp: int
+    pp: int
+    problem: str
+
+    def covers(self, tp: int, pp: int) -> bool:
+        return tp >= self.tp and pp >= self.pp
+
+
+def choose_plan(job: Job, cluster: Cluster, num_params: int, refused: Sequence[Refusal] = ()) -> Plan:
+    """The plan of a job for all chips of `cluster`, by none of the degrees that were refused.
+
+    Raises PlanError with the arithmetic when degrees cannot work.
+    """
     asked = job.plan
     schedule = Schedule(str(asked.schedule))
     wish = Wish(
@@ -51,7 +68,7 @@ def choose_plan(job: Job, cluster: Cluster, num_params: int) -> Plan:
         job.dtype,
         job.seq,
     )
-    return fulfil(wish, cluster, num_params)
+    return fulfil(wish, cluster, num_params, refused)
 
 
 def split_chips(cluster: Cluster, global_batch: int, num_params: int) -> Plan:
@@ -59,7 +76,7 @@ def split_chips(cluster: Cluster, global_batch: int, num_params: int) -> Plan:
     return fulfil(Wish(global_batch), cluster, num_params)
 
 
-def fulfil(wish: Wish, cluster: Cluster, num_params: int) -> Plan:
+def fulfil(wish: Wish, cluster: Cluster, num_params: int, refused: Sequence[Refusal] = ()) -> Plan:
     """The plan that the rule gives for a wish."""
     chips = cluster.num_chips
     given = {"dp": wish.dp, "tp": wish.tp, "pp": wish.pp}
@@ -74,12 +91,32 @@ def fulfil(wish: Wish, cluster: Cluster, num_params: int) -> Plan:
         dp = chips // max(tp * pp for tp, pp in candidates)
         raise PlanError(f"global_batch {wish.global_batch} is not a multiple of dp {dp}", "plan",
                         f"use --global-batch {ceil(wish.global_batch / dp) * dp}, or a smaller dp")  # fmt: skip
+    if refused:
+        splitting = _not_refused(splitting, refused, wish, cluster)
     tp, pp = min(splitting, key=lambda c: _rank(c, wish, cluster, num_params))
     dp = chips // (tp * pp)
     return Plan(
         dp=dp, tp=tp, pp=pp, zero=wish.zero, schedule=wish.schedule,
         microbatches=choose_microbatches(wish, dp, pp),
     )  # fmt: skip
+
+
+def _not_refused(
+    candidates: list[tuple[int, int]], refused: Sequence[Refusal], wish: Wish, cluster: Cluster
+) -> list[tuple[int, int]]:
+    """Degrees that are left; a tp that spans hosts is no way out, as a model that it does not cut is only copied."""
+    widest = wish.tp or cluster.chips_per_host
+    left = [c for c in candidates if c[0] <= widest and not any(each.covers(*c) for each in refused)]
+    if not left:
+        least = min(refused, key=lambda each: each.tp), min(refused, key=lambda each: each.pp)
+        chips, why = cluster.num_chips, "; ".join(dict.fromkeys(each.problem for each in least))
+        given = "change the degrees that are asked for, " if wish.tp or wish.pp or wish.dp else ""
+        raise PlanError(
+            f"the model cannot be split over {chips} chips: {why}",
+            f"--chips {chips}",
+            f"{given}take fewer chips, or more than {wish.global_batch} sequences a step (--global-batch)",
+        )
+    return left
 
 
 def choose_microbatches(wish: Wish, dp: int, pp: int) -> int:

@@ -16,9 +16,9 @@ from orchestrator.cluster import Cluster
 from orchestrator.errors import CaptureError, PlanError
 from orchestrator.job import Dtype, Job
 from orchestrator.model_specs import SourceKind, parse_model
-from orchestrator.plan_choice import choose_plan
+from orchestrator.plan_choice import Refusal, choose_plan
 from partitioner.errors import CaptureError as ModelCannotBeCaptured
-from partitioner.errors import PartitionError
+from partitioner.errors import PartitionError, ProgramError
 from partitioner.plan import Plan
 from partitioner.program import Program
 
@@ -69,8 +69,23 @@ def prepare(
     progress = progress or Quiet()
     spec = parse_model(job.model)
     cacheable = use_cache and spec.kind in (SourceKind.BUILTIN, SourceKind.HF) and not _is_file(spec.target)
-    if plan is None:
-        plan = choose_plan(job, cluster, _num_params(job, progress, cacheable))
+    if plan is not None:
+        return _prepared(cluster, job, plan, progress, cacheable)
+    num_params = _num_params(job, progress, cacheable)
+    refused: list[Refusal] = []
+    while True:
+        plan = choose_plan(job, cluster, num_params, refused)
+        try:
+            return _prepared(cluster, job, plan, progress, cacheable)
+        except PlanError as error:
+            is_open = job.plan.tp is None or job.plan.pp is None
+            cause = error.__cause__  # a Program that breaks a rule is no refusal, but our bug
+            if not is_open or not isinstance(cause, PartitionError) or isinstance(cause, ProgramError):
+                raise
+            refused.append(Refusal(plan.tp, plan.pp, error.problem))
+
+
+def _prepared(cluster: Cluster, job: Job, plan: Plan, progress: Progress, cacheable: bool) -> Prepared:
     _check(plan, job, cluster)
     key = program_cache.key_of(_content(job, plan))
     program = program_cache.load_program(key) if cacheable else None

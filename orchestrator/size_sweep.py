@@ -5,11 +5,18 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import groupby
 
+from comms.choice import AUTO
 from comms.errors import CommsError
+from comms.pricing import Fidelity
+from comms.synthesis import TREES as SYNTHESIZED_OPS
 from orchestrator.collective import Phase, quiet, time_collective
 from orchestrator.question import Answer, Question
 
 FACTOR = 2
+NOT_SYNTHESIZED = (
+    "schedules made for this network are not looked for at each size, though one may be faster: "
+    "ask for one size, or for --algorithm synthesized"
+)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -21,8 +28,14 @@ class Sweep:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What any of the answers notes, once."""
-        return tuple(dict.fromkeys(note for each in self.answers for note in each.notes))
+        """What any of the answers notes, once, and what a single answer would have looked at."""
+        own = (NOT_SYNTHESIZED,) if any(map(_may_be_synthesized, self.answers)) else ()
+        return tuple(dict.fromkeys((*(note for each in self.answers for note in each.notes), *own)))
+
+    @property
+    def left_out(self) -> tuple[str, ...]:
+        """What any of the answers does not model, once."""
+        return tuple(dict.fromkeys(left for each in self.answers for left in each.left_out))
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -38,6 +51,13 @@ class Stretch:
     protocol: str
     first: float
     last: float
+
+
+def _may_be_synthesized(answer: Answer) -> bool:
+    """Whether a schedule made for the network would have been looked for: fixed algorithms met message by message."""
+    question = answer.question
+    met = answer.fidelity is Fidelity.FULL and not answer.tiers and question.num_chips > 1
+    return met and question.algorithm == AUTO and question.schedule is None and question.op in SYNTHESIZED_OPS
 
 
 def sizes_between(low: float, high: float) -> tuple[float, ...]:

@@ -1,8 +1,12 @@
 """Topology plot: chips, switches and links, coloured by rate or by how busy a collective keeps them.
 
 Small networks are drawn whole, large ones as an excerpt. Thick and dark is much. Links that are down are dashed.
+Switches that stand side by side are moved apart as far as their letters need on paper; where there is no room for
+that, all but the first of a row have their number only.
 """
 
+from collections import defaultdict
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from comms.network import Network
@@ -10,7 +14,7 @@ from orchestrator import wording
 from orchestrator.figures import FAINT, INK, blank_figure, png_bytes
 from orchestrator.question import Answer
 from orchestrator.topology_excerpt import excerpt
-from orchestrator.topology_layout import Kind, Line, Picture, layout
+from orchestrator.topology_layout import Kind, Line, Node, Picture, layout
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -23,6 +27,9 @@ THIN, THICK = 0.8, 4.5
 _INCHES = 0.62  # per chip
 _TITLE_INCHES = 0.125  # per letter
 _MOST_TICKS = 6
+_WIDEST = 22.0  # inches, of a figure
+_BESIDE_INCHES = 3.0  # margins and the colour bar
+_LETTER_INCHES = 0.011  # of a letter in a box, per point of its size
 
 
 def topology_png(answer: Answer, cluster: str) -> bytes:
@@ -59,8 +66,13 @@ def picture_png(picture: Picture, title: str, measure: str) -> bytes:
     """A picture as PNG. `measure`: what lines are coloured by, `busy` or `rate`."""
     xs, ys = [node.x for node in picture.nodes], [node.y for node in picture.nodes]
     width, height = max(xs) - min(xs), max(ys) - min(ys)
-    least = max(4.0 + _INCHES * width, _TITLE_INCHES * len(title))
-    figure = blank_figure(min(22.0, least), min(14.0, max(4.5, 2.4 + 0.95 * height)))
+    values = {line.value for line in picture.lines if line.value}
+    if measure == "rate" and len(values) == 1:
+        title = f"{title}: {wording.scaled(max(values), 'B/s')} each way"
+    inches = min(_WIDEST, max(4.0 + _INCHES * width, _TITLE_INCHES * len(title)))
+    picture = apart(picture, (inches - _BESIDE_INCHES) / max(width, 1.0))
+    xs = [node.x for node in picture.nodes]
+    figure = blank_figure(inches, min(14.0, max(4.5, 2.4 + 0.95 * height)))
     axes = figure.add_subplot()
     axes.set_axis_off()
     _draw_lines(figure, axes, picture, measure)
@@ -69,6 +81,42 @@ def picture_png(picture: Picture, title: str, measure: str) -> bytes:
     axes.set_ylim(min(ys) - 0.8, max(ys) + 0.8)
     axes.set_title(title, loc="left", fontsize=12, fontweight="bold")
     return png_bytes(figure)
+
+
+def apart(picture: Picture, inches_per_unit: float) -> Picture:
+    """The same picture with no switch on its neighbour's letters."""
+    rows: dict[float, list[int]] = defaultdict(list)
+    for number, node in enumerate(picture.nodes):
+        if node.kind is Kind.SWITCH:
+            rows[node.y].append(number)
+    nodes = list(picture.nodes)
+    room = max(node.x for node in nodes) - min(node.x for node in nodes)
+    for row in rows.values():
+        row.sort(key=lambda number: (nodes[number].x, number))
+        if _least(nodes, row, inches_per_unit) * (len(row) - 1) > room:
+            for number in row[1:]:
+                nodes[number] = replace(nodes[number], text=nodes[number].text.split()[-1])
+            least = _least(nodes, row[1:], inches_per_unit)
+        else:
+            least = _least(nodes, row, inches_per_unit)
+        xs: list[float] = []
+        for number in row:
+            xs.append(max(nodes[number].x, xs[-1] + least) if xs else nodes[number].x)
+        shift = sum(nodes[number].x - x for number, x in zip(row, xs, strict=True)) / len(row)
+        for number, x in zip(row, xs, strict=True):
+            nodes[number] = replace(nodes[number], x=x + shift)
+    return replace(picture, nodes=tuple(nodes))
+
+
+def _least(nodes: list[Node], row: list[int], inches_per_unit: float) -> float:
+    """How far the middles of two boxes have to be from each other."""
+    widest = max((len(line) for number in row for line in nodes[number].text.split("\n")), default=0)
+    return (widest + 2) * _LETTER_INCHES * _points(len(nodes)) / inches_per_unit
+
+
+def _points(num_nodes: int) -> float:
+    """Size of letters."""
+    return 7 if num_nodes > 40 else 8.5
 
 
 def _draw_lines(figure: "Figure", axes: "Axes", picture: Picture, measure: str) -> None:
@@ -87,7 +135,7 @@ def _draw_lines(figure: "Figure", axes: "Axes", picture: Picture, measure: str) 
     for line in picture.lines:
         share = 0.0 if not line.value else float(norm(line.value))
         _draw_line(axes, picture, line, colours(0.15 + 0.85 * share), THIN + (THICK - THIN) * share)
-    if values:
+    if values and (measure == "busy" or len(set(values)) > 1):
         bar = figure.colorbar(ScalarMappable(norm, colours), ax=axes, shrink=0.7, pad=0.01)
         if measure == "busy":
             bar.set_label("busy (the busier direction)")
@@ -129,14 +177,13 @@ def _draw_nodes(axes: "Axes", picture: Picture) -> None:
         Kind.MORE: {"boxstyle": "round,pad=0.4", "facecolor": "white", "edgecolor": FAINT, "linestyle": "--"},
     }
     for node in picture.nodes:
-        small = 7 if len(picture.nodes) > 40 else 8.5
         axes.text(
             node.x,
             node.y,
             node.text,
             ha="center",
             va="center",
-            fontsize=small,
+            fontsize=_points(len(picture.nodes)),
             color=INK,
             bbox={"linewidth": 0.8, **looks[node.kind]},
             zorder=3,

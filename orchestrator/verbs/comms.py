@@ -44,6 +44,8 @@ def main(options: Options, console: Console) -> int:
         if options.tiers:  # of a cluster that grows as asked for, every tier that it may get
             return _tiers(whole if options.chips is None else whole.take(options.chips), options, console)
         cluster = whole.take(options.chips)
+        if any(fault.slowdown > 1 for fault in cluster.conditions.chips):
+            console.warn("`slowdown` of chips has no effect here, where nothing computes: simulate counts it")
         if is_uneven(options.op):
             return _one(cluster, _uneven_question(cluster, options, console), options, console)
         algorithm = read_algorithm(options.algorithm, options.op)

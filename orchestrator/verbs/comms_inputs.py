@@ -23,6 +23,8 @@ from orchestrator.schema import nearest
 from orchestrator.size_sweep import sizes_between
 
 UNEVEN = "all_to_allv"  # an all-to-all with parts of all sizes
+MOST_NBYTES = 2**60  # of one collective
+FLAGS = {"algorithm": "--algorithm", "size": "--size"}  # what the network calls it, and what people type
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +42,7 @@ def told(where: str) -> Iterator[None]:
         yield
     except CommsError as error:
         hint = error.hint or "change what is asked for"
-        raise ConfigError(error.problem, error.where or where, hint) from error
+        raise ConfigError(error.problem, FLAGS.get(error.where, error.where) or where, hint) from error
 
 
 def read_op(text: str | None) -> Op:
@@ -67,6 +69,8 @@ def read_size(text: str, flag: str) -> float:
         raise ConfigError(error.problem, flag, error.hint) from error
     if nbytes != int(nbytes):
         raise ConfigError(f"{text} is {nbytes:g} bytes", flag, "give a whole number of bytes")
+    if nbytes > MOST_NBYTES:
+        raise ConfigError(f"{text} is more than any chip holds", flag, "give at most 1 EiB, such as 64 MiB")
     return nbytes
 
 
@@ -79,14 +83,21 @@ def read_parts(text: str | None, num_chips: int) -> FloatArray:
         )
     with Path(text).open(newline="", encoding="utf-8") as lines:
         rows = [row for row in csv.reader(lines) if row]
+    if not rows:
+        raise ConfigError("the table is empty", text, f"give {num_chips} rows of {num_chips} sizes")
     if len(rows) != num_chips or any(len(row) != num_chips for row in rows):
         found = f"{len(rows)} rows of {', '.join(map(str, sorted({len(row) for row in rows})))} columns"
         raise ConfigError(
             f"{found} for {num_chips} chips", text, "give a row and a column per chip, or --chips"
         )
-    return np.array(
+    parts = np.array(
         [[_part(cell.strip(), f"{text}, row {row + 1}") for cell in cells] for row, cells in enumerate(rows)]
     )
+    if num_chips > 1 and not (parts - np.diag(np.diag(parts))).any():
+        raise ConfigError(
+            "no chip sends another one anything", text, "give sizes above zero off the diagonal"
+        )
+    return parts
 
 
 def _part(cell: str, where: str) -> float:
@@ -98,8 +109,11 @@ def read_sizes(text: str) -> tuple[float, ...]:
     low, dots, high = text.partition("..")
     if not dots:
         raise ConfigError(f"{text!r} is not a range", "--sweep", "write it like 1KiB..1GiB")
-    with told("--sweep"):
-        return sizes_between(read_size(low, "--sweep"), read_size(high, "--sweep"))
+    ends = read_size(low, "--sweep"), read_size(high, "--sweep")
+    try:
+        return sizes_between(*ends)
+    except CommsError as error:
+        raise ConfigError(f"there are no sizes in {text}", "--sweep", error.hint) from error
 
 
 def read_algorithm(text: str | None, op: str | None) -> Algorithm:
@@ -107,6 +121,10 @@ def read_algorithm(text: str | None, op: str | None) -> Algorithm:
     if text is None:
         return Algorithm()
     if not Path(text).is_file():
+        if "/" in text or Path(text).suffix:
+            raise ConfigError(
+                f"there is no file {text}", "--algorithm", "check the path, or give the name of an algorithm"
+            )
         known = (AUTO, SYNTHESIZED, *names(read_op(op)))
         if text not in known:
             hint = nearest(text, known)

@@ -11,7 +11,8 @@ from orchestrator.cluster_file import load_cluster
 from orchestrator.errors import PlanError
 from orchestrator.job import Dtype
 from orchestrator.job_file import load_job
-from orchestrator.plan_choice import STATE_BYTES, STATE_SHARE, Wish, choose_plan, fulfil, split_chips
+from orchestrator.plan_choice import STATE_BYTES, STATE_SHARE, Refusal, Wish, choose_plan, fulfil, split_chips
+from orchestrator.preparation import prepare
 from orchestrator.shipped import cluster_path
 from partitioner.plan import Schedule
 
@@ -88,6 +89,33 @@ def test_the_hint_for_a_batch_names_one_that_works() -> None:
         fulfil(Wish(6, tp=1, pp=1), POD.take(4), 10**6)
     assert "--global-batch 8" in caught.value.hint
     assert fulfil(Wish(8, tp=1, pp=1), POD.take(4), 10**6).dp == 4
+
+
+def test_degrees_that_a_model_refused_are_not_chosen_again() -> None:
+    cluster, wish = POD.take(1024), Wish(32)
+    first = fulfil(wish, cluster, 10**6)
+    assert (first.tp, first.pp) == (8, 4)
+    second = fulfil(wish, cluster, 10**6, [Refusal(8, 4, "4 heads do not divide by tp 8")])
+    assert (second.dp, second.tp, second.pp) == (32, 4, 8)
+
+
+@pytest.mark.parametrize(
+    ("asked", "hint"), [(Wish(32), "take fewer chips"), (Wish(32, tp=8), "degrees that are")]
+)
+def test_where_every_split_was_refused_the_reasons_and_ways_out_are_told(asked: Wish, hint: str) -> None:
+    refused = [Refusal(8, 1, "4 heads do not divide by tp 8"), Refusal(1, 8, "4 pieces for 8 stages")]
+    with pytest.raises(PlanError, match=r"over 1024 chips: .*4 heads do not divide by tp 8") as caught:
+        fulfil(asked, POD.take(1024), 10**6, refused)
+    assert caught.value.where == "--chips 1024"
+    assert hint in caught.value.hint
+
+
+def test_a_job_whose_heads_do_not_divide_gets_stages_instead(tiny_job: Any) -> None:
+    job = tiny_job("global_batch=1")
+    prepared = prepare(POD.take(8), job, use_cache=False)
+    assert (prepared.plan.tp, prepared.plan.pp) == (4, 2)
+    with pytest.raises(PlanError, match="do not divide by tp 8"):  # what is asked for is never changed
+        prepare(POD.take(8), tiny_job("global_batch=1", "plan.tp=8", "plan.pp=1"), use_cache=False)
 
 
 def test_a_batch_that_does_not_split_moves_chips_to_model_parallelism() -> None:
