@@ -34,6 +34,7 @@ from comms.topology import IntArray
 TORUS, MESH, ROTATED, LINE = "torus", "mesh", "rotated torus", "line"
 FILLING = 1 / 32  # of the time with endless pieces, what filling pipelines may cost more
 BOTH_WAYS = (1, -1)
+ROUNDING = 1e-9  # of a rate that was multiplied and divided by the same numbers
 
 
 def all_reduce(
@@ -150,7 +151,7 @@ def _name(rotated: bool, wraps: Sequence[bool] | bool) -> str:
 def has_own_wires(level: Level, inner: int) -> bool:
     """Whether chips have wires of their own to their neighbours along this dimension, at its full rate."""
     sides = 1 if level.fanout == 2 else 2
-    return level.ring and level.rate(sides * inner) >= level.bytes_per_s
+    return level.ring and level.rate(sides * inner) >= level.bytes_per_s * (1 - ROUNDING)
 
 
 def _suits(span: tuple[Level, int], ring: bool) -> bool:

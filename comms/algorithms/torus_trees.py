@@ -26,11 +26,12 @@ that leaves as number k and goes d hops is there after (k + d - 1) p / r + d l, 
 slower than the first.
 
 Outlines have the root at the first chip, at the end of all lines, and are exact for chips with a wire of their own to
-each neighbour. Not modelled: chips that hang on a router by one wire, by which all that they send would leave.
+each neighbour. Parts by several trees over links of different rates are an exception: there an outline may be an upper
+bound, by at most 5 %. Not modelled: chips that hang on a router by one wire, by which all that they send would leave.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from math import ceil
 from typing import TypeAlias
@@ -62,7 +63,7 @@ WHOLE = (Op.BROADCAST, Op.REDUCE, Op.ALL_REDUCE)  # these go in pieces
 IN_PARTS = (Op.SCATTER, Op.GATHER)
 ONCE = (Op.BROADCAST, Op.REDUCE, *IN_PARTS)  # over a wire: there or back, so that several trees have room
 FROM_THE_MIDDLE = (Op.ALL_REDUCE, Op.BARRIER)
-CLOSE = 1.001  # what all fidelities agree within
+QUEUING = 1.05  # how much longer than what it takes at least an upper bound may be that is given
 MOST_CHIPS = 2**17  # whose ways are looked at one by one
 
 Phases: TypeAlias = tuple[tuple[Round, ...], ...]
@@ -140,8 +141,8 @@ def outline(
 ) -> Outline | None:
     """Over dimensions that are gone round where `wraps`; rotated, of two trees or more the one that takes longest.
 
-    None for parts cut into pieces, for parts by several trees where they may queue, and where lines from the middle
-    are the same as rings.
+    None for parts cut into pieces, for parts by several trees where these may queue for long, and where lines from
+    the middle are the same as rings.
     """
     assert op in ONCE or not rotated, f"{op} fills the wires both ways"
     dims = _dims(num_members(levels), [level.fanout for level in levels], wraps)
@@ -236,21 +237,22 @@ def _stages(
 def _parts_in_turn(
     name: str, num_ranks: int, trees: tuple[_Tree, ...], part: float, hops: Mapping[_Dim, Hop]
 ) -> Outline | None:
-    """Of several trees the one that takes longest, if that is one that starts along the slowest links.
+    """The tree that takes longest, exact if it is one that starts along the slowest links.
 
-    In others parts queue on their way; they take at most as long as if they left the root at the slowest rate too.
+    In others parts queue on their way. They take at least what they would if they did not, and at most as long as if
+    they left the root at the slowest rate too: that stands for them where it is at most QUEUING times as long as what
+    all take at least. Else None.
     """
     slowest = min(hop.bytes_per_s for hop in hops.values())
-    exact: list[Outline] = []
-    others: list[Outline] = []
+    least: list[Outline] = []
+    most: list[Outline] = []
     for tree in trees:
-        hop = hops[tree.dims[0]]
-        held_back = {**hops, tree.dims[0]: Hop(hop.latency_s, slowest)}
-        found = Outline(name, (_last_part(num_ranks, tree, part, held_back),), (0,))
-        (exact if hop.bytes_per_s == slowest else others).append(found)
-    longest = max(exact, key=closed_seconds)
-    most_s = closed_seconds(longest) * CLOSE
-    return longest if all(closed_seconds(other) <= most_s for other in others) else None
+        held_back = {**hops, tree.dims[0]: replace(hops[tree.dims[0]], bytes_per_s=slowest)}
+        for found, rates in ((least, hops), (most, held_back)):
+            found.append(Outline(name, (_last_part(num_ranks, tree, part, rates),), (0,)))
+    longest = max(most, key=closed_seconds)
+    least_s = max(map(closed_seconds, least))
+    return longest if closed_seconds(longest) <= least_s * QUEUING else None
 
 
 def _last_part(num_ranks: int, tree: _Tree, part: float, hops: Mapping[_Dim, Hop]) -> tuple[Stage, ...]:

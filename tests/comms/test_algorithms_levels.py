@@ -490,12 +490,17 @@ def test_hierarchies_take_as_long_as_outlined(name, data):
         check_time(outline, schedule, tiered(levels), at_once)
 
 
-def check_rooted(op, levels, data, *, name=LINEAR):
-    """`check_time` of a hierarchy to or from any root."""
+def rooted(op, levels, data, *, name=LINEAR, pieces=1):
+    """Outline and schedule of a hierarchy to or from any root."""
     num_ranks = prod(fanouts_of(levels))
     root = data.draw(st.integers(0, num_ranks - 1))
-    schedule = hierarchical_rooted.SCHEDULES[name][op](num_ranks, root, fanouts=fanouts_of(levels))
-    check_time(hierarchical_rooted.OUTLINES[name][op](NBYTES, levels), schedule, tiered(levels))
+    make, outline = hierarchical_rooted.SCHEDULES[name][op], hierarchical_rooted.OUTLINES[name][op]
+    schedule = make(num_ranks, root, fanouts=fanouts_of(levels), pieces=pieces)
+    return outline(NBYTES, levels, pieces=pieces), schedule
+
+
+def check_rooted(op, levels, data, **options):
+    check_time(*rooted(op, levels, data, **options), tiered(levels))
 
 
 @pytest.mark.parametrize("name", hierarchical.SCHEDULES)
@@ -503,27 +508,47 @@ def check_rooted(op, levels, data, *, name=LINEAR):
 @given(data=st.data())
 def test_hierarchical_reduces_take_as_long_as_outlined(name, data):
     digits = st.lists(st.sampled_from([2, 4] if Way.DOUBLING in name else [2, 3, 4]), min_size=2, max_size=2)
-    check_rooted(
-        Op.REDUCE, data.draw(switched_levels(st.one_of(digits, st.just([2, 2, 2])))), data, name=name
-    )
+    shapes = st.one_of(digits, st.just([2, 2, 2]))
+    check_rooted(Op.REDUCE, data.draw(switched_levels(shapes)), data, name=name)
+    levels, pieces = data.draw(switched_levels(shapes, own_ports=True)), data.draw(st.integers(2, 4))
+    check_rooted(Op.REDUCE, levels, data, name=name, pieces=pieces)
 
 
 @PATIENT
-@given(switched_levels(few_digits), st.data())
-def test_hierarchical_gathers_take_as_long_as_outlined(levels, data):
+@given(switched_levels(few_digits), switched_levels(few_digits, own_ports=True), st.data())
+def test_hierarchical_gathers_take_as_long_as_outlined(levels, own_ports, data):
     check_rooted(Op.GATHER, levels, data)
+    check_rooted(Op.GATHER, own_ports, data, pieces=data.draw(st.integers(2, 3)))
 
 
 @PATIENT
-@given(switched_levels(few_digits, tapered=False), st.data())
-def test_hierarchical_scatters_take_as_long_as_outlined(levels, data):
+@given(switched_levels(few_digits, False), switched_levels(few_digits, False, True), st.data())
+def test_hierarchical_scatters_take_as_long_as_outlined(levels, own_ports, data):
     check_rooted(Op.SCATTER, levels, data)
+    check_rooted(Op.SCATTER, own_ports, data, pieces=data.draw(st.integers(2, 3)))
 
 
 @PATIENT
 @given(switched_levels(few_digits, tapered=False, own_ports=True), st.data())
 def test_hierarchical_broadcasts_over_ports_of_their_own_take_as_long_as_outlined(levels, data):
     check_rooted(Op.BROADCAST, levels, data, name="hierarchical ring")
+
+
+@PATIENT
+@given(switched_levels(few_digits, tapered=False, own_ports=True), st.integers(2, 6), st.data())
+def test_a_broadcast_in_pieces_takes_a_few_messages_of_one_piece_more_than_outlined(levels, pieces, data):
+    outline, schedule = rooted(Op.BROADCAST, levels, data, name="hierarchical ring", pieces=pieces)
+    ratio = played(schedule, NBYTES, tiered(levels)) / closed_seconds(outline)
+    assert 1 - 1e-6 <= ratio <= 1 + 0.26 / pieces
+
+
+@PATIENT
+@given(switched_levels(few_digits, tapered=False, own_ports=True), st.data())
+def test_a_broadcast_in_its_pieces_is_not_slower_than_in_one(levels, data):
+    pieces = hierarchical_rooted.best_pieces(Op.BROADCAST, NBYTES, levels)
+    whole, _ = rooted(Op.BROADCAST, levels, data, name="hierarchical ring")
+    _, schedule = rooted(Op.BROADCAST, levels, data, name="hierarchical ring", pieces=min(pieces, 8))
+    assert played(schedule, NBYTES, tiered(levels)) <= closed_seconds(whole) * (1 + 1e-6)
 
 
 @pytest.mark.parametrize(("op", "name"), [(Op.SCATTER, LINEAR), (Op.BROADCAST, "hierarchical ring")])
@@ -644,6 +669,45 @@ def test_hierarchies_get_about_the_best_number_of_pieces(levels, nbytes):
         times = {q: closed_seconds(outline(nbytes, levels, pieces=q)) for q in {1, chosen, *range(2, 65, 3)}}
         assert times[chosen] <= times[1]
         assert times[chosen] <= 1.15 * min(times.values())
+
+
+@PATIENT
+@given(switched_levels(few_digits, tapered=False, own_ports=True), st.floats(1.0, 1e4))
+def test_rooted_hierarchies_get_about_the_best_number_of_pieces(levels, nbytes):
+    for name, ops in hierarchical_rooted.PIECES.items():
+        for op, pieces_of in ops.items():
+            outline = hierarchical_rooted.OUTLINES[name][op]
+            if outline(nbytes, levels) is None:
+                assert pieces_of(nbytes, levels) == 1
+                continue
+            chosen = pieces_of(nbytes, levels)
+            times = {
+                q: closed_seconds(outline(nbytes, levels, pieces=q)) for q in {1, chosen, *range(2, 65, 5)}
+            }
+            assert times[chosen] <= times[1]
+            assert times[chosen] <= (1.25 if op is Op.BROADCAST else 1.15) * min(times.values())
+
+
+def test_levels_that_share_a_port_and_rings_get_one_piece_from_and_to_a_root():
+    port, ring = Level("switch", 4, 0.0, 1.0, 1.0), Level("wire", 4, 0.0, 1.0, 2.0, ring=True)
+    beyond = Level("switch", 4, 0.0, 1.0, 4.0, port=1)
+    for ops in hierarchical_rooted.PIECES.values():
+        for pieces_of in ops.values():
+            assert pieces_of(1e9, (port, beyond)) > 1
+            assert pieces_of(1e9, (port, port)) == pieces_of(1e9, (ring, beyond)) == 1
+
+
+@pytest.mark.parametrize("hosts", [2, 8, 32])
+@pytest.mark.parametrize(("nbytes", "most"), [(1 << 26, 1.06), (1 << 30, 1.02)])
+def test_a_reduce_over_rails_takes_about_as_long_as_an_all_reduce(hosts, nbytes, most):
+    levels = (Level("fabric", 8, 6e-7, 274e9, 274e9), Level("net", hosts, 1.3e-6, 24e9, 192e9, port=1))
+    name = "hierarchical direct, ring"
+
+    def seconds(family, op):
+        pieces = family.PIECES[name][op](nbytes, levels)
+        return closed_seconds(family.OUTLINES[name][op](nbytes, levels, pieces=pieces))
+
+    assert seconds(hierarchical_rooted, Op.REDUCE) <= most * seconds(hierarchical, Op.ALL_REDUCE)
 
 
 def test_switches_that_reduce_beat_the_bandwidth_bound_of_rings():

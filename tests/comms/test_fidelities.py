@@ -108,6 +108,8 @@ def test_the_three_fidelities_agree(op, name, data):
     seconds = full_seconds(choice, range(num_chips), network)
     if name == "double tree" and num_chips & (num_chips - 1):  # its leaves differ: an upper bound
         assert 0.85 * choice.transfer_s <= seconds <= choice.transfer_s * (1 + CLOSE)
+    elif name.startswith("rotated") and op in (Op.SCATTER, Op.GATHER):  # parts may queue: an upper bound
+        assert choice.transfer_s / 1.05 * (1 - CLOSE) <= seconds <= choice.transfer_s * (1 + CLOSE)
     elif name.startswith("hierarchical") and op in (Op.BROADCAST, Op.SCATTER):  # not all at the same time
         assert 0.45 * choice.transfer_s <= seconds <= 1.25 * choice.transfer_s
     else:
