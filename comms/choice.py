@@ -13,14 +13,14 @@ from dataclasses import dataclass, replace
 from math import inf
 
 from comms.algorithms.catalog import (
-    IN_NETWORK,
+    BY_SWITCHES,
     considered,
+    hidden_latency_s,
     joins_likes,
     names,
     outline_of,
     schedule_of,
 )
-from comms.algorithms.in_network import IN_NETWORK_STAGES
 from comms.closed import closed_seconds
 from comms.errors import CommsError
 from comms.folded import folded_seconds
@@ -137,14 +137,11 @@ def _tried(
         for levels, is_folded in _folds(members, network, joins_likes(name), flat):
             blank = Choice(op, nbytes, num_chips, name, protocol, 0.0, 0.0, levels, is_folded, inside)
             outline = outline_of(name, op, nbytes, blank.moved)
-            if outline is None or (name == IN_NETWORK and not is_folded):
+            if outline is None or (name in BY_SWITCHES and not is_folded):
                 continue
-            latency, wire = _latency_and_wire(name, outline)
-            setup = tier.setup_s + protocol.handing_on_s(latency, wire)
-            if (
-                name == IN_NETWORK and protocol.pipelined
-            ):  # its stages inside the switch, which no message shows
-                setup += latency * (1 - 1 / IN_NETWORK_STAGES)
+            latency, wire = _latency_and_wire(outline)
+            hidden = hidden_latency_s(name, blank.moved) if protocol.pipelined else 0.0
+            setup = tier.setup_s + hidden + protocol.handing_on_s(latency + hidden, wire)
             choices.append(replace(blank, setup_s=setup, transfer_s=closed_seconds(outline)))
     exact = [choice for choice in choices if choice.is_folded]
     return exact or choices  # a guess is no match for what is known
@@ -176,24 +173,27 @@ def _offered(op: Op, num_chips: int, tier: Tier, algorithm: str) -> list[tuple[s
 
     What the library offers, if that is anything for this operation, else all with all.
     """
-    wanted = considered(op, num_chips) if algorithm == AUTO else (algorithm,)
+    named = {name for protocol in tier.protocols for name in protocol.algorithms}
+    usual = considered(op, num_chips)
+    known = tuple(name for name in names(op) if name in usual or name in named)
+    wanted = known if algorithm == AUTO else (algorithm,)
     every = [(name, protocol) for name in wanted for protocol in tier.protocols]
     offered = [pair for pair in every if not pair[1].algorithms or pair[0] in pair[1].algorithms]
     return offered or every
 
 
-def _latency_and_wire(name: str, outline: Outline) -> tuple[float, float]:
-    """Latencies and bytes along all stages, in seconds, for what handing pieces on costs."""
+def _latency_and_wire(outline: Outline) -> tuple[float, float]:
+    """Latencies along all stages, and the bytes of the busiest port, in seconds, for what handing pieces on costs."""
     if outline.beside:
-        each = [_latency_and_wire(name, replace(channel, beside=())) for channel in outline.channels]
+        each = [_latency_and_wire(replace(channel, beside=())) for channel in outline.channels]
         latency = max(latency for latency, _ in each)
         return latency, max(closed_seconds(outline) - latency, max(wire for _, wire in each))
-    stages = [stage for phase in outline.phases for stage in phase]
-    latency = sum(stage.repeat * max(hop.latency_s for hop in stage.hops) for stage in stages)
-    wires = [stage.repeat * stage.nbytes / min(hop.bytes_per_s for hop in stage.hops) for stage in stages]
-    if name == IN_NETWORK:  # what goes up and what comes down cross wires of their own, at the same time
-        return latency * IN_NETWORK_STAGES, max(wires, default=0.0)
-    return latency, sum(wires)
+    latency, wires = 0.0, dict.fromkeys(outline.ports, 0.0)
+    for phase, port in zip(outline.phases, outline.ports, strict=True):
+        for stage in phase:
+            latency += stage.repeat * max(hop.latency_s for hop in stage.hops)
+            wires[port] += stage.repeat * stage.nbytes / min(hop.bytes_per_s for hop in stage.hops)
+    return latency, max(wires.values(), default=0.0)
 
 
 def _outermost(members: Members, network: Network) -> Tier:

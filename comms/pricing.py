@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from comms.algorithms.catalog import IN_NETWORK, outline_of
+from comms.algorithms.catalog import num_layers_of_switches, outline_of
 from comms.choice import Choice
 from comms.closed import closed_seconds
 from comms.groups import Lattice, Members
@@ -98,13 +98,14 @@ def groups_of(members: Members, num_chips: int) -> IntArray:
 
 
 def _places(choice: Choice, members: IntArray, topology: TieredTopology) -> IntArray:
-    """The members, and after them the switches that reduce for them: one per bunch, then the one over all."""
-    if choice.algorithm != IN_NETWORK or len(members) == 1:
+    """The members, and after them the switches that add for them: one per bunch, then the one over all."""
+    layers = num_layers_of_switches(choice.algorithm, choice.levels)
+    if layers == 0 or len(members) == 1:
         return members
     bunch = choice.levels[0].fanout
     bunches = [members[first : first + bunch] for first in range(0, len(members), bunch)]
     switches = [topology.switch_over(_as_list(each)) for each in bunches]
-    if len(bunches) > 1:
+    if layers > 1:
         switches.append(topology.switch_over(_as_list(members)))
     return np.concatenate([members, np.array(switches, dtype=np.int64)])
 

@@ -16,6 +16,7 @@ from comms.algorithms import (
     doubling,
     hierarchical,
     hierarchical_rooted,
+    hierarchical_tree,
     in_network,
     ring,
     torus,
@@ -35,6 +36,7 @@ FILES = (
     tree,
     hierarchical,
     hierarchical_rooted,
+    hierarchical_tree,
     torus,
     torus_trees,
     torus_exchange,
@@ -42,12 +44,15 @@ FILES = (
 )
 # Their messages change one digit at a time.
 LIKES = frozenset(
-    name for file in (doubling, bruck, hierarchical, hierarchical_rooted) for name in file.SCHEDULES
+    name
+    for file in (doubling, bruck, hierarchical, hierarchical_rooted, hierarchical_tree)
+    for name in file.SCHEDULES
 )
 T = TypeVar("T")
 RAIL_RINGS = "rail rings"
 MESHES = (torus.MESH, torus_trees.MESH_TREE, torus_trees.ROTATED_MESH_TREE)
 IN_NETWORK = in_network.NAME
+BY_SWITCHES = frozenset({IN_NETWORK, hierarchical_tree.BY_SWITCH})
 MOST_RINGS = 16  # as many channels as libraries open
 MOST_PEERS = 64
 
@@ -79,6 +84,18 @@ def joins_likes(name: str) -> bool:
     return name in LIKES
 
 
+def num_layers_of_switches(name: str, levels: Levels) -> int:
+    """How many layers of switches add for its chips: their helper ranks are a switch per bunch, then the next."""
+    return {IN_NETWORK: len(levels), hierarchical_tree.BY_SWITCH: 1}.get(name, 0)
+
+
+def hidden_latency_s(name: str, levels: Levels) -> float:
+    """What a pipelined library takes inside switches that add, which no message shows."""
+    if name == IN_NETWORK:
+        return in_network.hidden_latency_s(levels)
+    return hierarchical_tree.hidden_latency_s(levels) if name in BY_SWITCHES else 0.0
+
+
 def outline_of(name: str, op: Op, nbytes: float, levels: Levels) -> Outline | None:
     """What representative chips send; None where the algorithm does not suit these levels."""
     if any(level.shared for level in levels) and _needs_wires_of_its_own(name, op, len(levels)):
@@ -107,7 +124,8 @@ def _needs_wires_of_its_own(name: str, op: Op, num_levels: int) -> bool:
     Pools take it that all members send and receive alike, at one level at a time. A root's collective does not, and
     flat rings and one-round algorithms cross several levels at once.
     """
-    if op in (Op.BROADCAST, Op.REDUCE, Op.GATHER, Op.SCATTER) or name in tree.SCHEDULES:
+    rooted = op in (Op.BROADCAST, Op.REDUCE, Op.GATHER, Op.SCATTER)
+    if rooted or name in tree.SCHEDULES or name in hierarchical_tree.SCHEDULES:
         return True
     flat = name in (RAIL_RINGS, IN_NETWORK) or name in ring.SCHEDULES or name in direct.SCHEDULES
     return flat and num_levels > 1

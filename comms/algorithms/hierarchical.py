@@ -228,10 +228,14 @@ def best_pieces(op: Op, nbytes: float, levels: Levels, *, ways: Sequence[Way] = 
     whole = outline(op, nbytes, levels, ways=ways)
     if whole is None or len(set(whole.ports)) == 1:
         return 1
+    return fastest_cut(lambda pieces: outline(op, nbytes, levels, ways=ways, pieces=pieces))
+
+
+def fastest_cut(outline_in: Callable[[int], Outline | None]) -> int:
+    """The power of two of pieces whose outline is fastest; one where there is none."""
     counts = [1 << bit for bit in range(MAX_PIECES.bit_length())]
-    cut = {pieces: outline(op, nbytes, levels, ways=ways, pieces=pieces) for pieces in counts}
-    times = {pieces: closed_seconds(each) for pieces, each in cut.items() if each is not None}
-    return min(times, key=times.__getitem__)
+    times = {pieces: closed_seconds(each) for pieces in counts if (each := outline_in(pieces)) is not None}
+    return min(times, key=times.__getitem__, default=1)
 
 
 def name_of(ways: Sequence[Way]) -> str:

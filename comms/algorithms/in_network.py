@@ -98,6 +98,11 @@ def pipeline_pieces(op: Op, nbytes: float, levels: Levels) -> int:
     return max(1, ceil((sum(moving) - max(moving)) / (FILLING * endless))) if endless > 0 else 1
 
 
+def hidden_latency_s(levels: Levels) -> float:
+    """What a library takes for one pass through the switches beyond the latency of a message up and one down."""
+    return (IN_NETWORK_STAGES - 1) * folds(levels)[-1][0].latency_s
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class _Loads:
     """What goes between a chip, or a leaf with all its chips, and the switch over it, in chunks."""

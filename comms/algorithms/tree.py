@@ -87,7 +87,7 @@ def double_tree_all_reduce(num_ranks: int, *, pieces: int = 1) -> Schedule:
     """Half of the buffer up and down either tree, cut into `pieces` that are chunks of their own."""
     check_ranks(num_ranks, pieces=pieces)
     channels = tuple(
-        _up_and_down(parents, np.arange(pieces) + tree * pieces)
+        up_and_down(parents, np.arange(pieces) + tree * pieces)
         for tree, parents in enumerate(double_trees(num_ranks))
         if num_ranks > 1
     )
@@ -253,8 +253,8 @@ def _longest_way(op: Op, nbytes: float, level: Level, inner: int) -> Stage:
     return Stage(count, seconds * rate / count, (Hop(latency, rate),), own_ports=True)
 
 
-def _up_and_down(parents: IntArray, chunks: IntArray) -> Channel:
-    """The rounds of one tree: in each, every rank that has the next piece by then sends it on."""
+def up_and_down(parents: IntArray, chunks: IntArray) -> Channel:
+    """One tree up, then down: in each round every rank that has the next chunk by then sends it on."""
     pieces, depth = len(chunks), _depths(parents)
     deepest = int(depth.max())
     ranks = np.flatnonzero(parents >= 0)
