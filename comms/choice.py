@@ -10,11 +10,11 @@ there when all of them send, whichever is faster; `Choice.is_folded` says so. Fu
 """
 
 from dataclasses import dataclass, replace
-from math import inf
 
 from comms.algorithms.catalog import (
     BY_SWITCHES,
     considered,
+    has_many_peers,
     hidden_latency_s,
     joins_likes,
     names,
@@ -139,6 +139,8 @@ def _tried(
             outline = outline_of(name, op, nbytes, blank.moved)
             if outline is None or (name in BY_SWITCHES and not is_folded):
                 continue
+            if algorithm == AUTO and has_many_peers(name, op, levels):
+                continue
             latency, wire = _latency_and_wire(outline)
             hidden = hidden_latency_s(name, blank.moved) if protocol.pipelined else 0.0
             setup = tier.setup_s + hidden + protocol.handing_on_s(latency + hidden, wire)
@@ -173,11 +175,12 @@ def _offered(op: Op, num_chips: int, tier: Tier, algorithm: str) -> list[tuple[s
 
     What the library offers, if that is anything for this operation, else all with all.
     """
-    named = {name for protocol in tier.protocols for name in protocol.algorithms}
+    protocols = [each for each in tier.protocols if not each.ops or op in each.ops] or tier.protocols
+    named = {name for protocol in protocols for name in protocol.algorithms}
     usual = considered(op, num_chips)
     known = tuple(name for name in names(op) if name in usual or name in named)
     wanted = known if algorithm == AUTO else (algorithm,)
-    every = [(name, protocol) for name in wanted for protocol in tier.protocols]
+    every = [(name, protocol) for name in wanted for protocol in protocols]
     offered = [pair for pair in every if not pair[1].algorithms or pair[0] in pair[1].algorithms]
     return offered or every
 
@@ -206,4 +209,4 @@ def _outermost(members: Members, network: Network) -> Tier:
 def _flat(num_chips: int, tier: Tier) -> Levels:
     """All members as if no two shared a tier further in."""
     link = tier.loaded_link
-    return (Level(tier.name, num_chips, link.latency_s, link.bytes_per_s, inf),)
+    return (Level(tier.name, num_chips, link.latency_s, link.bytes_per_s, link.bytes_per_s),)

@@ -9,7 +9,7 @@ a wire's capacity (`Wires.shares`).
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -180,6 +180,10 @@ def _check_places(topology: Topology, job: Job) -> None:
             raise CommsError(f"{channel.pieces} pieces", where, f"cut it into 1 to {MAX_PIECES - 1} pieces")
 
 
+# A round, and its phase: the first round, the one after the last, and all of it.
+PhasedRound: TypeAlias = tuple[Round, tuple[int, int, tuple[Round, ...]]]
+
+
 class _Building:
     """Columns that grow stream by stream."""
 
@@ -219,7 +223,7 @@ class _Building:
             + (self.num["ranks"], self.num["chains"], self.num["left"])
             + (channel.order is Order.SERIAL, channel.by_chunk)
         )
-        patterns = self._patterns([each.pattern for each, _ in rounds], job, channel.at_once)
+        patterns = self._patterns(rounds, job, channel)
         self._add_rounds(rounds, patterns, job, pieces)
         self.rank_node.append(job.by_group.ravel())
         self.num["rounds"] += len(rounds)
@@ -227,15 +231,19 @@ class _Building:
         self.num["chains"] += chains
         self.num["left"] += chains * len(rounds)
 
-    def _patterns(self, patterns: Sequence[Pattern], job: Job, at_once: bool) -> dict[int, int]:
+    def _patterns(self, rounds: Sequence[PhasedRound], job: Job, channel: Channel) -> dict[int, int]:
         """First row of each distinct pattern; ports are numbered per stream, over all its patterns."""
-        distinct = {id(pattern): _in_groups(pattern, job) for pattern in patterns}
+        distinct = {id(each.pattern): _in_groups(each.pattern, job) for each, _ in rounds}
+        phase = {id(each.pattern): bounds[0] for each, bounds in rounds}
         routed = {key: self._routed(pattern, job) for key, pattern in distinct.items()}
         keys = [_port_keys(p, routed[key][0], self.wires.num_wires) for key, p in distinct.items()]
         lanes = 1
-        if at_once:
-            numbers = [_numbers_among_equals(each) for each in keys]
+        if channel.at_once or channel.apart:
+            numbers = [_numbers_among_equals(each) * channel.at_once for each in keys]
             lanes += max(int(each.max(initial=0)) for each in numbers)
+            if channel.apart:
+                numbers = [n + lanes * phase[key] for n, key in zip(numbers, distinct, strict=True)]
+                lanes *= len(rounds)
             keys = [each * lanes + number for each, number in zip(keys, numbers, strict=True)]
         every = np.unique(np.concatenate(keys)) if keys else np.zeros(0, dtype=np.int64)
         rows: dict[int, int] = {}
@@ -284,7 +292,7 @@ class _Building:
 
     def _add_rounds(
         self,
-        rounds: Sequence[tuple[Round, tuple[int, int, tuple[Round, ...]]]],
+        rounds: Sequence[PhasedRound],
         patterns: dict[int, int],
         job: Job,
         pieces: int,

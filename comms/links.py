@@ -39,6 +39,7 @@ class Protocol:
     share: float = 1.0  # of the link's bandwidth, 0 < share <= 1
     pipelined: bool = False  # a collective's stages hand on pieces of the best size, see `handing_on_s`
     algorithms: tuple[str, ...] = ()  # those that the library offers with it; none named: all
+    ops: tuple[str, ...] = ()  # operations that the library has it for; none named: all
 
     def __post_init__(self) -> None:
         if self.latency_s < 0 or not 0 < self.share <= 1:

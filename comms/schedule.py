@@ -12,7 +12,8 @@ What a schedule means, for the proof, for every fidelity of timing and for an ex
 * Messages of one channel that leave a chip by the same wire leave one after another, phase by phase; within a
   phase round by round and there piece by piece (INTERLEAVED), or piece by piece and there round by round
   (SERIAL: a chip starts on a piece when it is done with the one before, in that phase). In a channel `at_once`
-  the messages of a round do not: the first of each round follow each other, the second ones, and so on.
+  the messages of a round do not: the first of each round follow each other, the second ones, and so on. In a
+  channel `apart` the messages of one phase do not wait for those of another (each has patterns of its own).
 * Several messages to one chunk of a chip in one round all count: they are added, or carry the same.
 
 Chunks by operation, with n = num_ranks (`nbytes` is what the caller of a collective names):
@@ -96,6 +97,7 @@ class Channel:
     order: Order = Order.SERIAL
     by_chunk: bool = False  # chunks do not wait for each other, only for their turn on a wire
     at_once: bool = False  # messages of one round by the same wire share it, not one after another
+    apart: bool = False  # so do messages of different phases
 
     @property
     def rounds(self) -> tuple[Round, ...]:

@@ -14,7 +14,7 @@
 `op`, `ranks` and `chunks` come first (`comms.schedule` says what the chunks of each operation are), then where
 needed `algorithm NAME`, `root RANK`, `helpers COUNT` and `shares` (bytes of a chunk over those of the collective:
 one number, or one for each). A `channel` goes on independently of others; `pieces`, `order serial` (or
-`interleaved`), `by_chunk` and `at_once` may follow. A `phase` opens a group of rounds that use the same links.
+`interleaved`), `by_chunk`, `at_once` and `apart` may follow. A `phase` opens a group of rounds that use the same links.
 Both may be left out where there is one. Rounds count from 0 in each channel. A message carries one chunk or a
 range, which may wrap around (`chunk 3-0`), and replaces them at the receiver, or is added to them (`reduce`).
 """
@@ -34,6 +34,7 @@ from comms.topology import FloatArray
 MESSAGE = re.compile(
     r"(\d{1,9})\s*->\s*(\d{1,9})\s+chunks?\s+(\d{1,9})(?:\s*-\s*(\d{1,9}))?(?:\s+(reduce|copy))?"
 )
+FLAGS = ("by_chunk", "at_once", "apart")
 ROUND = re.compile(r"round\s+(\d+)\s*:\s*(.*)")
 
 
@@ -53,6 +54,7 @@ class _ChannelLines:
     order: Order = Order.SERIAL
     by_chunk: bool = False
     at_once: bool = False
+    apart: bool = False
     phases: list[list[_Lines]] = field(default_factory=list)
 
     @property
@@ -102,11 +104,6 @@ def schedule_text(schedule: Schedule) -> str:
     return "\n".join(_statements(schedule)) + "\n"
 
 
-def same_schedule(one: Schedule, other: Schedule) -> bool:
-    """Whether two schedules say the same; they are not compared by `==`, as their rounds are shared objects."""
-    return schedule_text(one) == schedule_text(other)
-
-
 def _statements(schedule: Schedule) -> Iterator[str]:
     yield f"op {schedule.op}"
     yield f"algorithm {schedule.algorithm}"
@@ -120,7 +117,7 @@ def _statements(schedule: Schedule) -> Iterator[str]:
     if shares != [_usual_share(schedule.op, schedule.num_ranks, schedule.num_chunks)]:
         yield " ".join(["shares", *(repr(share) for share in shares)])
     for channel in schedule.channels:
-        flags = (" by_chunk" if channel.by_chunk else "") + (" at_once" if channel.at_once else "")
+        flags = "".join(f" {flag}" for flag in FLAGS if getattr(channel, flag))
         yield f"channel pieces {channel.pieces} order {channel.order}{flags}"
         number = 0
         for phase in channel.phases:
@@ -206,12 +203,10 @@ def _read_channel(read: _Text, rest: str, where: str) -> None:
                 channel.pieces = _count(number, "pieces", where)
             case ["order", order, *left] if order in list(Order):
                 channel.order = Order(order)
-            case ["by_chunk", *left]:
-                channel.by_chunk = True
-            case ["at_once", *left]:
-                channel.at_once = True
+            case [flag, *left] if flag in FLAGS:
+                setattr(channel, flag, True)
             case _:
-                hint = "pieces and a number, order serial or interleaved, by_chunk, or at_once"
+                hint = f"pieces and a number, order serial or interleaved, {', '.join(FLAGS)}"
                 raise CommsError(f"says {' '.join(words)!r} of a channel", where, hint)
         words = left
     read.channels.append(channel)
@@ -294,8 +289,12 @@ def _schedule(read: _Text, name: str) -> Schedule:
 
 
 def _channel(lines: _ChannelLines, patterns: dict[tuple[bytes, bytes], Pattern]) -> Channel:
-    phases = tuple(tuple(_round(each, patterns) for each in phase) for phase in lines.phases)
-    return Channel(phases, lines.pieces, lines.order, lines.by_chunk, lines.at_once)
+    phases = []
+    for phase in lines.phases:
+        if lines.apart:
+            patterns = {}  # each phase has its own
+        phases.append(tuple(_round(each, patterns) for each in phase))
+    return Channel(tuple(phases), lines.pieces, lines.order, lines.by_chunk, lines.at_once, lines.apart)
 
 
 def _round(lines: _Lines, patterns: dict[tuple[bytes, bytes], Pattern]) -> Round:

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from orchestrator.schema import CountOr, DataRate, Section, Size, Time
 
-Share = Annotated[float, Field(gt=0, le=1)]
+Share = Annotated[float, Field(ge=1e-6, le=1)]
 Duplex = Literal["full", "half"]
 
 
@@ -21,6 +21,7 @@ class ProtocolSection(Section):
     share: Share | None = None
     pipelined: bool = False
     algorithms: list[str] = Field(default_factory=list)
+    ops: list[str] = Field(default_factory=list)
 
 
 class LinkSection(Section):
@@ -79,7 +80,7 @@ class LevelSection(ShapeSection):
     name: str
     hosts: Annotated[int | None, CountOr("any")] = None
     latency: Time | None = None
-    oversubscription: float = Field(1.0, ge=1)
+    oversubscription: float = Field(1.0, ge=1, le=1e6)
     rails: bool = False
     paths: int | None = Field(None, ge=2)
     spread: Literal["hashed", "by target"] | None = None

@@ -55,6 +55,7 @@ IN_NETWORK = in_network.NAME
 BY_SWITCHES = frozenset({IN_NETWORK, hierarchical_tree.BY_SWITCH})
 MOST_RINGS = 16  # as many channels as libraries open
 MOST_PEERS = 64
+MANY_PEERS = (Op.ALL_TO_ALL, Op.GATHER, Op.SCATTER)
 
 
 def names(op: Op) -> tuple[str, ...]:
@@ -64,24 +65,30 @@ def names(op: Op) -> tuple[str, ...]:
 
 
 def considered(op: Op, num_chips: int) -> tuple[str, ...]:
-    """What an automatic choice looks at.
+    """What an automatic choice looks at where libraries do not say what they offer.
 
-    Not several rings over hosts, of which the outline only says about what full fidelity does. Nor that each chip
-    exchanges parts with more than MOST_PEERS others at once where there are other ways: libraries keep connections
-    and buffers for a few, and what a message costs by itself is not modelled. (Only a root gathers or scatters.)
+    Not several rings over hosts, which are no faster than hierarchical algorithms. Nor that each chip exchanges parts
+    with more than MOST_PEERS others at once where there are other ways (see `has_many_peers`).
     """
     left_out = {RAIL_RINGS}
-    if num_chips > MOST_PEERS + 1 and op not in (Op.ALL_TO_ALL, Op.GATHER, Op.SCATTER):
-        left_out |= {
-            name for name in names(op) if name in direct.SCHEDULES or name.endswith(hierarchical.Way.DIRECT)
-        }
+    if num_chips > MOST_PEERS + 1 and op not in MANY_PEERS:
+        left_out |= set(direct.SCHEDULES)
     kept = tuple(name for name in names(op) if name not in left_out)
     return kept or names(op)
 
 
+def has_many_peers(name: str, op: Op, levels: Levels) -> bool:
+    """Whether each chip of a hierarchy exchanges parts with more than MOST_PEERS others of one level at once.
+
+    Libraries keep connections and buffers for a few, and what a message costs by itself is not modelled. Who scatters,
+    gathers or sends everyone something else has no other way.
+    """
+    return op not in MANY_PEERS and hierarchical.most_peers(name, levels) > MOST_PEERS
+
+
 def joins_likes(name: str) -> bool:
     """Whether its messages between bunches join members with the same inner digits only: they keep to rails."""
-    return name in LIKES
+    return name in LIKES or name == RAIL_RINGS
 
 
 def num_layers_of_switches(name: str, levels: Levels) -> int:

@@ -243,9 +243,19 @@ def name_of(ways: Sequence[Way]) -> str:
     return "hierarchical " + ", ".join(dict.fromkeys(ways))
 
 
-def way_at(ways: Sequence[Way], place: int) -> Way:
+def way_at(ways: Sequence[T], place: int) -> T:
     """How the level at a place, from the inside, is crossed."""
     return ways[min(place, len(ways) - 1)]
+
+
+def most_peers(name: str, levels: Levels) -> int:
+    """With how many others a chip exchanges parts at once, by the name of an algorithm; one unless directly."""
+    ways = name.removeprefix("hierarchical ").split(", ") if name.startswith("hierarchical ") else []
+    spans = folds(levels)
+    fanouts = [
+        level.fanout for place, (level, _) in enumerate(spans) if ways and way_at(ways, place) == Way.DIRECT
+    ]
+    return max(fanouts, default=2) - 1
 
 
 def begun(num_ranks: int, fanouts: Sequence[int] | None, pieces: int, nested: bool) -> tuple[Blocks, range]:

@@ -30,11 +30,16 @@ MAX_POSITIONS = 4096  # chips that all differ; a ring with more of them has no o
 
 
 def rail_orders(num_ranks: int, per_host: int, num_rings: int) -> tuple[IntArray, ...]:
-    """Orders of ranks for several rings over hosts alike: ring c leaves every host at chip c of it."""
+    """Orders of ranks for several rings over hosts alike: ring c leaves every even host at chip c of it.
+
+    Odd hosts are crossed backwards, so that a message between hosts joins like chips: it keeps to its rail. (Not the
+    one from the last host of an odd number of hosts to the first.)
+    """
     if per_host < 1 or num_ranks % per_host:
         raise CommsError(f"{num_ranks} ranks on hosts of {per_host}", "ring", "fill every host")
     hosts = np.arange(0, num_ranks, per_host)[:, np.newaxis]
-    chips = np.arange(1, per_host + 1)
+    forth = np.arange(1, per_host + 1)
+    chips = np.where(np.arange(len(hosts))[:, np.newaxis] % 2 == 0, forth, forth[::-1])
     return tuple((hosts + (chips + ring) % per_host).ravel() for ring in range(num_rings))
 
 

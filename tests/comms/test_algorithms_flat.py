@@ -117,13 +117,18 @@ def test_a_ring_sends_every_byte_but_the_own_share_twice(num_ranks):
 
 
 @given(st.integers(1, 5), st.integers(1, 8), st.data())
-def test_every_ring_over_rails_leaves_each_host_once_and_by_a_chip_of_its_own(hosts, per_host, data):
+def test_every_ring_over_rails_leaves_each_host_once_and_together_by_every_rail(hosts, per_host, data):
     num_rings = data.draw(st.integers(1, per_host))
     orders = ring.rail_orders(hosts * per_host, per_host, num_rings)
-    for index, order in enumerate(orders):
+    for order in orders:
         leaves = order // per_host != np.roll(order, -1) // per_host
         assert leaves.sum() == (hosts if hosts > 1 else 0)
-        assert set((order[leaves] % per_host).tolist()) <= {index}
+        crosses_rails = order[leaves] % per_host != np.roll(order, -1)[leaves] % per_host
+        assert crosses_rails.sum() == (hosts % 2 if per_host > 1 and hosts > 1 else 0)
+    if num_rings == per_host and hosts > 1:
+        next_host = [order // per_host != np.roll(order, -1) // per_host for order in orders]
+        senders = np.concatenate([order[leaves] for order, leaves in zip(orders, next_host, strict=True)])
+        np.testing.assert_array_equal(np.sort(senders), np.arange(hosts * per_host))
 
 
 def test_an_order_that_leaves_out_a_rank_is_refused():

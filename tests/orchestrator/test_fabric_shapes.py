@@ -224,7 +224,7 @@ def test_links_of_a_torus_are_as_much_quicker_in_a_collective():
 
 
 @given(
-    st.lists(st.tuples(st.integers(0, 100), st.integers(1, 100)), min_size=1, max_size=4),
+    st.lists(st.tuples(st.integers(0, 300), st.integers(1, 100)), min_size=1, max_size=4),
     st.integers(1, 100),
 )
 def test_every_protocol_gets_the_figures_that_were_given(figures, efficiency):
@@ -242,7 +242,6 @@ def test_every_protocol_gets_the_figures_that_were_given(figures, efficiency):
 @pytest.mark.parametrize(
     ("lines", "problem"),
     [
-        ("  protocols: [{name: a, latency: 2 us}]\n", "takes longer than a message by itself"),
         ("  protocols: [{name: a}, {name: a}]\n", "two protocols are named 'a'"),
         ("  protocols: [{name: a, share: 1.5}]\n", "less than or equal to 1"),
         ("  protocols: [{name: a, algorithms: [rings]}]\n", "there is no algorithm 'rings'"),
