@@ -173,9 +173,11 @@ def is_limited(members: Members, network: Network) -> bool:
 def _offered(op: Op, num_chips: int, tier: Tier, algorithm: str) -> list[tuple[str, Protocol]]:
     """Algorithms with the protocols of the outermost tier: a library moves a whole collective in one way.
 
-    What the library offers, if that is anything for this operation, else all with all.
+    What the library offers, if that is anything for this operation, else all with all; an operation that no protocol
+    is named for goes by the first.
     """
-    protocols = [each for each in tier.protocols if not each.ops or op in each.ops] or tier.protocols
+    protocols = [each for each in tier.protocols if not each.ops or op in each.ops]
+    protocols = protocols or [replace(tier.protocols[0], algorithms=())]
     named = {name for protocol in protocols for name in protocol.algorithms}
     usual = considered(op, num_chips)
     known = tuple(name for name in names(op) if name in usual or name in named)

@@ -69,7 +69,7 @@ class Layer:
     """Switches of one layer, and the wires to them from below: one from every child to every plane."""
 
     switch: Switch
-    size: int  # chips under a group of switches
+    size: int  # chips under a group of switches, or as many as there are
     rails: int  # switches in a group
     chips: int  # under one switch
     count: int  # switches, not counting planes
@@ -175,6 +175,8 @@ def _rails(layers: Sequence[Layer], members: Members) -> tuple[int, int] | None:
         return None
     period = width * rails
     if isinstance(members, Lattice):
+        if any(stride % period for stride, _ in members.steps if stride > period):
+            return None  # further along, members have other rails
         per_period, per_rail = sharing(members, period), sharing(members, width)
         return (period, per_period // per_rail) if per_period and per_rail else None
     used: dict[int, set[int]] = {}
@@ -185,7 +187,9 @@ def _rails(layers: Sequence[Layer], members: Members) -> tuple[int, int] | None:
 
 
 def _nests(layers: Sequence[Layer], inner: int) -> bool:
-    return all(layer.size % inner == 0 or inner % layer.size == 0 for layer in layers[:-1])
+    """Whether each block of a layer holds whole blocks of `inner` or lies in one; what is over all chips does."""
+    sizes = [layer.size for layer in layers if layer.size < layers[-1].size]
+    return all(size % inner == 0 or inner % size == 0 for size in sizes)
 
 
 def _zip(layers: Sequence[Layer], counts: Sequence[int]) -> list[tuple[Layer, int]]:

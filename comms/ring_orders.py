@@ -48,11 +48,6 @@ class RingOrder:
     bytes_per_s: float  # of the slowest hop when all hops of all rings are used at once
     latency_s: float  # of all hops together
 
-    @property
-    def successors(self) -> IntArray:
-        """[n] The chip after each of `chips`."""
-        return np.roll(self.chips, -1)
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Pairs:
@@ -61,11 +56,6 @@ class _Pairs:
     routes: Routes
     latency_s: FloatArray
     relayed: BoolArray  # the way leads through other chips
-
-
-def ring_order(topology: Topology) -> RingOrder:
-    """The best ring over all chips."""
-    return ring_orders(topology, 1)[0]
 
 
 def ring_orders(topology: Topology, most: int = 8) -> tuple[RingOrder, ...]:

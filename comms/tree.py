@@ -75,14 +75,15 @@ class Tree:
         width, rails_below = 1, 1
         for number, up in enumerate(ups):
             top = number == len(self.trunks)
-            size = self.num_chips if top else self.trunks[number].size
+            size = self.num_chips if top else min(self.trunks[number].size, self.num_chips)
             rails = 1 if top else self.trunks[number].rails
             planes = 1 if self.spread is Spread.ADAPTIVE else up.paths
             rate = up.link.bytes_per_s * up.paths / planes
-            per_switch = children if top else size // width * rails_below // rails
+            over_all = size == self.num_chips  # one group of switches, for the chips that there are
+            per_switch = -(-children // rails) if over_all else size // width * rails_below // rails
             limit = per_switch * rate / up.to.oversubscription if up.to.oversubscription > 1 else inf
             count = -(-self.num_chips // size) * rails
-            chips = -(-min(size, self.num_chips) // rails)
+            chips = -(-size // rails)
             backplane = min(limit, up.to.backplane_bytes_per_s)
             layers.append(
                 Layer(up.to, size, rails, chips, count, planes, up.link.latency_s, rate, up.duplex, backplane)
@@ -123,7 +124,11 @@ class Tree:
         return layers[: last + 1]
 
     def cut(self, num_chips: int) -> "Tree":
-        """What the first chips need of the tree."""
+        """What the first chips need of the tree.
+
+        Trunks keep their rates, as switches do that others share. Where one group of switches is left over all
+        chips, what it passes by its oversubscription is counted from those chips.
+        """
         if num_chips > self.num_chips:
             raise CommsError(f"{num_chips} chips do not fit in a tree of {self.num_chips}", self.switch.tier)
         kept: list[Trunk] = []

@@ -106,7 +106,10 @@ def parse(text: object, quantity: Quantity) -> float:
         raise UnitError(f"a {quantity} needs a unit, got the bare number {text.strip()}", example)
     if unit not in UNITS[quantity]:
         raise _wrong_unit(text.strip(), unit, quantity)
-    value = float(Decimal(number) * UNITS[quantity][unit])
+    try:
+        value = float(Decimal(number) * UNITS[quantity][unit])
+    except ArithmeticError:  # an exponent beyond those of Decimal
+        value = math.inf
     if value < 0 or math.isinf(value):
         raise UnitError(f"{text.strip()!r} must be finite and not negative", example)
     return value

@@ -47,11 +47,6 @@ def exposed_communication(parts: Breakdown) -> float:
     return _share(parts.exposed_communication_ns, parts)
 
 
-def bubble_fraction(parts: Breakdown) -> float:
-    """Share of chip time in which a chip does nothing at all: it waits for its turn in the pipeline."""
-    return _share(parts.bubble_ns, parts)
-
-
 def cost_usd_per_step(cluster_usd_per_hour: float, seconds: float) -> float:
     """Price of the whole cluster per hour x step time / 3600: idle chips are paid for as well."""
     return cluster_usd_per_hour * seconds / 3600

@@ -208,19 +208,6 @@ def gpt_options(preset: str, args: Mapping[str, object]) -> GPTOptions:
     return options
 
 
-def gpt_parameter_count(options: GPTOptions) -> int:
-    """Number of trained values in a built-in GPT, tied embeddings counted once."""
-    width, hidden, bias = options.width, options.hidden_width, int(options.bias)
-    kv_width = options.num_kv_heads * options.head_width
-    norm = width * (2 if options.norm is Norm.LAYER and options.bias else 1)
-    ups = 2 if options.activation is Activation.SWIGLU else 1
-    attention = 2 * width * width + 2 * width * kv_width + bias * (2 * width + 2 * kv_width)
-    mlp = (ups + 1) * width * hidden + bias * (ups * hidden + width)
-    embeddings = options.vocab * width * (1 if options.tied else 2)
-    positions = 0 if options.rotary else options.max_seq * width
-    return options.layers * (attention + mlp + 2 * norm) + norm + embeddings + positions
-
-
 def nearest(name: str, known: Iterable[str]) -> str:
     """A hint that names the closest known name, or all of them."""
     names = sorted(known)

@@ -1,4 +1,4 @@
-"""Occupancy: is a timeline sound, how busy is each lane, and where does every nanosecond of a chip go?
+"""Occupancy: where does every nanosecond of a chip go, and which spans does an arrow join?
 
 All of it is interval arithmetic on sorted columns: no loop over spans. The measure of a union of intervals
 [s, e) sorted by s is sum(max(0, e - max(s, largest e before))).
@@ -13,17 +13,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from orchestrator.timeline import COMMUNICATION, LANES, NONE, Ints, Lane, Rows, Timeline, group_ids
-
-
-@dataclass(frozen=True, slots=True)
-class LaneBusy:
-    """How much one lane of one chip did; `share` is of the whole timeline's duration."""
-
-    chip: int
-    lane: Lane
-    num_spans: int
-    busy_ns: int
-    share: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,32 +40,6 @@ class Breakdown:
     def exposed_communication_ns(self) -> int:
         """Chip-nanoseconds in which a chip communicates and does nothing else."""
         return sum(ns for _, ns in self.exposed_ns)
-
-
-def violations(timeline: Timeline, limit: int = 20) -> tuple[str, ...]:
-    """What is impossible in this timeline, one sentence each, at most `limit`; none in a sound one.
-
-    Checked: no span ends before it starts, no two spans of one lane of one chip overlap, both ends of a flow
-    exist, and no recv ends before its send starts.
-    """
-    found = [*_backwards(timeline, limit), *_overlaps(timeline, limit), *_broken_flows(timeline, limit)]
-    return tuple(found[:limit])
-
-
-def lane_busy(timeline: Timeline) -> tuple[LaneBusy, ...]:
-    """One row per (chip, lane) that has a span, ascending."""
-    rows = timeline.span_rows
-    if not len(rows):
-        return ()
-    ids = group_ids(rows["chip"], rows["lane"])
-    _, first, counts = np.unique(ids, return_index=True, return_counts=True)
-    busy = np.zeros(len(first), dtype=np.int64)
-    np.add.at(busy, ids, rows["end_ns"] - rows["start_ns"])
-    duration = max(timeline.duration_ns, 1)
-    return tuple(
-        LaneBusy(int(rows["chip"][row]), LANES[rows["lane"][row]], int(count), int(ns), int(ns) / duration)
-        for row, count, ns in zip(first, counts, busy, strict=True)
-    )
 
 
 def breakdown(timeline: Timeline) -> Breakdown:
@@ -134,42 +97,3 @@ def flow_ends(timeline: Timeline) -> tuple[Ints, Ints]:
     row_of[ids[: len(spans)][::-1]] = np.arange(len(spans))[::-1]  # the earliest span of an instruction wins
     sources, targets = np.split(row_of[ids[len(spans) :]], 2)
     return sources, targets
-
-
-def _backwards(timeline: Timeline, limit: int) -> list[str]:
-    rows = timeline.span_rows
-    wrong = np.flatnonzero(rows["end_ns"] < rows["start_ns"])[:limit]
-    return [f"{_told(timeline, row)} ends before it starts" for row in wrong]
-
-
-def _overlaps(timeline: Timeline, limit: int) -> list[str]:
-    """Sorted by start, two spans of a lane overlap only if two neighbours do (empty spans left out)."""
-    rows = timeline.span_rows
-    order = np.lexsort((rows["end_ns"], rows["start_ns"], rows["lane"], rows["chip"]))
-    order = order[(rows["end_ns"] > rows["start_ns"])[order]]
-    before, after = order[:-1], order[1:]
-    same = (rows["chip"][before] == rows["chip"][after]) & (rows["lane"][before] == rows["lane"][after])
-    wrong = np.flatnonzero(same & (rows["start_ns"][after] < rows["end_ns"][before]))[:limit]
-    return [f"{_told(timeline, before[at])} overlaps {_told(timeline, after[at])}" for at in wrong]
-
-
-def _broken_flows(timeline: Timeline, limit: int) -> list[str]:
-    rows, (sources, targets) = timeline.span_rows, flow_ends(timeline)
-    dangling = np.flatnonzero((sources == NONE) | (targets == NONE))[:limit]
-    both = np.flatnonzero((sources != NONE) & (targets != NONE))
-    early = both[rows["end_ns"][targets[both]] < rows["start_ns"][sources[both]]][:limit]
-    return [
-        *(f"{timeline.flows[int(row)]} has no span at one end" for row in dangling),
-        *(
-            f"{_told(timeline, targets[row])} ends before its send {_told(timeline, sources[row])} starts"
-            for row in early
-        ),
-    ]
-
-
-def _told(timeline: Timeline, row: int) -> str:
-    span = timeline.spans[int(row)]
-    return (
-        f"step {span.step} chip {span.chip} {span.lane} {span.name!r} (instr {span.instr}) "
-        f"[{span.start_ns}, {span.end_ns}) ns"
-    )

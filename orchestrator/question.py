@@ -56,10 +56,13 @@ class Question:
 
     @property
     def even_nbytes(self) -> float:
-        """What one chip sends on average."""
-        if self.schedule is None or isinstance(self.schedule.shares, float):
+        """What one chip would have for all, its own part among it, if as much left the chips in even parts."""
+        if self.schedule is None or self.op is not Op.ALL_TO_ALL or isinstance(self.schedule.shares, float):
             return self.nbytes
-        return self.nbytes * float(self.schedule.shares.sum()) / self.num_chips
+        n = self.num_chips
+        table = self.schedule.shares.reshape(n, n, -1).sum(axis=2)  # from chip to chip
+        leaves = float(table.sum() - table.trace())  # n - 1 parts of each chip; its own stays where it is
+        return self.nbytes * leaves / (n - 1)
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ sees a Section: the modules that define one turn it into frozen values.
 """
 
 import difflib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar, get_args
@@ -14,11 +15,18 @@ from typing import Annotated, Any, TypeVar, get_args
 from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, GetJsonSchemaHandler, ValidationError
 from pydantic_core import CoreSchema, ErrorDetails, PydanticCustomError, core_schema
 
-from comms.units import EXAMPLES, Quantity, UnitError, parse, pattern
+from comms.units import EXAMPLES, Quantity, UnitError, format_quantity, parse, pattern
 from orchestrator.errors import ConfigError, combined
 from orchestrator.yaml_file import Document, Location
 
 _MAY_BE_ZERO = {Quantity.TIME, Quantity.POWER, Quantity.HOURLY_PRICE, Quantity.PRICE}
+
+# Far beyond anything that is built: what is outside is a slip of the pen, and times of hundreds of digits.
+_LIMITS: Mapping[Quantity, tuple[float, float]] = {
+    Quantity.TIME: (0.0, 24 * 3600.0),
+    Quantity.DATA_RATE: (1.0, 1e18),
+    Quantity.SIZE: (1.0, 1e18),
+}
 
 
 class Section(BaseModel):
@@ -41,6 +49,13 @@ class Unit:
             raise field_error(error.problem, error.hint) from error
         if number == 0 and self.quantity not in _MAY_BE_ZERO:
             raise field_error(f"a {self.quantity} of zero", "give a value above zero, or remove the key")
+        least, most = _LIMITS.get(self.quantity, (0.0, math.inf))
+        if number < least:
+            hint = f"give at least {format_quantity(least, self.quantity)}"
+            raise field_error(f"{_short(value)} is less than any {self.quantity} here", hint)
+        if number > most:
+            hint = f"give at most {format_quantity(most, self.quantity)}"
+            raise field_error(f"{_short(value)} is more than any {self.quantity} here", hint)
         return number
 
     def __get_pydantic_core_schema__(self, source: object, handler: GetCoreSchemaHandler) -> CoreSchema:

@@ -11,8 +11,8 @@ modelled: what happens inside a span, and preemption (spans of one lane follow e
 """
 
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Generic, TypeAlias, TypeVar, overload
 
@@ -51,7 +51,6 @@ class Lane(StrEnum):
 
 LANES: tuple[Lane, ...] = tuple(Lane)
 COMMUNICATION: tuple[Lane, ...] = (Lane.TP, Lane.CP, Lane.EP, Lane.SEND, Lane.RECV, Lane.DP, Lane.COLLECTIVE)
-WORK: tuple[Lane, ...] = (Lane.COMPUTE, Lane.OPTIMIZER, Lane.HOST, Lane.COPY)
 _LANE_CODE = {lane: code for code, lane in enumerate(LANES)}
 
 
@@ -299,21 +298,6 @@ class Recorder:
             _packed(self._flows, FLOW_ROW),
             _packed(self._counters, COUNTER_ROW),
         )
-
-
-def timeline_of(
-    origin: Origin,
-    spans: Iterable[Span],
-    flows: Iterable[Flow] = (),
-    counters: Iterable[Counter] = (),
-    chips: Mapping[int, str] | None = None,
-) -> Timeline:
-    """A timeline from values; for a long recording use a `Recorder`."""
-    recorder = Recorder(origin, chips)
-    for note, values in ((recorder.span, spans), (recorder.flow, flows), (recorder.counter, counters)):
-        for value in values:
-            note(**{each.name: getattr(value, each.name) for each in fields(value)})
-    return recorder.timeline()
 
 
 def merge(parts: Sequence[tuple[Timeline, int]]) -> Timeline:

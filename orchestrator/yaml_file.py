@@ -2,7 +2,7 @@
 
 Guarantees: plain mappings, lists and scalars only (no tags that build objects); `3e-4` is a number, which
 YAML 1.1 alone would read as text. All duplicate keys of a file are reported at once.
-Not supported: merge keys (`<<`), and keys that are not text.
+Not supported: values that contain themselves by an alias, merge keys (`<<`), and keys that are not text.
 """
 
 import re
@@ -61,6 +61,9 @@ def parse_yaml(text: str, origin: str) -> Document:
         raise ConfigError(problem, f"{origin}:{line}", "check indentation, quotes and brackets") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"not valid YAML: {error}", origin, "give a plain text YAML file") from error
+    except RecursionError:
+        problem = "lists or mappings nested hundreds deep"
+        raise ConfigError(problem, origin, "check brackets; files of ours nest a few deep") from None
     finally:
         loader.dispose()
     if reader.errors:
@@ -83,17 +86,29 @@ class _Reader:
     def __init__(self, loader: yaml.SafeLoader, origin: str) -> None:
         self._loader = loader
         self._origin = origin
+        self._open: set[int] = set()  # nodes that are being read: an alias in one may lead back to it
         self.places: dict[Location, str] = {}
         self.errors: list[ConfigError] = []
 
     def value(self, node: yaml.Node, location: Location) -> object:
-        if isinstance(node, yaml.MappingNode):
-            return self._mapping(node, location)
-        if isinstance(node, yaml.SequenceNode):
-            return [self._item(item, (*location, index)) for index, item in enumerate(node.value)]
-        if not node.style and node.tag.endswith(":str") and _FLOAT.fullmatch(node.value):
-            return float(node.value)
-        return self._loader.construct_object(node)
+        if isinstance(node, yaml.ScalarNode):
+            is_number = not node.style and node.tag.endswith(":str") and _FLOAT.fullmatch(node.value)
+            return float(node.value) if is_number else self._loader.construct_object(node)
+        if id(node) in self._open:
+            problem, hint = "a value that contains itself", "write it out: no alias inside of what it names"
+            self.errors.append(ConfigError(problem, self.places[location], hint))
+            return None
+        self._open.add(id(node))
+        found = (
+            self._mapping(node, location)
+            if isinstance(node, yaml.MappingNode)
+            else self._list(node, location)
+        )
+        self._open.remove(id(node))
+        return found
+
+    def _list(self, node: yaml.Node, location: Location) -> list[object]:
+        return [self._item(item, (*location, index)) for index, item in enumerate(node.value)]
 
     def _item(self, node: yaml.Node, location: Location) -> object:
         self.places[location] = self._place(node)

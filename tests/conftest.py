@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable, Iterator, Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -163,3 +164,37 @@ def batches_of() -> Callable[..., Any]:
         }
 
     return make
+
+
+@pytest.fixture(scope="session")
+def violations() -> Callable[[Any], tuple[str, ...]]:
+    """What is impossible in a timeline, one sentence each.
+
+    Spans that end before they start, that overlap in one lane of one chip, flows without a span at one end, and
+    recvs that end before their send starts.
+    """
+
+    def lane_of(span: Any) -> tuple[int, str]:
+        return span.chip, span.lane
+
+    def find(timeline: Any) -> tuple[str, ...]:
+        spans = tuple(timeline.spans)
+        found = [f"{span} ends before it starts" for span in spans if span.end_ns < span.start_ns]
+        busy = [span for span in spans if span.end_ns > span.start_ns]
+        busy.sort(key=lambda span: (lane_of(span), span.start_ns, span.end_ns))
+        found += [
+            f"{one} overlaps {other}"
+            for one, other in pairwise(busy)  # if any two of a lane overlap, two neighbours do
+            if lane_of(one) == lane_of(other) and other.start_ns < one.end_ns
+        ]
+        first = {(span.step, span.microbatch, span.chip, span.instr): span for span in reversed(spans)}
+        for flow in timeline.flows:
+            send = first.get((flow.step, flow.microbatch, flow.source_chip, flow.source_instr))
+            recv = first.get((flow.step, flow.microbatch, flow.target_chip, flow.target_instr))
+            if send is None or recv is None:
+                found.append(f"{flow} has no span at one end")
+            elif recv.end_ns < send.start_ns:
+                found.append(f"{recv} ends before its send {send} starts")
+        return tuple(found)
+
+    return find

@@ -81,8 +81,7 @@ def read_parts(text: str | None, num_chips: int) -> FloatArray:
         raise ConfigError(
             problem, "--size", "give a CSV file: a row per sending chip, a column per receiving one"
         )
-    with Path(text).open(newline="", encoding="utf-8") as lines:
-        rows = [row for row in csv.reader(lines) if row]
+    rows = _rows(text)
     if not rows:
         raise ConfigError("the table is empty", text, f"give {num_chips} rows of {num_chips} sizes")
     if len(rows) != num_chips or any(len(row) != num_chips for row in rows):
@@ -100,8 +99,22 @@ def read_parts(text: str | None, num_chips: int) -> FloatArray:
     return parts
 
 
+def _rows(path: str) -> list[list[str]]:
+    """The cells of a CSV file, empty lines left out."""
+    try:
+        with Path(path).open(newline="", encoding="utf-8-sig") as lines:  # spreadsheets put a mark in front
+            return [row for row in csv.reader(lines) if row]
+    except OSError as error:
+        reason = error.strerror or "cannot be read"
+        raise ConfigError(f"cannot read the file: {reason}", path, "check the path") from error
+    except (UnicodeDecodeError, csv.Error) as error:
+        problem = f"not CSV: {error}" if isinstance(error, csv.Error) else "the file is not UTF-8 text"
+        raise ConfigError(problem, path, "give a plain text CSV file") from error
+
+
 def _part(cell: str, where: str) -> float:
-    return float(cell) if cell.replace(".", "", 1).isdigit() else read_size(cell, where)
+    digits = cell.replace(".", "", 1)  # other scripts have digits too
+    return read_size(f"{cell} B" if digits.isascii() and digits.isdecimal() else cell, where)
 
 
 def read_sizes(text: str) -> tuple[float, ...]:

@@ -1,6 +1,8 @@
 """Groups by arithmetic against the same groups listed."""
 
 import itertools
+from dataclasses import replace
+from math import prod
 
 import pytest
 from hypothesis import given
@@ -37,6 +39,29 @@ def test_members_share_a_block_as_in_every_copy_or_not_at_all(shape, along, size
     if count is not None:
         assert {sharing(copy, size) for copy in copies_of(axes, along)} == {count}
         assert group_size(lattice.within(size)) == count
+
+
+@given(sizes, st.sets(st.sampled_from(AXES)), st.integers(1, 40))
+def test_being_alone_changes_neither_members_nor_who_shares_a_block(shape, along, size):
+    lattice = mesh_group(tuple(zip(AXES, shape, strict=True)), along)
+    only = replace(lattice, alone=True)
+    assert not lattice.alone
+    assert only != lattice
+    assert (only.num_chips, only.highest) == (lattice.num_chips, lattice.highest)
+    assert only.chips().tolist() == lattice.chips().tolist()
+    assert sharing(only, size) == sharing(lattice, size)
+
+
+@given(sizes)
+def test_a_group_along_all_axes_has_no_other_copies(shape):
+    axes = tuple(zip(AXES, shape, strict=True))
+    everyone = mesh_group(axes, AXES)
+    assert everyone.copies(prod(shape)).tolist() == [everyone.chips().tolist()]
+
+
+@given(st.integers(1, 6), st.integers(1, 6))
+def test_what_lies_in_a_block_has_copies_in_the_other_blocks(size, blocks):
+    assert Lattice(((1, size * blocks),), alone=True).within(size) == mesh_group((("a", size),), ("a",))
 
 
 def test_neighbouring_axes_are_one_longer_step():

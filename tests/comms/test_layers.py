@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from comms.groups import mesh_group
+from comms.groups import Lattice, mesh_group, sharing
 from comms.layers import Spread, Switch, Trunk
 from comms.links import Link
 from comms.topology import route_latencies
@@ -42,6 +42,20 @@ def meshes(draw, num_chips):
     middle = draw(st.sampled_from([n for n in range(1, rest + 1) if rest % n == 0]))
     along = draw(st.sets(st.sampled_from(AXES), min_size=1))
     return tuple(zip(AXES, (outer, middle, rest // middle), strict=True)), along
+
+
+@st.composite
+def railed_trees(draw):
+    """Whole units of hosts under a switch for each card of a host, or some hosts of one; and the size of a host."""
+    per_card, cards = draw(st.sampled_from([1, 2])), draw(st.sampled_from([2, 4]))
+    host = per_card * cards
+    unit = draw(st.integers(2, 6))
+    num_hosts = draw(st.one_of(st.integers(2, unit), st.just(2 * unit), st.just(3 * unit)))
+    leaf = Switch("leaf", oversubscription=draw(st.sampled_from([1.0, 3.0])))
+    trunk = Trunk(unit * host, Link(1e-6, draw(st.integers(5, 60)) * 1e9), Switch("spine"), rails=cards)
+    cards_of_host = [Trunk(per_card, Link(0.1e-6, 8e9), leaf)] if per_card > 1 else []
+    switch = Switch("card") if per_card > 1 else leaf
+    return Tree(num_hosts * host, PORT, switch, (*cards_of_host, trunk)), host
 
 
 def copies_of(axes, along):
@@ -92,6 +106,46 @@ def test_a_level_gives_each_message_of_a_listed_group_what_the_wires_give_it(tre
     levels = tree.levels(group, aligned=True)
     if levels is not None:
         check(tree, np.array([group]), levels)
+
+
+@FEW
+@given(railed_trees(), st.booleans(), st.booleans(), st.data())
+def test_a_level_over_rails_gives_each_message_of_units_and_parts_of_one_what_the_wires_give_it(
+    drawn, by_arithmetic, aligned, data
+):
+    tree, host = drawn
+    axes, along = data.draw(meshes(tree.num_chips))
+    groups = copies_of(axes, along)
+    groups = groups if by_arithmetic else np.array([data.draw(st.sampled_from(groups.tolist()))])
+    members = mesh_group(axes, along) if by_arithmetic else groups[0].tolist()
+    bunch = sharing(members, host)
+    levels = tree.levels(members, host, aligned)
+    if levels is not None:
+        check(tree, groups, levels, bunch)
+
+
+@pytest.mark.parametrize("num_chips", [24, 48, 72])
+def test_every_twelfth_chip_of_hosts_of_eight_is_on_other_rails(num_chips):
+    tree = Tree(num_chips, PORT, Switch("leaf"), (Trunk(24, PORT, Switch("spine"), rails=8),))
+    for members in (Lattice(((12, num_chips // 12),)), range(0, num_chips, 12)):
+        assert tree.levels(members, inner=8, aligned=True) is None
+    assert tree.levels(Lattice(((8, num_chips // 8),)), inner=8) is not None
+
+
+def test_a_tree_of_part_of_a_block_has_layers_of_as_many_chips_as_there_are():
+    trunks = (Trunk(4, PORT, Switch("leaf", oversubscription=2.0)), Trunk(64, PORT, Switch("spine"), rails=4))
+    part, whole = (Tree(num_chips, PORT, trunks=trunks).layers for num_chips in (48, 256))
+    assert [layer.size for layer in part] == [4, 48, 48]
+    assert [layer.size for layer in whole] == [4, 64, 256]
+    assert [layer.backplane for layer in part] == [inf, 3 * 10e9 / 2, inf]  # three wires from below
+    assert [layer.backplane for layer in whole] == [inf, 4 * 10e9 / 2, inf]
+    assert [layer.chips for layer in part] == [4, 12, 48]
+
+
+def test_chips_that_meet_elsewhere_need_not_fill_the_last_host():
+    tree = Tree(20, PORT, Switch("leaf"), (Trunk(32, PORT, Switch("spine"), rails=8),))
+    assert [(level.tier, level.fanout) for level in tree.levels((0, 8, 16), inner=8)] == [("leaf", 3)]
+    assert tree.levels(range(20), inner=8, aligned=True) is None
 
 
 def test_chips_that_meet_elsewhere_count_as_one_bunch():

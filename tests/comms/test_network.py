@@ -1,6 +1,7 @@
 """Links and networks: which tier two chips meet in, what is left of fewer chips, and how groups fold over tiers."""
 
 from dataclasses import replace
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from comms.groups import Lattice, mesh_group
 from comms.layers import Switch, Trunk
 from comms.levels import num_members
 from comms.links import PLAIN, Link
-from comms.network import UNBOUNDED, Network, TierKind, layered, shaped, switched
+from comms.network import UNBOUNDED, Network, Tier, TierKind, layered, shaped, switched
 from comms.topology import route_latencies
 from comms.torus import Torus
 from comms.tree import Tree
@@ -257,6 +258,30 @@ def test_a_group_of_all_chips_may_fill_any_block_of_a_torus_as_it_has_no_copies(
     assert [level.fanout for level in pod.take(num_chips).levels(whole)] == sides
     if num_chips != 20:  # copies of the others would turn corners
         assert pod.levels(whole) is None
+
+
+class Asked(Tree):
+    """A tree that keeps which groups it is asked about."""
+
+    asked: ClassVar[list[Lattice]] = []
+
+    def levels(self, members, inner=1, aligned=False):
+        self.asked.append(members)
+        return super().levels(members, inner, aligned)
+
+
+@FEW
+@given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 4), st.sets(st.sampled_from(("pp", "dp", "tp"))))
+def test_only_a_group_of_all_chips_is_told_to_be_alone_and_only_by_the_outermost_tier(pp, dp, tp, along):
+    num_chips = 4 * pp * dp * tp
+    Asked.asked.clear()
+    inner = () if num_chips == 4 else (Tier("host", TierKind.SCALE_UP, 4, Asked(4, SLOW)),)
+    net = Network((*inner, Tier("net", TierKind.SCALE_OUT, num_chips, Asked(num_chips, SLOW))))
+    group = mesh_group((("pp", pp), ("dp", dp), ("tp", 4 * tp)), {*along, "tp"})
+    net.levels(group)
+    *within, last = Asked.asked
+    assert not any(each.alone for each in within)
+    assert last == replace(group, alone=group.num_chips == num_chips)
 
 
 @st.composite

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from comms.dragonfly import Dragonfly
 from comms.graph import Duplex, Edge, Graph, Rerouted
 from comms.links import Link
-from comms.ring_orders import hierarchy, ring_order, ring_orders, shortest_cycle
+from comms.ring_orders import hierarchy, ring_orders, shortest_cycle
 from comms.torus import FullMesh, Torus
 from comms.torus_rings import disjoint_cycles, snake_path, torus_cycle
 
@@ -26,6 +26,11 @@ def hybrid_cube_mesh():
     return Graph(8, tuple(edges + [Edge(a, b, Link(1e-6, NVLINK)) for a, b in SINGLE]))
 
 
+def best_ring(topology):
+    """The ring that is as if it were alone."""
+    return ring_orders(topology, 1)[0]
+
+
 def hops(topology, order):
     return np.diff(topology.routes(order, np.roll(order, -1)).offsets)
 
@@ -39,7 +44,7 @@ def assert_rings_share_no_wire(topology, rings):
     load = np.zeros(wires.num_wires)
     for ring in rings:
         assert sorted(ring.chips.tolist()) == list(range(topology.num_chips))
-        routes = topology.routes(ring.chips, ring.successors)
+        routes = topology.routes(ring.chips, np.roll(ring.chips, -1))
         np.add.at(load, wires.shares[routes.wires], ring.bytes_per_s)
         assert ring.latency_s == pytest.approx(wires.latency_s[routes.wires].sum())
     assert (load <= wires.bytes_per_s * (1 + 1e-9)).all()
@@ -119,11 +124,11 @@ def test_regular_shapes_have_rings_at_the_full_rate_of_their_links(topology, num
     rings = ring_orders(topology)
     assert [ring.bytes_per_s for ring in rings] == [1e9] * num_rings
     assert_rings_share_no_wire(topology, rings)
-    assert ring_order(topology).latency_s == min(ring.latency_s for ring in rings)
+    assert best_ring(topology).latency_s == min(ring.latency_s for ring in rings)
 
 
 def test_a_line_takes_its_natural_order_and_comes_back_over_the_idle_wires():
-    ring = ring_order(Torus((5,), (LINK,), (False,)))
+    ring = best_ring(Torus((5,), (LINK,), (False,)))
     assert ring.chips.tolist() == [0, 1, 2, 3, 4]
     assert (ring.bytes_per_s, ring.latency_s) == (1e9, pytest.approx(8e-6))
 
@@ -152,7 +157,7 @@ def test_small_graphs_get_the_widest_then_shortest_of_all_orders(num_chips, data
         )
         for lap in laps
     ]
-    ring = ring_order(graph)
+    ring = best_ring(graph)
     assert (ring.bytes_per_s, -ring.latency_s) == pytest.approx(max(widths))
 
 
@@ -179,7 +184,7 @@ def pcie_tree():
 
 
 def test_a_tree_numbered_badly_is_crossed_once_each_way():
-    ring = ring_order(pcie_tree())
+    ring = best_ring(pcie_tree())
     sides = [chip % 2 for chip in ring.chips.tolist()]
     assert sum(a != b for a, b in pairwise([*sides, sides[0]])) == 2
     assert ring.bytes_per_s == 2e10
@@ -201,7 +206,7 @@ def test_larger_graphs_get_a_ring_of_neighbours():
         Edge(int(a), int(b), LINK) for a, b in zip(label[wires.tail], label[wires.head], strict=True) if a < b
     )
     graph = Graph(36, edges)
-    ring = ring_order(graph)
+    ring = best_ring(graph)
     assert hops(graph, ring.chips).mean() < 1.2
     assert ring.bytes_per_s >= 0.5e9
 
@@ -236,7 +241,7 @@ def test_dragonflies_have_routers_in_groups():
     fly = Dragonfly(3, 2, 2, 1, Link(1e-7, 2e10), Link(3e-7, 2e10), Link(1e-6, 2e10))
     routers, groups, everyone = hierarchy(fly)
     assert (len(routers), len(groups), len(everyone)) == (6, 3, 1)
-    assert ring_order(fly).bytes_per_s == 2e10
+    assert best_ring(fly).bytes_per_s == 2e10
 
 
 def test_where_all_chips_are_alike_there_is_one_bunch():

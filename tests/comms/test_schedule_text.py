@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from comms.algorithms import bruck, direct, doubling, ring
 from comms.errors import CommsError
 from comms.schedule import Channel, Op, Order, Schedule
-from comms.schedule_text import load_schedule, parse_schedule, same_schedule, schedule_text
+from comms.schedule_text import load_schedule, parse_schedule, schedule_text
 
 PATIENT = settings(max_examples=60)
 SOUND = [
@@ -44,6 +44,11 @@ def refused(text):
     return str(caught.value)
 
 
+def say_the_same(one, other):
+    """Schedules are not compared by `==`, as their rounds are shared objects."""
+    return schedule_text(one) == schedule_text(other)
+
+
 def test_a_schedule_is_read_as_it_is_written():
     schedule = parse_schedule(TWO_RANKS)
     assert (schedule.op, schedule.num_ranks, schedule.num_chunks) == (Op.ALL_REDUCE, 2, 2)
@@ -68,7 +73,7 @@ def test_channel_and_phase_may_be_left_out():
 def test_what_is_printed_is_read_again(make, num_ranks):
     schedule = make(num_ranks)
     again = parse_schedule(schedule_text(schedule))
-    assert same_schedule(schedule, again)
+    assert say_the_same(schedule, again)
     assert again.shares == schedule.shares
     for one, other in zip(schedule.channels, again.channels, strict=True):
         assert [len(phase) for phase in one.phases] == [len(phase) for phase in other.phases]
@@ -100,7 +105,7 @@ def test_switches_are_ranks_after_the_others():
     text += "round 1: 2 -> 0 chunk 0\nround 1: 2 -> 1 chunk 0\n"
     schedule = parse_schedule(text)
     assert schedule.num_helpers == 1
-    assert same_schedule(parse_schedule(schedule_text(schedule)), schedule)
+    assert say_the_same(parse_schedule(schedule_text(schedule)), schedule)
 
 
 def test_what_is_lost_or_doubled_is_refused_by_name():
@@ -158,6 +163,6 @@ def test_a_text_that_says_too_little_is_named(text, problem):
 def test_a_file_is_read_and_a_missing_one_named(tmp_path):
     path = tmp_path / "mine.txt"
     path.write_text(TWO_RANKS)
-    assert same_schedule(load_schedule(path), parse_schedule(TWO_RANKS))
+    assert say_the_same(load_schedule(path), parse_schedule(TWO_RANKS))
     with pytest.raises(CommsError, match="cannot be read"):
         load_schedule(tmp_path / "none.txt")

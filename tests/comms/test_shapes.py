@@ -1,5 +1,6 @@
 """Shapes: what topologies without a tree say of themselves, against their routes."""
 
+from dataclasses import replace
 from math import prod
 
 import numpy as np
@@ -60,6 +61,19 @@ def test_groups_that_fill_no_block_do_not_fold():
     assert grid.levels((0, 1, 4)) is None
     assert Grid(Torus((6, 2), (LINK,))).levels(Lattice(((1, 4),))) is None  # the next copy turns a corner
     assert grid.levels(range(16), inner=2) is None
+
+
+@FEW
+@given(blocks(), st.data())
+def test_a_group_alone_folds_like_the_same_chips_listed_and_one_with_copies_only_where_they_fit(drawn, data):
+    torus, _, _ = drawn
+    num_chips = data.draw(st.integers(1, torus.num_chips))
+    group, grid = Lattice(((1, num_chips),)), Grid(torus)
+    listed = grid.levels(range(num_chips))
+    assert grid.levels(replace(group, alone=True)) == listed
+    sides = dict.fromkeys("xyz", 1) | {level.tier: level.fanout for level in listed or ()}
+    copies_fit = all(size % side == 0 for size, side in zip(torus.dims, sides.values(), strict=False))
+    assert grid.levels(group) == (listed if copies_fit else None)
 
 
 def test_chips_that_meet_elsewhere_are_whole_dimensions():

@@ -11,7 +11,6 @@ from orchestrator.batches import split_batch
 from orchestrator.cluster_file import load_cluster
 from orchestrator.console import Console
 from orchestrator.job_file import load_job
-from orchestrator.occupancy import violations
 from orchestrator.preparation import Prepared, build_model, prepare
 from orchestrator.runners.base import is_timed
 from orchestrator.runners.starting import InlineLaunch
@@ -86,7 +85,7 @@ def test_every_instruction_happens_exactly_once(ran, prepared):
     assert seen == expected_instances(prepared)
 
 
-def test_no_two_things_happen_at_once_in_a_lane(ran):
+def test_no_two_things_happen_at_once_in_a_lane(ran, violations):
     name, timeline, _ = ran
     if name == "simulated":  # real chips share cores: a lane of theirs is not a resource
         assert violations(timeline) == ()

@@ -1,13 +1,15 @@
-"""What the tests of the command line share: runs of it in this process."""
+"""What these tests share: runs of the command line in this process, and timelines made of values."""
 
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import fields
 from typing import Any, NamedTuple
 
 import pytest
 
 from orchestrator import cli
+from orchestrator.timeline import Counter, Flow, Origin, Recorder, Span, Timeline
 
 
 class Ran(NamedTuple):
@@ -43,3 +45,23 @@ def orchestrate_json(orchestrate: Callable[..., Ran]) -> Callable[..., Mapping[s
         return document
 
     return run
+
+
+@pytest.fixture(scope="session")
+def timeline_of() -> Callable[..., Timeline]:
+    """A timeline from values."""
+
+    def make(
+        origin: Origin,
+        spans: Iterable[Span] = (),
+        flows: Iterable[Flow] = (),
+        counters: Iterable[Counter] = (),
+        chips: Mapping[int, str] | None = None,
+    ) -> Timeline:
+        recorder = Recorder(origin, chips)
+        for note, values in ((recorder.span, spans), (recorder.flow, flows), (recorder.counter, counters)):
+            for value in values:
+                note(**{each.name: getattr(value, each.name) for each in fields(value)})
+        return recorder.timeline()
+
+    return make

@@ -17,7 +17,7 @@ from orchestrator.builtin_gpt import (
     rotary_angles,
     rotate,
 )
-from orchestrator.model_specs import GPT_PRESETS, Activation, GPTOptions, Norm, gpt_parameter_count
+from orchestrator.model_specs import GPT_PRESETS, Activation, GPTOptions, Norm
 
 VARIANTS = [
     GPTOptions(2, 32, 4),
@@ -25,6 +25,19 @@ VARIANTS = [
     GPTOptions(2, 32, 4, kv_heads=2, activation=Activation.RELU, tied=True, rotary=True),
     GPTOptions(1, 32, 2, kv_heads=1, mlp_width=48, bias=False, vocab=300, max_seq=64),
 ]
+
+
+def parameter_count(options: GPTOptions) -> int:
+    """The closed form: tied embeddings count once."""
+    width, hidden, bias = options.width, options.hidden_width, int(options.bias)
+    kv_width = options.num_kv_heads * options.head_width
+    norm = width * (2 if options.norm is Norm.LAYER and options.bias else 1)
+    ups = 2 if options.activation is Activation.SWIGLU else 1
+    attention = 2 * width * width + 2 * width * kv_width + bias * (2 * width + 2 * kv_width)
+    mlp = (ups + 1) * width * hidden + bias * (ups * hidden + width)
+    embeddings = options.vocab * width * (1 if options.tied else 2)
+    positions = 0 if options.rotary else options.max_seq * width
+    return options.layers * (attention + mlp + 2 * norm) + norm + embeddings + positions
 
 
 def gpt(options: GPTOptions, seed: int = 0) -> GPT:
@@ -50,7 +63,7 @@ def test_every_parameter_gets_a_gradient_and_the_count_is_the_closed_form(option
     model, ids = gpt(options), tokens(2, options.max_seq if options.max_seq < 100 else 12)
     model(ids, labels=ids).backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
-    assert sum(parameter.numel() for parameter in model.parameters()) == gpt_parameter_count(options)
+    assert sum(parameter.numel() for parameter in model.parameters()) == parameter_count(options)
 
 
 @pytest.mark.parametrize("options", VARIANTS)
@@ -144,4 +157,11 @@ def test_tensor_parallel_plan_names_every_linear_layer(options: GPTOptions) -> N
     [("gpt-small", 0.125), ("gpt-1.3b", 1.3), ("gpt-6.7b", 6.7), ("gpt-13b", 13.0), ("gpt-175b", 175.0)],
 )
 def test_presets_have_the_size_they_are_named_for(preset: str, billions: float) -> None:
-    assert gpt_parameter_count(GPT_PRESETS[preset]) / 1e9 == pytest.approx(billions, rel=0.025)
+    assert parameter_count(GPT_PRESETS[preset]) / 1e9 == pytest.approx(billions, rel=0.025)
+
+
+@pytest.mark.parametrize("preset", GPT_PRESETS)
+def test_every_preset_has_the_parameters_of_the_closed_form(preset: str) -> None:
+    options = GPT_PRESETS[preset]
+    model = build_gpt(options, device=torch.device("meta"), dtype=torch.bfloat16, seed=0)
+    assert sum(parameter.numel() for parameter in model.parameters()) == parameter_count(options)

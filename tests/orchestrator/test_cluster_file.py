@@ -236,6 +236,75 @@ def test_what_is_not_a_yaml_mapping_is_a_config_error(text):
     assert error.value.where.startswith("c.yaml:")
 
 
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("a: &a [*a]\n", 1),
+        ("a: 1\nb: &b\n  c: 1\n  d: *b\n", 4),
+        ("&a\nb:\n  c:\n    - d: *a\n", 4),
+        ("a: 1\nb: &b\n  - 1\n  - c: [*b]\n", 2),  # of an item it is the line of what it stands for
+    ],
+)
+def test_a_value_that_contains_itself_is_refused_with_its_line(text, line):
+    with pytest.raises(ConfigError, match="contains itself") as error:
+        parse_yaml(text, "c.yaml")
+    assert error.value.where == f"c.yaml:{line}"
+    assert error.value.hint
+
+
+def test_a_value_may_be_repeated_by_an_alias():
+    assert parse_yaml("a: &a [1, {b: 2}]\nc: [*a, *a]\n", "c.yaml").root["c"] == [[1, {"b": 2}]] * 2
+
+
+def test_what_is_nested_too_deep_is_refused():
+    with pytest.raises(ConfigError, match="nested") as error:
+        parse_yaml("a: " + "[" * 2000 + "]" * 2000, "c.yaml")
+    assert error.value.where == "c.yaml"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "problem", "hint"),
+    [
+        ("latency: 2 us", "latency: 1e300 s", "nics.latency: '1e300 s' is more than any time", "86400 s"),
+        ("latency: 2 us", "latency: 86401 s", "is more than any time", "86400 s"),
+        (
+            "200 Gb/s",
+            "1e-300 B/s",
+            "nics.bandwidth: '1e-300 B/s' is less than any data rate",
+            "at least 1 B/s",
+        ),
+        ("200 Gb/s", "1.1 EB/s", "is more than any data rate", "at most 1 EB/s"),
+        ("latency: 2 us", "latency: 2 us, efficiency: 1e-300", "nics.efficiency should be greater", "bounds"),
+        ("repeat: 2", "repeat: 2\nscale_up: {latency: 1e300 s}", "scale_up.latency", "86400 s"),
+        ("  - chips:", "  - pcie: {uplink: 1e300 B/s}\n    chips:", "pcie.uplink", "at most 1 EB/s"),
+        ("count: 4", "scale_up: {latency: 1e9 s}", "latency: '1e9 s' is more", "86400 s"),
+    ],
+)
+def test_figures_far_beyond_what_is_built_are_refused_with_their_limit(old, new, problem, hint):
+    (error,) = errors_of(MINIMAL.replace(old, new))
+    assert problem in error.problem
+    assert hint in error.hint
+    assert error.where.startswith("c.yaml:")
+
+
+LEVELS = "scale_out:\n  - {name: leaf, hosts: 2}\n  - {name: spine, hosts: any"
+
+
+@pytest.mark.parametrize(
+    ("more", "problem"),
+    [
+        ("latency: 1e300 s", "'1e300 s' is more than any time"),
+        ("oversubscription: 1e300", "oversubscription should be less than or equal to"),
+        ("forwarding: store-and-forward, packet: 1e300 B", "'1e300 B' is more than any size"),
+        ("forwarding: store-and-forward, packet: 0.5 B", "'0.5 B' is less than any size"),
+    ],
+)
+def test_levels_of_switches_have_limits_too(more, problem):
+    (error,) = errors_of(f"{MINIMAL}{LEVELS}, {more}}}\n")
+    assert problem in error.problem
+    assert error.where.startswith("c.yaml:")
+
+
 def test_a_missing_file_is_a_config_error(tmp_path):
     with pytest.raises(ConfigError, match="cannot read the file"):
         load_cluster(tmp_path / "none.yaml")

@@ -36,8 +36,7 @@ def test_shares_are_of_all_chip_time() -> None:
         exposed_ns=((Lane.TP, 30), (Lane.DP, 10)), bubble_ns=30,
     )  # fmt: skip
     assert metrics.exposed_communication(parts) == pytest.approx(0.2)
-    assert metrics.bubble_fraction(parts) == pytest.approx(0.15)
-    assert metrics.bubble_fraction(Breakdown(0, 0, 0, 0, 0, (), 0)) == 0
+    assert metrics.exposed_communication(Breakdown(0, 0, 0, 0, 0, (), 0)) == 0
 
 
 @given(records)

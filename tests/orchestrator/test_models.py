@@ -18,7 +18,6 @@ from orchestrator.model_specs import (
     ModelSpec,
     SourceKind,
     gpt_options,
-    gpt_parameter_count,
     parse_model,
 )
 from orchestrator.models import BuiltModel, build
@@ -119,8 +118,6 @@ def test_meta_has_the_shapes_and_names_of_the_real_thing(spec: str) -> None:
 def test_every_named_model_builds_as_shapes(spec: str) -> None:
     model = build(spec, {}, device="meta", dtype=torch.bfloat16, seed=0)
     assert model.name == spec
-    if spec.startswith("builtin:"):
-        assert num_parameters(model) == gpt_parameter_count(GPT_PRESETS[spec.partition(":")[2]])
 
 
 @pytest.mark.parametrize(

@@ -2,13 +2,14 @@
 
 import io
 import math
+from collections.abc import Callable
 from itertools import pairwise
 
 import pytest
 
 from orchestrator.gantt import COLOURS, Gantt, colours_of
 from orchestrator.plots import LossCurves, loss_png, timeline_png
-from orchestrator.timeline import Lane, Origin, Span, Timeline, timeline_of
+from orchestrator.timeline import Lane, Origin, Span, Timeline
 
 TRAIN = tuple((step, 2 + 3 * math.exp(-step / 20)) for step in range(1, 61))
 CURVES = LossCurves(
@@ -16,15 +17,21 @@ CURVES = LossCurves(
 )
 
 
-def step(origin: Origin, *, chips: int = 2, scale: int = 1000, kind: str = "forward") -> Timeline:
-    spans = []
-    for chip in range(chips):
-        spans += [
-            Span(4, chip, Lane.COMPUTE, kind, "f", 0, 50 * scale, 80 * scale, microbatch=0),
-            Span(4, chip, Lane.DP, "all_reduce", "g", 1, 80 * scale, 99 * scale),
-            Span(4, chip, Lane.OPTIMIZER, "optimizer", "o", 2, 99 * scale, 100 * scale),
-        ]
-    return timeline_of(origin, spans)
+@pytest.fixture
+def step(timeline_of: Callable[..., Timeline]) -> Callable[..., Timeline]:
+    """One step of some chips."""
+
+    def make(origin: Origin, *, chips: int = 2, scale: int = 1000, kind: str = "forward") -> Timeline:
+        spans = []
+        for chip in range(chips):
+            spans += [
+                Span(4, chip, Lane.COMPUTE, kind, "f", 0, 50 * scale, 80 * scale, microbatch=0),
+                Span(4, chip, Lane.DP, "all_reduce", "g", 1, 80 * scale, 99 * scale),
+                Span(4, chip, Lane.OPTIMIZER, "optimizer", "o", 2, 99 * scale, 100 * scale),
+            ]
+        return timeline_of(origin, spans)
+
+    return make
 
 
 def size(png: bytes) -> tuple[int, int]:
@@ -48,25 +55,27 @@ def test_short_and_broken_runs_are_drawn(curves: LossCurves) -> None:
     assert loss_png(curves).startswith(b"\x89PNG")
 
 
-def test_predicted_above_measured_is_taller_than_one_and_deterministic() -> None:
+def test_predicted_above_measured_is_taller_than_one_and_deterministic(step: Callable[..., Timeline]) -> None:
     one = timeline_png(step(Origin.PREDICTED), None)
     two = timeline_png(step(Origin.PREDICTED), step(Origin.MEASURED, scale=90_000))
     assert size(two)[1] > 1.4 * size(one)[1]
     assert two == timeline_png(step(Origin.PREDICTED), step(Origin.MEASURED, scale=90_000))
 
 
-def test_a_picture_of_nothing_is_refused() -> None:
+def test_a_picture_of_nothing_is_refused(timeline_of: Callable[..., Timeline]) -> None:
     with pytest.raises(ValueError, match="at least one"):
         timeline_png(None, timeline_of(Origin.MEASURED, ()))
 
 
-def test_zero_long_spans_and_unknown_kinds_are_drawn() -> None:
+def test_zero_long_spans_and_unknown_kinds_are_drawn(step: Callable[..., Timeline]) -> None:
     assert timeline_png(step(Origin.MEASURED, scale=0), step(Origin.PREDICTED, kind="scan")).startswith(
         b"\x89PNG"
     )
 
 
-def test_rows_are_used_lanes_and_the_optimizer_shares_the_row_of_compute() -> None:
+def test_rows_are_used_lanes_and_the_optimizer_shares_the_row_of_compute(
+    step: Callable[..., Timeline],
+) -> None:
     gantt = Gantt(step(Origin.MEASURED, chips=20), max_chips=16)
     assert gantt.chips == tuple(range(16))
     assert len(gantt.rows) == 2 * 16

@@ -2,6 +2,7 @@
 
 import errno
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from orchestrator import disk
 from orchestrator.errors import RunError
 from orchestrator.run_dir import RunDir, create, resume, versions
-from orchestrator.timeline import Lane, Origin, Span, timeline_of
+from orchestrator.timeline import Lane, Origin, Span, Timeline
 
 
 def full_disk(*_: object) -> None:
@@ -78,7 +79,7 @@ def test_a_damaged_config_is_a_user_error(run: RunDir, text: str) -> None:
         run.read_config()
 
 
-def test_timelines_are_filed_under_their_origin(run: RunDir) -> None:
+def test_timelines_are_filed_under_their_origin(run: RunDir, timeline_of: Callable[..., Timeline]) -> None:
     timeline = timeline_of(Origin.MEASURED, [Span(0, 0, Lane.COMPUTE, "forward", "f", 0, 0, 1)])
     run.write_timeline(timeline)
     assert run.read_timeline(Origin.MEASURED) == timeline
