@@ -26,9 +26,9 @@ SAME_INSTANT = 1e-13
 IDLE, STARTING, SENDING = 0, 1, 2
 
 # Counters: messages that have arrived, flows that started or ended, flows solved anew, runs under way that are
-# waited for, runs in `World.ended`, restarts of background runs.
-ARRIVED, FLOW_EVENTS, SOLVED, WAITED_FOR, ENDED, RESTARTS = 0, 1, 2, 3, 4, 5
-NUM_COUNTERS = 6
+# waited for, runs in `World.ended`, restarts of background runs, and how much work (the first three) may be done.
+ARRIVED, FLOW_EVENTS, SOLVED, WAITED_FOR, ENDED, RESTARTS, MOST_WORK = 0, 1, 2, 3, 4, 5, 6
+NUM_COUNTERS = 7
 MOST_RESTARTS = 10**6  # of background runs while somebody waits: who waits then waits for ever
 
 
@@ -113,10 +113,29 @@ class Changes(NamedTuple):
 
 
 @compiled
+def next_instant(w: World, changes: Changes, next_change: int) -> float:
+    """When something happens next; inf where nothing does any more."""
+    now = np.inf
+    if w.timers.size[0] > 0:
+        now = w.timers.heap[0].time
+    if w.finishes.size[0] > 0:
+        now = min(now, w.finishes.port[w.finishes.heap[0]].time)
+    if next_change < len(changes.at_s):
+        now = min(now, changes.at_s[next_change])
+    return now
+
+
+@compiled
+def work_done(w: World) -> int:
+    """Messages that arrived, flows that started, ended or were solved anew."""
+    return w.counters[ARRIVED] + w.counters[FLOW_EVENTS] + w.counters[SOLVED]  # type: ignore[no-any-return]
+
+
+@compiled
 def run(w: World, changes: Changes, next_change: int, until_s: float, run_by_run: bool) -> int:
     """On until all runs that are waited for have ended, or any (`run_by_run`), or nothing happens by `until_s`.
 
-    It also stops when timers need more room. Returns the next change of capacity.
+    It also stops after MOST_WORK, and when timers need more room. Returns the next change of capacity.
     """
     timers, finishes = w.timers, w.finishes
     # What the events of one instant may add: a timer for each port, one for each run that starts again (Live).
@@ -124,14 +143,8 @@ def run(w: World, changes: Changes, next_change: int, until_s: float, run_by_run
     while w.counters[WAITED_FOR] > 0 and timers.size[0] < room:
         if (run_by_run and w.counters[ENDED] > 0) or w.counters[RESTARTS] > MOST_RESTARTS:
             break
-        now = np.inf
-        if timers.size[0] > 0:
-            now = timers.heap[0].time
-        if finishes.size[0] > 0:
-            now = min(now, finishes.port[finishes.heap[0]].time)
-        if next_change < len(changes.at_s):
-            now = min(now, changes.at_s[next_change])
-        if now == np.inf or now > until_s:
+        now = next_instant(w, changes, next_change)
+        if now == np.inf or now > until_s or work_done(w) >= w.counters[MOST_WORK]:
             break
         until = now * (1.0 + SAME_INSTANT)
         drawn = 0

@@ -2,14 +2,15 @@
 
 `simulate` times any number of jobs on one topology, under conditions: slow, dead and flapping wires, chips that
 are late or slow to send, noise, other jobs in the background. A schedule in which no two messages meet is timed
-by a sweep (comms.sweep), everything else by events (comms.events); the result says which.
+by a sweep (comms.sweep), everything else by events (comms.events); the result says which. `simulate_within` gives
+up what will not be done by some time, or only after more work than it is worth.
 
 Assumes that a job's chips are ready at its start (plus their lateness). Not modelled: packets, queues and loss;
 the time to add contributions is part of a wire's rate.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 import numpy as np
@@ -21,6 +22,7 @@ from comms.events import (
     ARRIVED,
     FLOW_EVENTS,
     MOST_RESTARTS,
+    MOST_WORK,
     NUM_COUNTERS,
     PORT,
     RANK,
@@ -30,13 +32,19 @@ from comms.events import (
     Changes,
     Noise,
     World,
+    next_instant,
     run,
+    work_done,
 )
 from comms.heaps import TIMER, Timers, add_timer, empty_finishes, empty_timers
+from comms.least import least_end_s
+from comms.limit import ENDLESS, JUDGED, UNLIMITED, WATCHED_WORK, GivenUp, Limit, Watch, unwatched
 from comms.queues import queues, received_at_first, still_to_come
 from comms.sharing import empty_flows
 from comms.sweep import NONE, Sweep, sweep
 from comms.topology import FloatArray, IntArray, Topology
+
+ROUNDING = 1e-9  # relative: what adds up in another order may differ by as much
 
 
 class Method(StrEnum):
@@ -85,6 +93,11 @@ class FullResult:
     starts: tuple[FloatArray, ...] = ()  # per stream (channel of a job): [messages, pieces], where recorded
     arrivals: tuple[FloatArray, ...] = ()
 
+    @property
+    def work(self) -> int:
+        """As a Limit counts it."""
+        return self.num_messages + self.flow_events + self.flows_solved
+
 
 def simulate(
     topology: Topology,
@@ -97,14 +110,50 @@ def simulate(
     """Time all jobs together. Raises CommsError where they cannot finish (a dead wire, and no way round)."""
     compiled = compile_jobs(topology, jobs)
     rates = rates_under(compiled, conditions)
-    may_sweep = not conditions.changes and not any(job.repeats for job in jobs) and bool((rates > 0).all())
-    if method is not Method.EVENTS and may_sweep:
+    if method is not Method.EVENTS and _may_sweep(compiled, rates, conditions):
         swept = _swept(compiled, rates, conditions, record)
         if swept is not None:
             return swept
     if method is Method.SWEEP:
         raise CommsError("messages meet on a wire", "sweep", "leave the method open")
-    return _by_events(compiled, rates, conditions, record)
+    found = _by_events(compiled, rates, conditions, record, UNLIMITED, unwatched)
+    assert isinstance(found, FullResult), "nothing limits it"
+    return found
+
+
+def simulate_within(
+    topology: Topology, jobs: Sequence[Job], conditions: Conditions, limit: Limit, watch: Watch = unwatched
+) -> FullResult | GivenUp:
+    """The same as long as it is worth it. What is not given up is timed exactly, what is given up as late is late."""
+    compiled = compile_jobs(topology, jobs)
+    rates = rates_under(compiled, conditions)
+    highest = _highest(rates, timed_changes(compiled, conditions))
+    least_s = least_end_s(compiled, highest, limit.until_s) * (1 - ROUNDING)
+    if least_s > limit.until_s:
+        return GivenUp(least_s, is_late=True)
+    found: FullResult | GivenUp | None = None
+    if _may_sweep(compiled, rates, conditions):
+        found = _swept(compiled, rates, conditions, False)
+    if found is None:
+        found = _by_events(compiled, rates, conditions, False, limit, watch)
+    if isinstance(found, GivenUp):
+        return replace(found, at_least_s=max(found.at_least_s, least_s))
+    waited = compiled.runs[~compiled.runs["repeats"]]
+    if waited["end_s"].max(initial=0.0) > limit.until_s:
+        return GivenUp(limit.until_s, is_late=True, work=found.work)
+    return found
+
+
+def _may_sweep(compiled: Compiled, rates: FloatArray, conditions: Conditions) -> bool:
+    repeats = bool(compiled.runs["repeats"].any())
+    return not conditions.changes and not repeats and bool((rates > 0).all())
+
+
+def _highest(rates: FloatArray, changes: Changes) -> FloatArray:
+    """[resources] The most that each ever has."""
+    highest = rates.copy()
+    np.maximum.at(highest, changes.resource, changes.bytes_per_s)
+    return highest
 
 
 def rates_under(compiled: Compiled, conditions: Conditions) -> FloatArray:
@@ -161,22 +210,49 @@ def _swept(compiled: Compiled, rates: FloatArray, conditions: Conditions, record
     return _result(compiled, state.rank_end, counted, Method.SWEEP, spans)
 
 
-def _by_events(compiled: Compiled, rates: FloatArray, conditions: Conditions, record: bool) -> FullResult:
+def _by_events(
+    compiled: Compiled, rates: FloatArray, conditions: Conditions, record: bool, limit: Limit, watch: Watch
+) -> FullResult | GivenUp:
     world = first_world(
         compiled, rates, conditions, record=record, again=bool(compiled.runs["repeats"].any())
     )
     start_runs(world, range(len(compiled.runs)))
-    changes, next_change, stuck = timed_changes(compiled, conditions), 0, False
-    while world.counters[WAITED_FOR] > 0 and not stuck:
-        next_change = run(world, changes, next_change, np.inf, False)
-        # It stops early for want of room, or because nothing can happen any more.
-        stuck = world.timers.size[0] == 0 or world.counters[RESTARTS] > MOST_RESTARTS
-        world = world._replace(timers=grown(world.timers))
-    if world.counters[WAITED_FOR] > 0:
-        raise CommsError("a message can never arrive", "simulation", "a wire on its route stays at rate zero")
+    changes, next_change = timed_changes(compiled, conditions), 0
+    counters = world.counters
+    while counters[WAITED_FOR] > 0:
+        counters[MOST_WORK] = work_done(world) + max(1, min(WATCHED_WORK, limit.most_work // JUDGED))
+        next_change = run(world, changes, next_change, limit.until_s, False)
+        if counters[WAITED_FOR] == 0:
+            break
+        now = next_instant(world, changes, next_change)
+        if now == np.inf or counters[RESTARTS] > MOST_RESTARTS:
+            hint = "a wire on its route stays at rate zero"
+            raise CommsError("a message can never arrive", "simulation", hint)
+        share = _share_done(compiled, counters)
+        if now > limit.until_s:
+            return GivenUp(limit.until_s, is_late=True, work=work_done(world))
+        if limit.is_too_much(work_done(world), share):
+            return GivenUp(now, is_late=False, work=work_done(world))
+        if counters[MOST_WORK] <= work_done(world):
+            watch(share)
+        if is_short_of_timers(world):
+            world = world._replace(timers=grown(world.timers))
     spans = _spans(compiled, world.starts, world.arrivals, world.record0) if record else ((), ())
-    arrived, events, solved = (int(world.counters[which]) for which in (ARRIVED, FLOW_EVENTS, SOLVED))
-    return _result(compiled, world.rank["end_s"], (arrived, events, solved), Method.EVENTS, spans)
+    counted = int(counters[ARRIVED]), int(counters[FLOW_EVENTS]), int(counters[SOLVED])
+    return _result(compiled, world.rank["end_s"], counted, Method.EVENTS, spans)
+
+
+def _share_done(compiled: Compiled, counters: IntArray) -> float:
+    """Of the messages that are waited for: what has arrived, or of flows, where all are waited for, what has happened.
+
+    Messages may all be on their way before any arrives.
+    """
+    waited = compiled.runs[~compiled.runs["repeats"]]
+    messages = max(1, int(waited["messages"].sum()))
+    arrived = 1.0 - float(waited["left"].sum()) / messages
+    return (
+        max(arrived, counters[FLOW_EVENTS] / (2 * messages)) if len(waited) == len(compiled.runs) else arrived
+    )
 
 
 def _result(
@@ -214,6 +290,16 @@ def grown(timers: Timers) -> Timers:
     return Timers(heap, timers.size)
 
 
+def timers_in_reserve(world: World) -> int:
+    """As many as the loop keeps free for the events of one instant."""
+    return 2 * len(world.port) + 2 * len(world.run) + 2
+
+
+def is_short_of_timers(world: World) -> bool:
+    """Whether the loop stopped for want of timers."""
+    return bool(world.timers.size[0] >= len(world.timers.heap) - timers_in_reserve(world))
+
+
 def first_world(
     compiled: Compiled, rates: FloatArray, conditions: Conditions, *, record: bool, again: bool
 ) -> World:
@@ -242,7 +328,7 @@ def first_world(
         record0=record0,
         starts=np.zeros(recorded),
         arrivals=np.zeros(recorded),
-        counters=np.zeros(NUM_COUNTERS, dtype=np.int64),
+        counters=np.array([0] * (NUM_COUNTERS - 1) + [ENDLESS], dtype=np.int64),
     )
 
 

@@ -13,7 +13,16 @@ import numpy as np
 from comms.compiled import Job, compile_jobs
 from comms.errors import CommsError
 from comms.events import ENDED, MOST_RESTARTS, RESTARTS, WAITED_FOR, rewind, run
-from comms.full import CALM, Conditions, first_world, grown, rates_under, start_runs, timed_changes
+from comms.full import (
+    CALM,
+    Conditions,
+    first_world,
+    grown,
+    is_short_of_timers,
+    rates_under,
+    start_runs,
+    timed_changes,
+)
 from comms.topology import Topology
 
 
@@ -58,9 +67,8 @@ class Live:
         """
         counters = self._world.counters
         while counters[WAITED_FOR] > 0 and counters[ENDED] == 0:
-            room = len(self._world.timers.heap)
             self._next_change = run(self._world, self._changes, self._next_change, until_s, True)
-            if counters[ENDED] > 0 or self._world.timers.size[0] < room - self._reserve:
+            if counters[ENDED] > 0 or not is_short_of_timers(self._world):
                 break
             self._world = self._world._replace(timers=grown(self._world.timers))
         if until_s == np.inf and counters[WAITED_FOR] > 0 and counters[ENDED] == 0:
@@ -74,8 +82,3 @@ class Live:
             found.append(Ended(float(its["end_s"]), int(its["job"]), int(its["group"])))
         counters[ENDED] = 0
         return tuple(found)
-
-    @property
-    def _reserve(self) -> int:
-        """Timers that the loop keeps free for the events of one instant."""
-        return 2 * len(self._world.port) + 2 * len(self._world.run) + 2

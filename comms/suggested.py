@@ -4,12 +4,16 @@ Rings go from neighbour to neighbour, several at once where wires are left for t
 Hierarchies are made of the bunches of chips that are found closest together, where those are alike in size.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
+from math import inf
 
 import numpy as np
 
 from comms.algorithms import hierarchical, ring
+from comms.algorithms.catalog import has_many_peers
 from comms.errors import CommsError
+from comms.levels import Level
 from comms.ring_orders import SEARCHED_CHIPS, Bunches, hierarchy, ring_orders
 from comms.schedule import Op, Schedule
 from comms.topology import IntArray, Topology
@@ -35,16 +39,22 @@ def laid_rings(op: Op, topology: Topology) -> tuple[Laid, ...]:
     return tuple(Laid(make(len(chips), orders=orders[:num]), chips) for num in sorted({1, len(orders)}))
 
 
-def laid_hierarchies(op: Op, topology: Topology) -> tuple[Laid, ...]:
-    """Every hierarchical algorithm over the bunches found; none where they are not alike, or chips are too many."""
+def laid_hierarchies(op: Op, topology: Topology, names: Collection[str]) -> tuple[Laid, ...]:
+    """Hierarchical algorithms among `names` over the bunches found, with as many peers as an automatic choice allows.
+
+    None where bunches are not alike, or chips are too many.
+    """
     if not 2 < topology.num_chips <= SEARCHED_CHIPS:
         return ()
     found = hierarchy(topology)
     fanouts = _fanouts(found)
     if len(fanouts) < 2:
         return ()
+    levels = tuple(Level("", fanout, 0.0, inf, inf) for fanout in fanouts)
     laid = []
     for name, ops in hierarchical.SCHEDULES.items():
+        if name not in names or has_many_peers(name, op, levels):
+            continue
         try:
             schedule = ops[op](topology.num_chips, fanouts=fanouts) if op in ops else None
         except CommsError:  # halving and doubling over other than powers of two

@@ -1,41 +1,34 @@
 """Collective: what one takes over all chips of a network, by which algorithm, and which links decide.
 
 Timed by closed form, folded or full (`comms.pricing`). Nothing asked for, folded; but full, which moves every message,
-where the chips do not fold into levels or the network is not in perfect order, for as many chips as that is quick
-for. There fixed algorithms are compared at full fidelity too, and a schedule made for this network may win.
+where the chips do not fold into levels or the network is not in perfect order, as far as that is quickly done. There
+fixed algorithms are compared at full fidelity too (`orchestrator.contest`), and a schedule made for this network may
+win. Where the chips fold, that is left to algorithms without a closed form that may be faster (`.unpriced`).
 """
 
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from math import inf
 from typing import TYPE_CHECKING
 
-from comms.choice import AUTO, Choice, choose, is_limited, offered
+from comms.choice import AUTO, Choice, choose, is_limited
 from comms.errors import CommsError, TooManyMessages
 from comms.pricing import Fidelity, tier_shares
 from comms.synthesis import NAME as SYNTHESIZED
 from comms.synthesis import TREES as SYNTHESIZED_OPS
+from orchestrator import contest
 from orchestrator.question import Answer, Candidate, Question, conditions_in_words
+from orchestrator.unpriced import Rivals, rivals
+from orchestrator.waiting import Phase, moving, quiet
 
 if TYPE_CHECKING:
     from orchestrator.full_collective import FullTiming, Site
 
-QUICK_CHIPS = 1024  # up to here full fidelity is used without being asked for
+QUICK_CHIPS = 1024  # up to here full fidelity is tried without being asked for
 SYNTHESIS_CHIPS = 64  # up to here a schedule of its own is looked for without being asked for
-QUICK_MESSAGES = 2**18  # algorithms with fewer are all compared at full fidelity,
-FEW = 3  # of others as many as promise most,
-HOPELESS = 2.0  # and not those that by closed form take so many times as long as one that was timed
+PATIENT = "--fidelity full takes the time"
 LOADING = "event loop of full fidelity (compiled on first use, then kept)"
-
-Phase = Callable[[str], AbstractContextManager[None]]
-
-
-def quiet(name: str) -> AbstractContextManager[None]:
-    """A phase that nobody watches."""
-    del name
-    return nullcontext()
 
 
 def time_collective(
@@ -47,12 +40,21 @@ def time_collective(
     name = question.algorithm if is_fixed else AUTO
     choice = choose(question.op, question.nbytes, question.members, question.network, name)
     way = _way(question, choice)
-    loading_s = 0.0
-    if way.fidelity is not Fidelity.FULL or question.num_chips == 1:
-        answer = _by_levels(question, choice, way.fidelity)
-    else:
-        loading_s = _loaded(phase, clock)
+    loading_s, answer = 0.0, None
+    if way.fidelity is Fidelity.FULL and question.num_chips > 1:
+        loading_s += _loaded(phase, clock)
         answer = _by_messages(question, choice, phase)
+    if answer is None:
+        answer = _by_levels(question, choice, way.fidelity)
+    elif answer.fidelity is not Fidelity.FULL:
+        way = _without_messages(question, choice)
+    if _has_rivals(question, choice):
+        allowance = contest.QUICK if question.fidelity is Fidelity.FULL else contest.GLIMPSE
+        beside = rivals(question, choice, answer.seconds * (1 - contest.ALIKE), allowance.messages)
+        if beside.hopeful and question.fidelity in (None, Fidelity.FULL):
+            loading_s += 0.0 if answer.full else _loaded(phase, clock)
+            answer = _against_rivals(question, answer, beside.hopeful, allowance, phase)
+        answer = replace(answer, notes=(*answer.notes, *_rivals_not_met(question, beside)))
     return replace(
         answer,
         notes=(*way.notes, *answer.notes),
@@ -86,16 +88,23 @@ def _way(question: Question, choice: Choice) -> _Way:
     if asked is Fidelity.FULL or (asked is None and special and question.num_chips <= QUICK_CHIPS):
         why = () if asked else ("every message is moved, because of the above",)
         return _Way(Fidelity.FULL, (*special, *why) if special else ())
-    warnings = []
     if uneven and question.algorithm != AUTO:
         raise CommsError(uneven, "--algorithm", "move every message: --fidelity full; or leave it to auto")
+    return _without_messages(question, choice)
+
+
+def _without_messages(question: Question, choice: Choice) -> _Way:
+    """By levels, although the state of the network or its chips may ask for more."""
+    warnings = []
+    state = conditions_in_words(question.described)
     if state:
         warnings.append(
             f"the conditions of the cluster file are left out ({state}); --fidelity full applies them"
         )
-    if uneven:
+    if not choice.is_folded:
+        uneven = _why_flat(question)
         warnings.append(f"{uneven} and count as {choice.shape}; --fidelity full moves every message")
-    return _Way(asked or Fidelity.FOLDED, (), tuple(warnings))
+    return _Way(question.fidelity or Fidelity.FOLDED, (), tuple(warnings))
 
 
 def _why_flat(question: Question) -> str:
@@ -158,7 +167,7 @@ def _loaded(phase: Phase, clock: Callable[[], float]) -> float:
 
 
 def _by_messages(question: Question, choice: Choice, phase: Phase) -> Answer:
-    """By moving every message."""
+    """By moving every message; by levels where nobody asked for that, and it would take long."""
     from orchestrator import full_collective as full
 
     site = full.site_of(question.network, question.num_chips, question.described)
@@ -166,8 +175,8 @@ def _by_messages(question: Question, choice: Choice, phase: Phase) -> Answer:
         return _against_fixed(question, site, choice, phase)
     if question.algorithm == AUTO and not (choice.is_folded and not conditions_in_words(question.described)):
         return _contest(question, site, choice, phase)
-    with phase(f"every message of {choice.algorithm}"):
-        timing = full.timed_choice(site, choice)
+    with moving(choice.algorithm, phase) as watch:
+        timing = full.timed_choice(site, choice, watch=watch)
     own = Candidate(timing.algorithm, timing.seconds, Fidelity.FULL)
     found = _full_answer(question, site, timing, _reason(question, choice), (own, *_others(choice)))
     return replace(found, tiers=tier_shares(choice) if choice.is_folded else ())
@@ -178,8 +187,8 @@ def _against_fixed(question: Question, site: "Site", choice: Choice, phase: Phas
     from orchestrator import full_collective as full
 
     if question.schedule is not None:
-        with phase(f"every message of {question.schedule.algorithm}"):
-            timing = full.timed_schedule(site, full.by_number(question.schedule), question.nbytes)
+        with moving(question.schedule.algorithm, phase) as watch:
+            timing = full.timed_schedule(site, full.by_number(question.schedule), question.nbytes, watch)
         what = "every part goes straight to its chip" if question.is_uneven else "your own schedule, proved"
     else:
         with phase("synthesis"):
@@ -190,8 +199,8 @@ def _against_fixed(question: Question, site: "Site", choice: Choice, phase: Phas
         choice = choose(
             question.op, question.even_nbytes, question.members, question.network, choice.algorithm
         )
-    with suppress(TooManyMessages), phase(f"every message of {choice.algorithm}"):
-        rival = full.timed_choice(site, choice)
+    with suppress(TooManyMessages), moving(choice.algorithm, phase) as watch:
+        rival = full.timed_choice(site, choice, watch=watch)
         ratio = rival.seconds / timing.seconds if timing.seconds else 1.0
         if question.is_uneven:
             what = f"{what}; even parts of as much in all ({rival.algorithm}) take {ratio:.2f} times as long"
@@ -202,35 +211,29 @@ def _against_fixed(question: Question, site: "Site", choice: Choice, phase: Phas
 
 
 def _contest(question: Question, site: "Site", usual: Choice, phase: Phase) -> Answer:
-    """Fixed algorithms against each other at full fidelity, and the best against a schedule of its own."""
+    """Fixed algorithms against each other at full fidelity, and the best against a schedule of its own.
+
+    By levels where nobody asked for full fidelity, and nothing is timed quickly.
+    """
     from orchestrator import full_collective as full
 
-    timings: list[FullTiming] = []
-    skipped: list[TooManyMessages] = []
-    choices = _suitable(question) or [usual]
-    for choice in choices:
-        best_s = min((each.seconds for each in timings), default=inf)
-        promises = len(timings) < FEW and choice.seconds < HOPELESS * best_s
-        most = full.MOST_MESSAGES if promises else QUICK_MESSAGES
-        try:
-            with phase(f"every message of {choice.algorithm}"):
-                timings.append(full.timed_choice(site, choice, most))
-        except TooManyMessages as too_many:
-            skipped.append(too_many)
-    limited = is_limited(question.members, question.network)
-    if not (choices[0].is_folded or limited):
-        with phase("every message of hierarchies found on the network"):
-            timings += full.timed_hierarchies(site, question.op, question.nbytes, QUICK_MESSAGES)
-    if not timings:
-        raise skipped[0]
-    best = min(timings, key=_rank)
-    reason = (
-        f"fastest of {len(timings)} when every message is moved" if len(timings) > 1 else "nothing else suits"
-    )
-    notes = (
-        [f"{len(skipped)} algorithms with many messages are left out of the comparison"] if skipped else []
-    )
-    if limited:
+    choices = contest.suitable(question) or (usual,)
+    every = contest.fixed(site, choices)
+    if not choices[0].is_folded and not is_limited(question.members, question.network):
+        every += contest.hierarchies(question, site, choices)
+    outcome = contest.held(every, contest.ASKED if question.fidelity else contest.QUICK, phase)
+    notes = list(outcome.notes("--algorithm times one alone" if question.fidelity else PATIENT))
+    if not outcome.timings and question.fidelity is None:
+        return replace(_by_levels(question, usual, Fidelity.FOLDED), notes=tuple(notes))
+    if not outcome.timings:
+        raise TooManyMessages(
+            f"every algorithm for {question.op} sends too many messages to move them one by one",
+            "--fidelity full",
+            "ask for folded, or for fewer chips",
+        )
+    timings = list(outcome.timings)
+    best, reason = timings[0], _fastest_of(outcome)
+    if is_limited(question.members, question.network):
         notes.append("only what the library offers is compared (`algorithms` of the tier's protocols)")
     elif question.looks_for_better and question.op in SYNTHESIZED_OPS:
         if question.num_chips <= SYNTHESIS_CHIPS:
@@ -244,25 +247,65 @@ def _contest(question: Question, site: "Site", usual: Choice, phase: Phase) -> A
             notes.append(
                 "a schedule made for this network is tried only when asked for: --algorithm synthesized"
             )
-    ranked = sorted(timings, key=_rank)
-    candidates = tuple(Candidate(each.algorithm, each.seconds, Fidelity.FULL) for each in ranked)
+    candidates = _timed(sorted(timings, key=contest.rank))
     return replace(_full_answer(question, site, best, reason, candidates), notes=tuple(notes))
 
 
-def _rank(timed: "FullTiming | Choice") -> float:
-    """Seconds to nine digits: what differs by rounding only stays in the order of the catalog."""
-    return float(f"{timed.seconds:.8e}")
+def _has_rivals(question: Question, choice: Choice) -> bool:
+    """Whether algorithms without a closed form may be faster: an automatic choice by levels, in perfect order."""
+    is_auto = question.algorithm == AUTO and question.schedule is None and question.num_chips > 1
+    return is_auto and choice.is_folded and not conditions_in_words(question.described)
 
 
-def _suitable(question: Question) -> list[Choice]:
-    """Every fixed algorithm that suits, the most promising first; guesses last."""
-    choices = []
-    for name in offered(question.op, question.members, question.network):
-        try:
-            choices.append(choose(question.op, question.nbytes, question.members, question.network, name))
-        except CommsError:  # it does not suit these levels
-            continue
-    return sorted(choices, key=lambda choice: (not choice.is_folded, _rank(choice)))
+def _against_rivals(
+    question: Question,
+    answer: Answer,
+    hopeful: Sequence[Choice],
+    allowance: contest.Allowance,
+    phase: Phase,
+) -> Answer:
+    """What closed forms chose against what has none here."""
+    from orchestrator.full_collective import site_of
+
+    site = answer.site or site_of(question.network, question.num_chips, question.described)
+    to_beat_s = answer.seconds * (1 - contest.ALIKE)
+    outcome = contest.held(contest.fixed(site, hopeful), allowance, phase, to_beat_s)
+    first, *others = answer.candidates
+    others = sorted((*others, *_timed(outcome.timings)), key=lambda each: each.seconds)
+    notes = (*answer.notes, *outcome.notes("--algorithm times one alone"))
+    best = outcome.timings[0] if outcome.timings else None
+    if best is None or best.seconds >= to_beat_s:
+        return replace(answer, candidates=(first, *others), notes=notes)
+    ratio = answer.seconds / best.seconds
+    reason = (
+        f"fastest of {len(others) + 1}, by moving every message, as it has no closed form here; "
+        f"{answer.algorithm}, fastest by closed form, takes {ratio:.2f} times as long"
+    )
+    candidates = tuple(sorted((first, *others), key=lambda each: each.seconds))
+    return replace(_full_answer(question, site, best, reason, candidates), notes=notes)
+
+
+def _rivals_not_met(question: Question, beside: Rivals) -> tuple[str, ...]:
+    """What nobody timed although it may be faster."""
+    if question.fidelity in (None, Fidelity.FULL):
+        names, why = beside.unknown, "not compared, as to move every message would take long"
+        hint = "--algorithm times one alone"
+    else:
+        names = (*(each.algorithm for each in beside.hopeful), *beside.unknown)
+        why, hint = "has no closed form here, and may be faster", "--fidelity full moves every message"
+    return (f"{why}: {', '.join(names)}; {hint}",) if names else ()
+
+
+def _fastest_of(outcome: contest.Outcome) -> str:
+    doubt = "" if outcome.is_sure else "; of those not compared one may be faster"
+    if outcome.num_compared > 1:
+        late = f" ({len(outcome.late)} of them only until they were later)" if outcome.late else ""
+        return f"fastest of {outcome.num_compared} when every message is moved{late}{doubt}"
+    return f"the only one that is timed quickly{doubt}" if outcome.unfinished else "nothing else suits"
+
+
+def _timed(timings: "Iterable[FullTiming]") -> tuple[Candidate, ...]:
+    return tuple(Candidate(each.algorithm, each.seconds, Fidelity.FULL) for each in timings)
 
 
 def _full_answer(

@@ -8,35 +8,35 @@ bytes as its latencies.
 Importing this loads the compiled loops; who only wants closed forms leaves it alone.
 """
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import TypeAlias
 
 import numpy as np
 
-from comms.algorithms import direct, doubling, ring
-from comms.algorithms.catalog import outline_of
-from comms.algorithms.hierarchical import Way
+from comms.algorithms import ring
 from comms.choice import Choice, choose
 from comms.compiled import Job
 from comms.conditions import CALM, Described, Resolved, may_relay, resolve
-from comms.errors import TooManyMessages
-from comms.full import FullResult, Method, simulate
+from comms.full import FullResult, Method, simulate, simulate_within
 from comms.graph import Rerouted
 from comms.groups import Lattice, mesh_group
+from comms.limit import UNLIMITED, GivenUp, Limit, Watch, unwatched
 from comms.links import Link, Protocol
 from comms.live import Live
 from comms.network import Network, Tier
-from comms.pricing import groups_of, job_of
+from comms.pricing import job_of
 from comms.schedule import Op, Schedule
-from comms.suggested import RING, Laid, laid_hierarchies, laid_rings
+from comms.suggested import Laid
 from comms.synthesis import WORTH, improve, synthesize
 from comms.tiered import TieredTopology
 from comms.topology import FloatArray, Topology
 from comms.torus import Torus
+from orchestrator.choice_jobs import MOST_MESSAGES, check_messages, jobs_of
 from orchestrator.node_names import node_names
 
 SEED = 0  # of what is synthesized: the same question, the same schedule
-MOST_MESSAGES = 2**24  # some 2 GB
-EASILY_MADE = 2**22  # up to so many sends a schedule is made to know how many messages it has
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -76,6 +76,20 @@ class FullTiming:
     protocol: Protocol
     result: FullResult
 
+    @property
+    def work(self) -> int:
+        """As limits count it."""
+        return self.result.work
+
+
+@dataclass(frozen=True, slots=True)
+class Effort:
+    """What it is worth to time a collective."""
+
+    most_messages: int = MOST_MESSAGES
+    limit: Limit = UNLIMITED  # with the setup
+    watch: Watch = unwatched
+
 
 @dataclass(frozen=True, slots=True)
 class WireLoad:
@@ -98,6 +112,9 @@ class TierLoad:
     busiest: WireLoad
 
 
+Attempt: TypeAlias = Callable[[Limit], FullTiming | GivenUp]
+
+
 def site_of(network: Network, num_chips: int, described: Described = CALM) -> Site:
     """The site of the first `num_chips` chips. Raises CommsError for conditions that it cannot have."""
     own = network.take(num_chips)
@@ -116,62 +133,68 @@ def load_loops() -> None:
         live.advance(np.inf)
 
 
-def timed_choice(site: Site, choice: Choice, most_messages: int = MOST_MESSAGES) -> FullTiming:
-    """A choice at full fidelity. Raises TooManyMessages where that is too much.
-
-    On a network without levels, or with links down or slow, rings go from chip to neighbouring chip, as many as its
-    wires bear, where that is faster than by number.
-    """
-    sends, pieces = _most_sends(choice)
-    if sends > EASILY_MADE:
-        check_messages(sends * pieces, choice.algorithm, most_messages)
-    job = job_of(choice, groups_of(site.members, site.num_chips), site.whole)
-    jobs = [job]
-    if choice.algorithm == RING and not (choice.is_folded and site.seen is site.whole):
-        laid = laid_rings(choice.op, site.seen)
-        jobs += [replace(job, schedule=each.schedule, places=each.chips) for each in laid]
-    timings = []
-    for job in jobs:
-        check_messages(job.schedule.num_messages, choice.algorithm, most_messages)
-        result = simulate(site.topology, [job, *background_jobs(site)], site.resolved.conditions)
-        seconds = choice.setup_s + float(result.seconds[0])
-        timings.append(FullTiming(choice.algorithm, seconds, choice.setup_s, choice.protocol, result))
-    return min(timings, key=lambda timing: timing.seconds)
+def timed_choice(
+    site: Site, choice: Choice, most_messages: int = MOST_MESSAGES, watch: Watch = unwatched
+) -> FullTiming:
+    """A choice at full fidelity, by the fastest of its jobs. Raises TooManyMessages where that is too much."""
+    return _finished(tried_choice(site, choice, Effort(most_messages, watch=watch)))
 
 
-def _most_sends(choice: Choice) -> tuple[int, int]:
-    """(sends, pieces of each) of a choice, without its schedule, if every chip sends in every round to all peers.
-
-    Where what a chip holds is not one range of chunks, as many as there are chunks of others: between all pairs, and
-    in halves of an all-reduce over several levels.
-    """
-    outline = outline_of(choice.algorithm, choice.op, choice.nbytes, choice.moved)
-    assert outline is not None
-    phases = [phase for channel in outline.channels for phase in channel.phases]
-    rounds = sum(stage.repeat for phase in phases for stage in phase)
-    others, peers = choice.num_chips - 1, 1
-    if choice.algorithm in direct.SCHEDULES:
-        peers = others
-    elif Way.DIRECT in choice.algorithm:
-        peers = max(level.fanout for level in choice.levels) - 1
-    halves = choice.op in (Op.ALL_GATHER, Op.REDUCE_SCATTER)
-    in_parts = halves and (len(choice.levels) > 1 or choice.algorithm in doubling.SCHEDULES)
-    chunks = others if in_parts or choice.op is Op.ALL_TO_ALL else 0
-    return choice.num_chips * max(rounds * peers, chunks), outline.pieces
-
-
-def timed_schedule(site: Site, laid: Laid, nbytes: float) -> FullTiming:
+def timed_schedule(site: Site, laid: Laid, nbytes: float, watch: Watch = unwatched) -> FullTiming:
     """Any schedule over all chips, by the fastest protocol of the outermost tier."""
-    check_messages(laid.schedule.num_messages, laid.schedule.algorithm)
+    return _finished(tried_schedule(site, laid, nbytes, Effort(watch=watch)))
+
+
+def tried_choice(site: Site, choice: Choice, effort: Effort) -> FullTiming | GivenUp:
+    """A choice, as far as it is worth it. Raises TooManyMessages."""
+
+    def attempt(job: Job, limit: Limit) -> FullTiming | GivenUp:
+        found = _moved(site, job, limit.before(choice.setup_s), effort.watch)
+        if isinstance(found, GivenUp):
+            return found.after(choice.setup_s)
+        seconds = choice.setup_s + float(found.seconds[0])
+        return FullTiming(choice.algorithm, seconds, choice.setup_s, choice.protocol, found)
+
+    jobs = jobs_of(choice, site.members, site.whole, site.seen, effort.most_messages)
+    return _fastest((partial(attempt, job) for job in jobs), effort.limit)
+
+
+def tried_schedule(site: Site, laid: Laid, nbytes: float, effort: Effort) -> FullTiming | GivenUp:
+    """A schedule, as far as it is worth it. Raises TooManyMessages."""
+    check_messages(laid.schedule.num_messages, laid.schedule.algorithm, effort.most_messages)
     tier = site.network.tier_for((0, site.num_chips - 1))
-    timings = [_under(site, laid, nbytes, tier, protocol) for protocol in tier.protocols]
-    return min(timings, key=lambda timing: timing.seconds)
+    attempts = (
+        partial(_under, site, laid, nbytes, tier, protocol, effort.watch) for protocol in tier.protocols
+    )
+    return _fastest(attempts, effort.limit)
 
 
-def timed_hierarchies(site: Site, op: Op, nbytes: float, most_messages: int) -> list[FullTiming]:
-    """Hierarchical algorithms over the bunches of chips that the network shows, of so many messages at most."""
-    laid = [each for each in laid_hierarchies(op, site.seen) if each.schedule.num_messages <= most_messages]
-    return [timed_schedule(site, each, nbytes) for each in laid]
+def _fastest(attempts: Iterable[Attempt], limit: Limit) -> FullTiming | GivenUp:
+    """Of several ways; each is given up when it is later than one before."""
+    best: FullTiming | None = None
+    given_up: list[GivenUp] = []
+    for attempt in attempts:
+        found = attempt(limit)
+        if isinstance(found, GivenUp):
+            given_up.append(found)
+        elif best is None or found.seconds < best.seconds:
+            best, limit = found, replace(limit, until_s=min(limit.until_s, found.seconds))
+    if best is not None:
+        return best
+    at_least_s = min(each.at_least_s for each in given_up)
+    work = sum(each.work for each in given_up)
+    return GivenUp(at_least_s, all(each.is_late for each in given_up), work)
+
+
+def _finished(found: FullTiming | GivenUp) -> FullTiming:
+    assert isinstance(found, FullTiming), "nothing limits it"
+    return found
+
+
+def _moved(site: Site, job: Job, limit: Limit, watch: Watch) -> FullResult | GivenUp:
+    """A job among those of others, under the conditions of the site."""
+    jobs = [job, *background_jobs(site)]
+    return simulate_within(site.topology, jobs, site.resolved.conditions, limit, watch)
 
 
 def by_number(schedule: Schedule) -> Laid:
@@ -234,17 +257,19 @@ def _rates(site: Site) -> FloatArray:
     return rate
 
 
-def _under(site: Site, laid: Laid, nbytes: float, tier: Tier, protocol: Protocol) -> FullTiming:
+def _under(
+    site: Site, laid: Laid, nbytes: float, tier: Tier, protocol: Protocol, watch: Watch, limit: Limit
+) -> FullTiming | GivenUp:
     inside, setup_s = site.network.inside(tier, protocol), tier.setup_s
-
-    def run(size: float) -> FullResult:
-        job = Job(laid.schedule, laid.chips, size, protocol=protocol, inside=inside)
-        return simulate(site.topology, [job, *background_jobs(site)], site.resolved.conditions)
-
-    result = run(nbytes)
+    job = Job(laid.schedule, laid.chips, nbytes, protocol=protocol, inside=inside)
+    result = _moved(site, job, limit.before(setup_s), watch)
+    if isinstance(result, GivenUp):
+        return result.after(setup_s)
     seconds = float(result.seconds[0])
     if protocol.pipelined:
-        latency_s = float(run(0.0).seconds[0])
+        empty = _moved(site, replace(job, nbytes=0.0), UNLIMITED, unwatched)
+        assert isinstance(empty, FullResult), "nothing limits it"
+        latency_s = float(empty.seconds[0])
         setup_s += protocol.handing_on_s(latency_s, max(0.0, seconds - latency_s))
     return FullTiming(laid.schedule.algorithm, setup_s + seconds, setup_s, protocol, result)
 
@@ -257,13 +282,3 @@ def background_jobs(site: Site) -> list[Job]:
         job = job_of(choose(each.op, each.nbytes, chips, site.network), np.array([chips]), site.whole)
         jobs.append(replace(job, repeats=True))
     return jobs
-
-
-def check_messages(count: int, algorithm: str, most: int = MOST_MESSAGES) -> None:
-    """Raises TooManyMessages for more than are to be moved one by one."""
-    if count > most:
-        raise TooManyMessages(
-            f"{algorithm} sends about {count / 1e6:.0f} million messages, too many to move one by one",
-            "--fidelity full",
-            "ask for folded, for fewer chips, or for an algorithm with fewer rounds",
-        )

@@ -9,8 +9,9 @@ from comms.choice import AUTO
 from comms.errors import CommsError
 from comms.pricing import Fidelity
 from comms.synthesis import TREES as SYNTHESIZED_OPS
-from orchestrator.collective import Phase, quiet, time_collective
+from orchestrator.collective import time_collective
 from orchestrator.question import Answer, Question
+from orchestrator.waiting import Phase, quiet
 
 FACTOR = 2
 NOT_SYNTHESIZED = (

@@ -8,9 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from comms.compiled import Job
+from comms.compiled import Job, compile_jobs
 from comms.errors import CommsError
-from comms.full import CALM, Change, Conditions, Method, simulate
+from comms.full import CALM, Change, Conditions, Method, simulate, simulate_within
+from comms.least import least_end_s
+from comms.limit import UNLIMITED, GivenUp, Limit
 from comms.live import Live
 from comms.schedule import Channel, Op, Order, Pattern, Round, Schedule
 from comms.sharing import fair_rates
@@ -206,6 +208,27 @@ def test_any_schedules_on_any_wires_take_what_the_slow_simulation_says(data):
     assert simulate(table, jobs).seconds == pytest.approx(expected, rel=1e-7, abs=1e-9)
 
 
+@settings(max_examples=100)
+@given(st.data())
+def test_what_is_given_up_as_late_is_late_and_all_else_is_timed_as_ever(data):
+    ranks = data.draw(st.integers(2, 4))
+    table = data.draw(tables(ranks))
+    jobs = [
+        Job(data.draw(schedules(ranks)), np.array(data.draw(st.permutations(range(ranks)))), 5.0, start)
+        for start in data.draw(st.lists(st.sampled_from([0.0, 1.5]), min_size=1, max_size=2))
+    ]
+    whole = simulate(table, jobs).seconds
+    end_s = max(job.start_s + seconds for job, seconds in zip(jobs, whole, strict=True))
+    compiled = compile_jobs(table, jobs)
+    assert least_end_s(compiled, compiled.bytes_per_s) <= end_s * (1 + 1e-9)
+    for until_s in (end_s * (1 + 1e-9), np.inf):
+        assert simulate_within(table, jobs, CALM, Limit(until_s)).seconds == pytest.approx(whole, rel=1e-12)
+    for share in (0.1, 0.9, 1 - 1e-6):
+        given_up = simulate_within(table, jobs, CALM, Limit(share * end_s))
+        assert given_up.is_late
+        assert share * end_s * (1 - 1e-9) <= given_up.at_least_s <= end_s * (1 + 1e-9)
+
+
 @settings(max_examples=200)
 @given(st.data())
 def test_rates_are_those_of_progressive_filling(data):
@@ -288,6 +311,58 @@ def test_a_wire_that_stays_dead_is_an_error():
         seconds(Conditions(factors={0: 0.0}))
     with pytest.raises(CommsError, match="never arrive"):
         seconds(Conditions(changes=(Change(1.0, 0, 0.0),)))
+
+
+def crossing(ranks, at_once=False):
+    """All to all over one wire."""
+    pairs = [(s, d) for s in range(ranks) for d in range(ranks) if s != d]
+    src, dst = (np.array(column) for column in zip(*pairs, strict=True))
+    each = Round(Pattern(src, dst), src * ranks + dst, np.ones_like(src), False)
+    schedule = Schedule(Op.ALL_TO_ALL, "all", ranks, ranks**2, 1.0, (Channel(((each,),), at_once=at_once),))
+    return Table(ranks, [(0.5, 2.0)], dict.fromkeys(pairs, (0,))), Job(schedule, np.arange(ranks), 1.0)
+
+
+def test_what_would_be_too_much_work_is_given_up_after_a_part_of_it():
+    table, job = crossing(40)
+    whole = simulate_within(table, [job], CALM, UNLIMITED)
+    given_up = simulate_within(table, [job], CALM, Limit(most_work=whole.work // 3))
+    assert not given_up.is_late
+    assert given_up.work < whole.work / 4
+    assert given_up.at_least_s <= whole.seconds[0]
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+def test_what_is_no_more_work_than_it_may_be_is_not_given_up(at_once):
+    table, job = crossing(40, at_once)  # at once, all are on their way before any arrives
+    whole = simulate_within(table, [job], CALM, UNLIMITED)
+    again = simulate_within(table, [job], CALM, Limit(most_work=whole.work))
+    assert (again.work, again.seconds) == (whole.work, whole.seconds)
+
+
+def test_even_no_work_at_all_comes_to_an_end():
+    table, job = crossing(3)
+    for most_work in (0, 1):
+        assert isinstance(simulate_within(table, [job], CALM, Limit(most_work=most_work)), GivenUp)
+
+
+def test_who_watches_hears_of_an_ever_larger_share(monkeypatch):
+    monkeypatch.setattr("comms.full.WATCHED_WORK", 100)
+    table, job = crossing(12)
+    shares = []
+    simulate_within(table, [job], CALM, UNLIMITED, shares.append)
+    assert len(shares) > 2
+    assert sorted(shares) == shares
+    assert 0 <= shares[0] < shares[-1] < 1
+
+
+def test_a_wire_that_stays_dead_is_an_error_and_not_late_where_nothing_limits():
+    dead = Conditions(changes=(Change(1.0, 0, 0.0),))
+    job = Job(one_message(), np.arange(2), 10.0)
+    with pytest.raises(CommsError, match="never arrive"):
+        simulate_within(LINE, [job], dead, UNLIMITED)
+    revived = Conditions(factors={0: 0.0}, changes=(Change(4.0, 0, 1.0),))
+    assert simulate_within(LINE, [job], revived, Limit(9.5)).seconds[0] == pytest.approx(9.5)
+    assert simulate_within(LINE, [job], revived, Limit(9.4)).is_late
 
 
 def test_background_takes_its_share_for_as_long_as_the_foreground_runs():

@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 
+from comms.algorithms import hierarchical
+from comms.algorithms.catalog import MOST_PEERS
 from comms.compiled import Job
 from comms.full import simulate
 from comms.graph import Edge, Graph
@@ -12,6 +14,7 @@ from comms.schedule import Op
 from comms.suggested import laid_hierarchies, laid_rings
 from comms.torus import FullMesh
 
+EVERY = hierarchical.SCHEDULES
 FAST, SLOW = Link(1e-6, 50e9), Link(5e-6, 20e9)
 
 
@@ -30,14 +33,14 @@ def seconds(topology, laid, nbytes):
 @pytest.mark.parametrize("op", Op)
 def test_everything_that_is_laid_out_is_proved_and_has_all_chips(op):
     topology = islands(3, 3)
-    for laid in (*laid_rings(op, topology), *laid_hierarchies(op, topology)):
+    for laid in (*laid_rings(op, topology), *laid_hierarchies(op, topology, EVERY)):
         assert laid.schedule.op is op
         prove(laid.schedule)
         assert sorted(laid.chips.tolist()) == list(range(9))
 
 
 def test_a_hierarchy_has_the_chips_of_an_island_side_by_side():
-    for laid in laid_hierarchies(Op.ALL_REDUCE, islands(4, 2)):
+    for laid in laid_hierarchies(Op.ALL_REDUCE, islands(4, 2), EVERY):
         assert {frozenset(half.tolist()) for half in np.split(laid.chips, 2)} == {
             frozenset({0, 2, 4, 6}),
             frozenset({1, 3, 5, 7}),
@@ -47,8 +50,8 @@ def test_a_hierarchy_has_the_chips_of_an_island_side_by_side():
 def test_over_a_slow_link_a_hierarchy_is_faster_than_a_ring():
     topology = islands(4, 2)
     rings, bunches = (
-        min(seconds(topology, laid, 64e6) for laid in make(Op.ALL_REDUCE, topology))
-        for make in (laid_rings, laid_hierarchies)
+        min(seconds(topology, laid, 64e6) for laid in every)
+        for every in (laid_rings(Op.ALL_REDUCE, topology), laid_hierarchies(Op.ALL_REDUCE, topology, EVERY))
     )
     assert bunches < rings
 
@@ -56,7 +59,19 @@ def test_over_a_slow_link_a_hierarchy_is_faster_than_a_ring():
 def test_islands_of_different_sizes_have_no_hierarchy():
     links = [Edge(chip, 5 + (chip > 2), FAST) for chip in range(5)]
     uneven = Graph(5, (*links, Edge(5, 6, SLOW)), ("left", "right"), through_chips=False)
-    assert laid_hierarchies(Op.ALL_REDUCE, uneven) == ()
+    assert laid_hierarchies(Op.ALL_REDUCE, uneven, EVERY) == ()
+
+
+def test_only_hierarchies_that_are_asked_for_are_laid_out():
+    (laid,) = laid_hierarchies(Op.ALL_REDUCE, islands(4, 2), ["hierarchical ring", "ring"])
+    assert laid.schedule.algorithm == "hierarchical ring"
+
+
+def test_no_hierarchy_has_a_chip_exchange_parts_with_more_others_than_libraries_do():
+    topology = islands(MOST_PEERS + 2, 2)
+    for op, is_laid in ((Op.ALL_REDUCE, False), (Op.ALL_TO_ALL, True)):
+        found = {each.schedule.algorithm for each in laid_hierarchies(op, topology, EVERY)}
+        assert ("hierarchical direct" in found) == is_laid
 
 
 def test_several_rings_share_the_buffer_on_wires_of_their_own():

@@ -50,7 +50,7 @@ def test_the_three_fidelities_agree_on_groups_that_fold(answer, cluster, chips):
 @pytest.mark.parametrize("op", list(Op))
 def test_every_operation_has_an_answer(answer, op):
     found = answer("--op", op, "--size", "1MiB")
-    assert (found["op"], found["fidelity"]) == (op, "folded")
+    assert (found["op"], found["fidelity"]) == (op, "full" if op is Op.GATHER else "folded")
     assert found["seconds"] > 0
     assert (found["nbytes"] == 0) == (op is Op.BARRIER)
 
@@ -331,8 +331,8 @@ DGX = (CONFIGS / "dgx-a100.yaml").read_text()
 
 
 def test_late_chips_and_noise_are_part_of_the_choice(answer, tmp_path):
-    path = file_with(tmp_path, DGX, "  chips: [{chip: 7, delay: 5 ms}]\n")
-    words = ("--cluster", path, "--chips", "16", "--size", "1MiB")
+    path = file_with(tmp_path, LAPTOP, "  chips: [{chip: 7, delay: 5 ms}]\n")
+    words = ("--cluster", path, "--size", "1MiB")
     every = answer(*words)
     named = answer(*words, "--algorithm", "recursive doubling")
     assert every["seconds"] <= named["seconds"] * (1 + 1e-9)

@@ -34,9 +34,10 @@ def line_of(out: str, name: str) -> str:
 
 
 def test_where_tiers_are_balanced_none_is_said_to_limit(comms, answer):
-    found = answer(*GALAXY)
+    words = (*GALAXY, "--fidelity", "folded")
+    found = answer(*words)
     assert found["limiting_link"]["saved_s"] < 0.05 * found["seconds"]
-    said = line_of(comms(*GALAXY).out, "limited by")
+    said = line_of(comms(*words).out, "limited by")
     assert said.startswith("no single tier")
     assert "balanced; --fidelity full shows the busiest wire" in said
 
@@ -104,6 +105,61 @@ def test_a_table_in_which_nothing_moves_is_refused(comms, tmp_path, rows, says):
     code, _, err = comms("--op", "all_to_allv", "--chips", "2", "--size", parts(tmp_path / "parts.csv", rows))
     assert code == 2
     assert says in err
+
+
+@pytest.mark.parametrize("num_chips", [2, 4, 8])
+@pytest.mark.parametrize("own", ["0", "1GiB", "3GiB"])
+def test_parts_that_are_even_take_as_long_as_even_ones_whatever_chips_keep(answer, tmp_path, num_chips, own):
+    rows = [[own if a == b else "1GiB" for b in range(num_chips)] for a in range(num_chips)]
+    table = parts(tmp_path / "parts.csv", rows)
+    words = ("--cluster", "dgx-a100", "--chips", num_chips, "--op", "all_to_allv", "--size", table)
+    assert " take 1.00 times as long" in answer(*words)["reason"]
+
+
+@pytest.mark.parametrize(
+    ("cell", "says"),
+    [
+        (
+            "\u00b2",
+            "is not a number with a unit",
+        ),  # superscript two and an Arabic three: digits of other scripts
+        ("\u0663", "is not a number with a unit"),
+        ("9999999999999999999999", "is more than any chip holds"),
+        ("0.5", "is 0.5 bytes"),
+        ("1e3", "needs a unit"),
+        ("1e9999999999999999999 B", "must be finite"),
+    ],
+)
+def test_a_bare_number_of_bytes_is_checked_like_one_with_a_unit(comms, tmp_path, cell, says):
+    path = tmp_path / "parts.csv"
+    path.write_text(f"0,1024\n{cell},0\n", encoding="utf-8")
+    code, _, err = comms("--op", "all_to_allv", "--chips", "2", "--size", path)
+    assert code == 2
+    assert says in err
+    assert f"at: {path}, row 2\n  do: " in err
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"0,1\xff\n2,0\n", "not UTF-8 text"),
+        ("0,1\n2,0\n".encode("utf-16"), "not UTF-8 text"),
+        (b"0," + b"1" * 200_000 + b"\n", "not CSV: field larger than"),
+    ],
+)
+def test_a_table_that_is_no_text_is_refused(comms, tmp_path, content, says):
+    path = tmp_path / "parts.csv"
+    path.write_bytes(content)
+    code, _, err = comms("--op", "all_to_allv", "--chips", "2", "--size", path)
+    assert code == 2
+    assert says in err
+    assert f"at: {path}\n  do: " in err
+
+
+def test_a_table_may_start_with_the_mark_of_a_spreadsheet(answer, tmp_path):
+    path = tmp_path / "parts.csv"
+    path.write_bytes(b"\xef\xbb\xbf1024,2048.0\r\n 1 KiB ,0\r\n")
+    assert answer("--op", "all_to_allv", "--chips", "2", "--size", path)["nbytes"] == 3072
 
 
 @pytest.mark.parametrize("name", ["nosuch.txt", "schedules/mine", "./ring"])

@@ -1,0 +1,61 @@
+"""Limit: how long a simulation at full fidelity goes on, and what is known where it was given up.
+
+Both limits are of the simulation itself, simulated seconds and a count of what the event loop did, so that the same
+question is given up at the same point on every machine.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from math import inf
+from typing import TypeAlias
+
+ENDLESS = 2**62
+WATCHED_WORK = 2**21  # a few seconds between two looks at how far a simulation has come
+BELIEVED = 1.25  # times as much as it may be
+JUDGED = 8  # after one part in so many of the work that it may be, a simulation is judged
+
+Watch: TypeAlias = Callable[[float], None]  # is told which share of the messages has been moved
+
+
+def unwatched(share: float) -> None:
+    """A simulation that nobody watches."""
+    del share
+
+
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """A simulation is given up where a job that is waited for ends after `until_s`, or for too much work.
+
+    Work is messages that arrive, flows that start or end, and rates solved anew (1 to 3 us each).
+    """
+
+    until_s: float = inf
+    most_work: int = ENDLESS
+
+    def before(self, seconds: float) -> "Limit":
+        """For what comes so long after its start."""
+        return replace(self, until_s=self.until_s - seconds)
+
+    def is_too_much(self, work: int, share: float) -> bool:
+        """Whether it is, or surely will be, by the share of the messages that was moved with this work.
+
+        The first messages may be more work than the rest, so that somewhat more is believed in.
+        """
+        forecast_is_due = work >= self.most_work // JUDGED
+        return work > self.most_work or (forecast_is_due and work > BELIEVED * share * self.most_work)
+
+
+UNLIMITED = Limit()
+
+
+@dataclass(frozen=True, slots=True)
+class GivenUp:
+    """What has not been timed to its end: it takes longer than `at_least_s`."""
+
+    at_least_s: float
+    is_late: bool  # not done by Limit.until_s; else too much work
+    work: int = 0  # that was done for it
+
+    def after(self, seconds: float) -> "GivenUp":
+        """With what came before it."""
+        return replace(self, at_least_s=self.at_least_s + seconds)
