@@ -11,10 +11,10 @@ Pieces follow each other from phase to phase. In the trees each goes up in parts
 down (see `comms.algorithms.tree`), so many that filling the trees costs at most FILLING.
 
 Outlines are exact for 2**k bunches of one level in one piece, and for others an upper bound by less than two parts. In
-pieces they are one by less than a tenth inside by chips (but for 1 %). Through switches full
-fidelity takes up to 1.2 times as long: what is scattered and what is gathered get in each other's way. Where trees cross several levels all wires are taken to be as
-slow as the slowest, which is up to twice too slow. A switch that adds is one on wires of its own: where one tree of
-switches joins all chips, in-network algorithms are better.
+pieces they are one by less than a tenth inside by chips (but for 1 %). Through switches full fidelity takes up to 1.2
+times as long: what is scattered and what is gathered get in each other's way. Where trees cross several levels all
+wires are taken to be as slow as the slowest, which is up to twice too slow. A switch that adds is one on wires of its
+own: where one tree of switches joins all chips, in-network algorithms are better.
 """
 
 from collections.abc import Callable, Mapping, Sequence
