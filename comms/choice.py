@@ -50,6 +50,7 @@ class Choice:
     is_folded: bool
     inside: tuple[tuple[str, Protocol], ...] = ()  # protocols of tiers within the outermost one, by tier
     others: tuple[tuple[str, float], ...] = ()  # what else suits, and its seconds, fastest first
+    hosts: Levels = ()  # of what counts as one flat level, its bunches: the order in which messages leave goes by them
 
     @property
     def seconds(self) -> float:
@@ -87,7 +88,8 @@ class Choice:
 
     def schedule(self) -> Schedule:
         """The messages of all ranks, in the order of the members."""
-        return schedule_of(self.algorithm, self.op, self.num_chips, self.nbytes, self.moved)
+        levels = tuple(self.seen(level) for level in self.hosts or self.levels)
+        return schedule_of(self.algorithm, self.op, self.num_chips, self.nbytes, levels)
 
     def folded_s(self) -> float:
         """What the messages take by the sweep over representative chips."""
@@ -134,8 +136,10 @@ def _tried(
     choices = []
     for name, protocol in _offered(op, num_chips, tier, algorithm):
         inside = network.inside(tier, protocol)
-        for levels, is_folded in _folds(members, network, joins_likes(name), flat):
-            blank = Choice(op, nbytes, num_chips, name, protocol, 0.0, 0.0, levels, is_folded, inside)
+        for levels, is_folded, hosts in _folds(members, network, joins_likes(name), flat):
+            blank = Choice(
+                op, nbytes, num_chips, name, protocol, 0.0, 0.0, levels, is_folded, inside, hosts=hosts
+            )
             outline = outline_of(name, op, nbytes, blank.moved)
             if outline is None or (name in BY_SWITCHES and not is_folded):
                 continue
@@ -149,14 +153,18 @@ def _tried(
     return exact or choices  # a guess is no match for what is known
 
 
-def _folds(members: Members, network: Network, aligned: bool, flat: bool) -> list[tuple[Levels, bool]]:
-    """The levels to try, and whether they are what the group folds into."""
+def _folds(
+    members: Members, network: Network, aligned: bool, flat: bool
+) -> list[tuple[Levels, bool, Levels]]:
+    """The levels to try, whether they are what the group folds into, and the bunches of a flat level."""
     levels = None if flat else network.levels(members, aligned)
     if levels is not None:
-        return [(levels, True)]
+        return [(levels, True, ())]
     as_if_even = network.levels_as_if_even(members, aligned)
-    guesses = [] if as_if_even is None else [(as_if_even, False)]
-    return [*guesses, (_flat(group_size(members), _outermost(members, network)), False)]
+    one_level = _flat(group_size(members), _outermost(members, network))
+    if as_if_even is None:
+        return [(one_level, False, ())]
+    return [(as_if_even, False, ()), (one_level, False, as_if_even)]
 
 
 def offered(op: Op, members: Members, network: Network) -> tuple[str, ...]:

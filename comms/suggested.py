@@ -10,7 +10,7 @@ from math import inf
 
 import numpy as np
 
-from comms.algorithms import hierarchical, ring
+from comms.algorithms import hierarchical, hierarchical_exchange, hierarchical_tree, ring
 from comms.algorithms.catalog import has_many_peers
 from comms.errors import CommsError
 from comms.levels import Level
@@ -19,6 +19,7 @@ from comms.schedule import Op, Schedule
 from comms.topology import IntArray, Topology
 
 RING = "ring"
+HIERARCHIES = (hierarchical, hierarchical_exchange, hierarchical_tree)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -52,14 +53,15 @@ def laid_hierarchies(op: Op, topology: Topology, names: Collection[str]) -> tupl
         return ()
     levels = tuple(Level("", fanout, 0.0, inf, inf) for fanout in fanouts)
     laid = []
-    for name, ops in hierarchical.SCHEDULES.items():
+    known = [each for file in HIERARCHIES for each in file.SCHEDULES.items()]
+    for name, ops in known:
         if name not in names or has_many_peers(name, op, levels):
             continue
         try:
             schedule = ops[op](topology.num_chips, fanouts=fanouts) if op in ops else None
         except CommsError:  # halving and doubling over other than powers of two
             continue
-        if schedule is not None and schedule.algorithm == name:
+        if schedule is not None and schedule.algorithm == name and not schedule.num_helpers:
             laid.append(Laid(schedule, _nested(found)))
     return tuple(laid)
 

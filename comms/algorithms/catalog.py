@@ -15,6 +15,7 @@ from comms.algorithms import (
     direct,
     doubling,
     hierarchical,
+    hierarchical_exchange,
     hierarchical_rooted,
     hierarchical_tree,
     in_network,
@@ -35,6 +36,7 @@ FILES = (
     bruck,
     tree,
     hierarchical,
+    hierarchical_exchange,
     hierarchical_rooted,
     hierarchical_tree,
     torus,
@@ -45,7 +47,7 @@ FILES = (
 # Their messages change one digit at a time.
 LIKES = frozenset(
     name
-    for file in (doubling, bruck, hierarchical, hierarchical_rooted, hierarchical_tree)
+    for file in (doubling, bruck, hierarchical, hierarchical_exchange, hierarchical_rooted, hierarchical_tree)
     for name in file.SCHEDULES
 )
 T = TypeVar("T")
@@ -178,6 +180,8 @@ def _options(
     options: dict[str, object] = {}
     if levels and _takes(make, "fanouts"):
         options["fanouts"] = tuple(level.fanout for level in levels)
+    if levels and _takes(make, "ports"):
+        options["ports"] = tuple(level.port for level in levels)
     if levels and _takes(make, "around"):
         options["around"] = tuple(hierarchical.is_ring(level) for level in levels)
     if levels and name in MESHES and not all(level.wraps for level in levels):

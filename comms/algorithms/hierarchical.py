@@ -2,8 +2,8 @@
 
 Reduce-scatter inside, all-reduce of the shares across (all members of a bunch at once, each with its like in the
 other bunches), all-gather inside; with three levels the middle one in the same way. Its halves are reduce_scatter
-and all_gather. An all_to_all first gives everything to the member of the own bunch that sits like its target.
-(From and to a root: `comms.algorithms.hierarchical_rooted`.)
+and all_gather. (From and to a root: `comms.algorithms.hierarchical_rooted`, from everyone to everyone:
+`hierarchical_exchange`, with trees between bunches: `hierarchical_tree`.)
 
 Each level by its own way: around a ring, by halving and doubling, or directly. Pieces follow each other one at a
 time in each phase (SERIAL), so that a piece crosses while the next one is still inside: a flow shop.
@@ -188,19 +188,6 @@ def all_gather(
     return serial_schedule(Op.ALL_GATHER, name_of(ways), num_ranks, phases, pieces)
 
 
-def all_to_all(num_ranks: int, *, fanouts: Sequence[int] | None = None, pieces: int = 1) -> Schedule:
-    """Level by level outwards, each time directly to the one whose digit is that of the target."""
-    check_ranks(num_ranks, pieces=pieces)
-    parts = checked_fanouts(num_ranks, fanouts)
-    phases = [
-        (_exchanged(num_ranks, fanout, inner),)
-        for fanout, inner in zip(parts, inner_sizes(parts), strict=True)
-    ]
-    channels = (Channel(tuple(phases), pieces, Order.SERIAL),) if phases else ()
-    num_chunks = num_ranks * num_ranks
-    return Schedule(Op.ALL_TO_ALL, name_of((Way.DIRECT,)), num_ranks, num_chunks, 1.0 / num_ranks, channels)
-
-
 def outline(
     op: Op, nbytes: float, levels: Levels, *, ways: Sequence[Way] = RINGS, pieces: int = 1
 ) -> Outline | None:
@@ -213,10 +200,10 @@ def outline(
     inward: list[tuple[Stage, ...]] = []
     outward: list[tuple[Stage, ...]] = []
     for way, (level, inner) in zip(taken, spans, strict=True):
-        rounds = stages(way, nbytes if op is Op.ALL_TO_ALL else nbytes / inner, level, inner)
+        rounds = stages(way, nbytes / inner, level, inner)
         inward.append(rounds)
         outward.insert(0, rounds[::-1])
-    if op in (Op.REDUCE_SCATTER, Op.ALL_TO_ALL):
+    if op is Op.REDUCE_SCATTER:
         return Outline(name_of(ways), tuple(inward), tuple(ports), pieces)
     if op is Op.ALL_GATHER:
         return Outline(name_of(ways), tuple(outward), tuple(ports[::-1]), pieces)
@@ -287,23 +274,6 @@ def serial_schedule(
     return Schedule(op, algorithm, num_ranks, num_ranks, 1.0 / num_ranks, channels, root)
 
 
-def _exchanged(num_ranks: int, fanout: int, inner: int) -> Round:
-    """All chunks whose target has another digit here; their source is like the sender further out."""
-    ranks, source = np.arange(num_ranks), np.arange(inner)
-    target = np.arange(num_ranks // (inner * fanout))[:, np.newaxis] * inner * fanout
-    digit = ranks // inner % fanout
-    columns = []
-    for by in range(1, fanout):
-        dst = ranks + ((digit + by) % fanout - digit) * inner
-        to = dst % (inner * fanout)  # targets share the digits up to here
-        sources = (ranks // inner * inner)[:, np.newaxis] + source
-        chunk = sources[:, np.newaxis] * num_ranks + to[:, np.newaxis, np.newaxis] + target
-        num = chunk[0].size
-        columns.append((np.repeat(ranks, num), np.repeat(dst, num), chunk.ravel()))
-    src, dst, chunk = (np.concatenate(column) for column in zip(*columns, strict=True))
-    return Round(Pattern(src, dst), chunk, np.ones_like(chunk), reduces=False)
-
-
 def is_ring(level: Level) -> bool:
     """Whether its bunches reach their neighbours only."""
     return level.ring and level.fanout > 2
@@ -335,7 +305,6 @@ MIXES = tuple((inner,) if inner is outer else (inner, outer) for inner, outer in
 SCHEDULES: Schedules = {
     name_of(ways): {
         **{op: partial(make, ways=ways) for op, make in REDUCING.items()},
-        **({Op.ALL_TO_ALL: all_to_all} if ways == (Way.DIRECT,) else {}),
     }
     for ways in MIXES
 }

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from comms.algorithms import (
     hierarchical,
+    hierarchical_exchange,
     hierarchical_rooted,
     in_network,
     torus,
@@ -377,9 +378,20 @@ def test_hierarchies_send_less_the_further_out(fanouts, first, others):
 @PATIENT
 @given(few_digits)
 def test_a_hierarchical_all_to_all_crosses_each_level_once(fanouts):
-    schedule = hierarchical.all_to_all(prod(fanouts), fanouts=fanouts)
+    schedule = hierarchical_exchange.all_to_all(prod(fanouts), fanouts=fanouts)
     for fanout, inner in zip(fanouts, np.cumprod([1, *fanouts]).tolist(), strict=False):
         np.testing.assert_allclose(sent_shares(schedule, inner, inner * fanout), (fanout - 1) / fanout)
+
+
+@PATIENT
+@given(st.integers(1, 3), st.integers(1, 4), st.integers(1, 4))
+def test_levels_of_one_port_are_crossed_at_once_in_an_all_to_all(bunch, hosts, units):
+    fanouts = (bunch, hosts, units)
+    schedule = hierarchical_exchange.all_to_all(prod(fanouts), fanouts=fanouts, ports=(0, 1, 1))
+    prove(schedule)
+    assert sum(len(channel.phases) for channel in schedule.channels) == (bunch > 1) + (hosts * units > 1)
+    leaves = sent_shares(schedule, bunch, prod(fanouts))
+    np.testing.assert_allclose(leaves, (hosts * units - 1) / (hosts * units))
 
 
 @PATIENT
@@ -742,7 +754,7 @@ def test_outlines_are_none_where_an_algorithm_does_not_apply():
     assert hierarchical.outline(Op.ALL_REDUCE, 1.0, (switch, switch), ways=(Way.DOUBLING,)) is None
     assert hierarchical.outline(Op.ALL_REDUCE, 1.0, (line, switch)) is None
     assert hierarchical.outline(Op.ALL_REDUCE, 1.0, (ring, switch)) is not None
-    assert hierarchical.outline(Op.ALL_TO_ALL, 1.0, (ring, switch), ways=(Way.DIRECT,)) is None
+    assert hierarchical_exchange.outline(1.0, (ring, switch)) is None
     for op in ROOTED:
         assert hierarchical_rooted.outline(op, 1.0, (switch,)) is None
         assert hierarchical_rooted.outline(op, 1.0, (ring, switch)) is not None
