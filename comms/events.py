@@ -143,8 +143,15 @@ def run(w: World, changes: Changes, next_change: int, until_s: float, run_by_run
     while w.counters[WAITED_FOR] > 0 and timers.size[0] < room:
         if (run_by_run and w.counters[ENDED] > 0) or w.counters[RESTARTS] > MOST_RESTARTS:
             break
-        now = next_instant(w, changes, next_change)
-        if now == np.inf or now > until_s or work_done(w) >= w.counters[MOST_WORK]:
+        now = np.inf  # as next_instant, but here: a call per instant costs a third more
+        if timers.size[0] > 0:
+            now = timers.heap[0].time
+        if finishes.size[0] > 0:
+            now = min(now, finishes.port[finishes.heap[0]].time)
+        if next_change < len(changes.at_s):
+            now = min(now, changes.at_s[next_change])
+        done = w.counters[ARRIVED] + w.counters[FLOW_EVENTS] + w.counters[SOLVED]
+        if now == np.inf or now > until_s or done >= w.counters[MOST_WORK]:
             break
         until = now * (1.0 + SAME_INSTANT)
         drawn = 0
