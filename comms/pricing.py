@@ -44,7 +44,7 @@ class TierShare:
 
     tier: str
     fanout: int
-    latency_s: float
+    latency_s: float  # of one stage, by the protocol taken
     bytes_per_s: float  # of a chip, when all chips of a bunch send to others at once
     saved_s: float  # what would be saved if this tier cost nothing
 
@@ -74,9 +74,8 @@ def tier_shares(choice: Choice) -> tuple[TierShare, ...]:
         outline = outline_of(choice.algorithm, choice.op, choice.nbytes, levels)
         saved = choice.transfer_s - closed_seconds(outline) if outline is not None else 0.0
         inner = prod(each.fanout for each in choice.levels[:at])
-        shares.append(
-            TierShare(level.tier, level.fanout, level.latency_s, level.rate(inner), max(0.0, saved))
-        )
+        seen = choice.seen(level)
+        shares.append(TierShare(level.tier, level.fanout, seen.latency_s, seen.rate(inner), max(0.0, saved)))
     return tuple(shares)
 
 
