@@ -88,7 +88,7 @@ def messages_of(topology, jobs):
                         total = job.schedule.num_chunks
                         chunks = {(int(each.first[i]) + k) % total for k in range(int(each.count[i]))}
                         route = list(topology._routes[key])
-                        lane = seen[s, route[0]] if channel.at_once else 0
+                        lane = (seen[s, route[0]] * channel.at_once, phase * channel.apart)
                         seen[s, route[0]] += 1
                         for piece in range(channel.pieces):
                             numbers = (j, c, piece, number, phase, i, lane, s, d)
@@ -190,7 +190,8 @@ def schedules(draw, ranks, chunks=3):
             tuple(a_round() for _ in range(draw(st.integers(1, 2)))) for _ in range(draw(st.integers(1, 2)))
         )
         order, by_chunk = draw(st.sampled_from(Order)), draw(st.booleans())
-        channels.append(Channel(phases, draw(st.integers(1, 2)), order, by_chunk, draw(st.booleans())))
+        flags = draw(st.booleans()), draw(st.booleans())
+        channels.append(Channel(phases, draw(st.integers(1, 2)), order, by_chunk, *flags))
     return Schedule(Op.ALL_REDUCE, "any", ranks, chunks, 1.0 / chunks, tuple(channels))
 
 

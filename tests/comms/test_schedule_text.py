@@ -89,15 +89,20 @@ def test_channels_phases_pieces_roots_switches_and_shares_are_printed_too():
     chain = ring.broadcast(5, 2, pieces=7)
     uneven = direct.all_to_allv(np.array([[0.0, 1.0], [3.0, 0.0]]))
     first = halves.channels[0]
-    phases = Channel((first.rounds[:3], first.rounds[3:]), 3, Order.SERIAL, by_chunk=True, at_once=True)
+    phases = Channel(
+        (first.rounds[:3], first.rounds[3:]), 3, Order.SERIAL, by_chunk=True, at_once=True, apart=True
+    )
     parted = Schedule(Op.ALL_REDUCE, "in parts", 4, 8, 0.125, (phases, halves.channels[1]))
     for schedule in (halves, chain, uneven, parted):
         again = parse_schedule(schedule_text(schedule))
         assert schedule_text(again) == schedule_text(schedule)
         assert again.root == schedule.root
         np.testing.assert_array_equal(again.shares, schedule.shares)
-        kinds = [(c.pieces, c.order, c.by_chunk, c.at_once, len(c.phases)) for c in schedule.channels]
-        assert [(c.pieces, c.order, c.by_chunk, c.at_once, len(c.phases)) for c in again.channels] == kinds
+        kinds, read = (
+            [(c.pieces, c.order, c.by_chunk, c.at_once, c.apart, len(c.phases)) for c in each.channels]
+            for each in (schedule, again)
+        )
+        assert read == kinds
 
 
 def test_switches_are_ranks_after_the_others():
