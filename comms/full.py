@@ -224,7 +224,7 @@ def _by_events(
         next_change = run(world, changes, next_change, limit.until_s, False)
         if counters[WAITED_FOR] == 0:
             break
-        now = next_instant(world, changes, next_change)
+        now = next_instant(world.timers, world.finishes, changes, next_change)
         if now == np.inf or counters[RESTARTS] > MOST_RESTARTS:
             hint = "a wire on its route stays at rate zero"
             raise CommsError("a message can never arrive", "simulation", hint)

@@ -17,6 +17,7 @@ from comms.algorithms import (
     hierarchical,
     hierarchical_exchange,
     hierarchical_rooted,
+    hierarchical_torus,
     hierarchical_tree,
     in_network,
     ring,
@@ -39,6 +40,7 @@ FILES = (
     hierarchical_exchange,
     hierarchical_rooted,
     hierarchical_tree,
+    hierarchical_torus,
     torus,
     torus_trees,
     torus_exchange,
@@ -47,7 +49,15 @@ FILES = (
 # Their messages change one digit at a time.
 LIKES = frozenset(
     name
-    for file in (doubling, bruck, hierarchical, hierarchical_exchange, hierarchical_rooted, hierarchical_tree)
+    for file in (
+        doubling,
+        bruck,
+        hierarchical,
+        hierarchical_exchange,
+        hierarchical_rooted,
+        hierarchical_tree,
+        hierarchical_torus,
+    )
     for name in file.SCHEDULES
 )
 T = TypeVar("T")
@@ -134,7 +144,7 @@ def _needs_wires_of_its_own(name: str, op: Op, num_levels: int) -> bool:
     flat rings and one-round algorithms cross several levels at once.
     """
     rooted = op in (Op.BROADCAST, Op.REDUCE, Op.GATHER, Op.SCATTER)
-    if rooted or name in tree.SCHEDULES or name in hierarchical_tree.SCHEDULES:
+    if rooted or any(name in file.SCHEDULES for file in (tree, hierarchical_tree, hierarchical_torus)):
         return True
     flat = name in (RAIL_RINGS, IN_NETWORK) or name in ring.SCHEDULES or name in direct.SCHEDULES
     return flat and num_levels > 1

@@ -19,7 +19,7 @@ all figures, so that the outline has them side by side.
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from math import ceil
+from math import ceil, prod
 
 import numpy as np
 
@@ -171,9 +171,27 @@ def _torus(
     check_ranks(num_ranks)
     parts = checked_fanouts(num_ranks, fanouts)
     rings = _rings(parts, fanouts, wraps)
-    dims = tuple(range(len(parts)))
-    orders = [dims[first:] + dims[:first] for first in (dims if rotated else dims[:1])]
-    ways = [(order, step) for order in orders for step in BOTH_WAYS]
+    orders = rotations(len(parts)) if rotated else rotations(len(parts))[:1]
+    return scattering_and_gathering(op, _name(rotated, wraps), parts, orders, rings, at_once=not rotated)
+
+
+def rotations(num_dims: int) -> list[tuple[int, ...]]:
+    """Orders of the dimensions, each starting with another one."""
+    dims = tuple(range(num_dims))
+    return [dims[first:] + dims[:first] for first in dims]
+
+
+def scattering_and_gathering(
+    op: Op,
+    name: str,
+    parts: tuple[int, ...],
+    orders: Sequence[tuple[int, ...]],
+    rings: Sequence[bool] | None = None,
+    at_once: bool = False,
+) -> Schedule:
+    """Two channels for each order of the digits, one either way round; `rings`: which digits are gone round (all)."""
+    num_ranks, around = prod(parts), (True,) * len(parts) if rings is None else rings
+    ways = [(order, step) for order in orders if parts for step in BOTH_WAYS]
     num_chunks = num_ranks * max(1, len(ways))
     channels = []
     for part, (order, step) in enumerate(ways):
@@ -181,11 +199,11 @@ def _torus(
             blocks = Blocks.nested(parts, order, part * num_ranks)
         else:
             blocks = Blocks.by_rank(parts, order, part, len(ways))
-        scatter = [_along(blocks, place, rings, step, gathers=False) for place in dims]
-        gather = [_along(blocks, place, rings, step, gathers=True) for place in reversed(dims)]
+        scatter = [_along(blocks, place, around, step, gathers=False) for place in range(len(parts))]
+        gather = [_along(blocks, place, around, step, gathers=True) for place in reversed(range(len(parts)))]
         phases = {Op.REDUCE_SCATTER: scatter, Op.ALL_GATHER: gather, Op.ALL_REDUCE: scatter + gather}[op]
-        channels.append(Channel(tuple(phases), at_once=not rotated))
-    return Schedule(op, _name(rotated, wraps), num_ranks, num_chunks, 1.0 / num_chunks, tuple(channels))
+        channels.append(Channel(tuple(phases), at_once=at_once))
+    return Schedule(op, name, num_ranks, num_chunks, 1.0 / num_chunks, tuple(channels))
 
 
 def _rings(
@@ -200,9 +218,7 @@ def _rings(
     return tuple(wrap for wrap, fanout in zip(said, given, strict=True) if fanout > 1)
 
 
-def _along(
-    blocks: Blocks, place: int, rings: tuple[bool, ...], step: int, gathers: bool
-) -> tuple[Round, ...]:
+def _along(blocks: Blocks, place: int, rings: Sequence[bool], step: int, gathers: bool) -> tuple[Round, ...]:
     """The rounds of one channel along one dimension."""
     which = blocks.order[place]
     fanout, digit = blocks.fanouts[which], blocks.digit(place)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from comms.algorithms import hierarchical_tree
+from comms.algorithms import hierarchical_torus, hierarchical_tree
 from comms.algorithms.catalog import RAIL_RINGS, names
 from comms.bisection import makespan_bound
 from comms.choice import choose
@@ -87,8 +87,21 @@ def lattices(draw, name):
     return Network((shaped("lattice", TierKind.SCALE_UP, shape),))
 
 
+@st.composite
+def pods(draw):
+    """Tori of two dimensions or three, joined by a switch."""
+    dims = tuple(draw(st.lists(st.integers(2, 4), min_size=2, max_size=3)))
+    size, num_pods = int(np.prod(dims)), draw(st.integers(2, 3))
+    inside = shaped(
+        "pod", TierKind.SCALE_UP, Torus(dims, tuple(draw(links) for _ in dims), (True,) * len(dims))
+    )
+    return Network((inside, switched("between", size * num_pods, draw(links), TierKind.SCALE_OUT)))
+
+
 def suiting(name):
     """Clusters of which many suit an algorithm."""
+    if name == hierarchical_torus.NAME:
+        return pods()
     if name == "line" or "torus" in name or "mesh" in name:
         return lattices(name)
     return clusters(reducing="in-network" in name)
