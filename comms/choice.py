@@ -24,7 +24,7 @@ from comms.algorithms.catalog import (
 from comms.closed import closed_seconds
 from comms.errors import CommsError
 from comms.folded import folded_seconds
-from comms.groups import Lattice, Members, group_size
+from comms.groups import Lattice, Members, group_size, sharing
 from comms.levels import Level, Levels
 from comms.links import PLAIN, Protocol
 from comms.network import Network, Tier
@@ -210,10 +210,16 @@ def _latency_and_wire(outline: Outline) -> tuple[float, float]:
 
 
 def _outermost(members: Members, network: Network) -> Tier:
-    """The tier in which the first and the last of the members meet."""
-    if isinstance(members, Lattice):
-        return network.tier_for((0, members.highest))
-    return network.tier_for(members)
+    """The innermost tier in which all members meet; of a Lattice, those of any copy."""
+    if not isinstance(members, Lattice):
+        return network.tier_for(members)
+    for tier in network.tiers[:-1]:
+        in_block = members.highest < tier.size and (
+            members.alone or sharing(members, tier.size) == members.num_chips
+        )
+        if in_block:
+            return tier
+    return network.tiers[-1]
 
 
 def _flat(num_chips: int, tier: Tier) -> Levels:

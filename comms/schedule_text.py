@@ -35,7 +35,7 @@ MESSAGE = re.compile(
     r"(\d{1,9})\s*->\s*(\d{1,9})\s+chunks?\s+(\d{1,9})(?:\s*-\s*(\d{1,9}))?(?:\s+(reduce|copy))?"
 )
 FLAGS = ("by_chunk", "at_once", "apart")
-ROUND = re.compile(r"round\s+(\d+)\s*:\s*(.*)")
+ROUND = re.compile(r"round\s+(\d{1,9})\s*:\s*(.*)")
 
 
 @dataclass(slots=True)

@@ -33,6 +33,9 @@ from orchestrator.yaml_file import Document, Location, read_yaml
 FRAME_NBYTES = 1500.0  # of a packet where switches store and forward: the payload of an Ethernet frame
 
 
+MOST_CHIPS_OF_HOST = 2**16
+
+
 class ChipSection(ChipFigures):
     """Chips of one type in a host: a catalog chip (`like`) with overrides, or all figures of a new one."""
 
@@ -104,6 +107,10 @@ def _host(document: Document, index: int, section: HostSection) -> Host:
     for number, entry in enumerate(section.chips):
         chip = described_chip(document, ("hosts", index, "chips", number), entry.like)
         count = len(os.sched_getaffinity(0)) if entry.count is None else entry.count
+        if len(chips) + count > MOST_CHIPS_OF_HOST:
+            where = document.where(("hosts", index, "chips", number))
+            hint = f"up to {MOST_CHIPS_OF_HOST}; give the hosts that there are, with `count` or `repeat`"
+            raise ClusterError(f"{count} chips in one host", where, hint)
         chips += [chip] * count
     return Host(
         chips=tuple(chips),

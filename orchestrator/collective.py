@@ -223,7 +223,7 @@ def _contest(question: Question, site: "Site", usual: Choice, phase: Phase) -> A
         every += contest.hierarchies(question, site, choices)
     outcome = contest.held(every, contest.ASKED if question.fidelity else contest.QUICK, phase)
     notes = list(outcome.notes("--algorithm times one alone" if question.fidelity else PATIENT))
-    if not outcome.timings and question.fidelity is None:
+    if question.fidelity is None and (outcome.is_misleading or not outcome.timings):
         return replace(_by_levels(question, usual, Fidelity.FOLDED), notes=tuple(notes))
     if not outcome.timings:
         raise TooManyMessages(
@@ -301,7 +301,7 @@ def _fastest_of(outcome: contest.Outcome) -> str:
     if outcome.num_compared > 1:
         late = f" ({len(outcome.late)} of them only until they were later)" if outcome.late else ""
         return f"fastest of {outcome.num_compared} when every message is moved{late}{doubt}"
-    return f"the only one that is timed quickly{doubt}" if outcome.unfinished else "nothing else suits"
+    return f"the only one that was timed{doubt}" if outcome.unfinished else "nothing else suits"
 
 
 def _timed(timings: "Iterable[FullTiming]") -> tuple[Candidate, ...]:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 FEW_MESSAGES = 2**14  # who has no more is timed to the end
 TIED = 1e-8  # relative: what differs by less is equal, and the first in the catalog wins
 ALIKE = 1e-3  # relative: up to this full fidelity and closed forms agree on groups that fold
+WORTH = 1.1  # times faster, by which an estimate is believed rather than what was timed
 HOPELESS = (
     2.0  # who by closed form takes so many times as long as one that was timed is left out where that costs
 )
@@ -93,6 +94,12 @@ class Outcome:
     def is_sure(self) -> bool:
         """Whether nobody who is not finished promises more than the fastest."""
         return all(each.seconds > self.timings[0].seconds for each in self.unfinished)
+
+    @property
+    def is_misleading(self) -> bool:
+        """Whether someone who is not finished is estimated to be much faster than all who are."""
+        least = min((each.seconds for each in self.unfinished if not each.is_bound), default=inf)
+        return bool(self.timings) and least * WORTH < self.timings[0].seconds
 
     def notes(self, hint: str) -> tuple[str, ...]:
         """What was not looked at, and what to do about it."""

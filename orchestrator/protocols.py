@@ -65,7 +65,9 @@ def _check(
                 raise ClusterError(f"there is no algorithm {algorithm!r}", where, nearest(algorithm, known))
         for op in sections[number].ops:
             if op not in list(Op):
-                raise ClusterError(f"there is no operation {op!r}", where, nearest(op, tuple(Op)))
+                raise ClusterError(
+                    f"there is no operation {op!r}", where, nearest(op, tuple(str(each) for each in Op))
+                )
         if name in names[:number]:
             raise ClusterError(f"two protocols are named {name!r}", where, "give each its own name")
         if share > best:

@@ -93,7 +93,14 @@ class _Reader:
     def value(self, node: yaml.Node, location: Location) -> object:
         if isinstance(node, yaml.ScalarNode):
             is_number = not node.style and node.tag.endswith(":str") and _FLOAT.fullmatch(node.value)
-            return float(node.value) if is_number else self._loader.construct_object(node)
+            try:
+                return float(node.value) if is_number else self._loader.construct_object(node)
+            except ValueError as error:  # a date that there is not, !!int of a word
+                hint = "put it in quotes if it is text"
+                self.errors.append(
+                    ConfigError(f"cannot read {node.value!r}: {error}", self._place(node), hint)
+                )
+                return None
         if id(node) in self._open:
             problem, hint = "a value that contains itself", "write it out: no alias inside of what it names"
             self.errors.append(ConfigError(problem, self.places[location], hint))

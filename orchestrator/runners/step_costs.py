@@ -103,6 +103,11 @@ class ClusterCosts:
             self._collectives[key] = choose(Op(key[0]), nbytes, members, self.cluster.network)
         return _ns(self._collectives[key].seconds)
 
+    @property
+    def sits_unevenly(self) -> bool:
+        """Whether a group had to be priced as if it were even, or as one flat level (`comms.choice`)."""
+        return not all(choice.is_folded for choice in self._collectives.values())
+
     def transfer_ns(self, role: Role, instruction: Send) -> int:
         """Time of one message by itself between the stages' first chips."""
         link, issue_s = self._way(role, instruction)

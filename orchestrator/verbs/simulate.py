@@ -39,6 +39,7 @@ AXES = ("tp", "dp", "pp", "all")  # always shown, zero or not; others only where
 
 EVERY_CHIP = 2048  # up to so many are driven one by one
 CONDITIONS = "the conditions of the cluster file"
+UNEVEN = "how groups of chips sit that fill hosts or tiers unevenly"
 
 # What to turn when a class of memory is the largest of a stage that does not fit.
 KNOBS: Mapping[MemoryClass, str] = {
@@ -183,9 +184,10 @@ def simulate(
         if chosen_fidelity(used, fidelity) is Fidelity.FULL:
             step = _every_chip(program, used)
         else:
-            step = simulate_step(program, ClusterCosts(program, used))
-            if not used.conditions.is_calm:
-                step = replace(step, left_out=(*step.left_out, CONDITIONS))
+            costs = ClusterCosts(program, used)
+            step = simulate_step(program, costs)
+            found = ((CONDITIONS, not used.conditions.is_calm), (UNEVEN, costs.sits_unevenly))
+            step = replace(step, left_out=(*step.left_out, *(what for what, is_so in found if is_so)))
     except ProgramError as error:
         raise PlanError(error.problem, error.where, error.hint) from error
     memory = peak_memory(program)
@@ -253,8 +255,9 @@ def answer(prepared: Prepared, options: Options, console: Console) -> int:
             load_loops()
     with console.phase("simulate"):
         result = simulate(prepared.program, prepared.cluster, fidelity=asked)
-    if CONDITIONS in result.step.left_out:
-        console.warn(f"folded fidelity leaves out {CONDITIONS}; --fidelity full applies them")
+    for what in (CONDITIONS, UNEVEN):
+        if what in result.step.left_out:
+            console.warn(f"folded fidelity leaves out {what}; --fidelity full has it")
     console.results(result.document(), tables(result))
     if options.run_dir is not None:
         write_run(run_dir.create(options.run_dir), prepared, result)

@@ -252,6 +252,13 @@ def test_a_value_that_contains_itself_is_refused_with_its_line(text, line):
     assert error.value.hint
 
 
+@pytest.mark.parametrize("value", ["2024-02-30", "2001-1-1t25:00:00", '!!int "abc"'])
+def test_what_yaml_cannot_read_is_refused_with_its_line(value):
+    with pytest.raises(ConfigError, match="cannot read") as error:
+        parse_yaml(f"a: 1\nname: {value}\n", "c.yaml")
+    assert error.value.where == "c.yaml:2"
+
+
 def test_a_value_may_be_repeated_by_an_alias():
     assert parse_yaml("a: &a [1, {b: 2}]\nc: [*a, *a]\n", "c.yaml").root["c"] == [[1, {"b": 2}]] * 2
 

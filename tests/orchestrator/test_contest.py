@@ -190,3 +190,11 @@ def test_about_as_many_messages_are_expected_as_there_are(name):
     whole = question.network.topology()
     (job, *_) = jobs_of(choice, question.members, whole, whole)
     assert job.schedule.num_messages <= 2 * expected_messages(choice) <= 8 * job.schedule.num_messages
+
+
+def test_who_happens_to_be_done_is_not_the_answer_where_another_promises_far_more():
+    """520 chips: rings on rails have too many messages to be timed unasked, a single ring has not."""
+    network = load_cluster(CONFIGS / "dgx-h100-superpod.yaml").take(520).network
+    answer = time_collective(Question(network, 520, Op.ALL_GATHER, 2.0**26))
+    assert (answer.algorithm, answer.fidelity) == ("rail rings", Fidelity.FOLDED)
+    assert any("rail rings" in note for note in answer.notes)

@@ -245,6 +245,7 @@ def test_every_protocol_gets_the_figures_that_were_given(figures, efficiency):
         ("  protocols: [{name: a}, {name: a}]\n", "two protocols are named 'a'"),
         ("  protocols: [{name: a, share: 1.5}]\n", "less than or equal to 1"),
         ("  protocols: [{name: a, algorithms: [rings]}]\n", "there is no algorithm 'rings'"),
+        ("  protocols: [{name: a, ops: [allreduce]}]\n", "there is no operation 'allreduce'"),
         ("  protocols: [{name: a, shar: 0.5}]\n", "unknown key"),
         (
             "  shape: mesh\n  dims: [8]\n  links: [{latency: 0.1 us}]\n  protocols: [{name: a, latency: 0.2 us}]\n",

@@ -7,8 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from comms import full
+from comms.choice import choose
 from comms.conditions import Background, ChipFault, Described, LinkFault, Reach
-from comms.pricing import Fidelity
+from comms.groups import Lattice
+from comms.pricing import Fidelity, groups_of, job_of
 from comms.schedule import Op
 from orchestrator import models
 from orchestrator.cluster_file import load_cluster
@@ -17,7 +20,7 @@ from orchestrator.errors import ClusterError, ConfigError
 from orchestrator.job_file import load_job
 from orchestrator.preparation import Prepared
 from orchestrator.verbs.options import Options
-from orchestrator.verbs.simulate import CONDITIONS, answer, chosen_fidelity, simulate
+from orchestrator.verbs.simulate import CONDITIONS, UNEVEN, answer, chosen_fidelity, simulate
 from partitioner.capture import trace_module
 from partitioner.lower import StepShape, lower
 from partitioner.plan import Plan
@@ -118,3 +121,28 @@ def test_the_verb_takes_the_flag_and_warns_where_conditions_are_left_out(program
     out, err = StringIO(), StringIO()
     assert answer(prepared, Options(fidelity=flag), Console(out=out, err=err)) == 0
     assert ("warning" in err.getvalue()) == warned
+
+
+def test_groups_astride_hosts_are_priced_by_what_joins_the_hosts():
+    """Of groups of three in hosts of eight, some cross into the next host; of groups of four none does."""
+    network = DGX.take(24).network
+    even, uneven = (choose(Op.ALL_GATHER, 2.0**30, Lattice(((1, n),)), network) for n in (4, 3))
+    assert (even.tier, uneven.tier) == ("scale-up", "infiniband")
+    topology = network.topology()
+    seconds = full.simulate(
+        topology, [job_of(uneven, groups_of(Lattice(((1, 3),)), 24), topology)]
+    ).seconds.max()
+    assert uneven.transfer_s == pytest.approx(seconds, rel=0.1)
+
+
+def test_a_step_says_where_groups_sit_unevenly():
+    built = models.build(
+        "builtin:gpt-nano", {"heads": 3, "width": 96}, device="meta", dtype=torch.float32, seed=0
+    )
+    traced = trace_module(built.module, built.example_batch(2, 32), None, built.tp_plan)
+    graph = build_graph(traced, num_samples=2)
+    split = lower(graph, Plan(dp=8, tp=3, pp=1), StepShape(16, 32, "builtin:gpt-nano", "fp32", 2))
+    folded, moved = (simulate(split, DGX, fidelity=each) for each in (Fidelity.FOLDED, Fidelity.FULL))
+    assert UNEVEN in folded.step.left_out
+    assert UNEVEN not in moved.step.left_out
+    assert moved.step_time_s == pytest.approx(folded.step_time_s, rel=0.1)
