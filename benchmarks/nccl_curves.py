@@ -41,10 +41,8 @@ BRIDGE = "rtx2080ti-2"
 def main() -> None:
     """Fit, predict and report."""
     document = yaml.safe_load(CURVES.read_text())
-    runs = {row["name"]: Run(read_csv(row["table"], row["name"], Op(row["op"]), row["num_chips"]), sheet_of(row))
-            for row in document["curves"]}  # fmt: skip
-    groups = {name: [run] for name, run in runs.items()}
-    groups |= {name: [runs[each] for each in names] for name, names in TOGETHER.items()}
+    runs = {row["name"]: run_of(row) for row in document["curves"]}
+    groups = grouped(runs)
     rows: list[dict[str, object]] = []
     for eager in (False, True):
         for name, group in groups.items():
@@ -58,6 +56,17 @@ def main() -> None:
     ]
     rows += [large_message(fits["a100-8"], row) for row in document["large_messages"]]
     report("nccl_curves", [*rows, summary(rows)])
+
+
+def run_of(row: Mapping[str, Any]) -> Run:
+    """A row of the file: its curve, and its sheet."""
+    return Run(read_csv(row["table"], row["name"], Op(row["op"]), row["num_chips"]), sheet_of(row))
+
+
+def grouped(runs: Mapping[str, Run]) -> dict[str, list[Run]]:
+    """What is fitted together: every curve alone, and those of several numbers of chips."""
+    alone = {name: [run] for name, run in runs.items()}
+    return alone | {name: [runs[each] for each in names] for name, names in TOGETHER.items()}
 
 
 def sheet_of(row: Mapping[str, Any]) -> Sheet:

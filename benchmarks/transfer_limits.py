@@ -11,13 +11,11 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import yaml
 from harness import report
-from nccl_curves import BRIDGE, CURVES, TARGETS, TOGETHER, errors, sheet_of
+from nccl_curves import BRIDGE, CURVES, TARGETS, TOGETHER, errors, grouped, run_of
 from scipy.optimize import minimize
 
 from comms.calibration import Constants, Run, fit_fabric, mean_error, residuals_of, transfer
 from comms.errors import CommsError
-from comms.measured_tables import read_csv
-from comms.schedule import Op
 from comms.topology import FloatArray
 
 PENALTY = 20.0  # for each part by which the source is fitted worse than asked for
@@ -27,15 +25,11 @@ def main() -> None:
     """Carry every fabric's constants to every other one."""
     document = yaml.safe_load(CURVES.read_text())
     runs = {
-        row["name"]: Run(read_csv(row["table"], row["name"], Op(row["op"]), row["num_chips"]), sheet_of(row))
-        for row in document["curves"]
-        if "line_rate" in row and row["name"] != BRIDGE
+        row["name"]: run_of(row) for row in document["curves"] if "line_rate" in row and row["name"] != BRIDGE
     }
-    groups = {name: [run] for name, run in runs.items()}
-    groups |= {name: [runs[each] for each in names] for name, names in TOGETHER.items()}
     found = [
         {"from": source, "to": other, **carried(group, runs[other])}
-        for source, group in groups.items()
+        for source, group in grouped(runs).items()
         for other in runs
         if other not in (source, *TOGETHER.get(source, ()))
     ]

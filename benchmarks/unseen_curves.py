@@ -6,27 +6,15 @@ closed forms; nothing is fitted.   python benchmarks/unseen_curves.py
 """
 
 from collections.abc import Iterator, Mapping
-from math import isnan
 from pathlib import Path
 from typing import Any
 
 import yaml
 from harness import report
+from nccl_curves import CURVES, errors, run_of
 
-from comms.calibration import (
-    LARGE_NBYTES,
-    FabricFit,
-    Residual,
-    Run,
-    Sheet,
-    fit_fabric,
-    hold_out,
-    mean_error,
-    residuals_of,
-    transfer,
-)
+from comms.calibration import FabricFit, Residual, fit_fabric, hold_out, residuals_of, transfer
 from comms.choice import choose
-from comms.measured_tables import MeasuredCurve, read_csv
 from comms.schedule import Op
 from comms.units import Quantity, parse
 from orchestrator.cluster import Cluster
@@ -35,13 +23,12 @@ from orchestrator.yaml_file import parse_yaml
 
 ROOT = Path(__file__).parent.parent
 UNSEEN = ROOT / "tests" / "comms" / "unseen_curves.yaml"
-FITTED = ROOT / "tests" / "comms" / "nccl_curves.yaml"
 
 
 def main() -> None:
     """Predict and report."""
     document = yaml.safe_load(UNSEEN.read_text())
-    known = next(row for row in yaml.safe_load(FITTED.read_text())["curves"] if row["name"] == "a100-8")
+    known = next(row for row in yaml.safe_load(CURVES.read_text())["curves"] if row["name"] == "a100-8")
     fit = fit_fabric([run_of(known)])
     rows = [row for each in document["alone"] for row in alone(each, fit)]
     rows += [between_hosts(each) for each in document["hosts"]]
@@ -56,21 +43,21 @@ def alone(row: Mapping[str, Any], fit: FabricFit) -> Iterator[dict[str, object]]
     yield {
         "check": "half of its own points",
         "curve": row["name"],
-        **errors(left),
+        **in_columns(left),
         "note": f"setup {setup_us:.1f} us",
     }
     moved = residuals_of(transfer(fit, run.sheet), run.curve)
-    yield {"check": "from a100-8 by its sheet", "curve": row["name"], **errors(moved), "note": ""}
+    yield {"check": "from a100-8 by its sheet", "curve": row["name"], **in_columns(moved), "note": ""}
 
 
 def between_hosts(row: Mapping[str, Any]) -> dict[str, object]:
     """One curve over several hosts, by a shipped cluster."""
-    curve, cluster = curve_of(row), cluster_of(row)
+    curve, cluster = run_of(row).curve, cluster_of(row)
     network = cluster.take(row["num_chips"]).network
     choices = [choose(Op(row["op"]), each.nbytes, range(row["num_chips"]), network) for each in curve.points]
     pairs = zip(curve.points, choices, strict=True)
     left = [Residual(point.nbytes, point.seconds, choice.seconds) for point, choice in pairs]
-    return {"check": row["cluster"], "curve": row["name"], **errors(left), "note": choices[-1].algorithm}
+    return {"check": row["cluster"], "curve": row["name"], **in_columns(left), "note": choices[-1].algorithm}
 
 
 def cluster_of(row: Mapping[str, Any]) -> Cluster:
@@ -87,25 +74,11 @@ def cluster_of(row: Mapping[str, Any]) -> Cluster:
     return cluster_from(parse_yaml(yaml.safe_dump(file), row["name"]))
 
 
-def run_of(row: Mapping[str, Any]) -> Run:
-    """A curve within a host and its sheet."""
-    return Run(curve_of(row), Sheet(parse(row["line_rate"], Quantity.DATA_RATE)))
-
-
-def curve_of(row: Mapping[str, Any]) -> MeasuredCurve:
-    """The table of a row of the file."""
-    return read_csv(row["table"], row["name"], Op(row["op"]), row["num_chips"])
-
-
-def errors(left: list[Residual] | tuple[Residual, ...]) -> dict[str, float | None]:
+def in_columns(left: list[Residual] | tuple[Residual, ...]) -> dict[str, float | None]:
     """Mean relative errors, and that of the largest size with its sign."""
-    large, small = mean_error(left, LARGE_NBYTES), mean_error(left, below=LARGE_NBYTES)
+    large, small = errors(left)
     largest = max(left, key=lambda each: each.nbytes)
-    return {
-        "from_1MiB": large,
-        "below_1MiB": None if isnan(small) else small,
-        "largest": largest.error,
-    }
+    return {"from_1MiB": large, "below_1MiB": small, "largest": largest.error}
 
 
 def means(rows: list[dict[str, object]]) -> Iterator[dict[str, object]]:

@@ -24,7 +24,7 @@ from comms.algorithms.catalog import (
 from comms.closed import closed_seconds
 from comms.errors import CommsError
 from comms.folded import folded_seconds
-from comms.groups import Lattice, Members, group_size, sharing
+from comms.groups import Lattice, Members, group_size
 from comms.levels import Level, Levels
 from comms.links import PLAIN, Protocol
 from comms.network import Network, Tier
@@ -134,9 +134,14 @@ def _tried(
         return []
     tier = _outermost(members, network)
     choices = []
-    for name, protocol in _offered(op, num_chips, tier, algorithm):
+    pairs = _offered(op, num_chips, tier, algorithm)
+    folds = {
+        aligned: _folds(members, network, aligned, flat)
+        for aligned in {joins_likes(name) for name, _ in pairs}
+    }
+    for name, protocol in pairs:
         inside = network.inside(tier, protocol)
-        for levels, is_folded, hosts in _folds(members, network, joins_likes(name), flat):
+        for levels, is_folded, hosts in folds[joins_likes(name)]:
             blank = Choice(
                 op, nbytes, num_chips, name, protocol, 0.0, 0.0, levels, is_folded, inside, hosts=hosts
             )
@@ -211,15 +216,9 @@ def _latency_and_wire(outline: Outline) -> tuple[float, float]:
 
 def _outermost(members: Members, network: Network) -> Tier:
     """The innermost tier in which all members meet; of a Lattice, those of any copy."""
-    if not isinstance(members, Lattice):
-        return network.tier_for(members)
-    for tier in network.tiers[:-1]:
-        in_block = members.highest < tier.size and (
-            members.alone or sharing(members, tier.size) == members.num_chips
-        )
-        if in_block:
-            return tier
-    return network.tiers[-1]
+    if isinstance(members, Lattice):
+        return network.tiers[network.meeting(members)]
+    return network.tier_for(members)
 
 
 def _flat(num_chips: int, tier: Tier) -> Levels:

@@ -106,6 +106,14 @@ class Network:
                 return tier
         raise CommsError(f"chip {high} is outside the network of {self.tiers[-1].size} chips")
 
+    def meeting(self, members: Members) -> int:
+        """The number of the innermost tier in whose blocks all members meet; of a Lattice, those of any copy."""
+        for at, tier in enumerate(self.tiers[:-1]):
+            alone = isinstance(members, Lattice) and members.alone and members.highest < tier.size
+            if alone or sharing(members, tier.size) == group_size(members):
+                return at
+        return len(self.tiers) - 1
+
     def take(self, num_chips: int) -> "Network":
         """What the first `num_chips` chips need of the network; its outermost tier has exactly that size."""
         kept = [tier for tier in self.tiers if tier.size < num_chips]
@@ -198,12 +206,7 @@ class Network:
     def _further_out(self, members: Members, at: int, bunch: int) -> Levels:
         """One level between bunches of `bunch` members that share a block of the tier inside `at`, or none."""
         bunches = group_size(members) // bunch
-        outermost = len(self.tiers) - 1
-        # Blocks of a tier that hold all members; of a Lattice, those of any copy.
-        holds_all = (
-            i for i in range(at, outermost) if sharing(members, self.tiers[i].size) == group_size(members)
-        )
-        meet = next(holds_all, outermost)
+        meet = self.meeting(members)
         tier = self.tiers[meet]
         if bunches == 1 or not isinstance(tier.shape, Tree):
             return ()

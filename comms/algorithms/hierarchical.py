@@ -218,10 +218,17 @@ def best_pieces(op: Op, nbytes: float, levels: Levels, *, ways: Sequence[Way] = 
     return fastest_cut(lambda pieces: outline(op, nbytes, levels, ways=ways, pieces=pieces))
 
 
-def fastest_cut(outline_in: Callable[[int], Outline | None]) -> int:
-    """The power of two of pieces whose outline is fastest; one where there is none."""
+def fastest_cut(outline_in: Callable[[int], Outline | None], late_s: float = 0.0) -> int:
+    """The power of two of pieces whose outline is fastest; one where there is none.
+
+    Where it is in several pieces, it is `late_s` over their number slower than its outline says.
+    """
     counts = [1 << bit for bit in range(MAX_PIECES.bit_length())]
-    times = {pieces: closed_seconds(each) for pieces in counts if (each := outline_in(pieces)) is not None}
+    times = {
+        pieces: closed_seconds(each) + (late_s / pieces if pieces > 1 else 0.0)
+        for pieces in counts
+        if (each := outline_in(pieces)) is not None
+    }
     return min(times, key=times.__getitem__, default=1)
 
 

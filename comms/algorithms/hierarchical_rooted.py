@@ -34,13 +34,13 @@ from functools import partial
 import numpy as np
 
 from comms.algorithms.hierarchical import (
-    MAX_PIECES,
     MIXES,
     RINGS,
     Blocks,
     Move,
     Way,
     begun,
+    fastest_cut,
     gathered,
     is_ring,
     name_of,
@@ -60,7 +60,6 @@ from comms.algorithms.rounds import (
     moved,
     reversed_rounds,
 )
-from comms.closed import closed_seconds
 from comms.levels import Level, Levels
 from comms.outline import Hop, Outline, Stage
 from comms.schedule import Op, Round, Schedule
@@ -209,13 +208,11 @@ def best_pieces(op: Op, nbytes: float, levels: Levels, *, ways: Sequence[Way] = 
     spans = folds(levels)
     if len({level.port for level, _ in spans}) < len(spans) or any(is_ring(level) for level, _ in spans):
         return 1
-    counts = [1 << bit for bit in range(MAX_PIECES.bit_length())]
-    cut = {pieces: outline(op, nbytes, levels, ways=ways, pieces=pieces) for pieces in counts}
-    times = {pieces: closed_seconds(each) for pieces, each in cut.items() if each is not None}
+    late_s = 0.0
     if op is Op.BROADCAST:
         part_s = sum(nbytes / inner / level.fanout / level.rate(inner) for level, inner in spans[:-1])
-        times = {q: each + (IN_THE_WAY * part_s / q if q > 1 else 0.0) for q, each in times.items()}
-    return min(times, key=times.__getitem__, default=1)
+        late_s = IN_THE_WAY * part_s
+    return fastest_cut(lambda pieces: outline(op, nbytes, levels, ways=ways, pieces=pieces), late_s)
 
 
 def _dealing(nbytes: float, level: Level, inner: int) -> tuple[Stage, ...]:

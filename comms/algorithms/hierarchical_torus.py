@@ -12,7 +12,7 @@ from dataclasses import replace
 from functools import partial
 
 from comms.algorithms.rounds import Outlines, Schedules, check_ranks, checked_fanouts, folds
-from comms.algorithms.torus import BOTH_WAYS, has_own_wires, rotations, scattering_and_gathering
+from comms.algorithms.torus import BOTH_WAYS, halves, has_own_wires, rotations, scattering_and_gathering
 from comms.levels import Level, Levels
 from comms.outline import Hop, Outline, Stage
 from comms.schedule import Op, Schedule
@@ -26,10 +26,8 @@ def schedule(op: Op, num_ranks: int, *, fanouts: Sequence[int] | None = None) ->
     check_ranks(num_ranks)
     parts = checked_fanouts(num_ranks, fanouts)
     outermost = len(parts) - 1
-    orders = (
-        [(*order, outermost) for order in rotations(outermost)] if len(parts) > 1 else [range(len(parts))]
-    )
-    return scattering_and_gathering(op, NAME, parts, [tuple(order) for order in orders])
+    orders = [(*order, outermost) for order in rotations(outermost)] or rotations(len(parts))
+    return scattering_and_gathering(op, NAME, parts, orders)
 
 
 def outline(op: Op, nbytes: float, levels: Levels) -> Outline | None:
@@ -45,12 +43,8 @@ def outline(op: Op, nbytes: float, levels: Levels) -> Outline | None:
             places = (*order, len(dims))
             stages = _scattering(part, [spans[place] for place in places])
             ports = tuple(_port(place, side, spans) for place in places)
-            phases = {
-                Op.REDUCE_SCATTER: (stages, ports),
-                Op.ALL_GATHER: (stages[::-1], ports[::-1]),
-                Op.ALL_REDUCE: (stages + stages[::-1], ports + ports[::-1]),
-            }[op]
-            channels.append(Outline(NAME, *phases))
+            there_and_back = halves(op, stages, stages[::-1]), halves(op, ports, ports[::-1])
+            channels.append(Outline(NAME, *there_and_back))
     return replace(channels[0], beside=tuple(channels[1:]))
 
 

@@ -33,7 +33,6 @@ from comms.outline import Hop, Outline, Stage
 from comms.schedule import Channel, Op, Pattern, Round, Schedule
 
 BY_SWITCH = f"hierarchical in-network, {DOUBLE}"
-BY_CHIPS = {f"hierarchical {way}, {DOUBLE}": way for way in Way}
 FILLING = 1 / 16  # of the time with endless parts, what filling the trees may cost more
 UP, DOWN, BETWEEN = range(3)  # ports of a chip whose host has a switch that adds
 
@@ -44,7 +43,7 @@ def all_reduce(
     """Bunches of the first fanout; None for a way: through a switch per bunch, the helper ranks."""
     check_ranks(num_ranks, pieces=pieces)
     parts = checked_fanouts(num_ranks, fanouts)
-    name = BY_SWITCH if way is None else f"hierarchical {way}, {DOUBLE}"
+    name = _name(way)
     if num_ranks > 1 and len(parts) < 2:
         raise CommsError(f"{num_ranks} ranks on one level", name, "take several bunches of several ranks")
     if not parts:
@@ -83,13 +82,12 @@ def outline(nbytes: float, levels: Levels, *, way: Way | None = Way.RING, pieces
         # A wire carries a chip's n-th, too, up to be gathered and down when it has been scattered.
         wire = Stage(1, nbytes, (Hop(0.0, level.rate()),))
         passes = Stage(1, 0.0, (Hop(level.latency_s, level.rate()),), own_ports=True)
-        return Outline(BY_SWITCH, ((wire, passes), across, (passes, wire)), (UP, BETWEEN, DOWN), pieces)
+        return Outline(_name(way), ((wire, passes), across, (passes, wire)), (UP, BETWEEN, DOWN), pieces)
     if not suits(way, level):
         return None
     inside = stages(way, nbytes, level, inner)
     port, between = level.port, spans[-1][0].port
-    name = f"hierarchical {way}, {DOUBLE}"
-    return Outline(name, (inside, across, inside[::-1]), (port, between, port), pieces)
+    return Outline(_name(way), (inside, across, inside[::-1]), (port, between, port), pieces)
 
 
 def best_pieces(nbytes: float, levels: Levels, *, way: Way | None = Way.RING) -> int:
@@ -100,6 +98,10 @@ def best_pieces(nbytes: float, levels: Levels, *, way: Way | None = Way.RING) ->
 def hidden_latency_s(levels: Levels) -> float:
     """What a library takes for its two passes through the switches of hosts beyond the latency of messages."""
     return (IN_NETWORK_STAGES - 2) * folds(levels)[0][0].latency_s
+
+
+def _name(way: Way | None) -> str:
+    return BY_SWITCH if way is None else f"hierarchical {way}, {DOUBLE}"
 
 
 def _tree_stages(share: float, spans: Sequence[tuple[Level, int]]) -> tuple[Stage, ...]:
@@ -116,9 +118,7 @@ def _tree_stages(share: float, spans: Sequence[tuple[Level, int]]) -> tuple[Stag
         _ways_up(fanouts), key=lambda counts: sum(c * s for c, s in zip(counts, latencies, strict=True))
     )
     alone = bunches & (bunches - 1) == 0
-    last = max(
-        (at for at, count in enumerate(longest) if count), default=0
-    )  # the level by which the root is reached
+    last = max((at for at, count in enumerate(longest) if count), default=0)  # by it the root is reached
     way = [Stage(parts_of_piece(bunches) - 1, part, (Hop(0.0, single if bunches == 2 else pair),))]
     way += [
         Stage(count - (alone and at == last), part, (Hop(latency, pair),))
@@ -195,7 +195,7 @@ def _through_switches(blocks: Blocks, gathers: bool) -> tuple[tuple[Round, ...],
     return ((own,), (others,)) if gathers else ((others,), (own,))
 
 
-_WAYS: Mapping[str, Way | None] = {**BY_CHIPS, BY_SWITCH: None}
+_WAYS: Mapping[str, Way | None] = {_name(way): way for way in (*Way, None)}
 SCHEDULES: Schedules = {name: {Op.ALL_REDUCE: partial(all_reduce, way=way)} for name, way in _WAYS.items()}
 OUTLINES: Outlines = {name: {Op.ALL_REDUCE: partial(outline, way=way)} for name, way in _WAYS.items()}
 PIECES: Mapping[str, Mapping[Op, Callable[[float, Levels], int]]] = {

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from math import ceil, prod
+from typing import TypeVar
 
 import numpy as np
 
@@ -30,6 +31,8 @@ from comms.levels import Level, Levels, num_members
 from comms.outline import Hop, Outline, Stage
 from comms.schedule import Channel, Op, Pattern, Round, Schedule
 from comms.topology import IntArray
+
+T = TypeVar("T")
 
 TORUS, MESH, ROTATED, LINE = "torus", "mesh", "rotated torus", "line"
 FILLING = 1 / 32  # of the time with endless pieces, what filling pipelines may cost more
@@ -114,9 +117,7 @@ def outline(
     for first in dims if rotated and not alike else dims[:1]:  # alike, they never meet
         order = dims[first:] + dims[:first]
         scatter = tuple(_scattering(part, [(spans[dim], rings[dim]) for dim in order]))
-        gather, back = scatter[::-1], order[::-1]
-        phases = {Op.REDUCE_SCATTER: scatter, Op.ALL_GATHER: gather, Op.ALL_REDUCE: scatter + gather}[op]
-        ports = {Op.REDUCE_SCATTER: order, Op.ALL_GATHER: back, Op.ALL_REDUCE: order + back}[op]
+        phases, ports = halves(op, scatter, scatter[::-1]), halves(op, order, order[::-1])
         channels.append(Outline(_name(rotated, wraps), phases, ports if rotated else (0,) * len(phases)))
     return replace(channels[0], beside=tuple(channels[1:]))
 
@@ -175,6 +176,11 @@ def _torus(
     return scattering_and_gathering(op, _name(rotated, wraps), parts, orders, rings, at_once=not rotated)
 
 
+def halves(op: Op, scatter: tuple[T, ...], gather: tuple[T, ...]) -> tuple[T, ...]:
+    """What of both an operation is made of."""
+    return (scatter if op is not Op.ALL_GATHER else ()) + (gather if op is not Op.REDUCE_SCATTER else ())
+
+
 def rotations(num_dims: int) -> list[tuple[int, ...]]:
     """Orders of the dimensions, each starting with another one."""
     dims = tuple(range(num_dims))
@@ -199,10 +205,10 @@ def scattering_and_gathering(
             blocks = Blocks.nested(parts, order, part * num_ranks)
         else:
             blocks = Blocks.by_rank(parts, order, part, len(ways))
-        scatter = [_along(blocks, place, around, step, gathers=False) for place in range(len(parts))]
-        gather = [_along(blocks, place, around, step, gathers=True) for place in reversed(range(len(parts)))]
-        phases = {Op.REDUCE_SCATTER: scatter, Op.ALL_GATHER: gather, Op.ALL_REDUCE: scatter + gather}[op]
-        channels.append(Channel(tuple(phases), at_once=at_once))
+        places = range(len(parts))
+        scatter = tuple(_along(blocks, place, around, step, gathers=False) for place in places)
+        gather = tuple(_along(blocks, place, around, step, gathers=True) for place in reversed(places))
+        channels.append(Channel(halves(op, scatter, gather), at_once=at_once))
     return Schedule(op, name, num_ranks, num_chunks, 1.0 / num_chunks, tuple(channels))
 
 
