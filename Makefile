@@ -16,4 +16,4 @@ test:
 	pytest -n 2
 
 bench:
-	@for bench in $$(ls benchmarks/*.py | grep -v harness); do echo "== $$bench"; python "$$bench" || exit 1; done
+	@for bench in $$(ls benchmarks/*.py); do echo "== $$bench"; python "$$bench" || exit 1; done

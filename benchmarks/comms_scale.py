@@ -16,7 +16,7 @@ import sys
 import time
 
 import numpy as np
-from harness import median, report
+from support.harness import median, report
 
 NBYTES = 64 * 2**20
 HOP = (500e-9, 50e9)
@@ -27,10 +27,10 @@ JITTER = 0.05
 def ring(num_chips: int, method: str | None) -> dict[str, object]:
     """All-reduce of 64 MiB in 4 chunks around a ring of wires whose rates differ by up to 5 %."""
     from comms.algorithms import ring as algorithm
-    from comms.compiled import Job
-    from comms.full import Conditions, Method, simulate
-    from comms.links import Link
-    from comms.torus import Torus
+    from comms.networks.fabrics.torus_mesh import Torus
+    from comms.networks.links import Link
+    from comms.simulation.compiled import Job
+    from comms.simulation.full import Conditions, Method, simulate
 
     wires = Torus((num_chips,), (Link(*HOP),))
     speed = np.random.default_rng(0).uniform(1 - JITTER, 1 + JITTER, wires.wires().num_wires)
@@ -44,10 +44,10 @@ def ring(num_chips: int, method: str | None) -> dict[str, object]:
 def halving_doubling(num_chips: int, jitter: float) -> dict[str, object]:
     """All-reduce of 64 MiB on one switch."""
     from comms.algorithms import doubling
-    from comms.compiled import Job
-    from comms.full import Conditions, simulate
-    from comms.links import Link
-    from comms.network import Network, TierKind, switched
+    from comms.networks.links import Link
+    from comms.networks.network import Network, TierKind, switched
+    from comms.simulation.compiled import Job
+    from comms.simulation.full import Conditions, simulate
 
     switch = Network(
         (switched("switch", num_chips, Link(2 * HOP[0], HOP[1]), TierKind.SCALE_OUT),)
@@ -61,12 +61,12 @@ def halving_doubling(num_chips: int, jitter: float) -> dict[str, object]:
 
 def permutation(num_chips: int, bursts: int) -> dict[str, object]:
     """Random permutations over a 4:1 oversubscribed leaf-spine: each chip sends `bursts` messages of random size."""
-    from comms.compiled import Job
-    from comms.full import simulate
-    from comms.layers import Spread, Switch, Trunk
-    from comms.links import Link
-    from comms.schedule import Channel, Op, Pattern, Round, Schedule
-    from comms.tree import Tree
+    from comms.collectives.schedule import Channel, Op, Pattern, Round, Schedule
+    from comms.networks.fabrics.switch_tree import Tree
+    from comms.networks.layers import Spread, Switch, Trunk
+    from comms.networks.links import Link
+    from comms.simulation.compiled import Job
+    from comms.simulation.full import simulate
 
     leaf = 32
     uplinks = Trunk(leaf, Link(*HOP), Switch("spine"), paths=leaf // 4)
@@ -86,7 +86,7 @@ def permutation(num_chips: int, bursts: int) -> dict[str, object]:
 
 
 def _row(result: object, start: float) -> dict[str, object]:
-    from comms.full import FullResult
+    from comms.simulation.full import FullResult
 
     assert isinstance(result, FullResult)
     seconds = time.perf_counter() - start
@@ -140,7 +140,7 @@ def in_process(name: str, repeats: int) -> dict[str, object]:
 
 def empty_cache() -> None:
     """Forget what was compiled, so that the next process compiles."""
-    from comms.loops import FOLDER
+    from comms.simulation.jit import FOLDER
 
     if FOLDER:
         shutil.rmtree(FOLDER, ignore_errors=True)

@@ -9,7 +9,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from harness import orchestrate, report
+from support.harness import orchestrate, report
 
 LIMIT_NATS = 1.95
 LIMIT_S = 300.0

@@ -10,19 +10,19 @@ import argparse
 import time
 from dataclasses import dataclass, field
 
-from harness import median, report
+from support.harness import median, report
 
-from comms.choice import choose
-from comms.groups import mesh_group
-from comms.links import Link
-from comms.network import Network, TierKind, switched
-from comms.schedule import Op
+from comms.collectives.schedule import Op
+from comms.networks.groups import mesh_group
+from comms.networks.links import Link
+from comms.networks.network import Network, TierKind, switched
+from comms.selection.choice import choose
 from orchestrator.runners.base import Working, collective_nbytes
-from orchestrator.runners.every_chip import simulate_every_chip
-from orchestrator.runners.simulated import simulate_step
-from orchestrator.runners.step_costs import Work
-from orchestrator.runners.traffic import ProgramTraffic
-from partitioner.program import (
+from orchestrator.runners.timing.every_chip import simulate_every_chip
+from orchestrator.runners.timing.simulated import simulate_step
+from orchestrator.runners.timing.step_costs import Work
+from orchestrator.runners.timing.traffic import ProgramTraffic
+from partitioner.program.program import (
     Body,
     Call,
     Collective,

@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 import yaml
-from harness import report
+from support.harness import report
 
-from comms.calibration import (
+from comms.calibration.calibration import (
     LARGE_NBYTES,
     FabricFit,
     Residual,
@@ -27,11 +27,11 @@ from comms.calibration import (
     residuals_of,
     transfer,
 )
-from comms.measured_tables import bus_factor, read_csv
-from comms.schedule import Op
+from comms.calibration.measured_tables import bus_factor, read_csv
+from comms.collectives.schedule import Op
 from comms.units import Quantity, parse
 
-CURVES = Path(__file__).parent.parent / "tests" / "comms" / "nccl_curves.yaml"
+CURVES = Path(__file__).parent.parent / "tests" / "comms" / "calibration" / "nccl_curves.yaml"
 TOGETHER = {"a100-2+4": ("a100-2", "a100-4"), "v100-2+4+8": ("v100-2", "v100-4", "v100-8")}
 TARGETS = {"from_1MiB": 0.10, "below_1MiB": 0.25, "transfer": 0.20}
 LARGE_MESSAGE = 2.0**34

@@ -8,9 +8,8 @@ one. SimGrid's answers have six decimals of a second.
 
 from collections.abc import Callable, Iterator
 
-from harness import median, report, seconds_of
-
-from comms.peers import (
+from support.harness import median, report, seconds_of
+from support.peers import (
     AstraAxis,
     AstraShape,
     AstraSystem,
@@ -19,7 +18,8 @@ from comms.peers import (
     astra_step_ns,
     simgrid_all_reduce_seconds,
 )
-from comms.schedule import Op
+
+from comms.collectives.schedule import Op
 
 ROUNDS = 5
 NBYTES = 64 * 2**20

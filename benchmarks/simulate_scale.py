@@ -9,7 +9,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from harness import median, orchestrate, report, seconds_of
+from support.harness import median, orchestrate, report, seconds_of
 
 SIZES = {1024: 1536, 16384: 24576}  # chips: sequences per step
 MODEL = (

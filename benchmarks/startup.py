@@ -9,7 +9,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from harness import POLL_S, median, orchestrate, report, seconds_of
+from support.harness import POLL_S, median, orchestrate, report, seconds_of
 
 TARGETS = {
     ("inline", "cold"): 15.0,

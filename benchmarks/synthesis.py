@@ -14,22 +14,22 @@ from inspect import signature
 from itertools import combinations
 
 import numpy as np
-from harness import report, seconds_of
+from support.harness import report, seconds_of
 
-from comms.algorithms import ring, torus
+from comms.algorithms import ring, torus_rings
 from comms.algorithms.catalog import FILES
-from comms.compiled import Job
+from comms.collectives.proof import prove
+from comms.collectives.schedule import Op, Schedule
 from comms.errors import CommsError
-from comms.forest import Hops, hops_of
-from comms.full import simulate
-from comms.graph import Edge, Graph, Rerouted
-from comms.links import Link
-from comms.proof import prove
-from comms.ring_orders import ring_orders
-from comms.schedule import Op, Schedule
-from comms.synthesis import improve, synthesize
-from comms.topology import IntArray, Topology
-from comms.torus import Torus
+from comms.networks.fabrics.edge_list import Edge, Graph, Rerouted
+from comms.networks.fabrics.torus_mesh import Torus
+from comms.networks.links import Link
+from comms.networks.ring_orders import ring_orders
+from comms.networks.topology import IntArray, Topology
+from comms.simulation.compiled import Job
+from comms.simulation.full import simulate
+from comms.synthesis.forest import Hops, hops_of
+from comms.synthesis.synthesis import improve, synthesize
 
 LINK = Link(1e-6, 50e9)
 SIZES = (1e6, 64e6, 1e9)
@@ -108,7 +108,7 @@ def fixed_schedules(topology: Topology, op: Op, nbytes: float) -> Iterator[tuple
                 along = _made(make, n, fanouts=whole.dims, **options)
                 if along is not None:
                     yield said, along, natural
-    if op in torus.OPS:
+    if op in torus_rings.OPS:
         for num in range(2, len(orders) + 1):
             for pieces in PIECES:
                 made = ring.SCHEDULES["ring"][op](n, orders=orders[:num], pieces=pieces)

@@ -9,16 +9,16 @@ import time
 from collections.abc import Callable
 
 import torch
-from harness import median, report, seconds_of
+from support.harness import median, report, seconds_of
 
-from orchestrator.batches import split_batch
-from orchestrator.cluster_file import load_cluster
-from orchestrator.console import Console
-from orchestrator.job_file import load_job
-from orchestrator.preparation import Prepared, build_model, prepare
-from orchestrator.runners.executing import Executor
+from orchestrator.config.hardware.cluster_file import load_cluster
+from orchestrator.config.job_file import load_job
+from orchestrator.config.shipped import cluster_path
+from orchestrator.planning.preparation import Prepared, build_model, prepare
+from orchestrator.runners.executing.executor import Executor
 from orchestrator.runners.starting import InlineLaunch
-from orchestrator.shipped import cluster_path
+from orchestrator.runs.batches import split_batch
+from orchestrator.views.console import Console
 
 JOB = (
     "model=builtin:gpt-10m",
@@ -43,7 +43,7 @@ def main() -> None:
     batch = random_batch(prepared)
     executors: dict[str, Executor] = {"inline": InlineLaunch(cluster).connect(prepared, Console())}
     if not options.no_ray:
-        from orchestrator.runners.on_ray import RayLaunch
+        from orchestrator.runners.on_ray.ray_start import RayLaunch
 
         executors["ray, 2 actors"] = RayLaunch(cluster).connect(prepared, Console())
     contestants: dict[str, Callable[[], object]] = {"plain PyTorch": plain_loop(prepared, batch)}

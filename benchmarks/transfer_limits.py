@@ -10,13 +10,13 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import yaml
-from harness import report
 from nccl_curves import BRIDGE, CURVES, TARGETS, TOGETHER, errors, grouped, run_of
 from scipy.optimize import minimize
+from support.harness import report
 
-from comms.calibration import Constants, Run, fit_fabric, mean_error, residuals_of, transfer
+from comms.calibration.calibration import Constants, Run, fit_fabric, mean_error, residuals_of, transfer
 from comms.errors import CommsError
-from comms.topology import FloatArray
+from comms.networks.topology import FloatArray
 
 PENALTY = 20.0  # for each part by which the source is fitted worse than asked for
 

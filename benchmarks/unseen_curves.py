@@ -1,4 +1,4 @@
-"""How well published curves are met to which nothing was fitted: `tests/comms/unseen_curves.yaml`.
+"""How well published curves are met to which nothing was fitted: `tests/comms/calibration/unseen_curves.yaml`.
 
 One host: how well three constants describe half of a curve and predict the rest, and what a100-8's constants say of
 it by its sheet. Several hosts: what the nearest shipped cluster, with the cards of the published one, predicts by its
@@ -10,19 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from harness import report
 from nccl_curves import CURVES, errors, run_of
+from support.harness import report
 
-from comms.calibration import FabricFit, Residual, fit_fabric, hold_out, residuals_of, transfer
-from comms.choice import choose
-from comms.schedule import Op
+from comms.calibration.calibration import FabricFit, Residual, fit_fabric, hold_out, residuals_of, transfer
+from comms.collectives.schedule import Op
+from comms.selection.choice import choose
 from comms.units import Quantity, parse
-from orchestrator.cluster import Cluster
-from orchestrator.cluster_file import cluster_from
-from orchestrator.yaml_file import parse_yaml
+from orchestrator.config.hardware.cluster import Cluster
+from orchestrator.config.hardware.cluster_file import cluster_from
+from orchestrator.config.yaml_file import parse_yaml
 
 ROOT = Path(__file__).parent.parent
-UNSEEN = ROOT / "tests" / "comms" / "unseen_curves.yaml"
+UNSEEN = ROOT / "tests" / "comms" / "calibration" / "unseen_curves.yaml"
 
 
 def main() -> None:

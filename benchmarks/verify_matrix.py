@@ -6,11 +6,11 @@ python benchmarks/verify_matrix.py [--model hf:gpt2-tiny]
 import argparse
 import time
 
-from harness import report
+from support.harness import report
 
-from orchestrator.cluster_file import load_cluster
-from orchestrator.job_file import load_job
-from orchestrator.shipped import cluster_path
+from orchestrator.config.hardware.cluster_file import load_cluster
+from orchestrator.config.job_file import load_job
+from orchestrator.config.shipped import cluster_path
 from orchestrator.verbs.verify import verify
 
 MODELS = ("builtin:gpt-nano", "hf:gpt2-tiny", "hf:llama-tiny")

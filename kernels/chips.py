@@ -16,7 +16,7 @@ from pathlib import Path
 
 import yaml
 
-from kernels.figures import ChipError, Figures
+from kernels.catalog_figures import ChipError, Figures
 
 CATALOG = Path(__file__).parent / "catalog"
 

@@ -8,8 +8,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from orchestrator.cluster_file import load_cluster
-    from orchestrator.job_file import load_job
+    from orchestrator.config.hardware.cluster_file import load_cluster
+    from orchestrator.config.job_file import load_job
     from orchestrator.verbs.distribute import distribute
     from orchestrator.verbs.plan import partition
     from orchestrator.verbs.simulate import simulate
@@ -20,8 +20,8 @@ __all__ = ["distribute", "load_cluster", "load_job", "partition", "run", "simula
 
 _HOMES = {
     "distribute": "orchestrator.verbs.distribute",
-    "load_cluster": "orchestrator.cluster_file",
-    "load_job": "orchestrator.job_file",
+    "load_cluster": "orchestrator.config.hardware.cluster_file",
+    "load_job": "orchestrator.config.job_file",
     "partition": "orchestrator.verbs.plan",
     "run": "orchestrator.verbs.train",
     "simulate": "orchestrator.verbs.simulate",

@@ -15,9 +15,9 @@ from typing import Annotated, Literal, Protocol, get_args
 
 import typer
 
-from orchestrator.console import Console
 from orchestrator.errors import OrchestrateError, UserError
-from orchestrator.verbs.options import Options, Runner, Subject
+from orchestrator.verbs.inputs.options import Options, Runner, Subject
+from orchestrator.views.console import Console
 
 INTERRUPTED = 130
 
@@ -137,7 +137,7 @@ VERBS: dict[str, tuple[str, tuple[str, ...]]] = {
 
 
 class Verb(Protocol):
-    """What each module of `orchestrator.verbs` that is named after a verb offers."""
+    """What each module of `verbs` that is named after a verb offers."""
 
     def main(self, options: Options, console: Console) -> int:
         """Answer the verb's question and return the exit code. Raises UserError."""
@@ -172,7 +172,7 @@ def _options(given: Mapping[str, object]) -> Options:
     fields = dict(given)
     if isinstance(name := given.get("cluster"), str):
         # Imported here: the schemas behind it cost more than a whole help text.
-        from orchestrator.shipped import cluster_path
+        from orchestrator.config.shipped import cluster_path
 
         fields["cluster"] = cluster_path(name)
     for several in ("overrides", "tables"):

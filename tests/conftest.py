@@ -23,7 +23,7 @@ BATCH = 8
 @pytest.fixture(scope="session", autouse=True)
 def private_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Programs made here are kept for this run only, never in the user's cache."""
-    from orchestrator import program_cache
+    from orchestrator.planning import program_cache
 
     folder = tmp_path_factory.mktemp("programs")
     functions = (
@@ -53,7 +53,7 @@ def tiny_model(one_thread: None) -> Callable[..., Any]:
     """A BuiltModel: the two-layer GPT of a given dtype, device and options."""
     import torch
 
-    from orchestrator.models import build
+    from orchestrator.models.model_builder import build
 
     def make(
         device: str = "meta", dtype: Any = torch.float32, name: str = "builtin:gpt-nano", **options: object
@@ -67,8 +67,8 @@ def tiny_model(one_thread: None) -> Callable[..., Any]:
 @pytest.fixture(scope="session")
 def tiny_graph(tiny_model: Callable[..., Any]) -> Callable[..., Any]:
     """The captured graph of the two-layer GPT for `samples` samples."""
-    from partitioner.capture import trace_module
-    from partitioner.units import build_graph
+    from partitioner.capture.graph_units import build_graph
+    from partitioner.capture.tracing import trace_module
 
     @functools.cache
     def make(samples: int = 2, min_units: int = 1, **options: Any) -> Any:
@@ -82,8 +82,8 @@ def tiny_graph(tiny_model: Callable[..., Any]) -> Callable[..., Any]:
 @pytest.fixture(scope="session")
 def tiny_program(tiny_graph: Callable[..., Any]) -> Callable[..., Any]:
     """The Program of the two-layer GPT for a plan; microbatches of two samples."""
-    from partitioner.lower import StepShape, lower
-    from partitioner.plan import Plan
+    from partitioner.layout.parallel_plan import Plan
+    from partitioner.lowering.lower import StepShape, lower
 
     @functools.cache
     def make(options: tuple[tuple[str, Any], ...] = (), **degrees: Any) -> Any:
@@ -98,7 +98,7 @@ def tiny_program(tiny_graph: Callable[..., Any]) -> Callable[..., Any]:
 @pytest.fixture(scope="session")
 def tiny_job() -> Callable[..., Any]:
     """A Job for the two-layer GPT; further `key=value` overrides follow."""
-    from orchestrator.job_file import load_job
+    from orchestrator.config.job_file import load_job
 
     def make(*overrides: str) -> Any:
         args = "{" + ", ".join(f"{k}: {v}" for k, v in TINY.items()) + "}"
@@ -117,8 +117,8 @@ def tiny_job() -> Callable[..., Any]:
 @pytest.fixture(scope="session")
 def laptop() -> Any:
     """The shipped laptop cluster."""
-    from orchestrator.cluster_file import load_cluster
-    from orchestrator.shipped import cluster_path
+    from orchestrator.config.hardware.cluster_file import load_cluster
+    from orchestrator.config.shipped import cluster_path
 
     return load_cluster(cluster_path("laptop"))
 
@@ -127,8 +127,8 @@ def laptop() -> Any:
 def running_chips(tiny_model: Callable[..., Any]) -> Callable[..., Any]:
     """All chips of a Program made by `tiny_program`, with the model's start values."""
     from kernels.optimizers import OptimizerSpec
-    from orchestrator.runners.chip import Settings
-    from orchestrator.runners.chip_set import ChipSet
+    from orchestrator.runners.executing.chip import Settings
+    from orchestrator.runners.executing.chip_set import ChipSet
 
     def make(
         program: Any, options: Mapping[str, Any] | None = None, workers: int = 1, clip: float | None = 1.0

@@ -283,7 +283,7 @@ def test_ci_runs_the_test_command_of_the_readme() -> None:
 
 def test_the_readme_names_only_verbs_flags_and_files_that_exist() -> None:
     from orchestrator import cli
-    from orchestrator.shipped import cluster_path
+    from orchestrator.config.shipped import cluster_path
 
     commands = [command.split() for command in shell_commands(ROOT / "README.md")]
     ours = [command for command in commands if command[0] == "orchestrate"]
@@ -332,6 +332,7 @@ def test_the_contracts_name_modules_that_exist() -> None:
         for key in ("layers", "protected_modules", "allowed_importers", "source_modules")
         for entry in contract.get(key, [])
         for module in entry.split(" | ")
+        if "containers" not in contract  # `exhaustive` checks those
     }
     assert named - known - {"torch", "ray"} == set()
 

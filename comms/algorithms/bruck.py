@@ -28,9 +28,9 @@ from comms.algorithms.rounds import (
     round_of,
     schedule_of,
 )
-from comms.levels import Levels, num_members
-from comms.outline import Hop, Outline, Stage
-from comms.schedule import Op, Pattern, Round, Schedule
+from comms.collectives.outline import Hop, Outline, Stage
+from comms.collectives.schedule import Op, Pattern, Round, Schedule
+from comms.networks.levels import Levels, num_members
 
 
 def all_gather(num_ranks: int, *, fanouts: Sequence[int] | None = None) -> Schedule:

@@ -11,37 +11,39 @@ from math import prod
 from typing import TypeVar
 
 from comms.algorithms import (
+    binary_trees,
     bruck,
     direct,
     doubling,
+    in_network,
+    ring,
+    torus_exchange,
+    torus_rings,
+    torus_trees,
+)
+from comms.algorithms.hierarchical import (
     hierarchical,
     hierarchical_exchange,
     hierarchical_rooted,
     hierarchical_torus,
     hierarchical_tree,
-    in_network,
-    ring,
-    torus,
-    torus_exchange,
-    torus_trees,
-    tree,
 )
-from comms.levels import Levels
-from comms.outline import Outline
-from comms.schedule import Op, Schedule
+from comms.collectives.outline import Outline
+from comms.collectives.schedule import Op, Schedule
+from comms.networks.levels import Levels
 
 FILES = (
     ring,
     doubling,
     direct,
     bruck,
-    tree,
+    binary_trees,
     hierarchical,
     hierarchical_exchange,
     hierarchical_rooted,
     hierarchical_tree,
     hierarchical_torus,
-    torus,
+    torus_rings,
     torus_trees,
     torus_exchange,
     in_network,
@@ -62,7 +64,7 @@ LIKES = frozenset(
 )
 T = TypeVar("T")
 RAIL_RINGS = "rail rings"
-MESHES = (torus.MESH, torus_trees.MESH_TREE, torus_trees.ROTATED_MESH_TREE)
+MESHES = (torus_rings.MESH, torus_trees.MESH_TREE, torus_trees.ROTATED_MESH_TREE)
 IN_NETWORK = in_network.NAME
 BY_SWITCHES = frozenset({IN_NETWORK, hierarchical_tree.BY_SWITCH})
 MOST_RINGS = 16  # as many channels as libraries open
@@ -144,7 +146,9 @@ def _needs_wires_of_its_own(name: str, op: Op, num_levels: int) -> bool:
     flat rings and one-round algorithms cross several levels at once.
     """
     rooted = op in (Op.BROADCAST, Op.REDUCE, Op.GATHER, Op.SCATTER)
-    if rooted or any(name in file.SCHEDULES for file in (tree, hierarchical_tree, hierarchical_torus)):
+    if rooted or any(
+        name in file.SCHEDULES for file in (binary_trees, hierarchical_tree, hierarchical_torus)
+    ):
         return True
     flat = name in (RAIL_RINGS, IN_NETWORK) or name in ring.SCHEDULES or name in direct.SCHEDULES
     return flat and num_levels > 1

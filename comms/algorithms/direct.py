@@ -23,11 +23,11 @@ from comms.algorithms.rounds import (
     moved,
     schedule_of,
 )
+from comms.collectives.outline import Hop, Outline, Stage
+from comms.collectives.schedule import Op, Pattern, Round, Schedule
 from comms.errors import CommsError
-from comms.levels import Levels, num_members
-from comms.outline import Hop, Outline, Stage
-from comms.schedule import Op, Pattern, Round, Schedule
-from comms.topology import FloatArray, IntArray
+from comms.networks.levels import Levels, num_members
+from comms.networks.topology import FloatArray, IntArray
 
 
 def all_reduce(num_ranks: int, *, fanouts: Sequence[int] | None = None) -> Schedule:

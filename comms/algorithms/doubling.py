@@ -22,10 +22,10 @@ from comms.algorithms.rounds import (
     round_of,
     schedule_of,
 )
-from comms.levels import Level, Levels, num_members
-from comms.outline import Hop, Outline, Stage
-from comms.schedule import Op, Pattern, Round, Schedule
-from comms.topology import IntArray
+from comms.collectives.outline import Hop, Outline, Stage
+from comms.collectives.schedule import Op, Pattern, Round, Schedule
+from comms.networks.levels import Level, Levels, num_members
+from comms.networks.topology import IntArray
 
 
 def all_reduce(num_ranks: int, *, near_large: bool = True) -> Schedule:

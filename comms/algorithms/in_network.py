@@ -22,11 +22,11 @@ from math import ceil
 import numpy as np
 
 from comms.algorithms.rounds import Outlines, Schedules, check_ranks, checked_fanouts, folds
+from comms.collectives.outline import Hop, Outline, Stage
+from comms.collectives.schedule import Channel, Op, Order, Pattern, Round, Schedule
 from comms.errors import CommsError
-from comms.levels import Levels, num_members
-from comms.outline import Hop, Outline, Stage
-from comms.schedule import Channel, Op, Order, Pattern, Round, Schedule
-from comms.topology import IntArray
+from comms.networks.levels import Levels, num_members
+from comms.networks.topology import IntArray
 
 NAME = "in-network"
 WHOLE = frozenset({Op.ALL_REDUCE, Op.REDUCE, Op.BROADCAST})  # the buffer is one chunk

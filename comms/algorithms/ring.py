@@ -19,11 +19,11 @@ from math import ceil
 import numpy as np
 
 from comms.algorithms.rounds import Outlines, Schedules, check_ranks, folds
+from comms.collectives.outline import Hop, Outline, Stage
+from comms.collectives.schedule import Channel, Op, Order, Pattern, Round, Schedule
 from comms.errors import CommsError
-from comms.levels import Level, Levels, num_members
-from comms.outline import Hop, Outline, Stage
-from comms.schedule import Channel, Op, Order, Pattern, Round, Schedule
-from comms.topology import IntArray
+from comms.networks.levels import Level, Levels, num_members
+from comms.networks.topology import IntArray
 
 FILLING = 1 / 32  # of the time with endless pieces, what filling a chain may cost more
 MAX_POSITIONS = 4096  # chips that all differ; a ring with more of them has no outline

@@ -1,7 +1,7 @@
 """Rounds: what the algorithms of this package build theirs from.
 
 Ranks have digits: with fanouts f1, f2, ... (innermost first) rank r has r % f1, r // f1 % f2, ..., as the members
-of a group have in `comms.levels`. Algorithms that go digit by digit do the same on all ranks, wherever the tiers
+of a group have in `networks.levels`. Algorithms that go digit by digit do the same on all ranks, wherever the tiers
 of a network part them.
 """
 
@@ -11,11 +11,11 @@ from typing import TypeAlias
 
 import numpy as np
 
+from comms.collectives.outline import Outline
+from comms.collectives.schedule import Channel, Op, Order, Pattern, Round, Schedule
 from comms.errors import CommsError
-from comms.levels import Level, Levels
-from comms.outline import Outline
-from comms.schedule import Channel, Op, Order, Pattern, Round, Schedule
-from comms.topology import FloatArray, IntArray
+from comms.networks.levels import Level, Levels
+from comms.networks.topology import FloatArray, IntArray
 
 Schedules: TypeAlias = Mapping[str, Mapping[Op, Callable[..., Schedule]]]
 Outlines: TypeAlias = Mapping[str, Mapping[Op, Callable[..., Outline | None]]]

@@ -30,12 +30,12 @@ from comms.algorithms.rounds import (
     moved,
     round_of,
 )
-from comms.algorithms.torus import has_own_wires
+from comms.algorithms.torus_rings import has_own_wires
+from comms.collectives.outline import Hop, Outline, Stage
+from comms.collectives.schedule import Channel, Op, Pattern, Round, Schedule
 from comms.errors import TooManyMessages
-from comms.levels import Level, Levels
-from comms.outline import Hop, Outline, Stage
-from comms.schedule import Channel, Op, Pattern, Round, Schedule
-from comms.topology import IntArray
+from comms.networks.levels import Level, Levels
+from comms.networks.topology import IntArray
 
 SHIFT, ROTATED_SHIFT = "torus shift", "rotated torus shift"
 MOST_CHUNKS = 2**23  # some 1 GB

@@ -49,13 +49,13 @@ from comms.algorithms.rounds import (
     moved,
     reversed_rounds,
 )
-from comms.algorithms.torus import BOTH_WAYS, has_own_wires
-from comms.closed import closed_seconds
+from comms.algorithms.torus_rings import BOTH_WAYS, has_own_wires
+from comms.collectives.closed_form import closed_seconds
+from comms.collectives.outline import Hop, Outline, Stage
+from comms.collectives.schedule import Channel, Op, Pattern, Round, Schedule
 from comms.errors import CommsError
-from comms.levels import Level, Levels, num_members
-from comms.outline import Hop, Outline, Stage
-from comms.schedule import Channel, Op, Pattern, Round, Schedule
-from comms.topology import IntArray
+from comms.networks.levels import Level, Levels, num_members
+from comms.networks.topology import IntArray
 
 TORUS_TREE, MESH_TREE = "torus tree", "mesh tree"
 ROTATED_TORUS_TREE, ROTATED_MESH_TREE = "rotated torus tree", "rotated mesh tree"

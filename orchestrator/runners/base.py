@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias, assert_never
 
-from orchestrator.timeline import Lane, Timeline
-from partitioner.program import (
+from orchestrator.runs.timeline import Lane, Timeline
+from partitioner.program.program import (
     Accumulate,
     Collective,
     CollectiveOp,

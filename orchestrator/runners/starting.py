@@ -3,13 +3,13 @@
 import os
 from typing import TYPE_CHECKING, Protocol
 
-from orchestrator.cluster import Cluster, Device
+from orchestrator.config.hardware.cluster import Cluster, Device
 from orchestrator.errors import ClusterError
-from orchestrator.preparation import Prepared, Progress, optimizer_factory
-from orchestrator.runners.executing import Executor
+from orchestrator.planning.preparation import Prepared, Progress, optimizer_factory
+from orchestrator.runners.executing.executor import Executor
 
 if TYPE_CHECKING:
-    from orchestrator.runners.chip import Settings
+    from orchestrator.runners.executing.chip import Settings
 
 
 class Launch(Protocol):
@@ -30,7 +30,7 @@ class InlineLaunch:
 
     def connect(self, prepared: Prepared, progress: Progress) -> Executor:
         """See `Launch`."""
-        from orchestrator.runners.inline import InlineExecutor
+        from orchestrator.runners.executing.inline import InlineExecutor
 
         if self.cluster.device is Device.CUDA:
             raise ClusterError("CUDA chips need a process each", self.cluster.origin, "use --runner ray")
@@ -49,6 +49,6 @@ def num_workers(cluster: Cluster) -> int:
 
 def chip_settings(prepared: Prepared) -> "Settings":
     """What every chip of the run needs to know."""
-    from orchestrator.runners.chip import Settings
+    from orchestrator.runners.executing.chip import Settings
 
     return Settings(optimizer_factory(prepared.job), prepared.job.clip_norm)

@@ -1,22 +1,22 @@
 """calibrate: which constants do measurements show, and how well do they fit?
 
-`links` reads what nccl-tests print or CSV files (`comms.measured_tables`), one run each, all of the same links.
+`links` reads what nccl-tests print or CSV files (`measured_tables`), one run each, all of the same links.
 With a cluster file the line rate is that of its links, and what the file predicts now is held against the tables.
 Measurements are read, never made.
 """
 
 from pathlib import Path
 
+from comms.calibration.measured_tables import read_table
+from comms.collectives.schedule import bus_factor
 from comms.errors import CommsError
-from comms.measured_tables import read_table
-from comms.schedule import bus_factor
-from orchestrator import calibration_report
-from orchestrator.console import Console
+from orchestrator.config.hardware.line_rates import LineRate, line_rate
+from orchestrator.config.hardware.link_calibration import Calibration, Table, calibrate_links
 from orchestrator.errors import ConfigError
-from orchestrator.line_rates import LineRate, line_rate
-from orchestrator.link_calibration import Calibration, Table, calibrate_links
-from orchestrator.verbs.comms_inputs import check_picture, read_op, told, write_picture
-from orchestrator.verbs.options import Options
+from orchestrator.verbs.inputs.comms_inputs import check_picture, read_op, told, write_picture
+from orchestrator.verbs.inputs.options import Options
+from orchestrator.views.console import Console
+from orchestrator.views.network import calibration_report
 
 
 def main(options: Options, console: Console) -> int:
@@ -29,7 +29,7 @@ def main(options: Options, console: Console) -> int:
             calibration = calibrate_links(tables, lines)
     console.results(calibration_report.document(calibration), calibration_report.tables(calibration))
     if options.plot is not None:
-        from orchestrator.bandwidth_plot import measured_png
+        from orchestrator.views.network.bandwidth_plot import measured_png
 
         measured, fitted = curves(calibration)
         write_picture(measured_png("measured and fitted", measured, fitted), options.plot, console)

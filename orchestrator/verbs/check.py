@@ -9,21 +9,21 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from comms.conditions import CALM, Described, check_links
 from comms.errors import CommsError
-from comms.network import UNBOUNDED, Tier
-from comms.shapes import Grid, Pairs, Whole
+from comms.networks.conditions import CALM, Described, check_links
+from comms.networks.network import UNBOUNDED, Tier
+from comms.networks.shapes import Grid, Pairs, Whole
 from comms.units import Quantity, format_quantity
 from kernels.chips import Chip
-from orchestrator.chip_file import ChipFile, described_chip
-from orchestrator.cluster import Cluster
-from orchestrator.cluster_file import cluster_from
-from orchestrator.console import Console, Table
+from orchestrator.config.hardware.chip_file import ChipFile, described_chip
+from orchestrator.config.hardware.cluster import Cluster
+from orchestrator.config.hardware.cluster_file import cluster_from
+from orchestrator.config.job_file import job_from
+from orchestrator.config.schema import nearest, validate
+from orchestrator.config.yaml_file import Document, read_yaml
 from orchestrator.errors import ClusterError, ConfigError
-from orchestrator.job_file import job_from
-from orchestrator.schema import nearest, validate
-from orchestrator.verbs.options import Options
-from orchestrator.yaml_file import Document, read_yaml
+from orchestrator.verbs.inputs.options import Options
+from orchestrator.views.console import Console, Table
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,20 +5,18 @@ Needs neither torch nor ray. What is asked for and has no effect is said.
 """
 
 from comms.algorithms.direct import all_to_allv
-from comms.choice import AUTO
-from comms.pricing import Fidelity
-from comms.schedule import Op
-from orchestrator import comms_report, tier_report
-from orchestrator.cluster import Cluster
-from orchestrator.cluster_file import load_cluster
-from orchestrator.collective import time_collective
-from orchestrator.console import Console
+from comms.collectives.schedule import Op
+from comms.selection.choice import AUTO
+from comms.selection.collective import time_collective
+from comms.selection.pricing import Fidelity
+from comms.selection.question import Question
+from comms.selection.size_sweep import sweep_sizes
+from orchestrator.config.hardware.cluster import Cluster
+from orchestrator.config.hardware.cluster_file import load_cluster
+from orchestrator.config.hardware.latency_tiers import latency_tiers
+from orchestrator.config.shipped import DEFAULT_CLUSTER, cluster_path
 from orchestrator.errors import ConfigError
-from orchestrator.latency_tiers import latency_tiers
-from orchestrator.question import Question
-from orchestrator.shipped import DEFAULT_CLUSTER, cluster_path
-from orchestrator.size_sweep import sweep_sizes
-from orchestrator.verbs.comms_inputs import (
+from orchestrator.verbs.inputs.comms_inputs import (
     Algorithm,
     check_picture,
     is_uneven,
@@ -31,7 +29,9 @@ from orchestrator.verbs.comms_inputs import (
     told,
     write_picture,
 )
-from orchestrator.verbs.options import Options
+from orchestrator.verbs.inputs.options import Options
+from orchestrator.views.console import Console
+from orchestrator.views.network import comms_report, tier_report
 
 DEFAULT_SIZE = "64 MiB"
 
@@ -111,7 +111,7 @@ def _one(cluster: Cluster, question: Question, options: Options, console: Consol
         console.warn(warning)
     console.results(comms_report.document(answer, cluster.name), comms_report.tables(answer, cluster.name))
     if options.plot is not None:
-        from orchestrator.topology_plot import topology_png
+        from orchestrator.views.network.topology_plot import topology_png
 
         write_picture(topology_png(answer, cluster.name), options.plot, console)
     return 0
@@ -126,7 +126,7 @@ def _sweep(cluster: Cluster, question: Question, options: Options, console: Cons
         comms_report.sweep_document(sweep, cluster.name), comms_report.sweep_tables(sweep, cluster.name)
     )
     if options.plot is not None:
-        from orchestrator.bandwidth_plot import sweep_png
+        from orchestrator.views.network.bandwidth_plot import sweep_png
 
         write_picture(sweep_png(sweep, cluster.name), options.plot, console)
     return 0

@@ -15,25 +15,25 @@ import torch
 from torch import nn
 
 from kernels.optimizers import OptimizerError, require_elementwise, states_per_element
-from orchestrator.batches import split_batch
-from orchestrator.cluster import Cluster
-from orchestrator.cluster_file import load_cluster
+from orchestrator.config.hardware.cluster import Cluster
+from orchestrator.config.hardware.cluster_file import load_cluster
+from orchestrator.config.shipped import cluster_path
 from orchestrator.errors import CaptureError, PlanError, RunError
-from orchestrator.plan_choice import split_chips
-from orchestrator.runners.chip import Settings
-from orchestrator.runners.chip_state import full_parameters
-from orchestrator.runners.inline import InlineExecutor
+from orchestrator.planning.plan_choice import split_chips
+from orchestrator.runners.executing.chip import Settings
+from orchestrator.runners.executing.chip_state import full_parameters
+from orchestrator.runners.executing.inline import InlineExecutor
 from orchestrator.runners.starting import num_workers
-from orchestrator.shipped import cluster_path
-from partitioner.capture import LossFunction, trace_module
-from partitioner.check import require_valid
-from partitioner.dtypes import SHORT
+from orchestrator.runs.batches import split_batch
+from partitioner.capture.dtypes import SHORT
+from partitioner.capture.graph_units import build_graph
+from partitioner.capture.tracing import LossFunction, trace_module
 from partitioner.errors import CaptureError as ModelCannotBeCaptured
 from partitioner.errors import PartitionError
-from partitioner.lower import StepShape, lower
-from partitioner.plan import Plan
-from partitioner.program import Program
-from partitioner.units import build_graph
+from partitioner.layout.parallel_plan import Plan
+from partitioner.lowering.lower import StepShape, lower
+from partitioner.program.program import Program
+from partitioner.program.static_check import require_valid
 
 JOB_DTYPES = {"f32": "fp32", "f64": "fp64", "bf16": "bf16"}
 

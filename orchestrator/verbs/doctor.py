@@ -17,8 +17,8 @@ from pathlib import Path
 
 import psutil
 
-from orchestrator.console import Console, Table
-from orchestrator.verbs.options import Options
+from orchestrator.verbs.inputs.options import Options
+from orchestrator.views.console import Console, Table
 
 TORCH = "2.13.0"  # capture and sharding use private interfaces of exactly this one
 GIB = 2**30

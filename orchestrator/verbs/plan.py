@@ -3,16 +3,18 @@
 `partition` is the Python entry. A plan that was made can be saved (`--run-dir`), edited and given back with `--plan`.
 """
 
-from orchestrator import preparation, run_dir, wording
-from orchestrator.cluster import Cluster
-from orchestrator.console import Console, Table
-from orchestrator.job import Job
-from orchestrator.preparation import Prepared
-from orchestrator.verbs.inputs import prepare
-from orchestrator.verbs.options import Options
+from comms import wording
+from orchestrator.config.hardware.cluster import Cluster
+from orchestrator.config.job import Job
+from orchestrator.planning import preparation
+from orchestrator.planning.preparation import Prepared
+from orchestrator.runs import run_dir
+from orchestrator.verbs.inputs.options import Options
+from orchestrator.verbs.inputs.planned_inputs import prepare
 from orchestrator.verbs.simulate import SimulationResult, require_fit, simulate, write_run
-from partitioner.plan import Plan, plan_to_yaml
-from partitioner.program import Program, Role, TensorKind
+from orchestrator.views.console import Console, Table
+from partitioner.layout.parallel_plan import Plan, plan_to_yaml
+from partitioner.program.program import Program, Role, TensorKind
 
 
 def partition(cluster: Cluster, job: Job, plan: Plan | None = None) -> Prepared:

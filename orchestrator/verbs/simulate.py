@@ -10,30 +10,31 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
+from comms import wording
 from comms.errors import CommsError
-from comms.pricing import Fidelity
+from comms.selection.collective import LOADING
+from comms.selection.pricing import Fidelity
 from kernels.chips import Chip
-from orchestrator import metrics, run_dir, wording
-from orchestrator.cluster import Cluster
-from orchestrator.collective import LOADING
-from orchestrator.console import Console, Table, pairs
-from orchestrator.disk import write_whole
+from orchestrator.config.hardware.cluster import Cluster
 from orchestrator.errors import ClusterError, ConfigError, FitError, PlanError
-from orchestrator.perfetto import trace_gz
-from orchestrator.preparation import Prepared
-from orchestrator.run_dir import RunDir
-from orchestrator.runners.simulated import SimulatedStep, simulate_step
-from orchestrator.runners.step_costs import DEFAULT_DTYPE, NS_PER_S, ClusterCosts
-from orchestrator.runners.stretch import Tally
-from orchestrator.timeline import Timeline
-from orchestrator.verbs.inputs import prepare
-from orchestrator.verbs.options import Options
+from orchestrator.planning.preparation import Prepared
+from orchestrator.runners.timing.simulated import SimulatedStep, simulate_step
+from orchestrator.runners.timing.step_costs import DEFAULT_DTYPE, NS_PER_S, ClusterCosts
+from orchestrator.runners.timing.timed_segments import Tally
+from orchestrator.runs import metrics, run_dir
+from orchestrator.runs.disk import write_whole
+from orchestrator.runs.run_dir import RunDir
+from orchestrator.runs.timeline import Timeline
+from orchestrator.verbs.inputs.options import Options
+from orchestrator.verbs.inputs.planned_inputs import prepare
+from orchestrator.views.console import Console, Table, pairs
+from orchestrator.views.perfetto import trace_gz
 from partitioner.errors import ProgramError
-from partitioner.memory import MemoryClass, RoleMemory, peak_memory
-from partitioner.plan import plan_to_yaml
-from partitioner.program import Program
-from partitioner.program_codec import encode
-from partitioner.program_text import to_text
+from partitioner.layout.parallel_plan import plan_to_yaml
+from partitioner.memory.peak_memory import MemoryClass, RoleMemory, peak_memory
+from partitioner.program.program import Program
+from partitioner.program.program_codec import encode
+from partitioner.program.program_text import to_text
 
 AXES = ("tp", "dp", "pp", "all")  # always shown, zero or not; others only where a Program has them
 
@@ -211,9 +212,9 @@ def _every_chip(program: Program, cluster: Cluster) -> SimulatedStep:
             "take --fidelity folded, or fewer chips",
         )
     # Imported here: with full fidelity comes its event loop.
-    from orchestrator.full_collective import background_jobs, site_of
-    from orchestrator.runners.every_chip import simulate_every_chip
-    from orchestrator.runners.traffic import ProgramTraffic
+    from comms.selection.full_collective import background_jobs, site_of
+    from orchestrator.runners.timing.every_chip import simulate_every_chip
+    from orchestrator.runners.timing.traffic import ProgramTraffic
 
     try:
         site = site_of(cluster.network, program.num_chips, cluster.conditions)
@@ -250,7 +251,7 @@ def answer(prepared: Prepared, options: Options, console: Console) -> int:
     asked = None if options.fidelity is None else Fidelity(options.fidelity)
     if chosen_fidelity(prepared.cluster, asked) is Fidelity.FULL:
         with console.phase(LOADING):
-            from orchestrator.full_collective import load_loops  # not needed to fold
+            from comms.selection.full_collective import load_loops  # not needed to fold
 
             load_loops()
     with console.phase("simulate"):

@@ -14,31 +14,31 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from orchestrator import metrics, run_dir
-from orchestrator.baselines import baseline_losses
-from orchestrator.cluster import Cluster, Device
-from orchestrator.console import Console, Table, pairs
-from orchestrator.data import NUM_BYTES, load_data
-from orchestrator.disk import write_whole
+from comms.wording import scaled, seconds
+from orchestrator.config.hardware.cluster import Cluster, Device
+from orchestrator.config.job import Job
 from orchestrator.errors import ConfigError, ModelError
-from orchestrator.job import Job
-from orchestrator.perfetto import trace_gz
-from orchestrator.plots import LossCurves, loss_png, timeline_png
-from orchestrator.preparation import Prepared, build_model, prepare
-from orchestrator.run_dir import RunDir
-from orchestrator.timeline import Timeline
-from orchestrator.verbs.inputs import Inputs, from_config, read_plan, resolve
-from orchestrator.verbs.measured import measured_timeline
-from orchestrator.verbs.options import Options, Runner
+from orchestrator.planning.preparation import Prepared, build_model, prepare
+from orchestrator.runners.executing.measured_timeline import measured_timeline
+from orchestrator.runs import metrics, run_dir
+from orchestrator.runs.baselines import baseline_losses
+from orchestrator.runs.data import NUM_BYTES, load_data
+from orchestrator.runs.disk import write_whole
+from orchestrator.runs.run_dir import RunDir
+from orchestrator.runs.timeline import Timeline
+from orchestrator.verbs.inputs.options import Options, Runner
+from orchestrator.verbs.inputs.planned_inputs import Inputs, from_config, read_plan, resolve
 from orchestrator.verbs.simulate import SimulationResult, answer, simulate
 from orchestrator.verbs.training import Prediction, Progress, Training
-from orchestrator.wording import scaled, seconds
-from partitioner.plan import Plan, plan_to_yaml
-from partitioner.program_codec import encode
-from partitioner.program_text import to_text
+from orchestrator.views.console import Console, Table, pairs
+from orchestrator.views.perfetto import trace_gz
+from orchestrator.views.plots import LossCurves, loss_png, timeline_png
+from partitioner.layout.parallel_plan import Plan, plan_to_yaml
+from partitioner.program.program_codec import encode
+from partitioner.program.program_text import to_text
 
 if TYPE_CHECKING:
-    from orchestrator.models import BuiltModel
+    from orchestrator.models.model_builder import BuiltModel
     from orchestrator.runners.starting import Launch
 
 INTERRUPTED = 130
@@ -148,7 +148,7 @@ def _train(inputs: Inputs, runner: Runner, folder: RunDir, console: Console, *, 
 
 def _launch(cluster: Cluster, runner: Runner) -> "Launch":
     if runner is Runner.RAY:
-        from orchestrator.runners.on_ray import RayLaunch
+        from orchestrator.runners.on_ray.ray_start import RayLaunch
 
         return RayLaunch(cluster)
     from orchestrator.runners.starting import InlineLaunch

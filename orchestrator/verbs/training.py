@@ -8,17 +8,17 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from kernels.optimizers import StepStatistics
-from orchestrator import checkpoint
-from orchestrator.batches import split_batch
-from orchestrator.data import TokenData
 from orchestrator.errors import RunError
-from orchestrator.lr_schedule import learning_rate
-from orchestrator.metrics import MetricsWriter, eta_s
-from orchestrator.preparation import Prepared
-from orchestrator.run_dir import RunDir
-from orchestrator.runners.chip import Mark
-from orchestrator.runners.executing import Batches, Executor
-from orchestrator.training_view import StepLine
+from orchestrator.planning.preparation import Prepared
+from orchestrator.runners.executing.chip import Mark
+from orchestrator.runners.executing.executor import Batches, Executor
+from orchestrator.runs import checkpoint
+from orchestrator.runs.batches import split_batch
+from orchestrator.runs.data import TokenData
+from orchestrator.runs.lr_schedule import learning_rate
+from orchestrator.runs.metrics import MetricsWriter, eta_s
+from orchestrator.runs.run_dir import RunDir
+from orchestrator.views.training_view import StepLine
 
 RECENT_STEPS = 20  # step times that the throughput and the ETA are taken from
 MEASURED_STEPS = 2  # steps after the first whose intervals are recorded for the timeline

@@ -11,15 +11,14 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from orchestrator import wording
-from orchestrator.cluster import Cluster
-from orchestrator.console import Console, Table, pairs
+from comms import wording
+from orchestrator.config.hardware.cluster import Cluster
+from orchestrator.config.job import Dtype, Job
 from orchestrator.errors import PlanError
-from orchestrator.job import Dtype, Job
-from orchestrator.preparation import Prepared, Quiet, build_model, prepare
-from orchestrator.preparation import Progress as Shown
-from orchestrator.verbs.inputs import resolve
-from orchestrator.verbs.options import Options
+from orchestrator.planning.preparation import Prepared, Quiet, build_model, prepare
+from orchestrator.planning.preparation import Progress as Shown
+from orchestrator.verbs.inputs.options import Options
+from orchestrator.verbs.inputs.planned_inputs import resolve
 from orchestrator.verbs.plan import parameter_bytes, step_flops
 from orchestrator.verbs.verify_runs import (
     Trajectory,
@@ -31,7 +30,8 @@ from orchestrator.verbs.verify_runs import (
     reference_run,
     relative,
 )
-from partitioner.plan import Plan
+from orchestrator.views.console import Console, Table, pairs
+from partitioner.layout.parallel_plan import Plan
 
 TOLERANCE = 1e-10  # relative, float64
 

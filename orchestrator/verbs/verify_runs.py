@@ -11,17 +11,17 @@ from dataclasses import dataclass, replace
 import torch
 
 from kernels.reference import interpret_segment
-from orchestrator.batches import split_batch
-from orchestrator.job import Dtype, Job
-from orchestrator.lr_schedule import learning_rate
-from orchestrator.models import BuiltModel
-from orchestrator.preparation import Prepared, optimizer_factory, prepare
-from orchestrator.runners.chip import Chip, Settings, StepInput, op_codes
-from orchestrator.runners.chip_set import ChipSet
+from orchestrator.config.job import Dtype, Job
+from orchestrator.models.model_builder import BuiltModel
+from orchestrator.planning.preparation import Prepared, optimizer_factory, prepare
+from orchestrator.runners.executing.chip import Chip, Settings, StepInput, op_codes
+from orchestrator.runners.executing.chip_set import ChipSet
 from orchestrator.runners.starting import chip_settings
-from partitioner.capture import scalar_loss
-from partitioner.exact import ExactFloat64
-from partitioner.program import Compute, Program, TensorKind
+from orchestrator.runs.batches import split_batch
+from orchestrator.runs.lr_schedule import learning_rate
+from partitioner.capture.exact_float64 import ExactFloat64
+from partitioner.capture.tracing import scalar_loss
+from partitioner.program.program import Compute, Program, TensorKind
 
 IGNORED_LABEL = -100
 IGNORED_SHARE = 0.1  # of the labels: makes the counts of microbatches differ

@@ -7,18 +7,18 @@ from dataclasses import replace
 import pytest
 import torch
 
-from orchestrator.batches import split_batch
-from orchestrator.cluster_file import load_cluster
-from orchestrator.console import Console
-from orchestrator.job_file import load_job
-from orchestrator.preparation import Prepared, build_model, prepare
+from orchestrator.config.hardware.cluster_file import load_cluster
+from orchestrator.config.job_file import load_job
+from orchestrator.config.shipped import cluster_path
+from orchestrator.planning.preparation import Prepared, build_model, prepare
 from orchestrator.runners.base import is_timed
+from orchestrator.runners.executing.measured_timeline import measured_timeline
 from orchestrator.runners.starting import InlineLaunch
-from orchestrator.shipped import cluster_path
-from orchestrator.timeline import Timeline
-from orchestrator.verbs.measured import measured_timeline
+from orchestrator.runs.batches import split_batch
+from orchestrator.runs.timeline import Timeline
 from orchestrator.verbs.simulate import simulate
-from partitioner.program import Recv, Send
+from orchestrator.views.console import Console
+from partitioner.program.program import Recv, Send
 
 JOB = (
     "model=builtin:gpt-nano", "seq=16", "global_batch=16", "microbatches=2", "plan.dp=2", "plan.tp=2", "plan.pp=2",
@@ -41,7 +41,7 @@ def ran(request: pytest.FixtureRequest, prepared: Prepared) -> Iterator[tuple[st
         yield name, simulate(prepared.program, prepared.cluster).timeline(), None
         return
     if name == "ray":
-        from orchestrator.runners.on_ray import RayLaunch
+        from orchestrator.runners.on_ray.ray_start import RayLaunch
 
         executor = RayLaunch(prepared.cluster).connect(prepared, Console())
     else:

@@ -8,8 +8,8 @@ import torch
 
 from kernels.backend import OpCode, SegmentError, compile_segment, one_thread_per_chip, prepare_thread
 from kernels.reference import interpret_segment
-from orchestrator.runners.chip import StepInput
-from partitioner.program import Segment
+from orchestrator.runners.executing.chip import StepInput
+from partitioner.program.program import Segment
 
 OPTIONS: dict[str, tuple[tuple[str, Any], ...]] = {
     "gpt": (),

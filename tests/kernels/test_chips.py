@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from comms.units import Quantity, format_quantity, parse
+from kernels.catalog_figures import ChipError, Figures
 from kernels.chips import (
     CATALOG,
     FALLBACKS,
@@ -21,7 +22,6 @@ from kernels.chips import (
     load_chip,
     parse_chip,
 )
-from kernels.figures import ChipError, Figures
 
 UNITS = {"B": Quantity.SIZE, "B/s": Quantity.DATA_RATE, "s": Quantity.TIME, "FLOP/s": Quantity.COMPUTE_RATE}
 

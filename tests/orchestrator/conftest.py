@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from orchestrator import cli
-from orchestrator.timeline import Counter, Flow, Origin, Recorder, Span, Timeline
+from orchestrator.runs.timeline import Counter, Flow, Origin, Recorder, Span, Timeline
 
 
 class Ran(NamedTuple):

@@ -9,9 +9,9 @@ from types import ModuleType
 import pytest
 
 from orchestrator import cli
-from orchestrator.console import Console
 from orchestrator.errors import FitError, HangError, OrchestrateError, RunError, UserError
-from orchestrator.verbs.options import Options, Runner
+from orchestrator.verbs.inputs.options import Options, Runner
+from orchestrator.views.console import Console
 
 ROOT = Path(__file__).parent.parent.parent
 

@@ -5,10 +5,10 @@ from collections.abc import Callable
 import pytest
 from hypothesis import strategies as st
 
-from partitioner.plan import Schedule
-from partitioner.program import Call, Program, TensorSpec
-from partitioner.program_text import from_text
-from partitioner.schedules import SCHEDULES, with_transfers
+from partitioner.layout.parallel_plan import Schedule
+from partitioner.lowering.pipeline_schedules import SCHEDULES, with_transfers
+from partitioner.program.program import Call, Program, TensorSpec
+from partitioner.program.program_text import from_text
 
 SEGMENTS = """
 segment s0 forward

@@ -1,0 +1,1 @@
+"""Hierarchical algorithms: level by level over hosts, racks and tori."""

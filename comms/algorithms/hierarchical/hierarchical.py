@@ -1,0 +1,324 @@
+"""Hierarchical: level by level, so that every wire further out carries only a share of the buffer.
+
+Reduce-scatter inside, all-reduce of the shares across (all members of a bunch at once, each with its like in the
+other bunches), all-gather inside; with three levels the middle one in the same way. Its halves are reduce_scatter
+and all_gather. (From and to a root: `algorithms.hierarchical.hierarchical_rooted`, from everyone to everyone:
+`hierarchical_exchange`, with trees between bunches: `hierarchical_tree`.)
+
+Each level by its own way: around a ring, by halving and doubling, or directly. Pieces follow each other one at a
+time in each phase (SERIAL), so that a piece crosses while the next one is still inside: a flow shop.
+
+Outlines are exact; with several pieces too, as levels say which of them share a port. Levels that are rings are gone
+round in one direction.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from functools import partial, reduce
+from itertools import product
+from math import prod
+from typing import TypeVar
+
+import numpy as np
+
+from comms.algorithms.rounds import Outlines, Schedules, check_ranks, checked_fanouts, folds, inner_sizes
+from comms.collectives.closed_form import closed_seconds
+from comms.collectives.outline import Hop, Outline, Stage
+from comms.collectives.schedule import Channel, Op, Order, Pattern, Round, Schedule
+from comms.errors import CommsError
+from comms.networks.levels import Level, Levels
+from comms.networks.topology import IntArray
+
+
+class Way(StrEnum):
+    """How one level is crossed."""
+
+    RING = "ring"
+    DOUBLING = "halving-doubling"
+    DIRECT = "direct"
+
+
+T = TypeVar("T")
+
+RINGS = (Way.RING,)  # ways by level, innermost first; the last one stands for all further out
+MAX_PIECES = 64
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Move:
+    """Messages of all ranks to those whose digit is `to`, with what stands for `num` digits from `first` on.
+
+    Empty columns where a rank stays silent: `rows` are those that do not.
+    """
+
+    rows: IntArray
+    to: IntArray
+    first: IntArray
+    num: int = 1
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Blocks:
+    """Which chunks stand for which digits: chunk start + sum of strides[d] * digit[d].
+
+    Scattering goes through the digits in `order`: a rank works on the chunks of its own digits so far, and of all
+    those to come. Gathering comes back.
+    """
+
+    fanouts: tuple[int, ...]
+    strides: tuple[int, ...]
+    order: tuple[int, ...]
+    start: int = 0
+    patterns: dict[bytes, Pattern] = field(default_factory=dict)  # so far, to be shared by rounds alike
+
+    @classmethod
+    def nested(cls, fanouts: tuple[int, ...], order: tuple[int, ...], start: int = 0) -> "Blocks":
+        """All that a rank works on is one range of chunks, whoever ends with which."""
+        strides = [0] * len(fanouts)
+        for place, digit in enumerate(order):
+            strides[digit] = prod(fanouts[each] for each in order[place + 1 :])
+        return cls(fanouts, tuple(strides), order, start)
+
+    @classmethod
+    def by_rank(
+        cls, fanouts: tuple[int, ...], order: tuple[int, ...], start: int = 0, per_rank: int = 1
+    ) -> "Blocks":
+        """Rank r ends with chunk r * per_rank + start, so that what it works on is scattered over the buffer."""
+        return cls(fanouts, tuple(per_rank * size for size in inner_sizes(fanouts)), order, start)
+
+    @property
+    def num_ranks(self) -> int:
+        return prod(self.fanouts)
+
+    def digit(self, place: int) -> IntArray:
+        """[ranks] The digit at a place of the order."""
+        which = self.order[place]
+        return np.arange(self.num_ranks) // inner_sizes(self.fanouts)[which] % self.fanouts[which]
+
+    def round_of(self, place: int, moves: Sequence[Move], reduces: bool) -> Round:
+        """One round of messages along the digit at a place of the order."""
+        which = self.order[place]
+        inner, digit = inner_sizes(self.fanouts)[which], self.digit(place)
+        base = self.start + sum(self.digit(k) * self.strides[self.order[k]] for k in range(place))
+        columns = []
+        for move in moves:
+            offsets, counts = self._runs(place, move.num)
+            src, num = np.arange(self.num_ranks)[move.rows], len(offsets)
+            dst = src + (move.to - digit[move.rows]) * inner
+            first = (base + 0 * digit)[move.rows] + move.first * self.strides[which]
+            every = (first[:, np.newaxis] + offsets).ravel()
+            columns.append((np.repeat(src, num), np.repeat(dst, num), every, np.tile(counts, len(src))))
+        src, dst, first, count = (np.concatenate(column) for column in zip(*columns, strict=True))
+        return Round(self._pattern(src, dst), first, count, reduces)
+
+    def _runs(self, place: int, num: int) -> tuple[IntArray, IntArray]:
+        """What stands for `num` digits, as ranges of chunks: where they start, and how long they are."""
+        own = np.arange(num) * self.strides[self.order[place]]
+        open_digits = [np.arange(self.fanouts[each]) * self.strides[each] for each in self.order[place + 1 :]]
+        chunks = np.sort(reduce(lambda a, b: np.add.outer(a, b).ravel(), open_digits, own))
+        starts = np.flatnonzero(np.diff(chunks, prepend=chunks[0] - 2) != 1)
+        return chunks[starts], np.diff(np.append(starts, len(chunks)))
+
+    def _pattern(self, src: IntArray, dst: IntArray) -> Pattern:
+        """The same object for the same messages."""
+        return self.patterns.setdefault(src.tobytes() + dst.tobytes(), Pattern(src, dst))
+
+
+def scattered(blocks: Blocks, place: int, way: Way) -> tuple[Round, ...]:
+    """Rounds after which each rank has the sum of what stands for its digit."""
+    return tuple(blocks.round_of(place, moves, reduces=True) for moves in _moves(blocks, place, way, False))
+
+
+def gathered(blocks: Blocks, place: int, way: Way) -> tuple[Round, ...]:
+    """Rounds after which each rank has what stands for any digit."""
+    return tuple(blocks.round_of(place, moves, reduces=False) for moves in _moves(blocks, place, way, True))
+
+
+def ring_moves(fanout: int, digit: IntArray, step: int, gathers: bool) -> Iterator[tuple[Move, ...]]:
+    """Around the ring, upwards (step 1) or downwards (step -1)."""
+    every = np.arange(len(digit))
+    for each in range(fanout - 1):
+        behind = each if gathers else each + 1
+        yield (Move(every, (digit + step) % fanout, (digit - step * behind) % fanout),)
+
+
+def _moves(blocks: Blocks, place: int, way: Way, gathers: bool) -> Iterator[tuple[Move, ...]]:
+    fanout, digit = blocks.fanouts[blocks.order[place]], blocks.digit(place)
+    every = np.arange(len(digit))
+    if way is Way.RING:
+        yield from ring_moves(fanout, digit, 1, gathers)
+    elif way is Way.DIRECT:
+        others = [(digit + by) % fanout for by in range(1, fanout)]
+        yield tuple(Move(every, other, digit if gathers else other) for other in others)
+    else:
+        if fanout & (fanout - 1):
+            raise CommsError(f"{fanout} ranks", "halving-doubling", "take a power of two, or another way")
+        bits = [1 << bit for bit in range(fanout.bit_length() - 1)]
+        for half in bits if gathers else reversed(bits):
+            kept = digit if gathers else digit ^ half
+            yield (Move(every, digit ^ half, kept // half * half, half),)
+
+
+def all_reduce(
+    num_ranks: int, *, fanouts: Sequence[int] | None = None, ways: Sequence[Way] = RINGS, pieces: int = 1
+) -> Schedule:
+    """Scatter inwards to outwards, then gather on the way back; the outermost level does both in one phase."""
+    blocks, places = begun(num_ranks, fanouts, pieces, nested=True)
+    inward = [scattered(blocks, place, way_at(ways, place)) for place in places]
+    outward = [gathered(blocks, place, way_at(ways, place)) for place in reversed(places)]
+    return serial_schedule(Op.ALL_REDUCE, name_of(ways), num_ranks, turning(inward, outward), pieces)
+
+
+def reduce_scatter(
+    num_ranks: int, *, fanouts: Sequence[int] | None = None, ways: Sequence[Way] = RINGS, pieces: int = 1
+) -> Schedule:
+    """From the innermost level outwards. What goes to one rank is not one range of chunks, so it is several."""
+    blocks, places = begun(num_ranks, fanouts, pieces, nested=False)
+    phases = [scattered(blocks, place, way_at(ways, place)) for place in places]
+    return serial_schedule(Op.REDUCE_SCATTER, name_of(ways), num_ranks, phases, pieces)
+
+
+def all_gather(
+    num_ranks: int, *, fanouts: Sequence[int] | None = None, ways: Sequence[Way] = RINGS, pieces: int = 1
+) -> Schedule:
+    """From the outermost level inwards."""
+    blocks, places = begun(num_ranks, fanouts, pieces, nested=False)
+    phases = [gathered(blocks, place, way_at(ways, place)) for place in reversed(places)]
+    return serial_schedule(Op.ALL_GATHER, name_of(ways), num_ranks, phases, pieces)
+
+
+def outline(
+    op: Op, nbytes: float, levels: Levels, *, ways: Sequence[Way] = RINGS, pieces: int = 1
+) -> Outline | None:
+    """Two levels or more; None where a way does not suit a level (`suits`)."""
+    spans = folds(levels)
+    taken = [way_at(ways, place) for place in range(len(spans))]
+    if len(spans) < 2 or not all(suits(way, level) for way, (level, _) in zip(taken, spans, strict=True)):
+        return None
+    ports = [level.port for level, _ in spans]
+    inward: list[tuple[Stage, ...]] = []
+    outward: list[tuple[Stage, ...]] = []
+    for way, (level, inner) in zip(taken, spans, strict=True):
+        rounds = stages(way, nbytes / inner, level, inner)
+        inward.append(rounds)
+        outward.insert(0, rounds[::-1])
+    if op is Op.REDUCE_SCATTER:
+        return Outline(name_of(ways), tuple(inward), tuple(ports), pieces)
+    if op is Op.ALL_GATHER:
+        return Outline(name_of(ways), tuple(outward), tuple(ports[::-1]), pieces)
+    return Outline(name_of(ways), tuple(turning(inward, outward)), (*ports, *ports[-2::-1]), pieces)
+
+
+def best_pieces(op: Op, nbytes: float, levels: Levels, *, ways: Sequence[Way] = RINGS) -> int:
+    """The best power of two of pieces for levels with several ports; one where they share one."""
+    whole = outline(op, nbytes, levels, ways=ways)
+    if whole is None or len(set(whole.ports)) == 1:
+        return 1
+    return fastest_cut(lambda pieces: outline(op, nbytes, levels, ways=ways, pieces=pieces))
+
+
+def fastest_cut(outline_in: Callable[[int], Outline | None], late_s: float = 0.0) -> int:
+    """The power of two of pieces whose outline is fastest; one where there is none.
+
+    Where it is in several pieces, it is `late_s` over their number slower than its outline says.
+    """
+    counts = [1 << bit for bit in range(MAX_PIECES.bit_length())]
+    times = {
+        pieces: closed_seconds(each) + (late_s / pieces if pieces > 1 else 0.0)
+        for pieces in counts
+        if (each := outline_in(pieces)) is not None
+    }
+    return min(times, key=times.__getitem__, default=1)
+
+
+def name_of(ways: Sequence[Way]) -> str:
+    """As the catalog calls it."""
+    return "hierarchical " + ", ".join(dict.fromkeys(ways))
+
+
+def way_at(ways: Sequence[T], place: int) -> T:
+    """How the level at a place, from the inside, is crossed."""
+    return ways[min(place, len(ways) - 1)]
+
+
+def most_peers(name: str, levels: Levels) -> int:
+    """With how many others a chip exchanges parts at once, by the name of an algorithm; one unless directly."""
+    ways = name.removeprefix("hierarchical ").split(", ") if name.startswith("hierarchical ") else []
+    spans = folds(levels)
+    fanouts = [
+        level.fanout for place, (level, _) in enumerate(spans) if ways and way_at(ways, place) == Way.DIRECT
+    ]
+    return max(fanouts, default=2) - 1
+
+
+def begun(num_ranks: int, fanouts: Sequence[int] | None, pieces: int, nested: bool) -> tuple[Blocks, range]:
+    """The chunks of levels, and the places of these in their order; CommsError for what cannot be."""
+    check_ranks(num_ranks, pieces=pieces)
+    parts = checked_fanouts(num_ranks, fanouts)
+    order = tuple(range(len(parts)))
+    blocks = Blocks.nested(parts, order) if nested else Blocks.by_rank(parts, order)
+    return blocks, range(len(parts))
+
+
+def turning(inward: Sequence[tuple[T, ...]], outward: Sequence[tuple[T, ...]]) -> list[tuple[T, ...]]:
+    """Phases there and back; the outermost level is turned round in."""
+    if not inward:
+        return []
+    return [*inward[:-1], (*inward[-1], *outward[0]), *outward[1:]]
+
+
+def serial_schedule(
+    op: Op,
+    algorithm: str,
+    num_ranks: int,
+    phases: Sequence[tuple[Round, ...]],
+    pieces: int = 1,
+    root: int = 0,
+) -> Schedule:
+    """One channel, a chunk per rank; a piece crosses a phase before the next one does."""
+    channels = (Channel(tuple(phases), pieces, Order.SERIAL),) if phases else ()
+    return Schedule(op, algorithm, num_ranks, num_ranks, 1.0 / num_ranks, channels, root)
+
+
+def is_ring(level: Level) -> bool:
+    """Whether its bunches reach their neighbours only."""
+    return level.ring and level.fanout > 2
+
+
+def suits(way: Way, level: Level) -> bool:
+    """Neighbours only where there is a ring, powers of two to double."""
+    if is_ring(level):
+        return way is Way.RING and level.wraps
+    return way is not Way.DOUBLING or level.fanout & (level.fanout - 1) == 0
+
+
+def stages(way: Way, nbytes: float, level: Level, inner: int) -> tuple[Stage, ...]:
+    """Scattering `nbytes` per rank over a level, all `inner` members of each bunch at once."""
+    fanout = level.fanout
+    hop = Hop(level.latency_s, level.rate(inner))
+    if way is Way.RING:
+        return (Stage(fanout - 1, nbytes / fanout, (hop,)),)
+    if way is Way.DOUBLING:
+        bits = range(fanout.bit_length() - 1)
+        return tuple(Stage(1, nbytes / (2 << bit), (hop,)) for bit in bits)
+    others = fanout - 1
+    together = Hop(level.latency_s, others * level.rate(others * inner))
+    return (Stage(1, others * nbytes / fanout, (together,)),)
+
+
+REDUCING = {Op.ALL_REDUCE: all_reduce, Op.REDUCE_SCATTER: reduce_scatter, Op.ALL_GATHER: all_gather}
+MIXES = tuple((inner,) if inner is outer else (inner, outer) for inner, outer in product(Way, Way))
+SCHEDULES: Schedules = {
+    name_of(ways): {
+        **{op: partial(make, ways=ways) for op, make in REDUCING.items()},
+    }
+    for ways in MIXES
+}
+OUTLINES: Outlines = {
+    name_of(ways): {op: partial(outline, op, ways=ways) for op in SCHEDULES[name_of(ways)]} for ways in MIXES
+}
+PIECES: Mapping[str, Mapping[Op, Callable[[float, Levels], int]]] = {
+    name_of(ways): {op: partial(best_pieces, op, ways=ways) for op in SCHEDULES[name_of(ways)]}
+    for ways in MIXES
+}

@@ -1,0 +1,283 @@
+"""Tori: dimension by dimension, with all wires of a dimension busy in both directions.
+
+Two channels with half of the buffer each go round every ring in opposite directions: reduce-scatter along the
+first dimension, the next, ..., all-gather on the way back (bucket algorithms; Jain and Sabharwal, IPDPS 2010).
+Only one dimension's wires are busy at a time. Rotated, there are as many pairs of channels as dimensions, each
+pair starting with another dimension, so that all wires are busy at all times, as on TPU pods.
+
+A dimension that does not wrap around is a line. There, chunks go from chip to chip both ways from where they start
+(or to where they are summed), in one round per chip; both channels share each wire. All-reduce on a line alone is
+faster otherwise: one half of the buffer goes in pieces up the line as a sum and down it again, the other half the
+other way round, so that every wire carries the buffer once, not twice. The way back begins when the last piece is
+there, which is when the wires are free.
+
+Outlines are exact for dimensions whose wires are a chip's own (rings of two have one link, which both channels
+share). Rotated over rings that are not all alike, channels meet on the wires of a dimension at times that depend on
+all figures, so that the outline has them side by side.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from math import ceil, prod
+from typing import TypeVar
+
+import numpy as np
+
+from comms.algorithms.hierarchical.hierarchical import Blocks, Move, ring_moves
+from comms.algorithms.rounds import Outlines, Schedules, check_ranks, checked_fanouts, folds
+from comms.collectives.outline import Hop, Outline, Stage
+from comms.collectives.schedule import Channel, Op, Pattern, Round, Schedule
+from comms.errors import CommsError
+from comms.networks.levels import Level, Levels, num_members
+from comms.networks.topology import IntArray
+
+T = TypeVar("T")
+
+TORUS, MESH, ROTATED, LINE = "torus", "mesh", "rotated torus", "line"
+FILLING = 1 / 32  # of the time with endless pieces, what filling pipelines may cost more
+BOTH_WAYS = (1, -1)
+ROUNDING = 1e-9  # of a rate that was multiplied and divided by the same numbers
+
+
+def all_reduce(
+    num_ranks: int,
+    *,
+    fanouts: Sequence[int] | None = None,
+    wraps: Sequence[bool] | bool = True,
+    rotated: bool = False,
+) -> Schedule:
+    """Reduce-scatter along all dimensions, then all-gather back."""
+    return _torus(Op.ALL_REDUCE, num_ranks, fanouts, wraps, rotated)
+
+
+def reduce_scatter(
+    num_ranks: int,
+    *,
+    fanouts: Sequence[int] | None = None,
+    wraps: Sequence[bool] | bool = True,
+    rotated: bool = False,
+) -> Schedule:
+    """From the first dimension to the last. What goes to one chip is not one range of chunks, so it is several."""
+    return _torus(Op.REDUCE_SCATTER, num_ranks, fanouts, wraps, rotated)
+
+
+def all_gather(
+    num_ranks: int,
+    *,
+    fanouts: Sequence[int] | None = None,
+    wraps: Sequence[bool] | bool = True,
+    rotated: bool = False,
+) -> Schedule:
+    """From the last dimension to the first."""
+    return _torus(Op.ALL_GATHER, num_ranks, fanouts, wraps, rotated)
+
+
+def line_all_reduce(num_ranks: int, *, pieces: int = 1) -> Schedule:
+    """Two chains that cross: sums go to one end and results back, each half in `pieces` chunks of its own."""
+    check_ranks(num_ranks, pieces=pieces)
+    channels = tuple(
+        _there_and_back(np.arange(num_ranks)[::step], np.arange(pieces) + half * pieces)
+        for half, step in enumerate(BOTH_WAYS)
+        if num_ranks > 1
+    )
+    return Schedule(Op.ALL_REDUCE, LINE, num_ranks, 2 * pieces, 0.5 / pieces, channels)
+
+
+def line_pieces(nbytes: float, levels: Levels) -> int:
+    """The fewest pieces with which filling the chains costs at most FILLING of the time with endless pieces."""
+    spans = folds(levels)
+    if not spans or num_members(levels) < 3:
+        return 1
+    level, _ = spans[0]
+    half_s = nbytes / 2 / level.rate(2)
+    endless = (level.fanout - 1) * level.latency_s + half_s
+    return max(1, ceil((level.fanout - 2) * half_s / (FILLING * endless))) if endless > 0 else 1
+
+
+def outline(
+    op: Op,
+    nbytes: float,
+    levels: Levels,
+    *,
+    wraps: Sequence[bool] | bool = True,
+    rotated: bool = False,
+) -> Outline | None:
+    """Over dimensions that are gone round where `wraps`; rotated, over two rings or more."""
+    spans = folds(levels)
+    rings = _rings([], [level.fanout for level in levels], wraps)
+    if not spans or not all(_suits(*each) for each in zip(spans, rings, strict=True)):
+        return None
+    if rotated and (len(spans) < 2 or not all(has_own_wires(*each) for each in spans)):
+        return None
+    dims = tuple(range(len(spans)))
+    alike = len({(level.fanout, level.latency_s, level.bytes_per_s) for level, _ in spans}) == 1
+    part = nbytes / (2 * len(spans) if rotated else 2)
+    channels = []
+    for first in dims if rotated and not alike else dims[:1]:  # alike, they never meet
+        order = dims[first:] + dims[:first]
+        scatter = tuple(_scattering(part, [(spans[dim], rings[dim]) for dim in order]))
+        phases, ports = halves(op, scatter, scatter[::-1]), halves(op, order, order[::-1])
+        channels.append(Outline(_name(rotated, wraps), phases, ports if rotated else (0,) * len(phases)))
+    return replace(channels[0], beside=tuple(channels[1:]))
+
+
+def _scattering(part: float, dims: Iterable[tuple[tuple[Level, int], bool]]) -> Iterator[tuple[Stage, ...]]:
+    """Dimension by dimension (level, members inside it, whether it is a ring), what a chip sends one way round."""
+    for (level, inner), ring in dims:
+        part /= level.fanout
+        per_wire = 1 if ring and level.fanout > 2 else 2
+        hop = Hop(level.latency_s, min(level.bytes_per_s / per_wire, level.rate(2 * inner)))
+        yield (Stage(level.fanout - 1, part, (hop,), own_ports=not ring),)
+
+
+def line_outline(nbytes: float, levels: Levels, *, pieces: int = 1) -> Outline | None:
+    """All pieces leave the end of the line, the last one goes along it, and the same back."""
+    spans = folds(levels)
+    if len(spans) != 1 or spans[0][0].wraps or spans[0][0].fanout == 2 or not has_own_wires(*spans[0]):
+        return None
+    level, _ = spans[0]
+    piece, rate = nbytes / 2 / pieces, level.rate(2)
+    way = (
+        Stage(pieces - 1, piece, (Hop(0.0, rate),), own_ports=True),
+        Stage(level.fanout - 1, piece, (Hop(level.latency_s, rate),), own_ports=True),
+    )
+    return Outline(LINE, (way, way), (0, 0))
+
+
+def _name(rotated: bool, wraps: Sequence[bool] | bool) -> str:
+    return ROTATED if rotated else TORUS if np.all(wraps) else MESH
+
+
+def has_own_wires(level: Level, inner: int) -> bool:
+    """Whether chips have wires of their own to their neighbours along this dimension, at its full rate."""
+    sides = 1 if level.fanout == 2 else 2
+    return level.ring and level.rate(sides * inner) >= level.bytes_per_s * (1 - ROUNDING)
+
+
+def _suits(span: tuple[Level, int], ring: bool) -> bool:
+    level, _ = span
+    if level.fanout == 2:
+        return level.ring
+    return level.ring and level.wraps if ring else has_own_wires(*span)
+
+
+def _torus(
+    op: Op,
+    num_ranks: int,
+    fanouts: Sequence[int] | None,
+    wraps: Sequence[bool] | bool,
+    rotated: bool,
+) -> Schedule:
+    check_ranks(num_ranks)
+    parts = checked_fanouts(num_ranks, fanouts)
+    rings = _rings(parts, fanouts, wraps)
+    orders = rotations(len(parts)) if rotated else rotations(len(parts))[:1]
+    return scattering_and_gathering(op, _name(rotated, wraps), parts, orders, rings, at_once=not rotated)
+
+
+def halves(op: Op, scatter: tuple[T, ...], gather: tuple[T, ...]) -> tuple[T, ...]:
+    """What of both an operation is made of."""
+    return (scatter if op is not Op.ALL_GATHER else ()) + (gather if op is not Op.REDUCE_SCATTER else ())
+
+
+def rotations(num_dims: int) -> list[tuple[int, ...]]:
+    """Orders of the dimensions, each starting with another one."""
+    dims = tuple(range(num_dims))
+    return [dims[first:] + dims[:first] for first in dims]
+
+
+def scattering_and_gathering(
+    op: Op,
+    name: str,
+    parts: tuple[int, ...],
+    orders: Sequence[tuple[int, ...]],
+    rings: Sequence[bool] | None = None,
+    at_once: bool = False,
+) -> Schedule:
+    """Two channels for each order of the digits, one either way round; `rings`: which digits are gone round (all)."""
+    num_ranks, around = prod(parts), (True,) * len(parts) if rings is None else rings
+    ways = [(order, step) for order in orders if parts for step in BOTH_WAYS]
+    num_chunks = num_ranks * max(1, len(ways))
+    channels = []
+    for part, (order, step) in enumerate(ways):
+        if op is Op.ALL_REDUCE:
+            blocks = Blocks.nested(parts, order, part * num_ranks)
+        else:
+            blocks = Blocks.by_rank(parts, order, part, len(ways))
+        places = range(len(parts))
+        scatter = tuple(_along(blocks, place, around, step, gathers=False) for place in places)
+        gather = tuple(_along(blocks, place, around, step, gathers=True) for place in reversed(places))
+        channels.append(Channel(halves(op, scatter, gather), at_once=at_once))
+    return Schedule(op, name, num_ranks, num_chunks, 1.0 / num_chunks, tuple(channels))
+
+
+def _rings(
+    parts: Sequence[int], fanouts: Sequence[int] | None, wraps: Sequence[bool] | bool
+) -> tuple[bool, ...]:
+    """Per dimension of more than one chip, whether it is gone round."""
+    given = parts if fanouts is None else fanouts
+    said = (wraps,) * len(given) if isinstance(wraps, bool) else tuple(wraps)
+    if len(said) != len(given):
+        problem = f"{len(said)} answers for {len(given)} dimensions"
+        raise CommsError(problem, "torus", "say of each whether it wraps around")
+    return tuple(wrap for wrap, fanout in zip(said, given, strict=True) if fanout > 1)
+
+
+def _along(blocks: Blocks, place: int, rings: Sequence[bool], step: int, gathers: bool) -> tuple[Round, ...]:
+    """The rounds of one channel along one dimension."""
+    which = blocks.order[place]
+    fanout, digit = blocks.fanouts[which], blocks.digit(place)
+    moves: Iterator[tuple[Move, ...]] = (
+        ring_moves(fanout, digit, step, gathers) if rings[which] else _line_moves(fanout, digit, gathers)
+    )
+    return tuple(blocks.round_of(place, each, reduces=not gathers) for each in moves)
+
+
+def _line_moves(fanout: int, digit: IntArray, gathers: bool) -> Iterator[tuple[Move, ...]]:
+    """Gathering, round s takes what is from s places behind one further, both ways; scattering is that backwards."""
+    for each in range(fanout - 1):
+        moves = []
+        for step in BOTH_WAYS:
+            first = digit - step * each if gathers else digit + step * (fanout - 1 - each)
+            there = [(place >= 0) & (place < fanout) for place in (first, digit + step)]
+            rows = np.flatnonzero(there[0] & there[1])
+            moves.append(Move(rows, digit[rows] + step, first[rows]))
+        yield tuple(moves)
+
+
+def _there_and_back(line: IntArray, chunks: IntArray) -> Channel:
+    """Sums along a line in pieces, one a round, then results back from its end."""
+    places, pieces = len(line) - 1, len(chunks)
+    one = np.ones(places, dtype=np.int64)
+    there, back = [], []
+    patterns: dict[tuple[int, int], tuple[Pattern, Pattern]] = {}
+    for each in range(pieces + places - 1):
+        low, high = max(0, each - pieces + 1), min(each, places - 1)
+        if (low, high) not in patterns:
+            near, far = line[low : high + 1], line[low + 1 : high + 2]
+            patterns[low, high] = (
+                Pattern(near, far),
+                Pattern(line[::-1][low : high + 1], line[::-1][low + 1 : high + 2]),
+            )
+        upwards, downwards = patterns[low, high]
+        chunk = chunks[each - np.arange(low, high + 1)]
+        there.append(Round(upwards, chunk, one[: len(chunk)], reduces=True))
+        back.append(Round(downwards, chunk, one[: len(chunk)], reduces=False))
+    return Channel((tuple(there), tuple(back)))
+
+
+OPS = {Op.ALL_REDUCE: all_reduce, Op.REDUCE_SCATTER: reduce_scatter, Op.ALL_GATHER: all_gather}
+SCHEDULES: Schedules = {
+    TORUS: dict(OPS),
+    MESH: {op: partial(make, wraps=False) for op, make in OPS.items()},
+    ROTATED: {op: partial(make, rotated=True) for op, make in OPS.items()},
+    LINE: {Op.ALL_REDUCE: line_all_reduce},
+}
+OUTLINES: Outlines = {
+    TORUS: {op: partial(outline, op) for op in OPS},
+    MESH: {op: partial(outline, op, wraps=False) for op in OPS},
+    ROTATED: {op: partial(outline, op, rotated=True) for op in OPS},
+    LINE: {Op.ALL_REDUCE: line_outline},
+}
+PIECES: Mapping[str, Mapping[Op, Callable[[float, Levels], int]]] = {LINE: {Op.ALL_REDUCE: line_pieces}}

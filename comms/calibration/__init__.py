@@ -1,0 +1,1 @@
+"""Calibration: measured tables, and the constants of links fitted to them."""

@@ -1,0 +1,218 @@
+"""Networks given edge by edge, and any network with some of its wires dead or slow.
+
+Messages take the best paths of `networks.paths`. Equal paths are told apart by where nodes first appear in the list of
+edges, so a network whose chips are relabelled, its edges in the same order, behaves the same.
+
+Not modelled: which of several parallel edges a real switch would hash to; the time until a network has noticed a
+dead wire.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from math import isfinite
+
+import numpy as np
+
+from comms.errors import CommsError
+from comms.networks.links import Link
+from comms.networks.paths import Paths, paths_of
+from comms.networks.topology import IntArray, Routes, Topology, Wires, ranges
+
+
+class Duplex(StrEnum):
+    """What the two directions of an edge have to do with each other."""
+
+    FULL = "full"  # each has the whole rate
+    HALF = "half"  # they share it
+    ONE_WAY = "one_way"  # there is only a to b
+
+
+@dataclass(frozen=True, slots=True)
+class Edge:
+    """One link between two nodes: chips by number, switches by name or by number (they follow the chips)."""
+
+    a: int | str
+    b: int | str
+    link: Link
+    duplex: Duplex = Duplex.FULL
+    back: Link | None = None  # from b to a where it differs
+    tier: str = "link"
+    forward_nbytes: float = 0.0  # what its far end takes in before it sends on; see Wires
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Graph:
+    """A network of any shape. Raises CommsError for edges that make no sense and for chips that cannot meet."""
+
+    num_chips: int
+    edges: tuple[Edge, ...]
+    switches: tuple[str, ...] = ()
+    through_chips: bool = True  # chips pass on what is not for them
+    _wires: Wires = field(init=False, repr=False)
+    paths: Paths = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.num_chips < 1:
+            raise CommsError(f"{self.num_chips} chips", "graph", "give at least one chip")
+        object.__setattr__(self, "_wires", _wires_of(self))
+        object.__setattr__(self, "paths", paths_of(self._wires, self, self.through_chips))
+        self.paths.check_chips_meet(self.num_chips)
+
+    @property
+    def num_nodes(self) -> int:
+        return self.num_chips + len(self.switches)
+
+    @property
+    def tiers(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(edge.tier for edge in self.edges))
+
+    def wires(self) -> Wires:
+        """Edge by edge: first a to b, then b to a where there is a way back."""
+        return self._wires
+
+    def routes(self, src: IntArray, dst: IntArray) -> Routes:
+        """The best paths; see the module. Raises CommsError where there is none."""
+        return self.paths.routes(src, dst)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Rerouted:
+    """A topology without its `dead` wires and with a part of the rate on its `slow` ones.
+
+    Wires keep their order, the dead ones are gone: wire w was number kept[w]. Routes over a dead wire are replaced
+    by the best path in what is left; all others stay as they were. Raises CommsError where chips are cut off.
+    """
+
+    topology: Topology
+    dead: tuple[int, ...] = ()
+    slow: Mapping[int, float] = field(default_factory=dict)  # wire to the share of its rate that is left
+    chips_relay: bool = False  # ways round may lead through chips though the topology does not say so
+    kept: IntArray = field(init=False, repr=False)
+    _renumbered: IntArray = field(init=False, repr=False)  # [wires of the topology] -1 for the dead
+    _wires: Wires = field(init=False, repr=False)
+    paths: Paths = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        whole = self.topology.wires()
+        self._check(whole.num_wires)
+        numbers = np.zeros(whole.num_wires, dtype=np.int64)
+        numbers[list(self.dead)] = -1
+        object.__setattr__(self, "kept", np.flatnonzero(numbers == 0))
+        numbers[self.kept] = np.arange(len(self.kept))
+        object.__setattr__(self, "_renumbered", numbers)
+        object.__setattr__(self, "_wires", _wires_left(whole, self.kept, numbers, self.slow))
+        object.__setattr__(self, "paths", paths_of(self._wires, self, self.through_chips))
+        self.paths.check_chips_meet(self.num_chips)
+
+    def _check(self, num_wires: int) -> None:
+        for wire in (*self.dead, *self.slow):
+            if not 0 <= wire < num_wires:
+                raise CommsError(
+                    f"there is no wire {wire}", "degraded network", f"wires are 0 to {num_wires - 1}"
+                )
+        for wire, share in self.slow.items():
+            if not 0 < share <= 1:
+                raise CommsError(
+                    f"a wire cannot have {share} of its rate",
+                    f"wire {wire}",
+                    "give a share above 0 and up to 1, or name it among the dead",
+                )
+
+    @property
+    def num_chips(self) -> int:
+        return self.topology.num_chips
+
+    @property
+    def num_nodes(self) -> int:
+        return self.topology.num_nodes
+
+    @property
+    def tiers(self) -> tuple[str, ...]:
+        return self.topology.tiers
+
+    @property
+    def through_chips(self) -> bool:
+        """Whether ways round may lead through chips: as graphs say; else where there are no switches."""
+        if isinstance(self.topology, Graph | Rerouted):
+            return self.chips_relay or self.topology.through_chips
+        return self.chips_relay or self.topology.num_nodes == self.topology.num_chips
+
+    def wires(self) -> Wires:
+        return self._wires
+
+    def routes(self, src: IntArray, dst: IntArray) -> Routes:
+        """As the topology routes, where that is still possible."""
+        usual = self.topology.routes(src, dst)
+        wires = self._renumbered[usual.wires]
+        lost = np.concatenate([[0], np.cumsum(wires < 0)])
+        broken = np.flatnonzero(lost[usual.offsets[1:]] > lost[usual.offsets[:-1]])
+        if not len(broken):
+            return Routes(usual.offsets, wires)
+        around = self.paths.routes(np.asarray(src)[broken], np.asarray(dst)[broken])
+        return _replaced(Routes(usual.offsets, wires), broken, around)
+
+
+def _wires_of(graph: Graph) -> Wires:
+    numbers: dict[int | str, int] = {name: graph.num_chips + i for i, name in enumerate(graph.switches)}
+    numbers |= {node: node for node in range(graph.num_nodes)}
+    tier = {name: i for i, name in enumerate(graph.tiers)}
+    rows: list[tuple[int, int, float, float, float, int, int]] = []
+    for index, edge in enumerate(graph.edges):
+        _check_edge(edge, f"edge {index} ({edge.a} - {edge.b})", numbers)
+        ways = [(edge.a, edge.b, edge.link)]
+        if edge.duplex is not Duplex.ONE_WAY:
+            ways.append((edge.b, edge.a, edge.back or edge.link))
+        owner = len(rows)
+        for a, b, link in ways:
+            shares = owner if edge.duplex is Duplex.HALF else len(rows)
+            figures = (link.latency_s, link.bytes_per_s, edge.forward_nbytes)
+            rows.append((numbers[a], numbers[b], *figures, tier[edge.tier], shares))
+    tail, head, latency_s, bytes_per_s, forward, tiers, shares_of = (
+        zip(*rows, strict=True) if rows else ((),) * 7
+    )
+    integers = [np.array(column, dtype=np.int64) for column in (tail, head, tiers, shares_of)]
+    floats = [np.array(column, dtype=np.float64) for column in (latency_s, bytes_per_s, forward)]
+    return Wires(integers[0], integers[1], floats[0], floats[1], floats[2], integers[2], integers[3])
+
+
+def _check_edge(edge: Edge, where: str, numbers: Mapping[int | str, int]) -> None:
+    for node in (edge.a, edge.b):
+        if node not in numbers:
+            raise CommsError(f"there is no node {node!r}", where, "name chips by number, switches as listed")
+    if numbers[edge.a] == numbers[edge.b]:
+        raise CommsError("a link leads from a node to itself", where, "take it out")
+    for link in (edge.link, edge.back or edge.link):
+        if not (isfinite(link.bytes_per_s) and link.bytes_per_s > 0 and isfinite(link.latency_s)):
+            raise CommsError(
+                f"a link with {link.bytes_per_s} bytes/s and {link.latency_s} s", where, "give finite figures"
+            )
+    if edge.duplex is not Duplex.FULL and edge.back is not None:
+        raise CommsError(f"a {edge.duplex} link has no other rate back", where, "leave the way back out")
+
+
+def _wires_left(whole: Wires, kept: IntArray, renumbered: IntArray, slow: Mapping[int, float]) -> Wires:
+    rate = whole.bytes_per_s.copy()
+    rate[list(slow)] *= list(slow.values())
+    shares = renumbered[whole.shares[kept]]
+    return Wires(
+        whole.tail[kept],
+        whole.head[kept],
+        whole.latency_s[kept],
+        rate[kept],
+        whole.forward_nbytes[kept],
+        whole.tier[kept],
+        np.where(shares < 0, np.arange(len(kept)), shares),
+    )
+
+
+def _replaced(routes: Routes, which: IntArray, by: Routes) -> Routes:
+    """The routes with those of some messages replaced, in the order of `which`."""
+    lengths = np.diff(routes.offsets)
+    lengths[which] = np.diff(by.offsets)
+    offsets = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(lengths)])
+    wires = np.empty(offsets[-1], dtype=np.int64)
+    same = np.setdiff1d(np.arange(len(lengths)), which)
+    wires[ranges(offsets[same], lengths[same])] = routes.wires[ranges(routes.offsets[same], lengths[same])]
+    wires[ranges(offsets[which], lengths[which])] = by.wires
+    return Routes(offsets, wires)

@@ -1,0 +1,234 @@
+"""Tier table: what a small message takes and what a large one gets, from core to core up to through the data centre.
+
+One row for each way that two ends can stand to each other: a core and its memory, neighbouring cores, cores furthest
+apart, a chip and its host's memory, then for every tier of a network chips that meet in it, and on tori and graphs
+neighbours and chips furthest apart. A row's latency is that of a message by itself, with what issuing it takes where
+the tier has such a figure; a figure that is not known is None, never a guess.
+
+On-chip networks are grids of routers: entry + hops + exit, one hop after another (Dally and Towles, Principles and
+Practices of Interconnection Networks, 2004, chapter 3). `sum_over_cores_s` is the sum of one number over a mesh whose
+routers pass a word on each cycle and whose cores add as it comes: rows to the middle, the middle column to its middle,
+and back (Rocki and others, SC20, measured it on a wafer).
+
+With all cores sending half way round at once, a wire of a line of n cores carries n / 2 messages, of a ring n / 4.
+Not modelled: what header flits take off a rate, and cores that are fused off.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import fsum, prod
+
+import numpy as np
+
+from comms.networks.fabrics.switch_tree import Tree
+from comms.networks.fabrics.torus_mesh import Torus
+from comms.networks.links import Link
+from comms.networks.network import Network, Tier, TierKind
+from comms.networks.shapes import Grid, Pairs, Shape
+
+FEW_CORES = 4096  # up to here all cores are looked at to find the furthest
+SAME = 1e-9  # relative: chips as far as this from each other are equally far
+
+
+@dataclass(frozen=True, slots=True)
+class OnChip:
+    """The network between the cores of a chip, in plain numbers; None where a figure is not known."""
+
+    chip: str
+    topology: str  # in words
+    cores: int
+    dims: tuple[int, ...] = ()  # routers of one network; empty: not a grid, or not known
+    wraps: bool = False
+    one_way: bool = False  # every second network runs the other way
+    networks: int = 1
+    hop_s: float | None = None
+    entry_s: float = 0.0  # from core to router, and again at the other end
+    bytes_per_s: float | None = None  # of one hop
+    aggregate_bytes_per_s: float | None = None
+    memory_s: float | None = None  # a core's own memory
+    loaded_factor: float | None = None  # latency with all cores sending, over that of one alone
+    multicasts: bool = False  # routers copy what goes to several cores
+    source: str = ""  # of a hop
+    memory_source: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class HostMemory:
+    """How a chip reaches the memory of its host."""
+
+    name: str
+    link: Link
+    source: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One way that two ends can stand to each other."""
+
+    tier: str
+    between: str
+    latency_s: float | None  # of a small message alone
+    bytes_per_s: float | None  # of a large message alone
+    loaded_bytes_per_s: float | None  # of each, when all send so at once
+    hops: int | None  # wires crossed; on a chip, from router to router
+    source: str
+    loaded_factor: float | None = None  # latency when all send over latency alone, where measured
+    ratio: float | None = None  # latency over that of the row before that has one
+
+
+def tier_table(
+    network: Network,
+    chips: Sequence[OnChip] = (),
+    host_memory: HostMemory | None = None,
+    issue_s: Mapping[str, float] | None = None,
+) -> tuple[Row, ...]:
+    """All rows, from the inside out. `issue_s`: what issuing a message by itself adds, by name of the tier."""
+    rows = [row for chip in chips for row in _chip_rows(chip)]
+    if host_memory is not None:
+        link, between = host_memory.link, "chip to the memory of its host"
+        rate = link.bytes_per_s
+        rows.append(Row(host_memory.name, between, link.latency_s, rate, rate, 1, host_memory.source))
+    inner = 1
+    for tier in network.tiers:
+        if tier.size > 1:
+            extra = (issue_s or {}).get(tier.name, 0.0)
+            rows += [_later(row, extra) for row in _tier_rows(network, tier, inner)]
+            inner = tier.size
+    return tuple(_with_ratios(rows))
+
+
+def sum_over_cores_s(chip: OnChip) -> float | None:
+    """One number from each core of a mesh, summed and known to all of them; None where it is not such a mesh."""
+    if not chip.dims or chip.hop_s is None or chip.wraps or chip.entry_s:
+        return None
+    return 2 * sum(size // 2 for size in chip.dims) * chip.hop_s
+
+
+def _chip_rows(chip: OnChip) -> Iterator[Row]:
+    where = f"on {chip.chip}"
+    if chip.memory_s is not None:
+        between = f"core to its own memory, {where}"
+        yield Row("core", between, chip.memory_s, None, None, 0, chip.memory_source)
+    if not chip.dims or chip.hop_s is None:
+        share = chip.aggregate_bytes_per_s / chip.cores if chip.aggregate_bytes_per_s else None
+        source = f"not known: no latency is published of its network ({chip.topology})"
+        yield Row("on-chip", f"core to core, {where}", None, None, share, None, source, chip.loaded_factor)
+        return
+    torus, rate, cores = _grid(chip), chip.bytes_per_s, prod(chip.dims)
+    for core, who in ((1, "neighbouring core"), (_furthest(torus), f"the furthest of {cores} cores")):
+        hops = len(torus.routes(np.array([0]), np.array([core])).wires) - 2
+        latency_s = fsum([2 * chip.entry_s, hops * chip.hop_s])
+        loaded = None if rate is None else rate if core == 1 else rate / _load(torus)
+        yield Row("on-chip", f"core to {who}, {where}", latency_s, rate, loaded, hops, chip.source)
+    if chip.multicasts:
+        between = f"core to all {cores} cores at once, {where}"
+        yield Row("on-chip multicast", between, *_multicast(chip, torus), chip.source)
+    everywhere = sum_over_cores_s(chip)
+    if everywhere is not None:
+        hops = 2 * sum(size // 2 for size in chip.dims)
+        between = f"a number summed over {cores} cores, {where}"
+        yield Row("on-chip sum", between, everywhere, None, None, hops, chip.source)
+
+
+def _multicast(chip: OnChip, torus: Torus) -> tuple[float, float | None, float | None, int]:
+    """(latency, rate alone, rate when all send, hops) from core 0 to all others, over each wire once.
+
+    When all do, a core has to take in what every other one sends, by the networks that it is on.
+    """
+    assert chip.hop_s is not None
+    if torus.num_chips <= FEW_CORES:
+        hops = int(torus.multicast(0, range(torus.num_chips)).hops.max()) - 2
+    else:
+        hops = sum(size // 2 if chip.wraps and not chip.one_way else size - 1 for size in chip.dims)
+    rate, others = chip.bytes_per_s, torus.num_chips - 1
+    loaded = None if rate is None else rate * chip.networks / others
+    return fsum([2 * chip.entry_s, hops * chip.hop_s]), rate, loaded, hops
+
+
+def _grid(chip: OnChip) -> Torus:
+    assert chip.hop_s is not None
+    rate = chip.bytes_per_s or 1.0
+    link, entry = Link(chip.hop_s, rate), Link(chip.entry_s, rate)
+    return Torus(chip.dims, (link,), (chip.wraps,), (), chip.networks, chip.one_way, entry)
+
+
+def _furthest(torus: Torus) -> int:
+    """The core furthest from core 0, which stands in a corner."""
+    if torus.num_chips <= FEW_CORES:
+        everywhere = np.arange(torus.num_chips)
+        return int(np.diff(torus.routes(np.zeros_like(everywhere), everywhere).offsets).argmax())
+    stride, core = 1, 0
+    for dim, size in enumerate(torus.dims):
+        steps = size // 2 if torus.is_ring(dim) and not torus.one_way else size - 1
+        core, stride = core + steps * stride, stride * size
+    return core
+
+
+def _load(torus: Torus) -> float:
+    """Most messages on a wire between routers when all chips send half way round in every dimension."""
+    loads = [1.0]
+    for dim, size in enumerate(torus.dims):
+        around = torus.is_ring(dim) and not torus.one_way
+        loads.append(size / (4 if around else 2) / torus.num_networks)
+    return max(loads)
+
+
+def _tier_rows(network: Network, tier: Tier, inner: int) -> Iterator[Row]:
+    shape, source = tier.shape, tier.source
+    if isinstance(shape, Tree | Pairs):
+        hops = _crossed(network, tier, inner)
+        link, loaded = shape.link, shape.loaded_link.bytes_per_s
+        between = _between(network, tier)
+        yield Row(tier.name, between, link.latency_s, link.bytes_per_s, loaded, hops, source)
+        return
+    others = np.arange(inner, tier.size)
+    wires, routes = shape.wires(), shape.routes(np.zeros_like(others), others)
+    rates = np.minimum.reduceat(wires.bytes_per_s[routes.wires], routes.offsets[:-1])
+    latencies = np.add.reduceat(wires.latency_s[routes.wires], routes.offsets[:-1])
+    near, far = int(np.lexsort((rates, latencies))[0]), int(np.lexsort((rates, -latencies))[0])
+    ends = [(near, "the nearest chip", float(rates[near]))]
+    if latencies[far] > latencies[near] * (1 + SAME):
+        ends.append((far, f"the furthest of {tier.size} chips", _loaded_far(shape, float(rates[far]))))
+    for at, who, loaded in ends:
+        crossed, between = routes.of(at), f"chip to {who}, {tier.name}"
+        latency_s = fsum(wires.latency_s[crossed].tolist())
+        yield Row(tier.name, between, latency_s, float(rates[at]), loaded, len(crossed), source)
+
+
+def _loaded_far(shape: Shape, alone: float) -> float:
+    """What each chip has when all send to chips far away."""
+    if isinstance(shape, Grid):
+        return alone / _load(shape.topology)
+    return min(alone, shape.loaded_link.bytes_per_s)
+
+
+def _crossed(network: Network, tier: Tier, inner: int) -> int:
+    """Wires between chip 0 and the first chip that it meets in a tier."""
+    topology = network.take(min(tier.size, 2 * inner)).topology()
+    return len(topology.routes(np.array([0]), np.array([inner])).wires)
+
+
+def _between(network: Network, tier: Tier) -> str:
+    """Two chips that meet in a tier, in words."""
+    if tier.kind is TierKind.PCIE:
+        if "switch" in tier.name:
+            return "chip to chip behind one PCIe switch"
+        return "chip to chip through the host bridge"
+    if tier.kind is TierKind.SCALE_UP:
+        ways = "by a wire of their own" if isinstance(tier.shape, Pairs) else "through a switch"
+        return f"chip to chip {ways}, {tier.name}"
+    outer = [each for each in network.tiers if each.kind is TierKind.SCALE_OUT]
+    if len(outer) > 1 and tier is outer[0]:
+        return f"host to host under one switch, {tier.name}"
+    return f"host to host through {tier.name}"
+
+
+def _later(row: Row, seconds: float) -> Row:
+    return row if row.latency_s is None else replace(row, latency_s=row.latency_s + seconds)
+
+
+def _with_ratios(rows: Sequence[Row]) -> Iterator[Row]:
+    before: float | None = None
+    for row in rows:
+        yield row if not before or row.latency_s is None else replace(row, ratio=row.latency_s / before)
+        before = row.latency_s or before

@@ -1,0 +1,167 @@
+"""Tiered networks as one topology: copies of each fabric's shape side by side, all under the same chips.
+
+A fabric is a shape that joins the chips of a block, with ports of its own: block b holds the chips
+[b * size, (b + 1) * size). A message uses the innermost fabric with a block that holds both its ends.
+
+Nodes: the chips, then the other nodes of each copy, fabric by fabric from the inside, then places of a last copy for
+which there are no chips. Wires: copy by copy, fabric by fabric. Nothing is kept per pair, and of the copies of a
+fabric only their number.
+
+Not modelled: what fabrics share inside a chip or a host (a chip sends over all its fabrics at once), and messages
+that change from one fabric to another on their way.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from comms.errors import CommsError
+from comms.networks.fabrics.switch_tree import Tree, joined
+from comms.networks.topology import FloatArray, IntArray, Routes, Topology, Wires, ranges
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Fabric:
+    """A shape, the chips that one copy of it joins, and the network's tier for each of the shape's."""
+
+    shape: Topology
+    size: int  # the first chips of the shape
+    tiers: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Copies:
+    """The copies of one fabric, and where their wires and nodes start."""
+
+    fabric: Fabric
+    num_copies: int
+    num_wires: int  # of one copy
+    num_switches: int  # of one copy: all nodes but its chips
+    first_wire: int
+    first_node: int
+    first_missing: int  # node of the first place without a chip in the last copy
+    num_missing: int
+
+    def wires(self, num_chips: int) -> Wires:
+        one = self.fabric.shape.wires()
+        copy = np.arange(self.num_copies)[:, None]
+        tiers = np.array(self.fabric.tiers, dtype=np.int64)
+        return Wires(
+            tail=self._nodes(copy, one.tail, num_chips),
+            head=self._nodes(copy, one.head, num_chips),
+            latency_s=self._repeated(one.latency_s),
+            bytes_per_s=self._repeated(one.bytes_per_s),
+            forward_nbytes=self._repeated(one.forward_nbytes),
+            tier=np.tile(tiers[one.tier], self.num_copies),
+            shares=(self.first_wire + copy * self.num_wires + one.shares).ravel(),
+        )
+
+    def _repeated(self, figures: FloatArray) -> FloatArray:
+        return np.tile(figures, self.num_copies)
+
+    def _nodes(self, copy: IntArray, local: IntArray, num_chips: int) -> IntArray:
+        """[copies * wires] Nodes of the whole network."""
+        chip = copy * self.fabric.size + local
+        switch = self.first_node + copy * self.num_switches + local - self.fabric.size
+        missing = self.first_missing + chip - num_chips
+        nodes = np.where(local >= self.fabric.size, switch, np.where(chip < num_chips, chip, missing))
+        return nodes.ravel()
+
+    def places(self, nodes: IntArray, num_chips: int) -> tuple[IntArray, IntArray]:
+        """Which copy each node is in (-1: in none) and its number there."""
+        size, number = self.fabric.size, nodes - self.first_node
+        is_chip, switches = nodes < num_chips, max(self.num_switches, 1)
+        is_switch = (number >= 0) & (number < self.num_copies * self.num_switches)
+        copy = np.where(is_chip, nodes // size, np.where(is_switch, number // switches, -1))
+        return copy, np.where(is_chip, nodes % size, size + number % switches)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TieredTopology:
+    """The topology of a network of tiers, for exactly `num_chips`; fabrics from the innermost."""
+
+    num_chips: int
+    tiers: tuple[str, ...]
+    fabrics: tuple[Fabric, ...]
+    _copies: tuple[_Copies, ...] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        wire, node = 0, self.num_chips
+        placed: list[_Copies] = []
+        for fabric in self.fabrics:
+            num_copies = -(-self.num_chips // fabric.size)
+            num_wires = _num_wires(fabric.shape)
+            switches = fabric.shape.num_nodes - fabric.size
+            missing = num_copies * fabric.size - self.num_chips
+            last = node + num_copies * switches
+            placed.append(_Copies(fabric, num_copies, num_wires, switches, wire, node, last, missing))
+            wire, node = wire + num_copies * num_wires, last + missing
+        object.__setattr__(self, "_copies", tuple(placed))
+
+    @property
+    def num_nodes(self) -> int:
+        """Chips, switches and places without a chip."""
+        if not self._copies:
+            return self.num_chips
+        return self._copies[-1].first_missing + self._copies[-1].num_missing
+
+    def wires(self) -> Wires:
+        """Copy by copy, fabric by fabric from the innermost."""
+        if not self._copies:
+            nothing, no_figures = np.zeros(0, dtype=np.int64), np.zeros(0)
+            return Wires(nothing, nothing, no_figures, no_figures, no_figures, nothing, nothing)
+        return joined([copies.wires(self.num_chips) for copies in self._copies])
+
+    def routes(self, src: IntArray, dst: IntArray) -> Routes:
+        """One route per pair of chips, or of a chip and a switch of a fabric's copy that holds the chip."""
+        src, dst = np.asarray(src, dtype=np.int64), np.asarray(dst, dtype=np.int64)
+        waiting = np.ones(len(src), dtype=np.bool_)
+        waiting[(src == dst) & (src >= 0) & (src < self.num_nodes)] = False
+        parts: list[tuple[IntArray, Routes]] = []
+        for copies in self._copies:
+            copy, local_src = copies.places(src, self.num_chips)
+            copy_dst, local_dst = copies.places(dst, self.num_chips)
+            here = np.flatnonzero(waiting & (copy == copy_dst) & (copy >= 0))
+            if len(here):
+                waiting[here] = False
+                routes = copies.fabric.shape.routes(local_src[here], local_dst[here])
+                first = copies.first_wire + copy[here] * copies.num_wires
+                wires = routes.wires + np.repeat(first, np.diff(routes.offsets))
+                parts.append((here, Routes(routes.offsets, wires)))
+        if waiting.any():
+            lost = int(np.flatnonzero(waiting)[0])
+            raise CommsError(f"no route from node {src[lost]} to node {dst[lost]}", "network")
+        return _merged(len(src), parts)
+
+    def switch_over(self, chips: Sequence[int]) -> int:
+        """The node of the innermost switch over all of these chips. Raises CommsError where there is none."""
+        nodes = np.asarray(chips, dtype=np.int64)
+        for copies in self._copies:
+            copy, local = copies.places(nodes, self.num_chips)
+            if (copy == copy[0]).all():
+                shape = copies.fabric.shape
+                if not isinstance(shape, Tree):
+                    break
+                switch = shape.switch_over(local) - copies.fabric.size
+                return copies.first_node + int(copy[0]) * copies.num_switches + switch
+        raise CommsError(
+            "there is no switch over these chips", "network", "use an algorithm without switches"
+        )
+
+
+def _num_wires(shape: Topology) -> int:
+    """Of a tree by arithmetic: a large one is never laid out only to be counted."""
+    return shape.num_wires if isinstance(shape, Tree) else shape.wires().num_wires
+
+
+def _merged(num_messages: int, parts: Sequence[tuple[IntArray, Routes]]) -> Routes:
+    """The routes of all messages, from those of some of them by number; messages in no part have none."""
+    lengths = np.zeros(num_messages, dtype=np.int64)
+    for which, routes in parts:
+        lengths[which] = np.diff(routes.offsets)
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    wires = np.zeros(int(offsets[-1]), dtype=np.int64)
+    for which, routes in parts:
+        wires[ranges(offsets[which], lengths[which])] = routes.wires
+    return Routes(offsets, wires)

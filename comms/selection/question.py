@@ -1,0 +1,141 @@
+"""Question: what is asked about a collective, and the answer to it.
+
+Assumes that all chips take part, rank r on chip r, and are ready at once. Not modelled: see LEFT_OUT.
+"""
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from comms.collectives.schedule import Op, Schedule
+from comms.networks.conditions import CALM, Described
+from comms.networks.groups import Lattice, mesh_group
+from comms.networks.network import Network
+from comms.selection.choice import AUTO
+from comms.selection.pricing import Fidelity, TierShare, algbw, busbw
+from comms.synthesis.bisection import Cut, bisection
+
+if TYPE_CHECKING:
+    from comms.selection.full_collective import FullTiming, Site, TierLoad
+
+BISECTION_CHIPS = 16_384  # up to here the halves of a network are looked at
+
+_NEVER = ("packets, queues and loss in switches", "what chips do beside the collective")
+_CALM = ("contention with other jobs, degraded links and late chips",)
+LEFT_OUT = {Fidelity.CLOSED: (*_CALM, *_NEVER), Fidelity.FOLDED: (*_CALM, *_NEVER), Fidelity.FULL: _NEVER}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Question:
+    """One collective over all chips of a network."""
+
+    network: Network  # of exactly num_chips
+    num_chips: int
+    op: Op
+    nbytes: float
+    algorithm: str = AUTO  # or a name of the catalog, or SYNTHESIZED
+    schedule: Schedule | None = None  # used instead of an algorithm
+    fidelity: Fidelity | None = None
+    described: Described = CALM
+    chips_per_host: int = 1
+    looks_for_better: bool = True  # auto may take long to look for a schedule of its own
+
+    @property
+    def members(self) -> Lattice:
+        """All chips."""
+        return mesh_group((("all", self.num_chips),), ("all",))
+
+    @property
+    def is_uneven(self) -> bool:
+        """Whether chips send parts of all sizes to each other."""
+        return (
+            self.schedule is not None
+            and self.op is Op.ALL_TO_ALL
+            and not isinstance(self.schedule.shares, float)
+        )
+
+    @property
+    def even_nbytes(self) -> float:
+        """What one chip would have for all, its own part among it, if as much left the chips in even parts."""
+        if self.schedule is None or self.op is not Op.ALL_TO_ALL or isinstance(self.schedule.shares, float):
+            return self.nbytes
+        n = self.num_chips
+        table = self.schedule.shares.reshape(n, n, -1).sum(axis=2)  # from chip to chip
+        leaves = float(table.sum() - table.trace())  # n - 1 parts of each chip; its own stays where it is
+        return self.nbytes * leaves / (n - 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """An algorithm that was looked at, and what it takes by which fidelity."""
+
+    algorithm: str
+    seconds: float
+    fidelity: Fidelity
+
+
+@dataclass(frozen=True, eq=False)
+class Answer:
+    """What a collective takes. `setup_s` is part of `seconds`."""
+
+    question: Question = field(repr=False)
+    algorithm: str
+    protocol: str
+    fidelity: Fidelity
+    seconds: float
+    setup_s: float
+    reason: str
+    tiers: tuple[TierShare, ...]  # of a group that folds
+    candidates: tuple[Candidate, ...]  # with the algorithm itself, fastest first
+    notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+    full: "FullTiming | None" = None
+    site: "Site | None" = None
+    loads: "tuple[TierLoad, ...]" = ()  # of full fidelity
+    loading_s: float = 0.0  # for the event loop, not in elapsed_s
+    elapsed_s: float = 0.0
+
+    @property
+    def algbw_bytes_per_s(self) -> float:
+        return algbw(self.question.op, self.question.nbytes, self.seconds)
+
+    @property
+    def busbw_bytes_per_s(self) -> float:
+        return busbw(self.question.op, self.question.nbytes, self.seconds, self.question.num_chips)
+
+    @cached_property
+    def bisection(self) -> Cut | None:
+        """The narrowest cut of the network into halves; None for one chip, and where it is too large to look at."""
+        if not 1 < self.question.num_chips <= BISECTION_CHIPS:
+            return None
+        return bisection(self.site.seen if self.site else self.question.network.topology())
+
+    @property
+    def left_out(self) -> tuple[str, ...]:
+        """What this fidelity does not model."""
+        return LEFT_OUT[self.fidelity]
+
+    @property
+    def limiting_tier(self) -> TierShare | None:
+        """The tier that would save most if it cost nothing."""
+        best = max(self.tiers, key=lambda share: share.saved_s, default=None)
+        return best if best is not None and best.saved_s > 0 else None
+
+
+def conditions_in_words(described: Described) -> str:
+    """What of the conditions touches a collective; empty where nothing does."""
+    flapping = sum(fault.flaps is not None for fault in described.links)
+    down = sum(fault.factor == 0 and fault.flaps is None for fault in described.links)
+    slow = sum(0 < fault.factor < 1 for fault in described.links)
+    late = sum(len(fault.chips) for fault in described.chips if fault.delay_s)
+    counted = (
+        (down, "link down", "links down"),
+        (slow, "slow link", "slow links"),
+        (flapping, "flapping link", "flapping links"),
+        (late, "late chip", "late chips"),
+        (len(described.background), "job in the background", "jobs in the background"),
+    )
+    parts = [f"{count} {one if count == 1 else many}" for count, one, many in counted if count]
+    if described.jitter.rate or described.jitter.delay_s:
+        parts.append("jitter")
+    return ", ".join(parts)

@@ -1,0 +1,101 @@
+"""Size sweep: one collective over a range of sizes, doubling, each with the algorithm that is fastest there."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from itertools import groupby
+
+from comms.errors import CommsError
+from comms.selection.choice import AUTO
+from comms.selection.collective import time_collective
+from comms.selection.pricing import Fidelity
+from comms.selection.question import Answer, Question
+from comms.selection.waiting import Phase, quiet
+from comms.synthesis.synthesis import TREES as SYNTHESIZED_OPS
+
+FACTOR = 2
+NOT_SYNTHESIZED = (
+    "schedules made for this network are not looked for at each size, though one may be faster: "
+    "ask for one size, or for --algorithm synthesized"
+)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Sweep:
+    """Answers by size, ascending."""
+
+    answers: tuple[Answer, ...]
+    elapsed_s: float
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What any of the answers notes, once, and what a single answer would have looked at."""
+        own = (NOT_SYNTHESIZED,) if any(map(_may_be_synthesized, self.answers)) else ()
+        return tuple(dict.fromkeys((*(note for each in self.answers for note in each.notes), *own)))
+
+    @property
+    def left_out(self) -> tuple[str, ...]:
+        """What any of the answers does not model, once."""
+        return tuple(dict.fromkeys(left for each in self.answers for left in each.left_out))
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What any of the answers warns of, once."""
+        return tuple(dict.fromkeys(warning for each in self.answers for warning in each.warnings))
+
+
+@dataclass(frozen=True, slots=True)
+class Stretch:
+    """Neighbouring sizes with the same choice."""
+
+    algorithm: str
+    protocol: str
+    first: float
+    last: float
+
+
+def _may_be_synthesized(answer: Answer) -> bool:
+    """Whether a schedule made for the network would have been looked for: fixed algorithms met message by message."""
+    question = answer.question
+    met = answer.fidelity is Fidelity.FULL and not answer.tiers and question.num_chips > 1
+    return met and question.algorithm == AUTO and question.schedule is None and question.op in SYNTHESIZED_OPS
+
+
+def sizes_between(low: float, high: float) -> tuple[float, ...]:
+    """low, 2 low, 4 low, ... up to high."""
+    if not 0 < low <= high:
+        raise CommsError(
+            f"no sizes from {low:g} to {high:g} bytes",
+            "--sweep",
+            "give two sizes above zero, the smaller first",
+        )
+    sizes = [low]
+    while sizes[-1] * FACTOR <= high:
+        sizes.append(sizes[-1] * FACTOR)
+    return tuple(sizes)
+
+
+def sweep_sizes(
+    question: Question,
+    sizes: tuple[float, ...],
+    phase: Phase = quiet,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Sweep:
+    """Ask the same for every size. Schedules made for this network are not looked for at each: that takes long."""
+    started = clock()
+    question = replace(question, looks_for_better=False)
+    with phase(f"{len(sizes)} sizes"):
+        answers = tuple(time_collective(replace(question, nbytes=nbytes), phase, clock) for nbytes in sizes)
+    loading_s = sum(answer.loading_s for answer in answers)
+    return Sweep(answers, clock() - started - loading_s)
+
+
+def stretches(sweep: Sweep) -> tuple[Stretch, ...]:
+    """Where the choice changes."""
+    found = []
+    for (algorithm, protocol), group in groupby(
+        sweep.answers, key=lambda answer: (answer.algorithm, answer.protocol)
+    ):
+        sizes = [answer.question.nbytes for answer in group]
+        found.append(Stretch(algorithm, protocol, sizes[0], sizes[-1]))
+    return tuple(found)

@@ -1,0 +1,216 @@
+"""Chip files: the schema of one chip, as the catalog has them and as cluster files override them.
+
+Every figure is a value with a unit or `{value: ..., source: ...}`. The schema only checks; `kernels.chips`
+reads the numbers, so that a cluster file's figures can be laid over a catalog file's before they are read.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, GetCoreSchemaHandler, GetJsonSchemaHandler
+from pydantic_core import CoreSchema, core_schema
+
+from comms.units import Quantity
+from kernels.catalog_figures import ChipError
+from kernels.chips import Chip, chip_document, chip_keys, parse_chip
+from orchestrator.config.schema import Section, Unit, field_error, nearest
+from orchestrator.config.yaml_file import Document, Location
+from orchestrator.errors import ConfigError
+
+_FIGURE_KEYS = ("value", "source")
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """A field that is a value, or a value with its source: a quantity, a bare number or text."""
+
+    quantity: Quantity | type[float] | type[str]
+
+    def read(self, value: object) -> object:
+        """Checks the value and hands it on unread."""
+        inner = value
+        if isinstance(value, Mapping):
+            unknown = [key for key in value if key not in _FIGURE_KEYS]
+            if unknown:
+                raise field_error(
+                    f"unknown key {unknown[0]!r} in a figure", nearest(unknown[0], _FIGURE_KEYS)
+                )
+            inner = value.get("value")
+        if isinstance(self.quantity, Quantity):
+            Unit(self.quantity).read(inner)
+        elif self.quantity is float and (
+            isinstance(inner, bool) or not isinstance(inner, int | float) or inner <= 0
+        ):
+            raise field_error(f"{inner!r} is not a number above zero", "write a bare number")
+        elif self.quantity is str and not isinstance(inner, str):
+            raise field_error(f"{inner!r} is not text", "write text (in quotes if it looks like a number)")
+        return value
+
+    def __get_pydantic_core_schema__(self, source: object, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_plain_validator_function(self.read)
+
+    def __get_pydantic_json_schema__(
+        self, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        bare = {"type": "string" if self.quantity is str else "number"}
+        value = Unit(self.quantity).json_schema() if isinstance(self.quantity, Quantity) else bare
+        properties = {"value": value, "source": {"type": "string"}}
+        figure = {
+            "type": "object",
+            "properties": properties,
+            "required": ["value"],
+            "additionalProperties": False,
+        }
+        return {"anyOf": [value, figure]}
+
+
+Words = Annotated[object, Figure(str)]
+Number = Annotated[object, Figure(float)]
+SizeFigure = Annotated[object, Figure(Quantity.SIZE)]
+RateFigure = Annotated[object, Figure(Quantity.DATA_RATE)]
+TimeFigure = Annotated[object, Figure(Quantity.TIME)]
+ComputeFigure = Annotated[object, Figure(Quantity.COMPUTE_RATE)]
+FrequencyFigure = Annotated[object, Figure(Quantity.FREQUENCY)]
+PowerFigure = Annotated[object, Figure(Quantity.POWER)]
+HourlyPriceFigure = Annotated[object, Figure(Quantity.HOURLY_PRICE)]
+PriceFigure = Annotated[object, Figure(Quantity.PRICE)]
+
+
+class MemorySection(Section):
+    """Main memory; on chips without one, their SRAM."""
+
+    capacity: SizeFigure = None
+    bandwidth: RateFigure = None
+    type: Words = None
+
+
+class SramSection(Section):
+    """Scratchpads or the last-level cache."""
+
+    capacity: SizeFigure = None
+    bandwidth: RateFigure = None
+
+
+class CoresSection(Section):
+    """How many cores, and their clock."""
+
+    count: Number = None
+    clock: FrequencyFigure = None
+
+
+class NocSection(Section):
+    """The on-chip network; `shape` is mesh, torus or one-way torus, `dims` are as 10 x 12, `multicast` yes or no."""
+
+    topology: Words = None
+    shape: Words = None
+    dims: Words = None
+    networks: Number = None
+    hop_latency: TimeFigure = None
+    entry_latency: TimeFigure = None
+    hop_bandwidth: RateFigure = None
+    aggregate_bandwidth: RateFigure = None
+    memory_latency: TimeFigure = None
+    loaded_latency_factor: Number = None
+    multicast: Words = None
+
+
+class PortSection(Section):
+    """All links of one sort that leave the chip, one direction."""
+
+    type: Words = None
+    bandwidth: RateFigure = None
+    latency: TimeFigure = None
+    efficiency: Number = None
+    domain: Number = None
+
+
+class EfficiencySection(Section):
+    """Shares of the peaks that large kernels reach."""
+
+    matmul: Number = None
+    memory: Number = None
+
+
+class ChipFigures(Section):
+    """Everything a chip file can say; in a cluster file all of it is optional and overrides `like`."""
+
+    name: str = ""
+    vendor: str = ""
+    year: int = 0
+    class_: Literal["gpu", "asic", "cpu", "soc", "edge_soc", "wafer", "dataflow"] = Field(
+        "gpu", alias="class"
+    )
+    peak: dict[str, ComputeFigure] = Field(default_factory=dict)
+    memory: MemorySection | None = None
+    sram: SramSection | None = None
+    cores: CoresSection | None = None
+    noc: NocSection | None = None
+    scale_up: PortSection | None = None
+    host_link: PortSection | None = None
+    tdp: PowerFigure = None
+    price: HourlyPriceFigure = None
+    list_price: PriceFigure = None
+    launch: TimeFigure = None
+    efficiency: EfficiencySection | None = None
+    notes: dict[str, Words] = Field(default_factory=dict)
+
+
+class ChipFile(ChipFigures):
+    """One file of the catalog."""
+
+    kind: Literal["chip"]
+    version: Literal[1]
+    key: str
+
+
+def described_chip(document: Document, location: Location, like: str | None) -> Chip:
+    """The chip at `location` of a validated document: its figures over those of `like`, if any."""
+    figures = _at(document.root, location)
+    own = {key: value for key, value in figures.items() if key not in ("like", "count", "kind", "version")}
+    base = _catalog(document, (*location, "like"), like) if like else _BLANK
+    if like and own:
+        base = {**base, "key": f"{like}_with_overrides"}
+    if not like:
+        own.setdefault("key", own.get("name", "unnamed"))
+        own.setdefault("name", own["key"])
+    try:
+        return parse_chip(_laid_over(base, own))
+    except ChipError as error:
+        hint = "add the figure, or start from a catalog chip with `like:`"
+        raise ConfigError(str(error), document.where(location), hint) from error
+
+
+_BLANK: dict[str, object] = {
+    "vendor": "",
+    "year": 0,
+    "class": "gpu",
+    "cores": {"count": 1},
+    "memory": {"type": "dram"},
+}
+
+
+def _catalog(document: Document, location: Location, like: str) -> dict[str, object]:
+    if like not in chip_keys():
+        hint = nearest(like, chip_keys())
+        raise ConfigError(f"chip {like!r} is not in the catalog", document.where(location), hint)
+    return chip_document(like)
+
+
+def _laid_over(base: Mapping[str, object], own: Mapping[str, object]) -> dict[str, object]:
+    """`own` over `base`: sections merge key by key, figures replace each other whole."""
+    merged = dict(base)
+    for key, value in own.items():
+        below = merged.get(key)
+        if isinstance(value, Mapping) and "value" not in value and isinstance(below, Mapping):
+            value = _laid_over(below, value)
+        merged[key] = value
+    return merged
+
+
+def _at(root: object, location: Location) -> Mapping[str, object]:
+    found = root
+    for part in location:
+        found = found[part]  # type: ignore[index]
+    assert isinstance(found, Mapping), location
+    return found

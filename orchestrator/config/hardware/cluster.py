@@ -1,0 +1,186 @@
+"""Cluster: the chips, hosts and network that a run is planned for, as one frozen value.
+
+A cluster file describes a repeating unit: one or more hosts. `num_hosts` None means that there are as many
+of them as a run asks for; `Cluster.take` cuts or repeats the unit to a number of chips. Chip i sits in host
+i // chips_per_host, and hosts repeat in the order of the unit.
+
+Assumes that every host has the same number of chips (their types may differ) and the same PCIe tree. Not
+modelled: which chip is behind which PCIe switch beyond equal shares in order, and the price of the network
+beyond what the hosts' price says.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+
+from comms.errors import CommsError
+from comms.networks.conditions import CALM, Described, check_chips
+from comms.networks.links import PLAIN, Link, Protocol
+from comms.networks.network import Network
+from kernels.chips import Chip
+from orchestrator.errors import ClusterError
+
+
+class Device(StrEnum):
+    """What a chip of the cluster is when a plan is run with real tensors."""
+
+    SIMULATED = "simulated"  # a coroutine in an actor, on any machine
+    CPU = "cpu"  # one core of a host
+    CUDA = "cuda"  # one GPU
+
+
+@dataclass(frozen=True, slots=True)
+class Library:
+    """What a communication library adds to the links of a tier."""
+
+    setup_s: float = 0.0  # of each collective, once
+    protocols: tuple[Protocol, ...] = (PLAIN,)
+    issue_s: float = 0.0  # what a message by itself takes more than a stage of a collective
+
+
+PLAIN_LIBRARY = Library()
+
+
+@dataclass(frozen=True, slots=True)
+class Pcie:
+    """A host's PCIe tree: equal switches under one root complex (0: all chips hang on it)."""
+
+    switches: int
+    link: Link  # one chip to its switch
+    uplink_bytes_per_s: float  # one switch to the root complex
+    root: Link  # what chips have that meet there, as far as it is less
+    duplex: bool = True
+    library: Library = PLAIN_LIBRARY
+    source: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Nics:
+    """A host's network cards: how many, and the link of one."""
+
+    count: int
+    link: Link
+    duplex: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Host:
+    """One host: its chips in order, its PCIe tree and cards, and what it adds to price and power."""
+
+    chips: tuple[Chip, ...]
+    pcie: Pcie | None  # None: chips share the host's memory
+    nics: Nics | None
+    watts: float  # of everything but the chips
+    usd_per_hour: float  # of everything but the chips
+
+
+@dataclass(frozen=True, slots=True)
+class Cluster:
+    """Hardware only: what there is, not what runs on it."""
+
+    name: str
+    device: Device
+    unit: tuple[Host, ...]  # the hosts that repeat
+    num_hosts: int | None  # None: as many as asked for
+    network: Network
+    actors: int | None  # processes that execute simulated chips; None: one per core
+    origin: str  # the file it was read from
+    conditions: Described = CALM  # what is slow, down or busy
+    issue_s: Mapping[str, float] = field(default_factory=dict, hash=False)  # by tier, see Library
+
+    @property
+    def chips_per_host(self) -> int:
+        """Chips in each host."""
+        return len(self.unit[0].chips)
+
+    @property
+    def num_chips(self) -> int:
+        """All chips; of a cluster without a fixed number of hosts, those of one unit."""
+        return self.chips_per_host * (self.num_hosts or len(self.unit))
+
+    def host_of(self, chip: int) -> int:
+        """The number of the host that holds `chip`."""
+        return chip // self.chips_per_host
+
+    def host(self, index: int) -> Host:
+        """Host `index`; hosts repeat in the order of the unit."""
+        return self.unit[index % len(self.unit)]
+
+    def chip(self, index: int) -> Chip:
+        """The type of chip `index`."""
+        return self.host(self.host_of(index)).chips[index % self.chips_per_host]
+
+    @property
+    def chip_types(self) -> tuple[Chip, ...]:
+        """The distinct chip types, in order of first appearance."""
+        return tuple(dict.fromkeys(chip for host in self.unit for chip in host.chips))
+
+    @property
+    def usd_per_hour(self) -> float | None:
+        """Price of all hosts and chips per hour; None where a chip has no known price."""
+        return self._sum(
+            lambda host: _sum_known(host.usd_per_hour, (chip.usd_per_hour for chip in host.chips))
+        )
+
+    @property
+    def watts(self) -> float | None:
+        """Power of all hosts and chips at full load (TDP); None where a chip has no known TDP."""
+        return self._sum(lambda host: _sum_known(host.watts, (chip.tdp_w for chip in host.chips)))
+
+    def take(self, num_chips: int | None) -> "Cluster":
+        """The cluster of the first `num_chips` chips: part of one host, or whole hosts. None takes all."""
+        wanted = self.num_chips if num_chips is None else num_chips
+        self._check_take(wanted)
+        self._check_conditions(wanted)
+        per_host = min(wanted, self.chips_per_host)
+        unit = self.unit
+        if wanted < self.chips_per_host:
+            unit = (replace(self.unit[0], chips=self.unit[0].chips[:wanted]),)
+        hosts = wanted // per_host
+        return replace(self, unit=unit[:hosts], num_hosts=hosts, network=self.network.take(wanted))
+
+    def _check_take(self, wanted: int) -> None:
+        size = self.chips_per_host
+        if wanted < 1:
+            raise ClusterError(f"cannot take {wanted} chips", self.origin, "ask for at least one chip")
+        if self.num_hosts is not None and wanted > self.num_chips:
+            have = f"{self.name} has {self.num_chips} chips ({self.num_hosts} hosts of {size})"
+            raise ClusterError(
+                f"{wanted} chips asked for, but {have}",
+                self.origin,
+                "ask for fewer, or raise `repeat` in the file",
+            )
+        if wanted > size and wanted % size:
+            low = wanted // size * size
+            near = [low] if self.num_hosts and low + size > self.num_chips else [low, low + size]
+            raise ClusterError(
+                f"{wanted} chips are not a whole number of hosts of {size} chips",
+                self.origin,
+                f"ask for {' or '.join(map(str, near))} chips, or for at most {size}",
+            )
+
+    def _check_conditions(self, wanted: int) -> None:
+        """A condition on a chip that is not taken would have no effect."""
+        try:
+            check_chips(self.conditions, wanted)
+        except CommsError as error:
+            hint = "take more chips, or change `conditions:`"
+            raise ClusterError(error.problem, error.where or self.origin, hint) from error
+
+    def _sum(self, figure: Callable[[Host], float | None]) -> float | None:
+        """A figure summed over all hosts, in time that does not grow with their number."""
+        hosts = self.num_hosts or len(self.unit)
+        repeats = [len(range(index, hosts, len(self.unit))) for index in range(len(self.unit))]
+        values = [figure(host) for host in self.unit]
+        known = [value * repeat for value, repeat in zip(values, repeats, strict=True) if value is not None]
+        return sum(known) if len(known) == len(values) else None
+
+
+def _sum_known(start: float, values: Iterable[float | None]) -> float | None:
+    """The sum, or None where a value is not known: a partial sum would pass for the whole."""
+    total = start
+    for value in values:
+        if value is None:
+            return None
+        total += value
+    return total

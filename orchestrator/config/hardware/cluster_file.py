@@ -1,0 +1,372 @@
+"""Cluster files: the schema, and the way from a file to a Cluster.
+
+A file lists the hosts of one unit and how often it repeats, the scale-up fabric and the levels of the
+scale-out network. Figures that a file leaves out come from the chip itself: link rates and latencies,
+price, power. Network tiers are built from the inside out: on-chip network, scale-up fabric, PCIe switches
+and root, scale-out levels; where hosts differ, each tier takes the slowest link among them.
+
+Not modelled: several fabrics side by side (a tier is one kind of link), and NICs that only some chips may
+use.
+"""
+
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from comms.networks.layers import Spread
+from comms.networks.links import Link
+from kernels.chips import DEFAULT_HOST_LATENCY_S, Chip, Port
+from orchestrator.config.hardware.chip_file import ChipFigures, described_chip
+from orchestrator.config.hardware.cluster import Cluster, Device, Host, Nics, Pcie
+from orchestrator.config.hardware.conditions_file import ConditionsSection, described
+from orchestrator.config.hardware.fabric_shapes import Drawing
+from orchestrator.config.hardware.network_sections import (
+    LevelSection,
+    LinkSection,
+    NicSection,
+    PcieSection,
+    ScaleUpSection,
+)
+from orchestrator.config.hardware.protocols import best_share, library_of
+from orchestrator.config.hardware.tiers import Fabric, Level, build_network, issue_times
+from orchestrator.config.schema import CountOr, HourlyPrice, Power, Section, validate
+from orchestrator.config.yaml_file import Document, Location, read_yaml
+from orchestrator.errors import ClusterError, combined
+
+FRAME_NBYTES = 1500.0  # of a packet where switches store and forward: the payload of an Ethernet frame
+
+
+MOST_CHIPS_OF_HOST = 2**16
+
+
+class ChipSection(ChipFigures):
+    """Chips of one type in a host: a catalog chip (`like`) with overrides, or all figures of a new one."""
+
+    like: str | None = None
+    count: Annotated[int | None, CountOr("auto")] = 1
+
+
+class HostSection(Section):
+    """Hosts of one kind; power and price are what the host adds to its chips'."""
+
+    count: int = Field(1, ge=1)
+    chips: list[ChipSection] = Field(min_length=1)
+    pcie: PcieSection | None = None
+    nics: NicSection | None = None
+    power: Power = 0.0
+    price: HourlyPrice = 0.0
+
+
+class ClusterFile(Section):
+    """One cluster file."""
+
+    kind: Literal["cluster"]
+    version: Literal[1]
+    name: str
+    device: Literal["simulated", "cpu", "cuda"]
+    actors: int | None = Field(None, ge=1)
+    repeat: Annotated[int | None, CountOr("any")] = 1
+    hosts: list[HostSection] = Field(min_length=1)
+    scale_up: ScaleUpSection | None = None
+    scale_out: list[LevelSection] = Field(default_factory=list)
+    conditions: ConditionsSection | None = None
+
+
+def load_cluster(path: str | Path) -> Cluster:
+    """The cluster that the file at `path` describes. Raises ConfigError or ClusterError."""
+    return cluster_from(read_yaml(Path(path)))
+
+
+def cluster_from(document: Document) -> Cluster:
+    """The cluster that a document describes."""
+    file = validate(document, ClusterFile)
+    _check_auto(document, file)
+    hosts = [_host(document, index, section) for index, section in enumerate(file.hosts)]
+    unit = tuple(host for host, section in zip(hosts, file.hosts, strict=True) for _ in range(section.count))
+    num_hosts = None if file.repeat is None else file.repeat * len(unit)
+    fabric = _fabric(document, file, unit, num_hosts)
+    num_chips = None if num_hosts is None else num_hosts * len(unit[0].chips)
+    reach = fabric.domain if fabric else 1
+    alone = num_hosts == 1 or (num_chips is not None and reach >= num_chips)
+    _check_hosts(document, unit, num_hosts, alone)
+    levels = _levels(document, file, unit)
+    network = build_network(unit, num_hosts, fabric, levels, document)
+    _check_used(document, file, alone, meet_over_pcie=reach < len(unit[0].chips))
+    return Cluster(
+        name=file.name,
+        device=Device(file.device),
+        unit=unit,
+        num_hosts=num_hosts,
+        network=network,
+        actors=file.actors,
+        origin=document.origin,
+        conditions=described(file.conditions, network, num_chips, document),
+        issue_s=issue_times(network, fabric, levels, unit[0].pcie),
+    )
+
+
+def _host(document: Document, index: int, section: HostSection) -> Host:
+    chips: list[Chip] = []
+    for number, entry in enumerate(section.chips):
+        chip = described_chip(document, ("hosts", index, "chips", number), entry.like)
+        count = len(os.sched_getaffinity(0)) if entry.count is None else entry.count
+        if len(chips) + count > MOST_CHIPS_OF_HOST:
+            where = document.where(("hosts", index, "chips", number))
+            hint = f"up to {MOST_CHIPS_OF_HOST}; give the hosts that there are, with `count` or `repeat`"
+            raise ClusterError(f"{count} chips in one host", where, hint)
+        chips += [chip] * count
+    return Host(
+        chips=tuple(chips),
+        pcie=_pcie(document, index, section.pcie, chips),
+        nics=None if section.nics is None else _nics(section.nics),
+        watts=section.power,
+        usd_per_hour=section.price,
+    )
+
+
+def _nics(section: NicSection) -> Nics:
+    link = Link(section.latency, section.bandwidth * section.efficiency)
+    return Nics(section.count, link, section.duplex == "full")
+
+
+def _pcie(document: Document, index: int, section: PcieSection | None, chips: list[Chip]) -> Pcie | None:
+    """The tree that the file describes, or else one switch with the links that the chips bring."""
+    ports = [chip.host_link for chip in chips if chip.host_link is not None]
+    if section is None:
+        if len(ports) < len(chips):
+            return None
+        section = PcieSection.model_validate({})
+    at = ("hosts", index, "pcie")
+    _check_pcie(document, at, section, len(chips), len(ports))
+    has_switches = _has_switches(section, len(chips))
+    line, alone = line_and_efficiency(section.bandwidth, section.efficiency, ports)
+    best = best_share(alone, section.protocols)
+    latency = section.latency
+    if latency is None:
+        latency = max((port.latency_s for port in ports), default=DEFAULT_HOST_LATENCY_S[0])
+    root = section.root or LinkSection()
+    # Through the root complex a message crosses two switches: twice the latency of one.
+    root_s = 2 * latency if root.latency is None else root.latency
+    if has_switches and root_s < latency:
+        problem = "the way through the root complex is quicker than the one through a single switch"
+        where = document.where((*at, "root", "latency"))
+        raise ClusterError(problem, where, "raise the root's `latency`, or lower that of the switches")
+    library = library_of(section, latency if has_switches else root_s, alone, best, document, at)
+    uplink = (section.uplink or line) * best
+    return Pcie(
+        section.switches,
+        Link(max(0.0, latency - library.issue_s), line * best),
+        uplink,
+        Link(root_s - library.issue_s, root.bandwidth or uplink),
+        section.duplex == "full",
+        library,
+        section.source,
+    )
+
+
+def line_and_efficiency(
+    bandwidth: float | None, efficiency: float | None, ports: list[Port]
+) -> tuple[float, float]:
+    """A chip's line rate and what a message by itself reaches of it: as the file says, else the slowest port's."""
+    if bandwidth is not None:
+        return bandwidth, efficiency or 1.0
+    port = min(ports, key=lambda port: port.bytes_per_s * (efficiency or port.efficiency))
+    return port.bytes_per_s, efficiency or port.efficiency
+
+
+def _check_pcie(
+    document: Document, at: Location, section: PcieSection, num_chips: int, num_ports: int
+) -> None:
+    """Raises ClusterError for a tree that cannot be, and for keys that would have no effect."""
+    where = document.where(at)
+    if section.bandwidth is None and num_ports < num_chips:
+        raise ClusterError("a chip has no host link of its own", where, "give `bandwidth:` under `pcie:`")
+    if section.switches and num_chips % section.switches:
+        problem = f"{num_chips} chips do not spread evenly over {section.switches} PCIe switches"
+        raise ClusterError(problem, where, "make `switches` a divisor of the chips in the host")
+    if section.uplink is not None and not 1 < section.switches < num_chips:
+        problem = "`uplink` has no effect without several switches of several chips"
+        raise ClusterError(problem, document.where((*at, "uplink")), "remove it, or raise `switches`")
+    if section.root is not None and section.switches == 1:
+        problem = "`root` has no effect where all chips are behind one switch"
+        raise ClusterError(problem, document.where((*at, "root")), "remove it, or change `switches`")
+    has_both = section.root is not None and None not in (section.root.latency, section.latency)
+    if has_both and not _has_switches(section, num_chips):
+        problem = "`latency` has no effect where chips meet at the root complex only, which has its own"
+        raise ClusterError(problem, document.where((*at, "latency")), "remove it, or change `switches`")
+
+
+def _has_switches(section: PcieSection, num_chips: int) -> bool:
+    """Whether chips meet below the root complex."""
+    return section.switches == 1 or 1 < section.switches < num_chips
+
+
+def _check_auto(document: Document, file: ClusterFile) -> None:
+    for index, host in enumerate(file.hosts):
+        for number, entry in enumerate(host.chips):
+            if entry.count is None and file.device != "cpu":
+                where = document.where(("hosts", index, "chips", number, "count"))
+                hint = "write the number of chips, or `device: cpu`"
+                raise ClusterError("`count: auto` can count only CPU cores", where, hint)
+
+
+def _check_hosts(document: Document, unit: tuple[Host, ...], num_hosts: int | None, alone: bool) -> None:
+    """Raises ClusterError for hosts that differ in size or cannot reach each other."""
+    sizes = {len(host.chips) for host in unit}
+    if len(sizes) > 1:
+        problem = f"hosts have different numbers of chips ({', '.join(map(str, sorted(sizes)))})"
+        hint = "give every host the same number of chips, or describe two clusters"
+        raise ClusterError(problem, document.where(("hosts",)), hint)
+    if not alone and any(host.nics is None for host in unit):
+        many = "any number of" if num_hosts is None else str(num_hosts)
+        hint = "add `nics:` to each host, or make it one host"
+        raise ClusterError(f"{many} hosts, but a host without NICs", document.where(("hosts",)), hint)
+
+
+def _check_used(document: Document, file: ClusterFile, alone: bool, *, meet_over_pcie: bool) -> None:
+    """Raises ClusterError for links, and figures of links, that no message between chips uses."""
+    hint = "remove it, or raise `repeat`" if alone else "remove it"
+    errors = [
+        ClusterError(f"`{at[-1]}` has no effect, as no chips meet there", document.where(at), hint)
+        for at in _unused(file, alone, meet_over_pcie)
+    ]
+    if errors:
+        raise combined(errors)
+
+
+def _unused(file: ClusterFile, alone: bool, meet_over_pcie: bool) -> Iterator[Location]:
+    """Their places. `alone`: nothing leaves the host, or the scale-up domain that holds them all."""
+    if alone and file.scale_out:
+        yield ("scale_out",)
+    for index, host in enumerate(file.hosts):
+        at = ("hosts", index)
+        if alone and host.nics is not None:
+            yield (*at, "nics")
+        if host.pcie is not None and not meet_over_pcie:  # then it is the way out at most
+            told = host.pcie.model_fields_set
+            keys = [(key,) for key in ("latency", "setup", "protocols", "root") if key in told]
+            yield from ((*at, "pcie", *key) for key in ([()] if alone else keys))
+
+
+def _fabric(
+    document: Document, file: ClusterFile, unit: tuple[Host, ...], num_hosts: int | None
+) -> Fabric | None:
+    """The scale-up fabric; what the file leaves out comes from the chips' own ports."""
+    section, at = file.scale_up, ("scale_up",)
+    if section is None:
+        return None
+    drawing = Drawing(section, document, at)
+    drawing.check()
+    domain = section.domain or drawing.num_chips or len(unit[0].chips)
+    _check_domain(drawing, domain, len(unit[0].chips), num_hosts)
+    ports = [chip.scaleup for chip in _chips(unit) if chip.scaleup is not None]
+    latency = section.latency if section.latency is not None else drawing.longest_latency_s
+    if latency is None:
+        latency = max((port.latency_s for port in ports), default=None)
+    own_rates = section.bandwidth is not None or drawing.has_own_rates
+    if not own_rates and len(ports) < sum(1 for _ in _chips(unit)):
+        hint = "give `bandwidth:` and `latency:` under `scale_up:`"
+        raise ClusterError("a chip has no scale-up links of its own", document.where(at), hint)
+    if latency is None:
+        raise ClusterError("the latency is not known", document.where(at), "add `latency:`, such as 2 us")
+    told = section.bandwidth or (1.0 if own_rates else None)
+    line, alone = line_and_efficiency(told, section.efficiency, ports)
+    best = best_share(alone, section.protocols)
+    library = library_of(section, latency, alone, best, document, at)
+    each = line * best / (1 if own_rates else drawing.links_per_chip(domain))
+    shape = drawing.shape(domain, Link(latency - library.issue_s, each), best, "scale-up", library.issue_s)
+    return Fabric(shape, section.source or _port_source(unit), library)
+
+
+def _check_domain(drawing: Drawing, domain: int, per_host: int, num_hosts: int | None) -> None:
+    """Raises ClusterError for a domain of another size than the cluster can have."""
+    drawing.check_size(domain)
+    total = None if num_hosts is None else num_hosts * per_host
+    if not drawing.is_switch and total is not None and total % domain:
+        dims = " x ".join(map(str, drawing.section.dims or (domain,)))
+        problem = f"the {total} chips are not whole domains of {dims} = {domain} chips"
+        key = "dims" if drawing.section.dims else "domain"
+        drawing.fail(key, problem, f"choose a size that divides {total}, or change the number of hosts")
+
+
+def _port_source(unit: tuple[Host, ...]) -> str:
+    """Where the figures of the chips' own links come from."""
+    return unit[0].chips[0].sources.get("scale_up.bandwidth", "")
+
+
+def _levels(document: Document, file: ClusterFile, unit: tuple[Host, ...]) -> tuple[Level, ...]:
+    cards = [host.nics for host in file.hosts if host.nics is not None]
+    if not cards:
+        return ()
+    efficiency = min(card.efficiency for card in cards)
+    cards_latency_s = max(card.latency for card in cards)
+    sources = [card.source for card in cards if card.source]
+    spread = _spread(document, file.scale_out)
+    levels: list[Level] = []
+    for number, section in enumerate(file.scale_out):
+        at = ("scale_out", number)
+        _check_level(document, at, section, len(file.scale_out))
+        latency = cards_latency_s if section.latency is None else section.latency
+        library = library_of(section, latency, efficiency, efficiency, document, at)
+        drawing = Drawing(section, document, at)
+        drawing.check()
+        packet = FRAME_NBYTES if section.packet is None else section.packet
+        levels.append(
+            Level(
+                name=section.name,
+                hosts=section.hosts,
+                latency_s=latency - library.issue_s,
+                oversubscription=section.oversubscription,
+                source=section.source or "; ".join(sources),
+                rails=section.rails,
+                reduces=section.reduces,
+                paths=section.paths or 1,
+                spread=spread,
+                forward_nbytes=packet if section.forwarding == "store-and-forward" else 0.0,
+                library=library,
+                drawing=None if drawing.is_switch else drawing,
+            )
+        )
+    return tuple(levels)
+
+
+def _spread(document: Document, levels: list[LevelSection]) -> Spread:
+    """How messages keep to the paths between all levels: one way for the whole network."""
+    told = {section.spread for section in levels if section.paths is not None}
+    if len(told) > 1:
+        hint = "give every level with `paths` the same `spread`"
+        raise ClusterError("levels differ in their spread", document.where(("scale_out",)), hint)
+    word = told.pop() if told else None
+    return Spread(word.replace(" ", "_")) if word else Spread.ADAPTIVE
+
+
+def _check_level(document: Document, at: tuple[str, int], section: LevelSection, num_levels: int) -> None:
+    """Raises ClusterError for keys that would have no effect."""
+
+    def fail(key: str, problem: str, hint: str) -> None:
+        raise ClusterError(problem, document.where((*at, key)), hint)
+
+    if section.paths is not None and at[1] == 0:
+        fail("paths", "the paths into the first level are the cards", "give `paths` to a level above")
+    if (section.paths is None) != (section.spread is None):
+        key, other = ("paths", "spread") if section.spread is None else ("spread", "paths")
+        hint = f"add `{other}:`, or remove it: messages that use all paths at once have one pipe"
+        fail(key, f"`{key}` has no effect without `{other}`", hint)
+    if section.packet is not None and section.forwarding == "cut-through":
+        fail(
+            "packet", "`packet` has no effect on cut-through switches", "add `forwarding: store-and-forward`"
+        )
+    if section.shape not in (None, "switch"):
+        told = ("hosts", "oversubscription", "rails", "paths", "spread", "forwarding", "packet")
+        for key in told:
+            if key in section.model_fields_set:
+                fail(key, f"`{key}` has no effect on a {section.shape}", "remove it")
+        if num_levels > 1:
+            fail("shape", f"a {section.shape} joins all chips by itself", "make it the only level")
+
+
+def _chips(unit: tuple[Host, ...]) -> Iterable[Chip]:
+    return (chip for host in unit for chip in host.chips)

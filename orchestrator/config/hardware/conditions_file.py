@@ -1,0 +1,272 @@
+"""The `conditions:` of a cluster file: what is slow, down, flapping, late or busy, from text to frozen values.
+
+A link is named by two chips that it joins (`from: chip 3, to: chip 4`), or by a chip and a tier (`chip: 7, tier:
+scale-out`); tiers by their name, or by their kind, which is the innermost tier of that kind. Chips are numbers,
+ranges such as 0-63, or lists of both. What all of this does to a network is said in `conditions`.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, TypeAlias
+
+from pydantic import Field, GetCoreSchemaHandler, GetJsonSchemaHandler
+from pydantic_core import CoreSchema, core_schema
+
+from comms.collectives.schedule import Op
+from comms.errors import CommsError
+from comms.networks.conditions import (
+    CALM,
+    Background,
+    Between,
+    ChipFault,
+    Described,
+    Flaps,
+    Jitter,
+    LinkFault,
+    Reach,
+    check_chips,
+)
+from comms.networks.network import Network, TierKind
+from orchestrator.config.schema import Section, Size, Time, field_error, nearest
+from orchestrator.config.yaml_file import Document, Location
+from orchestrator.errors import ClusterError
+
+_CHIP = re.compile(r"\s*(?:chip\s*)?([0-9]+)\s*")
+_RANGE = re.compile(r"\s*([0-9]+)\s*-\s*([0-9]+)\s*")
+_PERCENT = re.compile(r"\s*([0-9]+(?:\.[0-9]*)?)\s*%\s*")
+
+
+@dataclass(frozen=True, slots=True)
+class OneChip:
+    """A field that is one chip: `3` or `chip 3`."""
+
+    def read(self, value: object) -> int:
+        """Its number."""
+        match = _CHIP.fullmatch(str(value))
+        if match is None or isinstance(value, bool):
+            raise field_error(f"{value!r} is not a chip", "write its number, such as `chip 3`")
+        return int(match.group(1))
+
+    def __get_pydantic_core_schema__(self, source: object, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_plain_validator_function(self.read)
+
+    def __get_pydantic_json_schema__(
+        self, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        return {"type": ["integer", "string"], "examples": [3, "chip 3"]}
+
+
+@dataclass(frozen=True, slots=True)
+class ChipSet:
+    """A field that is one chip or several: `3`, `0-63`, `[0, 8, 16-31]`."""
+
+    def read(self, value: object) -> tuple[int, ...]:
+        """Their numbers, as given, each once."""
+        if isinstance(value, list):
+            return tuple(dict.fromkeys(chip for part in value for chip in self.read(part)))
+        match = _RANGE.fullmatch(str(value))
+        if match is None:
+            return (OneChip().read(value),)
+        first, last = int(match.group(1)), int(match.group(2))
+        if last < first:
+            raise field_error(f"the range {value!r} is empty", "write the smaller number first")
+        return tuple(range(first, last + 1))
+
+    def __get_pydantic_core_schema__(self, source: object, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_plain_validator_function(self.read)
+
+    def __get_pydantic_json_schema__(
+        self, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        return {"type": ["integer", "string", "array"], "examples": [3, "0-63", [0, 8, "16-31"]]}
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A field that is a part of a whole: `5 %` or `0.05`."""
+
+    def read(self, value: object) -> float:
+        """As a number from 0, below 1."""
+        match = _PERCENT.fullmatch(value) if isinstance(value, str) else None
+        part = float(match.group(1)) / 100 if match else value
+        if isinstance(part, bool) or not isinstance(part, int | float) or not 0 <= part < 1:
+            raise field_error(f"{value!r} is not a part of a whole", "write it like `5 %` or 0.05, below 1")
+        return float(part)
+
+    def __get_pydantic_core_schema__(self, source: object, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_plain_validator_function(self.read)
+
+    def __get_pydantic_json_schema__(
+        self, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        return {"type": ["number", "string"], "examples": ["5 %", 0.05]}
+
+
+AChip: TypeAlias = Annotated[int, OneChip()]
+Chips: TypeAlias = Annotated[tuple[int, ...], ChipSet()]
+
+
+class FlapsSection(Section):
+    """Down for a while, again and again; `first` is the first time."""
+
+    down: Time
+    every: Time
+    first: Time = 0.0
+
+
+class LinkFaultSection(Section):
+    """What is wrong with a link: one of `factor` (of its rate), `down`, `flaps`."""
+
+    from_: AChip | None = Field(None, alias="from")
+    to: AChip | None = None
+    one_way: bool = False
+    chip: Chips | None = None
+    tier: str | None = None
+    path: int | None = Field(None, ge=0)
+    factor: float | None = Field(None, gt=0, le=1)
+    down: Literal[True] | None = None
+    flaps: FlapsSection | None = None
+
+
+class ChipFaultSection(Section):
+    """Chips that are slow (`slowdown`: times as long for all work) or late (`delay` before each message)."""
+
+    chip: Chips
+    slowdown: float = Field(1.0, ge=1)
+    delay: Time = 0.0
+
+
+class JitterSection(Section):
+    """Rates of links off by up to a part, messages late by a mean time."""
+
+    rate: Annotated[float, Part()] = 0.0
+    delay: Time = 0.0
+
+
+class BackgroundSection(Section):
+    """A collective of other jobs, over and over again."""
+
+    op: Literal[
+        "all_reduce",
+        "all_gather",
+        "reduce_scatter",
+        "all_to_all",
+        "broadcast",
+        "reduce",
+        "gather",
+        "scatter",
+    ]
+    chips: Chips
+    size: Size
+
+
+class ConditionsSection(Section):
+    """How the hardware differs from its data sheets; a calm network by default."""
+
+    seed: int = Field(0, ge=0)
+    links: list[LinkFaultSection] = Field(default_factory=list)
+    chips: list[ChipFaultSection] = Field(default_factory=list)
+    jitter: JitterSection | None = None
+    background: list[BackgroundSection] = Field(default_factory=list)
+
+
+HERE: Location = ("conditions",)
+
+
+def described(
+    section: ConditionsSection | None, network: Network, num_chips: int | None, document: Document
+) -> Described:
+    """The conditions of a file, on a network of `num_chips` (None: any number). Raises ClusterError."""
+    if section is None:
+        return CALM
+    jitter = section.jitter
+    if jitter is not None and not jitter.rate and not jitter.delay:
+        raise _error(document, ("jitter",), "this jitter has no effect", "give `rate:` or `delay:`")
+    if "seed" in section.model_fields_set and jitter is None:
+        raise _error(
+            document, ("seed",), "`seed` has no effect without `jitter`", "remove it, or add `jitter:`"
+        )
+    found = Described(
+        links=tuple(_link(each, at, network, document) for at, each in enumerate(section.links)),
+        chips=tuple(_chip(each, at, document) for at, each in enumerate(section.chips)),
+        jitter=Jitter() if jitter is None else Jitter(jitter.rate, jitter.delay),
+        seed=section.seed,
+        background=tuple(_background(each, at, document) for at, each in enumerate(section.background)),
+    )
+    if num_chips is not None:
+        try:
+            check_chips(found, num_chips)
+        except CommsError as error:
+            raise ClusterError(error.problem, error.where, error.hint) from error
+    return found
+
+
+def _link(section: LinkFaultSection, number: int, network: Network, document: Document) -> LinkFault:
+    at = ("links", number)
+    ends, reach = (section.from_, section.to), (section.chip, section.tier)
+    named = [[part is not None for part in parts] for parts in (ends, reach)]
+    if named not in ([[True, True], [False, False]], [[False, False], [True, True]]):
+        hint = "give `from:` and `to:`, or `chip:` and `tier:`"
+        raise _error(document, at, "it is not clear which link is meant", hint)
+    effects = (section.factor, section.down, section.flaps)
+    if sum(effect is not None for effect in effects) != 1:
+        hint = "give one of `factor:`, `down: true` and `flaps:`"
+        raise _error(document, at, "it is not clear what is wrong with the link", hint)
+    if section.factor == 1:
+        raise _error(document, at, "a factor of 1 has no effect", "give a factor below 1")
+    flaps = None if section.flaps is None else _flaps(section.flaps, at, document)
+    factor = 0.0 if section.down else 1.0 if section.factor is None else section.factor
+    return LinkFault(_which(section, at, network, document), factor, flaps, document.where((*HERE, *at)))
+
+
+def _which(section: LinkFaultSection, at: Location, network: Network, document: Document) -> Between | Reach:
+    if section.from_ is not None and section.to is not None:
+        if section.from_ == section.to:
+            raise _error(document, at, f"a link from chip {section.to} to itself", "name two chips")
+        if section.path is not None:
+            raise _error(document, at, "`path` has no effect between two chips", "remove it")
+        return Between(section.from_, section.to, not section.one_way)
+    assert section.chip is not None and section.tier is not None
+    if section.one_way:
+        raise _error(document, at, "`one_way` has no effect on a chip's links in a tier", "remove it")
+    return Reach(section.chip, _tier(section.tier, at, network, document), section.path)
+
+
+def _tier(word: str, at: Location, network: Network, document: Document) -> str:
+    """The tier of that name, or the innermost of that kind. Raises ClusterError."""
+    names = {tier.name: tier.name for tier in network.tiers if tier.size > 1}
+    kinds: Mapping[str, str] = {
+        kind.replace("_", "-"): next(tier.name for tier in network.tiers if tier.kind == kind)
+        for kind in TierKind
+        if any(tier.kind == kind and tier.size > 1 for tier in network.tiers)
+    }
+    known = {**kinds, **names}
+    if word not in known:
+        raise _error(document, (*at, "tier"), f"there is no tier {word!r}", nearest(word, known))
+    return known[word]
+
+
+def _flaps(section: FlapsSection, at: Location, document: Document) -> Flaps:
+    try:
+        return Flaps(section.down, section.every, section.first)
+    except CommsError as error:
+        raise _error(document, (*at, "flaps"), error.problem, error.hint) from error
+
+
+def _chip(section: ChipFaultSection, number: int, document: Document) -> ChipFault:
+    at = ("chips", number)
+    if section.slowdown == 1 and not section.delay:
+        raise _error(document, at, "this has no effect on the chip", "give `slowdown:` or `delay:`")
+    return ChipFault(section.chip, section.slowdown, section.delay, document.where((*HERE, *at)))
+
+
+def _background(section: BackgroundSection, number: int, document: Document) -> Background:
+    at = ("background", number)
+    if len(section.chips) < 2:
+        raise _error(document, at, "one chip alone sends nothing", "give at least two chips")
+    return Background(Op(section.op), section.chips, section.size, document.where((*HERE, *at)))
+
+
+def _error(document: Document, at: Location, problem: str, hint: str) -> ClusterError:
+    return ClusterError(problem, document.where((*HERE, *at)), hint)

@@ -1,0 +1,220 @@
+"""Shapes of a cluster file: switches, rings, tori, meshes, full meshes, dragonflies, and links edge by edge.
+
+    switch      one switch over all chips; figures are a chip's, all its links together
+    ring        each chip has a link to the one before and the one after; figures are one link's, here and below
+    torus, mesh `dims` from the inside out; `links` where dimensions differ
+    full mesh   a link from each chip to each other
+    dragonfly   `dims` are chips per router, routers per group, groups; `links` to a router, in a group, between groups
+
+A rate that the file leaves out is what the chips bring, spread evenly over the links that a chip has in the shape.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import NoReturn
+
+from comms.errors import CommsError
+from comms.networks.fabrics.dragonfly import Arrangement, Dragonfly, Routing
+from comms.networks.fabrics.edge_list import Duplex, Edge, Graph
+from comms.networks.fabrics.switch_tree import Tree
+from comms.networks.fabrics.torus_mesh import FullMesh, Torus
+from comms.networks.layers import Switch
+from comms.networks.links import Link
+from comms.networks.shapes import Shape, shape_of
+from comms.networks.topology import Topology
+from orchestrator.config.hardware.network_sections import (
+    EdgeSection,
+    LinkSection,
+    ScaleUpSection,
+    ShapeSection,
+)
+from orchestrator.config.yaml_file import Document, Location
+from orchestrator.errors import ClusterError
+
+SWITCH = "switch"
+# What each shape makes use of besides latency and bandwidth; anything else would have no effect.
+USES: dict[str, frozenset[str]] = {
+    SWITCH: frozenset({"reduces", "duplex"}),
+    "ring": frozenset(),
+    "torus": frozenset({"dims", "links"}),
+    "mesh": frozenset({"dims", "links"}),
+    "full mesh": frozenset({"duplex"}),
+    "dragonfly": frozenset({"dims", "links", "long_links", "arrangement", "routing"}),
+    "edges": frozenset({"edges", "through_chips"}),
+}
+OPTIONAL = ("dims", "links", "long_links", "arrangement", "routing", "reduces", "duplex", "through_chips")
+DRAGONFLY_DIMS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Drawing:
+    """A shape section of a document, checked for keys that would have no effect."""
+
+    section: ShapeSection
+    document: Document
+    at: Location
+
+    @property
+    def kind(self) -> str:
+        """One of USES."""
+        edges = isinstance(self.section, ScaleUpSection) and self.section.edges
+        return "edges" if edges else self.section.shape or SWITCH
+
+    @property
+    def is_switch(self) -> bool:
+        return self.kind == SWITCH
+
+    @property
+    def num_chips(self) -> int | None:
+        """As many as `dims` make; None where the section does not say."""
+        return prod(self.section.dims) if self.section.dims else None
+
+    @property
+    def longest_latency_s(self) -> float | None:
+        """Of links that all have latencies of their own; None where some do not."""
+        edges = self.section.edges if isinstance(self.section, ScaleUpSection) else None
+        latencies = [link.latency for link in (*(self.section.links or ()), *(edges or ()))]
+        known = [latency for latency in latencies if latency is not None]
+        return max(known) if known and len(known) == len(latencies) else None
+
+    @property
+    def has_own_rates(self) -> bool:
+        """Whether all links have rates of their own."""
+        edges = self.section.edges if isinstance(self.section, ScaleUpSection) else None
+        links = (*(self.section.links or ()), *(edges or ()))
+        return bool(links) and all(link.bandwidth is not None for link in links)
+
+    def links_per_chip(self, num_chips: int) -> int:
+        """Over how many links a chip spreads what it has."""
+        match self.kind:
+            case "ring":
+                return 2 if num_chips > 2 else 1
+            case "torus" | "mesh":
+                return sum(min(size - 1, 2) for size in self.section.dims or ())
+            case "full mesh":
+                return num_chips - 1
+        return 1
+
+    def check(self) -> None:
+        """Raises ClusterError for keys without effect, and for those that the shape needs."""
+        given, uses = self.section.model_fields_set, USES[self.kind]
+        if self.kind == "edges" and self.section.shape is not None:
+            self.fail("shape", "a fabric of edges has no shape", "give `shape:` or `edges:`")
+        for key in OPTIONAL:
+            if key in given and key not in uses:
+                self.fail(key, f"`{key}` has no effect on {self._name}", "remove it, or choose another shape")
+        if "dims" in uses and not self.section.dims:
+            self.fail("shape", f"{self._name} needs `dims`", "add `dims:`, such as [4, 8]")
+        num_dims = len(self.section.dims or ())
+        if self.kind == "dragonfly" and num_dims != DRAGONFLY_DIMS:
+            hint = "give chips per router, routers per group and groups"
+            self.fail("dims", f"{num_dims} dims for a dragonfly", hint)
+        if self.section.links and len(self.section.links) != num_dims:
+            count = len(self.section.links)
+            self.fail("links", f"{count} links for {num_dims} dims", "give one for each")
+        self._check_used(self.section.links or ())
+
+    def _check_used(self, links: Sequence[LinkSection]) -> None:
+        """What all links say for themselves, nobody reads from the section around them."""
+        for key in ("bandwidth", "latency"):
+            everywhere = links and all(getattr(link, key) is not None for link in links)
+            if everywhere and getattr(self.section, key, None) is not None:
+                self.fail(key, f"`{key}` has no effect, as each of the links has its own", "remove it")
+
+    def check_size(self, num_chips: int) -> None:
+        """Raises ClusterError where the dims make another number of chips."""
+        made = self.num_chips
+        if made is not None and made != num_chips:
+            dims = " x ".join(map(str, self.section.dims or ()))
+            hint = f"choose dims whose product is {num_chips}"
+            self.fail("dims", f"dims of {dims} make {made} chips, but there are {num_chips}", hint)
+
+    def shape(self, num_chips: int, link: Link, efficiency: float, name: str, earlier_s: float) -> Shape:
+        """The shape over so many chips; `link` is the section's, `earlier_s` what all latencies are quicker by."""
+        self.check_size(num_chips)
+        try:
+            return shape_of(self._topology(num_chips, link, efficiency, name, earlier_s))
+        except CommsError as error:
+            hint = error.hint or "change the shape"
+            key = "edges" if self.kind == "edges" else "dims"
+            raise ClusterError(str(error), self.document.where((*self.at, key)), hint) from error
+
+    def _topology(
+        self, num_chips: int, link: Link, efficiency: float, name: str, earlier_s: float
+    ) -> Topology:
+        section = self.section
+        half = isinstance(section, ScaleUpSection) and section.duplex == "half"
+        given = section.links or [LinkSection()] * len(section.dims or ())
+        links = tuple(self._link(each, link, efficiency, earlier_s) for each in given)
+        match self.kind:
+            case "ring":
+                return Torus((num_chips,), (link,))
+            case "torus" | "mesh":
+                return Torus(tuple(section.dims or ()), links, (self.kind == "torus",))
+            case "full mesh":
+                return FullMesh(num_chips, link, half_duplex=half)
+            case "dragonfly":
+                return self._dragonfly(links)
+            case "edges":
+                return self._graph(num_chips, link, efficiency, earlier_s)
+        port = Link(link.latency_s / 2, link.bytes_per_s)
+        return Tree(num_chips, port, Switch(name, section.reduces), duplex=not half)
+
+    def _dragonfly(self, links: tuple[Link, ...]) -> Dragonfly:
+        section, dims = self.section, tuple(self.section.dims or ())
+        return Dragonfly(
+            num_groups=dims[2],
+            routers_per_group=dims[1],
+            chips_per_router=dims[0],
+            long_links_per_router=section.long_links or -(-(dims[2] - 1) // dims[1]),
+            terminal=links[0],
+            local=links[1],
+            long=links[2],
+            arrangement=Arrangement(section.arrangement or Arrangement.PALMTREE),
+            routing=Routing(section.routing or Routing.MINIMAL),
+        )
+
+    def _graph(self, num_chips: int, link: Link, efficiency: float, earlier_s: float) -> Graph:
+        section = self.section
+        assert isinstance(section, ScaleUpSection)
+        given = section.edges or ()
+        names = dict.fromkeys(node for edge in given for node in (edge.a, edge.b) if isinstance(node, str))
+        edges: list[Edge] = []
+        for number, edge in enumerate(given):
+            self._check_edge(number, edge, num_chips)
+            own = self._link(edge, link, efficiency, earlier_s)
+            back = None if edge.back is None else self._link(edge.back, own, efficiency, earlier_s)
+            edges.append(Edge(edge.a, edge.b, own, Duplex(edge.duplex.replace(" ", "_")), back))
+        relay = section.through_chips if section.through_chips is not None else not names
+        return Graph(num_chips, tuple(edges), tuple(names), relay)
+
+    def _check_edge(self, number: int, edge: EdgeSection, num_chips: int) -> None:
+        where, problem, hint = (*self.at, "edges", number), "", ""
+        if edge.a == edge.b:
+            problem, hint = f"a link from {edge.a!r} to itself", "remove it, or name two nodes"
+        for node in (edge.a, edge.b):
+            if isinstance(node, int) and not 0 <= node < num_chips:
+                problem = f"there is no chip {node} in a domain of {num_chips}"
+                hint = f"chips are 0 to {num_chips - 1}; switches have names"
+        if problem:
+            raise ClusterError(problem, self.document.where(where), hint)
+
+    def _link(
+        self, own: LinkSection | EdgeSection, around: Link, efficiency: float, earlier_s: float
+    ) -> Link:
+        """A link's own figures, else those around it, which are already what links reach."""
+        latency = around.latency_s if own.latency is None else own.latency - earlier_s
+        rate = around.bytes_per_s if own.bandwidth is None else own.bandwidth * efficiency
+        if latency < 0:
+            hint = "leave the protocols' latency out, or raise that of the link"
+            self.fail("protocols", "a protocol's stage is quicker than one of the links", hint)
+        return Link(latency, rate)
+
+    @property
+    def _name(self) -> str:
+        return "links given edge by edge" if self.kind == "edges" else f"a {self.kind}"
+
+    def fail(self, key: str, problem: str, hint: str) -> NoReturn:
+        """Raises ClusterError at a key of the section."""
+        raise ClusterError(problem, self.document.where((*self.at, key)), hint)

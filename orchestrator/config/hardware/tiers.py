@@ -1,0 +1,328 @@
+"""Tiers: the network of a cluster, built from its hosts, its scale-up fabric and its levels of switches.
+
+From the inside out: the on-chip network (where all chips have the same, with known hops), the scale-up
+fabric, PCIe (switches, then the root complex of the host), and the scale-out levels. A tier appears only
+where it joins more chips than the one inside it.
+
+On its way out of the host a message takes the chip's PCIe link, then the uplink of its PCIe switch (unless there are
+cards behind every switch), then a card. Cards are dealt out evenly; where that is impossible, or where one card
+serves the whole host, all chips share all of them: one chip that sends alone has a whole card. Where chips of a host
+also meet over PCIe and one card serves them all, both are one tree of wires; else each has wires of its own.
+
+Between levels, bandwidth shrinks by the `oversubscription` of each: 4 at the spine leaves every chip a quarter of its
+share when all send through it, 2 above that an eighth. At the first level it is what its switches can pass.
+
+Instead of levels of switches, one shape may join all chips by their cards: a torus, a dragonfly.
+
+Not modelled: PCIe traffic and network traffic of one chip in each other's way where they have wires of their own.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from comms.errors import CommsError
+from comms.networks.fabrics.switch_tree import Tree
+from comms.networks.layers import Spread, Switch, Trunk, half_latencies
+from comms.networks.links import Link
+from comms.networks.network import UNBOUNDED, Network, Tier, TierKind, layered, switched
+from comms.networks.shapes import Shape
+from orchestrator.config.hardware.cluster import PLAIN_LIBRARY, Host, Library, Nics, Pcie
+from orchestrator.config.hardware.fabric_shapes import Drawing
+from orchestrator.config.yaml_file import Document
+from orchestrator.errors import ClusterError
+
+
+@dataclass(frozen=True, slots=True)
+class Fabric:
+    """The scale-up fabric: the shape of one domain."""
+
+    shape: Shape
+    source: str
+    library: Library = PLAIN_LIBRARY
+
+    @property
+    def domain(self) -> int:
+        return self.shape.num_chips
+
+
+@dataclass(frozen=True, slots=True)
+class Level:
+    """One level of switches between hosts; None: any number of hosts, or the NIC's own latency."""
+
+    name: str
+    hosts: int | None
+    latency_s: float | None
+    oversubscription: float
+    source: str
+    rails: bool = False  # one switch for each card of a host, those of equal place under one
+    reduces: bool = False  # its switches add and copy
+    paths: int = 1  # side by side, from each switch of the level below
+    spread: Spread = Spread.ADAPTIVE
+    forward_nbytes: float = 0.0
+    library: Library = PLAIN_LIBRARY
+    drawing: Drawing | None = None  # a shape over all chips instead of switches
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """The wires into one layer of a tree, from each group of `size` chips below it."""
+
+    tier: str
+    size: int
+    bytes_per_s: float  # of all its paths together
+    latency_s: float | None  # between chips that meet in the layer; None where none do
+    paths: int = 1
+    rails: int = 1
+    oversubscription: float = 1.0
+    reduces: bool = False
+    duplex: bool = True
+    forward_nbytes: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Inside:
+    """The wires of a host's PCIe tree: between its chips, and on their way out (chip first, then uplinks)."""
+
+    steps: tuple[_Step, ...] = ()
+    way_out: tuple[_Step, ...] = ()
+    library: Library = PLAIN_LIBRARY
+    source: str = ""
+
+
+PCIE_SOURCE = "the host links of the chips"
+PCIE_SWITCH, PCIE_ROOT = "pcie switch", "pcie root"
+
+
+def build_network(
+    unit: tuple[Host, ...],
+    num_hosts: int | None,
+    fabric: Fabric | None,
+    levels: tuple[Level, ...],
+    document: Document,
+) -> Network:
+    """The network of `num_hosts` hosts (None: any number). Raises ClusterError where groups do not nest."""
+    per_host = len(unit[0].chips)
+    total = UNBOUNDED if num_hosts is None else num_hosts * per_host
+    levels = levels or (Level("scale-out", None, None, 1.0, "the NICs of the hosts"),)
+    tiers = _on_chip(unit)
+    if fabric is not None:
+        tiers.append(_scale_up(fabric, total))
+    inside = _pcie(unit, document)
+    reach = fabric.domain if fabric else 1
+    _check_joined(max(reach, per_host if inside.steps else 1), per_host, document)
+    try:
+        if num_hosts == 1:
+            tiers += _tiers(_tree(per_host, inside.steps), tiers, inside, ()) if inside.steps else []
+        elif reach < total:
+            _check_levels(levels, num_hosts, document)
+            tiers += _leaving(unit, tiers, inside, levels, total)
+        return Network(tuple(tiers or [_alone(unit[0])]))
+    except CommsError as error:
+        hint = error.hint or "make each group a whole number of the groups inside it"
+        where = document.where(("scale_up",) if fabric else ("scale_out",))
+        raise ClusterError(str(error), where, hint) from error
+
+
+def issue_times(
+    network: Network, fabric: Fabric | None, levels: tuple[Level, ...], pcie: Pcie | None
+) -> dict[str, float]:
+    """By tier of the network, what a message by itself takes more than a stage of a collective; none for nothing."""
+    libraries = {level.name: level.library for level in levels}
+    if fabric is not None:
+        libraries["scale-up"] = fabric.library
+    if pcie is not None:
+        libraries |= {PCIE_SWITCH: pcie.library, PCIE_ROOT: pcie.library}
+    names = {tier.name for tier in network.tiers}
+    return {name: its.issue_s for name, its in libraries.items() if name in names and its.issue_s}
+
+
+def _check_joined(reach: int, per_host: int, document: Document) -> None:
+    """Chips of one host need a link of their own: without this check they would meet through the NICs."""
+    if reach < per_host:
+        groups = f"in groups of {reach} only" if reach > 1 else "by nothing"
+        problem = f"the {per_host} chips of a host are joined {groups}"
+        hint = "add `pcie:` to the host, or `scale_up:` for what joins its chips"
+        raise ClusterError(problem, document.where(("hosts",)), hint)
+
+
+def _check_levels(levels: tuple[Level, ...], num_hosts: int | None, document: Document) -> None:
+    where = document.where(("scale_out",))
+    hosts = levels[-1].hosts
+    if levels[0].drawing is not None:
+        return
+    if num_hosts is not None and hosts is not None and hosts < num_hosts:
+        problem = f"the outermost level joins {hosts} hosts, but there are {num_hosts}"
+        raise ClusterError(problem, where, "add a level with `hosts: any`")
+    if num_hosts is None and hosts is not None:
+        problem = f"the outermost level joins {hosts} hosts, but there may be any number"
+        raise ClusterError(problem, where, "add a level with `hosts: any`")
+    railed = [at for at, level in enumerate(levels) if level.rails]
+    if railed and (railed != [0] or len(levels) == 1):
+        hint = "give `rails` to the first of several levels"
+        raise ClusterError("only the first level can have rails, with one above it", where, hint)
+
+
+def _alone(host: Host) -> Tier:
+    """What a cluster of one chip without an on-chip network has: its memory."""
+    link = Link(0.0, host.chips[0].memory_bytes_per_s)
+    return switched("on-chip", 1, link, TierKind.ON_CHIP, source="the chip's own memory")
+
+
+def _on_chip(unit: tuple[Host, ...]) -> list[Tier]:
+    chips = [chip for host in unit for chip in host.chips]
+    nocs = {chip.noc for chip in chips}
+    noc = chips[0].noc
+    if len(nocs) > 1 or noc is None or noc.hop_latency_s is None or noc.hop_bytes_per_s is None:
+        return []
+    source = chips[0].sources.get("noc.hop_bandwidth", "")
+    return [
+        switched("on-chip", 1, Link(noc.hop_latency_s, noc.hop_bytes_per_s), TierKind.ON_CHIP, 1.0, source)
+    ]
+
+
+def _scale_up(fabric: Fabric, total: int) -> Tier:
+    size = min(fabric.domain, total)
+    library, shape = fabric.library, fabric.shape.cut(size)
+    return Tier("scale-up", TierKind.SCALE_UP, size, shape, fabric.source, library.setup_s, library.protocols)
+
+
+def _pcie(unit: tuple[Host, ...], document: Document) -> _Inside:
+    """The wires from a chip to the root complex of its host; none where a host has no PCIe tree."""
+    trees = [host.pcie for host in unit if host.pcie is not None]
+    if len(trees) < len(unit):
+        return _Inside()
+    for what, values in (
+        ("PCIe switches", {tree.switches for tree in trees}),
+        ("PCIe setup or protocols", {tree.library for tree in trees}),
+    ):
+        if len(values) > 1:
+            hint = "give every host the same"
+            raise ClusterError(f"hosts differ in their {what}", document.where(("hosts",)), hint)
+    link, root = _slowest([tree.link for tree in trees]), _slowest([tree.root for tree in trees])
+    uplink = min(tree.uplink_bytes_per_s for tree in trees)
+    duplex = all(tree.duplex for tree in trees)
+    switches, per_host = trees[0].switches, len(unit[0].chips)
+    port = _Step(PCIE_SWITCH, 1, link.bytes_per_s, link.latency_s, duplex=duplex)
+    steps: tuple[_Step, ...] = (port,)
+    way_out = steps
+    if switches == 0 or switches == per_host > 1:
+        rate = min(link.bytes_per_s, root.bytes_per_s)
+        steps = (_Step(PCIE_ROOT, 1, rate, root.latency_s, duplex=duplex),)
+    elif switches > 1:
+        up = _Step(PCIE_ROOT, per_host // switches, uplink, root.latency_s, duplex=duplex)
+        steps, way_out = (port, replace(up, bytes_per_s=min(uplink, root.bytes_per_s))), (port, up)
+    return _Inside(steps, way_out, trees[0].library, trees[0].source or PCIE_SOURCE)
+
+
+def _leaving(
+    unit: tuple[Host, ...], before: list[Tier], inside: _Inside, levels: tuple[Level, ...], total: int
+) -> list[Tier]:
+    """The tiers from PCIe outwards; those of PCIe are part of the next where the whole host shares its cards."""
+    per_host, steps = len(unit[0].chips), list(inside.steps)
+    nics = _slowest_nics(unit)
+    latencies = [nics.link.latency_s if level.latency_s is None else level.latency_s for level in levels]
+    meets = max((tier.size for tier in before), default=1) < per_host  # over PCIe, or nowhere
+    own = _tiers(_tree(per_host, inside.steps), before, inside, levels) if steps and meets else []
+    if levels[0].drawing is not None:
+        return [*own, _drawn(levels[0], levels[0].drawing, nics, inside, per_host, total)]
+    card = _card(nics, per_host, levels[0], latencies[0])
+    slowest_s = max([step.latency_s or 0.0 for step in steps], default=0.0)
+    one_tree = meets and card.size == per_host and latencies[0] >= slowest_s
+    steps = [*steps, card] if one_tree else _way_out(inside, card, nics, per_host)
+    per_chip = min(step.bytes_per_s / step.size for step in steps) / levels[0].oversubscription
+    for level, latency_s, below in zip(levels[1:], latencies[1:], levels, strict=False):
+        if below.hosts is None:
+            break
+        per_chip /= level.oversubscription
+        size, rails = below.hosts * per_host, per_host // card.size if below.rails else 1
+        up = _Step(level.name, size, size * per_chip / rails, latency_s, level.paths, rails)
+        steps.append(replace(up, reduces=level.reduces, forward_nbytes=level.forward_nbytes))
+    own = [] if one_tree else own
+    return own + _tiers(_tree(total, tuple(steps), levels[0].spread), before + own, inside, levels)
+
+
+def _drawn(level: Level, drawing: Drawing, nics: Nics, inside: _Inside, per_host: int, total: int) -> Tier:
+    """A shape over all chips, each by cards of its own."""
+    if nics.count % per_host:
+        problem = f"{nics.count} cards are not the same number for each of {per_host} chips"
+        drawing.fail("shape", f"{problem}, which a {drawing.kind} needs", "give each chip its cards")
+    size = drawing.num_chips or total
+    if size == UNBOUNDED:
+        drawing.fail("shape", f"a {drawing.kind} of any number of chips", "give `repeat` a number")
+    rate = nics.link.bytes_per_s * nics.count / per_host
+    rate = min([rate, *(step.bytes_per_s for step in inside.way_out)])
+    latency_s = nics.link.latency_s if level.latency_s is None else level.latency_s
+    drawing.check_size(size if total == UNBOUNDED else total)
+    spread = Link(latency_s, rate / drawing.links_per_chip(size))
+    shape = drawing.shape(size, spread, 1.0, level.name, level.library.issue_s)
+    library = level.library
+    return Tier(level.name, TierKind.SCALE_OUT, size, shape, level.source, library.setup_s, library.protocols)
+
+
+def _slowest_nics(unit: tuple[Host, ...]) -> Nics:
+    """The cards of the host that has the least bandwidth, at the longest latency."""
+    all_nics = [host.nics for host in unit if host.nics is not None]
+    least = min(all_nics, key=lambda nics: nics.count * nics.link.bytes_per_s)
+    latency_s = max(nics.link.latency_s for nics in all_nics)
+    return replace(least, link=replace(least.link, latency_s=latency_s))
+
+
+def _card(nics: Nics, per_host: int, level: Level, latency_s: float) -> _Step:
+    """From the chips behind one card to the first switch between hosts; see the module for how they share."""
+    size, rate, paths = 1, nics.link.bytes_per_s * nics.count / per_host, 1
+    if nics.count < per_host:
+        even = per_host % nics.count == 0
+        size, paths = (per_host // nics.count, 1) if even else (per_host, nics.count)
+        rate = nics.link.bytes_per_s * paths
+    step = _Step(level.name, size, rate, latency_s, paths, oversubscription=level.oversubscription)
+    return replace(step, reduces=level.reduces, duplex=nics.duplex, forward_nbytes=level.forward_nbytes)
+
+
+def _way_out(inside: _Inside, card: _Step, nics: Nics, per_host: int) -> list[_Step]:
+    """From a chip to the first switch between hosts, on wires that are not used within the host."""
+    port = inside.way_out[0].bytes_per_s if inside.way_out else nics.link.bytes_per_s
+    if card.size == 1:
+        return [
+            replace(card, bytes_per_s=min(card.bytes_per_s, port) if inside.way_out else card.bytes_per_s)
+        ]
+    steps = [_Step(card.tier, 1, port, None)]
+    for uplink in inside.way_out[1:]:
+        behind_each = nics.count % (per_host // uplink.size) == 0
+        if not behind_each and card.size % uplink.size == 0:
+            steps.append(replace(uplink, tier=card.tier, latency_s=None))
+    return [*steps, card]
+
+
+def _tree(num_chips: int, steps: tuple[_Step, ...], spread: Spread = Spread.ADAPTIVE) -> Tree:
+    """The tree of these wires; of layers in which no chips meet, the one outside them has the latency."""
+    totals: list[float] = []
+    for step in reversed(steps):
+        totals.insert(0, totals[0] if step.latency_s is None else step.latency_s)
+    trunks: list[Trunk] = []
+    for step, latency_s in zip(steps, half_latencies(totals), strict=True):
+        if trunks and step.size >= num_chips and step.rails == 1:
+            break
+        switch = Switch(step.tier, step.reduces, step.forward_nbytes, oversubscription=step.oversubscription)
+        link = Link(latency_s, step.bytes_per_s / step.paths)
+        trunks.append(Trunk(step.size, link, switch, step.paths, step.rails, step.duplex))
+    port = trunks[0]
+    return Tree(num_chips, port.link, port.to, tuple(trunks[1:]), port.duplex, spread)
+
+
+def _tiers(tree: Tree, before: list[Tier], inside: _Inside, levels: tuple[Level, ...]) -> list[Tier]:
+    """The tiers of a tree that join more chips than those before."""
+    known = {level.name: level for level in levels}
+    reach = max((tier.size for tier in before), default=1)
+    return [_told(tier, inside, known) for tier in layered(tree, TierKind.SCALE_OUT, reach)]
+
+
+def _told(tier: Tier, inside: _Inside, levels: Mapping[str, Level]) -> Tier:
+    """A tier with what the file says of it besides its wires."""
+    level = levels.get(tier.name)
+    library, source = (level.library, level.source) if level else (inside.library, inside.source)
+    kind = TierKind.SCALE_OUT if level else TierKind.PCIE
+    return replace(tier, kind=kind, source=source, setup_s=library.setup_s, protocols=library.protocols)
+
+
+def _slowest(links: list[Link]) -> Link:
+    return Link(max(link.latency_s for link in links), min(link.bytes_per_s for link in links))

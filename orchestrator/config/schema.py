@@ -1,0 +1,210 @@
+"""Schemas: strict sections of configuration files, fields with units, and errors that say file, line and
+remedy.
+
+A `Section` accepts exactly its keys and exact types: no text for a number, no number for a quantity.
+`validate` reports everything that is wrong with a document at once. Nothing below the configuration ever
+sees a Section: the modules that define one turn it into frozen values.
+"""
+
+import difflib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, TypeVar, get_args
+
+from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, GetJsonSchemaHandler, ValidationError
+from pydantic_core import CoreSchema, ErrorDetails, PydanticCustomError, core_schema
+
+from comms.units import EXAMPLES, Quantity, UnitError, format_quantity, parse, pattern
+from orchestrator.config.yaml_file import Document, Location
+from orchestrator.errors import ConfigError, combined
+
+_MAY_BE_ZERO = {Quantity.TIME, Quantity.POWER, Quantity.HOURLY_PRICE, Quantity.PRICE}
+
+# Far beyond anything that is built: what is outside is a slip of the pen, and times of hundreds of digits.
+_LIMITS: Mapping[Quantity, tuple[float, float]] = {
+    Quantity.TIME: (0.0, 24 * 3600.0),
+    Quantity.DATA_RATE: (1.0, 1e18),
+    Quantity.SIZE: (1.0, 1e18),
+}
+
+
+class Section(BaseModel):
+    """One mapping of a file."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, hide_input_in_errors=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """A field that is a quantity: text with a unit in the file, a float in base units after it."""
+
+    quantity: Quantity
+
+    def read(self, value: object) -> float:
+        """The value in base units; zero only where nothing divides by it."""
+        try:
+            number = parse(value, self.quantity)
+        except UnitError as error:
+            raise field_error(error.problem, error.hint) from error
+        if number == 0 and self.quantity not in _MAY_BE_ZERO:
+            raise field_error(f"a {self.quantity} of zero", "give a value above zero, or remove the key")
+        least, most = _LIMITS.get(self.quantity, (0.0, math.inf))
+        if number < least:
+            hint = f"give at least {format_quantity(least, self.quantity)}"
+            raise field_error(f"{_short(value)} is less than any {self.quantity} here", hint)
+        if number > most:
+            hint = f"give at most {format_quantity(most, self.quantity)}"
+            raise field_error(f"{_short(value)} is more than any {self.quantity} here", hint)
+        return number
+
+    def __get_pydantic_core_schema__(self, source: object, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_plain_validator_function(self.read)
+
+    def __get_pydantic_json_schema__(
+        self, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        return self.json_schema()
+
+    def json_schema(self) -> dict[str, Any]:
+        """What editors check while the file is typed."""
+        examples = EXAMPLES[self.quantity].split(" or ")
+        return {"type": "string", "pattern": pattern(self.quantity), "examples": examples}
+
+
+@dataclass(frozen=True, slots=True)
+class CountOr:
+    """A field that is a whole number of at least one, or a word that stands for None."""
+
+    word: str
+
+    def read(self, value: object) -> int | None:
+        """The number, or None for the word."""
+        if value == self.word:
+            return None
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise field_error(
+                f"{value!r} is not a count", f"write a whole number above zero, or {self.word!r}"
+            )
+        return value
+
+    def __get_pydantic_core_schema__(self, source: object, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_plain_validator_function(self.read)
+
+    def __get_pydantic_json_schema__(
+        self, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        return {"anyOf": [{"type": "integer", "minimum": 1}, {"const": self.word}]}
+
+
+Size = Annotated[float, Unit(Quantity.SIZE)]
+DataRate = Annotated[float, Unit(Quantity.DATA_RATE)]
+Time = Annotated[float, Unit(Quantity.TIME)]
+Power = Annotated[float, Unit(Quantity.POWER)]
+HourlyPrice = Annotated[float, Unit(Quantity.HOURLY_PRICE)]
+
+SectionT = TypeVar("SectionT", bound=Section)
+
+
+def field_error(problem: str, hint: str) -> PydanticCustomError:
+    """What a field's reader raises, so that both parts reach the user."""
+    return PydanticCustomError("field", "{problem}", {"problem": problem, "hint": hint})
+
+
+def validate(document: Document, model: type[SectionT]) -> SectionT:
+    """The document as `model`. Raises one ConfigError that leads all findings, in the order of the schema."""
+    try:
+        return model.model_validate(document.root)
+    except ValidationError as error:
+        findings = [_finding(details, document, model) for details in error.errors(include_url=False)]
+    raise combined(findings)
+
+
+def nearest(word: object, known: Mapping[str, object] | tuple[str, ...]) -> str:
+    """A hint that names the known word most like `word`, or all of them."""
+    best = max(known, key=lambda other: _likeness(str(word), other), default="")
+    if best and _likeness(str(word), best) >= 0.6:
+        return f"did you mean {best!r}?"
+    return f"known here: {', '.join(known)}" if best else "remove it"
+
+
+def _likeness(word: str, other: str) -> float:
+    """Share of common letters in order, from 0 to 1; swapped letters and wrong case count as very alike."""
+    if sorted(word.lower()) == sorted(other.lower()):
+        return 0.95
+    return difflib.SequenceMatcher(None, word.lower(), other.lower()).ratio()
+
+
+_HINTS = {
+    "int_type": "write a whole number",
+    "int_from_float": "write a whole number",
+    "float_type": "write a number without quotes",
+    "string_type": "write text (in quotes if it looks like a number)",
+    "bool_type": "write true or false",
+    "list_type": "write a list, `- item` lines",
+    "too_short": "give at least one item",
+    "model_type": "write a mapping, indented `key: value` lines",
+    "dict_type": "write a mapping, indented `key: value` lines",
+    "greater_than": "choose a value inside the bounds",
+    "greater_than_equal": "choose a value inside the bounds",
+    "less_than": "choose a value inside the bounds",
+    "less_than_equal": "choose a value inside the bounds",
+}
+
+
+def _finding(details: ErrorDetails, document: Document, model: type[Section]) -> ConfigError:
+    location: Location = tuple(details["loc"])
+    where, name, context = document.where(location), _dotted(location), details.get("ctx", {})
+    kind, given = details["type"], details["input"]
+    if kind == "extra_forbidden":
+        return ConfigError(
+            f"unknown key {name!r}", where, nearest(location[-1], _keys_at(model, location[:-1]))
+        )
+    if kind == "missing":
+        return ConfigError(
+            f"the key {name!r} is missing", document.where(location[:-1]), f"add `{location[-1]}:`"
+        )
+    if kind == "field":
+        return ConfigError(f"{name}: {context['problem']}", where, str(context["hint"]))
+    if kind == "literal_error":
+        known = tuple(str(context["expected"]).replace(" or ", ", ").replace("'", "").split(", "))
+        return ConfigError(f"{name} cannot be {given!r}", where, nearest(given, known))
+    message = details["msg"].removeprefix("Input ").removeprefix("Value error, ")
+    return ConfigError(f"{name} {message}, got {_short(given)}", where, _HINTS.get(kind, "change the value"))
+
+
+def _dotted(location: Location) -> str:
+    text = ""
+    for part in location:
+        text += f"[{part}]" if isinstance(part, int) else f".{part}"
+    return text.removeprefix(".")
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _keys_at(model: type[Section], location: Location) -> tuple[str, ...]:
+    section = section_at(model, location)
+    if section is None:
+        return ()
+    return tuple(field.alias or name for name, field in section.model_fields.items())
+
+
+def section_at(model: type[Section], location: Location) -> type[Section] | None:
+    """The section that `location` lies in, or None where the schema has none there."""
+    section: type[Section] | None = model
+    for part in location:
+        if isinstance(part, int):
+            continue
+        fields = section.model_fields if section else {}
+        found = next((field for name, field in fields.items() if part in (name, field.alias)), None)
+        section = _section_in(found.annotation) if found else None
+    return section
+
+
+def _section_in(annotation: object) -> type[Section] | None:
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return annotation
+    return next((inner for part in get_args(annotation) if (inner := _section_in(part))), None)

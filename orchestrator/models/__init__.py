@@ -1,0 +1,1 @@
+"""Models: from a name in a job to a module."""

@@ -1,0 +1,1 @@
+"""Execution with real tensors: chips, their exchange of tensors, and the runner in one process."""

@@ -1,0 +1,281 @@
+"""One simulated (or real) chip with real tensors: its memory, and how each local instruction is carried out.
+
+A chip holds persistent tensors (flat parameter and gradient buffers, constants, optimizer state) and instances of
+per-microbatch tensors. Communication is not here: `Meetings` gives and takes tensors through `read` and `write`.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from kernels.backend import OpCode, SegmentFunction, compile_segment
+from kernels.optimizers import Factory, FlatOptimizer, StepStatistics
+from partitioner.capture.dtypes import TORCH
+from partitioner.program.machine import Machine, Run
+from partitioner.program.program import (
+    Accumulate,
+    Compute,
+    Free,
+    Program,
+    Segment,
+    Tensor,
+    TensorKind,
+    Update,
+)
+
+Clock = Callable[[], int]
+# forward 0, backward 1, later 2; microbatch; stage along the flow; chip: causes before effects
+BadOrder = tuple[int, int, int, int]
+Observer = Callable[["Chip", Compute, int, Sequence[torch.Tensor], Sequence[torch.Tensor]], None]
+ZERO_FILLED = (TensorKind.FLAT, TensorKind.MASTER, TensorKind.GRAD)
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What every chip needs besides the Program: optimizer, clipping, where tensors live, whose clock."""
+
+    optimizer: Factory
+    clip_norm: float | None
+    device: str = "cpu"
+    clock: Clock = time.perf_counter_ns
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """One measured interval: `instruction` of call `call` on chip `chip`, in the clock's nanoseconds."""
+
+    chip: int
+    call: int
+    microbatch: int
+    instruction: int
+    start_ns: int
+    end_ns: int
+
+
+@dataclass
+class StepInput:
+    """What changes from step to step: learning rate, and the batch tensors by (microbatch, name)."""
+
+    lr: float
+    batches: Mapping[tuple[int, str], torch.Tensor] = field(default_factory=dict)
+
+
+def op_codes(segment: Segment) -> list[OpCode]:
+    """A segment's ops as the kernel packages take them."""
+    return [OpCode(op.code, len(op.outs), op.is_tuple) for op in segment.ops]
+
+
+class SegmentLibrary:
+    """Compiled segments of a Program, made when first used and shared by all chips of a process."""
+
+    def __init__(self, program: Program, device: str) -> None:
+        self.program, self.device = program, device
+        self._functions: dict[int, SegmentFunction] = {}
+
+    def function(self, index: int) -> SegmentFunction:
+        """Segment `index`, compiled."""
+        found = self._functions.get(index)
+        if found is None:
+            segment = self.program.segments[index]
+            found = compile_segment(
+                segment.name, len(segment.inputs), op_codes(segment), segment.outputs, self.device
+            )
+            self._functions[index] = found
+        return found
+
+
+class Chip:
+    """Tensors of one chip, and execution of its local instructions."""
+
+    def __init__(self, program: Program, index: int, library: SegmentLibrary, settings: Settings) -> None:
+        self.program, self.index, self.library, self.settings = program, index, library, settings
+        self.role = program.role_of(index)
+        self.coordinates = program.coordinates(index)
+        self.tensors: Sequence[Tensor] = self.role.tensors
+        self.fixed: list[torch.Tensor | None] = [None] * len(self.tensors)
+        self.instances: dict[tuple[int, int], torch.Tensor] = {}
+        self.per_microbatch = [t.is_per_microbatch for t in self.tensors]
+        self.optimizers: dict[int, FlatOptimizer] = {}
+        self.touched: set[int] = set()
+        self.marks: list[Mark] | None = None
+        self.input = StepInput(0.0)
+        self.stats: StepStatistics | None = None
+        self.checked = False
+        self.body = ""
+        self.observer: Observer | None = None
+        self.first_bad: tuple[BadOrder, str] | None = None
+        for tensor in self.tensors:
+            self.fixed[tensor.id] = self._allocate(tensor)
+
+    def _allocate(self, tensor: Tensor) -> torch.Tensor | None:
+        dtype, device = TORCH[tensor.spec.dtype], self.settings.device
+        if tensor.base is not None:
+            base = self.fixed[tensor.base]
+            assert base is not None
+            start = tensor.offset
+            if tensor.kind is TensorKind.FLAT:  # this chip's slice of a whole buffer
+                start = self.coordinates[tensor.shards[0][1]] * tensor.spec.numel
+            return base.narrow(0, start, tensor.spec.numel).view(tensor.spec.shape)
+        if tensor.kind is TensorKind.COORDINATE:
+            axis = tensor.source.split(":")[1]
+            return torch.tensor(self.coordinates[axis], dtype=dtype, device=device)
+        return (
+            torch.zeros(tensor.spec.shape, dtype=dtype, device=device) if tensor.kind in ZERO_FILLED else None
+        )
+
+    def load(self, values: Callable[[str], torch.Tensor]) -> None:
+        """Fill parameters and buffers: `values("params:w")` or `values("buffer:b")` is the whole tensor."""
+        for tensor in self.tensors:
+            target = self.fixed[tensor.id]
+            if tensor.kind is TensorKind.PARAM and target is not None:
+                target.copy_(self._cut(tensor, values(f"params:{tensor.source}")))
+            elif tensor.kind is TensorKind.CONSTANT and tensor.source:
+                whole = values(tensor.source)
+                self.fixed[tensor.id] = whole.to(self.settings.device, TORCH[tensor.spec.dtype])
+        for tensor in self.tensors:
+            if tensor.kind is TensorKind.MASTER:
+                self._fixed(tensor.id).copy_(self._fixed(self._named(tensor.source)))
+
+    def _cut(self, tensor: Tensor, whole: torch.Tensor) -> torch.Tensor:
+        """This chip's shard; the whole may have to be seen in another shape first (see `fused_projections`)."""
+        shape = list(tensor.spec.shape)
+        for dim, axis in tensor.shards:
+            shape[dim] *= self.program.size(axis)
+        whole = whole.reshape(shape)
+        for dim, axis in tensor.shards:
+            length = tensor.spec.shape[dim]
+            whole = whole.narrow(dim, self.coordinates[axis] * length, length)
+        return whole
+
+    def _named(self, name: str) -> int:
+        return next(t.id for t in self.tensors if t.name == name)
+
+    def _fixed(self, tensor: int) -> torch.Tensor:
+        value = self.fixed[tensor]
+        assert value is not None, f"chip {self.index}: {self.tensors[tensor].name} has no value"
+        return value
+
+    def begin(self, schedule: str, step_input: StepInput) -> Machine:
+        """Start a schedule: fresh accumulators, fresh machine."""
+        self.touched.clear()
+        self.instances.clear()
+        self.stats, self.first_bad = None, None
+        self.input = step_input
+        return Machine(self.program, self.index, schedule)
+
+    def read(self, tensor: int, microbatch: int) -> torch.Tensor:
+        """The current value of a tensor (of this microbatch)."""
+        if not self.per_microbatch[tensor]:
+            return self._fixed(tensor)
+        found = self.instances.get((tensor, microbatch))
+        return self._batch(tensor, microbatch) if found is None else found
+
+    def _batch(self, tensor: int, microbatch: int) -> torch.Tensor:
+        info = self.tensors[tensor]
+        assert info.kind is TensorKind.BATCH, f"chip {self.index}: {info.name}({microbatch}) is not there"
+        value = self.input.batches[microbatch, info.source.split(":", 1)[1]]
+        self.instances[tensor, microbatch] = value
+        return value
+
+    def write(self, tensor: int, microbatch: int, value: torch.Tensor) -> None:
+        """Store a value: into its buffer if the tensor is part of one, else by reference."""
+        if self.per_microbatch[tensor]:
+            self.instances[tensor, microbatch] = value
+        elif self.tensors[tensor].kind in ZERO_FILLED:
+            target = self._fixed(tensor)
+            if target.data_ptr() != value.data_ptr():
+                target.copy_(value)
+        else:
+            self.fixed[tensor] = value
+
+    def is_buffer(self, tensor: int) -> bool:
+        """True if writes go into a fixed buffer."""
+        return self.tensors[tensor].kind in ZERO_FILLED
+
+    def execute(self, run: Run) -> None:
+        """Carry out the instructions of a run in order."""
+        self.body = run.body.name
+        for instruction in run.instructions:
+            start = self.settings.clock() if self.marks is not None else 0
+            match instruction:
+                case Compute():
+                    self._compute(instruction, run.microbatch)
+                case Free():
+                    for tensor in instruction.tensors:
+                        self.instances.pop((tensor, run.microbatch), None)
+                    continue
+                case Accumulate():
+                    self._accumulate(instruction, run.microbatch)
+                case Update():
+                    self._update(instruction)
+                case _:
+                    continue
+            if self.marks is not None:
+                end = self.settings.clock()
+                self.marks.append(Mark(self.index, run.call, run.microbatch, instruction.id, start, end))
+
+    def _compute(self, instruction: Compute, microbatch: int) -> None:
+        function = self.library.function(instruction.segment)
+        operands = [self.read(t, microbatch) for t in instruction.reads]
+        results = function(*operands)
+        if self.observer is not None:
+            self.observer(self, instruction, microbatch, operands, results)
+        for tensor, value in zip(instruction.writes, results, strict=True):
+            self.write(tensor, microbatch, value)
+        if self.checked and self.first_bad is None:
+            self._look_for_nan(instruction, microbatch, results)
+
+    def _look_for_nan(self, instruction: Compute, microbatch: int, results: Sequence[torch.Tensor]) -> None:
+        if any(r.is_floating_point() and not torch.isfinite(r).all() for r in results):
+            name = self.program.segments[instruction.segment].name
+            place = f"chip {self.index} ({self.role.name}), microbatch {microbatch}"
+            backward = self.body.startswith("backward")
+            along = -self.role.stage if backward else self.role.stage
+            rank = 0 if self.body.startswith("forward") else 1 if backward else 2
+            order = (rank, microbatch, along, self.index)
+            self.first_bad = order, f"{place}, instruction {instruction.id} ({name})"
+
+    def _accumulate(self, instruction: Accumulate, microbatch: int) -> None:
+        first: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
+        later: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
+        for source, target in zip(instruction.reads, instruction.writes, strict=True):
+            value = self.read(source, microbatch)
+            if self.fixed[target] is None:
+                self.fixed[target] = torch.zeros(
+                    (), dtype=TORCH[self.tensors[target].spec.dtype], device=self.settings.device
+                )
+            into = later if target in self.touched else first
+            self.touched.add(target)
+            into[0].append(self._fixed(target))
+            into[1].append(value if value.dtype == into[0][-1].dtype else value.to(into[0][-1].dtype))
+        if first[0]:
+            torch._foreach_copy_(*first)
+        if later[0]:
+            torch._foreach_add_(*later)
+
+    def statistics(self, stats: torch.Tensor) -> StepStatistics:
+        """The reduced statistics vector as numbers."""
+        squares, loss, count = stats.tolist()
+        return StepStatistics(squares, loss, count, float(self.program.facts["nominal_count"]))
+
+    def _update(self, instruction: Update) -> None:
+        if self.stats is None:
+            self.stats = self.statistics(self._fixed(instruction.stats))
+        if not self.stats.is_finite:
+            return
+        optimizer = self.optimizer(instruction)
+        scale = self.stats.gradient_scale(self.settings.clip_norm)
+        optimizer.step(self._fixed(instruction.grad), scale, self.input.lr)
+        if instruction.target != instruction.param:
+            self._fixed(instruction.target).copy_(self._fixed(instruction.param))
+
+    def optimizer(self, instruction: Update) -> FlatOptimizer:
+        """The optimizer of one flat group, made when first needed."""
+        found = self.optimizers.get(instruction.param)
+        if found is None:
+            flat = self._fixed(instruction.param)
+            found = FlatOptimizer(self.settings.optimizer, flat, decay=instruction.decay)
+            self.optimizers[instruction.param] = found
+        return found

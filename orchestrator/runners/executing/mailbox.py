@@ -1,0 +1,60 @@
+"""Mailbox: tensors that do not belong to a meeting wait here for who asks for them.
+
+Parameters, batches, checkpoint states and measured intervals travel between driver and actors like any other tensor;
+their keys say what they are.
+"""
+
+import threading
+
+import torch
+
+from partitioner.program.machine import Key
+
+
+class Missing(RuntimeError):
+    """A tensor that was announced did not come."""
+
+
+def value_key(name: str) -> Key:
+    """A parameter or buffer."""
+    return Key(f"value:{name}", (), 0)
+
+
+def batch_key(replica: int, microbatch: int, name: str) -> Key:
+    """A batch tensor of one microbatch of one replica."""
+    return Key(f"batch:{name}", (replica,), microbatch)
+
+
+def state_key(chip: int, name: str) -> Key:
+    """A tensor of a chip's checkpoint state."""
+    return Key(f"state:{name}", (chip,), 0)
+
+
+def marks_key(actor: int) -> Key:
+    """The measured intervals of an actor's chips, one row each."""
+    return Key("marks", (), actor)
+
+
+class Mailbox:
+    """Tensors by (epoch, key). Thread-safe."""
+
+    def __init__(self, patience_s: float) -> None:
+        self.patience_s = patience_s
+        self.items: dict[tuple[int, Key], torch.Tensor] = {}
+        self.changed = threading.Condition()
+
+    def put(self, epoch: int, key: Key, tensor: torch.Tensor) -> None:
+        """A tensor has arrived."""
+        with self.changed:
+            self.items[epoch, key] = tensor
+            self.changed.notify_all()
+
+    def take(self, epoch: int, key: Key) -> torch.Tensor:
+        """Wait for a tensor and take it out. Missing: nothing at all arrived for `patience_s`."""
+        with self.changed:
+            while (epoch, key) not in self.items:
+                if not self.changed.wait(self.patience_s):
+                    raise Missing(
+                        f"{key.kind} {key.chips} #{key.number} did not come in {self.patience_s:.0f} s"
+                    )
+            return self.items.pop((epoch, key))

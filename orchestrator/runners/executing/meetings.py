@@ -1,0 +1,180 @@
+"""Meetings: where chips of one process exchange tensors, with each other and with chips elsewhere.
+
+The n-th post on a channel meets the n-th posts of the other members (`Key`). A collective is
+carried out once everything is there; contributions are always combined in chip order and in a stated accumulation
+type (float32 for half precision), so results have the same bytes for any number of actors.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+
+from orchestrator.runners.executing.chip import Chip
+from partitioner.program.machine import Key, Post
+from partitioner.program.program import Collective, CollectiveOp, Recv, Reduction, Send
+
+LOW_PRECISION = (torch.float16, torch.bfloat16)
+CHUNKED = (CollectiveOp.REDUCE_SCATTER, CollectiveOp.ALL_TO_ALL)
+COMBINE: dict[Reduction, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    Reduction.SUM: torch.Tensor.add_,
+    Reduction.AVG: torch.Tensor.add_,  # divided by the number of parts at the end
+    Reduction.MAX: lambda a, b: torch.maximum(a, b, out=a),
+    Reduction.MIN: lambda a, b: torch.minimum(a, b, out=a),
+}
+
+
+class Mail(Protocol):
+    """How tensors reach chips of other actors."""
+
+    def send(self, actor: int, epoch: int, key: Key, source: int, tensor: torch.Tensor) -> None:
+        """Deliver `tensor` of chip `source` for meeting `key`; the tensor may be reused when this returns."""
+
+
+@dataclass
+class Meeting:
+    """What has arrived for one key so far: posts of local chips, and tensors by the chip they come from."""
+
+    posts: dict[int, Post] = field(default_factory=dict)
+    values: dict[int, torch.Tensor] = field(default_factory=dict)
+
+
+class Meetings:
+    """All open meetings of a process. Not thread-safe by itself: the caller holds the lock of `ChipSet`."""
+
+    def __init__(
+        self, chips: dict[int, Chip], actor_of: Sequence[int], actor: int, mail: Mail | None
+    ) -> None:
+        self.chips, self.actor_of, self.actor, self.mail = chips, actor_of, actor, mail
+        self.open: dict[Key, Meeting] = {}
+
+    def post(self, chip: int, post: Post) -> bool:
+        """Register a post; True when the meeting is complete and may be carried out."""
+        meeting = self.open.setdefault(post.key, Meeting())
+        meeting.posts[chip] = post
+        if not isinstance(post.instruction, Recv):  # taken now: the stream may free it before the meeting
+            meeting.values[chip] = self._value(chip, post)
+        return self._is_complete(post.key, meeting)
+
+    def deliver(self, key: Key, source: int, tensor: torch.Tensor) -> bool:
+        """A contribution from another actor; True when the meeting is complete."""
+        meeting = self.open.setdefault(key, Meeting())
+        meeting.values[source] = tensor
+        return self._is_complete(key, meeting)
+
+    def outgoing(self, chip: int, post: Post) -> list[tuple[int, torch.Tensor]]:
+        """What this post sends to other actors: (actor, tensor)."""
+        actors = {a for c in post.key.chips if (a := self.actor_of[c]) != self.actor}
+        instruction = post.instruction
+        if not actors or isinstance(instruction, Recv):
+            return []
+        value = self._value(chip, post)
+        if isinstance(instruction, Send):
+            return [(actor, value) for actor in actors]
+        return [(actor, self._payload(instruction, value, post.key, actor)) for actor in sorted(actors)]
+
+    def _value(self, chip: int, post: Post) -> torch.Tensor:
+        """What a send or a collective contributes."""
+        instruction = post.instruction
+        tensor = instruction.reads[0] if isinstance(instruction, Collective) else instruction.tensor
+        return self.chips[chip].read(tensor, post.microbatch)
+
+    def _payload(self, instruction: Collective, value: torch.Tensor, key: Key, actor: int) -> torch.Tensor:
+        if instruction.op not in CHUNKED:
+            return value
+        chunks = value.chunk(len(key.chips))
+        return torch.cat([chunks[i] for i, c in enumerate(key.chips) if self.actor_of[c] == actor])
+
+    def _is_complete(self, key: Key, meeting: Meeting) -> bool:
+        if key.kind == "p2p":
+            source, target = key.chips
+            if self.actor_of[target] != self.actor:
+                return source in meeting.posts
+            return target in meeting.posts and source in meeting.values
+        return len(meeting.values) == len(key.chips)
+
+    def carry_out(self, key: Key) -> list[int]:
+        """Move or combine the tensors of a complete meeting; returns the local chips for which it has finished."""
+        meeting = self.open.pop(key)
+        if key.kind == "p2p":
+            source, target = key.chips
+            if target in meeting.posts:
+                receive = meeting.posts[target]
+                assert isinstance(receive.instruction, Recv)
+                self.chips[target].write(
+                    receive.instruction.tensor, receive.microbatch, meeting.values[source]
+                )
+        else:
+            self._combine(key, meeting)
+        return list(meeting.posts)
+
+    def _combine(self, key: Key, meeting: Meeting) -> None:
+        first = next(iter(meeting.posts.values())).instruction
+        assert isinstance(first, Collective)
+        targets = [c for c in key.chips if c in meeting.posts]
+        if first.op in CHUNKED:
+            self._combine_chunks(first, key, meeting, targets)
+            return
+        parts = [meeting.values[c] for c in key.chips]
+        if first.op is CollectiveOp.ALL_GATHER:
+            self._gather(meeting, key, parts)
+            return
+        result = (
+            parts[0]
+            if first.op is CollectiveOp.BROADCAST
+            else self._reduce(first.reduction, parts, meeting, key)
+        )
+        for chip in targets:
+            self._put(chip, meeting.posts[chip], result)
+
+    def _put(self, chip: int, post: Post, value: torch.Tensor) -> None:
+        assert isinstance(post.instruction, Collective)
+        self.chips[chip].write(post.instruction.writes[0], post.microbatch, value)
+
+    def _reduce(
+        self, reduction: Reduction, parts: list[torch.Tensor], meeting: Meeting, key: Key
+    ) -> torch.Tensor:
+        """Combine in chip order; in place in the first chip's own buffer where that is also its result."""
+        post = meeting.posts.get(key.chips[0])
+        in_place = (
+            post is not None and isinstance(post.instruction, Collective)
+            and post.instruction.reads == post.instruction.writes and parts[0].dtype not in LOW_PRECISION
+        )  # fmt: skip
+        return combine(reduction, parts, parts[0] if in_place else None)
+
+    def _combine_chunks(self, first: Collective, key: Key, meeting: Meeting, targets: list[int]) -> None:
+        for position, chip in enumerate(targets):
+            parts = []
+            for source in key.chips:
+                is_remote = source not in meeting.posts
+                chunks = meeting.values[source].chunk(len(targets) if is_remote else len(key.chips))
+                parts.append(chunks[position if is_remote else key.chips.index(chip)])
+            if first.op is CollectiveOp.ALL_TO_ALL:
+                self._put(chip, meeting.posts[chip], torch.cat(parts))
+            else:
+                self._put(chip, meeting.posts[chip], combine(first.reduction, parts, None))
+
+    def _gather(self, meeting: Meeting, key: Key, parts: list[torch.Tensor]) -> None:
+        shared: torch.Tensor | None = None
+        for chip, post in meeting.posts.items():
+            assert isinstance(post.instruction, Collective)
+            target = post.instruction.writes[0]
+            if self.chips[chip].is_buffer(target):
+                buffer = self.chips[chip].read(target, post.microbatch)
+                for slot, part in zip(buffer.chunk(len(key.chips)), parts, strict=True):
+                    if slot.data_ptr() != part.data_ptr():
+                        slot.copy_(part)
+            else:
+                shared = torch.cat(parts) if shared is None else shared
+                self._put(chip, post, shared)
+
+
+def combine(reduction: Reduction, parts: Sequence[torch.Tensor], out: torch.Tensor | None) -> torch.Tensor:
+    """`parts` combined from first to last, accumulated in float32 for half precision; `out` may be parts[0]."""
+    if parts[0].dtype in LOW_PRECISION:
+        return combine(reduction, [p.float() for p in parts], None).to(parts[0].dtype)
+    total = parts[0].clone() if out is None else out
+    for part in parts[1:]:
+        COMBINE[reduction](total, part)
+    return total.div_(len(parts)) if reduction is Reduction.AVG else total

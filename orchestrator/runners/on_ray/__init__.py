@@ -1,0 +1,1 @@
+"""The Ray runner: actors that host chips, and the driver that steps them."""

@@ -1,0 +1,203 @@
+"""Actor: one process that executes several chips of a Program, with one long call per step.
+
+Plain Python: `on_ray` makes it a Ray actor. Control comes as Ray calls with small arguments; Programs come as bytes
+and tensors through `Transport`. The interpreter switches threads more often than usual here, because a tensor that
+arrives is taken by one thread while another one computes.
+"""
+
+import importlib
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+import torch
+
+from kernels.optimizers import Factory, FlatOptimizer, OptimizerSpec, StepStatistics
+from orchestrator.runners.executing.chip import BadOrder, Mark, Settings, StepInput
+from orchestrator.runners.executing.chip_set import ChipSet
+from orchestrator.runners.executing.chip_state import restore_state, saved_state
+from orchestrator.runners.executing.mailbox import Mailbox, batch_key, marks_key, state_key, value_key
+from orchestrator.runners.executing.transport import Address, Transport
+from orchestrator.runners.on_ray.assignment import chips_of
+from partitioner.program.machine import Key
+from partitioner.program.program_codec import decode
+
+DRIVER = -1  # the driver's number among the actors
+MEETINGS = ("p2p", "group")
+PATIENCE_S = 600.0  # for values from the driver, which may be building a model
+SWITCH_S = 5e-4
+
+
+@dataclass(frozen=True, slots=True)
+class Assignment:
+    """What an actor is to do: `optimizer` is a specification, or the `pkg.module:factory` of a user's own."""
+
+    actor_of: tuple[int, ...]
+    optimizer: OptimizerSpec | str
+    clip_norm: float | None
+    device: str
+    num_workers: int
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """One execution of a schedule. `batches` are the (replica, microbatch, name) that the driver has sent."""
+
+    schedule: str
+    epoch: int
+    lr: float = 0.0
+    batches: tuple[tuple[int, int, str], ...] = ()
+    measure: bool = False
+    check: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What came of an order: statistics, and the first instruction with a non-finite result."""
+
+    stats: StepStatistics | None
+    first_bad: tuple[BadOrder, str] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """How far the chips are: `progress` changes whenever one moves, `waits` says who waits for whom."""
+
+    progress: tuple[object, ...]
+    waits: str
+
+
+class ChipActor:
+    """The chips of one actor."""
+
+    def __init__(self, actor: int, secret: bytes, interface: str | None, share_memory: bool) -> None:
+        sys.setswitchinterval(SWITCH_S)
+        self.actor = actor
+        self.mailbox = Mailbox(PATIENCE_S)
+        at = interface or ray.util.get_node_ip_address()
+        self.transport = Transport(actor, secret, self._deliver, interface=at, share_memory=share_memory)
+        self._chip_set: ChipSet | None = None
+
+    def address(self) -> Address:
+        """Where the other actors reach this one."""
+        return self.transport.address
+
+    def warm_up(self) -> None:
+        """Take a step of a small optimizer: the first one in a process imports for a second."""
+        small = torch.zeros(1)
+        FlatOptimizer(OptimizerSpec(), small, decay=True).step(torch.zeros(1), 1.0, 0.0)
+
+    def clock(self) -> int:
+        """This host's monotonic clock, in nanoseconds."""
+        return time.perf_counter_ns()
+
+    def connect(self, addresses: Mapping[int, Address], program: bytes, assignment: Assignment) -> None:
+        """Get to know the peers and take the chips of a Program."""
+        self.transport.connect({a: address for a, address in addresses.items() if a != self.actor})
+        settings = Settings(factory(assignment.optimizer), assignment.clip_norm, assignment.device)
+        self._chip_set = ChipSet(
+            decode(program),
+            chips_of(assignment.actor_of, self.actor),
+            settings,
+            num_workers=assignment.num_workers,
+            actor_of=assignment.actor_of,
+            actor=self.actor,
+            mail=self.transport,
+        )
+
+    def load(self) -> None:
+        """Take parameters and buffers from the mailbox, in the order of need; compute constants."""
+        values: dict[str, torch.Tensor] = {}
+
+        def value(name: str) -> torch.Tensor:
+            if name not in values:
+                values[name] = self.mailbox.take(0, value_key(name))
+            return values[name]
+
+        self.chip_set.load(value)
+
+    def run(self, order: Order) -> Report:
+        """Execute a schedule on all chips; measured intervals are sent to the driver."""
+        batches: dict[int, dict[tuple[int, str], torch.Tensor]] = {}
+        for replica, microbatch, name in order.batches:
+            tensor = self.mailbox.take(order.epoch, batch_key(replica, microbatch, name))
+            batches.setdefault(replica, {})[microbatch, name] = tensor.to(self.chip_set.settings.device)
+        outcome = self.chip_set.run(
+            order.schedule, StepInput(order.lr), batches, measure=order.measure, check=order.check
+        )
+        if order.measure:
+            self.transport.send(
+                DRIVER, order.epoch, marks_key(self.actor), self.actor, marks_tensor(outcome.marks)
+            )
+        return Report(outcome.stats, outcome.first_bad)
+
+    def send_states(self) -> dict[int, list[str]]:
+        """Send the checkpoint states to the driver; returns their names by chip."""
+        names: dict[int, list[str]] = {}
+        for index, chip in self.chip_set.chips.items():
+            state = saved_state(chip)
+            names[index] = list(state)
+            for name, tensor in state.items():
+                self.transport.send(DRIVER, 0, state_key(index, name), index, tensor)
+        return names
+
+    def restore(self, names: Mapping[int, Sequence[str]]) -> None:
+        """Put back a checkpoint from the states of these chips, which the driver has sent."""
+        states = {
+            chip: {name: self.mailbox.take(0, state_key(chip, name)) for name in of_chip}
+            for chip, of_chip in names.items()
+        }
+        self.chip_set.prepare_optimizers()
+        for chip in self.chip_set.chips.values():
+            restore_state(chip, states.__getitem__)
+
+    def standing(self) -> Standing:
+        """Where every chip is; raises what ended the transport, if it has ended. Called while `run` is running."""
+        if self.transport.failure is not None:
+            raise self.transport.failure
+        chip_set = self.chip_set
+        with chip_set.changed:
+            work = chip_set.work
+            if work is None:
+                return Standing((), "")
+            positions = tuple((machine.call, machine.index) for machine in work.machines.values())
+            return Standing((chip_set.epoch, work.meeting, positions), chip_set.explain(work))
+
+    @property
+    def chip_set(self) -> ChipSet:
+        """The chips; `connect` has been called."""
+        assert self._chip_set is not None
+        return self._chip_set
+
+    def _deliver(self, epoch: int, key: Key, source: int, tensor: torch.Tensor) -> None:
+        if key.kind in MEETINGS:
+            device = self.chip_set.settings.device
+            self.chip_set.deliver(epoch, key, source, tensor.to(device))
+        else:
+            self.mailbox.put(epoch, key, tensor)
+
+
+def factory(optimizer: OptimizerSpec | str) -> Factory:
+    """The optimizer factory that a name stands for."""
+    if isinstance(optimizer, OptimizerSpec):
+        return optimizer
+    module, _, name = optimizer.partition(":")
+    made: Callable[..., Any] = getattr(importlib.import_module(module), name)
+    return made
+
+
+def marks_tensor(marks: Sequence[Mark]) -> torch.Tensor:
+    """Marks as rows of integers."""
+    rows = [[m.chip, m.call, m.microbatch, m.instruction, m.start_ns, m.end_ns] for m in marks]
+    return torch.tensor(rows, dtype=torch.int64).reshape(-1, 6)
+
+
+def marks_from(rows: torch.Tensor, offset_ns: int) -> tuple[Mark, ...]:
+    """Inverse of `marks_tensor`, on the driver's clock."""
+    return tuple(
+        Mark(chip, call, microbatch, instruction, start + offset_ns, end + offset_ns)
+        for chip, call, microbatch, instruction, start, end in rows.tolist()
+    )

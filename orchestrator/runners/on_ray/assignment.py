@@ -1,0 +1,31 @@
+"""Assignment: which actor executes which chip.
+
+Chips are lined up by data-parallel coordinate, then stage, then the other axes, and the line is cut into pieces of
+equal length. So actors hold whole replicas where there are enough of them (they then meet once a step), else
+neighbouring stages of a replica, else parts of a stage. Which actor hosts a chip never changes a result.
+"""
+
+from collections.abc import Sequence
+
+from partitioner.program.program import Program
+
+SLOWEST = ("dp", "pp")  # axes with the least traffic first
+
+
+def assign(program: Program, num_actors: int) -> tuple[int, ...]:
+    """The actor of every chip; sizes differ by at most one. `num_actors` is at most the number of chips."""
+    assert 1 <= num_actors <= program.num_chips, f"{num_actors} actors for {program.num_chips} chips"
+    actor_of = [0] * program.num_chips
+    for position, chip in enumerate(sorted(range(program.num_chips), key=lambda c: _place(program, c))):
+        actor_of[chip] = position * num_actors // program.num_chips
+    return tuple(actor_of)
+
+
+def chips_of(actor_of: Sequence[int], actor: int) -> tuple[int, ...]:
+    """The chips that `actor` executes, in chip order."""
+    return tuple(chip for chip, holder in enumerate(actor_of) if holder == actor)
+
+
+def _place(program: Program, chip: int) -> tuple[int, ...]:
+    at = program.coordinates(chip)
+    return (*(at.get(axis, 0) for axis in SLOWEST), chip)

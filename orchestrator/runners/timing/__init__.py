@@ -1,0 +1,1 @@
+"""The simulated runner: a clock moved over a Program, folded or in full."""

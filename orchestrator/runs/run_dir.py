@@ -1,0 +1,209 @@
+"""Run directory: everything one run leaves behind, under fixed names, portable as a folder.
+
+    run.yaml            the effective configuration and the versions it ran with
+    plan.yaml           how the model was split; can be given back with --plan
+    program.txt         what every role executes, to read; program.msgpack, to load
+    metrics.jsonl       one line per step
+    predicted.msgpack   timelines; measured.msgpack
+    trace.json.gz       both, for Perfetto
+    loss.png            pictures; timeline.png
+    checkpoints/        step-000100/ and so on
+    log.txt             what was said on the terminal
+
+Names inside are relative: the folder may be moved or copied. Every file but the two logs is written whole or
+not at all. A run never writes into a directory that exists, except to resume it.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from platform import python_version
+
+import yaml
+
+from orchestrator.runs.disk import explained, write_whole
+from orchestrator.errors import RunError
+from orchestrator.runs.timeline import Origin, Timeline
+from orchestrator.runs.timeline_codec import TimelineFormatError, decode, encode
+
+PARENT = Path("runs")
+CONFIG = "run.yaml"
+_PACKAGES = ("torch", "ray", "numpy", "safetensors", "transformers")
+
+
+@dataclass(frozen=True, slots=True)
+class RunDir:
+    """One run's folder and the names in it."""
+
+    root: Path
+
+    @property
+    def config(self) -> Path:
+        """Effective configuration and versions."""
+        return self.root / CONFIG
+
+    @property
+    def plan(self) -> Path:
+        """The plan, as --plan takes it."""
+        return self.root / "plan.yaml"
+
+    @property
+    def program_text(self) -> Path:
+        """The Program to read."""
+        return self.root / "program.txt"
+
+    @property
+    def program(self) -> Path:
+        """The Program to load."""
+        return self.root / "program.msgpack"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON line per step."""
+        return self.root / "metrics.jsonl"
+
+    @property
+    def trace(self) -> Path:
+        """The Perfetto trace."""
+        return self.root / "trace.json.gz"
+
+    @property
+    def loss_plot(self) -> Path:
+        """Loss over steps."""
+        return self.root / "loss.png"
+
+    @property
+    def timeline_plot(self) -> Path:
+        """One step of every chip."""
+        return self.root / "timeline.png"
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of checkpoints."""
+        return self.root / "checkpoints"
+
+    @property
+    def log(self) -> Path:
+        """What was said on the terminal."""
+        return self.root / "log.txt"
+
+    def timeline(self, origin: Origin) -> Path:
+        """`predicted.msgpack` or `measured.msgpack`."""
+        return self.root / f"{origin}.msgpack"
+
+    def write_config(self, config: Mapping[str, object], packages: Mapping[str, str] | None = None) -> None:
+        """Write run.yaml; `config` is plain data (strings, numbers, lists, mappings)."""
+        document = {
+            "config": dict(config),
+            "versions": dict(packages if packages is not None else versions()),
+        }
+        write_whole(self.config, yaml.safe_dump(document, sort_keys=False, width=110).encode())
+
+    def read_config(self) -> dict[str, object]:
+        """The `config` that `write_config` was given."""
+        try:
+            document = yaml.safe_load(self.config.read_text(encoding="utf-8"))
+            return dict(document["config"])
+        except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
+            raise _unreadable(self.config, error) from error
+
+    def write_plan(self, text: str) -> None:
+        """Write plan.yaml."""
+        write_whole(self.plan, text.encode())
+
+    def write_program(self, text: str, packed: bytes) -> None:
+        """Write the Program in both forms."""
+        write_whole(self.program_text, text.encode())
+        write_whole(self.program, packed)
+
+    def write_timeline(self, timeline: Timeline) -> None:
+        """Write the timeline under the name of its origin."""
+        write_whole(self.timeline(timeline.origin), encode(timeline))
+
+    def read_timeline(self, origin: Origin) -> Timeline | None:
+        """The predicted or the measured timeline; None where the run wrote none."""
+        path = self.timeline(origin)
+        if not path.exists():
+            return None
+        try:
+            return decode(path.read_bytes())
+        except TimelineFormatError as error:
+            raise _unreadable(path, error) from error
+
+
+def create(root: Path | None = None, *, job: str = "run", parent: Path = PARENT) -> RunDir:
+    """Make a new run directory: `root`, or the next free `parent/job-0001`.
+
+    Raises RunError if `root` exists.
+    """
+    if root is None:
+        return _create_numbered(parent, _safe_name(job))
+    with explained(root):
+        try:
+            root.mkdir(parents=True)
+        except (FileExistsError, NotADirectoryError) as error:
+            raise RunError(
+                problem="the run directory exists, and a run never overwrites another",
+                where=str(root),
+                hint=f"give another --run-dir, or continue that run with --resume {root}",
+            ) from error
+        (root / "checkpoints").mkdir()
+    return RunDir(root)
+
+
+def resume(root: Path) -> RunDir:
+    """An existing run directory. Raises RunError where there is none."""
+    if not (root / CONFIG).is_file():
+        near = sorted(path.parent.name for path in root.parent.glob(f"*/{CONFIG}"))[-3:] if root.name else []
+        known = f"; here are {', '.join(near)}" if near else ""
+        raise RunError(
+            problem=f"there is no run to resume: {CONFIG} is missing",
+            where=str(root),
+            hint=f"give the folder that `orchestrate train` printed{known}",
+        )
+    with explained(root):
+        (root / "checkpoints").mkdir(exist_ok=True)
+    return RunDir(root)
+
+
+def versions(packages: Iterable[str] = _PACKAGES) -> dict[str, str]:
+    """Installed versions of Python and these distributions, without importing them.
+
+    Absent ones are left out.
+    """
+    found = {"python": python_version()}
+    for name in packages:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _create_numbered(parent: Path, job: str) -> RunDir:
+    """Count on from the highest number there; two runs that start together get two numbers."""
+    taken = (re.fullmatch(rf"{re.escape(job)}-(\d+)", path.name) for path in parent.glob(f"{job}-*"))
+    number = 1 + max((int(match[1]) for match in taken if match), default=0)
+    while True:
+        root = parent / f"{job}-{number:04d}"
+        if not root.exists():
+            try:
+                return create(root)
+            except RunError as error:
+                if not isinstance(error.__cause__, FileExistsError):
+                    raise
+        number += 1
+
+
+def _safe_name(job: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", job).strip(".-") or "run"
+
+
+def _unreadable(path: Path, error: Exception) -> RunError:
+    return RunError(
+        problem=f"cannot be read: {type(error).__name__}: {error}",
+        where=str(path),
+        hint="the file is missing or damaged; restore it or start a new run",
+    )

@@ -1,0 +1,90 @@
+"""Inputs: from the options of a command to a cluster, a job and perhaps a plan, as every verb needs them."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from orchestrator.config.hardware.cluster import Cluster
+from orchestrator.config.hardware.cluster_file import cluster_from
+from orchestrator.config.job import Job
+from orchestrator.config.job_file import job_document, job_from, load_job
+from orchestrator.config.shipped import DEFAULT_CLUSTER, cluster_path
+from orchestrator.config.yaml_file import Document, read_yaml
+from orchestrator.errors import ConfigError, PlanError
+from orchestrator.planning import preparation
+from orchestrator.planning.preparation import Prepared, Progress
+from orchestrator.verbs.inputs.options import Options
+from partitioner.errors import PartitionError
+from partitioner.layout.parallel_plan import Plan, plan_from_yaml
+
+# What `train` shows when neither a job nor a model nor a plan is asked for: every kind of parallelism at once.
+DEMONSTRATION = ("plan.tp=2", "plan.pp=2")
+DEMONSTRATION_CHIPS = 4  # a multiple of so many
+# flags that stand for a key of the job file
+SHORTCUTS = {"model": "model", "data": "data", "global_batch": "global_batch", "seq": "seq", "steps": "steps"}
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """What a command is about. `document` is the cluster file's content, kept in the run directory."""
+
+    cluster: Cluster
+    job: Job
+    plan: Plan | None
+    document: Mapping[str, object]
+
+    def config(self, runner: str) -> dict[str, object]:
+        """The effective configuration, from which `from_config` makes the same inputs."""
+        return {
+            "runner": runner, "chips": self.cluster.num_chips, "cluster": dict(self.document),
+            "job": job_document(self.job),
+        }  # fmt: skip
+
+
+def resolve(options: Options, *, demonstrate: bool = False) -> Inputs:
+    """Read the files that the options name. Raises ConfigError, ClusterError or PlanError.
+
+    `demonstrate`: a command that names neither a job nor a model nor a plan shows every kind of parallelism.
+    """
+    document = read_yaml(options.cluster or cluster_path(DEFAULT_CLUSTER))
+    cluster = cluster_from(document).take(options.chips)
+    shortcuts = [
+        f"{key}={value}" for name, key in SHORTCUTS.items() if (value := getattr(options, name)) is not None
+    ]
+    demonstration = DEMONSTRATION if demonstrate and _is_bare(options, cluster) else ()
+    job = load_job(options.job, (*demonstration, *shortcuts, *options.overrides))
+    return Inputs(cluster, job, read_plan(options.plan), document.root)
+
+
+def _is_bare(options: Options, cluster: Cluster) -> bool:
+    asked = (
+        options.job or options.model or options.plan or any(o.startswith("plan.") for o in options.overrides)
+    )
+    return not asked and cluster.num_chips % DEMONSTRATION_CHIPS == 0
+
+
+def prepare(options: Options, progress: Progress) -> Prepared:
+    """The Program that the options describe. Raises UserError."""
+    inputs = resolve(options)
+    return preparation.prepare(inputs.cluster, inputs.job, inputs.plan, progress=progress)
+
+
+def read_plan(path: Path | None) -> Plan | None:
+    """The plan in a file."""
+    if path is None:
+        return None
+    try:
+        return plan_from_yaml(path.read_text(encoding="utf-8"), str(path))
+    except OSError as error:
+        raise PlanError("the plan cannot be read", str(path), "check the path") from error
+    except PartitionError as error:
+        raise PlanError(error.problem, error.where, error.hint) from error
+
+
+def from_config(config: Mapping[str, object], plan: Plan | None, origin: str) -> Inputs:
+    """The inputs of an earlier run, from what its run directory says."""
+    cluster, job, chips = config.get("cluster"), config.get("job"), config.get("chips")
+    if not isinstance(cluster, dict) or not isinstance(job, dict) or not isinstance(chips, int):
+        raise ConfigError("not the configuration of a run", origin, "resume a folder that `train` made")
+    known = cluster_from(Document(origin, cluster, {})).take(chips)
+    return Inputs(known, job_from(Document(origin, job, {})), plan, cluster)

@@ -1,0 +1,1 @@
+"""Views: what people see, made from values: console, pictures, traces."""

@@ -1,0 +1,310 @@
+"""Console: the only printer. Talk goes to stderr, results to stdout, and nothing else prints.
+
+On a terminal: spinners for phases that last, a live panel for training. Elsewhere: plain lines, the same
+words. With `as_json` stdout carries exactly one JSON document. rich is imported when something is first
+drawn, so that a help text costs nothing; it honours NO_COLOR by itself. What is said is also kept in the
+run's log file once `log_to` names it.
+"""
+
+import json
+import math
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from io import StringIO
+from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
+
+from comms import wording
+from orchestrator.errors import UserError
+from orchestrator.views.training_view import StepLine, TrainingView, plain_line
+
+if TYPE_CHECKING:
+    from rich.console import Console as RichConsole
+    from rich.status import Status
+
+PATIENCE_S = 2.0  # a phase shorter than this is nobody's business
+PIPE_WIDTH = 1000  # a table in a pipe is as wide as its content
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """A result to read: a title, column heads (none for name-value pairs) and rows of finished texts."""
+
+    title: str
+    rows: tuple[tuple[str, ...], ...]
+    heads: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """One finished phase of start-up; `depth` counts the phases around it."""
+
+    name: str
+    seconds: float
+    depth: int
+
+
+class Console:
+    """Where everything that a person or a pipe reads goes through."""
+
+    def __init__(
+        self,
+        *,
+        as_json: bool = False,
+        verbose: bool = False,
+        out: TextIO | None = None,
+        err: TextIO | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        patience_s: float = PATIENCE_S,
+    ) -> None:
+        self.as_json, self.verbose = as_json, verbose
+        self._out = sys.stdout if out is None else out
+        self._err = sys.stderr if err is None else err
+        self._clock, self._patience_s = clock, patience_s
+        self._log: Path | None = None
+        self._rich_err: RichConsole | None = None
+        self._open: list[str] = []
+        self._phases: list[Phase] = []
+        self._spinner = _Spinner(self._rich_stderr, self._announce)
+
+    @property
+    def is_live(self) -> bool:
+        """True where stderr is a terminal: displays move instead of scrolling."""
+        return self._err.isatty()
+
+    @property
+    def phases(self) -> tuple[Phase, ...]:
+        """Every phase that ended, in order of its end."""
+        return tuple(self._phases)
+
+    def log_to(self, path: Path) -> None:
+        """From now on keep what is said in this file as well."""
+        self._log = path
+
+    def say(self, text: str) -> None:
+        """A line for the person who waits."""
+        self._keep(text)
+        self._print(text)
+
+    def detail(self, text: str) -> None:
+        """A line that only -v shows; the log always has it."""
+        self._keep(text)
+        if self.verbose:
+            self._print(text)
+
+    def warn(self, text: str) -> None:
+        """Something to know that does not stop the work."""
+        self.say(f"warning: {text}")
+
+    def error(self, error: UserError) -> None:
+        """What, where and what to do, one line each, for the error and those it leads."""
+        for finding in error.findings:
+            self.say(f"error: {finding.problem}\n  at: {finding.where}\n  do: {finding.hint}")
+
+    def results(self, document: Mapping[str, object], tables: Sequence[Table] = ()) -> None:
+        """The answer: `document` as JSON with `as_json`, otherwise the tables."""
+        if self.as_json:
+            self._out.write(json.dumps(_strict(document), indent=2, allow_nan=False) + "\n")
+        else:
+            self._draw(tables, self._out)
+        self._out.flush()
+
+    def show(self, tables: Sequence[Table]) -> None:
+        """Tables that are talk, not results: on stderr."""
+        self._draw(tables, self._err)
+        for table in tables:
+            self._keep("\n".join((table.title, *("  ".join(row) for row in table.rows))))
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Time a phase. If it lasts, say so while it runs and how long it took; phases may nest."""
+        self._open.append(name)
+        started = self._clock()
+        ended = threading.Event()
+        timer = self._watch(ended)
+        try:
+            yield
+        finally:
+            ended.set()
+            timer.cancel()
+            seconds = self._clock() - started
+            self._open.pop()
+            self._spinner.move(" > ".join(self._open))
+            self._phases.append(Phase(name, seconds, len(self._open)))
+            if seconds >= self._patience_s:
+                self.say(f"{'  ' * len(self._open)}{name}: {wording.seconds(seconds)}")
+
+    def phase_table(self) -> Table:
+        """Where the start-up time went; shares are of the outermost phases."""
+        total = sum(phase.seconds for phase in self._phases if phase.depth == 0) or 1.0
+        rows = [
+            (
+                "  " * phase.depth + phase.name,
+                wording.seconds(phase.seconds),
+                wording.percent(phase.seconds / total),
+            )
+            for phase in _outer_first(self._phases)
+        ]
+        rows.append(("total", wording.seconds(total), ""))
+        return Table("start-up", tuple(rows), ("phase", "time", "share"))
+
+    @contextmanager
+    def training(self, title: str, num_steps: int, *, every: int = 1) -> Iterator[Callable[[StepLine], None]]:
+        """A display of steps: call what this yields once a step.
+
+        Off a terminal every `every`-th is a line.
+        """
+        if not self.is_live:
+            yield lambda line: self._step(line, num_steps, every)
+            return
+        from rich.live import Live
+
+        self._spinner.move("")
+        view = TrainingView(title, num_steps)
+        with Live(view, console=self._rich_stderr(), refresh_per_second=8) as live:
+
+            def update(line: StepLine) -> None:
+                view.add(line)
+                self._keep(plain_line(line, num_steps))
+                live.update(view)
+
+            yield update
+
+    def _step(self, line: StepLine, num_steps: int, every: int) -> None:
+        shown = line.step % every == 0 or line.step in (1, num_steps) or line.validation_loss is not None
+        (self.say if shown else self._keep)(plain_line(line, num_steps))
+
+    def _watch(self, ended: threading.Event) -> threading.Timer:
+        path = " > ".join(self._open)
+        timer = threading.Timer(self._patience_s, lambda: self._spinner.show(path, ended, live=self.is_live))
+        timer.daemon = True
+        timer.start()
+        return timer
+
+    def _announce(self, text: str) -> None:
+        self._print(f"{text} ...")
+
+    def _keep(self, text: str) -> None:
+        if self._log is None:
+            return
+        try:
+            with self._log.open("a", encoding="utf-8") as file:
+                file.write(text + "\n")
+        except OSError as error:  # a log that cannot be written must not hide what was to be said
+            self._log = None
+            self._print(f"warning: the log ends here: {error}")
+
+    def _print(self, text: str) -> None:
+        if self._rich_err is not None:  # a live display may be up: only rich can print above it
+            self._rich_err.print(text, markup=False, highlight=False, soft_wrap=True)
+        else:
+            self._err.write(text + "\n")
+            self._err.flush()
+
+    def _rich_stderr(self) -> "RichConsole":
+        if self._rich_err is None:
+            from rich.console import Console as RichConsole
+
+            self._rich_err = RichConsole(file=self._err)
+        return self._rich_err
+
+    def _draw(self, tables: Sequence[Table], file: TextIO) -> None:
+        from rich.console import Console as RichConsole
+
+        if file.isatty():
+            for table in tables:
+                _draw_table(RichConsole(file=file), table)
+            return
+        plain = StringIO()  # rich fills lines with blanks, which a pipe has no use for
+        for table in tables:
+            _draw_table(RichConsole(file=plain, width=PIPE_WIDTH), table)
+        file.writelines(f"{line.rstrip()}\n" for line in plain.getvalue().splitlines())
+
+
+class _Spinner:
+    """At most one moving line, started by a timer thread and moved or stopped by the thread that works."""
+
+    def __init__(self, rich: Callable[[], "RichConsole"], announce: Callable[[str], None]) -> None:
+        self._rich, self._announce = rich, announce
+        self._lock = threading.Lock()
+        self._status: Status | None = None
+
+    def show(self, path: str, ended: threading.Event, *, live: bool) -> None:
+        """Show this phase, unless it ended while the timer fired."""
+        with self._lock:
+            if ended.is_set():
+                return
+            if not live:
+                self._announce(path)
+            elif self._status is not None:
+                self._status.update(path)
+            else:
+                self._status = self._rich().status(path)
+                self._status.start()
+
+    def move(self, path: str) -> None:
+        """Name what goes on now, or stop where nothing does."""
+        with self._lock:
+            if self._status is None:
+                return
+            if path:
+                self._status.update(path)
+            else:
+                self._status.stop()
+                self._status = None
+
+
+def pairs(title: str, values: Sequence[tuple[str, str]]) -> Table:
+    """A table of (name, value with its unit)."""
+    return Table(title, tuple(values))
+
+
+def _draw_table(rich: "RichConsole", table: Table) -> None:
+    from rich import box
+    from rich.table import Table as RichTable
+    from rich.text import Text
+
+    drawn = RichTable(box=box.SIMPLE_HEAD, show_header=bool(table.heads))
+    for position in range(max((len(row) for row in (table.heads, *table.rows)), default=0)):
+        head = table.heads[position] if position < len(table.heads) else ""
+        cells = [row[position] for row in table.rows if position < len(row)]
+        drawn.add_column(Text(head), justify="right" if position and all(map(_is_number, cells)) else "left")
+    for row in table.rows:
+        drawn.add_row(*map(Text, row))
+    rich.print(Text(table.title, style="bold"), drawn, sep="\n")
+
+
+def _is_number(cell: str) -> bool:
+    return not cell or cell == wording.DASH or cell.lstrip("+-")[:1].isdigit()
+
+
+def _outer_first(phases: Sequence[Phase]) -> Iterator[Phase]:
+    """Order of start from order of end: a phase ends after those inside it, and is shown before them."""
+    inside: list[Phase] = []
+    groups: list[list[Phase]] = []
+    for phase in phases:
+        inside = []
+        while groups and groups[-1][0].depth > phase.depth:
+            inside = groups.pop() + inside
+        groups.append([phase, *inside])
+    for group in groups:
+        yield from group
+
+
+def _strict(value: object) -> object:
+    """JSON has no NaN and no tuple keys; a number that does not exist is null."""
+    match value:
+        case float() if not math.isfinite(value):
+            return None
+        case Mapping():
+            return {str(name): _strict(part) for name, part in value.items()}
+        case str() | int() | float() | None:
+            return value
+        case Sequence():
+            return [_strict(part) for part in value]
+        case _:
+            return str(value)

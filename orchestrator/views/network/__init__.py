@@ -1,0 +1,1 @@
+"""Views of networks and collectives: reports, tables and pictures."""

@@ -1,0 +1,312 @@
+"""Comms report: answers about collectives as JSON values and as tables.
+
+Sizes that are whole powers of two are written so (64 MiB), as people ask for them; rates are decimal.
+"""
+
+from collections.abc import Sequence
+
+from comms import wording
+from comms.collectives.schedule import Op
+from comms.selection.pricing import TierShare
+from comms.selection.question import Answer, Candidate, Question
+from comms.selection.size_sweep import Stretch, Sweep, stretches
+from orchestrator.views.console import Table, pairs
+
+MOST_CANDIDATES = 6  # of a table; JSON has all
+NO_LIMIT = 0.05  # a tier that would save less of the time than this limits nothing by itself
+NO_TIER = (
+    "where no single tier limits, tiers are balanced or most is setup; --fidelity full shows the busiest wire"
+)
+_BINARY = ("B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
+
+
+def size_in_words(nbytes: float) -> str:
+    """`64 MiB` where that is exact, else as everywhere."""
+    for power in range(len(_BINARY) - 1, -1, -1):
+        whole, rest = divmod(nbytes, 1024**power)
+        if not rest and (whole >= 1 or not power):
+            return f"{whole:.0f} {_BINARY[power]}" if whole < 10_000 else wording.scaled(nbytes, "B")
+    return wording.scaled(nbytes, "B")
+
+
+def document(answer: Answer, cluster: str) -> dict[str, object]:
+    """One answer as JSON values."""
+    question, cut = answer.question, answer.bisection
+    return {
+        "cluster": cluster,
+        "op": str(question.op),
+        "nbytes": question.nbytes,
+        "num_chips": question.num_chips,
+        "seconds": answer.seconds,
+        "setup_s": answer.setup_s,
+        "algorithm": answer.algorithm,
+        "protocol": answer.protocol,
+        "reason": answer.reason,
+        "algbw_bytes_per_s": answer.algbw_bytes_per_s,
+        "busbw_bytes_per_s": answer.busbw_bytes_per_s,
+        "per_tier": _per_tier(answer),
+        "limiting_link": limiting_link(answer),
+        "bisection_bytes_per_s": None if cut is None else cut.bytes_per_s,
+        "fidelity": str(answer.fidelity),
+        "num_messages": answer.full.result.num_messages if answer.full else None,
+        "candidates": [_candidate(each) for each in answer.candidates],
+        "notes": [*answer.notes, *answer.warnings],
+        "left_out": list(answer.left_out),
+        "elapsed_s": answer.elapsed_s,
+        "loading_s": answer.loading_s,
+    }
+
+
+def sweep_document(sweep: Sweep, cluster: str) -> dict[str, object]:
+    """A sweep as JSON values: one row per size."""
+    first = sweep.answers[0]
+    return {
+        "cluster": cluster,
+        "op": str(first.question.op),
+        "num_chips": first.question.num_chips,
+        "rows": [
+            {
+                "nbytes": each.question.nbytes,
+                "seconds": each.seconds,
+                "algorithm": each.algorithm,
+                "protocol": each.protocol,
+                "algbw_bytes_per_s": each.algbw_bytes_per_s,
+                "busbw_bytes_per_s": each.busbw_bytes_per_s,
+                "limiting_link": limiting_link(each),
+                "fidelity": str(each.fidelity),
+                "candidates": [_candidate(candidate) for candidate in each.candidates],
+            }
+            for each in sweep.answers
+        ],
+        "choices": [
+            {
+                "algorithm": each.algorithm,
+                "protocol": each.protocol,
+                "from_nbytes": each.first,
+                "to_nbytes": each.last,
+            }
+            for each in stretches(sweep)
+        ],
+        "notes": [*sweep.notes, *sweep.warnings],
+        "left_out": list(sweep.left_out),
+        "elapsed_s": sweep.elapsed_s,
+        "loading_s": sum(each.loading_s for each in sweep.answers),
+    }
+
+
+def limiting_link(answer: Answer) -> dict[str, object] | None:
+    """The busiest wire where every message was moved, else the tier that would save most if it cost nothing."""
+    if answer.loads:
+        worst = max((load.busiest for load in answer.loads), key=lambda wire: wire.busy)
+        return {"tier": worst.tier, "from": worst.tail, "to": worst.head, "busy": worst.busy}
+    tier = answer.limiting_tier
+    if tier is None:
+        return None
+    return {"tier": tier.tier, "level": answer.tiers.index(tier), "saved_s": tier.saved_s}
+
+
+def _candidate(candidate: Candidate) -> dict[str, object]:
+    return {
+        "algorithm": candidate.algorithm,
+        "seconds": candidate.seconds,
+        "fidelity": str(candidate.fidelity),
+    }
+
+
+def _per_tier(answer: Answer) -> list[dict[str, object]]:
+    """Levels of the group, each with what crossed the wires of its tier where that was counted."""
+    crossed = {load.tier: load for load in answer.loads}
+    rows: list[dict[str, object]] = [
+        {
+            "tier": share.tier,
+            "fanout": share.fanout,
+            "latency_s": share.latency_s,
+            "bytes_per_s": share.bytes_per_s,
+            "saved_s": share.saved_s,
+        }
+        for share in answer.tiers
+    ]
+    named = {row["tier"]: row for row in reversed(rows)}  # the innermost level of each tier
+    for load in crossed.values():
+        row = named.get(load.tier)
+        if row is None:
+            row = {"tier": load.tier}
+            rows.append(row)
+        wire = load.busiest
+        row["nbytes"] = load.nbytes
+        row["busiest_wire"] = {
+            "from": wire.tail,
+            "to": wire.head,
+            "nbytes": wire.nbytes,
+            "bytes_per_s": wire.bytes_per_s,
+            "busy": wire.busy,
+        }
+    return rows
+
+
+def tables(answer: Answer, cluster: str) -> tuple[Table, ...]:
+    """One answer to read."""
+    question = answer.question
+    chips = f"{question.num_chips} chip{'s' if question.num_chips > 1 else ''}"
+    setup = f" (of which {wording.seconds(answer.setup_s)} setup and handing on)" if answer.setup_s else ""
+    rows = [
+        ("time", f"{wording.seconds(answer.seconds)}{setup}"),
+        ("algorithm", _algorithm(answer)),
+        ("why", answer.reason),
+    ]
+    if answer.busbw_bytes_per_s:
+        rows.append(("algorithm bandwidth", wording.scaled(answer.algbw_bytes_per_s, "B/s")))
+        rows.append(("bus bandwidth", wording.scaled(answer.busbw_bytes_per_s, "B/s")))
+    if limit := limit_in_words(answer):
+        rows.append(("limited by", limit + _why_no_tier(answer)))
+    if (cut := answer.bisection) is not None:
+        rows.append(("bisection of the chips", f"{wording.scaled(cut.bytes_per_s, 'B/s')}, {cut.proof}"))
+    rows += [("note", note) for note in answer.notes]
+    made = f"{answer.fidelity}, made in {wording.seconds(answer.elapsed_s)}"
+    rows.append(("fidelity", made if not answer.full else f"{made}, {_messages(answer)}"))
+    rows.append(("left out", "; ".join(answer.left_out)))
+    head = pairs(f"{_what(question)} over {chips} of {cluster}", rows)
+    more = (_level_table(answer), _wire_table(answer), _candidate_table(answer))
+    return (head, *(table for table in more if table.rows))
+
+
+def _what(question: Question) -> str:
+    """The operation and its size."""
+    if question.op is Op.BARRIER:
+        return str(question.op)
+    if question.is_uneven:
+        return f"all_to_allv of at most {size_in_words(question.nbytes)} from a chip (the largest row)"
+    return f"{question.op} of {size_in_words(question.nbytes)}"
+
+
+def _algorithm(answer: Answer) -> str:
+    plain = answer.protocol == "plain"
+    return answer.algorithm if plain else f"{answer.algorithm}, protocol {answer.protocol}"
+
+
+def _messages(answer: Answer) -> str:
+    assert answer.full is not None
+    result = answer.full.result
+    return f"{result.num_messages:,} message{'s' if result.num_messages != 1 else ''} by {result.method}"
+
+
+def limit_in_words(answer: Answer) -> str:
+    """What decides, in a few words; empty where nothing does."""
+    if answer.loads:
+        wire = max((load.busiest for load in answer.loads), key=lambda wire: wire.busy)
+        return f"{wire.tail} -> {wire.head} ({wire.tier}), busy {wording.percent(wire.busy)} of the time"
+    tier = answer.limiting_tier
+    if tier is None:
+        return ""
+    share = wording.percent(tier.saved_s / answer.seconds)
+    if tier.saved_s < NO_LIMIT * answer.seconds:
+        return f"no single tier (the best saves {share})"
+    name = level_names(answer.tiers)[answer.tiers.index(tier)]
+    return f"{name}: without it {wording.seconds(tier.saved_s)} less ({share})"
+
+
+def _why_no_tier(answer: Answer) -> str:
+    """What limits where no tier does, for the end of a line; empty where one does."""
+    tier = answer.limiting_tier
+    if answer.loads or tier is None or tier.saved_s >= NO_LIMIT * answer.seconds:
+        return ""
+    if answer.setup_s > answer.seconds / 2:
+        return ": most is setup and handing on"
+    balanced = ": pipelined tiers are balanced" if len(answer.tiers) > 1 else ""
+    return f"{balanced}; --fidelity full shows the busiest wire"
+
+
+def _level_table(answer: Answer) -> Table:
+    heads = ("tier", "joins", "latency", "rate of a chip", "saved if free", "share")
+    rows = tuple(
+        (level_names(answer.tiers)[at], *_level_figures(share, answer.seconds))
+        for at, share in enumerate(answer.tiers)
+    )
+    return Table("tiers that it crosses, from the inside", rows, heads)
+
+
+def level_names(tiers: Sequence[TierShare]) -> tuple[str, ...]:
+    """The tier of each level; where several are of one tier, as the dimensions of a torus, which of them."""
+    names = [share.tier for share in tiers]
+    return tuple(
+        name if names.count(name) == 1 else f"{name}, dimension {names[: at + 1].count(name)}"
+        for at, name in enumerate(names)
+    )
+
+
+def _level_figures(share: TierShare, seconds: float) -> tuple[str, ...]:
+    return (
+        str(share.fanout),
+        wording.seconds(share.latency_s),
+        wording.scaled(share.bytes_per_s, "B/s"),
+        wording.seconds(share.saved_s),
+        wording.percent(share.saved_s / seconds if seconds else 0.0),
+    )
+
+
+def _wire_table(answer: Answer) -> Table:
+    heads = ("tier", "bytes over its wires", "busiest wire", "bytes over it", "its rate", "busy")
+    rows = tuple(
+        (
+            load.tier,
+            wording.scaled(load.nbytes, "B"),
+            f"{load.busiest.tail} -> {load.busiest.head}",
+            wording.scaled(load.busiest.nbytes, "B"),
+            wording.scaled(load.busiest.bytes_per_s, "B/s"),
+            wording.percent(load.busiest.busy),
+        )
+        for load in answer.loads
+    )
+    return Table("what crossed the wires", rows, heads)
+
+
+def _candidate_table(answer: Answer) -> Table:
+    shown = answer.candidates[:MOST_CANDIDATES] if len(answer.candidates) > 1 else ()
+    rows = tuple(
+        (
+            each.algorithm,
+            wording.seconds(each.seconds),
+            f"{each.seconds / answer.seconds:.2f}" if answer.seconds else wording.DASH,
+            str(each.fidelity),
+        )
+        for each in shown
+    )
+    left = len(answer.candidates) - len(shown)
+    title = f"what was looked at ({left} more in --json)" if left and shown else "what was looked at"
+    return Table(title, rows, ("algorithm", "time", "of the chosen", "fidelity"))
+
+
+def sweep_tables(sweep: Sweep, cluster: str) -> tuple[Table, ...]:
+    """A sweep to read."""
+    first = sweep.answers[0]
+    rows = tuple(
+        (
+            size_in_words(each.question.nbytes),
+            wording.seconds(each.seconds),
+            _algorithm(each),
+            wording.scaled(each.algbw_bytes_per_s, "B/s"),
+            wording.scaled(each.busbw_bytes_per_s, "B/s"),
+            limit_in_words(each),
+            str(each.fidelity),
+        )
+        for each in sweep.answers
+    )
+    title = f"{first.question.op} over {first.question.num_chips} chips of {cluster}"
+    heads = ("size", "time", "algorithm", "algorithm bandwidth", "bus bandwidth", "limited by", "fidelity")
+    found = [Table(title, rows, heads), _stretch_table(stretches(sweep))]
+    notes = [*sweep.notes, *([NO_TIER] if any(map(_why_no_tier, sweep.answers)) else [])]
+    facts = [*(("note", note) for note in notes), ("made in", wording.seconds(sweep.elapsed_s))]
+    found.append(pairs("how it was made", [*facts, ("left out", "; ".join(sweep.left_out))]))
+    return tuple(found)
+
+
+def _stretch_table(found: Sequence[Stretch]) -> Table:
+    rows = tuple(
+        (
+            size_in_words(each.first),
+            size_in_words(each.last),
+            each.algorithm if each.protocol == "plain" else f"{each.algorithm}, protocol {each.protocol}",
+        )
+        for each in found
+    )
+    return Table("where the choice changes", rows, ("from", "to", "algorithm"))

@@ -1,0 +1,190 @@
+"""Topology plot: chips, switches and links, coloured by rate or by how busy a collective keeps them.
+
+Small networks are drawn whole, large ones as an excerpt. Thick and dark is much. Links that are down are dashed.
+Switches that stand side by side are moved apart as far as their letters need on paper; where there is no room for
+that, all but the first of a row have their number only.
+"""
+
+from collections import defaultdict
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from comms import wording
+from comms.networks.network import Network
+from comms.selection.question import Answer
+from orchestrator.views.network.topology_excerpt import excerpt
+from orchestrator.views.network.topology_layout import Kind, Line, Node, Picture, layout
+from orchestrator.views.png_figures import FAINT, INK, blank_figure, png_bytes
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+WHOLE_CHIPS = 64
+WHOLE_NODES = 160
+CHIP, SWITCH, DOWN = "#F0E442", "#CFE3F2", "#D55E00"
+THIN, THICK = 0.8, 4.5
+_INCHES = 0.62  # per chip
+_TITLE_INCHES = 0.125  # per letter
+_MOST_TICKS = 6
+_WIDEST = 22.0  # inches, of a figure
+_BESIDE_INCHES = 3.0  # margins and the colour bar
+_LETTER_INCHES = 0.011  # of a letter in a box, per point of its size
+
+
+def topology_png(answer: Answer, cluster: str) -> bytes:
+    """The network of an answer: by load where every message was moved, else by rate."""
+    question = answer.question
+    picture, by_load = picture_of(answer), answer.full is not None
+    size = f"{question.num_chips} chips of {cluster}" if question.num_chips > 1 else f"one chip of {cluster}"
+    title = f"{size}: load of {question.op} ({answer.algorithm})" if by_load else size
+    return picture_png(picture, title, "busy" if by_load else "rate")
+
+
+def is_drawn_whole(network: Network, num_chips: int) -> bool:
+    """Whether all chips and switches are drawn."""
+    return num_chips <= WHOLE_CHIPS and network.topology(num_chips).num_nodes <= WHOLE_NODES
+
+
+def picture_of(answer: Answer) -> Picture:
+    """What is drawn of an answer's network; lines have their rate, or the share of time that they are busy."""
+    question = answer.question
+    if not is_drawn_whole(question.network, question.num_chips):
+        busy = {load.tier: load.busiest.busy for load in answer.loads} if answer.full else None
+        return excerpt(question.network, question.num_chips, busy)
+    if answer.site is None or answer.full is None:
+        topology = question.network.topology(question.num_chips)
+        rates = topology.wires().bytes_per_s
+        return layout(topology, question.chips_per_host, dict(enumerate(rates.tolist())))
+    # Imported here: with full fidelity comes its event loop.
+    from comms.selection.full_collective import busy_by_wire
+
+    return layout(answer.site.whole, question.chips_per_host, busy_by_wire(answer.site, answer.full))
+
+
+def picture_png(picture: Picture, title: str, measure: str) -> bytes:
+    """A picture as PNG. `measure`: what lines are coloured by, `busy` or `rate`."""
+    xs, ys = [node.x for node in picture.nodes], [node.y for node in picture.nodes]
+    width, height = max(xs) - min(xs), max(ys) - min(ys)
+    values = {line.value for line in picture.lines if line.value}
+    if measure == "rate" and len(values) == 1:
+        title = f"{title}: {wording.scaled(max(values), 'B/s')} each way"
+    inches = min(_WIDEST, max(4.0 + _INCHES * width, _TITLE_INCHES * len(title)))
+    picture = apart(picture, (inches - _BESIDE_INCHES) / max(width, 1.0))
+    xs = [node.x for node in picture.nodes]
+    figure = blank_figure(inches, min(14.0, max(4.5, 2.4 + 0.95 * height)))
+    axes = figure.add_subplot()
+    axes.set_axis_off()
+    _draw_lines(figure, axes, picture, measure)
+    _draw_nodes(axes, picture)
+    axes.set_xlim(min(xs) - 1.2, max(xs) + 1.2)
+    axes.set_ylim(min(ys) - 0.8, max(ys) + 0.8)
+    axes.set_title(title, loc="left", fontsize=12, fontweight="bold")
+    return png_bytes(figure)
+
+
+def apart(picture: Picture, inches_per_unit: float) -> Picture:
+    """The same picture with no switch on its neighbour's letters."""
+    rows: dict[float, list[int]] = defaultdict(list)
+    for number, node in enumerate(picture.nodes):
+        if node.kind is Kind.SWITCH:
+            rows[node.y].append(number)
+    nodes = list(picture.nodes)
+    room = max(node.x for node in nodes) - min(node.x for node in nodes)
+    for row in rows.values():
+        row.sort(key=lambda number: (nodes[number].x, number))
+        if _least(nodes, row, inches_per_unit) * (len(row) - 1) > room:
+            for number in row[1:]:
+                nodes[number] = replace(nodes[number], text=nodes[number].text.split()[-1])
+            least = _least(nodes, row[1:], inches_per_unit)
+        else:
+            least = _least(nodes, row, inches_per_unit)
+        xs: list[float] = []
+        for number in row:
+            xs.append(max(nodes[number].x, xs[-1] + least) if xs else nodes[number].x)
+        shift = sum(nodes[number].x - x for number, x in zip(row, xs, strict=True)) / len(row)
+        for number, x in zip(row, xs, strict=True):
+            nodes[number] = replace(nodes[number], x=x + shift)
+    return replace(picture, nodes=tuple(nodes))
+
+
+def _least(nodes: list[Node], row: list[int], inches_per_unit: float) -> float:
+    """How far the middles of two boxes have to be from each other."""
+    widest = max((len(line) for number in row for line in nodes[number].text.split("\n")), default=0)
+    return (widest + 2) * _LETTER_INCHES * _points(len(nodes)) / inches_per_unit
+
+
+def _points(num_nodes: int) -> float:
+    """Size of letters."""
+    return 7 if num_nodes > 40 else 8.5
+
+
+def _draw_lines(figure: "Figure", axes: "Axes", picture: Picture, measure: str) -> None:
+    from matplotlib import colormaps
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import LogNorm, Normalize
+    from matplotlib.ticker import FuncFormatter, NullLocator
+
+    values = [line.value for line in picture.lines if line.value]
+    if measure == "busy":
+        norm: Normalize = Normalize(0.0, max(1.0, *values) if values else 1.0)
+    else:
+        low, high = (min(values), max(values)) if values else (1.0, 10.0)
+        norm = LogNorm(low / 1.5, high * 1.5)
+    colours = colormaps["viridis_r"]
+    for line in picture.lines:
+        share = 0.0 if not line.value else float(norm(line.value))
+        _draw_line(axes, picture, line, colours(0.15 + 0.85 * share), THIN + (THICK - THIN) * share)
+    if values and (measure == "busy" or len(set(values)) > 1):
+        bar = figure.colorbar(ScalarMappable(norm, colours), ax=axes, shrink=0.7, pad=0.01)
+        if measure == "busy":
+            bar.set_label("busy (the busier direction)")
+            bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: wording.percent(value)))
+        else:
+            bar.set_label("rate, one direction")
+            bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: wording.scaled(value, "B/s")))
+            told = sorted(set(values))
+            if len(told) <= _MOST_TICKS:
+                bar.set_ticks(told)
+            bar.ax.yaxis.set_minor_locator(NullLocator())
+
+
+def _draw_line(axes: "Axes", picture: Picture, line: Line, colour: object, width: float) -> None:
+    from matplotlib.patches import FancyArrowPatch
+
+    a, b = picture.nodes[line.a], picture.nodes[line.b]
+    is_down = line.value is None
+    axes.add_patch(
+        FancyArrowPatch(
+            (a.x, a.y),
+            (b.x, b.y),
+            arrowstyle="-",
+            connectionstyle=f"arc3,rad={line.bend}",
+            color=DOWN if is_down else colour,
+            linewidth=1.2 if is_down else width,
+            linestyle=(0, (3, 3)) if is_down else "solid",
+            shrinkA=0,
+            shrinkB=0,
+            zorder=1,
+        )
+    )
+
+
+def _draw_nodes(axes: "Axes", picture: Picture) -> None:
+    looks = {
+        Kind.CHIP: {"boxstyle": "circle,pad=0.25", "facecolor": CHIP, "edgecolor": INK},
+        Kind.SWITCH: {"boxstyle": "round,pad=0.3", "facecolor": SWITCH, "edgecolor": INK},
+        Kind.MORE: {"boxstyle": "round,pad=0.4", "facecolor": "white", "edgecolor": FAINT, "linestyle": "--"},
+    }
+    for node in picture.nodes:
+        axes.text(
+            node.x,
+            node.y,
+            node.text,
+            ha="center",
+            va="center",
+            fontsize=_points(len(picture.nodes)),
+            color=INK,
+            bbox={"linewidth": 0.8, **looks[node.kind]},
+            zorder=3,
+        )

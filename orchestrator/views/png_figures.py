@@ -1,0 +1,50 @@
+"""Figures: an empty sheet and the bytes of a finished one, without a display and without global state.
+
+matplotlib is imported when a picture is drawn. No date and no version is stored: the same drawing gives the same
+bytes. Colours are those of Okabe and Ito (2008), which colour-blind readers can tell apart.
+"""
+
+import io
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+INK, FAINT = "#222222", "#d9d9d9"
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6BB1", "#A6761D")
+
+
+def blank_figure(width: float, height: float) -> "Figure":
+    """A white sheet of so many inches."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=130, layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def png_bytes(figure: "Figure") -> bytes:
+    """The picture as a PNG file."""
+    target = io.BytesIO()
+    figure.savefig(target, format="png", metadata={"Software": None})
+    return target.getvalue()
+
+
+def log_sizes(axes: "Axes") -> None:
+    """Sizes in bytes along x and rates along y, both logarithmic, told in units."""
+    from matplotlib.ticker import FuncFormatter, LogLocator
+
+    from comms import wording
+    from orchestrator.views.network.comms_report import size_in_words
+
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.xaxis.set_major_locator(LogLocator(base=2, numticks=12))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: size_in_words(round(value))))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: wording.scaled(value, "B/s")))
+    axes.tick_params(axis="x", labelrotation=35)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(color=FAINT, linewidth=0.6)
+    axes.set_axisbelow(True)

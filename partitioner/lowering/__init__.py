@@ -1,0 +1,1 @@
+"""Lowering: a captured graph and a plan become one Program per role."""

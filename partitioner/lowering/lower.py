@@ -1,0 +1,208 @@
+"""Lowering: (captured graph, plan) to a Program, one role per pipeline stage.
+
+Tensor parallelism is inside the traced units already. Here the stages are cut, activations and their gradients get
+their sends and receives, gradients their reduction over dp, the optimizer its (sharded) step, and every tensor its
+lifetime. `Program.meta` gets the step's facts: `samples`, `tokens`, `model_flops` (forward + backward, no recompute),
+`params`, `nominal_count`, `dtype`, `plan`, `model`.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+from partitioner.capture.captured_graph import Graph
+from partitioner.errors import PartitionError
+from partitioner.layout.fused_projections import unfuse
+from partitioner.layout.joint_trace import param_dims, tensor_parallel_mesh, trace_joint
+from partitioner.layout.parallel_plan import Plan, balance
+from partitioner.lowering.flat_buffers import FlatGroup, Param, make_groups
+from partitioner.lowering.pieces import TracedUnit, split_joint
+from partitioner.lowering.pipeline_schedules import SCHEDULES, with_transfers
+from partitioner.lowering.role_builder import RoleBuilder, SegmentPool, touched
+from partitioner.lowering.stage import StageContext, emit_stage
+from partitioner.lowering.update import emit_stats, emit_update, reduce_gradients
+from partitioner.program.program import Call, Free, Program, Role, TensorSpec
+
+BACKWARD_FLOPS = 3  # forward + backward, as multiples of forward: two matmuls per matmul
+MATRIX = 2  # dims of a parameter that gets weight decay
+CALLED_ONCE = 0  # microbatch number of bodies that run once per step
+
+
+@dataclass(frozen=True, slots=True)
+class StepShape:
+    """What one step processes: `samples` per step over all replicas, `tokens` per sample (1 if no sequence).
+
+    `undecayed`: parameters without weight decay; None = all but matrices (biases and norms), the choice since GPT-2.
+    """
+
+    samples: int
+    tokens: int
+    model: str
+    dtype: str
+    optimizer_states: int
+    undecayed: frozenset[str] | None = None
+
+
+def lower(
+    graph: Graph, plan: Plan, shape: StepShape, progress: Callable[[str], None] = lambda _: None
+) -> Program:
+    """Make the Program of one training step (and of evaluation). Raises PartitionError or CaptureError."""
+    undecayed = shape.undecayed
+    if undecayed is None:
+        undecayed = frozenset(name for name in graph.params if len(graph.specs[name].shape) < MATRIX)
+    graph = unfuse(graph) if plan.tp > 1 else graph
+    sizes = plan.stages or balance([unit_cost(graph, i) for i in range(len(graph.units))], plan.pp)
+    if sum(sizes) != len(graph.units):
+        raise PartitionError(
+            f"the plan places {sum(sizes)} units, the model has {len(graph.units)}", where="plan: stages",
+            hint=f"make the counts add up to {len(graph.units)}",
+        )  # fmt: skip
+    traced = _trace_templates(graph, plan, progress)
+    stage_of = [stage for stage, size in enumerate(sizes) for _ in range(size)]
+    context = StageContext(
+        graph, plan, traced, tuple(stage_of), _param_dims(graph, plan), _nominal_count(graph, shape)
+    )
+    pool = SegmentPool()
+    roles = tuple(
+        _role(context, stage, pool, replace(shape, undecayed=undecayed)) for stage in range(plan.pp)
+    )
+    flops = BACKWARD_FLOPS * sum(graph.templates[u.template].flops for u in graph.units)
+    meta: dict[str, str | int | float] = {
+        "model": shape.model, "dtype": shape.dtype, "plan": str(plan), "samples": shape.samples,
+        "tokens": shape.samples * shape.tokens, "params": graph.param_numel(), "units": len(graph.units),
+        "model_flops": flops * plan.microbatches * plan.dp, "nominal_count": context.nominal_count,
+        "zero": plan.zero, "loss": graph.loss_rule, "schedule": str(plan.schedule), "stages": "+".join(map(str, sizes)),
+    }  # fmt: skip
+    return Program(plan.axes, plan.microbatches, tuple(pool.segments), roles, tuple(meta.items()))
+
+
+def unit_cost(graph: Graph, index: int) -> float:
+    """FLOPs of a unit, plus a byte-sized share so that units without matmuls still weigh something."""
+    template = graph.templates[graph.units[index].template]
+    return template.flops + sum(spec.nbytes for spec in template.outputs)
+
+
+def _nominal_count(graph: Graph, shape: StepShape) -> int:
+    """The divisor put into the gradients beforehand: all tokens of the step count."""
+    return shape.samples * shape.tokens
+
+
+def _param_dims(graph: Graph, plan: Plan) -> Mapping[str, int | None]:
+    """Where tp cuts each parameter; replicated where its uses disagree or the size does not divide."""
+    found: dict[str, set[int | None]] = {}
+    for unit in graph.units:
+        template = graph.templates[unit.template]
+        for name, dim in zip(unit.params, param_dims(template), strict=True):
+            found.setdefault(name, set()).add(dim)
+    dims: dict[str, int | None] = {}
+    for name, choices in found.items():
+        dim = choices.pop() if len(choices) == 1 else None
+        fits = plan.tp > 1 and dim is not None and graph.specs[name].shape[dim] % plan.tp == 0
+        dims[name] = dim if fits else None
+    return dims
+
+
+def _trace_templates(
+    graph: Graph, plan: Plan, progress: Callable[[str], None]
+) -> Mapping[tuple[int, bool], TracedUnit]:
+    """Trace every (template, is it first) once."""
+    dims = _param_dims(graph, plan)
+    traced: dict[tuple[int, bool], TracedUnit] = {}
+    with tensor_parallel_mesh(plan.tp) as mesh:
+        for unit in graph.units:
+            key = (unit.template, not unit.activations)
+            if key not in traced:
+                progress(f"tracing {unit.name}")
+                template = graph.templates[unit.template]
+                frozen = [name in graph.frozen for name in unit.params]
+                joint = trace_joint(
+                    template, [dims[name] for name in unit.params], mesh, frozen, first=key[1]
+                )
+                traced[key] = split_joint(joint)
+    return traced
+
+
+def _role(context: StageContext, stage: int, pool: SegmentPool, shape: StepShape) -> Role:
+    plan = context.plan
+    role = RoleBuilder(stage, pool)
+    params = _params(context, stage, shape.undecayed or frozenset())
+    groups = make_groups(
+        role,
+        params,
+        dp=plan.dp,
+        zero=plan.zero,
+        bucket_bytes=plan.bucket_bytes,
+        states=shape.optimizer_states,
+    )
+    trained = tuple(g for g in groups if not g.params[0].is_frozen)
+    finished = emit_stage(role, context)
+    role.add_frees(("recv_forward", "forward", "send_forward", "recv_backward", "backward", "send_backward"))
+    started = _emit_last_backward(role, trained, plan, finished.unit_ends)
+    emit_update(role, trained, plan, finished.losses, started)
+    _emit_evaluation(role, plan, finished.losses)
+    return Role(stage, tuple(role.tensors), role.finished_bodies(), _schedules(role, plan))
+
+
+def _params(context: StageContext, stage: int, undecayed: frozenset[str]) -> list[Param]:
+    graph = context.graph
+    stages: dict[str, set[int]] = {}
+    earliest: dict[str, int] = {}
+    for index, unit in enumerate(graph.units):
+        for name in unit.params:
+            stages.setdefault(name, set()).add(context.stage_of[index])
+            if context.stage_of[index] == stage:
+                earliest.setdefault(name, index)
+    params = []
+    for name, first in earliest.items():
+        dim = context.dims[name]
+        shape = list(graph.specs[name].shape)
+        if dim is not None:
+            shape[dim] //= context.plan.tp
+        tied = tuple(sorted(stages[name])) if len(stages[name]) > 1 else ()
+        spec = TensorSpec(tuple(shape), graph.specs[name].dtype)
+        params.append(Param(name, spec, dim, tied, first, name in graph.frozen, name not in undecayed))
+    return params
+
+
+def _emit_last_backward(
+    role: RoleBuilder, groups: tuple[FlatGroup, ...], plan: Plan, unit_ends: Mapping[int, int]
+) -> set[int]:
+    """`backward_last`: the backward of the last microbatch, starting each bucket's reduction when it is complete."""
+    due: dict[int, list[int]] = {}
+    for index, group in enumerate(groups):
+        if plan.dp > 1 and not group.tied:
+            due.setdefault(unit_ends[group.ready], []).append(index)
+    body = "backward_last"
+    role.body(body)
+    for instruction in role.bodies["backward"]:
+        role.emit(body, instruction)
+        for index in due.get(instruction.id, ()):
+            reduce_gradients(role, body, groups[index], plan)
+    return {index for indices in due.values() for index in indices}
+
+
+def _emit_evaluation(role: RoleBuilder, plan: Plan, losses: tuple[int, int] | None) -> None:
+    """`drop` frees what forward kept for a backward that never comes; `report` sums loss and count."""
+    alive: dict[int, None] = {}
+    for name in ("recv_forward", "forward", "send_forward"):
+        for instruction in role.bodies.get(name, []):
+            alive |= {t: None for t in touched(instruction) if role.tensors[t].is_per_microbatch}
+            if isinstance(instruction, Free):
+                alive = {t: None for t in alive if t not in instruction.tensors}
+    role.body("drop")
+    if alive:
+        role.emit("drop", Free(0, tuple(sorted(alive))))
+    role.body("report")
+    emit_stats(role, "report", [], losses, plan)
+
+
+def _schedules(role: RoleBuilder, plan: Plan) -> tuple[tuple[str, tuple[Call, ...]], ...]:
+    bodies = frozenset(role.bodies)
+    tasks = SCHEDULES[plan.schedule](role.stage, plan.pp, plan.microbatches)
+    step = (*with_transfers(tasks, bodies, last="backward_last"), Call("update", CALLED_ONCE))
+    evaluate: list[Call] = []
+    for microbatch in range(plan.microbatches):
+        evaluate += with_transfers((("forward", microbatch),), bodies, last="")
+        evaluate.append(Call("drop", microbatch))
+    evaluate.append(Call("report", CALLED_ONCE))
+    start = (Call("constants", CALLED_ONCE),) if "constants" in bodies else ()
+    return (("start", start), ("step", step), ("evaluate", tuple(evaluate)))

@@ -1,0 +1,289 @@
+"""From a joint graph to pieces: forward and backward, cut into segments at every collective.
+
+Forward is what the unit's outputs need; everything else is backward, as in functorch's default partition. Values
+that pass from one to the other are saved; views are made again from what they view instead of being saved.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from torch.fx import Node
+
+from partitioner.capture.captured_graph import operand
+from partitioner.capture.dtypes import SHORT, spec_of
+from partitioner.capture.op_costs import is_view, op_bytes, op_flops, op_name
+from partitioner.errors import CaptureError
+from partitioner.layout.joint_trace import Joint
+from partitioner.program.program import CollectiveOp, Op, Reduction, TensorSpec
+
+aten = torch.ops.aten
+REDUCTIONS = {"sum": Reduction.SUM, "avg": Reduction.AVG, "max": Reduction.MAX, "min": Reduction.MIN}
+COLLECTIVES = {
+    "all_reduce": CollectiveOp.ALL_REDUCE,
+    "all_gather_into_tensor": CollectiveOp.ALL_GATHER,
+    "reduce_scatter_tensor": CollectiveOp.REDUCE_SCATTER,
+    "all_to_all_single": CollectiveOp.ALL_TO_ALL,
+    "broadcast": CollectiveOp.BROADCAST,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentPiece:
+    """A segment without a number yet; `reads` and `writes` are slots of the unit."""
+
+    inputs: tuple[TensorSpec, ...]
+    ops: tuple[Op, ...]
+    outputs: tuple[int, ...]
+    reads: tuple[int, ...]
+    writes: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class CollectivePiece:
+    """A collective over the tp axis between two segments."""
+
+    op: CollectiveOp
+    reduction: Reduction
+    read: int
+    write: int
+
+
+Piece: TypeAlias = SegmentPiece | CollectivePiece
+
+
+@dataclass(frozen=True)
+class TracedUnit:
+    """A template as one chip runs it.
+
+    Slots number the unit's values: first the inputs (params, frees, activations), the tp coordinate, the tangents,
+    then everything else. `outputs` and `grads` are slots; a grad is None where nothing flows. `tangents[k]` is the
+    index of the output whose gradient slot `first_tangent + k` takes.
+    """
+
+    specs: tuple[TensorSpec, ...]
+    coordinate: int
+    first_tangent: int
+    tangents: tuple[int, ...]
+    forward: tuple[Piece, ...]
+    backward: tuple[Piece, ...]
+    outputs: tuple[int, ...]
+    grads: tuple[tuple[int, int | None], ...]
+
+
+def split_joint(joint: Joint) -> TracedUnit:
+    """Cut a joint graph into the pieces of forward and backward."""
+    _clean(joint.graph)
+    nodes = list(joint.graph.nodes)
+    placeholders = [n for n in nodes if n.op == "placeholder"]
+    results = nodes[-1].args[0]
+    assert isinstance(results, tuple | list)
+    outputs, grads = results[: joint.num_outputs], results[joint.num_outputs :]
+    forward = _ancestors(outputs)
+    forward |= {n for n in nodes if op_name(n.target) == "getitem" and n.args[0] in forward}
+    backward = _backward_nodes([g for g in grads if isinstance(g, Node)], forward)
+    slots: dict[Node, int] = {n: i for i, n in enumerate(placeholders)}
+    specs = [spec_of(n.meta["val"]) for n in placeholders]
+    calls = [n for n in nodes if n.op == "call_function"]
+    forward_nodes, backward_nodes = [n for n in calls if n in forward], [n for n in calls if n in backward]
+    needed_later = _reads(backward_nodes) | {n for n in (*outputs, *grads) if isinstance(n, Node)}
+    numbering = _Slots(slots, specs)
+    forward_pieces = _pieces(forward_nodes, needed_later, numbering)
+    for node in backward_nodes:  # what forward made and backward makes again lives in backward's own slot
+        if node in forward and node not in outputs:
+            numbering.slots.pop(node, None)
+    backward_pieces = _pieces(backward_nodes, {g for g in grads if isinstance(g, Node)}, numbering)
+    return TracedUnit(
+        specs=tuple(numbering.specs),
+        coordinate=joint.num_inputs,
+        first_tangent=joint.num_inputs + 1,
+        tangents=joint.tangents,
+        forward=forward_pieces,
+        backward=backward_pieces,
+        outputs=tuple(numbering.slots[o] for o in outputs),
+        grads=tuple(
+            (i, numbering.slots[g] if isinstance(g, Node) else None)
+            for i, g in zip(joint.wanted, grads, strict=True)
+        ),
+    )
+
+
+@dataclass
+class _Slots:
+    slots: dict[Node, int]
+    specs: list[TensorSpec]
+
+    def of(self, node: Node) -> int:
+        if node not in self.slots:
+            self.slots[node] = len(self.specs)
+            self.specs.append(spec_of(node.meta["val"]))
+        return self.slots[node]
+
+
+def _clean(graph: torch.fx.Graph) -> None:
+    """Remove detaches and views that change nothing; make lifted scalars explicit."""
+    for node in list(graph.nodes):
+        if node.op == "get_attr":
+            _inline_scalar(node)
+        if node.op != "call_function" or not node.args or not isinstance(node.args[0], Node):
+            continue
+        source = node.args[0]
+        name = op_name(node.target)
+        if name == "getitem":  # stays with its producer, so that no tuple crosses a segment's border
+            source.append(node)
+        same_shape = (
+            name in ("view", "_unsafe_view", "expand") and node.meta["val"].shape == source.meta["val"].shape
+        )
+        if name in ("detach", "alias") or same_shape:
+            node.replace_all_uses_with(source)
+    graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
+
+
+def _inline_scalar(node: Node) -> None:
+    value = node.meta.get("val")
+    owner = node.graph.owning_module
+    literal = getattr(owner, str(node.target), None) if owner is not None else None
+    if not isinstance(literal, torch.Tensor) or literal.numel() != 1 or not isinstance(value, torch.Tensor):
+        raise CaptureError(
+            "a tensor is created inside a traced block", where=str(node.target), hint="make it a buffer"
+        )
+    with node.graph.inserting_before(node):
+        made = node.graph.call_function(
+            aten.full.default, (list(literal.shape), literal.item()), {"dtype": literal.dtype}
+        )
+    made.meta = dict(node.meta)
+    node.replace_all_uses_with(made)
+
+
+def _ancestors(outputs: Iterable[object]) -> set[Node]:
+    found: set[Node] = set()
+    stack = [n for n in outputs if isinstance(n, Node)]
+    while stack:
+        node = stack.pop()
+        if node not in found:
+            found.add(node)
+            stack.extend(node.all_input_nodes)
+    return found
+
+
+def _backward_nodes(grads: Sequence[Node], forward: set[Node]) -> set[Node]:
+    """Nodes to run in backward: what is not forward, and forward views (free to make again)."""
+    found: set[Node] = set()
+    stack = list(grads)
+    while stack:
+        node = stack.pop()
+        remade = node not in forward or (
+            is_view(node.target) and op_name(node.target) not in ("wait_tensor", "getitem")
+        )
+        if node not in found and node.op == "call_function" and remade:
+            found.add(node)
+            stack.extend(node.all_input_nodes)
+    return found
+
+
+def _reads(nodes: Iterable[Node]) -> set[Node]:
+    inside = set(nodes)
+    return {n for node in inside for n in node.all_input_nodes if n not in inside}
+
+
+def _is_collective(node: Node) -> bool:
+    return "_c10d_functional" in str(node.target) and op_name(node.target) != "wait_tensor"
+
+
+def _pieces(nodes: Sequence[Node], needed_later: set[Node], slots: _Slots) -> tuple[Piece, ...]:
+    """Cut a node list at collectives; `needed_later` is what must outlive the list."""
+    runs: list[list[Node]] = [[]]
+    for node in nodes:
+        if op_name(node.target) == "wait_tensor":
+            continue
+        if _is_collective(node):
+            runs += [[node], []]
+        else:
+            runs[-1].append(node)
+    pieces: list[Piece] = []
+    for index, run in enumerate(runs):
+        if run and _is_collective(run[0]):
+            pieces.append(_collective(run[0], slots))
+        elif run:
+            later = needed_later | {
+                _source(n) for other in runs[index + 1 :] for node in other for n in node.all_input_nodes
+            }
+            pieces.append(_segment(run, later, slots))
+    return tuple(pieces)
+
+
+def _source(node: Node) -> Node:
+    """A wait stands for the collective it waits on."""
+    while op_name(node.target) == "wait_tensor":
+        node = operand(node, 0)
+    return node
+
+
+def _collective(node: Node, slots: _Slots) -> CollectivePiece:
+    op = COLLECTIVES[op_name(node.target)]
+    reduction = next(
+        (REDUCTIONS[a] for a in node.args[1:] if isinstance(a, str) and a in REDUCTIONS), Reduction.NONE
+    )
+    source = node.args[0]
+    assert isinstance(source, Node)
+    write = slots.of(node)
+    for user in node.users:
+        slots.slots[user] = write
+    return CollectivePiece(op, reduction, slots.of(_source(source)), write)
+
+
+def _segment(run: Sequence[Node], later: set[Node], slots: _Slots) -> SegmentPiece:
+    inside = set(run)
+    outer = list(dict.fromkeys(_source(n) for node in run for n in node.all_input_nodes if n not in inside))
+    number = {n: i for i, n in enumerate([*outer, *run])}
+    kept = [n for n in run if n in later]
+    return SegmentPiece(
+        inputs=tuple(spec_of(n.meta["val"]) for n in outer),
+        ops=tuple(make_op(node, number) for node in run),
+        outputs=tuple(number[n] for n in kept),
+        reads=tuple(slots.of(n) for n in outer),
+        writes=tuple(slots.of(n) for n in kept),
+    )
+
+
+def make_op(node: Node, number: Mapping[Node, int]) -> Op:
+    """One node as an Op whose operands are `v<number>`."""
+    value = node.meta["val"]
+    is_tuple = isinstance(value, tuple | list)
+    outs = tuple(spec_of(v) for v in (value if is_tuple else [value]) if isinstance(v, torch.Tensor))
+    reads, writes = op_bytes(node)
+    return Op(_code(node, number), outs, is_tuple, op_flops(node), reads, writes)
+
+
+def _code(node: Node, number: Mapping[Node, int]) -> str:
+    parts = [_literal(arg, number) for arg in node.args]
+    parts += [f"{key}={_literal(arg, number)}" for key, arg in node.kwargs.items() if key != "pin_memory"]
+    target = node.target
+    if op_name(target) in ("view", "_unsafe_view"):  # traced on contiguous operands; real ones may be strided
+        target = aten.reshape.default
+    if op_name(target) == "as_strided":
+        raise CaptureError(
+            "as_strided depends on memory layout", where=node.name, hint="use view, narrow or unfold"
+        )
+    if isinstance(target, torch._ops.OpOverload):
+        space, name = target._schema.name.split("::")
+        return f"{space}.{name}.{target._overloadname}({', '.join(parts)})"
+    return f"{op_name(target)}({', '.join(parts)})"
+
+
+def _literal(arg: object, number: Mapping[Node, int]) -> str:
+    if isinstance(arg, Node):
+        return f"v{number[_source(arg)]}"
+    if isinstance(arg, tuple | list):
+        return "[" + ", ".join(_literal(a, number) for a in arg) + "]"
+    if isinstance(arg, torch.dtype):
+        return f"dtype.{SHORT[arg]}"
+    if isinstance(arg, torch.device):
+        return "device"
+    if isinstance(arg, torch.layout | torch.memory_format):
+        return str(arg)
+    if isinstance(arg, float) and arg in (float("inf"), float("-inf")):
+        return "inf" if arg > 0 else "-inf"
+    assert arg is None or isinstance(arg, bool | int | float | str), f"{arg!r} cannot be written down"
+    return repr(arg)

@@ -1,0 +1,164 @@
+"""RoleBuilder: the tables of one role while it is being lowered, and the instructions as they are emitted."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from partitioner.lowering.pieces import CollectivePiece, Piece, SegmentPiece
+from partitioner.program.program import (
+    Body,
+    Collective,
+    CollectiveOp,
+    Compute,
+    Free,
+    Group,
+    Instruction,
+    Op,
+    Recv,
+    Reduction,
+    Segment,
+    Send,
+    Tensor,
+    TensorKind,
+    TensorSpec,
+    Wait,
+)
+
+
+@dataclass
+class SegmentPool:
+    """All segments of a Program; equal ones are stored once."""
+
+    segments: list[Segment] = field(default_factory=list)
+    known: dict[object, int] = field(default_factory=dict)
+
+    def add(self, name: str, inputs: Sequence[TensorSpec], ops: Sequence[Op], outputs: Sequence[int]) -> int:
+        """The number of this segment, new or known."""
+        key = (tuple(inputs), tuple(ops), tuple(outputs))
+        if key not in self.known:
+            self.known[key] = len(self.segments)
+            self.segments.append(Segment(len(self.segments), name, *key))
+        return self.known[key]
+
+
+@dataclass
+class RoleBuilder:
+    """Tensors and bodies of one stage; ids are positions in these tables."""
+
+    stage: int
+    pool: SegmentPool
+    tensors: list[Tensor] = field(default_factory=list)
+    by_name: dict[str, int] = field(default_factory=dict)
+    bodies: dict[str, list[Instruction]] = field(default_factory=dict)
+    next_id: int = 0
+
+    def tensor(self, name: str, kind: TensorKind, spec: TensorSpec, **more: Any) -> int:
+        """Declare a tensor once; later calls with the same name return it."""
+        if name not in self.by_name:
+            self.by_name[name] = len(self.tensors)
+            self.tensors.append(Tensor(len(self.tensors), name, kind, spec, **more))
+        return self.by_name[name]
+
+    def spec(self, tensor: int) -> TensorSpec:
+        """Shape and dtype of a tensor."""
+        return self.tensors[tensor].spec
+
+    def body(self, name: str) -> None:
+        """Declare a body, which may stay empty."""
+        self.bodies.setdefault(name, [])
+
+    def _number(self) -> int:
+        self.next_id += 1
+        return self.next_id - 1
+
+    def emit(self, body: str, instruction: Instruction) -> None:
+        """Append with a fresh id."""
+        self.bodies.setdefault(body, []).append(replace(instruction, id=self._number()))
+
+    def compute(self, body: str, segment: int, reads: Sequence[int], writes: Sequence[int]) -> None:
+        """Emit a Compute."""
+        self.emit(body, Compute(0, segment, tuple(reads), tuple(writes)))
+
+    def wait(self, body: str, *tensors: int) -> None:
+        """Emit a Wait, if there is anything to wait for."""
+        if tensors:
+            self.emit(body, Wait(0, tensors))
+
+    def collective(
+        self, body: str, op: CollectiveOp, reduction: Reduction, group: Group, read: int, write: int
+    ) -> None:
+        """Emit a Collective from one tensor to another."""
+        self.emit(body, Collective(0, op, reduction, group, 0, (read,), (write,)))
+
+    def pieces(
+        self,
+        body: str,
+        name: str,
+        pieces: Sequence[Piece],
+        slots: dict[int, int],
+        specs: Sequence[TensorSpec],
+        prefix: str,
+    ) -> None:
+        """Emit a unit's pieces; `slots` maps its slots to tensors and gains those the pieces make."""
+        for piece in pieces:
+            if isinstance(piece, CollectivePiece):
+                slots[piece.write] = self.tensor(
+                    f"{prefix}.{piece.write}", TensorKind.ACTIVATION, specs[piece.write]
+                )
+                self.collective(
+                    body, piece.op, piece.reduction, Group(("tp",)), slots[piece.read], slots[piece.write]
+                )
+                self.wait(body, slots[piece.write])
+                continue
+            assert isinstance(piece, SegmentPiece)
+            for slot in piece.writes:
+                slots[slot] = self.tensor(f"{prefix}.{slot}", TensorKind.ACTIVATION, specs[slot])
+            segment = self.pool.add(name, piece.inputs, piece.ops, piece.outputs)
+            self.compute(body, segment, [slots[s] for s in piece.reads], [slots[s] for s in piece.writes])
+
+    def simple(self, body: str, name: str, code: str, reads: Sequence[int], write: int) -> None:
+        """Emit a one-op segment whose operands are v0.. in the order of `reads`."""
+        out = self.spec(write)
+        nbytes = sum(self.spec(r).nbytes for r in reads)
+        op = Op(code, (out,), False, sum(self.spec(r).numel for r in reads), nbytes, out.nbytes)
+        inputs = [self.spec(r) for r in reads]
+        self.compute(body, self.pool.add(name, inputs, [op], [len(inputs)]), reads, [write])
+
+    def add_frees(self, order: Sequence[str]) -> None:
+        """Insert a Free after the last use of every per-microbatch tensor, bodies taken in `order`."""
+        last: dict[int, tuple[str, int]] = {}
+        for name in order:
+            for index, instruction in enumerate(self.bodies.get(name, [])):
+                for tensor in touched(instruction):
+                    if self.tensors[tensor].is_per_microbatch:
+                        last[tensor] = (name, index)
+        due: dict[tuple[str, int], list[int]] = {}
+        for tensor, place in last.items():
+            due.setdefault(place, []).append(tensor)
+        for name in order:
+            freed: list[Instruction] = []
+            for index, instruction in enumerate(self.bodies.get(name, [])):
+                freed.append(instruction)
+                if (name, index) in due:
+                    freed.append(Free(self._number(), tuple(sorted(due[name, index]))))
+            if name in self.bodies:
+                self.bodies[name] = freed
+
+    def finished_bodies(self) -> tuple[Body, ...]:
+        """Bodies with instruction ids renumbered in order, as the text form shows them."""
+        count, done = 0, []
+        for name, instructions in self.bodies.items():
+            numbered = [replace(ins, id=count + i) for i, ins in enumerate(instructions)]
+            count += len(instructions)
+            done.append(Body(name, tuple(numbered)))
+        return tuple(done)
+
+
+def touched(instruction: Instruction) -> tuple[int, ...]:
+    """Tensors an instruction reads, writes or moves."""
+    if isinstance(instruction, Send | Recv):
+        return (instruction.tensor,)
+    if isinstance(instruction, Wait | Free):
+        return instruction.tensors
+    reads = getattr(instruction, "reads", ())
+    return (*reads, *getattr(instruction, "writes", ()))

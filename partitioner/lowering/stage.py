@@ -1,0 +1,253 @@
+"""One pipeline stage: forward and backward bodies from its units, with what crosses its borders.
+
+Assumed: values cross from earlier to later stages only. A value used in several later stages is sent to each; its
+gradient comes back from each and is added. Batch entries are loaded by every stage that needs them, never sent.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from torch.fx import Node
+
+from partitioner.capture.captured_graph import Graph, Side, Unit
+from partitioner.layout.parallel_plan import Plan
+from partitioner.lowering.pieces import TracedUnit, make_op
+from partitioner.lowering.role_builder import RoleBuilder
+from partitioner.lowering.update import SCALAR
+from partitioner.program.program import Accumulate, Op, Recv, Send, TensorKind
+
+
+@dataclass(frozen=True)
+class StageContext:
+    """What lowering knows about the whole model."""
+
+    graph: Graph
+    plan: Plan
+    traced: Mapping[tuple[int, bool], TracedUnit]
+    stage_of: tuple[int, ...]
+    dims: Mapping[str, int | None]
+    nominal_count: int
+
+    def units(self, stage: int) -> list[int]:
+        """The units of a stage, in order."""
+        return [i for i, s in enumerate(self.stage_of) if s == stage]
+
+    def producer(self, value: str) -> int:
+        """The stage that makes an activation."""
+        return next(self.stage_of[i] for i, unit in enumerate(self.graph.units) if value in unit.outputs)
+
+    def consumers(self, value: str) -> list[int]:
+        """The stages that read an activation, in order."""
+        return sorted(
+            {self.stage_of[i] for i, unit in enumerate(self.graph.units) if value in unit.activations}
+        )
+
+
+@dataclass
+class Finished:
+    """What later passes need: accumulated (loss, count), and the last backward instruction of every unit."""
+
+    losses: tuple[int, int] | None = None
+    unit_ends: dict[int, int] = field(default_factory=dict)
+
+
+def emit_stage(role: RoleBuilder, context: StageContext) -> Finished:
+    """Emit every per-microbatch body of `role`."""
+    emitter = _Stage(role, context)
+    emitter.forward()
+    emitter.backward()
+    return emitter.finished
+
+
+class _Stage:
+    def __init__(self, role: RoleBuilder, context: StageContext) -> None:
+        self.role, self.context, self.graph = role, context, context.graph
+        self.units = context.units(role.stage)
+        self.values: dict[str, int] = {}
+        self.slots: dict[int, dict[int, int]] = {}
+        self.grads: dict[str, list[int]] = {}
+        self.finished = Finished()
+
+    def forward(self) -> None:
+        role = self.role
+        role.body("forward")
+        arrivals = self._arrivals()
+        for value in arrivals:
+            self.values[value] = role.tensor(value, TensorKind.ACTIVATION, self.graph.specs[value])
+            role.emit("recv_forward", Recv(0, self.values[value], self.context.producer(value)))
+        self._sides()
+        role.wait("forward", *(self.values[v] for v in arrivals))
+        for index in self.units:
+            self._unit_forward(index)
+        for index in self.units:
+            for value in self.graph.units[index].outputs:
+                for stage in self.context.consumers(value):
+                    if stage != role.stage:
+                        role.emit("send_forward", Send(0, self.values[value], stage))
+        if any(self.graph.loss in self.graph.units[i].outputs for i in self.units):
+            self._accumulate_loss()
+
+    def _arrivals(self) -> list[str]:
+        """Values that come from earlier stages, in the order in which they are made (channels are FIFO)."""
+        needed = {v for i in self.units for v in self.graph.units[i].activations}
+        made = (v for unit in self.graph.units for v in unit.outputs)
+        return [v for v in made if v in needed and self.context.producer(v) != self.role.stage]
+
+    def _sides(self) -> None:
+        """Constants once, inputs once per microbatch, both cut down to what this stage needs."""
+        graph = self.graph
+        needed = {v for i in self.units for v in graph.units[i].frees}
+        if any(graph.loss in graph.units[i].outputs for i in self.units):
+            needed.add(graph.count)
+        inputs = _Side(graph.inputs, [v for v in graph.inputs.outputs if v in needed])
+        constants = _Side(
+            graph.constants, [v for v in graph.constants.outputs if v in needed | set(inputs.reads)]
+        )
+        for side, body, kind in (
+            (constants, "constants", TensorKind.CONSTANT),
+            (inputs, "forward", TensorKind.ACTIVATION),
+        ):
+            for name in side.reads:
+                self._declare_source(name)
+            if side.ops:
+                writes = [
+                    self.values.setdefault(n, self.role.tensor(n, kind, graph.specs[n])) for n in side.made
+                ]
+                segment = self.role.pool.add(
+                    body, [graph.specs[n] for n in side.reads], side.ops, side.outputs
+                )
+                self.role.compute(body, segment, [self.values[n] for n in side.reads], writes)
+
+    def _declare_source(self, name: str) -> None:
+        if name in self.values:
+            return
+        graph = self.graph
+        kind = TensorKind.BATCH if name in graph.batch else TensorKind.CONSTANT
+        space = "batch" if name in graph.batch else "buffer"
+        self.values[name] = self.role.tensor(name, kind, graph.specs[name], source=f"{space}:{name}")
+
+    def _traced(self, unit: Unit) -> TracedUnit:
+        return self.context.traced[unit.template, not unit.activations]
+
+    def _unit_forward(self, index: int) -> None:
+        unit, role = self.graph.units[index], self.role
+        traced = self._traced(unit)
+        names = [role.by_name[p] for p in unit.params]
+        inputs = [*names, *(self.values[v] for v in (*unit.frees, *unit.activations))]
+        slots = dict(enumerate(inputs))
+        slots[traced.coordinate] = self._coordinate(traced)
+        role.pieces("forward", unit.name, traced.forward, slots, traced.specs, f"u{index}")
+        for value, slot in zip(unit.outputs, traced.outputs, strict=True):
+            self.values[value] = slots[slot]
+            role.tensors[slots[slot]] = replace(role.tensors[slots[slot]], source=f"value:{value}")
+        self.slots[index] = slots
+
+    def _coordinate(self, traced: TracedUnit) -> int:
+        spec = traced.specs[traced.coordinate]
+        return self.role.tensor("coordinate.tp", TensorKind.COORDINATE, spec, source="coordinate:tp")
+
+    def _accumulate_loss(self) -> None:
+        role = self.role
+        sums = tuple(role.tensor(f"step.{name}", TensorKind.SCALAR, SCALAR) for name in ("loss", "count"))
+        role.emit(
+            "forward", Accumulate(0, (self.values[self.graph.loss], self.values[self.graph.count]), sums)
+        )
+        self.finished.losses = (sums[0], sums[1])
+
+    def backward(self) -> None:
+        role = self.role
+        role.body("backward")
+        self._receive_gradients()
+        for index in reversed(self.units):
+            self._unit_backward(index)
+        for value in self._arrivals():
+            if self._is_differentiable(value):
+                role.emit("send_backward", Send(0, self._tangent(value), self.context.producer(value)))
+
+    def _receive_gradients(self) -> None:
+        role, received = self.role, []
+        for index in self.units:
+            for value in self.graph.units[index].outputs:
+                if not self._is_differentiable(value):
+                    continue
+                for stage in self.context.consumers(value):
+                    if stage != role.stage:
+                        name = f"grad.{value}.from{stage}"
+                        tensor = role.tensor(name, TensorKind.ACTIVATION, self.graph.specs[value])
+                        role.emit("recv_backward", Recv(0, tensor, stage))
+                        self.grads.setdefault(value, []).append(tensor)
+                        received.append(tensor)
+        role.wait("backward", *received)
+
+    def _is_differentiable(self, value: str) -> bool:
+        return self.graph.specs[value].dtype in ("f64", "f32", "f16", "bf16")
+
+    def _unit_backward(self, index: int) -> None:
+        unit, role = self.graph.units[index], self.role
+        traced, slots = self._traced(unit), self.slots[index]
+        for position, output in enumerate(traced.tangents):
+            slots[traced.first_tangent + position] = self._tangent(unit.outputs[output])
+        role.pieces("backward", f"{unit.name}.backward", traced.backward, slots, traced.specs, f"b{index}")
+        reads, writes = [], []
+        for source, slot in traced.grads:
+            if slot is None:
+                continue
+            if source < len(unit.params):
+                reads.append(slots[slot])
+                writes.append(role.by_name[f"{unit.params[source]}.grad"])
+            else:
+                value = unit.activations[source - len(unit.params) - len(unit.frees)]
+                self.grads.setdefault(value, []).append(slots[slot])
+                role.tensors[slots[slot]] = replace(role.tensors[slots[slot]], source=f"grad:{value}:{index}")
+        role.emit("backward", Accumulate(0, tuple(reads), tuple(writes)))
+        self.finished.unit_ends[index] = role.bodies["backward"][-1].id
+
+    def _tangent(self, value: str) -> int:
+        """The gradient flowing into an output: the seed for the loss, else the sum of what its users sent."""
+        role, spec = self.role, self.graph.specs[value]
+        if value == self.graph.loss:
+            name, filler = "seed", repr(1.0 / self.context.nominal_count)
+        elif value in self.grads:
+            return self._grad(value)
+        else:
+            name, filler = f"zero.{spec}", "0.0"
+        if name not in role.by_name:
+            seed = role.tensor(name, TensorKind.CONSTANT, spec)
+            code = (
+                f"aten.full.default({list(spec.shape)!r}, {filler}, dtype=dtype.{spec.dtype}, device=device)"
+            )
+            role.simple("constants", "fill", code, [], seed)
+        return role.by_name[name]
+
+    def _grad(self, value: str) -> int:
+        terms = self.grads[value]
+        while len(terms) > 1:
+            first, second = terms.pop(0), terms.pop(0)
+            name = f"grad.{value}.sum{len(terms)}"
+            total = self.role.tensor(name, TensorKind.ACTIVATION, self.graph.specs[value])
+            self.role.simple("backward", "add", "aten.add.Tensor(v0, v1)", [first, second], total)
+            terms.insert(0, total)
+        return terms[0]
+
+
+class _Side:
+    """The part of a side graph that makes `wanted`: the values it reads, its ops, what it makes."""
+
+    def __init__(self, side: Side, wanted: Sequence[str]) -> None:
+        nodes = list(side.graph.graph.nodes)
+        sources = dict(zip((n for n in nodes if n.op == "placeholder"), side.inputs, strict=True))
+        results = dict(zip(side.outputs, nodes[-1].args[0], strict=True)) if side.outputs else {}
+        kept, stack = set(), [results[v] for v in wanted]
+        while stack:
+            node = stack.pop()
+            if node not in kept:
+                kept.add(node)
+                stack.extend(node.all_input_nodes)
+        outer = [n for n in nodes if n in kept and n.op == "placeholder"]
+        calls: list[Node] = [n for n in nodes if n in kept and n.op == "call_function"]
+        number = {n: i for i, n in enumerate([*outer, *calls])}
+        made = [v for v in wanted if results[v] not in sources]
+        self.reads: tuple[str, ...] = tuple(sources[n] for n in outer)
+        self.ops: tuple[Op, ...] = tuple(make_op(n, number) for n in calls)
+        self.made: tuple[str, ...] = tuple(made)
+        self.outputs: tuple[int, ...] = tuple(number[results[v]] for v in made)

@@ -1,0 +1,1 @@
+"""Memory: the peak of every role, and what a segment needs beyond its inputs."""

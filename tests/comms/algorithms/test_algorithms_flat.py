@@ -1,0 +1,284 @@
+"""Rings, doubling, direct and Bruck: proved for any number of ranks, and no more rounds or bytes than promised."""
+
+from math import ceil, log2, prod
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from comms.algorithms import bruck, direct, doubling, ring
+from comms.collectives.closed_form import closed_seconds
+from comms.collectives.proof import prove
+from comms.collectives.schedule import Op, Order
+from comms.errors import CommsError
+from comms.networks.levels import Level
+
+PATIENT = settings(max_examples=40)
+FAMILIES = (ring, doubling, direct, bruck)
+EVERY = [
+    (name, op, make)
+    for family in FAMILIES
+    for name, ops in family.SCHEDULES.items()
+    for op, make in ops.items()
+]
+each_schedule = pytest.mark.parametrize(
+    ("name", "op", "make"), EVERY, ids=[f"{n}-{op}" for n, op, _ in EVERY]
+)
+ranks = st.integers(1, 20)
+DIGITWISE = [
+    bruck.all_gather,
+    bruck.reduce_scatter,
+    bruck.all_reduce,
+    bruck.all_to_all,
+    bruck.barrier,
+    direct.all_reduce,
+    direct.two_shot_all_reduce,
+    direct.all_gather,
+    direct.reduce_scatter,
+    direct.all_to_all,
+    direct.pairwise_all_to_all,
+]
+
+
+def rounds_of(schedule):
+    return [each for channel in schedule.channels for each in channel.rounds]
+
+
+def sent_shares(schedule):
+    """[rank] What each rank sends over the bytes of the collective."""
+    sent = np.zeros(schedule.num_ranks)
+    for each in rounds_of(schedule):
+        np.add.at(sent, each.pattern.src, schedule.message_shares(each))
+    return sent
+
+
+def crossing_share(schedule, per_host):
+    """What leaves the hosts in all, over the bytes of the collective."""
+    total = 0.0
+    for each in rounds_of(schedule):
+        leaves = each.pattern.src // per_host != each.pattern.dst // per_host
+        total += schedule.message_shares(each)[leaves].sum()
+    return total
+
+
+@each_schedule
+def test_every_algorithm_is_proved_for_1_to_24_ranks(name, op, make):
+    for num_ranks in range(1, 25):
+        schedule = make(num_ranks)
+        assert (schedule.algorithm, schedule.op, schedule.num_ranks) == (name, op, num_ranks)
+        prove(schedule)
+
+
+@each_schedule
+def test_every_algorithm_refuses_no_ranks(name, op, make):
+    with pytest.raises(CommsError, match="0 ranks"):
+        make(0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_outline_has_a_schedule(family):
+    assert {name: set(ops) for name, ops in family.OUTLINES.items()} == {
+        name: set(ops) for name, ops in family.SCHEDULES.items()
+    }
+
+
+@PATIENT
+@given(st.sampled_from((ring.all_reduce, ring.all_gather, ring.reduce_scatter)), st.data())
+def test_rings_go_in_any_order_of_ranks_in_several_channels_and_both_ways(make, data):
+    n = data.draw(st.integers(1, 12))
+    orders = data.draw(st.lists(st.permutations(range(n)), min_size=1, max_size=3))
+    both_ways = data.draw(st.booleans())
+    schedule = make(n, orders=orders, both_ways=both_ways, pieces=2, order=Order.INTERLEAVED)
+    prove(schedule)
+    assert len(schedule.channels) == (len(orders) * (1 + both_ways) if n > 1 else 0)
+    assert all((channel.pieces, channel.order) == (2, Order.INTERLEAVED) for channel in schedule.channels)
+
+
+@PATIENT
+@given(st.sampled_from((ring.broadcast, ring.reduce)), st.data())
+def test_chains_start_or_end_at_any_root(make, data):
+    n = data.draw(st.integers(1, 12))
+    root = data.draw(st.integers(0, n - 1))
+    orders = data.draw(st.lists(st.permutations(range(n)), min_size=1, max_size=3))
+    prove(make(n, root, orders=orders, both_ways=data.draw(st.booleans()), pieces=3))
+
+
+def test_a_ring_has_one_pattern_for_all_its_rounds():
+    rounds = rounds_of(ring.all_reduce(16))
+    assert len(rounds) == 30
+    assert len({id(each.pattern) for each in rounds}) == 1
+
+
+@given(st.integers(2, 40))
+def test_a_ring_sends_every_byte_but_the_own_share_twice(num_ranks):
+    shares = sent_shares(ring.all_reduce(num_ranks))
+    np.testing.assert_allclose(shares, 2 * (num_ranks - 1) / num_ranks)
+
+
+@given(st.integers(1, 5), st.integers(1, 8), st.data())
+def test_every_ring_over_rails_leaves_each_host_once_and_together_by_every_rail(hosts, per_host, data):
+    num_rings = data.draw(st.integers(1, per_host))
+    orders = ring.rail_orders(hosts * per_host, per_host, num_rings)
+    for order in orders:
+        leaves = order // per_host != np.roll(order, -1) // per_host
+        assert leaves.sum() == (hosts if hosts > 1 else 0)
+        crosses_rails = order[leaves] % per_host != np.roll(order, -1)[leaves] % per_host
+        assert crosses_rails.sum() == (hosts % 2 if per_host > 1 and hosts > 1 else 0)
+    if num_rings == per_host and hosts > 1:
+        next_host = [order // per_host != np.roll(order, -1) // per_host for order in orders]
+        senders = np.concatenate([order[leaves] for order, leaves in zip(orders, next_host, strict=True)])
+        np.testing.assert_array_equal(np.sort(senders), np.arange(hosts * per_host))
+
+
+def test_an_order_that_leaves_out_a_rank_is_refused():
+    with pytest.raises(CommsError, match="ring 1: does not hold every rank once"):
+        ring.all_reduce(3, orders=[np.arange(3), np.array([0, 1, 1])])
+    with pytest.raises(CommsError, match="no order of ranks"):
+        ring.all_reduce(3, orders=[])
+    with pytest.raises(CommsError, match="10 ranks on hosts of 4"):
+        ring.rail_orders(10, 4, 2)
+
+
+@pytest.mark.parametrize("make", [ring.broadcast, ring.reduce, direct.gather, direct.scatter])
+def test_a_root_that_is_no_rank_is_refused(make):
+    with pytest.raises(CommsError, match="root 4 of 4 ranks"):
+        make(4, 4)
+
+
+def test_no_pieces_are_refused():
+    with pytest.raises(CommsError, match="0 pieces"):
+        ring.all_reduce(4, pieces=0)
+
+
+@given(st.integers(3, 200), st.floats(1, 1e12), st.floats(1e-7, 1e-3), st.floats(1e8, 1e12))
+def test_a_chain_is_cut_into_pieces_until_filling_it_hardly_counts(num_chips, nbytes, latency_s, rate):
+    levels = (Level("flat", num_chips, latency_s, rate),)
+    pieces = ring.chain_pieces(nbytes, levels)
+    endless = (num_chips - 1) * latency_s + nbytes / rate
+    seconds = closed_seconds(ring.chain_outline(Op.BROADCAST, nbytes, levels, pieces=pieces))
+    assert endless * (1 - 1e-9) <= seconds <= endless * (1 + 1 / 32 + 1e-9)
+
+
+@PATIENT
+@given(ranks, st.booleans())
+def test_doubling_is_proved_with_large_messages_near_or_far(num_ranks, near_large):
+    for make in doubling.SCHEDULES["halving-doubling"].values():
+        prove(make(num_ranks, near_large=near_large))
+
+
+@pytest.mark.parametrize("num_ranks", [2, 4, 8, 32])
+def test_halving_doubling_takes_few_rounds_and_moves_what_a_ring_moves(num_ranks):
+    schedule = doubling.all_reduce(num_ranks)
+    assert len(rounds_of(schedule)) == 2 * log2(num_ranks)
+    np.testing.assert_allclose(sent_shares(schedule), 2 * (num_ranks - 1) / num_ranks)
+
+
+def test_rounds_there_and_back_share_their_patterns():
+    rounds = rounds_of(doubling.all_reduce(8))
+    assert [id(each.pattern) for each in rounds] == [id(each.pattern) for each in reversed(rounds)]
+
+
+@pytest.mark.parametrize("op", list(doubling.SCHEDULES["halving-doubling"]))
+def test_large_messages_between_near_ranks_spare_the_network(op):
+    make = doubling.SCHEDULES["halving-doubling"][op]
+    assert crossing_share(make(32), 8) < crossing_share(make(32, near_large=False), 8) / 7
+
+
+@PATIENT
+@given(st.sampled_from(DIGITWISE), st.lists(st.integers(1, 4), min_size=1, max_size=3))
+def test_going_digit_by_digit_is_proved_for_any_fanouts(make, fanouts):
+    schedule = make(prod(fanouts), fanouts=fanouts)
+    prove(schedule)
+
+
+@pytest.mark.parametrize("make", [bruck.all_gather, direct.all_to_all])
+@pytest.mark.parametrize("fanouts", [(2, 2), (5,), (0, 6), (-2, -3)])
+def test_fanouts_that_do_not_make_the_ranks_are_refused(make, fanouts):
+    with pytest.raises(CommsError, match="do not make 6 ranks"):
+        make(6, fanouts=fanouts)
+
+
+@pytest.mark.parametrize(
+    "make", [bruck.all_gather, bruck.reduce_scatter, direct.all_gather, direct.reduce_scatter]
+)
+@given(st.integers(2, 40))
+def test_one_way_collectives_send_every_byte_once(make, num_ranks):
+    np.testing.assert_allclose(sent_shares(make(num_ranks)), (num_ranks - 1) / num_ranks)
+
+
+@pytest.mark.parametrize("make", [direct.all_to_all, direct.pairwise_all_to_all])
+@given(st.integers(2, 20))
+def test_all_to_all_sends_everything_once(make, num_ranks):
+    np.testing.assert_allclose(sent_shares(make(num_ranks)), (num_ranks - 1) / num_ranks)
+
+
+@given(st.integers(2, 70))
+def test_bruck_takes_as_few_rounds_as_can_be(num_ranks):
+    fewest = ceil(log2(num_ranks))
+    assert len(rounds_of(bruck.all_gather(num_ranks))) == fewest
+    assert len(rounds_of(bruck.all_to_all(num_ranks))) == fewest
+    assert len(rounds_of(bruck.barrier(num_ranks))) == fewest
+    assert len(rounds_of(bruck.all_reduce(num_ranks))) == 2 * fewest
+
+
+@given(st.integers(2, 40))
+def test_what_moves_together_in_bruck_s_all_to_all_is_few_messages(num_ranks):
+    assert bruck.all_to_all(num_ranks).num_messages <= 2 * num_ranks**2
+
+
+def test_a_barrier_carries_nothing():
+    assert sent_shares(bruck.barrier(7)).sum() == 0.0
+
+
+def test_gathering_digit_by_digit_spares_the_network():
+    each_host_gets_once_what_it_lacks = 4 * (3 / 4)
+    digits = bruck.all_gather(32, fanouts=(8, 4))
+    assert crossing_share(digits, 8) == pytest.approx(each_host_gets_once_what_it_lacks)
+    assert crossing_share(bruck.all_gather(32), 8) > 4 * each_host_gets_once_what_it_lacks
+
+
+@PATIENT
+@given(st.lists(st.integers(1, 4), min_size=1, max_size=3))
+def test_no_two_ranks_send_directly_to_one_at_a_time(fanouts):
+    n = prod(fanouts)
+    for each in rounds_of(direct.all_gather(n, fanouts=fanouts)):
+        turns = each.pattern.dst.reshape(n - 1, n)
+        np.testing.assert_array_equal(each.pattern.src.reshape(n - 1, n), np.tile(np.arange(n), (n - 1, 1)))
+        np.testing.assert_array_equal(np.sort(turns), np.tile(np.arange(n), (n - 1, 1)))
+
+
+def test_pairwise_exchange_meets_the_same_partner_both_ways():
+    for each in rounds_of(direct.pairwise_all_to_all(8, exchange=True)):
+        np.testing.assert_array_equal(each.pattern.dst[each.pattern.dst], each.pattern.src)
+    prove(direct.pairwise_all_to_all(8, exchange=True))
+    with pytest.raises(CommsError, match="pairwise exchange: 6 ranks"):
+        direct.pairwise_all_to_all(6, exchange=True)
+
+
+@PATIENT
+@given(st.integers(1, 6), st.data())
+def test_uneven_all_to_all_sends_what_the_table_says(num_ranks, data):
+    sizes = st.sampled_from((0.0, 1.0, 7.0, 1e6))
+    table = np.array([[data.draw(sizes) for _ in range(num_ranks)] for _ in range(num_ranks)])
+    schedule = direct.all_to_allv(table)
+    prove(schedule)
+    sent = np.zeros_like(table)
+    for each in rounds_of(schedule):
+        sent[each.pattern.src, each.pattern.dst] += schedule.message_shares(each) * table.sum(axis=1).max()
+        assert (schedule.message_shares(each) > 0).all()
+    np.testing.assert_allclose(sent, table - np.diag(np.diag(table)))
+
+
+@pytest.mark.parametrize("table", [[[1.0, 2.0]], [[0.0, -1.0], [0.0, 0.0]], [[0.0, np.nan], [0.0, 0.0]], []])
+def test_a_table_that_cannot_be_is_refused(table):
+    with pytest.raises(CommsError, match="all_to_allv"):
+        direct.all_to_allv(np.array(table))
+
+
+def test_levels_whose_bunches_stand_in_rings_have_no_outline_where_chips_send_past_their_neighbours():
+    levels = (Level("x", 4, 1e-6, 1e9, ring=True), Level("y", 4, 1e-6, 1e9, ring=True))
+    for family, names in ((direct, direct.OUTLINES), (bruck, bruck.OUTLINES), (ring, ring.OUTLINES)):
+        for ops in names.values():
+            assert all(make(1e6, levels) is None for make in ops.values()), family
+    assert doubling.halving_outline(Op.ALL_REDUCE, 1e6, levels) is not None

@@ -1,0 +1,206 @@
+"""Preparation: the same description is captured once, and what decides a Program is in its key."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchestrator.config.job import Dtype
+from orchestrator.errors import CaptureError, ModelError, PlanError
+from orchestrator.planning import preparation, program_cache
+from orchestrator.planning.preparation import prepare
+from partitioner.layout.parallel_plan import Plan, Schedule
+
+Make = Callable[..., Any]
+ROOT = Path(__file__).parents[3]
+
+
+class Phases:
+    """Progress that remembers its phases."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+
+    def phase(self, name: str) -> Any:
+        self.names.append(name)
+        return nullcontext()
+
+
+@pytest.fixture
+def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for name in ("load_program", "store_program", "load_number", "store_number"):
+        monkeypatch.setattr(getattr(program_cache, name), "__defaults__", (tmp_path,))
+    return tmp_path
+
+
+def test_the_second_time_nothing_is_captured(empty_cache: Path, tiny_job: Make, laptop: Any) -> None:
+    shown = [Phases(), Phases()]
+    first, second = (prepare(laptop.take(2), tiny_job(), progress=p) for p in shown)
+    assert (first.was_cached, second.was_cached) == (False, True)
+    assert shown[0].names == ["count parameters", "import torch", "build model", "capture", "partition"]
+    assert shown[1].names == []
+    assert second.program == first.program
+    assert second.plan == first.plan == Plan(dp=2)
+
+
+def test_a_cache_may_be_left_out(empty_cache: Path, tiny_job: Make, laptop: Any) -> None:
+    assert not prepare(laptop.take(1), tiny_job(), use_cache=False).was_cached
+    assert not list(empty_cache.iterdir())
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+from orchestrator.planning import program_cache
+for name in ("load_program", "store_program", "load_number", "store_number"):
+    getattr(program_cache, name).__defaults__ = (Path(sys.argv[1]),)
+from orchestrator.verbs.inputs.planned_inputs import prepare
+from orchestrator.planning.preparation import Quiet
+from orchestrator.verbs.inputs.options import Options
+from orchestrator.verbs.simulate import simulate
+overrides = ("model_args={layers: 1, width: 16, heads: 2, max_seq: 16}",)
+prepared = prepare(Options(model="builtin:gpt-nano", chips=2, global_batch=4, seq=16, overrides=overrides), Quiet())
+assert simulate(prepared.program, prepared.cluster).step_time_s > 0
+print(prepared.was_cached, "torch" in sys.modules, "ray" in sys.modules)
+"""
+
+
+def test_a_cached_program_is_simulated_without_torch(tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    runs = [
+        subprocess.run(
+            [sys.executable, "-c", SCRIPT, str(tmp_path)],
+            capture_output=True,
+            text=True,
+            env=environment,
+            check=True,
+        )
+        for _ in range(2)
+    ]
+    assert [run.stdout.split() for run in runs] == [["False", "True", "False"], ["True", "False", "False"]]
+
+
+CHANGES: dict[str, Callable[[Any, Plan], tuple[Any, Plan]]] = {
+    "model": lambda job, plan: (replace(job, model="builtin:gpt-mini"), plan),
+    "model arguments": lambda job, plan: (replace(job, model_args={**job.model_args, "layers": 3}), plan),
+    "seq": lambda job, plan: (replace(job, seq=8), plan),
+    "global batch": lambda job, plan: (replace(job, global_batch=16), plan),
+    "dtype": lambda job, plan: (replace(job, dtype=Dtype.BF16), plan),
+    "optimizer": lambda job, plan: (replace(job, optimizer=replace(job.optimizer, name="sgd")), plan),
+    "degrees": lambda job, plan: (job, replace(plan, dp=1, tp=2)),
+    "stages": lambda job, plan: (job, replace(plan, stages=(4,))),
+    "schedule": lambda job, plan: (job, replace(plan, schedule=Schedule.GPIPE)),
+    "buckets": lambda job, plan: (job, replace(plan, bucket_bytes=7)),
+    "microbatches": lambda job, plan: (job, replace(plan, microbatches=2)),
+}
+SAME: dict[str, Callable[[Any], Any]] = {
+    "steps": lambda job: replace(job, steps=99),
+    "seed": lambda job: replace(job, seed=5),
+    "data": lambda job: replace(job, data="elsewhere.txt"),
+    "learning rate": lambda job: replace(job, optimizer=replace(job.optimizer, lr=0.5)),
+    "order of arguments": lambda job: replace(job, model_args=dict(reversed(list(job.model_args.items())))),
+}
+
+
+def key(job: Any, plan: Plan) -> str:
+    return program_cache.key_of(preparation._content(job, plan))
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_everything_that_decides_a_program_is_in_its_key(change: str, tiny_job: Make) -> None:
+    job, plan = tiny_job(), Plan(dp=2)
+    assert key(*CHANGES[change](job, plan)) != key(job, plan)
+
+
+def test_momentum_counts_where_it_is_state(tiny_job: Make) -> None:
+    keys = {
+        key(tiny_job("optimizer.name=sgd", f"optimizer.momentum={m}"), Plan(dp=2)) for m in (0.0, 0.5, 0.9)
+    }
+    assert len(keys) == 2
+
+
+@pytest.mark.parametrize("change", SAME)
+def test_nothing_else_is(change: str, tiny_job: Make) -> None:
+    job, plan = tiny_job(), Plan(dp=2)
+    assert key(SAME[change](job), plan) == key(job, plan)
+
+
+MODEL_FILE = """
+from torch import nn
+
+class Net(nn.Module):
+    vocab_size = 64
+    def __init__(self, width=8):
+        super().__init__()
+        self.embed, self.head = nn.Embedding(64, width), nn.Linear(width, 64)
+    def forward(self, input_ids, labels):
+        if {branch}:
+            input_ids = labels
+        logits = self.head(self.embed(input_ids))
+        return nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+
+def make(width=8):
+    return Net(width)
+"""
+
+
+def model_file(folder: Path, branch: str = "False") -> str:
+    path = folder / "net.py"
+    path.write_text(MODEL_FILE.format(branch=branch))
+    return f"{path}:make"
+
+
+def test_a_model_from_the_users_file_is_never_cached(
+    empty_cache: Path, tmp_path: Path, tiny_job: Make, laptop: Any
+) -> None:
+    job = replace(tiny_job(), model=model_file(tmp_path), model_args={"width": 16})
+    assert not any(prepare(laptop.take(2), job).was_cached for _ in range(2))
+    assert not list(empty_cache.glob("*.program")) + list(empty_cache.glob("*.number"))
+
+
+def test_a_model_that_cannot_be_captured_is_a_user_error_with_the_line(
+    tmp_path: Path, tiny_job: Make, laptop: Any
+) -> None:
+    job = replace(tiny_job(), model=model_file(tmp_path, "input_ids.sum() > 3"), model_args={})
+    with pytest.raises(CaptureError, match="_local_scalar_dense") as caught:
+        prepare(laptop.take(1), job)
+    assert "net.py:10 (if input_ids.sum() > 3:)" in caught.value.where
+
+
+@pytest.mark.parametrize(
+    ("overrides", "plan", "kind", "said"),
+    [
+        ((), Plan(dp=4), PlanError, "dp 4 x tp 1 x pp 1 = 4 chips, the cluster has 2"),
+        ((), Plan(dp=2, microbatches=3), PlanError, "global_batch 8 does not split into dp 2 x 3"),
+        ((), Plan(pp=2, stages=(1, 1)), PlanError, "places 2 units, the model has 4"),
+        (("model_args.heads=1",), Plan(tp=2), PlanError, "1 heads do not divide by tp 2"),
+        (("model_args.layers=0",), Plan(dp=2), ModelError, "layers is 0"),
+        (("seq=32",), Plan(dp=2), ModelError, "longer than the 16 positions"),
+        (("plan.dp=3",), None, PlanError, "dp 3 does not multiply to 2"),
+    ],
+)
+def test_what_does_not_fit_together_is_a_user_error(
+    overrides: tuple[str, ...], plan: Plan | None, kind: type, said: str, tiny_job: Make, laptop: Any
+) -> None:
+    with pytest.raises(kind, match=said):
+        prepare(laptop.take(2), tiny_job(*overrides), plan)
+
+
+def test_an_optimizer_of_the_users_own_is_checked_and_its_state_counted(tiny_job: Make) -> None:
+    assert preparation.optimizer_states(tiny_job()) == 2
+    assert preparation.optimizer_states(tiny_job("optimizer.name=sgd")) == 0
+    assert preparation.optimizer_states(tiny_job("optimizer.name=sgd", "optimizer.momentum=0.9")) == 1
+    assert preparation.optimizer_states(tiny_job("optimizer.name=torch.optim:Adagrad")) == 1
+    for name, said in (
+        ("torch.optim:NoSuch", "no NoSuch"),
+        ("no_such:thing", "no thing"),
+        ("torch.optim:Adafactor", "shape"),
+    ):
+        with pytest.raises(PlanError, match=said):
+            preparation.optimizer_factory(tiny_job(f"optimizer.name={name}"))

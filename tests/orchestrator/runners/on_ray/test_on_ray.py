@@ -1,0 +1,234 @@
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from kernels.optimizers import OptimizerSpec
+from orchestrator.errors import ClusterError, HangError, RunError
+from orchestrator.models.builtin_gpt import GPT
+from orchestrator.models.model_specs import GPTOptions
+from orchestrator.runners.executing.chip import Settings
+from orchestrator.runners.executing.executor import Batches, Executor, States
+from orchestrator.runners.executing.inline import InlineExecutor
+from orchestrator.runners.on_ray.ray_executor import RayExecutor, RayOptions
+from orchestrator.runners.on_ray.ray_start import ActorPlan, RayStart, knock, raise_busy, require_resources
+from partitioner.capture.graph_units import build_graph
+from partitioner.capture.tracing import trace_module
+from partitioner.layout.parallel_plan import Plan
+from partitioner.lowering.lower import StepShape, lower
+from partitioner.program.program import Program
+
+LR = 1e-2
+SPEC = OptimizerSpec(lr=LR)
+SAMPLES, SEQ = 8, 16
+PLAN = Plan(dp=2, tp=2, pp=2, zero=1, microbatches=2)
+LIMIT_S = 10
+
+
+@dataclass
+class Case:
+    program: Program
+    values: dict[str, torch.Tensor]
+    batches: Batches
+
+    def train(self, executor: Executor, steps: int) -> list[float]:
+        executor.load(self.values.__getitem__)
+        stats = [executor.step(LR, self.batches).stats for _ in range(steps)]
+        return [s.loss for s in stats if s is not None]
+
+
+@pytest.fixture(scope="module")
+def case() -> Case:
+    torch.manual_seed(0)
+    model = GPT(GPTOptions(layers=2, width=32, heads=2, vocab=64))
+    ids = torch.randint(0, 64, (SAMPLES, SEQ))
+    batch = {"input_ids": ids, "labels": ids.roll(-1, 1)}
+    per = SAMPLES // (PLAN.dp * PLAN.microbatches)
+    captured = trace_module(model, {k: v[:per] for k, v in batch.items()}, None, model.tp_plan)
+    graph = build_graph(captured, num_samples=per, min_units=PLAN.pp)
+    program = lower(graph, PLAN, StepShape(SAMPLES, SEQ, "gpt", "fp32", 2))
+    values = {f"params:{k}": v.detach().clone() for k, v in model.named_parameters()}
+    values |= {f"buffer:{k}": v for k, v in model.named_buffers()}
+    pieces = {k: v.chunk(SAMPLES // per) for k, v in batch.items()}
+    batches = {
+        replica: {(m, k): v[replica * PLAN.microbatches + m] for k, v in pieces.items() for m in range(2)}
+        for replica in range(PLAN.dp)
+    }
+    return Case(program, values, batches)
+
+
+@pytest.fixture(scope="module")
+def expected(case) -> tuple[list[float], States]:
+    inline = InlineExecutor(case.program, Settings(SPEC, 1.0), 1)
+    return case.train(inline, 3), inline.states()
+
+
+@pytest.fixture(scope="module")
+def local_ray() -> Iterator[None]:
+    import ray
+
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=80 << 20)
+    yield
+    ray.shutdown()
+
+
+def executor(case: Case, num_actors: int, timeout_s: float = 60.0, **plan: object) -> RayExecutor:
+    start = RayStart(ActorPlan(num_actors, **plan))  # type: ignore[arg-type]
+    try:
+        return RayExecutor(start, case.program, RayOptions(SPEC, 1.0, timeout_s=timeout_s))
+    except BaseException:
+        start.close()
+        raise
+
+
+def assert_same_bytes(found: States, expected: States) -> None:
+    assert found.keys() == expected.keys()
+    for chip, state in expected.items():
+        assert found[chip].keys() == state.keys()
+        for name, tensor in state.items():
+            assert torch.equal(found[chip][name], tensor), (chip, name)
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize(("num_actors", "share_memory"), [(1, True), (2, False)])
+def test_any_number_of_actors_gives_the_bytes_of_one_process(
+    local_ray, case, expected, num_actors, share_memory
+):
+    running = executor(case, num_actors, share_memory=share_memory)
+    try:
+        assert case.train(running, 3) == expected[0]
+        assert_same_bytes(running.states(), expected[1])
+    finally:
+        running.close()
+
+
+@pytest.mark.ray
+def test_a_checkpoint_continues_and_evaluation_and_marks_come_back(local_ray, case, expected):
+    inline = InlineExecutor(case.program, Settings(SPEC, 1.0), 1)
+    case.train(inline, 2)
+    running = executor(case, 2)
+    try:
+        running.load(case.values.__getitem__)
+        running.restore(inline.states())
+        assert running.evaluate(case.batches).stats == inline.evaluate(case.batches).stats
+        outcome = running.step(LR, case.batches, measure=True)
+        assert outcome.stats is not None
+        assert outcome.stats.loss == expected[0][2]
+        assert {mark.chip for mark in outcome.marks} == set(range(8))
+        assert all(mark.start_ns <= mark.end_ns for mark in outcome.marks)
+        assert_same_bytes(running.states(), expected[1])
+    finally:
+        running.close()
+
+
+def process_of(running: RayExecutor, actor: int) -> int:
+    return running.start.addresses[actor].process
+
+
+def shared_files() -> set[str]:
+    return {entry.name for entry in Path("/dev/shm").iterdir()}
+
+
+def step_until(case: Case, running: RayExecutor, killer: threading.Timer) -> None:
+    while killer.is_alive():
+        running.step(LR, case.batches)
+    start = time.monotonic()
+    try:
+        running.step(LR, case.batches)
+    finally:
+        assert time.monotonic() - start < LIMIT_S
+
+
+@pytest.mark.ray
+def test_a_killed_actor_ends_the_step_with_its_name(local_ray, case):
+    before = shared_files()
+    running = executor(case, 2)
+    try:
+        case.train(running, 1)
+        killer = threading.Timer(0.5, os.kill, (process_of(running, 1), signal.SIGKILL))
+        killer.start()
+        with pytest.raises(RunError) as caught:
+            step_until(case, running, killer)
+        killer.join()
+        assert "actor 1" in caught.value.problem
+        assert "chips 2, 3, 6, 7" in caught.value.where
+        with pytest.raises(RunError, match="have ended"):
+            running.states()
+    finally:
+        running.close()
+    assert shared_files() <= before
+
+
+@pytest.mark.ray
+def test_a_silent_actor_is_named_with_those_who_wait_for_it(local_ray, case):
+    running = executor(case, 2, timeout_s=1.0)
+    try:
+        case.train(running, 1)
+        os.kill(process_of(running, 1), signal.SIGSTOP)
+        with pytest.raises(HangError) as caught:
+            running.step(LR, case.batches)
+        assert "actor 1: does not answer" in caught.value.where
+        assert "missing [2]" in caught.value.where
+    finally:
+        running.close()
+
+
+@pytest.mark.ray
+def test_an_error_in_an_actor_says_what_and_where(local_ray, case):
+    running = executor(case, 2)
+    try:
+        running.load(case.values.__getitem__)
+        empty = {replica: {} for replica in case.batches}
+        with pytest.raises(RunError, match=r"AssertionError|KeyError") as caught:
+            running.step(LR, empty)
+        assert "chips" in caught.value.where
+    finally:
+        running.close()
+
+
+@pytest.mark.ray
+def test_too_many_actors_are_refused_before_anything_is_created(local_ray):
+    start = RayStart(ActorPlan(3))
+    try:
+        with pytest.raises(ClusterError, match="3 actors need 3 CPUs, Ray has 2") as caught:
+            start.wait()
+        assert "at most 2 actors" in caught.value.hint
+        assert start.actors == []
+    finally:
+        start.close()
+
+
+def test_what_is_short_is_named():
+    plan = ActorPlan(4, gpus=1)
+    with pytest.raises(ClusterError, match="4 actors need 4 CPUs, Ray has 2"):
+        require_resources(plan, {"CPU": 2.0})
+    with pytest.raises(ClusterError, match="GPU"):
+        require_resources(plan, {"CPU": 8.0})
+    require_resources(plan, {"CPU": 4.0, "GPU": 4.0})
+    with pytest.raises(ClusterError, match="4 CPUs needed, 1 free"):
+        raise_busy(plan, {"CPU": 1.0, "GPU": 4.0})
+
+
+def test_an_address_where_nobody_listens_is_refused_at_once():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        host, port = server.getsockname()
+        knock(f"{host}:{port}")
+    with pytest.raises(ConnectionRefusedError):
+        knock(f"{host}:{port}")
+    knock("auto")
+
+
+def test_a_missing_ray_is_named_before_anything_starts(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    start = RayStart(ActorPlan(1))
+    with pytest.raises(RunError, match="not installed"):
+        start.wait()
+    start.close()

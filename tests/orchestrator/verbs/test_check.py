@@ -1,0 +1,114 @@
+"""check: each kind of file gets its report, and a file that does not say its kind is told how."""
+
+from pathlib import Path
+
+import pytest
+
+from kernels.chips import CATALOG, chip_keys
+from orchestrator.errors import ClusterError, ConfigError
+from orchestrator.verbs.check import check
+
+ROOT = Path(__file__).parents[3]
+
+
+def write(tmp_path, text):
+    path = tmp_path / "file.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_a_cluster_report_names_hosts_tiers_price_and_power():
+    report = check(ROOT / "cluster_configs/dgx-a100.yaml")
+    text = "\n".join(report.lines)
+    assert report.kind == "cluster"
+    assert "any number of hosts of 8 x NVIDIA A100 SXM 80 GB" in text
+    assert "scale-up: 8 chips, 273.9 GB/s, 2 us, 31.6 us a collective" in text
+    assert "infiniband: any number of chips, 24 GB/s, 1.3 us, 31.6 us a collective" in text
+    assert "14 USD/h, 6.5 kW" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("tpu-v5p-pod", "scale-up: 8960 chips (torus of 16 x 20 x 28), 90 GB/s, 1 us"),
+        ("tenstorrent-galaxy", "scale-up: 32 chips (mesh of 4 x 8), 47 GB/s, 760 ns"),
+        ("cerebras-cs3", "on-chip: 1 chip, 3.715 GB/s, 1.077 ns"),
+        ("pcie-workstation", "pcie root: 4 chips, 4.95 GB/s (9.9 GB/s alone), 2.6 us"),
+    ],
+)
+def test_a_cluster_report_names_shapes(name, line):
+    assert line in check(ROOT / f"cluster_configs/{name}.yaml").lines
+
+
+def test_a_cluster_report_counts_conditions_and_names_other_shapes(tmp_path):
+    text = (ROOT / "cluster_configs/tenstorrent-galaxy.yaml").read_text()
+    text = text.replace("shape: mesh", "shape: full mesh").replace("  dims: [4, 8]", "  domain: 32")
+    report = check(
+        write(
+            tmp_path,
+            f"{text}\nconditions:\n  links: [{{from: 0, to: 9, down: true}}, {{from: 1, to: 2, factor: 0.5}}]\n"
+            "  chips: [{chip: 3, slowdown: 2}]\n  jitter: {rate: 5 %}\n",
+        )
+    )
+    assert "conditions: 2 links, 1 chip, jitter" in report.lines
+    assert "scale-up: 32 chips (full mesh), 47 GB/s, 760 ns" in report.lines
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "cluster_configs").glob("*.yaml")), ids=lambda path: path.stem
+)
+def test_every_shipped_cluster_is_valid(path):
+    assert check(path).kind == "cluster"
+
+
+@pytest.mark.parametrize(
+    ("links", "problem", "lines"),
+    [
+        (["[{chip: 31, tier: scale-up, down: true}]"], "chip 31 cut off by links that are down", [0]),
+        (["", "- {from: 30, to: 31, down: true}", "- {from: 27, to: 31, down: true}"], "chip 31 cut", [1, 2]),
+        (["[{from: 0, to: 9, down: true}]"], "there is no link from chip 0 to chip 9", [0]),
+    ],
+)
+def test_a_network_that_falls_apart_is_refused_with_the_lines_that_do_it(tmp_path, links, problem, lines):
+    text = (ROOT / "cluster_configs/tenstorrent-galaxy.yaml").read_text() + "conditions:\n"
+    first = len(text.splitlines()) + 1
+    path = write(tmp_path, f"{text}  links: " + "\n    ".join(links) + "\n")
+    with pytest.raises(ClusterError) as error:
+        check(path)
+    assert problem in error.value.problem
+    assert error.value.where == ", ".join(f"{path}:{first + line}" for line in lines)
+    assert error.value.hint
+
+
+def test_a_job_report_names_model_steps_and_plan(tmp_path):
+    report = check(write(tmp_path, "kind: job\nversion: 1\nmodel: hf:gpt2\nplan: {dp: 4}\n"))
+    assert report.kind == "job"
+    assert "hf:gpt2" in report.lines[0]
+    assert "dp 4 tp auto pp auto" in report.lines[2]
+
+
+@pytest.mark.parametrize("key", chip_keys())
+def test_every_catalog_file_passes_the_strict_schema(key):
+    assert check(CATALOG / f"{key}.yaml").kind == "chip"
+
+
+def test_a_chip_file_with_a_wrong_unit_is_refused(tmp_path):
+    text = (CATALOG / "nvidia_l4.yaml").read_text().replace("72 W", "72 GB")
+    with pytest.raises(ConfigError, match="a power is expected"):
+        check(write(tmp_path, text))
+
+
+@pytest.mark.parametrize(
+    ("text", "problem", "hint"),
+    [
+        ("version: 1\n", "'kind' is missing", "cluster or job or chip"),
+        ("kind: clutser\n", "kind cannot be 'clutser'", "did you mean 'cluster'?"),
+        ("kind: 3\n", "kind cannot be 3", "cluster or job or chip"),
+        ("", "'kind' is missing", "add `kind:`"),
+    ],
+)
+def test_a_file_of_no_known_kind_is_told_how(tmp_path, text, problem, hint):
+    with pytest.raises(ConfigError) as error:
+        check(write(tmp_path, text))
+    assert problem in error.value.problem
+    assert hint in error.value.hint

@@ -1,0 +1,101 @@
+"""Inputs: options, files and earlier runs all become the same cluster, job and plan."""
+
+from pathlib import Path
+
+import pytest
+
+from orchestrator.config.hardware.cluster_file import load_cluster
+from orchestrator.config.job_file import load_job
+from orchestrator.config.shipped import cluster_path
+from orchestrator.errors import ConfigError, PlanError
+from orchestrator.planning.preparation import Quiet
+from orchestrator.verbs.inputs.options import Options
+from orchestrator.verbs.inputs.planned_inputs import DEMONSTRATION, from_config, prepare, read_plan, resolve
+from partitioner.layout.parallel_plan import Plan, plan_to_yaml
+
+
+def test_without_options_it_is_the_laptop_and_the_default_job() -> None:
+    inputs = resolve(Options())
+    assert inputs.cluster == load_cluster(cluster_path("laptop")).take(None)
+    assert inputs.job == load_job(None)
+    assert inputs.plan is None
+
+
+def test_a_demonstration_shows_every_kind_of_parallelism() -> None:
+    assert resolve(Options(), demonstrate=True).job == load_job(None, DEMONSTRATION)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [Options(model="builtin:gpt-mini"), Options(chips=2), Options(overrides=("plan.zero=1",))],
+    ids=str,
+)
+def test_who_asks_for_anything_gets_no_demonstration(options: Options) -> None:
+    wanted = resolve(options, demonstrate=True).job.plan
+    assert (wanted.dp, wanted.tp, wanted.pp) == (None, None, None)
+
+
+def test_flags_come_before_overrides_and_both_before_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "job.yaml"
+    path.write_text("kind: job\nversion: 1\nseq: 32\nsteps: 7\nseed: 3\nmodel: builtin:gpt-nano\n")
+    options = Options(
+        job=path, seq=64, steps=9, overrides=("steps=11", "optimizer.lr=0.5"), chips=2, global_batch=4
+    )
+    inputs = resolve(options)
+    job = inputs.job
+    assert (job.seq, job.steps, job.seed, job.global_batch, job.model) == (64, 11, 3, 4, "builtin:gpt-nano")
+    assert job.optimizer.lr == 0.5
+    assert inputs.cluster.num_chips == 2
+
+
+@pytest.mark.parametrize("runner", ["inline", "ray"])
+def test_a_configuration_gives_the_same_inputs_again(runner: str) -> None:
+    plan = Plan(dp=2)
+    inputs = resolve(
+        Options(
+            chips=2, model="builtin:gpt-nano", data="builtin:english", seq=16, overrides=("clip_norm=null",)
+        )
+    )
+    config = inputs.config(runner)
+    again = from_config(config, plan, "run.yaml")
+    assert (again.job, again.plan, again.document) == (inputs.job, plan, inputs.document)
+    assert again.cluster.num_chips == 2 and again.cluster.unit == inputs.cluster.unit
+    assert config["runner"] == runner
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"cluster": {}, "job": {}},
+        {"cluster": 1, "job": {}, "chips": 2},
+        {"cluster": {}, "job": {}, "chips": "2"},
+    ],
+)
+def test_what_is_no_configuration_of_a_run_is_refused(config: dict[str, object]) -> None:
+    with pytest.raises(ConfigError, match="not the configuration of a run"):
+        from_config(config, None, "run.yaml")
+
+
+def test_a_plan_file_is_read_and_its_faults_named(tmp_path: Path) -> None:
+    path = tmp_path / "plan.yaml"
+    path.write_text(plan_to_yaml(Plan(dp=2, tp=4)))
+    assert read_plan(path) == Plan(dp=2, tp=4)
+    assert read_plan(None) is None
+    with pytest.raises(PlanError, match="cannot be read"):
+        read_plan(tmp_path / "nowhere.yaml")
+    path.write_text("kind: plan\nversion: 1\ndepth: 3\n")
+    with pytest.raises(PlanError, match="unknown key 'depth'") as caught:
+        read_plan(path)
+    assert caught.value.where == str(path)
+
+
+def test_options_lead_to_a_program(tmp_path: Path) -> None:
+    path = tmp_path / "plan.yaml"
+    path.write_text(plan_to_yaml(Plan(dp=1, tp=2)))
+    overrides = ("model_args={layers: 1, width: 16, heads: 2, max_seq: 16}",)
+    options = Options(
+        model="builtin:gpt-nano", plan=path, chips=2, global_batch=4, seq=16, overrides=overrides
+    )
+    prepared = prepare(options, Quiet())
+    assert prepared.program.size("tp") == 2

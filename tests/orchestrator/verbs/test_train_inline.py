@@ -1,0 +1,211 @@
+"""train, in this process: what a run leaves behind, how it goes on, and how it stops."""
+
+import io
+import json
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from orchestrator.config.shipped import cluster_path
+from orchestrator.config.yaml_file import read_yaml
+from orchestrator.errors import ConfigError, RunError
+from orchestrator.runs import checkpoint, run_dir
+from orchestrator.runs.metrics import read_metrics
+from orchestrator.runs.timeline import Origin
+from orchestrator.verbs import train, training
+from orchestrator.verbs.inputs.options import Options, Runner
+from orchestrator.views.console import Console
+from partitioner.layout.parallel_plan import Plan, plan_from_yaml
+from partitioner.program.program_codec import decode
+from partitioner.program.program_text import from_text
+
+PLAN = Plan(dp=2, pp=2, zero=1, microbatches=2)
+FILES = {
+    "run.yaml", "plan.yaml", "program.txt", "program.msgpack", "metrics.jsonl", "predicted.msgpack", "measured.msgpack",
+    "trace.json.gz", "loss.png", "timeline.png", "checkpoints", "log.txt",
+}  # fmt: skip
+SMALL = ("validation.batches=1", "validation.every=2", "lr_schedule.warmup_steps=1", "model_args.vocab=256")
+Make = Callable[..., Any]
+
+
+@pytest.fixture(scope="module")
+def document() -> dict[str, Any]:
+    return dict(read_yaml(cluster_path("laptop")).root)
+
+
+@pytest.fixture(scope="module")
+def finished(
+    tmp_path_factory: pytest.TempPathFactory, tiny_job: Make, laptop: Any, document: dict[str, Any]
+) -> tuple[Any, Path]:
+    """A run of four steps on four chips, with checkpoints after each two."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    job = tiny_job(*SMALL, "checkpoints.every=2", "checkpoints.keep=3")
+    return train.run(laptop.take(4), job, plan=PLAN, folder=folder, document=document), folder
+
+
+def saved(folder: Path, step: int) -> dict[str, dict[str, torch.Tensor]]:
+    """The tensors of every chip in the newest checkpoint, which must be of `step`."""
+    found = checkpoint.latest(folder).checkpoint
+    assert found is not None and found.manifest.step == step
+    return dict(checkpoint.load(found))
+
+
+def test_the_run_directory_has_every_file(finished: tuple[Any, Path]) -> None:
+    result, folder = finished
+    assert {path.name for path in folder.iterdir()} == FILES
+    assert (result.run_dir, result.steps, result.was_interrupted) == (folder, 4, False)
+    assert all((folder / name).stat().st_size for name in FILES - {"log.txt"})
+
+
+def test_metrics_have_a_line_per_step_and_the_loss_goes_down(finished: tuple[Any, Path]) -> None:
+    result, folder = finished
+    records = read_metrics(folder / "metrics.jsonl")
+    assert [r["step"] for r in records] == [1, 2, 3, 4]
+    assert [r["val_loss"] is not None for r in records] == [False, True, False, True]
+    losses = [float(str(r["loss"])) for r in records]
+    assert losses[-1] == result.final_loss < losses[0]
+    assert records[-1]["val_loss"] == result.val_loss
+    assert all(
+        float(str(r[k])) > 0
+        for r in records
+        for k in ("lr", "step_time_s", "tokens_per_s", "predicted_step_time_s")
+    )
+
+
+def test_plan_and_program_can_be_read_back(finished: tuple[Any, Path]) -> None:
+    _, folder = finished
+    program = decode((folder / "program.msgpack").read_bytes())
+    assert from_text((folder / "program.txt").read_text()) == program
+    assert plan_from_yaml((folder / "plan.yaml").read_text()) == PLAN
+    assert program.num_chips == 4
+
+
+def test_predicted_and_measured_spans_join(finished: tuple[Any, Path]) -> None:
+    folder = run_dir.RunDir(finished[1])
+    predicted, measured = (folder.read_timeline(origin) for origin in (Origin.PREDICTED, Origin.MEASURED))
+    assert predicted is not None and measured is not None
+    keys = [{(s.chip, s.instr, s.microbatch) for s in t.spans} for t in (measured, predicted)]
+    assert keys[0] and {chip for chip, _, _ in keys[0]} == set(range(4))
+    stages = [
+        {(chip // 2, *rest) for chip, *rest in found} for found in keys
+    ]  # predicted: one chip speaks for a role
+    assert stages[0] <= stages[1]
+
+
+@contextmanager
+def stopping_after(steps: int) -> Iterator[None]:
+    """Ask the loop to end after so many steps, as the first Ctrl-C does."""
+    event, original = threading.Event(), training.Training._step
+
+    def step(self: training.Training, *rest: Any) -> Any:
+        line = original(self, *rest)
+        if line.step == steps:
+            event.set()
+        return line
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training.Training, "_step", step)
+        patch.setattr(train, "_stopping", lambda: nullcontext(event))
+        yield
+
+
+def test_a_resumed_run_goes_on_bit_for_bit(
+    finished: tuple[Any, Path], tmp_path: Path, tiny_job: Make, laptop: Any, document: dict[str, Any]
+) -> None:
+    folder = tmp_path / "resumed"
+    job = tiny_job(*SMALL, "checkpoints.every=2", "checkpoints.keep=3")
+    with stopping_after(2):
+        interrupted = train.run(laptop.take(4), job, plan=PLAN, folder=folder, document=document)
+    assert interrupted.was_interrupted and interrupted.steps == 2
+    result = train.main(
+        Options(resume=folder, runner=Runner.INLINE), Console(out=io.StringIO(), err=io.StringIO())
+    )
+    assert result == 0
+    one, other = (read_metrics(f / "metrics.jsonl") for f in (finished[1], folder))
+    facts = ("step", "loss", "grad_norm", "val_loss", "lr")
+    assert [[r[k] for k in facts] for r in one] == [[r[k] for k in facts] for r in other]
+    expected, found = saved(finished[1], 4), saved(folder, 4)
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[c][k], found[c][k]) for c in expected for k in expected[c])
+
+
+def test_a_run_is_resumed_only_on_the_data_it_was_trained_on(
+    tmp_path: Path, tiny_job: Make, laptop: Any, document: dict[str, Any]
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("to be or not to be " * 100)
+    job = tiny_job(*SMALL, f"data={text}", "steps=3")
+    folder = tmp_path / "run"
+    with stopping_after(1):
+        train.run(laptop.take(1), job, folder=folder, document=document)
+    text.write_text("that is the question" * 100)
+    with pytest.raises(RunError, match="not what the run was trained on"):
+        train.main(
+            Options(resume=folder, runner=Runner.INLINE), Console(out=io.StringIO(), err=io.StringIO())
+        )
+
+
+def test_a_loss_that_explodes_stops_the_run_and_names_step_and_instruction(
+    tmp_path: Path, tiny_job: Make, laptop: Any
+) -> None:
+    job = tiny_job(*SMALL, "optimizer.lr=1e30", "optimizer.name=sgd", "clip_norm=null", "steps=20")
+    with pytest.raises(RunError) as caught:
+        train.run(laptop.take(2), job, plan=Plan(dp=2), folder=tmp_path / "run")
+    error = caught.value
+    assert "not finite at step" in error.problem
+    assert "chip 0 (stage 0), microbatch 0, instruction " in error.where
+    step = int(error.problem.rsplit(" ", 1)[1])
+    assert saved(tmp_path / "run", step - 1)
+    assert len(read_metrics(tmp_path / "run" / "metrics.jsonl")) == step - 1
+
+
+def test_the_command_line_prints_one_json_document(tmp_path: Path) -> None:
+    args = "model_args={layers: 1, width: 16, heads: 2, max_seq: 16}"
+    options = Options(
+        model="builtin:gpt-nano", chips=2, global_batch=4, seq=16, steps=2, runner=Runner.INLINE,
+        run_dir=tmp_path / "run", overrides=(args, "validation.batches=1"), as_json=True,
+    )  # fmt: skip
+    out, err = io.StringIO(), io.StringIO()
+    assert train.main(options, Console(as_json=True, out=out, err=err)) == 0
+    found = json.loads(out.getvalue())
+    assert found["steps"] == 2 and found["run_dir"] == str(tmp_path / "run")
+    assert "predicted step on these chips" in err.getvalue()
+
+
+def test_a_dry_run_predicts_and_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    options = Options(model="builtin:gpt-nano", chips=2, global_batch=4, seq=16, dry_run=True, as_json=True)
+    out = io.StringIO()
+    assert train.main(options, Console(as_json=True, out=out, err=io.StringIO())) == 0
+    assert json.loads(out.getvalue())["step_time_s"] > 0
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("given", "flag"),
+    [
+        ({"seq": 8}, "--seq"), ({"global_batch": 2}, "--global-batch"), ({"overrides": ("seed=1",)}, "--set"),
+        ({"chips": 2}, "--chips"), ({"steps": 9}, "--steps"),
+    ],
+)  # fmt: skip
+def test_a_resumed_run_takes_no_other_inputs(given: dict[str, Any], flag: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=f"{flag} cannot change a run"):
+        train.main(Options(resume=tmp_path, **given), Console(out=io.StringIO(), err=io.StringIO()))
+
+
+def test_a_resumed_run_goes_on_with_its_own_runner(tmp_path: Path) -> None:
+    from orchestrator.runs.run_dir import RunDir
+    from orchestrator.verbs.inputs.options import Options, Runner
+    from orchestrator.verbs.train import _usual_runner
+
+    folder = RunDir(tmp_path)
+    folder.write_config({"runner": "inline"})
+    assert _usual_runner(Options(resume=tmp_path), folder) is Runner.INLINE
+    assert _usual_runner(Options(), folder) is Runner.RAY

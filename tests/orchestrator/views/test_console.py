@@ -1,0 +1,279 @@
+"""Console: talk on stderr, results on stdout, plain off a terminal, alive on one, rich only when drawn."""
+
+import errno
+import io
+import json
+import math
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from comms import wording
+from orchestrator.errors import PlanError, RunError, combined
+from orchestrator.views.console import Console, Table, pairs
+from orchestrator.views.training_view import CURVE_WIDTH, LossCurve, StepLine, fields, plain_line
+
+LINE = StepLine(
+    10,
+    2.34567,
+    0.91,
+    0.812,
+    10_123.0,
+    0.412,
+    3_200_000_000,
+    0.0382,
+    0.127,
+    0.0042,
+    185.0,
+    validation_loss=2.5,
+)
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+class AtOnce:
+    """A timer whose time has come."""
+
+    daemon = False
+
+    def __init__(self, seconds: float, call: Callable[[], None]) -> None:
+        self.call = call
+
+    def start(self) -> None:
+        self.call()
+
+    def cancel(self) -> None:
+        pass
+
+
+def clock(*ticks: float) -> Callable[[], float]:
+    times: Iterator[float] = iter(ticks)
+    return lambda: next(times)
+
+
+@pytest.fixture
+def streams() -> tuple[io.StringIO, io.StringIO]:
+    return io.StringIO(), io.StringIO()
+
+
+def test_an_error_is_three_short_lines_on_stderr(streams: tuple[io.StringIO, io.StringIO]) -> None:
+    out, err = streams
+    Console(out=out, err=err).error(PlanError(problem="dp x tp is 6", where="plan.yaml:3", hint="make it 8"))
+    assert err.getvalue() == "error: dp x tp is 6\n  at: plan.yaml:3\n  do: make it 8\n"
+    assert out.getvalue() == ""
+
+
+def test_every_finding_of_an_error_is_told(streams: tuple[io.StringIO, io.StringIO]) -> None:
+    out, err = streams
+    Console(out=out, err=err).error(combined([RunError("a", "b", "c"), RunError("d", "e", "f")]))
+    assert err.getvalue().count("error: ") == 2
+
+
+def test_json_results_are_one_strict_document_on_stdout(streams: tuple[io.StringIO, io.StringIO]) -> None:
+    out, err = streams
+    document = {"loss": math.nan, "steps": (1, 2.5), "dir": Path("runs/0001"), "by": {3: math.inf}}
+    Console(as_json=True, out=out, err=err).results(document, [pairs("t", [("a", "1 s")])])
+    assert json.loads(out.getvalue()) == {
+        "loss": None,
+        "steps": [1, 2.5],
+        "dir": "runs/0001",
+        "by": {"3": None},
+    }
+    assert err.getvalue() == ""
+
+
+def test_tables_in_a_pipe_are_plain_text_and_never_cut(streams: tuple[io.StringIO, io.StringIO]) -> None:
+    out, err = streams
+    long = "x" * 300
+    table = Table("Memory [per chip]", (("weights", "1.2 GB"), ("[bold]odd[/bold]", long)), ("class", "size"))
+    Console(out=out, err=err).results({}, [table])
+    text = out.getvalue()
+    assert "Memory [per chip]" in text
+    assert "[bold]odd[/bold]" in text
+    assert long in text
+    assert "\x1b" not in text
+
+
+def test_talk_goes_to_stderr_and_to_the_log(streams: tuple[io.StringIO, io.StringIO], tmp_path: Path) -> None:
+    console = Console(out=streams[0], err=streams[1])
+    console.log_to(tmp_path / "log.txt")
+    console.say("hello")
+    console.detail("only with -v")
+    console.warn("careful")
+    assert streams[1].getvalue() == "hello\nwarning: careful\n"
+    assert (tmp_path / "log.txt").read_text() == "hello\nonly with -v\nwarning: careful\n"
+    assert streams[0].getvalue() == ""
+
+
+def test_a_log_on_a_full_disk_does_not_hide_the_message(
+    streams: tuple[io.StringIO, io.StringIO], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "full")
+
+    console = Console(out=streams[0], err=streams[1])
+    console.log_to(tmp_path / "log.txt")
+    monkeypatch.setattr(Path, "open", full)
+    console.say("hello")
+    console.say("again")
+    assert streams[1].getvalue().splitlines()[1:] == ["hello", "again"]
+
+
+def test_a_short_phase_is_silent_and_a_long_one_is_told(streams: tuple[io.StringIO, io.StringIO]) -> None:
+    console = Console(out=streams[0], err=streams[1], clock=clock(0, 1, 10, 13.25))
+    with console.phase("quick"):
+        pass
+    with console.phase("capture"):
+        pass
+    assert streams[1].getvalue() == "capture: 3.25 s\n"
+
+
+def test_a_phase_that_lasts_is_announced_while_it_runs(
+    streams: tuple[io.StringIO, io.StringIO], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(threading, "Timer", AtOnce)
+    console = Console(out=streams[0], err=streams[1], clock=clock(0, 0, 5, 6))
+    with console.phase("start"), console.phase("actors"):
+        assert streams[1].getvalue() == "start ...\nstart > actors ...\n"
+    assert streams[1].getvalue().endswith("  actors: 5.00 s\nstart: 6.00 s\n")
+
+
+def test_on_a_terminal_a_spinner_stops_with_its_phase(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threading, "Timer", AtOnce)
+    err = Terminal()
+    console = Console(out=io.StringIO(), err=err)
+    with console.phase("capture"):
+        console.say("in between")
+    assert "in between" in err.getvalue()
+    assert console._spinner._status is None
+
+
+def test_the_phase_table_shows_outer_phases_before_inner_ones(
+    streams: tuple[io.StringIO, io.StringIO],
+) -> None:
+    console = Console(out=streams[0], err=streams[1], clock=clock(0, 0, 1, 1, 3, 4, 4, 5), patience_s=60)
+    with console.phase("start"):
+        with console.phase("import"):
+            pass
+        with console.phase("actors"):
+            pass
+    with console.phase("compile"):
+        pass
+    rows = console.phase_table().rows
+    assert rows == (
+        ("start", "4.00 s", "80.0 %"),
+        ("  import", "1.00 s", "20.0 %"),
+        ("  actors", "2.00 s", "40.0 %"),
+        ("compile", "1.00 s", "20.0 %"),
+        ("total", "5.00 s", ""),
+    )
+
+
+def test_fields_come_in_the_order_of_the_field() -> None:
+    heads = "step, loss, grad_norm, step time, tok/s, MFU, mem, predicted, exposed comm, cost, ETA"
+    assert ", ".join(head for head, _ in fields(LINE)) == heads
+    text = plain_line(LINE, 300)
+    assert text.startswith("step  10/300  loss  2.3457  grad_norm  0.910  step time  812 ms  tok/s 10.1 k")
+    assert text.endswith("cost 0.00420 USD  ETA 3 min 05 s  val_loss 2.5000")
+    assert plain_line(StepLine(9, 2.0), 300).index("MFU") == text.index("MFU")
+
+
+def test_off_a_terminal_training_prints_every_nth_step_and_logs_all(
+    streams: tuple[io.StringIO, io.StringIO], tmp_path: Path
+) -> None:
+    console = Console(out=streams[0], err=streams[1])
+    console.log_to(tmp_path / "log.txt")
+    with console.training("gpt", 7, every=3) as show:
+        for step in range(1, 8):
+            show(StepLine(step, 2.0, validation_loss=1.0 if step == 5 else None))
+    shown = [int(line.split()[1].split("/")[0]) for line in streams[1].getvalue().splitlines()]
+    assert shown == [1, 3, 5, 6, 7]
+    assert len((tmp_path / "log.txt").read_text().splitlines()) == 7
+
+
+def test_on_a_terminal_training_is_a_live_panel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "140")
+    monkeypatch.setenv("TERM", "xterm")
+    err = Terminal()
+    console = Console(out=io.StringIO(), err=err)
+    with console.training("gpt on 8 chips", 20) as show:
+        show(LINE)
+        console.say("saved a checkpoint")
+        show(StepLine(11, math.nan))
+    last = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", err.getvalue()).rsplit("gpt on 8 chips", 1)[1]
+    assert "step 11/20" in last
+    assert "predicted" in last
+    assert "2.3457" in last
+    assert "validation 2.5000" in last
+    assert "saved a checkpoint" in err.getvalue()
+    assert not re.search(r"\x1b\[[0-9;]*3[0-9]m", err.getvalue())
+
+
+@pytest.mark.parametrize(
+    ("width", "hidden"), [("80", {"ETA", "mem", "grad_norm", "exposed comm"}), ("160", set())]
+)
+def test_a_narrow_terminal_hides_columns_instead_of_cutting_numbers(
+    monkeypatch: pytest.MonkeyPatch, width: str, hidden: set[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", width)
+    err = Terminal()
+    with Console(out=io.StringIO(), err=err).training("gpt", 20) as show:
+        show(LINE)
+    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", err.getvalue())
+    heads = next(line for line in plain.splitlines() if "tok/s" in line)
+    assert {head for head, _ in fields(LINE) if head not in heads} == hidden
+    assert "\u2026" not in plain
+    assert "38.2 ms" in plain
+
+
+def test_the_curve_stays_bounded_and_falls_with_the_loss() -> None:
+    curve = LossCurve()
+    for step in range(10_000):
+        curve.add(10_000.0 - step)
+    drawn = curve.drawn()
+    assert CURVE_WIDTH // 2 <= len(drawn) < CURVE_WIDTH
+    assert list(drawn) == sorted(drawn, reverse=True)
+    assert len(set(drawn)) == 8
+    curve.add(math.nan)
+
+
+@pytest.mark.parametrize(
+    ("told", "expected"),
+    [
+        (wording.seconds(0.0382), "38.2 ms"),
+        (wording.seconds(1.3e-6), "1.30 us"),
+        (wording.seconds(0.99999), "1.00 s"),
+        (wording.seconds(0), "0 s"),
+        (wording.seconds(185), "3 min 05 s"),
+        (wording.seconds(None), "-"),
+        (wording.duration(7620), "2 h 07 min"),
+        (wording.duration(12 * 86400 + 4 * 3600), "12 d 04 h"),
+        (wording.duration(math.inf), "-"),
+        (wording.scaled(3.2e9, "B"), "3.20 GB"),
+        (wording.scaled(999_900, ""), "1.00 M"),
+        (wording.scaled(812, "tok/s"), "812 tok/s"),
+        (wording.scaled(0, "B"), "0.00 B"),
+        (wording.percent(0.4127), "41.3 %"),
+        (wording.dollars(1234.5), "1,234.50 USD"),
+        (wording.dollars(0.00421), "0.00421 USD"),
+        (wording.dollars(0.0000042), "4.2e-06 USD"),
+    ],
+)
+def test_numbers_are_worded_with_a_unit(told: str, expected: str) -> None:
+    assert told == expected
+
+
+def test_importing_the_console_imports_neither_rich_nor_torch() -> None:
+    heavy = "{'rich', 'torch', 'numpy', 'matplotlib'}"
+    code = f"import sys, orchestrator.views.console as c; c.Console().say('x'); print({heavy} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"

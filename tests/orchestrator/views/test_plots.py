@@ -1,0 +1,92 @@
+"""Plots: legible facts are in the picture, the same input gives the same bytes, odd input is drawn."""
+
+import io
+import math
+from collections.abc import Callable
+from itertools import pairwise
+
+import pytest
+
+from orchestrator.runs.timeline import Lane, Origin, Span, Timeline
+from orchestrator.views.gantt import COLOURS, Gantt, colours_of
+from orchestrator.views.plots import LossCurves, loss_png, timeline_png
+
+TRAIN = tuple((step, 2 + 3 * math.exp(-step / 20)) for step in range(1, 61))
+CURVES = LossCurves(
+    TRAIN, ((30, 3.0), (60, 2.4)), {"unigram": 3.1, "bigram": 2.5, "trigram": 2.49}, "nats per byte"
+)
+
+
+@pytest.fixture
+def step(timeline_of: Callable[..., Timeline]) -> Callable[..., Timeline]:
+    """One step of some chips."""
+
+    def make(origin: Origin, *, chips: int = 2, scale: int = 1000, kind: str = "forward") -> Timeline:
+        spans = []
+        for chip in range(chips):
+            spans += [
+                Span(4, chip, Lane.COMPUTE, kind, "f", 0, 50 * scale, 80 * scale, microbatch=0),
+                Span(4, chip, Lane.DP, "all_reduce", "g", 1, 80 * scale, 99 * scale),
+                Span(4, chip, Lane.OPTIMIZER, "optimizer", "o", 2, 99 * scale, 100 * scale),
+            ]
+        return timeline_of(origin, spans)
+
+    return make
+
+
+def size(png: bytes) -> tuple[int, int]:
+    from matplotlib.image import imread
+
+    height, width, _ = imread(io.BytesIO(png)).shape
+    return width, height
+
+
+def test_the_same_curves_give_the_same_bytes_without_a_date() -> None:
+    first = loss_png(CURVES)
+    assert first == loss_png(CURVES)
+    assert size(first)[0] > 1000
+    assert b"tEXt" not in first
+
+
+@pytest.mark.parametrize(
+    "curves", [LossCurves(()), LossCurves(((1, 5.0),)), LossCurves(((1, 5.0), (2, math.nan), (3, math.inf)))]
+)
+def test_short_and_broken_runs_are_drawn(curves: LossCurves) -> None:
+    assert loss_png(curves).startswith(b"\x89PNG")
+
+
+def test_predicted_above_measured_is_taller_than_one_and_deterministic(step: Callable[..., Timeline]) -> None:
+    one = timeline_png(step(Origin.PREDICTED), None)
+    two = timeline_png(step(Origin.PREDICTED), step(Origin.MEASURED, scale=90_000))
+    assert size(two)[1] > 1.4 * size(one)[1]
+    assert two == timeline_png(step(Origin.PREDICTED), step(Origin.MEASURED, scale=90_000))
+
+
+def test_a_picture_of_nothing_is_refused(timeline_of: Callable[..., Timeline]) -> None:
+    with pytest.raises(ValueError, match="at least one"):
+        timeline_png(None, timeline_of(Origin.MEASURED, ()))
+
+
+def test_zero_long_spans_and_unknown_kinds_are_drawn(step: Callable[..., Timeline]) -> None:
+    assert timeline_png(step(Origin.MEASURED, scale=0), step(Origin.PREDICTED, kind="scan")).startswith(
+        b"\x89PNG"
+    )
+
+
+def test_rows_are_used_lanes_and_the_optimizer_shares_the_row_of_compute(
+    step: Callable[..., Timeline],
+) -> None:
+    gantt = Gantt(step(Origin.MEASURED, chips=20), max_chips=16)
+    assert gantt.chips == tuple(range(16))
+    assert len(gantt.rows) == 2 * 16
+    lanes = list(Lane)
+    assert gantt.row(3, lanes.index(Lane.OPTIMIZER)) == gantt.row(3, lanes.index(Lane.COMPUTE))
+    edges = sorted(gantt.rows.values())
+    assert all(upper[1] <= lower[0] for upper, lower in pairwise(edges))
+
+
+def test_kinds_that_are_not_ours_get_colours_of_their_own() -> None:
+    colours = colours_of({"forward", "scan", "sort"})
+    assert list(colours) == ["forward", "scan", "sort"]
+    assert colours["forward"] == COLOURS["forward"]
+    assert len(set(colours.values())) == 3

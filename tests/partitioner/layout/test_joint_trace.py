@@ -1,0 +1,172 @@
+"""Joint tracing: local graphs have Megatron's communication and shapes, and no chip's own offset in them."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from partitioner.errors import CaptureError
+from partitioner.layout.joint_trace import Joint, param_dims, tensor_parallel_mesh, trace_joint
+from partitioner.layout.sharded_ops import register_attention_rules
+
+EMBED, BLOCK, HEAD = 0, 1, 3  # units of the tiny GPT
+
+
+def trace_unit(graph: Any, index: int, mesh: DeviceMesh | None) -> Joint:
+    unit = graph.units[index]
+    template = graph.templates[unit.template]
+    dims = param_dims(template) if mesh else [None] * len(unit.params)
+    return trace_joint(template, dims, mesh, [False] * len(unit.params), first=not unit.activations)
+
+
+def text_of(joint: Joint) -> str:
+    return "\n".join(node.format_node() or "" for node in joint.graph.nodes)
+
+
+def reductions(joint: Joint) -> list[str]:
+    return [str(n.args[1]) for n in joint.graph.nodes if "_c10d_functional.all_reduce" in str(n.target)]
+
+
+def collectives(joint: Joint) -> list[str]:
+    return [
+        n.name
+        for n in joint.graph.nodes
+        if "_c10d_functional" in str(n.target) and "wait" not in str(n.target)
+    ]
+
+
+def shapes(joint: Joint) -> list[tuple[int, ...]]:
+    return [tuple(n.meta["val"].shape) for n in joint.graph.nodes if n.op == "placeholder"]
+
+
+@pytest.fixture(scope="module")
+def joints(tiny_graph: Callable[..., Any]) -> dict[int, Joint]:
+    with tensor_parallel_mesh(2) as mesh:
+        return {index: trace_unit(tiny_graph(), index, mesh) for index in (EMBED, BLOCK, HEAD)}
+
+
+@contextmanager
+def process_group(rank: int, size: int) -> Iterator[None]:
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def test_a_block_has_two_all_reduces_forward_and_two_backward(joints: dict[int, Joint]) -> None:
+    joint = joints[BLOCK]
+    assert reductions(joint) == ["sum"] * 4
+    assert len(collectives(joint)) == 4
+    results = next(iter(reversed(joint.graph.nodes))).args[0]
+    seen, stack = set(), list(results[: joint.num_outputs])
+    while stack:
+        node = stack.pop()
+        if node not in seen:
+            seen.add(node)
+            stack.extend(node.all_input_nodes)
+    assert sum("all_reduce" in str(n.target) for n in seen) == 2
+
+
+def test_the_embedding_is_summed_and_the_loss_needs_three_small_reductions(joints: dict[int, Joint]) -> None:
+    assert reductions(joints[EMBED]) == ["sum"]
+    head = joints[HEAD]
+    assert sorted(reductions(head)) == [
+        "max",
+        "sum",
+        "sum",
+    ]  # two for the loss, one for the gradient of its input
+    assert len(collectives(head)) == 3
+    sizes = [n.args[0].meta["val"].numel() for n in head.graph.nodes if "all_reduce" in str(n.target)]
+    tokens, width = 2 * 16, 32
+    assert sorted(sizes) == [tokens, 2 * tokens, tokens * width]  # never tokens * vocabulary
+
+
+def test_local_parameters_are_halves_along_the_cut_dim(
+    joints: dict[int, Joint], tiny_graph: Callable[..., Any]
+) -> None:
+    graph = tiny_graph()
+    for index, joint in joints.items():
+        template = graph.templates[graph.units[index].template]
+        for local, spec, dim in zip(shapes(joint), template.inputs, param_dims(template), strict=False):
+            expected = tuple(n // 2 if i == dim else n for i, n in enumerate(spec.shape))
+            assert local == expected
+
+
+def test_gradients_have_the_shapes_of_what_they_are_gradients_of(joints: dict[int, Joint]) -> None:
+    for joint in joints.values():
+        placeholders = [n for n in joint.graph.nodes if n.op == "placeholder"]
+        results = next(iter(reversed(joint.graph.nodes))).args[0]
+        assert len(results) == joint.num_outputs + len(joint.wanted)
+        for index, grad in zip(joint.wanted, results[joint.num_outputs :], strict=True):
+            assert grad.meta["val"].shape == placeholders[index].meta["val"].shape
+
+
+def test_each_chip_does_its_share_of_the_matmuls(
+    tiny_graph: Callable[..., Any], joints: dict[int, Joint]
+) -> None:
+    def matmul_flops(joint: Joint) -> int:
+        nodes = [n for n in joint.graph.nodes if str(n.target) in ("aten.mm.default", "aten.addmm.default")]
+        return sum(2 * n.meta["val"].numel() * n.args[-2].meta["val"].shape[-1] for n in nodes)
+
+    for index in (BLOCK, HEAD):
+        assert 2 * matmul_flops(joints[index]) == matmul_flops(trace_unit(tiny_graph(), index, None))
+
+
+def test_nothing_in_the_graph_depends_on_the_chip(
+    joints: dict[int, Joint], tiny_graph: Callable[..., Any]
+) -> None:
+    expected = {index: text_of(joint) for index, joint in joints.items()}
+    with process_group(rank=1, size=2):
+        register_attention_rules()
+        mesh = DeviceMesh("cpu", [0, 1], mesh_dim_names=("tp",))
+        assert mesh.get_local_rank() == 1
+        assert {index: text_of(trace_unit(tiny_graph(), index, mesh)) for index in expected} == expected
+
+
+def test_the_first_unit_has_no_gradient_for_its_input(
+    joints: dict[int, Joint], tiny_graph: Callable[..., Any]
+) -> None:
+    unit = tiny_graph().units[EMBED]
+    assert joints[EMBED].wanted == tuple(range(len(unit.params)))
+    assert joints[BLOCK].wanted[-1] == len(tiny_graph().units[BLOCK].params)
+
+
+def test_frozen_parameters_get_no_gradient(tiny_graph: Callable[..., Any]) -> None:
+    unit = tiny_graph().units[BLOCK]
+    template = tiny_graph().templates[unit.template]
+    frozen = [name.endswith("bias") for name in unit.params]
+    joint = trace_joint(template, [None] * len(frozen), None, frozen, first=False)
+    assert joint.wanted == (
+        *(i for i, name in enumerate(unit.params) if not name.endswith("bias")),
+        len(frozen),
+    )
+
+
+def test_one_chip_needs_no_process_group() -> None:
+    with tensor_parallel_mesh(1) as mesh:
+        assert mesh is None
+
+
+def test_a_process_group_of_the_users_own_is_left_alone() -> None:
+    with process_group(rank=0, size=1):
+        with pytest.raises(CaptureError, match="already initialised"), tensor_parallel_mesh(2):
+            pass
+        assert dist.is_initialized()
+
+
+def test_heads_that_do_not_divide_are_refused_with_the_number_of_heads(
+    tiny_program: Callable[..., Any],
+) -> None:
+    with pytest.raises(CaptureError, match="1 heads do not divide by tp 2"):
+        tiny_program((("heads", 1),), tp=2)
+
+
+def test_attention_on_half_of_the_heads_is_traced_locally(joints: dict[int, Joint]) -> None:
+    kernels = [n for n in joints[BLOCK].graph.nodes if "flash_attention_for_cpu" in str(n.target)]
+    assert [n.args[0].meta["val"].shape for n in kernels[:1]] == [torch.Size([2, 2, 16, 8])]

@@ -1,0 +1,124 @@
+"""Flat buffers: every parameter lies in exactly one, alone in its place, with others of its kind."""
+
+from collections import Counter
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from partitioner.lowering.flat_buffers import FlatGroup, Param, make_groups
+from partitioner.lowering.role_builder import RoleBuilder, SegmentPool
+from partitioner.program.program import TensorKind, TensorSpec
+
+
+@st.composite
+def param_lists(draw: st.DrawFn) -> list[Param]:
+    count = draw(st.integers(1, 12))
+    shapes = st.lists(st.integers(1, 7), min_size=1, max_size=2).map(tuple)
+    return [
+        Param(
+            name=f"p{index}",
+            spec=TensorSpec(draw(shapes), draw(st.sampled_from(["f32", "bf16"]))),
+            dim=draw(st.sampled_from([None, 0])),
+            tied=draw(st.sampled_from([(), (0, 1)])),
+            unit=draw(st.integers(0, 4)),
+            is_frozen=draw(st.booleans()),
+            decays=draw(st.booleans()),
+        )
+        for index in range(count)
+    ]
+
+
+def grouped(
+    params: list[Param], dp: int, zero: int, bucket: int, states: int = 2
+) -> tuple[RoleBuilder, tuple[FlatGroup, ...]]:
+    role = RoleBuilder(0, SegmentPool())
+    return role, make_groups(role, params, dp=dp, zero=zero, bucket_bytes=bucket, states=states)
+
+
+cases = given(param_lists(), st.integers(1, 5), st.sampled_from([0, 1]), st.sampled_from([1, 64, 10**6]))
+
+
+@cases
+def test_every_parameter_is_in_one_group_with_others_of_its_kind(
+    params: list[Param], dp: int, zero: int, bucket: int
+) -> None:
+    _, groups = grouped(params, dp, zero, bucket)
+    assert Counter(p for g in groups for p in g.params) == Counter(params)
+    for group in groups:
+        assert len({(p.is_frozen, p.decays, p.tied, p.dim is None, p.spec.dtype) for p in group.params}) == 1
+        assert group.ready == min(p.unit for p in group.params)
+
+
+@cases
+def test_views_lie_end_to_end_and_padding_is_less_than_a_shard_each(
+    params: list[Param], dp: int, zero: int, bucket: int
+) -> None:
+    role, groups = grouped(params, dp, zero, bucket)
+    for group in groups:
+        views = [role.tensors[role.by_name[p.name]] for p in group.params]
+        ends = [v.offset + v.spec.numel for v in views]
+        assert [v.offset for v in views] == [0, *ends[:-1]]
+        assert {v.base for v in views} == {group.flat}
+        assert 0 <= role.spec(group.flat).numel - ends[-1] < (dp if zero else 1)
+
+
+@cases
+def test_shards_cover_the_buffer_exactly(params: list[Param], dp: int, zero: int, bucket: int) -> None:
+    role, groups = grouped(params, dp, zero, bucket)
+    for group in groups:
+        if group.params[0].is_frozen:
+            assert group.grad == group.flat == group.update
+            continue
+        shards = dp if zero else 1
+        assert (
+            role.spec(group.grad_shard).numel * shards
+            == role.spec(group.flat).numel
+            == role.spec(group.grad).numel
+        )
+        assert (
+            role.spec(group.update).numel
+            == role.spec(group.param_shard).numel
+            == role.spec(group.grad_shard).numel
+        )
+
+
+@cases
+def test_low_precision_is_updated_in_full_precision(
+    params: list[Param], dp: int, zero: int, bucket: int
+) -> None:
+    role, groups = grouped(params, dp, zero, bucket)
+    trained = [g for g in groups if not g.params[0].is_frozen]
+    assert all(role.spec(g.update).dtype == role.spec(g.grad).dtype == "f32" for g in trained)
+    masters = [t for t in role.tensors if t.kind is TensorKind.MASTER]
+    assert len(masters) == sum(g.params[0].spec.dtype == "bf16" for g in trained)
+    assert all(role.tensors[role.by_name[m.source]].kind is TensorKind.FLAT for m in masters)
+
+
+@cases
+def test_buckets_close_as_soon_as_they_are_full_and_follow_the_backward(
+    params: list[Param], dp: int, zero: int, bucket: int
+) -> None:
+    _, groups = grouped(params, dp, zero, bucket)
+    for group in groups:
+        assert sum(p.spec.nbytes for p in group.params[:-1]) < bucket
+        units, names = [p.unit for p in group.params], [p.name for p in group.params]
+        if group.tied:  # by name, so that all stages that share them agree
+            assert names == sorted(names)
+        else:
+            assert units == sorted(units, reverse=True)
+
+
+def test_a_large_bucket_makes_one_group_per_kind_and_a_small_one_a_group_per_parameter() -> None:
+    params = [Param(f"p{i}", TensorSpec((4, 4), "f32"), None, (), i, False, True) for i in range(5)]
+    assert len(grouped(params, 2, 0, 10**9)[1]) == 1
+    assert len(grouped(params, 2, 0, 1)[1]) == 5
+    assert [g.ready for g in grouped(params, 2, 0, 1)[1]] == [4, 3, 2, 1, 0]
+
+
+@pytest.mark.parametrize("states", [0, 2])
+def test_optimizer_state_is_accounted_for_by_elements(states: int) -> None:
+    params = [Param("p", TensorSpec((6, 5), "f32"), None, (), 0, False, True)]
+    role, _ = grouped(params, 3, 1, 1, states)
+    found = [t.spec.shape for t in role.tensors if t.kind is TensorKind.STATE]
+    assert found == ([(states, 10)] if states else [])
