@@ -99,7 +99,7 @@ def read_nccl_tests(
     op, is_known = _program(lines, where, op)
     num_chips = _chips(lines, where, num_chips)
     columns: list[str] | None = None
-    rows: list[_Row] = []
+    rows: list[_MeasuredRow] = []
     for number, line in enumerate(lines, 1):
         words = line.replace("#wrong", "wrong").lstrip("#").split()
         if line.startswith("#") and {"size", "count", "type", "algbw", "busbw"} <= set(words):
@@ -158,7 +158,7 @@ def read_csv(
 
 
 @dataclass(frozen=True, slots=True)
-class _Row:
+class _MeasuredRow:
     point: MeasuredPoint
     bus_bytes_per_s: float
     bus_rounding: float
@@ -226,7 +226,7 @@ def _agreed_op(found: str | None, given: Op | None, where: str) -> Op | None:
     return op
 
 
-def _nccl_row(cells: list[str], columns: list[str] | None, where: str, placement: Placement) -> _Row:
+def _nccl_row(cells: list[str], columns: list[str] | None, where: str, placement: Placement) -> _MeasuredRow:
     broken = CommsError(
         "the row is cut short or has other text in it",
         where,
@@ -259,10 +259,10 @@ def _nccl_row(cells: list[str], columns: list[str] | None, where: str, placement
     if wrong:
         raise CommsError(f"{wrong:g} results were wrong", where, "a run with wrong results measures nothing")
     point = _point(float(cells[0]), float(microseconds) * 1e-6, _rounding(microseconds), where)
-    return _Row(point, float(bus) * 1e9, _rounding(bus))
+    return _MeasuredRow(point, float(bus) * 1e9, _rounding(bus))
 
 
-def _check_bus_bandwidth(row: _Row, op: Op | None, num_chips: int, where: str) -> None:
+def _check_bus_bandwidth(row: _MeasuredRow, op: Op | None, num_chips: int, where: str) -> None:
     expected = row.point.nbytes / row.point.seconds * bus_factor(op, num_chips)
     slack = (_TOLERANCE + row.point.rounding) * expected + row.bus_rounding * row.bus_bytes_per_s
     if row.bus_bytes_per_s and abs(row.bus_bytes_per_s - expected) > slack:

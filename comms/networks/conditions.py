@@ -21,7 +21,7 @@ import numpy as np
 
 from comms.collectives.schedule import Op
 from comms.errors import CommsError
-from comms.networks.fabrics.edge_list import Graph, Rerouted
+from comms.networks.fabrics.edge_list import EdgeList, Rerouted
 from comms.networks.paths import within_reach
 from comms.networks.shapes import Whole
 from comms.networks.tiered import TieredTopology
@@ -123,14 +123,14 @@ class Described:
     background: tuple[Background, ...] = ()
 
     @property
-    def is_calm(self) -> bool:
+    def is_healthy(self) -> bool:
         """Whether nothing differs."""
         return self == Described(seed=self.seed)
 
 
-CALM = Described()
+HEALTHY = Described()
 
-Found: TypeAlias = list[tuple[LinkFault, tuple[int, ...]]]  # faults and their wires
+FaultyWires: TypeAlias = list[tuple[LinkFault, tuple[int, ...]]]  # faults and their wires
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -193,7 +193,7 @@ def chips_of(which: Between | Reach) -> tuple[int, ...]:
     return (which.a, which.b) if isinstance(which, Between) else which.chips
 
 
-def _found(described: Described, topology: Topology, wires: Wires) -> Found:
+def _found(described: Described, topology: Topology, wires: Wires) -> FaultyWires:
     check_chips(described, topology.num_chips)
     return [(fault, _wires_of(fault, topology, wires)) for fault in described.links]
 
@@ -261,10 +261,10 @@ def may_relay(topology: Topology) -> bool:
     fabrics = topology.fabrics if isinstance(topology, TieredTopology) else ()
     shapes = [fabric.shape for fabric in fabrics] or [topology]
     graphs = [shape.topology if isinstance(shape, Whole) else shape for shape in shapes]
-    return all(graph.through_chips for graph in graphs if isinstance(graph, Graph))
+    return all(graph.through_chips for graph in graphs if isinstance(graph, EdgeList))
 
 
-def _check_dead(found: Found, topology: Topology, wires: Wires) -> list[int]:
+def _check_dead(found: FaultyWires, topology: Topology, wires: Wires) -> list[int]:
     """The dead wires. Raises CommsError with the chips that cannot be reached any more."""
     faults = [(fault, which) for fault, which in found if not fault.factor]
     dead = sorted({wire for _, which in faults for wire in which})
@@ -301,7 +301,7 @@ def _capacities(which: tuple[int, ...], numbers: IntArray, now: Wires) -> list[i
     return [int(row) for row in np.unique(now.shares[alive[alive >= 0]])]
 
 
-def _factors(described: Described, found: Found, numbers: IntArray, now: Wires) -> dict[int, float]:
+def _factors(described: Described, found: FaultyWires, numbers: IntArray, now: Wires) -> dict[int, float]:
     """Share of its rate for each capacity that has not all of it."""
     factors = np.ones(now.num_wires)
     if described.jitter.rate:
@@ -318,7 +318,7 @@ def _factors(described: Described, found: Found, numbers: IntArray, now: Wires) 
 
 
 def _changes(
-    found: Found, numbers: IntArray, now: Wires, factors: Mapping[int, float], horizon_s: float
+    found: FaultyWires, numbers: IntArray, now: Wires, factors: Mapping[int, float], horizon_s: float
 ) -> "tuple[Change, ...]":
     """Down and up again for every flapping link, in order of time and wire."""
     from comms.simulation.full import Change

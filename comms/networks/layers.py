@@ -3,7 +3,7 @@
 A layer is a row of equal switches and the wires that lead up to them from the layer inside (from the chips, for
 the innermost). Everything that can be said of a tree without counting its wires is said here by arithmetic.
 
-Rates of a fold assume what its algorithms do: messages of one round leave all bunches alike, and each bunch gets
+Rates of a fold assume what its algorithms do: messages of one round leave all subgroups alike, and each subgroup gets
 as much as it sends, so that wires used in both directions and switches passed twice have half for each.
 
 Not folded (None): groups that sit unevenly on a layer, switches that take packets in before they send them on, and
@@ -114,7 +114,7 @@ def loaded(layers: Sequence[Layer]) -> Link:
 def folded(layers: Sequence[Layer], members: Members, inner: int, aligned: bool) -> Levels | None:
     """One level for every layer in which members meet; chips in one block of `inner` meet elsewhere.
 
-    `aligned` promises that messages between bunches join members with the same inner digits, so that they stay on
+    `aligned` promises that messages between subgroups join members with the same inner digits, so that they stay on
     their rail. None where the group cannot be folded; see the module.
     """
     counts = _counts(layers, members)

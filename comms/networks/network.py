@@ -146,7 +146,7 @@ class Network:
         """How a group folds over the tiers: one level for each at which members meet, none for one chip.
 
         Members are numbered in ascending order of their chips; of a list only they are busy, of a Lattice all
-        its copies. `aligned` promises that messages between bunches join members with the same inner digits (as
+        its copies. `aligned` promises that messages between subgroups join members with the same inner digits (as
         hierarchical algorithms send), which tells rails apart. None where the group sits unevenly on a tier: full
         fidelity prices it.
         """
@@ -158,13 +158,13 @@ class Network:
         return levels
 
     def levels_as_if_even(self, members: Members, aligned: bool = False) -> Levels | None:
-        """How a group that has no `levels` would fold if its bunches further out were alike: an assumption.
+        """How a group that has no `levels` would fold if its subgroups further out were alike: an assumption.
 
         The levels of the innermost tiers, as many as the group fills evenly, and one more for all that is further
-        out: as if every two bunches met over the whole of the tier that holds all members, each with what the
+        out: as if every two subgroups met over the whole of the tier that holds all members, each with what the
         fullest switches on the way leave it (`Tree.level_between`). That is too slow rather than too fast where
         tiers further out have less to give. None where that is one level or none (members sit unevenly on the
-        innermost tier, or do not meet there), and where what joins the bunches is no tree.
+        innermost tier, or do not meet there), and where what joins the subgroups is no tree.
         """
         _check_members(members, self.tiers[-1].size)
         if not _ascends(members):
@@ -203,15 +203,15 @@ class Network:
             inner = tier.size
         return tuple(found)
 
-    def _further_out(self, members: Members, at: int, bunch: int) -> Levels:
-        """One level between bunches of `bunch` members that share a block of the tier inside `at`, or none."""
-        bunches = group_size(members) // bunch
+    def _further_out(self, members: Members, at: int, subgroup: int) -> Levels:
+        """One level between subgroups of `subgroup` members that share a block of the tier inside `at`, or none."""
+        subgroups = group_size(members) // subgroup
         meet = self.meeting(members)
         tier = self.tiers[meet]
-        if bunches == 1 or not isinstance(tier.shape, Tree):
+        if subgroups == 1 or not isinstance(tier.shape, Tree):
             return ()
         inside = members if isinstance(members, Lattice) else tuple(chip % tier.size for chip in members)
-        level = tier.shape.level_between(inside, self.tiers[at - 1].size, bunches)
+        level = tier.shape.level_between(inside, self.tiers[at - 1].size, subgroups)
         port = next(owner for owner in self._owners() if owner >= meet) * MOST_PORTS
         return (replace(level, tier=tier.name, port=port),)
 

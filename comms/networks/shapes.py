@@ -42,7 +42,7 @@ class Shape(Topology, Protocol):
         """The levels at which a group folds over the shape, innermost first; None where it sits unevenly.
 
         Members are numbers within the shape, ascending. Those in one aligned block of `inner` chips meet
-        elsewhere and count as one bunch. A Lattice stands for all its copies, busy at the same time.
+        elsewhere and count as one subgroup. A Lattice stands for all its copies, busy at the same time.
         """
         ...
 

@@ -19,7 +19,7 @@ from comms.selection.choice import Choice, choose, offered
 from comms.selection.question import Question
 from comms.selection.topology_aware import laid_hierarchies
 from comms.selection.waiting import Phase, moving
-from comms.simulation.work_budget import ENDLESS, GivenUp, Limit
+from comms.simulation.work_budget import ENDLESS, GivenUp, WorkBudget
 
 if TYPE_CHECKING:
     from comms.selection.full_collective import Effort, FullTiming, Site
@@ -140,7 +140,7 @@ def fixed(site: "Site", choices: Iterable[Choice]) -> tuple[Entrant, ...]:
 
 
 def hierarchies(question: Question, site: "Site", choices: Iterable[Choice]) -> tuple[Entrant, ...]:
-    """What of them goes over bunches of chips, over those found on the network."""
+    """What of them goes over subgroups of chips, over those found on the network."""
     from comms.selection.full_collective import tried_schedule
 
     estimates = {each.algorithm: each.seconds for each in choices}
@@ -182,6 +182,6 @@ def _run(each: Entrant, allowance: Allowance, best_s: float, phase: Phase) -> "F
     until_s = inf if each.messages <= FEW_MESSAGES else best_s * (1 + TIED)
     try:
         with moving(each.name, phase) as watch:
-            return each.run(Effort(allowance.messages, Limit(until_s, allowance.work), watch))
+            return each.run(Effort(allowance.messages, WorkBudget(until_s, allowance.work), watch))
     except TooManyMessages:
         return GivenUp(0.0, is_late=False)

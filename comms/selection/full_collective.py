@@ -17,7 +17,7 @@ import numpy as np
 
 from comms.algorithms import ring
 from comms.collectives.schedule import Op, Schedule
-from comms.networks.conditions import CALM, Described, Resolved, may_relay, resolve
+from comms.networks.conditions import HEALTHY, Described, Resolved, may_relay, resolve
 from comms.networks.fabrics.edge_list import Rerouted
 from comms.networks.fabrics.torus_mesh import Torus
 from comms.networks.groups import Lattice, mesh_group
@@ -30,10 +30,10 @@ from comms.selection.choice import Choice, choose
 from comms.selection.node_names import node_names
 from comms.selection.pricing import job_of
 from comms.selection.topology_aware import Laid
-from comms.simulation.compiled import Job
+from comms.simulation.compiled import CollectiveJob
 from comms.simulation.full import FullResult, Method, simulate, simulate_within
-from comms.simulation.incremental import Live
-from comms.simulation.work_budget import UNLIMITED, GivenUp, Limit, Watch, unwatched
+from comms.simulation.incremental import IncrementalSimulation
+from comms.simulation.work_budget import UNLIMITED, GivenUp, Watch, WorkBudget, unwatched
 from comms.synthesis.synthesis import WORTH, improve, synthesize
 
 SEED = 0  # of what is synthesized: the same question, the same schedule
@@ -87,7 +87,7 @@ class Effort:
     """What it is worth to time a collective."""
 
     most_messages: int = MOST_MESSAGES
-    limit: Limit = UNLIMITED  # with the setup
+    limit: WorkBudget = UNLIMITED  # with the setup
     watch: Watch = unwatched
 
 
@@ -112,10 +112,10 @@ class TierLoad:
     busiest: WireLoad
 
 
-Attempt: TypeAlias = Callable[[Limit], FullTiming | GivenUp]
+Attempt: TypeAlias = Callable[[WorkBudget], FullTiming | GivenUp]
 
 
-def site_of(network: Network, num_chips: int, described: Described = CALM) -> Site:
+def site_of(network: Network, num_chips: int, described: Described = HEALTHY) -> Site:
     """The site of the first `num_chips` chips. Raises CommsError for conditions that it cannot have."""
     own = network.take(num_chips)
     whole = own.topology()
@@ -124,10 +124,10 @@ def site_of(network: Network, num_chips: int, described: Described = CALM) -> Si
 
 def load_loops() -> None:
     """Have the loops compiled, or loaded if they were compiled before."""
-    pair, jobs = Torus((2,), (Link(1e-6, 1e9),)), [Job(ring.all_reduce(2), np.arange(2), 1.0)]
+    pair, jobs = Torus((2,), (Link(1e-6, 1e9),)), [CollectiveJob(ring.all_reduce(2), np.arange(2), 1.0)]
     for method in Method:
         simulate(pair, jobs, method=method)
-    live = Live(pair, jobs)
+    live = IncrementalSimulation(pair, jobs)
     for at_s in (1.0, 2.0):  # the second time a job is wound back
         live.start(0, 0, at_s)
         live.advance(np.inf)
@@ -148,7 +148,7 @@ def timed_schedule(site: Site, laid: Laid, nbytes: float, watch: Watch = unwatch
 def tried_choice(site: Site, choice: Choice, effort: Effort) -> FullTiming | GivenUp:
     """A choice, as far as it is worth it. Raises TooManyMessages."""
 
-    def attempt(job: Job, limit: Limit) -> FullTiming | GivenUp:
+    def attempt(job: CollectiveJob, limit: WorkBudget) -> FullTiming | GivenUp:
         found = _moved(site, job, limit.before(choice.setup_s), effort.watch)
         if isinstance(found, GivenUp):
             return found.after(choice.setup_s)
@@ -169,7 +169,7 @@ def tried_schedule(site: Site, laid: Laid, nbytes: float, effort: Effort) -> Ful
     return _fastest(attempts, effort.limit)
 
 
-def _fastest(attempts: Iterable[Attempt], limit: Limit) -> FullTiming | GivenUp:
+def _fastest(attempts: Iterable[Attempt], limit: WorkBudget) -> FullTiming | GivenUp:
     """Of several ways; each is given up when it is later than one before."""
     best: FullTiming | None = None
     given_up: list[GivenUp] = []
@@ -191,7 +191,7 @@ def _finished(found: FullTiming | GivenUp) -> FullTiming:
     return found
 
 
-def _moved(site: Site, job: Job, limit: Limit, watch: Watch) -> FullResult | GivenUp:
+def _moved(site: Site, job: CollectiveJob, limit: WorkBudget, watch: Watch) -> FullResult | GivenUp:
     """A job among those of others, under the conditions of the site."""
     jobs = [job, *background_jobs(site)]
     return simulate_within(site.topology, jobs, site.resolved.conditions, limit, watch)
@@ -258,10 +258,10 @@ def _rates(site: Site) -> FloatArray:
 
 
 def _under(
-    site: Site, laid: Laid, nbytes: float, tier: Tier, protocol: Protocol, watch: Watch, limit: Limit
+    site: Site, laid: Laid, nbytes: float, tier: Tier, protocol: Protocol, watch: Watch, limit: WorkBudget
 ) -> FullTiming | GivenUp:
     inside, setup_s = site.network.inside(tier, protocol), tier.setup_s
-    job = Job(laid.schedule, laid.chips, nbytes, protocol=protocol, inside=inside)
+    job = CollectiveJob(laid.schedule, laid.chips, nbytes, protocol=protocol, inside=inside)
     result = _moved(site, job, limit.before(setup_s), watch)
     if isinstance(result, GivenUp):
         return result.after(setup_s)
@@ -270,11 +270,11 @@ def _under(
         empty = _moved(site, replace(job, nbytes=0.0), UNLIMITED, unwatched)
         assert isinstance(empty, FullResult), "nothing limits it"
         latency_s = float(empty.seconds[0])
-        setup_s += protocol.handing_on_s(latency_s, max(0.0, seconds - latency_s))
+        setup_s += protocol.pipeline_fill_s(latency_s, max(0.0, seconds - latency_s))
     return FullTiming(laid.schedule.algorithm, setup_s + seconds, setup_s, protocol, result)
 
 
-def background_jobs(site: Site) -> list[Job]:
+def background_jobs(site: Site) -> list[CollectiveJob]:
     """The jobs of others, each again and again from the start."""
     jobs = []
     for each in site.resolved.background:

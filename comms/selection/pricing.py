@@ -25,7 +25,7 @@ from comms.networks.topology import IntArray
 from comms.selection.choice import Choice
 
 if TYPE_CHECKING:
-    from comms.simulation.compiled import Job
+    from comms.simulation.compiled import CollectiveJob
 
 FREE = 1e9  # how much better a tier is made to see what it costs
 
@@ -45,7 +45,7 @@ class TierShare:
     tier: str
     fanout: int
     latency_s: float  # of one stage, by the protocol taken
-    bytes_per_s: float  # of a chip, when all chips of a bunch send to others at once
+    bytes_per_s: float  # of a chip, when all chips of a subgroup send to others at once
     saved_s: float  # what would be saved if this tier cost nothing
 
 
@@ -79,14 +79,18 @@ def tier_shares(choice: Choice) -> tuple[TierShare, ...]:
     return tuple(shares)
 
 
-def job_of(choice: Choice, groups: IntArray, topology: TieredTopology, start_s: float = 0.0) -> "Job":
+def job_of(
+    choice: Choice, groups: IntArray, topology: TieredTopology, start_s: float = 0.0
+) -> "CollectiveJob":
     """The messages of a choice for groups of chips ([groups, chips], members in order) on a topology."""
     # Imported here: what only wants closed forms need not load compiled loops.
-    from comms.simulation.compiled import Job
+    from comms.simulation.compiled import CollectiveJob
 
     schedule = choice.schedule()
     places = np.array([_places(choice, members, topology) for members in groups])
-    return Job(schedule, places, choice.nbytes, start_s, protocol=choice.protocol, inside=choice.inside)
+    return CollectiveJob(
+        schedule, places, choice.nbytes, start_s, protocol=choice.protocol, inside=choice.inside
+    )
 
 
 def groups_of(members: Members, num_chips: int) -> IntArray:
@@ -97,13 +101,13 @@ def groups_of(members: Members, num_chips: int) -> IntArray:
 
 
 def _places(choice: Choice, members: IntArray, topology: TieredTopology) -> IntArray:
-    """The members, and after them the switches that add for them: one per bunch, then the one over all."""
+    """The members, and after them the switches that add for them: one per subgroup, then the one over all."""
     layers = num_layers_of_switches(choice.algorithm, choice.levels)
     if layers == 0 or len(members) == 1:
         return members
-    bunch = choice.levels[0].fanout
-    bunches = [members[first : first + bunch] for first in range(0, len(members), bunch)]
-    switches = [topology.switch_over(_as_list(each)) for each in bunches]
+    subgroup = choice.levels[0].fanout
+    subgroups = [members[first : first + subgroup] for first in range(0, len(members), subgroup)]
+    switches = [topology.switch_over(_as_list(each)) for each in subgroups]
     if layers > 1:
         switches.append(topology.switch_over(_as_list(members)))
     return np.concatenate([members, np.array(switches, dtype=np.int64)])

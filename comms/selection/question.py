@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from comms.collectives.schedule import Op, Schedule
-from comms.networks.conditions import CALM, Described
+from comms.networks.conditions import HEALTHY, Described
 from comms.networks.groups import Lattice, mesh_group
 from comms.networks.network import Network
 from comms.selection.choice import AUTO
@@ -36,7 +36,7 @@ class Question:
     algorithm: str = AUTO  # or a name of the catalog, or SYNTHESIZED
     schedule: Schedule | None = None  # used instead of an algorithm
     fidelity: Fidelity | None = None
-    described: Described = CALM
+    described: Described = HEALTHY
     chips_per_host: int = 1
     looks_for_better: bool = True  # auto may take long to look for a schedule of its own
 

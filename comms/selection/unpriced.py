@@ -12,7 +12,7 @@ from comms.selection.candidate_jobs import jobs_of, most_sends
 from comms.selection.choice import Choice
 from comms.selection.comparison import suitable
 from comms.selection.question import Question
-from comms.simulation.compiled import Job, compile_jobs
+from comms.simulation.compiled import CollectiveJob, compile_jobs
 from comms.simulation.lower_bound import least_end_s
 
 ROUGHLY = 4.0  # a guess at what chips take that do not fold is rarely so many times too long
@@ -46,7 +46,9 @@ def rivals(question: Question, choice: Choice, to_beat_s: float, most_messages: 
     return Rivals(tuple(hopeful), tuple(unknown))
 
 
-def _jobs(choice: Choice, question: Question, whole: TieredTopology, most_messages: int) -> tuple[Job, ...]:
+def _jobs(
+    choice: Choice, question: Question, whole: TieredTopology, most_messages: int
+) -> tuple[CollectiveJob, ...]:
     """What may be moved for a choice; nothing where that is too much."""
     if most_sends(choice)[0] > most_messages:  # not even made
         return ()
@@ -56,7 +58,7 @@ def _jobs(choice: Choice, question: Question, whole: TieredTopology, most_messag
         return ()
 
 
-def _least_seconds(job: Job, whole: TieredTopology, until_s: float) -> float:
+def _least_seconds(job: CollectiveJob, whole: TieredTopology, until_s: float) -> float:
     """What a job takes at least on a network in perfect order, if that is not later than `until_s`."""
     compiled = compile_jobs(whole, [job])
     return least_end_s(compiled, compiled.bytes_per_s, until_s)

@@ -24,7 +24,7 @@ MAX_PIECES = 1 << 20  # a timer's number holds a message and a piece
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Job:
+class CollectiveJob:
     """One collective to be timed: rank i of the schedule sits on node places[i].
 
     Several groups may do the same at once, each starting and ending for itself: places[group, i].
@@ -104,7 +104,7 @@ EDGE = np.dtype(  # who sends to whom, by which wires: one row per message of a 
 )
 
 
-class Work(NamedTuple):
+class MessageTable(NamedTuple):
     """What is to be sent, as the compiled loops read it."""
 
     streams: NDArray[np.void]  # STREAM
@@ -122,7 +122,7 @@ class Work(NamedTuple):
 class Compiled:
     """All jobs, ready to be timed."""
 
-    work: Work
+    work: MessageTable
     runs: NDArray[np.void]  # RUN, job by job
     num_ports: int
     num_chains: int
@@ -148,7 +148,7 @@ class Compiled:
         return counted
 
 
-def compile_jobs(topology: Topology, jobs: Sequence[Job]) -> Compiled:
+def compile_jobs(topology: Topology, jobs: Sequence[CollectiveJob]) -> Compiled:
     """Routes, ports and sizes of everything that the jobs send. Raises CommsError for impossible places."""
     wires = topology.wires()
     building = _Building(topology, wires)
@@ -158,7 +158,7 @@ def compile_jobs(topology: Topology, jobs: Sequence[Job]) -> Compiled:
     return building.done()
 
 
-def _check_places(topology: Topology, job: Job) -> None:
+def _check_places(topology: Topology, job: CollectiveJob) -> None:
     ranks, places = job.schedule.num_ranks + job.schedule.num_helpers, job.by_group
     where = job.schedule.algorithm
     if places.shape[1] != ranks:
@@ -201,7 +201,7 @@ class _Building:
         names = ("jobs", "rounds", "ranks", "chains", "left", "edges", "messages", "ports", "route")
         self.num = dict.fromkeys(names, 0)
 
-    def add_job(self, job: Job) -> None:
+    def add_job(self, job: CollectiveJob) -> None:
         """One more job: a stream per channel, a run per group."""
         groups, stream0 = len(job.by_group), len(self.streams)
         for channel in job.schedule.channels:
@@ -212,7 +212,7 @@ class _Building:
             times = (messages, messages, job.start_s, job.start_s, job.repeats)
             self.runs.append((self.num["jobs"] - 1, group, stream0, stream1, *times))
 
-    def _add_channel(self, job: Job, channel: Channel) -> None:
+    def _add_channel(self, job: CollectiveJob, channel: Channel) -> None:
         rounds = [(each, phase) for phase in _phase_bounds(channel) for each in phase[2]]
         num_groups, members = job.by_group.shape
         ranks, pieces = num_groups * members, channel.pieces
@@ -231,7 +231,9 @@ class _Building:
         self.num["chains"] += chains
         self.num["left"] += chains * len(rounds)
 
-    def _patterns(self, rounds: Sequence[PhasedRound], job: Job, channel: Channel) -> dict[int, int]:
+    def _patterns(
+        self, rounds: Sequence[PhasedRound], job: CollectiveJob, channel: Channel
+    ) -> dict[int, int]:
         """First row of each distinct pattern; ports are numbered per stream, over all its patterns."""
         distinct = {id(each.pattern): _in_groups(each.pattern, job) for each, _ in rounds}
         phase = {id(each.pattern): bounds[0] for each, bounds in rounds}
@@ -263,7 +265,7 @@ class _Building:
         return rows
 
     def _routed(
-        self, pattern: Pattern, job: Job
+        self, pattern: Pattern, job: CollectiveJob
     ) -> tuple[IntArray, IntArray, IntArray, FloatArray, FloatArray]:
         """Of each message the resource by which it leaves, and its route, latency and share."""
         places = job.by_group.ravel()
@@ -279,7 +281,7 @@ class _Building:
         latency = route_latencies(self.wires, routes) + stage_s * np.where(half, 0.5, 1.0)
         return heads, routes.offsets, resources, latency, share
 
-    def _moved_by(self, job: Job, routes: Routes) -> tuple[FloatArray, FloatArray]:
+    def _moved_by(self, job: CollectiveJob, routes: Routes) -> tuple[FloatArray, FloatArray]:
         """[messages] What the protocol of the outermost tier of its route adds to each, and the share that it gets."""
         inside = dict(job.inside)
         protocols = [inside.get(tier, job.protocol) for tier in self.topology.tiers] or [job.protocol]
@@ -294,7 +296,7 @@ class _Building:
         self,
         rounds: Sequence[PhasedRound],
         patterns: dict[int, int],
-        job: Job,
+        job: CollectiveJob,
         pieces: int,
     ) -> None:
         groups = len(job.by_group)
@@ -317,7 +319,7 @@ class _Building:
         rounds, streams = _records(ROUND, self.rounds), np.array(self.streams, dtype=STREAM)
         runs = np.array(self.runs, dtype=RUN)
         chunks = self.chunks if streams["by_chunk"].any() else []
-        work = Work(
+        work = MessageTable(
             streams=streams,
             rounds=rounds,
             edges=_records(EDGE, [columns[:-1] for columns in self.edges]),
@@ -342,7 +344,7 @@ class _Building:
         )
 
 
-def _in_groups(pattern: Pattern, job: Job) -> Pattern:
+def _in_groups(pattern: Pattern, job: CollectiveJob) -> Pattern:
     """A pattern of one group, for all groups: group after group."""
     groups, members = job.by_group.shape
     shift = np.arange(groups)[:, np.newaxis] * members
@@ -356,7 +358,7 @@ def _phase_bounds(channel: Channel) -> Iterator[tuple[int, int, tuple[Round, ...
         start += len(phase)
 
 
-def _crossings(work: Work, runs: NDArray[np.void], num_resources: int) -> FloatArray:
+def _crossings(work: MessageTable, runs: NDArray[np.void], num_resources: int) -> FloatArray:
     """See Compiled, of runs that come to an end: summed per edge, then along its route."""
     totals, counts = np.zeros(len(work.edges)), np.ones(len(work.streams), dtype=np.bool_)
     for each in runs[runs["repeats"]]:

@@ -75,7 +75,7 @@ class Noise(NamedTuple):
 class World(NamedTuple):
     """Everything the loop reads and writes."""
 
-    # From here to forward_nbytes as in compiled.Work: a tuple in a tuple costs time.
+    # From here to forward_nbytes as in compiled.MessageTable: a tuple in a tuple costs time.
     streams: NDArray[np.void]
     rounds: NDArray[np.void]
     edges: NDArray[np.void]

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from comms.errors import CommsError
 from comms.networks.topology import FloatArray, IntArray, Topology
-from comms.simulation.compiled import Compiled, Job, compile_jobs
+from comms.simulation.compiled import CollectiveJob, Compiled, compile_jobs
 from comms.simulation.events import (
     ARRIVED,
     FLOW_EVENTS,
@@ -48,8 +48,8 @@ from comms.simulation.work_budget import (
     UNLIMITED,
     WATCHED_WORK,
     GivenUp,
-    Limit,
     Watch,
+    WorkBudget,
     unwatched,
 )
 
@@ -83,7 +83,7 @@ class Conditions:
     seed: int = 0
 
 
-CALM = Conditions()
+HEALTHY = Conditions()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -104,14 +104,14 @@ class FullResult:
 
     @property
     def work(self) -> int:
-        """As a Limit counts it."""
+        """As a WorkBudget counts it."""
         return self.num_messages + self.flow_events + self.flows_solved
 
 
 def simulate(
     topology: Topology,
-    jobs: Sequence[Job],
-    conditions: Conditions = CALM,
+    jobs: Sequence[CollectiveJob],
+    conditions: Conditions = HEALTHY,
     *,
     record: bool = False,
     method: Method | None = None,
@@ -131,7 +131,11 @@ def simulate(
 
 
 def simulate_within(
-    topology: Topology, jobs: Sequence[Job], conditions: Conditions, limit: Limit, watch: Watch = unwatched
+    topology: Topology,
+    jobs: Sequence[CollectiveJob],
+    conditions: Conditions,
+    limit: WorkBudget,
+    watch: Watch = unwatched,
 ) -> FullResult | GivenUp:
     """The same as long as it is worth it. What is not given up is timed exactly, what is given up as late is late."""
     compiled = compile_jobs(topology, jobs)
@@ -220,7 +224,12 @@ def _swept(compiled: Compiled, rates: FloatArray, conditions: Conditions, record
 
 
 def _by_events(
-    compiled: Compiled, rates: FloatArray, conditions: Conditions, record: bool, limit: Limit, watch: Watch
+    compiled: Compiled,
+    rates: FloatArray,
+    conditions: Conditions,
+    record: bool,
+    limit: WorkBudget,
+    watch: Watch,
 ) -> FullResult | GivenUp:
     world = first_world(
         compiled, rates, conditions, record=record, again=bool(compiled.runs["repeats"].any())

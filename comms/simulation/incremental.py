@@ -1,4 +1,4 @@
-"""Live: full fidelity driven from outside, for programs whose communication starts when their chips get there.
+"""Incremental simulation: full fidelity driven from outside, for communication that starts when chips get there.
 
 All jobs that may ever run are given at first; each of their groups is started when its time has come, as often as
 needed, and whoever drives asks for what has ended since. Time goes forward only. Jobs that repeat are in the
@@ -12,10 +12,10 @@ import numpy as np
 
 from comms.errors import CommsError
 from comms.networks.topology import Topology
-from comms.simulation.compiled import Job, compile_jobs
+from comms.simulation.compiled import CollectiveJob, compile_jobs
 from comms.simulation.events import ENDED, MOST_RESTARTS, RESTARTS, WAITED_FOR, rewind, run
 from comms.simulation.full import (
-    CALM,
+    HEALTHY,
     Conditions,
     first_world,
     grown,
@@ -34,10 +34,12 @@ class Ended(NamedTuple):
     group: int
 
 
-class Live:
+class IncrementalSimulation:
     """Jobs on a topology, started one by one."""
 
-    def __init__(self, topology: Topology, jobs: Sequence[Job], conditions: Conditions = CALM) -> None:
+    def __init__(
+        self, topology: Topology, jobs: Sequence[CollectiveJob], conditions: Conditions = HEALTHY
+    ) -> None:
         compiled = compile_jobs(topology, jobs)
         rates = rates_under(compiled, conditions)
         self._world = first_world(compiled, rates, conditions, record=False, again=True)

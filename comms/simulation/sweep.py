@@ -21,7 +21,7 @@ NONE = -1
 class Sweep(NamedTuple):
     """Where everything is."""
 
-    # From here to forward_nbytes as in compiled.Work: a tuple in a tuple costs time.
+    # From here to forward_nbytes as in compiled.MessageTable: a tuple in a tuple costs time.
     streams: NDArray[np.void]
     rounds: NDArray[np.void]
     edges: NDArray[np.void]

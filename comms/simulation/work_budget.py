@@ -1,4 +1,4 @@
-"""Limit: how long a simulation at full fidelity goes on, and what is known where it was given up.
+"""WorkBudget: how long a simulation at full fidelity goes on, and what is known where it was given up.
 
 Both limits are of the simulation itself, simulated seconds and a count of what the event loop did, so that the same
 question is given up at the same point on every machine.
@@ -23,7 +23,7 @@ def unwatched(share: float) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class Limit:
+class WorkBudget:
     """A simulation is given up where a job that is waited for ends after `until_s`, or for too much work.
 
     Work is messages that arrive, flows that start or end, and rates solved anew (1 to 3 us each).
@@ -32,7 +32,7 @@ class Limit:
     until_s: float = inf
     most_work: int = ENDLESS
 
-    def before(self, seconds: float) -> "Limit":
+    def before(self, seconds: float) -> "WorkBudget":
         """For what comes so long after its start."""
         return replace(self, until_s=self.until_s - seconds)
 
@@ -45,7 +45,7 @@ class Limit:
         return work > self.most_work or (forecast_is_due and work > BELIEVED * share * self.most_work)
 
 
-UNLIMITED = Limit()
+UNLIMITED = WorkBudget()
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,7 @@ class GivenUp:
     """What has not been timed to its end: it takes longer than `at_least_s`."""
 
     at_least_s: float
-    is_late: bool  # not done by Limit.until_s; else too much work
+    is_late: bool  # not done by WorkBudget.until_s; else too much work
     work: int = 0  # that was done for it
 
     def after(self, seconds: float) -> "GivenUp":

@@ -81,13 +81,13 @@ def bisection(topology: Topology) -> Cut:
 
 
 def narrow_cuts(topology: Topology) -> tuple[Cut, ...]:
-    """Cuts that may bound a collective: the bisection, and around each bunch of chips that are close together."""
+    """Cuts that may bound a collective: the bisection, and around each subgroup of chips that are close together."""
     wires, num_chips, cuts = topology.wires(), topology.num_chips, [bisection(topology)]
     if 2 < num_chips <= SEARCHED_CHIPS:
-        for bunch in (
-            bunch for level in hierarchy(topology) for bunch in level if 1 < len(bunch) < num_chips
+        for subgroup in (
+            subgroup for level in hierarchy(topology) for subgroup in level if 1 < len(subgroup) < num_chips
         ):
-            chips = np.isin(np.arange(num_chips), bunch)
+            chips = np.isin(np.arange(num_chips), subgroup)
             side = _with_switches(wires, chips, topology.num_nodes)
             cuts.append(_cut(wires, side, num_chips, Proof.BEST_FOUND))
     return tuple(cuts)

@@ -15,7 +15,7 @@ from comms.simulation.jit import compiled
 NONE = -1
 
 
-class Work(NamedTuple):
+class SendTable(NamedTuple):
     """What is to be sent. A message is told from its hop; its followers are after[after0[m] : after0[m + 1]]."""
 
     hop: NDArray[np.int64]  # [sends]
@@ -38,7 +38,7 @@ class Queues(NamedTuple):
     held: NDArray[np.bool_]  # [wires]
 
 
-def played(work: Work, turn: NDArray[np.int64], num_wires: int) -> NDArray[np.float64]:
+def played(work: SendTable, turn: NDArray[np.int64], num_wires: int) -> NDArray[np.float64]:
     """[sends] When each leaves. `work.missing` is used up."""
     sends = len(turn)
     links = np.full((2, sends), NONE)
@@ -49,7 +49,7 @@ def played(work: Work, turn: NDArray[np.int64], num_wires: int) -> NDArray[np.fl
 
 
 @compiled
-def _run(work: Work, queues: Queues, timers: Timers, start: NDArray[np.float64]) -> None:
+def _run(work: SendTable, queues: Queues, timers: Timers, start: NDArray[np.float64]) -> None:
     """Event 2 m is that message m has arrived, 2 m + 1 that it has left. At one instant all come before any start."""
     sends = len(work.hop)
     touched = np.zeros(sends + len(work.route), dtype=np.int64)
@@ -76,7 +76,7 @@ def _run(work: Work, queues: Queues, timers: Timers, start: NDArray[np.float64])
 
 
 @compiled
-def _arrived(work: Work, queues: Queues, touched: NDArray[np.int64], num: int, send: int) -> int:
+def _arrived(work: SendTable, queues: Queues, touched: NDArray[np.int64], num: int, send: int) -> int:
     """Let those wait for their wire that need nothing more."""
     for row in range(work.after0[send], work.after0[send + 1]):
         late = work.after[row]
@@ -91,7 +91,7 @@ def _arrived(work: Work, queues: Queues, touched: NDArray[np.int64], num: int, s
 
 @compiled
 def _serve(
-    work: Work, queues: Queues, timers: Timers, start: NDArray[np.float64], wire: int, now: float
+    work: SendTable, queues: Queues, timers: Timers, start: NDArray[np.float64], wire: int, now: float
 ) -> None:
     """Start the most pressing message that waits for this wire and finds all others free.
 
@@ -145,7 +145,7 @@ def _merged(queues: Queues, one: int, other: int) -> int:
 
 
 @compiled
-def ways_behind(work: Work) -> NDArray[np.float64]:
+def ways_behind(work: SendTable) -> NDArray[np.float64]:
     """[sends] Seconds of the longest chain that starts with each, on empty wires; followers have higher numbers."""
     behind = np.zeros(len(work.hop))
     for send in range(len(work.hop) - 1, -1, -1):
@@ -157,7 +157,7 @@ def ways_behind(work: Work) -> NDArray[np.float64]:
 
 
 @compiled
-def places(work: Work, order: NDArray[np.int64], port: NDArray[np.int64]) -> NDArray[np.int64]:
+def places(work: SendTable, order: NDArray[np.int64], port: NDArray[np.int64]) -> NDArray[np.int64]:
     """[sends] The first round after those that each needs and after the one before it, in `order`, at its port."""
     place = np.zeros(len(order), dtype=np.int64)
     last = np.full(port.max() + 1, NONE)

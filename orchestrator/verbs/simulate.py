@@ -187,7 +187,7 @@ def simulate(
         else:
             costs = ClusterCosts(program, used)
             step = simulate_step(program, costs)
-            found = ((CONDITIONS, not used.conditions.is_calm), (UNEVEN, costs.sits_unevenly))
+            found = ((CONDITIONS, not used.conditions.is_healthy), (UNEVEN, costs.sits_unevenly))
             step = replace(step, left_out=(*step.left_out, *(what for what, is_so in found if is_so)))
     except ProgramError as error:
         raise PlanError(error.problem, error.where, error.hint) from error
@@ -200,7 +200,7 @@ def chosen_fidelity(cluster: Cluster, asked: Fidelity | None) -> Fidelity:
     if asked is not None:
         return asked
     few = cluster.num_chips <= EVERY_CHIP
-    return Fidelity.FOLDED if cluster.conditions.is_calm or not few else Fidelity.FULL
+    return Fidelity.FOLDED if cluster.conditions.is_healthy or not few else Fidelity.FULL
 
 
 def _every_chip(program: Program, cluster: Cluster) -> SimulatedStep:

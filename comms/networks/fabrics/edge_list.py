@@ -42,7 +42,7 @@ class Edge:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Graph:
+class EdgeList:
     """A network of any shape. Raises CommsError for edges that make no sense and for chips that cannot meet."""
 
     num_chips: int
@@ -134,7 +134,7 @@ class Rerouted:
     @property
     def through_chips(self) -> bool:
         """Whether ways round may lead through chips: as graphs say; else where there are no switches."""
-        if isinstance(self.topology, Graph | Rerouted):
+        if isinstance(self.topology, EdgeList | Rerouted):
             return self.chips_relay or self.topology.through_chips
         return self.chips_relay or self.topology.num_nodes == self.topology.num_chips
 
@@ -153,7 +153,7 @@ class Rerouted:
         return _replaced(Routes(usual.offsets, wires), broken, around)
 
 
-def _wires_of(graph: Graph) -> Wires:
+def _wires_of(graph: EdgeList) -> Wires:
     numbers: dict[int | str, int] = {name: graph.num_chips + i for i, name in enumerate(graph.switches)}
     numbers |= {node: node for node in range(graph.num_nodes)}
     tier = {name: i for i, name in enumerate(graph.tiers)}

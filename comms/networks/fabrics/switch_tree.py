@@ -156,8 +156,8 @@ class Tree:
         """How a group of chips folds over the tree; see `networks.layers.folded`."""
         return folded(self.layers, members, inner, aligned)
 
-    def level_between(self, members: Members, inner: int, bunches: int) -> Level:
-        """What equal bunches, each in a block of `inner` chips, have if every two meet in the outermost layer.
+    def level_between(self, members: Members, inner: int, subgroups: int) -> Level:
+        """What equal subgroups, each in a block of `inner` chips, have if every two meet in the outermost layer.
 
         They may sit unevenly on the layers in between: the fullest switch of each counts. Messages are taken to
         spread evenly over parallel paths, and switches to send on at once.
@@ -175,10 +175,10 @@ class Tree:
         busy = [replace(layer, chips=count) for layer, count in zip(layers, fullest, strict=True)]
         return Level(
             layers[-1].switch.tier,
-            bunches,
+            subgroups,
             link.latency_s,
             min(link.bytes_per_s, *rates),
-            group_size(members) // bunches * loaded(busy).bytes_per_s,
+            group_size(members) // subgroups * loaded(busy).bytes_per_s,
             reduces=all(layer.switch.reduces for layer in layers if layer.size > inner),
             shared=any(isfinite(layer.backplane) or not layer.duplex for layer in layers),
         )

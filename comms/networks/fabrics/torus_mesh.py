@@ -42,7 +42,7 @@ class Multicast:
 
 
 @dataclass(frozen=True, slots=True)
-class _Block:
+class _WireBlock:
     """The wires of one network along one dimension in one direction, line by line."""
 
     network: int
@@ -211,20 +211,20 @@ class Torus:
     def _lines(self, dim: int) -> int:
         return self.num_chips // self.dims[dim]
 
-    def _blocks(self) -> tuple[list[_Block], int]:
+    def _blocks(self) -> tuple[list[_WireBlock], int]:
         """All blocks of wires in order, and the number of wires with the ways in and out."""
-        blocks: list[_Block] = []
+        blocks: list[_WireBlock] = []
         offset = 0
         for network in range(self.num_networks):
             for dim, size in enumerate(self.dims):
                 per_line = 0 if size == 1 else size if self.is_ring(dim) else size - 1
                 for up in (True, False):
                     if not self.one_way or up == (network % 2 == 0):
-                        blocks.append(_Block(network, dim, up, offset, per_line))
+                        blocks.append(_WireBlock(network, dim, up, offset, per_line))
                         offset += per_line * self._lines(dim)
         return blocks, offset + 2 * (self.num_nodes - self.num_chips)
 
-    def _ends(self, block: _Block) -> tuple[IntArray, IntArray]:
+    def _ends(self, block: _WireBlock) -> tuple[IntArray, IntArray]:
         """Tails and heads of the wires of a block."""
         size, stride = self.dims[block.dim], _strides(self.dims)[block.dim]
         line = np.repeat(np.arange(self._lines(block.dim)), block.per_line)
@@ -290,7 +290,13 @@ class Torus:
         return Routes(np.concatenate([np.zeros(1, dtype=np.int64), ends[parts - 1 :: parts]]), wires)
 
     def _crossed(
-        self, dim: int, blocks: list[_Block], network: IntArray, src: IntArray, dst: IntArray, hops: IntArray
+        self,
+        dim: int,
+        blocks: list[_WireBlock],
+        network: IntArray,
+        src: IntArray,
+        dst: IntArray,
+        hops: IntArray,
     ) -> IntArray:
         """The wires that messages cross in one dimension, message by message."""
         size, stride = self.dims[dim], _strides(self.dims)[dim]

@@ -16,7 +16,7 @@ from pydantic_core import CoreSchema, core_schema
 from comms.collectives.schedule import Op
 from comms.errors import CommsError
 from comms.networks.conditions import (
-    CALM,
+    HEALTHY,
     Background,
     Between,
     ChipFault,
@@ -179,7 +179,7 @@ def described(
 ) -> Described:
     """The conditions of a file, on a network of `num_chips` (None: any number). Raises ClusterError."""
     if section is None:
-        return CALM
+        return HEALTHY
     jitter = section.jitter
     if jitter is not None and not jitter.rate and not jitter.delay:
         raise _error(document, ("jitter",), "this jitter has no effect", "give `rate:` or `delay:`")

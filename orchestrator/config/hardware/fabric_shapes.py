@@ -16,7 +16,7 @@ from typing import NoReturn
 
 from comms.errors import CommsError
 from comms.networks.fabrics.dragonfly import Arrangement, Dragonfly, Routing
-from comms.networks.fabrics.edge_list import Duplex, Edge, Graph
+from comms.networks.fabrics.edge_list import Duplex, Edge, EdgeList
 from comms.networks.fabrics.switch_tree import Tree
 from comms.networks.fabrics.torus_mesh import FullMesh, Torus
 from comms.networks.layers import Switch
@@ -175,7 +175,7 @@ class Drawing:
             routing=Routing(section.routing or Routing.MINIMAL),
         )
 
-    def _graph(self, num_chips: int, link: Link, efficiency: float, earlier_s: float) -> Graph:
+    def _graph(self, num_chips: int, link: Link, efficiency: float, earlier_s: float) -> EdgeList:
         section = self.section
         assert isinstance(section, ScaleUpSection)
         given = section.edges or ()
@@ -187,7 +187,7 @@ class Drawing:
             back = None if edge.back is None else self._link(edge.back, own, efficiency, earlier_s)
             edges.append(Edge(edge.a, edge.b, own, Duplex(edge.duplex.replace(" ", "_")), back))
         relay = section.through_chips if section.through_chips is not None else not names
-        return Graph(num_chips, tuple(edges), tuple(names), relay)
+        return EdgeList(num_chips, tuple(edges), tuple(names), relay)
 
     def _check_edge(self, number: int, edge: EdgeSection, num_chips: int) -> None:
         where, problem, hint = (*self.at, "edges", number), "", ""

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from comms.networks.fabrics.edge_list import Edge, Graph
+from comms.networks.fabrics.edge_list import Edge, EdgeList
 from comms.networks.fabrics.switch_tree import Tree
 from comms.networks.fabrics.torus_mesh import FullMesh, Torus
 from comms.networks.layers import Switch, Trunk
@@ -192,10 +192,10 @@ def test_wires_of_their_own_are_said():
 
 def test_graphs_are_looked_at_route_by_route():
     edges = (Edge(0, 1, Link(1e-6, 4e9)), Edge(1, 2, Link(2e-6, 2e9)), Edge(2, 3, Link(3e-6, 3e9)))
-    near, far = tier_table(Network((shaped("line", TierKind.SCALE_UP, Graph(4, edges)),)))
+    near, far = tier_table(Network((shaped("line", TierKind.SCALE_UP, EdgeList(4, edges)),)))
     assert (near.latency_s, near.bytes_per_s, near.hops) == (1e-6, 4e9, 1)
     assert (far.latency_s, far.bytes_per_s, far.hops) == (pytest.approx(6e-6), 2e9, 3)
-    assert far.loaded_bytes_per_s == Whole(Graph(4, edges)).loaded_link.bytes_per_s
+    assert far.loaded_bytes_per_s == Whole(EdgeList(4, edges)).loaded_link.bytes_per_s
 
 
 def test_the_host_stands_between_cores_and_chips():

@@ -205,7 +205,7 @@ def test_four_to_one_oversubscription_leaves_a_quarter_when_all_leave_their_leaf
 
 
 @pytest.mark.parametrize("spread", Spread)
-def test_bunches_that_sit_unevenly_have_what_the_fullest_switch_leaves_each(spread):
+def test_subgroups_that_sit_unevenly_have_what_the_fullest_switch_leaves_each(spread):
     tree = leaf_spine(spread, paths=1, to=Switch("spine", reduces=True))  # 20 GB/s from each leaf
     listed = tree.level_between(range(6, 16), 2, 5)  # two under one leaf, eight under the other
     assert (listed.tier, listed.fanout, listed.latency_s) == ("spine", 5, 3e-6)
@@ -217,7 +217,7 @@ def test_bunches_that_sit_unevenly_have_what_the_fullest_switch_leaves_each(spre
     assert (every_other.bytes_per_s, every_other.pool_bytes_per_s) == (10e9, 20e9 / 8)
 
 
-def test_bunches_that_sit_unevenly_on_half_duplex_ports_have_half_and_share_it():
+def test_subgroups_that_sit_unevenly_on_half_duplex_ports_have_half_and_share_it():
     level = replace(leaf_spine(), duplex=False).level_between(range(10), 2, 5)
     assert (level.bytes_per_s, level.pool_bytes_per_s, level.shared) == (5e9, 10e9, True)
 

@@ -6,7 +6,7 @@ import pytest
 
 from comms.collectives.schedule import Op
 from comms.networks.conditions import (
-    CALM,
+    HEALTHY,
     Background,
     Between,
     ChipFault,
@@ -52,7 +52,7 @@ def link(line):
 
 
 def test_a_file_without_conditions_is_calm():
-    assert cluster_from(parse_yaml(HOSTS, "c.yaml")).conditions == CALM
+    assert cluster_from(parse_yaml(HOSTS, "c.yaml")).conditions == HEALTHY
 
 
 @pytest.mark.parametrize(
@@ -175,4 +175,4 @@ def test_shipped_tori_go_round_a_dead_link(name):
     topology = found.take(None).network.topology()
     around = resolve(found.conditions, topology).topology.routes([0], [1])
     assert len(around.wires) == 3
-    assert load_cluster(path).conditions == CALM
+    assert load_cluster(path).conditions == HEALTHY
