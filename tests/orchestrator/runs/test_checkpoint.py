@@ -11,7 +11,17 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError
 
 from orchestrator.runs import checkpoint as checkpoints
-from orchestrator.runs.checkpoint import MANIFEST, Manifest, begin, commit, latest, load, load_shard, prune, save
+from orchestrator.runs.checkpoint import (
+    MANIFEST,
+    Manifest,
+    begin,
+    commit,
+    latest,
+    load,
+    load_shard,
+    prune,
+    save,
+)
 from orchestrator.errors import RunError
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int8, torch.bool)
