@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import SafetensorError
 
+from orchestrator.errors import RunError
 from orchestrator.runs import checkpoint as checkpoints
 from orchestrator.runs.checkpoint import (
     MANIFEST,
@@ -22,7 +23,6 @@ from orchestrator.runs.checkpoint import (
     prune,
     save,
 )
-from orchestrator.errors import RunError
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int8, torch.bool)
 
