@@ -27,10 +27,11 @@ JITTER = 0.05
 def ring(num_chips: int, method: str | None) -> dict[str, object]:
     """All-reduce of 64 MiB in 4 chunks around a ring of wires whose rates differ by up to 5 %."""
     from comms.algorithms import ring as algorithm
+    from comms.networks.conditions import Conditions
     from comms.networks.fabrics.torus_mesh import Torus
     from comms.networks.links import Link
     from comms.simulation.compiled import CollectiveJob
-    from comms.simulation.full import Conditions, Method, simulate
+    from comms.simulation.full import Method, simulate
 
     wires = Torus((num_chips,), (Link(*HOP),))
     speed = np.random.default_rng(0).uniform(1 - JITTER, 1 + JITTER, wires.wires().num_wires)

@@ -13,9 +13,9 @@ Not modelled: the time until a network notices a dead link, links that fail whil
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import ceil
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 
@@ -26,9 +26,6 @@ from comms.networks.paths import within_reach
 from comms.networks.shapes import Whole
 from comms.networks.tiered import TieredTopology
 from comms.networks.topology import IntArray, Topology, Wires
-
-if TYPE_CHECKING:
-    from comms.simulation.full import Change, Conditions
 
 HORIZON_S = 10.0  # how long flapping links are followed
 
@@ -130,6 +127,29 @@ class Described:
 
 HEALTHY = Described()
 
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """From `at_s` on, a wire runs at `factor` of the topology's rate: 0 is down. It takes the place of `factors`."""
+
+    at_s: float
+    wire: int
+    factor: float
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Conditions:
+    """How the wires and nodes of one topology differ from their data sheets while it is timed."""
+
+    factors: Mapping[int, float] = field(default_factory=dict)  # wire -> share of its rate
+    changes: tuple[Change, ...] = ()
+    overhead_s: Mapping[int, float] = field(default_factory=dict)  # node -> before each message it sends
+    noise_s: float = 0.0  # mean of an exponential delay before each message
+    seed: int = 0
+
+
+UNDISTURBED = Conditions()
+
 FaultyWires: TypeAlias = list[tuple[LinkFault, tuple[int, ...]]]  # faults and their wires
 
 
@@ -138,7 +158,7 @@ class Resolved:
     """Conditions on one topology, as simulations read them."""
 
     topology: Topology  # without what is down
-    conditions: "Conditions"
+    conditions: Conditions
     background: tuple[Background, ...]
     work_factors: Mapping[int, float]  # chip to how many times as long its work takes, where not once
 
@@ -146,10 +166,6 @@ class Resolved:
 def resolve(described: Described, topology: Topology, horizon_s: float = HORIZON_S) -> Resolved:
     """What is described, on this topology. Raises CommsError for chips, tiers and links that it does not have, and
     with the names of chips that would be cut off."""
-    from comms.simulation.full import (
-        Conditions,  # it loads compiled loops, which files and tables do not need
-    )
-
     wires = topology.wires()
     found = _found(described, topology, wires)
     dead = _check_dead(found, topology, wires)
@@ -319,10 +335,8 @@ def _factors(described: Described, found: FaultyWires, numbers: IntArray, now: W
 
 def _changes(
     found: FaultyWires, numbers: IntArray, now: Wires, factors: Mapping[int, float], horizon_s: float
-) -> "tuple[Change, ...]":
+) -> tuple[Change, ...]:
     """Down and up again for every flapping link, in order of time and wire."""
-    from comms.simulation.full import Change
-
     changes: list[Change] = []
     flapping: set[int] = set()
     for fault, which in found:

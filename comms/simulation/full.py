@@ -9,14 +9,15 @@ Assumes that a job's chips are ready at its start (plus their lateness). Not mod
 the time to add contributions is part of a wire's rate.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 import numpy as np
 from numpy.typing import NDArray
 
 from comms.errors import CommsError
+from comms.networks.conditions import UNDISTURBED, Conditions
 from comms.networks.topology import FloatArray, IntArray, Topology
 from comms.simulation.compiled import CollectiveJob, Compiled, compile_jobs
 from comms.simulation.events import (
@@ -63,29 +64,6 @@ class Method(StrEnum):
     EVENTS = "events"
 
 
-@dataclass(frozen=True, slots=True)
-class Change:
-    """From `at_s` on, a wire runs at `factor` of the topology's rate: 0 is down. It takes the place of `factors`."""
-
-    at_s: float
-    wire: int
-    factor: float
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Conditions:
-    """How a network differs from its data sheet while it is timed."""
-
-    factors: Mapping[int, float] = field(default_factory=dict)  # wire -> share of its rate
-    changes: tuple[Change, ...] = ()
-    overhead_s: Mapping[int, float] = field(default_factory=dict)  # node -> before each message it sends
-    noise_s: float = 0.0  # mean of an exponential delay before each message
-    seed: int = 0
-
-
-HEALTHY = Conditions()
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class FullResult:
     """What was timed. `wire_nbytes` counts background jobs once."""
@@ -111,7 +89,7 @@ class FullResult:
 def simulate(
     topology: Topology,
     jobs: Sequence[CollectiveJob],
-    conditions: Conditions = HEALTHY,
+    conditions: Conditions = UNDISTURBED,
     *,
     record: bool = False,
     method: Method | None = None,

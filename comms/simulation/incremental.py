@@ -11,12 +11,11 @@ from typing import NamedTuple
 import numpy as np
 
 from comms.errors import CommsError
+from comms.networks.conditions import UNDISTURBED, Conditions
 from comms.networks.topology import Topology
 from comms.simulation.compiled import CollectiveJob, compile_jobs
 from comms.simulation.events import ENDED, MOST_RESTARTS, RESTARTS, WAITED_FOR, rewind, run
 from comms.simulation.full import (
-    HEALTHY,
-    Conditions,
     first_world,
     grown,
     is_short_of_timers,
@@ -38,7 +37,7 @@ class IncrementalSimulation:
     """Jobs on a topology, started one by one."""
 
     def __init__(
-        self, topology: Topology, jobs: Sequence[CollectiveJob], conditions: Conditions = HEALTHY
+        self, topology: Topology, jobs: Sequence[CollectiveJob], conditions: Conditions = UNDISTURBED
     ) -> None:
         compiled = compile_jobs(topology, jobs)
         rates = rates_under(compiled, conditions)

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from comms.collectives.schedule import Channel, Op, Pattern, Round, Schedule
+from comms.networks.conditions import UNDISTURBED, Conditions
 from comms.networks.groups import Members, mesh_group
 from comms.networks.network import Network
 from comms.networks.tiered import TieredTopology
@@ -22,7 +23,6 @@ from comms.networks.topology import IntArray, Topology
 from comms.selection.choice import choose
 from comms.selection.pricing import job_of
 from comms.simulation.compiled import CollectiveJob
-from comms.simulation.full import HEALTHY, Conditions
 from comms.simulation.incremental import IncrementalSimulation
 from orchestrator.runners.base import collective_nbytes
 from partitioner.program.machine import Post
@@ -54,7 +54,7 @@ class ProgramTraffic:
 
     program: Program
     network: Network  # as many chips as the program has
-    conditions: Conditions = HEALTHY
+    conditions: Conditions = UNDISTURBED
     topology: Topology | None = None  # the network's own, or as conditions leave it
     background: tuple[CollectiveJob, ...] = ()  # of others, again and again
     _spots: dict[tuple[_Kind, tuple[int, ...]], Spot] = field(default_factory=dict)

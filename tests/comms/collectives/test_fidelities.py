@@ -12,6 +12,7 @@ from comms.algorithms.hierarchical import hierarchical_torus, hierarchical_tree
 from comms.collectives.proof import prove
 from comms.collectives.schedule import Op
 from comms.errors import CommsError
+from comms.networks.conditions import Conditions
 from comms.networks.fabrics.switch_tree import Tree
 from comms.networks.fabrics.torus_mesh import FullMesh, Torus
 from comms.networks.groups import Lattice
@@ -21,7 +22,7 @@ from comms.networks.network import Network, Tier, TierKind, layered, shaped, swi
 from comms.networks.topology import Wires
 from comms.selection.choice import choose
 from comms.selection.pricing import groups_of, job_of
-from comms.simulation.full import Conditions, simulate
+from comms.simulation.full import simulate
 from comms.synthesis.bisection import makespan_bound
 
 CLOSE = 1e-3

@@ -13,6 +13,7 @@ from comms.networks.conditions import (
     HEALTHY,
     Background,
     Between,
+    Change,
     ChipFault,
     Described,
     Flaps,
@@ -28,7 +29,7 @@ from comms.networks.layers import Spread, Switch, Trunk
 from comms.networks.links import Link
 from comms.networks.network import Network, Tier, TierKind, shaped, switched
 from comms.simulation.compiled import CollectiveJob
-from comms.simulation.full import Change, simulate
+from comms.simulation.full import simulate
 
 LINK = Link(1e-6, 10e9)
 RING = Torus((6,), (LINK,))

@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 
 from comms.collectives.schedule import Channel, Op, Order, Pattern, Round, Schedule
 from comms.errors import CommsError
+from comms.networks.conditions import UNDISTURBED, Change, Conditions
 from comms.networks.topology import Wires, routes_of
 from comms.simulation.compiled import CollectiveJob, compile_jobs
-from comms.simulation.full import HEALTHY, Change, Conditions, Method, simulate, simulate_within
+from comms.simulation.full import Method, simulate, simulate_within
 from comms.simulation.incremental import IncrementalSimulation
 from comms.simulation.lower_bound import least_end_s
 from comms.simulation.sharing import fair_rates
@@ -227,11 +228,11 @@ def test_what_is_given_up_as_late_is_late_and_all_else_is_timed_as_ever(data):
     compiled = compile_jobs(table, jobs)
     assert least_end_s(compiled, compiled.bytes_per_s) <= end_s * (1 + 1e-9)
     for until_s in (end_s * (1 + 1e-9), np.inf):
-        assert simulate_within(table, jobs, HEALTHY, WorkBudget(until_s)).seconds == pytest.approx(
+        assert simulate_within(table, jobs, UNDISTURBED, WorkBudget(until_s)).seconds == pytest.approx(
             whole, rel=1e-12
         )
     for share in (0.1, 0.9, 1 - 1e-6):
-        given_up = simulate_within(table, jobs, HEALTHY, WorkBudget(share * end_s))
+        given_up = simulate_within(table, jobs, UNDISTURBED, WorkBudget(share * end_s))
         assert given_up.is_late
         assert share * end_s * (1 - 1e-9) <= given_up.at_least_s <= end_s * (1 + 1e-9)
 
@@ -291,7 +292,7 @@ def one_message(src=0, dst=1, ranks=2):
 LINE = Table(2, [(0.5, 2.0)], {(0, 1): (0,), (1, 0): (0,)})
 
 
-def seconds(conditions=HEALTHY, nbytes=10.0, schedule=None):
+def seconds(conditions=UNDISTURBED, nbytes=10.0, schedule=None):
     return simulate(
         LINE, [CollectiveJob(schedule or one_message(), np.arange(2), nbytes)], conditions
     ).seconds[0]
@@ -335,8 +336,8 @@ def crossing(ranks, at_once=False):
 
 def test_what_would_be_too_much_work_is_given_up_after_a_part_of_it():
     table, job = crossing(40)
-    whole = simulate_within(table, [job], HEALTHY, UNLIMITED)
-    given_up = simulate_within(table, [job], HEALTHY, WorkBudget(most_work=whole.work // 3))
+    whole = simulate_within(table, [job], UNDISTURBED, UNLIMITED)
+    given_up = simulate_within(table, [job], UNDISTURBED, WorkBudget(most_work=whole.work // 3))
     assert not given_up.is_late
     assert given_up.work < whole.work / 4
     assert given_up.at_least_s <= whole.seconds[0]
@@ -345,22 +346,24 @@ def test_what_would_be_too_much_work_is_given_up_after_a_part_of_it():
 @pytest.mark.parametrize("at_once", [False, True])
 def test_what_is_no_more_work_than_it_may_be_is_not_given_up(at_once):
     table, job = crossing(40, at_once)  # at once, all are on their way before any arrives
-    whole = simulate_within(table, [job], HEALTHY, UNLIMITED)
-    again = simulate_within(table, [job], HEALTHY, WorkBudget(most_work=whole.work))
+    whole = simulate_within(table, [job], UNDISTURBED, UNLIMITED)
+    again = simulate_within(table, [job], UNDISTURBED, WorkBudget(most_work=whole.work))
     assert (again.work, again.seconds) == (whole.work, whole.seconds)
 
 
 def test_even_no_work_at_all_comes_to_an_end():
     table, job = crossing(3)
     for most_work in (0, 1):
-        assert isinstance(simulate_within(table, [job], HEALTHY, WorkBudget(most_work=most_work)), GivenUp)
+        assert isinstance(
+            simulate_within(table, [job], UNDISTURBED, WorkBudget(most_work=most_work)), GivenUp
+        )
 
 
 def test_who_watches_hears_of_an_ever_larger_share(monkeypatch):
     monkeypatch.setattr("comms.simulation.full.WATCHED_WORK", 100)
     table, job = crossing(12)
     shares = []
-    simulate_within(table, [job], HEALTHY, UNLIMITED, shares.append)
+    simulate_within(table, [job], UNDISTURBED, UNLIMITED, shares.append)
     assert len(shares) > 2
     assert sorted(shares) == shares
     assert 0 <= shares[0] < shares[-1] < 1
