@@ -19,7 +19,6 @@ from typing import TypeAlias
 
 import numpy as np
 
-from comms.collectives.schedule import Op
 from comms.errors import CommsError
 from comms.networks.fabrics.edge_list import EdgeList, Rerouted
 from comms.networks.paths import within_reach
@@ -103,7 +102,7 @@ class Jitter:
 class Background:
     """A job of others, over and over again."""
 
-    op: Op
+    op: str  # by its name: networks do not know collectives
     chips: tuple[int, ...]
     nbytes: float
     where: str = ""

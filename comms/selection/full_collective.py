@@ -279,6 +279,6 @@ def background_jobs(site: Site) -> list[CollectiveJob]:
     jobs = []
     for each in site.resolved.background:
         chips = tuple(sorted(each.chips))
-        job = job_of(choose(each.op, each.nbytes, chips, site.network), np.array([chips]), site.whole)
+        job = job_of(choose(Op(each.op), each.nbytes, chips, site.network), np.array([chips]), site.whole)
         jobs.append(replace(job, repeats=True))
     return jobs

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from comms.simulation.compiled import MAX_PIECES
 from comms.simulation.heaps import Finishes, Timers, add_timer, clear_finish, set_finish, take_timer
-from comms.simulation.jit import compiled
+from comms.simulation.jit import compiled, compiled_inside, wide
 from comms.simulation.message_costs import forwarding_s, uniform
 from comms.simulation.sharing import Flows, draw_in, draw_in_all, insert, remove, solve
 
@@ -148,7 +148,7 @@ def run(w: World, changes: Changes, next_change: int, until_s: float, run_by_run
         if now == np.inf or now > until_s or done >= w.counters[MOST_WORK]:
             break
         until = now * (1.0 + SAME_INSTANT)
-        drawn = 0
+        drawn = wide(0)
         while (
             finishes.size[0] > 0 and finishes.port[finishes.heap[0]].time <= until and timers.size[0] < room
         ):
@@ -167,7 +167,7 @@ def run(w: World, changes: Changes, next_change: int, until_s: float, run_by_run
     return next_change
 
 
-@compiled
+@compiled_inside
 def _settle(w: World, now: float, drawn: int) -> None:
     """Solve what was disturbed, and move the ends of the flows whose rate changed."""
     flows = w.flows
@@ -185,7 +185,7 @@ def _settle(w: World, now: float, drawn: int) -> None:
         set_finish(w.finishes, number, now + port.nbytes / flow.rate if flow.rate > 0.0 else np.inf)
 
 
-@compiled
+@compiled_inside
 def _happen(w: World, number: int, now: float, drawn: int) -> int:
     """An arrival (number >= 0), the end of a port's overhead, or the start of a run."""
     num_ports = len(w.port)
@@ -202,16 +202,16 @@ def _happen(w: World, number: int, now: float, drawn: int) -> int:
     return drawn
 
 
-@compiled
+@compiled_inside
 def _try_all(w: World, first: int, last: int, now: float, drawn: int) -> int:
     """Start what can leave from ranks first .. last - 1."""
     for rank in range(first, last):
         for index in range(w.rank[rank].port0, w.rank[rank].port1):
-            drawn = _try(w, w.ports_of_rank[index], now, drawn)
+            drawn = _try(w, wide(w.ports_of_rank[index]), now, drawn)
     return drawn
 
 
-@compiled
+@compiled_inside
 def _deliver(w: World, message: int, piece: int, now: float) -> int:
     """Note an arrival; the row of the rank that may go on by it."""
     each = w.rounds[w.round_of[message]]
@@ -231,7 +231,7 @@ def _deliver(w: World, message: int, piece: int, now: float) -> int:
     rank = w.rank[stream.rank0 + dst]
     rank.end_s = max(rank.end_s, now)
     if len(w.arrivals) > 0:
-        w.arrivals[_record_row(w, each.stream, message, piece)] = now
+        w.arrivals[_record_row(w, wide(each.stream), message, piece)] = now
     w.counters[ARRIVED] += 1
     number = stream.run0 + dst // stream.members
     its = w.run[number]
@@ -241,7 +241,7 @@ def _deliver(w: World, message: int, piece: int, now: float) -> int:
     return stream.rank0 + dst  # type: ignore[no-any-return]
 
 
-@compiled
+@compiled_inside
 def _end(w: World, number: int, now: float) -> None:
     """All messages of a run have arrived."""
     if w.run[number].repeats:
@@ -280,7 +280,7 @@ def rewind(w: World, number: int) -> None:
                 port.row, port.piece = port.first, 0
 
 
-@compiled
+@compiled_inside
 def _ready(w: World, port: int, message: int) -> bool:
     """Whether the sender has all that the message at the head of its port waits for."""
     each, sender = w.rounds[w.round_of[message]], w.port[port]
@@ -300,12 +300,12 @@ def _ready(w: World, port: int, message: int) -> bool:
     return True
 
 
-@compiled
+@compiled_inside
 def _try(w: World, number: int, now: float, drawn: int) -> int:
     """Start what can leave by a port, if it is idle."""
     port = w.port[number]
     while port.state == IDLE and port.row < port.last:
-        message = w.queue[port.row].message
+        message = wide(w.queue[port.row].message)
         if not _ready(w, number, message):
             return drawn
         delay = w.rank[w.streams[port.stream].rank0 + port.rank].overhead_s
@@ -319,25 +319,25 @@ def _try(w: World, number: int, now: float, drawn: int) -> int:
     return drawn
 
 
-@compiled
+@compiled_inside
 def _started(w: World, number: int) -> float:
     """When the run of a port's messages started: what happens again does not happen the same way."""
     stream = w.streams[w.port[number].stream]
     return w.run[stream.run0 + w.port[number].rank // stream.members].start_s  # type: ignore[no-any-return]
 
 
-@compiled
+@compiled_inside
 def _send(w: World, number: int, now: float, drawn: int) -> int:
     """The message at the head of a port leaves."""
     flows = w.flows
     port = w.port[number]
-    message = w.queue[port.row].message
+    message = wide(w.queue[port.row].message)
     each = w.rounds[w.round_of[message]]
     edge = w.edges[each.edge0 + message - each.first]
     nbytes = w.nbytes[message]
     port.state, port.nbytes, port.since = SENDING, nbytes, now
     if len(w.starts) > 0:
-        w.starts[_record_row(w, port.stream, message, port.piece)] = now
+        w.starts[_record_row(w, wide(port.stream), message, port.piece)] = now
     if edge.route0 == edge.route1 or nbytes == 0.0:
         set_finish(w.finishes, number, now)
         return drawn
@@ -350,11 +350,11 @@ def _send(w: World, number: int, now: float, drawn: int) -> int:
     set_finish(w.finishes, number, np.inf)
     drawn = draw_in(flows, number, drawn)
     for hop in range(edge.route0, edge.route1):
-        drawn = draw_in_all(flows, w.route[hop], drawn, False)
+        drawn = draw_in_all(flows, wide(w.route[hop]), drawn, False)
     return drawn
 
 
-@compiled
+@compiled_inside
 def _leave(w: World, number: int, now: float, drawn: int) -> int:
     """The last byte of a port's message has left: free the wires, let it arrive, turn to the next one."""
     flows = w.flows
@@ -367,7 +367,7 @@ def _leave(w: World, number: int, now: float, drawn: int) -> int:
         w.counters[FLOW_EVENTS] += 1
         if not remove(flows, number):
             for hop in range(edge.route0, edge.route1):
-                drawn = draw_in_all(flows, w.route[hop], drawn, True)
+                drawn = draw_in_all(flows, wide(w.route[hop]), drawn, True)
     came = (
         now
         + edge.latency_s
@@ -390,7 +390,7 @@ def _leave(w: World, number: int, now: float, drawn: int) -> int:
     return drawn
 
 
-@compiled
+@compiled_inside
 def _record_row(w: World, stream: int, message: int, piece: int) -> int:
     row = w.streams[stream]
     first = w.rounds[row.round0].first

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from comms.simulation.jit import compiled
+from comms.simulation.jit import compiled, compiled_inside
 
 NONE = -1
 TIMER = np.dtype([("time", "f8"), ("number", "i8")], align=True)
@@ -57,7 +57,7 @@ def add_timer(timers: Timers, time: float, number: int) -> None:
     heap[at].time, heap[at].number = time, number
 
 
-@compiled
+@compiled_inside
 def take_timer(timers: Timers) -> int:
     """Remove the earliest event; its number."""
     heap, size = timers.heap, timers.size[0] - 1
@@ -79,7 +79,7 @@ def take_timer(timers: Timers) -> int:
     return taken  # type: ignore[no-any-return]
 
 
-@compiled
+@compiled_inside
 def set_finish(finishes: Finishes, port: int, time: float) -> None:
     """A port's flow ends at `time`: put in, or moved."""
     at = finishes.port[port].where
@@ -97,7 +97,7 @@ def set_finish(finishes: Finishes, port: int, time: float) -> None:
         _down(finishes, at, port)
 
 
-@compiled
+@compiled_inside
 def clear_finish(finishes: Finishes, port: int) -> None:
     """Forget a port's finish time."""
     at = finishes.port[port].where
@@ -115,7 +115,7 @@ def clear_finish(finishes: Finishes, port: int) -> None:
         _down(finishes, at, last)
 
 
-@compiled
+@compiled_inside
 def _up(finishes: Finishes, at: int, port: int) -> None:
     heap, ports = finishes.heap, finishes.port
     time = ports[port].time
@@ -130,7 +130,7 @@ def _up(finishes: Finishes, at: int, port: int) -> None:
     ports[port].where = at
 
 
-@compiled
+@compiled_inside
 def _down(finishes: Finishes, at: int, port: int) -> None:
     heap, ports, size = finishes.heap, finishes.port, finishes.size[0]
     time = ports[port].time

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from comms.simulation.jit import compiled
+from comms.simulation.jit import compiled, compiled_inside, wide
 
 EPSILON = 1e-9  # relative; rates closer than this are equal
 NONE = -1
@@ -81,7 +81,7 @@ def insert(flows: Flows, flow: int, route: NDArray[np.int32], start: int, end: i
     slowest = np.inf
     where = NONE
     for hop in range(end - start):
-        resource = route[start + hop]
+        resource = wide(route[start + hop])
         row = flows.flow[flow].row0 + hop
         first = flows.resource[resource].head
         if first != NONE:
@@ -160,7 +160,7 @@ def solve(flows: Flows, num: int) -> int:
         num = grown
 
 
-@compiled
+@compiled_inside
 def _touch(flows: Flows, num: int) -> int:
     """The resources of the flows to be solved, and what the others leave of them."""
     touched = 0
@@ -188,10 +188,10 @@ def _touch(flows: Flows, num: int) -> int:
     return touched
 
 
-@compiled
+@compiled_inside
 def _fill(flows: Flows, num: int, touched: int) -> None:
     """Progressive filling: the resource with the least share settles its flows; shares only grow."""
-    size = 0
+    size = wide(0)
     for place in range(touched):
         size = _push(flows, size, flows.touched[place].room / flows.touched[place].open, place)
     while size > 0:
@@ -218,7 +218,7 @@ def _fill(flows: Flows, num: int, touched: int) -> None:
             row = flows.incidence[row].after
 
 
-@compiled
+@compiled_inside
 def _check(flows: Flows, num: int, touched: int) -> int:
     """Draw in whoever has no bottleneck now, or is faster than a flow on that flow's bottleneck."""
     for place in range(touched):
@@ -247,7 +247,7 @@ def _check(flows: Flows, num: int, touched: int) -> int:
     return num
 
 
-@compiled
+@compiled_inside
 def _push(flows: Flows, size: int, share: float, row: int) -> int:
     at = size
     while at > 0:
@@ -260,7 +260,7 @@ def _push(flows: Flows, size: int, share: float, row: int) -> int:
     return size + 1
 
 
-@compiled
+@compiled_inside
 def _pop(flows: Flows, size: int) -> int:
     size -= 1
     share, row = flows.heap[size].share, flows.heap[size].row

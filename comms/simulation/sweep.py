@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from comms.simulation.events import SAME_INSTANT, Noise
-from comms.simulation.jit import compiled
+from comms.simulation.jit import compiled, compiled_inside
 from comms.simulation.message_costs import forwarding_s, uniform
 
 NONE = -1
@@ -74,7 +74,7 @@ def sweep(s: Sweep) -> bool:
     return True
 
 
-@compiled
+@compiled_inside
 def _after_piece_before(s: Sweep, number: int, piece: int) -> None:
     """A chip starts on a piece when it is done with the one before."""
     stream = s.streams[number]
@@ -89,7 +89,7 @@ def _after_piece_before(s: Sweep, number: int, piece: int) -> None:
             s.staged[here + group] = s.ready[here + group]
 
 
-@compiled
+@compiled_inside
 def _round(s: Sweep, number: int, piece: int) -> bool:
     """One piece of one round."""
     each = s.rounds[number]
@@ -132,7 +132,7 @@ def _round(s: Sweep, number: int, piece: int) -> bool:
     return True
 
 
-@compiled
+@compiled_inside
 def _note(s: Sweep, number: int, message: int, piece: int, start: float, end: float, came: float) -> None:
     """When chips and jobs are done, and the message's times where they are recorded."""
     each = s.rounds[number]
@@ -148,7 +148,7 @@ def _note(s: Sweep, number: int, message: int, piece: int, start: float, end: fl
         s.starts[row], s.arrivals[row] = start, came
 
 
-@compiled
+@compiled_inside
 def _take(s: Sweep, stream: int, edge: int, start: float, end: float) -> bool:
     """Take the wires of a route from start to end; False where they are taken."""
     for hop in range(s.edges[edge].route0, s.edges[edge].route1):

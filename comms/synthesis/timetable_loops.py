@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from comms.simulation.heaps import Timers, add_timer, empty_timers, take_timer
-from comms.simulation.jit import compiled
+from comms.simulation.jit import compiled, compiled_inside
 
 NONE = -1
 
@@ -75,7 +75,7 @@ def _run(work: SendTable, queues: Queues, timers: Timers, start: NDArray[np.floa
             _serve(work, queues, timers, start, touched[index], now)
 
 
-@compiled
+@compiled_inside
 def _arrived(work: SendTable, queues: Queues, touched: NDArray[np.int64], num: int, send: int) -> int:
     """Let those wait for their wire that need nothing more."""
     for row in range(work.after0[send], work.after0[send + 1]):
@@ -89,7 +89,7 @@ def _arrived(work: SendTable, queues: Queues, touched: NDArray[np.int64], num: i
     return num
 
 
-@compiled
+@compiled_inside
 def _serve(
     work: SendTable, queues: Queues, timers: Timers, start: NDArray[np.float64], wire: int, now: float
 ) -> None:
@@ -116,13 +116,13 @@ def _serve(
         add_timer(timers, now + work.arriving_s[send], 2 * send)
 
 
-@compiled
+@compiled_inside
 def _wait(queues: Queues, wire: int, send: int) -> None:
     queues.left[send] = queues.right[send] = NONE
     queues.top[wire] = _merged(queues, queues.top[wire], send)
 
 
-@compiled
+@compiled_inside
 def _merged(queues: Queues, one: int, other: int) -> int:
     """The first of both heaps as one."""
     if one == NONE:
