@@ -31,10 +31,10 @@ FILES = (
 def cache_folder() -> str:
     """The folder of what these files compile to; where it cannot be written, numba's own choice ("")."""
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in FILES)).hexdigest()
-    caches = os.environ.get("XDG_CACHE_HOME", "")
-    # The specification of base directories says to ignore a path that is not absolute.
-    root = Path(caches) if os.path.isabs(caches) else Path.home() / ".cache"
-    folder = root / "orchestrate" / f"loops-{digest[:16]}"
+    caches = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    if not caches.is_absolute():  # unset, or to be ignored by the specification of base directories
+        caches = Path.home() / ".cache"
+    folder = caches / "orchestrate" / f"loops-{digest[:16]}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError:
@@ -62,8 +62,8 @@ def compiled_inside(function: FunctionT) -> FunctionT:
     It becomes part of those that are kept. A wrapper that unpacks Python's arguments, and a file of its own, for each
     of the small functions of the event loop were a third of the time it takes to compile.
     """
-    inside = numba.njit(error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
-    return cast(FunctionT, inside(function))
+    options = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+    return cast(FunctionT, numba.njit(error_model="numpy", **options)(function))  # type: ignore[call-overload]
 
 
 @compiled_inside
