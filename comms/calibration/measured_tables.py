@@ -18,19 +18,11 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
-from enum import StrEnum
 from itertools import pairwise
 
 from comms.collectives.schedule import Op, bus_factor
 from comms.errors import CommsError
 from comms.units import Quantity, UnitError, parse
-
-
-class Placement(StrEnum):
-    """Which half of an nccl-tests table: results written over the input, or beside it."""
-
-    IN_PLACE = "in_place"
-    OUT_OF_PLACE = "out_of_place"
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,14 +68,13 @@ def read_table(
     where: str = "table",
     op: Op | None = None,
     num_chips: int | None = None,
-    placement: Placement = Placement.IN_PLACE,
 ) -> MeasuredCurve:
     """Read nccl-tests output or CSV, whichever it is. `where` names the text in messages.
 
     `op` and `num_chips` are needed where the text does not say them; a text that says otherwise is an error.
     """
     if any(_ROW.match(_TAG.sub("", line)) for line in text.splitlines()):
-        return read_nccl_tests(text, where, op, num_chips, placement)
+        return read_nccl_tests(text, where, op, num_chips)
     return read_csv(text, where, op, num_chips)
 
 
@@ -92,7 +83,6 @@ def read_nccl_tests(
     where: str = "table",
     op: Op | None = None,
     num_chips: int | None = None,
-    placement: Placement = Placement.IN_PLACE,
 ) -> MeasuredCurve:
     """Read what an nccl-tests program printed."""
     lines = [_TAG.sub("", line) for line in text.splitlines()]
@@ -105,7 +95,7 @@ def read_nccl_tests(
         if line.startswith("#") and {"size", "count", "type", "algbw", "busbw"} <= set(words):
             columns = words
         elif _ROW.match(line) and line.split()[0] != "0":  # fewer bytes than chips: rounded down to nothing
-            rows.append(_nccl_row(line.split(), columns, f"{where}, line {number}", placement))
+            rows.append(_nccl_row(line.split(), columns, f"{where}, line {number}"))
     if not rows:
         raise CommsError(
             "no rows of numbers", where, "give the whole output of e.g. all_reduce_perf, or CSV with a header"
@@ -226,7 +216,7 @@ def _agreed_op(found: str | None, given: Op | None, where: str) -> Op | None:
     return op
 
 
-def _nccl_row(cells: list[str], columns: list[str] | None, where: str, placement: Placement) -> _MeasuredRow:
+def _nccl_row(cells: list[str], columns: list[str] | None, where: str) -> _MeasuredRow:
     broken = CommsError(
         "the row is cut short or has other text in it",
         where,
@@ -235,16 +225,15 @@ def _nccl_row(cells: list[str], columns: list[str] | None, where: str, placement
     if columns is None:  # bare rows: 13, 12 or 11 columns by version, the two times always at the same place
         if not 11 <= len(cells) <= 13:
             raise broken
-        starts = [len(cells) - 8, len(cells) - 4]
+        at = len(cells) - 4
     else:
         starts = [i for i, name in enumerate(columns) if name in ("time", "cputime")]
         if len(starts) != 2:
             raise CommsError(
                 "the header needs two time columns", where, "give the header as nccl-tests prints it"
             )
-        if len(cells) < starts[1] + 4 and len(cells) == starts[0] + 4 and placement is Placement.IN_PLACE:
-            starts[1] = starts[0]  # a replay of traces prints the in-place half only
-    at = starts[placement is Placement.IN_PLACE]
+        # The second half is of results written over the input; a replay of traces prints that half only.
+        at = starts[0] if len(cells) == starts[0] + 4 else starts[1]
     if len(cells) < at + 4:
         raise broken
     try:

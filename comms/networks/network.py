@@ -23,9 +23,8 @@ from comms.networks.groups import Lattice, Members, group_size, sharing
 from comms.networks.layers import Switch
 from comms.networks.levels import Level, Levels, num_members
 from comms.networks.links import PLAIN, Link, Protocol
-from comms.networks.shapes import Shape, shape_of
+from comms.networks.shapes import Shape
 from comms.networks.tiered import Fabric, TieredTopology
-from comms.networks.topology import Topology
 
 # The size of the outermost tier where a cluster may grow to as many chips as are asked for.
 UNBOUNDED = 2**62
@@ -233,11 +232,6 @@ def switched(
     """One switch that joins `size` chips; `link` is what one message has from chip to chip."""
     port = Link(link.latency_s / 2, link.bytes_per_s)
     return Tier(name, kind, size, Tree(size, port, Switch(name, oversubscription=oversubscription)), source)
-
-
-def shaped(name: str, kind: TierKind, topology: Topology, source: str = "") -> Tier:
-    """A tier of any topology: torus, full mesh, dragonfly, graph."""
-    return Tier(name, kind, topology.num_chips, shape_of(topology), source)
 
 
 def layered(tree: Tree, kind: TierKind, inner: int = 1, source: str = "") -> tuple[Tier, ...]:

@@ -151,7 +151,7 @@ def solve(flows: Flows, num: int) -> int:
     """
     while True:
         touched = _touch(flows, num)
-        _fill(flows, num, touched)
+        _fill(flows, touched)
         grown = _check(flows, num, touched)
         for row in range(touched):
             flows.resource[flows.touched[row].resource].row = NONE
@@ -189,7 +189,7 @@ def _touch(flows: Flows, num: int) -> int:
 
 
 @compiled_inside
-def _fill(flows: Flows, num: int, touched: int) -> None:
+def _fill(flows: Flows, touched: int) -> None:
     """Progressive filling: the resource with the least share settles its flows; shares only grow."""
     size = wide(0)
     for place in range(touched):
@@ -275,18 +275,3 @@ def _pop(flows: Flows, size: int) -> int:
         at = child
     flows.heap[at].share, flows.heap[at].row = share, row
     return size
-
-
-def fair_rates(
-    bytes_per_s: NDArray[np.float64], offsets: NDArray[np.int64], resources: NDArray[np.int32]
-) -> NDArray[np.float64]:
-    """[flows] Max-min fair rates of flows with routes resources[offsets[i] : offsets[i + 1]], all at once."""
-    num = len(offsets) - 1
-    flows = empty_flows(bytes_per_s, num, int(np.diff(offsets).max(initial=0)))
-    drawn = 0
-    for flow in range(num):
-        insert(flows, flow, resources, offsets[flow], offsets[flow + 1])
-        drawn = draw_in(flows, flow, drawn)
-    solve(flows, drawn)
-    rates: NDArray[np.float64] = flows.flow["rate"]
-    return rates

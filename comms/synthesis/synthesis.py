@@ -5,7 +5,7 @@ put into a timetable (`synthesis.timetable`), and the best few are timed at full
 and broadcast run down trees, reduce-scatter and reduce up, all-reduce both ways over the same roots, so that the
 way back of the first pieces goes on beside the way there of the last; all-to-all takes the paths of trees.
 
-What comes out is the best that was found, not the best there is; `least_seconds` says how far it can be from it.
+What comes out is the best that was found, not the best there is; `least_s` says how far it can be from it.
 Not modelled: switches that reduce, what a chip needs to start a message (small pieces cost nothing but latency),
 and room for pieces on the way.
 """
@@ -264,16 +264,12 @@ def _schedule(task: _SynthesisTask, draft: _Draft, deal: IntArray) -> Schedule:
     return Schedule(task.op, NAME, n, chunks, share, channels, task.root)
 
 
-def least_seconds(op: Op, topology: Topology, nbytes: float, *, root: int = 0) -> float:
+def _least(task: _SynthesisTask) -> float:
     """No schedule among chips is faster: what chips, all of them and halves of them must send, and the longest way.
 
     All-reduce needs 2 (chips - 1) messages for each byte, as gossip in a directed graph does (Harary and Schwenk,
     Pacific Journal of Mathematics 54, 1974). Switches that reduce can be faster.
     """
-    return _least(_task(op, topology, nbytes, root, 0, 1))
-
-
-def _least(task: _SynthesisTask) -> float:
     if task.hops.num_chips < 2:
         return 0.0
     bound = makespan_bound(

@@ -140,18 +140,6 @@ class Tree:
             children = -(-num_chips // trunk.size) * trunk.rails
         return replace(self, num_chips=num_chips, trunks=tuple(kept))
 
-    def scaled(self, latency: float = 1.0, rate: float = 1.0) -> "Tree":
-        """The tree with all latencies and all rates times a factor."""
-
-        def link(of: Link) -> Link:
-            return Link(of.latency_s * latency, of.bytes_per_s * rate)
-
-        def switch(of: Switch) -> Switch:
-            return replace(of, backplane_bytes_per_s=of.backplane_bytes_per_s * rate)
-
-        trunks = tuple(replace(trunk, link=link(trunk.link), to=switch(trunk.to)) for trunk in self.trunks)
-        return replace(self, port=link(self.port), switch=switch(self.switch), trunks=trunks)
-
     def levels(self, members: Members, inner: int = 1, aligned: bool = False) -> Levels | None:
         """How a group of chips folds over the tree; see `networks.layers.folded`."""
         return folded(self.layers, members, inner, aligned)

@@ -351,16 +351,6 @@ class FullMesh:
         src, dst = node_pairs(src, dst, self.num_chips)
         return routes_of([np.where(src == dst, -1, self._wire(src, dst))])
 
-    def levels(self) -> Levels:
-        """One level of all chips. Raises CommsError for half duplex, where it matters who else answers."""
-        if self.half_duplex:
-            raise CommsError("both ways share one rate", "full mesh", "time it in full fidelity")
-        if self.num_chips == 1:
-            return ()
-        rate = self.link.bytes_per_s
-        pool = (self.num_chips - 1) * rate
-        return (Level(self.tier, self.num_chips, self.link.latency_s, rate, pool, pairs=True),)
-
     def _wire(self, tail: IntArray, head: IntArray) -> IntArray:
         return tail * (self.num_chips - 1) + head - (head > tail)
 

@@ -27,7 +27,8 @@ from comms.networks.fabrics.switch_tree import Tree
 from comms.networks.fabrics.torus_mesh import FullMesh, Torus
 from comms.networks.layers import Spread, Switch, Trunk
 from comms.networks.links import Link
-from comms.networks.network import Network, Tier, TierKind, shaped, switched
+from comms.networks.network import Network, Tier, TierKind, switched
+from comms.networks.shapes import shape_of
 from comms.simulation.compiled import CollectiveJob
 from comms.simulation.full import simulate
 
@@ -39,6 +40,11 @@ HOSTS = Network(
         switched("net", 16, Link(5e-6, 10e9), TierKind.SCALE_OUT),
     )
 ).topology()
+
+
+def shaped(name, kind, topology):
+    """A tier of any topology."""
+    return Tier(name, kind, topology.num_chips, shape_of(topology))
 
 
 def on(topology, *links, **others):

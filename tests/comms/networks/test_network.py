@@ -16,7 +16,8 @@ from comms.networks.groups import Lattice, mesh_group
 from comms.networks.layers import Switch, Trunk
 from comms.networks.levels import num_members
 from comms.networks.links import PLAIN, Link
-from comms.networks.network import UNBOUNDED, Network, Tier, TierKind, layered, shaped, switched
+from comms.networks.network import UNBOUNDED, Network, Tier, TierKind, layered, switched
+from comms.networks.shapes import shape_of
 from comms.networks.topology import route_latencies
 
 FEW = settings(max_examples=60)
@@ -24,6 +25,11 @@ SLOW = Link(1e-5, 1e9)
 FABRIC = switched("fabric", 8, Link(2e-6, 300e9), TierKind.SCALE_UP)
 SPINE = Trunk(32, Link(0.5e-6, 200e9), Switch("spine"))
 CARDS = Tree(128, Link(1e-6, 64e9), Switch("leaf"), (Trunk(4, Link(1e-6, 50e9), Switch("leaf")), SPINE))
+
+
+def shaped(name, kind, topology):
+    """A tier of any topology."""
+    return Tier(name, kind, topology.num_chips, shape_of(topology))
 
 
 def network(*sizes: int) -> Network:

@@ -14,7 +14,7 @@ from comms.networks.fabrics.switch_tree import Tree
 from comms.networks.fabrics.torus_mesh import FullMesh, Torus
 from comms.networks.groups import Lattice, mesh_group
 from comms.networks.links import Link
-from comms.networks.network import Network, TierKind, shaped
+from comms.networks.network import Network, Tier, TierKind
 from comms.networks.ring_orders import ring_orders
 from comms.networks.shapes import Grid, Whole, shape_of
 from comms.networks.topology import route_latencies
@@ -22,6 +22,11 @@ from comms.synthesis.bisection import bisection
 
 FEW = settings(max_examples=60)
 LINK = Link(1e-6, 10e9)
+
+
+def shaped(name, kind, topology):
+    """A tier of any topology."""
+    return Tier(name, kind, topology.num_chips, shape_of(topology))
 
 
 @st.composite

@@ -13,8 +13,8 @@ from comms.networks.fabrics.switch_tree import Tree
 from comms.networks.fabrics.torus_mesh import FullMesh, Torus
 from comms.networks.layers import Switch, Trunk
 from comms.networks.links import Link
-from comms.networks.network import Network, TierKind, layered, shaped, switched
-from comms.networks.shapes import Whole
+from comms.networks.network import Network, Tier, TierKind, layered, switched
+from comms.networks.shapes import Whole, shape_of
 from comms.networks.tier_table import HostMemory, OnChip, sum_over_cores_s, tier_table
 
 NOBODY = Network((switched("on-chip", 1, Link(0.0, 1e9), TierKind.ON_CHIP),))
@@ -33,6 +33,11 @@ WORMHOLE = OnChip(
     source="documentation",
 )
 WAFER = OnChip("wafer", "mesh", 381_066, dims=(633, 602), hop_s=1 / 1.1e9, source="paper")
+
+
+def shaped(name, kind, topology):
+    """A tier of any topology."""
+    return Tier(name, kind, topology.num_chips, shape_of(topology))
 
 
 def rows(network, *chips, **others):

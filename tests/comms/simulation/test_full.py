@@ -16,7 +16,7 @@ from comms.simulation.compiled import CollectiveJob, compile_jobs
 from comms.simulation.full import Method, simulate, simulate_within
 from comms.simulation.incremental import IncrementalSimulation
 from comms.simulation.lower_bound import least_end_s
-from comms.simulation.sharing import fair_rates
+from comms.simulation.sharing import draw_in, empty_flows, insert, solve
 from comms.simulation.work_budget import UNLIMITED, GivenUp, WorkBudget
 
 
@@ -235,6 +235,17 @@ def test_what_is_given_up_as_late_is_late_and_all_else_is_timed_as_ever(data):
         given_up = simulate_within(table, jobs, UNDISTURBED, WorkBudget(share * end_s))
         assert given_up.is_late
         assert share * end_s * (1 - 1e-9) <= given_up.at_least_s <= end_s * (1 + 1e-9)
+
+
+def fair_rates(bytes_per_s, offsets, resources):
+    """Max-min fair rates of flows with routes resources[offsets[i] : offsets[i + 1]], solved all at once."""
+    num, drawn = len(offsets) - 1, 0
+    flows = empty_flows(bytes_per_s, num, int(np.diff(offsets).max(initial=0)))
+    for flow in range(num):
+        insert(flows, flow, resources, int(offsets[flow]), int(offsets[flow + 1]))
+        drawn = draw_in(flows, flow, drawn)
+    solve(flows, drawn)
+    return flows.flow["rate"]
 
 
 @settings(max_examples=200)

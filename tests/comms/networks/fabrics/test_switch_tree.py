@@ -257,13 +257,6 @@ def test_a_million_chips_need_no_tables():
     assert tree.num_wires == 2 * (2**20 + 2**15 + 2**6)
 
 
-def test_twice_the_rates_and_latencies_are_those_of_every_wire():
-    tree = leaf_spine().scaled(latency=3.0, rate=2.0)
-    wires, before = tree.wires(), leaf_spine().wires()
-    assert (wires.latency_s == 3 * before.latency_s).all()
-    assert (wires.bytes_per_s == 2 * before.bytes_per_s).all()
-
-
 @pytest.mark.parametrize(
     ("num_chips", "trunks", "problem"),
     [

@@ -232,14 +232,6 @@ def test_a_full_mesh_has_a_wire_between_every_two(num_chips, half_duplex):
     assert (wires.tail[wires.shares] + wires.head[wires.shares] == wires.tail + wires.head).all()
 
 
-def test_a_full_mesh_is_one_level_unless_both_ways_share():
-    (level,) = FullMesh(4, LINK).levels()
-    assert (level.fanout, level.pool_bytes_per_s) == (4, 3e9)
-    assert FullMesh(1, LINK).levels() == ()
-    with pytest.raises(CommsError, match="share one rate"):
-        FullMesh(4, LINK, half_duplex=True).levels()
-
-
 @pytest.mark.parametrize(
     ("make", "problem"),
     [
