@@ -1,6 +1,8 @@
 """What every package's tests share: tiny models, Programs made from them, a cache folder of our own, one thread."""
 
 import functools
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from itertools import pairwise
 from pathlib import Path
@@ -18,6 +20,37 @@ settings.load_profile("repeatable")
 TINY: Mapping[str, object] = {"layers": 2, "width": 32, "heads": 4, "vocab": 64, "max_seq": 16}
 SEQ = 16
 BATCH = 8
+LOOPS = "compiled_loops"
+MOVING = {"benchmarks", "comms", "orchestrator"}  # folders of tests that move messages
+COMPILER = Path(__file__).parents[1] / "benchmarks" / "tools" / "compile_loops.py"
+compiling: list[subprocess.Popen[bytes]] = []
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[Any]) -> None:
+    """What moves messages waits for the compiled loops and comes last; a process of its own compiles meanwhile."""
+    here = Path(__file__).parent
+    moving = [item for item in items if item.path.relative_to(here).parts[0] in MOVING]
+    for item in moving:
+        item.fixturenames.insert(0, LOOPS)
+    items.sort(key=lambda item: LOOPS in item.fixturenames)
+    worker = getattr(config, "workerinput", {"workerid": "gw0"})["workerid"]
+    if moving and worker == "gw0" and not config.option.collectonly:
+        compiling.append(subprocess.Popen([sys.executable, COMPILER]))
+
+
+def pytest_sessionfinish() -> None:
+    """Leaves nothing running, as where the tests were stopped early."""
+    for process in compiling:
+        process.terminate()
+        process.wait()
+
+
+@pytest.fixture(scope="session")
+def compiled_loops() -> None:
+    """The loops of full fidelity, loaded. On a machine that has not run them yet this takes its time, once."""
+    from tools.compile_loops import compile_loops
+
+    compile_loops()
 
 
 @pytest.fixture(scope="session", autouse=True)
