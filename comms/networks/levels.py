@@ -26,9 +26,8 @@ class Level:
     ring: bool = False  # subgroups have wires to their two neighbours only; else all reach each other alike
     wraps: bool = True  # ring only: the last is a neighbour of the first
     reduces: bool = False  # the switch between the subgroups can add and copy
-    pairs: bool = (
-        False  # every two subgroups have a wire of their own: messages to different ones share nothing
-    )
+    # every two subgroups have a wire of their own: messages to different ones share nothing
+    pairs: bool = False
     shared: bool = False  # the pool is what a switch passes in all, or a wire in both directions
     port: int = 0  # levels with the same number leave a chip by the same wires
 

@@ -42,9 +42,8 @@ class Paths:
     order: IntArray  # [wires] wires by head, then by number
     first: IntArray  # [nodes + 1] where the wires into a node begin in `order`
     weights: IntArray  # [wires] in `order`: latency, then one per wire
-    start: (
-        IntArray  # [nodes] the only wire out of a node, -1 if there are several or its head passes nothing on
-    )
+    # [nodes] the only wire out of a node, -1 if there are several or its head passes nothing on
+    start: IntArray
     root: IntArray  # [nodes] where trees for what a node sends begin: at the head of `start`, or itself
     appearance: IntArray  # [nodes] rank by first appearance among the wires
     _trees: OrderedDict[int, PathTree] = field(default_factory=OrderedDict, init=False, repr=False)

@@ -64,28 +64,23 @@ class Topology(Protocol):
     @property
     def num_chips(self) -> int:
         """Chips are nodes 0 .. num_chips - 1."""
-        ...
 
     @property
     def num_nodes(self) -> int:
         """Chips and switches."""
-        ...
 
     @property
     def tiers(self) -> tuple[str, ...]:
         """Names of the tiers that wires belong to."""
-        ...
 
     def wires(self) -> Wires:
         """The wires, always in the same order."""
-        ...
 
     def routes(self, src: IntArray, dst: IntArray) -> Routes:
         """One route per pair of nodes; empty where both are the same. Keyed by position, never random.
 
         Any two chips have one. A chip and a switch above it have one where the shape lets switches reduce.
         """
-        ...
 
 
 def routes_of(columns: Sequence[IntArray]) -> Routes:

@@ -54,10 +54,8 @@ STREAM = np.dtype(
         ("rounds", "i8"),
         ("round0", "i8"),  # first row among the rounds
         ("rank0", "i8"),  # first row among the ranks
-        (
-            "chain0",
-            "i8",
-        ),  # chain (piece, rank, group) is row chain0 + (piece * ranks + rank) * groups + group
+        # chain (piece, rank, group) is row chain0 + (piece * ranks + rank) * groups + group
+        ("chain0", "i8"),
         ("left0", "i8"),  # what a chain still gets in round s is row left0 + chain * rounds + s
         ("serial", "?"),
         ("by_chunk", "?"),

@@ -7,109 +7,33 @@ anew, and only for the flows it disturbs (`simulation.sharing`); a flow alone on
 Not modelled: packets, queues in switches, loss and congestion control, which max-min fairness stands for.
 """
 
-from typing import NamedTuple
-
 import numpy as np
-from numpy.typing import NDArray
 
 from comms.simulation.compiled import MAX_PIECES
 from comms.simulation.heaps import Finishes, Timers, add_timer, clear_finish, set_finish, take_timer
 from comms.simulation.jit import compiled, compiled_inside, wide
 from comms.simulation.message_costs import forwarding_s, uniform
-from comms.simulation.sharing import Flows, draw_in, draw_in_all, insert, remove, solve
+from comms.simulation.sharing import draw_in, draw_in_all, insert, remove, solve
+from comms.simulation.world import (
+    ARRIVED,
+    ENDED,
+    FLOW_EVENTS,
+    IDLE,
+    MOST_WORK,
+    RESTARTS,
+    SENDING,
+    SOLVED,
+    STARTING,
+    WAITED_FOR,
+    Changes,
+    World,
+)
 
 # Relative, a few hundred roundings. What happens together must stay so: chips that share links in lockstep are not
 # stable, one that is ahead by a rounding gets ahead by some times that in every round.
 SAME_INSTANT = 1e-13
 
-# States of a port.
-IDLE, STARTING, SENDING = 0, 1, 2
-
-# Counters: messages that have arrived, flows that started or ended, flows solved anew, runs under way that are
-# waited for, runs in `World.ended`, restarts of background runs, and how much work (the first three) may be done.
-ARRIVED, FLOW_EVENTS, SOLVED, WAITED_FOR, ENDED, RESTARTS, MOST_WORK = 0, 1, 2, 3, 4, 5, 6
-NUM_COUNTERS = 7
 MOST_RESTARTS = 10**6  # of background runs while somebody waits: who waits then waits for ever
-
-
-QUEUE = np.dtype(  # what leaves by the ports: one row per message, port by port, in the order they leave
-    [
-        ("message", "i4"),
-        ("start", "i4"),  # of its segment: the pieces of a segment follow each other,
-        ("end", "i4"),  # and in a piece its messages
-    ],
-    align=True,
-)
-PORT = np.dtype(
-    [
-        ("row", "i8"),  # of the queue: its next message
-        ("last", "i8"),  # of the queue, exclusive
-        ("first", "i8"),
-        ("piece", "i8"),
-        ("nbytes", "f8"),  # of that message, still to leave
-        ("since", "f8"),  # when that was so
-        ("stream", "i4"),
-        ("rank", "i4"),  # in the stream
-        ("state", "i4"),
-    ],
-    align=True,
-)
-RANK = np.dtype(
-    [
-        ("port0", "i8"),  # rows of World.ports_of_rank
-        ("port1", "i8"),
-        ("overhead_s", "f8"),  # before each message it sends
-        ("end_s", "f8"),  # when its last message came or left
-    ],
-    align=True,
-)
-
-
-class Noise(NamedTuple):
-    """An exponential delay before each message; none with a mean of 0."""
-
-    mean_s: float
-    seed: int
-
-
-class World(NamedTuple):
-    """Everything the loop reads and writes."""
-
-    # From here to forward_nbytes as in compiled.MessageTable: a tuple in a tuple costs time.
-    streams: NDArray[np.void]
-    rounds: NDArray[np.void]
-    edges: NDArray[np.void]
-    route: NDArray[np.int32]
-    nbytes: NDArray[np.float64]
-    round_of: NDArray[np.int32]
-    chunk: NDArray[np.int32]
-    num_chunks: NDArray[np.int32]
-    forward_nbytes: NDArray[np.float64]
-    flows: Flows
-    timers: Timers
-    finishes: Finishes
-    noise: Noise
-    queue: NDArray[np.void]  # QUEUE
-    port: NDArray[np.void]  # PORT
-    ports_of_rank: NDArray[np.int32]
-    rank: NDArray[np.void]  # RANK
-    run: NDArray[np.void]  # compiled.RUN
-    ended: NDArray[np.int64]  # [runs] those that ended since the caller looked
-    got: NDArray[np.int32]  # [chains] rounds fully received
-    left: NDArray[np.uint16]  # [chains * rounds] messages still to come
-    left_again: NDArray[np.uint16]  # the same as it was at first, for runs that start again
-    record0: NDArray[np.int64]  # [streams] first row of what is recorded
-    starts: NDArray[np.float64]  # [message and piece] empty where nothing is recorded
-    arrivals: NDArray[np.float64]
-    counters: NDArray[np.int64]
-
-
-class Changes(NamedTuple):
-    """Capacities that change, in order of time."""
-
-    at_s: NDArray[np.float64]
-    resource: NDArray[np.int64]
-    bytes_per_s: NDArray[np.float64]
 
 
 @compiled
@@ -138,7 +62,7 @@ def run(w: World, changes: Changes, next_change: int, until_s: float, run_by_run
     It also stops after MOST_WORK, and when timers need more room. Returns the next change of capacity.
     """
     timers, finishes = w.timers, w.finishes
-    # What the events of one instant may add: a timer for each port, one for each run that starts again (Live).
+    # What the events of one instant may add: a timer for each port, one for each run that starts again.
     room = len(timers.heap) - 2 * len(w.port) - 2 * len(w.run) - 2
     while w.counters[WAITED_FOR] > 0 and timers.size[0] < room:
         if (run_by_run and w.counters[ENDED] > 0) or w.counters[RESTARTS] > MOST_RESTARTS:
@@ -304,19 +228,19 @@ def _ready(w: World, port: int, message: int) -> bool:
 def _try(w: World, number: int, now: float, drawn: int) -> int:
     """Start what can leave by a port, if it is idle."""
     port = w.port[number]
-    while port.state == IDLE and port.row < port.last:
-        message = wide(w.queue[port.row].message)
-        if not _ready(w, number, message):
-            return drawn
-        delay = w.rank[w.streams[port.stream].rank0 + port.rank].overhead_s
-        if w.noise.mean_s > 0.0:
-            delay -= w.noise.mean_s * np.log(uniform(w.noise.seed, message, port.piece, _started(w, number)))
-        if delay > 0.0:
-            port.state = STARTING
-            add_timer(w.timers, now + delay, -number - 1)
-            return drawn
-        drawn = _send(w, number, now, drawn)
-    return drawn
+    if port.state != IDLE or port.row == port.last:
+        return drawn
+    message = wide(w.queue[port.row].message)
+    if not _ready(w, number, message):
+        return drawn
+    delay = w.rank[w.streams[port.stream].rank0 + port.rank].overhead_s
+    if w.noise.mean_s > 0.0:
+        delay -= w.noise.mean_s * np.log(uniform(w.noise.seed, message, port.piece, _started(w, number)))
+    if delay > 0.0:
+        port.state = STARTING
+        add_timer(w.timers, now + delay, -number - 1)
+        return drawn
+    return _send(w, number, now, drawn)
 
 
 @compiled_inside

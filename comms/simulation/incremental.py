@@ -14,8 +14,11 @@ from comms.errors import CommsError
 from comms.networks.conditions import UNDISTURBED, Conditions
 from comms.networks.topology import Topology
 from comms.simulation.compiled import CollectiveJob, compile_jobs
-from comms.simulation.events import ENDED, MOST_RESTARTS, RESTARTS, WAITED_FOR, rewind, run
-from comms.simulation.full import (
+from comms.simulation.events import MOST_RESTARTS, rewind, run
+from comms.simulation.world import (
+    ENDED,
+    RESTARTS,
+    WAITED_FOR,
     first_world,
     grown,
     is_short_of_timers,

@@ -32,12 +32,10 @@ HELPS = 1.02  # twice the pieces must shorten the timetable by this factor
 MAX_PACKED = 2**20  # trees x chips^2
 MAX_SENDS = 2**16
 MAX_SHARED_SENDS = 12_000  # events cost more than a sweep
-MAX_CELLS = (
-    2**25
-)  # chunks x chips x rounds of all channels: what is kept at full fidelity of who waits for what
-FINALISTS = (
-    3  # times effort, timed at full fidelity where wires are shared; elsewhere a timetable says the same
-)
+# Chunks x chips x rounds of all channels: what full fidelity keeps of who waits for what.
+MAX_CELLS = 2**25
+# Times effort: timed at full fidelity where wires are shared; elsewhere a timetable says the same.
+FINALISTS = 3
 SHARED_CHANNELS = (1, 16)
 TREES = {
     Op.ALL_REDUCE: (1, 2, 4, 8, 16, 24, 32, 48),

@@ -168,9 +168,8 @@ class Torus:
         if not (to != src).any():
             raise CommsError("a multicast to nobody else", f"chip {src}", "name another chip")
         candidates = [self._routes_on(np.full(len(to), k), sources, to) for k in range(self.num_networks)]
-        order = [
-            (src + k) % self.num_networks for k in range(self.num_networks)
-        ]  # equals in turn by position
+        # Among equals the networks take turns by position.
+        order = [(src + k) % self.num_networks for k in range(self.num_networks)]
         routes = min((candidates[k] for k in order), key=lambda each: len(np.unique(each.wires)))
         wires, all_wires = np.unique(routes.wires), self.wires()
         latencies = [float(all_wires.latency_s[routes.of(i)].sum()) for i in range(len(to))]
