@@ -152,6 +152,7 @@ def fit_fabric(runs: Sequence[MeasuredRun], eager: bool = False) -> FabricFit:
     same constants. Three constants; five with `eager`, for a table with many sizes below a MiB, or with several
     numbers of chips. Runs differ in operation, number of chips and sheet as they like.
     """
+    # Constants are fitted as logarithms: none can turn negative, and errors count relative to what was measured.
     _check(runs, eager)
     knows = runs[0].sheet.bytes_per_s is not None
     runs = runs if knows else [_with_best_rate(run) for run in runs]
@@ -160,6 +161,8 @@ def fit_fabric(runs: Sequence[MeasuredRun], eager: bool = False) -> FabricFit:
     beliefs = [(math.log(stages), _LATENCY_BELIEF)] * (2 if eager else 1)
     targets, weights = _targets(run.curve for run in runs)
 
+    # Beliefs are residuals like those of points, so that a table with small sizes overrules them and one without does
+    # not leave the latency open.
     def left_over(logs: FloatArray) -> FloatArray:
         constants = _constants(logs)
         found = [predict(constants.on(run.sheet), *_what(run.curve)) for run in runs]
@@ -171,12 +174,14 @@ def fit_fabric(runs: Sequence[MeasuredRun], eager: bool = False) -> FabricFit:
             prior.append((logs[3] - math.log(_EAGER_BELIEF[0])) / _EAGER_BELIEF[1])
         return np.concatenate([weights * (np.log(np.concatenate(found)) - targets), prior])
 
+    # The least of several curves has more than one valley: from a few starts, and always the same, the best is kept.
     starts = [
         [setup * shortest, latency * shortest / stages, share, *rest]
         for setup, latency, share, rest in product(
             (0.3, 0.9), (0.03, 0.3), (0.6, 0.9), _eager_starts(shortest / stages) if eager else [[]]
         )
     ]
+    # Nobody gets more than the line rate. Where that is only the best rate seen, a curve still rising may reach more.
     ceiling = 1.0 if knows else 2.0
     low = [1e-3 * shortest, 1e-6 * shortest, 0.01, 0.003, 1e-6 * shortest][: 5 if eager else 3]
     high = [2 * shortest, 10 * shortest, ceiling, 1.0, 10 * shortest][: 5 if eager else 3]
@@ -211,6 +216,7 @@ def transfer(fit: FabricFit, sheet: Sheet) -> CalibratedFabric:
 
 def predict(fabric: CalibratedFabric, op: Op, num_chips: int, nbytes: FloatArray) -> FloatArray:
     """[sizes] Seconds of one collective per size, by its fastest algorithm and protocol."""
+    # A library is taken to choose the fastest of what it has at every size, which real ones do not quite.
     found = []
     for stages, wire, share in geometries(op, num_chips, fabric.in_network_share):
         link = fabric.pipelined.on(fabric.link)
@@ -261,6 +267,7 @@ def fit_link(points: Sequence[MeasuredPoint]) -> LinkFit:
     nbytes = np.array([point.nbytes for point in points])
     seconds = np.array([point.seconds for point in points])
     weights = np.array([_weight(point) for point in points])
+    # Scales of the problem, from which it starts and which bound it: the fastest message, and the best rate of any.
     fastest, rate = float(seconds.min()), float((nbytes / seconds).max())
 
     def left_over(logs: FloatArray) -> FloatArray:
@@ -281,6 +288,7 @@ def _best(
 ) -> FloatArray:
     """Logarithms of the constants with the least loss; of equal ones those from the first start."""
     bounds = np.log(low), np.log(high)
+    # soft_l1: points off the curve, as where a library changes its algorithm, count by their distance, not its square.
     tried = [
         least_squares(
             left_over,

@@ -110,3 +110,14 @@ def ranges(starts: IntArray, counts: IntArray) -> IntArray:
     before = np.cumsum(counts) - counts
     numbers: IntArray = np.repeat(starts - before, counts) + np.arange(int(np.sum(counts)))
     return numbers
+
+
+def repeats_before(keys: IntArray) -> IntArray:
+    """[keys] How many of the same there are before each."""
+    order = np.argsort(keys, kind="stable")
+    start = np.ones(len(keys), dtype=np.bool_)
+    start[1:] = np.diff(keys[order]) != 0
+    first = np.maximum.accumulate(np.where(start, np.arange(len(keys)), 0))
+    numbers = np.empty_like(keys)
+    numbers[order] = np.arange(len(keys)) - first
+    return numbers

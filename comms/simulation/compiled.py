@@ -17,7 +17,15 @@ from numpy.typing import NDArray
 from comms.collectives.schedule import Channel, Order, Pattern, Round, Schedule
 from comms.errors import CommsError
 from comms.networks.links import PLAIN, Protocol
-from comms.networks.topology import FloatArray, IntArray, Routes, Topology, Wires, route_latencies
+from comms.networks.topology import (
+    FloatArray,
+    IntArray,
+    Routes,
+    Topology,
+    Wires,
+    repeats_before,
+    route_latencies,
+)
 
 Int32Array = NDArray[np.int32]
 MAX_PIECES = 1 << 20  # a timer's number holds a message and a piece
@@ -233,13 +241,15 @@ class _Building:
         self, rounds: Sequence[PhasedRound], job: CollectiveJob, channel: Channel
     ) -> dict[int, int]:
         """First row of each distinct pattern; ports are numbered per stream, over all its patterns."""
+        # By identity: a ring has one pattern for all its rounds, whose routes are then looked up once.
         distinct = {id(each.pattern): _in_groups(each.pattern, job) for each, _ in rounds}
         phase = {id(each.pattern): bounds[0] for each, bounds in rounds}
         routed = {key: self._routed(pattern, job) for key, pattern in distinct.items()}
         keys = [_port_keys(p, routed[key][0], self.wires.num_wires) for key, p in distinct.items()]
+        # Messages that need not wait for each other have ports of their own: lanes of the wire that they share.
         lanes = 1
         if channel.at_once or channel.apart:
-            numbers = [_numbers_among_equals(each) * channel.at_once for each in keys]
+            numbers = [repeats_before(each) * channel.at_once for each in keys]
             lanes += max(int(each.max(initial=0)) for each in numbers)
             if channel.apart:
                 numbers = [n + lanes * phase[key] for n, key in zip(numbers, distinct, strict=True)]
@@ -283,6 +293,7 @@ class _Building:
         """[messages] What the protocol of the outermost tier of its route adds to each, and the share that it gets."""
         inside = dict(job.inside)
         protocols = [inside.get(tier, job.protocol) for tier in self.topology.tiers] or [job.protocol]
+        # A library picks its protocol by how far a message goes: by the outermost tier that it crosses.
         outermost = np.full(routes.num_messages, len(protocols) - 1)
         taken = np.diff(routes.offsets) > 0
         if taken.any():
@@ -307,6 +318,7 @@ class _Building:
         number = np.arange(len(rounds))
         self.rounds.append((edge0, first, first + lengths, stream, number, start, end))
         for each, _ in rounds:
+            # A protocol that leaves a part of the rate unused keeps wires busy like a longer message.
             sizes = np.tile(job.schedule.message_shares(each) * (job.nbytes / pieces), groups)
             self.sizes.append(sizes / self.share[id(each.pattern)])
             self.chunks.append((np.tile(each.first, groups), np.tile(each.count, groups)))
@@ -357,7 +369,7 @@ def _phase_bounds(channel: Channel) -> Iterator[tuple[int, int, tuple[Round, ...
 
 
 def _crossings(work: MessageTable, runs: NDArray[np.void], num_resources: int) -> FloatArray:
-    """See Compiled, of runs that come to an end: summed per edge, then along its route."""
+    """See Compiled, of runs that come to an end: summed per edge, of which there are few, then along its route."""
     totals, counts = np.zeros(len(work.edges)), np.ones(len(work.streams), dtype=np.bool_)
     for each in runs[runs["repeats"]]:
         counts[each["stream0"] : each["stream1"]] = False
@@ -374,17 +386,6 @@ def _port_keys(pattern: Pattern, heads: IntArray, num_wires: int) -> IntArray:
     """One number per (rank, resource by which it leaves); messages without a wire have a port of their own."""
     keys: IntArray = np.asarray(pattern.src, dtype=np.int64) * (num_wires + 1) + heads + 1
     return keys
-
-
-def _numbers_among_equals(keys: IntArray) -> IntArray:
-    """[keys] How many of the same there are before each."""
-    order = np.argsort(keys, kind="stable")
-    start = np.ones(len(keys), dtype=np.bool_)
-    start[1:] = np.diff(keys[order]) != 0
-    first = np.maximum.accumulate(np.where(start, np.arange(len(keys)), 0))
-    numbers = np.empty_like(keys)
-    numbers[order] = np.arange(len(keys)) - first
-    return numbers
 
 
 def _records(dtype: np.dtype[np.void], blocks: Sequence[tuple[NDArray[np.generic], ...]]) -> NDArray[np.void]:

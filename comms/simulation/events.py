@@ -39,7 +39,7 @@ MOST_RESTARTS = 10**6  # of background runs while somebody waits: who waits then
 @compiled
 def next_instant(timers: Timers, finishes: Finishes, changes: Changes, next_change: int) -> float:
     """When something happens next; inf where nothing does any more. (To pass the whole world is slow.)"""
-    now = np.inf
+    now = np.inf  # nothing can happen any more: who is waited for then waits for ever
     if timers.size[0] > 0:
         now = timers.heap[0].time
     if finishes.size[0] > 0:
@@ -64,6 +64,7 @@ def run(w: World, changes: Changes, next_change: int, until_s: float, run_by_run
     timers, finishes = w.timers, w.finishes
     # What the events of one instant may add: a timer for each port, one for each run that starts again.
     room = len(timers.heap) - 2 * len(w.port) - 2 * len(w.run) - 2
+    # The caller doubles the heap and comes back: numba cannot replace an array of a named tuple.
     while w.counters[WAITED_FOR] > 0 and timers.size[0] < room:
         if (run_by_run and w.counters[ENDED] > 0) or w.counters[RESTARTS] > MOST_RESTARTS:
             break
@@ -71,6 +72,9 @@ def run(w: World, changes: Changes, next_change: int, until_s: float, run_by_run
         done = w.counters[ARRIVED] + w.counters[FLOW_EVENTS] + w.counters[SOLVED]
         if now == np.inf or now > until_s or done >= w.counters[MOST_WORK]:
             break
+        # Ends of flows come first, so that a port that falls free and the message that it sends next are solved
+        # together. What arrives then may send a message of no bytes, which ends at this instant too: the next turn
+        # finds it, as time has not gone on.
         until = now * (1.0 + SAME_INSTANT)
         drawn = wide(0)
         while (
@@ -102,8 +106,11 @@ def _settle(w: World, now: float, drawn: int) -> None:
         flow = flows.flow[number]
         port = w.port[number]
         flow.drawn = False
+        # Drawn in, and gone again at the same instant.
         if port.state != SENDING or flow.hops == 0:
             continue
+        # What is left to send is brought up to date only where the rate changes: a flow that keeps its rate keeps
+        # its end, and nothing is added up that could round differently.
         port.nbytes = max(0.0, port.nbytes - flow.old_rate * (now - port.since))
         port.since = now
         set_finish(w.finishes, number, now + port.nbytes / flow.rate if flow.rate > 0.0 else np.inf)
@@ -112,6 +119,8 @@ def _settle(w: World, now: float, drawn: int) -> None:
 @compiled_inside
 def _happen(w: World, number: int, now: float, drawn: int) -> int:
     """An arrival (number >= 0), the end of a port's overhead, or the start of a run."""
+    # One number for three kinds of events. Ties are broken by it: at one instant runs start, then overheads end, then
+    # messages arrive, each kind in an order that does not depend on what was put into the heap first.
     num_ports = len(w.port)
     if number >= 0:
         rank = _deliver(w, number // MAX_PIECES, number % MAX_PIECES, now)
@@ -148,6 +157,7 @@ def _deliver(w: World, message: int, piece: int, now: float) -> int:
         chain = (piece * stream.ranks + dst) * stream.groups + (chunk + offset) % stream.groups
         base = stream.left0 + chain * stream.rounds
         w.left[base + each.number] -= 1
+        # A later round may be complete before an earlier one; a chain goes on when all up to it are.
         got = w.got[stream.chain0 + chain]
         while got < stream.rounds and w.left[base + got] == 0:
             got += 1
@@ -169,6 +179,7 @@ def _deliver(w: World, message: int, piece: int, now: float) -> int:
 def _end(w: World, number: int, now: float) -> None:
     """All messages of a run have arrived."""
     if w.run[number].repeats:
+        # By a timer, as every run starts: its first messages wait their turn at this instant.
         rewind(w, number)
         w.run[number].start_s = now
         w.counters[RESTARTS] += 1
@@ -216,6 +227,7 @@ def _ready(w: World, port: int, message: int) -> bool:
                 return False
     elif w.got[base] < each.number:
         return False
+    # A chip starts on a piece of a phase when it is done with the piece before, in all chunks.
     if stream.serial and piece > 0:
         before = base - stream.ranks * stream.groups
         for group in range(stream.groups):
@@ -234,6 +246,7 @@ def _try(w: World, number: int, now: float, drawn: int) -> int:
     if not _ready(w, number, message):
         return drawn
     delay = w.rank[w.streams[port.stream].rank0 + port.rank].overhead_s
+    # -log of a uniform number is exponential. (What is drawn belongs to the message, not to the order of events.)
     if w.noise.mean_s > 0.0:
         delay -= w.noise.mean_s * np.log(uniform(w.noise.seed, message, port.piece, _started(w, number)))
     if delay > 0.0:
@@ -266,11 +279,13 @@ def _send(w: World, number: int, now: float, drawn: int) -> int:
         set_finish(w.finishes, number, now)
         return drawn
     w.counters[FLOW_EVENTS] += 1
+    # The common case of schedules made for their network: alone on all its wires, so its end is known at once.
     alone = insert(flows, number, w.route, edge.route0, edge.route1)
     rate = flows.flow[number].rate
     if alone and rate > 0.0:
         set_finish(w.finishes, number, now + nbytes / rate)
         return drawn
+    # A newcomer may take from everyone on its wires. Its own end is set when rates are solved.
     set_finish(w.finishes, number, np.inf)
     drawn = draw_in(flows, number, drawn)
     for hop in range(edge.route0, edge.route1):
@@ -289,6 +304,7 @@ def _leave(w: World, number: int, now: float, drawn: int) -> int:
     clear_finish(w.finishes, number)
     if flows.flow[number].hops > 0:
         w.counters[FLOW_EVENTS] += 1
+        # Only flows whose bottleneck was here can gain from its going; all others are held back elsewhere.
         if not remove(flows, number):
             for hop in range(edge.route0, edge.route1):
                 drawn = draw_in_all(flows, wide(w.route[hop]), drawn, True)
@@ -304,6 +320,7 @@ def _leave(w: World, number: int, now: float, drawn: int) -> int:
     stream = w.streams[port.stream]
     rank = w.rank[stream.rank0 + port.rank]
     rank.end_s = max(rank.end_s, now)
+    # A segment is sent once for each piece, which keeps the queue as short as one piece of it.
     port.row += 1
     if port.row == queued.end:
         if port.piece + 1 < stream.pieces:

@@ -45,6 +45,8 @@ def empty_finishes(num_ports: int) -> Finishes:
 @compiled
 def add_timer(timers: Timers, time: float, number: int) -> None:
     """One more event. There must be room."""
+    # Equal times are told apart by number, so that the order in which events come out does not depend on the order in
+    # which they were put in. Entries on the way move down into a hole: one write each, where a swap has two.
     heap, at = timers.heap, timers.size[0]
     timers.size[0] = at + 1
     while at > 0:
@@ -82,6 +84,8 @@ def take_timer(timers: Timers) -> int:
 @compiled_inside
 def set_finish(finishes: Finishes, port: int, time: float) -> None:
     """A port's flow ends at `time`: put in, or moved."""
+    # Each port knows its place, so that an end that moves is moved and not put in again: where many share wires, a
+    # flow's rate changes several times before it ends.
     at = finishes.port[port].where
     if at == NONE:
         at = finishes.size[0]
@@ -108,6 +112,7 @@ def clear_finish(finishes: Finishes, port: int) -> None:
     finishes.port[port].where = NONE
     if at == size:
         return
+    # The last entry fills the gap. It may come from another branch, so it may have to go either way.
     last = finishes.heap[size]
     if finishes.port[last].time < finishes.port[port].time:
         _up(finishes, at, last)

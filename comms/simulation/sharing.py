@@ -77,6 +77,8 @@ def empty_flows(bytes_per_s: NDArray[np.float64], num_flows: int, max_hops: int)
 @compiled
 def insert(flows: Flows, flow: int, route: NDArray[np.int32], start: int, end: int) -> bool:
     """Put a flow on route[start:end]. True when it is alone on all of it: its rate is then known at once."""
+    # The slowest wire is the bottleneck of a flow alone, and a guess for any other: the solver says. Until then such a
+    # flow has rate 0, so that it takes nothing from what is left for others.
     alone = True
     slowest = np.inf
     where = NONE
@@ -149,6 +151,8 @@ def solve(flows: Flows, num: int) -> int:
 
     Old rates are in old_rate; the caller clears drawn of the flows it gets back.
     """
+    # Ends, as each turn draws in more flows or is the last. A turn costs what lies on the wires of those drawn in, and
+    # not what is under way elsewhere.
     while True:
         touched = _touch(flows, num)
         _fill(flows, touched)
@@ -175,6 +179,7 @@ def _touch(flows: Flows, num: int) -> int:
                 flows.touched[touched].room = flows.resource[resource].bytes_per_s
                 flows.touched[touched].open = 0
                 touched += 1
+    # What flows that are not drawn in have now is taken as given: if that turns out wrong, `_check` draws them in.
     for place in range(touched):
         row = flows.resource[flows.touched[place].resource].head
         while row != NONE:
@@ -184,6 +189,7 @@ def _touch(flows: Flows, num: int) -> int:
             else:
                 flows.touched[place].room -= flows.flow[flow].rate
             row = flows.incidence[row].after
+        # The given rates may add up to a rounding more than there is.
         flows.touched[place].room = max(0.0, flows.touched[place].room)
     return touched
 
@@ -191,12 +197,15 @@ def _touch(flows: Flows, num: int) -> int:
 @compiled_inside
 def _fill(flows: Flows, touched: int) -> None:
     """Progressive filling: the resource with the least share settles its flows; shares only grow."""
+    # Settling a flow at the least share leaves no resource with a smaller share than it had. So an entry of the heap
+    # that is out of date is too small, never too large: it comes up early, and is put in again as it is now.
     size = wide(0)
     for place in range(touched):
         size = _push(flows, size, flows.touched[place].room / flows.touched[place].open, place)
     while size > 0:
         share, place = flows.heap[0].share, flows.heap[0].row
         size = _pop(flows, size)
+        # Its flows have all been settled on other resources.
         if flows.touched[place].open == 0:
             continue
         now = max(0.0, flows.touched[place].room) / flows.touched[place].open
@@ -232,6 +241,8 @@ def _check(flows: Flows, num: int, touched: int) -> int:
                 if flows.flow[flow].bottleneck == resource:
                     bound = min(bound, flows.flow[flow].rate)
             row = flows.incidence[row].after
+        # A flow that was left alone keeps its rate if its bottleneck is still full with nobody faster on it, and if no
+        # flow that was solved has this as its bottleneck and is slower. Nothing changed on resources not touched.
         full = flows.touched[place].room <= EPSILON * flows.resource[resource].bytes_per_s
         row = flows.resource[resource].head
         while row != NONE:

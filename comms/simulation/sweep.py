@@ -56,6 +56,8 @@ def sweep(s: Sweep) -> bool:
         for hop in range(s.edges[number].route0, s.edges[number].route1):
             slowest = min(slowest, s.resource[s.route[hop]].bytes_per_s)
         s.rate[number] = slowest
+    # Stream by stream, though they run side by side: that is right only while no two use the same wire, which `_take`
+    # checks. Within a stream the order of the schedule is one in which everything that a message waits for is known.
     for number in range(len(s.streams)):
         stream = s.streams[number]
         chains = stream.pieces * stream.ranks * stream.groups
@@ -119,6 +121,7 @@ def _round(s: Sweep, number: int, piece: int) -> bool:
             came += forwarding_s(
                 s.forward_nbytes, s.route, s.resource, edge.route0, edge.route1, s.nbytes[message]
             )
+        # What arrives in a round is held back until the round is through: messages wait for earlier rounds only.
         for offset in range(num):
             chain = base + edge.dst * groups + (chunk + offset) % groups
             s.staged[chain] = max(s.staged[chain], came)
@@ -154,8 +157,10 @@ def _take(s: Sweep, stream: int, edge: int, start: float, end: float) -> bool:
     """Take the wires of a route from start to end; False where they are taken."""
     for hop in range(s.edges[edge].route0, s.edges[edge].route1):
         resource = s.route[hop]
+        # Another stream's messages may lie before or after this one in time: not known here, so nothing is claimed.
         if s.owner[resource] != stream and s.owner[resource] != NONE:
             return False
+        # A start at the very end of the last message is no meeting, within the event loop's idea of one instant.
         if start < s.busy_until[resource] * (1.0 - SAME_INSTANT):
             return False
         s.owner[resource] = stream

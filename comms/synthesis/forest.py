@@ -78,6 +78,7 @@ def hops_of(topology: Topology) -> Hops:
     wires = topology.wires()
     src, dst = (each.ravel() for each in np.nonzero(~np.eye(n, dtype=np.bool_)))
     routes = topology.routes(src, dst)
+    # A route with a chip on the way is two hops: it enters chips twice.
     ends = np.concatenate([[0], np.cumsum(wires.head[routes.wires] < n)])
     kept = np.flatnonzero(ends[routes.offsets[1:]] - ends[routes.offsets[:-1]] == 1)
     lengths = np.diff(routes.offsets)[kept]
@@ -128,6 +129,7 @@ class Wanted:
 def pack(hops: Hops, wanted: Wanted, *, lean: float, sweeps: int, seed: int) -> Forest:
     """Trees with a small load on the fullest wire. Time grows with sweeps x trees x chips^2."""
     packing = _Packing(hops, wanted, lean, np.random.default_rng(seed))
+    # A sweep may make things worse, as each tree is laid against all others as they are: the best state is kept.
     best, fullest, last = packing.forest(), np.inf, 0
     for each in range(sweeps + 1):
         packing.sweep()
@@ -151,6 +153,7 @@ def _uses(hops: Hops, ways: IntArray, personal: bool) -> FloatArray:
     uses = np.zeros(hops.num_hops)
     taken = ways[ways >= 0]
     uses[taken] = 1.0
+    # One part for each chip below: a hop carries as many as hang on it.
     if personal:
         uses[taken] = 0.0
         for way in ways.tolist():
@@ -183,6 +186,7 @@ class _Packing:
     def _lay(self, way: str, tree: int) -> None:
         from comms.synthesis.path_tree import grown  # compiled loops, only where they are needed
 
+        # Taken out before it is laid anew, so that it does not avoid itself.
         self.total -= self.load[way][tree]
         costs = self.hops.costs(self._lengths())
         into = costs if way == "down" else np.ascontiguousarray(costs.T)
@@ -199,6 +203,9 @@ class _Packing:
 
         A little noise is against ties.
         """
+        # exp(steep * (full - worst)) is 1 where a wire is fullest and one BASE-th where it carries one tree less: the
+        # smaller the load, the steeper, so that a few trees avoid each other as much as many do. Held to STEEPEST:
+        # what costs less than that vanishes beside the others anyway.
         full = self.total / self.hops.capacity
         worst = int(np.argmax(full))
         steep = min(np.log(BASE) * self.total[worst], STEEPEST) / full[worst] if full[worst] > 0 else 0.0

@@ -14,6 +14,7 @@ def grown(costs: NDArray[np.float64], root: int, lean: float) -> NDArray[np.int6
 
     The next chip is the one with the smallest cost of its hop plus `lean` times what its parent has so far.
     """
+    # Prim's and Dijkstra's algorithms over a full table, without a heap: n^2 steps, as many as there are costs to read.
     n = len(costs)
     parent = np.full(n, NONE)
     is_open = np.ones(n, dtype=np.bool_)

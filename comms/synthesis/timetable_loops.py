@@ -51,6 +51,7 @@ def played(work: SendTable, turn: NDArray[np.int64], num_wires: int) -> NDArray[
 @compiled
 def _run(work: SendTable, queues: Queues, timers: Timers, start: NDArray[np.float64]) -> None:
     """Event 2 m is that message m has arrived, 2 m + 1 that it has left. At one instant all come before any start."""
+    # All that may be touched at one instant: every message that begins to wait, every wire that falls free.
     sends = len(work.hop)
     touched = np.zeros(sends + len(work.route), dtype=np.int64)
     for send in range(sends):
@@ -59,6 +60,7 @@ def _run(work: SendTable, queues: Queues, timers: Timers, start: NDArray[np.floa
     for wire in range(len(queues.top)):
         _serve(work, queues, timers, start, wire, 0.0)
     while timers.size[0] > 0:
+        # A free wire is given away only when all who may want it at this instant are known.
         now = timers.heap[0].time
         num = 0
         while timers.size[0] > 0 and timers.heap[0].time == now:
@@ -106,6 +108,8 @@ def _serve(
             if queues.held[work.route[row]]:
                 held = work.route[row]
                 break
+        # It waits at the wire that is in its way, and lets the next one of this wire try meanwhile: nobody looks at it
+        # again before that wire falls free.
         if held != NONE:
             _wait(queues, held, send)
             continue
@@ -129,6 +133,8 @@ def _merged(queues: Queues, one: int, other: int) -> int:
         return other
     if other == NONE:
         return one
+    # Down the right sides, with children swapped on the way: that keeps them short in the mean, and needs no balance
+    # kept with each message. A loop, as a heap may be as deep as it has messages.
     if queues.turn[other] < queues.turn[one]:
         one, other = other, one
     top = one
@@ -147,6 +153,7 @@ def _merged(queues: Queues, one: int, other: int) -> int:
 @compiled
 def ways_behind(work: SendTable) -> NDArray[np.float64]:
     """[sends] Seconds of the longest chain that starts with each, on empty wires; followers have higher numbers."""
+    # One pass from the back: messages are numbered so that each comes after those that it needs.
     behind = np.zeros(len(work.hop))
     for send in range(len(work.hop) - 1, -1, -1):
         longest = 0.0
@@ -159,6 +166,7 @@ def ways_behind(work: SendTable) -> NDArray[np.float64]:
 @compiled
 def places(work: SendTable, order: NDArray[np.int64], port: NDArray[np.int64]) -> NDArray[np.int64]:
     """[sends] The first round after those that each needs and after the one before it, in `order`, at its port."""
+    # A port sends one message a round, and none before what it needs: the earliest such round, in order of leaving.
     place = np.zeros(len(order), dtype=np.int64)
     last = np.full(port.max() + 1, NONE)
     for send in order:

@@ -116,6 +116,7 @@ class Torus:
                 return None
             sizes.append(min(left, size))
             left //= sizes[-1]
+        # A part of a ring is a line: its ends have no link.
         wraps = tuple(
             self.is_ring(dim) and part == size
             for dim, (part, size) in enumerate(zip(sizes, self.dims, strict=True))
@@ -191,6 +192,7 @@ class Torus:
         return tuple(self._level(dim, size, prod(sub[:dim])) for dim, size in enumerate(sub) if size > 1)
 
     def _level(self, dim: int, size: int, inside: int) -> Level:
+        # A ring of two has one link and not two. One-way networks have one way each, and every second one the other.
         link, access = self.link(dim), self.access or Link(0.0, self.link(dim).bytes_per_s)
         rate = min(link.bytes_per_s, access.bytes_per_s)
         ways = (1 if size == 2 and not self.one_way else 2) * self.num_networks // (2 if self.one_way else 1)
@@ -239,6 +241,7 @@ class Torus:
         if self.num_networks == 1:
             return np.zeros(len(src), dtype=np.int64)
         up, digits = self._ups(src, dst), self.digits(src)
+        # Networks with equally few wires take turns, or all traffic of a regular pattern would be on the first.
         turn = (np.arange(1, len(self.dims) + 1) @ up + digits.sum(axis=0)) % self.num_networks
         networks = np.arange(self.num_networks)[:, None]
         cost = np.abs(self._hops(networks, src, dst)).sum(axis=0)
@@ -259,6 +262,7 @@ class Torus:
             if self.one_way:
                 hops.append(np.where(network % 2 == 0, up[dim], down))
             elif self.is_ring(dim):
+                # Half way round, chips at even places go up and the others down: both directions carry alike.
                 rises = (up[dim] < -down) | ((up[dim] == -down) & (start[dim] % 2 == 0))
                 hops.append(np.where(rises, up[dim], down) + 0 * network)
             else:
@@ -267,6 +271,8 @@ class Torus:
 
     def _routes_on(self, network: IntArray, src: IntArray, dst: IntArray) -> Routes:
         hops, parts = self._hops(network, src, dst), len(self.dims) + 2
+        # A way in, each dimension, a way out: how many wires of each part a message crosses says where in the column of
+        # all routes they go, so that each part is filled for all messages at once.
         counts = np.zeros((len(src), parts), dtype=np.int64)
         counts[:, 1:-1] = np.abs(hops).T
         if self.access is not None:
@@ -304,7 +310,8 @@ class Torus:
         for block in blocks:
             if block.dim == dim:
                 offsets[block.network, int(block.up)], per_line = block.offset, block.per_line
-        line = dst % stride + src // (stride * size) * stride  # inner dimensions are done, outer ones to come
+        # Dimension by dimension: in the inner ones the message is where it wants to be, the outer ones are to come.
+        line = dst % stride + src // (stride * size) * stride
         base = offsets[network, (hops > 0).astype(np.int64)] + line * per_line
         base -= (hops < 0) & (per_line < size)  # downward wires of an open line begin at its second chip
         count, sign = np.abs(hops), np.sign(hops)
