@@ -64,10 +64,7 @@ _TOLERANCE = 0.03  # between seconds and bus bandwidth, on top of what rounding 
 
 
 def read_table(
-    text: str,
-    where: str = "table",
-    op: Op | None = None,
-    num_chips: int | None = None,
+    text: str, where: str = "table", op: Op | None = None, num_chips: int | None = None
 ) -> MeasuredCurve:
     """Read nccl-tests output or CSV, whichever it is. `where` names the text in messages.
 
@@ -79,10 +76,7 @@ def read_table(
 
 
 def read_nccl_tests(
-    text: str,
-    where: str = "table",
-    op: Op | None = None,
-    num_chips: int | None = None,
+    text: str, where: str = "table", op: Op | None = None, num_chips: int | None = None
 ) -> MeasuredCurve:
     """Read what an nccl-tests program printed."""
     lines = [_TAG.sub("", line) for line in text.splitlines()]

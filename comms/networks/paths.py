@@ -21,7 +21,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from comms.errors import CommsError
-from comms.networks.topology import FloatArray, IntArray, Routes, Topology, Wires, ranges, routes_of
+from comms.networks.topology import (
+    FloatArray,
+    IntArray,
+    Routes,
+    Topology,
+    Wires,
+    merged_routes,
+    ranges,
+    routes_of,
+)
 
 BoolArray: TypeAlias = NDArray[np.bool_]
 PathTree: TypeAlias = tuple[IntArray, FloatArray]  # [nodes] cost and width of the best path from one source
@@ -52,7 +61,6 @@ class Paths:
         """One path per pair; empty where both ends are the same."""
         src, dst = node_pairs(src, dst, self.num_nodes)
         roots, row = np.unique(self.root[src], return_inverse=True)
-        lengths = np.zeros(len(src), dtype=np.int64)
         parts: list[tuple[IntArray, Routes]] = []
         for block in _blocks(len(roots), self.num_nodes):
             messages = np.flatnonzero((row >= block.start) & (row < block.stop) & (src != dst))
@@ -62,13 +70,8 @@ class Paths:
             for some in _blocks(len(messages), int(np.diff(self.first).max(initial=1))):
                 of = messages[some]
                 found = self._traced(trees, roots[block], row[of] - block.start, src[of], dst[of])
-                lengths[of] = np.diff(found.offsets)
                 parts.append((of, found))
-        offsets = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(lengths)])
-        wires = np.empty(offsets[-1], dtype=np.int64)
-        for messages, found in parts:
-            wires[ranges(offsets[messages], lengths[messages])] = found.wires
-        return Routes(offsets, wires)
+        return merged_routes(len(src), parts)
 
     def latencies(self, sources: IntArray) -> FloatArray:
         """[sources, nodes] Smallest latency from each source to each node in seconds; inf where there is no way."""

@@ -57,6 +57,12 @@ class Routes:
         """The wires of one message, in the order it crosses them."""
         return self.wires[self.offsets[message] : self.offsets[message + 1]]
 
+    def take(self, which: IntArray) -> "Routes":
+        """The routes of some messages, in the order of `which`."""
+        lengths = np.diff(self.offsets)[which]
+        rows = ranges(self.offsets[which], lengths)
+        return Routes(np.concatenate([[0], np.cumsum(lengths)]), self.wires[rows])
+
 
 class Topology(Protocol):
     """What every network shape offers; a new shape is one class with these."""
@@ -92,6 +98,18 @@ def routes_of(columns: Sequence[IntArray]) -> Routes:
     offsets = np.zeros(len(table) + 1, dtype=np.int64)
     np.cumsum(taken.sum(axis=1), out=offsets[1:])
     return Routes(offsets, table[taken])
+
+
+def merged_routes(num_messages: int, parts: Sequence[tuple[IntArray, Routes]]) -> Routes:
+    """The routes of all messages, from those of some of them by number; messages in no part have none."""
+    lengths = np.zeros(num_messages, dtype=np.int64)
+    for which, routes in parts:
+        lengths[which] = np.diff(routes.offsets)
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    wires = np.zeros(int(offsets[-1]), dtype=np.int64)
+    for which, routes in parts:
+        wires[ranges(offsets[which], lengths[which])] = routes.wires
+    return Routes(offsets, wires)
 
 
 def route_latencies(wires: Wires, routes: Routes) -> FloatArray:

@@ -21,11 +21,7 @@ import numpy as np
 FunctionT = TypeVar("FunctionT", bound=Callable[..., object])
 
 HERE = Path(__file__).parent
-FILES = (
-    *sorted(HERE.glob("*.py")),
-    HERE.parent / "synthesis" / "path_tree.py",
-    HERE.parent / "synthesis" / "timetable_loops.py",
-)
+FILES = (*sorted(HERE.glob("*.py")), HERE.parent / "synthesis" / "loops.py")
 
 
 def cache_folder() -> str:

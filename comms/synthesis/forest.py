@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from comms.networks.topology import FloatArray, IntArray, Routes, Topology, ranges
+from comms.networks.topology import FloatArray, IntArray, Routes, Topology
 
 BASE = 4.0  # a wire costs this much more with one tree more, near the fullest
 STEEPEST = 40.0  # logarithm of the most that the cost of two wires may differ by, for the same rate
@@ -81,21 +81,18 @@ def hops_of(topology: Topology) -> Hops:
     # A route with a chip on the way is two hops: it enters chips twice.
     ends = np.concatenate([[0], np.cumsum(wires.head[routes.wires] < n)])
     kept = np.flatnonzero(ends[routes.offsets[1:]] - ends[routes.offsets[:-1]] == 1)
-    lengths = np.diff(routes.offsets)[kept]
-    offsets = np.concatenate([[0], np.cumsum(lengths)])
-    rows = ranges(routes.offsets[kept], lengths)
-    taken = routes.wires[rows]
+    taken = routes.take(kept)
     number = np.full((n, n), NONE)
     number[src[kept], dst[kept]] = np.arange(len(kept))
-    resources = wires.shares[taken]
+    resources, starts = wires.shares[taken.wires], taken.offsets[:-1]
     rates = wires.bytes_per_s[resources]
     return Hops(
         n,
         src[kept],
         dst[kept],
-        Routes(offsets, resources),
-        np.minimum.reduceat(rates, offsets[:-1]) if len(kept) else rates,
-        np.add.reduceat(wires.latency_s[taken], offsets[:-1]) if len(kept) else rates,
+        Routes(taken.offsets, resources),
+        np.minimum.reduceat(rates, starts) if len(kept) else rates,
+        np.add.reduceat(wires.latency_s[taken.wires], starts) if len(kept) else rates,
         number,
         wires.bytes_per_s.astype(np.float64),
     )
@@ -184,7 +181,7 @@ class _Packing:
                 self._lay(way, tree)
 
     def _lay(self, way: str, tree: int) -> None:
-        from comms.synthesis.path_tree import grown  # compiled loops, only where they are needed
+        from comms.synthesis.loops import grown  # compiled, and loaded only where it is needed
 
         # Taken out before it is laid anew, so that it does not avoid itself.
         self.total -= self.load[way][tree]

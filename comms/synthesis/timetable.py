@@ -20,7 +20,7 @@ from comms.networks.topology import FloatArray, IntArray
 from comms.synthesis.forest import NONE, Forest, Hops
 
 if TYPE_CHECKING:
-    from comms.synthesis.timetable_loops import SendTable
+    from comms.synthesis.loops import SendTable
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -124,7 +124,7 @@ def timetable(hops: Hops, sends: Sends, nbytes: float, pace_s: float, seed: int)
 
     Time grows with the messages, and with how many wait for a wire beyond a switch.
     """
-    from comms.synthesis.timetable_loops import (  # compiled loops, only where they are needed
+    from comms.synthesis.loops import (  # compiled loops, only where they are needed
         played,
         ways_behind,
     )
@@ -140,7 +140,7 @@ def timetable(hops: Hops, sends: Sends, nbytes: float, pace_s: float, seed: int)
 
 
 def _send_table(hops: Hops, sends: Sends, nbytes: float) -> "SendTable":
-    from comms.synthesis.timetable_loops import SendTable
+    from comms.synthesis.loops import SendTable
 
     late, early = sends.needs
     order = np.argsort(early, kind="stable")
@@ -160,7 +160,7 @@ def _send_table(hops: Hops, sends: Sends, nbytes: float) -> "SendTable":
 
 def channels_of(hops: Hops, sends: Sends, planned: Timetable, deal: IntArray) -> tuple[Channel, ...]:
     """The order of a timetable as channels in which no chunk waits for another; chunk c is in channel deal[c]."""
-    from comms.synthesis.timetable_loops import places
+    from comms.synthesis.loops import places
 
     channel = deal[sends.chunk]
     first_wire = hops.routes.wires[hops.routes.offsets[sends.hop]]

@@ -17,7 +17,7 @@ import numpy as np
 from comms.errors import CommsError
 from comms.networks.links import Link
 from comms.networks.paths import Paths, paths_of
-from comms.networks.topology import IntArray, Routes, Topology, Wires, ranges
+from comms.networks.topology import IntArray, Routes, Topology, Wires, merged_routes
 
 
 class Duplex(StrEnum):
@@ -150,7 +150,9 @@ class Rerouted:
         if not len(broken):
             return Routes(usual.offsets, wires)
         around = self.paths.routes(np.asarray(src)[broken], np.asarray(dst)[broken])
-        return _replaced(Routes(usual.offsets, wires), broken, around)
+        same = np.setdiff1d(np.arange(usual.num_messages), broken)
+        kept = Routes(usual.offsets, wires).take(same)
+        return merged_routes(usual.num_messages, [(same, kept), (broken, around)])
 
 
 def _wires_of(graph: EdgeList) -> Wires:
@@ -204,15 +206,3 @@ def _wires_left(whole: Wires, kept: IntArray, renumbered: IntArray, slow: Mappin
         whole.tier[kept],
         np.where(shares < 0, np.arange(len(kept)), shares),
     )
-
-
-def _replaced(routes: Routes, which: IntArray, by: Routes) -> Routes:
-    """The routes with those of some messages replaced, in the order of `which`."""
-    lengths = np.diff(routes.offsets)
-    lengths[which] = np.diff(by.offsets)
-    offsets = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(lengths)])
-    wires = np.empty(offsets[-1], dtype=np.int64)
-    same = np.setdiff1d(np.arange(len(lengths)), which)
-    wires[ranges(offsets[same], lengths[same])] = routes.wires[ranges(routes.offsets[same], lengths[same])]
-    wires[ranges(offsets[which], lengths[which])] = by.wires
-    return Routes(offsets, wires)

@@ -9,12 +9,9 @@ One-way networks have wires in one direction only, every second network in the o
 networks on Tenstorrent's chips: 9 cycles from router to router, 5 cycles to enter and 5 to leave, 32 bytes a
 cycle (Tenstorrent ISA documentation, Wormhole B0).
 
-Multicast copies inside the routers: each wire of the tree carries the bytes once.
-
 Not modelled: virtual channels and their deadlocks, adaptive routing, packet headers (take them off the rate).
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
@@ -25,20 +22,6 @@ from comms.networks.levels import Level, Levels
 from comms.networks.links import Link
 from comms.networks.paths import node_pairs
 from comms.networks.topology import IntArray, Routes, Wires, ranges, routes_of
-
-
-@dataclass(frozen=True, slots=True)
-class Multicast:
-    """A tree of wires from one chip to several."""
-
-    wires: IntArray  # each once, in order of number
-    hops: IntArray  # [destinations] wires between the source and each of them
-    latency_s: float  # to the one that hears last
-    bytes_per_s: float  # of the slowest wire of the tree
-
-    def seconds(self, nbytes: float) -> float:
-        """Until the last byte has arrived everywhere, on an otherwise idle network."""
-        return self.latency_s + nbytes / self.bytes_per_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,22 +143,6 @@ class Torus:
         """Dimension by dimension, on the network with the fewest wires between the two; see the module."""
         src, dst = node_pairs(src, dst, self.num_chips)
         return self._routes_on(self._network(src, dst), src, dst)
-
-    def multicast(self, src: int, dsts: Sequence[int]) -> Multicast:
-        """The tree that the routes from one chip to others make, on the network where it has the fewest wires."""
-        to = np.asarray(dsts, dtype=np.int64)
-        sources = np.full(len(to), src, dtype=np.int64)
-        node_pairs(sources, to, self.num_chips)
-        if not (to != src).any():
-            raise CommsError("a multicast to nobody else", f"chip {src}", "name another chip")
-        candidates = [self._routes_on(np.full(len(to), k), sources, to) for k in range(self.num_networks)]
-        # Among equals the networks take turns by position.
-        order = [(src + k) % self.num_networks for k in range(self.num_networks)]
-        routes = min((candidates[k] for k in order), key=lambda each: len(np.unique(each.wires)))
-        wires, all_wires = np.unique(routes.wires), self.wires()
-        latencies = [float(all_wires.latency_s[routes.of(i)].sum()) for i in range(len(to))]
-        rate = float(all_wires.bytes_per_s[wires].min())
-        return Multicast(wires, np.diff(routes.offsets), max(latencies), rate)
 
     def levels(self, sub: tuple[int, ...] = ()) -> Levels:
         """One ring per dimension of a sub-torus of these sizes (the whole where none are given).
