@@ -13,7 +13,7 @@ from comms.selection.choice import Choice
 from comms.selection.comparison import suitable
 from comms.selection.question import Question
 from comms.simulation.compiled import CollectiveJob, compile_jobs
-from comms.simulation.lower_bound import least_end_s
+from comms.simulation.lower_bound import end_lower_bound_s
 
 ROUGHLY = 4.0  # a guess at what chips take that do not fold is rarely so many times too long
 
@@ -61,4 +61,4 @@ def _jobs(
 def _least_seconds(job: CollectiveJob, whole: TieredTopology, until_s: float) -> float:
     """What a job takes at least on a network in perfect order, if that is not later than `until_s`."""
     compiled = compile_jobs(whole, [job])
-    return least_end_s(compiled, compiled.bytes_per_s, until_s)
+    return end_lower_bound_s(compiled, compiled.bytes_per_s, until_s)

@@ -20,11 +20,11 @@ from comms.networks.conditions import UNDISTURBED, Conditions
 from comms.networks.topology import FloatArray, IntArray, Topology
 from comms.simulation.compiled import CollectiveJob, Compiled, compile_jobs
 from comms.simulation.events import MOST_RESTARTS, next_instant, run, work_done
-from comms.simulation.lower_bound import least_end_s
+from comms.simulation.lower_bound import end_lower_bound_s
 from comms.simulation.sharing import empty_flows
 from comms.simulation.sweep import NONE, Sweep, sweep
 from comms.simulation.work_budget import (
-    JUDGED,
+    FORECAST_AFTER,
     UNLIMITED,
     WATCHED_WORK,
     GivenUp,
@@ -109,26 +109,26 @@ def simulate_within(
     topology: Topology,
     jobs: Sequence[CollectiveJob],
     conditions: Conditions,
-    limit: WorkBudget,
+    budget: WorkBudget,
     watch: Watch = unwatched,
 ) -> FullResult | GivenUp:
     """The same as long as it is worth it. What is not given up is timed exactly, what is given up as late is late."""
     compiled = compile_jobs(topology, jobs)
     rates = rates_under(compiled, conditions)
     highest = _highest(rates, timed_changes(compiled, conditions))
-    least_s = least_end_s(compiled, highest, limit.until_s) * (1 - ROUNDING)
-    if least_s > limit.until_s:
+    least_s = end_lower_bound_s(compiled, highest, budget.until_s) * (1 - ROUNDING)
+    if least_s > budget.until_s:
         return GivenUp(least_s, is_late=True)
     found: FullResult | GivenUp | None = None
     if _may_sweep(compiled, rates, conditions):
         found = _swept(compiled, rates, conditions, False)
     if found is None:
-        found = _by_events(compiled, rates, conditions, False, limit, watch)
+        found = _by_events(compiled, rates, conditions, False, budget, watch)
     if isinstance(found, GivenUp):
         return replace(found, at_least_s=max(found.at_least_s, least_s))
     waited = compiled.runs[~compiled.runs["repeats"]]
-    if waited["end_s"].max(initial=0.0) > limit.until_s:
-        return GivenUp(limit.until_s, is_late=True, work=found.work)
+    if waited["end_s"].max(initial=0.0) > budget.until_s:
+        return GivenUp(budget.until_s, is_late=True, work=found.work)
     return found
 
 
@@ -176,7 +176,7 @@ def _by_events(
     rates: FloatArray,
     conditions: Conditions,
     record: bool,
-    limit: WorkBudget,
+    budget: WorkBudget,
     watch: Watch,
 ) -> FullResult | GivenUp:
     world = first_world(
@@ -186,8 +186,8 @@ def _by_events(
     changes, next_change = timed_changes(compiled, conditions), 0
     counters = world.counters
     while counters[WAITED_FOR] > 0:
-        counters[MOST_WORK] = work_done(world) + max(1, min(WATCHED_WORK, limit.most_work // JUDGED))
-        next_change = run(world, changes, next_change, limit.until_s, False)
+        counters[MOST_WORK] = work_done(world) + max(1, min(WATCHED_WORK, budget.most_work // FORECAST_AFTER))
+        next_change = run(world, changes, next_change, budget.until_s, False)
         if counters[WAITED_FOR] == 0:
             break
         now = next_instant(world.timers, world.finishes, changes, next_change)
@@ -195,9 +195,9 @@ def _by_events(
             hint = "a wire on its route stays at rate zero"
             raise CommsError("a message can never arrive", "simulation", hint)
         share = _share_done(compiled, counters)
-        if now > limit.until_s:
-            return GivenUp(limit.until_s, is_late=True, work=work_done(world))
-        if limit.is_too_much(work_done(world), share):
+        if now > budget.until_s:
+            return GivenUp(budget.until_s, is_late=True, work=work_done(world))
+        if budget.is_too_much(work_done(world), share):
             return GivenUp(now, is_late=False, work=work_done(world))
         if counters[MOST_WORK] <= work_done(world):
             watch(share)

@@ -181,13 +181,13 @@ class _Packing:
                 self._lay(way, tree)
 
     def _lay(self, way: str, tree: int) -> None:
-        from comms.synthesis.loops import grown  # compiled, and loaded only where it is needed
+        from comms.synthesis.loops import path_tree  # compiled, and loaded only where it is needed
 
         # Taken out before it is laid anew, so that it does not avoid itself.
         self.total -= self.load[way][tree]
         costs = self.hops.costs(self._lengths())
         into = costs if way == "down" else np.ascontiguousarray(costs.T)
-        parent = grown(into, self.wanted.roots[tree], self.lean)
+        parent = path_tree(into, self.wanted.roots[tree], self.lean)
         chips = np.flatnonzero(parent >= 0)
         ends = (parent[chips], chips) if way == "down" else (chips, parent[chips])
         self.ways[way][tree, chips] = self.hops.number[ends]

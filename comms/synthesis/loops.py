@@ -1,4 +1,4 @@
-"""Loops of synthesis, compiled: one tree over chips, grown hop by hop, and the clock of timetables.
+"""Loops of synthesis, compiled: one tree over chips, path_tree hop by hop, and the clock of timetables.
 
 In a timetable wires serve one message at a time, the most pressing that waits. Messages wait in skew heaps (Sleator
 and Tarjan, SIAM Journal on Computing 15, 1986), one per wire, by their turn: each message is in one of them at most,
@@ -17,7 +17,7 @@ NONE = -1
 
 
 @compiled
-def grown(costs: NDArray[np.float64], root: int, lean: float) -> NDArray[np.int64]:
+def path_tree(costs: NDArray[np.float64], root: int, lean: float) -> NDArray[np.int64]:
     """[chips] The parent of each chip in one tree over hops of finite costs[parent, chip]; NONE at the root.
 
     The next chip is the one with the smallest cost of its hop plus `lean` times what its parent has so far.

@@ -15,7 +15,7 @@ from comms.networks.topology import Wires, routes_of
 from comms.simulation.compiled import CollectiveJob, compile_jobs
 from comms.simulation.full import Method, simulate, simulate_within
 from comms.simulation.incremental import IncrementalSimulation
-from comms.simulation.lower_bound import least_end_s
+from comms.simulation.lower_bound import end_lower_bound_s
 from comms.simulation.sharing import draw_in, empty_flows, insert, solve
 from comms.simulation.work_budget import UNLIMITED, GivenUp, WorkBudget
 
@@ -226,7 +226,7 @@ def test_what_is_given_up_as_late_is_late_and_all_else_is_timed_as_ever(data):
     whole = simulate(table, jobs).seconds
     end_s = max(job.start_s + seconds for job, seconds in zip(jobs, whole, strict=True))
     compiled = compile_jobs(table, jobs)
-    assert least_end_s(compiled, compiled.bytes_per_s) <= end_s * (1 + 1e-9)
+    assert end_lower_bound_s(compiled, compiled.bytes_per_s) <= end_s * (1 + 1e-9)
     for until_s in (end_s * (1 + 1e-9), np.inf):
         assert simulate_within(table, jobs, UNDISTURBED, WorkBudget(until_s)).seconds == pytest.approx(
             whole, rel=1e-12
