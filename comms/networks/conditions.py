@@ -88,7 +88,7 @@ class ChipFault:
 
 @dataclass(frozen=True, slots=True)
 class Jitter:
-    """What nobody knows in advance."""
+    """Random differences from data sheets."""
 
     rate: float = 0.0  # largest part by which a wire's rate differs from its own
     delay_s: float = 0.0  # mean, before each message

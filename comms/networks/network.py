@@ -9,7 +9,7 @@ Each group of a tier has a copy of the tier's shape, with ports of its own: a ch
 over both at once. Where messages of a tier use the wires of the next one and only turn round earlier (two chips
 behind one PCIe switch, two hosts under one leaf), the tier is `part_of_next` and the wires are there once.
 
-A tier of one chip stands for what is inside the chip: its figures are told, no message of the network uses it.
+A tier of one chip stands for what is inside the chip: its figures are reported, but no message of the network uses it.
 """
 
 from collections.abc import Sequence
@@ -146,7 +146,7 @@ class Network:
 
         Members are numbered in ascending order of their chips; of a list only they are busy, of a Lattice all
         its copies. `aligned` promises that messages between subgroups join members with the same inner digits (as
-        hierarchical algorithms send), which tells rails apart. None where the group sits unevenly on a tier: full
+        hierarchical algorithms send), which keeps rails apart. None where the group sits unevenly on a tier: full
         fidelity prices it.
         """
         _check_members(members, self.tiers[-1].size)
@@ -267,7 +267,7 @@ def _check_members(members: Members, num_chips: int) -> None:
 
 
 def _patterns(members: Members, size: int, is_last: bool) -> set[Lattice | tuple[int, ...]]:
-    """The ways in which a group lies in blocks of `size` chips; none where that cannot be told."""
+    """The ways in which a group lies in blocks of `size` chips; none where arithmetic cannot say."""
     if isinstance(members, Lattice):
         if is_last:
             return {replace(members, alone=members.num_chips == size)}

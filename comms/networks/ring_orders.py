@@ -79,7 +79,7 @@ def ring_orders(topology: Topology, most: int = 8) -> tuple[RingOrder, ...]:
 
 
 def hierarchy(topology: Topology) -> tuple[Subgroups, ...]:
-    """Subgroups of chips from the innermost tier that can be told apart to all chips; memory n^2.
+    """Subgroups of chips at every tier that can be distinguished, innermost first, up to all chips; memory n^2.
 
     Chips are a subgroup where each is closer to every other one than to any chip outside, by GAP at least.
     """

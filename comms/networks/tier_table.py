@@ -26,7 +26,7 @@ from comms.networks.links import Link
 from comms.networks.network import Network, Tier, TierKind
 from comms.networks.shapes import Grid, Pairs, Shape
 
-FEW_CORES = 4096  # up to here all cores are looked at to find the furthest
+FEW_CORES = 4096  # up to here the furthest core is searched among all
 SAME = 1e-9  # relative: chips as far as this from each other are equally far
 
 

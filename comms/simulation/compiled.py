@@ -42,7 +42,7 @@ class CollectiveJob:
     places: IntArray  # [ranks] or [groups, ranks]
     nbytes: float
     start_s: float = 0.0
-    repeats: bool = False  # background: starts again when it is done, and nobody waits for it
+    repeats: bool = False  # background: starts again when it is done, and is not waited for
     protocol: Protocol = PLAIN  # of messages that cross the outermost tier,
     inside: tuple[tuple[str, Protocol], ...] = ()  # and of those that go no further than these tiers, by name
 

@@ -33,13 +33,13 @@ from comms.simulation.world import (
 # stable, one that is ahead by a rounding gets ahead by some times that in every round.
 SAME_INSTANT = 1e-13
 
-MOST_RESTARTS = 10**6  # of background runs while somebody waits: who waits then waits for ever
+MOST_RESTARTS = 10**6  # of background runs while others are waited for, which then never end
 
 
 @compiled
 def next_instant(timers: Timers, finishes: Finishes, changes: Changes, next_change: int) -> float:
     """When something happens next; inf where nothing does any more. (To pass the whole world is slow.)"""
-    now = np.inf  # nothing can happen any more: who is waited for then waits for ever
+    now = np.inf  # nothing can happen any more: runs that are still waited for never end
     if timers.size[0] > 0:
         now = timers.heap[0].time
     if finishes.size[0] > 0:

@@ -1,8 +1,8 @@
 """Incremental simulation: full fidelity driven from outside, for communication that starts when chips get there.
 
 All jobs that may ever run are given at first; each of their groups is started when its time has come, as often as
-needed, and whoever drives asks for what has ended since. Time goes forward only. Jobs that repeat are in the
-background: they start by themselves, and nobody hears of their ends.
+needed, and the caller is given what has ended since. Time goes forward only. Jobs that repeat are in the
+background: they start by themselves, and their ends are not reported.
 """
 
 from collections.abc import Sequence

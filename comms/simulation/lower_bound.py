@@ -3,7 +3,7 @@
 The later of two bounds holds: a wire is busy for as long as all that crosses it takes at its rate,
 and no message leaves before what its sender waits for has arrived, each as if it had its wires to itself.
 
-Where chunks of a channel do not wait for each other, only its longest message counts. Not looked at: messages that
+Where chunks of a channel do not wait for each other, only its longest message counts. Not counted: messages that
 share a port, overheads and noise, all of which can only add.
 """
 

@@ -103,7 +103,7 @@ def insert(flows: Flows, flow: int, route: NDArray[np.int32], start: int, end: i
 
 @compiled
 def remove(flows: Flows, flow: int) -> bool:
-    """Take a flow off its route. True when nobody shared any of it: no rate changes then."""
+    """Take a flow off its route. True when no other flow shared any of it: no rate changes then."""
     alone = True
     for row in range(flows.flow[flow].row0, flows.flow[flow].row0 + flows.flow[flow].hops):
         resource = flows.incidence[row].resource
@@ -241,7 +241,7 @@ def _check(flows: Flows, num: int, touched: int) -> int:
                 if flows.flow[flow].bottleneck == resource:
                     bound = min(bound, flows.flow[flow].rate)
             row = flows.incidence[row].after
-        # A flow that was left alone keeps its rate if its bottleneck is still full with nobody faster on it, and if no
+        # A flow that was left alone keeps its rate if its bottleneck is still full with no faster flow on it, and if no
         # flow that was solved has this as its bottleneck and is slower. Nothing changed on resources not touched.
         full = flows.touched[place].room <= EPSILON * flows.resource[resource].bytes_per_s
         row = flows.resource[resource].head

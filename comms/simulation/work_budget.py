@@ -14,11 +14,11 @@ WATCHED_WORK = 2**21  # a few seconds between two looks at how far a simulation 
 FORECAST_SLACK = 1.25  # a forecast may be this many times the budget
 FORECAST_AFTER = 8  # after one part in so many of the budget, a forecast decides
 
-Watch: TypeAlias = Callable[[float], None]  # is told which share of the messages has been moved
+Watch: TypeAlias = Callable[[float], None]  # is called with the share of the messages moved so far
 
 
 def unwatched(share: float) -> None:
-    """A simulation that nobody watches."""
+    """Ignores the progress of a simulation."""
     del share
 
 

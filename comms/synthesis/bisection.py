@@ -1,4 +1,4 @@
-"""Bisection: the least that the two halves of a network can tell each other, and what no collective can beat.
+"""Bisection: the least bandwidth between two halves of a network, and bounds that no collective can beat.
 
 A cut puts one half of the chips (one more on either side where their number is odd) on one side and the switches
 where they let the least across. Its capacity is what its wires carry from one side to the other, the smaller of
@@ -12,7 +12,7 @@ both directions; a half-duplex wire counts whole. Bisection bandwidth is the lea
     all else                    the best of some straight cuts after exchanges of pairs (Kernighan and Lin, Bell System
                                 Technical J. 49, 1970): the bisection is no larger, and may be smaller
 
-Lower bounds for a collective follow from any cut: what one side has to tell the other over its capacity, where a
+Lower bounds for a collective follow from any cut: what one side has to send the other over its capacity, where a
 side may be a single chip. They hold for every schedule, however it shares out and relays its bytes (Chan,
 Heimlich, Purkayastha, van de Geijn, Concurrency and Computation 19, 2007, section 4).
 """
@@ -115,9 +115,9 @@ def bandwidth_bound(
     # A chip by itself is a cut too, with all its own wires across.
     is_inside = np.eye(n, dtype=np.bool_)
     sends = np.array([_crossing(op, inside, root) for inside in is_inside]) * nbytes
-    hears = np.array([_crossing(op, ~inside, root) for inside in is_inside]) * nbytes
-    bounds = [float((sends / out_of).max()), float((hears / into).max())]
-    # All that is sent leaves some chip and enters another. (Switches that add take in what no chip hears.)
+    receives = np.array([_crossing(op, ~inside, root) for inside in is_inside]) * nbytes
+    bounds = [float((sends / out_of).max()), float((receives / into).max())]
+    # All that is sent leaves some chip and enters another. (Switches that add take in what no chip receives.)
     if not switches_reduce:
         total = _total(op, n) * nbytes
         bounds += [total / float(out_of.sum()), total / float(into.sum())]
@@ -158,7 +158,7 @@ def makespan_bound(
 
 
 def _crossing(op: Op, inside: BoolArray, root: int) -> float:
-    """Share of nbytes that the ranks inside have to tell those outside, together."""
+    """Share of nbytes that the ranks inside have to send to those outside, together."""
     n, a = len(inside), int(inside.sum())
     b = n - a
     if a == 0 or b == 0:
@@ -180,7 +180,7 @@ def _crossing(op: Op, inside: BoolArray, root: int) -> float:
 def _total(op: Op, n: int) -> float:
     """What all chips send in all over nbytes, where only chips add and copy."""
     match op:
-        case Op.ALL_REDUCE:  # n - 1 partial sums to make one whole, which n - 1 chips are told
+        case Op.ALL_REDUCE:  # n - 1 partial sums to make one whole, which n - 1 chips then get
             return 2.0 * (n - 1)
         case Op.GATHER | Op.SCATTER:
             return (n - 1) / n

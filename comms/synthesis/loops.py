@@ -44,7 +44,7 @@ def path_tree(costs: NDArray[np.float64], root: int, lean: float) -> NDArray[np.
 
 
 class SendTable(NamedTuple):
-    """What is to be sent. A message is told from its hop; its followers are after[after0[m] : after0[m + 1]]."""
+    """What is to be sent. Messages of one hop cross the same wires; a message's followers are after[after0[m] : after0[m + 1]]."""
 
     hop: NDArray[np.int64]  # [sends]
     moving_s: NDArray[np.float64]  # [sends]
@@ -125,7 +125,7 @@ def _serve(
 ) -> None:
     """Start the most pressing message that waits for this wire and finds all others free.
 
-    One that finds another held waits over there, and is looked at again when that falls free.
+    One that finds another held waits there, and is tried again when that falls free.
     """
     while queues.top[wire] != NONE and not queues.held[wire]:
         send = queues.top[wire]
@@ -136,8 +136,8 @@ def _serve(
             if queues.held[work.route[row]]:
                 held = work.route[row]
                 break
-        # It waits at the wire that is in its way, and lets the next one of this wire try meanwhile: nobody looks at it
-        # again before that wire falls free.
+        # It waits at the wire that is in its way, and lets the next one of this wire try meanwhile: it is not
+        # tried again before that wire falls free.
         if held != NONE:
             _wait(queues, held, send)
             continue
