@@ -44,7 +44,7 @@ def path_tree(costs: NDArray[np.float64], root: int, lean: float) -> NDArray[np.
 
 
 class SendTable(NamedTuple):
-    """What is to be sent. A message crosses the wires of its hop; its followers are after[after0[m] : after0[m + 1]]."""
+    """What is to be sent. A message crosses the wires of its hop; after[after0[m] : after0[m + 1]] follow message m."""
 
     hop: NDArray[np.int64]  # [sends]
     moving_s: NDArray[np.float64]  # [sends]

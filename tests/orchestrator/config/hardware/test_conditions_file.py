@@ -51,7 +51,7 @@ def link(line):
     return conditions("links:", f"- {{{line}}}").links[0]
 
 
-def test_a_file_without_conditions_is_calm():
+def test_a_file_without_conditions_is_healthy():
     assert cluster_from(parse_yaml(HOSTS, "c.yaml")).conditions == HEALTHY
 
 
