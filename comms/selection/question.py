@@ -22,7 +22,11 @@ BISECTION_CHIPS = 16_384  # up to here the halves of a network are looked at
 
 _NEVER = ("packets, queues and loss in switches", "what chips do beside the collective")
 _HEALTHY = ("contention with other jobs, degraded links and late chips",)
-LEFT_OUT = {Fidelity.CLOSED: (*_HEALTHY, *_NEVER), Fidelity.FOLDED: (*_HEALTHY, *_NEVER), Fidelity.FULL: _NEVER}
+LEFT_OUT = {
+    Fidelity.CLOSED: (*_HEALTHY, *_NEVER),
+    Fidelity.FOLDED: (*_HEALTHY, *_NEVER),
+    Fidelity.FULL: _NEVER,
+}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
