@@ -13,12 +13,12 @@ from comms.errors import CommsError, ConfigError
 from orchestrator.config.hardware.line_rates import LineRate, line_rate
 from orchestrator.config.hardware.link_calibration import Calibration, Table, calibrate_links
 from orchestrator.verbs.inputs.comms_inputs import check_picture, read_op, told, write_picture
-from orchestrator.verbs.inputs.options import Options
+from orchestrator.verbs.inputs.options import CalibrateOptions
 from orchestrator.views.console import Console
 from orchestrator.views.network import calibration_report
 
 
-def main(options: Options, console: Console) -> int:
+def main(options: CalibrateOptions, console: Console) -> int:
     """Read the tables, fit, answer. Raises UserError."""
     check_picture(options.plot)
     with told("tables"):
@@ -35,7 +35,7 @@ def main(options: Options, console: Console) -> int:
     return 0
 
 
-def _read(path: Path, options: Options, console: Console) -> Table:
+def _read(path: Path, options: CalibrateOptions, console: Console) -> Table:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

@@ -29,14 +29,14 @@ from orchestrator.verbs.inputs.comms_inputs import (
     told,
     write_picture,
 )
-from orchestrator.verbs.inputs.options import Options
+from orchestrator.verbs.inputs.options import CommsOptions
 from orchestrator.views.console import Console
 from orchestrator.views.network import comms_report, tier_report
 
 DEFAULT_SIZE = "64 MiB"
 
 
-def main(options: Options, console: Console) -> int:
+def main(options: CommsOptions, console: Console) -> int:
     """Answer what the options ask. Raises UserError."""
     check_picture(options.plot)
     whole = load_cluster(options.cluster or cluster_path(DEFAULT_CLUSTER))
@@ -55,7 +55,7 @@ def main(options: Options, console: Console) -> int:
         return _one(cluster, question, options, console)
 
 
-def _question(cluster: Cluster, algorithm: Algorithm, options: Options, console: Console) -> Question:
+def _question(cluster: Cluster, algorithm: Algorithm, options: CommsOptions, console: Console) -> Question:
     schedule, num_chips = algorithm.schedule, cluster.num_chips
     if schedule is not None and schedule.num_ranks != num_chips:
         raise ConfigError(
@@ -87,7 +87,7 @@ def _question(cluster: Cluster, algorithm: Algorithm, options: Options, console:
     )
 
 
-def _uneven_question(cluster: Cluster, options: Options, console: Console) -> Question:
+def _uneven_question(cluster: Cluster, options: CommsOptions, console: Console) -> Question:
     """An all-to-all whose parts are in a file."""
     if options.sweep is not None:
         raise ConfigError("the sizes of parts come from a file", "--sweep", "leave --sweep out")
@@ -105,7 +105,7 @@ def _uneven_question(cluster: Cluster, options: Options, console: Console) -> Qu
     )
 
 
-def _one(cluster: Cluster, question: Question, options: Options, console: Console) -> int:
+def _one(cluster: Cluster, question: Question, options: CommsOptions, console: Console) -> int:
     answer = time_collective(question, console.phase)
     for warning in answer.warnings:
         console.warn(warning)
@@ -117,7 +117,7 @@ def _one(cluster: Cluster, question: Question, options: Options, console: Consol
     return 0
 
 
-def _sweep(cluster: Cluster, question: Question, options: Options, console: Console) -> int:
+def _sweep(cluster: Cluster, question: Question, options: CommsOptions, console: Console) -> int:
     assert options.sweep is not None
     sweep = sweep_sizes(question, read_sizes(options.sweep), console.phase)
     for warning in sweep.warnings:
@@ -132,7 +132,7 @@ def _sweep(cluster: Cluster, question: Question, options: Options, console: Cons
     return 0
 
 
-def _tiers(cluster: Cluster, options: Options, console: Console) -> int:
+def _tiers(cluster: Cluster, options: CommsOptions, console: Console) -> int:
     given = {
         "--op": options.op,
         "--size": options.size,

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import psutil
 
-from orchestrator.verbs.inputs.options import Options
+from orchestrator.verbs.inputs.options import DoctorOptions
 from orchestrator.views.console import Console, Table
 
 TORCH = "2.13.0"  # capture and sharding use private interfaces of exactly this one
@@ -46,7 +46,7 @@ class Finding:
     remedy: str = ""
 
 
-def main(options: Options, console: Console) -> int:
+def main(options: DoctorOptions, console: Console) -> int:
     """Print every finding; 1 if one of them is a failure."""
     findings = doctor()
     ready = all(finding.level is not Level.FAIL for finding in findings)

@@ -8,7 +8,7 @@ import pytest
 
 from orchestrator.verbs import doctor
 from orchestrator.verbs.doctor import Finding, Level
-from orchestrator.verbs.inputs.options import Options
+from orchestrator.verbs.inputs.options import DoctorOptions
 from orchestrator.views.console import Console
 
 
@@ -19,7 +19,7 @@ def streams() -> tuple[io.StringIO, io.StringIO]:
 
 def answer(streams: tuple[io.StringIO, io.StringIO], *, as_json: bool = False) -> int:
     console = Console(as_json=as_json, out=streams[0], err=streams[1])
-    return doctor.main(Options(as_json=as_json), console)
+    return doctor.main(DoctorOptions(as_json=as_json), console)
 
 
 def found(findings: tuple[Finding, ...], name: str) -> Finding:
