@@ -11,7 +11,7 @@ from comms.calibration.measured_tables import read_table
 from comms.collectives.schedule import bus_factor
 from comms.errors import CommsError, ConfigError
 from orchestrator.config.hardware.line_rates import LineRate, line_rate
-from orchestrator.config.hardware.link_calibration import Calibration, Table, calibrate_links
+from orchestrator.config.hardware.link_calibration import Calibration, MeasuredTable, calibrate_links
 from orchestrator.verbs.inputs.comms_inputs import check_picture, read_op, told, write_picture
 from orchestrator.verbs.inputs.options import CalibrateOptions
 from orchestrator.views.console import Console
@@ -35,14 +35,14 @@ def main(options: CalibrateOptions, console: Console) -> int:
     return 0
 
 
-def _read(path: Path, options: CalibrateOptions, console: Console) -> Table:
+def _read(path: Path, options: CalibrateOptions, console: Console) -> MeasuredTable:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError("the table cannot be read", str(path), "give nccl-tests output or CSV") from error
     op = None if options.op is None else read_op(options.op)
     try:
-        table = Table(path.name, read_table(text, str(path), op, options.chips))
+        table = MeasuredTable(path.name, read_table(text, str(path), op, options.chips))
     except CommsError as error:
         hint = error.hint.replace("say the operation", "say the operation (--op)")
         error.hint = hint.replace("the number of chips", "the number of chips (--chips)")
@@ -52,7 +52,7 @@ def _read(path: Path, options: CalibrateOptions, console: Console) -> Table:
     return table
 
 
-def _line_rates(tables: list[Table], cluster: Path | None) -> list[LineRate]:
+def _line_rates(tables: list[MeasuredTable], cluster: Path | None) -> list[LineRate]:
     """Of the tier that all tables were measured in, one each; none without a cluster."""
     if cluster is None:
         return []

@@ -58,7 +58,7 @@ def described(where: str, hint: str) -> Iterator[None]:
 
 
 @dataclass(frozen=True, slots=True)
-class Drawing:
+class ShapeDrawing:
     """A shape section of a document, checked for keys that would have no effect."""
 
     section: ShapeSection
