@@ -50,7 +50,7 @@ def _options(kind: type[Options], given: Mapping[str, object]) -> Options:
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in told.items()}
     if isinstance(name := told.get("cluster"), str):
         # Imported here: the schemas behind it cost more than a whole help text.
-        from orchestrator.config.shipped import cluster_path
+        from orchestrator.config.hardware.cluster_file import cluster_path
 
         values["cluster"] = cluster_path(name)
     return kind(**values)  # type: ignore[arg-type]

@@ -284,7 +284,7 @@ def test_ci_runs_the_test_command_of_the_readme() -> None:
 
 def test_the_readme_names_only_verbs_flags_and_files_that_exist() -> None:
     from orchestrator import cli
-    from orchestrator.config.shipped import cluster_path
+    from orchestrator.config.hardware.cluster_file import cluster_path
 
     commands = [command.split() for command in shell_commands(ROOT / "README.md")]
     ours = [command for command in commands if command[0] == "orchestrate"]

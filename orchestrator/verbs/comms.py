@@ -13,9 +13,8 @@ from comms.selection.pricing import Fidelity
 from comms.selection.question import Question
 from comms.selection.size_sweep import sweep_sizes
 from orchestrator.config.hardware.cluster import Cluster
-from orchestrator.config.hardware.cluster_file import load_cluster
+from orchestrator.config.hardware.cluster_file import DEFAULT_CLUSTER, cluster_path, load_cluster
 from orchestrator.config.hardware.latency_tiers import latency_tiers
-from orchestrator.config.shipped import DEFAULT_CLUSTER, cluster_path
 from orchestrator.verbs.inputs.comms_inputs import (
     Algorithm,
     check_picture,

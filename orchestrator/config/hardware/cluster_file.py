@@ -16,15 +16,20 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from comms.errors import ClusterError, combined
+from comms.errors import ClusterError, ConfigError, combined
 from comms.networks.conditions import CALM
 from comms.networks.layers import Spread
 from comms.networks.links import Link
-from kernels.chips import DEFAULT_HOST_LATENCY_S, Chip, Port
+from kernels.chips import DEFAULT_HOST_LATENCY_S, Chip
 from orchestrator.config.hardware.chip_file import ChipFigures, described_chip
 from orchestrator.config.hardware.cluster import Cluster, Device, Host, Nics, Pcie
 from orchestrator.config.hardware.conditions_file import ConditionsSection, described
-from orchestrator.config.hardware.fabric_shapes import ShapeDrawing
+from orchestrator.config.hardware.network_links import (
+    ShapeDrawing,
+    best_share,
+    library_of,
+    line_and_efficiency,
+)
 from orchestrator.config.hardware.network_sections import (
     LevelSection,
     LinkSection,
@@ -32,15 +37,16 @@ from orchestrator.config.hardware.network_sections import (
     PcieSection,
     ScaleUpSection,
 )
-from orchestrator.config.hardware.protocols import best_share, library_of
 from orchestrator.config.hardware.tiers import ScaleUpFabric, SwitchLevel, build_network, issue_times
-from orchestrator.config.schema import CountOr, HourlyPrice, Power, Section, validate
+from orchestrator.config.schema import CountOr, HourlyPrice, Power, Section, nearest, validate
 from orchestrator.config.yaml_file import Document, Location, read_yaml
 
 FRAME_NBYTES = 1500.0  # of a packet where switches store and forward: the payload of an Ethernet frame
-
-
 MOST_CHIPS_OF_HOST = 2**16
+DEFAULT_CLUSTER = "laptop"  # where no command line says another
+# Of the clusters that come with us: inside an installed package, or beside the packages in a checkout.
+_PACKAGE = Path(__file__).parents[2]
+_SHIPPED = (_PACKAGE / "cluster_configs", _PACKAGE.parent / "cluster_configs")
 
 
 class ChipSection(ChipFigures):
@@ -74,6 +80,27 @@ class ClusterFile(Section):
     scale_up: ScaleUpSection | None = None
     scale_out: list[LevelSection] = Field(default_factory=list)
     conditions: ConditionsSection | None = None
+
+
+def shipped_clusters() -> dict[str, Path]:
+    """Name to file of every shipped cluster, sorted by name."""
+    folder = next((folder for folder in _SHIPPED if folder.is_dir()), None)
+    return {} if folder is None else {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def cluster_path(text: str) -> Path:
+    """The file that `--cluster` means: a path, or the bare name of a shipped cluster. A file of that name wins."""
+    path = Path(text)
+    if path.is_file():
+        return path
+    shipped = shipped_clusters()
+    if text in shipped:
+        return shipped[text]
+    if path.suffix or len(path.parts) > 1:
+        raise ConfigError(
+            "there is no such cluster file", text, f"give a file, or one of {', '.join(shipped)}"
+        )
+    raise ConfigError("no shipped cluster has this name", f"--cluster {text}", nearest(text, tuple(shipped)))
 
 
 def load_cluster(path: str | Path) -> Cluster:
@@ -168,16 +195,6 @@ def _pcie(document: Document, index: int, section: PcieSection | None, chips: li
         library,
         section.source,
     )
-
-
-def line_and_efficiency(
-    bandwidth: float | None, efficiency: float | None, ports: list[Port]
-) -> tuple[float, float]:
-    """A chip's line rate and what a message by itself reaches of it: as the file says, else the slowest port's."""
-    if bandwidth is not None:
-        return bandwidth, efficiency or 1.0
-    port = min(ports, key=lambda port: port.bytes_per_s * (efficiency or port.efficiency))
-    return port.bytes_per_s, efficiency or port.efficiency
 
 
 def _check_pcie(

@@ -14,8 +14,8 @@ from comms.errors import ConfigError
 from comms.networks.network import Tier, TierKind
 from kernels.chips import Port
 from orchestrator.config.hardware.cluster import Cluster
-from orchestrator.config.hardware.cluster_file import ClusterFile, cluster_from, line_and_efficiency
-from orchestrator.config.hardware.fabric_shapes import ShapeDrawing
+from orchestrator.config.hardware.cluster_file import ClusterFile, cluster_from
+from orchestrator.config.hardware.network_links import ShapeDrawing, line_and_efficiency
 from orchestrator.config.hardware.network_sections import LibrarySection, LinkSection, NicSection, PcieSection
 from orchestrator.config.hardware.tiers import PCIE_ROOT
 from orchestrator.config.schema import validate

@@ -27,7 +27,7 @@ from comms.networks.links import Link
 from comms.networks.network import UNBOUNDED, Network, Tier, TierKind, layered, switched
 from comms.networks.shapes import Shape
 from orchestrator.config.hardware.cluster import PLAIN_LIBRARY, Host, Library, Nics, Pcie
-from orchestrator.config.hardware.fabric_shapes import ShapeDrawing, described
+from orchestrator.config.hardware.network_links import ShapeDrawing, described
 from orchestrator.config.yaml_file import Document
 
 

@@ -6,10 +6,9 @@ from pathlib import Path
 
 from comms.errors import ConfigError, PlanError
 from orchestrator.config.hardware.cluster import Cluster
-from orchestrator.config.hardware.cluster_file import cluster_from
+from orchestrator.config.hardware.cluster_file import DEFAULT_CLUSTER, cluster_from, cluster_path
 from orchestrator.config.job import Job
 from orchestrator.config.job_file import job_document, job_from, load_job
-from orchestrator.config.shipped import DEFAULT_CLUSTER, cluster_path
 from orchestrator.config.yaml_file import Document, read_yaml
 from orchestrator.planning import preparation
 from orchestrator.planning.preparation import Prepared, Progress

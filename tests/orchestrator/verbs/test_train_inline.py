@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from comms.errors import ConfigError, RunError
-from orchestrator.config.shipped import cluster_path
+from orchestrator.config.hardware.cluster_file import cluster_path
 from orchestrator.config.yaml_file import read_yaml
 from orchestrator.runs import checkpoint, run_dir
 from orchestrator.runs.metrics import read_metrics
