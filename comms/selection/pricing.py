@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from math import prod
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -23,9 +22,7 @@ from comms.networks.groups import Lattice, Members
 from comms.networks.tiered import TieredTopology
 from comms.networks.topology import IntArray
 from comms.selection.choice import Choice
-
-if TYPE_CHECKING:
-    from comms.simulation.compiled import Job
+from comms.simulation.compiled import Job
 
 FREE = 1e9  # how much better a tier is made to see what it costs
 
@@ -79,11 +76,8 @@ def tier_shares(choice: Choice) -> tuple[TierShare, ...]:
     return tuple(shares)
 
 
-def job_of(choice: Choice, groups: IntArray, topology: TieredTopology, start_s: float = 0.0) -> "Job":
+def job_of(choice: Choice, groups: IntArray, topology: TieredTopology, start_s: float = 0.0) -> Job:
     """The messages of a choice for groups of chips ([groups, chips], members in order) on a topology."""
-    # Imported here: what only wants closed forms need not load compiled loops.
-    from comms.simulation.compiled import Job
-
     schedule = choice.schedule()
     places = np.array([_places(choice, members, topology) for members in groups])
     return Job(schedule, places, choice.nbytes, start_s, protocol=choice.protocol, inside=choice.inside)

@@ -7,7 +7,7 @@ Needs neither torch nor ray. What is asked for and has no effect is said.
 from comms.algorithms.direct import all_to_allv
 from comms.collectives.schedule import Op
 from comms.selection.choice import AUTO
-from comms.selection.collective import time_collective
+from comms.selection.collective import answer_to
 from comms.selection.pricing import Fidelity
 from comms.selection.question import Question
 from comms.selection.size_sweep import sweep_sizes
@@ -106,7 +106,7 @@ def _uneven_question(cluster: Cluster, options: Options, console: Console) -> Qu
 
 
 def _one(cluster: Cluster, question: Question, options: Options, console: Console) -> int:
-    answer = time_collective(question, console.phase)
+    answer = answer_to(question, console.phase)
     for warning in answer.warnings:
         console.warn(warning)
     console.results(comms_report.document(answer, cluster.name), comms_report.tables(answer, cluster.name))

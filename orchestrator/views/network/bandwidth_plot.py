@@ -6,7 +6,7 @@ Of algorithms that are never chosen the few that come closest are drawn, the oth
 from collections.abc import Mapping, Sequence
 
 from comms.selection.pricing import busbw
-from comms.selection.size_sweep import Sweep
+from comms.selection.size_sweep import SizeSweep
 from orchestrator.views.png_figures import COLOURS, INK, blank_figure, log_sizes, png_bytes
 
 MOST_LINES = len(COLOURS)
@@ -14,7 +14,7 @@ MOST_LINES = len(COLOURS)
 Points = Sequence[tuple[float, float]]
 
 
-def sweep_png(sweep: Sweep, cluster: str) -> bytes:
+def sweep_png(sweep: SizeSweep, cluster: str) -> bytes:
     """Bus bandwidth of every algorithm over the sizes of a sweep."""
     curves = algorithm_curves(sweep)
     chosen = [
@@ -47,7 +47,7 @@ def sweep_png(sweep: Sweep, cluster: str) -> bytes:
     return png_bytes(figure)
 
 
-def algorithm_curves(sweep: Sweep) -> Mapping[str, Points]:
+def algorithm_curves(sweep: SizeSweep) -> Mapping[str, Points]:
     """Per algorithm its (size, bus bandwidth); those chosen somewhere first, then by how close they come."""
     curves: dict[str, list[tuple[float, float]]] = {}
     behind: dict[str, float] = {}

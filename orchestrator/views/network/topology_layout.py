@@ -17,7 +17,14 @@ from comms.networks.fabrics.switch_tree import Tree
 from comms.networks.shapes import Grid, Pairs, Shape
 from comms.networks.tiered import TieredTopology
 from comms.networks.topology import FloatArray, Topology, Wires
-from comms.selection.node_names import Copy, copies_of, missing_places, node_names, switch_tiers, ways_out
+from orchestrator.views.network.node_names import (
+    Copy,
+    copies_of,
+    missing_places,
+    node_names,
+    switch_tiers,
+    ways_out,
+)
 
 RISE = 1.6  # between two layers of switches
 GAP = 1.0  # between two copies

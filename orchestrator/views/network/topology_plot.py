@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from comms import wording
 from comms.networks.network import Network
 from comms.selection.question import Answer
+from comms.selection.site import busy_by_wire
 from orchestrator.views.network.topology_excerpt import excerpt
 from orchestrator.views.network.topology_layout import Kind, Line, Node, Picture, layout
 from orchestrator.views.png_figures import FAINT, INK, blank_figure, png_bytes
@@ -56,9 +57,6 @@ def picture_of(answer: Answer) -> Picture:
         topology = question.network.topology(question.num_chips)
         rates = topology.wires().bytes_per_s
         return layout(topology, question.chips_per_host, dict(enumerate(rates.tolist())))
-    # Imported here: with full fidelity comes its event loop.
-    from comms.selection.full_collective import busy_by_wire
-
     return layout(answer.site.whole, question.chips_per_host, busy_by_wire(answer.site, answer.full))
 
 
