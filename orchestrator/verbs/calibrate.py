@@ -8,10 +8,9 @@ Measurements are read, never made.
 from pathlib import Path
 
 from comms.calibration.measured_tables import read_table
-from comms.collectives.schedule import bus_factor
 from comms.errors import CommsError
 from orchestrator.config.hardware.line_rates import LineRate, line_rate
-from orchestrator.config.hardware.link_calibration import Calibration, Table, calibrate_links
+from orchestrator.config.hardware.link_calibration import Table, calibrate_links
 from orchestrator.errors import ConfigError
 from orchestrator.verbs.inputs.comms_inputs import check_picture, read_op, told, write_picture
 from orchestrator.verbs.inputs.options import Options
@@ -29,10 +28,9 @@ def main(options: Options, console: Console) -> int:
             calibration = calibrate_links(tables, lines)
     console.results(calibration_report.document(calibration), calibration_report.tables(calibration))
     if options.plot is not None:
-        from orchestrator.views.network.bandwidth_plot import measured_png
+        from orchestrator.views.network.bandwidth_plot import calibration_png
 
-        measured, fitted = curves(calibration)
-        write_picture(measured_png("measured and fitted", measured, fitted), options.plot, console)
+        write_picture(calibration_png(calibration), options.plot, console)
     return 0
 
 
@@ -68,17 +66,3 @@ def _line_rates(tables: list[Table], cluster: Path | None) -> list[LineRate]:
                 "calibrate one tier at a time",
             )
     return found
-
-
-Curves = dict[str, list[tuple[float, float]]]
-
-
-def curves(calibration: Calibration) -> tuple[Curves, Curves]:
-    """Bandwidth over size, measured and fitted, by table."""
-    measured: Curves = {}
-    fitted: Curves = {}
-    for table, residuals in zip(calibration.tables, calibration.residuals, strict=True):
-        factor = bus_factor(table.curve.op, table.curve.num_chips)
-        measured[table.name] = [(each.nbytes, each.nbytes / each.measured_s * factor) for each in residuals]
-        fitted[table.name] = [(each.nbytes, each.nbytes / each.predicted_s * factor) for each in residuals]
-    return measured, fitted

@@ -156,18 +156,18 @@ def _stack(copy: Copy, places: dict[int, Spot], names: Sequence[str], start: flo
             if below:
                 wanted[int(copy.nodes[switch])] = sum(below) / len(below)
         widest = max((len(line) for node in wanted for line in two_lines(names[node]).split("\n")), default=0)
-        for node, x in _apart(wanted, LETTER * widest + 0.4).items():
-            places[node] = (x, start + step * (number + 1))
+        order = sorted(wanted, key=lambda node: (wanted[node], node))
+        xs = spread([wanted[node] for node in order], LETTER * widest + 0.4)
+        places |= {node: (x, start + step * (number + 1)) for node, x in zip(order, xs, strict=True)}
 
 
-def _apart(wanted: Mapping[int, float], least: float) -> dict[int, float]:
-    """The same places, moved so far that neighbours do not overlap."""
-    order = sorted(wanted, key=lambda node: (wanted[node], node))
+def spread(wanted: Sequence[float], least: float) -> list[float]:
+    """Ascending places, moved until neighbours are `least` apart; their middle stays where it is."""
     xs: list[float] = []
-    for node in order:
-        xs.append(max(wanted[node], xs[-1] + least) if xs else wanted[node])
-    shift = sum(wanted[node] - x for node, x in zip(order, xs, strict=True)) / max(len(xs), 1)
-    return {node: x + shift for node, x in zip(order, xs, strict=True)}
+    for place in wanted:
+        xs.append(max(place, xs[-1] + least) if xs else place)
+    shift = sum(place - x for place, x in zip(wanted, xs, strict=True)) / max(len(xs), 1)
+    return [x + shift for x in xs]
 
 
 def _shape_places(copy: Copy) -> dict[int, Spot]:

@@ -14,7 +14,7 @@ from comms.networks.network import Network
 from comms.selection.question import Answer
 from comms.selection.site import busy_by_wire
 from orchestrator.views.network.topology_excerpt import excerpt
-from orchestrator.views.network.topology_layout import Kind, Line, Node, Picture, layout
+from orchestrator.views.network.topology_layout import Kind, Line, Node, Picture, layout, spread
 from orchestrator.views.png_figures import FAINT, INK, blank_figure, png_bytes
 
 if TYPE_CHECKING:
@@ -97,12 +97,8 @@ def apart(picture: Picture, inches_per_unit: float) -> Picture:
             least = _least(nodes, row[1:], inches_per_unit)
         else:
             least = _least(nodes, row, inches_per_unit)
-        xs: list[float] = []
-        for number in row:
-            xs.append(max(nodes[number].x, xs[-1] + least) if xs else nodes[number].x)
-        shift = sum(nodes[number].x - x for number, x in zip(row, xs, strict=True)) / len(row)
-        for number, x in zip(row, xs, strict=True):
-            nodes[number] = replace(nodes[number], x=x + shift)
+        for number, x in zip(row, spread([nodes[number].x for number in row], least), strict=True):
+            nodes[number] = replace(nodes[number], x=x)
     return replace(picture, nodes=tuple(nodes))
 
 
