@@ -1,7 +1,7 @@
 """Collective: what one takes over all chips of a network, by which algorithm, and which links decide.
 
 Timed by closed form, folded or full (`pricing`). Nothing asked for, folded; but full, which moves every message,
-where the chips do not fold into levels or the network is not in perfect order, as far as that is quickly done. There
+where the chips do not fold into levels or the network is not healthy, as far as that is quickly done. There
 fixed algorithms are compared at full fidelity too (`comparison`), and a schedule made for this network may
 win. Where the chips fold, that is left to algorithms without a closed form that may be faster (`comparison.unpriced`).
 """
@@ -93,7 +93,7 @@ def answer_to(
 
 
 def _needs_messages(question: Question, choice: Choice) -> bool:
-    """Whether the levels of the group do not tell what it has: it does not fold, or not all is in perfect order."""
+    """Whether the levels of the group do not tell what it has: it does not fold, or not all is healthy."""
     return not choice.is_folded or bool(conditions_in_words(question.described))
 
 

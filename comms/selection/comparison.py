@@ -226,6 +226,6 @@ def _jobs(choice: Choice, question: Question, whole: TieredTopology, most_messag
 
 
 def _least_seconds(job: Job, whole: TieredTopology, until_s: float) -> float:
-    """What a job takes at least on a network in perfect order, if that is not later than `until_s`."""
+    """What a job takes at least on a healthy network, if that is not later than `until_s`."""
     compiled = compile_jobs(whole, [job])
     return least_end_s(compiled, compiled.bytes_per_s, until_s)

@@ -8,7 +8,6 @@ What the library adds (`Choice.setup_s`) is the same in all. On groups that fold
 that do not are priced by full fidelity where there is a topology of few enough chips.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from math import prod
@@ -42,7 +41,7 @@ class TierShare:
     tier: str
     fanout: int
     latency_s: float  # of one stage, by the protocol taken
-    bytes_per_s: float  # of a chip, when all chips of a bunch send to others at once
+    bytes_per_s: float  # of a chip, when all chips of a group send to others at once
     saved_s: float  # what would be saved if this tier cost nothing
 
 
@@ -91,17 +90,13 @@ def groups_of(members: Members, num_chips: int) -> IntArray:
 
 
 def _places(choice: Choice, members: IntArray, topology: TieredTopology) -> IntArray:
-    """The members, and after them the switches that add for them: one per bunch, then the one over all."""
+    """The members, and after them the switches that add for them: one per group, then the one over all."""
     layers = num_layers_of_switches(choice.algorithm, choice.levels)
     if layers == 0 or len(members) == 1:
         return members
-    bunch = choice.levels[0].fanout
-    bunches = [members[first : first + bunch] for first in range(0, len(members), bunch)]
-    switches = [topology.switch_over(_as_list(each)) for each in bunches]
+    size = choice.levels[0].fanout
+    groups = [members[first : first + size] for first in range(0, len(members), size)]
+    switches = [topology.switch_over(each.tolist()) for each in groups]
     if layers > 1:
-        switches.append(topology.switch_over(_as_list(members)))
+        switches.append(topology.switch_over(members.tolist()))
     return np.concatenate([members, np.array(switches, dtype=np.int64)])
-
-
-def _as_list(chips: IntArray) -> Sequence[int]:
-    return [int(chip) for chip in chips]

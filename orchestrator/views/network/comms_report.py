@@ -126,7 +126,7 @@ def tables(answer: Answer, cluster: str) -> tuple[Table, ...]:
     """One answer to read."""
     question = answer.question
     chips = f"{question.num_chips} chip{'s' if question.num_chips > 1 else ''}"
-    setup = f" (of which {wording.seconds(answer.setup_s)} setup and handing on)" if answer.setup_s else ""
+    setup = f" (of which {wording.seconds(answer.setup_s)} setup and pipeline fill)" if answer.setup_s else ""
     rows = [
         ("time", f"{wording.seconds(answer.seconds)}{setup}"),
         ("algorithm", _algorithm(answer.algorithm, answer.protocol)),
@@ -189,7 +189,7 @@ def _why_no_tier(answer: Answer) -> str:
     if answer.loads or tier is None or tier.saved_s >= NO_LIMIT * answer.seconds:
         return ""
     if answer.setup_s > answer.seconds / 2:
-        return ": most is setup and handing on"
+        return ": most is setup and pipeline fill"
     balanced = ": pipelined tiers are balanced" if len(answer.tiers) > 1 else ""
     return f"{balanced}; --fidelity full shows the busiest wire"
 

@@ -9,6 +9,7 @@ chips where there is another. Pure values: drawing is done by `topology_plot`.
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from itertools import product
 from math import cos, pi, prod, sin, sqrt
 
 import numpy as np
@@ -190,14 +191,11 @@ def shape_spots(shape: Shape | Topology, num_chips: int) -> list[Spot]:
 
 def grid_spots(dims: tuple[int, ...]) -> list[Spot]:
     """A grid of the first two dimensions; a third stands behind it, further ones beside it."""
-    sizes = (*dims, 1, 1, 1)
-    upright = sizes[1] > 2 * sizes[0]  # pictures are wider than high
-    width = (sizes[1] if upright else sizes[0]) + BEHIND[0] * (sizes[2] - 1) + GAP
+    columns, rows, layers = (*dims, 1, 1)[:3]
+    upright = rows > 2 * columns  # pictures are wider than high
+    width = (rows if upright else columns) + BEHIND[0] * (layers - 1) + GAP
     spots = []
-    for chip in range(prod(dims)):
-        x, rest = chip % sizes[0], chip // sizes[0]
-        y, rest = rest % sizes[1], rest // sizes[1]
-        z, beside = rest % sizes[2], rest // sizes[2]
+    for beside, z, y, x in product(range(prod(dims[3:])), range(layers), range(rows), range(columns)):
         across, up = (y, x) if upright else (x, y)
         spots.append((across + BEHIND[0] * z + width * beside, up + BEHIND[1] * z))
     return spots

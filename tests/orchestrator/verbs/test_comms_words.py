@@ -49,7 +49,7 @@ def test_a_tier_that_limits_is_named(comms):
 def test_the_part_of_the_time_that_is_not_only_setup_is_called_so(comms):
     said = line_of(comms("--cluster", "dgx-a100", "--chips", "16").out, "time")
     assert "(of which " in said
-    assert said.endswith(" setup and handing on)")
+    assert said.endswith(" setup and pipeline fill)")
 
 
 def test_a_sweep_says_that_no_schedule_is_made_for_each_size(answer, tmp_path):
