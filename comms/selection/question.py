@@ -96,8 +96,8 @@ class Answer:
     candidates: tuple[AlgorithmTime, ...]  # with the algorithm itself, fastest first
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
-    full: FullTiming | None = None
-    site: Site | None = None
+    full: FullTiming | None = field(default=None, repr=False)
+    site: Site | None = field(default=None, repr=False)
     loading_s: float = 0.0  # for the event loop, not in elapsed_s
     elapsed_s: float = 0.0
 

@@ -162,11 +162,11 @@ def _stack(copy: Copy, places: dict[int, Spot], names: Sequence[str], start: flo
         places |= {node: (x, start + step * (number + 1)) for node, x in zip(order, xs, strict=True)}
 
 
-def spread(wanted: Sequence[float], least: float) -> list[float]:
-    """Ascending places, moved until neighbours are `least` apart; their middle stays where it is."""
+def spread(wanted: Sequence[float], gap: float) -> list[float]:
+    """Ascending places, moved until neighbours are `gap` apart; their middle stays where it is."""
     xs: list[float] = []
     for place in wanted:
-        xs.append(max(place, xs[-1] + least) if xs else place)
+        xs.append(max(place, xs[-1] + gap) if xs else place)
     shift = sum(place - x for place, x in zip(wanted, xs, strict=True)) / max(len(xs), 1)
     return [x + shift for x in xs]
 

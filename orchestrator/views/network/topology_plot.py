@@ -91,18 +91,18 @@ def apart(picture: Picture, inches_per_unit: float) -> Picture:
     room = max(node.x for node in nodes) - min(node.x for node in nodes)
     for row in rows.values():
         row.sort(key=lambda number: (nodes[number].x, number))
-        if _least(nodes, row, inches_per_unit) * (len(row) - 1) > room:
+        if _gap(nodes, row, inches_per_unit) * (len(row) - 1) > room:
             for number in row[1:]:
                 nodes[number] = replace(nodes[number], text=nodes[number].text.split()[-1])
-            least = _least(nodes, row[1:], inches_per_unit)
+            gap = _gap(nodes, row[1:], inches_per_unit)
         else:
-            least = _least(nodes, row, inches_per_unit)
-        for number, x in zip(row, spread([nodes[number].x for number in row], least), strict=True):
+            gap = _gap(nodes, row, inches_per_unit)
+        for number, x in zip(row, spread([nodes[number].x for number in row], gap), strict=True):
             nodes[number] = replace(nodes[number], x=x)
     return replace(picture, nodes=tuple(nodes))
 
 
-def _least(nodes: list[Node], row: list[int], inches_per_unit: float) -> float:
+def _gap(nodes: list[Node], row: list[int], inches_per_unit: float) -> float:
     """How far the middles of two boxes have to be from each other."""
     widest = max((len(line) for number in row for line in nodes[number].text.split("\n")), default=0)
     return (widest + 2) * _LETTER_INCHES * _points(len(nodes)) / inches_per_unit
@@ -137,9 +137,9 @@ def _draw_lines(figure: "Figure", axes: "Axes", picture: Picture, measure: str) 
         else:
             bar.set_label("rate, one direction")
             bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: wording.scaled(value, "B/s")))
-            told = sorted(set(values))
-            if len(told) <= _MOST_TICKS:
-                bar.set_ticks(told)
+            ticks = sorted(set(values))
+            if len(ticks) <= _MOST_TICKS:
+                bar.set_ticks(ticks)
             bar.ax.yaxis.set_minor_locator(NullLocator())
 
 
