@@ -46,6 +46,7 @@ class Budget:
 
     def for_next(self, left: int, ratio: float) -> "Budget":
         """For a candidate that by its estimate takes `ratio` times as long as the fastest, with so much work left."""
+        # Estimates may be wrong, so that nobody is left out unseen; but the less one promises, the less is spent.
         most = self if ratio < 1 else QUICK if ratio < RATIO_LIMIT else BRIEF
         messages = min(self.messages, most.messages) if left > 0 else 0
         return Budget(messages, min(self.work, most.work, left), left)

@@ -133,6 +133,7 @@ def against_closed_forms(
     """What closed forms chose against what has none here."""
     question = answer.question
     site = answer.site or _site(question)
+    # The two kinds of figures differ by up to ALIKE, and what is faster by less would win by rounding.
     to_beat_s = answer.seconds * (1 - comparison.ALIKE)
     found = compare([of_choice(site, each) for each in promising], budget, progress, to_beat_s)
     first, *others = answer.candidates
@@ -235,6 +236,7 @@ def _by_protocol(
         return result.after(setup_s)
     seconds = float(result.seconds[0])
     if protocol.pipelined:
+        # Fixed algorithms know their latencies by their outlines; of any other schedule they are what no bytes take.
         empty = _moved(site, replace(job, nbytes=0.0), UNLIMITED, unwatched)
         assert isinstance(empty, FullResult), "nothing limits it"
         latency_s = float(empty.seconds[0])

@@ -58,6 +58,7 @@ def busbw(op: Op, nbytes: float, seconds: float, num_chips: int) -> float:
 def tier_shares(choice: Choice) -> tuple[TierShare, ...]:
     """Per level that the group spans, what it costs: by the closed form with that level free."""
     shares = []
+    # Levels overlap where pieces are pipelined, so that their times do not add up: each is taken away in turn.
     for at, level in enumerate(choice.levels):
         free = replace(
             level,
