@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from comms.collectives.proof import prove
     from comms.collectives.schedule import Op, Schedule
-    from comms.errors import CommsError
+    from comms.errors import UserError
     from comms.networks.links import Link
     from comms.networks.network import Network, Tier
     from comms.selection.choice import choose
@@ -22,13 +22,13 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Answer",
-    "CommsError",
     "Link",
     "Network",
     "Op",
     "Quantity",
     "Schedule",
     "Tier",
+    "UserError",
     "choose",
     "estimate",
     "parse",
@@ -39,13 +39,13 @@ __all__ = [
 
 _HOMES = {
     "Answer": "comms.selection.question",
-    "CommsError": "comms.errors",
     "Link": "comms.networks.links",
     "Network": "comms.networks.network",
     "Op": "comms.collectives.schedule",
     "Quantity": "comms.units",
     "Schedule": "comms.collectives.schedule",
     "Tier": "comms.networks.network",
+    "UserError": "comms.errors",
     "choose": "comms.selection.choice",
     "estimate": "comms.selection.collective",
     "parse": "comms.units",

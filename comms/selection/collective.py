@@ -42,7 +42,7 @@ def estimate(
     """What a collective over all chips of a network takes, by the fastest algorithm or the one that is named.
 
     `nbytes` is what it is in `collectives.schedule`. A schedule of your own is moved message by message.
-    Raises CommsError.
+    Raises UserError.
     """
     question = Question(
         network=network,
@@ -71,7 +71,7 @@ def simulate(
 def answer_to(
     question: Question, progress: Progress = quiet, clock: Callable[[], float] = time.perf_counter
 ) -> Answer:
-    """The answer to a question. Raises CommsError."""
+    """The answer to a question. Raises UserError."""
     started = clock()
     name = AUTO if question.has_own_schedule else question.algorithm
     choice = choose(question.op, question.nbytes, question.members, question.network, name)

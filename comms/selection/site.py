@@ -86,7 +86,7 @@ def all_chips(num_chips: int) -> Lattice:
 
 
 def site_of(network: Network, num_chips: int, described: Described = CALM) -> Site:
-    """The site of the first `num_chips` chips. Raises CommsError for conditions that it cannot have."""
+    """The site of the first `num_chips` chips. Raises UserError for conditions that it cannot have."""
     own = network.take(num_chips)
     whole = own.topology()
     return Site(own, num_chips, whole, resolve(described, whole))

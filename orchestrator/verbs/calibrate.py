@@ -8,11 +8,10 @@ Measurements are read, never made.
 from pathlib import Path
 
 from comms.calibration.measured_tables import read_table
-from comms.errors import CommsError
+from comms.errors import CommsError, ConfigError, located
 from orchestrator.config.hardware.line_rates import LineRate, line_rate
 from orchestrator.config.hardware.link_calibration import Table, calibrate_links
-from orchestrator.errors import ConfigError
-from orchestrator.verbs.inputs.comms_inputs import check_picture, read_op, told, write_picture
+from orchestrator.verbs.inputs.comms_inputs import OTHERWISE, check_picture, read_op, write_picture
 from orchestrator.verbs.inputs.options import Options
 from orchestrator.views.console import Console
 from orchestrator.views.network import calibration_report
@@ -21,7 +20,7 @@ from orchestrator.views.network import calibration_report
 def main(options: Options, console: Console) -> int:
     """Read the tables, fit, answer. Raises UserError."""
     check_picture(options.plot)
-    with told("tables"):
+    with located("tables", OTHERWISE):
         tables = [_read(path, options, console) for path in options.tables]
         lines = _line_rates(tables, options.cluster)
         with console.phase("fit"):
@@ -44,8 +43,8 @@ def _read(path: Path, options: Options, console: Console) -> Table:
         table = Table(path.name, read_table(text, str(path), op, options.chips))
     except CommsError as error:
         hint = error.hint.replace("say the operation", "say the operation (--op)")
-        hint = hint.replace("the number of chips", "the number of chips (--chips)")
-        raise ConfigError(error.problem, error.where, hint) from error
+        error.hint = hint.replace("the number of chips", "the number of chips (--chips)")
+        raise
     if table.curve.op is None and "sendrecv" not in text:
         console.warn(f"{path} names no operation: read as messages from chip to chip; --op says otherwise")
     return table

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from comms.algorithms.direct import all_to_allv
 from comms.collectives.schedule import Op
+from comms.errors import ConfigError, located
 from comms.selection.choice import AUTO
 from comms.selection.collective import answer_to
 from comms.selection.pricing import Fidelity
@@ -17,8 +18,9 @@ from orchestrator.config.hardware.cluster import Cluster
 from orchestrator.config.hardware.cluster_file import load_cluster
 from orchestrator.config.hardware.latency_tiers import latency_tiers
 from orchestrator.config.shipped import DEFAULT_CLUSTER, cluster_path
-from orchestrator.errors import ConfigError
 from orchestrator.verbs.inputs.comms_inputs import (
+    FLAGS,
+    OTHERWISE,
     Algorithm,
     check_picture,
     is_uneven,
@@ -28,7 +30,6 @@ from orchestrator.verbs.inputs.comms_inputs import (
     read_size,
     read_sizes,
     say_ignored,
-    told,
     write_picture,
 )
 from orchestrator.verbs.inputs.options import Options
@@ -42,7 +43,7 @@ def main(options: Options, console: Console) -> int:
     """Answer what the options ask. Raises UserError."""
     check_picture(options.plot)
     whole = load_cluster(options.cluster or cluster_path(DEFAULT_CLUSTER))
-    with told("network"):
+    with located("network", OTHERWISE, FLAGS):
         if options.tiers:  # of a cluster that grows as asked for, every tier that it may get
             return _tiers(whole if options.chips is None else whole.take(options.chips), options, console)
         cluster = whole.take(options.chips)

@@ -40,7 +40,7 @@ def test_moving_every_message_agrees_and_says_which_wire_is_busiest():
     ],
 )
 def test_what_cannot_be_is_said(asked, problem):
-    with pytest.raises(comms.CommsError) as raised:
+    with pytest.raises(comms.UserError) as raised:
         asked()
     assert problem in raised.value.problem
 
