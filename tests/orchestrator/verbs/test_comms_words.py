@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from comms.errors import CommsError, ConfigError
-from orchestrator.verbs.inputs.comms_inputs import told
+from comms.errors import CommsError, ConfigError, located
+from orchestrator.verbs.inputs.comms_inputs import FLAGS
 
 CONFIGS = Path(__file__).parents[3] / "cluster_configs"
 LAPTOP = (CONFIGS / "laptop.yaml").read_text()
@@ -169,7 +169,7 @@ def test_what_looks_like_a_file_and_is_none_is_told(comms, name):
 
 
 def test_errors_of_algorithms_name_the_flag(comms):
-    with pytest.raises(ConfigError) as caught, told("network"):
+    with pytest.raises(ConfigError) as caught, located("network", words=FLAGS):
         raise CommsError("ring does not suit", "algorithm", "take another")
     assert caught.value.where == "--algorithm"
     code, _, err = comms(*GALAXY, "--algorithm", "ring", "--fidelity", "folded")
