@@ -8,11 +8,10 @@ Measurements are read, never made.
 from pathlib import Path
 
 from comms.calibration.measured_tables import read_table
-from comms.collectives.schedule import bus_factor
-from comms.errors import CommsError, ConfigError
+from comms.errors import CommsError, ConfigError, located
 from orchestrator.config.hardware.line_rates import LineRate, line_rate
-from orchestrator.config.hardware.link_calibration import Calibration, MeasuredTable, calibrate_links
-from orchestrator.verbs.inputs.comms_inputs import check_picture, read_op, told, write_picture
+from orchestrator.config.hardware.link_calibration import MeasuredTable, calibrate_links
+from orchestrator.verbs.inputs.comms_inputs import OTHERWISE, check_picture, read_op, write_picture
 from orchestrator.verbs.inputs.options import CalibrateOptions
 from orchestrator.views.console import Console
 from orchestrator.views.network import calibration_report
@@ -21,17 +20,16 @@ from orchestrator.views.network import calibration_report
 def main(options: CalibrateOptions, console: Console) -> int:
     """Read the tables, fit, answer. Raises UserError."""
     check_picture(options.plot)
-    with told("tables"):
+    with located("tables", OTHERWISE):
         tables = [_read(path, options, console) for path in options.tables]
         lines = _line_rates(tables, options.cluster)
         with console.phase("fit"):
             calibration = calibrate_links(tables, lines)
     console.results(calibration_report.document(calibration), calibration_report.tables(calibration))
     if options.plot is not None:
-        from orchestrator.views.network.bandwidth_plot import measured_png
+        from orchestrator.views.network.bandwidth_plot import calibration_png
 
-        measured, fitted = curves(calibration)
-        write_picture(measured_png("measured and fitted", measured, fitted), options.plot, console)
+        write_picture(calibration_png(calibration), options.plot, console)
     return 0
 
 
@@ -67,17 +65,3 @@ def _line_rates(tables: list[MeasuredTable], cluster: Path | None) -> list[LineR
                 "calibrate one tier at a time",
             )
     return found
-
-
-Curves = dict[str, list[tuple[float, float]]]
-
-
-def curves(calibration: Calibration) -> tuple[Curves, Curves]:
-    """Bandwidth over size, measured and fitted, by table."""
-    measured: Curves = {}
-    fitted: Curves = {}
-    for table, residuals in zip(calibration.tables, calibration.residuals, strict=True):
-        factor = bus_factor(table.curve.op, table.curve.num_chips)
-        measured[table.name] = [(each.nbytes, each.nbytes / each.measured_s * factor) for each in residuals]
-        fitted[table.name] = [(each.nbytes, each.nbytes / each.predicted_s * factor) for each in residuals]
-    return measured, fitted

@@ -12,8 +12,8 @@ from functools import cached_property
 
 from comms import wording
 from comms.errors import ConfigError, FitError, located
-from comms.selection.collective import LOADING
 from comms.selection.pricing import Fidelity
+from comms.selection.progress import LOADING
 from kernels.chips import Chip
 from orchestrator.config.hardware.cluster import Cluster
 from orchestrator.planning.preparation import Prepared
@@ -207,7 +207,8 @@ def _every_chip(program: Program, cluster: Cluster) -> SimulatedStep:
             "take --fidelity folded, or fewer chips",
         )
     # Imported here: with full fidelity comes its event loop.
-    from comms.selection.full_collective import background_jobs, site_of
+    from comms.selection.full_collective import background_jobs
+    from comms.selection.site import site_of
     from orchestrator.runners.timing.every_chip import simulate_every_chip
     from orchestrator.runners.timing.traffic import ProgramTraffic
 
