@@ -13,11 +13,13 @@ from comms.errors import CommsError
 from comms.networks.conditions import UNDISTURBED, Change, Conditions
 from comms.networks.topology import Wires, routes_of
 from comms.simulation.compiled import CollectiveJob, compile_jobs
+from comms.simulation.events import MOST_RESTARTS
 from comms.simulation.full import Method, simulate, simulate_within
 from comms.simulation.incremental import IncrementalSimulation
 from comms.simulation.lower_bound import end_lower_bound_s
 from comms.simulation.sharing import draw_in, empty_flows, insert, solve
 from comms.simulation.work_budget import UNLIMITED, GivenUp, WorkBudget
+from comms.simulation.world import RESTARTS, first_world
 
 
 class Table:
@@ -566,7 +568,13 @@ def test_a_change_counts_from_the_sheet_and_a_factor_from_either_way_of_a_shared
         assert simulate(both, [job], Conditions(factors=factors)).seconds[0] == pytest.approx(10.5)
 
 
-def test_who_waits_for_ever_beside_a_background_job_is_told_so():
+def test_who_waits_for_ever_beside_a_background_job_is_told_so(monkeypatch):
+    def after_a_long_wait(*args, **options):
+        world = first_world(*args, **options)
+        world.counters[RESTARTS] = MOST_RESTARTS - 1000
+        return world
+
+    monkeypatch.setattr("comms.simulation.full.first_world", after_a_long_wait)
     wires = Table(4, [(0.5, 2.0), (0.0, 2.0)], {(0, 1): (0,), (2, 3): (1,)})
     jobs = [
         CollectiveJob(one_message(), np.array([0, 1]), 10.0),
