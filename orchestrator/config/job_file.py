@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field
 
 from comms.errors import ConfigError, combined
+from kernels.builtin_optimizers import BUILT_IN
 from orchestrator.config.job import (
     Checkpoints,
     Dtype,
@@ -46,8 +47,9 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 def _optimizer_name(name: str) -> str:
-    if re.fullmatch(r"adamw|sgd|[\w.]+:\w+", name) is None:
-        raise field_error(f"{name!r} is not an optimizer", "write adamw, sgd or pkg.module:factory")
+    if name not in BUILT_IN and re.fullmatch(r"[\w.]+:\w+", name) is None:
+        hint = f"write {', '.join(BUILT_IN)} or pkg.module:factory"
+        raise field_error(f"{name!r} is not an optimizer", hint)
     return name
 
 
