@@ -13,7 +13,7 @@ from comms import wording
 from comms.selection.question import Answer
 from comms.selection.site import busy_by_wire
 from orchestrator.views.network.topology_excerpt import excerpt
-from orchestrator.views.network.topology_layout import Kind, Line, Node, Picture, layout, spread
+from orchestrator.views.network.topology_layout import Line, Node, NodeKind, Picture, layout, spread
 from orchestrator.views.png_figures import FAINT, INK, blank_figure, png_bytes
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def apart(picture: Picture, inches_per_unit: float) -> Picture:
     """The same picture with no switch on its neighbour's letters."""
     rows: dict[float, list[int]] = defaultdict(list)
     for number, node in enumerate(picture.nodes):
-        if node.kind is Kind.SWITCH:
+        if node.kind is NodeKind.SWITCH:
             rows[node.y].append(number)
     nodes = list(picture.nodes)
     room = max(node.x for node in nodes) - min(node.x for node in nodes)
@@ -160,9 +160,14 @@ def _draw_line(axes: "Axes", picture: Picture, line: Line, colour: object, width
 
 def _draw_nodes(axes: "Axes", picture: Picture) -> None:
     looks = {
-        Kind.CHIP: {"boxstyle": "circle,pad=0.25", "facecolor": CHIP, "edgecolor": INK},
-        Kind.SWITCH: {"boxstyle": "round,pad=0.3", "facecolor": SWITCH, "edgecolor": INK},
-        Kind.MORE: {"boxstyle": "round,pad=0.4", "facecolor": "white", "edgecolor": FAINT, "linestyle": "--"},
+        NodeKind.CHIP: {"boxstyle": "circle,pad=0.25", "facecolor": CHIP, "edgecolor": INK},
+        NodeKind.SWITCH: {"boxstyle": "round,pad=0.3", "facecolor": SWITCH, "edgecolor": INK},
+        NodeKind.MORE: {
+            "boxstyle": "round,pad=0.4",
+            "facecolor": "white",
+            "edgecolor": FAINT,
+            "linestyle": "--",
+        },
     }
     for node in picture.nodes:
         axes.text(
