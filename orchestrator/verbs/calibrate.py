@@ -10,14 +10,14 @@ from pathlib import Path
 from comms.calibration.measured_tables import read_table
 from comms.errors import CommsError, ConfigError, located
 from orchestrator.config.hardware.line_rates import LineRate, line_rate
-from orchestrator.config.hardware.link_calibration import Table, calibrate_links
+from orchestrator.config.hardware.link_calibration import MeasuredTable, calibrate_links
 from orchestrator.verbs.inputs.comms_inputs import OTHERWISE, check_picture, read_op, write_picture
-from orchestrator.verbs.inputs.options import Options
+from orchestrator.verbs.inputs.options import CalibrateOptions
 from orchestrator.views.console import Console
 from orchestrator.views.network import calibration_report
 
 
-def main(options: Options, console: Console) -> int:
+def main(options: CalibrateOptions, console: Console) -> int:
     """Read the tables, fit, answer. Raises UserError."""
     check_picture(options.plot)
     with located("tables", OTHERWISE):
@@ -33,14 +33,14 @@ def main(options: Options, console: Console) -> int:
     return 0
 
 
-def _read(path: Path, options: Options, console: Console) -> Table:
+def _read(path: Path, options: CalibrateOptions, console: Console) -> MeasuredTable:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError("the table cannot be read", str(path), "give nccl-tests output or CSV") from error
     op = None if options.op is None else read_op(options.op)
     try:
-        table = Table(path.name, read_table(text, str(path), op, options.chips))
+        table = MeasuredTable(path.name, read_table(text, str(path), op, options.chips))
     except CommsError as error:
         hint = error.hint.replace("say the operation", "say the operation (--op)")
         error.hint = hint.replace("the number of chips", "the number of chips (--chips)")
@@ -50,7 +50,7 @@ def _read(path: Path, options: Options, console: Console) -> Table:
     return table
 
 
-def _line_rates(tables: list[Table], cluster: Path | None) -> list[LineRate]:
+def _line_rates(tables: list[MeasuredTable], cluster: Path | None) -> list[LineRate]:
     """Of the tier that all tables were measured in, one each; none without a cluster."""
     if cluster is None:
         return []

@@ -15,9 +15,8 @@ from comms.selection.pricing import Fidelity
 from comms.selection.question import Question
 from comms.selection.size_sweep import sweep_sizes
 from orchestrator.config.hardware.cluster import Cluster
-from orchestrator.config.hardware.cluster_file import load_cluster
+from orchestrator.config.hardware.cluster_file import DEFAULT_CLUSTER, cluster_path, load_cluster
 from orchestrator.config.hardware.latency_tiers import latency_tiers
-from orchestrator.config.shipped import DEFAULT_CLUSTER, cluster_path
 from orchestrator.verbs.inputs.comms_inputs import (
     FLAGS,
     OTHERWISE,
@@ -31,14 +30,14 @@ from orchestrator.verbs.inputs.comms_inputs import (
     say_ignored,
     write_picture,
 )
-from orchestrator.verbs.inputs.options import Options
+from orchestrator.verbs.inputs.options import CommsOptions
 from orchestrator.views.console import Console
 from orchestrator.views.network import comms_report, tier_report
 
 DEFAULT_SIZE = "64 MiB"
 
 
-def main(options: Options, console: Console) -> int:
+def main(options: CommsOptions, console: Console) -> int:
     """Answer what the options ask. Raises UserError."""
     check_picture(options.plot)
     whole = load_cluster(options.cluster or cluster_path(DEFAULT_CLUSTER))
@@ -54,7 +53,7 @@ def main(options: Options, console: Console) -> int:
         return _sweep(question, read_sizes(options.sweep), cluster.name, options.plot, console)
 
 
-def _even(cluster: Cluster, options: Options, console: Console) -> Question:
+def _even(cluster: Cluster, options: CommsOptions, console: Console) -> Question:
     """A collective in which all chips do alike."""
     algorithm, num_chips = read_algorithm(options.algorithm, options.op), cluster.num_chips
     op = read_op(options.op) if isinstance(algorithm, str) else algorithm.op
@@ -77,7 +76,7 @@ def _even(cluster: Cluster, options: Options, console: Console) -> Question:
     return _question(cluster, op, nbytes, options, algorithm)
 
 
-def _uneven(cluster: Cluster, options: Options, console: Console) -> Question:
+def _uneven(cluster: Cluster, options: CommsOptions, console: Console) -> Question:
     """An all-to-all whose parts are in a file."""
     if options.sweep is not None:
         raise ConfigError("the sizes of parts come from a file", "--sweep", "leave --sweep out")
@@ -88,7 +87,7 @@ def _uneven(cluster: Cluster, options: Options, console: Console) -> Question:
 
 
 def _question(
-    cluster: Cluster, op: Op, nbytes: float, options: Options, algorithm: str | Schedule
+    cluster: Cluster, op: Op, nbytes: float, options: CommsOptions, algorithm: str | Schedule
 ) -> Question:
     if cluster.num_chips == 1:
         algorithm = AUTO
@@ -131,7 +130,7 @@ def _sweep(
     return 0
 
 
-def _tiers(cluster: Cluster, options: Options, console: Console) -> int:
+def _tiers(cluster: Cluster, options: CommsOptions, console: Console) -> int:
     flags = ("op", "size", "algorithm", "fidelity", "sweep", "plot")
     given = {f"--{flag}": getattr(options, flag) for flag in flags}
     say_ignored(console, given, "--tiers is about single messages")

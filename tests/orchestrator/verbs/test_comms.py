@@ -13,8 +13,7 @@ from comms.networks.conditions import Described, LinkFault, Reach
 from comms.selection.collective import answer_to
 from comms.selection.pricing import Fidelity
 from comms.selection.question import Question, conditions_in_words
-from orchestrator.config.hardware.cluster_file import load_cluster
-from orchestrator.config.shipped import shipped_clusters
+from orchestrator.config.hardware.cluster_file import load_cluster, shipped_clusters
 
 CONFIGS = Path(__file__).parents[3] / "cluster_configs"
 LAPTOP = (CONFIGS / "laptop.yaml").read_text()

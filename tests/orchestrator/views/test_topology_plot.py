@@ -12,8 +12,7 @@ from comms.selection.collective import answer_to
 from comms.selection.pricing import Fidelity
 from comms.selection.question import Question
 from comms.selection.size_sweep import sizes_between, sweep_sizes
-from orchestrator.config.hardware.cluster_file import load_cluster
-from orchestrator.config.shipped import shipped_clusters
+from orchestrator.config.hardware.cluster_file import load_cluster, shipped_clusters
 from orchestrator.views.network.bandwidth_plot import algorithm_curves, sweep_png
 from orchestrator.views.network.node_names import node_names
 from orchestrator.views.network.topology_excerpt import excerpt
