@@ -121,7 +121,7 @@ def _with_unpriced(answer: Answer, choice: Choice, progress: Progress, clock: Ca
     """Beside what was chosen by levels, what has no closed form: timed where that is quick, else named."""
     question = answer.question
     budget = comparison.QUICK if question.fidelity is Fidelity.FULL else comparison.BRIEF
-    beside = unpriced(question, choice, answer.seconds * (1 - comparison.ALIKE), budget.messages)
+    beside = unpriced(question, choice, answer.seconds * (1 - comparison.FIDELITY_TOLERANCE), budget.messages)
     if question.fidelity in (None, Fidelity.FULL):
         named, hint = beside.unknown, ASK_FOR_ONE
         why = "not compared, as to move every message would take long"
