@@ -133,8 +133,8 @@ def against_closed_forms(
     """What closed forms chose against what has none here."""
     question = answer.question
     site = answer.site or _site(question)
-    # The two kinds of figures differ by up to ALIKE, and what is faster by less would win by rounding.
-    to_beat_s = answer.seconds * (1 - comparison.ALIKE)
+    # The two kinds of figures differ by up to that tolerance, and what is faster by less would win by rounding.
+    to_beat_s = answer.seconds * (1 - comparison.FIDELITY_TOLERANCE)
     found = compare([of_choice(site, each) for each in promising], budget, progress, to_beat_s)
     first, *others = answer.candidates
     others = sorted((*others, *_times(found.timings)), key=lambda each: each.seconds)
