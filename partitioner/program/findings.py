@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from enum import StrEnum
 
+from partitioner.program.instructions import instruction_text
 from partitioner.program.program import Call, Instruction, Program, Role
-from partitioner.program.program_text import instruction_text
 
 
 class Rule(StrEnum):

@@ -15,8 +15,8 @@ Not checked: that views of one buffer together cover what is read through anothe
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from partitioner.program.effects import named, reads, writes
 from partitioner.program.findings import Finding, Rule, at, place, representative
+from partitioner.program.instructions import named, reads, writes
 from partitioner.program.program import (
     Body,
     Call,

@@ -3,45 +3,53 @@
 Layout: a list (magic, version, tables, content). Specs, operations and groups are stored once in tables and
 named by position; tensors are stored by column; instructions as short lists that start with a code; `meta` as
 JSON, because a step's FLOPs may need more than 64 bits. Decoding shares what the tables share. Validity is not
-judged here: see `check.py`.
+judged here: see `static_check.py`.
 """
 
 import json
-from collections.abc import Callable, Hashable, Iterable, Sequence
-from typing import Any, Generic, TypeVar, assert_never
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from typing import Any, Generic, TypeVar
 
 import msgpack
 
 from partitioner.errors import ProgramError
+from partitioner.program.instructions import FIELDS, INSTRUCTIONS
 from partitioner.program.program import (
     VERSION,
-    Accumulate,
     Body,
     Call,
-    Collective,
     CollectiveOp,
-    Compute,
-    Free,
     Group,
+    Holds,
     Instruction,
     Op,
     Program,
-    Recv,
     Reduction,
     Role,
     Segment,
-    Send,
     Tensor,
     TensorKind,
     TensorSpec,
-    Update,
-    Wait,
-)  # fmt: skip
+)
 
 MAGIC = "program"
 KINDS = tuple(TensorKind)
 OPS = tuple(CollectiveOp)
 REDUCTIONS = tuple(Reduction)
+CODES = {kind: code for code, kind in enumerate(INSTRUCTIONS)}
+TABLED = (
+    Holds.OP,
+    Holds.REDUCTION,
+    Holds.GROUP,
+)  # fields that are named by position; all others stand as they are
+# of every kind of instruction: its fields, and which of them by place are named by position (place 0 is the code)
+LAYOUTS = {
+    kind: (
+        tuple(field.name for field in fields),
+        tuple((place, field.holds) for place, field in enumerate(fields, 1) if field.holds in TABLED),
+    )
+    for kind, fields in FIELDS.items()
+}
 SAME_AS_NAME = True  # a source that repeats the tensor's name
 Item = TypeVar("Item", bound=Hashable)
 
@@ -69,10 +77,10 @@ def decode(data: bytes) -> Program:
         raise ProgramError(problem, where="program", hint=hint)
     try:
         packed, (axes, microbatches, segments, roles, meta) = rest
-        reader = _Reader(packed)
+        unpacker = _Unpacker(packed)
         facts = tuple((key, value) for key, value in json.loads(meta))
-        made = tuple(map(reader.segment, segments))
-        return Program(axes, microbatches, made, tuple(map(reader.role, roles)), facts)
+        made = tuple(map(unpacker.segment, segments))
+        return Program(axes, microbatches, made, tuple(map(unpacker.role, roles)), facts)
     except (ValueError, TypeError, IndexError) as error:
         raise ProgramError(f"the Program is damaged: {error}", where="program", hint=hint) from error
 
@@ -92,6 +100,9 @@ class _Tables:
         self.specs: _Table[TensorSpec] = _Table()
         self.ops: _Table[Op] = _Table()
         self.groups: _Table[Group] = _Table()
+        self.positions: Mapping[Holds, Callable[[Any], int]] = {
+            Holds.OP: OPS.index, Holds.REDUCTION: REDUCTIONS.index, Holds.GROUP: self.groups,
+        }  # fmt: skip
 
     def packed(self) -> list[object]:
         ops = [
@@ -129,26 +140,11 @@ class _Tables:
         ]
 
     def code(self, ins: Instruction) -> list[object]:
-        match ins:
-            case Compute():
-                return [0, ins.segment, ins.reads, ins.writes]
-            case Accumulate():
-                return [1, ins.reads, ins.writes]
-            case Collective():
-                op, reduction = OPS.index(ins.op), REDUCTIONS.index(ins.reduction)
-                return [2, op, reduction, self.groups(ins.group), ins.dim, ins.reads, ins.writes]
-            case Send():
-                return [3, ins.tensor, ins.to]
-            case Recv():
-                return [4, ins.tensor, ins.source]
-            case Wait():
-                return [5, ins.tensors]
-            case Free():
-                return [6, ins.tensors]
-            case Update():
-                return [7, ins.param, ins.grad, ins.stats, ins.target, ins.decay]
-            case _:
-                assert_never(ins)
+        names, tabled = LAYOUTS[type(ins)]
+        packed = [CODES[type(ins)], *[getattr(ins, name) for name in names]]
+        for place, holds in tabled:
+            packed[place] = self.positions[holds](packed[place])
+        return packed
 
 
 def _run(ids: Iterable[int]) -> list[int] | int:
@@ -164,7 +160,7 @@ def _calls(calls: Sequence[Call]) -> tuple[list[str], list[int], list[int]]:
     return list(names.positions), numbers, [call.microbatch for call in calls]
 
 
-class _Reader:
+class _Unpacker:
     """The tables of one Program, read."""
 
     def __init__(self, packed: Sequence[Any]) -> None:
@@ -173,9 +169,8 @@ class _Reader:
         at = self.specs.__getitem__
         self.ops = [Op(code, tuple(map(at, outs)), *costs) for code, outs, *costs in ops]
         self.groups = [Group(axes, stages) for axes, stages in groups]
-        self.readers: tuple[Callable[..., Instruction], ...] = (
-            Compute, Accumulate, self.collective, Send, Recv, Wait, Free, Update,
-        )  # fmt: skip
+        tables = {Holds.OP: OPS, Holds.REDUCTION: REDUCTIONS, Holds.GROUP: self.groups}
+        self.readers = [_unpacked(kind, tables) for kind in INSTRUCTIONS]
 
     def segment(self, packed: Sequence[Any]) -> Segment:
         number, name, inputs, ops, outputs = packed
@@ -212,10 +207,18 @@ class _Reader:
         numbered = zip(numbers, codes, strict=True)
         return Body(name, tuple(readers[code[0]](number, *code[1:]) for number, code in numbered))
 
-    def collective(
-        self, number: int, op: int, reduction: int, group: int, dim: int, *flow: tuple[int, ...]
-    ) -> Collective:
-        return Collective(number, OPS[op], REDUCTIONS[reduction], self.groups[group], dim, *flow)
+
+def _unpacked(kind: type[Instruction], tables: Mapping[Holds, Sequence[Any]]) -> Callable[..., Instruction]:
+    """What makes an instruction from its id and packed fields: its class itself if none is named by position."""
+    _, tabled = LAYOUTS[kind]
+
+    def read(*packed: Any) -> Instruction:
+        values = list(packed)
+        for place, holds in tabled:
+            values[place] = tables[holds][values[place]]
+        return kind(*values)
+
+    return read if tabled else kind
 
 
 def _read_calls(

@@ -9,8 +9,8 @@ from math import prod
 from typing import assert_never
 
 from partitioner.memory.segment_storage import operands
-from partitioner.program.effects import named
 from partitioner.program.findings import Finding, Rule, at, representative
+from partitioner.program.instructions import named
 from partitioner.program.program import (
     MICROBATCH_KINDS,
     Accumulate,
