@@ -105,7 +105,7 @@ def samples_per_microbatch(job: Job, plan: Plan) -> int:
 def build_model(job: Job, device: str) -> "BuiltModel":
     """The job's model; "meta" for shapes only."""
     from orchestrator.models.model_builder import build
-    from partitioner.capture.dtypes import TORCH
+    from partitioner.capture.captured_graph import TORCH
 
     return build(job.model, job.model_args, device=device, dtype=TORCH[short_dtype(job.dtype)], seed=job.seed)
 

@@ -25,7 +25,7 @@ from orchestrator.runners.executing.chip_state import full_parameters
 from orchestrator.runners.executing.inline import InlineExecutor
 from orchestrator.runners.starting import num_workers
 from orchestrator.runs.batches import split_batch
-from partitioner.capture.dtypes import SHORT
+from partitioner.capture.captured_graph import SHORT
 from partitioner.capture.graph_units import build_graph
 from partitioner.capture.tracing import LossFunction, trace_module
 from partitioner.errors import CaptureError as ModelCannotBeCaptured

@@ -20,8 +20,7 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from partitioner.capture.captured_graph import Template
-from partitioner.capture.dtypes import TORCH
+from partitioner.capture.captured_graph import TORCH, Template
 from partitioner.errors import CaptureError
 from partitioner.layout import sharded_ops, tp_styles
 from partitioner.layout.sharded_ops import is_cut

@@ -14,12 +14,18 @@ from partitioner.errors import PartitionError
 from partitioner.layout.fused_projections import unfuse
 from partitioner.layout.joint_trace import param_dims, tensor_parallel_mesh, trace_joint
 from partitioner.layout.parallel_plan import Plan, balance
-from partitioner.lowering.flat_buffers import FlatGroup, Param, make_groups
+from partitioner.lowering.flat_buffers import (
+    FlatGroup,
+    Param,
+    emit_stats,
+    emit_update,
+    make_groups,
+    reduce_gradients,
+)
 from partitioner.lowering.pieces import TracedUnit, split_joint
 from partitioner.lowering.pipeline_schedules import SCHEDULES, with_transfers
 from partitioner.lowering.role_builder import RoleBuilder, SegmentPool, touched
 from partitioner.lowering.stage import StageContext, emit_stage
-from partitioner.lowering.update import emit_stats, emit_update, reduce_gradients
 from partitioner.program.program import Call, Free, Program, Role, TensorSpec
 
 BACKWARD_FLOPS = 3  # forward + backward, as multiples of forward: two matmuls per matmul

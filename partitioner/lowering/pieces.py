@@ -11,12 +11,10 @@ from typing import TypeAlias
 import torch
 from torch.fx import Node
 
-from partitioner.capture.captured_graph import operand
-from partitioner.capture.dtypes import SHORT, spec_of
-from partitioner.capture.op_costs import is_view, op_bytes, op_flops, op_name
+from partitioner.capture.captured_graph import SHORT, is_view, op_bytes, op_flops, op_name, operand, spec_of
 from partitioner.errors import CaptureError
 from partitioner.layout.joint_trace import Joint
-from partitioner.program.program import CollectiveOp, Op, Reduction, TensorSpec
+from partitioner.program.program import CollectiveOp, Operation, Reduction, TensorSpec
 
 aten = torch.ops.aten
 REDUCTIONS = {"sum": Reduction.SUM, "avg": Reduction.AVG, "max": Reduction.MAX, "min": Reduction.MIN}
@@ -34,7 +32,7 @@ class SegmentPiece:
     """A segment without a number yet; `reads` and `writes` are slots of the unit."""
 
     inputs: tuple[TensorSpec, ...]
-    ops: tuple[Op, ...]
+    ops: tuple[Operation, ...]
     outputs: tuple[int, ...]
     reads: tuple[int, ...]
     writes: tuple[int, ...]
@@ -247,13 +245,13 @@ def _segment(run: Sequence[Node], later: set[Node], slots: _Slots) -> SegmentPie
     )
 
 
-def make_op(node: Node, number: Mapping[Node, int]) -> Op:
-    """One node as an Op whose operands are `v<number>`."""
+def make_op(node: Node, number: Mapping[Node, int]) -> Operation:
+    """One node as an Operation whose operands are `v<number>`."""
     value = node.meta["val"]
     is_tuple = isinstance(value, tuple | list)
     outs = tuple(spec_of(v) for v in (value if is_tuple else [value]) if isinstance(v, torch.Tensor))
     reads, writes = op_bytes(node)
-    return Op(_code(node, number), outs, is_tuple, op_flops(node), reads, writes)
+    return Operation(_code(node, number), outs, is_tuple, op_flops(node), reads, writes)
 
 
 def _code(node: Node, number: Mapping[Node, int]) -> str:

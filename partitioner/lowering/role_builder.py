@@ -13,7 +13,7 @@ from partitioner.program.program import (
     Free,
     Group,
     Instruction,
-    Op,
+    Operation,
     Recv,
     Reduction,
     Segment,
@@ -32,7 +32,9 @@ class SegmentPool:
     segments: list[Segment] = field(default_factory=list)
     known: dict[object, int] = field(default_factory=dict)
 
-    def add(self, name: str, inputs: Sequence[TensorSpec], ops: Sequence[Op], outputs: Sequence[int]) -> int:
+    def add(
+        self, name: str, inputs: Sequence[TensorSpec], ops: Sequence[Operation], outputs: Sequence[int]
+    ) -> int:
         """The number of this segment, new or known."""
         key = (tuple(inputs), tuple(ops), tuple(outputs))
         if key not in self.known:
@@ -120,7 +122,7 @@ class RoleBuilder:
         """Emit a one-op segment whose operands are v0.. in the order of `reads`."""
         out = self.spec(write)
         nbytes = sum(self.spec(r).nbytes for r in reads)
-        op = Op(code, (out,), False, sum(self.spec(r).numel for r in reads), nbytes, out.nbytes)
+        op = Operation(code, (out,), False, sum(self.spec(r).numel for r in reads), nbytes, out.nbytes)
         inputs = [self.spec(r) for r in reads]
         self.compute(body, self.pool.add(name, inputs, [op], [len(inputs)]), reads, [write])
 

@@ -11,10 +11,10 @@ from torch.fx import Node
 
 from partitioner.capture.captured_graph import Graph, Side, Unit
 from partitioner.layout.parallel_plan import Plan
+from partitioner.lowering.flat_buffers import SCALAR
 from partitioner.lowering.pieces import TracedUnit, make_op
 from partitioner.lowering.role_builder import RoleBuilder
-from partitioner.lowering.update import SCALAR
-from partitioner.program.program import Accumulate, Op, Recv, Send, TensorKind
+from partitioner.program.program import Accumulate, Operation, Recv, Send, TensorKind
 
 
 @dataclass(frozen=True)
@@ -248,6 +248,6 @@ class _Side:
         number = {n: i for i, n in enumerate([*outer, *calls])}
         made = [v for v in wanted if results[v] not in sources]
         self.reads: tuple[str, ...] = tuple(sources[n] for n in outer)
-        self.ops: tuple[Op, ...] = tuple(make_op(n, number) for n in calls)
+        self.ops: tuple[Operation, ...] = tuple(make_op(n, number) for n in calls)
         self.made: tuple[str, ...] = tuple(made)
         self.outputs: tuple[int, ...] = tuple(number[results[v]] for v in made)

@@ -12,6 +12,7 @@ This module is torch-free. Text form and msgpack codec: `program_text.py`, `prog
 Not here: validity (`static_check.py`), memory (`peak_memory.py`), timing (runners).
 """
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
@@ -20,6 +21,8 @@ from math import prod
 from typing import Annotated, ClassVar, TypeAlias
 
 VERSION = 1
+VALUE = re.compile(r"\bv(\d+)\b")
+QUOTED = re.compile(r"'[^']*'|\"[^\"]*\"")
 
 DTYPE_BYTES: Mapping[str, int] = {
     "f64": 8, "f32": 4, "f16": 2, "bf16": 2, "i64": 8, "i32": 4, "i16": 2, "i8": 1, "u8": 1, "b8": 1,
@@ -107,7 +110,7 @@ class Tensor:
 
 
 @dataclass(frozen=True, slots=True)
-class Op:
+class Operation:
     """One tensor operation: `code` is a call whose operands are earlier values `v<i>`."""
 
     code: str
@@ -121,6 +124,14 @@ class Op:
     def target(self) -> str:
         return self.code.partition("(")[0]
 
+    @property
+    def operands(self) -> tuple[int, ...]:
+        """The values it reads, in the order in which they stand in its code."""
+        arguments = self.code.partition("(")[2]
+        if "'" in arguments or '"' in arguments:
+            arguments = QUOTED.sub("", arguments)
+        return tuple(map(int, VALUE.findall(arguments)))
+
 
 @dataclass(frozen=True, slots=True)
 class Segment:
@@ -129,7 +140,7 @@ class Segment:
     id: int
     name: str
     inputs: tuple[TensorSpec, ...]
-    ops: tuple[Op, ...]
+    ops: tuple[Operation, ...]
     outputs: tuple[int, ...]
 
     @property

@@ -22,7 +22,7 @@ from partitioner.program.program import (
     Group,
     Holds,
     Instruction,
-    Op,
+    Operation,
     Program,
     Reduction,
     Role,
@@ -98,7 +98,7 @@ class _Table(Generic[Item]):
 class _Tables:
     def __init__(self) -> None:
         self.specs: _Table[TensorSpec] = _Table()
-        self.ops: _Table[Op] = _Table()
+        self.ops: _Table[Operation] = _Table()
         self.groups: _Table[Group] = _Table()
         self.positions: Mapping[Holds, Callable[[Any], int]] = {
             Holds.OP: OPS.index, Holds.REDUCTION: REDUCTIONS.index, Holds.GROUP: self.groups,
@@ -167,7 +167,7 @@ class _Unpacker:
         specs, ops, groups = packed
         self.specs = [TensorSpec(shape, dtype) for dtype, shape in specs]
         at = self.specs.__getitem__
-        self.ops = [Op(code, tuple(map(at, outs)), *costs) for code, outs, *costs in ops]
+        self.ops = [Operation(code, tuple(map(at, outs)), *costs) for code, outs, *costs in ops]
         self.groups = [Group(axes, stages) for axes, stages in groups]
         tables = {Holds.OP: OPS, Holds.REDUCTION: REDUCTIONS, Holds.GROUP: self.groups}
         self.readers = [_unpacked(kind, tables) for kind in INSTRUCTIONS]

@@ -26,7 +26,7 @@ from partitioner.program.program import (
     VERSION,
     Body,
     Call,
-    Op,
+    Operation,
     Program,
     Role,
     Segment,
@@ -169,7 +169,7 @@ def _read_program(cursor: _Cursor) -> Program:
 def _read_segment(cursor: _Cursor) -> Segment:
     number, name = _words(_after("segment", cursor.take("segment")), 2, 2)
     inputs: list[TensorSpec] = []
-    ops: list[Op] = []
+    ops: list[Operation] = []
     while cursor.starts("v"):
         line = cursor.take("a value")
         left, colon, right = line.rpartition(" : ")
@@ -187,7 +187,7 @@ def _read_segment(cursor: _Cursor) -> Segment:
     return Segment(read_id("s", number), _unword(name), tuple(inputs), tuple(ops), outputs)
 
 
-def _read_op(code: str, rest: str) -> Op:
+def _read_op(code: str, rest: str) -> Operation:
     found = COSTS.fullmatch(rest)
     if found is None:
         raise ValueError("an operation ends with ': spec flops=<n> read=<n> written=<n>'")
@@ -195,7 +195,7 @@ def _read_op(code: str, rest: str) -> Op:
     is_tuple = made.startswith("(") and made.endswith(")")
     inner = made[1:-1] if is_tuple else made if made != "none" else ""
     outs = tuple(_spec(word) for word in inner.split(", ")) if inner else ()
-    return Op(code, outs, is_tuple, int(flops), int(read), int(written))
+    return Operation(code, outs, is_tuple, int(flops), int(read), int(written))
 
 
 def _read_role(cursor: _Cursor) -> Role:

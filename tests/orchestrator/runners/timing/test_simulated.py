@@ -28,7 +28,7 @@ from partitioner.program.program import (
     Compute,
     Free,
     Group,
-    Op,
+    Operation,
     Program,
     Recv,
     Reduction,
@@ -85,7 +85,13 @@ class Tables:
 def toy(num_stages, num_microbatches, schedule=Schedule.ONE_F_ONE_B, dp=4, tp=2):
     """Stages of one segment each way, a tp all-reduce in each, three dp buckets in the last backward."""
     segments = tuple(
-        Segment(i, name, (SPEC,), (Op("aten.mm.default(v0, v0)", (SPEC,), False, 2**25, 2**19, 2**18),), (1,))
+        Segment(
+            i,
+            name,
+            (SPEC,),
+            (Operation("aten.mm.default(v0, v0)", (SPEC,), False, 2**25, 2**19, 2**18),),
+            (1,),
+        )
         for i, name in enumerate(("forward", "backward"))
     )
     kinds = [*[TensorKind.ACTIVATION] * 6, *[TensorKind.GRAD] * 3, TensorKind.FLAT, TensorKind.STATE]

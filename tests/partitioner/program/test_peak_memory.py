@@ -9,9 +9,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from partitioner.layout.parallel_plan import Schedule
-from partitioner.memory.peak_memory import MemoryClass, peak_memory
-from partitioner.memory.segment_storage import Output, footprint
-from partitioner.program.program import Collective, Compute, Free, Op, Recv, Role, Segment, Send, TensorSpec
+from partitioner.program.peak_memory import MemoryClass, Output, footprint, peak_memory
+from partitioner.program.program import (
+    Collective,
+    Compute,
+    Free,
+    Operation,
+    Recv,
+    Role,
+    Segment,
+    Send,
+    TensorSpec,
+)
 
 ROW, SQUARE = 32, 64  # bytes of f32[2,4] and f32[4,4]
 PEAK_INSIDE = {0: 2 * ROW, 1: ROW + SQUARE + ROW, 2: ROW, 3: 24}  # by hand, from the toy's segments
@@ -104,8 +113,8 @@ def test_without_calls_only_persistent_tensors_count(toy):
 SPEC, BIG = TensorSpec((2,), "f32"), TensorSpec((10,), "f32")
 
 
-def op(code: str, *outs: TensorSpec, view: bool = False, is_tuple: bool = False) -> Op:
-    return Op(code, outs, is_tuple, 0, 0 if view else 8, 0 if view else sum(o.nbytes for o in outs))
+def op(code: str, *outs: TensorSpec, view: bool = False, is_tuple: bool = False) -> Operation:
+    return Operation(code, outs, is_tuple, 0, 0 if view else 8, 0 if view else sum(o.nbytes for o in outs))
 
 
 def test_a_segment_frees_values_after_their_last_use():
