@@ -13,7 +13,7 @@ from partitioner.capture.captured_graph import Graph
 from partitioner.errors import PartitionError
 from partitioner.layout.fused_projections import unfuse
 from partitioner.layout.joint_trace import param_dims, tensor_parallel_mesh, trace_joint
-from partitioner.layout.parallel_plan import Plan, balance
+from partitioner.layout.parallel_plan import Plan, Task, balance
 from partitioner.lowering.flat_buffers import (
     FlatGroup,
     Param,
@@ -23,7 +23,6 @@ from partitioner.lowering.flat_buffers import (
     reduce_gradients,
 )
 from partitioner.lowering.pieces import TracedUnit, split_joint
-from partitioner.lowering.pipeline_schedules import SCHEDULES, with_transfers
 from partitioner.lowering.role_builder import RoleBuilder, SegmentPool, touched
 from partitioner.lowering.stage import StageContext, emit_stage
 from partitioner.program.program import Call, Free, Program, Role, TensorSpec
@@ -203,7 +202,7 @@ def _emit_evaluation(role: RoleBuilder, plan: Plan, losses: tuple[int, int] | No
 
 def _schedules(role: RoleBuilder, plan: Plan) -> tuple[tuple[str, tuple[Call, ...]], ...]:
     bodies = frozenset(role.bodies)
-    tasks = SCHEDULES[plan.schedule](role.stage, plan.pp, plan.microbatches)
+    tasks = plan.schedule.order(role.stage, plan.pp, plan.microbatches)
     step = (*with_transfers(tasks, bodies, last="backward_last"), Call("update", CALLED_ONCE))
     evaluate: list[Call] = []
     for microbatch in range(plan.microbatches):
@@ -212,3 +211,27 @@ def _schedules(role: RoleBuilder, plan: Plan) -> tuple[tuple[str, tuple[Call, ..
     evaluate.append(Call("report", CALLED_ONCE))
     start = (Call("constants", CALLED_ONCE),) if "constants" in bodies else ()
     return (("start", start), ("step", step), ("evaluate", tuple(evaluate)))
+
+
+def with_transfers(tasks: tuple[Task, ...], bodies: frozenset[str], last: str) -> tuple[Call, ...]:
+    """Calls of one stage: each task between its receives (posted one task ahead) and its sends.
+
+    `bodies` are the bodies the role has (first and last stages lack some transfers); `last` replaces "backward" for
+    the last microbatch, where gradient reduction starts.
+    """
+    final = next((i for i in reversed(range(len(tasks))) if tasks[i][0] == "backward"), None)
+    calls: list[Call] = []
+
+    def add(body: str, microbatch: int) -> None:
+        if body in bodies:
+            calls.append(Call(body, microbatch))
+
+    for index, (kind, microbatch) in enumerate(tasks):
+        if index == 0:
+            add(f"recv_{kind}", microbatch)
+        if index + 1 < len(tasks):
+            next_kind, next_microbatch = tasks[index + 1]
+            add(f"recv_{next_kind}", next_microbatch)
+        calls.append(Call(last if index == final else kind, microbatch))
+        add(f"send_{kind}", microbatch)
+    return tuple(calls)

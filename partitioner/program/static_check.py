@@ -152,13 +152,11 @@ class _RoleLifetimes:
             said = f"{instance} {problem} by the end of schedule {name}"
             yield Finding(Rule.LIFETIME, where, said, self.chip, ins.id)
 
-    def _last_use(
-        self, tensor: int, calls: Sequence[Call], microbatch: int | None
-    ) -> tuple[Call, Instruction]:
+    def _last_use(self, tensor: int, calls: Sequence[Call], owner: int | None) -> tuple[Call, Instruction]:
         return next(
             (call, ins)
             for call in reversed(calls)
-            if microbatch in (None, call.microbatch)
+            if owner in (None, call.microbatch)
             for ins in reversed(self.role.body[call.body].instructions)
             if tensor in named(ins)
         )
@@ -249,9 +247,7 @@ class _BodyLifetimes:
             del self.own.moving[tensor]
         status = self.own.status.get(tensor, LIVE if declared.kind is TensorKind.BATCH else ABSENT)
         if status != LIVE:
-            yield (
-                f"it frees t{tensor}, which is {status}" if status == ABSENT else f"it frees t{tensor} again"
-            )
+            yield f"it frees t{tensor} again" if status == FREED else f"it frees t{tensor}, which is {status}"
         self.own.status[tensor] = FREED
 
 

@@ -15,7 +15,7 @@ from orchestrator.config.job import Dtype
 from orchestrator.errors import CaptureError, ModelError, PlanError
 from orchestrator.planning import preparation, program_cache
 from orchestrator.planning.preparation import prepare
-from partitioner.layout.parallel_plan import Plan, Schedule
+from partitioner.layout.parallel_plan import PipelineSchedule, Plan
 
 Make = Callable[..., Any]
 ROOT = Path(__file__).parents[3]
@@ -95,7 +95,7 @@ CHANGES: dict[str, Callable[[Any, Plan], tuple[Any, Plan]]] = {
     "optimizer": lambda job, plan: (replace(job, optimizer=replace(job.optimizer, name="sgd")), plan),
     "degrees": lambda job, plan: (job, replace(plan, dp=1, tp=2)),
     "stages": lambda job, plan: (job, replace(plan, stages=(4,))),
-    "schedule": lambda job, plan: (job, replace(plan, schedule=Schedule.GPIPE)),
+    "schedule": lambda job, plan: (job, replace(plan, schedule=PipelineSchedule.GPIPE)),
     "buckets": lambda job, plan: (job, replace(plan, bucket_bytes=7)),
     "microbatches": lambda job, plan: (job, replace(plan, microbatches=2)),
 }

@@ -14,7 +14,7 @@ from orchestrator.runners.executing.chip import Chip
 from orchestrator.verbs import verify as verb
 from orchestrator.verbs.verify import Errors, compare, verify
 from orchestrator.verbs.verify_runs import Trajectory, relative
-from partitioner.layout.parallel_plan import Plan, Schedule
+from partitioner.layout.parallel_plan import PipelineSchedule, Plan
 from partitioner.program.program import Compute, Program, TensorKind
 
 Make = Callable[..., Any]
@@ -46,7 +46,7 @@ VARIANTS = [
     ("tied over tp", ["model_args.tied=true"], Plan(tp=2, pp=2, microbatches=2)),
     ("llama-like", ["model_args.norm=rms", "model_args.rotary=true", "model_args.activation=swiglu",
                     "model_args.kv_heads=2", "model_args.bias=false"], Plan(tp=2, dp=2)),
-    ("gpipe", [], Plan(pp=2, microbatches=4, schedule=Schedule.GPIPE)),
+    ("gpipe", [], Plan(pp=2, microbatches=4, schedule=PipelineSchedule.GPIPE)),
     ("no clipping", ["clip_norm=null"], Plan(dp=2)),
     ("sgd", ["optimizer.name=sgd", "optimizer.momentum=0.9"], Plan(dp=2, zero=1)),
     ("small buckets", [], Plan(dp=2, zero=1, bucket_bytes=1)),

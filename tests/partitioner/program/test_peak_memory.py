@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from partitioner.layout.parallel_plan import Schedule
+from partitioner.layout.parallel_plan import PipelineSchedule
 from partitioner.program.peak_memory import MemoryClass, Output, footprint, peak_memory
 from partitioner.program.program import (
     Collective,
@@ -83,11 +83,13 @@ def test_1f1b_holds_one_microbatch_less_per_later_stage(toy, pp):
 
 
 def test_1f1b_does_not_grow_with_microbatches_and_gpipe_does(toy):
-    def peaks(schedule: Schedule, microbatches: int) -> list[int]:
+    def peaks(schedule: PipelineSchedule, microbatches: int) -> list[int]:
         return [m.peak_bytes for m in peak_memory(toy(3, microbatches, schedule=schedule))]
 
-    assert peaks(Schedule.ONE_F_ONE_B, 8) == peaks(Schedule.ONE_F_ONE_B, 64)
-    grown = [b - a for a, b in zip(peaks(Schedule.GPIPE, 8), peaks(Schedule.GPIPE, 9), strict=True)]
+    assert peaks(PipelineSchedule.ONE_F_ONE_B, 8) == peaks(PipelineSchedule.ONE_F_ONE_B, 64)
+    grown = [
+        b - a for a, b in zip(peaks(PipelineSchedule.GPIPE, 8), peaks(PipelineSchedule.GPIPE, 9), strict=True)
+    ]
     assert grown == [2 * ROW, 2 * ROW, 3 * ROW]  # the last stage keeps its output, too
 
 
@@ -99,8 +101,10 @@ def test_parameters_count_once_whatever_views_them(toy):
 
 
 def test_the_peak_says_where_it_is(toy):
-    (memory,) = peak_memory(toy(1, 2, schedule=Schedule.GPIPE))
-    assert memory.call == toy(1, 2, schedule=Schedule.GPIPE).roles[0].schedule["step"][memory.call_index]
+    (memory,) = peak_memory(toy(1, 2, schedule=PipelineSchedule.GPIPE))
+    assert (
+        memory.call == toy(1, 2, schedule=PipelineSchedule.GPIPE).roles[0].schedule["step"][memory.call_index]
+    )
     assert memory.where == f"stage 0: backward(0) instruction {memory.instruction}"
 
 
