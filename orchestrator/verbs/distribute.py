@@ -9,6 +9,8 @@ the trained parameters back into the model.
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,24 +20,19 @@ from kernels.optimizers import OptimizerError, require_elementwise, states_per_e
 from orchestrator.config.hardware.cluster import Cluster
 from orchestrator.config.hardware.cluster_file import load_cluster
 from orchestrator.config.shipped import cluster_path
-from orchestrator.errors import CaptureError, PlanError, RunError
+from orchestrator.errors import PlanError, RunError
 from orchestrator.planning.plan_choice import split_chips
+from orchestrator.planning.preparation import Quiet, make_program
 from orchestrator.runners.executing.chip import Settings
 from orchestrator.runners.executing.chip_state import full_parameters
 from orchestrator.runners.executing.inline import InlineExecutor
 from orchestrator.runners.starting import num_workers
 from orchestrator.runs.batches import split_batch
-from partitioner.capture.captured_graph import SHORT
-from partitioner.capture.graph_units import build_graph
-from partitioner.capture.tracing import LossFunction, trace_module
-from partitioner.errors import CaptureError as ModelCannotBeCaptured
-from partitioner.errors import PartitionError
+from partitioner.capture.graph_units import capture
+from partitioner.capture.tracing import LossFunction
 from partitioner.layout.parallel_plan import Plan
-from partitioner.lowering.lower import StepShape, lower
+from partitioner.lowering.lower import step_shape
 from partitioner.program.program import Program
-from partitioner.program.static_check import require_valid
-
-JOB_DTYPES = {"f32": "fp32", "f64": "fp64", "bf16": "bf16"}
 
 
 class DistributedStep:
@@ -107,12 +104,7 @@ class DistributedStep:
             raise PlanError(f"a batch of {samples} does not split into dp {plan.dp} x {plan.microbatches} microbatches",
                             "batch", f"use a multiple of {plan.dp * plan.microbatches}")  # fmt: skip
         self.plan = plan
-        try:
-            self.program = self._program(batch, plan, samples)
-        except ModelCannotBeCaptured as error:
-            raise CaptureError(error.problem, error.where, error.hint) from error
-        except PartitionError as error:
-            raise PlanError(error.problem, error.where, error.hint) from error
+        self.program = self._program(batch, plan, samples)
         settings = Settings(_factory(self.optimizer), self.clip_norm)
         self._executor = InlineExecutor(self.program, settings, num_workers(self.cluster))
         self._executor.load(self._values.__getitem__)
@@ -122,21 +114,17 @@ class DistributedStep:
     def _program(self, batch: Mapping[str, torch.Tensor], plan: Plan, samples: int) -> Program:
         size = samples // (plan.dp * plan.microbatches)
         example = {name: value[:size] for name, value in batch.items()}
-        captured = trace_module(self.model, example, self.loss_fn)
         held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
-        captured.frozen |= {name for name, p in self.model.named_parameters() if id(p) not in held}
-        graph = build_graph(captured, num_samples=size, min_units=plan.pp)
-        dtype = JOB_DTYPES.get(SHORT[next(self.model.parameters()).dtype], "fp32")
-        states = states_per_element(_factory(self.optimizer))
-        tokens = max(
-            value.shape[1] if value.dim() > 1 and not value.is_floating_point() else 1
-            for value in batch.values()
+        names = {name for name, p in self.model.named_parameters() if id(p) not in held}
+        shape = replace(
+            step_shape(self.model, batch, states_per_element(_factory(self.optimizer))),
+            undecayed=_undecayed(self.model, self.optimizer),
         )
-        shape = StepShape(
-            samples, tokens, type(self.model).__name__, dtype, states, _undecayed(self.model, self.optimizer)
-        )
-        program = lower(graph, plan, shape)
-        require_valid(program)
+        graph = partial(
+            capture, self.model, example, size,
+            loss_fn=self.loss_fn, frozen=frozenset(names), min_units=plan.pp,
+        )  # fmt: skip
+        program = make_program(graph, plan, shape, Quiet())
         self._values = {f"params:{k}": v.detach() for k, v in self.model.named_parameters()}
         self._values |= {f"buffer:{k}": v for k, v in self.model.named_buffers()}
         return program

@@ -6,24 +6,53 @@ too few pieces, at the borders of every top-level submodule. Equal slices share 
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from enum import IntEnum
 
 import torch
+from torch import nn
 from torch.fx import Node
 
 from partitioner.capture import loss
 from partitioner.capture.captured_graph import Graph, Side, Template, Unit, spec_of, template_flops
-from partitioner.capture.tracing import Captured, ModuleCall
+from partitioner.capture.exact_float64 import ExactFloat64
+from partitioner.capture.tracing import Captured, LossFunction, ModuleCall, trace_module
 from partitioner.errors import CaptureError
 from partitioner.layout.tp_styles import param_styles
 
 
-class Level(IntEnum):
+class Dependence(IntEnum):
     """What a value depends on: nothing that changes, the batch, or a parameter."""
 
     CONSTANT = 0
     BATCH = 1
     MODEL = 2
+
+
+SPACES = {"params": Dependence.MODEL, "batch": Dependence.BATCH, "buffers": Dependence.CONSTANT}
+
+
+def capture(
+    module: nn.Module,
+    batch: Mapping[str, torch.Tensor],
+    num_samples: int,
+    *,
+    loss_fn: LossFunction | None = None,
+    tp_plan: Mapping[str, str] | None = None,
+    frozen: frozenset[str] = frozenset(),
+    min_units: int = 1,
+    exact: bool = False,
+) -> Graph:
+    """The graph of `module(**batch)`, `batch` being one microbatch of one replica (only its shapes are used).
+
+    `loss_fn`, `tp_plan`: see `trace_module`. `frozen`: parameters that are not trained though they have a gradient.
+    `min_units`: at least so many units, if the model has that many pieces. `exact`: float64 stays wide through explicit
+    casts. Raises CaptureError.
+    """
+    with ExactFloat64() if exact else nullcontext():
+        captured = trace_module(module, batch, loss_fn, tp_plan)
+    captured.frozen |= frozen
+    return build_graph(captured, num_samples=num_samples, min_units=min_units)
 
 
 def build_graph(captured: Captured, *, num_samples: int, min_units: int = 1) -> Graph:
@@ -32,27 +61,31 @@ def build_graph(captured: Captured, *, num_samples: int, min_units: int = 1) -> 
     for node in graph.nodes:
         _refuse_random(node)
     total, count, rule = loss.rewrite(graph, num_samples)
-    levels = _levels(captured)
-    pieces = _pieces(captured, levels, _borders(captured.calls, captured.containers))
+    depends = _dependences(captured)
+    pieces = _pieces(captured, depends, _borders(captured.calls, captured.containers))
     if len(pieces) < min_units:
-        pieces = _pieces(captured, levels, _top_level_borders(captured.calls))
-    if levels[total] is not Level.MODEL:
+        pieces = _pieces(captured, depends, _top_level_borders(captured.calls))
+    if depends[total] is not Dependence.MODEL:
         raise CaptureError(
             "the loss depends on no parameter", where=total.name, hint="check what the model returns"
         )
-    builder = _Builder(captured, levels, pieces, (total, count), rule)
+    builder = _Builder(captured, depends, pieces, (total, count), rule)
     return builder.build()
 
 
-def _levels(captured: Captured) -> dict[Node, Level]:
-    levels: dict[Node, Level] = {}
+def _dependences(captured: Captured) -> dict[Node, Dependence]:
+    depends: dict[Node, Dependence] = {}
     for node in captured.graph_module.graph.nodes:
         if node.op == "placeholder":
             space = captured.names[node.name].split(":")[0]
-            levels[node] = {"params": Level.MODEL, "batch": Level.BATCH, "buffers": Level.CONSTANT}[space]
+            depends[node] = {
+                "params": Dependence.MODEL,
+                "batch": Dependence.BATCH,
+                "buffers": Dependence.CONSTANT,
+            }[space]
         elif node.op != "output":
-            levels[node] = max((levels[n] for n in node.all_input_nodes), default=Level.CONSTANT)
-    return levels
+            depends[node] = max((depends[n] for n in node.all_input_nodes), default=Dependence.CONSTANT)
+    return depends
 
 
 def _refuse_random(node: Node) -> None:
@@ -81,17 +114,20 @@ def _top_level_borders(calls: Sequence[ModuleCall]) -> list[int]:
     return sorted({edge for call in calls if call.path for edge in (call.start, call.stop)})
 
 
-def _pieces(captured: Captured, levels: Mapping[Node, Level], borders: list[int]) -> list[list[Node]]:
+def _pieces(captured: Captured, depends: Mapping[Node, Dependence], borders: list[int]) -> list[list[Node]]:
     """Model nodes grouped by the borders they lie between; groups without parameters join the one before."""
     pieces: dict[int, list[Node]] = {}
     for node in captured.graph_module.graph.nodes:
-        if node.op not in ("placeholder", "output") and levels[node] is Level.MODEL:
+        if node.op not in ("placeholder", "output") and depends[node] is Dependence.MODEL:
             index = node.meta["index"]
             pieces.setdefault(sum(edge <= index for edge in borders), []).append(node)
     merged: list[list[Node]] = []
     for _, nodes in sorted(pieces.items()):
         has_params = any(
-            n.op == "placeholder" for node in nodes for n in node.all_input_nodes if levels[n] is Level.MODEL
+            n.op == "placeholder"
+            for node in nodes
+            for n in node.all_input_nodes
+            if depends[n] is Dependence.MODEL
         )
         if merged and not has_params:
             merged[-1].extend(nodes)
@@ -106,12 +142,12 @@ class _Builder:
     def __init__(
         self,
         captured: Captured,
-        levels: dict[Node, Level],
+        depends: dict[Node, Dependence],
         pieces: list[list[Node]],
         ends: tuple[Node, Node],
         rule: str,
     ) -> None:
-        self.captured, self.levels, self.pieces, self.ends, self.rule = captured, levels, pieces, ends, rule
+        self.captured, self.depends, self.pieces, self.ends, self.rule = captured, depends, pieces, ends, rule
         self.templates: list[Template] = []
         self.known: dict[object, int] = {}
         self.free_values: dict[Node, None] = {}
@@ -120,8 +156,8 @@ class _Builder:
         units = tuple(self._unit(piece) for piece in self.pieces)
         total, count = self.ends
         self.free_values[count] = None
-        constants = self._side(Level.CONSTANT, self._needed_constants())
-        inputs = self._side(Level.BATCH, [n for n in self.free_values if self._is(n, Level.BATCH)])
+        constants = self._side(Dependence.CONSTANT, self._needed_constants())
+        inputs = self._side(Dependence.BATCH, [n for n in self.free_values if self._is(n, Dependence.BATCH)])
         names = self.captured.names
         used = {name for unit in units for name in unit.params}
         params = tuple(
@@ -136,7 +172,7 @@ class _Builder:
             inputs=inputs,
             specs={
                 self._name(n): spec_of(n.meta["val"])
-                for n in self.levels
+                for n in self.depends
                 if isinstance(n.meta.get("val"), torch.Tensor)
             },
             params=params,
@@ -148,8 +184,8 @@ class _Builder:
             loss_rule=self.rule,
         )
 
-    def _is(self, node: Node, level: Level) -> bool:
-        return self.levels[node] is level
+    def _is(self, node: Node, on: Dependence) -> bool:
+        return self.depends[node] is on
 
     def _name(self, node: Node) -> str:
         full = self.captured.names.get(node.name)
@@ -158,8 +194,8 @@ class _Builder:
     def _unit(self, nodes: list[Node]) -> Unit:
         inside = set(nodes)
         outer = dict.fromkeys(n for node in nodes for n in node.all_input_nodes if n not in inside)
-        params = [n for n in outer if n.op == "placeholder" and self._is(n, Level.MODEL)]
-        frees = [n for n in outer if not self._is(n, Level.MODEL)]
+        params = [n for n in outer if n.op == "placeholder" and self._is(n, Dependence.MODEL)]
+        frees = [n for n in outer if not self._is(n, Dependence.MODEL)]
         activations = [n for n in outer if n not in params and n not in frees]
         self.free_values |= dict.fromkeys(frees)
         outputs = [
@@ -168,7 +204,7 @@ class _Builder:
         names = tuple(self._name(n) for n in params)
         styles = param_styles(
             names, params, inside, self.captured.tp_plan,
-            lambda n: self._is(n, Level.MODEL), lambda n: self._is(n, Level.BATCH),
+            lambda n: self._is(n, Dependence.MODEL), lambda n: self._is(n, Dependence.BATCH),
         )  # fmt: skip
         template = self._template(nodes, [params, frees, activations], outputs, styles)
         return Unit(
@@ -203,23 +239,25 @@ class _Builder:
 
     def _needed_constants(self) -> list[Node]:
         """Constant values that units or the inputs graph read."""
-        needed = dict.fromkeys(n for n in self.free_values if self._is(n, Level.CONSTANT))
-        for node in self._closure([n for n in self.free_values if self._is(n, Level.BATCH)], Level.BATCH):
-            needed |= dict.fromkeys(n for n in node.all_input_nodes if self._is(n, Level.CONSTANT))
+        needed = dict.fromkeys(n for n in self.free_values if self._is(n, Dependence.CONSTANT))
+        for node in self._closure(
+            [n for n in self.free_values if self._is(n, Dependence.BATCH)], Dependence.BATCH
+        ):
+            needed |= dict.fromkeys(n for n in node.all_input_nodes if self._is(n, Dependence.CONSTANT))
         return list(needed)
 
-    def _closure(self, outputs: Sequence[Node], level: Level) -> list[Node]:
-        """All nodes of `level` that `outputs` depend on, in graph order."""
+    def _closure(self, outputs: Sequence[Node], on: Dependence) -> list[Node]:
+        """All nodes that depend on `on` and that `outputs` depend on, in graph order."""
         wanted, stack = set(), list(outputs)
         while stack:
             node = stack.pop()
-            if node not in wanted and self._is(node, level):
+            if node not in wanted and self._is(node, on):
                 wanted.add(node)
                 stack.extend(node.all_input_nodes)
-        return [n for n in self.levels if n in wanted and n.op != "placeholder"]
+        return [n for n in self.depends if n in wanted and n.op != "placeholder"]
 
-    def _side(self, level: Level, outputs: list[Node]) -> Side:
-        nodes = self._closure(outputs, level)
+    def _side(self, on: Dependence, outputs: list[Node]) -> Side:
+        nodes = self._closure(outputs, on)
         inside = set(nodes)
         feeds = [*nodes, *(n for n in outputs if n not in inside)]
         outer = dict.fromkeys(

@@ -8,7 +8,7 @@ the same interpreter runs on plain tensors.
 
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,7 +96,7 @@ def trace_joint(
         inputs, coordinate, seeds = list(flat[: len(locals_)]), flat[len(locals_)], flat[len(locals_) + 1 :]
         for index in wanted:
             inputs[index] = inputs[index].detach().requires_grad_()
-        with torch.enable_grad(), sharded_ops.coordinate_slices(coordinate):
+        with torch.enable_grad(), sharded_ops.coordinate_slices(coordinate) if mesh else nullcontext():
             outputs = _forward(template, inputs, dims, mesh, coordinate)
             sources = [inputs[i] for i in wanted]
             with_grad = [

@@ -21,11 +21,9 @@ from partitioner.errors import PartitionError
 VERSION = 1
 DEFAULT_BUCKET_BYTES = 25_000_000  # gradient bucket, torch DDP's default
 
-
 Task: TypeAlias = tuple[str, int]  # ("forward" | "backward", microbatch)
-Order: TypeAlias = Callable[
-    [int, int, int], tuple[Task, ...]
-]  # of (stage, number of stages, of microbatches)
+# from (stage, number of stages, number of microbatches)
+Order: TypeAlias = Callable[[int, int, int], tuple[Task, ...]]
 
 
 def gpipe(stage: int, num_stages: int, num_microbatches: int) -> tuple[Task, ...]:

@@ -9,7 +9,12 @@ lifetime. `Program.meta` gets the step's facts: `samples`, `tokens`, `model_flop
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
-from partitioner.capture.captured_graph import Graph
+import torch
+from torch import nn
+
+from partitioner.capture.captured_graph import SHORT, Graph
+from partitioner.capture.graph_units import capture
+from partitioner.capture.tracing import LossFunction
 from partitioner.errors import PartitionError
 from partitioner.layout.fused_projections import unfuse
 from partitioner.layout.joint_trace import param_dims, tensor_parallel_mesh, trace_joint
@@ -26,9 +31,11 @@ from partitioner.lowering.pieces import TracedUnit, split_joint
 from partitioner.lowering.role_builder import RoleBuilder, SegmentPool, touched
 from partitioner.lowering.stage import StageContext, emit_stage
 from partitioner.program.program import Call, Free, Program, Role, TensorSpec
+from partitioner.program.static_check import require_valid
 
 BACKWARD_FLOPS = 3  # forward + backward, as multiples of forward: two matmuls per matmul
 MATRIX = 2  # dims of a parameter that gets weight decay
+STEP_DTYPES = {"f64": "fp64", "bf16": "bf16"}  # all others are taken for fp32
 CALLED_ONCE = 0  # microbatch number of bodies that run once per step
 
 
@@ -47,10 +54,41 @@ class StepShape:
     undecayed: frozenset[str] | None = None
 
 
+def step_shape(module: nn.Module, batch: Mapping[str, torch.Tensor], optimizer_states: int) -> StepShape:
+    """What a step on `batch` (all its samples) processes; sequences are entries of whole numbers, [samples, tokens]."""
+    tokens = (v.shape[1] for v in batch.values() if v.dim() > 1 and not v.is_floating_point())
+    dtype = STEP_DTYPES.get(SHORT[next(module.parameters()).dtype], "fp32")
+    samples = next(iter(batch.values())).shape[0]
+    return StepShape(samples, max(tokens, default=1), type(module).__name__, dtype, optimizer_states)
+
+
+def partition(
+    module: nn.Module,
+    batch: Mapping[str, torch.Tensor],
+    plan: Plan,
+    *,
+    loss_fn: LossFunction | None = None,
+    optimizer_states: int = 2,
+) -> Program:
+    """The checked Program that trains `module` by `plan`. Raises PartitionError or CaptureError.
+
+    `batch` holds the samples of a whole step, of all replicas and microbatches; only its shapes are used.
+    `module(**batch)` returns the loss, or `loss_fn(output, **batch)` does. `optimizer_states`: tensors that the
+    optimizer keeps for each parameter (2: AdamW).
+    """
+    shape, parts = step_shape(module, batch, optimizer_states), plan.dp * plan.microbatches
+    if shape.samples % parts:
+        raise PartitionError(f"{shape.samples} samples do not split into {parts} parts (dp x microbatches)",
+                             where="batch", hint=f"use a multiple of {parts}")  # fmt: skip
+    size = shape.samples // parts
+    microbatch = {name: value[:size] for name, value in batch.items()}
+    return lower(capture(module, microbatch, size, loss_fn=loss_fn, min_units=plan.pp), plan, shape)
+
+
 def lower(
     graph: Graph, plan: Plan, shape: StepShape, progress: Callable[[str], None] = lambda _: None
 ) -> Program:
-    """Make the Program of one training step (and of evaluation). Raises PartitionError or CaptureError."""
+    """The Program of one training step (and of evaluation), checked. Raises PartitionError or CaptureError."""
     undecayed = shape.undecayed
     if undecayed is None:
         undecayed = frozenset(name for name in graph.params if len(graph.specs[name].shape) < MATRIX)
@@ -77,7 +115,9 @@ def lower(
         "model_flops": flops * plan.microbatches * plan.dp, "nominal_count": context.nominal_count,
         "zero": plan.zero, "loss": graph.loss_rule, "schedule": str(plan.schedule), "stages": "+".join(map(str, sizes)),
     }  # fmt: skip
-    return Program(plan.axes, plan.microbatches, tuple(pool.segments), roles, tuple(meta.items()))
+    program = Program(plan.axes, plan.microbatches, tuple(pool.segments), roles, tuple(meta.items()))
+    require_valid(program)
+    return program
 
 
 def unit_cost(graph: Graph, index: int) -> float:

@@ -12,7 +12,7 @@ from orchestrator.config.shipped import DEFAULT_CLUSTER, cluster_path
 from orchestrator.config.yaml_file import Document, read_yaml
 from orchestrator.errors import ConfigError, PlanError
 from orchestrator.planning import preparation
-from orchestrator.planning.preparation import Prepared, Progress
+from orchestrator.planning.preparation import PhaseReporter, Prepared
 from orchestrator.verbs.inputs.options import Options
 from partitioner.errors import PartitionError
 from partitioner.layout.parallel_plan import Plan, plan_from_yaml
@@ -63,7 +63,7 @@ def _is_bare(options: Options, cluster: Cluster) -> bool:
     return not asked and cluster.num_chips % DEMONSTRATION_CHIPS == 0
 
 
-def prepare(options: Options, progress: Progress) -> Prepared:
+def prepare(options: Options, progress: PhaseReporter) -> Prepared:
     """The Program that the options describe. Raises UserError."""
     inputs = resolve(options)
     return preparation.prepare(inputs.cluster, inputs.job, inputs.plan, progress=progress)
