@@ -9,6 +9,8 @@ import re
 from collections.abc import Mapping
 from decimal import Decimal
 
+from comms.errors import ChipError
+
 _SCALE = {
     "": Decimal(1),
     **{prefix: Decimal(10) ** power for prefix, power in zip("num", (-9, -6, -3), strict=True)},
@@ -21,10 +23,6 @@ _VALUE = re.compile(
 # Units that measure what a base unit does: integer operations stand in for floating ones, 8 bits are a byte.
 _SAME = {"OP/s": ("FLOP/s", Decimal(1)), "b/s": ("B/s", Decimal("0.125"))}
 UNSOURCED = "as given in the cluster file"
-
-
-class ChipError(ValueError):
-    """A chip that is not in the catalog, or a figure of it that cannot be read."""
 
 
 class Figures:

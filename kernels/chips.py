@@ -16,7 +16,8 @@ from pathlib import Path
 
 import yaml
 
-from kernels.catalog_figures import ChipError, Figures
+from comms.errors import ChipError
+from kernels.catalog_figures import Figures
 
 CATALOG = Path(__file__).parent / "catalog"
 

@@ -15,7 +15,7 @@ from typing import Annotated, Literal, Protocol, get_args
 
 import typer
 
-from orchestrator.errors import OrchestrateError, UserError
+from comms.errors import UserError
 from orchestrator.verbs.inputs.options import Options, Runner, Subject
 from orchestrator.views.console import Console
 
@@ -155,12 +155,9 @@ def run(verb: str, given: Mapping[str, object]) -> int:
         options = _options(given)
         module: Verb = importlib.import_module(f"orchestrator.verbs.{verb}")
         return module.main(options, console)
-    except OrchestrateError as error:
+    except UserError as error:
         console.detail(traceback.format_exc().rstrip())
-        if isinstance(error, UserError):
-            console.error(error)
-        else:
-            console.say(f"error: {error}")
+        console.error(error)
         return error.exit_code
     except KeyboardInterrupt:
         console.say("interrupted")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
 
+from comms.errors import ConfigError, combined
 from orchestrator.config.job import (
     Checkpoints,
     Dtype,
@@ -23,7 +24,6 @@ from orchestrator.config.job import (
 )
 from orchestrator.config.schema import CountOr, Section, field_error, section_at, validate
 from orchestrator.config.yaml_file import Document, Location, parse_scalar, read_yaml
-from orchestrator.errors import ConfigError, combined
 from partitioner.layout.parallel_plan import PipelineSchedule
 
 # What `train` runs when nothing is said: a small GPT on the text that comes with the interpreter.

@@ -1,9 +1,9 @@
 """JSON Schemas of the configuration files, for editors that check a file while it is typed."""
 
+from comms.errors import ConfigError
 from orchestrator.config.hardware.cluster_file import ClusterFile
 from orchestrator.config.job_file import JobFile
 from orchestrator.config.schema import Section, nearest
-from orchestrator.errors import ConfigError
 
 _FILES: dict[str, type[Section]] = {"cluster": ClusterFile, "job": JobFile}
 

@@ -15,9 +15,9 @@ from typing import Annotated, Any, TypeVar, get_args
 from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, GetJsonSchemaHandler, ValidationError
 from pydantic_core import CoreSchema, ErrorDetails, PydanticCustomError, core_schema
 
-from comms.units import EXAMPLES, Quantity, UnitError, format_quantity, parse, pattern
+from comms.errors import ConfigError, UnitError, combined
+from comms.units import EXAMPLES, Quantity, format_quantity, parse, pattern
 from orchestrator.config.yaml_file import Document, Location
-from orchestrator.errors import ConfigError, combined
 
 _MAY_BE_ZERO = {Quantity.TIME, Quantity.POWER, Quantity.HOURLY_PRICE, Quantity.PRICE}
 

@@ -5,8 +5,8 @@ In a checkout they are in `cluster_configs/` beside the packages; an installed p
 
 from pathlib import Path
 
+from comms.errors import ConfigError
 from orchestrator.config.schema import nearest
-from orchestrator.errors import ConfigError
 
 _PACKAGE = Path(__file__).parents[1]
 _FOLDERS = (_PACKAGE / "cluster_configs", _PACKAGE.parent / "cluster_configs")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import yaml
 
-from orchestrator.errors import ConfigError, combined
+from comms.errors import ConfigError, combined
 
 Location = tuple[str | int, ...]
 

@@ -24,7 +24,7 @@ from typing import Any, assert_never
 import torch
 from torch import Tensor, nn
 
-from orchestrator.errors import ModelError
+from comms.errors import ModelError
 from orchestrator.models.builtin_gpt import TP_PLAN, build_gpt, next_token_loss
 from orchestrator.models.model_specs import HF_CONFIGS, ModelSpec, SourceKind, gpt_options, parse_model
 

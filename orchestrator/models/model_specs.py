@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, get_args, get_type_hints
 
-from orchestrator.errors import ModelError
+from comms.errors import ModelError
 
 
 class SourceKind(StrEnum):

@@ -18,14 +18,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from comms.errors import PartitionError, PlanError, ProgramError, UserError, located
 from orchestrator.config.hardware.cluster import Cluster
 from orchestrator.config.job import Dtype, Job
-from orchestrator.errors import CaptureError, PlanError, RunError
 from orchestrator.models.model_specs import SourceKind, parse_model
 from orchestrator.planning.plan_choice import Refusal, choose_plan
 from orchestrator.runs.disk import write_whole
-from partitioner.errors import CaptureError as ModelCannotBeCaptured
-from partitioner.errors import PartitionError, ProgramError
 from partitioner.layout.parallel_plan import Plan
 from partitioner.program.program import Program
 from partitioner.program.program_codec import decode, encode
@@ -89,10 +87,9 @@ def prepare(
         plan = choose_plan(job, cluster, num_params, refused)
         try:
             return _prepared(cluster, job, plan, progress, cacheable)
-        except PlanError as error:
+        except PartitionError as error:
             is_open = job.plan.tp is None or job.plan.pp is None
-            cause = error.__cause__  # a Program that breaks a rule is no refusal, but our bug
-            if not is_open or not isinstance(cause, PartitionError) or isinstance(cause, ProgramError):
+            if not is_open or isinstance(error, ProgramError):  # which is no refusal, but our bug
                 raise
             refused.append(Refusal(plan.tp, plan.pp, error.problem))
 
@@ -128,7 +125,7 @@ def build_model(job: Job, device: str) -> "BuiltModel":
 
 def _partitioned(job: Job, plan: Plan, progress: PhaseReporter) -> Program:
     with progress.phase("import torch"):
-        from partitioner.capture.graph_units import capture
+        from partitioner.capture.graph_units import capture_graph
         from partitioner.lowering.lower import StepShape
     with progress.phase("build model"):
         model = build_model(job, "meta")
@@ -137,7 +134,9 @@ def _partitioned(job: Job, plan: Plan, progress: PhaseReporter) -> Program:
     def graph() -> "Graph":
         batch = model.example_batch(samples, job.seq)
         exact = job.dtype is Dtype.FP64
-        return capture(model.module, batch, samples, tp_plan=model.tp_plan, min_units=plan.pp, exact=exact)
+        return capture_graph(
+            model.module, batch, samples, tp_plan=model.tp_plan, min_units=plan.pp, exact=exact
+        )
 
     shape = StepShape(job.global_batch, job.seq, job.model, str(job.dtype), optimizer_states(job))
     return make_program(graph, plan, shape, progress)
@@ -149,17 +148,10 @@ def make_program(
     """Capture, lower and check: the Program of one step. Raises CaptureError or PlanError."""
     from partitioner.lowering.lower import lower
 
-    try:
-        with progress.phase("capture"):
-            graph = capture()
-    except ModelCannotBeCaptured as error:
-        where, hint = error.where or shape.model, error.hint or "simplify the model"
-        raise CaptureError(error.problem, where, hint) from error
-    try:
-        with progress.phase("partition"):
-            return lower(graph, plan, shape)
-    except PartitionError as error:
-        raise PlanError(error.problem, error.where or "plan", error.hint or "see the plan") from error
+    with located(shape.model, "simplify the model"), progress.phase("capture"):
+        graph = capture()
+    with located("plan", "see the plan"), progress.phase("partition"):
+        return lower(graph, plan, shape)
 
 
 def optimizer_states(job: Job) -> int:
@@ -176,7 +168,7 @@ def optimizer_states(job: Job) -> int:
 
 def optimizer_factory(job: Job) -> "Factory":
     """What makes the job's optimizer from a list of tensors."""
-    from kernels.optimizers import OptimizerError, OptimizerSpec, require_elementwise
+    from kernels.optimizers import OptimizerSpec, require_elementwise
 
     wanted = job.optimizer
     if wanted.name in ("adamw", "sgd"):
@@ -190,11 +182,9 @@ def optimizer_factory(job: Job) -> "Factory":
         raise PlanError(
             f"there is no {name} in {module}", "optimizer.name", "write pkg.module:factory"
         ) from error
-    try:
+    hint = "flat buffers need an elementwise optimizer (adamw, sgd, lion, ...)"
+    with located(f"optimizer {wanted.name}", hint):
         require_elementwise(factory)
-    except OptimizerError as error:
-        raise PlanError(str(error), f"optimizer {wanted.name}",
-                        "flat buffers need an elementwise optimizer (adamw, sgd, lion, ...)") from error  # fmt: skip
     return factory
 
 
@@ -277,5 +267,5 @@ def remember(entry: str, data: bytes) -> None:
     try:
         cache_folder().mkdir(parents=True, exist_ok=True)
         write_whole(cache_folder() / entry, data)
-    except (OSError, RunError):
+    except (OSError, UserError):
         return

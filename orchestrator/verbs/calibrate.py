@@ -9,10 +9,9 @@ from pathlib import Path
 
 from comms.calibration.measured_tables import read_table
 from comms.collectives.schedule import bus_factor
-from comms.errors import CommsError
+from comms.errors import CommsError, ConfigError
 from orchestrator.config.hardware.line_rates import LineRate, line_rate
 from orchestrator.config.hardware.link_calibration import Calibration, Table, calibrate_links
-from orchestrator.errors import ConfigError
 from orchestrator.verbs.inputs.comms_inputs import check_picture, read_op, told, write_picture
 from orchestrator.verbs.inputs.options import Options
 from orchestrator.views.console import Console
@@ -46,8 +45,8 @@ def _read(path: Path, options: Options, console: Console) -> Table:
         table = Table(path.name, read_table(text, str(path), op, options.chips))
     except CommsError as error:
         hint = error.hint.replace("say the operation", "say the operation (--op)")
-        hint = hint.replace("the number of chips", "the number of chips (--chips)")
-        raise ConfigError(error.problem, error.where, hint) from error
+        error.hint = hint.replace("the number of chips", "the number of chips (--chips)")
+        raise
     if table.curve.op is None and "sendrecv" not in text:
         console.warn(f"{path} names no operation: read as messages from chip to chip; --op says otherwise")
     return table

@@ -6,6 +6,7 @@ Needs neither torch nor ray. What is asked for and has no effect is said.
 
 from comms.algorithms.direct import all_to_allv
 from comms.collectives.schedule import Op
+from comms.errors import ConfigError
 from comms.selection.choice import AUTO
 from comms.selection.collective import time_collective
 from comms.selection.pricing import Fidelity
@@ -15,7 +16,6 @@ from orchestrator.config.hardware.cluster import Cluster
 from orchestrator.config.hardware.cluster_file import load_cluster
 from orchestrator.config.hardware.latency_tiers import latency_tiers
 from orchestrator.config.shipped import DEFAULT_CLUSTER, cluster_path
-from orchestrator.errors import ConfigError
 from orchestrator.verbs.inputs.comms_inputs import (
     Algorithm,
     check_picture,

@@ -16,11 +16,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from kernels.optimizers import OptimizerError, require_elementwise, states_per_element
+from comms.errors import PlanError, RunError, located
+from kernels.optimizers import require_elementwise, states_per_element
 from orchestrator.config.hardware.cluster import Cluster
 from orchestrator.config.hardware.cluster_file import load_cluster
 from orchestrator.config.shipped import cluster_path
-from orchestrator.errors import PlanError, RunError
 from orchestrator.planning.plan_choice import split_chips
 from orchestrator.planning.preparation import Quiet, make_program
 from orchestrator.runners.executing.chip import Settings
@@ -28,7 +28,7 @@ from orchestrator.runners.executing.chip_state import full_parameters
 from orchestrator.runners.executing.inline import InlineExecutor
 from orchestrator.runners.starting import num_workers
 from orchestrator.runs.batches import split_batch
-from partitioner.capture.graph_units import capture
+from partitioner.capture.graph_units import capture_graph
 from partitioner.capture.tracing import LossFunction
 from partitioner.layout.parallel_plan import Plan
 from partitioner.lowering.lower import step_shape
@@ -121,7 +121,7 @@ class DistributedStep:
             undecayed=_undecayed(self.model, self.optimizer),
         )
         graph = partial(
-            capture, self.model, example, size,
+            capture_graph, self.model, example, size,
             loss_fn=self.loss_fn, frozen=frozenset(names), min_units=plan.pp,
         )  # fmt: skip
         program = make_program(graph, plan, shape, Quiet())
@@ -139,12 +139,9 @@ def distribute(
     `model(**batch)` returns the loss, or `loss_fn(output, **batch)` does. Without a `plan` one is chosen at the first
     batch. Raises UserError.
     """
-    try:
+    hint = "use an elementwise optimizer (AdamW, SGD, Lion, ...)"
+    with located(type(optimizer).__name__, hint):
         require_elementwise(_factory(optimizer))
-    except OptimizerError as error:
-        raise PlanError(
-            str(error), type(optimizer).__name__, "use an elementwise optimizer (AdamW, SGD, Lion, ...)"
-        ) from error
     if optimizer.state:
         raise PlanError("the optimizer has stepped before: its state would be lost", type(optimizer).__name__,
                         "give a new optimizer")  # fmt: skip

@@ -11,12 +11,11 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from comms import wording
-from comms.errors import CommsError
+from comms.errors import ConfigError, FitError, located
 from comms.selection.collective import LOADING
 from comms.selection.pricing import Fidelity
 from kernels.chips import Chip
 from orchestrator.config.hardware.cluster import Cluster
-from orchestrator.errors import ClusterError, ConfigError, FitError, PlanError
 from orchestrator.planning.preparation import Prepared
 from orchestrator.runners.timing.simulated import SimulatedStep, simulate_step
 from orchestrator.runners.timing.step_costs import DEFAULT_DTYPE, NS_PER_S, ClusterCosts
@@ -29,7 +28,6 @@ from orchestrator.verbs.inputs.options import Options
 from orchestrator.verbs.inputs.planned_inputs import prepare
 from orchestrator.views.console import Console, Table, pairs
 from orchestrator.views.perfetto import trace_gz
-from partitioner.errors import ProgramError
 from partitioner.layout.parallel_plan import plan_to_yaml
 from partitioner.program.peak_memory import MemoryClass, RoleMemory, peak_memory
 from partitioner.program.program import Program
@@ -181,16 +179,13 @@ def simulate(
     """
     started = clock()
     used = cluster.take(program.num_chips)
-    try:
-        if chosen_fidelity(used, fidelity) is Fidelity.FULL:
-            step = _every_chip(program, used)
-        else:
-            costs = ClusterCosts(program, used)
-            step = simulate_step(program, costs)
-            found = ((CONDITIONS, not used.conditions.is_calm), (UNEVEN, costs.sits_unevenly))
-            step = replace(step, left_out=(*step.left_out, *(what for what, is_so in found if is_so)))
-    except ProgramError as error:
-        raise PlanError(error.problem, error.where, error.hint) from error
+    if chosen_fidelity(used, fidelity) is Fidelity.FULL:
+        step = _every_chip(program, used)
+    else:
+        costs = ClusterCosts(program, used)
+        step = simulate_step(program, costs)
+        found = ((CONDITIONS, not used.conditions.is_calm), (UNEVEN, costs.sits_unevenly))
+        step = replace(step, left_out=(*step.left_out, *(what for what, is_so in found if is_so)))
     memory = peak_memory(program)
     return SimulationResult(program, used, step, memory, clock() - started)
 
@@ -216,14 +211,12 @@ def _every_chip(program: Program, cluster: Cluster) -> SimulatedStep:
     from orchestrator.runners.timing.every_chip import simulate_every_chip
     from orchestrator.runners.timing.traffic import ProgramTraffic
 
-    try:
+    with located(cluster.origin):
         site = site_of(cluster.network, program.num_chips, cluster.conditions)
         others = tuple(background_jobs(site))
         traffic = ProgramTraffic(program, site.network, site.resolved.conditions, site.topology, others)
         costs = ClusterCosts(program, cluster)
         return simulate_every_chip(program, costs, traffic, slow=site.resolved.work_factors)
-    except CommsError as error:
-        raise ClusterError(error.problem, error.where or cluster.origin, error.hint) from error
 
 
 def require_fit(result: SimulationResult) -> None:

@@ -14,10 +14,10 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
+from comms.errors import ConfigError, ModelError
 from comms.wording import scaled, seconds
 from orchestrator.config.hardware.cluster import Cluster, Device
 from orchestrator.config.job import Job
-from orchestrator.errors import ConfigError, ModelError
 from orchestrator.planning.preparation import Prepared, build_model, prepare
 from orchestrator.runners.executing.measured_timeline import measured_timeline
 from orchestrator.runs import metrics, run_dir

@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 import torch
 
 from comms import wording
+from comms.errors import PlanError
 from orchestrator.config.hardware.cluster import Cluster
 from orchestrator.config.job import Dtype, Job
-from orchestrator.errors import PlanError
 from orchestrator.planning.preparation import PhaseReporter as Shown
 from orchestrator.planning.preparation import Prepared, Quiet, build_model, prepare
 from orchestrator.verbs.inputs.options import Options

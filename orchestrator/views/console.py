@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from comms import wording
-from orchestrator.errors import UserError
+from comms.errors import UserError
 from orchestrator.views.training_view import StepLine, TrainingView, plain_line
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ class Console:
     def error(self, error: UserError) -> None:
         """What, where and what to do, one line each, for the error and those it leads."""
         for finding in error.findings:
-            self.say(f"error: {finding.problem}\n  at: {finding.where}\n  do: {finding.hint}")
+            self.say(f"error: {finding.text}")
 
     def results(self, document: Mapping[str, object], tables: Sequence[Table] = ()) -> None:
         """The answer: `document` as JSON with `as_json`, otherwise the tables."""

@@ -13,11 +13,11 @@ import torch
 from torch import nn
 from torch.fx import Node
 
+from comms.errors import CaptureError
 from partitioner.capture import loss
 from partitioner.capture.captured_graph import Graph, Side, Template, Unit, spec_of, template_flops
 from partitioner.capture.exact_float64 import ExactFloat64
 from partitioner.capture.tracing import Captured, LossFunction, ModuleCall, trace_module
-from partitioner.errors import CaptureError
 from partitioner.layout.tp_styles import param_styles
 
 
@@ -32,7 +32,7 @@ class Dependence(IntEnum):
 SPACES = {"params": Dependence.MODEL, "batch": Dependence.BATCH, "buffers": Dependence.CONSTANT}
 
 
-def capture(
+def capture_graph(
     module: nn.Module,
     batch: Mapping[str, torch.Tensor],
     num_samples: int,
@@ -78,11 +78,7 @@ def _dependences(captured: Captured) -> dict[Node, Dependence]:
     for node in captured.graph_module.graph.nodes:
         if node.op == "placeholder":
             space = captured.names[node.name].split(":")[0]
-            depends[node] = {
-                "params": Dependence.MODEL,
-                "batch": Dependence.BATCH,
-                "buffers": Dependence.CONSTANT,
-            }[space]
+            depends[node] = SPACES[space]
         elif node.op != "output":
             depends[node] = max((depends[n] for n in node.all_input_nodes), default=Dependence.CONSTANT)
     return depends

@@ -12,10 +12,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
+from comms.errors import PartitionError
 from partitioner.capture.captured_graph import SHORT, Graph
-from partitioner.capture.graph_units import capture
+from partitioner.capture.graph_units import capture_graph
 from partitioner.capture.tracing import LossFunction
-from partitioner.errors import PartitionError
 from partitioner.layout.fused_projections import unfuse
 from partitioner.layout.joint_trace import param_dims, tensor_parallel_mesh, trace_joint
 from partitioner.layout.parallel_plan import Plan, Task, balance
@@ -28,8 +28,9 @@ from partitioner.lowering.flat_buffers import (
     reduce_gradients,
 )
 from partitioner.lowering.pieces import TracedUnit, split_joint
-from partitioner.lowering.role_builder import RoleBuilder, SegmentPool, touched
+from partitioner.lowering.role_builder import RoleBuilder, SegmentPool
 from partitioner.lowering.stage import StageContext, emit_stage
+from partitioner.program.instructions import named
 from partitioner.program.program import Call, Free, Program, Role, TensorSpec
 from partitioner.program.static_check import require_valid
 
@@ -82,7 +83,7 @@ def partition(
                              where="batch", hint=f"use a multiple of {parts}")  # fmt: skip
     size = shape.samples // parts
     microbatch = {name: value[:size] for name, value in batch.items()}
-    return lower(capture(module, microbatch, size, loss_fn=loss_fn, min_units=plan.pp), plan, shape)
+    return lower(capture_graph(module, microbatch, size, loss_fn=loss_fn, min_units=plan.pp), plan, shape)
 
 
 def lower(
@@ -230,7 +231,7 @@ def _emit_evaluation(role: RoleBuilder, plan: Plan, losses: tuple[int, int] | No
     alive: dict[int, None] = {}
     for name in ("recv_forward", "forward", "send_forward"):
         for instruction in role.bodies.get(name, []):
-            alive |= {t: None for t in touched(instruction) if role.tensors[t].is_per_microbatch}
+            alive |= {t: None for t in named(instruction) if role.tensors[t].is_per_microbatch}
             if isinstance(instruction, Free):
                 alive = {t: None for t in alive if t not in instruction.tensors}
     role.body("drop")

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from partitioner.lowering.pieces import CollectivePiece, Piece, SegmentPiece
+from partitioner.program.instructions import named
 from partitioner.program.program import (
     Body,
     Collective,
@@ -14,10 +15,8 @@ from partitioner.program.program import (
     Group,
     Instruction,
     Operation,
-    Recv,
     Reduction,
     Segment,
-    Send,
     Tensor,
     TensorKind,
     TensorSpec,
@@ -131,7 +130,7 @@ class RoleBuilder:
         last: dict[int, tuple[str, int]] = {}
         for name in order:
             for index, instruction in enumerate(self.bodies.get(name, [])):
-                for tensor in touched(instruction):
+                for tensor in named(instruction):
                     if self.tensors[tensor].is_per_microbatch:
                         last[tensor] = (name, index)
         due: dict[tuple[str, int], list[int]] = {}
@@ -154,13 +153,3 @@ class RoleBuilder:
             count += len(instructions)
             done.append(Body(name, tuple(numbered)))
         return tuple(done)
-
-
-def touched(instruction: Instruction) -> tuple[int, ...]:
-    """Tensors an instruction reads, writes or moves."""
-    if isinstance(instruction, Send | Recv):
-        return (instruction.tensor,)
-    if isinstance(instruction, Wait | Free):
-        return instruction.tensors
-    reads = getattr(instruction, "reads", ())
-    return (*reads, *getattr(instruction, "writes", ()))

@@ -53,13 +53,13 @@ class Finished:
 
 def emit_stage(role: RoleBuilder, context: StageContext) -> Finished:
     """Emit every per-microbatch body of `role`."""
-    emitter = _Stage(role, context)
+    emitter = _StageEmitter(role, context)
     emitter.forward()
     emitter.backward()
     return emitter.finished
 
 
-class _Stage:
+class _StageEmitter:
     def __init__(self, role: RoleBuilder, context: StageContext) -> None:
         self.role, self.context, self.graph = role, context, context.graph
         self.units = context.units(role.stage)
@@ -99,8 +99,8 @@ class _Stage:
         needed = {v for i in self.units for v in graph.units[i].frees}
         if any(graph.loss in graph.units[i].outputs for i in self.units):
             needed.add(graph.count)
-        inputs = _Side(graph.inputs, [v for v in graph.inputs.outputs if v in needed])
-        constants = _Side(
+        inputs = _NeededSide(graph.inputs, [v for v in graph.inputs.outputs if v in needed])
+        constants = _NeededSide(
             graph.constants, [v for v in graph.constants.outputs if v in needed | set(inputs.reads)]
         )
         for side, body, kind in (
@@ -230,7 +230,7 @@ class _Stage:
         return terms[0]
 
 
-class _Side:
+class _NeededSide:
     """The part of a side graph that makes `wanted`: the values it reads, its ops, what it makes."""
 
     def __init__(self, side: Side, wanted: Sequence[str]) -> None:

@@ -12,7 +12,7 @@ from typing import Any, Generic, TypeVar
 
 import msgpack
 
-from partitioner.errors import ProgramError
+from comms.errors import ProgramError
 from partitioner.program.instructions import FIELDS, INSTRUCTIONS
 from partitioner.program.program import (
     VERSION,
@@ -85,7 +85,7 @@ def decode(data: bytes) -> Program:
         raise ProgramError(f"the Program is damaged: {error}", where="program", hint=hint) from error
 
 
-class _Table(Generic[Item]):
+class _Positions(Generic[Item]):
     """Distinct items in order of first use."""
 
     def __init__(self) -> None:
@@ -97,9 +97,9 @@ class _Table(Generic[Item]):
 
 class _Tables:
     def __init__(self) -> None:
-        self.specs: _Table[TensorSpec] = _Table()
-        self.ops: _Table[Operation] = _Table()
-        self.groups: _Table[Group] = _Table()
+        self.specs: _Positions[TensorSpec] = _Positions()
+        self.ops: _Positions[Operation] = _Positions()
+        self.groups: _Positions[Group] = _Positions()
         self.positions: Mapping[Holds, Callable[[Any], int]] = {
             Holds.OP: OPS.index, Holds.REDUCTION: REDUCTIONS.index, Holds.GROUP: self.groups,
         }  # fmt: skip
@@ -155,7 +155,7 @@ def _run(ids: Iterable[int]) -> list[int] | int:
 
 
 def _calls(calls: Sequence[Call]) -> tuple[list[str], list[int], list[int]]:
-    names: _Table[str] = _Table()
+    names: _Positions[str] = _Positions()
     numbers = [names(call.body) for call in calls]
     return list(names.positions), numbers, [call.microbatch for call in calls]
 

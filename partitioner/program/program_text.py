@@ -19,7 +19,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from partitioner.errors import ProgramError
+from comms.errors import ProgramError
 from partitioner.program.instructions import fail, instruction_text, read_id, read_instruction, read_number
 from partitioner.program.program import (
     DTYPE_BYTES,

@@ -33,7 +33,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
 
-from partitioner.errors import ProgramError
+from comms.errors import ProgramError
 from partitioner.program.instructions import named, reads, writes
 from partitioner.program.machine import Key, Machine, Post
 from partitioner.program.program import (

@@ -10,8 +10,9 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from comms.errors import ChipError
 from comms.units import Quantity, format_quantity, parse
-from kernels.catalog_figures import ChipError, Figures
+from kernels.catalog_figures import Figures
 from kernels.chips import (
     CATALOG,
     FALLBACKS,

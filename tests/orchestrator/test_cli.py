@@ -8,8 +8,8 @@ from types import ModuleType
 
 import pytest
 
+from comms.errors import FitError, HangError, RunError, UserError
 from orchestrator import cli
-from orchestrator.errors import FitError, HangError, OrchestrateError, RunError, UserError
 from orchestrator.verbs.inputs.options import Options, Runner
 from orchestrator.views.console import Console
 
@@ -124,7 +124,7 @@ def test_a_traceback_comes_with_verbose(orchestrate, verb):
 
 
 def test_an_error_without_a_place_is_still_one_line(orchestrate, verb):
-    verb("simulate", raising(OrchestrateError("it broke")))
+    verb("simulate", raising(RunError("it broke")))
     ran = orchestrate("simulate")
     assert ran.code == 1
     assert ran.err == "error: it broke\n"

@@ -11,12 +11,11 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, GetCoreSchemaHandler, GetJsonSchemaHandler
 from pydantic_core import CoreSchema, core_schema
 
+from comms.errors import ConfigError, located
 from comms.units import Quantity
-from kernels.catalog_figures import ChipError
 from kernels.chips import Chip, chip_document, chip_keys, parse_chip
 from orchestrator.config.schema import Section, Unit, field_error, nearest
 from orchestrator.config.yaml_file import Document, Location
-from orchestrator.errors import ConfigError
 
 _FIGURE_KEYS = ("value", "source")
 
@@ -174,11 +173,9 @@ def described_chip(document: Document, location: Location, like: str | None) -> 
     if not like:
         own.setdefault("key", own.get("name", "unnamed"))
         own.setdefault("name", own["key"])
-    try:
+    hint = "add the figure, or start from a catalog chip with `like:`"
+    with located(document.where(location), hint):
         return parse_chip(_laid_over(base, own))
-    except ChipError as error:
-        hint = "add the figure, or start from a catalog chip with `like:`"
-        raise ConfigError(str(error), document.where(location), hint) from error
 
 
 _BLANK: dict[str, object] = {

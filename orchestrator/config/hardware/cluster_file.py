@@ -16,6 +16,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from comms.errors import ClusterError, combined
 from comms.networks.layers import Spread
 from comms.networks.links import Link
 from kernels.chips import DEFAULT_HOST_LATENCY_S, Chip, Port
@@ -34,7 +35,6 @@ from orchestrator.config.hardware.protocols import best_share, library_of
 from orchestrator.config.hardware.tiers import Fabric, Level, build_network, issue_times
 from orchestrator.config.schema import CountOr, HourlyPrice, Power, Section, validate
 from orchestrator.config.yaml_file import Document, Location, read_yaml
-from orchestrator.errors import ClusterError, combined
 
 FRAME_NBYTES = 1500.0  # of a packet where switches store and forward: the payload of an Ethernet frame
 

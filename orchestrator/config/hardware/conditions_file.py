@@ -14,7 +14,7 @@ from pydantic import Field, GetCoreSchemaHandler, GetJsonSchemaHandler
 from pydantic_core import CoreSchema, core_schema
 
 from comms.collectives.schedule import Op
-from comms.errors import CommsError
+from comms.errors import ClusterError, located
 from comms.networks.conditions import (
     CALM,
     Background,
@@ -30,7 +30,6 @@ from comms.networks.conditions import (
 from comms.networks.network import Network, TierKind
 from orchestrator.config.schema import Section, Size, Time, field_error, nearest
 from orchestrator.config.yaml_file import Document, Location
-from orchestrator.errors import ClusterError
 
 _CHIP = re.compile(r"\s*(?:chip\s*)?([0-9]+)\s*")
 _RANGE = re.compile(r"\s*([0-9]+)\s*-\s*([0-9]+)\s*")
@@ -195,10 +194,7 @@ def described(
         background=tuple(_background(each, at, document) for at, each in enumerate(section.background)),
     )
     if num_chips is not None:
-        try:
-            check_chips(found, num_chips)
-        except CommsError as error:
-            raise ClusterError(error.problem, error.where, error.hint) from error
+        check_chips(found, num_chips)
     return found
 
 
@@ -248,10 +244,8 @@ def _tier(word: str, at: Location, network: Network, document: Document) -> str:
 
 
 def _flaps(section: FlapsSection, at: Location, document: Document) -> Flaps:
-    try:
+    with located(document.where((*HERE, *at, "flaps"))):
         return Flaps(section.down, section.every, section.first)
-    except CommsError as error:
-        raise _error(document, (*at, "flaps"), error.problem, error.hint) from error
 
 
 def _chip(section: ChipFaultSection, number: int, document: Document) -> ChipFault:

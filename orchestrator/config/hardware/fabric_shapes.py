@@ -9,12 +9,13 @@
 A rate that the file leaves out is what the chips bring, spread evenly over the links that a chip has in the shape.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from typing import NoReturn
 
-from comms.errors import CommsError
+from comms.errors import ClusterError, CommsError
 from comms.networks.fabrics.dragonfly import Arrangement, Dragonfly, Routing
 from comms.networks.fabrics.edge_list import Duplex, Edge, Graph
 from comms.networks.fabrics.switch_tree import Tree
@@ -30,7 +31,6 @@ from orchestrator.config.hardware.network_sections import (
     ShapeSection,
 )
 from orchestrator.config.yaml_file import Document, Location
-from orchestrator.errors import ClusterError
 
 SWITCH = "switch"
 # What each shape makes use of besides latency and bandwidth; anything else would have no effect.
@@ -45,6 +45,16 @@ USES: dict[str, frozenset[str]] = {
 }
 OPTIONAL = ("dims", "links", "long_links", "arrangement", "routing", "reduces", "duplex", "through_chips")
 DRAGONFLY_DIMS = 3
+
+
+@contextmanager
+def described(where: str, hint: str) -> Iterator[None]:
+    """What is wrong with a network, where a file describes it: what the network calls the part goes before the rest."""
+    try:
+        yield
+    except CommsError as error:
+        part = f"{error.where}: " if error.where else ""
+        raise ClusterError(f"{part}{error.problem}", where, error.hint or hint) from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,12 +143,9 @@ class Drawing:
     def shape(self, num_chips: int, link: Link, efficiency: float, name: str, earlier_s: float) -> Shape:
         """The shape over so many chips; `link` is the section's, `earlier_s` what all latencies are quicker by."""
         self.check_size(num_chips)
-        try:
+        key = "edges" if self.kind == "edges" else "dims"
+        with described(self.document.where((*self.at, key)), "change the shape"):
             return shape_of(self._topology(num_chips, link, efficiency, name, earlier_s))
-        except CommsError as error:
-            hint = error.hint or "change the shape"
-            key = "edges" if self.kind == "edges" else "dims"
-            raise ClusterError(str(error), self.document.where((*self.at, key)), hint) from error
 
     def _topology(
         self, num_chips: int, link: Link, efficiency: float, name: str, earlier_s: float

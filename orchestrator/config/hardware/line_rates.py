@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from math import inf
 from pathlib import Path
 
+from comms.errors import ConfigError
 from comms.networks.network import Tier, TierKind
 from kernels.chips import Port
 from orchestrator.config.hardware.cluster import Cluster
@@ -19,7 +20,6 @@ from orchestrator.config.hardware.network_sections import LibrarySection, LinkSe
 from orchestrator.config.hardware.tiers import PCIE_ROOT
 from orchestrator.config.schema import validate
 from orchestrator.config.yaml_file import Document, read_yaml
-from orchestrator.errors import ConfigError
 
 
 @dataclass(frozen=True, slots=True)

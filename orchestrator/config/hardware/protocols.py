@@ -11,12 +11,12 @@ from collections.abc import Sequence
 
 from comms.algorithms.catalog import names as algorithm_names
 from comms.collectives.schedule import Op
+from comms.errors import ClusterError
 from comms.networks.links import Protocol
 from orchestrator.config.hardware.cluster import Library
 from orchestrator.config.hardware.network_sections import LibrarySection, ProtocolSection
 from orchestrator.config.schema import nearest
 from orchestrator.config.yaml_file import Document, Location
-from orchestrator.errors import ClusterError
 
 
 def best_share(efficiency: float, sections: Sequence[ProtocolSection]) -> float:

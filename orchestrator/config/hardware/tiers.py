@@ -20,16 +20,15 @@ Not modelled: PCIe traffic and network traffic of one chip in each other's way w
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from comms.errors import CommsError
+from comms.errors import ClusterError
 from comms.networks.fabrics.switch_tree import Tree
 from comms.networks.layers import Spread, Switch, Trunk, half_latencies
 from comms.networks.links import Link
 from comms.networks.network import UNBOUNDED, Network, Tier, TierKind, layered, switched
 from comms.networks.shapes import Shape
 from orchestrator.config.hardware.cluster import PLAIN_LIBRARY, Host, Library, Nics, Pcie
-from orchestrator.config.hardware.fabric_shapes import Drawing
+from orchestrator.config.hardware.fabric_shapes import Drawing, described
 from orchestrator.config.yaml_file import Document
-from orchestrator.errors import ClusterError
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,17 +109,14 @@ def build_network(
     inside = _pcie(unit, document)
     reach = fabric.domain if fabric else 1
     _check_joined(max(reach, per_host if inside.steps else 1), per_host, document)
-    try:
+    where = document.where(("scale_up",) if fabric else ("scale_out",))
+    with described(where, "make each group a whole number of the groups inside it"):
         if num_hosts == 1:
             tiers += _tiers(_tree(per_host, inside.steps), tiers, inside, ()) if inside.steps else []
         elif reach < total:
             _check_levels(levels, num_hosts, document)
             tiers += _leaving(unit, tiers, inside, levels, total)
         return Network(tuple(tiers or [_alone(unit[0])]))
-    except CommsError as error:
-        hint = error.hint or "make each group a whole number of the groups inside it"
-        where = document.where(("scale_up",) if fabric else ("scale_out",))
-        raise ClusterError(str(error), where, hint) from error
 
 
 def issue_times(

@@ -1,8 +1,8 @@
 """Comms inputs: from what the command line says of a collective to values, with errors that name the flag."""
 
 import csv
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,14 +11,13 @@ import numpy as np
 from comms.algorithms.catalog import names
 from comms.collectives.schedule import Op, Schedule
 from comms.collectives.schedule_text import load_schedule
-from comms.errors import CommsError
+from comms.errors import CommsError, ConfigError, located
 from comms.networks.topology import FloatArray
 from comms.selection.choice import AUTO
 from comms.selection.size_sweep import sizes_between
 from comms.synthesis.synthesis import NAME as SYNTHESIZED
-from comms.units import Quantity, UnitError, parse
+from comms.units import Quantity, parse
 from orchestrator.config.schema import nearest
-from orchestrator.errors import ConfigError
 from orchestrator.runs.disk import write_whole
 from orchestrator.views.console import Console
 
@@ -35,14 +34,9 @@ class Algorithm:
     schedule: Schedule | None = None
 
 
-@contextmanager
-def told(where: str) -> Iterator[None]:
+def told(where: str) -> AbstractContextManager[None]:
     """What is wrong with networks, schedules and measurements, as the user's error."""
-    try:
-        yield
-    except CommsError as error:
-        hint = error.hint or "change what is asked for"
-        raise ConfigError(error.problem, FLAGS.get(error.where, error.where) or where, hint) from error
+    return located(where, "change what is asked for", FLAGS)
 
 
 def read_op(text: str | None) -> Op:
@@ -63,10 +57,8 @@ def is_uneven(text: str | None) -> bool:
 
 def read_size(text: str, flag: str) -> float:
     """A whole number of bytes, with its unit."""
-    try:
+    with located(flag):
         nbytes = parse(text, Quantity.SIZE)
-    except UnitError as error:
-        raise ConfigError(error.problem, flag, error.hint) from error
     if nbytes != int(nbytes):
         raise ConfigError(f"{text} is {nbytes:g} bytes", flag, "give a whole number of bytes")
     if nbytes > MOST_NBYTES:

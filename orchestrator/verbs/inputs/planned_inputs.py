@@ -4,17 +4,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from comms.errors import ConfigError, PlanError
 from orchestrator.config.hardware.cluster import Cluster
 from orchestrator.config.hardware.cluster_file import cluster_from
 from orchestrator.config.job import Job
 from orchestrator.config.job_file import job_document, job_from, load_job
 from orchestrator.config.shipped import DEFAULT_CLUSTER, cluster_path
 from orchestrator.config.yaml_file import Document, read_yaml
-from orchestrator.errors import ConfigError, PlanError
 from orchestrator.planning import preparation
 from orchestrator.planning.preparation import PhaseReporter, Prepared
 from orchestrator.verbs.inputs.options import Options
-from partitioner.errors import PartitionError
 from partitioner.layout.parallel_plan import Plan, plan_from_yaml
 
 # What `train` shows when neither a job nor a model nor a plan is asked for: every kind of parallelism at once.
@@ -77,8 +76,6 @@ def read_plan(path: Path | None) -> Plan | None:
         return plan_from_yaml(path.read_text(encoding="utf-8"), str(path))
     except OSError as error:
         raise PlanError("the plan cannot be read", str(path), "check the path") from error
-    except PartitionError as error:
-        raise PlanError(error.problem, error.where, error.hint) from error
 
 
 def from_config(config: Mapping[str, object], plan: Plan | None, origin: str) -> Inputs:

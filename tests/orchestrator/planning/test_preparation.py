@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
+from comms.errors import CaptureError, ModelError, PlanError
 from orchestrator.config.job import Dtype
-from orchestrator.errors import CaptureError, ModelError, PlanError
 from orchestrator.planning import preparation
 from orchestrator.planning.preparation import prepare
 from partitioner.layout.parallel_plan import PipelineSchedule, Plan

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from comms.errors import CommsError
-from orchestrator.errors import ConfigError
+from comms.errors import CommsError, ConfigError
 from orchestrator.verbs.inputs.comms_inputs import told
 
 CONFIGS = Path(__file__).parents[3] / "cluster_configs"

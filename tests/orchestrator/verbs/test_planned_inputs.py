@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from comms.errors import ConfigError, PlanError
 from orchestrator.config.hardware.cluster_file import load_cluster
 from orchestrator.config.job_file import load_job
 from orchestrator.config.shipped import cluster_path
-from orchestrator.errors import ConfigError, PlanError
 from orchestrator.planning.preparation import Quiet
 from orchestrator.verbs.inputs.options import Options
 from orchestrator.verbs.inputs.planned_inputs import DEMONSTRATION, from_config, prepare, read_plan, resolve

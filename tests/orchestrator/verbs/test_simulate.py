@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from comms.errors import ClusterError, FitError, PlanError
 from orchestrator.config.hardware.cluster_file import load_cluster
 from orchestrator.config.job_file import load_job
-from orchestrator.errors import ClusterError, FitError, PlanError
 from orchestrator.models import model_builder
 from orchestrator.planning.preparation import Prepared
 from orchestrator.runners.timing.simulated import simulate_step

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from comms.collectives.schedule import Op
+from comms.errors import ClusterError, ConfigError
 from comms.networks.conditions import Background, ChipFault, Described, LinkFault, Reach
 from comms.networks.groups import Lattice
 from comms.selection.choice import choose
@@ -15,7 +16,6 @@ from comms.selection.pricing import Fidelity, groups_of, job_of
 from comms.simulation import full
 from orchestrator.config.hardware.cluster_file import load_cluster
 from orchestrator.config.job_file import load_job
-from orchestrator.errors import ClusterError, ConfigError
 from orchestrator.models import model_builder
 from orchestrator.planning.preparation import Prepared
 from orchestrator.verbs.inputs.options import Options

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
+from comms.errors import ConfigError, RunError
 from orchestrator.config.shipped import cluster_path
 from orchestrator.config.yaml_file import read_yaml
-from orchestrator.errors import ConfigError, RunError
 from orchestrator.runs import checkpoint, run_dir
 from orchestrator.runs.metrics import read_metrics
 from orchestrator.runs.timeline import Origin

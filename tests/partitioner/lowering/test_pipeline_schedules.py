@@ -61,7 +61,7 @@ def makespan(program: Program) -> int:
     clock = [0] * len(machines)
     posted: dict[Key, dict[int, int]] = {}
     while not all(machine.done for machine in machines):
-        before = [machine.story() for machine in machines]
+        before = [(machine.call, machine.index) for machine in machines]
         for chip, machine in enumerate(machines):
             while (item := machine.ready()) is not None:
                 if isinstance(item, Post):
@@ -74,8 +74,8 @@ def makespan(program: Program) -> int:
                 if len(posted[key]) == len(key.chips):
                     machine.arrive(key)
                     clock[chip] = max(clock[chip], *posted[key].values())
-                    before[chip] = ()
-        assert before != [machine.story() for machine in machines], "stuck"
+                    before[chip] = (-1, -1)
+        assert before != [(machine.call, machine.index) for machine in machines], "stuck"
     return max(clock)
 
 

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from comms.errors import ClusterError, ConfigError, UserError
 from comms.networks.links import Link
 from comms.networks.network import TierKind
 from kernels.chips import load_chip
@@ -16,7 +17,6 @@ from orchestrator.config.hardware.cluster import Device
 from orchestrator.config.hardware.cluster_file import ClusterFile, cluster_from, load_cluster
 from orchestrator.config.json_schema import json_schema
 from orchestrator.config.yaml_file import parse_yaml
-from orchestrator.errors import ClusterError, ConfigError, UserError
 
 ROOT = Path(__file__).parents[4]
 SHIPPED = sorted((ROOT / "cluster_configs").glob("*.yaml"))

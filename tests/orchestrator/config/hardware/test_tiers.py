@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from comms.errors import ClusterError
 from comms.networks.fabrics.switch_tree import Tree
 from comms.networks.layers import Spread, Switch
 from comms.networks.links import Link
@@ -15,7 +16,6 @@ from comms.networks.topology import route_latencies
 from orchestrator.config.hardware.cluster_file import cluster_from, load_cluster
 from orchestrator.config.hardware.tiers import Fabric, Level, build_network
 from orchestrator.config.yaml_file import parse_yaml
-from orchestrator.errors import ClusterError
 
 ROOT = Path(__file__).parents[4]
 SHIPPED = sorted((ROOT / "cluster_configs").glob("*.yaml"))
