@@ -74,7 +74,7 @@ class Machine:
         self.index = 0
         self._channels: Counter[tuple[str, tuple[int, ...]]] = Counter()
         self._pending: Counter[tuple[int, int]] = Counter()
-        self._open: dict[Key, Post] = {}
+        self._open: dict[Key, list[tuple[int, int]]] = {}  # what is under way, and the instances it writes
         self._members: dict[Group, tuple[int, ...]] = {}
         self._skip_empty()
 
@@ -102,14 +102,15 @@ class Machine:
             self.index = item.stop
         else:
             self._channels[item.key.kind, item.key.chips] += 1
-            self._open[item.key] = item
-            self._pending.update(self._written(item))
+            written = [self._instance(tensor, item.microbatch) for tensor in writes(item.instruction)]
+            self._open[item.key] = written
+            self._pending.update(written)
             self.index += 1
         self._skip_empty()
 
     def arrive(self, key: Key) -> None:
         """The transfer or collective `key` has finished on this chip."""
-        self._pending.subtract(self._written(self._open.pop(key)))
+        self._pending.subtract(self._open.pop(key))
 
     def blocked_on(self) -> tuple[Key, ...]:
         """Outstanding communications that the next instruction waits for (empty if it does not wait)."""
@@ -119,7 +120,7 @@ class Machine:
         if not isinstance(instruction, Wait):
             return ()
         wanted = {self._instance(t, self.calls[self.call].microbatch) for t in instruction.tensors}
-        return tuple(key for key, post in self._open.items() if wanted & set(self._written(post)))
+        return tuple(key for key, written in self._open.items() if not wanted.isdisjoint(written))
 
     def position(self) -> str:
         """Where the stream stands, for messages: chip, body, microbatch, instruction."""
@@ -144,9 +145,6 @@ class Machine:
 
     def _instance(self, tensor: int, microbatch: int) -> tuple[int, int]:
         return tensor, microbatch if self.role.tensors[tensor].is_per_microbatch else -1
-
-    def _written(self, post: Post) -> list[tuple[int, int]]:
-        return [self._instance(tensor, post.microbatch) for tensor in writes(post.instruction)]
 
     def _key(self, instruction: Send | Recv | Collective) -> Key:
         if isinstance(instruction, Collective):
