@@ -70,11 +70,6 @@ def choose_plan(job: Job, cluster: Cluster, num_params: int, refused: Sequence[R
     return fulfil(wish, cluster, num_params, refused)
 
 
-def split_chips(cluster: Cluster, global_batch: int, num_params: int) -> Plan:
-    """The plan when nothing is asked."""
-    return fulfil(Wish(global_batch), cluster, num_params)
-
-
 def fulfil(wish: Wish, cluster: Cluster, num_params: int, refused: Sequence[Refusal] = ()) -> Plan:
     """The plan that the rule gives for a wish."""
     chips = cluster.num_chips

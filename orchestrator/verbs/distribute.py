@@ -21,7 +21,7 @@ from kernels.optimizers import require_elementwise, states_per_element
 from orchestrator.config.hardware.cluster import Cluster
 from orchestrator.config.hardware.cluster_file import load_cluster
 from orchestrator.config.shipped import cluster_path
-from orchestrator.planning.plan_choice import split_chips
+from orchestrator.planning.plan_choice import Wish, fulfil
 from orchestrator.planning.preparation import Quiet, make_program
 from orchestrator.runners.executing.chip import Settings
 from orchestrator.runners.executing.chip_state import full_parameters
@@ -56,11 +56,8 @@ class DistributedStep:
         outcome = executor.step(float(self.optimizer.param_groups[0]["lr"]), split_batch(batch, self.plan))
         assert outcome.stats is not None
         if not outcome.stats.is_finite:
-            raise RunError(
-                "the loss or a gradient is not finite; the step was skipped",
-                "step",
-                "lower the learning rate",
-            )
+            problem = "the loss or a gradient is not finite; the step was skipped"
+            raise RunError(problem, "step", "lower the learning rate")
         return outcome.stats.loss
 
     def evaluate(self, batch: Mapping[str, torch.Tensor]) -> float:
@@ -94,9 +91,8 @@ class DistributedStep:
 
     def _start(self, batch: Mapping[str, torch.Tensor]) -> InlineExecutor:
         samples = _num_samples(batch)
-        plan = self.plan or split_chips(
-            self.cluster, samples, sum(p.numel() for p in self.model.parameters())
-        )
+        num_params = sum(p.numel() for p in self.model.parameters())
+        plan = self.plan or fulfil(Wish(samples), self.cluster, num_params)
         if plan.num_chips != self.cluster.num_chips:
             raise PlanError(f"the plan is for {plan.num_chips} chips, the cluster has {self.cluster.num_chips}", "plan",
                             f"take chips={plan.num_chips}, or change a degree")  # fmt: skip
@@ -173,23 +169,15 @@ def _undecayed(model: nn.Module, optimizer: torch.optim.Optimizer) -> frozenset[
     """Parameters in groups without weight decay; groups may differ in nothing else."""
     names = {id(p): name for name, p in model.named_parameters()}
     usual = optimizer.defaults.get("weight_decay", 0.0)
+    lr, kind = optimizer.param_groups[0]["lr"], type(optimizer).__name__
     undecayed: set[str] = set()
     for group in optimizer.param_groups:
-        other = [
-            k
-            for k, v in group.items()
-            if k in optimizer.defaults and k not in ("lr", "weight_decay") and v != optimizer.defaults[k]
-        ]
-        if (
-            other
-            or group.get("weight_decay", usual) not in (0.0, usual)
-            or group["lr"] != optimizer.param_groups[0]["lr"]
-        ):
-            raise PlanError(
-                f"parameter groups differ in {', '.join(other) or 'lr or weight_decay'}",
-                type(optimizer).__name__,
-                "groups may only switch weight decay off",
-            )
-        if group.get("weight_decay", usual) == 0.0:
+        settings = [k for k in group if k in optimizer.defaults and k not in ("lr", "weight_decay")]
+        other = [k for k in settings if group[k] != optimizer.defaults[k]]
+        decay = group.get("weight_decay", usual)
+        if other or decay not in (0.0, usual) or group["lr"] != lr:
+            problem = f"parameter groups differ in {', '.join(other) or 'lr or weight_decay'}"
+            raise PlanError(problem, kind, "groups may only switch weight decay off")
+        if decay == 0.0:
             undecayed |= {names[id(p)] for p in group["params"] if id(p) in names}
     return frozenset(undecayed)

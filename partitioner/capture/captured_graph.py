@@ -11,7 +11,7 @@ counts half. Bytes: every tensor operand read once and every result written once
 (fusion is the kernel model's business).
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -104,6 +104,24 @@ def operand(node: Node, index: int) -> Node:
     return found
 
 
+def ancestors(ends: Iterable[Node], belongs: Callable[[Node], bool] = lambda _: True) -> set[Node]:
+    """What `ends` depend on, themselves included, as far as it belongs."""
+    found: set[Node] = set()
+    stack = list(ends)
+    while stack:
+        node = stack.pop()
+        if node not in found and belongs(node):
+            found.add(node)
+            stack.extend(node.all_input_nodes)
+    return found
+
+
+def reads_of(nodes: Iterable[Node]) -> list[Node]:
+    """What these nodes read and none of them makes, in the order of its first use."""
+    inside = dict.fromkeys(nodes)
+    return list(dict.fromkeys(n for node in inside for n in node.all_input_nodes if n not in inside))
+
+
 def spec_of(value: torch.Tensor) -> TensorSpec:
     """Shape and short dtype of a (real or fake) tensor."""
     return TensorSpec(tuple(int(size) for size in value.shape), SHORT[value.dtype])
@@ -152,11 +170,7 @@ def _attention_flops(name: str, args: Any) -> int:
 def _is_causal(name: str, args: Any) -> bool:
     if name == "scaled_dot_product_attention":
         return len(args) > 5 and bool(args[5])
-    position = {
-        "_scaled_dot_product_flash_attention_for_cpu": 4,
-        "_scaled_dot_product_flash_attention_for_cpu_backward": 7,
-    }
-    index = position.get(name, 4)
+    index = 7 if name == "_scaled_dot_product_flash_attention_for_cpu_backward" else 4
     return len(args) > index and args[index] is True
 
 
@@ -164,14 +178,15 @@ def op_bytes(node: Node) -> tuple[int, int]:
     """(bytes read, bytes written)."""
     if node.op != "call_function" or op_name(node.target) in VIEWS:
         return 0, 0
-    reads = sum(
-        t.numel() * t.element_size() for n in node.all_input_nodes for t in _tensors(n.meta.get("val"))
-    )
-    writes = sum(t.numel() * t.element_size() for t in _tensors(node.meta.get("val")))
+    reads, writes = sum(map(_nbytes, node.all_input_nodes)), _nbytes(node)
     name = op_name(node.target)
     if name == "embedding":  # reads only the looked-up rows
         reads = writes
     return (0 if name in FREE else reads), writes
+
+
+def _nbytes(node: Node) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in _tensors(node.meta.get("val")))
 
 
 def _tensors(value: object) -> list[torch.Tensor]:

@@ -5,7 +5,7 @@ microbatch, in every stage that needs it). What is left is cut at the borders of
 too few pieces, at the borders of every top-level submodule. Equal slices share one template.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from enum import IntEnum
 
@@ -15,7 +15,16 @@ from torch.fx import Node
 
 from comms.errors import CaptureError
 from partitioner.capture import loss
-from partitioner.capture.captured_graph import Graph, Side, Template, Unit, spec_of, template_flops
+from partitioner.capture.captured_graph import (
+    Graph,
+    Side,
+    Template,
+    Unit,
+    ancestors,
+    reads_of,
+    spec_of,
+    template_flops,
+)
 from partitioner.capture.exact_float64 import ExactFloat64
 from partitioner.capture.tracing import Captured, LossFunction, ModuleCall, trace_module
 from partitioner.layout.tp_styles import param_styles
@@ -119,13 +128,8 @@ def _pieces(captured: Captured, depends: Mapping[Node, Dependence], borders: lis
             pieces.setdefault(sum(edge <= index for edge in borders), []).append(node)
     merged: list[list[Node]] = []
     for _, nodes in sorted(pieces.items()):
-        has_params = any(
-            n.op == "placeholder"
-            for node in nodes
-            for n in node.all_input_nodes
-            if depends[n] is Dependence.MODEL
-        )
-        if merged and not has_params:
+        read = (n for node in nodes for n in node.all_input_nodes if n.op == "placeholder")
+        if merged and not any(depends[n] is Dependence.MODEL for n in read):
             merged[-1].extend(nodes)
         else:
             merged.append(nodes)
@@ -152,44 +156,42 @@ class _Builder:
         units = tuple(self._unit(piece) for piece in self.pieces)
         total, count = self.ends
         self.free_values[count] = None
-        constants = self._side(Dependence.CONSTANT, self._needed_constants())
-        inputs = self._side(Dependence.BATCH, [n for n in self.free_values if self._is(n, Dependence.BATCH)])
-        names = self.captured.names
+        batch_values = [n for n in self.free_values if self._is(n, Dependence.BATCH)]
         used = {name for unit in units for name in unit.params}
-        params = tuple(
-            n.split(":", 1)[1]
-            for n in names.values()
-            if n.startswith("params:") and n.split(":", 1)[1] in used
-        )
         return Graph(
             units=units,
             templates=tuple(self.templates),
-            constants=constants,
-            inputs=inputs,
+            constants=self._side(Dependence.CONSTANT, self._needed_constants(batch_values)),
+            inputs=self._side(Dependence.BATCH, batch_values),
             specs={
                 self._name(n): spec_of(n.meta["val"])
                 for n in self.depends
                 if isinstance(n.meta.get("val"), torch.Tensor)
             },
-            params=params,
+            params=tuple(name for name in self._placeholders("params") if name in used),
             frozen=self.captured.frozen,
-            batch=tuple(n.split(":", 1)[1] for n in names.values() if n.startswith("batch:")),
-            buffers=tuple(n.split(":", 1)[1] for n in names.values() if n.startswith("buffers:")),
+            batch=self._placeholders("batch"),
+            buffers=self._placeholders("buffers"),
             loss=self._name(total),
             count=self._name(count),
             loss_rule=self.rule,
         )
 
+    def _placeholders(self, space: str) -> tuple[str, ...]:
+        found = (full.partition(":") for full in self.captured.names.values())
+        return tuple(name for of, _, name in found if of == space)
+
     def _is(self, node: Node, on: Dependence) -> bool:
         return self.depends[node] is on
 
     def _name(self, node: Node) -> str:
-        full = self.captured.names.get(node.name)
-        return full.split(":", 1)[1] if full else node.name
+        return self.captured.names.get(node.name, f":{node.name}").partition(":")[2]
+
+    def _names(self, nodes: Iterable[Node]) -> tuple[str, ...]:
+        return tuple(map(self._name, nodes))
 
     def _unit(self, nodes: list[Node]) -> Unit:
-        inside = set(nodes)
-        outer = dict.fromkeys(n for node in nodes for n in node.all_input_nodes if n not in inside)
+        inside, outer = set(nodes), reads_of(nodes)
         params = [n for n in outer if n.op == "placeholder" and self._is(n, Dependence.MODEL)]
         frees = [n for n in outer if not self._is(n, Dependence.MODEL)]
         activations = [n for n in outer if n not in params and n not in frees]
@@ -197,7 +199,7 @@ class _Builder:
         outputs = [
             n for n in nodes if n in self.ends or any(u not in inside and u.op != "output" for u in n.users)
         ]
-        names = tuple(self._name(n) for n in params)
+        names = self._names(params)
         styles = param_styles(
             names, params, inside, self.captured.tp_plan,
             lambda n: self._is(n, Dependence.MODEL), lambda n: self._is(n, Dependence.BATCH),
@@ -207,9 +209,9 @@ class _Builder:
             name=_piece_name(self.captured.calls, nodes),
             template=template,
             params=names,
-            frees=tuple(self._name(n) for n in frees),
-            activations=tuple(self._name(n) for n in activations),
-            outputs=tuple(self._name(n) for n in outputs),
+            frees=self._names(frees),
+            activations=self._names(activations),
+            outputs=self._names(outputs),
         )
 
     def _template(
@@ -220,53 +222,37 @@ class _Builder:
         key = (_structure(nodes, flat, outputs), tuple(map(len, inputs)), styles, frozen)
         if key not in self.known:
             self.known[key] = len(self.templates)
+            graph = _extract(self.captured, nodes, flat, outputs)
             self.templates.append(
                 Template(
-                    graph=_extract(self.captured, nodes, flat, outputs),
+                    graph=graph,
                     inputs=tuple(spec_of(n.meta["val"]) for n in flat),
                     num_params=len(inputs[0]),
                     num_frees=len(inputs[1]),
                     outputs=tuple(spec_of(n.meta["val"]) for n in outputs),
-                    flops=template_flops(_extract(self.captured, nodes, flat, outputs)),
+                    flops=template_flops(graph),
                     tp_styles=styles,
                 )
             )
         return self.known[key]
 
-    def _needed_constants(self) -> list[Node]:
+    def _needed_constants(self, batch_values: Sequence[Node]) -> list[Node]:
         """Constant values that units or the inputs graph read."""
-        needed = dict.fromkeys(n for n in self.free_values if self._is(n, Dependence.CONSTANT))
-        for node in self._closure(
-            [n for n in self.free_values if self._is(n, Dependence.BATCH)], Dependence.BATCH
-        ):
-            needed |= dict.fromkeys(n for n in node.all_input_nodes if self._is(n, Dependence.CONSTANT))
+        read = [n for node in self._made(batch_values, Dependence.BATCH) for n in node.all_input_nodes]
+        needed = dict.fromkeys(n for n in (*self.free_values, *read) if self._is(n, Dependence.CONSTANT))
         return list(needed)
 
-    def _closure(self, outputs: Sequence[Node], on: Dependence) -> list[Node]:
-        """All nodes that depend on `on` and that `outputs` depend on, in graph order."""
-        wanted, stack = set(), list(outputs)
-        while stack:
-            node = stack.pop()
-            if node not in wanted and self._is(node, on):
-                wanted.add(node)
-                stack.extend(node.all_input_nodes)
+    def _made(self, outputs: Sequence[Node], on: Dependence) -> list[Node]:
+        """The operations that depend on `on` and that make `outputs`, in graph order."""
+        wanted = ancestors(outputs, lambda n: self._is(n, on))
         return [n for n in self.depends if n in wanted and n.op != "placeholder"]
 
     def _side(self, on: Dependence, outputs: list[Node]) -> Side:
-        nodes = self._closure(outputs, on)
+        nodes = self._made(outputs, on)
         inside = set(nodes)
-        feeds = [*nodes, *(n for n in outputs if n not in inside)]
-        outer = dict.fromkeys(
-            n
-            for node in feeds
-            for n in ([node] if node not in inside else node.all_input_nodes)
-            if n not in inside
-        )
-        return Side(
-            graph=_extract(self.captured, nodes, list(outer), outputs),
-            inputs=tuple(self._name(n) for n in outer),
-            outputs=tuple(self._name(n) for n in outputs),
-        )
+        outer = list(dict.fromkeys((*reads_of(nodes), *(n for n in outputs if n not in inside))))
+        graph = _extract(self.captured, nodes, outer, outputs)
+        return Side(graph, self._names(outer), self._names(outputs))
 
 
 def _piece_name(calls: Sequence[ModuleCall], nodes: list[Node]) -> str:

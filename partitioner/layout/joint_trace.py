@@ -82,8 +82,9 @@ def trace_joint(
 ) -> Joint:
     """Trace one template; `dims[i]` is where tp cuts parameter i, `first`: no gradient for the activations."""
     tp = mesh.size() if mesh else 1
+    dims = [*dims, *[None] * (len(template.inputs) - len(dims))]  # what is no parameter is replicated
     with FakeTensorMode(allow_non_fake_inputs=True):
-        locals_ = [_local(spec, _dim(dims, i), tp) for i, spec in enumerate(template.inputs)]
+        locals_ = [_local(spec, dim, tp) for spec, dim in zip(template.inputs, dims, strict=True)]
         coordinate = torch.zeros((), dtype=torch.int64)
         differentiable = [i for i, spec in enumerate(template.outputs) if spec.dtype.startswith(("f", "bf"))]
         tangents = [
@@ -139,10 +140,6 @@ def _gradients(
     return torch.autograd.grad([o for o, _ in outputs], sources, [t for _, t in outputs], allow_unused=True)
 
 
-def _dim(dims: Sequence[int | None], index: int) -> int | None:
-    return dims[index] if index < len(dims) else None
-
-
 def _local(spec: Any, dim: int | None, tp: int) -> torch.Tensor:
     shape = list(spec.shape)
     if dim is not None:
@@ -170,8 +167,8 @@ def _forward(
     if mesh is None:
         return list(interpreter.run(*inputs))
     placed = [
-        DTensor.from_local(x, mesh, [_placement(_dim(dims, i))], run_check=False)
-        for i, x in enumerate(inputs)
+        DTensor.from_local(x, mesh, [_placement(dim)], run_check=False)
+        for x, dim in zip(inputs, dims, strict=True)
     ]
     return [o.redistribute(placements=[Replicate()]).to_local() for o in interpreter.run(*placed)]
 

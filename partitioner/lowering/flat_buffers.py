@@ -52,14 +52,11 @@ class FlatGroup:
     update: int
 
 
-def make_groups(
-    role: RoleBuilder, params: Iterable[Param], *, dp: int, zero: int, bucket_bytes: int, states: int
-) -> tuple[FlatGroup, ...]:
+def make_groups(role: RoleBuilder, params: Iterable[Param], plan: Plan, states: int) -> tuple[FlatGroup, ...]:
     """Declare buffers for `params` and the parameter tensors as views into them; frozen ones get no gradient."""
-    groups = []
-    for index, members in enumerate(_buckets(params, bucket_bytes)):
-        groups.append(_declare(role, f"flat{index}", members, dp if zero else 1, states))
-    return tuple(groups)
+    shards = plan.dp if plan.zero else 1
+    buckets = enumerate(_buckets(params, plan.bucket_bytes))
+    return tuple(_declare(role, f"flat{index}", members, shards, states) for index, members in buckets)
 
 
 def _buckets(params: Iterable[Param], bucket_bytes: int) -> list[list[Param]]:

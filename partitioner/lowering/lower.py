@@ -6,8 +6,8 @@ lifetime. `Program.meta` gets the step's facts: `samples`, `tokens`, `model_flop
 `params`, `nominal_count`, `dtype`, `plan`, `model`.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -86,10 +86,8 @@ def partition(
     return lower(capture_graph(module, microbatch, size, loss_fn=loss_fn, min_units=plan.pp), plan, shape)
 
 
-def lower(
-    graph: Graph, plan: Plan, shape: StepShape, progress: Callable[[str], None] = lambda _: None
-) -> Program:
-    """The Program of one training step (and of evaluation), checked. Raises PartitionError or CaptureError."""
+def lower(graph: Graph, plan: Plan, shape: StepShape) -> Program:
+    """The Program of one training step (and of evaluation), checked. Raises PartitionError."""
     undecayed = shape.undecayed
     if undecayed is None:
         undecayed = frozenset(name for name in graph.params if len(graph.specs[name].shape) < MATRIX)
@@ -100,20 +98,19 @@ def lower(
             f"the plan places {sum(sizes)} units, the model has {len(graph.units)}", where="plan: stages",
             hint=f"make the counts add up to {len(graph.units)}",
         )  # fmt: skip
-    traced = _trace_templates(graph, plan, progress)
-    stage_of = [stage for stage, size in enumerate(sizes) for _ in range(size)]
-    context = StageContext(
-        graph, plan, traced, tuple(stage_of), _param_dims(graph, plan), _nominal_count(graph, shape)
-    )
+    dims = _param_dims(graph, plan)
+    stage_of = tuple(stage for stage, size in enumerate(sizes) for _ in range(size))
+    count = (
+        shape.samples * shape.tokens
+    )  # put into the gradients beforehand, as if all tokens of the step counted
+    context = StageContext(graph, plan, _trace_templates(graph, plan, dims), stage_of, dims, count)
     pool = SegmentPool()
-    roles = tuple(
-        _role(context, stage, pool, replace(shape, undecayed=undecayed)) for stage in range(plan.pp)
-    )
+    roles = tuple(_role(context, stage, pool, undecayed, shape.optimizer_states) for stage in range(plan.pp))
     flops = BACKWARD_FLOPS * sum(graph.templates[u.template].flops for u in graph.units)
     meta: dict[str, str | int | float] = {
         "model": shape.model, "dtype": shape.dtype, "plan": str(plan), "samples": shape.samples,
-        "tokens": shape.samples * shape.tokens, "params": graph.param_numel(), "units": len(graph.units),
-        "model_flops": flops * plan.microbatches * plan.dp, "nominal_count": context.nominal_count,
+        "tokens": count, "params": graph.param_numel(), "units": len(graph.units),
+        "model_flops": flops * plan.microbatches * plan.dp, "nominal_count": count,
         "zero": plan.zero, "loss": graph.loss_rule, "schedule": str(plan.schedule), "stages": "+".join(map(str, sizes)),
     }  # fmt: skip
     program = Program(plan.axes, plan.microbatches, tuple(pool.segments), roles, tuple(meta.items()))
@@ -125,11 +122,6 @@ def unit_cost(graph: Graph, index: int) -> float:
     """FLOPs of a unit, plus a byte-sized share so that units without matmuls still weigh something."""
     template = graph.templates[graph.units[index].template]
     return template.flops + sum(spec.nbytes for spec in template.outputs)
-
-
-def _nominal_count(graph: Graph, shape: StepShape) -> int:
-    """The divisor put into the gradients beforehand: all tokens of the step count."""
-    return shape.samples * shape.tokens
 
 
 def _param_dims(graph: Graph, plan: Plan) -> Mapping[str, int | None]:
@@ -148,37 +140,27 @@ def _param_dims(graph: Graph, plan: Plan) -> Mapping[str, int | None]:
 
 
 def _trace_templates(
-    graph: Graph, plan: Plan, progress: Callable[[str], None]
+    graph: Graph, plan: Plan, dims: Mapping[str, int | None]
 ) -> Mapping[tuple[int, bool], TracedUnit]:
     """Trace every (template, is it first) once."""
-    dims = _param_dims(graph, plan)
     traced: dict[tuple[int, bool], TracedUnit] = {}
     with tensor_parallel_mesh(plan.tp) as mesh:
         for unit in graph.units:
             key = (unit.template, not unit.activations)
             if key not in traced:
-                progress(f"tracing {unit.name}")
-                template = graph.templates[unit.template]
                 frozen = [name in graph.frozen for name in unit.params]
-                joint = trace_joint(
-                    template, [dims[name] for name in unit.params], mesh, frozen, first=key[1]
-                )
+                cuts = [dims[name] for name in unit.params]
+                joint = trace_joint(graph.templates[unit.template], cuts, mesh, frozen, first=key[1])
                 traced[key] = split_joint(joint)
     return traced
 
 
-def _role(context: StageContext, stage: int, pool: SegmentPool, shape: StepShape) -> Role:
+def _role(
+    context: StageContext, stage: int, pool: SegmentPool, undecayed: frozenset[str], states: int
+) -> Role:
     plan = context.plan
     role = RoleBuilder(stage, pool)
-    params = _params(context, stage, shape.undecayed or frozenset())
-    groups = make_groups(
-        role,
-        params,
-        dp=plan.dp,
-        zero=plan.zero,
-        bucket_bytes=plan.bucket_bytes,
-        states=shape.optimizer_states,
-    )
+    groups = make_groups(role, _params(context, stage, undecayed), plan, states)
     trained = tuple(g for g in groups if not g.params[0].is_frozen)
     finished = emit_stage(role, context)
     role.add_frees(("recv_forward", "forward", "send_forward", "recv_backward", "backward", "send_backward"))

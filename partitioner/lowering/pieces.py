@@ -4,7 +4,7 @@ Forward is what the unit's outputs need; everything else is backward, as in func
 that pass from one to the other are saved; views are made again from what they view instead of being saved.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -12,7 +12,17 @@ import torch
 from torch.fx import Node
 
 from comms.errors import PartitionError
-from partitioner.capture.captured_graph import SHORT, is_view, op_bytes, op_flops, op_name, operand, spec_of
+from partitioner.capture.captured_graph import (
+    SHORT,
+    ancestors,
+    is_view,
+    op_bytes,
+    op_flops,
+    op_name,
+    operand,
+    reads_of,
+    spec_of,
+)
 from partitioner.layout.joint_trace import Joint
 from partitioner.program.program import CollectiveOp, Operation, Reduction, TensorSpec
 
@@ -78,20 +88,21 @@ def split_joint(joint: Joint) -> TracedUnit:
     results = nodes[-1].args[0]
     assert isinstance(results, tuple | list)
     outputs, grads = results[: joint.num_outputs], results[joint.num_outputs :]
-    forward = _ancestors(outputs)
+    forward = ancestors(outputs)
     forward |= {n for n in nodes if op_name(n.target) == "getitem" and n.args[0] in forward}
-    backward = _backward_nodes([g for g in grads if isinstance(g, Node)], forward)
+    wanted = [g for g in grads if isinstance(g, Node)]
+    backward = ancestors(wanted, lambda n: _is_made_in_backward(n, forward))
     slots: dict[Node, int] = {n: i for i, n in enumerate(placeholders)}
     specs = [spec_of(n.meta["val"]) for n in placeholders]
     calls = [n for n in nodes if n.op == "call_function"]
     forward_nodes, backward_nodes = [n for n in calls if n in forward], [n for n in calls if n in backward]
-    needed_later = _reads(backward_nodes) | {n for n in (*outputs, *grads) if isinstance(n, Node)}
+    needed_later = {*reads_of(backward_nodes), *outputs, *wanted}
     numbering = _Slots(slots, specs)
     forward_pieces = _pieces(forward_nodes, needed_later, numbering)
     for node in backward_nodes:  # what forward made and backward makes again lives in backward's own slot
         if node in forward and node not in outputs:
             numbering.slots.pop(node, None)
-    backward_pieces = _pieces(backward_nodes, {g for g in grads if isinstance(g, Node)}, numbering)
+    backward_pieces = _pieces(backward_nodes, set(wanted), numbering)
     return TracedUnit(
         specs=tuple(numbering.specs),
         coordinate=joint.num_inputs,
@@ -154,35 +165,10 @@ def _inline_scalar(node: Node) -> None:
     node.replace_all_uses_with(made)
 
 
-def _ancestors(outputs: Iterable[object]) -> set[Node]:
-    found: set[Node] = set()
-    stack = [n for n in outputs if isinstance(n, Node)]
-    while stack:
-        node = stack.pop()
-        if node not in found:
-            found.add(node)
-            stack.extend(node.all_input_nodes)
-    return found
-
-
-def _backward_nodes(grads: Sequence[Node], forward: set[Node]) -> set[Node]:
-    """Nodes to run in backward: what is not forward, and forward views (free to make again)."""
-    found: set[Node] = set()
-    stack = list(grads)
-    while stack:
-        node = stack.pop()
-        remade = node not in forward or (
-            is_view(node.target) and op_name(node.target) not in ("wait_tensor", "getitem")
-        )
-        if node not in found and node.op == "call_function" and remade:
-            found.add(node)
-            stack.extend(node.all_input_nodes)
-    return found
-
-
-def _reads(nodes: Iterable[Node]) -> set[Node]:
-    inside = set(nodes)
-    return {n for node in inside for n in node.all_input_nodes if n not in inside}
+def _is_made_in_backward(node: Node, forward: set[Node]) -> bool:
+    """What is not forward's, and forward's views (free to make again)."""
+    is_remade = is_view(node.target) and op_name(node.target) not in ("wait_tensor", "getitem")
+    return node.op == "call_function" and (node not in forward or is_remade)
 
 
 def _is_collective(node: Node) -> bool:

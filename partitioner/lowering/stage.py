@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 
 from torch.fx import Node
 
-from partitioner.capture.captured_graph import Graph, Side, Unit
+from partitioner.capture.captured_graph import Graph, Side, Unit, ancestors
 from partitioner.layout.parallel_plan import Plan
 from partitioner.lowering.flat_buffers import SCALAR
 from partitioner.lowering.pieces import TracedUnit, make_op
@@ -237,12 +237,7 @@ class _NeededSide:
         nodes = list(side.graph.graph.nodes)
         sources = dict(zip((n for n in nodes if n.op == "placeholder"), side.inputs, strict=True))
         results = dict(zip(side.outputs, nodes[-1].args[0], strict=True)) if side.outputs else {}
-        kept, stack = set(), [results[v] for v in wanted]
-        while stack:
-            node = stack.pop()
-            if node not in kept:
-                kept.add(node)
-                stack.extend(node.all_input_nodes)
+        kept = ancestors(results[v] for v in wanted)
         outer = [n for n in nodes if n in kept and n.op == "placeholder"]
         calls: list[Node] = [n for n in nodes if n in kept and n.op == "call_function"]
         number = {n: i for i, n in enumerate([*outer, *calls])}

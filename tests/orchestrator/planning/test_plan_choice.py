@@ -19,7 +19,6 @@ from orchestrator.planning.plan_choice import (
     Wish,
     choose_plan,
     fulfil,
-    split_chips,
 )
 from orchestrator.planning.preparation import prepare
 from partitioner.layout.parallel_plan import PipelineSchedule
@@ -53,7 +52,7 @@ def test_model_parallelism_is_the_least_that_fits(chips: int, tenths: int) -> No
 
 
 def test_small_models_are_only_replicated() -> None:
-    plan = split_chips(POD.take(8), 64, 10**6)
+    plan = fulfil(Wish(64), POD.take(8), 10**6)
     assert (plan.dp, plan.tp, plan.pp, plan.microbatches) == (8, 1, 1, 1)
 
 
