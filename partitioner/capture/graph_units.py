@@ -72,7 +72,7 @@ def build_graph(captured: Captured, *, num_samples: int, min_units: int = 1) -> 
     total, count, rule = loss.rewrite(graph, num_samples)
     depends = _dependences(captured)
     pieces = _pieces(captured, depends, _borders(captured.calls, captured.containers))
-    if len(pieces) < min_units:
+    if len(pieces) < min_units:  # finer cuts cost a segment border each, so only where stages need them
         pieces = _pieces(captured, depends, _top_level_borders(captured.calls))
     if depends[total] is not Dependence.MODEL:
         raise CaptureError(
@@ -97,6 +97,7 @@ def _refuse_random(node: Node) -> None:
     target = node.target
     if not isinstance(target, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded not in target.tags:
         return
+    # attention counts as random to torch because it may drop out; with a probability of zero it does not
     is_attention = "scaled_dot_product" in str(target)
     if is_attention and (len(node.args) < 5 or node.args[4] == 0.0):
         return
@@ -108,7 +109,7 @@ def _refuse_random(node: Node) -> None:
 def _borders(calls: Sequence[ModuleCall], candidates: frozenset[str]) -> list[int]:
     """Starts and ends of the outermost calls of list-like containers' children."""
     chosen: list[ModuleCall] = []
-    for call in sorted(calls, key=lambda c: (c.start, -c.stop)):
+    for call in sorted(calls, key=lambda c: (c.start, -c.stop)):  # outer calls come before those inside them
         nested = any(c.start <= call.start and call.stop <= c.stop for c in chosen)
         if call.path in candidates and not nested and call.stop > call.start:
             chosen.append(call)
@@ -219,6 +220,7 @@ class _Builder:
     ) -> int:
         flat = [n for group in inputs for n in group]
         frozen = tuple(self._name(n) in self.captured.frozen for n in inputs[0])
+        # frozen parameters get no gradient, and styles decide the cut: equal operations alone are not enough
         key = (_structure(nodes, flat, outputs), tuple(map(len, inputs)), styles, frozen)
         if key not in self.known:
             self.known[key] = len(self.templates)
@@ -258,7 +260,9 @@ class _Builder:
 def _piece_name(calls: Sequence[ModuleCall], nodes: list[Node]) -> str:
     """The innermost module call that contains the first node, or the first call inside the slice."""
     first = nodes[0].meta["index"]
-    last = max(n.meta["index"] for n in nodes if n.meta["index"] < loss.END)
+    last = max(
+        n.meta["index"] for n in nodes if n.meta["index"] < loss.END
+    )  # without what the loss's rewriting added
     around = [c for c in calls if c.start <= first and last < c.stop and c.path]
     inside = [c for c in calls if first <= c.start and c.stop <= last + 1 and c.path]
     best = max(around, key=lambda c: c.path.count("."), default=None) or (inside[0] if inside else None)

@@ -57,7 +57,7 @@ def trace_module(
     """Trace `module(**batch)` (then `loss_fn(output, **batch)`, if given) to a graph that returns a scalar.
 
     `batch` may hold real or meta tensors: only shapes and dtypes are used. `tp_plan` maps module-name patterns to
-    tensor-parallel styles (see `styles.py`); without one the model's own is looked for. Raises CaptureError.
+    tensor-parallel styles (see `tp_styles.py`); without one the model's own is looked for. Raises CaptureError.
     """
     _refuse_unsupported(module)
     calls: list[ModuleCall] = []

@@ -95,7 +95,7 @@ def trace_joint(
 
     def joint(*flat: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         inputs, coordinate, seeds = list(flat[: len(locals_)]), flat[len(locals_)], flat[len(locals_) + 1 :]
-        for index in wanted:
+        for index in wanted:  # leaves of their own: gradients end here, at the unit's border
             inputs[index] = inputs[index].detach().requires_grad_()
         with torch.enable_grad(), sharded_ops.coordinate_slices(coordinate) if mesh else nullcontext():
             outputs = _forward(template, inputs, dims, mesh, coordinate)
@@ -137,6 +137,7 @@ def _gradients(
     """Gradients of `sources` for (output, tangent) pairs; None where nothing flows."""
     if not outputs or not sources:
         return (None,) * len(sources)
+    # one call for all outputs: what they share is differentiated once
     return torch.autograd.grad([o for o, _ in outputs], sources, [t for _, t in outputs], allow_unused=True)
 
 
@@ -170,6 +171,7 @@ def _forward(
         DTensor.from_local(x, mesh, [_placement(dim)], run_check=False)
         for x, dim in zip(inputs, dims, strict=True)
     ]
+    # whole at the border, so that units can be cut apart without knowing how their neighbours are laid out
     return [o.redistribute(placements=[Replicate()]).to_local() for o in interpreter.run(*placed)]
 
 

@@ -89,6 +89,8 @@ def split_joint(joint: Joint) -> TracedUnit:
     assert isinstance(results, tuple | list)
     outputs, grads = results[: joint.num_outputs], results[joint.num_outputs :]
     forward = ancestors(outputs)
+    # An element of a tuple stays beside what made the tuple, though only backward reads it (attention's logsumexp):
+    # what crosses from forward to backward are tensors, never tuples.
     forward |= {n for n in nodes if op_name(n.target) == "getitem" and n.args[0] in forward}
     wanted = [g for g in grads if isinstance(g, Node)]
     backward = ancestors(wanted, lambda n: _is_made_in_backward(n, forward))
@@ -97,7 +99,7 @@ def split_joint(joint: Joint) -> TracedUnit:
     calls = [n for n in nodes if n.op == "call_function"]
     forward_nodes, backward_nodes = [n for n in calls if n in forward], [n for n in calls if n in backward]
     needed_later = {*reads_of(backward_nodes), *outputs, *wanted}
-    numbering = _Slots(slots, specs)
+    numbering = _Slots(slots, specs)  # one numbering for both: equal slots are how saved values are named
     forward_pieces = _pieces(forward_nodes, needed_later, numbering)
     for node in backward_nodes:  # what forward made and backward makes again lives in backward's own slot
         if node in forward and node not in outputs:
@@ -146,6 +148,7 @@ def _clean(graph: torch.fx.Graph) -> None:
         )
         if name in ("detach", "alias") or same_shape:
             node.replace_all_uses_with(source)
+    # placeholders stay, used or not: slots are numbered by them; torch would also keep collectives that nobody reads
     graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
 
 
@@ -179,6 +182,7 @@ def _pieces(nodes: Sequence[Node], needed_later: set[Node], slots: _Slots) -> tu
     """Cut a node list at collectives; `needed_later` is what must outlive the list."""
     runs: list[list[Node]] = [[]]
     for node in nodes:
+        # A wait is no piece: whoever reads the result waits for it, which lowering writes after the collective.
         if op_name(node.target) == "wait_tensor":
             continue
         if _is_collective(node):
@@ -212,7 +216,7 @@ def _collective(node: Node, slots: _Slots) -> CollectivePiece:
     source = node.args[0]
     assert isinstance(source, Node)
     write = slots.of(node)
-    for user in node.users:
+    for user in node.users:  # its waits: they are the same value
         slots.slots[user] = write
     return CollectivePiece(op, reduction, slots.of(_source(source)), write)
 

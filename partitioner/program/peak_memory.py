@@ -94,14 +94,12 @@ class Footprint:
 class RoleMemory:
     """One chip of a stage at its fullest: `classes` add up to `peak_bytes`.
 
-    `call_index` counts in the schedule, `instruction` is the id of the one that runs (None: before the first).
+    `call` and `instruction` (its id) say what runs then; None: nothing yet.
     """
 
     stage: int
     peak_bytes: int
     classes: tuple[tuple[MemoryClass, int], ...]
-    resident_bytes: int
-    call_index: int
     call: Call | None
     instruction: int | None
 
@@ -124,20 +122,20 @@ def _role_peak(role: Role, footprints: Sequence[Footprint], schedule: str) -> Ro
     for tensor in role.tensors:
         if tensor.base is None and not tensor.is_per_microbatch:
             now[INDEX[PERSISTENT[tensor.kind]]] += tensor.spec.nbytes
-    resident = peak = total = sum(now)
-    at_peak, place = list(now), (0, None, None)  # type: tuple[list[int], tuple[int, Call | None, int | None]]
+    peak = total = sum(now)
+    at_peak, place = list(now), (None, None)  # type: tuple[list[int], tuple[Call | None, int | None]]
     effects = _Effects(role, footprints)
     states: dict[int, int] = {}
     lingering: dict[str, int] = {}
-    for index, call in enumerate(role.schedule.get(schedule, ())):
+    for call in role.schedule.get(schedule, ()):
         effect = effects.of(call.body, states.get(call.microbatch, 0), lingering.get(call.body, 0))
         if total + effect.peak > peak:
-            peak, place = total + effect.peak, (index, call, effect.instruction)
+            peak, place = total + effect.peak, (call, effect.instruction)
             at_peak = [a + b for a, b in zip(now, effect.at_peak, strict=True)]
         now = [a + b for a, b in zip(now, effect.delta, strict=True)]
         total += sum(effect.delta)
         states[call.microbatch], lingering[call.body] = effect.state, effect.lingering
-    return RoleMemory(role.stage, peak, tuple(zip(CLASSES, at_peak, strict=True)), resident, *place)
+    return RoleMemory(role.stage, peak, tuple(zip(CLASSES, at_peak, strict=True)), *place)
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,7 +201,9 @@ class _BodyMemory:
     def __init__(self, role: Role, footprints: Sequence[Footprint], held: _Held, lingering: int) -> None:
         self.role, self.footprints, self.held = role, footprints, held
         self.now = [0] * len(CLASSES)
-        self.now[COMMUNICATION] -= lingering
+        self.now[COMMUNICATION] -= (
+            lingering  # what the last call of this body left being sent has gone by now
+        )
         self.total = -lingering
         self.peak, self.at_peak = 0, [0] * len(CLASSES)
         self.instruction: int | None = None
@@ -253,6 +253,7 @@ class _BodyMemory:
         run = self.footprints[ins.segment]
         if self.total + run.peak_bytes > self.peak:
             self._record(ins, run.kept_at_peak, run.peak_bytes - run.kept_at_peak)
+        # an output that is a view of an input goes on using the input's storage: that is how views keep it alive
         made: dict[int, int | None] = {i: self.held.storage_of.get(t) for i, t in enumerate(ins.reads)}
         for tensor, output in zip(ins.writes, run.outputs, strict=True):
             if not self.role.tensors[tensor].is_per_microbatch:
@@ -311,7 +312,7 @@ class _BodyMemory:
         del self.held.users[storage]
         nbytes, kind = self.held.nbytes.pop(storage), self.held.kind.pop(storage)
         self.now[kind] -= nbytes
-        if storage in self.sent:
+        if storage in self.sent:  # freed, but the transfer still reads it: it lingers until the next call
             self.now[COMMUNICATION] += nbytes
             self.lingering += nbytes
         else:

@@ -209,7 +209,7 @@ class _BodyLifetimes:
         if declared.is_per_microbatch:
             default = LIVE if declared.kind is TensorKind.BATCH else ABSENT
             status = self.own.status.get(tensor, default)
-            self.own.status[tensor] = LIVE
+            self.own.status[tensor] = LIVE  # said once, not again at every later read
             if status != LIVE:
                 yield f"it reads t{tensor}, which is {status}"
         elif not self._is_there(tensor, root):
