@@ -75,9 +75,7 @@ def build_graph(captured: Captured, *, num_samples: int, min_units: int = 1) -> 
     if len(pieces) < min_units:  # finer cuts cost a segment border each, so only where stages need them
         pieces = _pieces(captured, depends, _top_level_borders(captured.calls))
     if depends[total] is not Dependence.MODEL:
-        raise CaptureError(
-            "the loss depends on no parameter", where=total.name, hint="check what the model returns"
-        )
+        raise CaptureError("the loss depends on no parameter", total.name, "check what the model returns")
     builder = _Builder(captured, depends, pieces, (total, count), rule)
     return builder.build()
 
@@ -101,9 +99,7 @@ def _refuse_random(node: Node) -> None:
     is_attention = "scaled_dot_product" in str(target)
     if is_attention and (len(node.args) < 5 or node.args[4] == 0.0):
         return
-    raise CaptureError(
-        f"random operator {target}", where=node.name, hint="switch dropout off (p = 0 or model.eval())"
-    )
+    raise CaptureError(f"random operator {target}", node.name, "switch dropout off (p = 0 or model.eval())")
 
 
 def _borders(calls: Sequence[ModuleCall], candidates: frozenset[str]) -> list[int]:

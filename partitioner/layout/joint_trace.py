@@ -51,8 +51,8 @@ def tensor_parallel_mesh(tp: int) -> Iterator[DeviceMesh | None]:
         yield None
         return
     if dist.is_initialized():
-        raise PartitionError("torch.distributed is already initialised", where="this process",
-                           hint="partition before init_process_group")  # fmt: skip
+        raise PartitionError("torch.distributed is already initialised", "this process",
+                           "partition before init_process_group")  # fmt: skip
     hook = sys.excepthook  # torch puts a rank before every line of a traceback, and leaves it there
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=tp)
     try:
@@ -126,8 +126,8 @@ def _explained(tp: int) -> Iterator[None]:
         first = str(error).strip().split("\n")[0]
         raise PartitionError(
             f"cannot cut the model by tp {tp}: {first}",
-            where="tensor parallelism",
-            hint="use another tp, or give the model a tp_plan that replicates this part",
+            "tensor parallelism",
+            "use another tp, or give the model a tp_plan that replicates this part",
         ) from error
 
 
@@ -208,8 +208,8 @@ class _Sharded(torch.fx.Interpreter):
         splits = result.dim() > source.dim() and result.shape[:last] == source.shape[:last]
         if is_cut(source, last) and splits and result.shape[last] % self.mesh.size():
             raise PartitionError(
-                f"{result.shape[last]} heads do not divide by tp {self.mesh.size()}", where=str(node.target),
-                hint=f"use a tp that divides {result.shape[last]}",
+                f"{result.shape[last]} heads do not divide by tp {self.mesh.size()}", str(node.target),
+                f"use a tp that divides {result.shape[last]}",
             )  # fmt: skip
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:

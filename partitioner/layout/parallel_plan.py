@@ -85,17 +85,15 @@ class Plan:
     def __post_init__(self) -> None:
         for name in ("dp", "tp", "pp", "microbatches"):
             if getattr(self, name) < 1:
-                raise PartitionError(
-                    f"{name} is {getattr(self, name)}", where="plan", hint=f"{name} must be at least 1"
-                )
+                raise PartitionError(f"{name} is {getattr(self, name)}", "plan", f"{name} must be at least 1")
         if self.zero not in (0, 1):
-            raise PartitionError(f"zero is {self.zero}", where="plan", hint="zero must be 0 or 1")
+            raise PartitionError(f"zero is {self.zero}", "plan", "zero must be 0 or 1")
         if any(size < 1 for size in self.stages):
-            raise PartitionError(f"stages {list(self.stages)} has an empty stage", where="plan",
-                                 hint="give every stage at least one unit")  # fmt: skip
+            raise PartitionError(f"stages {list(self.stages)} has an empty stage", "plan",
+                                 "give every stage at least one unit")  # fmt: skip
         if self.stages and len(self.stages) != self.pp:
-            raise PartitionError(f"{len(self.stages)} stages listed for pp = {self.pp}", where="plan",
-                                 hint="give one unit count per stage, or none")  # fmt: skip
+            raise PartitionError(f"{len(self.stages)} stages listed for pp = {self.pp}", "plan",
+                                 "give one unit count per stage, or none")  # fmt: skip
 
     @property
     def num_chips(self) -> int:
@@ -122,22 +120,18 @@ def plan_from_yaml(text: str, where: str = "plan") -> Plan:
     try:
         raw = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise PartitionError(f"not YAML: {error}", where=where, hint="see the plan.yaml of a run") from error
+        raise PartitionError(f"not YAML: {error}", where, "see the plan.yaml of a run") from error
     if not isinstance(raw, dict) or raw.pop("kind", None) != "plan" or raw.pop("version", None) != VERSION:
-        raise PartitionError(
-            "not a plan file", where=where, hint=f"it starts with kind: plan and version: {VERSION}"
-        )
+        raise PartitionError("not a plan file", where, f"it starts with kind: plan and version: {VERSION}")
     unknown = sorted(set(raw) - set(Plan.__slots__))
     if unknown:
-        raise PartitionError(
-            f"unknown key {unknown[0]!r}", where=where, hint=f"known keys: {', '.join(Plan.__slots__)}"
-        )
+        raise PartitionError(f"unknown key {unknown[0]!r}", where, f"known keys: {', '.join(Plan.__slots__)}")
     try:
         raw["schedule"] = PipelineSchedule.named(raw.get("schedule", PipelineSchedule.ONE_F_ONE_B))
         raw["stages"] = tuple(int(n) for n in raw.get("stages", ()))
         numbers = {key: _whole(key, raw[key]) for key in raw if key not in ("schedule", "stages")}
     except (TypeError, ValueError) as error:
-        raise PartitionError(str(error), where=where, hint="see the plan.yaml of a run") from error
+        raise PartitionError(str(error), where, "see the plan.yaml of a run") from error
     return Plan(**{**raw, **numbers})
 
 
@@ -155,8 +149,8 @@ def balance(costs: Sequence[float], num_stages: int) -> tuple[int, ...]:
     """
     count = len(costs)
     if count < num_stages:
-        raise PartitionError(f"the model has {count} pieces for {num_stages} pipeline stages", where="plan",
-                             hint=f"use pp <= {count}")  # fmt: skip
+        raise PartitionError(f"the model has {count} pieces for {num_stages} pipeline stages", "plan",
+                             f"use pp <= {count}")  # fmt: skip
     prefix = [0.0]
     for cost in costs:
         prefix.append(prefix[-1] + cost)

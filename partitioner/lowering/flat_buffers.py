@@ -12,6 +12,7 @@ by a nominal count; the optimizer step multiplies by nominal / count.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from partitioner.layout.parallel_plan import Plan
 from partitioner.lowering.role_builder import RoleBuilder
@@ -82,47 +83,42 @@ def _buckets(params: Iterable[Param], bucket_bytes: int) -> list[list[Param]]:
 
 
 def _declare(role: RoleBuilder, name: str, members: list[Param], shards: int, states: int) -> FlatGroup:
-    numel = sum(p.spec.numel for p in members)
-    padded = -(-numel // shards) * shards
-    dtype = members[0].spec.dtype
+    def buffer(suffix: str, kind: TensorKind, length: int, dtype: str, **more: Any) -> int:
+        return role.tensor(f"{name}.{suffix}", kind, TensorSpec((length,), dtype), **more)
+
+    frozen, dtype = members[0].is_frozen, members[0].spec.dtype
     wide = "f32" if dtype in LOW_PRECISION else dtype
-    frozen = members[0].is_frozen
-    flat = role.tensor(f"{name}.params", TensorKind.FLAT, TensorSpec((padded,), dtype))
-    grad = flat if frozen else role.tensor(f"{name}.grads", TensorKind.GRAD, TensorSpec((padded,), wide))
-    offset = 0
-    for p in members:
-        shards_of = ((p.dim, "tp"),) if p.dim is not None else ()
-        role.tensor(
-            p.name, TensorKind.PARAM, p.spec, shards=shards_of, base=flat, offset=offset, source=p.name
-        )
-        if not frozen:
-            spec = TensorSpec(p.spec.shape, wide)
-            role.tensor(f"{p.name}.grad", TensorKind.GRAD, spec, base=grad, offset=offset, source=p.name)
-        offset += p.spec.numel
+    shard = -(-sum(p.spec.numel for p in members) // shards)  # rounded up: the last one may be padded
+    flat = buffer("params", TensorKind.FLAT, shard * shards, dtype)
+    grad = flat if frozen else buffer("grads", TensorKind.GRAD, shard * shards, wide)
+    _declare_views(role, members, flat, grad, wide)
     grad_shard, param_shard, update = grad, flat, flat
     if not frozen:
-        mine = TensorSpec((padded // shards,), wide)
         if shards > 1:
-            grad_shard = role.tensor(f"{name}.grad_shard", TensorKind.GRAD, mine)
-            param_shard = role.tensor(
-                f"{name}.param_shard",
-                TensorKind.FLAT,
-                TensorSpec(mine.shape, dtype),
-                shards=((0, "dp"),),
-                base=flat,
-            )
+            grad_shard = buffer("grad_shard", TensorKind.GRAD, shard, wide)
+            param_shard = buffer("param_shard", TensorKind.FLAT, shard, dtype, shards=((0, "dp"),), base=flat)
         update = param_shard
         if wide != dtype:
-            update = role.tensor(
-                f"{name}.master", TensorKind.MASTER, mine, source=role.tensors[param_shard].name
-            )
+            update = buffer("master", TensorKind.MASTER, shard, wide, source=role.tensors[param_shard].name)
         if states:
-            role.tensor(f"{name}.states", TensorKind.STATE, TensorSpec((states, *mine.shape), wide))
+            role.tensor(f"{name}.states", TensorKind.STATE, TensorSpec((states, shard), wide))
     return FlatGroup(
         params=tuple(members), decay=members[0].decays, tied=members[0].tied, replicated=members[0].dim is None,
         ready=min(p.unit for p in members), flat=flat, grad=grad, grad_shard=grad_shard, param_shard=param_shard,
         update=update,
     )  # fmt: skip
+
+
+def _declare_views(role: RoleBuilder, members: list[Param], flat: int, grad: int, wide: str) -> None:
+    """Parameters and their gradients, end to end in their buffers."""
+    offset = 0
+    for p in members:
+        cut = ((p.dim, "tp"),) if p.dim is not None else ()
+        role.tensor(p.name, TensorKind.PARAM, p.spec, shards=cut, base=flat, offset=offset, source=p.name)
+        if not p.is_frozen:
+            spec = TensorSpec(p.spec.shape, wide)
+            role.tensor(f"{p.name}.grad", TensorKind.GRAD, spec, base=grad, offset=offset, source=p.name)
+        offset += p.spec.numel
 
 
 def reduce_gradients(role: RoleBuilder, body: str, group: FlatGroup, plan: Plan) -> None:

@@ -80,7 +80,7 @@ def partition(
     shape, parts = step_shape(module, batch, optimizer_states), plan.dp * plan.microbatches
     if shape.samples % parts:
         raise PartitionError(f"{shape.samples} samples do not split into {parts} parts (dp x microbatches)",
-                             where="batch", hint=f"use a multiple of {parts}")  # fmt: skip
+                             "batch", f"use a multiple of {parts}")  # fmt: skip
     size = shape.samples // parts
     microbatch = {name: value[:size] for name, value in batch.items()}
     return lower(capture_graph(module, microbatch, size, loss_fn=loss_fn, min_units=plan.pp), plan, shape)
@@ -95,8 +95,8 @@ def lower(graph: Graph, plan: Plan, shape: StepShape) -> Program:
     sizes = plan.stages or balance([unit_cost(graph, i) for i in range(len(graph.units))], plan.pp)
     if sum(sizes) != len(graph.units):
         raise PartitionError(
-            f"the plan places {sum(sizes)} units, the model has {len(graph.units)}", where="plan: stages",
-            hint=f"make the counts add up to {len(graph.units)}",
+            f"the plan places {sum(sizes)} units, the model has {len(graph.units)}", "plan: stages",
+            f"make the counts add up to {len(graph.units)}",
         )  # fmt: skip
     dims = _param_dims(graph, plan)
     stage_of = tuple(stage for stage, size in enumerate(sizes) for _ in range(size))

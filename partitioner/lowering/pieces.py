@@ -158,7 +158,7 @@ def _inline_scalar(node: Node) -> None:
     literal = getattr(owner, str(node.target), None) if owner is not None else None
     if not isinstance(literal, torch.Tensor) or literal.numel() != 1 or not isinstance(value, torch.Tensor):
         raise PartitionError(
-            "a tensor is created inside a traced block", where=str(node.target), hint="make it a buffer"
+            "a tensor is created inside a traced block", str(node.target), "make it a buffer"
         )
     with node.graph.inserting_before(node):
         made = node.graph.call_function(
@@ -251,9 +251,7 @@ def _code(node: Node, number: Mapping[Node, int]) -> str:
     if op_name(target) in ("view", "_unsafe_view"):  # traced on contiguous operands; real ones may be strided
         target = aten.reshape.default
     if op_name(target) == "as_strided":
-        raise PartitionError(
-            "as_strided depends on memory layout", where=node.name, hint="use view, narrow or unfold"
-        )
+        raise PartitionError("as_strided depends on memory layout", node.name, "use view, narrow or unfold")
     if isinstance(target, torch._ops.OpOverload):
         space, name = target._schema.name.split("::")
         return f"{space}.{name}.{target._overloadname}({', '.join(parts)})"

@@ -8,6 +8,7 @@ instruction. A list of tensors ends at the arrow, or with the line.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from functools import cache
+from operator import attrgetter
 from typing import Any, NamedTuple, NoReturn, get_args, get_origin, get_type_hints
 
 from partitioner.program.program import CollectiveOp, Group, Holds, Ids, Instruction, Reduction
@@ -37,41 +38,56 @@ def _declared(kind: type[Instruction]) -> tuple[Field, ...]:
 FIELDS: Mapping[type[Instruction], tuple[Field, ...]] = {kind: _declared(kind) for kind in INSTRUCTIONS}
 
 
-def _holding(*wanted: Holds) -> Mapping[type[Instruction], tuple[Field, ...]]:
-    return {kind: tuple(each for each in FIELDS[kind] if each.holds in wanted) for kind in INSTRUCTIONS}
+def _getters(*wanted: Holds) -> Mapping[type[Instruction], Callable[[Any], Ids]]:
+    """Of every kind of instruction what gives the tensors in its fields of these; checks ask for every instruction."""
+    return {kind: _getter([f for f in FIELDS[kind] if f.holds in wanted]) for kind in INSTRUCTIONS}
 
 
-_READ = _holding(Holds.READ, Holds.CHANGED)
-_WRITTEN = _holding(Holds.WRITTEN, Holds.CHANGED)
-_NAMED = _holding(Holds.NAMED)
+def _getter(which: Sequence[Field]) -> Callable[[Any], Ids]:
+    if len(which) == 1 and which[0].is_many:
+        return attrgetter(which[0].name)
+
+    def tensors(ins: Instruction) -> Ids:
+        found: Ids = ()
+        for name, _, is_many in which:
+            found += getattr(ins, name) if is_many else (getattr(ins, name),)
+        return found
+
+    return tensors
+
+
+_READ = _getters(Holds.READ, Holds.CHANGED)
+_WRITTEN = _getters(Holds.WRITTEN, Holds.CHANGED)
+_NAMED = _getters(Holds.NAMED)
 
 
 def reads(ins: Instruction) -> Ids:
     """Tensors whose value the instruction uses."""
-    return _tensors(ins, _READ[type(ins)])
+    return _READ[type(ins)](ins)
 
 
 def writes(ins: Instruction) -> Ids:
     """Tensors that have a new value afterwards (for transfers: after the Wait)."""
-    return _tensors(ins, _WRITTEN[type(ins)])
+    return _WRITTEN[type(ins)](ins)
 
 
 def named(ins: Instruction) -> Ids:
     """Every tensor the instruction mentions."""
-    return (*reads(ins), *writes(ins), *_tensors(ins, _NAMED[type(ins)]))
-
-
-def _tensors(ins: Instruction, which: tuple[Field, ...]) -> Ids:
-    found: Ids = ()
-    for name, _, is_many in which:
-        value = getattr(ins, name)
-        found += value if is_many else (value,)
-    return found
+    kind = type(ins)
+    return _READ[kind](ins) + _WRITTEN[kind](ins) + _NAMED[kind](ins)
 
 
 def instruction_text(ins: Instruction) -> str:
     """One instruction without its id, as messages quote it: `all_reduce sum tp t7 -> t9`."""
-    return " ".join(filter(None, [_written(lead, field, ins) for lead, field in _forms()[type(ins)].parts]))
+    words: list[str] = []
+    for lead, field in _forms()[type(ins)].parts:
+        if field is None:
+            words.append(lead)
+        elif field.is_many:
+            words += [f"t{tensor}" for tensor in getattr(ins, field.name)]
+        elif (value := getattr(ins, field.name)) != NOT_WRITTEN.get(field.holds):
+            words.append(lead + WORDS[field.holds].write(value))
+    return " ".join(words)
 
 
 def read_instruction(words: list[str], number: str) -> Instruction:
@@ -80,15 +96,6 @@ def read_instruction(words: list[str], number: str) -> Instruction:
     if form is None:
         raise ValueError(f"unknown instruction {words[0]!r}; known: {', '.join(_forms_by_verb())}")
     return form.read(read_number(number), words)
-
-
-def _written(lead: str, field: Field | None, ins: Instruction) -> str:
-    if field is None:
-        return lead
-    value = getattr(ins, field.name)
-    if field.is_many:
-        return " ".join([f"t{tensor}" for tensor in value])
-    return "" if value == NOT_WRITTEN.get(field.holds) else lead + WORDS[field.holds].write(value)
 
 
 class _Form:

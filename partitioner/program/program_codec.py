@@ -8,7 +8,7 @@ judged here: see `static_check.py`.
 
 import json
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
 import msgpack
 
@@ -71,10 +71,10 @@ def decode(data: bytes) -> Program:
         if magic != MAGIC:
             raise ValueError("it starts otherwise")
     except (ValueError, TypeError, msgpack.UnpackException) as error:
-        raise ProgramError("these bytes are not a Program", where="program", hint=hint) from error
+        raise ProgramError("these bytes are not a Program", "program", hint) from error
     if version != VERSION:
         problem = f"the Program has version {version}, this is version {VERSION}"
-        raise ProgramError(problem, where="program", hint=hint)
+        raise ProgramError(problem, "program", hint)
     try:
         packed, (axes, microbatches, segments, roles, meta) = rest
         unpacker = _Unpacker(packed)
@@ -82,38 +82,36 @@ def decode(data: bytes) -> Program:
         made = tuple(map(unpacker.segment, segments))
         return Program(axes, microbatches, made, tuple(map(unpacker.role, roles)), facts)
     except (ValueError, TypeError, IndexError) as error:
-        raise ProgramError(f"the Program is damaged: {error}", where="program", hint=hint) from error
+        raise ProgramError(f"the Program is damaged: {error}", "program", hint) from error
 
 
-class _Positions(Generic[Item]):
-    """Distinct items in order of first use."""
-
-    def __init__(self) -> None:
-        self.positions: dict[Item, int] = {}
-
-    def __call__(self, item: Item) -> int:
-        return self.positions.setdefault(item, len(self.positions))
+def _positions(table: dict[Item, int], items: Iterable[Item]) -> list[int]:
+    """Places of items in a table of distinct ones, in order of first use."""
+    return [table.setdefault(item, len(table)) for item in items]
 
 
 class _Tables:
     def __init__(self) -> None:
-        self.specs: _Positions[TensorSpec] = _Positions()
-        self.ops: _Positions[Operation] = _Positions()
-        self.groups: _Positions[Group] = _Positions()
+        self.specs: dict[TensorSpec, int] = {}
+        self.ops: dict[Operation, int] = {}
+        self.groups: dict[Group, int] = {}
         self.positions: Mapping[Holds, Callable[[Any], int]] = {
-            Holds.OP: OPS.index, Holds.REDUCTION: REDUCTIONS.index, Holds.GROUP: self.groups,
+            Holds.OP: OPS.index, Holds.REDUCTION: REDUCTIONS.index, Holds.GROUP: self._group,
         }  # fmt: skip
+
+    def _group(self, group: Group) -> int:
+        return self.groups.setdefault(group, len(self.groups))
 
     def packed(self) -> list[object]:
         ops = [
-            [op.code, [self.specs(o) for o in op.outs], op.is_tuple, op.flops, op.read_bytes, op.write_bytes]
-            for op in self.ops.positions
+            [op.code, _positions(self.specs, op.outs), op.is_tuple, op.flops, op.read_bytes, op.write_bytes]
+            for op in self.ops
         ]
-        specs = [[spec.dtype, spec.shape] for spec in self.specs.positions]
-        return [specs, ops, [[group.axes, group.stages] for group in self.groups.positions]]
+        specs = [[spec.dtype, spec.shape] for spec in self.specs]
+        return [specs, ops, [[group.axes, group.stages] for group in self.groups]]
 
     def segment(self, segment: Segment) -> list[object]:
-        inputs, ops = [self.specs(s) for s in segment.inputs], [self.ops(op) for op in segment.ops]
+        inputs, ops = _positions(self.specs, segment.inputs), _positions(self.ops, segment.ops)
         return [segment.id, segment.name, inputs, ops, segment.outputs]
 
     def role(self, role: Role) -> list[object]:
@@ -132,7 +130,7 @@ class _Tables:
             _run(t.id for t in tensors),
             [t.name for t in tensors],
             bytes(KINDS.index(t.kind) for t in tensors),
-            [self.specs(t.spec) for t in tensors],
+            _positions(self.specs, [t.spec for t in tensors]),
             [t.shards for t in tensors],
             [t.base for t in tensors],
             [t.offset for t in tensors],
@@ -155,9 +153,9 @@ def _run(ids: Iterable[int]) -> list[int] | int:
 
 
 def _calls(calls: Sequence[Call]) -> tuple[list[str], list[int], list[int]]:
-    names: _Positions[str] = _Positions()
-    numbers = [names(call.body) for call in calls]
-    return list(names.positions), numbers, [call.microbatch for call in calls]
+    names: dict[str, int] = {}
+    numbers = _positions(names, [call.body for call in calls])
+    return list(names), numbers, [call.microbatch for call in calls]
 
 
 class _Unpacker:

@@ -56,7 +56,7 @@ def from_text(text: str) -> Program:
         return _read_program(cursor)
     except ValueError as error:
         where = f"line {cursor.number}"
-        raise ProgramError(f"{where}: {error}", where=where, hint="see the program.txt of a run") from error
+        raise ProgramError(f"{where}: {error}", where, "see the program.txt of a run") from error
 
 
 def _word(text: str) -> str:

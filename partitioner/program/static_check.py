@@ -74,9 +74,7 @@ def require_valid(program: Program) -> None:
     if findings:
         more = f" (and {len(findings) - 1} more)" if len(findings) > 1 else ""
         first = findings[0]
-        raise ProgramError(
-            f"{first}{more}", where=first.where, hint="orchestrate's own mistake unless edited by hand"
-        )
+        raise ProgramError(f"{first}{more}", first.where, "orchestrate's own mistake unless edited by hand")
 
 
 def check_lifetimes(program: Program) -> Iterator[Finding]:
