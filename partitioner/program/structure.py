@@ -38,7 +38,7 @@ class Rule(StrEnum):
 
     STRUCTURE = "structure"  # tables, ids, shapes
     LIFETIME = "lifetime"  # reads, writes and frees in order
-    COMMUNICATION = "communication"  # every meeting takes place, and its parties agree
+    COMMUNICATION = "communication"  # every communication takes place, and its parties agree
 
 
 @dataclass(frozen=True, slots=True)
