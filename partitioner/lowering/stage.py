@@ -4,7 +4,7 @@ Assumed: values cross from earlier to later stages only. A value used in several
 gradient comes back from each and is added. Batch entries are loaded by every stage that needs them, never sent.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from torch.fx import Node
@@ -63,6 +63,7 @@ class _StageEmitter:
     def __init__(self, role: RoleBuilder, context: StageContext) -> None:
         self.role, self.context, self.graph = role, context, context.graph
         self.units = context.units(role.stage)
+        self.makes_loss = any(self.graph.loss in self.graph.units[index].outputs for index in self.units)
         self.values: dict[str, int] = {}
         self.slots: dict[int, dict[int, int]] = {}
         self.grads: dict[str, list[int]] = {}
@@ -79,12 +80,9 @@ class _StageEmitter:
         role.wait("forward", *(self.values[v] for v in arrivals))
         for index in self.units:
             self._unit_forward(index)
-        for index in self.units:
-            for value in self.graph.units[index].outputs:
-                for stage in self.context.consumers(value):
-                    if stage != role.stage:
-                        role.emit("send_forward", Send(0, self.values[value], stage))
-        if any(self.graph.loss in self.graph.units[i].outputs for i in self.units):
+        for value, stage in self._departures():
+            role.emit("send_forward", Send(0, self.values[value], stage))
+        if self.makes_loss:
             self._accumulate_loss()
 
     def _arrivals(self) -> list[str]:
@@ -93,11 +91,18 @@ class _StageEmitter:
         made = (v for unit in self.graph.units for v in unit.outputs)
         return [v for v in made if v in needed and self.context.producer(v) != self.role.stage]
 
+    def _departures(self) -> Iterator[tuple[str, int]]:
+        """Values that other stages read, once for each of them, in the order in which they are made."""
+        for value in (value for index in self.units for value in self.graph.units[index].outputs):
+            for stage in self.context.consumers(value):
+                if stage != self.role.stage:
+                    yield value, stage
+
     def _sides(self) -> None:
         """Constants once, inputs once per microbatch, both cut down to what this stage needs."""
         graph = self.graph
         needed = {v for i in self.units for v in graph.units[i].frees}
-        if any(graph.loss in graph.units[i].outputs for i in self.units):
+        if self.makes_loss:
             needed.add(graph.count)
         inputs = _NeededSide(graph.inputs, [v for v in graph.inputs.outputs if v in needed])
         constants = _NeededSide(
@@ -166,17 +171,13 @@ class _StageEmitter:
 
     def _receive_gradients(self) -> None:
         role, received = self.role, []
-        for index in self.units:
-            for value in self.graph.units[index].outputs:
-                if not self._is_differentiable(value):
-                    continue
-                for stage in self.context.consumers(value):
-                    if stage != role.stage:
-                        name = f"grad.{value}.from{stage}"
-                        tensor = role.tensor(name, TensorKind.ACTIVATION, self.graph.specs[value])
-                        role.emit("recv_backward", Recv(0, tensor, stage))
-                        self.grads.setdefault(value, []).append(tensor)
-                        received.append(tensor)
+        for value, stage in self._departures():
+            if self._is_differentiable(value):
+                name = f"grad.{value}.from{stage}"
+                tensor = role.tensor(name, TensorKind.ACTIVATION, self.graph.specs[value])
+                role.emit("recv_backward", Recv(0, tensor, stage))
+                self.grads.setdefault(value, []).append(tensor)
+                received.append(tensor)
         role.wait("backward", *received)
 
     def _is_differentiable(self, value: str) -> bool:
