@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from comms.errors import PartitionError, PlanError, ProgramError, UserError, located
+from kernels.builtin_optimizers import BUILT_IN
 from orchestrator.config.hardware.cluster import Cluster
 from orchestrator.config.job import Dtype, Job
 from orchestrator.models.model_specs import SourceKind, parse_model
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
     from partitioner.capture.captured_graph import Graph
     from partitioner.lowering.lower import StepShape
 
-OPTIMIZER_STATES = {"adamw": 2}
 SHORT_DTYPES = {Dtype.FP32: "f32", Dtype.FP64: "f64", Dtype.BF16: "bf16"}  # as a Program names them
 # what turns a description into a Program: packages, and rooms of this one
 CODE = ("partitioner", "kernels", "orchestrator/models", "orchestrator/planning")
@@ -156,14 +156,12 @@ def make_program(
 
 def optimizer_states(job: Job) -> int:
     """State tensors per parameter that the job's optimizer keeps."""
-    name = job.optimizer.name
-    if name in OPTIMIZER_STATES:
-        return OPTIMIZER_STATES[name]
-    if name == "sgd":
-        return 1 if job.optimizer.momentum else 0
-    from kernels.optimizers import states_per_element
+    known = BUILT_IN.get(job.optimizer.name)
+    if known is None:
+        from kernels.optimizers import states_per_element
 
-    return states_per_element(optimizer_factory(job))
+        return states_per_element(optimizer_factory(job))
+    return known.states if job.optimizer.momentum else known.states_without_momentum
 
 
 def optimizer_factory(job: Job) -> "Factory":
@@ -171,7 +169,7 @@ def optimizer_factory(job: Job) -> "Factory":
     from kernels.optimizers import OptimizerSpec, require_elementwise
 
     wanted = job.optimizer
-    if wanted.name in ("adamw", "sgd"):
+    if wanted.name in BUILT_IN:
         return OptimizerSpec(
             wanted.name, wanted.lr, wanted.weight_decay, wanted.betas, wanted.eps, wanted.momentum
         )

@@ -21,7 +21,7 @@ from orchestrator.config.hardware.cluster_file import cluster_from
 from orchestrator.config.job_file import job_from
 from orchestrator.config.schema import nearest, validate
 from orchestrator.config.yaml_file import Document, read_yaml
-from orchestrator.verbs.inputs.options import Options
+from orchestrator.verbs.inputs.options import CheckOptions
 from orchestrator.views.console import Console, Table
 
 
@@ -34,7 +34,7 @@ class CheckReport:
     lines: tuple[str, ...]
 
 
-def main(options: Options, console: Console) -> int:
+def main(options: CheckOptions, console: Console) -> int:
     """Print what the file describes."""
     assert options.file is not None, "the command line requires it"
     report = check(options.file)

@@ -19,8 +19,7 @@ from torch import nn
 from comms.errors import PlanError, RunError, located
 from kernels.optimizers import require_elementwise, states_per_element
 from orchestrator.config.hardware.cluster import Cluster
-from orchestrator.config.hardware.cluster_file import load_cluster
-from orchestrator.config.shipped import cluster_path
+from orchestrator.config.hardware.cluster_file import cluster_path, load_cluster
 from orchestrator.planning.plan_choice import Wish, fulfil
 from orchestrator.planning.preparation import Quiet, make_program
 from orchestrator.runners.executing.chip import Settings

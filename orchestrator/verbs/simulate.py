@@ -12,8 +12,8 @@ from functools import cached_property
 
 from comms import wording
 from comms.errors import ConfigError, FitError, located
-from comms.selection.collective import LOADING
 from comms.selection.pricing import Fidelity
+from comms.selection.progress import LOADING
 from kernels.chips import Chip
 from orchestrator.config.hardware.cluster import Cluster
 from orchestrator.planning.preparation import Prepared
@@ -24,7 +24,7 @@ from orchestrator.runs import metrics, run_dir
 from orchestrator.runs.disk import write_whole
 from orchestrator.runs.run_dir import RunDir
 from orchestrator.runs.timeline import Timeline
-from orchestrator.verbs.inputs.options import Options
+from orchestrator.verbs.inputs.options import SimulateOptions
 from orchestrator.verbs.inputs.planned_inputs import prepare
 from orchestrator.views.console import Console, Table, pairs
 from orchestrator.views.perfetto import trace_gz
@@ -207,7 +207,8 @@ def _every_chip(program: Program, cluster: Cluster) -> SimulatedStep:
             "take --fidelity folded, or fewer chips",
         )
     # Imported here: with full fidelity comes its event loop.
-    from comms.selection.full_collective import background_jobs, site_of
+    from comms.selection.full_collective import background_jobs
+    from comms.selection.site import site_of
     from orchestrator.runners.timing.every_chip import simulate_every_chip
     from orchestrator.runners.timing.traffic import ProgramTraffic
 
@@ -234,12 +235,12 @@ def require_fit(result: SimulationResult) -> None:
     )
 
 
-def main(options: Options, console: Console) -> int:
+def main(options: SimulateOptions, console: Console) -> int:
     """Prepare a Program as asked, predict it, answer. Raises UserError."""
     return answer(prepare(options, console), options, console)
 
 
-def answer(prepared: Prepared, options: Options, console: Console) -> int:
+def answer(prepared: Prepared, options: SimulateOptions, console: Console) -> int:
     """Print the prediction and, with --run-dir, write plan, Program, timeline and trace. Raises FitError."""
     asked = None if options.fidelity is None else Fidelity(options.fidelity)
     if chosen_fidelity(prepared.cluster, asked) is Fidelity.FULL:

@@ -2,7 +2,6 @@
 
 import csv
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from orchestrator.views.console import Console
 
 UNEVEN = "all_to_allv"  # an all-to-all with parts of all sizes
 MOST_NBYTES = 2**60  # of one collective
+OTHERWISE = "change what is asked for"  # where whoever found the mistake knows nothing better
 FLAGS = {"algorithm": "--algorithm", "size": "--size"}  # what the network calls it, and what people type
 
 
@@ -32,11 +32,6 @@ class Algorithm:
 
     name: str = AUTO
     schedule: Schedule | None = None
-
-
-def told(where: str) -> AbstractContextManager[None]:
-    """What is wrong with networks, schedules and measurements, as the user's error."""
-    return located(where, "change what is asked for", FLAGS)
 
 
 def read_op(text: str | None) -> Op:
@@ -137,7 +132,7 @@ def read_algorithm(text: str | None, op: str | None) -> Algorithm:
                 hint = f"one of {'; '.join(known)}; or a file with a schedule"
             raise ConfigError(f"{read_op(op)} has no algorithm {text!r}", "--algorithm", hint)
         return Algorithm(text)
-    with told("--algorithm"):
+    with located("--algorithm", OTHERWISE):
         schedule = load_schedule(Path(text))
     if op is not None and read_op(op) is not schedule.op:
         problem = f"a schedule for {schedule.op}, but --op is {read_op(op)}"

@@ -57,10 +57,10 @@ SCRIPT = """
 import sys
 from orchestrator.verbs.inputs.planned_inputs import prepare
 from orchestrator.planning.preparation import Quiet
-from orchestrator.verbs.inputs.options import Options
+from orchestrator.verbs.inputs.options import PlanOptions
 from orchestrator.verbs.simulate import simulate
 overrides = ("model_args={layers: 1, width: 16, heads: 2, max_seq: 16}",)
-prepared = prepare(Options(model="builtin:gpt-nano", chips=2, global_batch=4, seq=16, overrides=overrides), Quiet())
+prepared = prepare(PlanOptions(model="builtin:gpt-nano", chips=2, global_batch=4, seq=16, overrides=overrides), Quiet())
 assert simulate(prepared.program, prepared.cluster).step_time_s > 0
 print(prepared.was_cached, "torch" in sys.modules, "ray" in sys.modules)
 """

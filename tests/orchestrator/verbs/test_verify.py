@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -169,7 +170,7 @@ def test_a_wrong_update_is_said_to_be_no_forward_or_backward_instruction(
 
 
 def test_a_plan_that_only_replicates_is_refused(
-    tiny_job: Make, laptop: Any, monkeypatch: pytest.MonkeyPatch
+    tiny_job: Make, laptop: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     from orchestrator.planning import preparation
 
@@ -178,8 +179,7 @@ def test_a_plan_that_only_replicates_is_refused(
     monkeypatch.setattr(
         preparation, "build_model", lambda job, device: replace(original(job, device), tp_plan=whole)
     )
-    monkeypatch.setattr(preparation.program_cache, "load_program", lambda key: None)
-    monkeypatch.setattr(preparation.program_cache, "store_program", lambda key, program: None)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     with pytest.raises(PlanError, match="tp 2 only replicates"):
         verify(
             laptop.take(2), tiny_job("dtype=fp64", "model_args.vocab=63", "model_args.max_seq=17"), Plan(tp=2)
