@@ -56,18 +56,10 @@ def compiled_loops() -> None:
 @pytest.fixture(scope="session", autouse=True)
 def private_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Programs made here are kept for this run only, never in the user's cache."""
-    from orchestrator.planning import program_cache
-
-    folder = tmp_path_factory.mktemp("programs")
-    functions = (
-        program_cache.load_program, program_cache.store_program, program_cache.load_number, program_cache.store_number,
-    )  # fmt: skip
-    before = [f.__defaults__ for f in functions]
-    for function in functions:
-        function.__defaults__ = (folder,)
-    yield folder
-    for function, defaults in zip(functions, before, strict=True):
-        function.__defaults__ = defaults
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder))
+        yield folder
 
 
 @pytest.fixture(scope="session")

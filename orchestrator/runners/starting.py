@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from comms.errors import ClusterError
 from orchestrator.config.hardware.cluster import Cluster, Device
-from orchestrator.planning.preparation import Prepared, Progress, optimizer_factory
+from orchestrator.planning.preparation import PhaseReporter, Prepared, optimizer_factory
 from orchestrator.runners.executing.executor import Executor
 
 if TYPE_CHECKING:
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 class Launch(Protocol):
     """An executor that is coming up."""
 
-    def connect(self, prepared: Prepared, progress: Progress) -> Executor:
+    def connect(self, prepared: Prepared, progress: PhaseReporter) -> Executor:
         """The executor of `prepared`; waits for what is still starting, showing its phases."""
 
     def close(self) -> None:
@@ -28,7 +28,7 @@ class InlineLaunch:
     def __init__(self, cluster: Cluster) -> None:
         self.cluster = cluster
 
-    def connect(self, prepared: Prepared, progress: Progress) -> Executor:
+    def connect(self, prepared: Prepared, progress: PhaseReporter) -> Executor:
         """See `Launch`."""
         from orchestrator.runners.executing.inline import InlineExecutor
 

@@ -15,8 +15,8 @@ from comms import wording
 from comms.errors import PlanError
 from orchestrator.config.hardware.cluster import Cluster
 from orchestrator.config.job import Dtype, Job
+from orchestrator.planning.preparation import PhaseReporter as Shown
 from orchestrator.planning.preparation import Prepared, Quiet, build_model, prepare
-from orchestrator.planning.preparation import Progress as Shown
 from orchestrator.verbs.inputs.options import VerifyOptions
 from orchestrator.verbs.inputs.planned_inputs import resolve
 from orchestrator.verbs.plan import parameter_bytes, step_flops

@@ -12,7 +12,7 @@ import torch
 
 from kernels.backend import OpCode, SegmentFunction, compile_segment
 from kernels.optimizers import Factory, FlatOptimizer, StepStatistics
-from partitioner.capture.dtypes import TORCH
+from partitioner.capture.captured_graph import TORCH
 from partitioner.program.machine import Machine, Run
 from partitioner.program.program import (
     Accumulate,

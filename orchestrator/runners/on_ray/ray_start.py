@@ -21,7 +21,7 @@ from comms.errors import ClusterError, RunError
 from orchestrator.config.hardware.cluster import Cluster, Device
 
 if TYPE_CHECKING:
-    from orchestrator.planning.preparation import Prepared, Progress
+    from orchestrator.planning.preparation import PhaseReporter, Prepared
     from orchestrator.runners.executing.executor import Executor
     from orchestrator.runners.executing.transport import Address
 
@@ -226,7 +226,7 @@ class RayLaunch:
         num_actors = cluster.num_chips if is_real else min(num_workers(cluster), cluster.num_chips)
         self.start = RayStart(ActorPlan(num_actors, gpus=int(cluster.device is Device.CUDA)))
 
-    def connect(self, prepared: "Prepared", progress: "Progress") -> "Executor":
+    def connect(self, prepared: "Prepared", progress: "PhaseReporter") -> "Executor":
         """The executor of `prepared`, once the actors are up."""
         try:
             for stage in STAGES:

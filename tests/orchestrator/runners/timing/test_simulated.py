@@ -17,8 +17,8 @@ from orchestrator.runners.timing.step_costs import ClusterCosts, Work
 from orchestrator.runners.timing.timed_segments import axis_name
 from orchestrator.runs.occupancy import breakdown
 from orchestrator.runs.timeline import Lane
-from partitioner.layout.parallel_plan import Schedule
-from partitioner.lowering.pipeline_schedules import SCHEDULES, with_transfers
+from partitioner.layout.parallel_plan import PipelineSchedule
+from partitioner.lowering.lower import with_transfers
 from partitioner.program.program import (
     Accumulate,
     Body,
@@ -28,7 +28,7 @@ from partitioner.program.program import (
     Compute,
     Free,
     Group,
-    Op,
+    Operation,
     Program,
     Recv,
     Reduction,
@@ -82,10 +82,16 @@ class Tables:
         return self.issue
 
 
-def toy(num_stages, num_microbatches, schedule=Schedule.ONE_F_ONE_B, dp=4, tp=2):
+def toy(num_stages, num_microbatches, schedule=PipelineSchedule.ONE_F_ONE_B, dp=4, tp=2):
     """Stages of one segment each way, a tp all-reduce in each, three dp buckets in the last backward."""
     segments = tuple(
-        Segment(i, name, (SPEC,), (Op("aten.mm.default(v0, v0)", (SPEC,), False, 2**25, 2**19, 2**18),), (1,))
+        Segment(
+            i,
+            name,
+            (SPEC,),
+            (Operation("aten.mm.default(v0, v0)", (SPEC,), False, 2**25, 2**19, 2**18),),
+            (1,),
+        )
         for i, name in enumerate(("forward", "backward"))
     )
     kinds = [*[TensorKind.ACTIVATION] * 6, *[TensorKind.GRAD] * 3, TensorKind.FLAT, TensorKind.STATE]
@@ -127,17 +133,17 @@ def toy_role(stage, num_stages, num_microbatches, schedule, tensors):
     for name, instructions in bodies.items():
         made.append(Body(name, tuple(replace(ins, id=number + i) for i, ins in enumerate(instructions))))
         number += len(instructions)
-    tasks = SCHEDULES[schedule](stage, num_stages, num_microbatches)
+    tasks = schedule.order(stage, num_stages, num_microbatches)
     calls = (*with_transfers(tasks, frozenset(bodies), "backward_last"), Call("update", 0))
     return Role(stage, tensors, tuple(made), (("step", calls),))
 
 
-shapes = st.tuples(st.integers(1, 5), st.integers(1, 7), st.sampled_from(list(Schedule)))
+shapes = st.tuples(st.integers(1, 5), st.integers(1, 7), st.sampled_from(list(PipelineSchedule)))
 times = st.integers(0, 5000)
 tables = st.builds(Tables, *[times] * 8)
 
 
-@pytest.mark.parametrize("schedule", list(Schedule))
+@pytest.mark.parametrize("schedule", list(PipelineSchedule))
 @pytest.mark.parametrize(("p", "m"), [(1, 4), (2, 2), (4, 8), (8, 3)])
 def test_the_bubble_of_equal_stages_is_p_minus_1_over_m_plus_p_minus_1(schedule, p, m):
     step = simulate_step(toy(p, m, schedule), Tables())
@@ -195,7 +201,7 @@ def with_rates(tree, factor):
 
 
 @FEW
-@given(st.integers(1, 4), st.integers(1, 6), st.sampled_from(list(Schedule)), st.floats(1, 20))
+@given(st.integers(1, 4), st.integers(1, 6), st.sampled_from(list(PipelineSchedule)), st.floats(1, 20))
 def test_more_bandwidth_is_never_slower(p, m, schedule, factor):
     program = toy(p, m, schedule)
     cluster = DGX.take(8 * p)
