@@ -16,7 +16,7 @@ from typing import Annotated, Literal, Protocol, get_args
 import typer
 
 from orchestrator.errors import OrchestrateError, UserError
-from orchestrator.verbs.inputs.options import Options, Runner, Subject
+from orchestrator.verbs.inputs.options import Options, RunnerKind, Subject
 from orchestrator.views.console import Console
 
 INTERRUPTED = 130
@@ -41,7 +41,7 @@ FLAGS: dict[str, object] = {
     "global_batch": Annotated[int | None, typer.Option(min=1, help="Sequences per step, over all chips.")],
     "seq": Annotated[int | None, typer.Option(min=1, help="Tokens per sequence.")],
     "steps": Annotated[int | None, typer.Option(min=1, help="Optimizer steps.")],
-    "runner": Annotated[Runner | None, typer.Option(help="Who executes the plan.")],
+    "runner": Annotated[RunnerKind | None, typer.Option(help="Who executes the plan.")],
     "run_dir": Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="Write results here; must not exist yet.")
     ],

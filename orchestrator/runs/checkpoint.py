@@ -25,8 +25,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from orchestrator.runs.disk import explained, sync, write_whole
 from orchestrator.errors import RunError
+from orchestrator.runs.disk import explained, sync, write_whole
 
 VERSION = 1
 MANIFEST = "manifest.json"
@@ -82,7 +82,7 @@ class Checkpoint:
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class NewestCheckpoint:
     """The newest complete checkpoint, if any, and one sentence for each newer one that was skipped."""
 
     checkpoint: Checkpoint | None
@@ -157,15 +157,15 @@ def discard(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def latest(run_dir: Path) -> Found:
+def latest(run_dir: Path) -> NewestCheckpoint:
     """The newest complete checkpoint under `run_dir`/checkpoints."""
     warnings: list[str] = []
     for folder in _newest_first(run_dir / "checkpoints"):
         try:
-            return Found(open_checkpoint(folder), tuple(warnings))
+            return NewestCheckpoint(open_checkpoint(folder), tuple(warnings))
         except RunError as error:
             warnings.append(f"skipped {error.where}: {error.problem}")
-    return Found(None, tuple(warnings))
+    return NewestCheckpoint(None, tuple(warnings))
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:

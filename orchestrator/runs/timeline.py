@@ -97,6 +97,18 @@ class Counter:
     nbytes: int
 
 
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """One measured interval, not yet a span: `instruction` of call `call` on `chip`, by the chip's clock."""
+
+    chip: int
+    call: int
+    microbatch: int
+    instruction: int
+    start_ns: int
+    end_ns: int
+
+
 _INT, _LONG = "<i4", "<i8"
 SPAN_ROW = np.dtype(
     [

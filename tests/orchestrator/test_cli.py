@@ -10,7 +10,7 @@ import pytest
 
 from orchestrator import cli
 from orchestrator.errors import FitError, HangError, OrchestrateError, RunError, UserError
-from orchestrator.verbs.inputs.options import Options, Runner
+from orchestrator.verbs.inputs.options import Options, RunnerKind
 from orchestrator.views.console import Console
 
 ROOT = Path(__file__).parent.parent.parent
@@ -69,7 +69,7 @@ def test_every_flag_reaches_the_verb(orchestrate, verb, tmp_path):
             global_batch=32,
             seq=256,
             steps=7,
-            runner=Runner.INLINE,
+            runner=RunnerKind.INLINE,
             run_dir=Path("out"),
             resume=Path("old"),
             overrides=("a.b=1", "c=x"),

@@ -1,17 +1,20 @@
 """One simulated (or real) chip with real tensors: its memory, and how each local instruction is carried out.
 
 A chip holds persistent tensors (flat parameter and gradient buffers, constants, optimizer state) and instances of
-per-microbatch tensors. Communication is not here: `Meetings` gives and takes tensors through `read` and `write`.
+per-microbatch tensors. Communication is not here: `PendingCommunications` gives and takes
+tensors through `read` and `write`.
 """
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
 from kernels.backend import OpCode, SegmentFunction, compile_segment
 from kernels.optimizers import Factory, FlatOptimizer, StepStatistics
+from orchestrator.runners.runner import BadOrder, StepRequest
+from orchestrator.runs.timeline import Mark
 from partitioner.capture.dtypes import TORCH
 from partitioner.program.machine import Machine, Run
 from partitioner.program.program import (
@@ -26,9 +29,7 @@ from partitioner.program.program import (
 )
 
 Clock = Callable[[], int]
-# forward 0, backward 1, later 2; microbatch; stage along the flow; chip: causes before effects
-BadOrder = tuple[int, int, int, int]
-Observer = Callable[["Chip", Compute, int, Sequence[torch.Tensor], Sequence[torch.Tensor]], None]
+Observer = Callable[["ExecutingChip", Compute, int, Sequence[torch.Tensor], Sequence[torch.Tensor]], None]
 ZERO_FILLED = (TensorKind.FLAT, TensorKind.MASTER, TensorKind.GRAD)
 
 
@@ -40,26 +41,6 @@ class Settings:
     clip_norm: float | None
     device: str = "cpu"
     clock: Clock = time.perf_counter_ns
-
-
-@dataclass(frozen=True, slots=True)
-class Mark:
-    """One measured interval: `instruction` of call `call` on chip `chip`, in the clock's nanoseconds."""
-
-    chip: int
-    call: int
-    microbatch: int
-    instruction: int
-    start_ns: int
-    end_ns: int
-
-
-@dataclass
-class StepInput:
-    """What changes from step to step: learning rate, and the batch tensors by (microbatch, name)."""
-
-    lr: float
-    batches: Mapping[tuple[int, str], torch.Tensor] = field(default_factory=dict)
 
 
 def op_codes(segment: Segment) -> list[OpCode]:
@@ -86,7 +67,7 @@ class SegmentLibrary:
         return found
 
 
-class Chip:
+class ExecutingChip:
     """Tensors of one chip, and execution of its local instructions."""
 
     def __init__(self, program: Program, index: int, library: SegmentLibrary, settings: Settings) -> None:
@@ -100,8 +81,10 @@ class Chip:
         self.optimizers: dict[int, FlatOptimizer] = {}
         self.touched: set[int] = set()
         self.marks: list[Mark] | None = None
-        self.input = StepInput(0.0)
+        self.lr = 0.0
+        self.batches: Mapping[tuple[int, str], torch.Tensor] = {}
         self.stats: StepStatistics | None = None
+        self.held_bytes = 0
         self.checked = False
         self.body = ""
         self.observer: Observer | None = None
@@ -136,7 +119,7 @@ class Chip:
                 self.fixed[tensor.id] = whole.to(self.settings.device, TORCH[tensor.spec.dtype])
         for tensor in self.tensors:
             if tensor.kind is TensorKind.MASTER:
-                self._fixed(tensor.id).copy_(self._fixed(self._named(tensor.source)))
+                self._fixed(tensor.id).copy_(self.named(tensor.source))
 
     def _cut(self, tensor: Tensor, whole: torch.Tensor) -> torch.Tensor:
         """This chip's shard; the whole may have to be seen in another shape first (see `fused_projections`)."""
@@ -149,21 +132,23 @@ class Chip:
             whole = whole.narrow(dim, self.coordinates[axis] * length, length)
         return whole
 
-    def _named(self, name: str) -> int:
-        return next(t.id for t in self.tensors if t.name == name)
+    def named(self, name: str) -> torch.Tensor:
+        """A persistent tensor by name."""
+        return self._fixed(next(t.id for t in self.tensors if t.name == name))
 
     def _fixed(self, tensor: int) -> torch.Tensor:
         value = self.fixed[tensor]
         assert value is not None, f"chip {self.index}: {self.tensors[tensor].name} has no value"
         return value
 
-    def begin(self, schedule: str, step_input: StepInput) -> Machine:
+    def begin(self, request: StepRequest) -> Machine:
         """Start a schedule: fresh accumulators, fresh machine."""
+        self.marks, self.held_bytes, self.checked = ([] if request.measure else None), 0, request.check
         self.touched.clear()
         self.instances.clear()
         self.stats, self.first_bad = None, None
-        self.input = step_input
-        return Machine(self.program, self.index, schedule)
+        self.lr, self.batches = request.lr, request.batches.get(self.coordinates["dp"], {})
+        return Machine(self.program, self.index, request.schedule)
 
     def read(self, tensor: int, microbatch: int) -> torch.Tensor:
         """The current value of a tensor (of this microbatch)."""
@@ -175,7 +160,7 @@ class Chip:
     def _batch(self, tensor: int, microbatch: int) -> torch.Tensor:
         info = self.tensors[tensor]
         assert info.kind is TensorKind.BATCH, f"chip {self.index}: {info.name}({microbatch}) is not there"
-        value = self.input.batches[microbatch, info.source.split(":", 1)[1]]
+        value = self.batches[microbatch, info.source.split(":", 1)[1]]
         self.instances[tensor, microbatch] = value
         return value
 
@@ -215,6 +200,17 @@ class Chip:
             if self.marks is not None:
                 end = self.settings.clock()
                 self.marks.append(Mark(self.index, run.call, run.microbatch, instruction.id, start, end))
+                self.held_bytes = max(self.held_bytes, self._held_bytes())
+
+    def _held_bytes(self) -> int:
+        """What the chip's tensors take now: every storage once, without what is inside an instruction."""
+        states = (value for optimizer in self.optimizers.values() for value in optimizer.state().values())
+        storages = (
+            tensor.untyped_storage()
+            for tensor in (*self.fixed, *self.instances.values(), *states)
+            if tensor is not None
+        )
+        return sum({each.data_ptr(): each.nbytes() for each in storages}.values())
 
     def _compute(self, instruction: Compute, microbatch: int) -> None:
         function = self.library.function(instruction.segment)
@@ -267,7 +263,7 @@ class Chip:
             return
         optimizer = self.optimizer(instruction)
         scale = self.stats.gradient_scale(self.settings.clip_norm)
-        optimizer.step(self._fixed(instruction.grad), scale, self.input.lr)
+        optimizer.step(self._fixed(instruction.grad), scale, self.lr)
         if instruction.target != instruction.param:
             self._fixed(instruction.target).copy_(self._fixed(instruction.param))
 

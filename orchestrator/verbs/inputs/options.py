@@ -9,7 +9,7 @@ from enum import StrEnum
 from pathlib import Path
 
 
-class Runner(StrEnum):
+class RunnerKind(StrEnum):
     """Who executes the Program: nobody (it is timed), one process, or Ray actors."""
 
     SIMULATED = "simulated"
@@ -39,7 +39,7 @@ class Options:
     global_batch: int | None = None
     seq: int | None = None
     steps: int | None = None
-    runner: Runner | None = None
+    runner: RunnerKind | None = None
     run_dir: Path | None = None
     resume: Path | None = None
     overrides: tuple[str, ...] = ()  # `a.b=c` each, in the order given

@@ -10,7 +10,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.runs.accuracy import join
-from orchestrator.runs.occupancy import breakdown, union_ns
 from orchestrator.runs.timeline import (
     LANES,
     Counter,
@@ -193,38 +192,6 @@ def test_impossible_spans_and_flows_are_told(
     assert "no span at one end" in dangling
     assert early.startswith("Span(step=0, chip=1")
     assert "ends before its send" in early
-
-
-@given(st.lists(spans, max_size=15), st.sets(st.sampled_from(LANES), max_size=4))
-def test_union_counts_each_busy_nanosecond_once(
-    measured: Callable[..., Timeline], values: list[Span], lanes: set[Lane]
-) -> None:
-    values = [
-        span(v.start_ns % 60, v.start_ns % 60 + v.end_ns - v.start_ns, chip=v.chip, lane=v.lane)
-        for v in values
-    ]
-    busy = {(v.chip, ns) for v in values if v.lane in lanes for ns in range(v.start_ns, v.end_ns)}
-    assert union_ns(measured(*values).span_rows, sorted(lanes)) == len(busy)
-
-
-@given(st.lists(spans, max_size=15))
-def test_breakdown_parts_sum_to_chip_time(measured: Callable[..., Timeline], values: list[Span]) -> None:
-    parts = breakdown(measured(*values))
-    known = parts.compute_ns + parts.optimizer_ns + parts.host_ns + parts.exposed_communication_ns
-    assert known + parts.bubble_ns == parts.total_ns
-    assert min(parts.compute_ns, parts.host_ns, parts.exposed_communication_ns, parts.bubble_ns) >= 0
-
-
-def test_breakdown_counts_hidden_communication_as_compute(measured: Callable[..., Timeline]) -> None:
-    timeline = measured(span(0, 10), span(5, 14, lane=Lane.DP), span(16, 20, lane=Lane.OPTIMIZER))
-    parts = breakdown(timeline)
-    assert (parts.compute_ns, parts.optimizer_ns, parts.exposed_communication_ns, parts.bubble_ns) == (
-        10,
-        4,
-        4,
-        2,
-    )
-    assert dict(parts.exposed_ns)[Lane.DP] == 4
 
 
 def test_join_compares_matched_instructions_by_kind(

@@ -140,12 +140,12 @@ def test_gradients_of_a_wrong_scale_are_found_although_they_are_clipped(
 def test_a_wrong_exchange_is_found_against_one_chip(
     tiny_job: Make, laptop: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from orchestrator.runners.executing import meetings
+    from orchestrator.runners.executing import pending_communications
 
     def forgetful(reduction: Any, parts: Any, out: Any) -> torch.Tensor:
         return parts[0].clone()
 
-    monkeypatch.setattr(meetings, "combine", forgetful)
+    monkeypatch.setattr(pending_communications, "combine", forgetful)
     result = verify(laptop.take(2), tiny_job("dtype=fp64"), Plan(tp=2))
     assert not result.equal
     assert result.first_difference is not None and "(embed)" in result.first_difference
@@ -221,12 +221,13 @@ def test_relative_distance(value: torch.Tensor, expected: torch.Tensor, error: f
 
 
 def test_gradients_are_whole_on_the_planned_side(tiny_job: Make, laptop: Any) -> None:
-    from orchestrator.verbs.verify_runs import chips_of, module_values, whole_tensors
+    from orchestrator.runners.executing.chip_state import whole_tensors
+    from orchestrator.verbs.verify_runs import loaded_runner, module_values
 
     job = tiny_job("dtype=fp64")
     prepared = verb.prepare(laptop.take(4), job, Plan(dp=2, tp=2, zero=1))
     model = verb.build_model(job, "cpu")
-    chips = chips_of(prepared, module_values(model))
-    found = whole_tensors(prepared.program, chips, TensorKind.PARAM)
+    runner = loaded_runner(prepared, module_values(model))
+    found = whole_tensors(prepared.program, TensorKind.PARAM, runner.chip_set.buffer)
     for name, param in model.module.named_parameters():
         assert torch.equal(found[name].reshape(param.shape), param)

@@ -16,10 +16,16 @@ from orchestrator.errors import ClusterError, HangError, RunError
 from orchestrator.models.builtin_gpt import GPT
 from orchestrator.models.model_specs import GPTOptions
 from orchestrator.runners.executing.chip import Settings
-from orchestrator.runners.executing.executor import Batches, Executor, States
-from orchestrator.runners.executing.inline import InlineExecutor
-from orchestrator.runners.on_ray.ray_executor import RayExecutor, RayOptions
-from orchestrator.runners.on_ray.ray_start import ActorPlan, RayStart, knock, raise_busy, require_resources
+from orchestrator.runners.executing.inline import InlineRunner
+from orchestrator.runners.on_ray.ray_runner import RayOptions, RayRunner
+from orchestrator.runners.on_ray.ray_start import (
+    ActorPlan,
+    RayStart,
+    raise_busy,
+    require_listener,
+    require_resources,
+)
+from orchestrator.runners.runner import Batches, States, StepRequest, TensorRunner
 from partitioner.capture.graph_units import build_graph
 from partitioner.capture.tracing import trace_module
 from partitioner.layout.parallel_plan import Plan
@@ -39,9 +45,12 @@ class Case:
     values: dict[str, torch.Tensor]
     batches: Batches
 
-    def train(self, executor: Executor, steps: int) -> list[float]:
-        executor.load(self.values.__getitem__)
-        stats = [executor.step(LR, self.batches).stats for _ in range(steps)]
+    def request(self, **options: bool) -> StepRequest:
+        return StepRequest("step", LR, self.batches, **options)
+
+    def train(self, runner: TensorRunner, steps: int) -> list[float]:
+        runner.load(self.values.__getitem__)
+        stats = [runner.run(self.request()).stats for _ in range(steps)]
         return [s.loss for s in stats if s is not None]
 
 
@@ -67,7 +76,7 @@ def case() -> Case:
 
 @pytest.fixture(scope="module")
 def expected(case) -> tuple[list[float], States]:
-    inline = InlineExecutor(case.program, Settings(SPEC, 1.0), 1)
+    inline = InlineRunner(case.program, Settings(SPEC, 1.0), 1)
     return case.train(inline, 3), inline.states()
 
 
@@ -80,10 +89,10 @@ def local_ray() -> Iterator[None]:
     ray.shutdown()
 
 
-def executor(case: Case, num_actors: int, timeout_s: float = 60.0, **plan: object) -> RayExecutor:
+def connected(case: Case, num_actors: int, timeout_s: float = 60.0, **plan: object) -> RayRunner:
     start = RayStart(ActorPlan(num_actors, **plan))  # type: ignore[arg-type]
     try:
-        return RayExecutor(start, case.program, RayOptions(SPEC, 1.0, timeout_s=timeout_s))
+        return RayRunner(start, case.program, RayOptions(SPEC, 1.0, timeout_s=timeout_s))
     except BaseException:
         start.close()
         raise
@@ -102,7 +111,7 @@ def assert_same_bytes(found: States, expected: States) -> None:
 def test_any_number_of_actors_gives_the_bytes_of_one_process(
     local_ray, case, expected, num_actors, share_memory
 ):
-    running = executor(case, num_actors, share_memory=share_memory)
+    running = connected(case, num_actors, share_memory=share_memory)
     try:
         assert case.train(running, 3) == expected[0]
         assert_same_bytes(running.states(), expected[1])
@@ -112,14 +121,15 @@ def test_any_number_of_actors_gives_the_bytes_of_one_process(
 
 @pytest.mark.ray
 def test_a_checkpoint_continues_and_evaluation_and_marks_come_back(local_ray, case, expected):
-    inline = InlineExecutor(case.program, Settings(SPEC, 1.0), 1)
+    inline = InlineRunner(case.program, Settings(SPEC, 1.0), 1)
     case.train(inline, 2)
-    running = executor(case, 2)
+    running = connected(case, 2)
     try:
         running.load(case.values.__getitem__)
         running.restore(inline.states())
-        assert running.evaluate(case.batches).stats == inline.evaluate(case.batches).stats
-        outcome = running.step(LR, case.batches, measure=True)
+        evaluation = StepRequest("evaluate", batches=case.batches)
+        assert running.run(evaluation).stats == inline.run(evaluation).stats
+        outcome = running.run(case.request(measure=True))
         assert outcome.stats is not None
         assert outcome.stats.loss == expected[0][2]
         assert {mark.chip for mark in outcome.marks} == set(range(8))
@@ -129,7 +139,7 @@ def test_a_checkpoint_continues_and_evaluation_and_marks_come_back(local_ray, ca
         running.close()
 
 
-def process_of(running: RayExecutor, actor: int) -> int:
+def process_of(running: RayRunner, actor: int) -> int:
     return running.start.addresses[actor].process
 
 
@@ -137,12 +147,12 @@ def shared_files() -> set[str]:
     return {entry.name for entry in Path("/dev/shm").iterdir()}
 
 
-def step_until(case: Case, running: RayExecutor, killer: threading.Timer) -> None:
+def step_until(case: Case, running: RayRunner, killer: threading.Timer) -> None:
     while killer.is_alive():
-        running.step(LR, case.batches)
+        running.run(case.request())
     start = time.monotonic()
     try:
-        running.step(LR, case.batches)
+        running.run(case.request())
     finally:
         assert time.monotonic() - start < LIMIT_S
 
@@ -150,7 +160,7 @@ def step_until(case: Case, running: RayExecutor, killer: threading.Timer) -> Non
 @pytest.mark.ray
 def test_a_killed_actor_ends_the_step_with_its_name(local_ray, case):
     before = shared_files()
-    running = executor(case, 2)
+    running = connected(case, 2)
     try:
         case.train(running, 1)
         killer = threading.Timer(0.5, os.kill, (process_of(running, 1), signal.SIGKILL))
@@ -169,12 +179,12 @@ def test_a_killed_actor_ends_the_step_with_its_name(local_ray, case):
 
 @pytest.mark.ray
 def test_a_silent_actor_is_named_with_those_who_wait_for_it(local_ray, case):
-    running = executor(case, 2, timeout_s=1.0)
+    running = connected(case, 2, timeout_s=1.0)
     try:
         case.train(running, 1)
         os.kill(process_of(running, 1), signal.SIGSTOP)
         with pytest.raises(HangError) as caught:
-            running.step(LR, case.batches)
+            running.run(case.request())
         assert "actor 1: does not answer" in caught.value.where
         assert "missing [2]" in caught.value.where
     finally:
@@ -183,12 +193,12 @@ def test_a_silent_actor_is_named_with_those_who_wait_for_it(local_ray, case):
 
 @pytest.mark.ray
 def test_an_error_in_an_actor_says_what_and_where(local_ray, case):
-    running = executor(case, 2)
+    running = connected(case, 2)
     try:
         running.load(case.values.__getitem__)
         empty = {replica: {} for replica in case.batches}
         with pytest.raises(RunError, match=r"AssertionError|KeyError") as caught:
-            running.step(LR, empty)
+            running.run(StepRequest("step", LR, empty))
         assert "chips" in caught.value.where
     finally:
         running.close()
@@ -220,10 +230,10 @@ def test_what_is_short_is_named():
 def test_an_address_where_nobody_listens_is_refused_at_once():
     with socket.create_server(("127.0.0.1", 0)) as server:
         host, port = server.getsockname()
-        knock(f"{host}:{port}")
+        require_listener(f"{host}:{port}")
     with pytest.raises(ConnectionRefusedError):
-        knock(f"{host}:{port}")
-    knock("auto")
+        require_listener(f"{host}:{port}")
+    require_listener("auto")
 
 
 def test_a_missing_ray_is_named_before_anything_starts(monkeypatch):
