@@ -117,11 +117,14 @@ def _accuracy_table(accuracy: Accuracy) -> Table:
     in_seconds = accuracy.basis is Basis.SECONDS
     rows = []
     for kind in accuracy.kinds:
-        times = [seconds(ns / accuracy.num_steps / NS_PER_S) for ns in (kind.predicted_ns, kind.measured_ns)]
-        shares = [percent(share) for share in accuracy.shares(kind)]
-        count = str(kind.num_matched // accuracy.num_steps)
-        compared = (*times, f"{kind.error:+.1%}") if in_seconds else (*shares, DASH)
-        rows.append((kind.kind, count, *compared))
+        times = [ns / accuracy.num_steps / NS_PER_S for ns in (kind.predicted_ns, kind.measured_ns)]
+        shares = accuracy.shares(kind)
+        compared = (
+            (*map(seconds, times), f"{kind.error:+.1%}")
+            if in_seconds
+            else (*map(percent, shares), f"{100 * (shares[0] - shares[1]):+.1f} points")
+        )
+        rows.append((kind.kind, str(kind.num_matched // accuracy.num_steps), *compared))
     for name, pair, unit in (("bytes", accuracy.nbytes, "B"), ("FLOPs", accuracy.flops, "")):
         rows.append((name, DASH, scaled(pair.predicted, unit), scaled(pair.measured, unit), _off(pair)))
     for stage, pair in enumerate(accuracy.memory_bytes):

@@ -12,7 +12,7 @@ from orchestrator.config.job_file import load_job
 from orchestrator.config.shipped import cluster_path
 from orchestrator.planning.preparation import Prepared, build_model, prepare
 from orchestrator.runners.executing.inline import InlineLaunch
-from orchestrator.runners.runner import Runner, StepRequest, TensorRunner
+from orchestrator.runners.runner import Launch, Runner, StepRequest, TensorRunner
 from orchestrator.runners.step_timelines import Timed
 from orchestrator.runners.timing.prediction import SimulatedRunner
 from orchestrator.runs.batches import split_batch
@@ -28,21 +28,26 @@ RUNNERS = ["simulated", "inline", pytest.param("ray", marks=pytest.mark.ray)]
 
 
 @pytest.fixture(scope="module")
-def prepared() -> Prepared:
+def ray_launch(request: pytest.FixtureRequest) -> Iterator[Launch | None]:
+    """Ray comes up while the Program is made, as it does in training; None if no test asks for it."""
+    if not any(item.get_closest_marker("ray") for item in request.session.items if item.path == request.path):
+        yield None
+        return
+    from orchestrator.runners.on_ray.ray_launch import RayLaunch
+
+    launch = RayLaunch(load_cluster(cluster_path("laptop")))
+    yield launch
+    launch.close()
+
+
+@pytest.fixture(scope="module")
+def prepared(ray_launch: Launch | None) -> Prepared:
     """A small job with every kind of parallelism on the eight chips of laptop.yaml."""
     return prepare(load_cluster(cluster_path("laptop")), load_job(None, JOB))
 
 
-def connected(name: str, prepared: Prepared) -> TensorRunner:
-    if name == "inline":
-        return InlineLaunch(replace(prepared.cluster, actors=2)).connect(prepared, Console())
-    from orchestrator.runners.on_ray.ray_launch import RayLaunch
-
-    return RayLaunch(prepared.cluster).connect(prepared, Console())
-
-
-def loaded(name: str, prepared: Prepared) -> TensorRunner:
-    runner = connected(name, prepared)
+def loaded(launch: Launch, prepared: Prepared) -> TensorRunner:
+    runner = launch.connect(prepared, Console())
     model = build_model(prepared.job, "cpu")
     values = {f"params:{k}": v.detach() for k, v in model.module.named_parameters()}
     values |= {f"buffer:{k}": v for k, v in model.module.named_buffers()}
@@ -51,12 +56,17 @@ def loaded(name: str, prepared: Prepared) -> TensorRunner:
 
 
 @pytest.fixture(scope="module", params=RUNNERS)
-def ran(request: pytest.FixtureRequest, prepared: Prepared) -> Iterator[tuple[str, Timeline, float | None]]:
+def ran(
+    request: pytest.FixtureRequest, prepared: Prepared, ray_launch: Launch | None
+) -> Iterator[tuple[str, Timeline, float | None]]:
     """(runner, timeline of one step, loss of the step if there is one)."""
     name = request.param
-    runner: Runner = (
-        SimulatedRunner(prepared.program, prepared.cluster) if name == "simulated" else loaded(name, prepared)
-    )
+    if name == "simulated":
+        runner: Runner = SimulatedRunner(prepared.program, prepared.cluster)
+    else:
+        launch = ray_launch if name == "ray" else InlineLaunch(replace(prepared.cluster, actors=2))
+        assert launch is not None
+        runner = loaded(launch, prepared)
     try:
         batches = split_batch(batch_of(prepared), prepared.plan)
         result = runner.run(StepRequest("step", 1e-3, batches, measure=True))

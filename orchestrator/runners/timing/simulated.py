@@ -63,6 +63,7 @@ class SimulatedStep:
     num_timed: int  # segments that were timed, not reused
     fidelity: str = FIDELITY
     left_out: tuple[str, ...] = LEFT_OUT
+    stats: None = None  # there are no tensors
     every_chip: bool = False  # `ran` and `communications` are of chips, not of one representative per stage
 
     @property

@@ -89,13 +89,24 @@ def local_ray() -> Iterator[None]:
     ray.shutdown()
 
 
-def connected(case: Case, num_actors: int, timeout_s: float = 60.0, **plan: object) -> RayRunner:
-    start = RayStart(ActorPlan(num_actors, **plan))  # type: ignore[arg-type]
+def connected(
+    case: Case, num_actors: int, *, timeout_s: float = 60.0, answer_s: float = 2.0, share_memory: bool = True
+) -> RayRunner:
+    start = RayStart(ActorPlan(num_actors, share_memory=share_memory))
     try:
-        return RayRunner(start, case.program, RayOptions(SPEC, 1.0, timeout_s=timeout_s))
+        options = RayOptions(SPEC, 1.0, timeout_s=timeout_s, answer_s=answer_s)
+        return RayRunner(start, case.program, options)
     except BaseException:
         start.close()
         raise
+
+
+@pytest.fixture(scope="module")
+def two_actors(local_ray: None, case: Case) -> Iterator[RayRunner]:
+    """Shared by the tests that start from parameters or a checkpoint, and ended by the last of them."""
+    running = connected(case, 2, share_memory=False)
+    yield running
+    running.close()
 
 
 def assert_same_bytes(found: States, expected: States) -> None:
@@ -107,33 +118,57 @@ def assert_same_bytes(found: States, expected: States) -> None:
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize(("num_actors", "share_memory"), [(1, True), (2, False)])
-def test_any_number_of_actors_gives_the_bytes_of_one_process(
-    local_ray, case, expected, num_actors, share_memory
-):
-    running = connected(case, num_actors, share_memory=share_memory)
+def test_too_many_actors_are_refused_before_anything_is_created(local_ray):
+    start = RayStart(ActorPlan(3))
     try:
-        assert case.train(running, 3) == expected[0]
-        assert_same_bytes(running.states(), expected[1])
+        with pytest.raises(ClusterError, match="3 actors need 3 CPUs, Ray has 2") as caught:
+            start.wait()
+        assert "at most 2 actors" in caught.value.hint
+        assert start.actors == []
     finally:
-        running.close()
+        start.close()
 
 
 @pytest.mark.ray
-def test_a_checkpoint_continues_and_evaluation_and_marks_come_back(local_ray, case, expected):
+def test_actors_without_shared_memory_give_the_bytes_of_one_process(two_actors, case, expected):
+    assert case.train(two_actors, 3) == expected[0]
+    assert_same_bytes(two_actors.states(), expected[1])
+
+
+@pytest.mark.ray
+def test_a_checkpoint_continues_and_evaluation_and_marks_come_back(two_actors, case, expected):
     inline = InlineRunner(case.program, Settings(SPEC, 1.0), 1)
     case.train(inline, 2)
-    running = connected(case, 2)
+    two_actors.load(case.values.__getitem__)
+    two_actors.restore(inline.states())
+    evaluation = StepRequest("evaluate", batches=case.batches)
+    assert two_actors.run(evaluation).stats == inline.run(evaluation).stats
+    outcome = two_actors.run(case.request(measure=True))
+    assert outcome.stats is not None
+    assert outcome.stats.loss == expected[0][2]
+    assert {mark.chip for mark in outcome.marks} == set(range(8))
+    assert set(outcome.held_bytes) == set(range(8))
+    assert all(mark.start_ns <= mark.end_ns for mark in outcome.marks)
+    assert_same_bytes(two_actors.states(), expected[1])
+
+
+@pytest.mark.ray
+def test_an_error_in_an_actor_says_what_and_where_and_ends_all(two_actors, case):
+    two_actors.load(case.values.__getitem__)
+    empty = {replica: {} for replica in case.batches}
+    with pytest.raises(RunError, match=r"AssertionError|KeyError") as caught:
+        two_actors.run(StepRequest("step", LR, empty))
+    assert "chips" in caught.value.where
+    with pytest.raises(RunError, match="have ended"):
+        two_actors.states()
+    two_actors.close()  # the tests after this one need its cores
+
+
+@pytest.mark.ray
+def test_one_actor_with_all_chips_gives_the_bytes_of_one_process(local_ray, case, expected):
+    running = connected(case, 1)
     try:
-        running.load(case.values.__getitem__)
-        running.restore(inline.states())
-        evaluation = StepRequest("evaluate", batches=case.batches)
-        assert running.run(evaluation).stats == inline.run(evaluation).stats
-        outcome = running.run(case.request(measure=True))
-        assert outcome.stats is not None
-        assert outcome.stats.loss == expected[0][2]
-        assert {mark.chip for mark in outcome.marks} == set(range(8))
-        assert all(mark.start_ns <= mark.end_ns for mark in outcome.marks)
+        assert case.train(running, 3) == expected[0]
         assert_same_bytes(running.states(), expected[1])
     finally:
         running.close()
@@ -179,7 +214,7 @@ def test_a_killed_actor_ends_the_step_with_its_name(local_ray, case):
 
 @pytest.mark.ray
 def test_a_silent_actor_is_named_with_those_who_wait_for_it(local_ray, case):
-    running = connected(case, 2, timeout_s=1.0)
+    running = connected(case, 2, timeout_s=1.0, answer_s=1.0)
     try:
         case.train(running, 1)
         os.kill(process_of(running, 1), signal.SIGSTOP)
@@ -189,31 +224,6 @@ def test_a_silent_actor_is_named_with_those_who_wait_for_it(local_ray, case):
         assert "missing [2]" in caught.value.where
     finally:
         running.close()
-
-
-@pytest.mark.ray
-def test_an_error_in_an_actor_says_what_and_where(local_ray, case):
-    running = connected(case, 2)
-    try:
-        running.load(case.values.__getitem__)
-        empty = {replica: {} for replica in case.batches}
-        with pytest.raises(RunError, match=r"AssertionError|KeyError") as caught:
-            running.run(StepRequest("step", LR, empty))
-        assert "chips" in caught.value.where
-    finally:
-        running.close()
-
-
-@pytest.mark.ray
-def test_too_many_actors_are_refused_before_anything_is_created(local_ray):
-    start = RayStart(ActorPlan(3))
-    try:
-        with pytest.raises(ClusterError, match="3 actors need 3 CPUs, Ray has 2") as caught:
-            start.wait()
-        assert "at most 2 actors" in caught.value.hint
-        assert start.actors == []
-    finally:
-        start.close()
 
 
 def test_what_is_short_is_named():
