@@ -44,6 +44,7 @@ from partitioner.program.program import Program
 from partitioner.program.program_codec import encode
 
 LOOK_S = 2.0  # how often the driver asks actors for their status while it waits
+ANSWER_S = 2.0  # how long an actor may take to tell it
 ROUND_TRIPS = 5
 
 
@@ -55,7 +56,6 @@ class RayOptions:
     clip_norm: float | None
     device: str = "cpu"
     timeout_s: float = 300.0  # without any movement
-    answer_s: float = 2.0  # that an actor may take to tell its status
 
 
 class RayRunner:
@@ -206,7 +206,7 @@ class RayRunner:
     def _statuses(self, state: CallState) -> tuple[ActorStatus | None, ...]:
         """What each actor says of itself; None if it does not answer."""
         asked = [actor.status.remote() for actor in self.actors]
-        done, _ = ray.wait(asked, num_returns=len(asked), timeout=self.options.answer_s)
+        done, _ = ray.wait(asked, num_returns=len(asked), timeout=ANSWER_S)
         answers: list[ActorStatus | None] = []
         for actor, reference in enumerate(asked):
             try:

@@ -90,11 +90,11 @@ def local_ray() -> Iterator[None]:
 
 
 def connected(
-    case: Case, num_actors: int, *, timeout_s: float = 60.0, answer_s: float = 2.0, share_memory: bool = True
+    case: Case, num_actors: int, *, timeout_s: float = 60.0, share_memory: bool = True
 ) -> RayRunner:
     start = RayStart(ActorPlan(num_actors, share_memory=share_memory))
     try:
-        options = RayOptions(SPEC, 1.0, timeout_s=timeout_s, answer_s=answer_s)
+        options = RayOptions(SPEC, 1.0, timeout_s=timeout_s)
         return RayRunner(start, case.program, options)
     except BaseException:
         start.close()
@@ -214,7 +214,7 @@ def test_a_killed_actor_ends_the_step_with_its_name(local_ray, case):
 
 @pytest.mark.ray
 def test_a_silent_actor_is_named_with_those_who_wait_for_it(local_ray, case):
-    running = connected(case, 2, timeout_s=1.0, answer_s=1.0)
+    running = connected(case, 2, timeout_s=0.2)
     try:
         case.train(running, 1)
         os.kill(process_of(running, 1), signal.SIGSTOP)
