@@ -231,13 +231,14 @@ class StepLoop:
         """Drive all chips to their ends. Raises ProgramError where they wait for each other for ever."""
         for chip in self.chips:
             self._advance(chip, 0, None)
+        wakes, next_end = self.wakes, self.communications.next_end
         while True:
             # At one instant, what has arrived is known before streams go on.
-            ended = self.communications.next_end(self.wakes[0][0] if self.wakes else None)
+            ended = next_end(wakes[0][0] if wakes else None)
             if ended is not None:
                 self._end(ended)
-            elif self.wakes:
-                at, number = heappop(self.wakes)
+            elif wakes:
+                at, number = heappop(wakes)
                 self._advance(self.chips[number], at, None)
             else:
                 break
@@ -245,12 +246,12 @@ class StepLoop:
 
     def _end(self, communication: TimedCommunication) -> None:
         self.ended.append(communication)
-        chips = [self.chips[number] for number in communication.key.chips]
-        for chip in chips:
-            chip.machine.arrive(communication.key)
-        for chip in chips:
-            if chip.blocked_since is not None:
-                self._advance(chip, communication.end_ns, communication)
+        key = communication.key
+        for number in key.chips:
+            self.chips[number].machine.arrive(key)
+        for number in key.chips:
+            if self.chips[number].blocked_since is not None:
+                self._advance(self.chips[number], communication.end_ns, communication)
 
     def _advance(self, chip: DrivenChip, at: int, woken_by: TimedCommunication | None) -> None:
         """Issue everything that can be issued at `at`, until work holds the stream or it waits."""
@@ -278,11 +279,10 @@ class StepLoop:
 
     def _work(self, chip: DrivenChip, at: int, run: Run) -> int:
         """Time a run of instructions or recall it; returns how long the stream is held."""
-        before = NOTHING
-        if chip.in_flight is not NOTHING:
+        role, before = chip.machine.role, chip.in_flight
+        if before is not NOTHING:
             elapsed, shift = at - chip.as_of[0], run.microbatch - chip.as_of[1]
-            before = chip.in_flight.later(elapsed, shift, chip.machine.role)
-        role = chip.machine.role
+            before = before.later(elapsed, shift, role)
         key = (role.stage, run.body.name, run.start, run.stop, before, chip.factor)
         segment = self.timed.get(key) if self.reuse else None
         if segment is None:
