@@ -17,7 +17,7 @@ from orchestrator.config.shipped import cluster_path
 from orchestrator.planning.preparation import Prepared, build_model, prepare
 from orchestrator.runners.executing.inline import InlineLaunch
 from orchestrator.runners.runner import StepRequest, TensorRunner
-from orchestrator.runs.batches import split_batch
+from orchestrator.runs.data import split_batch
 from orchestrator.views.console import Console
 
 JOB = (

@@ -70,13 +70,12 @@ class Runner(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class ExecutedStep:
-    """What came of a request to chips that hold tensors; marks and bytes only where it was to be measured."""
+    """What came of a request to chips that hold tensors; marks only where it was to be measured."""
 
     program: Program = field(repr=False)
     step_ns: int
     stats: "StepStatistics | None"
     marks: tuple[Mark, ...] = ()
-    held_bytes: Mapping[int, int] = field(default_factory=dict)  # by chip, at its fullest
     first_bad: tuple[BadOrder, str] | None = None
 
     def timeline(self, step: int = 0) -> Timeline | None:

@@ -19,6 +19,7 @@ from partitioner.program.program import Accumulate, Collective, Compute, Program
 Timed: TypeAlias = Working | Collective | Send | Recv  # what gets a span: it works or communicates
 
 # Bodies whose name is not the kind of work they do; every other body's name is the kind.
+HELD = "held by tensors"  # the counter of a chip's memory
 KINDS = {"backward_last": "backward", "update": "optimizer"}
 
 
@@ -95,6 +96,10 @@ def measured_timeline(program: Program, marks: Iterable[Mark], step: int) -> Tim
         assert isinstance(instruction, Timed)
         said = spans.label(role, body, instruction)
         spans.add((mark.chip,), said, mark.instruction, mark.microbatch, mark.start_ns, mark.end_ns)
+        if mark.held_bytes:
+            spans.recorder.counter(
+                step=step, chip=mark.chip, name=HELD, at_ns=mark.end_ns, nbytes=mark.held_bytes
+            )
     return spans.recorder.timeline()
 
 

@@ -24,7 +24,7 @@ from orchestrator.runners.executing.chip import Settings
 from orchestrator.runners.executing.chip_state import whole_parameters
 from orchestrator.runners.executing.inline import InlineRunner
 from orchestrator.runners.runner import StepRequest, num_workers
-from orchestrator.runs.batches import split_batch
+from orchestrator.runs.data import split_batch
 from partitioner.capture.dtypes import SHORT
 from partitioner.capture.graph_units import build_graph
 from partitioner.capture.tracing import LossFunction, trace_module

@@ -15,8 +15,7 @@ from orchestrator.runners.runner import Batches, ExecutedStep, StepRequest, Tens
 from orchestrator.runners.timing.prediction import SimulationResult
 from orchestrator.runners.timing.step_costs import NS_PER_S
 from orchestrator.runs import checkpoint
-from orchestrator.runs.batches import split_batch
-from orchestrator.runs.data import TokenData
+from orchestrator.runs.data import TokenData, split_batch
 from orchestrator.runs.lr_schedule import learning_rate
 from orchestrator.runs.metrics import MetricsWriter, eta_s
 from orchestrator.runs.run_dir import RunDir

@@ -13,7 +13,7 @@ from orchestrator.runners.timing.step_costs import NS_PER_S
 from orchestrator.runs import metrics
 from orchestrator.runs.accuracy import Accuracy, Basis, Pair, compare
 from orchestrator.runs.disk import write_whole
-from orchestrator.runs.timeline import merge
+from orchestrator.runs.timeline import Timeline, merge
 from orchestrator.verbs.training import Training, TrainingProgress
 from orchestrator.views.console import Table, pairs
 from orchestrator.views.perfetto import trace_gz
@@ -92,7 +92,7 @@ def _write_timelines(training: Training, progress: TrainingProgress) -> Accuracy
     write_whole(folder.timeline_plot, timeline_png(predicted, measured, by_shares=basis is Basis.SHARES))
     if measured is None:
         return None
-    return compare(result.step.timeline(all_chips=True), measured, basis, _memory_pairs(training, progress))
+    return compare(result.step.timeline(all_chips=True), measured, basis, _memory_pairs(training, measured))
 
 
 def basis_of(cluster: Cluster) -> Basis:
@@ -100,13 +100,12 @@ def basis_of(cluster: Cluster) -> Basis:
     return Basis.SHARES if cluster.device is Device.SIMULATED else Basis.SECONDS
 
 
-def _memory_pairs(training: Training, progress: TrainingProgress) -> tuple[Pair, ...]:
+def _memory_pairs(training: Training, measured: Timeline) -> tuple[Pair, ...]:
     """Per stage: its fullest chip as predicted, and as it was; what is inside an instruction counts for neither."""
-    program, fullest = training.prepared.program, dict[int, int]()
-    for result in progress.measured.values():
-        for chip, nbytes in result.held_bytes.items():
-            stage = program.role_of(chip).stage
-            fullest[stage] = max(fullest.get(stage, 0), nbytes)
+    program, fullest, rows = training.prepared.program, dict[int, int](), measured.counter_rows
+    for chip, nbytes in zip(rows["chip"].tolist(), rows["nbytes"].tolist(), strict=True):
+        stage = program.role_of(chip).stage
+        fullest[stage] = max(fullest.get(stage, 0), nbytes)
     return tuple(
         Pair(role.peak_bytes - dict(role.classes)[MemoryClass.TEMPORARY], fullest.get(role.stage, 0))
         for role in training.predicted.memory

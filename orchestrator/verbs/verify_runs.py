@@ -18,7 +18,7 @@ from orchestrator.runners.executing.chip import ExecutingChip, op_codes
 from orchestrator.runners.executing.chip_state import whole_tensors
 from orchestrator.runners.executing.inline import InlineRunner, chip_settings
 from orchestrator.runners.runner import StepRequest
-from orchestrator.runs.batches import split_batch
+from orchestrator.runs.data import split_batch
 from orchestrator.runs.lr_schedule import learning_rate
 from partitioner.capture.exact_float64 import ExactFloat64
 from partitioner.capture.tracing import scalar_loss

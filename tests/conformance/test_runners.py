@@ -15,7 +15,7 @@ from orchestrator.runners.executing.inline import InlineLaunch
 from orchestrator.runners.runner import Launch, Runner, StepRequest, TensorRunner
 from orchestrator.runners.step_timelines import Timed
 from orchestrator.runners.timing.prediction import SimulatedRunner
-from orchestrator.runs.batches import split_batch
+from orchestrator.runs.data import split_batch
 from orchestrator.runs.timeline import Timeline
 from orchestrator.views.console import Console
 from partitioner.program.program import Recv, Send

@@ -84,7 +84,6 @@ class ExecutingChip:
         self.lr = 0.0
         self.batches: Mapping[tuple[int, str], torch.Tensor] = {}
         self.stats: StepStatistics | None = None
-        self.held_bytes = 0
         self.checked = False
         self.body = ""
         self.observer: Observer | None = None
@@ -143,7 +142,7 @@ class ExecutingChip:
 
     def begin(self, request: StepRequest) -> Machine:
         """Start a schedule: fresh accumulators, fresh machine."""
-        self.marks, self.held_bytes, self.checked = ([] if request.measure else None), 0, request.check
+        self.marks, self.checked = ([] if request.measure else None), request.check
         self.touched.clear()
         self.instances.clear()
         self.stats, self.first_bad = None, None
@@ -199,8 +198,8 @@ class ExecutingChip:
                     continue
             if self.marks is not None:
                 end = self.settings.clock()
-                self.marks.append(Mark(self.index, run.call, run.microbatch, instruction.id, start, end))
-                self.held_bytes = max(self.held_bytes, self._held_bytes())
+                place = (self.index, run.call, run.microbatch, instruction.id)
+                self.marks.append(Mark(*place, start, end, self._held_bytes()))
 
     def _held_bytes(self) -> int:
         """What the chip's tensors take now: every storage once, without what is inside an instruction."""

@@ -224,9 +224,8 @@ class ChipSet:
         value = None if place is None else chip.fixed[place]
         stats = None if value is None else chip.statistics(value)
         marks = tuple(m for c in self.chips.values() for m in (c.marks or ()))
-        held = {index: c.held_bytes for index, c in self.chips.items() if c.held_bytes}
         bad = min((c.first_bad for c in self.chips.values() if c.first_bad), default=None)
-        return ExecutedStep(self.program, step_ns, stats, marks, held, bad)
+        return ExecutedStep(self.program, step_ns, stats, marks, bad)
 
     def buffer(self, chip: int, name: str) -> torch.Tensor:
         """A persistent tensor of a local chip, by name."""

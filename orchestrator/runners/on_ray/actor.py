@@ -9,7 +9,7 @@ import importlib
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, fields, replace
 from typing import Any
 
 import ray
@@ -50,7 +50,6 @@ class ActorReport:
     """What came of a request on the chips of an actor; marks travel as a tensor."""
 
     stats: StepStatistics | None
-    held_bytes: Mapping[int, int]
     first_bad: tuple[BadOrder, str] | None
 
 
@@ -116,7 +115,7 @@ class ChipActor:
         if request.measure:
             marks = marks_tensor(result.marks)
             self.transport.send(DRIVER, epoch, marks_key(self.actor), self.actor, marks)
-        return ActorReport(result.stats, result.held_bytes, result.first_bad)
+        return ActorReport(result.stats, result.first_bad)
 
     def send_states(self) -> dict[int, list[str]]:
         """Send the checkpoint states to the driver; returns their names by chip."""
@@ -175,13 +174,13 @@ def factory(optimizer: OptimizerSpec | str) -> Factory:
 
 def marks_tensor(marks: Sequence[Mark]) -> torch.Tensor:
     """Marks as rows of integers."""
-    rows = [[m.chip, m.call, m.microbatch, m.instruction, m.start_ns, m.end_ns] for m in marks]
-    return torch.tensor(rows, dtype=torch.int64).reshape(-1, 6)
+    rows = [astuple(mark) for mark in marks]
+    return torch.tensor(rows, dtype=torch.int64).reshape(-1, len(fields(Mark)))
 
 
 def marks_from(rows: torch.Tensor, offset_ns: int) -> tuple[Mark, ...]:
     """Inverse of `marks_tensor`, on the driver's clock."""
+    marks = (Mark(*row) for row in rows.tolist())
     return tuple(
-        Mark(chip, call, microbatch, instruction, start + offset_ns, end + offset_ns)
-        for chip, call, microbatch, instruction, start, end in rows.tolist()
+        replace(mark, start_ns=mark.start_ns + offset_ns, end_ns=mark.end_ns + offset_ns) for mark in marks
     )

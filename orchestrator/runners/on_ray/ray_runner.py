@@ -127,9 +127,8 @@ class RayRunner:
         reports: list[ActorReport] = self._call(request.schedule, running)
         stats = next((r.stats for r in reports if r.stats is not None), None)
         bad = min((r.first_bad for r in reports if r.first_bad is not None), default=None)
-        held = {chip: nbytes for report in reports for chip, nbytes in report.held_bytes.items()}
         marks = self._marks() if request.measure else ()
-        return ExecutedStep(self.program, time.perf_counter_ns() - start_ns, stats, marks, held, bad)
+        return ExecutedStep(self.program, time.perf_counter_ns() - start_ns, stats, marks, bad)
 
     def states(self) -> States:
         """See `TensorRunner`."""

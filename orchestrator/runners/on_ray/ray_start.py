@@ -11,9 +11,7 @@ import os
 import secrets
 import socket
 import threading
-import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -52,10 +50,10 @@ class ActorPlan:
 
 
 class RayStart:
-    """Ray and its actors, coming up. `on_phase(name, seconds)` hears of each phase that ended, from another thread."""
+    """Ray and its actors, coming up."""
 
-    def __init__(self, plan: ActorPlan, on_phase: Callable[[str, float], None] = lambda *_: None) -> None:
-        self.plan, self.on_phase = plan, on_phase
+    def __init__(self, plan: ActorPlan) -> None:
+        self.plan = plan
         self.secret = secrets.token_bytes(16)
         self.interface = LOOPBACK
         self.actors: list[Any] = []
@@ -81,24 +79,16 @@ class RayStart:
 
     def _main(self) -> None:
         try:
-            with self._phase(PHASES[0]):
-                self._start_ray()
+            self._start_ray()
+            self._reached[PHASES[0]].set()
             if not self._closing.is_set():
-                with self._phase(PHASES[1]):
-                    self._start_actors()
+                self._start_actors()
         except BaseException as error:
             self.failure = error
         for event in self._reached.values():
             event.set()
         self._closing.wait()
         self._end()
-
-    @contextmanager
-    def _phase(self, name: str) -> Iterator[None]:
-        start = time.monotonic()
-        yield
-        self._reached[name].set()
-        self.on_phase(name, time.monotonic() - start)
 
     def _start_ray(self) -> None:
         try:

@@ -1,4 +1,4 @@
-"""Timeline: canonical form, merge, codec, soundness, occupancy and the join of predicted with measured."""
+"""Timeline: canonical form, merge, codec, soundness and the join of predicted with measured."""
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.runs.accuracy import join
+from orchestrator.runs.accuracy import Basis, Pair, compare, join
 from orchestrator.runs.timeline import (
     LANES,
     Counter,
@@ -220,6 +220,35 @@ def test_join_of_a_timeline_with_itself_has_no_error(
     assert (accuracy.only_predicted, accuracy.only_measured) == (0, 0)
     keys = {(v.step, v.chip, v.instr, v.microbatch) for v in values if v.instr >= 0}
     assert sum(row.num_matched for row in accuracy.kinds) == len(keys)
+
+
+def test_a_launch_that_lasts_longer_than_its_work_counts_instead_of_it(
+    timeline_of: Callable[..., Timeline], measured: Callable[..., Timeline]
+) -> None:
+    work, launch = span(0, 4, instr=1), Span(0, 0, Lane.HOST, "host", "f", 1, 0, 9)
+    (row,) = join(timeline_of(Origin.PREDICTED, [launch, work]), measured(span(0, 9, instr=1))).kinds
+    assert (row.kind, row.predicted_ns, row.error) == ("forward", 9, 0)
+
+
+@pytest.mark.parametrize("basis", list(Basis))
+def test_errors_in_time_are_told_of_the_described_chips_only_and_the_rest_always(
+    timeline_of: Callable[..., Timeline], measured: Callable[..., Timeline], basis: Basis
+) -> None:
+    def sized(step: int, chip: int, instr: int, start_ns: int) -> Span:
+        return Span(step, chip, Lane.COMPUTE, "forward", "f", instr, start_ns, start_ns + 5, 8, 3)
+
+    places = [(0, 1, 0), (0, 2, 5), (1, 1, 0), (1, 2, 5)]
+    swapped = [(0, 1, 0), (0, 2, 5), (1, 1, 5), (1, 2, 0)]
+    predicted = timeline_of(Origin.PREDICTED, [sized(0, *place) for place in places])
+    ran = [sized(2, *place) for place in places] + [sized(3, *place) for place in swapped]
+    found = compare(predicted, measured(*ran), basis, (Pair(90, 100),)).document()
+    assert (found["basis"], found["steps"], found["chips"], found["chips_in_order"]) == (basis, 2, 2, 1)
+    assert found["bytes"] == {"predicted": 32, "measured": 32}
+    assert found["flops"] == {"predicted": 12, "measured": 12}
+    assert found["memory_bytes"] == [{"predicted": 90, "measured": 100}]
+    row = found["kinds"]["forward"]  # type: ignore[index]
+    assert (row["instructions"], row["predicted_share"], row["measured_share"]) == (4, 1.0, 1.0)
+    assert row["error"] == (0.0 if basis is Basis.SECONDS else None)
 
 
 def test_one_predicted_step_can_stand_for_every_measured_one(measured: Callable[..., Timeline]) -> None:
