@@ -6,7 +6,7 @@ tensors through `read` and `write`.
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -81,6 +81,9 @@ class ExecutingChip:
         self.optimizers: dict[int, FlatOptimizer] = {}
         self.touched: set[int] = set()
         self.marks: list[Mark] | None = None
+        self.resident: dict[int, int] | None = (
+            None  # persistent storages and their bytes, while it is measured
+        )
         self.lr = 0.0
         self.batches: Mapping[tuple[int, str], torch.Tensor] = {}
         self.stats: StepStatistics | None = None
@@ -145,7 +148,7 @@ class ExecutingChip:
         self.marks, self.checked = ([] if request.measure else None), request.check
         self.touched.clear()
         self.instances.clear()
-        self.stats, self.first_bad = None, None
+        self.stats, self.first_bad, self.resident = None, None, None
         self.lr, self.batches = request.lr, request.batches.get(self.coordinates["dp"], {})
         return Machine(self.program, self.index, request.schedule)
 
@@ -203,13 +206,10 @@ class ExecutingChip:
 
     def _held_bytes(self) -> int:
         """What the chip's tensors take now: every storage once, without what is inside an instruction."""
-        states = (value for optimizer in self.optimizers.values() for value in optimizer.state().values())
-        storages = (
-            tensor.untyped_storage()
-            for tensor in (*self.fixed, *self.instances.values(), *states)
-            if tensor is not None
-        )
-        return sum({each.data_ptr(): each.nbytes() for each in storages}.values())
+        if self.resident is None:  # the persistent ones change hardly ever
+            states = (value for each in self.optimizers.values() for value in each.state().values())
+            self.resident = _storages(t for t in (*self.fixed, *states) if t is not None)
+        return sum((self.resident | _storages(self.instances.values())).values())
 
     def _compute(self, instruction: Compute, microbatch: int) -> None:
         function = self.library.function(instruction.segment)
@@ -272,5 +272,11 @@ class ExecutingChip:
         if found is None:
             flat = self._fixed(instruction.param)
             found = FlatOptimizer(self.settings.optimizer, flat, decay=instruction.decay)
+            self.resident = None
             self.optimizers[instruction.param] = found
         return found
+
+
+def _storages(tensors: Iterable[torch.Tensor]) -> dict[int, int]:
+    storages = (tensor.untyped_storage() for tensor in tensors)
+    return {each.data_ptr(): each.nbytes() for each in storages}
