@@ -17,7 +17,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -147,9 +147,7 @@ def save(checkpoints: Path, manifest: Manifest, shards: Mapping[str, Tensors]) -
 
 def with_shards(manifest: Manifest, files: Iterable[ShardFile]) -> Manifest:
     """The manifest with the files that its writers reported, sorted by writer."""
-    ordered = tuple(sorted(files, key=lambda file: file.writer))
-    known = (manifest.step, manifest.sample, manifest.seed)
-    return Manifest(*known, ordered, manifest.layout, manifest.extra)
+    return replace(manifest, shards=tuple(sorted(files, key=lambda file: file.writer)))
 
 
 def discard(folder: Path) -> None:

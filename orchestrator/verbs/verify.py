@@ -59,6 +59,13 @@ class RelativeErrors:
     def worst(self) -> float:
         return max(self.loss, self.grad, self.param)
 
+    def document(self) -> dict[str, float]:
+        """As JSON values."""
+        return {"loss_rel": self.loss, "grad_rel": self.grad, "param_rel": self.param}
+
+    def __str__(self) -> str:
+        return f"{self.loss:.1e}, {self.grad:.1e}, {self.param:.1e}"
+
 
 @dataclass(frozen=True, slots=True)
 class VerifyResult:
@@ -81,20 +88,15 @@ class VerifyResult:
     def document(self) -> dict[str, object]:
         """As JSON values."""
         return {
-            "equal": self.equal, "loss_rel": self.errors.loss, "grad_rel": self.errors.grad,
-            "param_rel": self.errors.param, "first_difference": self.first_difference, "tolerance": TOLERANCE,
+            "equal": self.equal, **self.errors.document(),
+            "first_difference": self.first_difference, "tolerance": TOLERANCE,
             "grad_floor": GRAD_FLOOR, "param_floor": PARAM_FLOOR, "steps": STEPS, "plan": self.plan,
-            "own_dtype": None if self.own is None else errors_document(self.own),
-            "reordering_noise": None if self.noise is None else errors_document(self.noise),
+            "own_dtype": None if self.own is None else self.own.document(),
+            "reordering_noise": None if self.noise is None else self.noise.document(),
             "parameter_bytes_per_chip": list(self.parameter_bytes_per_chip),
             "flops_per_chip": list(self.flops_per_chip),
             "one_chip_parameter_bytes": self.one_chip_parameter_bytes, "one_chip_flops": self.one_chip_flops,
         }  # fmt: skip
-
-
-def errors_document(errors: RelativeErrors) -> dict[str, float]:
-    """An RelativeErrors as JSON values."""
-    return {"loss_rel": errors.loss, "grad_rel": errors.grad, "param_rel": errors.param}
 
 
 def main(options: Options, console: Console) -> int:
@@ -202,19 +204,10 @@ def _require_cut(prepared: Prepared, alone: Prepared) -> None:
 def _table(result: VerifyResult) -> Table:
     rows = [
         ("equal", "yes" if result.equal else "NO"),
-        ("fp64: loss, gradients, parameters differ by",
-         f"{result.errors.loss:.1e}, {result.errors.grad:.1e}, {result.errors.param:.1e} (limit {TOLERANCE:.0e})"),
-    ]  # fmt: skip
+        ("fp64: loss, gradients, parameters differ by", f"{result.errors} (limit {TOLERANCE:.0e})"),
+    ]
     if result.own is not None and result.noise is not None:
-        rows.append(
-            ("job's dtype: the same", f"{result.own.loss:.1e}, {result.own.grad:.1e}, {result.own.param:.1e}")
-        )
-        rows.append(
-            (
-                "noise of re-ordering",
-                f"{result.noise.loss:.1e}, {result.noise.grad:.1e}, {result.noise.param:.1e}",
-            )
-        )
+        rows += [("job's dtype: the same", str(result.own)), ("noise of re-ordering", str(result.noise))]
     rows.append(("first difference", result.first_difference or "none"))
     for stage, (nbytes, flops) in enumerate(
         zip(result.parameter_bytes_per_chip, result.flops_per_chip, strict=True)

@@ -66,11 +66,6 @@ class SimulatedStep:
     stats: None = None  # there are no tensors
     every_chip: bool = False  # `ran` and `communications` are of chips, not of one representative per stage
 
-    @property
-    def busiest(self) -> int:
-        """The stage with the most compute, optimizer and host time: the one that sets the pace."""
-        return max(range(len(self.tallies)), key=lambda stage: (self._worked_ns(stage), -stage))
-
     @cached_property
     def overall(self) -> Tally:
         """All stages together; its parts sum to the step time times the number of stages."""
@@ -92,10 +87,6 @@ class SimulatedStep:
             return tuple((chip,) if every or chip % per_stage == 0 else () for chip in shown)
         firsts = range(0, self.program.num_chips, per_stage)
         return tuple(tuple(range(first, first + (per_stage if every else 1))) for first in firsts)
-
-    def _worked_ns(self, stage: int) -> int:
-        tally = self.tallies[stage]
-        return tally.compute_ns + tally.optimizer_ns + tally.host_ns
 
 
 class Communications(Protocol):
