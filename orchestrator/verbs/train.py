@@ -46,7 +46,7 @@ PLAIN_LINES = 10  # a line for every so many steps, off a terminal
 
 
 def main(options: Options, console: Console) -> int:
-    """The `train` verb."""
+    """The `train` verb. The simulated runner has no tensors to train: its answer is that of `simulate`."""
     inputs, folder = _inputs(options)
     runner = options.runner or _usual_runner(options, folder)
     if options.dry_run or runner is RunnerKind.SIMULATED:
