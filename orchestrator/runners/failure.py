@@ -11,7 +11,7 @@ after the current step and saves, the second ends it at once.
 from dataclasses import dataclass, replace
 from typing import TypeAlias, assert_never
 
-from orchestrator.errors import HangError, OrchestrateError, RunError
+from comms.errors import HangError, RunError, UserError
 
 DOING = {"step": "executing a step", "evaluate": "evaluating"}  # schedules in words
 
@@ -130,7 +130,7 @@ def in_call(state: CallState, event: CallEvent) -> GoOn | EndActors:
             hint = "was it killed, or out of memory? continue from the last checkpoint with --resume"
             return EndActors(RunError(f"actor {actor} has ended", state.place(actor), hint))
         case ActorFailed(actor, cause):
-            if isinstance(cause, OrchestrateError):
+            if isinstance(cause, UserError):
                 return EndActors(cause)
             problem = f"{type(cause).__name__}: {cause}"
             return EndActors(RunError(problem, state.place(actor), "the full story is in Ray's logs"), cause)

@@ -13,7 +13,7 @@ from statistics import median
 from types import TracebackType
 from typing import Self, TypeAlias
 
-from orchestrator.errors import RunError
+from comms.errors import RunError
 from orchestrator.runs.disk import explained, write_whole
 
 Value: TypeAlias = float | int | str | bool | None

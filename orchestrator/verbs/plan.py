@@ -10,7 +10,7 @@ from orchestrator.planning import preparation
 from orchestrator.planning.preparation import Prepared
 from orchestrator.runners.timing.prediction import SimulationResult, simulate
 from orchestrator.runs import run_dir
-from orchestrator.verbs.inputs.options import Options
+from orchestrator.verbs.inputs.options import PlanOptions
 from orchestrator.verbs.inputs.planned_inputs import prepare
 from orchestrator.verbs.simulate import require_fit, write_run
 from orchestrator.views.console import Console, Table
@@ -23,7 +23,7 @@ def partition(cluster: Cluster, job: Job, plan: Plan | None = None) -> Prepared:
     return preparation.prepare(cluster, job, plan)
 
 
-def main(options: Options, console: Console) -> int:
+def main(options: PlanOptions, console: Console) -> int:
     """The `plan` verb."""
     prepared = prepare(options, console)
     result = simulate(prepared.program, prepared.cluster)

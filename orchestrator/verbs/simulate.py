@@ -7,8 +7,9 @@ fit is still timed, then ends with FitError.
 from collections.abc import Mapping
 
 from comms import wording
+from comms.errors import FitError
 from comms.selection.pricing import Fidelity
-from orchestrator.errors import FitError
+from comms.selection.progress import LOADING
 from orchestrator.planning.preparation import Prepared
 from orchestrator.runners.timing.prediction import (
     CONDITIONS,
@@ -20,7 +21,7 @@ from orchestrator.runners.timing.prediction import (
 from orchestrator.runs import run_dir
 from orchestrator.runs.disk import write_whole
 from orchestrator.runs.run_dir import RunDir
-from orchestrator.verbs.inputs.options import Options
+from orchestrator.verbs.inputs.options import SimulateOptions
 from orchestrator.verbs.inputs.planned_inputs import prepare
 from orchestrator.views.console import Console, Table, pairs
 from orchestrator.views.perfetto import trace_gz
@@ -28,8 +29,6 @@ from partitioner.layout.parallel_plan import plan_to_yaml
 from partitioner.memory.peak_memory import MemoryClass
 from partitioner.program.program_codec import encode
 from partitioner.program.program_text import to_text
-
-LOADING = "event loop of full fidelity (compiled on first use, then kept)"
 
 # What to turn when a class of memory is the largest of a stage that does not fit.
 KNOBS: Mapping[MemoryClass, str] = {
@@ -56,12 +55,12 @@ def require_fit(result: SimulationResult) -> None:
     )
 
 
-def main(options: Options, console: Console) -> int:
+def main(options: SimulateOptions, console: Console) -> int:
     """Prepare a Program as asked, predict it, answer. Raises UserError."""
     return answer(prepare(options, console), options, console)
 
 
-def answer(prepared: Prepared, options: Options, console: Console) -> int:
+def answer(prepared: Prepared, options: SimulateOptions, console: Console) -> int:
     """Print the prediction and, with --run-dir, write plan, Program, timeline and trace. Raises FitError."""
     asked = None if options.fidelity is None else Fidelity(options.fidelity)
     if chosen_fidelity(prepared.cluster, asked) is Fidelity.FULL:

@@ -12,10 +12,10 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
+from comms.errors import ConfigError, ModelError
 from comms.wording import scaled, seconds
 from orchestrator.config.hardware.cluster import Cluster, Device
 from orchestrator.config.job import Job
-from orchestrator.errors import ConfigError, ModelError
 from orchestrator.planning.preparation import Prepared, build_model, prepare
 from orchestrator.runners.failure import Interrupted, RunState, StopAtOnce, in_run
 from orchestrator.runners.timing.prediction import simulate
@@ -23,7 +23,7 @@ from orchestrator.runs import metrics, run_dir
 from orchestrator.runs.baselines import baseline_losses
 from orchestrator.runs.data import NUM_BYTES, load_data
 from orchestrator.runs.run_dir import RunDir
-from orchestrator.verbs.inputs.options import Options, RunnerKind
+from orchestrator.verbs.inputs.options import RunnerKind, SimulateOptions, TrainOptions
 from orchestrator.verbs.inputs.planned_inputs import Inputs, from_config, read_plan, resolve
 from orchestrator.verbs.simulate import answer
 from orchestrator.verbs.training import Training, TrainingProgress
@@ -45,19 +45,19 @@ TEXT_INPUTS = ("input_ids", "labels")
 PLAIN_LINES = 10  # a line for every so many steps, off a terminal
 
 
-def main(options: Options, console: Console) -> int:
+def main(options: TrainOptions, console: Console) -> int:
     """The `train` verb. The simulated runner has no tensors to train: its answer is that of `simulate`."""
     inputs, folder = _inputs(options)
     runner = options.runner or _usual_runner(options, folder)
     if options.dry_run or runner is RunnerKind.SIMULATED:
         prepared = prepare(inputs.cluster, inputs.job, inputs.plan, progress=console)
-        return answer(prepared, options, console)
+        return answer(prepared, SimulateOptions(run_dir=options.run_dir), console)
     result = _train(inputs, runner, folder, console, resume=options.resume is not None)
     console.results(result.document(), result.tables())
     return INTERRUPTED if result.was_interrupted else 0
 
 
-def _usual_runner(options: Options, folder: RunDir) -> RunnerKind:
+def _usual_runner(options: TrainOptions, folder: RunDir) -> RunnerKind:
     """Ray, or what the run that is resumed was started with."""
     if options.resume is None:
         return RunnerKind.RAY
@@ -77,7 +77,7 @@ def run(
     return _train(inputs, RunnerKind(runner), made, console or Console(), resume=False)
 
 
-def _inputs(options: Options) -> tuple[Inputs, RunDir]:
+def _inputs(options: TrainOptions) -> tuple[Inputs, RunDir]:
     if options.resume is None:
         inputs = resolve(options, demonstrate=True)
         if options.dry_run or options.runner is RunnerKind.SIMULATED:

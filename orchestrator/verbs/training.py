@@ -7,8 +7,8 @@ checkpoints whole or not at all; what becomes of an interrupt and of a step that
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from comms.errors import RunError
 from kernels.optimizers import StepStatistics
-from orchestrator.errors import RunError
 from orchestrator.planning.preparation import Prepared
 from orchestrator.runners.failure import Decision, GoOn, NotFinite, RunState, SaveAndStop, StepEnded, in_run
 from orchestrator.runners.runner import Batches, ExecutedStep, StepRequest, TensorRunner

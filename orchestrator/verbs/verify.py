@@ -12,11 +12,11 @@ from dataclasses import dataclass, replace
 import torch
 
 from comms import wording
+from comms.errors import PlanError
 from orchestrator.config.hardware.cluster import Cluster
 from orchestrator.config.job import Dtype, Job
-from orchestrator.errors import PlanError
 from orchestrator.planning.preparation import Prepared, Progress, Quiet, build_model, prepare
-from orchestrator.verbs.inputs.options import Options
+from orchestrator.verbs.inputs.options import VerifyOptions
 from orchestrator.verbs.inputs.planned_inputs import resolve
 from orchestrator.verbs.plan import parameter_bytes, step_flops
 from orchestrator.verbs.verify_runs import (
@@ -99,7 +99,7 @@ class VerifyResult:
         }  # fmt: skip
 
 
-def main(options: Options, console: Console) -> int:
+def main(options: VerifyOptions, console: Console) -> int:
     """The `verify` verb."""
     inputs = resolve(options)
     result = verify(inputs.cluster, inputs.job, inputs.plan, progress=console)

@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 import torch
 
+from comms.errors import ClusterError
 from orchestrator.config.hardware.cluster import Cluster, Device
-from orchestrator.errors import ClusterError
 from orchestrator.planning.preparation import Prepared, Progress, optimizer_factory
 from orchestrator.runners.executing.chip import Settings
 from orchestrator.runners.executing.chip_set import ChipSet

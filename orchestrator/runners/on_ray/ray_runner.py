@@ -14,8 +14,8 @@ import ray
 import torch
 from ray.exceptions import RayActorError, RayTaskError
 
+from comms.errors import RunError
 from kernels.optimizers import OptimizerSpec
-from orchestrator.errors import RunError
 from orchestrator.runners.executing.mailbox import Mailbox, batch_key, marks_key, state_key, value_key
 from orchestrator.runners.executing.transport import Transport, host_id
 from orchestrator.runners.failure import (

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from orchestrator.errors import ClusterError, RunError
+from comms.errors import ClusterError, RunError
 
 if TYPE_CHECKING:
     from orchestrator.runners.executing.transport import Address

@@ -11,17 +11,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
-from comms.errors import CommsError
+from comms.errors import ConfigError, located
 from comms.selection.pricing import Fidelity
 from kernels.chips import Chip
 from orchestrator.config.hardware.cluster import Cluster
-from orchestrator.errors import ClusterError, ConfigError, PlanError
 from orchestrator.runners.runner import StepRequest
 from orchestrator.runners.timing.simulated import SimulatedStep, simulate_step
 from orchestrator.runners.timing.step_costs import DEFAULT_DTYPE, NS_PER_S, ClusterCosts
 from orchestrator.runners.timing.timed_segments import Tally
 from orchestrator.runs.timeline import Timeline
-from partitioner.errors import ProgramError
 from partitioner.memory.peak_memory import RoleMemory, peak_memory
 from partitioner.program.program import Program
 
@@ -175,10 +173,7 @@ class SimulatedRunner:
     def run(self, request: StepRequest) -> SimulatedStep:
         """See `Runner`; of the request only the schedule matters. Raises ClusterError or PlanError."""
         is_full = chosen_fidelity(self.cluster, self.fidelity) is Fidelity.FULL
-        try:
-            return self._every_chip(request.schedule) if is_full else self._folded(request.schedule)
-        except ProgramError as error:
-            raise PlanError(error.problem, error.where, error.hint) from error
+        return self._every_chip(request.schedule) if is_full else self._folded(request.schedule)
 
     def close(self) -> None:
         """Nothing to give back."""
@@ -199,17 +194,16 @@ class SimulatedRunner:
                 "take --fidelity folded, or fewer chips",
             )
         # Imported here: with full fidelity comes its event loop.
-        from comms.selection.full_collective import background_jobs, site_of
+        from comms.selection.full_collective import background_jobs
+        from comms.selection.site import site_of
         from orchestrator.runners.timing.every_chip import ProgramTraffic, simulate_every_chip
 
-        try:
+        with located(cluster.origin):
             site = site_of(cluster.network, program.num_chips, cluster.conditions)
             others, slow = tuple(background_jobs(site)), site.resolved.work_factors
             traffic = ProgramTraffic(program, site.network, site.resolved.conditions, site.topology, others)
             costs = ClusterCosts(program, cluster)
             return simulate_every_chip(program, costs, traffic, schedule=schedule, slow=slow)
-        except CommsError as error:
-            raise ClusterError(error.problem, error.where or cluster.origin, error.hint) from error
 
 
 def chosen_fidelity(cluster: Cluster, asked: Fidelity | None) -> Fidelity:

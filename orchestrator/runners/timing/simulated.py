@@ -24,6 +24,7 @@ from functools import cached_property
 from heapq import heappop, heappush
 from typing import Protocol
 
+from comms.errors import ProgramError
 from orchestrator.runners.step_timelines import Ran, TimedCommunication, predicted_timeline
 from orchestrator.runners.timing.step_costs import StepCosts
 from orchestrator.runners.timing.timed_segments import (
@@ -36,7 +37,6 @@ from orchestrator.runners.timing.timed_segments import (
     time_segment,
 )
 from orchestrator.runs.timeline import Lane, Timeline
-from partitioner.errors import ProgramError
 from partitioner.program.machine import Key, Machine, Post, Run
 from partitioner.program.program import Collective, Instruction, Program, Recv, Send
 

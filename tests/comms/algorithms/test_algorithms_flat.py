@@ -132,7 +132,7 @@ def test_every_ring_over_rails_leaves_each_host_once_and_together_by_every_rail(
 
 
 def test_an_order_that_leaves_out_a_rank_is_refused():
-    with pytest.raises(CommsError, match="ring 1: does not hold every rank once"):
+    with pytest.raises(CommsError, match=r"does not hold every rank once\n  at: ring 1"):
         ring.all_reduce(3, orders=[np.arange(3), np.array([0, 1, 1])])
     with pytest.raises(CommsError, match="no order of ranks"):
         ring.all_reduce(3, orders=[])
@@ -252,7 +252,7 @@ def test_pairwise_exchange_meets_the_same_partner_both_ways():
     for each in rounds_of(direct.pairwise_all_to_all(8, exchange=True)):
         np.testing.assert_array_equal(each.pattern.dst[each.pattern.dst], each.pattern.src)
     prove(direct.pairwise_all_to_all(8, exchange=True))
-    with pytest.raises(CommsError, match="pairwise exchange: 6 ranks"):
+    with pytest.raises(CommsError, match=r"6 ranks\n  at: pairwise exchange"):
         direct.pairwise_all_to_all(6, exchange=True)
 
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from orchestrator.errors import HangError, PlanError, RunError
+from comms.errors import HangError, PlanError, RunError
 from orchestrator.runners.failure import (
     ActorEnded,
     ActorFailed,
