@@ -33,14 +33,13 @@ CONFIG = "run.yaml"
 _PACKAGES = ("torch", "ray", "numpy", "safetensors", "transformers")
 
 
-class _Name:
+class _Name(str):
     """A file or folder of a run directory, by its fixed name."""
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    __slots__ = ()
 
     def __get__(self, run: "RunDir", owner: type["RunDir"]) -> Path:
-        return run.root / self.name
+        return run.root / self
 
 
 @dataclass(frozen=True, slots=True)

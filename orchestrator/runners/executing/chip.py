@@ -5,6 +5,7 @@ per-microbatch tensors. Communication is not here: `PendingCommunications` gives
 tensors through `read` and `write`.
 """
 
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -49,22 +50,27 @@ def op_codes(segment: Segment) -> list[OpCode]:
 
 
 class SegmentLibrary:
-    """Compiled segments of a Program, made when first used and shared by all chips of a process."""
+    """Compiled segments of a Program, made when first used and shared by all chips of a process.
+
+    One is made at a time: Python 3.11 miscounts the depth of two texts that are parsed at once (its issue 106905).
+    """
 
     def __init__(self, program: Program, device: str) -> None:
         self.program, self.device = program, device
         self._functions: dict[int, SegmentFunction] = {}
+        self._making = threading.Lock()
 
     def function(self, index: int) -> SegmentFunction:
         """Segment `index`, compiled."""
-        found = self._functions.get(index)
-        if found is None:
-            segment = self.program.segments[index]
-            found = compile_segment(
-                segment.name, len(segment.inputs), op_codes(segment), segment.outputs, self.device
-            )
-            self._functions[index] = found
-        return found
+        if (found := self._functions.get(index)) is not None:
+            return found
+        with self._making:
+            if index not in self._functions:
+                segment = self.program.segments[index]
+                self._functions[index] = compile_segment(
+                    segment.name, len(segment.inputs), op_codes(segment), segment.outputs, self.device
+                )
+            return self._functions[index]
 
 
 class ExecutingChip:

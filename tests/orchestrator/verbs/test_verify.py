@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from comms.errors import PlanError
-from orchestrator.runners.executing.chip import Chip
+from orchestrator.runners.executing.chip import ExecutingChip
 from orchestrator.verbs import verify as verb
 from orchestrator.verbs.verify import Errors, compare, verify
 from orchestrator.verbs.verify_runs import Trajectory, relative
@@ -91,7 +91,7 @@ def test_a_broken_kernel_is_named_by_its_first_instruction(
 ) -> None:
     plan, job = Plan(dp=2, pp=2, microbatches=2), tiny_job("dtype=fp64", "clip_norm=null")
     program = verb.prepare(laptop.take(4), job, plan).program
-    wrong, original = first_matmul(program, body), Chip._compute
+    wrong, original = first_matmul(program, body), ExecutingChip._compute
 
     class Sloppy:
         """Chip 3's library: one segment is off by a millionth."""
@@ -105,13 +105,13 @@ def test_a_broken_kernel_is_named_by_its_first_instruction(
                 v * (1 + 1e-6) if v.is_floating_point() else v for v in right(*inputs)
             )
 
-    def compute(self: Chip, instruction: Compute, microbatch: int) -> None:
+    def compute(self: ExecutingChip, instruction: Compute, microbatch: int) -> None:
         right, is_wrong = self.library, self.index == 3 and instruction.id == wrong.id
         self.library = Sloppy(right) if is_wrong else right  # type: ignore[assignment]
         original(self, instruction, microbatch)
         self.library = right
 
-    monkeypatch.setattr(Chip, "_compute", compute)
+    monkeypatch.setattr(ExecutingChip, "_compute", compute)
     result = verify(laptop.take(4), job, plan)
     name = re.escape(program.segments[wrong.segment].name)
     assert not result.equal and result.errors.worst > 1e-8
@@ -124,15 +124,15 @@ def test_a_broken_kernel_is_named_by_its_first_instruction(
 def test_gradients_of_a_wrong_scale_are_found_although_they_are_clipped(
     tiny_job: Make, laptop: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = Chip._accumulate
+    original = ExecutingChip._accumulate
 
-    def doubled(self: Chip, instruction: Any, microbatch: int) -> None:
+    def doubled(self: ExecutingChip, instruction: Any, microbatch: int) -> None:
         original(self, instruction, microbatch)
         for tensor in instruction.writes:
             if self.program.num_chips > 1 and self.tensors[tensor].kind is TensorKind.GRAD:
                 self.fixed[tensor].mul_(2.0)
 
-    monkeypatch.setattr(Chip, "_accumulate", doubled)
+    monkeypatch.setattr(ExecutingChip, "_accumulate", doubled)
     job = tiny_job("dtype=fp64", "clip_norm=0.01")
     assert not verify(laptop.take(2), job, Plan(dp=2)).equal
 
@@ -154,14 +154,14 @@ def test_a_wrong_exchange_is_found_against_one_chip(
 def test_a_wrong_update_is_said_to_be_no_forward_or_backward_instruction(
     tiny_job: Make, laptop: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = Chip._update
+    original = ExecutingChip._update
 
-    def twice(self: Chip, instruction: Any) -> None:
+    def twice(self: ExecutingChip, instruction: Any) -> None:
         original(self, instruction)
         if len(self.coordinates) and self.program.num_chips > 1:
             self.fixed[instruction.param].mul_(1.001)
 
-    monkeypatch.setattr(Chip, "_update", twice)
+    monkeypatch.setattr(ExecutingChip, "_update", twice)
     result = verify(laptop.take(2), tiny_job("dtype=fp64"), Plan(dp=2))
     assert not result.equal
     assert result.errors.grad < 1e-10 < result.errors.param
