@@ -17,11 +17,9 @@ from comms.networks.groups import mesh_group
 from comms.networks.links import Link
 from comms.networks.network import Network, TierKind, switched
 from comms.selection.choice import choose
-from orchestrator.runners.base import Working, collective_nbytes
-from orchestrator.runners.timing.every_chip import simulate_every_chip
+from orchestrator.runners.timing.every_chip import ProgramTraffic, simulate_every_chip
 from orchestrator.runners.timing.simulated import simulate_step
-from orchestrator.runners.timing.step_costs import Work
-from orchestrator.runners.timing.traffic import ProgramTraffic
+from orchestrator.runners.timing.step_costs import Working, WorkTime, collective_nbytes
 from partitioner.program.program import (
     Body,
     Call,
@@ -102,10 +100,10 @@ class StepCosts:
     algorithms: dict[str, str] = field(default_factory=dict)
     _known: dict[tuple[str, int], int] = field(default_factory=dict)
 
-    def work(self, role: Role, instruction: Working) -> Work:
+    def work(self, role: Role, instruction: Working) -> WorkTime:
         """What the segment takes."""
         assert isinstance(instruction, Compute)
-        return Work(WORK_NS[instruction.segment])
+        return WorkTime(WORK_NS[instruction.segment])
 
     def collective_ns(self, role: Role, instruction: Collective) -> int:
         """The fastest algorithm's time, with all groups of the axis busy."""

@@ -14,9 +14,9 @@ from support.harness import median, report, seconds_of
 from orchestrator.config.hardware.cluster_file import cluster_path, load_cluster
 from orchestrator.config.job_file import load_job
 from orchestrator.planning.preparation import Prepared, build_model, prepare
-from orchestrator.runners.executing.executor import Executor
-from orchestrator.runners.starting import InlineLaunch
-from orchestrator.runs.batches import split_batch
+from orchestrator.runners.executing.inline import InlineLaunch
+from orchestrator.runners.runner import StepRequest, TensorRunner
+from orchestrator.runs.data import split_batch
 from orchestrator.views.console import Console
 
 JOB = (
@@ -40,22 +40,22 @@ def main() -> None:
     cluster = load_cluster(cluster_path("laptop"))
     prepared = prepare(cluster, load_job(None, JOB))
     batch = random_batch(prepared)
-    executors: dict[str, Executor] = {"inline": InlineLaunch(cluster).connect(prepared, Console())}
+    runners: dict[str, TensorRunner] = {"inline": InlineLaunch(cluster).connect(prepared, Console())}
     if not options.no_ray:
-        from orchestrator.runners.on_ray.ray_start import RayLaunch
+        from orchestrator.runners.on_ray.ray_launch import RayLaunch
 
-        executors["ray, 2 actors"] = RayLaunch(cluster).connect(prepared, Console())
+        runners["ray, 2 actors"] = RayLaunch(cluster).connect(prepared, Console())
     contestants: dict[str, Callable[[], object]] = {"plain PyTorch": plain_loop(prepared, batch)}
-    for name, executor in executors.items():
-        contestants[name] = stepper(executor, prepared, batch)
+    for name, runner in runners.items():
+        contestants[name] = stepper(runner, prepared, batch)
     times: dict[str, list[float]] = {name: [] for name in contestants}
     for step in contestants.values():
         step()  # warm up
     for _ in range(options.rounds):
         for name, step in contestants.items():
             times[name].append(seconds_of(step))
-    for executor in executors.values():
-        executor.close()
+    for runner in runners.values():
+        runner.close()
     tokens = prepared.job.global_batch * prepared.job.seq
     rows = []
     for name, seconds in times.items():
@@ -87,14 +87,14 @@ def plain_loop(prepared: Prepared, batch: dict[str, torch.Tensor]) -> Callable[[
     return step
 
 
-def stepper(executor: Executor, prepared: Prepared, batch: dict[str, torch.Tensor]) -> Callable[[], object]:
-    """One step of an executor that has the model's parameters."""
+def stepper(runner: TensorRunner, prepared: Prepared, batch: dict[str, torch.Tensor]) -> Callable[[], object]:
+    """One step of a runner that has the model's parameters."""
     module = build_model(prepared.job, "cpu").module
     values = {f"params:{k}": v.detach() for k, v in module.named_parameters()}
     values |= {f"buffer:{k}": v for k, v in module.named_buffers()}
-    executor.load(values.__getitem__)
+    runner.load(values.__getitem__)
     batches = split_batch(batch, prepared.plan)
-    return lambda: executor.step(LR, batches)
+    return lambda: runner.run(StepRequest("step", LR, batches))
 
 
 if __name__ == "__main__":

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from orchestrator.config.hardware.cluster_file import load_cluster
     from orchestrator.config.job_file import load_job
+    from orchestrator.runners.timing.prediction import simulate
     from orchestrator.verbs.distribute import distribute
     from orchestrator.verbs.plan import partition
-    from orchestrator.verbs.simulate import simulate
     from orchestrator.verbs.train import run
     from orchestrator.verbs.verify import verify
 
@@ -24,7 +24,7 @@ _HOMES = {
     "load_job": "orchestrator.config.job_file",
     "partition": "orchestrator.verbs.plan",
     "run": "orchestrator.verbs.train",
-    "simulate": "orchestrator.verbs.simulate",
+    "simulate": "orchestrator.runners.timing.prediction",
     "verify": "orchestrator.verbs.verify",
 }
 

@@ -2,15 +2,32 @@
 
 The two timelines name the same Program, so they join on (step, chip, instr) and, where the instruction runs
 once per microbatch, on the microbatch. The time of an instruction is the sum of its spans (recompute, or copy
-out, host, copy back). Relative error = (predicted - measured) / measured. Where in time a span lies does not
-enter: that is the business of step time.
+out, host, copy back); a launch that lasts longer than the work beside it counts instead of the work. Relative
+error = (predicted - measured) / measured. Where in time a span lies does not enter: that is the business of step
+time.
+
+Seconds are compared where the chips that were described are those that executed. Simulated chips are executed by
+another machine: there only shares of time mean something, and what does not depend on speed: the order of the
+instructions of every chip's stream, the bytes and FLOPs of what ran, and the bytes that chips held.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from enum import StrEnum
 
 import numpy as np
 
-from orchestrator.runs.timeline import NONE, Ints, Timeline, group_ids
+from orchestrator.runs.timeline import LANES, NONE, Ints, Lane, Rows, Timeline, group_ids
+
+HOST = LANES.index(Lane.HOST)
+STREAM = (LANES.index(Lane.COMPUTE), LANES.index(Lane.OPTIMIZER))
+
+
+class Basis(StrEnum):
+    """What of the two times is compared."""
+
+    SECONDS = "seconds"
+    SHARES = "shares"
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,12 +47,67 @@ class KindError:
 
 
 @dataclass(frozen=True, slots=True)
+class Pair:
+    """One number, predicted and measured."""
+
+    predicted: int
+    measured: int
+
+
+@dataclass(frozen=True, slots=True)
 class Accuracy:
-    """Errors by kind, sorted by kind, and what had no partner."""
+    """Errors by kind, sorted by kind, and what had no partner; then what does not depend on speed.
+
+    Times, bytes and FLOPs are of all chips together, the last two in one step; `memory_bytes` are per stage, of the
+    fullest chip, without what is inside an instruction.
+    """
 
     kinds: tuple[KindError, ...]
     only_predicted: int
     only_measured: int
+    basis: Basis = Basis.SECONDS
+    num_steps: int = 1
+    num_chips: int = 0
+    chips_in_order: int = 0
+    nbytes: Pair = Pair(0, 0)
+    flops: Pair = Pair(0, 0)
+    memory_bytes: tuple[Pair, ...] = ()
+
+    def shares(self, kind: KindError) -> tuple[float, float]:
+        """The part of all matched time that this kind takes: predicted, measured."""
+        predicted, measured = (
+            max(sum(getattr(each, name) for each in self.kinds), 1)
+            for name in ("predicted_ns", "measured_ns")
+        )
+        return kind.predicted_ns / predicted, kind.measured_ns / measured
+
+    def document(self) -> dict[str, object]:
+        """As JSON values; errors in time only where seconds are compared."""
+        in_seconds = self.basis is Basis.SECONDS
+        kinds = {
+            each.kind: {
+                "instructions": each.num_matched // self.num_steps,
+                "predicted_s": each.predicted_ns / self.num_steps / 1e9,
+                "measured_s": each.measured_ns / self.num_steps / 1e9,
+                "predicted_share": self.shares(each)[0],
+                "measured_share": self.shares(each)[1],
+                "error": each.error if in_seconds else None,
+                "median_error": each.median_error if in_seconds else None,
+            }
+            for each in self.kinds
+        }
+        pairs = {"bytes": self.nbytes, "flops": self.flops}
+        return {
+            "basis": str(self.basis),
+            "kinds": kinds,
+            "steps": self.num_steps,
+            "only_predicted": self.only_predicted,
+            "only_measured": self.only_measured,
+            "chips": self.num_chips,
+            "chips_in_order": self.chips_in_order,
+            **{name: _pair_document(pair) for name, pair in pairs.items()},
+            "memory_bytes": [_pair_document(pair) for pair in self.memory_bytes],
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +120,27 @@ class _Instructions:
     microbatch: Ints
     total_ns: Ints
     kind: Ints
+
+
+def compare(
+    predicted: Timeline, measured: Timeline, basis: Basis, memory_bytes: tuple[Pair, ...] = ()
+) -> Accuracy:
+    """One predicted step, of every chip, against every measured one."""
+    steps = measured.steps
+    ours, theirs = (
+        timeline.span_rows[timeline.span_rows["lane"] != HOST] for timeline in (predicted, measured)
+    )
+    nbytes, flops = (
+        Pair(int(ours[name].sum()), int(theirs[name].sum()) // len(steps)) for name in ("nbytes", "flops")
+    )
+    want, got = _orders(ours), _orders(theirs)
+    chips = {chip for _, chip in got}
+    (at,) = predicted.steps
+    in_order = sum(all(want.get((at, chip)) == got.get((step, chip)) for step in steps) for chip in chips)
+    return replace(
+        join(predicted, measured, every_step=True), basis=basis, num_steps=len(steps), num_chips=len(chips),
+        chips_in_order=in_order, nbytes=nbytes, flops=flops, memory_bytes=memory_bytes,
+    )  # fmt: skip
 
 
 def join(predicted: Timeline, measured: Timeline, *, every_step: bool = False) -> Accuracy:
@@ -89,10 +182,31 @@ def _kind_error(kind: str, predicted: Ints, measured: Ints) -> KindError:
 
 def _instructions(timeline: Timeline) -> _Instructions:
     rows = timeline.span_rows[timeline.span_rows["instr"] != NONE]
+    rows = rows[
+        np.argsort(rows["lane"] == HOST, kind="stable")
+    ]  # the kind is that of the work, if there is some
     ids = group_ids(rows["step"], rows["chip"], rows["instr"], rows["microbatch"])
     _, first = np.unique(ids, return_index=True)
-    total = np.zeros(len(first), dtype=np.int64)
-    np.add.at(total, ids, rows["end_ns"] - rows["start_ns"])
+    is_host, taken = rows["lane"] == HOST, rows["end_ns"] - rows["start_ns"]
+    work, host = (np.zeros(len(first), dtype=np.int64) for _ in range(2))
+    np.add.at(work, ids[~is_host], taken[~is_host])
+    np.add.at(host, ids[is_host], taken[is_host])
     names = ("step", "chip", "instr", "microbatch")
     step, chip, instr, microbatch = (rows[name][first].astype(np.int64) for name in names)
-    return _Instructions(step, chip, instr, microbatch, total, rows["kind"][first].astype(np.int64))
+    kind = rows["kind"][first].astype(np.int64)
+    return _Instructions(step, chip, instr, microbatch, np.maximum(work, host), kind)
+
+
+def _orders(rows: Rows) -> Mapping[tuple[int, int], list[tuple[int, int]]]:
+    """(instr, microbatch) in order of time on the stream of every (step, chip)."""
+    rows = rows[np.isin(rows["lane"], STREAM)]
+    rows = rows[np.lexsort((rows["instr"], rows["end_ns"], rows["start_ns"]))]
+    found: dict[tuple[int, int], list[tuple[int, int]]] = {}
+    columns = (rows[name].tolist() for name in ("step", "chip", "instr", "microbatch"))
+    for step, chip, instr, microbatch in zip(*columns, strict=True):
+        found.setdefault((step, chip), []).append((instr, microbatch))
+    return found
+
+
+def _pair_document(pair: Pair) -> dict[str, int]:
+    return {"predicted": pair.predicted, "measured": pair.measured}

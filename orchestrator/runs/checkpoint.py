@@ -17,7 +17,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +82,7 @@ class Checkpoint:
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class NewestCheckpoint:
     """The newest complete checkpoint, if any, and one sentence for each newer one that was skipped."""
 
     checkpoint: Checkpoint | None
@@ -147,9 +147,7 @@ def save(checkpoints: Path, manifest: Manifest, shards: Mapping[str, Tensors]) -
 
 def with_shards(manifest: Manifest, files: Iterable[ShardFile]) -> Manifest:
     """The manifest with the files that its writers reported, sorted by writer."""
-    ordered = tuple(sorted(files, key=lambda file: file.writer))
-    known = (manifest.step, manifest.sample, manifest.seed)
-    return Manifest(*known, ordered, manifest.layout, manifest.extra)
+    return replace(manifest, shards=tuple(sorted(files, key=lambda file: file.writer)))
 
 
 def discard(folder: Path) -> None:
@@ -157,15 +155,15 @@ def discard(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def latest(run_dir: Path) -> Found:
+def latest(run_dir: Path) -> NewestCheckpoint:
     """The newest complete checkpoint under `run_dir`/checkpoints."""
     warnings: list[str] = []
     for folder in _newest_first(run_dir / "checkpoints"):
         try:
-            return Found(open_checkpoint(folder), tuple(warnings))
+            return NewestCheckpoint(open_checkpoint(folder), tuple(warnings))
         except RunError as error:
             warnings.append(f"skipped {error.where}: {error.problem}")
-    return Found(None, tuple(warnings))
+    return NewestCheckpoint(None, tuple(warnings))
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:

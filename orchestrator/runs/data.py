@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from comms.errors import DataError
+from partitioner.layout.parallel_plan import Plan
 
 NUM_BYTES = 256  # the vocabulary: a token is one byte
 DEFAULT_SOURCE = "builtin:english"
@@ -174,3 +175,23 @@ def _mix(values: Hashes) -> Hashes:
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return values ^ (values >> np.uint64(31))
+
+
+def split_batch(
+    batch: Mapping[str, torch.Tensor], plan: Plan
+) -> dict[int, dict[tuple[int, str], torch.Tensor]]:
+    """Cut a global batch along dim 0: {replica: {(microbatch, name): tensor}}.
+
+    Replicas and microbatches take slices in order: any split of the same global batch sees the same sequences.
+    """
+    parts = plan.dp * plan.microbatches
+    assert all(len(tensor) % parts == 0 for tensor in batch.values()), "the batch does not divide"
+    cut = {name: tensor.chunk(parts) for name, tensor in batch.items()}
+    return {
+        replica: {
+            (microbatch, name): pieces[replica * plan.microbatches + microbatch]
+            for name, pieces in cut.items()
+            for microbatch in range(plan.microbatches)
+        }
+        for replica in range(plan.dp)
+    }

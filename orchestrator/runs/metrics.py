@@ -1,7 +1,4 @@
-"""Metrics: one formula for each number that is shown, and the file they go to.
-
-Every function states its definition; nothing else in the code computes these numbers. Chips times seconds is
-the common denominator: a figure per chip divides by all chips of the job, whatever each of them does.
+"""Metrics: the numbers of every step, and the file they go to.
 
 `metrics.jsonl` gets one JSON object per line, flushed at once; a line that a crash cut short is dropped when
 the file is opened again. JSON has no NaN: NaN and infinities are written as the strings "NaN", "Infinity" and
@@ -18,43 +15,10 @@ from typing import Self, TypeAlias
 
 from comms.errors import RunError
 from orchestrator.runs.disk import explained, write_whole
-from orchestrator.runs.occupancy import Breakdown
 
 Value: TypeAlias = float | int | str | bool | None
 Record: TypeAlias = Mapping[str, Value]
 _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
-
-
-def tokens_per_s(num_tokens: int, seconds: float) -> float:
-    """Tokens of the global batch over the time of the step.
-
-    Every token counts once, whatever the parallelism.
-    """
-    return num_tokens / seconds
-
-
-def mfu(model_flops: float, peak_flops_per_s: float, seconds: float, num_chips: int) -> float:
-    """Model FLOPs utilisation: model_flops / (peak per chip x seconds x chips).
-
-    `model_flops` is what one step of the model needs, forward and backward, over the global batch, without
-    recompute and without what tensor parallelism repeats (Chowdhery et al. 2022, PaLM, appendix B).
-    """
-    return model_flops / (peak_flops_per_s * seconds * num_chips)
-
-
-def exposed_communication(parts: Breakdown) -> float:
-    """Share of chip time in which a chip communicates and does nothing else (computes, optimizes, hosts)."""
-    return _share(parts.exposed_communication_ns, parts)
-
-
-def cost_usd_per_step(cluster_usd_per_hour: float, seconds: float) -> float:
-    """Price of the whole cluster per hour x step time / 3600: idle chips are paid for as well."""
-    return cluster_usd_per_hour * seconds / 3600
-
-
-def energy_j_per_step(chip_watts: float, num_chips: int, seconds: float) -> float:
-    """Rated power x chips x step time. An upper bound: a chip that waits draws less than its rated power."""
-    return chip_watts * num_chips * seconds
 
 
 def eta_s(recent_step_seconds: Sequence[float], steps_left: int) -> float | None:
@@ -63,10 +27,6 @@ def eta_s(recent_step_seconds: Sequence[float], steps_left: int) -> float | None
     The median forgives a slow first step.
     """
     return steps_left * median(recent_step_seconds) if recent_step_seconds else None
-
-
-def _share(part_ns: int, parts: Breakdown) -> float:
-    return part_ns / parts.total_ns if parts.total_ns else 0.0
 
 
 class MetricsWriter:

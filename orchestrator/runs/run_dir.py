@@ -33,61 +33,31 @@ CONFIG = "run.yaml"
 _PACKAGES = ("torch", "ray", "numpy", "safetensors", "transformers")
 
 
+class _Name(str):
+    """A file or folder of a run directory, by its fixed name."""
+
+    __slots__ = ()
+
+    def __get__(self, run: "RunDir", owner: type["RunDir"]) -> Path:
+        return run.root / self
+
+
 @dataclass(frozen=True, slots=True)
 class RunDir:
     """One run's folder and the names in it."""
 
     root: Path
 
-    @property
-    def config(self) -> Path:
-        """Effective configuration and versions."""
-        return self.root / CONFIG
-
-    @property
-    def plan(self) -> Path:
-        """The plan, as --plan takes it."""
-        return self.root / "plan.yaml"
-
-    @property
-    def program_text(self) -> Path:
-        """The Program to read."""
-        return self.root / "program.txt"
-
-    @property
-    def program(self) -> Path:
-        """The Program to load."""
-        return self.root / "program.msgpack"
-
-    @property
-    def metrics(self) -> Path:
-        """One JSON line per step."""
-        return self.root / "metrics.jsonl"
-
-    @property
-    def trace(self) -> Path:
-        """The Perfetto trace."""
-        return self.root / "trace.json.gz"
-
-    @property
-    def loss_plot(self) -> Path:
-        """Loss over steps."""
-        return self.root / "loss.png"
-
-    @property
-    def timeline_plot(self) -> Path:
-        """One step of every chip."""
-        return self.root / "timeline.png"
-
-    @property
-    def checkpoints(self) -> Path:
-        """The folder of checkpoints."""
-        return self.root / "checkpoints"
-
-    @property
-    def log(self) -> Path:
-        """What was said on the terminal."""
-        return self.root / "log.txt"
+    config = _Name(CONFIG)
+    plan = _Name("plan.yaml")  # as --plan takes it
+    program_text = _Name("program.txt")
+    program = _Name("program.msgpack")
+    metrics = _Name("metrics.jsonl")
+    trace = _Name("trace.json.gz")
+    loss_plot = _Name("loss.png")
+    timeline_plot = _Name("timeline.png")
+    checkpoints = _Name("checkpoints")
+    log = _Name("log.txt")
 
     def timeline(self, origin: Origin) -> Path:
         """`predicted.msgpack` or `measured.msgpack`."""

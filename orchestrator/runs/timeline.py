@@ -51,7 +51,7 @@ class Lane(StrEnum):
 
 LANES: tuple[Lane, ...] = tuple(Lane)
 COMMUNICATION: tuple[Lane, ...] = (Lane.TP, Lane.CP, Lane.EP, Lane.SEND, Lane.RECV, Lane.DP, Lane.COLLECTIVE)
-_LANE_CODE = {lane: code for code, lane in enumerate(LANES)}
+_LANE_CODE = dict(zip(LANES, range(len(LANES)), strict=True))
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +95,19 @@ class Counter:
     name: str
     at_ns: int
     nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """One measured interval, not yet a span: `instruction` of call `call` on `chip`, by the chip's clock."""
+
+    chip: int
+    call: int
+    microbatch: int
+    instruction: int
+    start_ns: int
+    end_ns: int
+    held_bytes: int = 0  # by the chip's tensors at the end; 0 where nobody looked
 
 
 _INT, _LONG = "<i4", "<i8"

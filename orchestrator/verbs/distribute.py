@@ -23,10 +23,10 @@ from orchestrator.config.hardware.cluster_file import cluster_path, load_cluster
 from orchestrator.planning.plan_choice import Wish, fulfil
 from orchestrator.planning.preparation import Quiet, make_program
 from orchestrator.runners.executing.chip import Settings
-from orchestrator.runners.executing.chip_state import full_parameters
-from orchestrator.runners.executing.inline import InlineExecutor
-from orchestrator.runners.starting import num_workers
-from orchestrator.runs.batches import split_batch
+from orchestrator.runners.executing.chip_state import whole_parameters
+from orchestrator.runners.executing.inline import InlineRunner
+from orchestrator.runners.runner import StepRequest, num_workers
+from orchestrator.runs.data import split_batch
 from partitioner.capture.graph_units import capture_graph
 from partitioner.capture.tracing import LossFunction
 from partitioner.layout.parallel_plan import Plan
@@ -44,51 +44,55 @@ class DistributedStep:
         self.model, self.optimizer, self.cluster = model, optimizer, cluster
         self.plan, self.loss_fn, self.clip_norm = plan, loss_fn, clip_norm
         self.program: Program | None = None
-        self._executor: InlineExecutor | None = None
+        self._runner: InlineRunner | None = None
         self._values: dict[str, torch.Tensor] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
 
     def __call__(self, batch: Mapping[str, torch.Tensor]) -> float:
         """One optimizer step on a whole global batch; returns its mean loss. Raises UserError."""
-        executor = self._ready(batch)
+        runner = self._ready(batch)
         assert self.plan is not None
-        outcome = executor.step(float(self.optimizer.param_groups[0]["lr"]), split_batch(batch, self.plan))
-        assert outcome.stats is not None
-        if not outcome.stats.is_finite:
-            problem = "the loss or a gradient is not finite; the step was skipped"
-            raise RunError(problem, "step", "lower the learning rate")
-        return outcome.stats.loss
+        lr = float(self.optimizer.param_groups[0]["lr"])
+        stats = runner.run(StepRequest("step", lr, split_batch(batch, self.plan))).stats
+        assert stats is not None
+        if not stats.is_finite:
+            raise RunError(
+                "the loss or a gradient is not finite; the step was skipped",
+                "step",
+                "lower the learning rate",
+            )
+        return stats.loss
 
     def evaluate(self, batch: Mapping[str, torch.Tensor]) -> float:
         """Mean loss of a batch of the same shape, without training."""
-        executor = self._ready(batch)
+        runner = self._ready(batch)
         assert self.plan is not None
-        stats = executor.evaluate(split_batch(batch, self.plan)).stats
+        stats = runner.run(StepRequest("evaluate", batches=split_batch(batch, self.plan))).stats
         assert stats is not None
         return stats.loss
 
     def sync(self) -> nn.Module:
         """Copy the trained parameters back into the model and return it."""
-        if self._executor is not None and self.program is not None:
-            states = self._executor.states()
+        if self._runner is not None and self.program is not None:
+            states = self._runner.states()
             with torch.no_grad():
-                trained = full_parameters(self.program, states.__getitem__)
+                trained = whole_parameters(self.program, states.__getitem__)
                 for name, param in self.model.named_parameters():
                     if name in trained:
                         param.copy_(trained[name].view(param.shape))
         return self.model
 
-    def _ready(self, batch: Mapping[str, torch.Tensor]) -> InlineExecutor:
-        """The executor; a batch must look like the first one, whose counts are part of the Program."""
-        if self._executor is None:
+    def _ready(self, batch: Mapping[str, torch.Tensor]) -> InlineRunner:
+        """The runner; a batch must look like the first one, whose counts are part of the Program."""
+        if self._runner is None:
             return self._start(batch)
         shapes = {name: tuple(value.shape) for name, value in batch.items()}
         if shapes != self._shapes:
             raise PlanError(f"the batch has shapes {shapes}, the first had {self._shapes}", "step(batch)",
                             "keep batches of one size (drop or fill up the last)")  # fmt: skip
-        return self._executor
+        return self._runner
 
-    def _start(self, batch: Mapping[str, torch.Tensor]) -> InlineExecutor:
+    def _start(self, batch: Mapping[str, torch.Tensor]) -> InlineRunner:
         samples = _num_samples(batch)
         num_params = sum(p.numel() for p in self.model.parameters())
         plan = self.plan or fulfil(Wish(samples), self.cluster, num_params)
@@ -101,10 +105,10 @@ class DistributedStep:
         self.plan = plan
         self.program = self._program(batch, plan, samples)
         settings = Settings(_factory(self.optimizer), self.clip_norm)
-        self._executor = InlineExecutor(self.program, settings, num_workers(self.cluster))
-        self._executor.load(self._values.__getitem__)
+        self._runner = InlineRunner(self.program, settings, num_workers(self.cluster))
+        self._runner.load(self._values.__getitem__)
         self._shapes = {name: tuple(value.shape) for name, value in batch.items()}
-        return self._executor
+        return self._runner
 
     def _program(self, batch: Mapping[str, torch.Tensor], plan: Plan, samples: int) -> Program:
         size = samples // (plan.dp * plan.microbatches)

@@ -8,10 +8,11 @@ from orchestrator.config.hardware.cluster import Cluster
 from orchestrator.config.job import Job
 from orchestrator.planning import preparation
 from orchestrator.planning.preparation import Prepared
+from orchestrator.runners.timing.prediction import SimulationResult, simulate
 from orchestrator.runs import run_dir
 from orchestrator.verbs.inputs.options import PlanOptions
 from orchestrator.verbs.inputs.planned_inputs import prepare
-from orchestrator.verbs.simulate import SimulationResult, require_fit, simulate, write_run
+from orchestrator.verbs.simulate import require_fit, write_run
 from orchestrator.views.console import Console, Table
 from partitioner.layout.parallel_plan import Plan, plan_to_yaml
 from partitioner.program.program import Program, Role, TensorKind

@@ -1,44 +1,34 @@
 """simulate: how long is a step at any scale, where does the time go, what does it cost, does it fit?
 
-Needs a Program and a cluster, no torch and no chip. Averages over chips: all stages have the same number of
-chips, so the breakdown is the mean over stages and sums to the step time; `roles` gives each stage's own.
-Peak memory is per chip of a stage. A plan that does not fit is still timed, then ends with FitError.
+What is predicted is made by `runners.timing.prediction`; here it is asked for, shown and kept. A plan that does not
+fit is still timed, then ends with FitError.
 """
 
-import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from collections.abc import Mapping
 
 from comms import wording
-from comms.errors import ConfigError, FitError, located
+from comms.errors import FitError
 from comms.selection.pricing import Fidelity
 from comms.selection.progress import LOADING
-from kernels.chips import Chip
-from orchestrator.config.hardware.cluster import Cluster
 from orchestrator.planning.preparation import Prepared
-from orchestrator.runners.timing.simulated import SimulatedStep, simulate_step
-from orchestrator.runners.timing.step_costs import DEFAULT_DTYPE, NS_PER_S, ClusterCosts
-from orchestrator.runners.timing.timed_segments import Tally
-from orchestrator.runs import metrics, run_dir
+from orchestrator.runners.timing.prediction import (
+    CONDITIONS,
+    UNEVEN,
+    SimulationResult,
+    chosen_fidelity,
+    simulate,
+)
+from orchestrator.runs import run_dir
 from orchestrator.runs.disk import write_whole
 from orchestrator.runs.run_dir import RunDir
-from orchestrator.runs.timeline import Timeline
 from orchestrator.verbs.inputs.options import SimulateOptions
 from orchestrator.verbs.inputs.planned_inputs import prepare
 from orchestrator.views.console import Console, Table, pairs
 from orchestrator.views.perfetto import trace_gz
 from partitioner.layout.parallel_plan import plan_to_yaml
-from partitioner.program.peak_memory import MemoryClass, RoleMemory, peak_memory
-from partitioner.program.program import Program
+from partitioner.program.peak_memory import MemoryClass
 from partitioner.program.program_codec import encode
 from partitioner.program.program_text import to_text
-
-AXES = ("tp", "dp", "pp", "all")  # always shown, zero or not; others only where a Program has them
-
-EVERY_CHIP = 2048  # up to so many are driven one by one
-CONDITIONS = "the conditions of the cluster file"
-UNEVEN = "how groups of chips sit that fill hosts or tiers unevenly"
 
 # What to turn when a class of memory is the largest of a stage that does not fit.
 KNOBS: Mapping[MemoryClass, str] = {
@@ -48,176 +38,6 @@ KNOBS: Mapping[MemoryClass, str] = {
     MemoryClass.BATCH: "raise microbatches (smaller ones), or shorten --seq",
 }
 DEFAULT_KNOB = "raise tp or pp, or take more chips"
-
-
-@dataclass(frozen=True, slots=True)
-class StepBreakdown:
-    """Seconds of a chip's step; the parts sum to the step time."""
-
-    compute_s: float
-    optimizer_s: float
-    host_s: float
-    exposed_communication_s: tuple[tuple[str, float], ...]
-    bubble_s: float
-
-    def document(self) -> dict[str, object]:
-        """As JSON values."""
-        return {
-            "compute_s": self.compute_s,
-            "exposed_communication_s": dict(self.exposed_communication_s),
-            "bubble_s": self.bubble_s,
-            "host_s": self.host_s,
-            "optimizer_s": self.optimizer_s,
-        }
-
-
-@dataclass(frozen=True)
-class SimulationResult:
-    """What is predicted for one step. Prices and power are None where a chip's figures are not known."""
-
-    program: Program = field(repr=False)
-    cluster: Cluster = field(repr=False)
-    step: SimulatedStep = field(repr=False)
-    memory: tuple[RoleMemory, ...] = field(repr=False)
-    elapsed_s: float
-
-    @property
-    def num_chips(self) -> int:
-        return self.program.num_chips
-
-    @property
-    def plan(self) -> str:
-        """The plan in words."""
-        return str(self.program.facts.get("plan", ""))
-
-    @property
-    def step_time_s(self) -> float:
-        return self.step.step_ns / NS_PER_S
-
-    @property
-    def tokens_per_s(self) -> float:
-        return metrics.tokens_per_s(int(self.program.facts["tokens"]), self.step_time_s)
-
-    @property
-    def mfu(self) -> float:
-        """Against the mean peak of the chips for the job's dtype."""
-        dtype = str(self.program.facts.get("dtype", DEFAULT_DTYPE))
-        peaks = [chip.peak(dtype) for host in self.cluster.unit for chip in host.chips]
-        flops = float(self.program.facts["model_flops"])
-        return metrics.mfu(flops, sum(peaks) / len(peaks), self.step_time_s, self.num_chips)
-
-    @property
-    def cost_usd_per_step(self) -> float | None:
-        hourly = self.cluster.usd_per_hour
-        return None if hourly is None else metrics.cost_usd_per_step(hourly, self.step_time_s)
-
-    @property
-    def energy_j_per_step(self) -> float | None:
-        """Rated power of the chips alone, without their hosts."""
-        watts = [chip.tdp_w for host in self.cluster.unit for chip in host.chips]
-        known = [value for value in watts if value is not None]
-        if len(known) < len(watts):
-            return None
-        return metrics.energy_j_per_step(sum(known) / len(known), self.num_chips, self.step_time_s)
-
-    @cached_property
-    def breakdown(self) -> StepBreakdown:
-        """The mean over all chips."""
-        return _breakdown(self.step.overall, len(self.step.tallies))
-
-    @cached_property
-    def roles(self) -> tuple[StepBreakdown, ...]:
-        """One per stage."""
-        return tuple(_breakdown(tally, 1) for tally in self.step.tallies)
-
-    @property
-    def fits(self) -> bool:
-        """Whether every stage's peak is within its chips' memory."""
-        return all(role.peak_bytes <= self.chip_of(role).memory_bytes for role in self.memory)
-
-    def chip_of(self, role: RoleMemory) -> Chip:
-        """The chip with the least memory in a stage; the unit repeats, so one unit is enough to look at."""
-        per_stage = self.num_chips // self.program.size("pp")
-        distinct = min(per_stage, self.cluster.chips_per_host * len(self.cluster.unit))
-        chips = (self.cluster.chip(role.stage * per_stage + offset) for offset in range(distinct))
-        return min(chips, key=lambda chip: chip.memory_bytes)
-
-    def timeline(self, step: int = 0) -> Timeline:
-        """The predicted step: every chip of a small mesh, one chip per stage of a large one."""
-        return self.step.timeline(step)
-
-    def document(self) -> dict[str, object]:
-        """As JSON values: the answer of `simulate --json`."""
-        return {
-            "step_time_s": self.step_time_s,
-            "tokens_per_s": self.tokens_per_s,
-            "mfu": self.mfu,
-            "peak_memory_bytes": [role.peak_bytes for role in self.memory],
-            "fits": self.fits,
-            "cost_usd_per_step": self.cost_usd_per_step,
-            "energy_j_per_step": self.energy_j_per_step,
-            "breakdown": self.breakdown.document(),
-            "roles": [role.document() for role in self.roles],
-            "num_chips": self.num_chips,
-            "plan": self.plan,
-            "fidelity": self.step.fidelity,
-            "left_out": self.step.left_out,
-            "elapsed_s": self.elapsed_s,
-        }
-
-
-def simulate(
-    program: Program,
-    cluster: Cluster,
-    *,
-    fidelity: Fidelity | None = None,
-    clock: Callable[[], float] = time.perf_counter,
-) -> SimulationResult:
-    """Predict one step of `program` on its number of chips of `cluster`. Raises ClusterError or PlanError.
-
-    Folded unless `fidelity` says full, or the cluster is not in perfect order and has few enough chips for that.
-    """
-    started = clock()
-    used = cluster.take(program.num_chips)
-    if chosen_fidelity(used, fidelity) is Fidelity.FULL:
-        step = _every_chip(program, used)
-    else:
-        costs = ClusterCosts(program, used)
-        step = simulate_step(program, costs)
-        found = ((CONDITIONS, not used.conditions.is_healthy), (UNEVEN, costs.sits_unevenly))
-        step = replace(step, left_out=(*step.left_out, *(what for what, is_so in found if is_so)))
-    memory = peak_memory(program)
-    return SimulationResult(program, used, step, memory, clock() - started)
-
-
-def chosen_fidelity(cluster: Cluster, asked: Fidelity | None) -> Fidelity:
-    """How a step over all chips of a cluster is timed."""
-    if asked is not None:
-        return asked
-    few = cluster.num_chips <= EVERY_CHIP
-    return Fidelity.FOLDED if cluster.conditions.is_healthy or not few else Fidelity.FULL
-
-
-def _every_chip(program: Program, cluster: Cluster) -> SimulatedStep:
-    """Every chip driven and every message moved, on the network in the state that it is in."""
-    if program.num_chips > EVERY_CHIP:
-        raise ConfigError(
-            f"{program.num_chips} chips are too many to drive one by one (up to {EVERY_CHIP})",
-            "--fidelity full",
-            "take --fidelity folded, or fewer chips",
-        )
-    # Imported here: with full fidelity comes its event loop.
-    from comms.selection.full_collective import background_jobs
-    from comms.selection.site import site_of
-    from orchestrator.runners.timing.every_chip import simulate_every_chip
-    from orchestrator.runners.timing.traffic import ProgramTraffic
-
-    with located(cluster.origin):
-        site = site_of(cluster.network, program.num_chips, cluster.conditions)
-        others = tuple(background_jobs(site))
-        traffic = ProgramTraffic(program, site.network, site.resolved.conditions, site.topology, others)
-        costs = ClusterCosts(program, cluster)
-        return simulate_every_chip(program, costs, traffic, slow=site.resolved.work_factors)
 
 
 def require_fit(result: SimulationResult) -> None:
@@ -317,15 +137,3 @@ def _memory_table(result: SimulationResult) -> Table:
         share = wording.percent(role.peak_bytes / size)
         rows.append((f"stage {role.stage}", wording.scaled(role.peak_bytes, "B"), share))
     return Table("peak memory per chip", tuple(rows), ("stage", "peak", "of the chip"))
-
-
-def _breakdown(tally: Tally, num_stages: int) -> StepBreakdown:
-    unit = NS_PER_S * num_stages
-    axes = dict.fromkeys((*AXES, *sorted(tally.exposed_ns)))
-    return StepBreakdown(
-        compute_s=tally.compute_ns / unit,
-        optimizer_s=tally.optimizer_ns / unit,
-        host_s=tally.host_ns / unit,
-        exposed_communication_s=tuple((axis, tally.exposed_ns.get(axis, 0) / unit) for axis in axes),
-        bubble_s=tally.bubble_ns / unit,
-    )

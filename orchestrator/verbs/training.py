@@ -1,7 +1,7 @@
-"""The training loop: steps, validation, checkpoints and what is shown of them, for any executor.
+"""The training loop: steps, validation, checkpoints and what is shown of them, for any runner.
 
 Assumes nothing about where chips are. Everything that may be lost is written as it happens: metrics line by line,
-checkpoints whole or not at all; Ctrl-C and a failed step save what can be saved.
+checkpoints whole or not at all; what becomes of an interrupt and of a step that fails is decided by `failure`.
 """
 
 from collections.abc import Callable
@@ -10,11 +10,12 @@ from dataclasses import dataclass, field
 from comms.errors import RunError
 from kernels.optimizers import StepStatistics
 from orchestrator.planning.preparation import Prepared
-from orchestrator.runners.executing.chip import Mark
-from orchestrator.runners.executing.executor import Batches, Executor
+from orchestrator.runners.failure import Decision, GoOn, NotFinite, RunState, SaveAndStop, StepEnded, in_run
+from orchestrator.runners.runner import Batches, ExecutedStep, StepRequest, TensorRunner
+from orchestrator.runners.timing.prediction import SimulationResult
+from orchestrator.runners.timing.step_costs import NS_PER_S
 from orchestrator.runs import checkpoint
-from orchestrator.runs.batches import split_batch
-from orchestrator.runs.data import TokenData
+from orchestrator.runs.data import TokenData, split_batch
 from orchestrator.runs.lr_schedule import learning_rate
 from orchestrator.runs.metrics import MetricsWriter, eta_s
 from orchestrator.runs.run_dir import RunDir
@@ -24,26 +25,14 @@ RECENT_STEPS = 20  # step times that the throughput and the ETA are taken from
 MEASURED_STEPS = 2  # steps after the first whose intervals are recorded for the timeline
 
 
-@dataclass(frozen=True, slots=True)
-class Prediction:
-    """What the simulator says of a step on the described chips."""
-
-    step_time_s: float
-    mfu: float
-    exposed_communication: float
-    cost_usd_per_step: float | None
-    peak_memory_bytes: int
-
-
 @dataclass
-class Progress:
+class TrainingProgress:
     """What has happened so far; enough for the final summary."""
 
     step: int = 0
     losses: list[tuple[int, float]] = field(default_factory=list)
-    validation: list[tuple[int, float]] = field(default_factory=list)
     step_seconds: list[float] = field(default_factory=list)
-    marks: dict[int, tuple[Mark, ...]] = field(default_factory=dict)
+    measured: dict[int, ExecutedStep] = field(default_factory=dict)  # by step
     was_interrupted: bool = False
 
     def recent_step_seconds(self) -> float:
@@ -57,65 +46,61 @@ class Training:
     """Everything a loop needs, put together by `verbs.train`."""
 
     prepared: Prepared
-    executor: Executor
+    runner: TensorRunner
     data: TokenData
     run_dir: RunDir
-    prediction: Prediction
-    clock: Callable[[], float]
+    predicted: SimulationResult
     warn: Callable[[str], None]
     saved: set[int] = field(default_factory=set)  # steps that this process has written
 
     def run(
-        self, progress: Progress, show: Callable[[StepLine], None], is_stopping: Callable[[], bool]
+        self, progress: TrainingProgress, show: Callable[[StepLine], None], is_stopping: Callable[[], bool]
     ) -> None:
         """Train from `progress.step` to the job's last step, or to the step at whose end `is_stopping()`; then save."""
         job = self.prepared.job
         with MetricsWriter(self.run_dir.metrics) as metrics:
             while progress.step < job.steps and not progress.was_interrupted:
-                show(self._step(progress, metrics))
-                if self._is_due(progress.step, job.checkpoints.every):
+                line = self._step(progress)
+                metrics.write(self._record(line))
+                show(line)
+                if _is_due(progress.step, job.checkpoints.every):
                     self.save(progress.step)
-                progress.was_interrupted = is_stopping() and progress.step < job.steps
+                asked = RunState(progress.step, job.steps, interrupts=int(is_stopping()))
+                progress.was_interrupted = not isinstance(in_run(asked, StepEnded()), GoOn)
         self.save(progress.step)
 
-    def _is_due(self, step: int, every: int) -> bool:
-        return every > 0 and step % every == 0
-
-    def _step(self, progress: Progress, metrics: MetricsWriter) -> StepLine:
+    def _step(self, progress: TrainingProgress) -> StepLine:
         job, step = self.prepared.job, progress.step
-        lr = learning_rate(step, peak=job.optimizer.lr, schedule=job.lr_schedule, steps=job.steps)
         first = step * job.global_batch
         batches = split_batch(self.data.batch(range(first, first + job.global_batch)), self.prepared.plan)
         measure = 1 <= len(progress.step_seconds) <= MEASURED_STEPS
-        start = self.clock()
-        outcome = self.executor.step(lr, batches, measure=measure)
-        seconds = self.clock() - start
-        assert outcome.stats is not None
-        if not outcome.stats.is_finite:
-            self._explain_nan(step, lr, batches)
+        result = self.runner.run(StepRequest("step", self._lr(step), batches, measure=measure))
+        assert result.stats is not None
+        if not result.stats.is_finite:
+            self._carry_out(step, in_run(RunState(step, job.steps), NotFinite(self._cause(step, batches))))
         progress.step = step + 1
-        progress.losses.append((progress.step, outcome.stats.loss))
-        progress.step_seconds.append(seconds)
+        progress.losses.append((progress.step, result.stats.loss))
+        progress.step_seconds.append(result.step_ns / NS_PER_S)
         if measure:
-            progress.marks[progress.step] = outcome.marks
-        validation = None
+            progress.measured[progress.step] = result
         is_last = progress.step == job.steps and job.validation.every > 0
-        if is_last or self._is_due(progress.step, job.validation.every):
-            validation = self.validate()
-            progress.validation.append((progress.step, validation))
-        line = self._line(progress, outcome.stats, seconds, validation)
-        metrics.write(self._record(line, lr))
-        return line
+        is_validated = is_last or _is_due(progress.step, job.validation.every)
+        return self._line(progress, result.stats, self.validate() if is_validated else None)
 
-    def _explain_nan(self, step: int, lr: float, batches: Batches) -> None:
+    def _lr(self, step: int) -> float:
+        job = self.prepared.job
+        return learning_rate(step, peak=job.optimizer.lr, schedule=job.lr_schedule, steps=job.steps)
+
+    def _cause(self, step: int, batches: Batches) -> str | None:
         """Run the same step again looking at every result: the optimizer has skipped it, so nothing has changed."""
-        outcome = self.executor.step(lr, batches, check=True)
-        self.save(step)
-        raise RunError(
-            f"the loss or a gradient is not finite at step {step + 1}",
-            outcome.first_bad[1] if outcome.first_bad else "the optimizer's statistics",
-            "lower optimizer.lr or lengthen the warm-up; the checkpoint before this step is saved",
-        )
+        found = self.runner.run(StepRequest("step", self._lr(step), batches, check=True)).first_bad
+        return found[1] if found else None
+
+    def _carry_out(self, step: int, decision: Decision) -> None:
+        if isinstance(decision, SaveAndStop):
+            self.save(step)
+            if decision.error is not None:
+                raise decision.error
 
     def validate(self) -> float:
         """Mean loss per token over the job's validation batches."""
@@ -124,29 +109,29 @@ class Training:
         for batch in range(job.validation.batches):
             first = batch * job.global_batch
             samples = self.data.validation_batch(range(first, first + job.global_batch))
-            stats = self.executor.evaluate(split_batch(samples, self.prepared.plan)).stats
+            batches = split_batch(samples, self.prepared.plan)
+            stats = self.runner.run(StepRequest("evaluate", batches=batches)).stats
             assert stats is not None
             total, count = total + stats.loss_sum, count + stats.count
         return total / count
 
-    def _line(
-        self, progress: Progress, stats: StepStatistics, seconds: float, validation: float | None
-    ) -> StepLine:
-        job, prediction = self.prepared.job, self.prediction
-        tokens = job.global_batch * job.seq
-        cost = prediction.cost_usd_per_step
+    def _line(self, progress: TrainingProgress, stats: StepStatistics, validation: float | None) -> StepLine:
+        job, predicted, seconds = self.prepared.job, self.predicted, progress.step_seconds[-1]
+        exposed = sum(s for _, s in predicted.breakdown.exposed_communication_s)
+        cost = predicted.cost_usd_per_step
         return StepLine(
             step=progress.step, loss=stats.loss, grad_norm=stats.grad_norm, step_seconds=seconds,
-            tokens_per_s=tokens / seconds, mfu=prediction.mfu, memory_bytes=prediction.peak_memory_bytes,
-            predicted_seconds=prediction.step_time_s, exposed_communication=prediction.exposed_communication,
+            tokens_per_s=job.global_batch * job.seq / seconds, mfu=predicted.mfu,
+            memory_bytes=max(role.peak_bytes for role in predicted.memory),
+            predicted_seconds=predicted.step_time_s, exposed_communication=exposed / predicted.step_time_s,
             cost_usd=None if cost is None else cost * progress.step,
             eta_seconds=eta_s(progress.step_seconds[-RECENT_STEPS:], job.steps - progress.step),
             validation_loss=validation,
         )  # fmt: skip
 
-    def _record(self, line: StepLine, lr: float) -> dict[str, float | int | str | None]:
+    def _record(self, line: StepLine) -> dict[str, float | int | str | None]:
         return {
-            "step": line.step, "loss": line.loss, "grad_norm": line.grad_norm, "lr": lr,
+            "step": line.step, "loss": line.loss, "grad_norm": line.grad_norm, "lr": self._lr(line.step - 1),
             "step_time_s": line.step_seconds, "tokens_per_s": line.tokens_per_s, "val_loss": line.validation_loss,
             "predicted_step_time_s": line.predicted_seconds, "predicted_mfu": line.mfu,
             "predicted_cost_usd": line.cost_usd,
@@ -163,11 +148,11 @@ class Training:
             layout={"plan": str(self.prepared.plan), "stages": str(self.prepared.program.facts["stages"])},
             extra={"data": self.data.digest},
         )  # fmt: skip
-        states = {f"chip-{chip:05d}": dict(state) for chip, state in self.executor.states().items() if state}
+        states = {f"chip-{chip:05d}": dict(state) for chip, state in self.runner.states().items() if state}
         checkpoint.save(self.run_dir.checkpoints, manifest, states)
         checkpoint.prune(self.run_dir.root, job.checkpoints.keep)
 
-    def restore(self) -> Progress:
+    def restore(self) -> TrainingProgress:
         """Continue from the newest complete checkpoint of the run directory."""
         found = checkpoint.latest(self.run_dir.root)
         if found.checkpoint is None:
@@ -184,5 +169,9 @@ class Training:
             int(name.rsplit("-", 1)[1]): tensors
             for name, tensors in checkpoint.load(found.checkpoint).items()
         }
-        self.executor.restore({chip: shards.get(chip, {}) for chip in range(self.prepared.program.num_chips)})
-        return Progress(step=manifest.step)
+        self.runner.restore({chip: shards.get(chip, {}) for chip in range(self.prepared.program.num_chips)})
+        return TrainingProgress(step=manifest.step)
+
+
+def _is_due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0

@@ -15,7 +15,6 @@ from comms import wording
 from comms.errors import PlanError
 from orchestrator.config.hardware.cluster import Cluster
 from orchestrator.config.job import Dtype, Job
-from orchestrator.planning.preparation import PhaseReporter as Shown
 from orchestrator.planning.preparation import Prepared, Quiet, build_model, prepare
 from orchestrator.verbs.inputs.options import VerifyOptions
 from orchestrator.verbs.inputs.planned_inputs import resolve
@@ -49,7 +48,7 @@ DIFFERS = 5  # exit code
 
 
 @dataclass(frozen=True, slots=True)
-class Errors:
+class RelativeErrors:
     """Largest relative differences: of any loss, any gradient, any parameter after the last step."""
 
     loss: float
@@ -60,6 +59,13 @@ class Errors:
     def worst(self) -> float:
         return max(self.loss, self.grad, self.param)
 
+    def document(self) -> dict[str, float]:
+        """As JSON values."""
+        return {"loss_rel": self.loss, "grad_rel": self.grad, "param_rel": self.param}
+
+    def __str__(self) -> str:
+        return f"{self.loss:.1e}, {self.grad:.1e}, {self.param:.1e}"
+
 
 @dataclass(frozen=True, slots=True)
 class VerifyResult:
@@ -69,9 +75,9 @@ class VerifyResult:
     """
 
     equal: bool
-    errors: Errors
-    own: Errors | None
-    noise: Errors | None
+    errors: RelativeErrors
+    own: RelativeErrors | None
+    noise: RelativeErrors | None
     first_difference: str | None
     plan: str
     parameter_bytes_per_chip: tuple[int, ...]
@@ -82,20 +88,15 @@ class VerifyResult:
     def document(self) -> dict[str, object]:
         """As JSON values."""
         return {
-            "equal": self.equal, "loss_rel": self.errors.loss, "grad_rel": self.errors.grad,
-            "param_rel": self.errors.param, "first_difference": self.first_difference, "tolerance": TOLERANCE,
+            "equal": self.equal, **self.errors.document(),
+            "first_difference": self.first_difference, "tolerance": TOLERANCE,
             "grad_floor": GRAD_FLOOR, "param_floor": PARAM_FLOOR, "steps": STEPS, "plan": self.plan,
-            "own_dtype": None if self.own is None else vars_of(self.own),
-            "reordering_noise": None if self.noise is None else vars_of(self.noise),
+            "own_dtype": None if self.own is None else self.own.document(),
+            "reordering_noise": None if self.noise is None else self.noise.document(),
             "parameter_bytes_per_chip": list(self.parameter_bytes_per_chip),
             "flops_per_chip": list(self.flops_per_chip),
             "one_chip_parameter_bytes": self.one_chip_parameter_bytes, "one_chip_flops": self.one_chip_flops,
         }  # fmt: skip
-
-
-def vars_of(errors: Errors) -> dict[str, float]:
-    """An Errors as JSON values."""
-    return {"loss_rel": errors.loss, "grad_rel": errors.grad, "param_rel": errors.param}
 
 
 def main(options: VerifyOptions, console: Console) -> int:
@@ -107,7 +108,7 @@ def main(options: VerifyOptions, console: Console) -> int:
 
 
 def verify(
-    cluster: Cluster, job: Job, plan: Plan | None = None, *, progress: Shown | None = None
+    cluster: Cluster, job: Job, plan: Plan | None = None, *, progress: PhaseReporter | None = None
 ) -> VerifyResult:
     """Compare `STEPS` steps of the plan with one chip. Raises UserError if there is nothing to compare."""
     shown = progress or Quiet()
@@ -132,14 +133,14 @@ def verify(
     )  # fmt: skip
 
 
-def _within(own: Errors, noise: Errors) -> bool:
+def _within(own: RelativeErrors, noise: RelativeErrors) -> bool:
     limit = NOISE_FACTOR
     return (
         own.loss <= limit * noise.loss and own.grad <= limit * noise.grad and own.param <= limit * noise.param
     )
 
 
-def _proof(prepared: Prepared) -> tuple[Errors, str | None]:
+def _proof(prepared: Prepared) -> tuple[RelativeErrors, str | None]:
     job = prepared.job
     model = build_model(job, "cpu")
     values, batches = module_values(model), make_batches(model, job, STEPS)
@@ -151,7 +152,7 @@ def _proof(prepared: Prepared) -> tuple[Errors, str | None]:
     return errors, found or "no forward or backward instruction; look at reductions and the update"
 
 
-def _own_dtype(cluster: Cluster, job: Job, plan: Plan) -> tuple[Errors, Errors]:
+def _own_dtype(cluster: Cluster, job: Job, plan: Plan) -> tuple[RelativeErrors, RelativeErrors]:
     """(plan against one chip, largest difference between one chip and itself re-ordered)."""
     prepared = prepare(cluster, job, plan)
     model = build_model(job, "cpu")
@@ -165,15 +166,17 @@ def _own_dtype(cluster: Cluster, job: Job, plan: Plan) -> tuple[Errors, Errors]:
             compare(reference_run(build_model(job, "cpu"), job, batches, order), plain, OWN_GRAD_FLOOR)
         )
     floor = torch.finfo(torch.bfloat16 if job.dtype is Dtype.BF16 else torch.float32).eps
-    largest = Errors(*(max(floor, *(getattr(n, key) for n in noises)) for key in ("loss", "grad", "param")))
+    largest = RelativeErrors(
+        *(max(floor, *(getattr(n, key) for n in noises)) for key in ("loss", "grad", "param"))
+    )
     return compare(planned, plain, OWN_GRAD_FLOOR), largest
 
 
-def compare(one: Trajectory, other: Trajectory, grad_floor: float) -> Errors:
+def compare(one: Trajectory, other: Trajectory, grad_floor: float) -> RelativeErrors:
     """Largest relative differences between two trajectories; tensors that one side lacks count as infinite."""
     loss = max(abs(a - b) / max(abs(b), LOSS_FLOOR) for a, b in zip(one.losses, other.losses, strict=True))
     grad = _largest(one.gradients, other.gradients, grad_floor)
-    return Errors(loss, grad, _largest(one.parameters, other.parameters, PARAM_FLOOR))
+    return RelativeErrors(loss, grad, _largest(one.parameters, other.parameters, PARAM_FLOOR))
 
 
 def _largest(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor], floor: float) -> float:
@@ -201,19 +204,10 @@ def _require_cut(prepared: Prepared, alone: Prepared) -> None:
 def _table(result: VerifyResult) -> Table:
     rows = [
         ("equal", "yes" if result.equal else "NO"),
-        ("fp64: loss, gradients, parameters differ by",
-         f"{result.errors.loss:.1e}, {result.errors.grad:.1e}, {result.errors.param:.1e} (limit {TOLERANCE:.0e})"),
-    ]  # fmt: skip
+        ("fp64: loss, gradients, parameters differ by", f"{result.errors} (limit {TOLERANCE:.0e})"),
+    ]
     if result.own is not None and result.noise is not None:
-        rows.append(
-            ("job's dtype: the same", f"{result.own.loss:.1e}, {result.own.grad:.1e}, {result.own.param:.1e}")
-        )
-        rows.append(
-            (
-                "noise of re-ordering",
-                f"{result.noise.loss:.1e}, {result.noise.grad:.1e}, {result.noise.param:.1e}",
-            )
-        )
+        rows += [("job's dtype: the same", str(result.own)), ("noise of re-ordering", str(result.noise))]
     rows.append(("first difference", result.first_difference or "none"))
     for stage, (nbytes, flops) in enumerate(
         zip(result.parameter_bytes_per_chip, result.flops_per_chip, strict=True)

@@ -14,14 +14,15 @@ from kernels.reference import interpret_segment
 from orchestrator.config.job import Dtype, Job
 from orchestrator.models.model_builder import BuiltModel
 from orchestrator.planning.preparation import Prepared, optimizer_factory, prepare
-from orchestrator.runners.executing.chip import Chip, Settings, StepInput, op_codes
-from orchestrator.runners.executing.chip_set import ChipSet
-from orchestrator.runners.starting import chip_settings
-from orchestrator.runs.batches import split_batch
+from orchestrator.runners.executing.chip import ExecutingChip, op_codes
+from orchestrator.runners.executing.chip_state import whole_tensors
+from orchestrator.runners.executing.inline import InlineRunner, chip_settings
+from orchestrator.runners.runner import StepRequest
+from orchestrator.runs.data import split_batch
 from orchestrator.runs.lr_schedule import learning_rate
 from partitioner.capture.exact_float64 import ExactFloat64
 from partitioner.capture.tracing import scalar_loss
-from partitioner.program.program import Compute, Program, TensorKind
+from partitioner.program.program import Compute, TensorKind
 
 IGNORED_LABEL = -100
 IGNORED_SHARE = 0.1  # of the labels: makes the counts of microbatches differ
@@ -95,16 +96,17 @@ def reference_run(
 
 def planned_run(prepared: Prepared, values: Tensors, batches: Sequence[Tensors]) -> Trajectory:
     """Train the Program on all chips of the plan, in this process."""
-    job, chips = prepared.job, chips_of(prepared, values)
+    job, runner = prepared.job, loaded_runner(prepared, values)
     losses, gradients = [], {}
     for step, batch in enumerate(batches):
         lr = learning_rate(step, peak=job.optimizer.lr, schedule=job.lr_schedule, steps=len(batches))
-        outcome = chips.run("step", StepInput(lr), split_batch(batch, prepared.plan))
-        assert outcome.stats is not None
-        losses.append(outcome.stats.loss)
+        stats = runner.run(StepRequest("step", lr, split_batch(batch, prepared.plan))).stats
+        assert stats is not None
+        losses.append(stats.loss)
         if step == 0:
-            gradients = whole_tensors(prepared.program, chips, TensorKind.GRAD)
-    return Trajectory(tuple(losses), gradients, whole_tensors(prepared.program, chips, TensorKind.PARAM))
+            gradients = whole_tensors(prepared.program, TensorKind.GRAD, runner.chip_set.buffer)
+    parameters = whole_tensors(prepared.program, TensorKind.PARAM, runner.chip_set.buffer)
+    return Trajectory(tuple(losses), gradients, parameters)
 
 
 def on_one_chip(prepared: Prepared) -> Prepared:
@@ -115,12 +117,11 @@ def on_one_chip(prepared: Prepared) -> Prepared:
     return prepare(prepared.cluster.take(1), prepared.job, one)
 
 
-def chips_of(prepared: Prepared, values: Tensors, settings: Settings | None = None) -> ChipSet:
+def loaded_runner(prepared: Prepared, values: Tensors) -> InlineRunner:
     """The plan's chips with the given parameters and buffers."""
-    program = prepared.program
-    chips = ChipSet(program, range(program.num_chips), settings or chip_settings(prepared), num_workers=1)
-    chips.load(values.__getitem__)
-    return chips
+    runner = InlineRunner(prepared.program, chip_settings(prepared), 1)
+    runner.load(values.__getitem__)
+    return runner
 
 
 def module_values(model: BuiltModel) -> dict[str, torch.Tensor]:
@@ -129,48 +130,8 @@ def module_values(model: BuiltModel) -> dict[str, torch.Tensor]:
     return values | {f"buffer:{k}": v.clone() for k, v in model.module.named_buffers()}
 
 
-def whole_tensors(program: Program, chips: ChipSet, kind: TensorKind) -> dict[str, torch.Tensor]:
-    """Parameters or gradients by global name, put together from the shards of replica 0 (ZeRO: of all replicas)."""
-    found: dict[str, torch.Tensor] = {}
-    for role in program.roles:
-        for tensor in role.tensors:
-            if (
-                tensor.kind is not kind
-                or not tensor.source
-                or tensor.base is None
-                or tensor.shards == ((0, "dp"),)
-            ):
-                continue
-            param = next(t for t in role.tensors if t.kind is TensorKind.PARAM and t.source == tensor.source)
-            pieces = []
-            for tp in range(program.size("tp") if param.shards else 1):
-                flat = _flat(program, chips, role.tensors[tensor.base].name, {"pp": role.stage, "tp": tp})
-                pieces.append(flat.narrow(0, tensor.offset, tensor.spec.numel).view(tensor.spec.shape))
-            found[tensor.source] = (
-                torch.cat(pieces, param.shards[0][0]) if param.shards else pieces[0].clone()
-            )
-    return found
-
-
-def _flat(program: Program, chips: ChipSet, name: str, at: dict[str, int]) -> torch.Tensor:
-    """A whole flat buffer; a gradient buffer that ZeRO scattered is gathered from all replicas."""
-    first = chips.chips[program.chip_at(at | {"dp": 0})]
-    shard = name.replace(".grads", ".grad_shard")
-    if shard == name or not any(t.name == shard for t in first.tensors):
-        return _named(first, name)
-    return torch.cat(
-        [_named(chips.chips[program.chip_at(at | {"dp": dp})], shard) for dp in range(program.size("dp"))]
-    )
-
-
-def _named(chip: Chip, name: str) -> torch.Tensor:
-    value = next(chip.fixed[t.id] for t in chip.tensors if t.name == name)
-    assert value is not None
-    return value
-
-
 @dataclass(frozen=True, slots=True)
-class Found:
+class ComparedResult:
     """One compared result: where in the plan, and how far off."""
 
     chip: int
@@ -192,11 +153,11 @@ def first_difference(
     Every segment is run again operator by operator on the same operands (finds a wrong kernel); if all agree, every
     unit's results are held against a one-chip Program's for the same samples (finds a wrong split).
     """
-    wrong: list[Found] = []
-    seen: dict[tuple[int, int, str], tuple[Found, torch.Tensor]] = {}
+    wrong: list[ComparedResult] = []
+    seen: dict[tuple[int, int, str], tuple[ComparedResult, torch.Tensor]] = {}
 
     def watch(
-        chip: Chip,
+        chip: ExecutingChip,
         ins: Compute,
         microbatch: int,
         operands: Sequence[torch.Tensor],
@@ -206,12 +167,12 @@ def first_difference(
         expected = interpret_segment(op_codes(segment), segment.outputs, chip.settings.device, operands)
         error = max((relative(r, e, 1e-30) for r, e in zip(results, expected, strict=True)), default=0.0)
         if error > tolerance:
-            wrong.append(Found(chip.index, microbatch, ins.id, segment.name, error))
+            wrong.append(ComparedResult(chip.index, microbatch, ins.id, segment.name, error))
 
     _observe(prepared, values, batch, lr, watch, seen)
     if wrong:
         return str(wrong[0])
-    alone: dict[tuple[int, int, str], tuple[Found, torch.Tensor]] = {}
+    alone: dict[tuple[int, int, str], tuple[ComparedResult, torch.Tensor]] = {}
     _observe(on_one_chip(prepared), values, batch, lr, None, alone)
     known = {(microbatch, source): value for (_, microbatch, source), (_, value) in alone.items()}
     for (replica, microbatch, source), (found, value) in seen.items():
@@ -223,13 +184,13 @@ def first_difference(
 
 def _observe(
     prepared: Prepared, values: Tensors, batch: Tensors, lr: float, watch: Callable[..., None] | None,
-    seen: dict[tuple[int, int, str], tuple[Found, torch.Tensor]],
+    seen: dict[tuple[int, int, str], tuple[ComparedResult, torch.Tensor]],
 ) -> None:  # fmt: skip
     """Run one step, calling `watch` on every Compute and keeping every unit's results in `seen`."""
-    chips = chips_of(prepared, values)
+    runner = loaded_runner(prepared, values)
 
     def observer(
-        chip: Chip,
+        chip: ExecutingChip,
         ins: Compute,
         microbatch: int,
         operands: Sequence[torch.Tensor],
@@ -242,13 +203,13 @@ def _observe(
             if source.startswith(("value:", "grad:")) and chip.coordinates["tp"] == 0:
                 name = chip.program.segments[ins.segment].name
                 seen[chip.coordinates["dp"], microbatch, source] = (
-                    Found(chip.index, microbatch, ins.id, name, 0.0),
+                    ComparedResult(chip.index, microbatch, ins.id, name, 0.0),
                     value.clone(),
                 )
 
-    for chip in chips.chips.values():
+    for chip in runner.chip_set.chips.values():
         chip.observer = observer
-    chips.run("step", StepInput(lr), split_batch(batch, prepared.plan))
+    runner.run(StepRequest("step", lr, split_batch(batch, prepared.plan)))
 
 
 def relative(value: torch.Tensor, expected: torch.Tensor, floor: float) -> float:

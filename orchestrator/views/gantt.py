@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from comms import wording
-from orchestrator.runs.timeline import LANES, NONE, Lane, Timeline
+from orchestrator.runs.timeline import LANES, NONE, Lane, Origin, Timeline
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -39,6 +39,7 @@ OTHER = ("#7F7F7F", "#BCBD22", "#17BECF", "#8C564B", "#E377C2", "#4D4D4D")  # fo
 _GAP = 0.8  # between two chips, in rows
 _TALL = 1.9  # the compute row
 _SHARES_ROW = {LANES.index(Lane.OPTIMIZER): LANES.index(Lane.COMPUTE)}
+_WHOSE = {Origin.PREDICTED: ", on the chips described", Origin.MEASURED: ", simulated on this machine"}
 _UNITS = ((1e9, "s"), (1e6, "ms"), (1e3, "us"), (1.0, "ns"))
 _LABELLED = ("forward", "backward", "weight_grad")
 _GROUND, _EDGE = "#f2f2f2", "#12324d"
@@ -93,28 +94,31 @@ def colours_of(kinds: AbstractSet[str]) -> dict[str, str]:
     return known | {kind: OTHER[number % len(OTHER)] for number, kind in enumerate(others)}
 
 
-def draw_gantt(axes: "Axes", gantt: Gantt, colours: Mapping[str, str], end_ns: int) -> None:
-    """Draw one panel, its time axis from 0 to `end_ns` in a unit that suits."""
+def draw_gantt(
+    axes: "Axes", gantt: Gantt, colours: Mapping[str, str], end_ns: int, *, by_shares: bool = False
+) -> None:
+    """Draw one panel, its time axis from 0 to `end_ns` in a unit that suits, or in percent of `end_ns`."""
     scale, unit = next((pair for pair in _UNITS if end_ns >= pair[0]), _UNITS[-1])
+    if by_shares:
+        scale = end_ns / 100
     _draw_spans(axes, gantt, colours, scale)
     _draw_microbatches(axes, gantt, scale, end_ns)
     _label_rows(axes, gantt)
     axes.set_xlim(0, end_ns / scale)
     axes.set_ylim(gantt.height + 0.15, -0.15)
-    axes.set_xlabel(f"time since the start of the step ({unit})")
-    axes.set_title(_title(gantt), loc="left", fontsize=12, fontweight="bold")
+    axes.set_xlabel("share of the step (%)" if by_shares else f"time since the start of the step ({unit})")
+    axes.set_title(_title(gantt, by_shares), loc="left", fontsize=12, fontweight="bold")
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(axis="y", length=0)
 
 
-def _title(gantt: Gantt) -> str:
+def _title(gantt: Gantt, by_shares: bool) -> str:
     timeline = gantt.timeline
     total = len(np.unique(timeline.span_rows["chip"]))
     chips = f"{len(gantt.chips)} of {total} chips" if total > len(gantt.chips) else f"{total} chips"
     step = f"step {timeline.steps[0]}"
-    return (
-        f"{timeline.origin.capitalize()}: {wording.seconds(timeline.duration_ns / 1e9)}   ({step}, {chips})"
-    )
+    origin = f"{timeline.origin.capitalize()}{_WHOSE[timeline.origin] if by_shares else ''}"
+    return f"{origin}: {wording.seconds(timeline.duration_ns / 1e9)}   ({step}, {chips})"
 
 
 def _draw_spans(axes: "Axes", gantt: Gantt, colours: Mapping[str, str], scale: float) -> None:

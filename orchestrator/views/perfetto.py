@@ -13,8 +13,9 @@ import json
 from collections.abc import Iterator
 from itertools import islice
 
-from orchestrator.runs.occupancy import flow_ends
-from orchestrator.runs.timeline import LANES, NONE, Span, Timeline
+import numpy as np
+
+from orchestrator.runs.timeline import LANES, NONE, Ints, Span, Timeline, group_ids
 
 _PAGE = 20_000  # events per write to the compressor
 
@@ -102,3 +103,21 @@ def _us(ns: int) -> str:
     """Microseconds with three decimals, exact where a float would round."""
     sign = "-" if ns < 0 else ""
     return f"{sign}{abs(ns) // 1000}.{abs(ns) % 1000:03d}"
+
+
+def flow_ends(timeline: Timeline) -> tuple[Ints, Ints]:
+    """For each flow the row of its send span and the row of its recv span.
+
+    NONE where there is no such span.
+    """
+    spans, flows = timeline.span_rows, timeline.flow_rows
+    ids = group_ids(
+        np.concatenate([spans["step"], flows["step"], flows["step"]]),
+        np.concatenate([spans["microbatch"], flows["microbatch"], flows["microbatch"]]),
+        np.concatenate([spans["chip"], flows["source_chip"], flows["target_chip"]]),
+        np.concatenate([spans["instr"], flows["source_instr"], flows["target_instr"]]),
+    )
+    row_of = np.full(len(ids), NONE, dtype=np.int64)
+    row_of[ids[: len(spans)][::-1]] = np.arange(len(spans))[::-1]  # the earliest span of an instruction wins
+    sources, targets = np.split(row_of[ids[len(spans) :]], 2)
+    return sources, targets

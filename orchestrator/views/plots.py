@@ -59,12 +59,15 @@ def loss_png(curves: LossCurves) -> bytes:
     return png_bytes(figure)
 
 
-def timeline_png(predicted: Timeline | None, measured: Timeline | None, *, max_chips: int = 16) -> bytes:
+def timeline_png(
+    predicted: Timeline | None, measured: Timeline | None, *, max_chips: int = 16, by_shares: bool = False
+) -> bytes:
     """Chips x lanes over the time of one step, predicted above measured where both are given.
 
     Of each timeline its last step is drawn, from its first span on, for the first `max_chips` chips. The
     panels share one scale where their durations are within a factor of three; otherwise each has its own, and
-    says so.
+    says so. `by_shares`: the machine that was measured is not the one that is described, so that only shares of a
+    step can be compared; each axis is in those, and the titles say whose step it is.
     """
     given = [timeline for timeline in (predicted, measured) if timeline is not None and timeline.steps]
     if not given:
@@ -77,12 +80,12 @@ def timeline_png(predicted: Timeline | None, measured: Timeline | None, *, max_c
     shared = max(spans) if max(spans) <= 3 * min(spans) else None
     colours = colours_of(frozenset().union(*(gantt.kinds for gantt in gantts)))
     for axes, gantt in zip(panels, gantts, strict=True):
-        draw_gantt(axes, gantt, colours, end_ns=max(shared or gantt.timeline.duration_ns, 1))
+        end_ns = gantt.timeline.duration_ns if by_shares else shared or gantt.timeline.duration_ns
+        draw_gantt(axes, gantt, colours, end_ns=max(end_ns, 1), by_shares=by_shares)
     _gantt_legend(figure, colours)
-    if shared is None:
-        figure.text(
-            0.995, 0.995, "the two time axes differ", ha="right", va="top", color=VALIDATION, fontsize=9
-        )
+    if by_shares or shared is None:
+        said = "two machines: compare shares, not seconds" if by_shares else "the two time axes differ"
+        figure.text(0.995, 0.995, said, ha="right", va="top", color=VALIDATION, fontsize=9)
     return png_bytes(figure)
 
 

@@ -10,12 +10,12 @@ import torch
 from orchestrator.config.hardware.cluster_file import cluster_path, load_cluster
 from orchestrator.config.job_file import load_job
 from orchestrator.planning.preparation import Prepared, build_model, prepare
-from orchestrator.runners.base import is_timed
-from orchestrator.runners.executing.measured_timeline import measured_timeline
-from orchestrator.runners.starting import InlineLaunch
-from orchestrator.runs.batches import split_batch
+from orchestrator.runners.executing.inline import InlineLaunch
+from orchestrator.runners.runner import Launch, Runner, StepRequest, TensorRunner
+from orchestrator.runners.step_timelines import Timed
+from orchestrator.runners.timing.prediction import SimulatedRunner
+from orchestrator.runs.data import split_batch
 from orchestrator.runs.timeline import Timeline
-from orchestrator.verbs.simulate import simulate
 from orchestrator.views.console import Console
 from partitioner.program.program import Recv, Send
 
@@ -27,35 +27,54 @@ RUNNERS = ["simulated", "inline", pytest.param("ray", marks=pytest.mark.ray)]
 
 
 @pytest.fixture(scope="module")
-def prepared() -> Prepared:
+def ray_launch(request: pytest.FixtureRequest) -> Iterator[Launch | None]:
+    """Ray comes up while the Program is made, as it does in training; None if no test asks for it."""
+    if not any(item.get_closest_marker("ray") for item in request.session.items if item.path == request.path):
+        yield None
+        return
+    from orchestrator.runners.on_ray.ray_launch import RayLaunch
+
+    launch = RayLaunch(load_cluster(cluster_path("laptop")))
+    yield launch
+    launch.close()
+
+
+@pytest.fixture(scope="module")
+def prepared(ray_launch: Launch | None) -> Prepared:
     """A small job with every kind of parallelism on the eight chips of laptop.yaml."""
     return prepare(load_cluster(cluster_path("laptop")), load_job(None, JOB))
 
 
+def loaded(launch: Launch, prepared: Prepared) -> TensorRunner:
+    runner = launch.connect(prepared, Console())
+    model = build_model(prepared.job, "cpu")
+    values = {f"params:{k}": v.detach() for k, v in model.module.named_parameters()}
+    values |= {f"buffer:{k}": v for k, v in model.module.named_buffers()}
+    runner.load(values.__getitem__)
+    return runner
+
+
 @pytest.fixture(scope="module", params=RUNNERS)
-def ran(request: pytest.FixtureRequest, prepared: Prepared) -> Iterator[tuple[str, Timeline, float | None]]:
+def ran(
+    request: pytest.FixtureRequest, prepared: Prepared, ray_launch: Launch | None
+) -> Iterator[tuple[str, Timeline, float | None]]:
     """(runner, timeline of one step, loss of the step if there is one)."""
     name = request.param
     if name == "simulated":
-        yield name, simulate(prepared.program, prepared.cluster).timeline(), None
-        return
-    if name == "ray":
-        from orchestrator.runners.on_ray.ray_start import RayLaunch
-
-        executor = RayLaunch(prepared.cluster).connect(prepared, Console())
+        runner: Runner = SimulatedRunner(prepared.program, prepared.cluster)
     else:
-        executor = InlineLaunch(replace(prepared.cluster, actors=2)).connect(prepared, Console())
+        launch = ray_launch if name == "ray" else InlineLaunch(replace(prepared.cluster, actors=2))
+        assert launch is not None
+        runner = loaded(launch, prepared)
     try:
-        model = build_model(prepared.job, "cpu")
-        values = {f"params:{k}": v.detach() for k, v in model.module.named_parameters()}
-        values |= {f"buffer:{k}": v for k, v in model.module.named_buffers()}
-        executor.load(values.__getitem__)
         batches = split_batch(batch_of(prepared), prepared.plan)
-        outcome = executor.step(1e-3, batches, measure=True)
-        assert outcome.stats is not None
-        yield name, measured_timeline(prepared.program, {0: outcome.marks}), outcome.stats.loss
+        result = runner.run(StepRequest("step", 1e-3, batches, measure=True))
+        timeline = result.timeline()
+        assert timeline is not None and result.step_ns > 0
+        assert (result.stats is None) == (name == "simulated")
+        yield name, timeline, result.stats.loss if result.stats is not None else None
     finally:
-        executor.close()
+        runner.close()
 
 
 def batch_of(prepared: Prepared) -> dict[str, torch.Tensor]:
@@ -70,7 +89,7 @@ def expected_instances(prepared: Prepared) -> Counter[tuple[int, int, int]]:
     for chip in range(program.num_chips):
         role = program.role_of(chip)
         for call in role.schedule["step"]:
-            timed = [i for i in role.body[call.body].instructions if is_timed(i)]
+            timed = [i for i in role.body[call.body].instructions if isinstance(i, Timed)]
             found.update((chip, i.id, call.microbatch) for i in timed)
     return found
 

@@ -9,7 +9,7 @@ import torch
 from comms.errors import SegmentError
 from kernels.backend import OpCode, compile_segment, one_thread_per_chip, prepare_thread
 from kernels.reference import interpret_segment
-from orchestrator.runners.executing.chip import StepInput
+from orchestrator.runners.runner import StepRequest
 from partitioner.program.program import Segment
 
 OPTIONS: dict[str, tuple[tuple[str, Any], ...]] = {
@@ -45,8 +45,8 @@ def test_every_segment_of_a_program_gives_the_bytes_of_its_operators(
 
     for chip in chips.chips.values():
         chip.observer = compare
-    chips.run("step", StepInput(0.01), batches_of(program))
-    chips.run("evaluate", StepInput(0.0), batches_of(program))
+    chips.run(StepRequest("step", 0.01, batches_of(program)))
+    chips.run(StepRequest("evaluate", 0.0, batches_of(program)))
     started = {
         i.segment for r in program.roles if "constants" in r.body for i in r.body["constants"].instructions
     }

@@ -1,17 +1,21 @@
 """One simulated (or real) chip with real tensors: its memory, and how each local instruction is carried out.
 
 A chip holds persistent tensors (flat parameter and gradient buffers, constants, optimizer state) and instances of
-per-microbatch tensors. Communication is not here: `Meetings` gives and takes tensors through `read` and `write`.
+per-microbatch tensors. Communication is not here: `PendingCommunications` gives and takes
+tensors through `read` and `write`.
 """
 
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 
 from kernels.backend import OpCode, SegmentFunction, compile_segment
 from kernels.optimizers import Factory, FlatOptimizer, StepStatistics
+from orchestrator.runners.runner import BadOrder, StepRequest
+from orchestrator.runs.timeline import Mark
 from partitioner.capture.captured_graph import TORCH
 from partitioner.program.machine import Machine, Run
 from partitioner.program.program import (
@@ -26,9 +30,7 @@ from partitioner.program.program import (
 )
 
 Clock = Callable[[], int]
-# forward 0, backward 1, later 2; microbatch; stage along the flow; chip: causes before effects
-BadOrder = tuple[int, int, int, int]
-Observer = Callable[["Chip", Compute, int, Sequence[torch.Tensor], Sequence[torch.Tensor]], None]
+Observer = Callable[["ExecutingChip", Compute, int, Sequence[torch.Tensor], Sequence[torch.Tensor]], None]
 ZERO_FILLED = (TensorKind.FLAT, TensorKind.MASTER, TensorKind.GRAD)
 
 
@@ -42,51 +44,36 @@ class Settings:
     clock: Clock = time.perf_counter_ns
 
 
-@dataclass(frozen=True, slots=True)
-class Mark:
-    """One measured interval: `instruction` of call `call` on chip `chip`, in the clock's nanoseconds."""
-
-    chip: int
-    call: int
-    microbatch: int
-    instruction: int
-    start_ns: int
-    end_ns: int
-
-
-@dataclass
-class StepInput:
-    """What changes from step to step: learning rate, and the batch tensors by (microbatch, name)."""
-
-    lr: float
-    batches: Mapping[tuple[int, str], torch.Tensor] = field(default_factory=dict)
-
-
 def op_codes(segment: Segment) -> list[OpCode]:
     """A segment's ops as the kernel packages take them."""
     return [OpCode(op.code, len(op.outs), op.is_tuple) for op in segment.ops]
 
 
 class SegmentLibrary:
-    """Compiled segments of a Program, made when first used and shared by all chips of a process."""
+    """Compiled segments of a Program, made when first used and shared by all chips of a process.
+
+    One is made at a time: Python 3.11 miscounts the depth of two texts that are parsed at once (its issue 106905).
+    """
 
     def __init__(self, program: Program, device: str) -> None:
         self.program, self.device = program, device
         self._functions: dict[int, SegmentFunction] = {}
+        self._making = threading.Lock()
 
     def function(self, index: int) -> SegmentFunction:
         """Segment `index`, compiled."""
-        found = self._functions.get(index)
-        if found is None:
-            segment = self.program.segments[index]
-            found = compile_segment(
-                segment.name, len(segment.inputs), op_codes(segment), segment.outputs, self.device
-            )
-            self._functions[index] = found
-        return found
+        if (found := self._functions.get(index)) is not None:
+            return found
+        with self._making:
+            if index not in self._functions:
+                segment = self.program.segments[index]
+                self._functions[index] = compile_segment(
+                    segment.name, len(segment.inputs), op_codes(segment), segment.outputs, self.device
+                )
+            return self._functions[index]
 
 
-class Chip:
+class ExecutingChip:
     """Tensors of one chip, and execution of its local instructions."""
 
     def __init__(self, program: Program, index: int, library: SegmentLibrary, settings: Settings) -> None:
@@ -100,7 +87,11 @@ class Chip:
         self.optimizers: dict[int, FlatOptimizer] = {}
         self.touched: set[int] = set()
         self.marks: list[Mark] | None = None
-        self.input = StepInput(0.0)
+        self.resident: dict[int, int] | None = (
+            None  # persistent storages and their bytes, while it is measured
+        )
+        self.lr = 0.0
+        self.batches: Mapping[tuple[int, str], torch.Tensor] = {}
         self.stats: StepStatistics | None = None
         self.checked = False
         self.body = ""
@@ -136,7 +127,7 @@ class Chip:
                 self.fixed[tensor.id] = whole.to(self.settings.device, TORCH[tensor.spec.dtype])
         for tensor in self.tensors:
             if tensor.kind is TensorKind.MASTER:
-                self._fixed(tensor.id).copy_(self._fixed(self._named(tensor.source)))
+                self._fixed(tensor.id).copy_(self.named(tensor.source))
 
     def _cut(self, tensor: Tensor, whole: torch.Tensor) -> torch.Tensor:
         """This chip's shard; the whole may have to be seen in another shape first (see `fused_projections`)."""
@@ -149,21 +140,23 @@ class Chip:
             whole = whole.narrow(dim, self.coordinates[axis] * length, length)
         return whole
 
-    def _named(self, name: str) -> int:
-        return next(t.id for t in self.tensors if t.name == name)
+    def named(self, name: str) -> torch.Tensor:
+        """A persistent tensor by name."""
+        return self._fixed(next(t.id for t in self.tensors if t.name == name))
 
     def _fixed(self, tensor: int) -> torch.Tensor:
         value = self.fixed[tensor]
         assert value is not None, f"chip {self.index}: {self.tensors[tensor].name} has no value"
         return value
 
-    def begin(self, schedule: str, step_input: StepInput) -> Machine:
+    def begin(self, request: StepRequest) -> Machine:
         """Start a schedule: fresh accumulators, fresh machine."""
+        self.marks, self.checked = ([] if request.measure else None), request.check
         self.touched.clear()
         self.instances.clear()
-        self.stats, self.first_bad = None, None
-        self.input = step_input
-        return Machine(self.program, self.index, schedule)
+        self.stats, self.first_bad, self.resident = None, None, None
+        self.lr, self.batches = request.lr, request.batches.get(self.coordinates["dp"], {})
+        return Machine(self.program, self.index, request.schedule)
 
     def read(self, tensor: int, microbatch: int) -> torch.Tensor:
         """The current value of a tensor (of this microbatch)."""
@@ -175,7 +168,7 @@ class Chip:
     def _batch(self, tensor: int, microbatch: int) -> torch.Tensor:
         info = self.tensors[tensor]
         assert info.kind is TensorKind.BATCH, f"chip {self.index}: {info.name}({microbatch}) is not there"
-        value = self.input.batches[microbatch, info.source.split(":", 1)[1]]
+        value = self.batches[microbatch, info.source.split(":", 1)[1]]
         self.instances[tensor, microbatch] = value
         return value
 
@@ -214,7 +207,15 @@ class Chip:
                     continue
             if self.marks is not None:
                 end = self.settings.clock()
-                self.marks.append(Mark(self.index, run.call, run.microbatch, instruction.id, start, end))
+                place = (self.index, run.call, run.microbatch, instruction.id)
+                self.marks.append(Mark(*place, start, end, self._held_bytes()))
+
+    def _held_bytes(self) -> int:
+        """What the chip's tensors take now: every storage once, without what is inside an instruction."""
+        if self.resident is None:  # the persistent ones change hardly ever
+            states = (value for each in self.optimizers.values() for value in each.state().values())
+            self.resident = _storages(t for t in (*self.fixed, *states) if t is not None)
+        return sum((self.resident | _storages(self.instances.values())).values())
 
     def _compute(self, instruction: Compute, microbatch: int) -> None:
         function = self.library.function(instruction.segment)
@@ -267,7 +268,7 @@ class Chip:
             return
         optimizer = self.optimizer(instruction)
         scale = self.stats.gradient_scale(self.settings.clip_norm)
-        optimizer.step(self._fixed(instruction.grad), scale, self.input.lr)
+        optimizer.step(self._fixed(instruction.grad), scale, self.lr)
         if instruction.target != instruction.param:
             self._fixed(instruction.target).copy_(self._fixed(instruction.param))
 
@@ -277,5 +278,11 @@ class Chip:
         if found is None:
             flat = self._fixed(instruction.param)
             found = FlatOptimizer(self.settings.optimizer, flat, decay=instruction.decay)
+            self.resident = None
             self.optimizers[instruction.param] = found
         return found
+
+
+def _storages(tensors: Iterable[torch.Tensor]) -> dict[int, int]:
+    storages = (tensor.untyped_storage() for tensor in tensors)
+    return {each.data_ptr(): each.nbytes() for each in storages}

@@ -1,4 +1,4 @@
-"""Mailbox: tensors that do not belong to a meeting wait here for who asks for them.
+"""Mailbox: tensors that belong to no communication of the Program wait here for who asks for them.
 
 Parameters, batches, checkpoint states and measured intervals travel between driver and actors like any other tensor;
 their keys say what they are.

@@ -9,24 +9,27 @@ import importlib
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, fields, replace
 from typing import Any
 
 import ray
 import torch
 
 from kernels.optimizers import Factory, FlatOptimizer, OptimizerSpec, StepStatistics
-from orchestrator.runners.executing.chip import BadOrder, Mark, Settings, StepInput
+from orchestrator.runners.executing.chip import Settings
 from orchestrator.runners.executing.chip_set import ChipSet
 from orchestrator.runners.executing.chip_state import restore_state, saved_state
 from orchestrator.runners.executing.mailbox import Mailbox, batch_key, marks_key, state_key, value_key
 from orchestrator.runners.executing.transport import Address, Transport
+from orchestrator.runners.failure import ActorStatus
 from orchestrator.runners.on_ray.assignment import chips_of
+from orchestrator.runners.runner import BadOrder, StepRequest
+from orchestrator.runs.timeline import Mark
 from partitioner.program.machine import Key
 from partitioner.program.program_codec import decode
 
 DRIVER = -1  # the driver's number among the actors
-MEETINGS = ("p2p", "group")
+COMMUNICATIONS = ("p2p", "group")
 PATIENCE_S = 600.0  # for values from the driver, which may be building a model
 SWITCH_S = 5e-4
 
@@ -43,31 +46,11 @@ class Assignment:
 
 
 @dataclass(frozen=True, slots=True)
-class Order:
-    """One execution of a schedule. `batches` are the (replica, microbatch, name) that the driver has sent."""
-
-    schedule: str
-    epoch: int
-    lr: float = 0.0
-    batches: tuple[tuple[int, int, str], ...] = ()
-    measure: bool = False
-    check: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Report:
-    """What came of an order: statistics, and the first instruction with a non-finite result."""
+class ActorReport:
+    """What came of a request on the chips of an actor; marks travel as a tensor."""
 
     stats: StepStatistics | None
     first_bad: tuple[BadOrder, str] | None
-
-
-@dataclass(frozen=True, slots=True)
-class Standing:
-    """How far the chips are: `progress` changes whenever one moves, `waits` says who waits for whom."""
-
-    progress: tuple[object, ...]
-    waits: str
 
 
 class ChipActor:
@@ -119,20 +102,20 @@ class ChipActor:
 
         self.chip_set.load(value)
 
-    def run(self, order: Order) -> Report:
-        """Execute a schedule on all chips; measured intervals are sent to the driver."""
+    def run(self, request: StepRequest, epoch: int, sent: Sequence[tuple[int, int, str]]) -> ActorReport:
+        """Execute a schedule on all chips; `sent` are the (replica, microbatch, name) that the driver has sent.
+
+        Measured intervals are sent to the driver.
+        """
         batches: dict[int, dict[tuple[int, str], torch.Tensor]] = {}
-        for replica, microbatch, name in order.batches:
-            tensor = self.mailbox.take(order.epoch, batch_key(replica, microbatch, name))
+        for replica, microbatch, name in sent:
+            tensor = self.mailbox.take(epoch, batch_key(replica, microbatch, name))
             batches.setdefault(replica, {})[microbatch, name] = tensor.to(self.chip_set.settings.device)
-        outcome = self.chip_set.run(
-            order.schedule, StepInput(order.lr), batches, measure=order.measure, check=order.check
-        )
-        if order.measure:
-            self.transport.send(
-                DRIVER, order.epoch, marks_key(self.actor), self.actor, marks_tensor(outcome.marks)
-            )
-        return Report(outcome.stats, outcome.first_bad)
+        result = self.chip_set.run(replace(request, batches=batches))
+        if request.measure:
+            marks = marks_tensor(result.marks)
+            self.transport.send(DRIVER, epoch, marks_key(self.actor), self.actor, marks)
+        return ActorReport(result.stats, result.first_bad)
 
     def send_states(self) -> dict[int, list[str]]:
         """Send the checkpoint states to the driver; returns their names by chip."""
@@ -154,17 +137,17 @@ class ChipActor:
         for chip in self.chip_set.chips.values():
             restore_state(chip, states.__getitem__)
 
-    def standing(self) -> Standing:
+    def status(self) -> ActorStatus:
         """Where every chip is; raises what ended the transport, if it has ended. Called while `run` is running."""
         if self.transport.failure is not None:
             raise self.transport.failure
         chip_set = self.chip_set
         with chip_set.changed:
-            work = chip_set.work
-            if work is None:
-                return Standing((), "")
-            positions = tuple((machine.call, machine.index) for machine in work.machines.values())
-            return Standing((chip_set.epoch, work.meeting, positions), chip_set.explain(work))
+            execution = chip_set.execution
+            if execution is None:
+                return ActorStatus((), "")
+            positions = tuple((machine.call, machine.index) for machine in execution.machines.values())
+            return ActorStatus((chip_set.epoch, execution.combining, positions), chip_set.explain(execution))
 
     @property
     def chip_set(self) -> ChipSet:
@@ -173,7 +156,7 @@ class ChipActor:
         return self._chip_set
 
     def _deliver(self, epoch: int, key: Key, source: int, tensor: torch.Tensor) -> None:
-        if key.kind in MEETINGS:
+        if key.kind in COMMUNICATIONS:
             device = self.chip_set.settings.device
             self.chip_set.deliver(epoch, key, source, tensor.to(device))
         else:
@@ -191,13 +174,13 @@ def factory(optimizer: OptimizerSpec | str) -> Factory:
 
 def marks_tensor(marks: Sequence[Mark]) -> torch.Tensor:
     """Marks as rows of integers."""
-    rows = [[m.chip, m.call, m.microbatch, m.instruction, m.start_ns, m.end_ns] for m in marks]
-    return torch.tensor(rows, dtype=torch.int64).reshape(-1, 6)
+    rows = [astuple(mark) for mark in marks]
+    return torch.tensor(rows, dtype=torch.int64).reshape(-1, len(fields(Mark)))
 
 
 def marks_from(rows: torch.Tensor, offset_ns: int) -> tuple[Mark, ...]:
     """Inverse of `marks_tensor`, on the driver's clock."""
+    marks = (Mark(*row) for row in rows.tolist())
     return tuple(
-        Mark(chip, call, microbatch, instruction, start + offset_ns, end + offset_ns)
-        for chip, call, microbatch, instruction, start, end in rows.tolist()
+        replace(mark, start_ns=mark.start_ns + offset_ns, end_ns=mark.end_ns + offset_ns) for mark in marks
     )

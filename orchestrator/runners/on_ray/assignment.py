@@ -1,4 +1,4 @@
-"""Assignment: which actor executes which chip.
+"""Assignment: which actor executes which chip, and which tensors it must be given for its chips.
 
 Chips are lined up by data-parallel coordinate, then stage, then the other axes, and the line is cut into pieces of
 equal length. So actors hold whole replicas where there are enough of them (they then meet once a step), else
@@ -7,7 +7,7 @@ neighbouring stages of a replica, else parts of a stage. Which actor hosts a chi
 
 from collections.abc import Sequence
 
-from partitioner.program.program import Program
+from partitioner.program.program import Program, TensorKind
 
 SLOWEST = ("dp", "pp")  # axes with the least traffic first
 
@@ -24,6 +24,34 @@ def assign(program: Program, num_actors: int) -> tuple[int, ...]:
 def chips_of(actor_of: Sequence[int], actor: int) -> tuple[int, ...]:
     """The chips that `actor` executes, in chip order."""
     return tuple(chip for chip, holder in enumerate(actor_of) if holder == actor)
+
+
+def needed_values(program: Program, chips: Sequence[int]) -> frozenset[str]:
+    """The parameters and buffers that `ExecutingChip.load` asks for on these chips."""
+    roles = {program.role_of(chip).stage: program.role_of(chip) for chip in chips}
+    return frozenset(
+        f"params:{tensor.source}" if tensor.kind is TensorKind.PARAM else tensor.source
+        for role in roles.values()
+        for tensor in role.tensors
+        if (tensor.kind is TensorKind.PARAM and tensor.base is not None)
+        or (tensor.kind is TensorKind.CONSTANT and tensor.source)
+    )
+
+
+def needed_batches(program: Program, chips: Sequence[int]) -> frozenset[tuple[int, str]]:
+    """The (replica, batch name) that these chips read."""
+    return frozenset(
+        (program.coordinates(chip)["dp"], tensor.source.split(":", 1)[1])
+        for chip in chips
+        for tensor in program.role_of(chip).tensors
+        if tensor.kind is TensorKind.BATCH
+    )
+
+
+def needed_states(program: Program, chips: Sequence[int]) -> frozenset[int]:
+    """The chips whose saved state `restore_state` asks for on these chips: the first replica's, or their own."""
+    first = {program.chip_at(program.coordinates(chip) | {"dp": 0}) for chip in chips}
+    return frozenset(first | set(chips) if program.facts["zero"] else first)
 
 
 def _place(program: Program, chip: int) -> tuple[int, ...]:

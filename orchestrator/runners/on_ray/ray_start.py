@@ -11,26 +11,20 @@ import os
 import secrets
 import socket
 import threading
-import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from comms.errors import ClusterError, RunError
-from orchestrator.config.hardware.cluster import Cluster, Device
 
 if TYPE_CHECKING:
-    from orchestrator.planning.preparation import PhaseReporter, Prepared
-    from orchestrator.runners.executing.executor import Executor
     from orchestrator.runners.executing.transport import Address
 
 LOOPBACK = "127.0.0.1"
 OBJECT_STORE_BYTES = 80 << 20  # Ray's least: tensors do not go through its store
 PATIENCE_S = 60.0  # for Ray, for free resources and for actors to come up
-KNOCK_S = 5.0
-STAGES = ("start Ray", "start actors")
-DEVICES = {Device.SIMULATED: "cpu", Device.CPU: "cpu", Device.CUDA: "cuda"}
+LISTENER_S = 5.0
+PHASES = ("start Ray", "start actors")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,25 +50,25 @@ class ActorPlan:
 
 
 class RayStart:
-    """Ray and its actors, coming up. `on_phase(name, seconds)` hears of each phase that ended, from another thread."""
+    """Ray and its actors, coming up."""
 
-    def __init__(self, plan: ActorPlan, on_phase: Callable[[str, float], None] = lambda *_: None) -> None:
-        self.plan, self.on_phase = plan, on_phase
+    def __init__(self, plan: ActorPlan) -> None:
+        self.plan = plan
         self.secret = secrets.token_bytes(16)
         self.interface = LOOPBACK
         self.actors: list[Any] = []
         self.addresses: dict[int, Address] = {}
         self.failure: BaseException | None = None
-        self._reached = {stage: threading.Event() for stage in STAGES}
+        self._reached = {phase: threading.Event() for phase in PHASES}
         self._closing = threading.Event()
         self._group: Any = None
         self._owns_ray = False
         self._thread = threading.Thread(target=self._main, name="ray-start", daemon=True)
         self._thread.start()
 
-    def wait(self, stage: str = STAGES[-1]) -> None:
-        """Until `stage` is over. Raises what went wrong."""
-        self._reached[stage].wait()
+    def wait(self, phase: str = PHASES[-1]) -> None:
+        """Until `phase` is over. Raises what went wrong."""
+        self._reached[phase].wait()
         if self.failure is not None:
             raise self.failure
 
@@ -85,24 +79,16 @@ class RayStart:
 
     def _main(self) -> None:
         try:
-            with self._stage(STAGES[0]):
-                self._start_ray()
+            self._start_ray()
+            self._reached[PHASES[0]].set()
             if not self._closing.is_set():
-                with self._stage(STAGES[1]):
-                    self._start_actors()
+                self._start_actors()
         except BaseException as error:
             self.failure = error
         for event in self._reached.values():
             event.set()
         self._closing.wait()
         self._end()
-
-    @contextmanager
-    def _stage(self, name: str) -> Iterator[None]:
-        start = time.monotonic()
-        yield
-        self._reached[name].set()
-        self.on_phase(name, time.monotonic() - start)
 
     def _start_ray(self) -> None:
         try:
@@ -131,7 +117,7 @@ class RayStart:
             )
             return
         try:
-            knock(self.plan.address)
+            require_listener(self.plan.address)
             ray.init(address=self.plan.address, **quiet)
         except OSError as error:
             hint = "start one with `ray start --head`, or leave the address out"
@@ -183,11 +169,11 @@ class RayStart:
             ray.shutdown()
 
 
-def knock(address: str) -> None:
+def require_listener(address: str) -> None:
     """Raise OSError if nobody listens at HOST:PORT: Ray itself would try for minutes. Other forms pass."""
     host, _, port = address.rpartition(":")
     if host and port.isdigit() and "/" not in host:
-        socket.create_connection((host, int(port)), KNOCK_S).close()
+        socket.create_connection((host, int(port)), LISTENER_S).close()
 
 
 def require_resources(plan: ActorPlan, total: Mapping[str, float]) -> None:
@@ -213,41 +199,3 @@ def raise_busy(plan: ActorPlan, free: Mapping[str, float]) -> NoReturn:
         f"Ray at {plan.address or 'this machine'}",
         "end what else runs on it, or ask for fewer actors",
     )
-
-
-class RayLaunch:
-    """What `train` starts first: actors for `cluster`, as many as it says or one per core; real chips one each."""
-
-    def __init__(self, cluster: Cluster) -> None:
-        from orchestrator.runners.starting import num_workers
-
-        is_real = cluster.device is not Device.SIMULATED
-        self.device = DEVICES[cluster.device]
-        num_actors = cluster.num_chips if is_real else min(num_workers(cluster), cluster.num_chips)
-        self.start = RayStart(ActorPlan(num_actors, gpus=int(cluster.device is Device.CUDA)))
-
-    def connect(self, prepared: "Prepared", progress: "PhaseReporter") -> "Executor":
-        """The executor of `prepared`, once the actors are up."""
-        try:
-            for stage in STAGES:
-                with progress.phase(stage):
-                    self.start.wait(stage)
-            with progress.phase("connect actors"):
-                return self._executor(prepared)
-        except BaseException:
-            self.close()
-            raise
-
-    def close(self) -> None:
-        """End what was started."""
-        self.start.close()
-
-    def _executor(self, prepared: "Prepared") -> "Executor":
-        from kernels.optimizers import OptimizerSpec
-        from orchestrator.planning.preparation import optimizer_factory
-        from orchestrator.runners.on_ray.ray_executor import RayExecutor, RayOptions
-
-        job = prepared.job
-        made = optimizer_factory(job)
-        optimizer = made if isinstance(made, OptimizerSpec) else job.optimizer.name
-        return RayExecutor(self.start, prepared.program, RayOptions(optimizer, job.clip_norm, self.device))

@@ -1,32 +1,47 @@
 """Every chip: how long a step takes when each chip is driven and each message moves (fidelity "full").
 
-The same machine as everywhere drives each chip. Work takes what `Costs` say, for slow chips a multiple of it.
-Communication goes over the network of `comms`: a collective or a transfer starts when the last of its chips has
-posted it and those before it on the same lanes have ended, and takes what its messages take beside all others
-that are under way. Its end is that of its last message, for all its chips.
+Work takes what `StepCosts` say, for slow chips a multiple of it. Communication goes over the network of `comms`: a
+collective or a transfer starts when the last of its chips has posted it and those before it on the same lanes have
+ended, and takes what its messages take beside all others that are under way. Its end is that of its last message,
+for all its chips.
+
+Every distinct collective and transfer of the program becomes one job, with all groups of chips that carry it out;
+each is started as often as the program does. Collectives are carried out as `choice` chooses, which is what
+the other fidelities time too.
 
 Integer nanoseconds; what the network says is rounded up. Time and memory grow with chips and messages: for some
-thousand chips. `simulated` times one chip per role and needs no more for symmetric work.
+thousand chips. `simulated` times one chip per role and needs no more for symmetric work. Not modelled: the host's
+time to start a collective beyond the tier's setup, and a transfer at all (`StepCosts.issue_ns` says it).
 """
 
 from collections import deque
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from heapq import heappop, heappush
 from math import ceil, inf
+from typing import NamedTuple
 
-from orchestrator.runners.base import lane_of
-from orchestrator.runners.timing.predicted import Meeting, Ran
-from orchestrator.runners.timing.simulated import Driven, SimulatedStep, check_finished
-from orchestrator.runners.timing.step_costs import NS_PER_S, Costs
-from orchestrator.runners.timing.timed_segments import NOTHING, Stretch, Tally, time_stretch
-from orchestrator.runners.timing.traffic import ProgramTraffic
+import numpy as np
+
+from comms.collectives.schedule import Channel, Op, Pattern, Round, Schedule
+from comms.networks.conditions import UNDISTURBED, Conditions
+from comms.networks.groups import Members, mesh_group
+from comms.networks.network import Network
+from comms.networks.tiered import TieredTopology
+from comms.networks.topology import IntArray, Topology
+from comms.selection.choice import choose
+from comms.selection.pricing import job_of
+from comms.simulation.compiled import CollectiveJob
+from comms.simulation.incremental import IncrementalSimulation
+from orchestrator.runners.step_timelines import TimedCommunication
+from orchestrator.runners.timing.simulated import DrivenChip, SimulatedStep, StepLoop, lanes_of
+from orchestrator.runners.timing.step_costs import NS_PER_S, StepCosts, collective_nbytes
 from orchestrator.runs.timeline import Lane
-from partitioner.program.machine import Key, Machine, Post, Run
-from partitioner.program.program import Collective, Program, Send
+from partitioner.program.machine import Key, Machine, Post
+from partitioner.program.program import Collective, Group, Program, Recv, Role, Send
 
 FIDELITY = "full"
+TRANSFER = "transfer"
 PICOSECOND = 1e-3  # in ns; a float of seconds is that exact up to an hour
 LEFT_OUT = (
     "slow-down of compute by communication beside it",
@@ -35,181 +50,194 @@ LEFT_OUT = (
 )
 
 
-@dataclass
-class _Chip(Driven):
-    """One chip, and the communications that wait for its lanes."""
-
-    factor: float = 1.0  # of its work's time
-    lanes: dict[Lane, deque[Key]] = field(default_factory=dict)
-
-
-@dataclass
-class _Gathering:
-    """A communication whose ends are posting it, or that waits for its lanes, or is under way."""
-
-    posts: dict[int, Post] = field(default_factory=dict)
-    ready_ns: int = 0
-    start_ns: int = 0
-
-
 def simulate_every_chip(
     program: Program,
-    costs: Costs,
-    traffic: ProgramTraffic,
+    costs: StepCosts,
+    traffic: "ProgramTraffic",
     *,
     schedule: str = "step",
     slow: Mapping[int, float] | None = None,
 ) -> SimulatedStep:
     """Time one execution of `schedule`; `slow` gives factors of chips' work. Raises ProgramError where it hangs."""
-    simulation = _Simulation(program, costs, traffic, schedule, slow or {})
-    simulation.run()
-    return simulation.result()
+    factors = slow or {}
+    chips = [
+        DrivenChip(number, Machine(program, number, schedule), factors.get(number, 1.0))
+        for number in range(program.num_chips)
+    ]
+    loop = StepLoop(chips, costs, _MovedCommunications(program, costs, traffic))
+    loop.run()
+    return replace(loop.result(program), fidelity=FIDELITY, left_out=LEFT_OUT, every_chip=True)
 
 
-class _Simulation:
-    def __init__(
-        self,
-        program: Program,
-        costs: Costs,
-        traffic: ProgramTraffic,
-        schedule: str,
-        slow: Mapping[int, float],
-    ) -> None:
+@dataclass(slots=True)
+class _Posted:
+    """A communication that waits for its lanes, or is under way."""
+
+    posts: Mapping[int, Post]
+    lanes: list[tuple[int, Lane]]
+    ready_ns: int
+    start_ns: int = 0
+
+
+class _MovedCommunications:
+    """Each ends with its last message on the network; those that share a lane of a chip follow each other."""
+
+    def __init__(self, program: Program, costs: StepCosts, traffic: "ProgramTraffic") -> None:
         self.program, self.costs, self.traffic = program, costs, traffic
-        self.chips = [
-            _Chip(number, Machine(program, number, schedule), factor=slow.get(number, 1.0))
-            for number in range(program.num_chips)
-        ]
-        self.wakes: list[tuple[int, int]] = []
-        self.open: dict[Key, _Gathering] = {}
+        self.open: dict[Key, _Posted] = {}
+        self.queues: dict[tuple[int, Lane], deque[Key]] = {}
         self.under_way: dict[tuple[int, int], Key] = {}
         self.known_ends: list[tuple[int, Key]] = []
-        self.meetings: list[Meeting] = []
-        self.timed: dict[tuple[int, str, int, int, float], Stretch] = {}
+        self.just_ended: deque[tuple[int, Key]] = deque()
 
-    def run(self) -> None:
-        for chip in self.chips:
-            self._advance(chip, 0, None)
-        while self.wakes or self.known_ends or self.under_way:
-            wake = self.wakes[0][0] if self.wakes else None
+    def posted(self, key: Key, posts: Mapping[int, Post], at_ns: int) -> None:
+        """See `Communications`: it lines up on the lanes of all its chips."""
+        self.open[key] = posted = _Posted(posts, lanes_of(key, posts), at_ns)
+        for lane in posted.lanes:
+            self.queues.setdefault(lane, deque()).append(key)
+        self._start_if_next(key, at_ns)
+
+    def next_end(self, until_ns: int | None) -> TimedCommunication | None:
+        """See `Communications`. What the network ends at one instant is handed out before it moves on."""
+        if not self.just_ended and self.under_way:
             known = self.known_ends[0][0] if self.known_ends else None
-            limits = [at for at in (wake, known) if at is not None]
-            ended = self._ended_by(min(limits) / NS_PER_S if limits else inf) if self.under_way else ()
-            if ended:
-                for at, key in ended:
-                    self._end(key, at)
-            elif known is not None and (wake is None or known <= wake):
-                at, key = heappop(self.known_ends)
-                self._end(key, at)
-            elif wake is not None:
-                at, number = heappop(self.wakes)
-                self._advance(self.chips[number], at, None)
-        check_finished(self.chips)
+            limits = [at for at in (until_ns, known) if at is not None]
+            for each in self.traffic.live.advance(min(limits) / NS_PER_S if limits else inf):
+                self.just_ended.append((_ns_up(each.at_s), self.under_way.pop((each.job, each.group))))
+        if self.just_ended:
+            return self._ended(*self.just_ended.popleft())
+        if self.known_ends and (until_ns is None or self.known_ends[0][0] <= until_ns):
+            return self._ended(*heappop(self.known_ends))
+        return None
 
-    def _ended_by(self, until_s: float) -> tuple[tuple[int, Key], ...]:
-        ended = self.traffic.live.advance(until_s)
-        return tuple((_ns_up(each.at_s), self.under_way.pop((each.job, each.group))) for each in ended)
+    def _ended(self, at_ns: int, key: Key) -> TimedCommunication:
+        """Its lanes are free: what is next on them starts."""
+        posted = self.open.pop(key)
+        following = []
+        for lane in posted.lanes:
+            queue = self.queues[lane]
+            queue.popleft()
+            if queue:
+                following.append(queue[0])
+        for other in dict.fromkeys(following):
+            self._start_if_next(other, at_ns)
+        return TimedCommunication(key, posted.posts, posted.ready_ns, posted.start_ns, at_ns)
 
-    def _advance(self, chip: _Chip, at: int, woken_by: Meeting | None) -> None:
-        held_ns = chip.advance(at, woken_by, partial(self._post, chip, at), partial(self._work, chip, at))
-        if held_ns:
-            heappush(self.wakes, (at + held_ns, chip.number))
-
-    def _work(self, chip: _Chip, at: int, run: Run) -> int:
-        """How long a run holds the chip; runs alike are timed once."""
-        role = chip.machine.role
-        key = (role.stage, run.body.name, run.start, run.stop, chip.factor)
-        if key not in self.timed:
-            stretch = time_stretch(run.instructions, run.start, NOTHING, role, self.costs)
-            self.timed[key] = stretch.slowed(chip.factor)
-        stretch = self.timed[key]
-        chip.tally.add(stretch.tally)
-        if stretch.pieces:
-            chip.ran.append(Ran(at, run.microbatch, run.body.name, stretch.pieces))
-        return stretch.duration_ns
-
-    def _post(self, chip: _Chip, at: int, post: Post) -> None:
-        """Note a post; the one that completes a meeting lines it up on the lanes of all its ends."""
-        gathering = self.open.setdefault(post.key, _Gathering())
-        gathering.posts[chip.number] = post
-        if len(gathering.posts) < len(post.key.chips):
+    def _start_if_next(self, key: Key, at_ns: int) -> None:
+        posted = self.open[key]
+        if any(self.queues[lane][0] != key for lane in posted.lanes):
             return
-        gathering.ready_ns = at
-        for end, lane in self._lanes(post.key):
-            self.chips[end].lanes.setdefault(lane, deque()).append(post.key)
-        self._start_if_next(post.key, at)
-
-    def _lanes(self, key: Key) -> list[tuple[int, Lane]]:
-        if key.kind == "p2p":
-            return list(zip(key.chips, (Lane.SEND, Lane.RECV), strict=True))
-        instruction = self.open[key].posts[key.chips[0]].instruction
-        assert isinstance(instruction, Collective)
-        return [(chip, lane_of(instruction.group)) for chip in key.chips]
-
-    def _start_if_next(self, key: Key, at: int) -> None:
-        if any(self.chips[chip].lanes[lane][0] != key for chip, lane in self._lanes(key)):
-            return
-        gathering = self.open[key]
-        gathering.start_ns = at
-        post = gathering.posts[key.chips[0]]
+        posted.start_ns = at_ns
+        post = posted.posts[key.chips[0]]
         spot = self.traffic.spot(post)
-        start_s = at / NS_PER_S + spot.setup_s
+        start_s = at_ns / NS_PER_S + spot.setup_s
         if isinstance(post.instruction, Send):
-            role = self.chips[key.chips[0]].machine.role
-            start_s += self.costs.issue_ns(role, post.instruction) / NS_PER_S
+            start_s += self.costs.issue_ns(self.program.role_of(key.chips[0]), post.instruction) / NS_PER_S
         end_s = self.traffic.live.start(spot.job, spot.group, start_s)
         if end_s is None:
             self.under_way[spot.job, spot.group] = key
         else:
             heappush(self.known_ends, (_ns_up(end_s), key))
 
-    def _end(self, key: Key, at: int) -> None:
-        """The bytes have come: the lanes are free, all ends may go on."""
-        lanes = self._lanes(key)
-        gathering = self.open.pop(key)
-        meeting = Meeting(key, gathering.posts, gathering.ready_ns, gathering.start_ns, at)
-        self.meetings.append(meeting)
-        following = []
-        for chip, lane in lanes:
-            queue = self.chips[chip].lanes[lane]
-            queue.popleft()
-            if queue:
-                following.append(queue[0])
-        for chip in key.chips:
-            self.chips[chip].machine.arrive(key)
-        for other in dict.fromkeys(following):
-            self._start_if_next(other, at)
-        for chip in key.chips:
-            waits = self.chips[chip].blocked_since is not None
-            if waits:
-                self._advance(self.chips[chip], at, meeting)
-
-    def result(self) -> SimulatedStep:
-        """Per stage, the mean over its chips; spans of all chips."""
-        ends = [chip.end_ns for chip in self.chips] + [meeting.end_ns for meeting in self.meetings]
-        step_ns = max(ends, default=0)
-        num_stages = self.program.size("pp")
-        per_stage = len(self.chips) // num_stages
-        tallies = []
-        for stage in range(num_stages):
-            total = Tally()
-            for chip in self.chips[stage * per_stage : (stage + 1) * per_stage]:
-                chip.tally.bubble_ns += step_ns - chip.tally.total_ns
-                total.add(chip.tally)
-            tallies.append(total.times(1 / per_stage))
-        return SimulatedStep(
-            program=self.program,
-            step_ns=step_ns,
-            tallies=tuple(tallies),
-            ran=tuple(tuple(chip.ran) for chip in self.chips),
-            meetings=tuple(self.meetings),
-            num_timed=len(self.timed),
-            fidelity=FIDELITY,
-            left_out=LEFT_OUT,
-            every_chip=True,
-        )
-
 
 def _ns_up(seconds: float) -> int:
     """The first whole nanosecond not before. What is a picosecond past one is at it: floats blur whole ones so far."""
     return ceil(seconds * NS_PER_S - PICOSECOND)
+
+
+@dataclass(frozen=True, slots=True)
+class _JobKind:
+    """What makes two communications the same job."""
+
+    op: str
+    nbytes: int
+    group: Group | tuple[int, int]  # of a transfer, its stages
+
+
+class Spot(NamedTuple):
+    """One group of one job, and what starting it costs beforehand."""
+
+    job: int
+    group: int
+    setup_s: float
+
+
+@dataclass
+class ProgramTraffic:
+    """The jobs of `program` on a network."""
+
+    program: Program
+    network: Network  # as many chips as the program has
+    conditions: Conditions = UNDISTURBED
+    topology: Topology | None = None  # the network's own, or as conditions leave it
+    background: tuple[CollectiveJob, ...] = ()  # of others, again and again
+    _spots: dict[tuple[_JobKind, tuple[int, ...]], Spot] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        whole = self.network.topology()
+        jobs: list[CollectiveJob] = []
+        for number, (kind, stages) in enumerate(self._kinds().items()):
+            job, groups, setup_s = self._job(kind, stages, whole)
+            jobs.append(job)
+            for index, chips in enumerate(groups):
+                self._spots[kind, tuple(int(chip) for chip in chips)] = Spot(number, index, setup_s)
+        self.live = IncrementalSimulation(self.topology or whole, [*jobs, *self.background], self.conditions)
+
+    def _job(
+        self, kind: _JobKind, stages: set[int], whole: TieredTopology
+    ) -> tuple[CollectiveJob, IntArray, float]:
+        """The job, its groups of chips, and what starting one costs."""
+        per_stage = self.program.num_chips // self.program.size("pp")
+        if isinstance(kind.group, tuple):
+            source, target = kind.group
+            first = np.arange(per_stage)[:, np.newaxis]
+            pairs = first + np.array([source, target]) * per_stage
+            return CollectiveJob(ONE_MESSAGE, pairs, kind.nbytes), pairs, 0.0
+        if kind.group.stages:
+            chips = range(kind.group.stages[0] * per_stage, (kind.group.stages[0] + 1) * per_stage)
+            listed = dict.fromkeys(self.program.members(kind.group, chip) for chip in chips)
+            members: Members = next(iter(listed))
+            groups = np.array(list(listed), dtype=np.int64)
+        else:
+            members = mesh_group(self.program.axes, kind.group.axes)
+            groups = members.copies(self.program.num_chips)
+            groups = groups[np.isin(groups[:, 0] // per_stage, list(stages))]
+        choice = choose(Op(kind.op), kind.nbytes, members, self.network)
+        return job_of(choice, groups, whole), groups, choice.setup_s
+
+    def spot(self, post: Post) -> Spot:
+        """The job and group of what a chip posted."""
+        role = self.program.role_of(post.key.chips[0])
+        return self._spots[_kind_of(role, post.instruction), post.key.chips]
+
+    def _kinds(self) -> dict[_JobKind, set[int]]:
+        """Every distinct communication, with the stages that carry it out."""
+        kinds: dict[_JobKind, set[int]] = {}
+        for role in self.program.roles:
+            for kind in _kinds_of(role):
+                kinds.setdefault(kind, set()).add(role.stage)
+        return kinds
+
+
+def _kinds_of(role: Role) -> Iterator[_JobKind]:
+    for body in role.bodies:
+        for instruction in body.instructions:
+            if isinstance(instruction, Collective | Send):
+                yield _kind_of(role, instruction)
+
+
+def _kind_of(role: Role, instruction: Collective | Send | Recv) -> _JobKind:
+    if isinstance(instruction, Collective):
+        return _JobKind(str(instruction.op), collective_nbytes(role, instruction), instruction.group)
+    assert isinstance(instruction, Send)
+    nbytes = role.tensors[instruction.tensor].spec.nbytes
+    return _JobKind(TRANSFER, nbytes, (role.stage, instruction.to))
+
+
+def _one_message() -> Schedule:
+    zero, one = np.zeros(1, dtype=np.int64), np.ones(1, dtype=np.int64)
+    channel = Channel(((Round(Pattern(zero, one), zero, one, reduces=False),),))
+    return Schedule(Op.BROADCAST, TRANSFER, 2, 1, 1.0, (channel,))
+
+
+ONE_MESSAGE = _one_message()

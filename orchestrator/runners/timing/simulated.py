@@ -1,14 +1,16 @@
-"""Simulated: how long a step takes, from one representative chip per role (fidelity "folded").
+"""Simulated: how long a step takes, on a clock that is moved over the machines of chips.
 
-Every role's first chip is driven by the same machine that drives chips with real tensors. Work and
-collectives inside a role are timed in stretches (`stretch.py`); sends, receives and collectives across stages
-are meetings: they start when the last of their ends has posted and their lanes are free, in order of time.
-Integer nanoseconds, ties broken by stage, no clock and no randomness: same inputs, same result.
+One loop for all fidelities. Every chip is driven by the same machine that drives chips with real tensors; runs of
+instructions that need no other chip are timed as segments (`timed_segments`), and reused. What fidelities differ in
+is when a communication ends: `Communications` says it.
 
-The chips of a role differ in their coordinates only, so the mesh is folded to one chip per stage before it is
-driven; costs see the whole mesh. The time taken does not depend on the number of chips, and hardly on that of
-microbatches: a stretch is timed once per role and reused (`fold_bodies=False` times every one anew, as a
-check).
+Folded, as here: the chips of a role differ in their coordinates only, so the mesh is folded to one chip per stage
+before it is driven; costs see the whole mesh. Collectives inside a role belong to its segments; sends, receives and
+collectives across stages start when the last of their ends has posted and their lanes are free, and take what
+`StepCosts` say. The time taken does not depend on the number of chips, and hardly on that of microbatches
+(`fold_bodies=False` times every segment anew, as a check). Every chip and every message: `every_chip`.
+
+Integer nanoseconds, ties broken by chip, no clock and no randomness: same inputs, same result.
 
 A stream's time is split by what holds it: compute (device), optimizer, host (launches slower than the
 device), exposed communication by axis (waiting while bytes move or queue; pp is sends and receives), bubble
@@ -16,23 +18,23 @@ device), exposed communication by axis (waiting while bytes move or queue; pp is
 step time for every role.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import cached_property
 from heapq import heappop, heappush
+from typing import Protocol
 
 from comms.errors import ProgramError
-from orchestrator.config.hardware.cluster import Cluster
-from orchestrator.runners.base import StepResult
-from orchestrator.runners.timing.predicted import Meeting, Ran, predicted_timeline
-from orchestrator.runners.timing.step_costs import ClusterCosts, Costs
+from orchestrator.runners.step_timelines import Ran, TimedCommunication, predicted_timeline
+from orchestrator.runners.timing.step_costs import StepCosts
 from orchestrator.runners.timing.timed_segments import (
     NOTHING,
     InFlight,
-    Stretch,
     Tally,
+    TimedSegment,
     axis_name,
-    time_stretch,
+    lane_of,
+    time_segment,
 )
 from orchestrator.runs.timeline import Lane, Timeline
 from partitioner.program.machine import Key, Machine, Post, Run
@@ -47,7 +49,6 @@ LEFT_OUT = (
     "data loading, logging and checkpoints",
 )
 SMALL = 64  # chips up to which a timeline shows all of them, not only the representatives
-_ARRIVAL, _WAKE = 0, 1  # at one instant, what has arrived is known before streams go on
 
 
 @dataclass(frozen=True)
@@ -58,16 +59,12 @@ class SimulatedStep:
     step_ns: int
     tallies: tuple[Tally, ...]
     ran: tuple[tuple[Ran, ...], ...] = field(repr=False)
-    meetings: tuple[Meeting, ...] = field(repr=False)
-    num_timed: int  # stretches that were timed, not reused
+    communications: tuple[TimedCommunication, ...] = field(repr=False)
+    num_timed: int  # segments that were timed, not reused
     fidelity: str = FIDELITY
     left_out: tuple[str, ...] = LEFT_OUT
-    every_chip: bool = False  # `ran` and `meetings` are of chips, not of one representative per stage
-
-    @property
-    def busiest(self) -> int:
-        """The stage with the most compute, optimizer and host time: the one that sets the pace."""
-        return max(range(len(self.tallies)), key=lambda stage: (self._worked_ns(stage), -stage))
+    stats: None = None  # there are no tensors
+    every_chip: bool = False  # `ran` and `communications` are of chips, not of one representative per stage
 
     @cached_property
     def overall(self) -> Tally:
@@ -80,7 +77,7 @@ class SimulatedStep:
     def timeline(self, step: int = 0, *, all_chips: bool | None = None) -> Timeline:
         """Spans of the representatives, or of every chip (None: of every chip where there are few)."""
         every = self.program.num_chips <= SMALL if all_chips is None else all_chips
-        return predicted_timeline(self.program, self.ran, self.meetings, step, self._shown(every))
+        return predicted_timeline(self.program, self.ran, self.communications, step, self._shown(every))
 
     def _shown(self, every: bool) -> tuple[tuple[int, ...], ...]:
         """For each that was timed, the chips that get its spans."""
@@ -91,39 +88,29 @@ class SimulatedStep:
         firsts = range(0, self.program.num_chips, per_stage)
         return tuple(tuple(range(first, first + (per_stage if every else 1))) for first in firsts)
 
-    def _worked_ns(self, stage: int) -> int:
-        tally = self.tallies[stage]
-        return tally.compute_ns + tally.optimizer_ns + tally.host_ns
 
+class Communications(Protocol):
+    """When communications end."""
 
-@dataclass(frozen=True)
-class SimulatedRunner:
-    """The runner that only tells the time: every step takes what the simulated one takes."""
+    def posted(self, key: Key, posts: Mapping[int, Post], at_ns: int) -> None:
+        """The last of the chips of `key` has posted it at `at_ns`."""
 
-    program: Program
-    cluster: Cluster
-
-    @cached_property
-    def simulated(self) -> SimulatedStep:
-        """The one step that all steps are like."""
-        return simulate_step(self.program, ClusterCosts(self.program, self.cluster))
-
-    def step(self, number: int) -> StepResult:
-        """The predicted step; no tensors, so no loss."""
-        timeline = self.simulated.timeline(number)
-        return StepResult(number, self.simulated.step_ns, None, None, timeline)
-
-    def close(self) -> None:
-        """Nothing to give back."""
+    def next_end(self, until_ns: int | None) -> TimedCommunication | None:
+        """The next that ends, unless that is after `until_ns`; None also where nothing is under way."""
 
 
 def simulate_step(
-    program: Program, costs: Costs, *, schedule: str = "step", fold_bodies: bool = True
+    program: Program, costs: StepCosts, *, schedule: str = "step", fold_bodies: bool = True
 ) -> SimulatedStep:
-    """Time one execution of `schedule`. Raises ProgramError if the chips wait for each other for ever."""
-    simulation = _Simulation(program, costs, schedule, fold_bodies)
-    simulation.run()
-    return simulation.result()
+    """Time one execution of `schedule`, folded. Raises ProgramError if the chips wait for each other for ever."""
+    folded = fold_mesh(program)
+    chips = [
+        DrivenChip(stage, Machine(folded, stage, schedule, _is_inside_role))
+        for stage in range(folded.num_chips)
+    ]
+    loop = StepLoop(chips, costs, PricedCommunications(folded, costs), reuse=fold_bodies)
+    loop.run()
+    return loop.result(program)
 
 
 def fold_mesh(program: Program) -> Program:
@@ -138,167 +125,191 @@ def _is_inside_role(instruction: Instruction) -> bool:
     return kind is not Send and kind is not Recv
 
 
-@dataclass
-class Driven:
-    """One chip that is driven: its machine, since when it waits, its account."""
-
-    number: int
-    machine: Machine
-    blocked_since: int | None = None
-    end_ns: int = 0
-    tally: Tally = field(default_factory=Tally)
-    ran: list[Ran] = field(default_factory=list)
-
-    def advance(
-        self, at: int, woken_by: Meeting | None, post: Callable[[Post], None], work: Callable[[Run], int]
-    ) -> int:
-        """Issue everything that can be issued at `at`; for how long work holds the stream then, 0 where it waits."""
-        while (item := self.machine.ready()) is not None:
-            if self.blocked_since is not None:
-                assert woken_by is not None
-                self._charge_wait(self.blocked_since, at, woken_by)
-                self.blocked_since = None
-            self.machine.complete(item)
-            if isinstance(item, Post):
-                post(item)
-            elif held_ns := work(item):
-                return held_ns
-        if self.machine.call == len(self.machine.calls):
-            self.end_ns = at
-        elif self.blocked_since is None:
-            self.blocked_since = at
-        return 0
-
-    def _charge_wait(self, since: int, until: int, meeting: Meeting) -> None:
-        """First it waited for the last end of the meeting to come (bubble), then for the bytes."""
-        came = min(until, max(since, meeting.ready_ns))
-        self.tally.bubble_ns += came - since
-        instruction = meeting.posts[self.number].instruction
-        axis = axis_name(instruction.group) if isinstance(instruction, Collective) else "pp"
-        self.tally.expose(axis, until - came)
+def lanes_of(key: Key, posts: Mapping[int, Post]) -> list[tuple[int, Lane]]:
+    """The (chip, lane) that a communication holds while it is under way."""
+    if key.kind == "p2p":
+        return list(zip(key.chips, (Lane.SEND, Lane.RECV), strict=True))
+    instruction = posts[key.chips[0]].instruction
+    assert isinstance(instruction, Collective)
+    lane = lane_of(instruction.group)
+    return [(chip, lane) for chip in key.chips]
 
 
-class _Stage(Driven):
-    """The representative of one stage, its lanes towards other stages, what its work left in flight."""
+class PricedCommunications:
+    """Each takes what `StepCosts` say, from when all its chips have posted it and its lanes are free."""
 
-    def __init__(self, program: Program, stage: int, schedule: str) -> None:
-        super().__init__(stage, Machine(program, stage, schedule, _is_inside_role))
-        self.role = self.machine.role
-        self.per_microbatch = frozenset(t.id for t in self.role.tensors if t.is_per_microbatch)
-        self.lanes = {Lane.SEND: 0, Lane.RECV: 0, Lane.COLLECTIVE: 0}
-        self.in_flight: InFlight = NOTHING
-        self.as_of = (0, 0)  # time and microbatch from which `in_flight` is seen
+    def __init__(self, program: Program, costs: StepCosts) -> None:
+        self.roles, self.costs = program.roles, costs
+        self.free_ns: dict[tuple[int, Lane], int] = {}
+        self.ends: list[tuple[int, int, TimedCommunication]] = []
+        self.number = 0  # of two that end together, the one posted first is first
 
-    @property
-    def all_end_ns(self) -> int:
-        """When its stream and what that left in flight have ended."""
-        return max(self.end_ns, self.as_of[0] + self.in_flight.end_ns)
+    def posted(self, key: Key, posts: Mapping[int, Post], at_ns: int) -> None:
+        """See `Communications`."""
+        lanes = lanes_of(key, posts)
+        start = max(at_ns, *(self.free_ns.get(lane, 0) for lane in lanes))
+        end = start + self._duration_ns(key, posts)
+        self.free_ns.update(dict.fromkeys(lanes, end))
+        self.number += 1
+        heappush(self.ends, (end, self.number, TimedCommunication(key, posts, at_ns, start, end)))
 
+    def next_end(self, until_ns: int | None) -> TimedCommunication | None:
+        """See `Communications`."""
+        if not self.ends or (until_ns is not None and self.ends[0][0] > until_ns):
+            return None
+        return heappop(self.ends)[2]
 
-class _Simulation:
-    def __init__(self, program: Program, costs: Costs, schedule: str, fold_bodies: bool) -> None:
-        folded = fold_mesh(program)
-        self.program, self.costs, self.fold_bodies = program, costs, fold_bodies
-        self.stages = [_Stage(folded, stage, schedule) for stage in range(folded.num_chips)]
-        self.events: list[tuple[int, int, int, Meeting | None]] = []
-        self.gathering: dict[Key, dict[int, Post]] = {}
-        self.meetings: list[Meeting] = []
-        self.timed: dict[tuple[int, str, int, int, InFlight], Stretch] = {}
-        self.num_timed = 0
-
-    def run(self) -> None:
-        for stage in self.stages:
-            self._advance(stage, 0, None)
-        while self.events:
-            at, _, number, meeting = heappop(self.events)
-            if meeting is None:
-                self._advance(self.stages[number], at, None)
-                continue
-            for chip in meeting.key.chips:
-                self.stages[chip].machine.arrive(meeting.key)
-            for chip in meeting.key.chips:
-                if self.stages[chip].blocked_since is not None:
-                    self._advance(self.stages[chip], at, meeting)
-        check_finished(self.stages)
-
-    def result(self) -> SimulatedStep:
-        step_ns = max(
-            *(stage.all_end_ns for stage in self.stages),
-            *(meeting.end_ns for meeting in self.meetings),
-            0,
-        )
-        for stage in self.stages:
-            stage.tally.bubble_ns += step_ns - stage.tally.total_ns
-        return SimulatedStep(
-            program=self.program,
-            step_ns=step_ns,
-            tallies=tuple(stage.tally for stage in self.stages),
-            ran=tuple(tuple(stage.ran) for stage in self.stages),
-            meetings=tuple(self.meetings),
-            num_timed=self.num_timed,
-        )
-
-    def _advance(self, stage: _Stage, at: int, woken_by: Meeting | None) -> None:
-        held_ns = stage.advance(at, woken_by, partial(self._meet, stage, at), partial(self._work, stage, at))
-        if held_ns:
-            heappush(self.events, (at + held_ns, _WAKE, stage.number, None))
-
-    def _work(self, stage: _Stage, at: int, run: Run) -> int:
-        """Time a stretch or recall it; returns how long the stream is held."""
-        before = NOTHING
-        if stage.in_flight is not NOTHING:
-            elapsed, shift = at - stage.as_of[0], run.microbatch - stage.as_of[1]
-            before = stage.in_flight.later(elapsed, shift, stage.per_microbatch)
-        key = (stage.number, run.body.name, run.start, run.stop, before)
-        stretch = self.timed.get(key) if self.fold_bodies else None
-        if stretch is None:
-            stretch = time_stretch(run.instructions, run.start, before, stage.role, self.costs)
-            self.timed[key] = stretch
-            self.num_timed += 1
-        end = at + stretch.duration_ns
-        stage.in_flight, stage.as_of = stretch.after, (end, run.microbatch)
-        stage.tally.add(stretch.tally)
-        if stretch.pieces:
-            stage.ran.append(Ran(at, run.microbatch, run.body.name, stretch.pieces))
-        return stretch.duration_ns
-
-    def _meet(self, stage: _Stage, at: int, post: Post) -> None:
-        """Note a post; the one that completes a meeting starts it as soon as the lanes of all its ends are free."""
-        posts = self.gathering.setdefault(post.key, {})
-        posts[stage.number] = post
-        if len(posts) < len(post.key.chips):
-            return
-        del self.gathering[post.key]
-        lanes = self._lanes(post.key)
-        start = max(at, *(self.stages[chip].lanes[lane] for chip, lane in lanes))
-        end = start + self._duration(post.key, posts)
-        for chip, lane in lanes:
-            self.stages[chip].lanes[lane] = end
-        meeting = Meeting(post.key, posts, at, start, end)
-        heappush(self.events, (end, _ARRIVAL, len(self.meetings), meeting))
-        self.meetings.append(meeting)
-
-    def _lanes(self, key: Key) -> list[tuple[int, Lane]]:
-        if key.kind == "p2p":
-            return list(zip(key.chips, (Lane.SEND, Lane.RECV), strict=True))
-        return [(chip, Lane.COLLECTIVE) for chip in key.chips]
-
-    def _duration(self, key: Key, posts: Mapping[int, Post]) -> int:
+    def _duration_ns(self, key: Key, posts: Mapping[int, Post]) -> int:
         first = key.chips[0]
-        instruction, role = posts[first].instruction, self.stages[first].role
+        instruction, role = posts[first].instruction, self.roles[first]
         if isinstance(instruction, Collective):
             return self.costs.collective_ns(role, instruction)
         assert isinstance(instruction, Send)
         return self.costs.transfer_ns(role, instruction)
 
 
-def check_finished(driven: Sequence[Driven]) -> None:
-    """Raises ProgramError where chips wait for each other for ever."""
-    stuck = [each.machine for each in driven if not each.machine.done]
-    if stuck:
-        others = f" (and {len(stuck) - 1} more)" if len(stuck) > 1 else ""
-        raise ProgramError(
-            f"the chips wait for each other for ever{others}",
-            where=stuck[0].position(),
-            hint="every send needs a receive, and every member of a group must reach its collectives",
+@dataclass(slots=True)
+class DrivenChip:
+    """A chip that is driven: its machine, since when it waits, what its work left in flight, its account.
+
+    `factor` multiplies the time of its work; `in_flight` is seen from `as_of`, a time and a microbatch.
+    """
+
+    number: int
+    machine: Machine
+    factor: float = 1.0
+    blocked_since: int | None = None
+    end_ns: int = 0
+    in_flight: InFlight = NOTHING
+    as_of: tuple[int, int] = (0, 0)
+    tally: Tally = field(default_factory=Tally)
+    ran: list[Ran] = field(default_factory=list)
+
+    @property
+    def all_end_ns(self) -> int:
+        """When its stream and what that left in flight have ended."""
+        return max(self.end_ns, self.as_of[0] + self.in_flight.end_ns)
+
+    def end_wait(self, since: int, until: int, waited_for: TimedCommunication) -> None:
+        """First it waited for the last chip of the communication to come (bubble), then for the bytes."""
+        came = min(until, max(since, waited_for.ready_ns))
+        self.tally.bubble_ns += came - since
+        instruction = waited_for.posts[self.number].instruction
+        axis = axis_name(instruction.group) if isinstance(instruction, Collective) else "pp"
+        self.tally.expose(axis, until - came)
+        self.blocked_since = None
+
+
+class StepLoop:
+    """Chips that go on at their times and communications that end at theirs, until nothing is left to happen."""
+
+    def __init__(
+        self,
+        chips: Sequence[DrivenChip],
+        costs: StepCosts,
+        communications: Communications,
+        *,
+        reuse: bool = True,
+    ) -> None:
+        self.chips, self.costs, self.communications, self.reuse = chips, costs, communications, reuse
+        self.wakes: list[tuple[int, int]] = []
+        self.posts: dict[Key, dict[int, Post]] = {}
+        self.ended: list[TimedCommunication] = []
+        self.timed: dict[tuple[int, str, int, int, InFlight, float], TimedSegment] = {}
+        self.num_timed = 0
+
+    def run(self) -> None:
+        """Drive all chips to their ends. Raises ProgramError where they wait for each other for ever."""
+        for chip in self.chips:
+            self._advance(chip, 0, None)
+        wakes, next_end = self.wakes, self.communications.next_end
+        while True:
+            # At one instant, what has arrived is known before streams go on.
+            ended = next_end(wakes[0][0] if wakes else None)
+            if ended is not None:
+                self._end(ended)
+            elif wakes:
+                at, number = heappop(wakes)
+                self._advance(self.chips[number], at, None)
+            else:
+                break
+        self._require_finished()
+
+    def _end(self, communication: TimedCommunication) -> None:
+        self.ended.append(communication)
+        key = communication.key
+        for number in key.chips:
+            self.chips[number].machine.arrive(key)
+        for number in key.chips:
+            if self.chips[number].blocked_since is not None:
+                self._advance(self.chips[number], communication.end_ns, communication)
+
+    def _advance(self, chip: DrivenChip, at: int, woken_by: TimedCommunication | None) -> None:
+        """Issue everything that can be issued at `at`, until work holds the stream or it waits."""
+        machine = chip.machine
+        while (item := machine.ready()) is not None:
+            if chip.blocked_since is not None:
+                assert woken_by is not None
+                chip.end_wait(chip.blocked_since, at, woken_by)
+            machine.complete(item)
+            if isinstance(item, Post):
+                self._post(chip, at, item)
+            elif held_ns := self._work(chip, at, item):
+                heappush(self.wakes, (at + held_ns, chip.number))
+                return
+        if machine.call == len(machine.calls):
+            chip.end_ns = at
+        elif chip.blocked_since is None:
+            chip.blocked_since = at
+
+    def _post(self, chip: DrivenChip, at: int, post: Post) -> None:
+        posts = self.posts.setdefault(post.key, {})
+        posts[chip.number] = post
+        if len(posts) == len(post.key.chips):
+            self.communications.posted(post.key, self.posts.pop(post.key), at)
+
+    def _work(self, chip: DrivenChip, at: int, run: Run) -> int:
+        """Time a run of instructions or recall it; returns how long the stream is held."""
+        role, before = chip.machine.role, chip.in_flight
+        if before is not NOTHING:
+            elapsed, shift = at - chip.as_of[0], run.microbatch - chip.as_of[1]
+            before = before.later(elapsed, shift, role)
+        key = (role.stage, run.body.name, run.start, run.stop, before, chip.factor)
+        segment = self.timed.get(key) if self.reuse else None
+        if segment is None:
+            segment = time_segment(run.instructions, run.start, before, role, self.costs).slowed(chip.factor)
+            self.timed[key] = segment
+            self.num_timed += 1
+        chip.in_flight, chip.as_of = segment.after, (at + segment.duration_ns, run.microbatch)
+        chip.tally.add(segment.tally)
+        if segment.pieces:
+            chip.ran.append(Ran(at, run.microbatch, run.body.name, segment.pieces))
+        return segment.duration_ns
+
+    def _require_finished(self) -> None:
+        stuck = [chip.machine for chip in self.chips if not chip.machine.done]
+        if stuck:
+            others = f" (and {len(stuck) - 1} more)" if len(stuck) > 1 else ""
+            raise ProgramError(
+                f"the chips wait for each other for ever{others}",
+                where=stuck[0].position(),
+                hint="every send needs a receive, and every member of a group must reach its collectives",
+            )
+
+    def result(self, program: Program) -> SimulatedStep:
+        """What was timed of `program`: per stage, the mean over the chips that were driven."""
+        step_ns = max(*(chip.all_end_ns for chip in self.chips), *(each.end_ns for each in self.ended), 0)
+        num_stages = program.size("pp")
+        per_stage = len(self.chips) // num_stages
+        tallies = [Tally() for _ in range(num_stages)]
+        for chip in self.chips:
+            chip.tally.bubble_ns += step_ns - chip.tally.total_ns
+            tallies[chip.machine.role.stage].add(chip.tally)
+        return SimulatedStep(
+            program=program,
+            step_ns=step_ns,
+            tallies=tuple(tally.times(1 / per_stage) for tally in tallies),
+            ran=tuple(tuple(chip.ran) for chip in self.chips),
+            communications=tuple(self.ended),
+            num_timed=self.num_timed,
         )

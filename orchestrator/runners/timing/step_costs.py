@@ -2,7 +2,7 @@
 
 Compute by the roofline of the chip that runs the role, accumulation and the optimizer by memory traffic,
 collectives as `choice` chooses and prices them, transfers as messages by themselves over the tier that
-joins the stages, all chips of a stage sending at once. The simulator asks through the `Costs` protocol, so another
+joins the stages, all chips of a stage sending at once. The simulator asks through the `StepCosts` protocol, so another
 model of time (measured, calibrated) takes this one's place without a change to it.
 
 Assumes that a role is as slow as its slowest chip type (by peak), that chip 0 of the mesh is chip 0 of the
@@ -12,7 +12,7 @@ host's time to start a communication, and the optimizer's arithmetic.
 
 from dataclasses import dataclass, field
 from math import prod
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 from comms.collectives.schedule import Op
 from comms.networks.groups import Members, mesh_group
@@ -21,10 +21,10 @@ from comms.selection.choice import Choice, choose
 from kernels.chips import Chip
 from kernels.roofline import SegmentTime, memory_seconds, segment_time
 from orchestrator.config.hardware.cluster import Cluster
-from orchestrator.runners.base import Working, accumulated_nbytes, collective_nbytes
 from partitioner.program.program import (
     Accumulate,
     Collective,
+    CollectiveOp,
     Compute,
     Group,
     Program,
@@ -36,10 +36,11 @@ from partitioner.program.program import (
 
 NS_PER_S = 1_000_000_000
 DEFAULT_DTYPE = "fp32"
+Working: TypeAlias = Compute | Accumulate | Update
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
+class WorkTime:
     """One instruction on the chip itself: its device and its host lane, which run side by side."""
 
     device_ns: int
@@ -51,10 +52,10 @@ class Work:
         return max(self.device_ns, self.host_ns)
 
 
-class Costs(Protocol):
+class StepCosts(Protocol):
     """What the simulator asks; `role` is the role of the chip that carries the instruction out."""
 
-    def work(self, role: Role, instruction: Working) -> Work:
+    def work(self, role: Role, instruction: Working) -> WorkTime:
         """Time on the chip."""
         ...
 
@@ -83,16 +84,16 @@ class ClusterCosts:
     _between: dict[tuple[int, int], tuple[Link, float]] = field(default_factory=dict)
     _state_share: dict[int, float] = field(default_factory=dict)
 
-    def work(self, role: Role, instruction: Working) -> Work:
+    def work(self, role: Role, instruction: Working) -> WorkTime:
         """Time on the chip."""
         chip = self._chip(role.stage)
         if isinstance(instruction, Compute):
             time = self._segment(role.stage, instruction.segment)
-            return Work(_ns(time.device_s), _ns(time.host_s))
+            return WorkTime(_ns(time.device_s), _ns(time.host_s))
         if isinstance(instruction, Accumulate):
             device = memory_seconds(accumulated_nbytes(role, instruction), chip)
-            return Work(_ns(device), _ns(len(instruction.reads) * chip.launch_s))
-        return Work(_ns(memory_seconds(self._update_nbytes(role, instruction), chip)), _ns(chip.launch_s))
+            return WorkTime(_ns(device), _ns(len(instruction.reads) * chip.launch_s))
+        return WorkTime(_ns(memory_seconds(self._update_nbytes(role, instruction), chip)), _ns(chip.launch_s))
 
     def collective_ns(self, role: Role, instruction: Collective) -> int:
         """Time of the fastest algorithm for the group's shape."""
@@ -182,6 +183,19 @@ class ClusterCosts:
             states = sum(tensor.spec.nbytes for tensor in role.tensors if tensor.kind is TensorKind.STATE)
             self._state_share[role.stage] = states / stepped if stepped else 0.0
         return self._state_share[role.stage]
+
+
+def collective_nbytes(role: Role, instruction: Collective) -> int:
+    """The buffer by which a collective is priced: the gathered result, else what a chip puts in."""
+    gathers = instruction.op is CollectiveOp.ALL_GATHER
+    tensors = instruction.writes if gathers else instruction.reads
+    return sum(role.tensors[tensor].spec.nbytes for tensor in tensors)
+
+
+def accumulated_nbytes(role: Role, instruction: Accumulate) -> int:
+    """Memory traffic of an accumulation: read both terms, write the sum."""
+    read = sum(role.tensors[tensor].spec.nbytes for tensor in instruction.reads)
+    return read + 2 * sum(role.tensors[tensor].spec.nbytes for tensor in instruction.writes)
 
 
 def _ns(seconds: float) -> int:

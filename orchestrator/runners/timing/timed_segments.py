@@ -1,21 +1,20 @@
-"""Stretches: the time of a run of instructions that needs no other role.
+"""Timed segments: the time of a run of instructions that needs no other role.
 
 Instructions issue in order on one stream. Compute, accumulation and the optimizer hold the stream; a
 collective inside the role takes its axis' lane and finishes later; `Wait` holds the stream until what it
-names has finished. The outcome depends on when the stretch starts only through what is still in flight then,
-so a stretch timed once serves every later run of the same instructions that finds the same things in flight
+names has finished. The outcome depends on when the segment starts only through what is still in flight then,
+so a segment timed once serves every later run of the same instructions that finds the same things in flight
 at the same distance.
 
 Assumes that all chips of a role reach a collective together. Not modelled: contention between lanes, and the
 slow-down of compute by communication beside it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from orchestrator.runners.base import Working, lane_of
-from orchestrator.runners.timing.step_costs import Costs, Work
+from orchestrator.runners.timing.step_costs import StepCosts, Working, WorkTime
 from orchestrator.runs.timeline import Lane
 from partitioner.program.program import (
     Accumulate,
@@ -28,11 +27,18 @@ from partitioner.program.program import (
     Wait,
 )
 
+_LANES: Mapping[tuple[str, ...], Lane] = {
+    ("tp",): Lane.TP,
+    ("dp",): Lane.DP,
+    ("cp",): Lane.CP,
+    ("ep",): Lane.EP,
+}
 
-class Pending(NamedTuple):
+
+class PendingTensor(NamedTuple):
     """A tensor instance that a collective is still writing.
 
-    `shift` counts microbatches from the stretch's own; it is 0 for tensors that live longer than one.
+    `shift` counts microbatches from the segment's own; it is 0 for tensors that live longer than one.
     """
 
     tensor: int
@@ -42,22 +48,24 @@ class Pending(NamedTuple):
 
 
 class InFlight(NamedTuple):
-    """What outlives a stretch: lanes taken until `end_ns`, and pending tensors; the times are distances."""
+    """What outlives a segment: lanes taken until `end_ns`, and pending tensors; the times are distances."""
 
     lanes: tuple[tuple[Lane, int], ...] = ()
-    pending: tuple[Pending, ...] = ()
+    pending: tuple[PendingTensor, ...] = ()
 
     @property
     def end_ns(self) -> int:
         return max((end for _, end in self.lanes), default=0)
 
-    def later(self, elapsed_ns: int, shift: int, per_microbatch: frozenset[int]) -> "InFlight":
+    def later(self, elapsed_ns: int, shift: int, role: Role) -> "InFlight":
         """The same, seen `elapsed_ns` and `shift` microbatches further on; what has finished is gone."""
         if not self.lanes:
             return self
         lanes = tuple((lane, end - elapsed_ns) for lane, end in self.lanes if end > elapsed_ns)
         pending = tuple(
-            Pending(tensor, at - shift if tensor in per_microbatch else 0, end - elapsed_ns, axis)
+            PendingTensor(
+                tensor, at - shift if role.tensors[tensor].is_per_microbatch else 0, end - elapsed_ns, axis
+            )
             for tensor, at, end, axis in self.pending
             if end > elapsed_ns
         )
@@ -68,7 +76,7 @@ NOTHING = InFlight()
 
 
 class Piece(NamedTuple):
-    """One span of a stretch: instruction number `at` of the body, on this lane, from the stretch's start."""
+    """One span of a segment: instruction number `at` of the body, on this lane, from the segment's start."""
 
     lane: Lane
     at: int
@@ -121,7 +129,7 @@ class Tally:
 
 
 @dataclass(frozen=True, slots=True)
-class Stretch:
+class TimedSegment:
     """A timed run: how long the stream was held, by what, and what is in flight at its end."""
 
     duration_ns: int
@@ -129,16 +137,21 @@ class Stretch:
     tally: Tally
     after: InFlight
 
-    def slowed(self, factor: float) -> "Stretch":
+    def slowed(self, factor: float) -> "TimedSegment":
         """The same on a chip that takes `factor` times as long. Nothing may be in flight after it."""
-        assert self.after is NOTHING, "a collective was timed with the work"
         if factor == 1.0:
             return self
+        assert self.after is NOTHING, "a collective was timed with the work"
         pieces = tuple(
             piece._replace(start_ns=round(piece.start_ns * factor), end_ns=round(piece.end_ns * factor))
             for piece in self.pieces
         )
-        return Stretch(round(self.duration_ns * factor), pieces, self.tally.times(factor), NOTHING)
+        return TimedSegment(round(self.duration_ns * factor), pieces, self.tally.times(factor), NOTHING)
+
+
+def lane_of(group: Group) -> Lane:
+    """The lane of a collective: that of its axis, the shared one for several axes or across stages."""
+    return _LANES.get(group.axes, Lane.COLLECTIVE)
 
 
 def axis_name(group: Group) -> str:
@@ -146,9 +159,9 @@ def axis_name(group: Group) -> str:
     return group.axes[0] if len(group.axes) == 1 else "all"
 
 
-def time_stretch(
-    instructions: Sequence[Instruction], first_index: int, before: InFlight, role: Role, costs: Costs
-) -> Stretch:
+def time_segment(
+    instructions: Sequence[Instruction], first_index: int, before: InFlight, role: Role, costs: StepCosts
+) -> TimedSegment:
     """Time `instructions`, the first of which is number `first_index` of its body."""
     stream = _Stream(before)
     for index, instruction in enumerate(instructions, start=first_index):
@@ -165,16 +178,16 @@ def time_stretch(
 
 
 class _Stream:
-    """The state of one stretch while it is timed; the clock starts at 0."""
+    """The state of one segment while it is timed; the clock starts at 0."""
 
     def __init__(self, before: InFlight) -> None:
         self.now = 0
         self.lanes: dict[Lane, int] = dict(before.lanes)
-        self.pending: dict[tuple[int, int], Pending] = {(p.tensor, p.shift): p for p in before.pending}
+        self.pending: dict[tuple[int, int], PendingTensor] = {(p.tensor, p.shift): p for p in before.pending}
         self.pieces: list[Piece] = []
         self.tally = Tally()
 
-    def work(self, index: int, instruction: Working, work: Work) -> None:
+    def work(self, index: int, instruction: Working, work: WorkTime) -> None:
         """The device lane first; where the host is slower, the rest of its lane holds the stream as well."""
         is_optimizer = isinstance(instruction, Update)
         lane = Lane.OPTIMIZER if is_optimizer else Lane.COMPUTE
@@ -195,7 +208,7 @@ class _Stream:
         self.lanes[lane] = end = begin + duration_ns
         self.pieces.append(Piece(lane, index, begin, end))
         for tensor in collective.writes:
-            self.pending[tensor, 0] = Pending(tensor, 0, end, axis_name(collective.group))
+            self.pending[tensor, 0] = PendingTensor(tensor, 0, end, axis_name(collective.group))
 
     def wait(self, tensors: Sequence[int]) -> None:
         """Each wanted tensor in order of its end: the time up to it is charged to its axis."""
@@ -205,7 +218,7 @@ class _Stream:
                 self.tally.expose(pending.axis, pending.end_ns - self.now)
                 self.now = pending.end_ns
 
-    def finished(self) -> Stretch:
+    def finished(self) -> TimedSegment:
         lanes = tuple((lane, end - self.now) for lane, end in sorted(self.lanes.items()) if end > self.now)
         pending = tuple(
             p._replace(end_ns=p.end_ns - self.now)
@@ -213,4 +226,4 @@ class _Stream:
             if p.end_ns > self.now
         )
         after = InFlight(lanes, pending) if lanes else NOTHING
-        return Stretch(self.now, tuple(self.pieces), self.tally, after)
+        return TimedSegment(self.now, tuple(self.pieces), self.tally, after)

@@ -58,7 +58,7 @@ import sys
 from orchestrator.verbs.inputs.planned_inputs import prepare
 from orchestrator.planning.preparation import Quiet
 from orchestrator.verbs.inputs.options import PlanOptions
-from orchestrator.verbs.simulate import simulate
+from orchestrator.runners.timing.prediction import simulate
 overrides = ("model_args={layers: 1, width: 16, heads: 2, max_seq: 16}",)
 prepared = prepare(PlanOptions(model="builtin:gpt-nano", chips=2, global_batch=4, seq=16, overrides=overrides), Quiet())
 assert simulate(prepared.program, prepared.cluster).step_time_s > 0

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.runs.batches import split_batch
+from orchestrator.runs.data import split_batch
 from partitioner.layout.parallel_plan import Plan
 
 

@@ -1,4 +1,4 @@
-"""Timeline: canonical form, merge, codec, soundness, occupancy and the join of predicted with measured."""
+"""Timeline: canonical form, merge, codec, soundness and the join of predicted with measured."""
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -10,8 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from comms.errors import TimelineFormatError
-from orchestrator.runs.accuracy import join
-from orchestrator.runs.occupancy import breakdown, union_ns
+from orchestrator.runs.accuracy import Basis, Pair, compare, join
 from orchestrator.runs.timeline import (
     LANES,
     Counter,
@@ -196,38 +195,6 @@ def test_impossible_spans_and_flows_are_told(
     assert "ends before its send" in early
 
 
-@given(st.lists(spans, max_size=15), st.sets(st.sampled_from(LANES), max_size=4))
-def test_union_counts_each_busy_nanosecond_once(
-    measured: Callable[..., Timeline], values: list[Span], lanes: set[Lane]
-) -> None:
-    values = [
-        span(v.start_ns % 60, v.start_ns % 60 + v.end_ns - v.start_ns, chip=v.chip, lane=v.lane)
-        for v in values
-    ]
-    busy = {(v.chip, ns) for v in values if v.lane in lanes for ns in range(v.start_ns, v.end_ns)}
-    assert union_ns(measured(*values).span_rows, sorted(lanes)) == len(busy)
-
-
-@given(st.lists(spans, max_size=15))
-def test_breakdown_parts_sum_to_chip_time(measured: Callable[..., Timeline], values: list[Span]) -> None:
-    parts = breakdown(measured(*values))
-    known = parts.compute_ns + parts.optimizer_ns + parts.host_ns + parts.exposed_communication_ns
-    assert known + parts.bubble_ns == parts.total_ns
-    assert min(parts.compute_ns, parts.host_ns, parts.exposed_communication_ns, parts.bubble_ns) >= 0
-
-
-def test_breakdown_counts_hidden_communication_as_compute(measured: Callable[..., Timeline]) -> None:
-    timeline = measured(span(0, 10), span(5, 14, lane=Lane.DP), span(16, 20, lane=Lane.OPTIMIZER))
-    parts = breakdown(timeline)
-    assert (parts.compute_ns, parts.optimizer_ns, parts.exposed_communication_ns, parts.bubble_ns) == (
-        10,
-        4,
-        4,
-        2,
-    )
-    assert dict(parts.exposed_ns)[Lane.DP] == 4
-
-
 def test_join_compares_matched_instructions_by_kind(
     timeline_of: Callable[..., Timeline], measured: Callable[..., Timeline]
 ) -> None:
@@ -254,6 +221,35 @@ def test_join_of_a_timeline_with_itself_has_no_error(
     assert (accuracy.only_predicted, accuracy.only_measured) == (0, 0)
     keys = {(v.step, v.chip, v.instr, v.microbatch) for v in values if v.instr >= 0}
     assert sum(row.num_matched for row in accuracy.kinds) == len(keys)
+
+
+def test_a_launch_that_lasts_longer_than_its_work_counts_instead_of_it(
+    timeline_of: Callable[..., Timeline], measured: Callable[..., Timeline]
+) -> None:
+    work, launch = span(0, 4, instr=1), Span(0, 0, Lane.HOST, "host", "f", 1, 0, 9)
+    (row,) = join(timeline_of(Origin.PREDICTED, [launch, work]), measured(span(0, 9, instr=1))).kinds
+    assert (row.kind, row.predicted_ns, row.error) == ("forward", 9, 0)
+
+
+@pytest.mark.parametrize("basis", list(Basis))
+def test_errors_in_time_are_told_of_the_described_chips_only_and_the_rest_always(
+    timeline_of: Callable[..., Timeline], measured: Callable[..., Timeline], basis: Basis
+) -> None:
+    def sized(step: int, chip: int, instr: int, start_ns: int) -> Span:
+        return Span(step, chip, Lane.COMPUTE, "forward", "f", instr, start_ns, start_ns + 5, 8, 3)
+
+    places = [(0, 1, 0), (0, 2, 5), (1, 1, 0), (1, 2, 5)]
+    swapped = [(0, 1, 0), (0, 2, 5), (1, 1, 5), (1, 2, 0)]
+    predicted = timeline_of(Origin.PREDICTED, [sized(0, *place) for place in places])
+    ran = [sized(2, *place) for place in places] + [sized(3, *place) for place in swapped]
+    found = compare(predicted, measured(*ran), basis, (Pair(90, 100),)).document()
+    assert (found["basis"], found["steps"], found["chips"], found["chips_in_order"]) == (basis, 2, 2, 1)
+    assert found["bytes"] == {"predicted": 32, "measured": 32}
+    assert found["flops"] == {"predicted": 12, "measured": 12}
+    assert found["memory_bytes"] == [{"predicted": 90, "measured": 100}]
+    row = found["kinds"]["forward"]  # type: ignore[index]
+    assert (row["instructions"], row["predicted_share"], row["measured_share"]) == (4, 1.0, 1.0)
+    assert row["error"] == (0.0 if basis is Basis.SECONDS else None)
 
 
 def test_one_predicted_step_can_stand_for_every_measured_one(measured: Callable[..., Timeline]) -> None:

@@ -13,12 +13,13 @@ from orchestrator.config.hardware.cluster_file import load_cluster
 from orchestrator.config.job_file import load_job
 from orchestrator.models import model_builder
 from orchestrator.planning.preparation import Prepared
+from orchestrator.runners.timing.prediction import simulate
 from orchestrator.runners.timing.simulated import simulate_step
 from orchestrator.runners.timing.step_costs import ClusterCosts
 from orchestrator.runs.run_dir import RunDir
 from orchestrator.runs.timeline import Origin
 from orchestrator.verbs.inputs.options import SimulateOptions
-from orchestrator.verbs.simulate import answer, require_fit, simulate, tables
+from orchestrator.verbs.simulate import answer, require_fit, tables
 from orchestrator.views.console import Console
 from partitioner.capture.graph_units import build_graph
 from partitioner.capture.tracing import trace_module

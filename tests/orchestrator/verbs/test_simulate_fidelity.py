@@ -18,8 +18,9 @@ from orchestrator.config.hardware.cluster_file import load_cluster
 from orchestrator.config.job_file import load_job
 from orchestrator.models import model_builder
 from orchestrator.planning.preparation import Prepared
+from orchestrator.runners.timing.prediction import CONDITIONS, UNEVEN, chosen_fidelity, simulate
 from orchestrator.verbs.inputs.options import SimulateOptions
-from orchestrator.verbs.simulate import CONDITIONS, UNEVEN, answer, chosen_fidelity, simulate
+from orchestrator.verbs.simulate import answer
 from orchestrator.views.console import Console
 from partitioner.capture.graph_units import build_graph
 from partitioner.capture.tracing import trace_module

@@ -15,6 +15,7 @@ from comms.errors import ConfigError, RunError
 from orchestrator.config.hardware.cluster_file import cluster_path
 from orchestrator.config.yaml_file import read_yaml
 from orchestrator.runs import checkpoint, run_dir
+from orchestrator.runs.accuracy import Basis
 from orchestrator.runs.metrics import read_metrics
 from orchestrator.runs.timeline import Origin
 from orchestrator.verbs import train, training
@@ -75,6 +76,19 @@ def test_metrics_have_a_line_per_step_and_the_loss_goes_down(finished: tuple[Any
         for r in records
         for k in ("lr", "step_time_s", "tokens_per_s", "predicted_step_time_s")
     )
+
+
+def test_predicted_and_measured_are_compared_in_what_does_not_depend_on_this_machine(
+    finished: tuple[Any, Path],
+) -> None:
+    found = finished[0].accuracy
+    assert (found.basis, found.num_steps) == (Basis.SHARES, 2)
+    assert (found.only_predicted, found.only_measured) == (0, 0)
+    assert (found.num_chips, found.chips_in_order) == (4, 4)
+    assert found.nbytes.predicted == found.nbytes.measured > 0
+    assert found.flops.predicted == found.flops.measured > 0
+    assert all(pair.measured == pytest.approx(pair.predicted, rel=0.05) for pair in found.memory_bytes)
+    assert {"forward", "backward", "optimizer", "send", "recv"} <= {each.kind for each in found.kinds}
 
 
 def test_plan_and_program_can_be_read_back(finished: tuple[Any, Path]) -> None:
@@ -174,6 +188,7 @@ def test_the_command_line_prints_one_json_document(tmp_path: Path) -> None:
     out, err = io.StringIO(), io.StringIO()
     assert train.main(options, Console(as_json=True, out=out, err=err)) == 0
     found = json.loads(out.getvalue())
+    assert found["accuracy"]["basis"] == "shares"
     assert found["steps"] == 2 and found["run_dir"] == str(tmp_path / "run")
     assert "predicted step on these chips" in err.getvalue()
 

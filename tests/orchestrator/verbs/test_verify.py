@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from comms.errors import PlanError
-from orchestrator.runners.executing.chip import Chip
+from orchestrator.runners.executing.chip import ExecutingChip
 from orchestrator.verbs import verify as verb
-from orchestrator.verbs.verify import Errors, compare, verify
+from orchestrator.verbs.verify import RelativeErrors, compare, verify
 from orchestrator.verbs.verify_runs import Trajectory, relative
 from partitioner.layout.parallel_plan import PipelineSchedule, Plan
 from partitioner.program.program import Compute, Program, TensorKind
@@ -77,7 +77,8 @@ def test_in_the_jobs_own_dtype_the_difference_is_reordering_noise(
     assert result.equal
     assert result.own is not None and result.noise is not None
     assert 0 < result.own.worst <= 10 * result.noise.worst
-    assert result.document()["own_dtype"] == verb.vars_of(result.own)
+    own = {"loss_rel": result.own.loss, "grad_rel": result.own.grad, "param_rel": result.own.param}
+    assert result.document()["own_dtype"] == own
 
 
 def first_matmul(program: Program, body: str) -> Compute:
@@ -92,7 +93,7 @@ def test_a_broken_kernel_is_named_by_its_first_instruction(
 ) -> None:
     plan, job = Plan(dp=2, pp=2, microbatches=2), tiny_job("dtype=fp64", "clip_norm=null")
     program = verb.prepare(laptop.take(4), job, plan).program
-    wrong, original = first_matmul(program, body), Chip._compute
+    wrong, original = first_matmul(program, body), ExecutingChip._compute
 
     class Sloppy:
         """Chip 3's library: one segment is off by a millionth."""
@@ -106,13 +107,13 @@ def test_a_broken_kernel_is_named_by_its_first_instruction(
                 v * (1 + 1e-6) if v.is_floating_point() else v for v in right(*inputs)
             )
 
-    def compute(self: Chip, instruction: Compute, microbatch: int) -> None:
+    def compute(self: ExecutingChip, instruction: Compute, microbatch: int) -> None:
         right, is_wrong = self.library, self.index == 3 and instruction.id == wrong.id
         self.library = Sloppy(right) if is_wrong else right  # type: ignore[assignment]
         original(self, instruction, microbatch)
         self.library = right
 
-    monkeypatch.setattr(Chip, "_compute", compute)
+    monkeypatch.setattr(ExecutingChip, "_compute", compute)
     result = verify(laptop.take(4), job, plan)
     name = re.escape(program.segments[wrong.segment].name)
     assert not result.equal and result.errors.worst > 1e-8
@@ -125,15 +126,15 @@ def test_a_broken_kernel_is_named_by_its_first_instruction(
 def test_gradients_of_a_wrong_scale_are_found_although_they_are_clipped(
     tiny_job: Make, laptop: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = Chip._accumulate
+    original = ExecutingChip._accumulate
 
-    def doubled(self: Chip, instruction: Any, microbatch: int) -> None:
+    def doubled(self: ExecutingChip, instruction: Any, microbatch: int) -> None:
         original(self, instruction, microbatch)
         for tensor in instruction.writes:
             if self.program.num_chips > 1 and self.tensors[tensor].kind is TensorKind.GRAD:
                 self.fixed[tensor].mul_(2.0)
 
-    monkeypatch.setattr(Chip, "_accumulate", doubled)
+    monkeypatch.setattr(ExecutingChip, "_accumulate", doubled)
     job = tiny_job("dtype=fp64", "clip_norm=0.01")
     assert not verify(laptop.take(2), job, Plan(dp=2)).equal
 
@@ -141,12 +142,12 @@ def test_gradients_of_a_wrong_scale_are_found_although_they_are_clipped(
 def test_a_wrong_exchange_is_found_against_one_chip(
     tiny_job: Make, laptop: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from orchestrator.runners.executing import meetings
+    from orchestrator.runners.executing import pending_communications
 
     def forgetful(reduction: Any, parts: Any, out: Any) -> torch.Tensor:
         return parts[0].clone()
 
-    monkeypatch.setattr(meetings, "combine", forgetful)
+    monkeypatch.setattr(pending_communications, "combine", forgetful)
     result = verify(laptop.take(2), tiny_job("dtype=fp64"), Plan(tp=2))
     assert not result.equal
     assert result.first_difference is not None and "(embed)" in result.first_difference
@@ -155,14 +156,14 @@ def test_a_wrong_exchange_is_found_against_one_chip(
 def test_a_wrong_update_is_said_to_be_no_forward_or_backward_instruction(
     tiny_job: Make, laptop: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = Chip._update
+    original = ExecutingChip._update
 
-    def twice(self: Chip, instruction: Any) -> None:
+    def twice(self: ExecutingChip, instruction: Any) -> None:
         original(self, instruction)
         if len(self.coordinates) and self.program.num_chips > 1:
             self.fixed[instruction.param].mul_(1.001)
 
-    monkeypatch.setattr(Chip, "_update", twice)
+    monkeypatch.setattr(ExecutingChip, "_update", twice)
     result = verify(laptop.take(2), tiny_job("dtype=fp64"), Plan(dp=2))
     assert not result.equal
     assert result.errors.grad < 1e-10 < result.errors.param
@@ -200,7 +201,7 @@ def trajectory(loss: float, value: float, name: str = "w") -> Trajectory:
 
 
 def test_differences_are_relative_and_missing_tensors_infinite() -> None:
-    assert compare(trajectory(2.0, 1.0), trajectory(2.0, 1.0), 1e-6) == Errors(0.0, 0.0, 0.0)
+    assert compare(trajectory(2.0, 1.0), trajectory(2.0, 1.0), 1e-6) == RelativeErrors(0.0, 0.0, 0.0)
     assert compare(trajectory(2.2, 1.1), trajectory(2.0, 1.0), 1e-6).loss == pytest.approx(0.1)
     assert compare(trajectory(2.0, 1.1), trajectory(2.0, 1.0), 1e-6).grad == pytest.approx(0.1, rel=1e-5)
     assert compare(trajectory(2.0, 1.0, "w"), trajectory(2.0, 1.0, "b"), 1e-6).worst == float("inf")
@@ -221,12 +222,13 @@ def test_relative_distance(value: torch.Tensor, expected: torch.Tensor, error: f
 
 
 def test_gradients_are_whole_on_the_planned_side(tiny_job: Make, laptop: Any) -> None:
-    from orchestrator.verbs.verify_runs import chips_of, module_values, whole_tensors
+    from orchestrator.runners.executing.chip_state import whole_tensors
+    from orchestrator.verbs.verify_runs import loaded_runner, module_values
 
     job = tiny_job("dtype=fp64")
     prepared = verb.prepare(laptop.take(4), job, Plan(dp=2, tp=2, zero=1))
     model = verb.build_model(job, "cpu")
-    chips = chips_of(prepared, module_values(model))
-    found = whole_tensors(prepared.program, chips, TensorKind.PARAM)
+    runner = loaded_runner(prepared, module_values(model))
+    found = whole_tensors(prepared.program, TensorKind.PARAM, runner.chip_set.buffer)
     for name, param in model.module.named_parameters():
         assert torch.equal(found[name].reshape(param.shape), param)

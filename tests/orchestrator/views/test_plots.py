@@ -8,8 +8,9 @@ from itertools import pairwise
 import pytest
 
 from orchestrator.runs.timeline import Lane, Origin, Span, Timeline
-from orchestrator.views.gantt import COLOURS, Gantt, colours_of
+from orchestrator.views.gantt import COLOURS, Gantt, colours_of, draw_gantt
 from orchestrator.views.plots import LossCurves, loss_png, timeline_png
+from orchestrator.views.png_figures import blank_figure
 
 TRAIN = tuple((step, 2 + 3 * math.exp(-step / 20)) for step in range(1, 61))
 CURVES = LossCurves(
@@ -60,6 +61,19 @@ def test_predicted_above_measured_is_taller_than_one_and_deterministic(step: Cal
     two = timeline_png(step(Origin.PREDICTED), step(Origin.MEASURED, scale=90_000))
     assert size(two)[1] > 1.4 * size(one)[1]
     assert two == timeline_png(step(Origin.PREDICTED), step(Origin.MEASURED, scale=90_000))
+
+
+@pytest.mark.parametrize("origin", list(Origin))
+def test_of_two_machines_each_panel_is_in_shares_of_its_own_step(
+    step: Callable[..., Timeline], origin: Origin
+) -> None:
+    axes = blank_figure(5.0, 5.0).add_subplot()
+    gantt = Gantt(step(origin, scale=90_000).from_zero(), max_chips=16)
+    draw_gantt(axes, gantt, colours_of(gantt.kinds), gantt.timeline.duration_ns, by_shares=True)
+    assert axes.get_xlim() == pytest.approx((0, 100))
+    assert axes.get_xlabel() == "share of the step (%)"
+    whose = "on the chips described" if origin is Origin.PREDICTED else "simulated on this machine"
+    assert whose in axes.get_title(loc="left")
 
 
 def test_a_picture_of_nothing_is_refused(timeline_of: Callable[..., Timeline]) -> None:

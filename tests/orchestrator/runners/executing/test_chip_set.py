@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from orchestrator.runners.executing.chip import StepInput
 from orchestrator.runners.executing.chip_set import ChipSet, Stuck
-from orchestrator.runners.executing.chip_state import full_parameters, saved_state
+from orchestrator.runners.executing.chip_state import saved_state, whole_parameters
+from orchestrator.runners.runner import StepRequest
 from partitioner.program.program import Body, Compute, Program, Role, Send, TensorKind
 
 Make = Callable[..., Any]
@@ -20,11 +20,11 @@ def train(chips: ChipSet, batches_of: Make, steps: int = 3) -> tuple[list[float]
     """Losses, and the parameters at the end."""
     losses = []
     for step in range(steps):
-        outcome = chips.run("step", StepInput(0.01), batches_of(chips.program, step))
+        outcome = chips.run(StepRequest("step", 0.01, batches_of(chips.program, step)))
         assert outcome.stats is not None
         losses.append(outcome.stats.loss)
     states = {index: saved_state(chip) for index, chip in chips.chips.items()}
-    return losses, full_parameters(chips.program, states.__getitem__)
+    return losses, whole_parameters(chips.program, states.__getitem__)
 
 
 def same_bytes(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
@@ -49,9 +49,9 @@ def test_evaluation_changes_nothing_and_gives_the_loss_of_the_next_step(
         i: {t.id: chip.fixed[t.id].clone() for t in chip.tensors if t.kind is TensorKind.FLAT}
         for i, chip in chips.chips.items()
     }
-    seen = chips.run("evaluate", StepInput(0.0), batches).stats
+    seen = chips.run(StepRequest("evaluate", 0.0, batches)).stats
     assert all(torch.equal(chips.chips[i].fixed[t], v) for i, kept in before.items() for t, v in kept.items())
-    assert seen.loss == chips.run("step", StepInput(0.01), batches).stats.loss
+    assert seen.loss == chips.run(StepRequest("step", 0.01, batches)).stats.loss
 
 
 @pytest.mark.parametrize("schedule", ["step", "evaluate"])
@@ -60,9 +60,9 @@ def test_no_tensor_of_a_microbatch_survives(
 ) -> None:
     program = tiny_program(**PLAN)
     chips = running_chips(program)
-    chips.run(schedule, StepInput(0.01), batches_of(program))
+    chips.run(StepRequest(schedule, 0.01, batches_of(program)))
     assert {i: len(chip.instances) for i, chip in chips.chips.items()} == dict.fromkeys(range(8), 0)
-    assert not chips.meetings.open
+    assert not chips.communications.open
 
 
 def test_the_statistics_are_the_same_on_every_chip(
@@ -70,7 +70,7 @@ def test_the_statistics_are_the_same_on_every_chip(
 ) -> None:
     program = tiny_program(**PLAN)
     chips = running_chips(program)
-    chips.run("step", StepInput(0.01), batches_of(program))
+    chips.run(StepRequest("step", 0.01, batches_of(program)))
     assert len({chip.stats for chip in chips.chips.values()}) == 1
 
 
@@ -79,8 +79,8 @@ def test_marks_name_every_instruction_that_works_or_meets(
 ) -> None:
     program = tiny_program(pp=2, microbatches=2)
     chips = running_chips(program)
-    assert chips.run("step", StepInput(0.01), batches_of(program)).marks == ()
-    marks = chips.run("step", StepInput(0.01), batches_of(program), measure=True).marks
+    assert chips.run(StepRequest("step", 0.01, batches_of(program))).marks == ()
+    marks = chips.run(StepRequest("step", 0.01, batches_of(program), measure=True)).marks
     assert {m.chip for m in marks} == {0, 1}
     assert all(m.end_ns >= m.start_ns for m in marks)
     sends = {i.id for i in program.roles[0].body["send_forward"].instructions if isinstance(i, Send)}
@@ -96,7 +96,7 @@ def test_the_first_result_that_is_not_finite_is_named_and_the_step_is_skipped(
     weight = next(t for t in program.roles[0].tensors if t.name == "blocks.1.mlp.up.weight")
     chips.chips[broken].fixed[weight.id].fill_(float("inf"))
     states = {i: {k: v.clone() for k, v in saved_state(c).items()} for i, c in chips.chips.items()}
-    outcome = chips.run("step", StepInput(0.01), batches_of(program), check=True)
+    outcome = chips.run(StepRequest("step", 0.01, batches_of(program), check=True))
     assert not outcome.stats.is_finite
     for index, chip in chips.chips.items():
         assert same_bytes(saved_state(chip), states[index])
@@ -119,7 +119,7 @@ def test_a_gradient_that_is_not_finite_is_named_before_what_it_spreads_to(
             results[0].fill_(float("nan"))
 
     chips.chips[1].observer = spoil
-    _, said = chips.run("step", StepInput(0.01), batches_of(program), check=True).first_bad
+    _, said = chips.run(StepRequest("step", 0.01, batches_of(program), check=True)).first_bad
     assert said.startswith(f"chip 1 (stage 0), microbatch {microbatch}, instruction {wrong} (")
 
 
@@ -145,7 +145,7 @@ def test_a_send_that_never_comes_is_explained(
     program = tampered(tiny_program(pp=2, microbatches=2), 0, "send_forward", Send)
     chips = running_chips(program, workers=workers)
     with pytest.raises(Stuck) as caught:
-        chips.run("step", StepInput(0.01), batches_of(program))
+        chips.run(StepRequest("step", 0.01, batches_of(program)))
     message = str(caught.value)
     assert "chip 1 (stage 1): forward(0)" in message
     assert "waits for p2p (0, 1) #0, missing [0]" in message
@@ -160,7 +160,7 @@ def test_a_collective_that_one_stage_skips_is_explained(
     program = replace(program, roles=(first, Role(last.stage, last.tensors, last.bodies, shorter)))
     chips = running_chips(program)
     with pytest.raises(Stuck, match=r"chip 0 \(stage 0\): update\(0\).*group \(0, 1\) #0, missing \[1\]"):
-        chips.run("step", StepInput(0.01), batches_of(program))
+        chips.run(StepRequest("step", 0.01, batches_of(program)))
 
 
 def test_an_error_in_a_worker_reaches_the_caller(
@@ -175,7 +175,7 @@ def test_an_error_in_a_worker_reaches_the_caller(
         chips = running_chips(program, workers=workers)
         chips.chips[1].observer = fail
         with pytest.raises(ZeroDivisionError, match="in a kernel"):
-            chips.run("step", StepInput(0.01), batches_of(program))
+            chips.run(StepRequest("step", 0.01, batches_of(program)))
 
 
 @pytest.mark.parametrize("degrees", [{"dp": 2}, {"tp": 2}, {"pp": 2, "microbatches": 2}, PLAN], ids=str)

@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 import torch
 
-from orchestrator.runners.executing.chip import StepInput
 from orchestrator.runners.executing.chip_set import ChipSet
-from orchestrator.runners.executing.chip_state import full_parameters, restore_state, saved_state
+from orchestrator.runners.executing.chip_state import restore_state, saved_state, whole_parameters
+from orchestrator.runners.runner import StepRequest
 
 Make = Callable[..., Any]
 CASES = [
@@ -26,7 +26,7 @@ def states_of(chips: ChipSet) -> dict[int, dict[str, torch.Tensor]]:
 
 
 def step(chips: ChipSet, batches_of: Make, number: int) -> float:
-    outcome = chips.run("step", StepInput(0.01), batches_of(chips.program, number))
+    outcome = chips.run(StepRequest("step", 0.01, batches_of(chips.program, number)))
     assert outcome.stats is not None
     return outcome.stats.loss
 
@@ -77,7 +77,7 @@ def test_parameters_are_whole_again_by_name_and_shape(
 ) -> None:
     options = {"name": name}
     chips = running_chips(tiny_program(tuple(options.items()), **degrees), options)
-    found = full_parameters(chips.program, states_of(chips).__getitem__)
+    found = whole_parameters(chips.program, states_of(chips).__getitem__)
     expected = dict(tiny_model("cpu", **options).module.named_parameters())
     assert set(found) == set(expected)
     for key, value in expected.items():

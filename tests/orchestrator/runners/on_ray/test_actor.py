@@ -3,8 +3,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kernels.optimizers import OptimizerSpec
-from orchestrator.runners.executing.chip import Mark
 from orchestrator.runners.on_ray.actor import factory, marks_from, marks_tensor
+from orchestrator.runs.timeline import Mark
 
 numbers = st.integers(0, 2**40)
 

@@ -16,10 +16,16 @@ from kernels.optimizers import OptimizerSpec
 from orchestrator.models.builtin_gpt import GPT
 from orchestrator.models.model_specs import GPTOptions
 from orchestrator.runners.executing.chip import Settings
-from orchestrator.runners.executing.executor import Batches, Executor, States
-from orchestrator.runners.executing.inline import InlineExecutor
-from orchestrator.runners.on_ray.ray_executor import RayExecutor, RayOptions
-from orchestrator.runners.on_ray.ray_start import ActorPlan, RayStart, knock, raise_busy, require_resources
+from orchestrator.runners.executing.inline import InlineRunner
+from orchestrator.runners.on_ray.ray_runner import RayOptions, RayRunner
+from orchestrator.runners.on_ray.ray_start import (
+    ActorPlan,
+    RayStart,
+    raise_busy,
+    require_listener,
+    require_resources,
+)
+from orchestrator.runners.runner import Batches, States, StepRequest, TensorRunner
 from partitioner.capture.graph_units import build_graph
 from partitioner.capture.tracing import trace_module
 from partitioner.layout.parallel_plan import Plan
@@ -39,9 +45,12 @@ class Case:
     values: dict[str, torch.Tensor]
     batches: Batches
 
-    def train(self, executor: Executor, steps: int) -> list[float]:
-        executor.load(self.values.__getitem__)
-        stats = [executor.step(LR, self.batches).stats for _ in range(steps)]
+    def request(self, **options: bool) -> StepRequest:
+        return StepRequest("step", LR, self.batches, **options)
+
+    def train(self, runner: TensorRunner, steps: int) -> list[float]:
+        runner.load(self.values.__getitem__)
+        stats = [runner.run(self.request()).stats for _ in range(steps)]
         return [s.loss for s in stats if s is not None]
 
 
@@ -67,7 +76,7 @@ def case() -> Case:
 
 @pytest.fixture(scope="module")
 def expected(case) -> tuple[list[float], States]:
-    inline = InlineExecutor(case.program, Settings(SPEC, 1.0), 1)
+    inline = InlineRunner(case.program, Settings(SPEC, 1.0), 1)
     return case.train(inline, 3), inline.states()
 
 
@@ -80,13 +89,24 @@ def local_ray() -> Iterator[None]:
     ray.shutdown()
 
 
-def executor(case: Case, num_actors: int, timeout_s: float = 60.0, **plan: object) -> RayExecutor:
-    start = RayStart(ActorPlan(num_actors, **plan))  # type: ignore[arg-type]
+def connected(
+    case: Case, num_actors: int, *, timeout_s: float = 60.0, share_memory: bool = True
+) -> RayRunner:
+    start = RayStart(ActorPlan(num_actors, share_memory=share_memory))
     try:
-        return RayExecutor(start, case.program, RayOptions(SPEC, 1.0, timeout_s=timeout_s))
+        options = RayOptions(SPEC, 1.0, timeout_s=timeout_s)
+        return RayRunner(start, case.program, options)
     except BaseException:
         start.close()
         raise
+
+
+@pytest.fixture(scope="module")
+def two_actors(local_ray: None, case: Case) -> Iterator[RayRunner]:
+    """Shared by the tests that start from parameters or a checkpoint, and ended by the last of them."""
+    running = connected(case, 2, share_memory=False)
+    yield running
+    running.close()
 
 
 def assert_same_bytes(found: States, expected: States) -> None:
@@ -98,11 +118,55 @@ def assert_same_bytes(found: States, expected: States) -> None:
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize(("num_actors", "share_memory"), [(1, True), (2, False)])
-def test_any_number_of_actors_gives_the_bytes_of_one_process(
-    local_ray, case, expected, num_actors, share_memory
-):
-    running = executor(case, num_actors, share_memory=share_memory)
+def test_too_many_actors_are_refused_before_anything_is_created(local_ray):
+    start = RayStart(ActorPlan(3))
+    try:
+        with pytest.raises(ClusterError, match="3 actors need 3 CPUs, Ray has 2") as caught:
+            start.wait()
+        assert "at most 2 actors" in caught.value.hint
+        assert start.actors == []
+    finally:
+        start.close()
+
+
+@pytest.mark.ray
+def test_actors_without_shared_memory_give_the_bytes_of_one_process(two_actors, case, expected):
+    assert case.train(two_actors, 3) == expected[0]
+    assert_same_bytes(two_actors.states(), expected[1])
+
+
+@pytest.mark.ray
+def test_a_checkpoint_continues_and_evaluation_and_marks_come_back(two_actors, case, expected):
+    inline = InlineRunner(case.program, Settings(SPEC, 1.0), 1)
+    case.train(inline, 2)
+    two_actors.load(case.values.__getitem__)
+    two_actors.restore(inline.states())
+    evaluation = StepRequest("evaluate", batches=case.batches)
+    assert two_actors.run(evaluation).stats == inline.run(evaluation).stats
+    outcome = two_actors.run(case.request(measure=True))
+    assert outcome.stats is not None
+    assert outcome.stats.loss == expected[0][2]
+    assert {mark.chip for mark in outcome.marks} == set(range(8))
+    assert {mark.chip for mark in outcome.marks if mark.held_bytes} == set(range(8))
+    assert all(mark.start_ns <= mark.end_ns for mark in outcome.marks)
+    assert_same_bytes(two_actors.states(), expected[1])
+
+
+@pytest.mark.ray
+def test_an_error_in_an_actor_says_what_and_where_and_ends_all(two_actors, case):
+    two_actors.load(case.values.__getitem__)
+    empty = {replica: {} for replica in case.batches}
+    with pytest.raises(RunError, match=r"AssertionError|KeyError") as caught:
+        two_actors.run(StepRequest("step", LR, empty))
+    assert "chips" in caught.value.where
+    with pytest.raises(RunError, match="have ended"):
+        two_actors.states()
+    two_actors.close()  # the tests after this one need its cores
+
+
+@pytest.mark.ray
+def test_one_actor_with_all_chips_gives_the_bytes_of_one_process(local_ray, case, expected):
+    running = connected(case, 1)
     try:
         assert case.train(running, 3) == expected[0]
         assert_same_bytes(running.states(), expected[1])
@@ -110,26 +174,7 @@ def test_any_number_of_actors_gives_the_bytes_of_one_process(
         running.close()
 
 
-@pytest.mark.ray
-def test_a_checkpoint_continues_and_evaluation_and_marks_come_back(local_ray, case, expected):
-    inline = InlineExecutor(case.program, Settings(SPEC, 1.0), 1)
-    case.train(inline, 2)
-    running = executor(case, 2)
-    try:
-        running.load(case.values.__getitem__)
-        running.restore(inline.states())
-        assert running.evaluate(case.batches).stats == inline.evaluate(case.batches).stats
-        outcome = running.step(LR, case.batches, measure=True)
-        assert outcome.stats is not None
-        assert outcome.stats.loss == expected[0][2]
-        assert {mark.chip for mark in outcome.marks} == set(range(8))
-        assert all(mark.start_ns <= mark.end_ns for mark in outcome.marks)
-        assert_same_bytes(running.states(), expected[1])
-    finally:
-        running.close()
-
-
-def process_of(running: RayExecutor, actor: int) -> int:
+def process_of(running: RayRunner, actor: int) -> int:
     return running.start.addresses[actor].process
 
 
@@ -137,12 +182,12 @@ def shared_files() -> set[str]:
     return {entry.name for entry in Path("/dev/shm").iterdir()}
 
 
-def step_until(case: Case, running: RayExecutor, killer: threading.Timer) -> None:
+def step_until(case: Case, running: RayRunner, killer: threading.Timer) -> None:
     while killer.is_alive():
-        running.step(LR, case.batches)
+        running.run(case.request())
     start = time.monotonic()
     try:
-        running.step(LR, case.batches)
+        running.run(case.request())
     finally:
         assert time.monotonic() - start < LIMIT_S
 
@@ -150,7 +195,7 @@ def step_until(case: Case, running: RayExecutor, killer: threading.Timer) -> Non
 @pytest.mark.ray
 def test_a_killed_actor_ends_the_step_with_its_name(local_ray, case):
     before = shared_files()
-    running = executor(case, 2)
+    running = connected(case, 2)
     try:
         case.train(running, 1)
         killer = threading.Timer(0.5, os.kill, (process_of(running, 1), signal.SIGKILL))
@@ -169,41 +214,16 @@ def test_a_killed_actor_ends_the_step_with_its_name(local_ray, case):
 
 @pytest.mark.ray
 def test_a_silent_actor_is_named_with_those_who_wait_for_it(local_ray, case):
-    running = executor(case, 2, timeout_s=1.0)
+    running = connected(case, 2, timeout_s=0.2)
     try:
         case.train(running, 1)
         os.kill(process_of(running, 1), signal.SIGSTOP)
         with pytest.raises(HangError) as caught:
-            running.step(LR, case.batches)
+            running.run(case.request())
         assert "actor 1: does not answer" in caught.value.where
         assert "missing [2]" in caught.value.where
     finally:
         running.close()
-
-
-@pytest.mark.ray
-def test_an_error_in_an_actor_says_what_and_where(local_ray, case):
-    running = executor(case, 2)
-    try:
-        running.load(case.values.__getitem__)
-        empty = {replica: {} for replica in case.batches}
-        with pytest.raises(RunError, match=r"AssertionError|KeyError") as caught:
-            running.step(LR, empty)
-        assert "chips" in caught.value.where
-    finally:
-        running.close()
-
-
-@pytest.mark.ray
-def test_too_many_actors_are_refused_before_anything_is_created(local_ray):
-    start = RayStart(ActorPlan(3))
-    try:
-        with pytest.raises(ClusterError, match="3 actors need 3 CPUs, Ray has 2") as caught:
-            start.wait()
-        assert "at most 2 actors" in caught.value.hint
-        assert start.actors == []
-    finally:
-        start.close()
 
 
 def test_what_is_short_is_named():
@@ -220,10 +240,10 @@ def test_what_is_short_is_named():
 def test_an_address_where_nobody_listens_is_refused_at_once():
     with socket.create_server(("127.0.0.1", 0)) as server:
         host, port = server.getsockname()
-        knock(f"{host}:{port}")
+        require_listener(f"{host}:{port}")
     with pytest.raises(ConnectionRefusedError):
-        knock(f"{host}:{port}")
-    knock("auto")
+        require_listener(f"{host}:{port}")
+    require_listener("auto")
 
 
 def test_a_missing_ray_is_named_before_anything_starts(monkeypatch):

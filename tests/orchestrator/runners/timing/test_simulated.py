@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from comms.errors import ProgramError
 from orchestrator.config.hardware.cluster_file import load_cluster
 from orchestrator.config.hardware.latency_tiers import latency_tiers
-from orchestrator.runners.base import Runner
-from orchestrator.runners.timing.simulated import SimulatedRunner, fold_mesh, simulate_step
-from orchestrator.runners.timing.step_costs import ClusterCosts, Work
+from orchestrator.runners.runner import Runner, StepRequest
+from orchestrator.runners.timing.prediction import SimulatedRunner
+from orchestrator.runners.timing.simulated import fold_mesh, simulate_step
+from orchestrator.runners.timing.step_costs import ClusterCosts, WorkTime
 from orchestrator.runners.timing.timed_segments import axis_name
-from orchestrator.runs.occupancy import breakdown
 from orchestrator.runs.timeline import Lane
 from partitioner.layout.parallel_plan import PipelineSchedule
 from partitioner.lowering.lower import with_transfers
@@ -69,8 +69,8 @@ class Tables:
 
     def work(self, role, instruction):
         if isinstance(instruction, Compute):
-            return Work((self.forward, self.backward)[instruction.segment], self.host)
-        return Work(self.other)
+            return WorkTime((self.forward, self.backward)[instruction.segment], self.host)
+        return WorkTime(self.other)
 
     def collective_ns(self, role, instruction):
         return {"tp": self.tp, "dp": self.dp}.get(axis_name(instruction.group), self.everyone)
@@ -169,7 +169,7 @@ def test_a_step_is_at_least_its_critical_path_and_its_busiest_lane(shape, costs)
 
 @FEW
 @given(shapes, tables)
-def test_reusing_stretches_changes_nothing(shape, costs):
+def test_reusing_timed_segments_changes_nothing(shape, costs):
     program = toy(*shape)
     fast, slow = simulate_step(program, costs), simulate_step(program, costs, fold_bodies=False)
     assert (fast.step_ns, fast.tallies) == (slow.step_ns, slow.tallies)
@@ -245,7 +245,8 @@ def test_a_small_mesh_shows_every_chip_and_a_large_one_its_representatives():
     assert len(step.timeline().chips) == 16
     assert [chip for chip, _ in step.timeline(all_chips=False).chips] == [0, 8]
     assert len(step.timeline().flows) == 8 * len(step.timeline(all_chips=False).flows)
-    assert breakdown(step.timeline()).compute_ns == 8 * step.overall.compute_ns
+    computed = [s.end_ns - s.start_ns for s in step.timeline().spans if s.lane is Lane.COMPUTE]
+    assert sum(computed) == 8 * step.overall.compute_ns
 
 
 def test_spans_carry_the_keys_of_the_program():
@@ -258,7 +259,7 @@ def test_spans_carry_the_keys_of_the_program():
     ]
 
 
-def test_the_number_of_chips_changes_neither_the_stretches_timed_nor_the_mesh_that_is_driven():
+def test_the_number_of_chips_changes_neither_the_segments_timed_nor_the_mesh_that_is_driven():
     small, large = toy(4, 8, dp=16, tp=8), toy(4, 8, dp=512, tp=8)
     assert simulate_step(small, Tables()).num_timed == simulate_step(large, Tables()).num_timed
     assert fold_mesh(large).num_chips == 4
@@ -302,8 +303,9 @@ def test_a_transfer_takes_what_the_latency_tiers_say_of_a_message_by_itself(name
 
 def test_the_simulated_runner_is_a_runner_whose_steps_all_take_as_long():
     runner: Runner = SimulatedRunner(toy(2, 4), DGX.take(16))
-    results = [runner.step(number) for number in (1, 2)]
+    results = [runner.run(StepRequest()) for _ in range(2)]
     runner.close()
-    assert results[0].duration_ns == results[1].duration_ns > 0
-    assert results[1].timeline is not None
-    assert results[1].timeline.steps == (2,)
+    assert results[0].step_ns == results[1].step_ns > 0
+    timeline = results[1].timeline(2)
+    assert timeline is not None
+    assert timeline.steps == (2,)

@@ -1,6 +1,6 @@
-"""Meetings: where chips of one process exchange tensors, with each other and with chips elsewhere.
+"""Pending communications: where chips of one process exchange tensors, with each other and with chips elsewhere.
 
-The n-th post on a channel meets the n-th posts of the other members (`Key`). A collective is
+The n-th post on a channel joins the n-th posts of the other members (`Key`). A collective is
 carried out once everything is there; contributions are always combined in chip order and in a stated accumulation
 type (float32 for half precision), so results have the same bytes for any number of actors.
 """
@@ -11,7 +11,7 @@ from typing import Protocol
 
 import torch
 
-from orchestrator.runners.executing.chip import Chip
+from orchestrator.runners.executing.chip import ExecutingChip
 from partitioner.program.machine import Key, Post
 from partitioner.program.program import Collective, CollectiveOp, Recv, Reduction, Send
 
@@ -29,39 +29,39 @@ class Mail(Protocol):
     """How tensors reach chips of other actors."""
 
     def send(self, actor: int, epoch: int, key: Key, source: int, tensor: torch.Tensor) -> None:
-        """Deliver `tensor` of chip `source` for meeting `key`; the tensor may be reused when this returns."""
+        """Deliver `tensor` of chip `source` for communication `key`; the tensor may be reused when this returns."""
 
 
 @dataclass
-class Meeting:
+class PendingCommunication:
     """What has arrived for one key so far: posts of local chips, and tensors by the chip they come from."""
 
     posts: dict[int, Post] = field(default_factory=dict)
     values: dict[int, torch.Tensor] = field(default_factory=dict)
 
 
-class Meetings:
-    """All open meetings of a process. Not thread-safe by itself: the caller holds the lock of `ChipSet`."""
+class PendingCommunications:
+    """All that are pending in a process. Not thread-safe by itself: the caller holds the lock of `ChipSet`."""
 
     def __init__(
-        self, chips: dict[int, Chip], actor_of: Sequence[int], actor: int, mail: Mail | None
+        self, chips: dict[int, ExecutingChip], actor_of: Sequence[int], actor: int, mail: Mail | None
     ) -> None:
         self.chips, self.actor_of, self.actor, self.mail = chips, actor_of, actor, mail
-        self.open: dict[Key, Meeting] = {}
+        self.open: dict[Key, PendingCommunication] = {}
 
     def post(self, chip: int, post: Post) -> bool:
-        """Register a post; True when the meeting is complete and may be carried out."""
-        meeting = self.open.setdefault(post.key, Meeting())
-        meeting.posts[chip] = post
-        if not isinstance(post.instruction, Recv):  # taken now: the stream may free it before the meeting
-            meeting.values[chip] = self._value(chip, post)
-        return self._is_complete(post.key, meeting)
+        """Register a post; True when it is complete and may be carried out."""
+        pending = self.open.setdefault(post.key, PendingCommunication())
+        pending.posts[chip] = post
+        if not isinstance(post.instruction, Recv):  # taken now: the stream may free it before the others come
+            pending.values[chip] = self._value(chip, post)
+        return self._is_complete(post.key, pending)
 
     def deliver(self, key: Key, source: int, tensor: torch.Tensor) -> bool:
-        """A contribution from another actor; True when the meeting is complete."""
-        meeting = self.open.setdefault(key, Meeting())
-        meeting.values[source] = tensor
-        return self._is_complete(key, meeting)
+        """A contribution from another actor; True when the communication is complete."""
+        pending = self.open.setdefault(key, PendingCommunication())
+        pending.values[source] = tensor
+        return self._is_complete(key, pending)
 
     def outgoing(self, chip: int, post: Post) -> list[tuple[int, torch.Tensor]]:
         """What this post sends to other actors: (actor, tensor)."""
@@ -86,78 +86,80 @@ class Meetings:
         chunks = value.chunk(len(key.chips))
         return torch.cat([chunks[i] for i, c in enumerate(key.chips) if self.actor_of[c] == actor])
 
-    def _is_complete(self, key: Key, meeting: Meeting) -> bool:
+    def _is_complete(self, key: Key, pending: PendingCommunication) -> bool:
         if key.kind == "p2p":
             source, target = key.chips
             if self.actor_of[target] != self.actor:
-                return source in meeting.posts
-            return target in meeting.posts and source in meeting.values
-        return len(meeting.values) == len(key.chips)
+                return source in pending.posts
+            return target in pending.posts and source in pending.values
+        return len(pending.values) == len(key.chips)
 
     def carry_out(self, key: Key) -> list[int]:
-        """Move or combine the tensors of a complete meeting; returns the local chips for which it has finished."""
-        meeting = self.open.pop(key)
+        """Move or combine the tensors of a complete one; returns the local chips for which it has finished."""
+        pending = self.open.pop(key)
         if key.kind == "p2p":
             source, target = key.chips
-            if target in meeting.posts:
-                receive = meeting.posts[target]
+            if target in pending.posts:
+                receive = pending.posts[target]
                 assert isinstance(receive.instruction, Recv)
                 self.chips[target].write(
-                    receive.instruction.tensor, receive.microbatch, meeting.values[source]
+                    receive.instruction.tensor, receive.microbatch, pending.values[source]
                 )
         else:
-            self._combine(key, meeting)
-        return list(meeting.posts)
+            self._combine(key, pending)
+        return list(pending.posts)
 
-    def _combine(self, key: Key, meeting: Meeting) -> None:
-        first = next(iter(meeting.posts.values())).instruction
+    def _combine(self, key: Key, pending: PendingCommunication) -> None:
+        first = next(iter(pending.posts.values())).instruction
         assert isinstance(first, Collective)
-        targets = [c for c in key.chips if c in meeting.posts]
+        targets = [c for c in key.chips if c in pending.posts]
         if first.op in CHUNKED:
-            self._combine_chunks(first, key, meeting, targets)
+            self._combine_chunks(first, key, pending, targets)
             return
-        parts = [meeting.values[c] for c in key.chips]
+        parts = [pending.values[c] for c in key.chips]
         if first.op is CollectiveOp.ALL_GATHER:
-            self._gather(meeting, key, parts)
+            self._gather(pending, key, parts)
             return
         result = (
             parts[0]
             if first.op is CollectiveOp.BROADCAST
-            else self._reduce(first.reduction, parts, meeting, key)
+            else self._reduce(first.reduction, parts, pending, key)
         )
         for chip in targets:
-            self._put(chip, meeting.posts[chip], result)
+            self._put(chip, pending.posts[chip], result)
 
     def _put(self, chip: int, post: Post, value: torch.Tensor) -> None:
         assert isinstance(post.instruction, Collective)
         self.chips[chip].write(post.instruction.writes[0], post.microbatch, value)
 
     def _reduce(
-        self, reduction: Reduction, parts: list[torch.Tensor], meeting: Meeting, key: Key
+        self, reduction: Reduction, parts: list[torch.Tensor], pending: PendingCommunication, key: Key
     ) -> torch.Tensor:
         """Combine in chip order; in place in the first chip's own buffer where that is also its result."""
-        post = meeting.posts.get(key.chips[0])
+        post = pending.posts.get(key.chips[0])
         in_place = (
             post is not None and isinstance(post.instruction, Collective)
             and post.instruction.reads == post.instruction.writes and parts[0].dtype not in LOW_PRECISION
         )  # fmt: skip
         return combine(reduction, parts, parts[0] if in_place else None)
 
-    def _combine_chunks(self, first: Collective, key: Key, meeting: Meeting, targets: list[int]) -> None:
+    def _combine_chunks(
+        self, first: Collective, key: Key, pending: PendingCommunication, targets: list[int]
+    ) -> None:
         for position, chip in enumerate(targets):
             parts = []
             for source in key.chips:
-                is_remote = source not in meeting.posts
-                chunks = meeting.values[source].chunk(len(targets) if is_remote else len(key.chips))
+                is_remote = source not in pending.posts
+                chunks = pending.values[source].chunk(len(targets) if is_remote else len(key.chips))
                 parts.append(chunks[position if is_remote else key.chips.index(chip)])
             if first.op is CollectiveOp.ALL_TO_ALL:
-                self._put(chip, meeting.posts[chip], torch.cat(parts))
+                self._put(chip, pending.posts[chip], torch.cat(parts))
             else:
-                self._put(chip, meeting.posts[chip], combine(first.reduction, parts, None))
+                self._put(chip, pending.posts[chip], combine(first.reduction, parts, None))
 
-    def _gather(self, meeting: Meeting, key: Key, parts: list[torch.Tensor]) -> None:
+    def _gather(self, pending: PendingCommunication, key: Key, parts: list[torch.Tensor]) -> None:
         shared: torch.Tensor | None = None
-        for chip, post in meeting.posts.items():
+        for chip, post in pending.posts.items():
             assert isinstance(post.instruction, Collective)
             target = post.instruction.writes[0]
             if self.chips[chip].is_buffer(target):

@@ -1,4 +1,4 @@
-"""Meetings: collectives against brute force, combined in chip order, in float32 for half precision."""
+"""Pending communications: collectives against brute force, combined in chip order, in float32 for half precision."""
 
 from typing import Any
 
@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kernels.optimizers import OptimizerSpec
-from orchestrator.runners.executing.chip import Chip, SegmentLibrary, Settings
-from orchestrator.runners.executing.meetings import Meetings, combine
+from orchestrator.runners.executing.chip import ExecutingChip, SegmentLibrary, Settings
+from orchestrator.runners.executing.pending_communications import PendingCommunications, combine
 from partitioner.program.machine import Key, Post
 from partitioner.program.program import (
     Body,
@@ -30,11 +30,11 @@ DTYPES = {"f64": torch.float64, "f32": torch.float32, "bf16": torch.bfloat16, "i
 SETTINGS = Settings(OptimizerSpec(), None)
 
 
-def chips_with(read: Tensor, write: Tensor, dp: int, pp: int = 1) -> dict[int, Chip]:
+def chips_with(read: Tensor, write: Tensor, dp: int, pp: int = 1) -> dict[int, ExecutingChip]:
     roles = tuple(Role(stage, (read, write), (Body("b", ()),), ()) for stage in range(pp))
     program = Program((("pp", pp), ("dp", dp), ("tp", 1)), 1, (), roles)
     library = SegmentLibrary(program, "cpu")
-    return {i: Chip(program, i, library, SETTINGS) for i in range(program.num_chips)}
+    return {i: ExecutingChip(program, i, library, SETTINGS) for i in range(program.num_chips)}
 
 
 def tensor(
@@ -50,15 +50,15 @@ def meet(
     """What every chip has afterwards; `order` is the order in which chips post."""
     size = len(parts)
     chips = chips_with(tensor(0, tuple(parts[0].shape), dtype), tensor(1, shape, dtype, kind), size)
-    meetings = Meetings(chips, (0,) * size, 0, None)
+    communications = PendingCommunications(chips, (0,) * size, 0, None)
     target = 0 if in_place else 1
     instruction = Collective(5, op, reduction, Group(("dp",)), 0, (0,), (target,))
     post = Post(0, 0, instruction, Key("group", tuple(range(size)), 0))
     for position, chip in enumerate(order or range(size)):
         chips[chip].write(0, 0, parts[chip].clone())
-        assert meetings.post(chip, post) == (position == size - 1)
-    assert sorted(meetings.carry_out(post.key)) == list(range(size))
-    assert not meetings.open
+        assert communications.post(chip, post) == (position == size - 1)
+    assert sorted(communications.carry_out(post.key)) == list(range(size))
+    assert not communications.open
     return [chips[i].read(target, 0) for i in range(size)]
 
 
@@ -159,25 +159,25 @@ def test_contributions_are_left_alone_unless_asked_for_in_place() -> None:
 @pytest.mark.parametrize("first", ["send", "recv"])
 def test_a_send_meets_its_receive_whoever_posts_first(first: str) -> None:
     chips = chips_with(tensor(0, (2,), "f32"), tensor(1, (2,), "f32"), 1, pp=2)
-    meetings, key = Meetings(chips, (0, 0), 0, None), Key("p2p", (0, 1), 0)
+    communications, key = PendingCommunications(chips, (0, 0), 0, None), Key("p2p", (0, 1), 0)
     value = torch.tensor([1.0, 2.0])
     chips[0].write(0, 3, value)
     posts = {"send": (0, Post(0, 3, Send(1, 0, 1), key)), "recv": (1, Post(0, 3, Recv(2, 1, 0), key))}
     second = {"send": "recv", "recv": "send"}[first]
-    assert not meetings.post(*posts[first])
-    assert meetings.post(*posts[second])
-    assert sorted(meetings.carry_out(key)) == [0, 1]
+    assert not communications.post(*posts[first])
+    assert communications.post(*posts[second])
+    assert sorted(communications.carry_out(key)) == [0, 1]
     assert torch.equal(chips[1].read(1, 3), value)
 
 
 def test_what_was_sent_is_what_was_there_when_it_was_posted() -> None:
     chips = chips_with(tensor(0, (2,), "f32"), tensor(1, (2,), "f32"), 1, pp=2)
-    meetings, key = Meetings(chips, (0, 0), 0, None), Key("p2p", (0, 1), 0)
+    communications, key = PendingCommunications(chips, (0, 0), 0, None), Key("p2p", (0, 1), 0)
     chips[0].write(0, 0, torch.ones(2))
-    meetings.post(0, Post(0, 0, Send(1, 0, 1), key))
+    communications.post(0, Post(0, 0, Send(1, 0, 1), key))
     chips[0].instances.clear()  # freed by the sender's stream
-    meetings.post(1, Post(0, 0, Recv(2, 1, 0), key))
-    meetings.carry_out(key)
+    communications.post(1, Post(0, 0, Recv(2, 1, 0), key))
+    communications.carry_out(key)
     assert torch.equal(chips[1].read(1, 0), torch.ones(2))
 
 
@@ -196,7 +196,8 @@ def test_two_actors_get_the_bytes_of_one(case: Any, op: CollectiveOp) -> None:
     chips = chips_with(tensor(0, (rows, columns), dtype), tensor(1, shape, dtype), size)
     actor_of = tuple(chip % 2 for chip in range(size))
     halves = [
-        Meetings({c: chips[c] for c in range(size) if actor_of[c] == a}, actor_of, a, None) for a in (0, 1)
+        PendingCommunications({c: chips[c] for c in range(size) if actor_of[c] == a}, actor_of, a, None)
+        for a in (0, 1)
     ]
     instruction = Collective(5, op, reduction, Group(("dp",)), 0, (0,), (1,))
     post = Post(0, 0, instruction, Key("group", tuple(range(size)), 0))

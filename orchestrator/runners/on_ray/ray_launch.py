@@ -1,0 +1,46 @@
+"""Ray launch: Ray and its actors start in the background, with nothing known but the cluster.
+
+Does not import torch in the calling thread before the actors are on their way.
+"""
+
+from orchestrator.config.hardware.cluster import Cluster, Device
+from orchestrator.planning.preparation import Prepared, optimizer_factory
+from orchestrator.runners.on_ray.ray_start import PHASES, ActorPlan, RayStart
+from orchestrator.runners.runner import TensorRunner, num_workers
+
+DEVICES = {Device.SIMULATED: "cpu", Device.CPU: "cpu", Device.CUDA: "cuda"}
+
+
+class RayLaunch:
+    """What `train` starts first: actors for `cluster`, as many as it says or one per core; real chips one each."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        is_real = cluster.device is not Device.SIMULATED
+        self.device = DEVICES[cluster.device]
+        num_actors = cluster.num_chips if is_real else min(num_workers(cluster), cluster.num_chips)
+        self.start = RayStart(ActorPlan(num_actors, gpus=int(cluster.device is Device.CUDA)))
+
+    def connect(self, prepared: Prepared, progress: PhaseReporter) -> TensorRunner:
+        """The runner of `prepared`, once the actors are up."""
+        try:
+            for phase in PHASES:
+                with progress.phase(phase):
+                    self.start.wait(phase)
+            with progress.phase("connect actors"):
+                return self._runner(prepared)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """End what was started."""
+        self.start.close()
+
+    def _runner(self, prepared: Prepared) -> TensorRunner:
+        from kernels.optimizers import OptimizerSpec
+        from orchestrator.runners.on_ray.ray_runner import RayOptions, RayRunner
+
+        job = prepared.job
+        made = optimizer_factory(job)
+        optimizer = made if isinstance(made, OptimizerSpec) else job.optimizer.name
+        return RayRunner(self.start, prepared.program, RayOptions(optimizer, job.clip_norm, self.device))

@@ -1,0 +1,253 @@
+"""Prediction: how long one step takes, where the time goes, what it costs and whether it fits, in numbers.
+
+Needs a Program and a cluster, no torch and no chip. Averages over chips: all stages have the same number of
+chips, so the breakdown is the mean over stages and sums to the step time; `roles` gives each stage's own.
+Peak memory is per chip of a stage. One formula for each number; chips times seconds is the common denominator: a
+figure per chip divides by all chips of the job, whatever each of them does.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+from comms.errors import ConfigError, located
+from comms.selection.pricing import Fidelity
+from kernels.chips import Chip
+from orchestrator.config.hardware.cluster import Cluster
+from orchestrator.runners.runner import StepRequest
+from orchestrator.runners.timing.simulated import SimulatedStep, simulate_step
+from orchestrator.runners.timing.step_costs import DEFAULT_DTYPE, NS_PER_S, ClusterCosts
+from orchestrator.runners.timing.timed_segments import Tally
+from orchestrator.runs.timeline import Timeline
+from partitioner.program.peak_memory import RoleMemory, peak_memory
+from partitioner.program.program import Program
+
+AXES = ("tp", "dp", "pp", "all")  # always shown, zero or not; others only where a Program has them
+EVERY_CHIP = 2048  # up to so many are driven one by one
+CONDITIONS = "the conditions of the cluster file"
+UNEVEN = "how groups of chips sit that fill hosts or tiers unevenly"
+
+
+@dataclass(frozen=True, slots=True)
+class StepBreakdown:
+    """Seconds of a chip's step; the parts sum to the step time."""
+
+    compute_s: float
+    optimizer_s: float
+    host_s: float
+    exposed_communication_s: tuple[tuple[str, float], ...]
+    bubble_s: float
+
+    def document(self) -> dict[str, object]:
+        """As JSON values."""
+        return {
+            "compute_s": self.compute_s,
+            "exposed_communication_s": dict(self.exposed_communication_s),
+            "bubble_s": self.bubble_s,
+            "host_s": self.host_s,
+            "optimizer_s": self.optimizer_s,
+        }
+
+
+@dataclass(frozen=True)
+class SimulationResult:
+    """What is predicted for one step. Prices and power are None where a chip's figures are not known."""
+
+    program: Program = field(repr=False)
+    cluster: Cluster = field(repr=False)
+    step: SimulatedStep = field(repr=False)
+    memory: tuple[RoleMemory, ...] = field(repr=False)
+    elapsed_s: float
+
+    @property
+    def num_chips(self) -> int:
+        return self.program.num_chips
+
+    @property
+    def plan(self) -> str:
+        """The plan in words."""
+        return str(self.program.facts.get("plan", ""))
+
+    @property
+    def step_time_s(self) -> float:
+        return self.step.step_ns / NS_PER_S
+
+    @property
+    def tokens_per_s(self) -> float:
+        return tokens_per_s(int(self.program.facts["tokens"]), self.step_time_s)
+
+    @property
+    def mfu(self) -> float:
+        """Against the mean peak of the chips for the job's dtype."""
+        dtype = str(self.program.facts.get("dtype", DEFAULT_DTYPE))
+        peaks = [chip.peak(dtype) for host in self.cluster.unit for chip in host.chips]
+        flops = float(self.program.facts["model_flops"])
+        return mfu(flops, sum(peaks) / len(peaks), self.step_time_s, self.num_chips)
+
+    @property
+    def cost_usd_per_step(self) -> float | None:
+        hourly = self.cluster.usd_per_hour
+        return None if hourly is None else cost_usd_per_step(hourly, self.step_time_s)
+
+    @property
+    def energy_j_per_step(self) -> float | None:
+        """Rated power of the chips alone, without their hosts."""
+        watts = [chip.tdp_w for host in self.cluster.unit for chip in host.chips]
+        known = [value for value in watts if value is not None]
+        if len(known) < len(watts):
+            return None
+        return energy_j_per_step(sum(known) / len(known), self.num_chips, self.step_time_s)
+
+    @cached_property
+    def breakdown(self) -> StepBreakdown:
+        """The mean over all chips."""
+        return _breakdown(self.step.overall, len(self.step.tallies))
+
+    @cached_property
+    def roles(self) -> tuple[StepBreakdown, ...]:
+        """One per stage."""
+        return tuple(_breakdown(tally, 1) for tally in self.step.tallies)
+
+    @property
+    def fits(self) -> bool:
+        """Whether every stage's peak is within its chips' memory."""
+        return all(role.peak_bytes <= self.chip_of(role).memory_bytes for role in self.memory)
+
+    def chip_of(self, role: RoleMemory) -> Chip:
+        """The chip with the least memory in a stage; the unit repeats, so one unit is enough to look at."""
+        per_stage = self.num_chips // self.program.size("pp")
+        distinct = min(per_stage, self.cluster.chips_per_host * len(self.cluster.unit))
+        chips = (self.cluster.chip(role.stage * per_stage + offset) for offset in range(distinct))
+        return min(chips, key=lambda chip: chip.memory_bytes)
+
+    def timeline(self, step: int = 0) -> Timeline:
+        """The predicted step: every chip of a small mesh, one chip per stage of a large one."""
+        return self.step.timeline(step)
+
+    def document(self) -> dict[str, object]:
+        """As JSON values: the answer of `simulate --json`."""
+        return {
+            "step_time_s": self.step_time_s,
+            "tokens_per_s": self.tokens_per_s,
+            "mfu": self.mfu,
+            "peak_memory_bytes": [role.peak_bytes for role in self.memory],
+            "fits": self.fits,
+            "cost_usd_per_step": self.cost_usd_per_step,
+            "energy_j_per_step": self.energy_j_per_step,
+            "breakdown": self.breakdown.document(),
+            "roles": [role.document() for role in self.roles],
+            "num_chips": self.num_chips,
+            "plan": self.plan,
+            "fidelity": self.step.fidelity,
+            "left_out": self.step.left_out,
+            "elapsed_s": self.elapsed_s,
+        }
+
+
+def simulate(
+    program: Program,
+    cluster: Cluster,
+    *,
+    fidelity: Fidelity | None = None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> SimulationResult:
+    """Predict one step of `program` on its number of chips of `cluster`. Raises ClusterError or PlanError."""
+    started = clock()
+    runner = SimulatedRunner(program, cluster.take(program.num_chips), fidelity)
+    step = runner.run(StepRequest())
+    return SimulationResult(program, runner.cluster, step, peak_memory(program), clock() - started)
+
+
+@dataclass(frozen=True)
+class SimulatedRunner:
+    """The runner that only tells the time: as many chips as the Program has, no tensors, and so no loss.
+
+    Folded unless `fidelity` says full, or the cluster is not in perfect order and has few enough chips for that.
+    """
+
+    program: Program
+    cluster: Cluster
+    fidelity: Fidelity | None = None
+
+    def run(self, request: StepRequest) -> SimulatedStep:
+        """See `Runner`; of the request only the schedule matters. Raises ClusterError or PlanError."""
+        is_full = chosen_fidelity(self.cluster, self.fidelity) is Fidelity.FULL
+        return self._every_chip(request.schedule) if is_full else self._folded(request.schedule)
+
+    def close(self) -> None:
+        """Nothing to give back."""
+
+    def _folded(self, schedule: str) -> SimulatedStep:
+        costs = ClusterCosts(self.program, self.cluster)
+        step = simulate_step(self.program, costs, schedule=schedule)
+        found = ((CONDITIONS, not self.cluster.conditions.is_healthy), (UNEVEN, costs.sits_unevenly))
+        return replace(step, left_out=(*step.left_out, *(what for what, is_so in found if is_so)))
+
+    def _every_chip(self, schedule: str) -> SimulatedStep:
+        """Every chip driven and every message moved, on the network in the state that it is in."""
+        program, cluster = self.program, self.cluster
+        if program.num_chips > EVERY_CHIP:
+            raise ConfigError(
+                f"{program.num_chips} chips are too many to drive one by one (up to {EVERY_CHIP})",
+                "--fidelity full",
+                "take --fidelity folded, or fewer chips",
+            )
+        # Imported here: with full fidelity comes its event loop.
+        from comms.selection.full_collective import background_jobs
+        from comms.selection.site import site_of
+        from orchestrator.runners.timing.every_chip import ProgramTraffic, simulate_every_chip
+
+        with located(cluster.origin):
+            site = site_of(cluster.network, program.num_chips, cluster.conditions)
+            others, slow = tuple(background_jobs(site)), site.resolved.work_factors
+            traffic = ProgramTraffic(program, site.network, site.resolved.conditions, site.topology, others)
+            costs = ClusterCosts(program, cluster)
+            return simulate_every_chip(program, costs, traffic, schedule=schedule, slow=slow)
+
+
+def chosen_fidelity(cluster: Cluster, asked: Fidelity | None) -> Fidelity:
+    """How a step over all chips of a cluster is timed."""
+    if asked is not None:
+        return asked
+    few = cluster.num_chips <= EVERY_CHIP
+    return Fidelity.FOLDED if cluster.conditions.is_healthy or not few else Fidelity.FULL
+
+
+def tokens_per_s(num_tokens: int, seconds: float) -> float:
+    """Tokens of the global batch over the time of the step.
+
+    Every token counts once, whatever the parallelism.
+    """
+    return num_tokens / seconds
+
+
+def mfu(model_flops: float, peak_flops_per_s: float, seconds: float, num_chips: int) -> float:
+    """Model FLOPs utilisation: model_flops / (peak per chip x seconds x chips).
+
+    `model_flops` is what one step of the model needs, forward and backward, over the global batch, without
+    recompute and without what tensor parallelism repeats (Chowdhery et al. 2022, PaLM, appendix B).
+    """
+    return model_flops / (peak_flops_per_s * seconds * num_chips)
+
+
+def cost_usd_per_step(cluster_usd_per_hour: float, seconds: float) -> float:
+    """Price of the whole cluster per hour x step time / 3600: idle chips are paid for as well."""
+    return cluster_usd_per_hour * seconds / 3600
+
+
+def energy_j_per_step(chip_watts: float, num_chips: int, seconds: float) -> float:
+    """Rated power x chips x step time. An upper bound: a chip that waits draws less than its rated power."""
+    return chip_watts * num_chips * seconds
+
+
+def _breakdown(tally: Tally, num_stages: int) -> StepBreakdown:
+    unit = NS_PER_S * num_stages
+    axes = dict.fromkeys((*AXES, *sorted(tally.exposed_ns)))
+    return StepBreakdown(
+        compute_s=tally.compute_ns / unit,
+        optimizer_s=tally.optimizer_ns / unit,
+        host_s=tally.host_ns / unit,
+        exposed_communication_s=tuple((axis, tally.exposed_ns.get(axis, 0) / unit) for axis in axes),
+        bubble_s=tally.bubble_ns / unit,
+    )
