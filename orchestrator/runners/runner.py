@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import torch
 
     from kernels.optimizers import StepStatistics
-    from orchestrator.planning.preparation import Prepared
+    from orchestrator.planning.preparation import PhaseReporter, Prepared
 
 # Causes before effects: forward 0, backward 1, later 2; microbatch; stage along the flow; chip.
 BadOrder: TypeAlias = tuple[int, int, int, int]

@@ -15,7 +15,7 @@ from comms import wording
 from comms.errors import PlanError
 from orchestrator.config.hardware.cluster import Cluster
 from orchestrator.config.job import Dtype, Job
-from orchestrator.planning.preparation import Prepared, Quiet, build_model, prepare
+from orchestrator.planning.preparation import PhaseReporter, Prepared, Quiet, build_model, prepare
 from orchestrator.verbs.inputs.options import VerifyOptions
 from orchestrator.verbs.inputs.planned_inputs import resolve
 from orchestrator.verbs.plan import parameter_bytes, step_flops

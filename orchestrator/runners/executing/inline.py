@@ -9,7 +9,7 @@ import torch
 
 from comms.errors import ClusterError
 from orchestrator.config.hardware.cluster import Cluster, Device
-from orchestrator.planning.preparation import Prepared, optimizer_factory
+from orchestrator.planning.preparation import PhaseReporter, Prepared, optimizer_factory
 from orchestrator.runners.executing.chip import Settings
 from orchestrator.runners.executing.chip_set import ChipSet
 from orchestrator.runners.executing.chip_state import restore_state, saved_state

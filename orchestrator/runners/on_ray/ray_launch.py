@@ -4,7 +4,7 @@ Does not import torch in the calling thread before the actors are on their way.
 """
 
 from orchestrator.config.hardware.cluster import Cluster, Device
-from orchestrator.planning.preparation import Prepared, optimizer_factory
+from orchestrator.planning.preparation import PhaseReporter, Prepared, optimizer_factory
 from orchestrator.runners.on_ray.ray_start import PHASES, ActorPlan, RayStart
 from orchestrator.runners.runner import TensorRunner, num_workers
 
