@@ -2,7 +2,7 @@
 
 Binomial trees halve what is still without data in every round (Thakur, Rabenseifner and Gropp, Int. J. High Perf.
 Comp. Appl. 19, 2005): broadcast and reduce move the whole buffer, scatter and gather what belongs to a subtree.
-With `fanouts` they go over the digits of a rank from the outside in, so that a bunch is entered once. A large
+With `fanouts` they go over the digits of a rank from the outside in, so that a subgroup is entered once. A large
 buffer is broadcast by a scatter and an all-gather around the ring (van de Geijn, 1994).
 
 The double binary tree reduces one half of the buffer up one tree and broadcasts it down again, the other half by a
@@ -19,26 +19,16 @@ Where a parent serves one child after the other by one port, what comes down one
 other, and the outline is too low, by up to a quarter; with a wire per child, as on a board, it is exact again.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cache, partial
-from math import ceil
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cache
 
 import numpy as np
 
-from comms.algorithms.ring import all_gather
-from comms.algorithms.rounds import (
-    Outlines,
-    Schedules,
-    check_ranks,
-    checked_fanouts,
-    folds,
-    inner_sizes,
-    moved,
-    reversed_rounds,
-    round_of,
-    schedule_of,
-)
+from comms.algorithms import ring
+from comms.algorithms.catalog import Algorithm, Joined, Needs, spans
+from comms.algorithms.rounds import Ranks, inner_sizes, moved, reversed_rounds, round_of, schedule_of
+from comms.collectives.closed_form import fewest_pieces
 from comms.collectives.outline import Hop, Outline, Stage
 from comms.collectives.schedule import Channel, Op, Pattern, Round, Schedule
 from comms.networks.levels import Level, Levels, num_members
@@ -47,51 +37,37 @@ from comms.networks.topology import IntArray
 BINOMIAL, SCATTER_GATHER, DOUBLE = "binomial tree", "scatter and all-gather", "double tree"
 INWARD = frozenset({Op.REDUCE, Op.GATHER})
 IN_PARTS = frozenset({Op.SCATTER, Op.GATHER})
-FILLING = 1 / 32  # of the time with endless pieces, what filling pipelines may cost more
 
 
-def broadcast(num_ranks: int, root: int = 0, *, fanouts: Sequence[int] | None = None) -> Schedule:
-    """Whoever has the buffer sends it to half of those that it stands for."""
-    return schedule_of(
-        Op.BROADCAST, BINOMIAL, num_ranks, 1, _copies(num_ranks, root, fanouts), shares=1.0, root=root
-    )
+def schedule(op: Op, ranks: Ranks) -> Schedule:
+    """Whoever has the buffer sends it to half of those that it stands for, or what belongs to these; or backwards."""
+    parts = op in IN_PARTS
+    rounds = _parts(ranks) if parts else _copies(ranks)
+    if op in INWARD:
+        rounds = reversed_rounds(rounds, reduces=op is Op.REDUCE)
+    return schedule_of(op, BINOMIAL, ranks, ranks.num if parts else 1, rounds)
 
 
-def reduce(num_ranks: int, root: int = 0, *, fanouts: Sequence[int] | None = None) -> Schedule:
-    """The broadcast backwards, each rank adding what it gets."""
-    rounds = reversed_rounds(_copies(num_ranks, root, fanouts), reduces=True)
-    return schedule_of(Op.REDUCE, BINOMIAL, num_ranks, 1, rounds, shares=1.0, root=root)
-
-
-def scatter(num_ranks: int, root: int = 0, *, fanouts: Sequence[int] | None = None) -> Schedule:
-    """As the broadcast, but of what belongs to the ranks beyond."""
-    rounds = _parts(num_ranks, root, fanouts)
-    return schedule_of(Op.SCATTER, BINOMIAL, num_ranks, num_ranks, rounds, root=root)
-
-
-def gather(num_ranks: int, root: int = 0, *, fanouts: Sequence[int] | None = None) -> Schedule:
-    """The scatter backwards."""
-    rounds = reversed_rounds(_parts(num_ranks, root, fanouts), reduces=False)
-    return schedule_of(Op.GATHER, BINOMIAL, num_ranks, num_ranks, rounds, root=root)
-
-
-def scatter_gather_broadcast(num_ranks: int, root: int = 0) -> Schedule:
+def scatter_gather_schedule(op: Op, ranks: Ranks) -> Schedule:
     """A binomial scatter, then an all-gather around the ring."""
-    rounds = _parts(num_ranks, root, None)
-    ring = tuple(each for channel in all_gather(num_ranks).channels for each in channel.rounds)
-    channels = (Channel((rounds, ring)),) if rounds else ()
-    return Schedule(Op.BROADCAST, SCATTER_GATHER, num_ranks, num_ranks, 1.0 / num_ranks, channels, root)
+    n = ranks.num
+    dealt = _parts(Ranks(n, ranks.root))
+    around = tuple(
+        each for channel in ring.schedule(Op.ALL_GATHER, Ranks(n)).channels for each in channel.rounds
+    )
+    channels = (Channel((dealt, around)),) if dealt else ()
+    return Schedule(op, SCATTER_GATHER, n, n, 1.0 / n, channels, ranks.root)
 
 
-def double_tree_all_reduce(num_ranks: int, *, pieces: int = 1) -> Schedule:
-    """Half of the buffer up and down either tree, cut into `pieces` that are chunks of their own."""
-    check_ranks(num_ranks, pieces=pieces)
+def double_tree_schedule(op: Op, ranks: Ranks) -> Schedule:
+    """Half of the buffer up and down either tree, cut into pieces that are chunks of their own."""
+    pieces = ranks.pieces
     channels = tuple(
         up_and_down(parents, np.arange(pieces) + tree * pieces)
-        for tree, parents in enumerate(double_trees(num_ranks))
-        if num_ranks > 1
+        for tree, parents in enumerate(double_trees(ranks.num))
+        if ranks.num > 1
     )
-    return Schedule(Op.ALL_REDUCE, DOUBLE, num_ranks, 2 * pieces, 0.5 / pieces, channels)
+    return Schedule(op, DOUBLE, ranks.num, 2 * pieces, 0.5 / pieces, channels)
 
 
 def double_trees(num_ranks: int) -> tuple[IntArray, IntArray]:
@@ -110,53 +86,44 @@ def double_trees(num_ranks: int) -> tuple[IntArray, IntArray]:
     return parent - 1, second - 1
 
 
-def double_tree_pieces(nbytes: float, levels: Levels) -> int:
-    """The fewest pieces with which filling the pipelines costs at most FILLING of the time with endless pieces."""
-    spans = folds(levels)
-    if not spans or num_members(levels) < 4:
+def double_tree_pieces(op: Op, nbytes: float, levels: Levels) -> int:
+    """So many that filling the pipelines hardly counts."""
+    parts = spans(levels)
+    if not parts or num_members(levels) < 4:
         return 1
-    level, n = spans[0][0], num_members(levels)
+    level, n = parts[0][0], num_members(levels)
     depth = n.bit_length() - 1
     half_s = nbytes / 2 / level.rate(2)
-    endless = depth * level.latency_s + half_s
-    return max(1, ceil((depth - 1) * half_s / (FILLING * endless))) if endless > 0 else 1
+    return fewest_pieces((depth - 1) * half_s, depth * level.latency_s + half_s)
 
 
-def rooted_outline(op: Op, nbytes: float, levels: Levels) -> Outline | None:
-    """Broadcast, reduce, scatter or gather by a binomial tree over the digits; None on rings."""
-    spans = folds(levels)
-    if any(level.ring for level, _ in spans):
-        return None
-    per_bunch = [nbytes / num_members(levels) * inner if op in IN_PARTS else nbytes for _, inner in spans]
+def outline(op: Op, nbytes: float, levels: Levels) -> Outline:
+    """Of a binomial tree over the digits."""
+    parts = spans(levels)
+    each = nbytes / num_members(levels)
     stages = tuple(
-        _longest_way(op, each, level, inner) for each, (level, inner) in zip(per_bunch, spans, strict=True)
+        _longest_way(op, each * inner if op in IN_PARTS else nbytes, level, inner) for level, inner in parts
     )
     return Outline(BINOMIAL, (stages if op in INWARD else stages[::-1],), (0,))
 
 
-def scatter_gather_outline(nbytes: float, levels: Levels) -> Outline | None:
-    """The rank that gets its part last has it go all around the ring; None on rings and over several levels."""
-    spans = folds(levels)
-    if len(spans) > 1 or any(level.ring for level, _ in spans):
-        return None
+def scatter_gather_outline(op: Op, nbytes: float, levels: Levels) -> Outline:
+    """The rank that gets its part last has it go all around the ring."""
     stages: tuple[Stage, ...] = ()
-    for level, inner in spans:
+    for level, inner in spans(levels):
         part = nbytes / level.fanout
         around = Stage(level.fanout - 1, part, (Hop(level.latency_s, level.rate()),))
         stages = (_longest_way(Op.SCATTER, part, level, inner), around)
     return Outline(SCATTER_GATHER, (stages,), (0,))
 
 
-def double_tree_outline(nbytes: float, levels: Levels, *, pieces: int = 1) -> Outline | None:
+def double_tree_outline(op: Op, nbytes: float, levels: Levels, pieces: int = 1) -> Outline:
     """All pieces leave the deepest leaf, the last one goes up to the root, and the same down again.
 
-    The root of 2**k ranks has one child, with which it shares no wire. None on rings and over several levels.
+    The root of 2**k ranks has one child, with which it shares no wire.
     """
-    spans = folds(levels)
-    if len(spans) > 1 or any(level.ring for level, _ in spans):
-        return None
     way: tuple[Stage, ...] = ()
-    for level, _ in spans:
+    for level, _ in spans(levels):
         n = level.fanout
         piece, alone = nbytes / 2 / pieces, n & (n - 1) == 0
         rate = level.rate(1 if n == 2 else 2)
@@ -169,7 +136,7 @@ def double_tree_outline(nbytes: float, levels: Levels, *, pieces: int = 1) -> Ou
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Step:
+class _Sending:
     """One round of a binomial tree: ranks `src` each send to the one whose digit is `by` further on."""
 
     src: IntArray
@@ -183,35 +150,34 @@ class _Step:
         return moved(self.src, self.inner, self.fanout, self.by)
 
 
-def _steps(num_ranks: int, root: int, fanouts: Sequence[int] | None) -> Iterator[_Step]:
+def _sendings(ranks: Ranks) -> Iterator[_Sending]:
     """Digit by digit from the outermost; places count from the root's digit, far ones come first."""
-    check_ranks(num_ranks, root)
-    parts = checked_fanouts(num_ranks, fanouts)
-    for fanout, inner in reversed(list(zip(parts, inner_sizes(parts), strict=True))):
-        holders = np.arange(root % inner, num_ranks, inner)
+    root, digits = ranks.root, ranks.digits
+    for fanout, inner in reversed(list(zip(digits, inner_sizes(digits), strict=True))):
+        holders = np.arange(root % inner, ranks.num, inner)
         place = (holders // inner - root // inner) % fanout
         for by in (1 << bit for bit in reversed(range((fanout - 1).bit_length()))):
             sends = (place % (2 * by) == 0) & (place + by < fanout)
-            yield _Step(holders[sends], inner, fanout, by, np.minimum(by, fanout - place[sends] - by))
+            yield _Sending(holders[sends], inner, fanout, by, np.minimum(by, fanout - place[sends] - by))
 
 
-def _copies(num_ranks: int, root: int, fanouts: Sequence[int] | None) -> tuple[Round, ...]:
+def _copies(ranks: Ranks) -> tuple[Round, ...]:
     rounds = []
-    for step in _steps(num_ranks, root, fanouts):
-        zero = np.zeros_like(step.src)
-        rounds.append(Round(Pattern(step.src, step.dst), zero, zero + 1, reduces=False))
+    for each in _sendings(ranks):
+        zero = np.zeros_like(each.src)
+        rounds.append(Round(Pattern(each.src, each.dst), zero, zero + 1, reduces=False))
     return tuple(rounds)
 
 
-def _parts(num_ranks: int, root: int, fanouts: Sequence[int] | None) -> tuple[Round, ...]:
+def _parts(ranks: Ranks) -> tuple[Round, ...]:
     rounds = []
-    for step in _steps(num_ranks, root, fanouts):
-        offset = np.arange(step.by)
-        row, further = np.nonzero(offset < step.beyond[:, np.newaxis])
-        src, dst = step.src[row], step.dst[row]
-        bunch = moved(src, step.inner, step.fanout, step.by + further) // step.inner * step.inner
-        chunk = (bunch[:, np.newaxis] + np.arange(step.inner)).ravel()
-        rounds.append(round_of(np.repeat(src, step.inner), np.repeat(dst, step.inner), chunk, reduces=False))
+    for each in _sendings(ranks):
+        offset = np.arange(each.by)
+        row, further = np.nonzero(offset < each.beyond[:, np.newaxis])
+        src, dst = each.src[row], each.dst[row]
+        subgroup = moved(src, each.inner, each.fanout, each.by + further) // each.inner * each.inner
+        chunk = (subgroup[:, np.newaxis] + np.arange(each.inner)).ravel()
+        rounds.append(round_of(np.repeat(src, each.inner), np.repeat(dst, each.inner), chunk, reduces=False))
     return tuple(rounds)
 
 
@@ -283,16 +249,32 @@ def _depths(parents: IntArray) -> IntArray:
     return depth
 
 
-SCHEDULES: Schedules = {
-    BINOMIAL: {Op.BROADCAST: broadcast, Op.REDUCE: reduce, Op.SCATTER: scatter, Op.GATHER: gather},
-    SCATTER_GATHER: {Op.BROADCAST: scatter_gather_broadcast},
-    DOUBLE: {Op.ALL_REDUCE: double_tree_all_reduce},
-}
-OUTLINES: Outlines = {
-    BINOMIAL: {op: partial(rooted_outline, op) for op in (Op.BROADCAST, Op.REDUCE, Op.SCATTER, Op.GATHER)},
-    SCATTER_GATHER: {Op.BROADCAST: scatter_gather_outline},
-    DOUBLE: {Op.ALL_REDUCE: double_tree_outline},
-}
-PIECES: Mapping[str, Mapping[Op, Callable[[float, Levels], int]]] = {
-    DOUBLE: {Op.ALL_REDUCE: double_tree_pieces}
-}
+# A root's rate and a tree's shared wires are not what pools take for granted.
+_SWITCHED = Needs(Joined.BY_SWITCH, Joined.BY_SWITCH, most_shared=0)
+ALGORITHMS = (
+    Algorithm(
+        name=BINOMIAL,
+        rank=4,
+        ops=(Op.BROADCAST, Op.REDUCE, Op.SCATTER, Op.GATHER),
+        make=schedule,
+        sketch=outline,
+        needs=_SWITCHED,
+    ),
+    Algorithm(
+        name=SCATTER_GATHER,
+        rank=4,
+        ops=(Op.BROADCAST,),
+        make=scatter_gather_schedule,
+        sketch=scatter_gather_outline,
+        needs=replace(_SWITCHED, most=1),
+    ),
+    Algorithm(
+        name=DOUBLE,
+        rank=4,
+        ops=(Op.ALL_REDUCE,),
+        make=double_tree_schedule,
+        sketch=double_tree_outline,
+        cut=double_tree_pieces,
+        needs=replace(_SWITCHED, most=1),
+    ),
+)

@@ -22,6 +22,8 @@ with several stages, or with pieces between each other, and channels side by sid
 sweep, `collectives.folded`, which is used for them.
 """
 
+from math import ceil
+
 import numpy as np
 
 from comms.collectives.folded import blocks, folded_seconds, num_positions
@@ -30,6 +32,7 @@ from comms.collectives.schedule import Order
 from comms.networks.topology import FloatArray
 
 MAX_POSITIONS = 512  # the form of a ring takes the square of it
+FILLING = 1 / 32  # of the time with endless pieces, what filling a pipeline may cost more
 
 
 def closed_seconds(outline: Outline) -> float:
@@ -44,6 +47,21 @@ def closed_seconds(outline: Outline) -> float:
     if outline.order is Order.INTERLEAVED and outline.pieces > 1:
         return folded_seconds(outline)
     return _ring(stages[0], outline.pieces)
+
+
+def pieces_to_fill(whole: Outline) -> int:
+    """Of an outline in one piece whose rounds have ports of their own, so many that filling them hardly counts."""
+    stages = [(stage, stage.hops[0]) for phase in whole.phases for stage in phase]
+    wire_s = [stage.nbytes / hop.bytes_per_s for stage, hop in stages]
+    slowest_s = max(wire_s, default=0.0)
+    through_s = sum(stage.repeat * wire for (stage, _), wire in zip(stages, wire_s, strict=True))
+    latency_s = sum(stage.repeat * hop.latency_s for stage, hop in stages)
+    return fewest_pieces(through_s - slowest_s, latency_s + slowest_s)
+
+
+def fewest_pieces(filling_s: float, endless_s: float) -> int:
+    """With which filling costs at most FILLING of the time with endless pieces; one piece fills in `filling_s`."""
+    return max(1, ceil(filling_s / (FILLING * endless_s))) if endless_s > 0 else 1
 
 
 def _uniform(outline: Outline) -> float:

@@ -12,7 +12,7 @@ from math import inf
 from typing import TYPE_CHECKING
 
 from comms import wording
-from comms.algorithms.catalog import has_many_peers
+from comms.algorithms.catalog import algorithm_of
 from comms.errors import CommsError, TooManyMessages
 from comms.selection.candidate_jobs import MOST_MESSAGES, expected_messages
 from comms.selection.choice import Choice, choose, offered
@@ -124,7 +124,7 @@ def suitable(question: Question, without: Collection[str] = ()) -> tuple[Choice,
             choice = choose(question.op, question.nbytes, question.members, question.network, name)
         except CommsError:  # it does not suit these levels
             continue
-        if not has_many_peers(name, question.op, choice.levels):
+        if not algorithm_of(question.op, name).has_many_peers(question.op, choice.levels):
             choices.append(choice)
     return tuple(sorted(choices, key=lambda choice: (not choice.is_folded, rank(choice))))
 

@@ -16,6 +16,7 @@ from typing import TypeAlias
 import numpy as np
 
 from comms.algorithms import ring
+from comms.algorithms.rounds import Ranks
 from comms.collectives.schedule import Op, Schedule
 from comms.networks.conditions import CALM, Described, Resolved, may_relay, resolve
 from comms.networks.fabrics.edge_list import Rerouted
@@ -124,7 +125,10 @@ def site_of(network: Network, num_chips: int, described: Described = CALM) -> Si
 
 def load_loops() -> None:
     """Have the loops compiled, or loaded if they were compiled before."""
-    pair, jobs = Torus((2,), (Link(1e-6, 1e9),)), [Job(ring.all_reduce(2), np.arange(2), 1.0)]
+    pair, jobs = (
+        Torus((2,), (Link(1e-6, 1e9),)),
+        [Job(ring.schedule(Op.ALL_REDUCE, Ranks(2)), np.arange(2), 1.0)],
+    )
     for method in Method:
         simulate(pair, jobs, method=method)
     live = Live(pair, jobs)

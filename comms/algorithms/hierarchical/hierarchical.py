@@ -1,9 +1,9 @@
 """Hierarchical: level by level, so that every wire further out carries only a share of the buffer.
 
-Reduce-scatter inside, all-reduce of the shares across (all members of a bunch at once, each with its like in the
-other bunches), all-gather inside; with three levels the middle one in the same way. Its halves are reduce_scatter
-and all_gather. (From and to a root: `algorithms.hierarchical.hierarchical_rooted`, from everyone to everyone:
-`hierarchical_exchange`, with trees between bunches: `hierarchical_tree`.)
+Reduce-scatter inside, all-reduce of the shares across (all members of a subgroup at once, each with its counterpart
+in the other subgroups), all-gather inside; with three levels the middle one in the same way. Its halves are
+reduce_scatter and all_gather. (From and to a root: `algorithms.hierarchical.hierarchical_rooted`, from everyone to
+everyone: `hierarchical_exchange`, with trees between subgroups: `hierarchical_tree`.)
 
 Each level by its own way: around a ring, by halving and doubling, or directly. Pieces follow each other one at a
 time in each phase (SERIAL), so that a piece crosses while the next one is still inside: a flow shop.
@@ -12,17 +12,17 @@ Outlines are exact; with several pieces too, as levels say which of them share a
 round in one direction.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import partial, reduce
-from itertools import product
 from math import prod
 from typing import TypeVar
 
 import numpy as np
 
-from comms.algorithms.rounds import Outlines, Schedules, check_ranks, checked_fanouts, folds, inner_sizes
+from comms.algorithms.catalog import Algorithm, Needs, spans
+from comms.algorithms.rounds import Ranks, inner_sizes
 from comms.collectives.closed_form import closed_seconds
 from comms.collectives.outline import Hop, Outline, Stage
 from comms.collectives.schedule import Channel, Op, Order, Pattern, Round, Schedule
@@ -160,76 +160,55 @@ def _moves(blocks: Blocks, place: int, way: Way, gathers: bool) -> Iterator[tupl
             yield (Move(every, digit ^ half, kept // half * half, half),)
 
 
-def all_reduce(
-    num_ranks: int, *, fanouts: Sequence[int] | None = None, ways: Sequence[Way] = RINGS, pieces: int = 1
-) -> Schedule:
-    """Scatter inwards to outwards, then gather on the way back; the outermost level does both in one phase."""
-    blocks, places = begun(num_ranks, fanouts, pieces, nested=True)
-    inward = [scattered(blocks, place, way_at(ways, place)) for place in places]
-    outward = [gathered(blocks, place, way_at(ways, place)) for place in reversed(places)]
-    return serial_schedule(Op.ALL_REDUCE, name_of(ways), num_ranks, turning(inward, outward), pieces)
+def schedule(op: Op, ranks: Ranks, *, ways: Sequence[Way] = RINGS) -> Schedule:
+    """Scatter inwards to outwards, then gather on the way back; the outermost level does both in one phase.
 
-
-def reduce_scatter(
-    num_ranks: int, *, fanouts: Sequence[int] | None = None, ways: Sequence[Way] = RINGS, pieces: int = 1
-) -> Schedule:
-    """From the innermost level outwards. What goes to one rank is not one range of chunks, so it is several."""
-    blocks, places = begun(num_ranks, fanouts, pieces, nested=False)
-    phases = [scattered(blocks, place, way_at(ways, place)) for place in places]
-    return serial_schedule(Op.REDUCE_SCATTER, name_of(ways), num_ranks, phases, pieces)
-
-
-def all_gather(
-    num_ranks: int, *, fanouts: Sequence[int] | None = None, ways: Sequence[Way] = RINGS, pieces: int = 1
-) -> Schedule:
-    """From the outermost level inwards."""
-    blocks, places = begun(num_ranks, fanouts, pieces, nested=False)
-    phases = [gathered(blocks, place, way_at(ways, place)) for place in reversed(places)]
-    return serial_schedule(Op.ALL_GATHER, name_of(ways), num_ranks, phases, pieces)
+    In the halves what goes to one rank is not one range of chunks, so it is several.
+    """
+    blocks, places = begun(ranks, nested=op is Op.ALL_REDUCE)
+    inward, outward = [], []
+    if op is not Op.ALL_GATHER:
+        inward = [scattered(blocks, place, way_at(ways, place)) for place in places]
+    if op is not Op.REDUCE_SCATTER:
+        outward = [gathered(blocks, place, way_at(ways, place)) for place in reversed(places)]
+    return serial_schedule(op, name_of(ways), ranks, turning(inward, outward))
 
 
 def outline(
-    op: Op, nbytes: float, levels: Levels, *, ways: Sequence[Way] = RINGS, pieces: int = 1
+    op: Op, nbytes: float, levels: Levels, pieces: int = 1, *, ways: Sequence[Way] = RINGS
 ) -> Outline | None:
-    """Two levels or more; None where a way does not suit a level (`suits`)."""
-    spans = folds(levels)
-    taken = [way_at(ways, place) for place in range(len(spans))]
-    if len(spans) < 2 or not all(suits(way, level) for way, (level, _) in zip(taken, spans, strict=True)):
+    """None where a way does not suit a level (`suits`)."""
+    parts = spans(levels)
+    taken = [way_at(ways, place) for place in range(len(parts))]
+    if not all(suits(way, level) for way, (level, _) in zip(taken, parts, strict=True)):
         return None
-    ports = [level.port for level, _ in spans]
-    inward: list[tuple[Stage, ...]] = []
-    outward: list[tuple[Stage, ...]] = []
-    for way, (level, inner) in zip(taken, spans, strict=True):
-        rounds = stages(way, nbytes / inner, level, inner)
-        inward.append(rounds)
-        outward.insert(0, rounds[::-1])
-    if op is Op.REDUCE_SCATTER:
-        return Outline(name_of(ways), tuple(inward), tuple(ports), pieces)
-    if op is Op.ALL_GATHER:
-        return Outline(name_of(ways), tuple(outward), tuple(ports[::-1]), pieces)
-    return Outline(name_of(ways), tuple(turning(inward, outward)), (*ports, *ports[-2::-1]), pieces)
+    scatter = [stages(way, nbytes / span[1], *span) for way, span in zip(taken, parts, strict=True)]
+    inward = scatter if op is not Op.ALL_GATHER else []
+    outward = [rounds[::-1] for rounds in reversed(scatter)] if op is not Op.REDUCE_SCATTER else []
+    ports = tuple(level.port for level, _ in parts)
+    used = {Op.REDUCE_SCATTER: ports, Op.ALL_GATHER: ports[::-1]}.get(op, ports + ports[-2::-1])
+    return Outline(name_of(ways), tuple(turning(inward, outward)), used, pieces)
 
 
 def best_pieces(op: Op, nbytes: float, levels: Levels, *, ways: Sequence[Way] = RINGS) -> int:
     """The best power of two of pieces for levels with several ports; one where they share one."""
     whole = outline(op, nbytes, levels, ways=ways)
-    if whole is None or len(set(whole.ports)) == 1:
-        return 1
-    return fastest_cut(lambda pieces: outline(op, nbytes, levels, ways=ways, pieces=pieces))
+    return fastest_cut(whole) if whole is not None and len(set(whole.ports)) > 1 else 1
 
 
-def fastest_cut(outline_in: Callable[[int], Outline | None], late_s: float = 0.0) -> int:
-    """The power of two of pieces whose outline is fastest; one where there is none.
+def fastest_cut(whole: Outline | None, late_s: float = 0.0) -> int:
+    """The power of two of pieces in which an outline is fastest; one where there is none.
 
     Where it is in several pieces, it is `late_s` over their number slower than its outline says.
     """
-    counts = [1 << bit for bit in range(MAX_PIECES.bit_length())]
+    if whole is None:
+        return 1
+    # Of equally fast numbers the smallest: pieces cost what is not modelled.
     times = {
-        pieces: closed_seconds(each) + (late_s / pieces if pieces > 1 else 0.0)
-        for pieces in counts
-        if (each := outline_in(pieces)) is not None
+        pieces: closed_seconds(replace(whole, pieces=pieces)) + (late_s / pieces if pieces > 1 else 0.0)
+        for pieces in (1 << bit for bit in range(MAX_PIECES.bit_length()))
     }
-    return min(times, key=times.__getitem__, default=1)
+    return min(times, key=times.__getitem__)
 
 
 def name_of(ways: Sequence[Way]) -> str:
@@ -242,47 +221,35 @@ def way_at(ways: Sequence[T], place: int) -> T:
     return ways[min(place, len(ways) - 1)]
 
 
-def most_peers(name: str, levels: Levels) -> int:
-    """With how many others a chip exchanges parts at once, by the name of an algorithm; one unless directly."""
-    ways = name.removeprefix("hierarchical ").split(", ") if name.startswith("hierarchical ") else []
-    spans = folds(levels)
-    fanouts = [
-        level.fanout for place, (level, _) in enumerate(spans) if ways and way_at(ways, place) == Way.DIRECT
-    ]
-    return max(fanouts, default=2) - 1
+def most_peers(levels: Levels, *, ways: Sequence[Way | None]) -> int:
+    """With how many others of one level a chip exchanges parts at once; one unless directly."""
+    parts = spans(levels)
+    direct = [level.fanout for place, (level, _) in enumerate(parts) if way_at(ways, place) is Way.DIRECT]
+    return max(direct, default=2) - 1
 
 
-def begun(num_ranks: int, fanouts: Sequence[int] | None, pieces: int, nested: bool) -> tuple[Blocks, range]:
-    """The chunks of levels, and the places of these in their order; CommsError for what cannot be."""
-    check_ranks(num_ranks, pieces=pieces)
-    parts = checked_fanouts(num_ranks, fanouts)
-    order = tuple(range(len(parts)))
-    blocks = Blocks.nested(parts, order) if nested else Blocks.by_rank(parts, order)
-    return blocks, range(len(parts))
+def begun(ranks: Ranks, nested: bool) -> tuple[Blocks, range]:
+    """The chunks of levels, and the places of these in their order."""
+    order = tuple(range(len(ranks.digits)))
+    blocks = Blocks.nested(ranks.digits, order) if nested else Blocks.by_rank(ranks.digits, order)
+    return blocks, range(len(order))
 
 
 def turning(inward: Sequence[tuple[T, ...]], outward: Sequence[tuple[T, ...]]) -> list[tuple[T, ...]]:
     """Phases there and back; the outermost level is turned round in."""
-    if not inward:
-        return []
+    if not (inward and outward):
+        return [*inward, *outward]
     return [*inward[:-1], (*inward[-1], *outward[0]), *outward[1:]]
 
 
-def serial_schedule(
-    op: Op,
-    algorithm: str,
-    num_ranks: int,
-    phases: Sequence[tuple[Round, ...]],
-    pieces: int = 1,
-    root: int = 0,
-) -> Schedule:
+def serial_schedule(op: Op, algorithm: str, ranks: Ranks, phases: Sequence[tuple[Round, ...]]) -> Schedule:
     """One channel, a chunk per rank; a piece crosses a phase before the next one does."""
-    channels = (Channel(tuple(phases), pieces, Order.SERIAL),) if phases else ()
-    return Schedule(op, algorithm, num_ranks, num_ranks, 1.0 / num_ranks, channels, root)
+    channels = (Channel(tuple(phases), ranks.pieces, Order.SERIAL),) if phases else ()
+    return Schedule(op, algorithm, ranks.num, ranks.num, 1.0 / ranks.num, channels, ranks.root)
 
 
 def is_ring(level: Level) -> bool:
-    """Whether its bunches reach their neighbours only."""
+    """Whether its subgroups reach their neighbours only."""
     return level.ring and level.fanout > 2
 
 
@@ -294,7 +261,7 @@ def suits(way: Way, level: Level) -> bool:
 
 
 def stages(way: Way, nbytes: float, level: Level, inner: int) -> tuple[Stage, ...]:
-    """Scattering `nbytes` per rank over a level, all `inner` members of each bunch at once."""
+    """Scattering `nbytes` per rank over a level, all `inner` members of each subgroup at once."""
     fanout = level.fanout
     hop = Hop(level.latency_s, level.rate(inner))
     if way is Way.RING:
@@ -307,18 +274,31 @@ def stages(way: Way, nbytes: float, level: Level, inner: int) -> tuple[Stage, ..
     return (Stage(1, others * nbytes / fanout, (together,)),)
 
 
-REDUCING = {Op.ALL_REDUCE: all_reduce, Op.REDUCE_SCATTER: reduce_scatter, Op.ALL_GATHER: all_gather}
-MIXES = tuple((inner,) if inner is outer else (inner, outer) for inner, outer in product(Way, Way))
-SCHEDULES: Schedules = {
-    name_of(ways): {
-        **{op: partial(make, ways=ways) for op, make in REDUCING.items()},
-    }
-    for ways in MIXES
-}
-OUTLINES: Outlines = {
-    name_of(ways): {op: partial(outline, op, ways=ways) for op in SCHEDULES[name_of(ways)]} for ways in MIXES
-}
-PIECES: Mapping[str, Mapping[Op, Callable[[float, Levels], int]]] = {
-    name_of(ways): {op: partial(best_pieces, op, ways=ways) for op in SCHEDULES[name_of(ways)]}
-    for ways in MIXES
-}
+# Ways by level: one for all, or one inside and one for all further out. In the order of the catalog.
+MIXES = (
+    (Way.RING,),
+    (Way.RING, Way.DOUBLING),
+    (Way.RING, Way.DIRECT),
+    (Way.DOUBLING, Way.RING),
+    (Way.DOUBLING,),
+    (Way.DOUBLING, Way.DIRECT),
+    (Way.DIRECT, Way.RING),
+    (Way.DIRECT, Way.DOUBLING),
+    (Way.DIRECT,),
+)
+ALGORITHMS: tuple[Algorithm, ...] = ()
+for _ways in MIXES:
+    ALGORITHMS += (
+        Algorithm(
+            name=name_of(_ways),
+            rank=5,
+            ops=(Op.ALL_REDUCE, Op.REDUCE_SCATTER, Op.ALL_GATHER),
+            make=partial(schedule, ways=_ways),
+            sketch=partial(outline, ways=_ways),
+            cut=partial(best_pieces, ways=_ways),
+            needs=Needs(least=2),
+            rail_aligned=True,
+            is_hierarchy=True,
+            peers=partial(most_peers, ways=_ways),
+        ),
+    )

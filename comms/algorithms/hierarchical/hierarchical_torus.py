@@ -9,9 +9,10 @@ Outlines have all channels side by side: they are exact where chips have their w
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 
-from comms.algorithms.rounds import Outlines, Schedules, check_ranks, checked_fanouts, folds
+from comms.algorithms.catalog import Algorithm, Joined, Needs, spans
+from comms.algorithms.hierarchical.hierarchical import is_ring
+from comms.algorithms.rounds import Ranks
 from comms.algorithms.torus_rings import BOTH_WAYS, halves, has_own_wires, rotations, scattering_and_gathering
 from comms.collectives.outline import Hop, Outline, Stage
 from comms.collectives.schedule import Op, Schedule
@@ -21,48 +22,56 @@ NAME = "hierarchical rotated torus"
 OPS = (Op.ALL_REDUCE, Op.REDUCE_SCATTER, Op.ALL_GATHER)
 
 
-def schedule(op: Op, num_ranks: int, *, fanouts: Sequence[int] | None = None) -> Schedule:
+def schedule(op: Op, ranks: Ranks) -> Schedule:
     """One of OPS; the last fanout joins tori, the others are their dimensions."""
-    check_ranks(num_ranks)
-    parts = checked_fanouts(num_ranks, fanouts)
-    outermost = len(parts) - 1
-    orders = [(*order, outermost) for order in rotations(outermost)] or rotations(len(parts))
-    return scattering_and_gathering(op, NAME, parts, orders)
+    digits = ranks.digits
+    outermost = len(digits) - 1
+    orders = [(*order, outermost) for order in rotations(outermost)] or rotations(len(digits))
+    return scattering_and_gathering(op, NAME, digits, orders)
 
 
 def outline(op: Op, nbytes: float, levels: Levels) -> Outline | None:
     """Rings whose wires are a chip's own, two or more, and one level further out that is none."""
-    spans = folds(levels)
-    dims, outer = spans[:-1], spans[-1:]
+    parts = spans(levels)
+    dims, (outer, _) = parts[:-1], parts[-1]
     goes_round = all(has_own_wires(*each) and (each[0].wraps or each[0].fanout == 2) for each in dims)
-    if len(dims) < 2 or not goes_round or any(level.ring for level, _ in outer):
+    if not goes_round or outer.ring:
         return None
     part, channels = nbytes / (2 * len(dims)), []
     for order in rotations(len(dims)):
         for side in range(len(BOTH_WAYS)):
             places = (*order, len(dims))
-            stages = _scattering(part, [spans[place] for place in places])
-            ports = tuple(_port(place, side, spans) for place in places)
+            stages = _scattering(part, [parts[place] for place in places])
+            ports = tuple(_port(place, side, parts) for place in places)
             there_and_back = halves(op, stages, stages[::-1]), halves(op, ports, ports[::-1])
             channels.append(Outline(NAME, *there_and_back))
     return replace(channels[0], beside=tuple(channels[1:]))
 
 
-def _port(place: int, side: int, spans: Sequence[tuple[Level, int]]) -> int:
+def _port(place: int, side: int, parts: Sequence[tuple[Level, int]]) -> int:
     """Rings have wires for either way round, but of two chips one; what joins tori is used both ways round."""
-    ring = spans[place][0].ring and spans[place][0].fanout > 2
+    ring = is_ring(parts[place][0])
     return len(BOTH_WAYS) * place + (side if ring else 0)
 
 
-def _scattering(part: float, spans: Sequence[tuple[Level, int]]) -> tuple[tuple[Stage, ...], ...]:
+def _scattering(part: float, parts: Sequence[tuple[Level, int]]) -> tuple[tuple[Stage, ...], ...]:
     """What a chip sends along one level after another."""
     phases = []
-    for level, inner in spans:
+    for level, inner in parts:
         part /= level.fanout
         rate = min(level.bytes_per_s, level.rate(inner))
         phases.append((Stage(level.fanout - 1, part, (Hop(level.latency_s, rate),)),))
     return tuple(phases)
 
 
-SCHEDULES: Schedules = {NAME: {op: partial(schedule, op) for op in OPS}}
-OUTLINES: Outlines = {NAME: {op: partial(outline, op) for op in OPS}}
+ALGORITHMS = (
+    Algorithm(
+        name=NAME,
+        rank=9,
+        ops=OPS,
+        make=schedule,
+        sketch=outline,
+        needs=Needs(Joined.IN_RING, least=3, most_shared=0),
+        rail_aligned=True,
+    ),
+)

@@ -1,40 +1,43 @@
-"""Hierarchical, with trees between bunches: an all-reduce of few stages however many hosts there are.
+"""Hierarchical, with trees between subgroups: an all-reduce of few stages however many hosts there are.
 
-Reduce-scatter within a bunch (a host), all-reduce of each share among its likes in all bunches by a double binary tree,
-all-gather within. Inside it goes around a ring, by halving and doubling, directly, or through a switch that adds and
-copies. NCCL's Tree and NVLSTree are the first and the last (its chains through a host send what a ring does).
+Reduce-scatter within a subgroup (a host), all-reduce of each share among counterparts in all subgroups by a double
+binary tree, all-gather within. Inside it goes around a ring, by halving and doubling, directly, or through a switch
+that adds and copies. NCCL's Tree and NVLSTree are the first and the last (its chains through a host send what a ring
+does).
 
 Each of the two trees carries half of the buffer, from the reduce-scatter on. A chip sends its share twice between
-bunches (once where there are two): as much as around a long ring there, but in 2 log2 n stages instead of 2 (n - 1).
+subgroups (once where there are two): as much as around a long ring there, but in 2 log2 n stages instead of 2 (n - 1).
 
 Pieces follow each other from phase to phase. In the trees each goes up in parts, all of them before the first comes
 down (see `algorithms.binary_trees`), so many that filling the trees costs at most FILLING.
 
-Outlines are exact for 2**k bunches of one level in one piece, and for others an upper bound by less than two parts. In
-pieces they are one by less than a tenth inside by chips (but for 1 %). Through switches full fidelity takes up to 1.2
-times as long: what is scattered and what is gathered get in each other's way. Where trees cross several levels all
-wires are taken to be as slow as the slowest, which is up to twice too slow. A switch that adds is one on wires of its
-own: where one tree of switches joins all chips, in-network algorithms are better.
+Outlines are exact for 2**k subgroups of one level in one piece, and for others an upper bound by less than two parts.
+In pieces they are one by less than a tenth inside by chips (but for 1 %). Through switches full fidelity takes up to
+1.2 times as long: what is scattered and what is gathered get in each other's way. Where trees cross several levels
+all wires are taken to be as slow as the slowest, which is up to twice too slow. A switch that adds is one on wires of
+its own: where one tree of switches joins all chips, in-network algorithms are better.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from functools import cache, partial
 from math import ceil, prod
 
 import numpy as np
 
 from comms.algorithms.binary_trees import DOUBLE, double_trees, up_and_down
+from comms.algorithms.catalog import Algorithm, Joined, Needs, spans
 from comms.algorithms.hierarchical.hierarchical import (
     Blocks,
     Way,
     fastest_cut,
     gathered,
+    most_peers,
     scattered,
     stages,
     suits,
 )
 from comms.algorithms.in_network import IN_NETWORK_STAGES
-from comms.algorithms.rounds import Outlines, Schedules, check_ranks, checked_fanouts, folds, inner_sizes
+from comms.algorithms.rounds import Ranks, inner_sizes
 from comms.collectives.outline import Hop, Outline, Stage
 from comms.collectives.schedule import Channel, Op, Pattern, Round, Schedule
 from comms.errors import CommsError
@@ -45,48 +48,41 @@ FILLING = 1 / 16  # of the time with endless parts, what filling the trees may c
 UP, DOWN, BETWEEN = range(3)  # ports of a chip whose host has a switch that adds
 
 
-def all_reduce(
-    num_ranks: int, *, fanouts: Sequence[int] | None = None, way: Way | None = Way.RING, pieces: int = 1
-) -> Schedule:
-    """Bunches of the first fanout; None for a way: through a switch per bunch, the helper ranks."""
-    check_ranks(num_ranks, pieces=pieces)
-    parts = checked_fanouts(num_ranks, fanouts)
-    name = _name(way)
-    if num_ranks > 1 and len(parts) < 2:
-        raise CommsError(f"{num_ranks} ranks on one level", name, "take several bunches of several ranks")
-    if not parts:
-        return Schedule(Op.ALL_REDUCE, name, 1, 1, 1.0, ())
-    bunch, bunches = parts[0], num_ranks // parts[0]
-    num_parts = parts_of_piece(bunches)
+def schedule(op: Op, ranks: Ranks, *, way: Way | None) -> Schedule:
+    """Subgroups of the first fanout; None for a way: through a switch per subgroup, the helper ranks."""
+    digits, n, name = ranks.digits, ranks.num, _name(way)
+    if n == 1:
+        return Schedule(op, name, 1, 1, 1.0, ())
+    if len(digits) < 2:
+        raise CommsError(f"{n} ranks on one level", name, "take several subgroups of several ranks")
+    size, subgroups = digits[0], n // digits[0]
+    num_parts = parts_of_piece(subgroups)
     channels = []
-    for half, parents in enumerate(double_trees(bunches)):
-        blocks = Blocks((bunch, bunches), (1, 0), (0,), half * bunch)
+    for half, parents in enumerate(double_trees(subgroups)):
+        blocks = Blocks((size, subgroups), (1, 0), (0,), half * size)
         inward = (scattered(blocks, 0, way),) if way else _through_switches(blocks, gathers=False)
         outward = (gathered(blocks, 0, way),) if way else _through_switches(blocks, gathers=True)
-        across = _among_likes(up_and_down(parents, np.arange(num_parts)).rounds, blocks, num_parts)
+        across = _among_counterparts(up_and_down(parents, np.arange(num_parts)).rounds, blocks, num_parts)
         phases = (*(_in_parts(each, num_parts) for each in inward), across)
         phases += tuple(_in_parts(each, num_parts) for each in outward)
-        channels.append(Channel(phases, pieces, at_once=True, apart=way is None))
-    num_chunks, helpers = 2 * bunch * num_parts, 0 if way else bunches
-    share = 1.0 / num_chunks
-    return Schedule(Op.ALL_REDUCE, name, num_ranks, num_chunks, share, tuple(channels), num_helpers=helpers)
+        channels.append(Channel(phases, ranks.pieces, at_once=True, apart=way is None))
+    num_chunks, helpers = 2 * size * num_parts, 0 if way else subgroups
+    return Schedule(op, name, n, num_chunks, 1.0 / num_chunks, tuple(channels), num_helpers=helpers)
 
 
-def parts_of_piece(bunches: int) -> int:
+def parts_of_piece(subgroups: int) -> int:
     """The fewest parts with which filling the trees costs at most FILLING of the time with endless ones."""
-    return max(1, ceil((_depth(bunches) - 1) / FILLING))
+    return max(1, ceil((_depth(subgroups) - 1) / FILLING))
 
 
-def outline(nbytes: float, levels: Levels, *, way: Way | None = Way.RING, pieces: int = 1) -> Outline | None:
-    """Two levels or more; None where the way does not suit the innermost, or one further out is a ring."""
-    spans = folds(levels)
-    if len(spans) < 2 or any(level.ring for level, _ in spans[1:]):
-        return None
-    level, inner = spans[0]
-    across = _tree_stages(nbytes / level.fanout, spans[1:])
+def outline(op: Op, nbytes: float, levels: Levels, pieces: int = 1, *, way: Way | None) -> Outline | None:
+    """None where the way does not suit the innermost level."""
+    parts = spans(levels)
+    level, inner = parts[0]
     if way is None:
-        if not level.reduces or level.port in {each.port for each, _ in spans[1:]}:
+        if level.port in {each.port for each, _ in parts[1:]}:
             return None
+        across = _tree_stages(nbytes / level.fanout, parts[1:])
         # A wire carries a chip's n-th, too, up to be gathered and down when it has been scattered.
         wire = Stage(1, nbytes, (Hop(0.0, level.rate()),))
         passes = Stage(1, 0.0, (Hop(level.latency_s, level.rate()),), own_ports=True)
@@ -94,40 +90,41 @@ def outline(nbytes: float, levels: Levels, *, way: Way | None = Way.RING, pieces
     if not suits(way, level):
         return None
     inside = stages(way, nbytes, level, inner)
-    port, between = level.port, spans[-1][0].port
+    across = _tree_stages(nbytes / level.fanout, parts[1:])
+    port, between = level.port, parts[-1][0].port
     return Outline(_name(way), (inside, across, inside[::-1]), (port, between, port), pieces)
 
 
-def best_pieces(nbytes: float, levels: Levels, *, way: Way | None = Way.RING) -> int:
+def best_pieces(op: Op, nbytes: float, levels: Levels, *, way: Way | None) -> int:
     """The best power of two of pieces."""
-    return fastest_cut(lambda pieces: outline(nbytes, levels, way=way, pieces=pieces))
+    return fastest_cut(outline(op, nbytes, levels, way=way))
 
 
 def hidden_latency_s(levels: Levels) -> float:
     """What a library takes for its two passes through the switches of hosts beyond the latency of messages."""
-    return (IN_NETWORK_STAGES - 2) * folds(levels)[0][0].latency_s
+    return (IN_NETWORK_STAGES - 2) * spans(levels)[0][0].latency_s
 
 
 def _name(way: Way | None) -> str:
     return BY_SWITCH if way is None else f"hierarchical {way}, {DOUBLE}"
 
 
-def _tree_stages(share: float, spans: Sequence[tuple[Level, int]]) -> tuple[Stage, ...]:
+def _tree_stages(share: float, parts: Sequence[tuple[Level, int]]) -> tuple[Stage, ...]:
     """All parts leave the leaf that is longest on its way, the last one goes up to the root, and the same down again.
 
     Siblings share their parent's wire, but the root of 2**k has one child. All wires are as slow as the slowest.
     """
-    fanouts = tuple(level.fanout for level, _ in spans)
-    bunches = prod(fanouts)
-    part = share / 2 / parts_of_piece(bunches)
-    pair, single = (min(level.rate(flows * inner) for level, inner in spans) for flows in (2, 1))
-    latencies = [level.latency_s for level, _ in spans]
+    fanouts = tuple(level.fanout for level, _ in parts)
+    subgroups = prod(fanouts)
+    part = share / 2 / parts_of_piece(subgroups)
+    pair, single = (min(level.rate(flows * inner) for level, inner in parts) for flows in (2, 1))
+    latencies = [level.latency_s for level, _ in parts]
     longest = max(
         _ways_up(fanouts), key=lambda counts: sum(c * s for c, s in zip(counts, latencies, strict=True))
     )
-    alone = bunches & (bunches - 1) == 0
+    alone = subgroups & (subgroups - 1) == 0
     last = max((at for at, count in enumerate(longest) if count), default=0)  # by it the root is reached
-    way = [Stage(parts_of_piece(bunches) - 1, part, (Hop(0.0, single if bunches == 2 else pair),))]
+    way = [Stage(parts_of_piece(subgroups) - 1, part, (Hop(0.0, single if subgroups == 2 else pair),))]
     way += [
         Stage(count - (alone and at == last), part, (Hop(latency, pair),))
         for at, (count, latency) in enumerate(zip(longest, latencies, strict=True))
@@ -167,16 +164,16 @@ def _in_parts(rounds: tuple[Round, ...], num_parts: int) -> tuple[Round, ...]:
     )
 
 
-def _among_likes(rounds: tuple[Round, ...], blocks: Blocks, num_parts: int) -> tuple[Round, ...]:
-    """What bunches send each other, sent by each member to its like: so many parts of the chunk of its digit."""
-    bunch = blocks.fanouts[0]
-    member = np.arange(bunch)
+def _among_counterparts(rounds: tuple[Round, ...], blocks: Blocks, num_parts: int) -> tuple[Round, ...]:
+    """What subgroups send each other, by each member to its counterpart: so many parts of the chunk of its digit."""
+    size = blocks.fanouts[0]
+    member = np.arange(size)
     patterns: dict[int, Pattern] = {}
     made = []
     for each in rounds:
         known = each.pattern
         if id(known) not in patterns:
-            src, dst = ((ends[:, np.newaxis] * bunch + member).ravel() for ends in (known.src, known.dst))
+            src, dst = ((ends[:, np.newaxis] * size + member).ravel() for ends in (known.src, known.dst))
             patterns[id(known)] = Pattern(src, dst)
         chunk = (each.first[:, np.newaxis] + (blocks.start + member) * num_parts).ravel()
         made.append(Round(patterns[id(known)], chunk, np.ones_like(chunk), each.reduces))
@@ -184,28 +181,42 @@ def _among_likes(rounds: tuple[Round, ...], blocks: Blocks, num_parts: int) -> t
 
 
 def _through_switches(blocks: Blocks, gathers: bool) -> tuple[tuple[Round, ...], ...]:
-    """To the switch of each bunch and from it: all but a chip's own chunk the one way, its own the other."""
-    chips, bunch = np.arange(blocks.num_ranks), blocks.fanouts[0]
-    switch = blocks.num_ranks + chips // bunch
+    """To the switch of each subgroup and from it: all but a chip's own chunk the one way, its own the other."""
+    chips, size = np.arange(blocks.num_ranks), blocks.fanouts[0]
+    switch = blocks.num_ranks + chips // size
     own = Round(
         Pattern(chips, switch) if gathers else Pattern(switch, chips),
-        blocks.start + chips % bunch,
+        blocks.start + chips % size,
         np.ones_like(chips),
         reduces=not gathers,
     )
-    member = chips % bunch
-    below, above = member > 0, member < bunch - 1  # chunks of members before and after the own one
+    member = chips % size
+    below, above = member > 0, member < size - 1  # chunks of members before and after the own one
     rows = np.concatenate([chips[below], chips[above]])
     first = np.concatenate([0 * chips[below], member[above] + 1]) + blocks.start
-    count = np.concatenate([member[below], bunch - 1 - member[above]])
+    count = np.concatenate([member[below], size - 1 - member[above]])
     ends = (switch[rows], rows) if gathers else (rows, switch[rows])
     others = Round(Pattern(*ends), first, count, reduces=not gathers)
     return ((own,), (others,)) if gathers else ((others,), (own,))
 
 
-_WAYS: Mapping[str, Way | None] = {_name(way): way for way in (*Way, None)}
-SCHEDULES: Schedules = {name: {Op.ALL_REDUCE: partial(all_reduce, way=way)} for name, way in _WAYS.items()}
-OUTLINES: Outlines = {name: {Op.ALL_REDUCE: partial(outline, way=way)} for name, way in _WAYS.items()}
-PIECES: Mapping[str, Mapping[Op, Callable[[float, Levels], int]]] = {
-    name: {Op.ALL_REDUCE: partial(best_pieces, way=way)} for name, way in _WAYS.items()
-}
+ALGORITHMS: tuple[Algorithm, ...] = ()
+for _way in (*Way, None):
+    ALGORITHMS += (
+        Algorithm(
+            name=_name(_way),
+            rank=8,
+            ops=(Op.ALL_REDUCE,),
+            make=partial(schedule, way=_way),
+            sketch=partial(outline, way=_way),
+            cut=partial(best_pieces, way=_way),
+            needs=Needs(
+                Joined.ANYHOW if _way else Joined.BY_ADDING_SWITCH, Joined.BY_SWITCH, least=2, most_shared=0
+            ),
+            rail_aligned=True,
+            is_hierarchy=_way is not None,
+            peers=partial(most_peers, ways=(_way, None)),
+            adding_switches=0 if _way else 1,
+            hidden_latency_s=None if _way else hidden_latency_s,
+        ),
+    )
