@@ -93,7 +93,8 @@ def bruck_outline(op: Op, nbytes: float, levels: Levels) -> Outline:
         hop = Hop(level.latency_s, level.rate(inner))
         if op is Op.ALL_TO_ALL:  # in the round of 2^j everyone sends what has 2^j in its distance
             for step in reversed(_steps(level.fanout)):
-                moving = sum(1 for distance in range(level.fanout) if distance & step)
+                whole, rest = divmod(level.fanout, 2 * step)  # of 2^(j + 1) distances in a row half have it
+                moving = whole * step + max(0, rest - step)
                 gather.append(Stage(1, nbytes * moving / level.fanout, (hop,)))
             continue
         windows = [min(step, level.fanout - step) for step in _steps(level.fanout)]

@@ -20,8 +20,8 @@ import numpy as np
 
 from comms.algorithms.catalog import Algorithm, Joined, Needs, spans
 from comms.algorithms.rounds import Ranks
-from comms.collectives.closed_form import pieces_to_fill
 from comms.collectives.outline import Hop, Outline, Stage
+from comms.collectives.outline_time import pieces_to_fill
 from comms.collectives.schedule import Channel, Op, Pattern, Round, Schedule
 from comms.errors import CommsError
 from comms.networks.levels import Level, Levels, num_members

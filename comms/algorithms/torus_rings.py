@@ -27,8 +27,8 @@ import numpy as np
 from comms.algorithms.catalog import Algorithm, Joined, Needs, spans
 from comms.algorithms.hierarchical.hierarchical import Blocks, Move, ring_moves
 from comms.algorithms.rounds import Ranks
-from comms.collectives.closed_form import fewest_pieces
 from comms.collectives.outline import Hop, Outline, Stage
+from comms.collectives.outline_time import fewest_pieces
 from comms.collectives.schedule import Channel, Op, Pattern, Round, Schedule
 from comms.networks.levels import Level, Levels, num_members
 from comms.networks.topology import IntArray

@@ -12,9 +12,8 @@ there when all of them send, whichever is faster; `Choice.is_folded` says so. Fu
 from dataclasses import dataclass, replace
 
 from comms.algorithms.catalog import Algorithm, algorithm_of, algorithms, considered, names
-from comms.collectives.closed_form import closed_seconds
-from comms.collectives.folded import folded_seconds
 from comms.collectives.outline import Outline
+from comms.collectives.outline_time import closed_seconds, folded_seconds
 from comms.collectives.schedule import Op, Schedule
 from comms.errors import CommsError
 from comms.networks.groups import Lattice, Members, group_size

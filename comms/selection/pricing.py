@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from comms.algorithms.catalog import algorithm_of
-from comms.collectives.closed_form import closed_seconds
+from comms.collectives.outline_time import closed_seconds
 from comms.collectives.schedule import Op, bus_factor
 from comms.networks.groups import Lattice, Members
 from comms.networks.tiered import TieredTopology

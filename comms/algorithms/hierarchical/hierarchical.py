@@ -3,7 +3,7 @@
 Reduce-scatter inside, all-reduce of the shares across (all members of a subgroup at once, each with its counterpart
 in the other subgroups), all-gather inside; with three levels the middle one in the same way. Its halves are
 reduce_scatter and all_gather. (From and to a root: `algorithms.hierarchical.hierarchical_rooted`, from everyone to
-everyone: `hierarchical_exchange`, with trees between subgroups: `hierarchical_tree`.)
+everyone: `hierarchical_exchange`, with trees between subgroups: `algorithms.double_trees`.)
 
 Each level by its own way: around a ring, by halving and doubling, or directly. Pieces follow each other one at a
 time in each phase (SERIAL), so that a piece crosses while the next one is still inside: a flow shop.
@@ -23,8 +23,8 @@ import numpy as np
 
 from comms.algorithms.catalog import Algorithm, Needs, spans
 from comms.algorithms.rounds import Ranks, inner_sizes
-from comms.collectives.closed_form import closed_seconds
 from comms.collectives.outline import Hop, Outline, Stage
+from comms.collectives.outline_time import closed_seconds
 from comms.collectives.schedule import Channel, Op, Order, Pattern, Round, Schedule
 from comms.errors import CommsError
 from comms.networks.levels import Level, Levels

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from comms.algorithms import direct, doubling, ring
 from comms.algorithms.catalog import algorithm_of
 from comms.algorithms.rounds import Ranks
-from comms.collectives.closed_form import closed_seconds
+from comms.collectives.outline_time import closed_seconds
 from comms.collectives.proof import prove
 from comms.collectives.schedule import Op, Order
 from comms.errors import CommsError

@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from comms.algorithms.catalog import algorithm_of
 from comms.algorithms.rounds import Ranks
 from comms.algorithms.torus_exchange import ROTATED_SHIFT, SHIFT
-from comms.collectives.closed_form import closed_seconds
-from comms.collectives.folded import folded_seconds
+from comms.collectives.outline_time import closed_seconds, folded_seconds
 from comms.collectives.proof import prove
 from comms.collectives.schedule import Op
 from comms.errors import CommsError

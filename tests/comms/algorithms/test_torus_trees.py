@@ -20,8 +20,7 @@ from comms.algorithms.torus_trees import (
     ROTATED_TORUS_TREE,
     TORUS_TREE,
 )
-from comms.collectives.closed_form import closed_seconds
-from comms.collectives.folded import folded_seconds
+from comms.collectives.outline_time import closed_seconds, folded_seconds
 from comms.collectives.proof import prove
 from comms.collectives.schedule import Op
 from comms.networks.fabrics.torus_mesh import Torus

@@ -11,9 +11,8 @@ from hypothesis import strategies as st
 from comms.algorithms import direct, doubling, ring
 from comms.algorithms.catalog import algorithm_of
 from comms.algorithms.rounds import Ranks
-from comms.collectives.closed_form import closed_seconds
-from comms.collectives.folded import folded_seconds
 from comms.collectives.outline import Hop, Outline, Stage
+from comms.collectives.outline_time import closed_seconds, folded_seconds
 from comms.collectives.schedule import Channel, Op, Order, Pattern, Round, Schedule
 from comms.networks.levels import Level, num_members
 

@@ -1,22 +1,12 @@
-"""Trees: few rounds, so the choice for small buffers; pipelined in two trees at once, for large ones too.
+"""Binomial trees: whoever has the buffer sends it on; few rounds, so the choice for small buffers.
 
-Binomial trees halve what is still without data in every round (Thakur, Rabenseifner and Gropp, Int. J. High Perf.
-Comp. Appl. 19, 2005): broadcast and reduce move the whole buffer, scatter and gather what belongs to a subtree.
-With `fanouts` they go over the digits of a rank from the outside in, so that a subgroup is entered once. A large
-buffer is broadcast by a scatter and an all-gather around the ring (van de Geijn, 1994).
+They halve what is still without data in every round (Thakur, Rabenseifner and Gropp, Int. J. High Perf. Comp. Appl.
+19, 2005): broadcast and reduce move the whole buffer, scatter and gather what belongs to a subtree. With `fanouts`
+they go over the digits of a rank from the outside in, so that a subgroup is entered once. A large buffer is broadcast
+by a scatter and an all-gather around the ring (van de Geijn, 1994).
 
-The double binary tree reduces one half of the buffer up one tree and broadcasts it down again, the other half by a
-second tree in which the inner ranks of the first are leaves, so that everyone sends and receives the buffer twice
-(Sanders, Speck and Traeff, Parallel Computing 35, 2009; NCCL 2.4). Each half goes in pieces, one a round. The way
-down begins when the last piece has reached the root: both ways keep all wires busy, so that overlapping them gains
-nothing but the filling of one pipeline.
-
-Outlines of binomial trees follow the longest path and are exact for any number of ranks; where chips share a
-tapered trunk they are an upper bound, as most are silent in most rounds. That of the double tree has siblings send
-to their parent, and a parent to its two children, at once at half the rate. So it is exact for 2**k and 2**k - 1
-ranks, and an upper bound for others, by less than the time of two pieces (15 % for one piece, under 1 % for 32).
-Where a parent serves one child after the other by one port, what comes down one tree meets what comes down the
-other, and the outline is too low, by up to a quarter; with a wire per child, as on a board, it is exact again.
+Outlines follow the longest path and are exact for any number of ranks; where chips share a tapered trunk they are an
+upper bound, as most are silent in most rounds.
 """
 
 from collections.abc import Iterator
@@ -28,13 +18,12 @@ import numpy as np
 from comms.algorithms import ring
 from comms.algorithms.catalog import Algorithm, Joined, Needs, spans
 from comms.algorithms.rounds import Ranks, inner_sizes, moved, reversed_rounds, round_of, schedule_of
-from comms.collectives.closed_form import fewest_pieces
 from comms.collectives.outline import Hop, Outline, Stage
 from comms.collectives.schedule import Channel, Op, Pattern, Round, Schedule
 from comms.networks.levels import Level, Levels, num_members
 from comms.networks.topology import IntArray
 
-BINOMIAL, SCATTER_GATHER, DOUBLE = "binomial tree", "scatter and all-gather", "double tree"
+BINOMIAL, SCATTER_GATHER = "binomial tree", "scatter and all-gather"
 INWARD = frozenset({Op.REDUCE, Op.GATHER})
 IN_PARTS = frozenset({Op.SCATTER, Op.GATHER})
 
@@ -59,44 +48,6 @@ def scatter_gather_schedule(op: Op, ranks: Ranks) -> Schedule:
     return Schedule(op, SCATTER_GATHER, n, n, 1.0 / n, channels, ranks.root)
 
 
-def double_tree_schedule(op: Op, ranks: Ranks) -> Schedule:
-    """Half of the buffer up and down either tree, cut into pieces that are chunks of their own."""
-    pieces = ranks.pieces
-    channels = tuple(
-        up_and_down(parents, np.arange(pieces) + tree * pieces)
-        for tree, parents in enumerate(double_trees(ranks.num))
-        if ranks.num > 1
-    )
-    return Schedule(op, DOUBLE, ranks.num, 2 * pieces, 0.5 / pieces, channels)
-
-
-def double_trees(num_ranks: int) -> tuple[IntArray, IntArray]:
-    """Parents of all ranks in two binary trees, -1 for the root; no rank has children in both.
-
-    In order of number, 1 to n, odd numbers are leaves: the second tree is the first one mirrored, or for an odd n
-    turned by one.
-    """
-    number = np.arange(1, num_ranks + 1)
-    low = number & -number
-    up = (number - low) | (2 * low)
-    parent = np.where(up <= num_ranks, up, number - low)
-    other = num_ranks + 1 - number if num_ranks % 2 == 0 else number % num_ranks + 1
-    second = np.empty_like(parent)
-    second[other - 1] = np.where(parent > 0, other[parent - 1], 0)
-    return parent - 1, second - 1
-
-
-def double_tree_pieces(op: Op, nbytes: float, levels: Levels) -> int:
-    """So many that filling the pipelines hardly counts."""
-    parts = spans(levels)
-    if not parts or num_members(levels) < 4:
-        return 1
-    level, n = parts[0][0], num_members(levels)
-    depth = n.bit_length() - 1
-    half_s = nbytes / 2 / level.rate(2)
-    return fewest_pieces((depth - 1) * half_s, depth * level.latency_s + half_s)
-
-
 def outline(op: Op, nbytes: float, levels: Levels) -> Outline:
     """Of a binomial tree over the digits."""
     parts = spans(levels)
@@ -115,24 +66,6 @@ def scatter_gather_outline(op: Op, nbytes: float, levels: Levels) -> Outline:
         around = Stage(level.fanout - 1, part, (Hop(level.latency_s, level.rate()),))
         stages = (_longest_way(Op.SCATTER, part, level, inner), around)
     return Outline(SCATTER_GATHER, (stages,), (0,))
-
-
-def double_tree_outline(op: Op, nbytes: float, levels: Levels, pieces: int = 1) -> Outline:
-    """All pieces leave the deepest leaf, the last one goes up to the root, and the same down again.
-
-    The root of 2**k ranks has one child, with which it shares no wire.
-    """
-    way: tuple[Stage, ...] = ()
-    for level, _ in spans(levels):
-        n = level.fanout
-        piece, alone = nbytes / 2 / pieces, n & (n - 1) == 0
-        rate = level.rate(1 if n == 2 else 2)
-        way = (
-            Stage(pieces - 1, piece, (Hop(0.0, rate),), own_ports=True),
-            Stage(n.bit_length() - 1 - alone, piece, (Hop(level.latency_s, rate),), own_ports=True),
-            Stage(int(alone), piece, (Hop(level.latency_s, level.rate()),), own_ports=True),
-        )
-    return Outline(DOUBLE, (way, way[::-1]), (0, 0))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -219,37 +152,7 @@ def _longest_way(op: Op, nbytes: float, level: Level, inner: int) -> Stage:
     return Stage(count, seconds * rate / count, (Hop(latency, rate),), own_ports=True)
 
 
-def up_and_down(parents: IntArray, chunks: IntArray) -> Channel:
-    """One tree up, then down: in each round every rank that has the next chunk by then sends it on."""
-    pieces, depth = len(chunks), _depths(parents)
-    deepest = int(depth.max())
-    ranks = np.flatnonzero(parents >= 0)
-    one = np.ones(len(ranks), dtype=np.int64)
-    patterns: dict[tuple[bool, int, int], Pattern] = {}
-    ways: list[tuple[Round, ...]] = []
-    for upwards, turn in ((True, deepest - depth[ranks]), (False, depth[ranks] - 1)):
-        rounds = []
-        for each in range(pieces + deepest - 1):
-            low, high = max(0, each - pieces + 1), min(each, deepest - 1)
-            taken = (turn >= low) & (turn <= high)
-            if (upwards, low, high) not in patterns:
-                here, there = ranks[taken], parents[ranks[taken]]
-                patterns[upwards, low, high] = Pattern(here, there) if upwards else Pattern(there, here)
-            pattern = patterns[upwards, low, high]
-            rounds.append(Round(pattern, chunks[each - turn[taken]], one[: len(pattern.src)], upwards))
-        ways.append(tuple(rounds))
-    return Channel(tuple(ways), at_once=True)
-
-
-def _depths(parents: IntArray) -> IntArray:
-    depth, at = np.zeros_like(parents), parents
-    while (at >= 0).any():
-        depth += at >= 0
-        at = np.where(at >= 0, parents[at], -1)
-    return depth
-
-
-# A root's rate and a tree's shared wires are not what pools take for granted.
+# Most are silent in most rounds, which is not what pools take for granted.
 _SWITCHED = Needs(Joined.BY_SWITCH, Joined.BY_SWITCH, most_shared=0)
 ALGORITHMS = (
     Algorithm(
@@ -266,15 +169,6 @@ ALGORITHMS = (
         ops=(Op.BROADCAST,),
         make=scatter_gather_schedule,
         sketch=scatter_gather_outline,
-        needs=replace(_SWITCHED, most=1),
-    ),
-    Algorithm(
-        name=DOUBLE,
-        rank=4,
-        ops=(Op.ALL_REDUCE,),
-        make=double_tree_schedule,
-        sketch=double_tree_outline,
-        cut=double_tree_pieces,
         needs=replace(_SWITCHED, most=1),
     ),
 )
