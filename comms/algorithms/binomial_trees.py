@@ -18,7 +18,7 @@ import numpy as np
 from comms.algorithms import ring
 from comms.algorithms.catalog import Algorithm, Joined, Needs, spans
 from comms.algorithms.rounds import Ranks, inner_sizes, moved, reversed_rounds, round_of, schedule_of
-from comms.collectives.outline import Hop, Outline, Stage
+from comms.collectives.outline import Hop, Outline, OutlineStage
 from comms.collectives.schedule import Channel, Op, Pattern, Round, Schedule
 from comms.networks.levels import Level, Levels, num_members
 from comms.networks.topology import IntArray
@@ -60,10 +60,10 @@ def outline(op: Op, nbytes: float, levels: Levels) -> Outline:
 
 def scatter_gather_outline(op: Op, nbytes: float, levels: Levels) -> Outline:
     """The rank that gets its part last has it go all around the ring."""
-    stages: tuple[Stage, ...] = ()
+    stages: tuple[OutlineStage, ...] = ()
     for level, inner in spans(levels):
         part = nbytes / level.fanout
-        around = Stage(level.fanout - 1, part, (Hop(level.latency_s, level.rate()),))
+        around = OutlineStage(level.fanout - 1, part, (Hop(level.latency_s, level.rate()),))
         stages = (_longest_way(Op.SCATTER, part, level, inner), around)
     return Outline(SCATTER_GATHER, (stages,), (0,))
 
@@ -114,7 +114,7 @@ def _parts(ranks: Ranks) -> tuple[Round, ...]:
     return tuple(rounds)
 
 
-def _longest_way(op: Op, nbytes: float, level: Level, inner: int) -> Stage:
+def _longest_way(op: Op, nbytes: float, level: Level, inner: int) -> OutlineStage:
     """The messages of one level up to the one that arrives last, as rounds alike.
 
     From the root: a rank sends to its subtrees one after another. Towards it: what comes in at once shares the
@@ -149,7 +149,7 @@ def _longest_way(op: Op, nbytes: float, level: Level, inner: int) -> Stage:
         return max(found, key=lambda way: way[0] * latency + way[1])
 
     count, seconds = last(level.fanout)
-    return Stage(count, seconds * rate / count, (Hop(latency, rate),), own_ports=True)
+    return OutlineStage(count, seconds * rate / count, (Hop(latency, rate),), own_ports=True)
 
 
 # Most are silent in most rounds, which is not what pools take for granted.

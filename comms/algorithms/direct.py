@@ -15,7 +15,7 @@ import numpy as np
 
 from comms.algorithms.catalog import Algorithm, Joined, Needs, spans
 from comms.algorithms.rounds import Ranks, inner_sizes, moved, schedule_of
-from comms.collectives.outline import Hop, Outline, Stage
+from comms.collectives.outline import Hop, Outline, OutlineStage
 from comms.collectives.schedule import Op, Pattern, Round, Schedule
 from comms.errors import CommsError
 from comms.networks.levels import Levels, num_members
@@ -104,7 +104,7 @@ def pairwise_outline(op: Op, nbytes: float, levels: Levels) -> Outline:
     """n - 1 rounds, in each of which everyone's message crosses the same level."""
     each = nbytes / num_members(levels)
     stages = tuple(
-        Stage((level.fanout - 1) * inner, each, (Hop(level.latency_s, level.rate(inner)),))
+        OutlineStage((level.fanout - 1) * inner, each, (Hop(level.latency_s, level.rate(inner)),))
         for level, inner in spans(levels)
     )
     return Outline(PAIRWISE, (stages,), (0,))
@@ -133,7 +133,7 @@ def _shifted(ranks: Ranks) -> list[IntArray]:
     return columns
 
 
-def _last_port(levels: Levels, each: float, all_send: bool) -> Stage:
+def _last_port(levels: Levels, each: float, all_send: bool) -> OutlineStage:
     """What leaves a port (or, gathered, enters it) up to the message that arrives last, as one message."""
     parts = spans(levels)
     used = [level.port for level, _ in parts]
@@ -145,7 +145,7 @@ def _last_port(levels: Levels, each: float, all_send: bool) -> Stage:
         nbytes[port] += messages * each
         seconds[port] += messages * each / rate
         hop = Hop(level.latency_s, nbytes[port] / seconds[port] if seconds[port] > 0 else rate)
-        stages.append((level.latency_s + seconds[port], Stage(1, nbytes[port], (hop,))))
+        stages.append((level.latency_s + seconds[port], OutlineStage(1, nbytes[port], (hop,))))
     return max(stages, key=lambda stage: stage[0])[1]
 
 

@@ -39,7 +39,7 @@ import numpy as np
 from comms.algorithms.catalog import Algorithm, Joined, Needs, spans
 from comms.algorithms.hierarchical.hierarchical import (
     Blocks,
-    Way,
+    Crossing,
     fastest_cut,
     gathered,
     most_peers,
@@ -49,7 +49,7 @@ from comms.algorithms.hierarchical.hierarchical import (
 )
 from comms.algorithms.in_network import IN_NETWORK_STAGES
 from comms.algorithms.rounds import Ranks
-from comms.collectives.outline import Hop, Outline, Stage
+from comms.collectives.outline import Hop, Outline, OutlineStage
 from comms.collectives.outline_time import fewest_pieces
 from comms.collectives.schedule import Channel, Op, Pattern, Round, Schedule
 from comms.errors import CommsError
@@ -78,15 +78,15 @@ def outline(op: Op, nbytes: float, levels: Levels, pieces: int = 1) -> Outline:
 
     The root of 2**k ranks has one child, with which it shares no wire.
     """
-    way: tuple[Stage, ...] = ()
+    way: tuple[OutlineStage, ...] = ()
     for level, _ in spans(levels):
         n = level.fanout
         piece, alone = nbytes / 2 / pieces, n & (n - 1) == 0
         rate = level.rate(1 if n == 2 else 2)
         way = (
-            Stage(pieces - 1, piece, (Hop(0.0, rate),), own_ports=True),
-            Stage(n.bit_length() - 1 - alone, piece, (Hop(level.latency_s, rate),), own_ports=True),
-            Stage(int(alone), piece, (Hop(level.latency_s, level.rate()),), own_ports=True),
+            OutlineStage(pieces - 1, piece, (Hop(0.0, rate),), own_ports=True),
+            OutlineStage(n.bit_length() - 1 - alone, piece, (Hop(level.latency_s, rate),), own_ports=True),
+            OutlineStage(int(alone), piece, (Hop(level.latency_s, level.rate()),), own_ports=True),
         )
     return Outline(DOUBLE, (way, way[::-1]), (0, 0))
 
@@ -102,7 +102,7 @@ def pieces_to_pipeline(op: Op, nbytes: float, levels: Levels) -> int:
     return fewest_pieces((depth - 1) * half_s, depth * level.latency_s + half_s)
 
 
-def between_schedule(op: Op, ranks: Ranks, *, way: Way | None) -> Schedule:
+def between_schedule(op: Op, ranks: Ranks, *, way: Crossing | None) -> Schedule:
     """Subgroups of the first fanout; None for a way: through a switch per subgroup, the helper ranks."""
     digits, n, name = ranks.digits, ranks.num, _name(way)
     if n == 1:
@@ -130,7 +130,7 @@ def parts_of_piece(subgroups: int) -> int:
 
 
 def between_outline(
-    op: Op, nbytes: float, levels: Levels, pieces: int = 1, *, way: Way | None
+    op: Op, nbytes: float, levels: Levels, pieces: int = 1, *, way: Crossing | None
 ) -> Outline | None:
     """None where the way does not suit the innermost level."""
     parts = spans(levels)
@@ -140,8 +140,8 @@ def between_outline(
             return None
         across = _tree_stages(nbytes / level.fanout, parts[1:])
         # A wire carries a chip's n-th, too, up to be gathered and down when it has been scattered.
-        wire = Stage(1, nbytes, (Hop(0.0, level.rate()),))
-        passes = Stage(1, 0.0, (Hop(level.latency_s, level.rate()),), own_ports=True)
+        wire = OutlineStage(1, nbytes, (Hop(0.0, level.rate()),))
+        passes = OutlineStage(1, 0.0, (Hop(level.latency_s, level.rate()),), own_ports=True)
         return Outline(_name(way), ((wire, passes), across, (passes, wire)), (UP, BETWEEN, DOWN), pieces)
     if not suits(way, level):
         return None
@@ -151,7 +151,7 @@ def between_outline(
     return Outline(_name(way), (inside, across, inside[::-1]), (port, between, port), pieces)
 
 
-def best_pieces(op: Op, nbytes: float, levels: Levels, *, way: Way | None) -> int:
+def best_pieces(op: Op, nbytes: float, levels: Levels, *, way: Crossing | None) -> int:
     """The best power of two of pieces."""
     return fastest_cut(between_outline(op, nbytes, levels, way=way))
 
@@ -207,11 +207,11 @@ def _depths(parents: IntArray) -> IntArray:
     return depth
 
 
-def _name(way: Way | None) -> str:
+def _name(way: Crossing | None) -> str:
     return BY_SWITCH if way is None else f"hierarchical {way}, {DOUBLE}"
 
 
-def _tree_stages(share: float, parts: Sequence[tuple[Level, int]]) -> tuple[Stage, ...]:
+def _tree_stages(share: float, parts: Sequence[tuple[Level, int]]) -> tuple[OutlineStage, ...]:
     """All parts leave the leaf that is longest on its way, the last one goes up to the root, and the same down again.
 
     Siblings share their parent's wire, but the root of 2**k has one child. All wires are as slow as the slowest.
@@ -226,12 +226,12 @@ def _tree_stages(share: float, parts: Sequence[tuple[Level, int]]) -> tuple[Stag
     )
     alone = subgroups & (subgroups - 1) == 0
     last = max((at for at, count in enumerate(longest) if count), default=0)  # by it the root is reached
-    way = [Stage(parts_of_piece(subgroups) - 1, part, (Hop(0.0, single if subgroups == 2 else pair),))]
+    way = [OutlineStage(parts_of_piece(subgroups) - 1, part, (Hop(0.0, single if subgroups == 2 else pair),))]
     way += [
-        Stage(count - (alone and at == last), part, (Hop(latency, pair),))
+        OutlineStage(count - (alone and at == last), part, (Hop(latency, pair),))
         for at, (count, latency) in enumerate(zip(longest, latencies, strict=True))
     ]
-    way.append(Stage(int(alone), part, (Hop(latencies[last], single),)))
+    way.append(OutlineStage(int(alone), part, (Hop(latencies[last], single),)))
     return (*way, *reversed(way))
 
 
@@ -315,7 +315,7 @@ ALGORITHMS: tuple[Algorithm, ...] = (
         needs=Needs(Joined.BY_SWITCH, Joined.BY_SWITCH, most=1, most_shared=0),
     ),
 )
-for _way in (*Way, None):
+for _way in (*Crossing, None):
     ALGORITHMS += (
         Algorithm(
             name=_name(_way),

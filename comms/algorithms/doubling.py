@@ -21,7 +21,7 @@ import numpy as np
 
 from comms.algorithms.catalog import Algorithm, Joined, Needs, spans
 from comms.algorithms.rounds import Ranks, inner_sizes, moved, reversed_rounds, round_of, schedule_of
-from comms.collectives.outline import Hop, Outline, Stage
+from comms.collectives.outline import Hop, Outline, OutlineStage
 from comms.collectives.schedule import Op, Pattern, Round, Schedule
 from comms.networks.levels import Level, Levels, num_members
 from comms.networks.topology import IntArray
@@ -73,7 +73,7 @@ def halving_outline(op: Op, nbytes: float, levels: Levels) -> Outline | None:
     hops = _hops(levels)
     if hops is None:
         return None
-    scatter = tuple(Stage(1, nbytes / 2 ** (step + 1), (hop,)) for step, hop in enumerate(hops))
+    scatter = tuple(OutlineStage(1, nbytes / 2 ** (step + 1), (hop,)) for step, hop in enumerate(hops))
     return Outline(HALVING, (_halves(op, scatter),), (0,))
 
 
@@ -82,29 +82,29 @@ def whole_outline(op: Op, nbytes: float, levels: Levels) -> Outline | None:
     hops = _hops(levels)
     if hops is None:
         return None
-    return Outline(WHOLE, (tuple(Stage(1, nbytes, (hop,)) for hop in hops),), (0,))
+    return Outline(WHOLE, (tuple(OutlineStage(1, nbytes, (hop,)) for hop in hops),), (0,))
 
 
 def bruck_outline(op: Op, nbytes: float, levels: Levels) -> Outline:
     """With the digits that the levels say."""
     held = 0.0 if op is Op.BARRIER else nbytes / num_members(levels)
-    gather: list[Stage] = []
+    gather: list[OutlineStage] = []
     for level, inner in reversed(spans(levels)):
         hop = Hop(level.latency_s, level.rate(inner))
         if op is Op.ALL_TO_ALL:  # in the round of 2^j everyone sends what has 2^j in its distance
             for step in reversed(_steps(level.fanout)):
                 whole, rest = divmod(level.fanout, 2 * step)  # of 2^(j + 1) distances in a row half have it
                 moving = whole * step + max(0, rest - step)
-                gather.append(Stage(1, nbytes * moving / level.fanout, (hop,)))
+                gather.append(OutlineStage(1, nbytes * moving / level.fanout, (hop,)))
             continue
         windows = [min(step, level.fanout - step) for step in _steps(level.fanout)]
-        gather.extend(Stage(1, held * window, (hop,)) for window in windows)
+        gather.extend(OutlineStage(1, held * window, (hop,)) for window in windows)
         held *= level.fanout
     stages = _halves(op, tuple(gather[::-1])) if op in HALVES else tuple(gather)
     return Outline(BARRIER if op is Op.BARRIER else BRUCK, (stages,), (0,))
 
 
-def _halves(op: Op, scatter: tuple[Stage, ...]) -> tuple[Stage, ...]:
+def _halves(op: Op, scatter: tuple[OutlineStage, ...]) -> tuple[OutlineStage, ...]:
     """What of scattering, and of gathering backwards, an operation is made of."""
     return (scatter if op is not Op.ALL_GATHER else ()) + (
         scatter[::-1] if op is not Op.REDUCE_SCATTER else ()

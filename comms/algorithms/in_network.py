@@ -20,9 +20,9 @@ import numpy as np
 
 from comms.algorithms.catalog import Algorithm, Joined, Needs, spans
 from comms.algorithms.rounds import Ranks
-from comms.collectives.outline import Hop, Outline, Stage
+from comms.collectives.outline import Hop, Outline, OutlineStage
 from comms.collectives.outline_time import pieces_to_fill
-from comms.collectives.schedule import Channel, Op, Order, Pattern, Round, Schedule
+from comms.collectives.schedule import Channel, Op, Pattern, PieceOrder, Round, Schedule
 from comms.errors import CommsError
 from comms.networks.levels import Levels, num_members
 from comms.networks.topology import IntArray
@@ -57,7 +57,7 @@ def schedule(op: Op, ranks: Ranks) -> Schedule:
         ups.append(_round(op, True, leaves, np.full_like(leaves, spine), own_leaf, leaf_loads))
         downs.append(_round(op, False, leaves, np.full_like(leaves, spine), own_leaf, leaf_loads))
     phases = tuple((each,) for each in (*ups, *reversed(downs)))
-    channels = (Channel(phases, ranks.pieces, Order.INTERLEAVED, at_once=True),)
+    channels = (Channel(phases, ranks.pieces, PieceOrder.INTERLEAVED, at_once=True),)
     num_helpers = num_leaves + (num_leaves > 1)
     return Schedule(op, NAME, n, num_chunks, share, channels, ranks.root, num_helpers)
 
@@ -69,16 +69,16 @@ def outline(op: Op, nbytes: float, levels: Levels, pieces: int = 1) -> Outline |
         return None  # no wires join a leaf and the spine
     n, reached_s = num_members(levels), 0.0
     part = 0.0 if op is Op.BARRIER else nbytes if op in WHOLE else nbytes / n
-    ups: list[tuple[Stage, ...]] = []
-    downs: list[tuple[Stage, ...]] = []
+    ups: list[tuple[OutlineStage, ...]] = []
+    downs: list[tuple[OutlineStage, ...]] = []
     for level, inner in parts:
         hop = Hop(max(0.0, level.latency_s - reached_s) / 2, inner * level.rate(inner))
         loads = _loads(op, n, inner)
-        ups.append((Stage(1, loads.num_up * part, (hop,)),))
-        downs.insert(0, (Stage(1, loads.num_down * part, (hop,)),))
+        ups.append((OutlineStage(1, loads.num_up * part, (hop,)),))
+        downs.insert(0, (OutlineStage(1, loads.num_down * part, (hop,)),))
         reached_s = level.latency_s
     phases = (*ups, *downs)
-    return Outline(NAME, phases, tuple(range(len(phases))), pieces, Order.INTERLEAVED)
+    return Outline(NAME, phases, tuple(range(len(phases))), pieces, PieceOrder.INTERLEAVED)
 
 
 def pipeline_pieces(op: Op, nbytes: float, levels: Levels) -> int:

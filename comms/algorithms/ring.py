@@ -20,7 +20,7 @@ import numpy as np
 
 from comms.algorithms.catalog import Algorithm, Joined, Needs, spans
 from comms.algorithms.rounds import Ranks
-from comms.collectives.outline import Hop, Outline, Stage
+from comms.collectives.outline import Hop, Outline, OutlineStage
 from comms.collectives.outline_time import pieces_to_fill
 from comms.collectives.schedule import Channel, Op, Pattern, Round, Schedule
 from comms.errors import CommsError
@@ -89,7 +89,7 @@ def outline(
     if hops is None:
         return None
     rounds = (n - 1) * (2 if op is Op.ALL_REDUCE else 1)
-    stages = (Stage(rounds, each, hops),) if n > 1 else ()
+    stages = (OutlineStage(rounds, each, hops),) if n > 1 else ()
     return Outline(_name(both_ways), (stages,), (0,), pieces)
 
 
@@ -105,7 +105,7 @@ def _chain_outline(nbytes: float, levels: Levels, pieces: int) -> Outline | None
     if len(parts) > 1 and any(level.ring for level, _ in parts):
         return None
     stages = tuple(
-        Stage(n // inner - n // (inner * level.fanout), nbytes, (_hop(level, 1),), own_ports=True)
+        OutlineStage(n // inner - n // (inner * level.fanout), nbytes, (_hop(level, 1),), own_ports=True)
         for level, inner in parts
     )
     return Outline(_name(False), (stages,), (0,), pieces)

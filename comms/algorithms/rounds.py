@@ -12,7 +12,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from comms.collectives.schedule import Channel, Op, Order, Pattern, Round, Schedule
+from comms.collectives.schedule import Channel, Op, Pattern, PieceOrder, Round, Schedule
 from comms.errors import CommsError
 from comms.networks.levels import Levels
 from comms.networks.topology import FloatArray, IntArray
@@ -87,7 +87,7 @@ def schedule_of(
     shares: float | FloatArray | None = None,
 ) -> Schedule:
     """A schedule of one channel in one phase, in one piece. Chunks are alike unless shares are given."""
-    channels = (Channel((tuple(rounds),), 1, Order.SERIAL),) if rounds else ()
+    channels = (Channel((tuple(rounds),), 1, PieceOrder.SERIAL),) if rounds else ()
     share = 1.0 / num_chunks if shares is None else shares
     return Schedule(op, algorithm, ranks.num, num_chunks, share, channels, ranks.root)
 

@@ -23,7 +23,7 @@ import numpy as np
 from comms.algorithms.catalog import Algorithm, Joined, Needs, spans
 from comms.algorithms.rounds import Ranks, inner_sizes, moved, round_of
 from comms.algorithms.torus_rings import has_own_wires
-from comms.collectives.outline import Hop, Outline, Stage
+from comms.collectives.outline import Hop, Outline, OutlineStage
 from comms.collectives.schedule import Channel, Op, Pattern, Round, Schedule
 from comms.errors import TooManyMessages
 from comms.networks.levels import Level, Levels
@@ -84,12 +84,12 @@ def _orders(num_dims: int, rotated: bool) -> tuple[tuple[int, ...], ...]:
     return orders if rotated else orders[:1]
 
 
-def _stages(nbytes: float, level: Level) -> tuple[Stage, ...]:
+def _stages(nbytes: float, level: Level) -> tuple[OutlineStage, ...]:
     """What goes one way round, in each round what still has to go on."""
     hop = Hop(level.latency_s, level.bytes_per_s)
     last = 0.5 if _has_far_side(level.fanout) else 1.0
     blocks = [further + last for further in reversed(range(level.fanout // 2))]
-    return tuple(Stage(1, each * nbytes / level.fanout, (hop,)) for each in blocks)
+    return tuple(OutlineStage(1, each * nbytes / level.fanout, (hop,)) for each in blocks)
 
 
 def _phases(chunks: IntArray, fanouts: Sequence[int], order: Sequence[int]) -> tuple[tuple[Round, ...], ...]:

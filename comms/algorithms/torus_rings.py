@@ -27,7 +27,7 @@ import numpy as np
 from comms.algorithms.catalog import Algorithm, Joined, Needs, spans
 from comms.algorithms.hierarchical.hierarchical import Blocks, Move, ring_moves
 from comms.algorithms.rounds import Ranks
-from comms.collectives.outline import Hop, Outline, Stage
+from comms.collectives.outline import Hop, Outline, OutlineStage
 from comms.collectives.outline_time import fewest_pieces
 from comms.collectives.schedule import Channel, Op, Pattern, Round, Schedule
 from comms.networks.levels import Level, Levels, num_members
@@ -98,13 +98,15 @@ def gone_round(wraps: tuple[bool, ...], is_mesh: bool) -> tuple[bool, ...]:
     return tuple((wrap and not all(wraps)) or not is_mesh for wrap in wraps)
 
 
-def _scattering(part: float, dims: Iterable[tuple[tuple[Level, int], bool]]) -> Iterator[tuple[Stage, ...]]:
+def _scattering(
+    part: float, dims: Iterable[tuple[tuple[Level, int], bool]]
+) -> Iterator[tuple[OutlineStage, ...]]:
     """Dimension by dimension (level, members inside it, whether it is a ring), what a chip sends one way round."""
     for (level, inner), ring in dims:
         part /= level.fanout
         per_wire = 1 if ring and level.fanout > 2 else 2
         hop = Hop(level.latency_s, min(level.bytes_per_s / per_wire, level.rate(2 * inner)))
-        yield (Stage(level.fanout - 1, part, (hop,), own_ports=not ring),)
+        yield (OutlineStage(level.fanout - 1, part, (hop,), own_ports=not ring),)
 
 
 def line_outline(op: Op, nbytes: float, levels: Levels, pieces: int = 1) -> Outline | None:
@@ -114,8 +116,8 @@ def line_outline(op: Op, nbytes: float, levels: Levels, pieces: int = 1) -> Outl
         return None
     piece, rate = nbytes / 2 / pieces, level.rate(2)
     way = (
-        Stage(pieces - 1, piece, (Hop(0.0, rate),), own_ports=True),
-        Stage(level.fanout - 1, piece, (Hop(level.latency_s, rate),), own_ports=True),
+        OutlineStage(pieces - 1, piece, (Hop(0.0, rate),), own_ports=True),
+        OutlineStage(level.fanout - 1, piece, (Hop(level.latency_s, rate),), own_ports=True),
     )
     return Outline(LINE, (way, way), (0, 0))
 

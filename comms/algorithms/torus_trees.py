@@ -40,7 +40,7 @@ import numpy as np
 from comms.algorithms.catalog import Algorithm, Joined, Needs, spans
 from comms.algorithms.rounds import Ranks, inner_sizes, moved, reversed_rounds
 from comms.algorithms.torus_rings import BOTH_WAYS, gone_round, has_own_wires
-from comms.collectives.outline import Hop, Outline, Stage
+from comms.collectives.outline import Hop, Outline, OutlineStage
 from comms.collectives.outline_time import closed_seconds, pieces_to_fill
 from comms.collectives.schedule import Channel, Op, Pattern, Round, Schedule
 from comms.networks.levels import Level, Levels, num_members
@@ -86,7 +86,7 @@ Legs: TypeAlias = tuple[tuple[_Dim, IntArray], ...]
 
 
 @dataclass(frozen=True, slots=True)
-class _Tree:
+class _SpanningTree:
     """A spanning tree. `step`: the one way round all rings, 0 for both ways along all dimensions."""
 
     dims: tuple[_Dim, ...]  # in the order in which it spreads
@@ -163,18 +163,18 @@ def _dims(name: str, fanouts: Sequence[int], wraps: tuple[bool, ...]) -> tuple[_
     return tuple(_Dim(*each) for each in zip(fanouts, inner_sizes(fanouts), around, strict=True))
 
 
-def _trees(dims: tuple[_Dim, ...], name: str) -> tuple[_Tree, ...]:
+def _trees(dims: tuple[_Dim, ...], name: str) -> tuple[_SpanningTree, ...]:
     """Those that share the buffer out."""
     if name not in ROTATED:
-        return (_Tree(dims),)
+        return (_SpanningTree(dims),)
     steps = BOTH_WAYS if all(dim.ring and dim.fanout > 2 for dim in dims) else (0,)
     orders = [dims[first:] + dims[:first] for first in range(len(dims))]
-    return tuple(_Tree(order, step, spares_root=True) for order in orders for step in steps)
+    return tuple(_SpanningTree(order, step, spares_root=True) for order in orders for step in steps)
 
 
 def _stages(
-    tree: _Tree, sizes: Mapping[_Dim, float], hops: Mapping[_Dim, Hop], from_the_middle: bool
-) -> Iterator[tuple[Stage, ...]]:
+    tree: _SpanningTree, sizes: Mapping[_Dim, float], hops: Mapping[_Dim, Hop], from_the_middle: bool
+) -> Iterator[tuple[OutlineStage, ...]]:
     """The longest way down a tree, a phase per dimension.
 
     One hop to a neighbour of the root, and the one back to the root's digit, are hops of the first dimension.
@@ -184,11 +184,11 @@ def _stages(
         depth = max(far for _, far in dim.sides(start, tree.step))
         if tree.spares_root and place == 0 and len(tree.dims) > 1:
             depth = max(depth, 2)
-        yield (Stage(depth, sizes[dim], (hops[dim],), own_ports=True),)
+        yield (OutlineStage(depth, sizes[dim], (hops[dim],), own_ports=True),)
 
 
 def _parts_in_turn(
-    name: str, num_ranks: int, trees: tuple[_Tree, ...], part: float, hops: Mapping[_Dim, Hop]
+    name: str, num_ranks: int, trees: tuple[_SpanningTree, ...], part: float, hops: Mapping[_Dim, Hop]
 ) -> Outline | None:
     """The tree that takes longest, exact if it is one that starts along the slowest links.
 
@@ -208,7 +208,9 @@ def _parts_in_turn(
     return longest if closed_seconds(longest) <= least_s * QUEUING else None
 
 
-def _last_part(num_ranks: int, tree: _Tree, part: float, hops: Mapping[_Dim, Hop]) -> tuple[Stage, ...]:
+def _last_part(
+    num_ranks: int, tree: _SpanningTree, part: float, hops: Mapping[_Dim, Hop]
+) -> tuple[OutlineStage, ...]:
     """What leaves the root by the same wire before the part that arrives last, and the way of that part."""
     legs, target, turn = _in_turn(num_ranks, tree, 0)
     ahead = Hop(0.0, hops[tree.dims[0]].bytes_per_s)
@@ -217,10 +219,12 @@ def _last_part(num_ranks: int, tree: _Tree, part: float, hops: Mapping[_Dim, Hop
         seconds += np.abs(far[target]) * (part / hops[dim].bytes_per_s + hops[dim].latency_s)
     last = int(seconds.argmax())
     way = ((abs(int(far[target[last]])), hops[dim]) for dim, far in legs)
-    return tuple(Stage(each, part, (hop,), own_ports=True) for each, hop in ((int(turn[last]), ahead), *way))
+    return tuple(
+        OutlineStage(each, part, (hop,), own_ports=True) for each, hop in ((int(turn[last]), ahead), *way)
+    )
 
 
-def _phases(op: Op, num_ranks: int, tree: _Tree, root: int, number: int, num_trees: int) -> Phases:
+def _phases(op: Op, num_ranks: int, tree: _SpanningTree, root: int, number: int, num_trees: int) -> Phases:
     """What one tree does; of parts it has chunk rank * num_trees + number."""
     if op in WHOLE:
         there = _spread(num_ranks, tree, root, number, 1)
@@ -240,7 +244,7 @@ def _phases(op: Op, num_ranks: int, tree: _Tree, root: int, number: int, num_tre
             return back + _spread(num_ranks, tree, root, 0, num_ranks)
 
 
-def _spread(num_ranks: int, tree: _Tree, root: int, chunk: int, count: int) -> Phases:
+def _spread(num_ranks: int, tree: _SpanningTree, root: int, chunk: int, count: int) -> Phases:
     """Phases after which everyone has what the root has of `count` chunks."""
     ranks, phases = np.arange(num_ranks), []
     away = {dim: ranks // dim.inner % dim.fanout != dim.digit(root) for dim in tree.dims}
@@ -291,7 +295,9 @@ def _deals(dim: _Dim, holders: IntArray, sides: Sides) -> Iterator[Round]:
         yield Round(Pattern(src, dst), first, np.full_like(first, dim.inner), reduces=False)
 
 
-def _one_by_one(num_ranks: int, tree: _Tree, root: int, number: int, per_rank: int) -> Iterator[Round]:
+def _one_by_one(
+    num_ranks: int, tree: _SpanningTree, root: int, number: int, per_rank: int
+) -> Iterator[Round]:
     """Rounds in which one part leaves the root by each of its wires, and all under way go on one hop."""
     legs, target, turn = _in_turn(num_ranks, tree, root)
     arrival = turn + np.sum([np.abs(far[target]) for _, far in legs], axis=0)
@@ -305,7 +311,7 @@ def _one_by_one(num_ranks: int, tree: _Tree, root: int, number: int, per_rank: i
 
 
 @lru_cache(maxsize=16)
-def _in_turn(num_ranks: int, tree: _Tree, root: int) -> tuple[Legs, IntArray, IntArray]:
+def _in_turn(num_ranks: int, tree: _SpanningTree, root: int) -> tuple[Legs, IntArray, IntArray]:
     """The hops to each rank, all ranks but the root, and how many leave the root before each, by the same wire.
 
     The furthest leave first. Hops by dimension, below 0 downwards.

@@ -40,9 +40,9 @@ from math import ceil
 
 import numpy as np
 
-from comms.collectives.outline import Hop, Outline, Stage
+from comms.collectives.outline import Hop, Outline, OutlineStage
 from comms.collectives.parallel_channels import side_by_side_seconds
-from comms.collectives.schedule import Order
+from comms.collectives.schedule import PieceOrder
 from comms.networks.topology import FloatArray
 
 MAX_POSITIONS = 512  # the form of a ring takes the square of it
@@ -51,7 +51,7 @@ STEADY = 1e-12  # relative: states that differ by a constant up to this are the 
 
 
 @dataclass(frozen=True, slots=True)
-class _Costs:
+class _PieceCosts:
     """One stage, per position and piece."""
 
     repeat: int
@@ -70,7 +70,7 @@ def closed_seconds(outline: Outline) -> float:
     stages = [stage for phase in outline.phases for stage in phase if stage.repeat]
     if len(stages) != 1 or stages[0].own_ports or len(stages[0].hops) > MAX_POSITIONS:
         return folded_seconds(outline)
-    if outline.order is Order.INTERLEAVED and outline.pieces > 1:
+    if outline.order is PieceOrder.INTERLEAVED and outline.pieces > 1:
         return folded_seconds(outline)
     return _ring(stages[0], outline.pieces)
 
@@ -101,7 +101,7 @@ def folded_seconds(outline: Outline) -> float:
         port_free = free.get(port, np.zeros(positions))
         for block in _blocks(phase, outline.order):
             costs = [_costs(stage, positions, outline.pieces) for stage in block]
-            if len(block) > 1 or (outline.order is Order.SERIAL and not block[0].own_ports):
+            if len(block) > 1 or (outline.order is PieceOrder.SERIAL and not block[0].own_ports):
                 ready, port_free = _piece_by_piece(costs, ready, port_free)
             else:
                 ready, port_free = _round_by_round(costs[0], ready, port_free)
@@ -116,11 +116,11 @@ def _num_positions(outline: Outline) -> int:
     return counts.pop() if counts else 1
 
 
-def _blocks(phase: tuple[Stage, ...], order: Order) -> tuple[tuple[Stage, ...], ...]:
+def _blocks(phase: tuple[OutlineStage, ...], order: PieceOrder) -> tuple[tuple[OutlineStage, ...], ...]:
     """What the pieces go through one after another: single stages, and SERIAL all that hold the chip's port."""
     stages = tuple(stage for stage in phase if stage.repeat)
     shared = [index for index, stage in enumerate(stages) if not stage.own_ports]
-    if order is Order.INTERLEAVED or not shared:
+    if order is PieceOrder.INTERLEAVED or not shared:
         return tuple((stage,) for stage in stages)
     first, last = shared[0], shared[-1] + 1
     own_before = tuple((stage,) for stage in stages[:first])
@@ -136,24 +136,26 @@ def _uniform(outline: Outline) -> float:
                 first, last = _own_ports(block[0], outline.pieces, first, last)
                 continue
             start, end = max(first, free.get(port, 0.0)), max(last, free.get(port, 0.0))
-            if outline.order is Order.SERIAL:
+            if outline.order is PieceOrder.SERIAL:
                 first, last, free[port] = _serial(block, outline.pieces, start, end)
             else:
                 first, last, free[port] = _interleaved(block[0], outline.pieces, start, end)
     return last
 
 
-def _wire_s(stage: Stage, hop: Hop, pieces: int) -> float:
+def _wire_s(stage: OutlineStage, hop: Hop, pieces: int) -> float:
     return stage.nbytes / pieces / hop.bytes_per_s
 
 
-def _own_ports(stage: Stage, pieces: int, first: float, last: float) -> tuple[float, float]:
+def _own_ports(stage: OutlineStage, pieces: int, first: float, last: float) -> tuple[float, float]:
     wire_s = _wire_s(stage, stage.hops[0], pieces)
     through = stage.repeat * (wire_s + stage.hops[0].latency_s)
     return first + through, max(last, first + (pieces - 1) * wire_s) + through
 
 
-def _serial(block: tuple[Stage, ...], pieces: int, first: float, last: float) -> tuple[float, float, float]:
+def _serial(
+    block: tuple[OutlineStage, ...], pieces: int, first: float, last: float
+) -> tuple[float, float, float]:
     """First and last piece there, port free. A block ends with a stage that holds the port."""
     rounds_s = [_wire_s(stage, stage.hops[0], pieces) + stage.hops[0].latency_s for stage in block]
     whole = sum(stage.repeat * seconds for stage, seconds in zip(block, rounds_s, strict=True))
@@ -161,7 +163,7 @@ def _serial(block: tuple[Stage, ...], pieces: int, first: float, last: float) ->
     return first + whole, end, end - block[-1].hops[0].latency_s
 
 
-def _interleaved(stage: Stage, pieces: int, first: float, last: float) -> tuple[float, float, float]:
+def _interleaved(stage: OutlineStage, pieces: int, first: float, last: float) -> tuple[float, float, float]:
     """First and last piece there, port free."""
     wire_s, more = _wire_s(stage, stage.hops[0], pieces), stage.repeat - 1
     through = wire_s + stage.hops[0].latency_s
@@ -173,7 +175,7 @@ def _interleaved(stage: Stage, pieces: int, first: float, last: float) -> tuple[
     return first + through, last + through, last + wire_s
 
 
-def _ring(stage: Stage, pieces: int) -> float:
+def _ring(stage: OutlineStage, pieces: int) -> float:
     """The longest path; pieces one after another are further rounds."""
     wire = np.array([_wire_s(stage, hop, pieces) for hop in stage.hops])
     moves = wire + np.array([hop.latency_s for hop in stage.hops])
@@ -194,11 +196,11 @@ def _ring(stage: Stage, pieces: int) -> float:
     return float(max(times))
 
 
-def _costs(stage: Stage, positions: int, pieces: int) -> _Costs:
+def _costs(stage: OutlineStage, positions: int, pieces: int) -> _PieceCosts:
     latency = np.array([hop.latency_s for hop in stage.hops])
     wire = np.array([stage.nbytes / pieces / hop.bytes_per_s for hop in stage.hops])
     shape = (positions,)
-    return _Costs(
+    return _PieceCosts(
         stage.repeat,
         np.broadcast_to(latency, shape),
         np.broadcast_to(wire, shape),
@@ -208,7 +210,7 @@ def _costs(stage: Stage, positions: int, pieces: int) -> _Costs:
 
 
 def _piece_by_piece(
-    costs: list[_Costs], ready: FloatArray, free: FloatArray
+    costs: list[_PieceCosts], ready: FloatArray, free: FloatArray
 ) -> tuple[FloatArray, FloatArray]:
     """Every position starts on a piece when it is done with the one before. [pieces, positions], [positions]
 
@@ -231,7 +233,7 @@ def _piece_by_piece(
     return arrived, free
 
 
-def _round_by_round(cost: _Costs, ready: FloatArray, free: FloatArray) -> tuple[FloatArray, FloatArray]:
+def _round_by_round(cost: _PieceCosts, ready: FloatArray, free: FloatArray) -> tuple[FloatArray, FloatArray]:
     """All rounds of a stage, all pieces of each round after another."""
     period = len(free) if cost.passes_on else 1
     past: deque[tuple[FloatArray, FloatArray]] = deque(maxlen=period)
@@ -254,7 +256,7 @@ def _round_by_round(cost: _Costs, ready: FloatArray, free: FloatArray) -> tuple[
     return ready, free
 
 
-def _round(cost: _Costs, ready: FloatArray, free: FloatArray) -> tuple[FloatArray, FloatArray]:
+def _round(cost: _PieceCosts, ready: FloatArray, free: FloatArray) -> tuple[FloatArray, FloatArray]:
     """One round: when all of it has arrived, and when the ports are free again."""
     leaves = ready.copy()
     if not cost.own_ports:

@@ -17,7 +17,7 @@ from orchestrator.config.hardware.latency_tiers import latency_tiers
 from orchestrator.config.shipped import DEFAULT_CLUSTER, cluster_path
 from orchestrator.errors import ConfigError
 from orchestrator.verbs.inputs.comms_inputs import (
-    Algorithm,
+    AskedAlgorithm,
     check_picture,
     is_uneven,
     read_algorithm,
@@ -55,7 +55,7 @@ def main(options: Options, console: Console) -> int:
         return _one(cluster, question, options, console)
 
 
-def _question(cluster: Cluster, algorithm: Algorithm, options: Options, console: Console) -> Question:
+def _question(cluster: Cluster, algorithm: AskedAlgorithm, options: Options, console: Console) -> Question:
     schedule, num_chips = algorithm.schedule, cluster.num_chips
     if schedule is not None and schedule.num_ranks != num_chips:
         raise ConfigError(

@@ -23,15 +23,15 @@ import numpy as np
 
 from comms.algorithms.catalog import Algorithm, Needs, spans
 from comms.algorithms.rounds import Ranks, inner_sizes
-from comms.collectives.outline import Hop, Outline, Stage
+from comms.collectives.outline import Hop, Outline, OutlineStage
 from comms.collectives.outline_time import closed_seconds
-from comms.collectives.schedule import Channel, Op, Order, Pattern, Round, Schedule
+from comms.collectives.schedule import Channel, Op, Pattern, PieceOrder, Round, Schedule
 from comms.errors import CommsError
 from comms.networks.levels import Level, Levels
 from comms.networks.topology import IntArray
 
 
-class Way(StrEnum):
+class Crossing(StrEnum):
     """How one level is crossed."""
 
     RING = "ring"
@@ -41,7 +41,7 @@ class Way(StrEnum):
 
 T = TypeVar("T")
 
-RINGS = (Way.RING,)  # ways by level, innermost first; the last one stands for all further out
+RINGS = (Crossing.RING,)  # ways by level, innermost first; the last one stands for all further out
 MAX_PIECES = 64
 
 
@@ -125,12 +125,12 @@ class Blocks:
         return self.patterns.setdefault(src.tobytes() + dst.tobytes(), Pattern(src, dst))
 
 
-def scattered(blocks: Blocks, place: int, way: Way) -> tuple[Round, ...]:
+def scattered(blocks: Blocks, place: int, way: Crossing) -> tuple[Round, ...]:
     """Rounds after which each rank has the sum of what stands for its digit."""
     return tuple(blocks.round_of(place, moves, reduces=True) for moves in _moves(blocks, place, way, False))
 
 
-def gathered(blocks: Blocks, place: int, way: Way) -> tuple[Round, ...]:
+def gathered(blocks: Blocks, place: int, way: Crossing) -> tuple[Round, ...]:
     """Rounds after which each rank has what stands for any digit."""
     return tuple(blocks.round_of(place, moves, reduces=False) for moves in _moves(blocks, place, way, True))
 
@@ -143,12 +143,12 @@ def ring_moves(fanout: int, digit: IntArray, step: int, gathers: bool) -> Iterat
         yield (Move(every, (digit + step) % fanout, (digit - step * behind) % fanout),)
 
 
-def _moves(blocks: Blocks, place: int, way: Way, gathers: bool) -> Iterator[tuple[Move, ...]]:
+def _moves(blocks: Blocks, place: int, way: Crossing, gathers: bool) -> Iterator[tuple[Move, ...]]:
     fanout, digit = blocks.fanouts[blocks.order[place]], blocks.digit(place)
     every = np.arange(len(digit))
-    if way is Way.RING:
+    if way is Crossing.RING:
         yield from ring_moves(fanout, digit, 1, gathers)
-    elif way is Way.DIRECT:
+    elif way is Crossing.DIRECT:
         others = [(digit + by) % fanout for by in range(1, fanout)]
         yield tuple(Move(every, other, digit if gathers else other) for other in others)
     else:
@@ -160,7 +160,7 @@ def _moves(blocks: Blocks, place: int, way: Way, gathers: bool) -> Iterator[tupl
             yield (Move(every, digit ^ half, kept // half * half, half),)
 
 
-def schedule(op: Op, ranks: Ranks, *, ways: Sequence[Way] = RINGS) -> Schedule:
+def schedule(op: Op, ranks: Ranks, *, ways: Sequence[Crossing] = RINGS) -> Schedule:
     """Scatter inwards to outwards, then gather on the way back; the outermost level does both in one phase.
 
     In the halves what goes to one rank is not one range of chunks, so it is several.
@@ -175,7 +175,7 @@ def schedule(op: Op, ranks: Ranks, *, ways: Sequence[Way] = RINGS) -> Schedule:
 
 
 def outline(
-    op: Op, nbytes: float, levels: Levels, pieces: int = 1, *, ways: Sequence[Way] = RINGS
+    op: Op, nbytes: float, levels: Levels, pieces: int = 1, *, ways: Sequence[Crossing] = RINGS
 ) -> Outline | None:
     """None where a way does not suit a level (`suits`)."""
     parts = spans(levels)
@@ -190,7 +190,7 @@ def outline(
     return Outline(name_of(ways), tuple(turning(inward, outward)), used, pieces)
 
 
-def best_pieces(op: Op, nbytes: float, levels: Levels, *, ways: Sequence[Way] = RINGS) -> int:
+def best_pieces(op: Op, nbytes: float, levels: Levels, *, ways: Sequence[Crossing] = RINGS) -> int:
     """The best power of two of pieces for levels with several ports; one where they share one."""
     whole = outline(op, nbytes, levels, ways=ways)
     return fastest_cut(whole) if whole is not None and len(set(whole.ports)) > 1 else 1
@@ -211,7 +211,7 @@ def fastest_cut(whole: Outline | None, late_s: float = 0.0) -> int:
     return min(times, key=times.__getitem__)
 
 
-def name_of(ways: Sequence[Way]) -> str:
+def name_of(ways: Sequence[Crossing]) -> str:
     """As the catalog calls it."""
     return "hierarchical " + ", ".join(dict.fromkeys(ways))
 
@@ -221,10 +221,12 @@ def way_at(ways: Sequence[T], place: int) -> T:
     return ways[min(place, len(ways) - 1)]
 
 
-def most_peers(levels: Levels, *, ways: Sequence[Way | None]) -> int:
+def most_peers(levels: Levels, *, ways: Sequence[Crossing | None]) -> int:
     """With how many others of one level a chip exchanges parts at once; one unless directly."""
     parts = spans(levels)
-    direct = [level.fanout for place, (level, _) in enumerate(parts) if way_at(ways, place) is Way.DIRECT]
+    direct = [
+        level.fanout for place, (level, _) in enumerate(parts) if way_at(ways, place) is Crossing.DIRECT
+    ]
     return max(direct, default=2) - 1
 
 
@@ -244,7 +246,7 @@ def turning(inward: Sequence[tuple[T, ...]], outward: Sequence[tuple[T, ...]]) -
 
 def serial_schedule(op: Op, algorithm: str, ranks: Ranks, phases: Sequence[tuple[Round, ...]]) -> Schedule:
     """One channel, a chunk per rank; a piece crosses a phase before the next one does."""
-    channels = (Channel(tuple(phases), ranks.pieces, Order.SERIAL),) if phases else ()
+    channels = (Channel(tuple(phases), ranks.pieces, PieceOrder.SERIAL),) if phases else ()
     return Schedule(op, algorithm, ranks.num, ranks.num, 1.0 / ranks.num, channels, ranks.root)
 
 
@@ -253,38 +255,38 @@ def is_ring(level: Level) -> bool:
     return level.ring and level.fanout > 2
 
 
-def suits(way: Way, level: Level) -> bool:
+def suits(way: Crossing, level: Level) -> bool:
     """Neighbours only where there is a ring, powers of two to double."""
     if is_ring(level):
-        return way is Way.RING and level.wraps
-    return way is not Way.DOUBLING or level.fanout & (level.fanout - 1) == 0
+        return way is Crossing.RING and level.wraps
+    return way is not Crossing.DOUBLING or level.fanout & (level.fanout - 1) == 0
 
 
-def stages(way: Way, nbytes: float, level: Level, inner: int) -> tuple[Stage, ...]:
+def stages(way: Crossing, nbytes: float, level: Level, inner: int) -> tuple[OutlineStage, ...]:
     """Scattering `nbytes` per rank over a level, all `inner` members of each subgroup at once."""
     fanout = level.fanout
     hop = Hop(level.latency_s, level.rate(inner))
-    if way is Way.RING:
-        return (Stage(fanout - 1, nbytes / fanout, (hop,)),)
-    if way is Way.DOUBLING:
+    if way is Crossing.RING:
+        return (OutlineStage(fanout - 1, nbytes / fanout, (hop,)),)
+    if way is Crossing.DOUBLING:
         bits = range(fanout.bit_length() - 1)
-        return tuple(Stage(1, nbytes / (2 << bit), (hop,)) for bit in bits)
+        return tuple(OutlineStage(1, nbytes / (2 << bit), (hop,)) for bit in bits)
     others = fanout - 1
     together = Hop(level.latency_s, others * level.rate(others * inner))
-    return (Stage(1, others * nbytes / fanout, (together,)),)
+    return (OutlineStage(1, others * nbytes / fanout, (together,)),)
 
 
 # Ways by level: one for all, or one inside and one for all further out. In the order of the catalog.
 MIXES = (
-    (Way.RING,),
-    (Way.RING, Way.DOUBLING),
-    (Way.RING, Way.DIRECT),
-    (Way.DOUBLING, Way.RING),
-    (Way.DOUBLING,),
-    (Way.DOUBLING, Way.DIRECT),
-    (Way.DIRECT, Way.RING),
-    (Way.DIRECT, Way.DOUBLING),
-    (Way.DIRECT,),
+    (Crossing.RING,),
+    (Crossing.RING, Crossing.DOUBLING),
+    (Crossing.RING, Crossing.DIRECT),
+    (Crossing.DOUBLING, Crossing.RING),
+    (Crossing.DOUBLING,),
+    (Crossing.DOUBLING, Crossing.DIRECT),
+    (Crossing.DIRECT, Crossing.RING),
+    (Crossing.DIRECT, Crossing.DOUBLING),
+    (Crossing.DIRECT,),
 )
 ALGORITHMS: tuple[Algorithm, ...] = ()
 for _ways in MIXES:

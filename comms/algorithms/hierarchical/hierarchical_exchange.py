@@ -17,13 +17,13 @@ from operator import itemgetter
 import numpy as np
 
 from comms.algorithms.catalog import Algorithm, Joined, Needs, spans
-from comms.algorithms.hierarchical.hierarchical import Way, fastest_cut, most_peers, name_of, stages
+from comms.algorithms.hierarchical.hierarchical import Crossing, fastest_cut, most_peers, name_of, stages
 from comms.algorithms.rounds import Ranks, inner_sizes, moved
-from comms.collectives.outline import Hop, Outline, Stage
-from comms.collectives.schedule import Channel, Op, Order, Pattern, Round, Schedule
+from comms.collectives.outline import Hop, Outline, OutlineStage
+from comms.collectives.schedule import Channel, Op, Pattern, PieceOrder, Round, Schedule
 from comms.networks.levels import Level, Levels
 
-NAME = name_of((Way.DIRECT,))
+NAME = name_of((Crossing.DIRECT,))
 
 
 def schedule(op: Op, ranks: Ranks) -> Schedule:
@@ -34,7 +34,7 @@ def schedule(op: Op, ranks: Ranks) -> Schedule:
         crossed = tuple(digits[place] for place in places)
         phases.append((_exchanged(n, crossed, inner),))
         inner *= prod(crossed)
-    channels = (Channel(tuple(phases), ranks.pieces, Order.SERIAL),) if phases else ()
+    channels = (Channel(tuple(phases), ranks.pieces, PieceOrder.SERIAL),) if phases else ()
     return Schedule(op, NAME, n, n * n, 1.0 / n, channels)
 
 
@@ -59,17 +59,17 @@ def _by_port(ports: Sequence[int]) -> list[list[int]]:
     return [[place for place, _ in alike] for _, alike in groupby(enumerate(ports), key=itemgetter(1))]
 
 
-def _stage(nbytes: float, crossed: Sequence[tuple[Level, int]]) -> Stage:
+def _stage(nbytes: float, crossed: Sequence[tuple[Level, int]]) -> OutlineStage:
     """What leaves a chip in one phase, up to the message that arrives last, as one message."""
     if len(crossed) == 1:
-        return stages(Way.DIRECT, nbytes, *crossed[0])[0]
+        return stages(Crossing.DIRECT, nbytes, *crossed[0])[0]
     each, innermost = nbytes / prod(level.fanout for level, _ in crossed), crossed[0][1]
     sent, busy, ends = 0.0, 0.0, []
     for level, inner in crossed:
         num = (level.fanout - 1) * inner // innermost
         sent, busy = sent + num * each, busy + num * each / level.rate(inner)
         hop = Hop(level.latency_s, sent / busy if busy > 0 else level.rate(inner))
-        ends.append((level.latency_s + busy, Stage(1, sent, (hop,))))
+        ends.append((level.latency_s + busy, OutlineStage(1, sent, (hop,))))
     return max(ends, key=itemgetter(0))[1]
 
 
@@ -102,6 +102,6 @@ ALGORITHMS = (
         needs=Needs(Joined.BY_SWITCH, Joined.BY_SWITCH),
         rail_aligned=True,
         is_hierarchy=True,
-        peers=partial(most_peers, ways=(Way.DIRECT,)),
+        peers=partial(most_peers, ways=(Crossing.DIRECT,)),
     ),
 )

@@ -38,8 +38,8 @@ from comms.algorithms.hierarchical.hierarchical import (
     MIXES,
     RINGS,
     Blocks,
+    Crossing,
     Move,
-    Way,
     begun,
     fastest_cut,
     gathered,
@@ -54,7 +54,7 @@ from comms.algorithms.hierarchical.hierarchical import (
     way_at,
 )
 from comms.algorithms.rounds import Ranks, inner_sizes, moved, reversed_rounds
-from comms.collectives.outline import Hop, Outline, Stage
+from comms.collectives.outline import Hop, Outline, OutlineStage
 from comms.collectives.schedule import Op, Round, Schedule
 from comms.networks.levels import Level, Levels
 from comms.networks.topology import IntArray
@@ -64,7 +64,7 @@ WHOLE = (Op.BROADCAST, Op.REDUCE)
 IN_THE_WAY = 1.5  # messages of one piece per inner level, by which a broadcast in pieces may be late
 
 
-def schedule(op: Op, ranks: Ranks, *, ways: Sequence[Way] = RINGS) -> Schedule:
+def schedule(op: Op, ranks: Ranks, *, ways: Sequence[Crossing] = RINGS) -> Schedule:
     """Dealt level by level outwards, then gathered by all; or backwards, sums scattered, then collected.
 
     What is whole is gathered around rings: as those behind get their part later, they do not disturb those ahead.
@@ -78,7 +78,7 @@ def schedule(op: Op, ranks: Ranks, *, ways: Sequence[Way] = RINGS) -> Schedule:
         case Op.GATHER:
             phases = collects
         case Op.BROADCAST:
-            phases = turning(deals, [gathered(blocks, place, Way.RING) for place in reversed(places)])
+            phases = turning(deals, [gathered(blocks, place, Crossing.RING) for place in reversed(places)])
         case _:
             phases = [*(scattered(blocks, place, way_at(ways, place)) for place in places), *collects]
     return serial_schedule(op, name_of(ways) if op in WHOLE else LINEAR, ranks, phases)
@@ -126,7 +126,7 @@ def _sides(fanout: int) -> tuple[tuple[int, int], ...]:
 
 
 def outline(
-    op: Op, nbytes: float, levels: Levels, pieces: int = 1, *, ways: Sequence[Way] = RINGS
+    op: Op, nbytes: float, levels: Levels, pieces: int = 1, *, ways: Sequence[Crossing] = RINGS
 ) -> Outline | None:
     """No lines, on which it depends on the root."""
     parts = spans(levels)
@@ -145,7 +145,7 @@ def outline(
     return Outline(name_of(ways) if op in WHOLE else LINEAR, tuple(phases), used, pieces)
 
 
-def best_pieces(op: Op, nbytes: float, levels: Levels, *, ways: Sequence[Way] = RINGS) -> int:
+def best_pieces(op: Op, nbytes: float, levels: Levels, *, ways: Sequence[Crossing] = RINGS) -> int:
     """The best power of two of pieces; one where two levels share a port, or one is a ring."""
     parts = spans(levels)
     if len({level.port for level, _ in parts}) < len(parts) or any(is_ring(level) for level, _ in parts):
@@ -157,18 +157,18 @@ def best_pieces(op: Op, nbytes: float, levels: Levels, *, ways: Sequence[Way] = 
     return fastest_cut(outline(op, nbytes, levels, ways=ways), late_s)
 
 
-def _dealing(nbytes: float, level: Level, inner: int) -> tuple[Stage, ...]:
+def _dealing(nbytes: float, level: Level, inner: int) -> tuple[OutlineStage, ...]:
     """Dealing `nbytes` per member out over a level, or collecting it.
 
     Who does has no one to wait for, so that each piece leaves as soon as the one before has.
     """
     if is_ring(level):
         hops = max(hops for _, hops in _sides(level.fanout))
-        return (Stage(hops, nbytes / level.fanout, (Hop(level.latency_s, level.rate(2 * inner)),)),)
-    (together,) = stages(Way.DIRECT, nbytes, level, inner)
+        return (OutlineStage(hops, nbytes / level.fanout, (Hop(level.latency_s, level.rate(2 * inner)),)),)
+    (together,) = stages(Crossing.DIRECT, nbytes, level, inner)
     (hop,) = together.hops
     leaves = replace(together, hops=(replace(hop, latency_s=0.0),))
-    return (leaves, Stage(1, 0.0, (hop,), own_ports=True))
+    return (leaves, OutlineStage(1, 0.0, (hop,), own_ports=True))
 
 
 _LINEAR = Algorithm(

@@ -14,7 +14,7 @@ from comms.algorithms.catalog import Algorithm, Joined, Needs, spans
 from comms.algorithms.hierarchical.hierarchical import is_ring
 from comms.algorithms.rounds import Ranks
 from comms.algorithms.torus_rings import BOTH_WAYS, halves, has_own_wires, rotations, scattering_and_gathering
-from comms.collectives.outline import Hop, Outline, Stage
+from comms.collectives.outline import Hop, Outline, OutlineStage
 from comms.collectives.schedule import Op, Schedule
 from comms.networks.levels import Level, Levels
 
@@ -54,13 +54,13 @@ def _port(place: int, side: int, parts: Sequence[tuple[Level, int]]) -> int:
     return len(BOTH_WAYS) * place + (side if ring else 0)
 
 
-def _scattering(part: float, parts: Sequence[tuple[Level, int]]) -> tuple[tuple[Stage, ...], ...]:
+def _scattering(part: float, parts: Sequence[tuple[Level, int]]) -> tuple[tuple[OutlineStage, ...], ...]:
     """What a chip sends along one level after another."""
     phases = []
     for level, inner in parts:
         part /= level.fanout
         rate = min(level.bytes_per_s, level.rate(inner))
-        phases.append((Stage(level.fanout - 1, part, (Hop(level.latency_s, rate),)),))
+        phases.append((OutlineStage(level.fanout - 1, part, (Hop(level.latency_s, rate),)),))
     return tuple(phases)
 
 

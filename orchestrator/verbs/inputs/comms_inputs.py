@@ -28,7 +28,7 @@ FLAGS = {"algorithm": "--algorithm", "size": "--size"}  # what the network calls
 
 
 @dataclass(frozen=True, slots=True)
-class Algorithm:
+class AskedAlgorithm:
     """What --algorithm means: a name, or a schedule from a file."""
 
     name: str = AUTO
@@ -129,10 +129,10 @@ def read_sizes(text: str) -> tuple[float, ...]:
         raise ConfigError(f"there are no sizes in {text}", "--sweep", error.hint) from error
 
 
-def read_algorithm(text: str | None, op: str | None) -> Algorithm:
+def read_algorithm(text: str | None, op: str | None) -> AskedAlgorithm:
     """A name, or the schedule in a file: proved, and of the operation that is asked for."""
     if text is None:
-        return Algorithm()
+        return AskedAlgorithm()
     if not Path(text).is_file():
         if "/" in text or Path(text).suffix:
             raise ConfigError(
@@ -144,7 +144,7 @@ def read_algorithm(text: str | None, op: str | None) -> Algorithm:
             if not hint.startswith("did you mean"):  # names may have commas in them
                 hint = f"one of {'; '.join(known)}; or a file with a schedule"
             raise ConfigError(f"{read_op(op)} has no algorithm {text!r}", "--algorithm", hint)
-        return Algorithm(text)
+        return AskedAlgorithm(text)
     with told("--algorithm"):
         schedule = load_schedule(Path(text))
     if op is not None and read_op(op) is not schedule.op:
@@ -153,7 +153,7 @@ def read_algorithm(text: str | None, op: str | None) -> Algorithm:
     if schedule.num_helpers:
         problem = f"{schedule.num_helpers} of its ranks are switches, which have no place here"
         raise ConfigError(problem, text, "leave helpers out; --algorithm in-network uses the switches")
-    return Algorithm(schedule.algorithm, schedule)
+    return AskedAlgorithm(schedule.algorithm, schedule)
 
 
 def check_picture(path: Path | None) -> None:

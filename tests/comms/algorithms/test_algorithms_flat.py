@@ -12,7 +12,7 @@ from comms.algorithms.catalog import algorithm_of
 from comms.algorithms.rounds import Ranks
 from comms.collectives.outline_time import closed_seconds
 from comms.collectives.proof import prove
-from comms.collectives.schedule import Op, Order
+from comms.collectives.schedule import Op, PieceOrder
 from comms.errors import CommsError
 from comms.networks.levels import Level
 
@@ -79,7 +79,7 @@ def test_rings_go_in_any_order_of_ranks_in_several_channels_and_both_ways(op, da
     schedule = ring.schedule(op, Ranks(n, pieces=2), orders=orders, both_ways=both_ways)
     prove(schedule)
     assert len(schedule.channels) == (len(orders) * (1 + both_ways) if n > 1 else 0)
-    assert all((channel.pieces, channel.order) == (2, Order.SERIAL) for channel in schedule.channels)
+    assert all((channel.pieces, channel.order) == (2, PieceOrder.SERIAL) for channel in schedule.channels)
 
 
 @PATIENT

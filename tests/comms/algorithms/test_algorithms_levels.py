@@ -19,13 +19,13 @@ from comms.algorithms import (
 )
 from comms.algorithms.catalog import algorithm_of
 from comms.algorithms.hierarchical import hierarchical, hierarchical_exchange, hierarchical_rooted
-from comms.algorithms.hierarchical.hierarchical import Way
+from comms.algorithms.hierarchical.hierarchical import Crossing
 from comms.algorithms.hierarchical.hierarchical_rooted import LINEAR
 from comms.algorithms.rounds import Ranks
 from comms.collectives.outline import Hop
 from comms.collectives.outline_time import closed_seconds, folded_seconds
 from comms.collectives.proof import prove
-from comms.collectives.schedule import Op, Order
+from comms.collectives.schedule import Op, PieceOrder
 from comms.errors import CommsError
 from comms.networks.levels import Level
 
@@ -91,7 +91,7 @@ def messages_of(schedule, nbytes, wires, at_once):
                     route = wires.route(src, dst)
                     lane = taken[src, route[0]] = taken.get((src, route[0]), -1) + at_once
                     for piece in range(channel.pieces):
-                        serial = channel.order is Order.SERIAL
+                        serial = channel.order is PieceOrder.SERIAL
                         order = (phase, piece, number) if serial else (phase, number, piece)
                         message = Message(stream, piece, number, end, src, dst, size, route)
                         yield order, (stream, src, route[0], lane), message
@@ -105,7 +105,7 @@ def played(schedule, nbytes, wires, at_once=False):
         queues.setdefault(port, []).insert(0, message)
         missing = coming.setdefault((message.stream, message.piece, message.dst), {})
         missing[message.number] = missing.get(message.number, 0) + 1
-    serial = [channel.order is Order.SERIAL for channel in schedule.channels]
+    serial = [channel.order is PieceOrder.SERIAL for channel in schedule.channels]
 
     def has(message, piece, end):
         missing = coming.get((message.stream, piece, message.src), {})
@@ -271,7 +271,7 @@ def sketched(name, op, nbytes, levels, pieces=1):
 
 def ranks_for(name, num_ranks):
     """The nearest number of ranks that an algorithm by this name takes."""
-    return 1 << round(log2(num_ranks)) if Way.DOUBLING in name else num_ranks
+    return 1 << round(log2(num_ranks)) if Crossing.DOUBLING in name else num_ranks
 
 
 # What a schedule does
@@ -292,7 +292,7 @@ def test_every_algorithm_is_proved_for_its_ranks_and_roots(algorithm, op):
 @given(data=st.data())
 def test_every_algorithm_over_levels_is_proved(algorithm, op, data):
     most = 2 if algorithm.name == in_network.NAME else 4
-    sizes = st.sampled_from([2, 4]) if Way.DOUBLING in algorithm.name else st.integers(1, 4)
+    sizes = st.sampled_from([2, 4]) if Crossing.DOUBLING in algorithm.name else st.integers(1, 4)
     fanouts = data.draw(st.lists(sizes, min_size=1, max_size=most).filter(lambda f: prod(f) <= 64))
     num_ranks = prod(fanouts)
     root = data.draw(st.integers(0, num_ranks - 1)) if op in ROOTED else 0
@@ -307,7 +307,7 @@ def test_from_and_to_any_root_levels_may_be_rings_each_for_itself(fanouts, data)
     ranks = Ranks(num_ranks, data.draw(st.integers(0, num_ranks - 1)), tuple(fanouts), rings)
     for each in hierarchical_rooted.ALGORITHMS:
         for op in each.ops:
-            if not (op is Op.REDUCE and Way.DOUBLING in each.name):
+            if not (op is Op.REDUCE and Crossing.DOUBLING in each.name):
                 prove(each.make(op, ranks))
 
 
@@ -379,7 +379,11 @@ def test_in_two_trees_no_rank_has_children_in_both(num_ranks):
 
 
 @PATIENT
-@given(few_digits, st.sampled_from([Way.RING, Way.DIRECT]), st.sampled_from([Way.RING, Way.DIRECT]))
+@given(
+    few_digits,
+    st.sampled_from([Crossing.RING, Crossing.DIRECT]),
+    st.sampled_from([Crossing.RING, Crossing.DIRECT]),
+)
 def test_hierarchies_send_less_the_further_out(fanouts, first, others):
     num_ranks, inner = prod(fanouts), 1
     for op, factor in ((Op.ALL_REDUCE, 2), (Op.REDUCE_SCATTER, 1), (Op.ALL_GATHER, 1)):
@@ -508,7 +512,9 @@ def test_other_double_trees_take_at_most_as_long_as_outlined(num_ranks):
 @settings(max_examples=8)
 @given(data=st.data())
 def test_hierarchies_take_as_long_as_outlined(name, data):
-    digits = st.lists(st.sampled_from([2, 4] if Way.DOUBLING in name else [2, 3, 4]), min_size=2, max_size=2)
+    digits = st.lists(
+        st.sampled_from([2, 4] if Crossing.DOUBLING in name else [2, 3, 4]), min_size=2, max_size=2
+    )
     levels = data.draw(switched_levels(st.one_of(digits, st.just([2, 2, 2]))))
     num_ranks, fanouts = prod(fanouts_of(levels)), fanouts_of(levels)
     at_once = data.draw(st.booleans())
@@ -534,7 +540,9 @@ def check_rooted(op, levels, data, **options):
 @settings(max_examples=8)
 @given(data=st.data())
 def test_hierarchical_reduces_take_as_long_as_outlined(name, data):
-    digits = st.lists(st.sampled_from([2, 4] if Way.DOUBLING in name else [2, 3, 4]), min_size=2, max_size=2)
+    digits = st.lists(
+        st.sampled_from([2, 4] if Crossing.DOUBLING in name else [2, 3, 4]), min_size=2, max_size=2
+    )
     shapes = st.one_of(digits, st.just([2, 2, 2]))
     check_rooted(Op.REDUCE, data.draw(switched_levels(shapes)), data, name=name)
     levels, pieces = data.draw(switched_levels(shapes, own_ports=True)), data.draw(st.integers(2, 4))

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from comms.algorithms import direct, doubling, ring
 from comms.algorithms.catalog import algorithm_of
 from comms.algorithms.rounds import Ranks
-from comms.collectives.outline import Hop, Outline, Stage
+from comms.collectives.outline import Hop, Outline, OutlineStage
 from comms.collectives.outline_time import closed_seconds, folded_seconds
-from comms.collectives.schedule import Channel, Op, Order, Pattern, Round, Schedule
+from comms.collectives.schedule import Channel, Op, Pattern, PieceOrder, Round, Schedule
 from comms.networks.levels import Level, num_members
 
 PATIENT = settings(max_examples=60)
@@ -21,7 +21,7 @@ EXACT = 1e-9
 
 latencies = st.floats(1e-7, 1e-4)
 rates = st.floats(1e8, 1e12)
-orders = st.sampled_from(Order)
+orders = st.sampled_from(PieceOrder)
 hops = st.builds(Hop, latencies, rates)
 
 
@@ -39,7 +39,7 @@ def play_channel(schedule, channel, nbytes, cost, port):
             sizes = schedule.message_shares(each) * nbytes / channel.pieces
             for row, (src, dst) in enumerate(pairs(each.pattern)):
                 for piece in range(channel.pieces):
-                    within = (number, piece) if channel.order is Order.INTERLEAVED else (piece, number)
+                    within = (number, piece) if channel.order is PieceOrder.INTERLEAVED else (piece, number)
                     message = (src, dst, number, piece, sizes[row], end)
                     queues[port(number, src, dst)].append(((phase_number, *within, row), message))
                     expected[dst, piece][number] += 1
@@ -64,7 +64,7 @@ def run_queues(waiting, expected, came, cost, channel):
             while queue:
                 src, dst, number, piece, size, end = queue[0]
                 needs = [has(src, piece, number)]
-                if channel.order is Order.SERIAL and piece:
+                if channel.order is PieceOrder.SERIAL and piece:
                     needs.append(has(src, piece - 1, end))
                 if None in needs:
                     break
@@ -321,9 +321,9 @@ def test_a_barrier_is_timed_as_it_is_played(levels):
 def outlines(draw, own_ports=True):
     positions = draw(st.integers(1, 4))
     order = draw(orders)
-    own = st.booleans() if own_ports or order is Order.INTERLEAVED else st.just(False)
+    own = st.booleans() if own_ports or order is PieceOrder.INTERLEAVED else st.just(False)
     stages = st.builds(
-        Stage,
+        OutlineStage,
         st.integers(0, 5),
         st.floats(0, 1e7),
         st.sampled_from((1, positions)).flatmap(lambda p: st.tuples(*[hops] * p)),
@@ -374,7 +374,7 @@ def test_any_outline_is_timed_as_chips_play_it(outline):
     st.lists(hops, min_size=1, max_size=8), st.integers(1, 400), st.floats(0, 1e7), st.integers(1, 5), orders
 )
 def test_a_long_ring_is_followed_to_its_end(ring_hops, rounds, nbytes, pieces, order):
-    outline = Outline("ring", ((Stage(rounds, nbytes, tuple(ring_hops)),),), (0,), pieces, order)
+    outline = Outline("ring", ((OutlineStage(rounds, nbytes, tuple(ring_hops)),),), (0,), pieces, order)
     assert closed_seconds(outline) == pytest.approx(folded_seconds(outline), rel=EXACT)
 
 
@@ -387,22 +387,24 @@ def test_a_path_once_around_may_be_the_longest_when_the_slowest_wires_nearly_tie
         Hop(3.7e-05, 42971425595.0),
         Hop(1e-07, 6e11),
     )
-    outline = Outline("ring", ((Stage(10, 5618175.0, ahead + slow + tied),),), (0,), 2, Order.SERIAL)
+    outline = Outline(
+        "ring", ((OutlineStage(10, 5618175.0, ahead + slow + tied),),), (0,), 2, PieceOrder.SERIAL
+    )
     assert closed_seconds(outline) == pytest.approx(folded_seconds(outline), rel=1e-12)
 
 
 @given(st.integers(1, 9), hops, st.floats(0, 1e9), st.integers(1, 9), st.integers(1, 9))
 def test_pieces_on_one_port_hide_latency_or_keep_it_busy(chips, hop, nbytes, pieces, rounds):
     wire = nbytes / pieces / hop.bytes_per_s
-    outline = Outline("any", ((Stage(rounds, nbytes, (hop,)),),), (0,), pieces, Order.INTERLEAVED)
+    outline = Outline("any", ((OutlineStage(rounds, nbytes, (hop,)),),), (0,), pieces, PieceOrder.INTERLEAVED)
     whole = rounds * (wire + hop.latency_s) + (pieces - 1) * wire
     assert closed_seconds(outline) == pytest.approx(max(whole, rounds * pieces * wire + hop.latency_s))
 
 
 @given(st.lists(hops, min_size=1, max_size=4), st.floats(0, 1e9), st.integers(1, 9))
 def test_pieces_through_phases_are_a_flow_shop(phase_hops, nbytes, pieces):
-    phases = tuple((Stage(3, nbytes, (hop,)),) for hop in phase_hops)
-    outline = Outline("any", phases, tuple(range(len(phases))), pieces, Order.SERIAL)
+    phases = tuple((OutlineStage(3, nbytes, (hop,)),) for hop in phase_hops)
+    outline = Outline("any", phases, tuple(range(len(phases))), pieces, PieceOrder.SERIAL)
     through = [3 * (hop.latency_s + nbytes / pieces / hop.bytes_per_s) for hop in phase_hops]
     assert closed_seconds(outline) == pytest.approx(sum(through) + (pieces - 1) * max(through))
 
