@@ -178,16 +178,21 @@ def outline(
     op: Op, nbytes: float, levels: Levels, pieces: int = 1, *, ways: Sequence[Crossing] = RINGS
 ) -> Outline | None:
     """None where a way does not suit a level (`suits`)."""
-    parts = spans(levels)
-    taken = [way_at(ways, place) for place in range(len(parts))]
-    if not all(suits(way, level) for way, (level, _) in zip(taken, parts, strict=True)):
+    parts = crossed(levels, ways)
+    if parts is None:
         return None
-    scatter = [stages(way, nbytes / span[1], *span) for way, span in zip(taken, parts, strict=True)]
+    scatter = [stages(way, nbytes / inner, level, inner) for way, level, inner in parts]
     inward = scatter if op is not Op.ALL_GATHER else []
     outward = [rounds[::-1] for rounds in reversed(scatter)] if op is not Op.REDUCE_SCATTER else []
-    ports = tuple(level.port for level, _ in parts)
+    ports = tuple(level.port for _, level, _ in parts)
     used = {Op.REDUCE_SCATTER: ports, Op.ALL_GATHER: ports[::-1]}.get(op, ports + ports[-2::-1])
     return Outline(name_of(ways), tuple(turning(inward, outward)), used, pieces)
+
+
+def crossed(levels: Levels, ways: Sequence[Crossing]) -> list[tuple[Crossing, Level, int]] | None:
+    """The levels that part anything, each with its way and the members inside; None where one does not suit."""
+    parts = [(way_at(ways, place), *span) for place, span in enumerate(spans(levels))]
+    return parts if all(suits(way, level) for way, level, _ in parts) else None
 
 
 def best_pieces(op: Op, nbytes: float, levels: Levels, *, ways: Sequence[Crossing] = RINGS) -> int:

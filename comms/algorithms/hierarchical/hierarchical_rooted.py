@@ -41,6 +41,7 @@ from comms.algorithms.hierarchical.hierarchical import (
     Crossing,
     Move,
     begun,
+    crossed,
     fastest_cut,
     gathered,
     is_ring,
@@ -49,7 +50,6 @@ from comms.algorithms.hierarchical.hierarchical import (
     scattered,
     serial_schedule,
     stages,
-    suits,
     turning,
     way_at,
 )
@@ -129,13 +129,12 @@ def outline(
     op: Op, nbytes: float, levels: Levels, pieces: int = 1, *, ways: Sequence[Crossing] = RINGS
 ) -> Outline | None:
     """No lines, on which it depends on the root."""
-    parts = spans(levels)
-    taken = [way_at(ways, place) for place in range(len(parts))]
-    if not all(suits(way, level) for way, (level, _) in zip(taken, parts, strict=True)):
+    parts = crossed(levels, ways)
+    if parts is None:
         return None
-    deals = [_dealing(nbytes / inner, level, inner) for level, inner in parts]
-    gathers = [stages(way, nbytes / span[1], *span) for way, span in zip(taken, parts, strict=True)]
-    ports = tuple(level.port for level, _ in parts)
+    deals = [_dealing(nbytes / inner, level, inner) for _, level, inner in parts]
+    gathers = [stages(way, nbytes / inner, level, inner) for way, level, inner in parts]
+    ports = tuple(level.port for _, level, _ in parts)
     phases, used = {
         Op.SCATTER: (deals, ports),
         Op.GATHER: (deals[::-1], ports[::-1]),
