@@ -136,6 +136,7 @@ def _longest_way(op: Op, nbytes: float, level: Level, inner: int) -> OutlineStag
         top = 1 << ((size - 1).bit_length() - 1)
         children = [size - top, *(1 << bit for bit in reversed(range(top.bit_length() - 1)))]
         ways = [last(child) for child in children]
+        # The wire is busy from the root with the subtrees served before, and towards it with all that comes no earlier.
         ends = [count * latency + seconds for count, seconds in ways]
         found = []
         for index, (child, (count, seconds)) in enumerate(zip(children, ways, strict=True)):

@@ -144,6 +144,7 @@ def _last_port(levels: Levels, each: float, all_send: bool) -> OutlineStage:
         messages = inner * (1 if level.pairs else level.fanout - 1)
         nbytes[port] += messages * each
         seconds[port] += messages * each / rate
+        # One message that takes as long as all so far by this port, at their mean rate.
         hop = Hop(level.latency_s, nbytes[port] / seconds[port] if seconds[port] > 0 else rate)
         stages.append((level.latency_s + seconds[port], OutlineStage(1, nbytes[port], (hop,))))
     return max(stages, key=lambda stage: stage[0])[1]

@@ -168,6 +168,8 @@ def double_trees(num_ranks: int) -> tuple[IntArray, IntArray]:
     turned by one.
     """
     number = np.arange(1, num_ranks + 1)
+    # The lowest bit that is set is the height: the parent has it cleared and the next one set, or where there is no
+    # such rank only cleared.
     low = number & -number
     up = (number - low) | (2 * low)
     parent = np.where(up <= num_ranks, up, number - low)

@@ -97,6 +97,7 @@ def bruck_outline(op: Op, nbytes: float, levels: Levels) -> Outline:
                 moving = whole * step + max(0, rest - step)
                 gather.append(OutlineStage(1, nbytes * moving / level.fanout, (hop,)))
             continue
+        # Everyone has as much as it has heard of; in the last round only what is left.
         windows = [min(step, level.fanout - step) for step in _steps(level.fanout)]
         gather.extend(OutlineStage(1, held * window, (hop,)) for window in windows)
         held *= level.fanout
@@ -114,6 +115,7 @@ def _halves(op: Op, scatter: tuple[OutlineStage, ...]) -> tuple[OutlineStage, ..
 def _core(num_ranks: int) -> tuple[IntArray, IntArray]:
     """The ranks that exchange, 2^k of them, and the surplus: each of those follows its neighbour in the core."""
     num = 1 << (num_ranks.bit_length() - 1)
+    # Ranks 1, 3, 5, ... as far as there are too many: each next to the one that stands for it, on the same host if any.
     surplus = 2 * np.arange(num_ranks - num) + 1
     ids = np.arange(num)
     return ids + np.minimum(ids, len(surplus)), surplus
@@ -155,6 +157,7 @@ def _scatter(ranks: IntArray, surplus: IntArray, num_ranks: int) -> tuple[Round,
     owner = np.arange(num_ranks) - np.searchsorted(surplus, np.arange(num_ranks), side="right")
     ids, rounds = np.arange(len(ranks))[:, np.newaxis], []
     for bit in _bits(len(ranks)):
+        # A rank still works on what belongs to ranks like it in all bits so far; what differs in this one it gives.
         known = (owner ^ ids) & ((1 << bit) - 1) == 0
         given = known & ((owner ^ ids) >> bit & 1 == 1)
         sender, chunk = np.nonzero(given)

@@ -72,6 +72,7 @@ def outline(op: Op, nbytes: float, levels: Levels, pieces: int = 1) -> Outline |
     ups: list[tuple[OutlineStage, ...]] = []
     downs: list[tuple[OutlineStage, ...]] = []
     for level, inner in parts:
+        # A message between leaves also crosses those: what is further out has only the rest of its latency.
         hop = Hop(max(0.0, level.latency_s - reached_s) / 2, inner * level.rate(inner))
         loads = _loads(op, n, inner)
         ups.append((OutlineStage(1, loads.num_up * part, (hop,)),))

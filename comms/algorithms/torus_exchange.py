@@ -103,6 +103,7 @@ def _phases(chunks: IntArray, fanouts: Sequence[int], order: Sequence[int]) -> t
     for dim in order:
         fanout, inner = fanouts[dim], inner_sizes(fanouts)[dim]
         up = (target // inner - here // inner) % fanout
+        # The far side of an even ring is as near either way: half of it goes up. Two chips have one wire each way.
         rises = (2 * up < fanout) | ((2 * up == fanout) & (goes_up | (fanout == 2)))
         hops = np.where(rises, up, up - fanout)
         rounds = []

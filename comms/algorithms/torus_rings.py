@@ -11,9 +11,13 @@ faster otherwise: one half of the buffer goes in pieces up the line as a sum and
 other way round, so that every wire carries the buffer once, not twice. The way back begins when the last piece is
 there, which is when the wires are free.
 
+Over several tori all wires of each are busy while shares of the buffer cross between them: every channel scatters along
+the dimensions of its torus, rotated, then around a ring of the chips that sit alike in other tori, and gathers all the
+way back. TPU pods over a data-centre network are joined so.
+
 Outlines are exact for dimensions whose wires are a chip's own (rings of two have one link, which both channels
 share). Rotated over rings that are not all alike, channels meet on the wires of a dimension at times that depend on
-all figures, so that the outline has them side by side.
+all figures, so that the outline has them side by side; over several tori it always has.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -25,7 +29,7 @@ from typing import TypeVar
 import numpy as np
 
 from comms.algorithms.catalog import Algorithm, Joined, Needs, spans
-from comms.algorithms.hierarchical.hierarchical import Blocks, Move, ring_moves
+from comms.algorithms.hierarchical.hierarchical import Blocks, Move, is_ring, ring_moves
 from comms.algorithms.rounds import Ranks
 from comms.collectives.outline import Hop, Outline, OutlineStage
 from comms.collectives.outline_time import fewest_pieces
@@ -36,6 +40,7 @@ from comms.networks.topology import IntArray
 T = TypeVar("T")
 
 TORUS, MESH, ROTATED, LINE = "torus", "mesh", "rotated torus", "line"
+OVER_TORI = "hierarchical rotated torus"
 OPS = (Op.ALL_REDUCE, Op.REDUCE_SCATTER, Op.ALL_GATHER)
 BOTH_WAYS = (1, -1)
 ROUNDING = 1e-9  # of a rate that was multiplied and divided by the same numbers
@@ -104,6 +109,7 @@ def _scattering(
     """Dimension by dimension (level, members inside it, whether it is a ring), what a chip sends one way round."""
     for (level, inner), ring in dims:
         part /= level.fanout
+        # Of two chips, and along a line, both channels go by the same wires.
         per_wire = 1 if ring and level.fanout > 2 else 2
         hop = Hop(level.latency_s, min(level.bytes_per_s / per_wire, level.rate(2 * inner)))
         yield (OutlineStage(level.fanout - 1, part, (hop,), own_ports=not ring),)
@@ -122,6 +128,32 @@ def line_outline(op: Op, nbytes: float, levels: Levels, pieces: int = 1) -> Outl
     return Outline(LINE, (way, way), (0, 0))
 
 
+def over_tori_schedule(op: Op, ranks: Ranks) -> Schedule:
+    """One of OPS; the last fanout joins tori, the others are their dimensions."""
+    digits = ranks.digits
+    outermost = len(digits) - 1
+    orders = [(*order, outermost) for order in rotations(outermost)] or rotations(len(digits))
+    return scattering_and_gathering(op, OVER_TORI, digits, orders)
+
+
+def over_tori_outline(op: Op, nbytes: float, levels: Levels) -> Outline | None:
+    """Rings whose wires are a chip's own, two or more, and one level further out that is none."""
+    parts = spans(levels)
+    dims, (outer, _) = parts[:-1], parts[-1]
+    goes_round = all(has_own_wires(*each) and (each[0].wraps or each[0].fanout == 2) for each in dims)
+    if not goes_round or outer.ring:
+        return None
+    part, channels = nbytes / (2 * len(dims)), []
+    for order in rotations(len(dims)):
+        for side in range(len(BOTH_WAYS)):
+            places = (*order, len(dims))
+            stages = _one_way(part, [parts[place] for place in places])
+            ports = tuple(_port(place, side, parts) for place in places)
+            there_and_back = halves(op, stages, stages[::-1]), halves(op, ports, ports[::-1])
+            channels.append(Outline(OVER_TORI, *there_and_back))
+    return replace(channels[0], beside=tuple(channels[1:]))
+
+
 def has_own_wires(level: Level, inner: int) -> bool:
     """Whether chips have wires of their own to their neighbours along this dimension, at its full rate."""
     sides = 1 if level.fanout == 2 else 2
@@ -133,6 +165,22 @@ def _suits(span: tuple[Level, int], ring: bool) -> bool:
     if level.fanout == 2:
         return level.ring
     return level.ring and level.wraps if ring else has_own_wires(*span)
+
+
+def _port(place: int, side: int, parts: Sequence[tuple[Level, int]]) -> int:
+    """Rings have wires for either way round, but of two chips one; what joins tori is used both ways round."""
+    ring = is_ring(parts[place][0])
+    return len(BOTH_WAYS) * place + (side if ring else 0)
+
+
+def _one_way(part: float, parts: Sequence[tuple[Level, int]]) -> tuple[tuple[OutlineStage, ...], ...]:
+    """What a chip sends along one level after another."""
+    phases = []
+    for level, inner in parts:
+        part /= level.fanout
+        hop = Hop(level.latency_s, level.rate(inner))
+        phases.append((OutlineStage(level.fanout - 1, part, (hop,)),))
+    return tuple(phases)
 
 
 def halves(op: Op, scatter: tuple[T, ...], gather: tuple[T, ...]) -> tuple[T, ...]:
@@ -234,5 +282,14 @@ ALGORITHMS = (
         sketch=line_outline,
         cut=line_pieces,
         needs=replace(_RINGS, least=1, most=1),
+    ),
+    Algorithm(
+        name=OVER_TORI,
+        rank=9,
+        ops=OPS,
+        make=over_tori_schedule,
+        sketch=over_tori_outline,
+        needs=Needs(Joined.IN_RING, least=3, most_shared=0),
+        rail_aligned=True,
     ),
 )

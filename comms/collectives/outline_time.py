@@ -27,26 +27,32 @@ Cohen, Olsder and Quadrat, Synchronization and Linearity, 1992). After some roun
 by a constant per period (chapter 3, theorem 3.109); as soon as that is seen, the remaining periods are taken in one
 step.
 
-A stage with one hop in an outline with more positions has each position exchange with its like. Rounds with
+A stage with one hop in an outline with more positions has each position exchange with its counterpart. Rounds with
 ports of their own are those of other chips: pieces queue there, but neither wait for a chip to be done with the
-piece before nor hold its port. Channels side by side are `collectives.parallel_channels`.
+piece before nor hold its port.
+
+Channels side by side send one message after another, each when the one before has arrived. Those that use a port at
+the same time share its rate equally, as max-min fairness has it for flows with one wire each (processor sharing;
+Kleinrock, Queueing Systems II, 1976, section 4.4). Where all chips stand alike, as around the rings of a torus, this
+is what happens at every chip.
 
 Exact for what an outline says, up to rounding; what it leaves out (chips that differ) is not modelled.
 """
 
-from collections import deque
+from collections import Counter, deque
+from collections.abc import Iterator
 from dataclasses import dataclass
 from math import ceil
 
 import numpy as np
 
 from comms.collectives.outline import Hop, Outline, OutlineStage
-from comms.collectives.parallel_channels import side_by_side_seconds
 from comms.collectives.schedule import PieceOrder
 from comms.networks.topology import FloatArray
 
 MAX_POSITIONS = 512  # the form of a ring takes the square of it
 FILLING = 1 / 32  # of the time with endless pieces, what filling a pipeline may cost more
+ROUNDING = 1e-12  # of a message: what is left of it is nothing
 STEADY = 1e-12  # relative: states that differ by a constant up to this are the same
 
 
@@ -57,8 +63,28 @@ class _PieceCosts:
     repeat: int
     latency_s: FloatArray
     wire_s: FloatArray  # until the last byte has left
-    passes_on: bool  # to the next position, else to its like
+    passes_on: bool  # to the next position, else to its counterpart
     own_ports: bool
+
+
+@dataclass(slots=True)
+class _Message:
+    """What is left of a message, in seconds: on the wire if it had the port alone, and after that on its way."""
+
+    port: int
+    wire_s: float
+    way_s: float
+
+    def next_event_s(self, senders: Counter[int]) -> float:
+        return self.wire_s * senders[self.port] if self.wire_s > 0 else self.way_s
+
+    def moved_on(self, seconds: float, senders: Counter[int]) -> "_Message":
+        """The same after so long, in which nothing began or ended."""
+        if self.wire_s > 0:
+            left = self.wire_s - seconds / senders[self.port]
+            return _Message(self.port, left if left > self.wire_s * ROUNDING else 0.0, self.way_s)
+        left = self.way_s - seconds
+        return _Message(self.port, 0.0, left if left > self.way_s * ROUNDING else 0.0)
 
 
 def closed_seconds(outline: Outline) -> float:
@@ -93,7 +119,7 @@ def fewest_pieces(filling_s: float, endless_s: float) -> int:
 def folded_seconds(outline: Outline) -> float:
     """Time until everything has arrived, everyone being ready at 0."""
     if outline.beside:
-        return side_by_side_seconds(outline)
+        return _side_by_side_seconds(outline)
     positions = _num_positions(outline)
     ready = np.zeros((outline.pieces, positions))
     free: dict[int, FloatArray] = {}
@@ -275,3 +301,29 @@ def _shift(before: FloatArray, after: FloatArray) -> float | None:
     later = after - before
     least, most = float(later.min()), float(later.max())
     return least if most - least <= STEADY * float(np.abs(after).max()) else None
+
+
+def _side_by_side_seconds(outline: Outline) -> float:
+    """Time until all channels of an outline have ended, everyone being ready at 0."""
+    coming = [_messages(each) for each in outline.channels]
+    under_way = [next(messages, None) for messages in coming]
+    now = 0.0
+    while any(under_way):
+        senders = Counter(each.port for each in under_way if each and each.wire_s > 0)
+        step = min(each.next_event_s(senders) for each in under_way if each)
+        now += step
+        for channel, each in enumerate(under_way):
+            if each:
+                left = each.moved_on(step, senders)
+                ended = left.wire_s == left.way_s == 0
+                under_way[channel] = next(coming[channel], None) if ended else left
+    return now
+
+
+def _messages(outline: Outline) -> Iterator[_Message]:
+    """The messages of a channel, in order."""
+    for phase, port in zip(outline.phases, outline.ports, strict=True):
+        for stage in phase:
+            (hop,) = stage.hops
+            for _ in range(stage.repeat):
+                yield _Message(port, stage.nbytes / hop.bytes_per_s, hop.latency_s)

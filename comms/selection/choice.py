@@ -120,20 +120,18 @@ def _timed(
     op: Op, nbytes: float, members: Members, network: Network, algorithm: str, flat: bool = False
 ) -> list[Choice]:
     """All ways that suit, by their closed forms, in the order of the catalog."""
-    num_chips, tier = group_size(members), _outermost(members, network)
-    pairs = _offered(op, num_chips, tier, algorithm)
-    blank = Choice(op, nbytes, num_chips, NOTHING, PLAIN, 0.0, 0.0, (), False)
-    folds = {
-        aligned: _folds(blank, members, network, aligned, flat)
-        for aligned in {each.rail_aligned for each, _ in pairs}
-    }
+    tier = _outermost(members, network)
+    pairs = _offered(op, group_size(members), tier, algorithm)
+    blank = Choice(op, nbytes, group_size(members), NOTHING, PLAIN, 0.0, 0.0, (), False)
+    aligned = {each.rail_aligned for each, _ in pairs}
+    folds = {each: _folds(blank, members, network, each, flat) for each in aligned}
     # A protocol is laid over the levels once, not once for every algorithm.
     ways: dict[tuple[Protocol, bool], list[tuple[Choice, Levels]]] = {}
     for protocol in {protocol for _, protocol in pairs}:
         inside = network.inside(tier, protocol)
-        for aligned, blanks in folds.items():
+        for is_aligned, blanks in folds.items():
             filled = [replace(each, protocol=protocol, inside=inside) for each in blanks]
-            ways[protocol, aligned] = [(way, way.priced_levels) for way in filled]
+            ways[protocol, is_aligned] = [(way, way.priced_levels) for way in filled]
     choices = []
     for each, protocol in pairs:
         for way, levels in ways[protocol, each.rail_aligned]:

@@ -117,6 +117,7 @@ class Blocks:
         own = np.arange(num) * self.strides[self.order[place]]
         open_digits = [np.arange(self.fanouts[each]) * self.strides[each] for each in self.order[place + 1 :]]
         chunks = np.sort(reduce(lambda a, b: np.add.outer(a, b).ravel(), open_digits, own))
+        # What follows on the one before is the same range; the first chunk follows on nothing.
         starts = np.flatnonzero(np.diff(chunks, prepend=chunks[0] - 2) != 1)
         return chunks[starts], np.diff(np.append(starts, len(chunks)))
 

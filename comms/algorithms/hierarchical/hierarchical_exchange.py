@@ -64,6 +64,7 @@ def _stage(nbytes: float, crossed: Sequence[tuple[Level, int]]) -> OutlineStage:
     if len(crossed) == 1:
         return stages(Crossing.DIRECT, nbytes, *crossed[0])[0]
     each, innermost = nbytes / prod(level.fanout for level, _ in crossed), crossed[0][1]
+    # Near subgroups come first, so that a level ends when all before it have left; which is last depends on latencies.
     sent, busy, ends = 0.0, 0.0, []
     for level, inner in crossed:
         num = (level.fanout - 1) * inner // innermost

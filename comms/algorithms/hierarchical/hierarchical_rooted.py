@@ -164,6 +164,7 @@ def _dealing(nbytes: float, level: Level, inner: int) -> tuple[OutlineStage, ...
     if is_ring(level):
         hops = max(hops for _, hops in _sides(level.fanout))
         return (OutlineStage(hops, nbytes / level.fanout, (Hop(level.latency_s, level.rate(2 * inner)),)),)
+    # The port is free when the last byte has left, the last message there a latency later: a stage of its own.
     (together,) = stages(Crossing.DIRECT, nbytes, level, inner)
     (hop,) = together.hops
     leaves = replace(together, hops=(replace(hop, latency_s=0.0),))

@@ -684,7 +684,7 @@ def test_pipelines_get_enough_pieces_and_not_many_more(nbytes, num_ranks):
     line = (Level("wire", num_ranks, 5e-6, 5e10, 1e11, ring=True, wraps=False),)
     in_pieces = (
         (DOUBLE_TREE, switch),
-        (torus_rings.ALGORITHMS[-1], line),
+        (algorithm_of(Op.ALL_REDUCE, torus_rings.LINE), line),
         (in_network.ALGORITHMS[0], switch),
     )
     for each, levels in in_pieces:

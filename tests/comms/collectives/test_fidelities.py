@@ -7,9 +7,8 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from comms.algorithms import double_trees
+from comms.algorithms import double_trees, torus_rings
 from comms.algorithms.catalog import names
-from comms.algorithms.hierarchical import hierarchical_torus
 from comms.algorithms.ring import RAIL_RINGS
 from comms.collectives.proof import prove
 from comms.collectives.schedule import Op
@@ -103,7 +102,7 @@ def pods(draw):
 
 def suiting(name):
     """Clusters of which many suit an algorithm."""
-    if name == hierarchical_torus.NAME:
+    if name == torus_rings.OVER_TORI:
         return pods()
     if name == "line" or "torus" in name or "mesh" in name:
         return lattices(name)
