@@ -11,9 +11,8 @@ from collections.abc import Callable
 import torch
 from support.harness import median, report, seconds_of
 
-from orchestrator.config.hardware.cluster_file import load_cluster
+from orchestrator.config.hardware.cluster_file import cluster_path, load_cluster
 from orchestrator.config.job_file import load_job
-from orchestrator.config.shipped import cluster_path
 from orchestrator.planning.preparation import Prepared, build_model, prepare
 from orchestrator.runners.executing.executor import Executor
 from orchestrator.runners.starting import InlineLaunch

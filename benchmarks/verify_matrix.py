@@ -8,9 +8,8 @@ import time
 
 from support.harness import report
 
-from orchestrator.config.hardware.cluster_file import load_cluster
+from orchestrator.config.hardware.cluster_file import cluster_path, load_cluster
 from orchestrator.config.job_file import load_job
-from orchestrator.config.shipped import cluster_path
 from orchestrator.verbs.verify import verify
 
 MODELS = ("builtin:gpt-nano", "hf:gpt2-tiny", "hf:llama-tiny")

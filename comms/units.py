@@ -14,6 +14,8 @@ import re
 from decimal import Decimal
 from enum import StrEnum
 
+from comms.errors import UnitError
+
 
 class Quantity(StrEnum):
     """What a number measures; the value is the word used in messages."""
@@ -26,15 +28,6 @@ class Quantity(StrEnum):
     POWER = "power"
     HOURLY_PRICE = "price per hour"
     PRICE = "price"
-
-
-class UnitError(ValueError):
-    """A quantity that cannot be read: what is wrong, and what to write instead."""
-
-    def __init__(self, problem: str, hint: str) -> None:
-        super().__init__(f"{problem}; {hint}")
-        self.problem = problem
-        self.hint = hint
 
 
 _DECIMAL = {"k": 3, "M": 6, "G": 9, "T": 12, "P": 15, "E": 18}
@@ -97,13 +90,13 @@ def parse(text: object, quantity: Quantity) -> float:
     """The value of `text` in base units of `quantity`. Raises UnitError, which says what to write instead."""
     example = f"write it like {EXAMPLES[quantity]}"
     if not isinstance(text, str):
-        raise UnitError(f"a {quantity} needs a unit, got the bare value {text!r}", example)
+        raise UnitError(f"a {quantity} needs a unit, got the bare value {text!r}", hint=example)
     match = _TEXT.fullmatch(text)
     if match is None:
-        raise UnitError(f"{text!r} is not a number with a unit", example)
+        raise UnitError(f"{text!r} is not a number with a unit", hint=example)
     number, unit = match.groups()
     if unit is None:
-        raise UnitError(f"a {quantity} needs a unit, got the bare number {text.strip()}", example)
+        raise UnitError(f"a {quantity} needs a unit, got the bare number {text.strip()}", hint=example)
     if unit not in UNITS[quantity]:
         raise _wrong_unit(text.strip(), unit, quantity)
     try:
@@ -111,7 +104,7 @@ def parse(text: object, quantity: Quantity) -> float:
     except ArithmeticError:  # an exponent beyond those of Decimal
         value = math.inf
     if value < 0 or math.isinf(value):
-        raise UnitError(f"{text.strip()!r} must be finite and not negative", example)
+        raise UnitError(f"{text.strip()!r} must be finite and not negative", hint=example)
     return value
 
 
@@ -137,9 +130,9 @@ def _wrong_unit(text: str, unit: str, expected: Quantity) -> UnitError:
     example = f"write it like {EXAMPLES[expected]}"
     for quantity, units in UNITS.items():
         if unit in units:
-            return UnitError(f"{text!r} is a {quantity}, but a {expected} is expected", example)
+            return UnitError(f"{text!r} is a {quantity}, but a {expected} is expected", hint=example)
     near = difflib.get_close_matches(unit, UNITS[expected], n=1, cutoff=0.5)
     if near:
-        return UnitError(f"{text!r} has an unknown unit {unit!r}", f"did you mean {near[0]!r}?")
+        return UnitError(f"{text!r} has an unknown unit {unit!r}", hint=f"did you mean {near[0]!r}?")
     known = ", ".join(UNITS[expected])
-    return UnitError(f"{text!r} has an unknown unit {unit!r}", f"a {expected} has one of {known}")
+    return UnitError(f"{text!r} has an unknown unit {unit!r}", hint=f"a {expected} has one of {known}")

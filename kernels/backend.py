@@ -15,6 +15,7 @@ from typing import Any, TypeAlias
 import torch
 
 import kernels.ops  # noqa: F401  (registers orchestrate::shard_slice)
+from comms.errors import SegmentError
 
 SegmentFunction: TypeAlias = Callable[..., tuple[torch.Tensor, ...]]
 SCALAR_TYPES = {
@@ -35,10 +36,6 @@ NAMED_CONSTANTS = {
 
 
 OPERATOR_PARTS = 3
-
-
-class SegmentError(ValueError):
-    """An op that cannot be compiled: unknown operator or malformed code."""
 
 
 @dataclass(frozen=True, slots=True)

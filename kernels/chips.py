@@ -16,9 +16,11 @@ from pathlib import Path
 
 import yaml
 
-from kernels.catalog_figures import ChipError, Figures
+from comms.errors import ChipError, UnitError
+from comms.units import Quantity, parse
 
 CATALOG = Path(__file__).parent / "catalog"
+UNSOURCED = "as given in the cluster file"
 
 
 class ChipKind(StrEnum):
@@ -173,9 +175,9 @@ def chip_document(key: str) -> dict[str, object]:
 
 def parse_chip(document: Mapping[str, object]) -> Chip:
     """The chip that a catalog document (`kind: chip`) describes. Raises ChipError and names the figure."""
-    figures = Figures(document)
+    figures = _Figures(document)
     kind = ChipKind(figures.text("class"))
-    peaks = {dtype: figures.number(f"peak.{dtype}", "FLOP/s") for dtype in figures.keys("peak")}
+    peaks = {dtype: figures.number(f"peak.{dtype}", Quantity.COMPUTE_RATE) for dtype in figures.keys("peak")}
     if not any(dtype in peaks for dtype in ("bf16", "fp16", "tf32", "fp32", "int8")):
         raise ChipError("peak needs a figure for one of bf16, fp16, tf32, fp32, int8")
     memory_type = figures.text("memory.type")
@@ -183,32 +185,98 @@ def parse_chip(document: Mapping[str, object]) -> Chip:
         key=figures.text("key"),
         name=figures.text("name"),
         vendor=figures.text("vendor"),
-        year=figures.integer("year"),
+        year=int(figures.number("year", None)),
         kind=kind,
         peak_flops_per_s=peaks,
-        memory_bytes=int(figures.number("memory.capacity", "B")),
-        memory_bytes_per_s=figures.number("memory.bandwidth", "B/s"),
+        memory_bytes=int(figures.number("memory.capacity", Quantity.SIZE)),
+        memory_bytes_per_s=figures.number("memory.bandwidth", Quantity.DATA_RATE),
         memory_type=memory_type,
         memory_is_sram="sram" in memory_type,
-        cores=figures.integer("cores.count"),
-        clock_hz=figures.optional("cores.clock", "Hz"),
-        sram_bytes=figures.optional_integer("sram.capacity", "B"),
-        sram_bytes_per_s=figures.optional("sram.bandwidth", "B/s"),
+        cores=int(figures.number("cores.count", None)),
+        clock_hz=figures.optional("cores.clock", Quantity.FREQUENCY),
+        sram_bytes=figures.optional_integer("sram.capacity", Quantity.SIZE),
+        sram_bytes_per_s=figures.optional("sram.bandwidth", Quantity.DATA_RATE),
         noc=_noc(figures),
         scaleup=_port(figures, "scale_up", DEFAULT_PORT_LATENCY_S),
         host_link=_port(figures, "host_link", DEFAULT_HOST_LATENCY_S),
-        tdp_w=figures.optional("tdp", "W"),
-        usd_per_hour=figures.optional("price", "USD/h"),
-        list_usd=figures.optional("list_price", "USD"),
-        launch_s=figures.default("launch", "s", DEFAULT_LAUNCH_S[kind]),
-        matmul_efficiency=figures.default("efficiency.matmul", "", DEFAULT_MATMUL_EFFICIENCY),
-        memory_efficiency=figures.default("efficiency.memory", "", DEFAULT_MEMORY_EFFICIENCY),
+        tdp_w=figures.optional("tdp", Quantity.POWER),
+        usd_per_hour=figures.optional("price", Quantity.HOURLY_PRICE),
+        list_usd=figures.optional("list_price", Quantity.PRICE),
+        launch_s=figures.default("launch", Quantity.TIME, DEFAULT_LAUNCH_S[kind]),
+        matmul_efficiency=figures.default("efficiency.matmul", None, DEFAULT_MATMUL_EFFICIENCY),
+        memory_efficiency=figures.default("efficiency.memory", None, DEFAULT_MEMORY_EFFICIENCY),
         notes={name: figures.text(f"notes.{name}") for name in figures.keys("notes")},
         sources=figures.sources,
     )
 
 
-def _noc(figures: Figures) -> Noc | None:
+class _Figures:
+    """Typed access to the figures of one document by dotted path; remembers the source of each, so that no figure
+    enters a chip without one."""
+
+    def __init__(self, document: Mapping[str, object]) -> None:
+        self._document = document
+        self.sources: dict[str, str] = {}
+
+    def keys(self, section: str) -> tuple[str, ...]:
+        """The figures that `section` has; none when it is absent."""
+        found = self._document.get(section)
+        return tuple(found) if isinstance(found, Mapping) else ()
+
+    def number(self, path: str, quantity: Quantity | None) -> float:
+        """The figure at `path` in base units; without a quantity a bare number."""
+        found = self.optional(path, quantity)
+        if found is None:
+            raise ChipError(f"{path} is missing")
+        return found
+
+    def optional(self, path: str, quantity: Quantity | None) -> float | None:
+        """As `number`, but None where the figure is not published."""
+        value = self._value(path)
+        if value is None:
+            return None
+        if quantity is None:
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise ChipError(f"{path} must be a bare number, got {value!r}")
+            return float(value)
+        try:
+            return parse(value, quantity)
+        except UnitError as error:
+            raise ChipError(f"{path}: {error.problem}", hint=error.hint) from error
+
+    def optional_integer(self, path: str, quantity: Quantity | None) -> int | None:
+        """As `optional`, for figures that count."""
+        value = self.optional(path, quantity)
+        return None if value is None else int(value)
+
+    def default(self, path: str, quantity: Quantity | None, default: tuple[float, str]) -> float:
+        """As `number`, or the default, whose reason becomes the source."""
+        value = self.optional(path, quantity)
+        if value is not None:
+            return value
+        self.sources[path] = default[1]
+        return default[0]
+
+    def text(self, path: str) -> str:
+        """A word or a sentence."""
+        value = self._value(path)
+        if value is None:
+            raise ChipError(f"{path} is missing")
+        return str(value)
+
+    def _value(self, path: str) -> object:
+        found: object = self._document
+        for part in path.split("."):
+            found = found.get(part) if isinstance(found, Mapping) else None
+        if isinstance(found, Mapping):
+            self.sources[path] = str(found.get("source", UNSOURCED))
+            return found.get("value")
+        if found is not None and "." in path:
+            self.sources[path] = UNSOURCED
+        return found
+
+
+def _noc(figures: _Figures) -> Noc | None:
     keys = figures.keys("noc")
     if not keys:
         return None
@@ -216,13 +284,13 @@ def _noc(figures: Figures) -> Noc | None:
         topology=figures.text("noc.topology"),
         shape=_noc_shape(figures.text("noc.shape")) if "shape" in keys else None,
         dims=_dims(figures.text("noc.dims")) if "dims" in keys else (),
-        networks=figures.optional_integer("noc.networks", "") or 1,
-        hop_latency_s=figures.optional("noc.hop_latency", "s"),
-        entry_latency_s=figures.optional("noc.entry_latency", "s") or 0.0,
-        hop_bytes_per_s=figures.optional("noc.hop_bandwidth", "B/s"),
-        aggregate_bytes_per_s=figures.optional("noc.aggregate_bandwidth", "B/s"),
-        memory_latency_s=figures.optional("noc.memory_latency", "s"),
-        loaded_latency_factor=figures.optional("noc.loaded_latency_factor", ""),
+        networks=figures.optional_integer("noc.networks", None) or 1,
+        hop_latency_s=figures.optional("noc.hop_latency", Quantity.TIME),
+        entry_latency_s=figures.optional("noc.entry_latency", Quantity.TIME) or 0.0,
+        hop_bytes_per_s=figures.optional("noc.hop_bandwidth", Quantity.DATA_RATE),
+        aggregate_bytes_per_s=figures.optional("noc.aggregate_bandwidth", Quantity.DATA_RATE),
+        memory_latency_s=figures.optional("noc.memory_latency", Quantity.TIME),
+        loaded_latency_factor=figures.optional("noc.loaded_latency_factor", None),
         multicasts=_yes_or_no("noc.multicast", figures.text("noc.multicast"))
         if "multicast" in keys
         else False,
@@ -249,14 +317,14 @@ def _dims(text: str) -> tuple[int, ...]:
     return tuple(int(size) for size in sizes)
 
 
-def _port(figures: Figures, section: str, latency: tuple[float, str]) -> Port | None:
+def _port(figures: _Figures, section: str, latency: tuple[float, str]) -> Port | None:
     if not figures.keys(section):
         return None
-    domain = figures.optional_integer(f"{section}.domain", "")
+    domain = figures.optional_integer(f"{section}.domain", None)
     return Port(
         name=figures.text(f"{section}.type"),
-        bytes_per_s=figures.number(f"{section}.bandwidth", "B/s"),
-        latency_s=figures.default(f"{section}.latency", "s", latency),
-        efficiency=figures.default(f"{section}.efficiency", "", DEFAULT_PORT_EFFICIENCY),
+        bytes_per_s=figures.number(f"{section}.bandwidth", Quantity.DATA_RATE),
+        latency_s=figures.default(f"{section}.latency", Quantity.TIME, latency),
+        efficiency=figures.default(f"{section}.efficiency", None, DEFAULT_PORT_EFFICIENCY),
         domain=domain,
     )

@@ -12,6 +12,8 @@ from typing import TypeAlias
 
 import torch
 
+from comms.errors import OptimizerError
+
 Factory: TypeAlias = Callable[[Sequence[torch.Tensor]], torch.optim.Optimizer]
 
 
@@ -36,10 +38,6 @@ class OptimizerSpec:
         return torch.optim.SGD(
             params, lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay, foreach=True
         )
-
-
-class OptimizerError(ValueError):
-    """An optimizer that cannot step on flat shards."""
 
 
 def states_per_element(factory: Factory) -> int:

@@ -89,11 +89,6 @@ def device_seconds(op: OpRow, chip: Chip) -> float:
     return max(op.flops / rate, memory)
 
 
-def op_seconds(op: OpRow, chip: Chip) -> float:
-    """Time of one operation alone, with its launch: nothing hides it."""
-    return 0.0 if is_view(op) else device_seconds(op, chip) + chip.launch_s
-
-
 def memory_seconds(nbytes: float, chip: Chip) -> float:
     """Time to move `nbytes` through the chip's memory."""
     return nbytes / (chip.memory_bytes_per_s * chip.memory_efficiency)

@@ -117,8 +117,7 @@ def tiny_job() -> Callable[..., Any]:
 @pytest.fixture(scope="session")
 def laptop() -> Any:
     """The shipped laptop cluster."""
-    from orchestrator.config.hardware.cluster_file import load_cluster
-    from orchestrator.config.shipped import cluster_path
+    from orchestrator.config.hardware.cluster_file import cluster_path, load_cluster
 
     return load_cluster(cluster_path("laptop"))
 

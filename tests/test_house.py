@@ -226,13 +226,14 @@ def test_the_flags_are_the_frozen_ones() -> None:
     assert declared - {"--help"} == FLAGS
 
 
-def test_every_verb_has_a_main_that_takes_options_and_a_console() -> None:
+def test_every_verb_has_a_main_that_takes_its_options_and_a_console() -> None:
     from orchestrator import cli
 
-    for verb in cli.VERBS:
+    for verb, options in cli.VERBS.items():
         tree = tree_of(ROOT / "orchestrator" / "verbs" / f"{verb}.py")
         mains = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "main"]
-        assert [ast.unparse(main.args) for main in mains] == ["options: Options, console: Console"], verb
+        arguments = f"options: {options.__name__}, console: Console"
+        assert [ast.unparse(main.args) for main in mains] == [arguments], verb
 
 
 @pytest.mark.parametrize("path", CLUSTERS, ids=relative)
@@ -283,7 +284,7 @@ def test_ci_runs_the_test_command_of_the_readme() -> None:
 
 def test_the_readme_names_only_verbs_flags_and_files_that_exist() -> None:
     from orchestrator import cli
-    from orchestrator.config.shipped import cluster_path
+    from orchestrator.config.hardware.cluster_file import cluster_path
 
     commands = [command.split() for command in shell_commands(ROOT / "README.md")]
     ours = [command for command in commands if command[0] == "orchestrate"]

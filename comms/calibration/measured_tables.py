@@ -22,8 +22,8 @@ from enum import StrEnum
 from itertools import pairwise
 
 from comms.collectives.schedule import Op, bus_factor
-from comms.errors import CommsError
-from comms.units import Quantity, UnitError, parse
+from comms.errors import CommsError, located
+from comms.units import Quantity, parse
 
 
 class Placement(StrEnum):
@@ -356,11 +356,10 @@ def _quantity(cell: str, unit: str, quantity: Quantity, where: str) -> tuple[flo
     try:
         number = Decimal(digits.group().rstrip("eE"))
         text = cell if cell[digits.end() :].strip() else f"{number} {unit}"
+    except InvalidOperation:
+        raise CommsError(f"{cell!r} is not a number", where, "give a number") from None
+    with located(where):
         return parse(text, quantity), _rounding(number)
-    except (InvalidOperation, UnitError) as error:
-        hint = error.hint if isinstance(error, UnitError) else "give a number"
-        problem = error.problem if isinstance(error, UnitError) else f"{cell!r} is not a number"
-        raise CommsError(problem, where, hint) from None
 
 
 def _rounding(number: Decimal) -> float:
@@ -371,10 +370,8 @@ def _rounding(number: Decimal) -> float:
 
 
 def _point(nbytes: float, seconds: float, rounding: float, where: str) -> MeasuredPoint:
-    try:
+    with located(where):
         return MeasuredPoint(nbytes, seconds, rounding)
-    except CommsError as error:
-        raise CommsError(error.problem, where, error.hint) from None
 
 
 def _curve(op: Op | None, num_chips: int, points: Sequence[MeasuredPoint], where: str) -> MeasuredCurve:

@@ -62,7 +62,7 @@ class Flaps:
     def __post_init__(self) -> None:
         if not 0 < self.down_s < self.every_s or self.first_s < 0:
             problem = f"down for {self.down_s} s every {self.every_s} s"
-            raise CommsError(problem, "flapping link", "let it be down for less than its period")
+            raise CommsError(problem, hint="let it be down for less than its period")
 
 
 @dataclass(frozen=True, slots=True)

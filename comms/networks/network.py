@@ -98,6 +98,16 @@ class Network:
                 problem = f"its shape is not what tier {outer.name!r} has for {inner.size} chips"
                 raise CommsError(problem, f"tier {inner.name!r}")
 
+    @classmethod
+    def of(cls, *tiers: tuple[int, Link]) -> "Network":
+        """Switches over switches, from the inside: (chips below one, what a message has from chip to chip)."""
+        return cls(
+            tuple(
+                switched(f"switch {at + 1}", size, link, TierKind.SCALE_OUT if at else TierKind.SCALE_UP)
+                for at, (size, link) in enumerate(tiers)
+            )
+        )
+
     def tier_for(self, chips: Sequence[int]) -> Tier:
         """The innermost tier with one group that holds all of `chips` (not empty). O(len(chips))."""
         low, high = min(chips), max(chips)

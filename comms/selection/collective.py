@@ -1,67 +1,151 @@
 """Collective: what one takes over all chips of a network, by which algorithm, and which links decide.
 
 Timed by closed form, folded or full (`pricing`). Nothing asked for, folded; but full, which moves every message,
-where the chips do not fold into levels or the network is not in perfect order, as far as that is quickly done. There
+where the chips do not fold into levels or the network is not healthy, as far as that is quickly done. There
 fixed algorithms are compared at full fidelity too (`comparison`), and a schedule made for this network may
-win. Where the chips fold, that is left to algorithms without a closed form that may be faster (`.unpriced`).
+win. Where the chips fold, that is left to algorithms without a closed form that may be faster (`comparison.unpriced`).
 """
 
 import time
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
-from comms.errors import CommsError, TooManyMessages
+from comms.collectives.schedule import Op, Schedule
+from comms.errors import CommsError
+from comms.networks.conditions import CALM, Described
+from comms.networks.network import Network
 from comms.selection import comparison
-from comms.selection.choice import AUTO, Choice, choose, is_limited
+from comms.selection.choice import AUTO, Choice, choose
+from comms.selection.comparison import ASK_FOR_FULL, ASK_FOR_ONE, Comparison, unpriced
 from comms.selection.pricing import Fidelity, tier_shares
-from comms.selection.question import Answer, Candidate, Question, conditions_in_words
-from comms.selection.unpriced import Rivals, rivals
-from comms.selection.waiting import Phase, moving, quiet
-from comms.synthesis.synthesis import NAME as SYNTHESIZED
+from comms.selection.progress import LOADING, Progress, quiet
+from comms.selection.question import (
+    SYNTHESIS_CHIPS,
+    AlgorithmTime,
+    Answer,
+    Question,
+    conditions_in_words,
+)
 from comms.synthesis.synthesis import TREES as SYNTHESIZED_OPS
 
-if TYPE_CHECKING:
-    from comms.selection.full_collective import FullTiming, Site
-
 QUICK_CHIPS = 1024  # up to here full fidelity is tried without being asked for
-SYNTHESIS_CHIPS = 64  # up to here a schedule of its own is looked for without being asked for
-PATIENT = "--fidelity full takes the time"
-LOADING = "event loop of full fidelity (compiled on first use, then kept)"
 
 
-def time_collective(
-    question: Question, phase: Phase = quiet, clock: Callable[[], float] = time.perf_counter
+def estimate(
+    op: Op | str,
+    nbytes: float,
+    network: Network,
+    algorithm: str | Schedule = AUTO,
+    fidelity: Fidelity | str | None = None,
+    conditions: Described = CALM,
 ) -> Answer:
-    """The answer to a question. Raises CommsError."""
+    """What a collective over all chips of a network takes, by the fastest algorithm or the one that is named.
+
+    `nbytes` is what it is in `collectives.schedule`. A schedule of your own is moved message by message.
+    Raises UserError.
+    """
+    question = Question(
+        network=network,
+        num_chips=network.tiers[-1].size,
+        op=Op(op),
+        nbytes=nbytes,
+        algorithm=algorithm if isinstance(algorithm, str) else AUTO,
+        schedule=None if isinstance(algorithm, str) else algorithm,
+        fidelity=None if fidelity is None else Fidelity(fidelity),
+        described=conditions,
+    )
+    return answer_to(question)
+
+
+def simulate(
+    op: Op | str,
+    nbytes: float,
+    network: Network,
+    algorithm: str | Schedule = AUTO,
+    conditions: Described = CALM,
+) -> Answer:
+    """The same by moving every message, in the state that the network is in; `Answer.loads` has the busiest wires."""
+    return estimate(op, nbytes, network, algorithm, Fidelity.FULL, conditions)
+
+
+def answer_to(
+    question: Question, progress: Progress = quiet, clock: Callable[[], float] = time.perf_counter
+) -> Answer:
+    """The answer to a question. Raises UserError."""
     started = clock()
-    is_fixed = question.schedule is None and question.algorithm != SYNTHESIZED
-    name = question.algorithm if is_fixed else AUTO
+    name = AUTO if question.has_own_schedule else question.algorithm
     choice = choose(question.op, question.nbytes, question.members, question.network, name)
     way = _way(question, choice)
-    loading_s, answer = 0.0, None
     if way.fidelity is Fidelity.FULL and question.num_chips > 1:
-        loading_s += _loaded(phase, clock)
-        answer = _by_messages(question, choice, phase)
-    if answer is None:
+        answer = _by_messages(question, choice, progress, clock)
+        if answer.fidelity is not Fidelity.FULL:
+            way = _without_messages(question, choice)
+    else:
         answer = _by_levels(question, choice, way.fidelity)
-    elif answer.fidelity is not Fidelity.FULL:
-        way = _without_messages(question, choice)
-    if _has_rivals(question, choice):
-        allowance = comparison.QUICK if question.fidelity is Fidelity.FULL else comparison.GLIMPSE
-        beside = rivals(question, choice, answer.seconds * (1 - comparison.ALIKE), allowance.messages)
-        if beside.hopeful and question.fidelity in (None, Fidelity.FULL):
-            loading_s += 0.0 if answer.full else _loaded(phase, clock)
-            answer = _against_rivals(question, answer, beside.hopeful, allowance, phase)
-        answer = replace(answer, notes=(*answer.notes, *_rivals_not_met(question, beside)))
+    if question.is_auto and not _needs_messages(question, choice):
+        answer = _with_unpriced(answer, choice, progress, clock)
     return replace(
         answer,
         notes=(*way.notes, *answer.notes),
         warnings=way.warnings,
-        loading_s=loading_s,
-        elapsed_s=clock() - started - loading_s,
+        elapsed_s=clock() - started - answer.loading_s,
     )
+
+
+def _needs_messages(question: Question, choice: Choice) -> bool:
+    """Whether the levels of the group do not tell what it has: it does not fold, or not all is healthy."""
+    return not choice.is_folded or bool(conditions_in_words(question.described))
+
+
+def _by_messages(
+    question: Question, choice: Choice, progress: Progress, clock: Callable[[], float]
+) -> Answer:
+    """By moving every message; by levels where nobody asked for that, and it would take long."""
+    loading_s = _loaded(progress, clock)
+    from comms.selection import full_collective as full
+
+    found: Answer | Comparison
+    if question.has_own_schedule:
+        found = full.by_own_schedule(question, choice, progress)
+    elif question.is_auto and _needs_messages(question, choice):
+        found = full.by_comparison(question, choice, progress)
+    else:
+        found = full.by_choice(question, choice, _reason(question, choice), progress)
+    if isinstance(found, Comparison):
+        notes = found.notes(ASK_FOR_FULL)
+        found = replace(_by_levels(question, choice, Fidelity.FOLDED), notes=notes)
+    return replace(found, loading_s=loading_s)
+
+
+def _with_unpriced(answer: Answer, choice: Choice, progress: Progress, clock: Callable[[], float]) -> Answer:
+    """Beside what was chosen by levels, what has no closed form: timed where that is quick, else named."""
+    question = answer.question
+    budget = comparison.QUICK if question.fidelity is Fidelity.FULL else comparison.BRIEF
+    beside = unpriced(question, choice, answer.seconds * (1 - comparison.ALIKE), budget.messages)
+    if question.fidelity in (None, Fidelity.FULL):
+        named, hint = beside.unknown, ASK_FOR_ONE
+        why = "not compared, as to move every message would take long"
+        if beside.promising:
+            loading_s = answer.loading_s or _loaded(progress, clock)
+            from comms.selection.full_collective import against_closed_forms
+
+            answer = against_closed_forms(answer, beside.promising, budget, progress)
+            answer = replace(answer, loading_s=loading_s)
+    else:
+        named = (*(each.algorithm for each in beside.promising), *beside.unknown)
+        why, hint = "has no closed form here, and may be faster", "--fidelity full moves every message"
+    return replace(answer, notes=(*answer.notes, f"{why}: {', '.join(named)}; {hint}")) if named else answer
+
+
+def _loaded(progress: Progress, clock: Callable[[], float]) -> float:
+    """Seconds until the event loop could be used."""
+    started = clock()
+    with progress(LOADING):
+        # Imported here: what only wants closed forms need not load compiled loops.
+        from comms.selection.full_collective import load_loops
+
+        load_loops()
+    return clock() - started
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +159,7 @@ class _Way:
 
 def _way(question: Question, choice: Choice) -> _Way:
     asked, described = question.fidelity, question.described
-    if question.schedule is not None or question.algorithm == SYNTHESIZED:
+    if question.has_own_schedule:
         what = "a schedule of your own" if question.schedule is not None else "a synthesized schedule"
         what = "an uneven all-to-all" if question.is_uneven else what
         warning = f"{what} is timed message by message: --fidelity {asked} has no effect"
@@ -132,7 +216,7 @@ def _by_levels(question: Question, choice: Choice, fidelity: Fidelity) -> Answer
         setup_s=choice.setup_s,
         reason=_reason(question, choice),
         tiers=tier_shares(choice) if choice.is_folded else (),
-        candidates=(Candidate(choice.algorithm, seconds, fidelity), *_others(choice)),
+        candidates=(AlgorithmTime(choice.algorithm, seconds, fidelity), *_others(choice)),
         notes=_advice(question, choice),
     )
 
@@ -151,179 +235,5 @@ def _reason(question: Question, choice: Choice) -> str:
     return choice.reason if question.algorithm == AUTO or not choice.levels else "asked for by name"
 
 
-def _others(choice: Choice) -> tuple[Candidate, ...]:
-    return tuple(Candidate(name, seconds, Fidelity.CLOSED) for name, seconds in choice.others)
-
-
-def _loaded(phase: Phase, clock: Callable[[], float]) -> float:
-    """Seconds until the event loop could be used."""
-    started = clock()
-    with phase(LOADING):
-        # Imported here: what only wants closed forms need not load compiled loops.
-        from comms.selection.full_collective import load_loops
-
-        load_loops()
-    return clock() - started
-
-
-def _by_messages(question: Question, choice: Choice, phase: Phase) -> Answer:
-    """By moving every message; by levels where nobody asked for that, and it would take long."""
-    from comms.selection import full_collective as full
-
-    site = full.site_of(question.network, question.num_chips, question.described)
-    if question.schedule is not None or question.algorithm == SYNTHESIZED:
-        return _against_fixed(question, site, choice, phase)
-    if question.algorithm == AUTO and not (choice.is_folded and not conditions_in_words(question.described)):
-        return _contest(question, site, choice, phase)
-    with moving(choice.algorithm, phase) as watch:
-        timing = full.timed_choice(site, choice, watch=watch)
-    own = Candidate(timing.algorithm, timing.seconds, Fidelity.FULL)
-    found = _full_answer(question, site, timing, _reason(question, choice), (own, *_others(choice)))
-    return replace(found, tiers=tier_shares(choice) if choice.is_folded else ())
-
-
-def _against_fixed(question: Question, site: "Site", choice: Choice, phase: Phase) -> Answer:
-    """A schedule of the user's own or a synthesized one, and beside it what auto would have taken."""
-    from comms.selection import full_collective as full
-
-    if question.schedule is not None:
-        with moving(question.schedule.algorithm, phase) as watch:
-            timing = full.timed_schedule(site, full.by_number(question.schedule), question.nbytes, watch)
-        what = "every part goes straight to its chip" if question.is_uneven else "your own schedule, proved"
-    else:
-        with phase("synthesis"):
-            timing = full.synthesized(site, question.op, question.nbytes)
-        what = "made for this network"
-    candidates = [Candidate(timing.algorithm, timing.seconds, Fidelity.FULL)]
-    if question.is_uneven:
-        choice = choose(
-            question.op, question.even_nbytes, question.members, question.network, choice.algorithm
-        )
-    with suppress(TooManyMessages), moving(choice.algorithm, phase) as watch:
-        rival = full.timed_choice(site, choice, watch=watch)
-        ratio = rival.seconds / timing.seconds if timing.seconds else 1.0
-        if question.is_uneven:
-            what = f"{what}; even parts of as much in all ({rival.algorithm}) take {ratio:.2f} times as long"
-        else:
-            candidates.append(Candidate(rival.algorithm, rival.seconds, Fidelity.FULL))
-            what = f"{what}; {rival.algorithm} takes {ratio:.2f} times as long"
-    return _full_answer(question, site, timing, what, tuple(candidates))
-
-
-def _contest(question: Question, site: "Site", usual: Choice, phase: Phase) -> Answer:
-    """Fixed algorithms against each other at full fidelity, and the best against a schedule of its own.
-
-    By levels where nobody asked for full fidelity, and nothing is timed quickly.
-    """
-    from comms.selection import full_collective as full
-
-    choices = comparison.suitable(question) or (usual,)
-    every = comparison.fixed(site, choices)
-    if not choices[0].is_folded and not is_limited(question.members, question.network):
-        every += comparison.hierarchies(question, site, choices)
-    outcome = comparison.held(every, comparison.ASKED if question.fidelity else comparison.QUICK, phase)
-    notes = list(outcome.notes("--algorithm times one alone" if question.fidelity else PATIENT))
-    if question.fidelity is None and (outcome.is_misleading or not outcome.timings):
-        return replace(_by_levels(question, usual, Fidelity.FOLDED), notes=tuple(notes))
-    if not outcome.timings:
-        raise TooManyMessages(
-            f"every algorithm for {question.op} sends too many messages to move them one by one",
-            "--fidelity full",
-            "ask for folded, or for fewer chips",
-        )
-    timings = list(outcome.timings)
-    best, reason = timings[0], _fastest_of(outcome)
-    if is_limited(question.members, question.network):
-        notes.append("only what the library offers is compared (`algorithms` of the tier's protocols)")
-    elif question.looks_for_better and question.op in SYNTHESIZED_OPS:
-        if question.num_chips <= SYNTHESIS_CHIPS:
-            with phase("synthesis of a schedule for this network"):
-                better, verdict = full.improved(site, question.op, question.nbytes, best)
-            reason = f"{reason}; a schedule made for this network: {verdict}"
-            if better is not None:
-                best, reason = better, f"made for this network: {verdict}"
-                timings.append(better)
-        else:
-            notes.append(
-                "a schedule made for this network is tried only when asked for: --algorithm synthesized"
-            )
-    candidates = _timed(sorted(timings, key=comparison.rank))
-    return replace(_full_answer(question, site, best, reason, candidates), notes=tuple(notes))
-
-
-def _has_rivals(question: Question, choice: Choice) -> bool:
-    """Whether algorithms without a closed form may be faster: an automatic choice by levels, in perfect order."""
-    is_auto = question.algorithm == AUTO and question.schedule is None and question.num_chips > 1
-    return is_auto and choice.is_folded and not conditions_in_words(question.described)
-
-
-def _against_rivals(
-    question: Question,
-    answer: Answer,
-    hopeful: Sequence[Choice],
-    allowance: comparison.Allowance,
-    phase: Phase,
-) -> Answer:
-    """What closed forms chose against what has none here."""
-    from comms.selection.full_collective import site_of
-
-    site = answer.site or site_of(question.network, question.num_chips, question.described)
-    to_beat_s = answer.seconds * (1 - comparison.ALIKE)
-    outcome = comparison.held(comparison.fixed(site, hopeful), allowance, phase, to_beat_s)
-    first, *others = answer.candidates
-    others = sorted((*others, *_timed(outcome.timings)), key=lambda each: each.seconds)
-    notes = (*answer.notes, *outcome.notes("--algorithm times one alone"))
-    best = outcome.timings[0] if outcome.timings else None
-    if best is None or best.seconds >= to_beat_s:
-        return replace(answer, candidates=(first, *others), notes=notes)
-    ratio = answer.seconds / best.seconds
-    reason = (
-        f"fastest of {len(others) + 1}, by moving every message, as it has no closed form here; "
-        f"{answer.algorithm}, fastest by closed form, takes {ratio:.2f} times as long"
-    )
-    candidates = tuple(sorted((first, *others), key=lambda each: each.seconds))
-    return replace(_full_answer(question, site, best, reason, candidates), notes=notes)
-
-
-def _rivals_not_met(question: Question, beside: Rivals) -> tuple[str, ...]:
-    """What nobody timed although it may be faster."""
-    if question.fidelity in (None, Fidelity.FULL):
-        names, why = beside.unknown, "not compared, as to move every message would take long"
-        hint = "--algorithm times one alone"
-    else:
-        names = (*(each.algorithm for each in beside.hopeful), *beside.unknown)
-        why, hint = "has no closed form here, and may be faster", "--fidelity full moves every message"
-    return (f"{why}: {', '.join(names)}; {hint}",) if names else ()
-
-
-def _fastest_of(outcome: comparison.Outcome) -> str:
-    doubt = "" if outcome.is_sure else "; of those not compared one may be faster"
-    if outcome.num_compared > 1:
-        late = f" ({len(outcome.late)} of them only until they were later)" if outcome.late else ""
-        return f"fastest of {outcome.num_compared} when every message is moved{late}{doubt}"
-    return f"the only one that was timed{doubt}" if outcome.unfinished else "nothing else suits"
-
-
-def _timed(timings: "Iterable[FullTiming]") -> tuple[Candidate, ...]:
-    return tuple(Candidate(each.algorithm, each.seconds, Fidelity.FULL) for each in timings)
-
-
-def _full_answer(
-    question: Question, site: "Site", timing: "FullTiming", reason: str, candidates: tuple[Candidate, ...]
-) -> Answer:
-    from comms.selection.full_collective import tier_loads
-
-    return Answer(
-        question=question,
-        algorithm=timing.algorithm,
-        protocol=timing.protocol.name,
-        fidelity=Fidelity.FULL,
-        seconds=timing.seconds,
-        setup_s=timing.setup_s,
-        reason=reason,
-        tiers=(),
-        candidates=candidates,
-        full=timing,
-        site=site,
-        loads=tier_loads(site, timing, question.chips_per_host),
-    )
+def _others(choice: Choice) -> tuple[AlgorithmTime, ...]:
+    return tuple(AlgorithmTime(name, seconds, Fidelity.CLOSED) for name, seconds in choice.others)

@@ -1,71 +1,100 @@
-"""Contest: algorithms against each other at full fidelity, where closed forms cannot decide.
+"""Comparison: algorithms timed against each other at full fidelity, where closed forms cannot decide.
 
-Who promises most comes first, and the others are given up as soon as they are later than the fastest so far; those
-that are quickly done go on to their end, for the reader to compare. What would take too long is left out, and the
-answer says what. All limits count messages and events, so that the same question has the same answer everywhere.
+A candidate is given up as soon as it is later than the fastest so far; those that are quickly done go on to their end,
+for the reader to compare. What would exceed the budget is left out, and the answer says what. Budgets count messages
+and events, so that the same question has the same answer everywhere.
+
+What an automatic choice would look at, but has no closed form for the levels that the group folds into (`unpriced`),
+only full fidelity can time. Which of them may be faster than what has a closed form is seen before a message is moved,
+and without the loops that move them: by how soon they can be done at all (`simulation.lower_bound`).
 """
 
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from math import inf
-from typing import TYPE_CHECKING
 
 from comms import wording
 from comms.algorithms.catalog import algorithm_of
 from comms.errors import CommsError, TooManyMessages
-from comms.selection.candidate_jobs import MOST_MESSAGES, expected_messages
+from comms.networks.tiered import TieredTopology
+from comms.selection.candidate_jobs import MOST_MESSAGES, jobs_of, most_sends
 from comms.selection.choice import Choice, choose, offered
+from comms.selection.progress import Progress, moving
 from comms.selection.question import Question
-from comms.selection.topology_aware import laid_hierarchies
-from comms.selection.waiting import Phase, moving
-from comms.simulation.work_budget import ENDLESS, GivenUp, Limit
-
-if TYPE_CHECKING:
-    from comms.selection.full_collective import Effort, FullTiming, Site
+from comms.selection.site import FullTiming
+from comms.simulation.compiled import Job, compile_jobs
+from comms.simulation.lower_bound import least_end_s
+from comms.simulation.work_budget import ENDLESS, UNLIMITED, GivenUp, Limit, Watch, unwatched
 
 FEW_MESSAGES = 2**14  # who has no more is timed to the end
 TIED = 1e-8  # relative: what differs by less is equal, and the first in the catalog wins
 ALIKE = 1e-3  # relative: up to this full fidelity and closed forms agree on groups that fold
 WORTH = 1.1  # times faster, by which an estimate is believed rather than what was timed
-HOPELESS = (
-    2.0  # who by closed form takes so many times as long as one that was timed is left out where that costs
-)
+RATIO_LIMIT = 2.0  # times the fastest: who is estimated to take longer gets a brief look only
+ROUGHLY = 4.0  # a guess at what chips take that do not fold is rarely so many times too long
+ASK_FOR_FULL = "--fidelity full takes the time"
+ASK_FOR_ONE = "--algorithm times one alone"
 
 
 @dataclass(frozen=True, slots=True)
-class Allowance:
-    """How much may be moved, and how much work that may be (`simulation.work_budget`)."""
+class Budget:
+    """How much of a comparison is simulated; work is as `simulation.work_budget` counts it."""
 
-    messages: int  # of a candidate,
-    work: int
-    total: int  # and of all
+    messages: int  # of a candidate
+    work: int  # of a candidate
+    total: int  # work of all candidates
 
-    def within(self, left: int, ratio: float) -> "Allowance":
-        """For a candidate that by its estimate takes `ratio` times as long as the best, with so much work left."""
-        most = self if ratio < 1 else QUICK if ratio < HOPELESS else GLIMPSE
+    def for_next(self, left: int, ratio: float) -> "Budget":
+        """For a candidate that by its estimate takes `ratio` times as long as the fastest, with so much work left."""
+        # Estimates may be wrong, so that nobody is left out unseen; but the less one promises, the less is spent.
+        most = self if ratio < 1 else QUICK if ratio < RATIO_LIMIT else BRIEF
         messages = min(self.messages, most.messages) if left > 0 else 0
-        return Allowance(messages, min(self.work, most.work, left), left)
+        return Budget(messages, min(self.work, most.work, left), left)
 
 
-QUICK = Allowance(2**21, 3 * 2**21, 2**23)  # some 10 s
-GLIMPSE = Allowance(2**17, 2**18, 2**18)  # well under a second
-ASKED = Allowance(MOST_MESSAGES, ENDLESS, ENDLESS)
+BRIEF = Budget(2**17, 2**18, 2**18)  # well under a second
+QUICK = Budget(2**21, 3 * 2**21, 2**23)  # some 10 s
+THOROUGH = Budget(MOST_MESSAGES, ENDLESS, ENDLESS)  # as long as it takes
+
+
+@dataclass(frozen=True, slots=True)
+class Effort:
+    """How far one candidate is followed."""
+
+    most_messages: int = MOST_MESSAGES
+    limit: Limit = UNLIMITED  # with the setup
+    watch: Watch = unwatched
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Entrant:
-    """One who takes part."""
+class Candidate:
+    """An algorithm to time, `estimate_s` before it is. `run` raises TooManyMessages."""
 
     name: str
     estimate_s: float
     messages: int  # about
-    run: "Callable[[Effort], FullTiming | GivenUp]"
+    run: Callable[[Effort], FullTiming | GivenUp]
+
+    def timed(self, progress: Progress) -> FullTiming:
+        """Alone, as long as it takes. Raises TooManyMessages."""
+        with moving(self.name, progress) as watch:
+            found = self.run(Effort(watch=watch))
+        assert isinstance(found, FullTiming), "nothing limits it"
+        return found
+
+    def within(self, budget: Budget, best_s: float, progress: Progress) -> FullTiming | GivenUp:
+        """As far as the budget goes, and unless it is quickly done no longer than the best so far took."""
+        until_s = inf if self.messages <= FEW_MESSAGES else best_s * (1 + TIED)
+        try:
+            with moving(self.name, progress) as watch:
+                return self.run(Effort(budget.messages, Limit(until_s, budget.work), watch))
+        except TooManyMessages:
+            return GivenUp(0.0, is_late=False)
 
 
 @dataclass(frozen=True, slots=True)
 class Unfinished:
-    """One who was too much work."""
+    """A candidate that exceeded its budget."""
 
     name: str
     seconds: float  # inf where nothing is known
@@ -79,10 +108,10 @@ class Unfinished:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Outcome:
-    """What came of a contest."""
+class Comparison:
+    """What came of the candidates."""
 
-    timings: "tuple[FullTiming, ...]"  # fastest first, each algorithm once
+    timings: tuple[FullTiming, ...]  # fastest first, each algorithm once
     late: tuple[str, ...]  # given up when they were later
     unfinished: tuple[Unfinished, ...]
 
@@ -98,8 +127,8 @@ class Outcome:
     @property
     def is_misleading(self) -> bool:
         """Whether someone who is not finished is estimated to be much faster than all who are."""
-        least = min((each.seconds for each in self.unfinished if not each.is_bound), default=inf)
-        return bool(self.timings) and least * WORTH < self.timings[0].seconds
+        best_s = min((each.seconds for each in self.unfinished if not each.is_bound), default=inf)
+        return bool(self.timings) and best_s * WORTH < self.timings[0].seconds
 
     def notes(self, hint: str) -> tuple[str, ...]:
         """What was not looked at, and what to do about it."""
@@ -109,7 +138,37 @@ class Outcome:
         return (f"not compared, as to time them would take long: {names}; {hint}",)
 
 
-def rank(timed: "FullTiming | Choice") -> float:
+def compare(
+    candidates: Iterable[Candidate], budget: Budget, progress: Progress, to_beat_s: float = inf
+) -> Comparison:
+    """Every candidate timed that is worth it, in this order; who cannot beat `to_beat_s` is late from the start."""
+    best: dict[str, FullTiming] = {}
+    at_least: dict[str, float] = {}  # of those given up
+    estimates: dict[str, float] = {}
+    left, best_s = budget.total, to_beat_s
+    for each in candidates:
+        found = each.within(budget.for_next(left, each.estimate_s / best_s), best_s, progress)
+        estimates[each.name] = each.estimate_s
+        if isinstance(found, GivenUp):
+            left -= found.work
+            at_least[each.name] = found.at_least_s
+            continue
+        left -= found.result.work
+        if each.name not in best or found.seconds < best[each.name].seconds:
+            best[each.name] = found
+            best_s = min(best_s, found.seconds)
+    # An algorithm in several variants counts as timed when one of them was.
+    lost = {name: seconds for name, seconds in at_least.items() if name not in best}
+    unfinished = tuple(
+        Unfinished(name, seconds or estimates[name], seconds > 0)
+        for name, seconds in lost.items()
+        if seconds < best_s
+    )
+    late = tuple(name for name, seconds in lost.items() if seconds >= best_s)
+    return Comparison(tuple(sorted(best.values(), key=rank)), late, unfinished)
+
+
+def rank(timed: FullTiming | Choice) -> float:
     """Seconds to nine digits: what differs by rounding only stays in the order of the catalog."""
     return float(f"{timed.seconds:.8e}")
 
@@ -129,59 +188,45 @@ def suitable(question: Question, without: Collection[str] = ()) -> tuple[Choice,
     return tuple(sorted(choices, key=lambda choice: (not choice.is_folded, rank(choice))))
 
 
-def fixed(site: "Site", choices: Iterable[Choice]) -> tuple[Entrant, ...]:
-    """Fixed algorithms, in order."""
-    from comms.selection.full_collective import tried_choice
+@dataclass(frozen=True, slots=True)
+class Unpriced:
+    """Algorithms that full fidelity alone can time."""
 
-    return tuple(
-        Entrant(each.algorithm, each.seconds, expected_messages(each), partial(tried_choice, site, each))
-        for each in choices
-    )
+    promising: tuple[Choice, ...] = ()  # may be faster than so much
+    unknown: tuple[str, ...] = ()  # perhaps, but with too many messages to look at
 
 
-def hierarchies(question: Question, site: "Site", choices: Iterable[Choice]) -> tuple[Entrant, ...]:
-    """What of them goes over bunches of chips, over those found on the network."""
-    from comms.selection.full_collective import tried_schedule
-
-    estimates = {each.algorithm: each.seconds for each in choices}
-    named = offered(question.op, question.members, question.network)
-    found = []
-    for laid in laid_hierarchies(question.op, site.seen, named):
-        name, run = laid.schedule.algorithm, partial(tried_schedule, site, laid, question.nbytes)
-        found.append(Entrant(name, estimates.get(name, inf), laid.schedule.num_messages, run))
-    return tuple(found)
-
-
-def held(every: Sequence[Entrant], allowance: Allowance, phase: Phase, to_beat_s: float = inf) -> Outcome:
-    """Everyone timed that is worth it."""
-    best: dict[str, FullTiming] = {}
-    given_up: dict[str, float] = {}
-    left, best_s = allowance.total, to_beat_s
+def unpriced(question: Question, choice: Choice, to_beat_s: float, most_messages: int) -> Unpriced:
+    """Beside a choice by closed forms; looking at so many messages at most, all in all."""
+    priced = {choice.algorithm, *(name for name, _ in choice.others)}
+    every = [each for each in suitable(question, priced) if not each.is_folded]
+    if not every:
+        return Unpriced()
+    whole = question.network.take(question.num_chips).topology()
+    promising: list[Choice] = []
+    unknown: list[str] = []
+    left = most_messages
     for each in every:
-        found = _run(each, allowance.within(left, each.estimate_s / best_s), best_s, phase)
-        left -= found.work
-        if isinstance(found, GivenUp):
-            given_up[each.name] = found.at_least_s
-        elif each.name not in best or found.seconds < best[each.name].seconds:
-            best[each.name] = found
-            best_s = min(best_s, found.seconds)
-    lost = {name: at_least_s for name, at_least_s in given_up.items() if name not in best}
-    late = tuple(name for name, at_least_s in lost.items() if at_least_s >= best_s)
-    estimates = {each.name: each.estimate_s for each in every}
-    unfinished = tuple(
-        Unfinished(name, at_least_s or estimates[name], at_least_s > 0)
-        for name, at_least_s in lost.items()
-        if name not in late
-    )
-    return Outcome(tuple(sorted(best.values(), key=rank)), late, unfinished)
+        jobs = _jobs(each, question, whole, left)
+        left -= max((job.schedule.num_messages for job in jobs), default=0)
+        if not jobs and each.seconds < ROUGHLY * to_beat_s:
+            unknown.append(each.algorithm)
+        if any(each.setup_s + _least_seconds(job, whole, to_beat_s) < to_beat_s for job in jobs):
+            promising.append(each)
+    return Unpriced(tuple(promising), tuple(unknown))
 
 
-def _run(each: Entrant, allowance: Allowance, best_s: float, phase: Phase) -> "FullTiming | GivenUp":
-    from comms.selection.full_collective import Effort
-
-    until_s = inf if each.messages <= FEW_MESSAGES else best_s * (1 + TIED)
+def _jobs(choice: Choice, question: Question, whole: TieredTopology, most_messages: int) -> Sequence[Job]:
+    """What may be moved for a choice; nothing where that is too much."""
+    if most_sends(choice)[0] > most_messages:  # not even made
+        return ()
     try:
-        with moving(each.name, phase) as watch:
-            return each.run(Effort(allowance.messages, Limit(until_s, allowance.work), watch))
+        return tuple(jobs_of(choice, question.members, whole, whole, most_messages))
     except TooManyMessages:
-        return GivenUp(0.0, is_late=False)
+        return ()
+
+
+def _least_seconds(job: Job, whole: TieredTopology, until_s: float) -> float:
+    """What a job takes at least on a healthy network, if that is not later than `until_s`."""
+    compiled = compile_jobs(whole, [job])
+    return least_end_s(compiled, compiled.bytes_per_s, until_s)

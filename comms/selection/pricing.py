@@ -8,11 +8,9 @@ What the library adds (`Choice.setup_s`) is the same in all. On groups that fold
 that do not are priced by full fidelity where there is a topology of few enough chips.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from math import prod
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -23,9 +21,7 @@ from comms.networks.groups import Lattice, Members
 from comms.networks.tiered import TieredTopology
 from comms.networks.topology import IntArray
 from comms.selection.choice import Choice
-
-if TYPE_CHECKING:
-    from comms.simulation.compiled import Job
+from comms.simulation.compiled import Job
 
 FREE = 1e9  # how much better a tier is made to see what it costs
 
@@ -45,7 +41,7 @@ class TierShare:
     tier: str
     fanout: int
     latency_s: float  # of one stage, by the protocol taken
-    bytes_per_s: float  # of a chip, when all chips of a bunch send to others at once
+    bytes_per_s: float  # of a chip, when all chips of a group send to others at once
     saved_s: float  # what would be saved if this tier cost nothing
 
 
@@ -62,6 +58,7 @@ def busbw(op: Op, nbytes: float, seconds: float, num_chips: int) -> float:
 def tier_shares(choice: Choice) -> tuple[TierShare, ...]:
     """Per level that the group spans, what it costs: by the closed form with that level free."""
     shares = []
+    # Levels overlap where pieces are pipelined, so that their times do not add up: each is taken away in turn.
     for at, level in enumerate(choice.levels):
         free = replace(
             level,
@@ -81,11 +78,8 @@ def tier_shares(choice: Choice) -> tuple[TierShare, ...]:
     return tuple(shares)
 
 
-def job_of(choice: Choice, groups: IntArray, topology: TieredTopology, start_s: float = 0.0) -> "Job":
+def job_of(choice: Choice, groups: IntArray, topology: TieredTopology, start_s: float = 0.0) -> Job:
     """The messages of a choice for groups of chips ([groups, chips], members in order) on a topology."""
-    # Imported here: what only wants closed forms need not load compiled loops.
-    from comms.simulation.compiled import Job
-
     schedule = choice.schedule()
     places = np.array([_places(choice, members, topology) for members in groups])
     return Job(schedule, places, choice.nbytes, start_s, protocol=choice.protocol, inside=choice.inside)
@@ -99,16 +93,13 @@ def groups_of(members: Members, num_chips: int) -> IntArray:
 
 
 def _places(choice: Choice, members: IntArray, topology: TieredTopology) -> IntArray:
-    """The members, and after them the switches that add for them: one per bunch, then the one over all."""
-    if len(members) == 1 or not (layers := algorithm_of(choice.op, choice.algorithm).adding_switches):
+    """The members, and after them the switches that add for them: one per group, then the one over all."""
+    layers = algorithm_of(choice.op, choice.algorithm).adding_switches if len(members) > 1 else 0
+    if layers == 0:
         return members
-    bunch = choice.levels[0].fanout
-    bunches = [members[first : first + bunch] for first in range(0, len(members), bunch)]
-    switches = [topology.switch_over(_as_list(each)) for each in bunches]
+    size = choice.levels[0].fanout
+    groups = [members[first : first + size] for first in range(0, len(members), size)]
+    switches = [topology.switch_over(each.tolist()) for each in groups]
     if min(layers, len(choice.levels)) > 1:
-        switches.append(topology.switch_over(_as_list(members)))
+        switches.append(topology.switch_over(members.tolist()))
     return np.concatenate([members, np.array(switches, dtype=np.int64)])
-
-
-def _as_list(chips: IntArray) -> Sequence[int]:
-    return [int(chip) for chip in chips]

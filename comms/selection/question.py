@@ -5,19 +5,18 @@ Assumes that all chips take part, rank r on chip r, and are ready at once. Not m
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 from comms.collectives.schedule import Op, Schedule
 from comms.networks.conditions import CALM, Described
-from comms.networks.groups import Lattice, mesh_group
+from comms.networks.groups import Lattice
 from comms.networks.network import Network
 from comms.selection.choice import AUTO
 from comms.selection.pricing import Fidelity, TierShare, algbw, busbw
+from comms.selection.site import FullTiming, Site, TierLoad, WireLoad, all_chips, tier_loads
 from comms.synthesis.bisection import Cut, bisection
+from comms.synthesis.synthesis import NAME as SYNTHESIZED
 
-if TYPE_CHECKING:
-    from comms.selection.full_collective import FullTiming, Site, TierLoad
-
+SYNTHESIS_CHIPS = 64  # up to here a schedule made for the network is looked for without being asked for
 BISECTION_CHIPS = 16_384  # up to here the halves of a network are looked at
 
 _NEVER = ("packets, queues and loss in switches", "what chips do beside the collective")
@@ -37,28 +36,36 @@ class Question:
     schedule: Schedule | None = None  # used instead of an algorithm
     fidelity: Fidelity | None = None
     described: Described = CALM
-    chips_per_host: int = 1
+    chips_per_host: int = 1  # for the names of chips only
     looks_for_better: bool = True  # auto may take long to look for a schedule of its own
 
     @property
     def members(self) -> Lattice:
         """All chips."""
-        return mesh_group((("all", self.num_chips),), ("all",))
+        return all_chips(self.num_chips)
+
+    @property
+    def has_own_schedule(self) -> bool:
+        """Whether no fixed algorithm is asked for: a schedule of the user's own, or one made for the network."""
+        return self.schedule is not None or self.algorithm == SYNTHESIZED
+
+    @property
+    def is_auto(self) -> bool:
+        """Whether an algorithm is to be chosen."""
+        return self.algorithm == AUTO and self.schedule is None and self.num_chips > 1
 
     @property
     def is_uneven(self) -> bool:
         """Whether chips send parts of all sizes to each other."""
-        return (
-            self.schedule is not None
-            and self.op is Op.ALL_TO_ALL
-            and not isinstance(self.schedule.shares, float)
-        )
+        made = self.schedule
+        return made is not None and self.op is Op.ALL_TO_ALL and not isinstance(made.shares, float)
 
     @property
     def even_nbytes(self) -> float:
         """What one chip would have for all, its own part among it, if as much left the chips in even parts."""
-        if self.schedule is None or self.op is not Op.ALL_TO_ALL or isinstance(self.schedule.shares, float):
+        if not self.is_uneven:
             return self.nbytes
+        assert self.schedule is not None and not isinstance(self.schedule.shares, float)
         n = self.num_chips
         table = self.schedule.shares.reshape(n, n, -1).sum(axis=2)  # from chip to chip
         leaves = float(table.sum() - table.trace())  # n - 1 parts of each chip; its own stays where it is
@@ -66,8 +73,8 @@ class Question:
 
 
 @dataclass(frozen=True, slots=True)
-class Candidate:
-    """An algorithm that was looked at, and what it takes by which fidelity."""
+class AlgorithmTime:
+    """What an algorithm that was looked at takes, and by which fidelity."""
 
     algorithm: str
     seconds: float
@@ -86,12 +93,11 @@ class Answer:
     setup_s: float
     reason: str
     tiers: tuple[TierShare, ...]  # of a group that folds
-    candidates: tuple[Candidate, ...]  # with the algorithm itself, fastest first
+    candidates: tuple[AlgorithmTime, ...]  # with the algorithm itself, fastest first
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
-    full: "FullTiming | None" = None
-    site: "Site | None" = None
-    loads: "tuple[TierLoad, ...]" = ()  # of full fidelity
+    full: FullTiming | None = field(default=None, repr=False)
+    site: Site | None = field(default=None, repr=False)
     loading_s: float = 0.0  # for the event loop, not in elapsed_s
     elapsed_s: float = 0.0
 
@@ -102,6 +108,16 @@ class Answer:
     @property
     def busbw_bytes_per_s(self) -> float:
         return busbw(self.question.op, self.question.nbytes, self.seconds, self.question.num_chips)
+
+    @cached_property
+    def loads(self) -> tuple[TierLoad, ...]:
+        """What crossed the wires of each tier; none where messages were not moved."""
+        return tier_loads(self.site, self.full) if self.site and self.full else ()
+
+    @property
+    def busiest_wire(self) -> WireLoad | None:
+        """Of all that crossed wires, where messages were moved."""
+        return max((load.busiest for load in self.loads), key=lambda wire: wire.busy, default=None)
 
     @cached_property
     def bisection(self) -> Cut | None:

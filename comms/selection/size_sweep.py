@@ -6,11 +6,10 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 
 from comms.errors import CommsError
-from comms.selection.choice import AUTO
-from comms.selection.collective import time_collective
+from comms.selection.collective import answer_to
 from comms.selection.pricing import Fidelity
+from comms.selection.progress import Progress, quiet
 from comms.selection.question import Answer, Question
-from comms.selection.waiting import Phase, quiet
 from comms.synthesis.synthesis import TREES as SYNTHESIZED_OPS
 
 FACTOR = 2
@@ -20,12 +19,30 @@ NOT_SYNTHESIZED = (
 )
 
 
+@dataclass(frozen=True, slots=True)
+class SizeRange:
+    """Neighbouring sizes with the same choice."""
+
+    algorithm: str
+    protocol: str
+    from_nbytes: float
+    to_nbytes: float
+
+
 @dataclass(frozen=True, slots=True, eq=False)
-class Sweep:
+class SizeSweep:
     """Answers by size, ascending."""
 
     answers: tuple[Answer, ...]
+    loading_s: float  # for the event loop, not in elapsed_s
     elapsed_s: float
+
+    @property
+    def ranges(self) -> tuple[SizeRange, ...]:
+        """Where the choice changes."""
+        by_choice = groupby(self.answers, key=lambda answer: (answer.algorithm, answer.protocol))
+        sizes = ((choice, [answer.question.nbytes for answer in group]) for choice, group in by_choice)
+        return tuple(SizeRange(*choice, nbytes[0], nbytes[-1]) for choice, nbytes in sizes)
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -44,21 +61,10 @@ class Sweep:
         return tuple(dict.fromkeys(warning for each in self.answers for warning in each.warnings))
 
 
-@dataclass(frozen=True, slots=True)
-class Stretch:
-    """Neighbouring sizes with the same choice."""
-
-    algorithm: str
-    protocol: str
-    first: float
-    last: float
-
-
 def _may_be_synthesized(answer: Answer) -> bool:
     """Whether a schedule made for the network would have been looked for: fixed algorithms met message by message."""
-    question = answer.question
-    met = answer.fidelity is Fidelity.FULL and not answer.tiers and question.num_chips > 1
-    return met and question.algorithm == AUTO and question.schedule is None and question.op in SYNTHESIZED_OPS
+    compared = answer.fidelity is Fidelity.FULL and not answer.tiers
+    return compared and answer.question.is_auto and answer.question.op in SYNTHESIZED_OPS
 
 
 def sizes_between(low: float, high: float) -> tuple[float, ...]:
@@ -78,24 +84,13 @@ def sizes_between(low: float, high: float) -> tuple[float, ...]:
 def sweep_sizes(
     question: Question,
     sizes: tuple[float, ...],
-    phase: Phase = quiet,
+    progress: Progress = quiet,
     clock: Callable[[], float] = time.perf_counter,
-) -> Sweep:
+) -> SizeSweep:
     """Ask the same for every size. Schedules made for this network are not looked for at each: that takes long."""
     started = clock()
     question = replace(question, looks_for_better=False)
-    with phase(f"{len(sizes)} sizes"):
-        answers = tuple(time_collective(replace(question, nbytes=nbytes), phase, clock) for nbytes in sizes)
+    with progress(f"{len(sizes)} sizes"):
+        answers = tuple(answer_to(replace(question, nbytes=nbytes), progress, clock) for nbytes in sizes)
     loading_s = sum(answer.loading_s for answer in answers)
-    return Sweep(answers, clock() - started - loading_s)
-
-
-def stretches(sweep: Sweep) -> tuple[Stretch, ...]:
-    """Where the choice changes."""
-    found = []
-    for (algorithm, protocol), group in groupby(
-        sweep.answers, key=lambda answer: (answer.algorithm, answer.protocol)
-    ):
-        sizes = [answer.question.nbytes for answer in group]
-        found.append(Stretch(algorithm, protocol, sizes[0], sizes[-1]))
-    return tuple(found)
+    return SizeSweep(answers, loading_s, clock() - started - loading_s)

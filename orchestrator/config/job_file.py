@@ -5,12 +5,15 @@ the schema: text fields take `c` as it stands, all others read it as YAML. Envir
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
 
+from comms.errors import ConfigError, combined
 from orchestrator.config.job import (
     Checkpoints,
     Dtype,
@@ -24,7 +27,6 @@ from orchestrator.config.job import (
 )
 from orchestrator.config.schema import CountOr, Section, field_error, section_at, validate
 from orchestrator.config.yaml_file import Document, Location, parse_scalar, read_yaml
-from orchestrator.errors import ConfigError, combined
 
 # What `train` runs when nothing is said: a small GPT on the text that comes with the interpreter.
 DEFAULT_MODEL = "builtin:gpt-mini"
@@ -34,7 +36,7 @@ DEFAULT_GLOBAL_BATCH = 32
 DEFAULT_STEPS = 200
 DEFAULT_LR = 3e-3
 DEFAULT_WARMUP_STEPS = 20
-DEFAULT_SCHEMA = {"kind": "job", "version": 1}
+DEFAULT_SCHEMA: Mapping[str, Any] = {"kind": "job", "version": 1}
 
 Degree = Annotated[int | None, CountOr("auto")]
 Positive = Annotated[int, Field(ge=1)]
@@ -154,42 +156,26 @@ def job_from(document: Document) -> Job:
 
 def job_document(job: Job) -> dict[str, object]:
     """The job as the mapping of a job file that says everything: what a run directory keeps."""
-    optimizer, lr, plan = job.optimizer, job.lr_schedule, job.plan
-    return {
-        **DEFAULT_SCHEMA,
-        "model": job.model,
-        "model_args": dict(job.model_args),
-        "data": job.data,
-        "seq": job.seq,
-        "global_batch": job.global_batch,
-        "microbatches": job.microbatches or "auto",
-        "steps": job.steps,
-        "seed": job.seed,
-        "dtype": job.dtype.value,
-        "optimizer": {
-            "name": optimizer.name,
-            "lr": optimizer.lr,
-            "weight_decay": optimizer.weight_decay,
-            "betas": list(optimizer.betas),
-            "eps": optimizer.eps,
-            "momentum": optimizer.momentum,
-        },
-        "clip_norm": job.clip_norm,
-        "lr_schedule": {
-            "name": lr.name.value,
-            "warmup_steps": lr.warmup_steps,
-            "min_lr_ratio": lr.min_lr_ratio,
-        },
-        "plan": {
-            "dp": plan.dp or "auto",
-            "tp": plan.tp or "auto",
-            "pp": plan.pp or "auto",
-            "zero": plan.zero,
-            "schedule": plan.schedule.value,
-        },
-        "validation": {"every": job.validation.every, "batches": job.validation.batches},
-        "checkpoints": {"every": job.checkpoints.every, "keep": job.checkpoints.keep},
-    }
+    said = {**DEFAULT_SCHEMA, **asdict(job)}
+    said["microbatches"] = said["microbatches"] or "auto"
+    said["plan"] |= {degree: said["plan"][degree] or "auto" for degree in ("dp", "tp", "pp")}
+    return _plain(said)
+
+
+def _plain(said: Mapping[str, Any]) -> dict[str, object]:
+    """Words in place of enumerations and lists in place of tuples, as files have them."""
+    found: dict[str, object] = {}
+    for key, value in said.items():
+        match value:
+            case StrEnum():
+                found[key] = value.value
+            case tuple():
+                found[key] = list(value)
+            case dict() if key != "model_args":  # which is the model's own affair
+                found[key] = _plain(value)
+            case _:
+                found[key] = value
+    return found
 
 
 def overridden(document: Document, overrides: Sequence[str]) -> Document:

@@ -8,6 +8,7 @@ sees a Section: the modules that define one turn it into frozen values.
 
 import difflib
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar, get_args
@@ -15,9 +16,9 @@ from typing import Annotated, Any, TypeVar, get_args
 from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, GetJsonSchemaHandler, ValidationError
 from pydantic_core import CoreSchema, ErrorDetails, PydanticCustomError, core_schema
 
-from comms.units import EXAMPLES, Quantity, UnitError, format_quantity, parse, pattern
+from comms.errors import ConfigError, UnitError, combined
+from comms.units import EXAMPLES, Quantity, format_quantity, parse, pattern
 from orchestrator.config.yaml_file import Document, Location
-from orchestrator.errors import ConfigError, combined
 
 _MAY_BE_ZERO = {Quantity.TIME, Quantity.POWER, Quantity.HOURLY_PRICE, Quantity.PRICE}
 
@@ -35,8 +36,30 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, hide_input_in_errors=True)
 
 
+class FieldType(ABC):
+    """A field that is read by a rule of its own, in the way that pydantic asks for."""
+
+    __slots__ = ()
+
+    @abstractmethod
+    def read(self, value: object) -> object:
+        """What stands in the file, as what it means. Raises `field_error`."""
+
+    @abstractmethod
+    def json_schema(self) -> dict[str, Any]:
+        """What editors check while the file is typed."""
+
+    def __get_pydantic_core_schema__(self, source: object, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_plain_validator_function(self.read)
+
+    def __get_pydantic_json_schema__(
+        self, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        return self.json_schema()
+
+
 @dataclass(frozen=True, slots=True)
-class Unit:
+class QuantityField(FieldType):
     """A field that is a quantity: text with a unit in the file, a float in base units after it."""
 
     quantity: Quantity
@@ -58,22 +81,13 @@ class Unit:
             raise field_error(f"{_short(value)} is more than any {self.quantity} here", hint)
         return number
 
-    def __get_pydantic_core_schema__(self, source: object, handler: GetCoreSchemaHandler) -> CoreSchema:
-        return core_schema.no_info_plain_validator_function(self.read)
-
-    def __get_pydantic_json_schema__(
-        self, schema: CoreSchema, handler: GetJsonSchemaHandler
-    ) -> dict[str, Any]:
-        return self.json_schema()
-
     def json_schema(self) -> dict[str, Any]:
-        """What editors check while the file is typed."""
         examples = EXAMPLES[self.quantity].split(" or ")
         return {"type": "string", "pattern": pattern(self.quantity), "examples": examples}
 
 
 @dataclass(frozen=True, slots=True)
-class CountOr:
+class CountOr(FieldType):
     """A field that is a whole number of at least one, or a word that stands for None."""
 
     word: str
@@ -88,20 +102,15 @@ class CountOr:
             )
         return value
 
-    def __get_pydantic_core_schema__(self, source: object, handler: GetCoreSchemaHandler) -> CoreSchema:
-        return core_schema.no_info_plain_validator_function(self.read)
-
-    def __get_pydantic_json_schema__(
-        self, schema: CoreSchema, handler: GetJsonSchemaHandler
-    ) -> dict[str, Any]:
+    def json_schema(self) -> dict[str, Any]:
         return {"anyOf": [{"type": "integer", "minimum": 1}, {"const": self.word}]}
 
 
-Size = Annotated[float, Unit(Quantity.SIZE)]
-DataRate = Annotated[float, Unit(Quantity.DATA_RATE)]
-Time = Annotated[float, Unit(Quantity.TIME)]
-Power = Annotated[float, Unit(Quantity.POWER)]
-HourlyPrice = Annotated[float, Unit(Quantity.HOURLY_PRICE)]
+Size = Annotated[float, QuantityField(Quantity.SIZE)]
+DataRate = Annotated[float, QuantityField(Quantity.DATA_RATE)]
+Time = Annotated[float, QuantityField(Quantity.TIME)]
+Power = Annotated[float, QuantityField(Quantity.POWER)]
+HourlyPrice = Annotated[float, QuantityField(Quantity.HOURLY_PRICE)]
 
 SectionT = TypeVar("SectionT", bound=Section)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import yaml
 
-from orchestrator.errors import ConfigError, combined
+from comms.errors import ConfigError, combined
 
 Location = tuple[str | int, ...]
 
@@ -51,7 +51,7 @@ def read_yaml(path: Path) -> Document:
 def parse_yaml(text: str, origin: str) -> Document:
     """The mapping in `text`; `origin` names it in messages."""
     loader = _LOADER(text)
-    reader = _Reader(loader, origin)
+    reader = _NodeReader(loader, origin)
     try:
         node = loader.get_single_node()
         root = {} if node is None else reader.value(node, ())
@@ -80,7 +80,7 @@ def parse_scalar(text: str, origin: str) -> object:
     return parse_yaml(f"value: {text}", origin).root["value"]
 
 
-class _Reader:
+class _NodeReader:
     """Builds plain values from a node graph and notes where they stood."""
 
     def __init__(self, loader: yaml.SafeLoader, origin: str) -> None:

@@ -48,7 +48,7 @@ class GPT(nn.Module):
         self.options = options
         self.embed = nn.Embedding(options.vocab, options.width)
         self.positions = None if options.rotary else nn.Embedding(options.max_seq, options.width)
-        self.blocks = nn.ModuleList(Block(options) for _ in range(options.layers))
+        self.blocks = nn.ModuleList(TransformerBlock(options) for _ in range(options.layers))
         self.norm = make_norm(options)
         self.head = nn.Linear(options.width, options.vocab, bias=False)
         if options.tied:
@@ -65,7 +65,7 @@ class GPT(nn.Module):
         return logits if labels is None else next_token_loss(logits, labels)
 
 
-class Block(nn.Module):
+class TransformerBlock(nn.Module):
     """One residual layer: attention over the sequence, then an MLP at each position."""
 
     def __init__(self, options: GPTOptions) -> None:

@@ -24,7 +24,7 @@ from typing import Any, assert_never
 import torch
 from torch import Tensor, nn
 
-from orchestrator.errors import ModelError
+from comms.errors import ModelError, located
 from orchestrator.models.builtin_gpt import TP_PLAN, build_gpt, next_token_loss
 from orchestrator.models.model_specs import HF_CONFIGS, ModelSpec, SourceKind, gpt_options, parse_model
 
@@ -66,7 +66,7 @@ class BuiltModel:
         """Inputs of the right shapes and types on the module's device; language models get ids in range."""
         if self.max_seq is not None and seq > self.max_seq:
             problem = f"seq {seq} is longer than the {self.max_seq} positions of {self.name}"
-            raise ModelError(problem=problem, where="seq", hint="lower seq, or give the model more positions")
+            raise ModelError(problem, where="seq", hint="lower seq, or give the model more positions")
         if self.example is not None:
             return {name: tensor.to(self.device) for name, tensor in self.example(batch, seq).items()}
         vocab = self.vocab_size or NUM_BYTES
@@ -84,15 +84,16 @@ def build(
     """
     assert device in DEVICES
     spec = parse_model(spec) if isinstance(spec, str) else spec
-    match spec.kind:
-        case SourceKind.BUILTIN:
-            return _build_builtin(spec, args, device, dtype, seed)
-        case SourceKind.HF:
-            return _build_hf(spec, args, device, dtype, seed)
-        case SourceKind.FILE | SourceKind.MODULE:
-            return _build_from_factory(spec, args, device, dtype, seed)
-        case _:
-            assert_never(spec.kind)
+    with located(str(spec)):
+        match spec.kind:
+            case SourceKind.BUILTIN:
+                return _build_builtin(spec, args, device, dtype, seed)
+            case SourceKind.HF:
+                return _build_hf(spec, args, device, dtype, seed)
+            case SourceKind.FILE | SourceKind.MODULE:
+                return _build_from_factory(spec, args, device, dtype, seed)
+            case _:
+                assert_never(spec.kind)
 
 
 def _build_builtin(
@@ -116,7 +117,7 @@ def _build_hf(
             )
         except (ValueError, TypeError, ImportError) as error:
             hint = "give the configuration of a causal language model with sdpa attention"
-            raise ModelError(problem=_one_line(error), where=str(spec), hint=hint) from error
+            raise ModelError(_one_line(error), hint=hint) from error
     module.loss_function = _hf_loss
     _cast_state(module, dtype)
     max_seq = getattr(config, "max_position_embeddings", None)
@@ -133,10 +134,10 @@ def _build_from_factory(
             module = factory(**args)
         except TypeError as error:
             hint = "model_args are the factory's keyword arguments"
-            raise ModelError(problem=_one_line(error), where=str(spec), hint=hint) from error
+            raise ModelError(_one_line(error), hint=hint) from error
     if not isinstance(module, nn.Module):
         problem = f"the factory returned {type(module).__name__}"
-        raise ModelError(problem=problem, where=str(spec), hint="return a torch.nn.Module")
+        raise ModelError(problem, hint="return a torch.nn.Module")
     return BuiltModel(
         name=str(spec),
         module=module.to(dtype),
@@ -174,35 +175,33 @@ def _hf_config(transformers: Any, spec: ModelSpec, args: Mapping[str, object]) -
     model_type = values.pop("model_type", None)
     if not isinstance(model_type, str) or model_type not in transformers.CONFIG_MAPPING:
         problem = f"model_type {model_type!r} is not one that transformers {transformers.__version__} knows"
-        raise ModelError(problem=problem, where=str(spec), hint="use the config.json of a released model")
+        raise ModelError(problem, hint="use the config.json of a released model")
     config_class = transformers.CONFIG_MAPPING[model_type]
     known = config_class().to_dict()
     for name in args:
         # Configurations take any keyword and ignore what they do not know: a typo must not pass.
         if name not in known and name not in config_class.attribute_map:
             hint = f"use an attribute of {config_class.__name__}"
-            raise ModelError(problem=f"unknown option {name!r}", where=f"model_args of {spec}", hint=hint)
+            raise ModelError(f"unknown option {name!r}", where=f"model_args of {spec}", hint=hint)
     invalid = importlib.import_module("huggingface_hub.errors").StrictDataclassError
     try:
         return config_class(**values)
     except (invalid, ValueError, TypeError) as error:
-        raise ModelError(problem=_one_line(error), where=str(spec), hint="mend the configuration") from error
+        raise ModelError(_one_line(error), hint="mend the configuration") from error
 
 
 def _hf_values(spec: ModelSpec) -> dict[str, object]:
     if spec.target in HF_CONFIGS:
         return dict(HF_CONFIGS[spec.target])
-    try:
-        values = json.loads(Path(spec.target).read_text())
-    except OSError as error:
-        problem = f"cannot read {spec.target}: {error.strerror}"
-        raise ModelError(problem=problem, where="model", hint="give the path of a config.json") from error
-    except ValueError as error:
-        problem = f"{spec.target} is not JSON: {error}"
-        raise ModelError(problem=problem, where="model", hint="give the path of a config.json") from error
-    if not isinstance(values, dict):
-        problem = f"{spec.target} does not hold a JSON object"
-        raise ModelError(problem=problem, where="model", hint="give the path of a config.json")
+    with located("model", "give the path of a config.json"):
+        try:
+            values = json.loads(Path(spec.target).read_text())
+        except OSError as error:
+            raise ModelError(f"cannot read {spec.target}: {error.strerror}") from error
+        except ValueError as error:
+            raise ModelError(f"{spec.target} is not JSON: {error}") from error
+        if not isinstance(values, dict):
+            raise ModelError(f"{spec.target} does not hold a JSON object")
     return values
 
 
@@ -231,7 +230,7 @@ def _find_factory(spec: ModelSpec) -> Callable[..., object]:
     factory = getattr(module, spec.factory, None)
     if not callable(factory):
         problem = f"{spec.target} has no function {spec.factory!r}"
-        raise ModelError(problem=problem, where=str(spec), hint="name a function that returns a module")
+        raise ModelError(problem, hint="name a function that returns a module")
     found: Callable[..., object] = factory
     return found
 
@@ -239,7 +238,7 @@ def _find_factory(spec: ModelSpec) -> Callable[..., object]:
 def _load_file(spec: ModelSpec) -> ModuleType:
     path = Path(spec.target)
     if not path.is_file():
-        raise ModelError(problem=f"no file {spec.target}", where="model", hint="give a Python file's path")
+        raise ModelError(f"no file {spec.target}", where="model", hint="give a Python file's path")
     found = importlib.util.spec_from_file_location(f"orchestrate_model_{path.stem}", path)
     assert found is not None, "a .py file always has a loader"
     assert found.loader is not None
@@ -262,7 +261,7 @@ def _load_module(spec: ModelSpec) -> ModuleType:
         if error.name is None or not spec.target.startswith(error.name):
             raise
         hint = "install the package, or give the path of a .py file"
-        raise ModelError(problem=f"no module {spec.target!r}", where=str(spec), hint=hint) from error
+        raise ModelError(f"no module {spec.target!r}", hint=hint) from error
 
 
 def _int_attribute(module: nn.Module, name: str) -> int | None:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, get_args, get_type_hints
 
-from orchestrator.errors import ModelError
+from comms.errors import ModelError, located
 
 
 class SourceKind(StrEnum):
@@ -177,14 +177,15 @@ HF_CONFIGS: Mapping[str, Mapping[str, object]] = types.MappingProxyType(
 def parse_model(text: str) -> ModelSpec:
     """The spec that a job's model name stands for; raises ModelError for a name nothing can come of."""
     prefix, _, rest = text.partition(":")
-    if prefix == SourceKind.BUILTIN:
-        target = DEFAULT_PRESET if rest == "gpt" else rest
-        _require_known(target, GPT_PRESETS, text, "built-in model")
-        return ModelSpec(SourceKind.BUILTIN, target)
-    if prefix == SourceKind.HF:
-        if not rest.endswith(".json"):
-            _require_known(rest, HF_CONFIGS, text, "bundled Hugging Face configuration")
-        return ModelSpec(SourceKind.HF, rest)
+    with located(text):
+        if prefix == SourceKind.BUILTIN:
+            target = DEFAULT_PRESET if rest == "gpt" else rest
+            _require_known(target, GPT_PRESETS, "built-in model")
+            return ModelSpec(SourceKind.BUILTIN, target)
+        if prefix == SourceKind.HF:
+            if not rest.endswith(".json"):
+                _require_known(rest, HF_CONFIGS, "bundled Hugging Face configuration")
+            return ModelSpec(SourceKind.HF, rest)
     target, _, factory = text.rpartition(":")
     if not factory.isidentifier() or not target:
         raise ModelError(
@@ -197,14 +198,14 @@ def parse_model(text: str) -> ModelSpec:
 
 def gpt_options(preset: str, args: Mapping[str, object]) -> GPTOptions:
     """The preset with `args` laid over it; raises ModelError for an unknown name or impossible shape."""
-    where = f"builtin:{preset}"
     hints = get_type_hints(GPTOptions)
     values: dict[str, Any] = {}
-    for name, value in args.items():
-        _require_known(name, hints, where, f"option for {where}")
-        values[name] = _coerce(name, value, hints[name], where)
-    options = dataclasses.replace(GPT_PRESETS[preset], **values)
-    _check_shape(options, where)
+    with located(f"builtin:{preset}"):
+        for name, value in args.items():
+            _require_known(name, hints, f"option for builtin:{preset}")
+            values[name] = _coerce(name, value, hints[name])
+        options = dataclasses.replace(GPT_PRESETS[preset], **values)
+        _check_shape(options)
     return options
 
 
@@ -215,36 +216,36 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(names)}"
 
 
-def _require_known(name: str, known: Iterable[str], where: str, noun: str) -> None:
+def _require_known(name: str, known: Iterable[str], noun: str) -> None:
     if name not in set(known):
-        raise ModelError(problem=f"unknown {noun} {name!r}", where=where, hint=nearest(name, known))
+        raise ModelError(f"unknown {noun} {name!r}", hint=nearest(name, known))
 
 
-def _coerce(name: str, value: object, hint: object, where: str) -> object:
+def _coerce(name: str, value: object, hint: object) -> object:
     """`value` as the field's type: files give enumerations as text, and nothing else is converted."""
     allowed = get_args(hint) or (hint,)
     kind = next(kind for kind in allowed if isinstance(kind, type))
     if issubclass(kind, StrEnum) and isinstance(value, str):
         if value not in [member.value for member in kind]:
             choices = ", ".join(kind)
-            raise ModelError(problem=f"{name} is {value!r}", where=where, hint=f"choose one of: {choices}")
+            raise ModelError(f"{name} is {value!r}", hint=f"choose one of: {choices}")
         return kind(value)
     if type(value) not in allowed:
-        raise ModelError(problem=f"{name} is {value!r}", where=where, hint=f"give one {kind.__name__}")
+        raise ModelError(f"{name} is {value!r}", hint=f"give one {kind.__name__}")
     return value
 
 
-def _check_shape(options: GPTOptions, where: str) -> None:
+def _check_shape(options: GPTOptions) -> None:
     for field in dataclasses.fields(options):
         value = getattr(options, field.name)
         if type(value) is int and value < 1:
-            raise ModelError(problem=f"{field.name} is {value}", where=where, hint="give at least 1")
+            raise ModelError(f"{field.name} is {value}", hint="give at least 1")
     if options.width % options.heads:
         problem = f"width {options.width} is not a multiple of heads {options.heads}"
-        raise ModelError(problem=problem, where=where, hint="every head needs the same number of columns")
+        raise ModelError(problem, hint="every head needs the same number of columns")
     if options.heads % options.num_kv_heads:
         problem = f"heads {options.heads} is not a multiple of kv_heads {options.kv_heads}"
-        raise ModelError(problem=problem, where=where, hint="every key head serves the same number of heads")
+        raise ModelError(problem, hint="every key head serves the same number of heads")
     if options.rotary and options.head_width % 2:
         problem = f"rotary positions need an even head width, got {options.head_width}"
-        raise ModelError(problem=problem, where=where, hint="change width or heads, or set rotary: false")
+        raise ModelError(problem, hint="change width or heads, or set rotary: false")

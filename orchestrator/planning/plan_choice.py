@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
 
+from comms.errors import PlanError
 from orchestrator.config.hardware.cluster import Cluster
 from orchestrator.config.job import Dtype, Job
-from orchestrator.errors import PlanError
 from partitioner.layout.parallel_plan import Plan, Schedule
 
 STATE_SHARE = 0.6  # of a chip's memory; the rest is for activations and buffers

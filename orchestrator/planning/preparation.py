@@ -11,14 +11,12 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from comms.errors import PartitionError, PlanError, ProgramError, located
 from orchestrator.config.hardware.cluster import Cluster
 from orchestrator.config.job import Dtype, Job
-from orchestrator.errors import CaptureError, PlanError
 from orchestrator.models.model_specs import SourceKind, parse_model
 from orchestrator.planning import program_cache
 from orchestrator.planning.plan_choice import Refusal, choose_plan
-from partitioner.errors import CaptureError as ModelCannotBeCaptured
-from partitioner.errors import PartitionError, ProgramError
 from partitioner.layout.parallel_plan import Plan
 from partitioner.program.program import Program
 
@@ -77,10 +75,9 @@ def prepare(
         plan = choose_plan(job, cluster, num_params, refused)
         try:
             return _prepared(cluster, job, plan, progress, cacheable)
-        except PlanError as error:
+        except PartitionError as error:
             is_open = job.plan.tp is None or job.plan.pp is None
-            cause = error.__cause__  # a Program that breaks a rule is no refusal, but our bug
-            if not is_open or not isinstance(cause, PartitionError) or isinstance(cause, ProgramError):
+            if not is_open or isinstance(error, ProgramError):  # which is no refusal, but our bug
                 raise
             refused.append(Refusal(plan.tp, plan.pp, error.problem))
 
@@ -153,7 +150,7 @@ def optimizer_states(job: Job) -> int:
 
 def optimizer_factory(job: Job) -> "Factory":
     """What makes the job's optimizer from a list of tensors."""
-    from kernels.optimizers import OptimizerError, OptimizerSpec, require_elementwise
+    from kernels.optimizers import OptimizerSpec, require_elementwise
 
     wanted = job.optimizer
     if wanted.name in ("adamw", "sgd"):
@@ -167,11 +164,9 @@ def optimizer_factory(job: Job) -> "Factory":
         raise PlanError(
             f"there is no {name} in {module}", "optimizer.name", "write pkg.module:factory"
         ) from error
-    try:
+    hint = "flat buffers need an elementwise optimizer (adamw, sgd, lion, ...)"
+    with located(f"optimizer {wanted.name}", hint):
         require_elementwise(factory)
-    except OptimizerError as error:
-        raise PlanError(str(error), f"optimizer {wanted.name}",
-                        "flat buffers need an elementwise optimizer (adamw, sgd, lion, ...)") from error  # fmt: skip
     return factory
 
 
@@ -221,15 +216,7 @@ def _make(job: Job, plan: Plan, progress: Progress) -> Program:
         import_module("partitioner.lowering.lower")
     with progress.phase("build model"):
         model = build_model(job, "meta")
-    try:
-        with progress.phase("capture"):
-            graph = capture(model, job, plan)
-    except ModelCannotBeCaptured as error:
-        raise CaptureError(
-            error.problem, error.where or job.model, error.hint or "simplify the model"
-        ) from error
-    try:
-        with progress.phase("partition"):
-            return lower_graph(graph, job, plan)
-    except PartitionError as error:
-        raise PlanError(error.problem, error.where or "plan", error.hint or "see the plan") from error
+    with located(job.model, "simplify the model"), progress.phase("capture"):
+        graph = capture(model, job, plan)
+    with located("plan", "see the plan"), progress.phase("partition"):
+        return lower_graph(graph, job, plan)

@@ -12,8 +12,8 @@ from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from comms.errors import PartitionError, UserError
 from orchestrator.runs.disk import write_whole
-from partitioner.errors import PartitionError
 from partitioner.program.program import Program
 from partitioner.program.program_codec import decode, encode
 
@@ -57,9 +57,8 @@ def store_program(key: str, program: Program, folder: Path = FOLDER) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(folder / f"{key}.program", encode(program))
-    except Exception as error:
-        if not isinstance(error, OSError) and type(error).__module__ != "orchestrator.errors":
-            raise
+    except (OSError, UserError):
+        return
 
 
 def load_number(key: str, folder: Path = FOLDER) -> int | None:

@@ -3,8 +3,8 @@
 import os
 from typing import TYPE_CHECKING, Protocol
 
+from comms.errors import ClusterError
 from orchestrator.config.hardware.cluster import Cluster, Device
-from orchestrator.errors import ClusterError
 from orchestrator.planning.preparation import Prepared, Progress, optimizer_factory
 from orchestrator.runners.executing.executor import Executor
 

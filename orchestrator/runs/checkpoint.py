@@ -25,7 +25,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from orchestrator.errors import RunError
+from comms.errors import RunError
 from orchestrator.runs.disk import explained, sync, write_whole
 
 VERSION = 1

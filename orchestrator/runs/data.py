@@ -25,7 +25,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from orchestrator.errors import DataError
+from comms.errors import DataError
 
 NUM_BYTES = 256  # the vocabulary: a token is one byte
 DEFAULT_SOURCE = "builtin:english"

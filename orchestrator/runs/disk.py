@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from orchestrator.errors import RunError
+from comms.errors import RunError
 
 _HINTS = {
     errno.ENOSPC: ("the disk is full", "free some space or give another --run-dir, then --resume"),

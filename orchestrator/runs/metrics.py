@@ -16,7 +16,7 @@ from statistics import median
 from types import TracebackType
 from typing import Self, TypeAlias
 
-from orchestrator.errors import RunError
+from comms.errors import RunError
 from orchestrator.runs.disk import explained, write_whole
 from orchestrator.runs.occupancy import Breakdown
 

@@ -23,10 +23,10 @@ from platform import python_version
 
 import yaml
 
-from orchestrator.errors import RunError
+from comms.errors import RunError, TimelineFormatError
 from orchestrator.runs.disk import explained, write_whole
 from orchestrator.runs.timeline import Origin, Timeline
-from orchestrator.runs.timeline_codec import TimelineFormatError, decode, encode
+from orchestrator.runs.timeline_codec import decode, encode
 
 PARENT = Path("runs")
 CONFIG = "run.yaml"

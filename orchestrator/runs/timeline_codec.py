@@ -11,14 +11,11 @@ from typing import Any
 import msgpack
 import numpy as np
 
+from comms.errors import TimelineFormatError
 from orchestrator.runs.timeline import COUNTER_ROW, FLOW_ROW, LANES, SPAN_ROW, Lane, Origin, Rows, Timeline
 
 FORMAT = "orchestrate.timeline"
 VERSION = 1
-
-
-class TimelineFormatError(ValueError):
-    """These bytes are no timeline that this version can read."""
 
 
 def encode(timeline: Timeline) -> bytes:

@@ -8,52 +8,49 @@ Measurements are read, never made.
 from pathlib import Path
 
 from comms.calibration.measured_tables import read_table
-from comms.collectives.schedule import bus_factor
-from comms.errors import CommsError
+from comms.errors import CommsError, ConfigError, located
 from orchestrator.config.hardware.line_rates import LineRate, line_rate
-from orchestrator.config.hardware.link_calibration import Calibration, Table, calibrate_links
-from orchestrator.errors import ConfigError
-from orchestrator.verbs.inputs.comms_inputs import check_picture, read_op, told, write_picture
-from orchestrator.verbs.inputs.options import Options
+from orchestrator.config.hardware.link_calibration import MeasuredTable, calibrate_links
+from orchestrator.verbs.inputs.comms_inputs import OTHERWISE, check_picture, read_op, write_picture
+from orchestrator.verbs.inputs.options import CalibrateOptions
 from orchestrator.views.console import Console
 from orchestrator.views.network import calibration_report
 
 
-def main(options: Options, console: Console) -> int:
+def main(options: CalibrateOptions, console: Console) -> int:
     """Read the tables, fit, answer. Raises UserError."""
     check_picture(options.plot)
-    with told("tables"):
+    with located("tables", OTHERWISE):
         tables = [_read(path, options, console) for path in options.tables]
         lines = _line_rates(tables, options.cluster)
         with console.phase("fit"):
             calibration = calibrate_links(tables, lines)
     console.results(calibration_report.document(calibration), calibration_report.tables(calibration))
     if options.plot is not None:
-        from orchestrator.views.network.bandwidth_plot import measured_png
+        from orchestrator.views.network.bandwidth_plot import calibration_png
 
-        measured, fitted = curves(calibration)
-        write_picture(measured_png("measured and fitted", measured, fitted), options.plot, console)
+        write_picture(calibration_png(calibration), options.plot, console)
     return 0
 
 
-def _read(path: Path, options: Options, console: Console) -> Table:
+def _read(path: Path, options: CalibrateOptions, console: Console) -> MeasuredTable:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError("the table cannot be read", str(path), "give nccl-tests output or CSV") from error
     op = None if options.op is None else read_op(options.op)
     try:
-        table = Table(path.name, read_table(text, str(path), op, options.chips))
+        table = MeasuredTable(path.name, read_table(text, str(path), op, options.chips))
     except CommsError as error:
         hint = error.hint.replace("say the operation", "say the operation (--op)")
-        hint = hint.replace("the number of chips", "the number of chips (--chips)")
-        raise ConfigError(error.problem, error.where, hint) from error
+        error.hint = hint.replace("the number of chips", "the number of chips (--chips)")
+        raise
     if table.curve.op is None and "sendrecv" not in text:
         console.warn(f"{path} names no operation: read as messages from chip to chip; --op says otherwise")
     return table
 
 
-def _line_rates(tables: list[Table], cluster: Path | None) -> list[LineRate]:
+def _line_rates(tables: list[MeasuredTable], cluster: Path | None) -> list[LineRate]:
     """Of the tier that all tables were measured in, one each; none without a cluster."""
     if cluster is None:
         return []
@@ -68,17 +65,3 @@ def _line_rates(tables: list[Table], cluster: Path | None) -> list[LineRate]:
                 "calibrate one tier at a time",
             )
     return found
-
-
-Curves = dict[str, list[tuple[float, float]]]
-
-
-def curves(calibration: Calibration) -> tuple[Curves, Curves]:
-    """Bandwidth over size, measured and fitted, by table."""
-    measured: Curves = {}
-    fitted: Curves = {}
-    for table, residuals in zip(calibration.tables, calibration.residuals, strict=True):
-        factor = bus_factor(table.curve.op, table.curve.num_chips)
-        measured[table.name] = [(each.nbytes, each.nbytes / each.measured_s * factor) for each in residuals]
-        fitted[table.name] = [(each.nbytes, each.nbytes / each.predicted_s * factor) for each in residuals]
-    return measured, fitted

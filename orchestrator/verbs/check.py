@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from comms.errors import CommsError
+from comms.errors import ConfigError, located
 from comms.networks.conditions import CALM, Described, check_links
 from comms.networks.network import UNBOUNDED, Tier
 from comms.networks.shapes import Grid, Pairs, Whole
@@ -21,8 +21,7 @@ from orchestrator.config.hardware.cluster_file import cluster_from
 from orchestrator.config.job_file import job_from
 from orchestrator.config.schema import nearest, validate
 from orchestrator.config.yaml_file import Document, read_yaml
-from orchestrator.errors import ClusterError, ConfigError
-from orchestrator.verbs.inputs.options import Options
+from orchestrator.verbs.inputs.options import CheckOptions
 from orchestrator.views.console import Console, Table
 
 
@@ -35,7 +34,7 @@ class CheckReport:
     lines: tuple[str, ...]
 
 
-def main(options: Options, console: Console) -> int:
+def main(options: CheckOptions, console: Console) -> int:
     """Print what the file describes."""
     assert options.file is not None, "the command line requires it"
     report = check(options.file)
@@ -74,10 +73,8 @@ def _check_links(cluster: Cluster) -> None:
     """Raises ClusterError for links that there are not, and for chips that are cut off from the others."""
     if cluster.conditions.links:
         taken = cluster.take(None)
-        try:
+        with located(cluster.origin):
             check_links(taken.conditions, taken.network.topology())
-        except CommsError as error:
-            raise ClusterError(error.problem, error.where or cluster.origin, error.hint) from error
 
 
 def _hosts(cluster: Cluster) -> str:

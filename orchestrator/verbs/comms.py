@@ -4,19 +4,22 @@ One collective over all chips of a cluster, a range of sizes (`--sweep`), or the
 Needs neither torch nor ray. What is asked for and has no effect is said.
 """
 
+from pathlib import Path
+
 from comms.algorithms.direct import all_to_allv
 from comms.collectives.schedule import Op
+from comms.errors import ConfigError, located
 from comms.selection.choice import AUTO
-from comms.selection.collective import time_collective
+from comms.selection.collective import answer_to
 from comms.selection.pricing import Fidelity
 from comms.selection.question import Question
 from comms.selection.size_sweep import sweep_sizes
 from orchestrator.config.hardware.cluster import Cluster
-from orchestrator.config.hardware.cluster_file import load_cluster
+from orchestrator.config.hardware.cluster_file import DEFAULT_CLUSTER, cluster_path, load_cluster
 from orchestrator.config.hardware.latency_tiers import latency_tiers
-from orchestrator.config.shipped import DEFAULT_CLUSTER, cluster_path
-from orchestrator.errors import ConfigError
 from orchestrator.verbs.inputs.comms_inputs import (
+    FLAGS,
+    OTHERWISE,
     AskedAlgorithm,
     check_picture,
     is_uneven,
@@ -26,37 +29,35 @@ from orchestrator.verbs.inputs.comms_inputs import (
     read_size,
     read_sizes,
     say_ignored,
-    told,
     write_picture,
 )
-from orchestrator.verbs.inputs.options import Options
+from orchestrator.verbs.inputs.options import CommsOptions
 from orchestrator.views.console import Console
 from orchestrator.views.network import comms_report, tier_report
 
 DEFAULT_SIZE = "64 MiB"
 
 
-def main(options: Options, console: Console) -> int:
+def main(options: CommsOptions, console: Console) -> int:
     """Answer what the options ask. Raises UserError."""
     check_picture(options.plot)
     whole = load_cluster(options.cluster or cluster_path(DEFAULT_CLUSTER))
-    with told("network"):
+    with located("network", OTHERWISE, FLAGS):
         if options.tiers:  # of a cluster that grows as asked for, every tier that it may get
             return _tiers(whole if options.chips is None else whole.take(options.chips), options, console)
         cluster = whole.take(options.chips)
         if any(fault.slowdown > 1 for fault in cluster.conditions.chips):
             console.warn("`slowdown` of chips has no effect here, where nothing computes: simulate counts it")
-        if is_uneven(options.op):
-            return _one(cluster, _uneven_question(cluster, options, console), options, console)
-        algorithm = read_algorithm(options.algorithm, options.op)
-        question = _question(cluster, algorithm, options, console)
-        if options.sweep is not None:
-            return _sweep(cluster, question, options, console)
-        return _one(cluster, question, options, console)
+        question = (_uneven if is_uneven(options.op) else _even)(cluster, options, console)
+        if options.sweep is None:
+            return _one(question, cluster.name, options.plot, console)
+        return _sweep(question, read_sizes(options.sweep), cluster.name, options.plot, console)
 
 
-def _question(cluster: Cluster, algorithm: AskedAlgorithm, options: Options, console: Console) -> Question:
-    schedule, num_chips = algorithm.schedule, cluster.num_chips
+def _even(cluster: Cluster, options: CommsOptions, console: Console) -> Question:
+    """A collective in which all chips do alike."""
+    algorithm, num_chips = read_algorithm(options.algorithm, options.op), cluster.num_chips
+    schedule = algorithm.schedule
     if schedule is not None and schedule.num_ranks != num_chips:
         raise ConfigError(
             f"a schedule of {schedule.num_ranks} ranks, but {num_chips} chips",
@@ -74,73 +75,65 @@ def _question(cluster: Cluster, algorithm: AskedAlgorithm, options: Options, con
         given = {"--algorithm": options.algorithm, "--fidelity": options.fidelity}
         say_ignored(console, given, "one chip has all it needs")
     nbytes = 0.0 if op is Op.BARRIER else read_size(options.size or DEFAULT_SIZE, "--size")
-    return Question(
-        network=cluster.network,
-        num_chips=num_chips,
-        op=op,
-        nbytes=nbytes,
-        algorithm=algorithm.name if num_chips > 1 else AUTO,
-        schedule=schedule if num_chips > 1 else None,
-        fidelity=None if options.fidelity is None else Fidelity(options.fidelity),
-        described=cluster.conditions,
-        chips_per_host=cluster.chips_per_host,
-    )
+    return _question(cluster, op, nbytes, options, algorithm)
 
 
-def _uneven_question(cluster: Cluster, options: Options, console: Console) -> Question:
+def _uneven(cluster: Cluster, options: CommsOptions, console: Console) -> Question:
     """An all-to-all whose parts are in a file."""
     if options.sweep is not None:
         raise ConfigError("the sizes of parts come from a file", "--sweep", "leave --sweep out")
     parts = read_parts(options.size, cluster.num_chips)
     say_ignored(console, {"--algorithm": options.algorithm}, "every part goes straight to its chip")
+    made = AskedAlgorithm(schedule=all_to_allv(parts)) if cluster.num_chips > 1 else AskedAlgorithm()
+    return _question(cluster, Op.ALL_TO_ALL, float(parts.sum(axis=1).max()), options, made)
+
+
+def _question(
+    cluster: Cluster, op: Op, nbytes: float, options: CommsOptions, algorithm: AskedAlgorithm
+) -> Question:
+    several = cluster.num_chips > 1
     return Question(
         network=cluster.network,
         num_chips=cluster.num_chips,
-        op=Op.ALL_TO_ALL,
-        nbytes=float(parts.sum(axis=1).max()),
-        schedule=all_to_allv(parts) if cluster.num_chips > 1 else None,
+        op=op,
+        nbytes=nbytes,
+        algorithm=algorithm.name if several else AUTO,
+        schedule=algorithm.schedule if several else None,
         fidelity=None if options.fidelity is None else Fidelity(options.fidelity),
         described=cluster.conditions,
         chips_per_host=cluster.chips_per_host,
     )
 
 
-def _one(cluster: Cluster, question: Question, options: Options, console: Console) -> int:
-    answer = time_collective(question, console.phase)
+def _one(question: Question, cluster: str, plot: Path | None, console: Console) -> int:
+    answer = answer_to(question, console.phase)
     for warning in answer.warnings:
         console.warn(warning)
-    console.results(comms_report.document(answer, cluster.name), comms_report.tables(answer, cluster.name))
-    if options.plot is not None:
+    console.results(comms_report.document(answer, cluster), comms_report.tables(answer, cluster))
+    if plot is not None:
         from orchestrator.views.network.topology_plot import topology_png
 
-        write_picture(topology_png(answer, cluster.name), options.plot, console)
+        write_picture(topology_png(answer, cluster), plot, console)
     return 0
 
 
-def _sweep(cluster: Cluster, question: Question, options: Options, console: Console) -> int:
-    assert options.sweep is not None
-    sweep = sweep_sizes(question, read_sizes(options.sweep), console.phase)
+def _sweep(
+    question: Question, sizes: tuple[float, ...], cluster: str, plot: Path | None, console: Console
+) -> int:
+    sweep = sweep_sizes(question, sizes, console.phase)
     for warning in sweep.warnings:
         console.warn(warning)
-    console.results(
-        comms_report.sweep_document(sweep, cluster.name), comms_report.sweep_tables(sweep, cluster.name)
-    )
-    if options.plot is not None:
+    console.results(comms_report.sweep_document(sweep, cluster), comms_report.sweep_tables(sweep, cluster))
+    if plot is not None:
         from orchestrator.views.network.bandwidth_plot import sweep_png
 
-        write_picture(sweep_png(sweep, cluster.name), options.plot, console)
+        write_picture(sweep_png(sweep, cluster), plot, console)
     return 0
 
 
-def _tiers(cluster: Cluster, options: Options, console: Console) -> int:
-    given = {
-        "--op": options.op,
-        "--size": options.size,
-        "--algorithm": options.algorithm,
-        "--fidelity": options.fidelity,
-        "--sweep": options.sweep,
-        "--plot": options.plot,
-    }
+def _tiers(cluster: Cluster, options: CommsOptions, console: Console) -> int:
+    flags = ("op", "size", "algorithm", "fidelity", "sweep", "plot")
+    given = {f"--{flag}": getattr(options, flag) for flag in flags}
     say_ignored(console, given, "--tiers is about single messages")
     rows = latency_tiers(cluster)
     console.results(tier_report.document(rows, cluster.name), tier_report.tables(rows, cluster.name))

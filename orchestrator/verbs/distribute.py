@@ -14,11 +14,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from kernels.optimizers import OptimizerError, require_elementwise, states_per_element
+from comms.errors import PlanError, RunError, located
+from kernels.optimizers import require_elementwise, states_per_element
 from orchestrator.config.hardware.cluster import Cluster
-from orchestrator.config.hardware.cluster_file import load_cluster
-from orchestrator.config.shipped import cluster_path
-from orchestrator.errors import CaptureError, PlanError, RunError
+from orchestrator.config.hardware.cluster_file import cluster_path, load_cluster
 from orchestrator.planning.plan_choice import split_chips
 from orchestrator.runners.executing.chip import Settings
 from orchestrator.runners.executing.chip_state import full_parameters
@@ -28,8 +27,6 @@ from orchestrator.runs.batches import split_batch
 from partitioner.capture.dtypes import SHORT
 from partitioner.capture.graph_units import build_graph
 from partitioner.capture.tracing import LossFunction, trace_module
-from partitioner.errors import CaptureError as ModelCannotBeCaptured
-from partitioner.errors import PartitionError
 from partitioner.layout.parallel_plan import Plan
 from partitioner.lowering.lower import StepShape, lower
 from partitioner.program.program import Program
@@ -107,12 +104,7 @@ class DistributedStep:
             raise PlanError(f"a batch of {samples} does not split into dp {plan.dp} x {plan.microbatches} microbatches",
                             "batch", f"use a multiple of {plan.dp * plan.microbatches}")  # fmt: skip
         self.plan = plan
-        try:
-            self.program = self._program(batch, plan, samples)
-        except ModelCannotBeCaptured as error:
-            raise CaptureError(error.problem, error.where, error.hint) from error
-        except PartitionError as error:
-            raise PlanError(error.problem, error.where, error.hint) from error
+        self.program = self._program(batch, plan, samples)
         settings = Settings(_factory(self.optimizer), self.clip_norm)
         self._executor = InlineExecutor(self.program, settings, num_workers(self.cluster))
         self._executor.load(self._values.__getitem__)
@@ -151,12 +143,9 @@ def distribute(
     `model(**batch)` returns the loss, or `loss_fn(output, **batch)` does. Without a `plan` one is chosen at the first
     batch. Raises UserError.
     """
-    try:
+    hint = "use an elementwise optimizer (AdamW, SGD, Lion, ...)"
+    with located(type(optimizer).__name__, hint):
         require_elementwise(_factory(optimizer))
-    except OptimizerError as error:
-        raise PlanError(
-            str(error), type(optimizer).__name__, "use an elementwise optimizer (AdamW, SGD, Lion, ...)"
-        ) from error
     if optimizer.state:
         raise PlanError("the optimizer has stepped before: its state would be lost", type(optimizer).__name__,
                         "give a new optimizer")  # fmt: skip

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import psutil
 
-from orchestrator.verbs.inputs.options import Options
+from orchestrator.verbs.inputs.options import DoctorOptions
 from orchestrator.views.console import Console, Table
 
 TORCH = "2.13.0"  # capture and sharding use private interfaces of exactly this one
@@ -28,7 +28,7 @@ SHARED_MEMORY = Path("/dev/shm")
 REQUIRED = ("numpy", "msgpack", "pyzmq", "pydantic", "pyyaml", "typer", "rich", "safetensors", "matplotlib")
 
 
-class Level(StrEnum):
+class Severity(StrEnum):
     """How much a finding matters."""
 
     OK = "ok"
@@ -37,97 +37,107 @@ class Level(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
+class Diagnosis:
     """One thing that was looked at: what was found, and what to do unless it is ok."""
 
     name: str
-    level: Level
+    level: Severity
     found: str
     remedy: str = ""
 
 
-def main(options: Options, console: Console) -> int:
+def main(options: DoctorOptions, console: Console) -> int:
     """Print every finding; 1 if one of them is a failure."""
     findings = doctor()
-    ready = all(finding.level is not Level.FAIL for finding in findings)
+    ready = all(finding.level is not Severity.FAIL for finding in findings)
     rows = tuple((finding.level.value, finding.name, finding.found, finding.remedy) for finding in findings)
     document = {"ready": ready, "findings": [asdict(finding) for finding in findings]}
     console.results(document, (Table("this machine", rows, ("", "what", "found", "what to do")),))
     return 0 if ready else 1
 
 
-def doctor() -> tuple[Finding, ...]:
+def doctor() -> tuple[Diagnosis, ...]:
     """Everything looked at, in a fixed order."""
     return tuple(finding for check in CHECKS for finding in check())
 
 
-def _python() -> Iterator[Finding]:
+def _python() -> Iterator[Diagnosis]:
     version = platform.python_version_tuple()
     fits = (3, 11) <= (int(version[0]), int(version[1])) < (3, 14)
-    level = Level.OK if fits else Level.FAIL
-    yield Finding("python", level, platform.python_version(), "" if fits else "use Python 3.11, 3.12 or 3.13")
+    level = Severity.OK if fits else Severity.FAIL
+    yield Diagnosis(
+        "python", level, platform.python_version(), "" if fits else "use Python 3.11, 3.12 or 3.13"
+    )
 
 
-def _packages() -> Iterator[Finding]:
+def _packages() -> Iterator[Diagnosis]:
     for name in REQUIRED:
         version = installed(name)
         if version is None:
-            yield Finding(name, Level.FAIL, "not installed", f"pip install {name}")
+            yield Diagnosis(name, Severity.FAIL, "not installed", f"pip install {name}")
         else:
-            yield Finding(name, Level.OK, version)
+            yield Diagnosis(name, Severity.OK, version)
 
 
-def _torch() -> Iterator[Finding]:
+def _torch() -> Iterator[Diagnosis]:
     version = installed("torch")
     if version is None:
-        yield Finding("torch", Level.FAIL, "not installed", f"pip install torch=={TORCH}")
+        yield Diagnosis("torch", Severity.FAIL, "not installed", f"pip install torch=={TORCH}")
         return
     yield torch_version(version)
     try:
         torch = importlib.import_module("torch")
     except (ImportError, OSError) as error:
-        yield Finding("torch import", Level.FAIL, str(error), f"reinstall: pip install torch=={TORCH}")
+        yield Diagnosis("torch import", Severity.FAIL, str(error), f"reinstall: pip install torch=={TORCH}")
         return
-    yield Finding("torch threads", Level.OK, f"{torch.get_num_threads()} (one per simulated chip in a run)")
+    yield Diagnosis(
+        "torch threads", Severity.OK, f"{torch.get_num_threads()} (one per simulated chip in a run)"
+    )
     devices = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    yield Finding("CUDA devices", Level.OK, ", ".join(devices) or "none: chips are simulated or CPU cores")
+    yield Diagnosis(
+        "CUDA devices", Severity.OK, ", ".join(devices) or "none: chips are simulated or CPU cores"
+    )
 
 
-def torch_version(version: str) -> Finding:
+def torch_version(version: str) -> Diagnosis:
     """Whether this build of torch is the one that orchestrate is written against."""
     if version.split("+")[0] == TORCH:
-        return Finding("torch", Level.OK, version)
-    return Finding("torch", Level.FAIL, f"{version}, not {TORCH}", f"pip install torch=={TORCH}")
+        return Diagnosis("torch", Severity.OK, version)
+    return Diagnosis("torch", Severity.FAIL, f"{version}, not {TORCH}", f"pip install torch=={TORCH}")
 
 
-def _ray() -> Iterator[Finding]:
+def _ray() -> Iterator[Diagnosis]:
     version = installed("ray")
     if version is None:
-        yield Finding("ray", Level.WARN, "not installed", "pip install ray, or train with --runner inline")
+        yield Diagnosis(
+            "ray", Severity.WARN, "not installed", "pip install ray, or train with --runner inline"
+        )
         return
     try:
         importlib.import_module("ray")
     except (ImportError, OSError) as error:
-        yield Finding("ray", Level.WARN, f"{version} does not import: {error}", "train with --runner inline")
+        yield Diagnosis(
+            "ray", Severity.WARN, f"{version} does not import: {error}", "train with --runner inline"
+        )
         return
-    yield Finding("ray", Level.OK, version)
+    yield Diagnosis("ray", Severity.OK, version)
 
 
-def _processor() -> Iterator[Finding]:
+def _processor() -> Iterator[Diagnosis]:
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     remedy = "actors on one core take turns: use --runner inline" if usable < 2 else ""
-    yield Finding("CPU cores", Level.WARN if usable < 2 else Level.OK, f"{usable} usable", remedy)
+    yield Diagnosis("CPU cores", Severity.WARN if usable < 2 else Severity.OK, f"{usable} usable", remedy)
 
 
-def _memory() -> Iterator[Finding]:
+def _memory() -> Iterator[Diagnosis]:
     memory = psutil.virtual_memory()
     found = f"{size(memory.available)} free of {size(memory.total)}"
     yield enough("memory", memory.available, MIN_MEMORY, found, "close programs, or train a smaller model")
 
 
-def _shared_memory() -> Iterator[Finding]:
+def _shared_memory() -> Iterator[Diagnosis]:
     if not SHARED_MEMORY.is_dir():
-        yield Finding(str(SHARED_MEMORY), Level.WARN, "missing", "actors on one host will be slower")
+        yield Diagnosis(str(SHARED_MEMORY), Severity.WARN, "missing", "actors on one host will be slower")
         return
     usage = shutil.disk_usage(SHARED_MEMORY)
     found = f"{size(usage.free)} free of {size(usage.total)}"
@@ -135,33 +145,40 @@ def _shared_memory() -> Iterator[Finding]:
     yield enough(str(SHARED_MEMORY), usage.free, MIN_SHARED_MEMORY, found, remedy)
 
 
-def enough(name: str, free: int, needed: int, found: str, remedy: str) -> Finding:
+def enough(name: str, free: int, needed: int, found: str, remedy: str) -> Diagnosis:
     """A warning where fewer than `needed` bytes are free."""
-    return Finding(name, Level.OK, found) if free >= needed else Finding(name, Level.WARN, found, remedy)
+    return (
+        Diagnosis(name, Severity.OK, found)
+        if free >= needed
+        else Diagnosis(name, Severity.WARN, found, remedy)
+    )
 
 
-def _transformers() -> Iterator[Finding]:
+def _transformers() -> Iterator[Diagnosis]:
     version = installed("transformers")
     if version is None:
-        yield Finding(
-            "transformers", Level.WARN, "not installed: no hf: models", "pip install 'orchestrate-chips[hf]'"
+        yield Diagnosis(
+            "transformers",
+            Severity.WARN,
+            "not installed: no hf: models",
+            "pip install 'orchestrate-chips[hf]'",
         )
     else:
-        yield Finding("transformers", Level.OK, version)
+        yield Diagnosis("transformers", Severity.OK, version)
 
 
-def _name_clash() -> Iterator[Finding]:
+def _name_clash() -> Iterator[Diagnosis]:
     yield kernels_clash(metadata.packages_distributions().get("kernels", []))
 
 
-def kernels_clash(owners: list[str]) -> Finding:
+def kernels_clash(owners: list[str]) -> Diagnosis:
     """Another distribution installs a `kernels` package over ours, or is taken for it by transformers."""
     others = sorted({owner for owner in owners if owner != "orchestrate-chips"})
     if not others:
-        return Finding("kernels package", Level.OK, "ours alone")
+        return Diagnosis("kernels package", Severity.OK, "ours alone")
     found = f"also installed by {', '.join(others)}"
-    return Finding(
-        "kernels package", Level.FAIL, found, f"pip uninstall {' '.join(others)}, then reinstall ours"
+    return Diagnosis(
+        "kernels package", Severity.FAIL, found, f"pip uninstall {' '.join(others)}, then reinstall ours"
     )
 
 
@@ -178,7 +195,7 @@ def size(nbytes: int) -> str:
     return f"{nbytes / GIB:.1f} GiB"
 
 
-CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (
+CHECKS: tuple[Callable[[], Iterator[Diagnosis]], ...] = (
     _python,
     _processor,
     _memory,

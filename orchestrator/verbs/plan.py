@@ -9,7 +9,7 @@ from orchestrator.config.job import Job
 from orchestrator.planning import preparation
 from orchestrator.planning.preparation import Prepared
 from orchestrator.runs import run_dir
-from orchestrator.verbs.inputs.options import Options
+from orchestrator.verbs.inputs.options import PlanOptions
 from orchestrator.verbs.inputs.planned_inputs import prepare
 from orchestrator.verbs.simulate import SimulationResult, require_fit, simulate, write_run
 from orchestrator.views.console import Console, Table
@@ -22,7 +22,7 @@ def partition(cluster: Cluster, job: Job, plan: Plan | None = None) -> Prepared:
     return preparation.prepare(cluster, job, plan)
 
 
-def main(options: Options, console: Console) -> int:
+def main(options: PlanOptions, console: Console) -> int:
     """The `plan` verb."""
     prepared = prepare(options, console)
     result = simulate(prepared.program, prepared.cluster)

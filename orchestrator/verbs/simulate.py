@@ -11,12 +11,11 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from comms import wording
-from comms.errors import CommsError
-from comms.selection.collective import LOADING
+from comms.errors import ConfigError, FitError, located
 from comms.selection.pricing import Fidelity
+from comms.selection.progress import LOADING
 from kernels.chips import Chip
 from orchestrator.config.hardware.cluster import Cluster
-from orchestrator.errors import ClusterError, ConfigError, FitError, PlanError
 from orchestrator.planning.preparation import Prepared
 from orchestrator.runners.timing.simulated import SimulatedStep, simulate_step
 from orchestrator.runners.timing.step_costs import DEFAULT_DTYPE, NS_PER_S, ClusterCosts
@@ -25,11 +24,10 @@ from orchestrator.runs import metrics, run_dir
 from orchestrator.runs.disk import write_whole
 from orchestrator.runs.run_dir import RunDir
 from orchestrator.runs.timeline import Timeline
-from orchestrator.verbs.inputs.options import Options
+from orchestrator.verbs.inputs.options import SimulateOptions
 from orchestrator.verbs.inputs.planned_inputs import prepare
 from orchestrator.views.console import Console, Table, pairs
 from orchestrator.views.perfetto import trace_gz
-from partitioner.errors import ProgramError
 from partitioner.layout.parallel_plan import plan_to_yaml
 from partitioner.memory.peak_memory import MemoryClass, RoleMemory, peak_memory
 from partitioner.program.program import Program
@@ -181,16 +179,13 @@ def simulate(
     """
     started = clock()
     used = cluster.take(program.num_chips)
-    try:
-        if chosen_fidelity(used, fidelity) is Fidelity.FULL:
-            step = _every_chip(program, used)
-        else:
-            costs = ClusterCosts(program, used)
-            step = simulate_step(program, costs)
-            found = ((CONDITIONS, not used.conditions.is_calm), (UNEVEN, costs.sits_unevenly))
-            step = replace(step, left_out=(*step.left_out, *(what for what, is_so in found if is_so)))
-    except ProgramError as error:
-        raise PlanError(error.problem, error.where, error.hint) from error
+    if chosen_fidelity(used, fidelity) is Fidelity.FULL:
+        step = _every_chip(program, used)
+    else:
+        costs = ClusterCosts(program, used)
+        step = simulate_step(program, costs)
+        found = ((CONDITIONS, not used.conditions.is_calm), (UNEVEN, costs.sits_unevenly))
+        step = replace(step, left_out=(*step.left_out, *(what for what, is_so in found if is_so)))
     memory = peak_memory(program)
     return SimulationResult(program, used, step, memory, clock() - started)
 
@@ -212,18 +207,17 @@ def _every_chip(program: Program, cluster: Cluster) -> SimulatedStep:
             "take --fidelity folded, or fewer chips",
         )
     # Imported here: with full fidelity comes its event loop.
-    from comms.selection.full_collective import background_jobs, site_of
+    from comms.selection.full_collective import background_jobs
+    from comms.selection.site import site_of
     from orchestrator.runners.timing.every_chip import simulate_every_chip
     from orchestrator.runners.timing.traffic import ProgramTraffic
 
-    try:
+    with located(cluster.origin):
         site = site_of(cluster.network, program.num_chips, cluster.conditions)
         others = tuple(background_jobs(site))
         traffic = ProgramTraffic(program, site.network, site.resolved.conditions, site.topology, others)
         costs = ClusterCosts(program, cluster)
         return simulate_every_chip(program, costs, traffic, slow=site.resolved.work_factors)
-    except CommsError as error:
-        raise ClusterError(error.problem, error.where or cluster.origin, error.hint) from error
 
 
 def require_fit(result: SimulationResult) -> None:
@@ -241,12 +235,12 @@ def require_fit(result: SimulationResult) -> None:
     )
 
 
-def main(options: Options, console: Console) -> int:
+def main(options: SimulateOptions, console: Console) -> int:
     """Prepare a Program as asked, predict it, answer. Raises UserError."""
     return answer(prepare(options, console), options, console)
 
 
-def answer(prepared: Prepared, options: Options, console: Console) -> int:
+def answer(prepared: Prepared, options: SimulateOptions, console: Console) -> int:
     """Print the prediction and, with --run-dir, write plan, Program, timeline and trace. Raises FitError."""
     asked = None if options.fidelity is None else Fidelity(options.fidelity)
     if chosen_fidelity(prepared.cluster, asked) is Fidelity.FULL:

@@ -14,10 +14,10 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
+from comms.errors import ConfigError, ModelError
 from comms.wording import scaled, seconds
 from orchestrator.config.hardware.cluster import Cluster, Device
 from orchestrator.config.job import Job
-from orchestrator.errors import ConfigError, ModelError
 from orchestrator.planning.preparation import Prepared, build_model, prepare
 from orchestrator.runners.executing.measured_timeline import measured_timeline
 from orchestrator.runs import metrics, run_dir
@@ -26,7 +26,7 @@ from orchestrator.runs.data import NUM_BYTES, load_data
 from orchestrator.runs.disk import write_whole
 from orchestrator.runs.run_dir import RunDir
 from orchestrator.runs.timeline import Timeline
-from orchestrator.verbs.inputs.options import Options, Runner
+from orchestrator.verbs.inputs.options import RunnerKind, SimulateOptions, TrainOptions
 from orchestrator.verbs.inputs.planned_inputs import Inputs, from_config, read_plan, resolve
 from orchestrator.verbs.simulate import SimulationResult, answer, simulate
 from orchestrator.verbs.training import Prediction, Progress, Training
@@ -71,22 +71,24 @@ class TrainResult:
         }  # fmt: skip
 
 
-def main(options: Options, console: Console) -> int:
+def main(options: TrainOptions, console: Console) -> int:
     """The `train` verb."""
     inputs, folder = _inputs(options)
     runner = options.runner or _usual_runner(options, folder)
-    if options.dry_run or runner is Runner.SIMULATED:
+    if options.dry_run or runner is RunnerKind.SIMULATED:
         prepared = prepare(inputs.cluster, inputs.job, inputs.plan, progress=console)
-        return answer(prepared, options, console)
+        return answer(prepared, SimulateOptions(run_dir=options.run_dir), console)
     result = _train(inputs, runner, folder, console, resume=options.resume is not None)
     console.results(result.document(), [pairs("trained", _rows(result))])
     return INTERRUPTED if result.was_interrupted else 0
 
 
-def _usual_runner(options: Options, folder: RunDir) -> Runner:
+def _usual_runner(options: TrainOptions, folder: RunDir) -> RunnerKind:
     """Ray, or what the run that is resumed was started with."""
     return (
-        Runner.RAY if options.resume is None else Runner(str(folder.read_config().get("runner", Runner.RAY)))
+        RunnerKind.RAY
+        if options.resume is None
+        else RunnerKind(str(folder.read_config().get("runner", RunnerKind.RAY)))
     )
 
 
@@ -100,13 +102,13 @@ def run(
     """
     inputs = Inputs(cluster, job, plan, document or {})
     made = run_dir.create(Path(folder) if folder else None, job=_name(job))
-    return _train(inputs, Runner(runner), made, console or Console(), resume=False)
+    return _train(inputs, RunnerKind(runner), made, console or Console(), resume=False)
 
 
-def _inputs(options: Options) -> tuple[Inputs, RunDir]:
+def _inputs(options: TrainOptions) -> tuple[Inputs, RunDir]:
     if options.resume is None:
         inputs = resolve(options, demonstrate=True)
-        if options.dry_run or options.runner is Runner.SIMULATED:
+        if options.dry_run or options.runner is RunnerKind.SIMULATED:
             return inputs, RunDir(Path())
         return inputs, run_dir.create(options.run_dir, job=_name(inputs.job))
     given = [name for name in FIXED_BY_RUN if getattr(options, name) is not None]
@@ -123,7 +125,9 @@ def _name(job: Job) -> str:
     return job.model.rpartition(":")[2] if job.model.startswith(("builtin:", "hf:")) else "run"
 
 
-def _train(inputs: Inputs, runner: Runner, folder: RunDir, console: Console, *, resume: bool) -> TrainResult:
+def _train(
+    inputs: Inputs, runner: RunnerKind, folder: RunDir, console: Console, *, resume: bool
+) -> TrainResult:
     console.log_to(folder.log)
     data = load_data(inputs.job.data, seq=inputs.job.seq, seed=inputs.job.seed)
     launch = _launch(inputs.cluster, runner)
@@ -146,8 +150,8 @@ def _train(inputs: Inputs, runner: Runner, folder: RunDir, console: Console, *, 
         executor.close()
 
 
-def _launch(cluster: Cluster, runner: Runner) -> "Launch":
-    if runner is Runner.RAY:
+def _launch(cluster: Cluster, runner: RunnerKind) -> "Launch":
+    if runner is RunnerKind.RAY:
         from orchestrator.runners.on_ray.ray_start import RayLaunch
 
         return RayLaunch(cluster)
@@ -156,7 +160,7 @@ def _launch(cluster: Cluster, runner: Runner) -> "Launch":
     return InlineLaunch(cluster)
 
 
-def _write_inputs(folder: RunDir, inputs: Inputs, prepared: Prepared, runner: Runner) -> None:
+def _write_inputs(folder: RunDir, inputs: Inputs, prepared: Prepared, runner: RunnerKind) -> None:
     folder.write_config(inputs.config(runner.value))
     folder.write_plan(plan_to_yaml(prepared.plan))
     folder.write_program(to_text(prepared.program), encode(prepared.program))

@@ -7,8 +7,8 @@ checkpoints whole or not at all; Ctrl-C and a failed step save what can be saved
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from comms.errors import RunError
 from kernels.optimizers import StepStatistics
-from orchestrator.errors import RunError
 from orchestrator.planning.preparation import Prepared
 from orchestrator.runners.executing.chip import Mark
 from orchestrator.runners.executing.executor import Batches, Executor

@@ -12,12 +12,12 @@ from dataclasses import dataclass, replace
 import torch
 
 from comms import wording
+from comms.errors import PlanError
 from orchestrator.config.hardware.cluster import Cluster
 from orchestrator.config.job import Dtype, Job
-from orchestrator.errors import PlanError
 from orchestrator.planning.preparation import Prepared, Quiet, build_model, prepare
 from orchestrator.planning.preparation import Progress as Shown
-from orchestrator.verbs.inputs.options import Options
+from orchestrator.verbs.inputs.options import VerifyOptions
 from orchestrator.verbs.inputs.planned_inputs import resolve
 from orchestrator.verbs.plan import parameter_bytes, step_flops
 from orchestrator.verbs.verify_runs import (
@@ -98,7 +98,7 @@ def vars_of(errors: Errors) -> dict[str, float]:
     return {"loss_rel": errors.loss, "grad_rel": errors.grad, "param_rel": errors.param}
 
 
-def main(options: Options, console: Console) -> int:
+def main(options: VerifyOptions, console: Console) -> int:
     """The `verify` verb."""
     inputs = resolve(options)
     result = verify(inputs.cluster, inputs.job, inputs.plan, progress=console)

@@ -13,13 +13,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from comms import wording
-from orchestrator.errors import UserError
+from comms.errors import UserError
 from orchestrator.views.training_view import StepLine, TrainingView, plain_line
 
 if TYPE_CHECKING:
@@ -41,11 +41,11 @@ class Table:
 
 @dataclass(frozen=True, slots=True)
 class Phase:
-    """One finished phase of start-up; `depth` counts the phases around it."""
+    """One phase of start-up; `depth` counts the phases around it."""
 
     name: str
-    seconds: float
     depth: int
+    seconds: float | None = None  # once it ended
 
 
 class Console:
@@ -76,11 +76,6 @@ class Console:
         """True where stderr is a terminal: displays move instead of scrolling."""
         return self._err.isatty()
 
-    @property
-    def phases(self) -> tuple[Phase, ...]:
-        """Every phase that ended, in order of its end."""
-        return tuple(self._phases)
-
     def log_to(self, path: Path) -> None:
         """From now on keep what is said in this file as well."""
         self._log = path
@@ -103,7 +98,7 @@ class Console:
     def error(self, error: UserError) -> None:
         """What, where and what to do, one line each, for the error and those it leads."""
         for finding in error.findings:
-            self.say(f"error: {finding.problem}\n  at: {finding.where}\n  do: {finding.hint}")
+            self.say(f"error: {finding.text}")
 
     def results(self, document: Mapping[str, object], tables: Sequence[Table] = ()) -> None:
         """The answer: `document` as JSON with `as_json`, otherwise the tables."""
@@ -122,6 +117,8 @@ class Console:
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Time a phase. If it lasts, say so while it runs and how long it took; phases may nest."""
+        phase, at = Phase(name, len(self._open)), len(self._phases)
+        self._phases.append(phase)
         self._open.append(name)
         started = self._clock()
         ended = threading.Event()
@@ -134,20 +131,17 @@ class Console:
             seconds = self._clock() - started
             self._open.pop()
             self._spinner.move(" > ".join(self._open))
-            self._phases.append(Phase(name, seconds, len(self._open)))
+            self._phases[at] = replace(phase, seconds=seconds)
             if seconds >= self._patience_s:
                 self.say(f"{'  ' * len(self._open)}{name}: {wording.seconds(seconds)}")
 
     def phase_table(self) -> Table:
         """Where the start-up time went; shares are of the outermost phases."""
-        total = sum(phase.seconds for phase in self._phases if phase.depth == 0) or 1.0
+        ended = [(phase, phase.seconds) for phase in self._phases if phase.seconds is not None]
+        total = sum(seconds for phase, seconds in ended if phase.depth == 0) or 1.0
         rows = [
-            (
-                "  " * phase.depth + phase.name,
-                wording.seconds(phase.seconds),
-                wording.percent(phase.seconds / total),
-            )
-            for phase in _outer_first(self._phases)
+            ("  " * phase.depth + phase.name, wording.seconds(seconds), wording.percent(seconds / total))
+            for phase, seconds in ended
         ]
         rows.append(("total", wording.seconds(total), ""))
         return Table("start-up", tuple(rows), ("phase", "time", "share"))
@@ -280,19 +274,6 @@ def _draw_table(rich: "RichConsole", table: Table) -> None:
 
 def _is_number(cell: str) -> bool:
     return not cell or cell == wording.DASH or cell.lstrip("+-")[:1].isdigit()
-
-
-def _outer_first(phases: Sequence[Phase]) -> Iterator[Phase]:
-    """Order of start from order of end: a phase ends after those inside it, and is shown before them."""
-    inside: list[Phase] = []
-    groups: list[list[Phase]] = []
-    for phase in phases:
-        inside = []
-        while groups and groups[-1][0].depth > phase.depth:
-            inside = groups.pop() + inside
-        groups.append([phase, *inside])
-    for group in groups:
-        yield from group
 
 
 def _strict(value: object) -> object:

@@ -11,6 +11,7 @@ import gzip
 import io
 import json
 from collections.abc import Iterator
+from itertools import islice
 
 from orchestrator.runs.occupancy import flow_ends
 from orchestrator.runs.timeline import LANES, NONE, Span, Timeline
@@ -23,15 +24,10 @@ def trace_gz(*timelines: Timeline) -> bytes:
     target = io.BytesIO()
     with gzip.GzipFile(filename="", mode="wb", compresslevel=6, fileobj=target, mtime=0) as file:
         file.write(b'{"displayTimeUnit":"ns","traceEvents":[\n')
-        page: list[str] = []
-        separator = ""
-        for event in _events(timelines):
-            page.append(event)
-            if len(page) == _PAGE:
-                file.write((separator + ",\n".join(page)).encode())
-                page, separator = [], ",\n"
-        if page:
+        events, separator = _events(timelines), ""
+        while page := list(islice(events, _PAGE)):
             file.write((separator + ",\n".join(page)).encode())
+            separator = ",\n"
         file.write(b"\n]}\n")
     return target.getvalue()
 

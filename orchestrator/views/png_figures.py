@@ -8,7 +8,6 @@ import io
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 INK, FAINT = "#222222", "#d9d9d9"
@@ -30,21 +29,3 @@ def png_bytes(figure: "Figure") -> bytes:
     target = io.BytesIO()
     figure.savefig(target, format="png", metadata={"Software": None})
     return target.getvalue()
-
-
-def log_sizes(axes: "Axes") -> None:
-    """Sizes in bytes along x and rates along y, both logarithmic, told in units."""
-    from matplotlib.ticker import FuncFormatter, LogLocator
-
-    from comms import wording
-    from orchestrator.views.network.comms_report import size_in_words
-
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
-    axes.xaxis.set_major_locator(LogLocator(base=2, numticks=12))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: size_in_words(round(value))))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: wording.scaled(value, "B/s")))
-    axes.tick_params(axis="x", labelrotation=35)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(color=FAINT, linewidth=0.6)
-    axes.set_axisbelow(True)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 NUM_ROWS = 10
 CURVE_WIDTH = 48  # with its numbers it fits a terminal of 80 columns
 _COLUMN, _FRAME = 9, 6  # a typical cell, and what the panel and the table's edges take
-_BLOCKS = "".join(chr(0x2581 + height) for height in range(8))  # eighths of a cell, low to high
+_BLOCKS = "\u2581\u2582\u2583\u2584\u2585\u2586\u2587\u2588"  # eighths of a cell, low to high
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,12 +11,12 @@ from enum import IntEnum
 import torch
 from torch.fx import Node
 
+from comms.errors import CaptureError
 from partitioner.capture import loss
 from partitioner.capture.captured_graph import Graph, Side, Template, Unit
 from partitioner.capture.dtypes import spec_of
 from partitioner.capture.op_costs import template_flops
 from partitioner.capture.tracing import Captured, ModuleCall
-from partitioner.errors import CaptureError
 from partitioner.layout.tp_styles import param_styles
 
 

@@ -12,8 +12,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import Node
 
+from comms.errors import CaptureError
 from partitioner.capture.captured_graph import operand
-from partitioner.errors import CaptureError
 
 aten = torch.ops.aten
 MEAN, SUM = 1, 2

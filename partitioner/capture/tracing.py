@@ -18,8 +18,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 from torch.nn.utils.stateless import _reparametrize_module
 
+from comms.errors import CaptureError
 from partitioner.capture.captured_graph import operand
-from partitioner.errors import CaptureError
 
 LossFunction = Callable[..., torch.Tensor]
 LARGEST_LITERAL = 64

@@ -20,9 +20,9 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from comms.errors import PartitionError
 from partitioner.capture.captured_graph import Template
 from partitioner.capture.dtypes import TORCH
-from partitioner.errors import CaptureError
 from partitioner.layout import sharded_ops, tp_styles
 from partitioner.layout.sharded_ops import is_cut
 
@@ -52,7 +52,7 @@ def tensor_parallel_mesh(tp: int) -> Iterator[DeviceMesh | None]:
         yield None
         return
     if dist.is_initialized():
-        raise CaptureError("torch.distributed is already initialised", where="this process",
+        raise PartitionError("torch.distributed is already initialised", where="this process",
                            hint="partition before init_process_group")  # fmt: skip
     hook = sys.excepthook  # torch puts a rank before every line of a traceback, and leaves it there
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=tp)
@@ -117,14 +117,14 @@ def trace_joint(
 
 @contextmanager
 def _explained(tp: int) -> Iterator[None]:
-    """Turn a failure inside the trace into a CaptureError that names the operator."""
+    """Turn a failure inside the trace into a PartitionError that names the operator."""
     try:
         yield
-    except CaptureError:
+    except PartitionError:
         raise
     except RuntimeError as error:
         first = str(error).strip().split("\n")[0]
-        raise CaptureError(
+        raise PartitionError(
             f"cannot cut the model by tp {tp}: {first}",
             where="tensor parallelism",
             hint="use another tp, or give the model a tp_plan that replicates this part",
@@ -209,7 +209,7 @@ class _Sharded(torch.fx.Interpreter):
         last = source.dim() - 1
         splits = result.dim() > source.dim() and result.shape[:last] == source.shape[:last]
         if is_cut(source, last) and splits and result.shape[last] % self.mesh.size():
-            raise CaptureError(
+            raise PartitionError(
                 f"{result.shape[last]} heads do not divide by tp {self.mesh.size()}", where=str(node.target),
                 hint=f"use a tp that divides {result.shape[last]}",
             )  # fmt: skip

@@ -10,7 +10,7 @@ from enum import StrEnum
 
 import yaml
 
-from partitioner.errors import PartitionError
+from comms.errors import PartitionError
 
 VERSION = 1
 DEFAULT_BUCKET_BYTES = 25_000_000  # gradient bucket, torch DDP's default

@@ -9,8 +9,8 @@ lifetime. `Program.meta` gets the step's facts: `samples`, `tokens`, `model_flop
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
+from comms.errors import PartitionError
 from partitioner.capture.captured_graph import Graph
-from partitioner.errors import PartitionError
 from partitioner.layout.fused_projections import unfuse
 from partitioner.layout.joint_trace import param_dims, tensor_parallel_mesh, trace_joint
 from partitioner.layout.parallel_plan import Plan, balance
@@ -45,7 +45,7 @@ class StepShape:
 def lower(
     graph: Graph, plan: Plan, shape: StepShape, progress: Callable[[str], None] = lambda _: None
 ) -> Program:
-    """Make the Program of one training step (and of evaluation). Raises PartitionError or CaptureError."""
+    """Make the Program of one training step (and of evaluation). Raises PartitionError."""
     undecayed = shape.undecayed
     if undecayed is None:
         undecayed = frozenset(name for name in graph.params if len(graph.specs[name].shape) < MATRIX)

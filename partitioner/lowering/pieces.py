@@ -11,10 +11,10 @@ from typing import TypeAlias
 import torch
 from torch.fx import Node
 
+from comms.errors import PartitionError
 from partitioner.capture.captured_graph import operand
 from partitioner.capture.dtypes import SHORT, spec_of
 from partitioner.capture.op_costs import is_view, op_bytes, op_flops, op_name
-from partitioner.errors import CaptureError
 from partitioner.layout.joint_trace import Joint
 from partitioner.program.program import CollectiveOp, Op, Reduction, TensorSpec
 
@@ -145,7 +145,7 @@ def _inline_scalar(node: Node) -> None:
     owner = node.graph.owning_module
     literal = getattr(owner, str(node.target), None) if owner is not None else None
     if not isinstance(literal, torch.Tensor) or literal.numel() != 1 or not isinstance(value, torch.Tensor):
-        raise CaptureError(
+        raise PartitionError(
             "a tensor is created inside a traced block", where=str(node.target), hint="make it a buffer"
         )
     with node.graph.inserting_before(node):
@@ -263,7 +263,7 @@ def _code(node: Node, number: Mapping[Node, int]) -> str:
     if op_name(target) in ("view", "_unsafe_view"):  # traced on contiguous operands; real ones may be strided
         target = aten.reshape.default
     if op_name(target) == "as_strided":
-        raise CaptureError(
+        raise PartitionError(
             "as_strided depends on memory layout", where=node.name, hint="use view, narrow or unfold"
         )
     if isinstance(target, torch._ops.OpOverload):

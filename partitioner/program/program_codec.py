@@ -12,7 +12,7 @@ from typing import Any, Generic, TypeVar, assert_never
 
 import msgpack
 
-from partitioner.errors import ProgramError
+from comms.errors import ProgramError
 from partitioner.program.program import (
     VERSION,
     Accumulate,

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NoReturn, assert_never
 
-from partitioner.errors import ProgramError
+from comms.errors import ProgramError
 from partitioner.program.program import (
     DTYPE_BYTES,
     VERSION,

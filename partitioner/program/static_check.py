@@ -8,7 +8,7 @@ that operations give what their specs promise.
 from collections.abc import Iterator
 from itertools import islice
 
-from partitioner.errors import ProgramError
+from comms.errors import ProgramError
 from partitioner.program.findings import Finding
 from partitioner.program.lifetimes import check_lifetimes
 from partitioner.program.program import Program

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from comms.units import EXAMPLES, UNITS, Quantity, UnitError, format_quantity, parse, pattern
+from comms.errors import UnitError
+from comms.units import EXAMPLES, UNITS, Quantity, format_quantity, parse, pattern
 
 quantities = st.sampled_from(list(Quantity))
 

@@ -7,9 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from orchestrator.config.hardware.cluster_file import load_cluster
+from orchestrator.config.hardware.cluster_file import cluster_path, load_cluster
 from orchestrator.config.job_file import load_job
-from orchestrator.config.shipped import cluster_path
 from orchestrator.planning.preparation import Prepared, build_model, prepare
 from orchestrator.runners.base import is_timed
 from orchestrator.runners.executing.measured_timeline import measured_timeline

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from kernels.backend import OpCode, SegmentError, compile_segment, one_thread_per_chip, prepare_thread
+from comms.errors import SegmentError
+from kernels.backend import OpCode, compile_segment, one_thread_per_chip, prepare_thread
 from kernels.reference import interpret_segment
 from orchestrator.runners.executing.chip import StepInput
 from partitioner.program.program import Segment

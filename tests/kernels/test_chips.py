@@ -10,8 +10,8 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from comms.errors import ChipError
 from comms.units import Quantity, format_quantity, parse
-from kernels.catalog_figures import ChipError, Figures
 from kernels.chips import (
     CATALOG,
     FALLBACKS,
@@ -23,7 +23,12 @@ from kernels.chips import (
     parse_chip,
 )
 
-UNITS = {"B": Quantity.SIZE, "B/s": Quantity.DATA_RATE, "s": Quantity.TIME, "FLOP/s": Quantity.COMPUTE_RATE}
+FIGURES = {
+    ("memory", "bandwidth"): (Quantity.DATA_RATE, "memory_bytes_per_s"),
+    ("cores", "clock"): (Quantity.FREQUENCY, "clock_hz"),
+    ("tdp",): (Quantity.POWER, "tdp_w"),
+    ("launch",): (Quantity.TIME, "launch_s"),
+}
 
 
 def test_the_catalog_has_forty_six_chips():
@@ -123,10 +128,16 @@ def test_a_fallback_uses_the_first_published_dtype(key, dtype):
     assert chip.peak(dtype) == chip.peak_flops_per_s.get(dtype, candidates[0] if candidates else None)
 
 
-@given(st.sampled_from(sorted(UNITS)), st.floats(1e-3, 1e16))
-def test_the_catalog_reads_numbers_as_the_cluster_file_does(unit, value):
-    text = format_quantity(value, UNITS[unit], digits=15)
-    assert Figures({"x": text}).number("x", unit) == parse(text, UNITS[unit])
+@given(st.sampled_from(sorted(FIGURES)), st.floats(1e-3, 1e16))
+def test_the_catalog_reads_numbers_as_the_cluster_file_does(path, value):
+    quantity, field = FIGURES[path]
+    text = format_quantity(value, quantity, digits=15)
+    document = chip_document("nvidia_l4")
+    found = document
+    for part in path[:-1]:
+        found = found[part]
+    found[path[-1]] = text
+    assert getattr(parse_chip(document), field) == parse(text, quantity)
 
 
 def test_chips_are_values():
@@ -138,8 +149,8 @@ def test_chips_are_values():
 @pytest.mark.parametrize(
     ("section", "value", "message"),
     [
-        ("tdp", "400 GB", "tdp must be in W"),
-        ("tdp", 400, "tdp must be a number with a unit"),
+        ("tdp", "400 GB", "tdp: '400 GB' is a size, but a power is expected"),
+        ("tdp", 400, "tdp: a power needs a unit, got the bare value 400"),
         ("memory", {"capacity": "80 GB", "type": "hbm"}, "memory.bandwidth is missing"),
         ("peak", {"fp4": "1 TFLOP/s"}, "peak needs a figure"),
         ("cores", {"count": "many"}, "cores.count must be a bare number"),

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch.nn.utils import clip_grad_norm_
 
+from comms.errors import OptimizerError
 from kernels.optimizers import (
     FlatOptimizer,
-    OptimizerError,
     OptimizerSpec,
     StepStatistics,
     require_elementwise,

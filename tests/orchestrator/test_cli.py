@@ -1,4 +1,4 @@
-"""Claims about the command line: flags arrive as Options, outcomes become exit codes, streams stay apart."""
+"""Claims about the command line: flags arrive as TrainOptions, outcomes become exit codes, streams stay apart."""
 
 import json
 import sys
@@ -8,23 +8,23 @@ from types import ModuleType
 
 import pytest
 
+from comms.errors import FitError, HangError, RunError, UserError
 from orchestrator import cli
-from orchestrator.errors import FitError, HangError, OrchestrateError, RunError, UserError
-from orchestrator.verbs.inputs.options import Options, Runner
+from orchestrator.verbs.inputs.options import RunnerKind, TrainOptions
 from orchestrator.views.console import Console
 
 ROOT = Path(__file__).parent.parent.parent
 
 
 @pytest.fixture
-def verb(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Callable[[], int]], list[Options]]:
+def verb(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Callable[[], int]], list[TrainOptions]]:
     """Put a verb in the place of the real one; what it was asked is in the list."""
 
-    def replace(name: str, outcome: Callable[[], int]) -> list[Options]:
-        asked: list[Options] = []
+    def replace(name: str, outcome: Callable[[], int]) -> list[TrainOptions]:
+        asked: list[TrainOptions] = []
         module = ModuleType(name)
 
-        def main(options: Options, console: Console) -> int:
+        def main(options: TrainOptions, console: Console) -> int:
             asked.append(options)
             return outcome()
 
@@ -45,7 +45,7 @@ def raising(error: BaseException) -> Callable[[], int]:
 def test_nothing_given_is_none_everywhere(orchestrate, verb):
     asked = verb("train", lambda: 0)
     assert orchestrate("train").code == 0
-    assert asked == [Options()]
+    assert asked == [TrainOptions()]
 
 
 def test_every_flag_reaches_the_verb(orchestrate, verb, tmp_path):
@@ -59,7 +59,7 @@ def test_every_flag_reaches_the_verb(orchestrate, verb, tmp_path):
     ).split()
     assert orchestrate("train", *words).code == 0
     assert asked == [
-        Options(
+        TrainOptions(
             cluster=cluster,
             job=Path("j.yaml"),
             model="builtin:gpt-mini",
@@ -69,7 +69,7 @@ def test_every_flag_reaches_the_verb(orchestrate, verb, tmp_path):
             global_batch=32,
             seq=256,
             steps=7,
-            runner=Runner.INLINE,
+            runner=RunnerKind.INLINE,
             run_dir=Path("out"),
             resume=Path("old"),
             overrides=("a.b=1", "c=x"),
@@ -124,7 +124,7 @@ def test_a_traceback_comes_with_verbose(orchestrate, verb):
 
 
 def test_an_error_without_a_place_is_still_one_line(orchestrate, verb):
-    verb("simulate", raising(OrchestrateError("it broke")))
+    verb("simulate", raising(RunError("it broke")))
     ran = orchestrate("simulate")
     assert ran.code == 1
     assert ran.err == "error: it broke\n"

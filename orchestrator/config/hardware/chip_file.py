@@ -8,21 +8,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, GetCoreSchemaHandler, GetJsonSchemaHandler
-from pydantic_core import CoreSchema, core_schema
+from pydantic import Field
 
+from comms.errors import ConfigError, located
 from comms.units import Quantity
-from kernels.catalog_figures import ChipError
 from kernels.chips import Chip, chip_document, chip_keys, parse_chip
-from orchestrator.config.schema import Section, Unit, field_error, nearest
+from orchestrator.config.schema import FieldType, QuantityField, Section, field_error, nearest
 from orchestrator.config.yaml_file import Document, Location
-from orchestrator.errors import ConfigError
 
 _FIGURE_KEYS = ("value", "source")
 
 
 @dataclass(frozen=True, slots=True)
-class Figure:
+class Figure(FieldType):
     """A field that is a value, or a value with its source: a quantity, a bare number or text."""
 
     quantity: Quantity | type[float] | type[str]
@@ -38,7 +36,7 @@ class Figure:
                 )
             inner = value.get("value")
         if isinstance(self.quantity, Quantity):
-            Unit(self.quantity).read(inner)
+            QuantityField(self.quantity).read(inner)
         elif self.quantity is float and (
             isinstance(inner, bool) or not isinstance(inner, int | float) or inner <= 0
         ):
@@ -47,14 +45,9 @@ class Figure:
             raise field_error(f"{inner!r} is not text", "write text (in quotes if it looks like a number)")
         return value
 
-    def __get_pydantic_core_schema__(self, source: object, handler: GetCoreSchemaHandler) -> CoreSchema:
-        return core_schema.no_info_plain_validator_function(self.read)
-
-    def __get_pydantic_json_schema__(
-        self, schema: CoreSchema, handler: GetJsonSchemaHandler
-    ) -> dict[str, Any]:
+    def json_schema(self) -> dict[str, Any]:
         bare = {"type": "string" if self.quantity is str else "number"}
-        value = Unit(self.quantity).json_schema() if isinstance(self.quantity, Quantity) else bare
+        value = QuantityField(self.quantity).json_schema() if isinstance(self.quantity, Quantity) else bare
         properties = {"value": value, "source": {"type": "string"}}
         figure = {
             "type": "object",
@@ -174,11 +167,9 @@ def described_chip(document: Document, location: Location, like: str | None) -> 
     if not like:
         own.setdefault("key", own.get("name", "unnamed"))
         own.setdefault("name", own["key"])
-    try:
+    hint = "add the figure, or start from a catalog chip with `like:`"
+    with located(document.where(location), hint):
         return parse_chip(_laid_over(base, own))
-    except ChipError as error:
-        hint = "add the figure, or start from a catalog chip with `like:`"
-        raise ConfigError(str(error), document.where(location), hint) from error
 
 
 _BLANK: dict[str, object] = {

@@ -13,12 +13,11 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
-from comms.errors import CommsError
+from comms.errors import ClusterError, CommsError
 from comms.networks.conditions import CALM, Described, check_chips
 from comms.networks.links import PLAIN, Link, Protocol
 from comms.networks.network import Network
 from kernels.chips import Chip
-from orchestrator.errors import ClusterError
 
 
 class Device(StrEnum):

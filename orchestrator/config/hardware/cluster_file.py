@@ -16,13 +16,20 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from comms.errors import ClusterError, ConfigError, combined
+from comms.networks.conditions import CALM
 from comms.networks.layers import Spread
 from comms.networks.links import Link
-from kernels.chips import DEFAULT_HOST_LATENCY_S, Chip, Port
+from kernels.chips import DEFAULT_HOST_LATENCY_S, Chip
 from orchestrator.config.hardware.chip_file import ChipFigures, described_chip
 from orchestrator.config.hardware.cluster import Cluster, Device, Host, Nics, Pcie
 from orchestrator.config.hardware.conditions_file import ConditionsSection, described
-from orchestrator.config.hardware.fabric_shapes import Drawing
+from orchestrator.config.hardware.network_links import (
+    ShapeDrawing,
+    best_share,
+    library_of,
+    line_and_efficiency,
+)
 from orchestrator.config.hardware.network_sections import (
     LevelSection,
     LinkSection,
@@ -30,16 +37,16 @@ from orchestrator.config.hardware.network_sections import (
     PcieSection,
     ScaleUpSection,
 )
-from orchestrator.config.hardware.protocols import best_share, library_of
-from orchestrator.config.hardware.tiers import Fabric, Level, build_network, issue_times
-from orchestrator.config.schema import CountOr, HourlyPrice, Power, Section, validate
+from orchestrator.config.hardware.tiers import ScaleUpFabric, SwitchLevel, build_network, issue_times
+from orchestrator.config.schema import CountOr, HourlyPrice, Power, Section, nearest, validate
 from orchestrator.config.yaml_file import Document, Location, read_yaml
-from orchestrator.errors import ClusterError, combined
 
 FRAME_NBYTES = 1500.0  # of a packet where switches store and forward: the payload of an Ethernet frame
-
-
 MOST_CHIPS_OF_HOST = 2**16
+DEFAULT_CLUSTER = "laptop"  # where no command line says another
+# Of the clusters that come with us: inside an installed package, or beside the packages in a checkout.
+_PACKAGE = Path(__file__).parents[2]
+_SHIPPED = (_PACKAGE / "cluster_configs", _PACKAGE.parent / "cluster_configs")
 
 
 class ChipSection(ChipFigures):
@@ -75,6 +82,27 @@ class ClusterFile(Section):
     conditions: ConditionsSection | None = None
 
 
+def shipped_clusters() -> dict[str, Path]:
+    """Name to file of every shipped cluster, sorted by name."""
+    folder = next((folder for folder in _SHIPPED if folder.is_dir()), None)
+    return {} if folder is None else {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def cluster_path(text: str) -> Path:
+    """The file that `--cluster` means: a path, or the bare name of a shipped cluster. A file of that name wins."""
+    path = Path(text)
+    if path.is_file():
+        return path
+    shipped = shipped_clusters()
+    if text in shipped:
+        return shipped[text]
+    if path.suffix or len(path.parts) > 1:
+        raise ConfigError(
+            "there is no such cluster file", text, f"give a file, or one of {', '.join(shipped)}"
+        )
+    raise ConfigError("no shipped cluster has this name", f"--cluster {text}", nearest(text, tuple(shipped)))
+
+
 def load_cluster(path: str | Path) -> Cluster:
     """The cluster that the file at `path` describes. Raises ConfigError or ClusterError."""
     return cluster_from(read_yaml(Path(path)))
@@ -103,7 +131,9 @@ def cluster_from(document: Document) -> Cluster:
         network=network,
         actors=file.actors,
         origin=document.origin,
-        conditions=described(file.conditions, network, num_chips, document),
+        conditions=CALM
+        if file.conditions is None
+        else described(file.conditions, network, num_chips, document),
         issue_s=issue_times(network, fabric, levels, unit[0].pcie),
     )
 
@@ -165,16 +195,6 @@ def _pcie(document: Document, index: int, section: PcieSection | None, chips: li
         library,
         section.source,
     )
-
-
-def line_and_efficiency(
-    bandwidth: float | None, efficiency: float | None, ports: list[Port]
-) -> tuple[float, float]:
-    """A chip's line rate and what a message by itself reaches of it: as the file says, else the slowest port's."""
-    if bandwidth is not None:
-        return bandwidth, efficiency or 1.0
-    port = min(ports, key=lambda port: port.bytes_per_s * (efficiency or port.efficiency))
-    return port.bytes_per_s, efficiency or port.efficiency
 
 
 def _check_pcie(
@@ -253,12 +273,12 @@ def _unused(file: ClusterFile, alone: bool, meet_over_pcie: bool) -> Iterator[Lo
 
 def _fabric(
     document: Document, file: ClusterFile, unit: tuple[Host, ...], num_hosts: int | None
-) -> Fabric | None:
+) -> ScaleUpFabric | None:
     """The scale-up fabric; what the file leaves out comes from the chips' own ports."""
     section, at = file.scale_up, ("scale_up",)
     if section is None:
         return None
-    drawing = Drawing(section, document, at)
+    drawing = ShapeDrawing(section, document, at)
     drawing.check()
     domain = section.domain or drawing.num_chips or len(unit[0].chips)
     _check_domain(drawing, domain, len(unit[0].chips), num_hosts)
@@ -278,10 +298,10 @@ def _fabric(
     library = library_of(section, latency, alone, best, document, at)
     each = line * best / (1 if own_rates else drawing.links_per_chip(domain))
     shape = drawing.shape(domain, Link(latency - library.issue_s, each), best, "scale-up", library.issue_s)
-    return Fabric(shape, section.source or _port_source(unit), library)
+    return ScaleUpFabric(shape, section.source or _port_source(unit), library)
 
 
-def _check_domain(drawing: Drawing, domain: int, per_host: int, num_hosts: int | None) -> None:
+def _check_domain(drawing: ShapeDrawing, domain: int, per_host: int, num_hosts: int | None) -> None:
     """Raises ClusterError for a domain of another size than the cluster can have."""
     drawing.check_size(domain)
     total = None if num_hosts is None else num_hosts * per_host
@@ -297,7 +317,7 @@ def _port_source(unit: tuple[Host, ...]) -> str:
     return unit[0].chips[0].sources.get("scale_up.bandwidth", "")
 
 
-def _levels(document: Document, file: ClusterFile, unit: tuple[Host, ...]) -> tuple[Level, ...]:
+def _levels(document: Document, file: ClusterFile, unit: tuple[Host, ...]) -> tuple[SwitchLevel, ...]:
     cards = [host.nics for host in file.hosts if host.nics is not None]
     if not cards:
         return ()
@@ -305,17 +325,17 @@ def _levels(document: Document, file: ClusterFile, unit: tuple[Host, ...]) -> tu
     cards_latency_s = max(card.latency for card in cards)
     sources = [card.source for card in cards if card.source]
     spread = _spread(document, file.scale_out)
-    levels: list[Level] = []
+    levels: list[SwitchLevel] = []
     for number, section in enumerate(file.scale_out):
         at = ("scale_out", number)
         _check_level(document, at, section, len(file.scale_out))
         latency = cards_latency_s if section.latency is None else section.latency
         library = library_of(section, latency, efficiency, efficiency, document, at)
-        drawing = Drawing(section, document, at)
+        drawing = ShapeDrawing(section, document, at)
         drawing.check()
         packet = FRAME_NBYTES if section.packet is None else section.packet
         levels.append(
-            Level(
+            SwitchLevel(
                 name=section.name,
                 hosts=section.hosts,
                 latency_s=latency - library.issue_s,

@@ -7,16 +7,13 @@ ranges such as 0-63, or lists of both. What all of this does to a network is sai
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import Field, GetCoreSchemaHandler, GetJsonSchemaHandler
-from pydantic_core import CoreSchema, core_schema
+from pydantic import Field
 
 from comms.collectives.schedule import Op
-from comms.errors import CommsError
+from comms.errors import ClusterError, located
 from comms.networks.conditions import (
-    CALM,
     Background,
     Between,
     ChipFault,
@@ -28,17 +25,15 @@ from comms.networks.conditions import (
     check_chips,
 )
 from comms.networks.network import Network, TierKind
-from orchestrator.config.schema import Section, Size, Time, field_error, nearest
+from orchestrator.config.schema import FieldType, Section, Size, Time, field_error, nearest
 from orchestrator.config.yaml_file import Document, Location
-from orchestrator.errors import ClusterError
 
 _CHIP = re.compile(r"\s*(?:chip\s*)?([0-9]+)\s*")
 _RANGE = re.compile(r"\s*([0-9]+)\s*-\s*([0-9]+)\s*")
 _PERCENT = re.compile(r"\s*([0-9]+(?:\.[0-9]*)?)\s*%\s*")
 
 
-@dataclass(frozen=True, slots=True)
-class OneChip:
+class OneChip(FieldType):
     """A field that is one chip: `3` or `chip 3`."""
 
     def read(self, value: object) -> int:
@@ -48,17 +43,11 @@ class OneChip:
             raise field_error(f"{value!r} is not a chip", "write its number, such as `chip 3`")
         return int(match.group(1))
 
-    def __get_pydantic_core_schema__(self, source: object, handler: GetCoreSchemaHandler) -> CoreSchema:
-        return core_schema.no_info_plain_validator_function(self.read)
-
-    def __get_pydantic_json_schema__(
-        self, schema: CoreSchema, handler: GetJsonSchemaHandler
-    ) -> dict[str, Any]:
+    def json_schema(self) -> dict[str, Any]:
         return {"type": ["integer", "string"], "examples": [3, "chip 3"]}
 
 
-@dataclass(frozen=True, slots=True)
-class ChipSet:
+class ChipNumbers(FieldType):
     """A field that is one chip or several: `3`, `0-63`, `[0, 8, 16-31]`."""
 
     def read(self, value: object) -> tuple[int, ...]:
@@ -73,17 +62,11 @@ class ChipSet:
             raise field_error(f"the range {value!r} is empty", "write the smaller number first")
         return tuple(range(first, last + 1))
 
-    def __get_pydantic_core_schema__(self, source: object, handler: GetCoreSchemaHandler) -> CoreSchema:
-        return core_schema.no_info_plain_validator_function(self.read)
-
-    def __get_pydantic_json_schema__(
-        self, schema: CoreSchema, handler: GetJsonSchemaHandler
-    ) -> dict[str, Any]:
+    def json_schema(self) -> dict[str, Any]:
         return {"type": ["integer", "string", "array"], "examples": [3, "0-63", [0, 8, "16-31"]]}
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
+class Part(FieldType):
     """A field that is a part of a whole: `5 %` or `0.05`."""
 
     def read(self, value: object) -> float:
@@ -94,17 +77,12 @@ class Part:
             raise field_error(f"{value!r} is not a part of a whole", "write it like `5 %` or 0.05, below 1")
         return float(part)
 
-    def __get_pydantic_core_schema__(self, source: object, handler: GetCoreSchemaHandler) -> CoreSchema:
-        return core_schema.no_info_plain_validator_function(self.read)
-
-    def __get_pydantic_json_schema__(
-        self, schema: CoreSchema, handler: GetJsonSchemaHandler
-    ) -> dict[str, Any]:
+    def json_schema(self) -> dict[str, Any]:
         return {"type": ["number", "string"], "examples": ["5 %", 0.05]}
 
 
 AChip: TypeAlias = Annotated[int, OneChip()]
-Chips: TypeAlias = Annotated[tuple[int, ...], ChipSet()]
+Chips: TypeAlias = Annotated[tuple[int, ...], ChipNumbers()]
 
 
 class FlapsSection(Section):
@@ -175,11 +153,9 @@ HERE: Location = ("conditions",)
 
 
 def described(
-    section: ConditionsSection | None, network: Network, num_chips: int | None, document: Document
+    section: ConditionsSection, network: Network, num_chips: int | None, document: Document
 ) -> Described:
     """The conditions of a file, on a network of `num_chips` (None: any number). Raises ClusterError."""
-    if section is None:
-        return CALM
     jitter = section.jitter
     if jitter is not None and not jitter.rate and not jitter.delay:
         raise _error(document, ("jitter",), "this jitter has no effect", "give `rate:` or `delay:`")
@@ -195,10 +171,7 @@ def described(
         background=tuple(_background(each, at, document) for at, each in enumerate(section.background)),
     )
     if num_chips is not None:
-        try:
-            check_chips(found, num_chips)
-        except CommsError as error:
-            raise ClusterError(error.problem, error.where, error.hint) from error
+        check_chips(found, num_chips)
     return found
 
 
@@ -248,10 +221,8 @@ def _tier(word: str, at: Location, network: Network, document: Document) -> str:
 
 
 def _flaps(section: FlapsSection, at: Location, document: Document) -> Flaps:
-    try:
+    with located(document.where((*HERE, *at, "flaps"))):
         return Flaps(section.down, section.every, section.first)
-    except CommsError as error:
-        raise _error(document, (*at, "flaps"), error.problem, error.hint) from error
 
 
 def _chip(section: ChipFaultSection, number: int, document: Document) -> ChipFault:

@@ -10,16 +10,16 @@ from dataclasses import dataclass
 from math import inf
 from pathlib import Path
 
+from comms.errors import ConfigError
 from comms.networks.network import Tier, TierKind
 from kernels.chips import Port
 from orchestrator.config.hardware.cluster import Cluster
-from orchestrator.config.hardware.cluster_file import ClusterFile, cluster_from, line_and_efficiency
-from orchestrator.config.hardware.fabric_shapes import Drawing
+from orchestrator.config.hardware.cluster_file import ClusterFile, cluster_from
+from orchestrator.config.hardware.network_links import ShapeDrawing, line_and_efficiency
 from orchestrator.config.hardware.network_sections import LibrarySection, LinkSection, NicSection, PcieSection
 from orchestrator.config.hardware.tiers import PCIE_ROOT
 from orchestrator.config.schema import validate
 from orchestrator.config.yaml_file import Document, read_yaml
-from orchestrator.errors import ConfigError
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +64,7 @@ class LineRate:
 def line_rate(path: Path, num_chips: int) -> LineRate:
     """The line rate where the first `num_chips` chips of a cluster file meet. Raises UserError."""
     document = read_yaml(path)
-    described = _Described(document, validate(document, ClusterFile), cluster_from(document).take(num_chips))
+    described = _FileRates(document, validate(document, ClusterFile), cluster_from(document).take(num_chips))
     tier = described.cluster.network.tier_for((0, num_chips - 1))
     match tier.kind:
         case TierKind.SCALE_OUT:
@@ -75,7 +75,7 @@ def line_rate(path: Path, num_chips: int) -> LineRate:
 
 
 @dataclass(frozen=True, slots=True)
-class _Described:
+class _FileRates:
     document: Document
     file: ClusterFile
     cluster: Cluster
@@ -84,7 +84,7 @@ class _Described:
         section = self.file.scale_up
         assert section is not None, "there is a scale-up tier"
         together, alone = self._fabric()
-        at, drawing = "scale_up", Drawing(section, self.document, ("scale_up",))
+        at, drawing = "scale_up", ShapeDrawing(section, self.document, ("scale_up",))
         latency = at if drawing.longest_latency_s is None else ""
         sections = Sections(at, latency, at, self._message_s(tier), stage_s=_longest_stage_s([section]))
         return LineRate(together, alone, sections, tier, section.reduces, self.cluster)
@@ -109,7 +109,7 @@ class _Described:
         levels, names = self.file.scale_out, [level.name for level in self.file.scale_out]
         number = names.index(tier.name) if tier.name in names else 0
         level = levels[number] if levels else None
-        drawing = None if level is None else Drawing(level, self.document, ("scale_out", number))
+        drawing = None if level is None else ShapeDrawing(level, self.document, ("scale_out", number))
         card = min(self._cards(), key=lambda each: each.count * each.bandwidth)
         together, alone = self._card_rates(card, drawing)
         at, nics = f"scale_out, level {tier.name}", "hosts, nics"
@@ -137,7 +137,7 @@ class _Described:
     def _cards(self) -> list[NicSection]:
         return [host.nics for host in self.file.hosts if host.nics is not None]
 
-    def _card_rates(self, card: NicSection, drawing: Drawing | None) -> tuple[Rate, Rate]:
+    def _card_rates(self, card: NicSection, drawing: ShapeDrawing | None) -> tuple[Rate, Rate]:
         """Together and alone."""
         per_host = self.cluster.chips_per_host
         each = max(1.0, card.count / per_host)
@@ -158,7 +158,7 @@ class _Described:
         """Of the scale-up fabric, together and alone."""
         section = self.file.scale_up
         assert section is not None, "there is a scale-up fabric"
-        drawing = Drawing(section, self.document, ("scale_up",))
+        drawing = ShapeDrawing(section, self.document, ("scale_up",))
         links = self._links(drawing, section.domain or drawing.num_chips or self.cluster.chips_per_host)
         if section.bandwidth is None:
             whole = _least([chip.scaleup for host in self.cluster.unit for chip in host.chips])
@@ -168,7 +168,7 @@ class _Described:
             return Rate(whole, "links of a chip"), Rate(whole, "links of a chip")
         return Rate(whole, f"{links} links of a chip"), Rate(whole / links, "a link of a chip")
 
-    def _links(self, drawing: Drawing, num_chips: int) -> int:
+    def _links(self, drawing: ShapeDrawing, num_chips: int) -> int:
         """How many links of one rate a chip has. Raises ConfigError where they differ."""
         if drawing.has_own_rates:
             raise ConfigError(

@@ -36,7 +36,7 @@ REDUCING_SHARE = 0.85
 
 
 @dataclass(frozen=True, slots=True)
-class Table:
+class MeasuredTable:
     """One measured table."""
 
     name: str
@@ -44,7 +44,7 @@ class Table:
 
 
 @dataclass(frozen=True, slots=True)
-class Errors:
+class MeanErrors:
     """Mean absolute relative errors from LARGE_NBYTES up, and below; NaN where there is no point."""
 
     large: float
@@ -55,7 +55,7 @@ class Errors:
 class Calibration:
     """Constants, and what is left over at each point of each table."""
 
-    tables: tuple[Table, ...]
+    tables: tuple[MeasuredTable, ...]
     fabric: FabricFit | None  # of collectives
     link: LinkFit | None  # of messages from chip to chip
     line: LineRate | None  # of the first table
@@ -75,7 +75,7 @@ class Calibration:
         return 2 if self.fabric is None else self.fabric.constants.num_constants
 
 
-def calibrate_links(tables: Sequence[Table], lines: Sequence[LineRate] = ()) -> Calibration:
+def calibrate_links(tables: Sequence[MeasuredTable], lines: Sequence[LineRate] = ()) -> Calibration:
     """The constants of the links that all these tables were measured on; `lines` one per table, or none.
 
     Raises CommsError.
@@ -103,12 +103,12 @@ def calibrate_links(tables: Sequence[Table], lines: Sequence[LineRate] = ()) -> 
     return Calibration(tuple(tables), fit, None, line, fit.residuals, eager if has_eager else plain, as_it_is)
 
 
-def errors(residuals: Sequence[Sequence[Residual]] | None) -> Errors:
+def errors(residuals: Sequence[Sequence[Residual]] | None) -> MeanErrors:
     """Over all tables; NaN where there are none."""
     every = [each for of_table in residuals or () for each in of_table]
     if not every:
-        return Errors(nan, nan)
-    return Errors(mean_error(every, LARGE_NBYTES, inf), mean_error(every, 0.0, LARGE_NBYTES))
+        return MeanErrors(nan, nan)
+    return MeanErrors(mean_error(every, LARGE_NBYTES, inf), mean_error(every, 0.0, LARGE_NBYTES))
 
 
 def _sheet(line: LineRate) -> Sheet:
@@ -132,11 +132,11 @@ def _mean(residuals: Sequence[Sequence[Residual]]) -> float:
     return mean_error(each for of_table in residuals for each in of_table)
 
 
-def _fit_pairs(tables: Sequence[Table]) -> LinkFit:
+def _fit_pairs(tables: Sequence[MeasuredTable]) -> LinkFit:
     return fit_link([point for table in tables for point in table.curve.points])
 
 
-def _held_out_pairs(tables: Sequence[Table]) -> tuple[tuple[Residual, ...], ...] | None:
+def _held_out_pairs(tables: Sequence[MeasuredTable]) -> tuple[tuple[Residual, ...], ...] | None:
     found: list[list[Residual]] = [[] for _ in tables]
     for first in (0, 1):
         kept = [point for table in tables for point in table.curve.points[1 - first :: 2]]

@@ -1,6 +1,6 @@
 """Sections of a cluster file that describe links: of a host, of a scale-up fabric, of the levels between hosts.
 
-What they mean is said in `fabric_shapes` (shapes), `protocols` (what a library adds) and `tiers` (who shares what).
+What they mean is said in `network_links` (shapes, what a library adds) and `tiers` (who shares what).
 """
 
 from typing import Annotated, Literal

@@ -20,20 +20,19 @@ Not modelled: PCIe traffic and network traffic of one chip in each other's way w
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from comms.errors import CommsError
+from comms.errors import ClusterError
 from comms.networks.fabrics.switch_tree import Tree
 from comms.networks.layers import Spread, Switch, Trunk, half_latencies
 from comms.networks.links import Link
 from comms.networks.network import UNBOUNDED, Network, Tier, TierKind, layered, switched
 from comms.networks.shapes import Shape
 from orchestrator.config.hardware.cluster import PLAIN_LIBRARY, Host, Library, Nics, Pcie
-from orchestrator.config.hardware.fabric_shapes import Drawing
+from orchestrator.config.hardware.network_links import ShapeDrawing, described
 from orchestrator.config.yaml_file import Document
-from orchestrator.errors import ClusterError
 
 
 @dataclass(frozen=True, slots=True)
-class Fabric:
+class ScaleUpFabric:
     """The scale-up fabric: the shape of one domain."""
 
     shape: Shape
@@ -46,7 +45,7 @@ class Fabric:
 
 
 @dataclass(frozen=True, slots=True)
-class Level:
+class SwitchLevel:
     """One level of switches between hosts; None: any number of hosts, or the NIC's own latency."""
 
     name: str
@@ -60,11 +59,11 @@ class Level:
     spread: Spread = Spread.ADAPTIVE
     forward_nbytes: float = 0.0
     library: Library = PLAIN_LIBRARY
-    drawing: Drawing | None = None  # a shape over all chips instead of switches
+    drawing: ShapeDrawing | None = None  # a shape over all chips instead of switches
 
 
 @dataclass(frozen=True, slots=True)
-class _Step:
+class _LayerWires:
     """The wires into one layer of a tree, from each group of `size` chips below it."""
 
     tier: str
@@ -83,8 +82,8 @@ class _Step:
 class _Inside:
     """The wires of a host's PCIe tree: between its chips, and on their way out (chip first, then uplinks)."""
 
-    steps: tuple[_Step, ...] = ()
-    way_out: tuple[_Step, ...] = ()
+    steps: tuple[_LayerWires, ...] = ()
+    way_out: tuple[_LayerWires, ...] = ()
     library: Library = PLAIN_LIBRARY
     source: str = ""
 
@@ -96,35 +95,32 @@ PCIE_SWITCH, PCIE_ROOT = "pcie switch", "pcie root"
 def build_network(
     unit: tuple[Host, ...],
     num_hosts: int | None,
-    fabric: Fabric | None,
-    levels: tuple[Level, ...],
+    fabric: ScaleUpFabric | None,
+    levels: tuple[SwitchLevel, ...],
     document: Document,
 ) -> Network:
     """The network of `num_hosts` hosts (None: any number). Raises ClusterError where groups do not nest."""
     per_host = len(unit[0].chips)
     total = UNBOUNDED if num_hosts is None else num_hosts * per_host
-    levels = levels or (Level("scale-out", None, None, 1.0, "the NICs of the hosts"),)
+    levels = levels or (SwitchLevel("scale-out", None, None, 1.0, "the NICs of the hosts"),)
     tiers = _on_chip(unit)
     if fabric is not None:
         tiers.append(_scale_up(fabric, total))
     inside = _pcie(unit, document)
     reach = fabric.domain if fabric else 1
     _check_joined(max(reach, per_host if inside.steps else 1), per_host, document)
-    try:
+    where = document.where(("scale_up",) if fabric else ("scale_out",))
+    with described(where, "make each group a whole number of the groups inside it"):
         if num_hosts == 1:
             tiers += _tiers(_tree(per_host, inside.steps), tiers, inside, ()) if inside.steps else []
         elif reach < total:
             _check_levels(levels, num_hosts, document)
             tiers += _leaving(unit, tiers, inside, levels, total)
         return Network(tuple(tiers or [_alone(unit[0])]))
-    except CommsError as error:
-        hint = error.hint or "make each group a whole number of the groups inside it"
-        where = document.where(("scale_up",) if fabric else ("scale_out",))
-        raise ClusterError(str(error), where, hint) from error
 
 
 def issue_times(
-    network: Network, fabric: Fabric | None, levels: tuple[Level, ...], pcie: Pcie | None
+    network: Network, fabric: ScaleUpFabric | None, levels: tuple[SwitchLevel, ...], pcie: Pcie | None
 ) -> dict[str, float]:
     """By tier of the network, what a message by itself takes more than a stage of a collective; none for nothing."""
     libraries = {level.name: level.library for level in levels}
@@ -145,7 +141,7 @@ def _check_joined(reach: int, per_host: int, document: Document) -> None:
         raise ClusterError(problem, document.where(("hosts",)), hint)
 
 
-def _check_levels(levels: tuple[Level, ...], num_hosts: int | None, document: Document) -> None:
+def _check_levels(levels: tuple[SwitchLevel, ...], num_hosts: int | None, document: Document) -> None:
     where = document.where(("scale_out",))
     hosts = levels[-1].hosts
     if levels[0].drawing is not None:
@@ -180,7 +176,7 @@ def _on_chip(unit: tuple[Host, ...]) -> list[Tier]:
     ]
 
 
-def _scale_up(fabric: Fabric, total: int) -> Tier:
+def _scale_up(fabric: ScaleUpFabric, total: int) -> Tier:
     size = min(fabric.domain, total)
     library, shape = fabric.library, fabric.shape.cut(size)
     return Tier("scale-up", TierKind.SCALE_UP, size, shape, fabric.source, library.setup_s, library.protocols)
@@ -202,20 +198,20 @@ def _pcie(unit: tuple[Host, ...], document: Document) -> _Inside:
     uplink = min(tree.uplink_bytes_per_s for tree in trees)
     duplex = all(tree.duplex for tree in trees)
     switches, per_host = trees[0].switches, len(unit[0].chips)
-    port = _Step(PCIE_SWITCH, 1, link.bytes_per_s, link.latency_s, duplex=duplex)
-    steps: tuple[_Step, ...] = (port,)
+    port = _LayerWires(PCIE_SWITCH, 1, link.bytes_per_s, link.latency_s, duplex=duplex)
+    steps: tuple[_LayerWires, ...] = (port,)
     way_out = steps
     if switches == 0 or switches == per_host > 1:
         rate = min(link.bytes_per_s, root.bytes_per_s)
-        steps = (_Step(PCIE_ROOT, 1, rate, root.latency_s, duplex=duplex),)
+        steps = (_LayerWires(PCIE_ROOT, 1, rate, root.latency_s, duplex=duplex),)
     elif switches > 1:
-        up = _Step(PCIE_ROOT, per_host // switches, uplink, root.latency_s, duplex=duplex)
+        up = _LayerWires(PCIE_ROOT, per_host // switches, uplink, root.latency_s, duplex=duplex)
         steps, way_out = (port, replace(up, bytes_per_s=min(uplink, root.bytes_per_s))), (port, up)
     return _Inside(steps, way_out, trees[0].library, trees[0].source or PCIE_SOURCE)
 
 
 def _leaving(
-    unit: tuple[Host, ...], before: list[Tier], inside: _Inside, levels: tuple[Level, ...], total: int
+    unit: tuple[Host, ...], before: list[Tier], inside: _Inside, levels: tuple[SwitchLevel, ...], total: int
 ) -> list[Tier]:
     """The tiers from PCIe outwards; those of PCIe are part of the next where the whole host shares its cards."""
     per_host, steps = len(unit[0].chips), list(inside.steps)
@@ -235,13 +231,15 @@ def _leaving(
             break
         per_chip /= level.oversubscription
         size, rails = below.hosts * per_host, per_host // card.size if below.rails else 1
-        up = _Step(level.name, size, size * per_chip / rails, latency_s, level.paths, rails)
+        up = _LayerWires(level.name, size, size * per_chip / rails, latency_s, level.paths, rails)
         steps.append(replace(up, reduces=level.reduces, forward_nbytes=level.forward_nbytes))
     own = [] if one_tree else own
     return own + _tiers(_tree(total, tuple(steps), levels[0].spread), before + own, inside, levels)
 
 
-def _drawn(level: Level, drawing: Drawing, nics: Nics, inside: _Inside, per_host: int, total: int) -> Tier:
+def _drawn(
+    level: SwitchLevel, drawing: ShapeDrawing, nics: Nics, inside: _Inside, per_host: int, total: int
+) -> Tier:
     """A shape over all chips, each by cards of its own."""
     if nics.count % per_host:
         problem = f"{nics.count} cards are not the same number for each of {per_host} chips"
@@ -267,25 +265,25 @@ def _slowest_nics(unit: tuple[Host, ...]) -> Nics:
     return replace(least, link=replace(least.link, latency_s=latency_s))
 
 
-def _card(nics: Nics, per_host: int, level: Level, latency_s: float) -> _Step:
+def _card(nics: Nics, per_host: int, level: SwitchLevel, latency_s: float) -> _LayerWires:
     """From the chips behind one card to the first switch between hosts; see the module for how they share."""
     size, rate, paths = 1, nics.link.bytes_per_s * nics.count / per_host, 1
     if nics.count < per_host:
         even = per_host % nics.count == 0
         size, paths = (per_host // nics.count, 1) if even else (per_host, nics.count)
         rate = nics.link.bytes_per_s * paths
-    step = _Step(level.name, size, rate, latency_s, paths, oversubscription=level.oversubscription)
+    step = _LayerWires(level.name, size, rate, latency_s, paths, oversubscription=level.oversubscription)
     return replace(step, reduces=level.reduces, duplex=nics.duplex, forward_nbytes=level.forward_nbytes)
 
 
-def _way_out(inside: _Inside, card: _Step, nics: Nics, per_host: int) -> list[_Step]:
+def _way_out(inside: _Inside, card: _LayerWires, nics: Nics, per_host: int) -> list[_LayerWires]:
     """From a chip to the first switch between hosts, on wires that are not used within the host."""
     port = inside.way_out[0].bytes_per_s if inside.way_out else nics.link.bytes_per_s
     if card.size == 1:
         return [
             replace(card, bytes_per_s=min(card.bytes_per_s, port) if inside.way_out else card.bytes_per_s)
         ]
-    steps = [_Step(card.tier, 1, port, None)]
+    steps = [_LayerWires(card.tier, 1, port, None)]
     for uplink in inside.way_out[1:]:
         behind_each = nics.count % (per_host // uplink.size) == 0
         if not behind_each and card.size % uplink.size == 0:
@@ -293,7 +291,7 @@ def _way_out(inside: _Inside, card: _Step, nics: Nics, per_host: int) -> list[_S
     return [*steps, card]
 
 
-def _tree(num_chips: int, steps: tuple[_Step, ...], spread: Spread = Spread.ADAPTIVE) -> Tree:
+def _tree(num_chips: int, steps: tuple[_LayerWires, ...], spread: Spread = Spread.ADAPTIVE) -> Tree:
     """The tree of these wires; of layers in which no chips meet, the one outside them has the latency."""
     totals: list[float] = []
     for step in reversed(steps):
@@ -309,14 +307,14 @@ def _tree(num_chips: int, steps: tuple[_Step, ...], spread: Spread = Spread.ADAP
     return Tree(num_chips, port.link, port.to, tuple(trunks[1:]), port.duplex, spread)
 
 
-def _tiers(tree: Tree, before: list[Tier], inside: _Inside, levels: tuple[Level, ...]) -> list[Tier]:
+def _tiers(tree: Tree, before: list[Tier], inside: _Inside, levels: tuple[SwitchLevel, ...]) -> list[Tier]:
     """The tiers of a tree that join more chips than those before."""
     known = {level.name: level for level in levels}
     reach = max((tier.size for tier in before), default=1)
     return [_told(tier, inside, known) for tier in layered(tree, TierKind.SCALE_OUT, reach)]
 
 
-def _told(tier: Tier, inside: _Inside, levels: Mapping[str, Level]) -> Tier:
+def _told(tier: Tier, inside: _Inside, levels: Mapping[str, SwitchLevel]) -> Tier:
     """A tier with what the file says of it besides its wires."""
     level = levels.get(tier.name)
     library, source = (level.library, level.source) if level else (inside.library, inside.source)

@@ -14,8 +14,8 @@ import ray
 import torch
 from ray.exceptions import RayActorError, RayTaskError
 
+from comms.errors import HangError, RunError, UserError
 from kernels.optimizers import OptimizerSpec
-from orchestrator.errors import HangError, OrchestrateError, RunError
 from orchestrator.runners.executing.chip import Mark
 from orchestrator.runners.executing.executor import Batches, Outcome, States
 from orchestrator.runners.executing.mailbox import Mailbox, batch_key, marks_key, state_key, value_key
@@ -217,7 +217,7 @@ class RayExecutor:
             hint = "was it killed, or out of memory? continue from the last checkpoint with --resume"
             raise RunError(f"actor {actor} has ended", where, hint) from None
         cause = getattr(error, "cause", None) or error
-        if isinstance(cause, OrchestrateError):
+        if isinstance(cause, UserError):
             raise cause
         raise RunError(
             f"{type(cause).__name__}: {cause}", where, "the full story is in Ray's logs"

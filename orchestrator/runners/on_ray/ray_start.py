@@ -17,8 +17,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from comms.errors import ClusterError, RunError
 from orchestrator.config.hardware.cluster import Cluster, Device
-from orchestrator.errors import ClusterError, RunError
 
 if TYPE_CHECKING:
     from orchestrator.planning.preparation import Prepared, Progress

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from heapq import heappop, heappush
 
+from comms.errors import ProgramError
 from orchestrator.config.hardware.cluster import Cluster
 from orchestrator.runners.base import StepResult
 from orchestrator.runners.timing.predicted import Meeting, Ran, predicted_timeline
@@ -34,7 +35,6 @@ from orchestrator.runners.timing.timed_segments import (
     time_stretch,
 )
 from orchestrator.runs.timeline import Lane, Timeline
-from partitioner.errors import ProgramError
 from partitioner.program.machine import Key, Machine, Post, Run
 from partitioner.program.program import Collective, Instruction, Program, Recv, Send
 

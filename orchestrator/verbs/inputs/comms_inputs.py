@@ -1,8 +1,7 @@
 """Comms inputs: from what the command line says of a collective to values, with errors that name the flag."""
 
 import csv
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,19 +10,19 @@ import numpy as np
 from comms.algorithms.catalog import names
 from comms.collectives.schedule import Op, Schedule
 from comms.collectives.schedule_text import load_schedule
-from comms.errors import CommsError
+from comms.errors import CommsError, ConfigError, located
 from comms.networks.topology import FloatArray
 from comms.selection.choice import AUTO
 from comms.selection.size_sweep import sizes_between
 from comms.synthesis.synthesis import NAME as SYNTHESIZED
-from comms.units import Quantity, UnitError, parse
+from comms.units import Quantity, parse
 from orchestrator.config.schema import nearest
-from orchestrator.errors import ConfigError
 from orchestrator.runs.disk import write_whole
 from orchestrator.views.console import Console
 
 UNEVEN = "all_to_allv"  # an all-to-all with parts of all sizes
 MOST_NBYTES = 2**60  # of one collective
+OTHERWISE = "change what is asked for"  # where whoever found the mistake knows nothing better
 FLAGS = {"algorithm": "--algorithm", "size": "--size"}  # what the network calls it, and what people type
 
 
@@ -33,16 +32,6 @@ class AskedAlgorithm:
 
     name: str = AUTO
     schedule: Schedule | None = None
-
-
-@contextmanager
-def told(where: str) -> Iterator[None]:
-    """What is wrong with networks, schedules and measurements, as the user's error."""
-    try:
-        yield
-    except CommsError as error:
-        hint = error.hint or "change what is asked for"
-        raise ConfigError(error.problem, FLAGS.get(error.where, error.where) or where, hint) from error
 
 
 def read_op(text: str | None) -> Op:
@@ -63,10 +52,8 @@ def is_uneven(text: str | None) -> bool:
 
 def read_size(text: str, flag: str) -> float:
     """A whole number of bytes, with its unit."""
-    try:
+    with located(flag):
         nbytes = parse(text, Quantity.SIZE)
-    except UnitError as error:
-        raise ConfigError(error.problem, flag, error.hint) from error
     if nbytes != int(nbytes):
         raise ConfigError(f"{text} is {nbytes:g} bytes", flag, "give a whole number of bytes")
     if nbytes > MOST_NBYTES:
@@ -145,7 +132,7 @@ def read_algorithm(text: str | None, op: str | None) -> AskedAlgorithm:
                 hint = f"one of {'; '.join(known)}; or a file with a schedule"
             raise ConfigError(f"{read_op(op)} has no algorithm {text!r}", "--algorithm", hint)
         return AskedAlgorithm(text)
-    with told("--algorithm"):
+    with located("--algorithm", OTHERWISE):
         schedule = load_schedule(Path(text))
     if op is not None and read_op(op) is not schedule.op:
         problem = f"a schedule for {schedule.op}, but --op is {read_op(op)}"

@@ -1,15 +1,19 @@
-"""Options: what the command line asked for, as one frozen value that every verb receives.
+"""Options: what each verb can be asked on the command line, as one frozen value per verb.
 
-None means not given: the verb takes the value from the job file, the cluster file or its own default. Files are not
-opened here, and whether an option makes sense for a verb was settled by the command line.
+The command line follows from these classes: a class is a verb, its first line the question that the verb answers, a
+field a flag with its type and its help. None means not given: the verb takes the value from the job file, the cluster
+file or its own default. Files are not opened here. A field of the same name means the same at every verb.
 """
 
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
+from typing import Annotated, Literal
+
+from typer import Argument, Option
 
 
-class Runner(StrEnum):
+class RunnerKind(StrEnum):
     """Who executes the Program: nobody (it is timed), one process, or Ray actors."""
 
     SIMULATED = "simulated"
@@ -23,33 +27,149 @@ class Subject(StrEnum):
     LINKS = "links"
 
 
-@dataclass(frozen=True, slots=True)
-class Options:
-    """The flags of one command."""
+# Flags of several verbs.
+ClusterFlag = Annotated[
+    Path | None, Option(metavar="FILE|NAME", help="Cluster file, or a shipped one by its bare name.")
+]
+ChipsFlag = Annotated[int | None, Option(min=1, help="Take this many chips of the cluster.")]
+RunDirFlag = Annotated[Path | None, Option(metavar="FOLDER", help="Write results here; must not exist yet.")]
+PlotFlag = Annotated[Path | None, Option(metavar="FILE.png", help="Draw a picture into this file.")]
+# Flags that every help text has at its end, in this order.
+LAST = ("overrides", "dry_run", "as_json", "verbose")
 
-    file: Path | None = None  # check only
-    subject: Subject | None = None  # calibrate only, and so are tables
-    tables: tuple[Path, ...] = ()
-    cluster: Path | None = None
-    job: Path | None = None
-    model: str | None = None
-    data: str | None = None
-    plan: Path | None = None
-    chips: int | None = None
-    global_batch: int | None = None
-    seq: int | None = None
-    steps: int | None = None
-    runner: Runner | None = None
-    run_dir: Path | None = None
-    resume: Path | None = None
-    overrides: tuple[str, ...] = ()  # `a.b=c` each, in the order given
-    op: str | None = None
-    size: str | None = None
-    algorithm: str | None = None  # a name, or a file with a schedule
-    fidelity: str | None = None
-    sweep: str | None = None  # LOW..HIGH
-    tiers: bool = False
-    plot: Path | None = None
-    as_json: bool = False
-    dry_run: bool = False
-    verbose: bool = False
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """What every verb can be asked."""
+
+    as_json: Annotated[bool, Option("--json", help="Print the result as JSON on stdout.")] = False
+    verbose: Annotated[bool, Option("--verbose", "-v", help="Say more, with tracebacks.")] = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlannedOptions(Options):
+    """What every verb can be asked that is about a model on a cluster."""
+
+    cluster: ClusterFlag = None
+    job: Annotated[
+        Path | None, Option(metavar="FILE", help="Job file: model, data, optimizer, plan, steps.")
+    ] = None
+    model: Annotated[
+        str | None,
+        Option(metavar="MODEL", help="builtin:NAME, hf:NAME, path.py:factory or pkg.module:factory."),
+    ] = None
+    plan: Annotated[Path | None, Option(metavar="FILE", help="A saved plan to use instead of a new one.")] = (
+        None
+    )
+    chips: ChipsFlag = None
+    global_batch: Annotated[int | None, Option(min=1, help="Sequences per step, over all chips.")] = None
+    seq: Annotated[int | None, Option(min=1, help="Tokens per sequence.")] = None
+    overrides: Annotated[
+        tuple[str, ...], Option("--set", metavar="A.B=C", help="Override one key; may be repeated.")
+    ] = ()  # in the order given
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckOptions(Options):
+    """Is this file valid, and what does it describe?"""
+
+    file: Annotated[Path, Argument(metavar="FILE", help="A cluster, job or chip file.")]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanOptions(PlannedOptions):
+    """How is the model split, does it fit, how long is a step?"""
+
+    run_dir: RunDirFlag = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SimulateOptions(PlannedOptions):
+    """How long is a step at any scale, where does the time go, what does it cost?"""
+
+    run_dir: RunDirFlag = None
+    fidelity: Annotated[
+        Literal["folded", "full"] | None, Option(help="One chip per stage, or every chip and every message.")
+    ] = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainOptions(PlannedOptions):
+    """Train with real tensors, prediction beside measurement."""
+
+    run_dir: RunDirFlag = None
+    data: Annotated[str | None, Option(metavar="PATH", help="A text file or a folder of them.")] = None
+    steps: Annotated[int | None, Option(min=1, help="Optimizer steps.")] = None
+    runner: Annotated[RunnerKind | None, Option(help="Who executes the plan.")] = None
+    resume: Annotated[Path | None, Option(metavar="RUN_DIR", help="Continue the run in this folder.")] = None
+    dry_run: Annotated[bool, Option("--dry-run", help="Plan and simulate; start nothing.")] = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VerifyOptions(PlannedOptions):
+    """Is the split run the same training run as on one chip?"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CommsOptions(Options):
+    """What does moving bytes between chips take, by which algorithm, over which links?"""
+
+    cluster: ClusterFlag = None
+    op: Annotated[
+        str | None,
+        Option(metavar="OP", help="all_reduce (the default), all_gather, all_to_all, barrier, ..."),
+    ] = None
+    size: Annotated[
+        str | None, Option(metavar="SIZE", help="Bytes of the collective, with a unit: 64MiB.")
+    ] = None
+    chips: ChipsFlag = None
+    algorithm: Annotated[
+        str | None, Option(metavar="NAME|FILE", help="auto, a name, synthesized, or a file with a schedule.")
+    ] = None
+    fidelity: Annotated[
+        Literal["closed", "folded", "full"] | None,
+        Option(help="How closely it is timed; full moves every message."),
+    ] = None
+    sweep: Annotated[
+        str | None, Option(metavar="LOW..HIGH", help="Sizes from LOW to HIGH, doubling: 1KiB..1GiB.")
+    ] = None
+    tiers: Annotated[
+        bool, Option("--tiers", help="Latency and rate of every tier, from core to core outwards.")
+    ] = False
+    plot: PlotFlag = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CalibrateOptions(Options):
+    """Which latency and bandwidth do measurements show, and how well do they fit?"""
+
+    subject: Annotated[Subject, Argument(metavar="links", help="What the tables are measurements of.")]
+    tables: Annotated[
+        tuple[Path, ...], Argument(metavar="TABLE", help="nccl-tests output or CSV, one run each.")
+    ]
+    cluster: Annotated[
+        Path | None, Option(metavar="FILE|NAME", help="Cluster that the tables were measured on.")
+    ] = None
+    op: Annotated[
+        str | None, Option(metavar="OP", help="Operation of tables that do not say it: all_reduce, ...")
+    ] = None
+    chips: Annotated[int | None, Option(min=2, help="Number of chips of tables that do not say it.")] = None
+    plot: PlotFlag = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DoctorOptions(Options):
+    """Is this machine ready? Versions, cores, memory, chips, Ray."""
+
+
+# By verb; its `main(options, console)` is in the module of `verbs` that is named after it.
+VERBS: dict[str, type[Options]] = {
+    "check": CheckOptions,
+    "plan": PlanOptions,
+    "simulate": SimulateOptions,
+    "train": TrainOptions,
+    "verify": VerifyOptions,
+    "comms": CommsOptions,
+    "calibrate": CalibrateOptions,
+    "doctor": DoctorOptions,
+}

@@ -4,17 +4,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from comms.errors import ConfigError, PlanError
 from orchestrator.config.hardware.cluster import Cluster
-from orchestrator.config.hardware.cluster_file import cluster_from
+from orchestrator.config.hardware.cluster_file import DEFAULT_CLUSTER, cluster_from, cluster_path
 from orchestrator.config.job import Job
 from orchestrator.config.job_file import job_document, job_from, load_job
-from orchestrator.config.shipped import DEFAULT_CLUSTER, cluster_path
 from orchestrator.config.yaml_file import Document, read_yaml
-from orchestrator.errors import ConfigError, PlanError
 from orchestrator.planning import preparation
 from orchestrator.planning.preparation import Prepared, Progress
-from orchestrator.verbs.inputs.options import Options
-from partitioner.errors import PartitionError
+from orchestrator.verbs.inputs.options import PlannedOptions
 from partitioner.layout.parallel_plan import Plan, plan_from_yaml
 
 # What `train` shows when neither a job nor a model nor a plan is asked for: every kind of parallelism at once.
@@ -41,7 +39,7 @@ class Inputs:
         }  # fmt: skip
 
 
-def resolve(options: Options, *, demonstrate: bool = False) -> Inputs:
+def resolve(options: PlannedOptions, *, demonstrate: bool = False) -> Inputs:
     """Read the files that the options name. Raises ConfigError, ClusterError or PlanError.
 
     `demonstrate`: a command that names neither a job nor a model nor a plan shows every kind of parallelism.
@@ -49,21 +47,23 @@ def resolve(options: Options, *, demonstrate: bool = False) -> Inputs:
     document = read_yaml(options.cluster or cluster_path(DEFAULT_CLUSTER))
     cluster = cluster_from(document).take(options.chips)
     shortcuts = [
-        f"{key}={value}" for name, key in SHORTCUTS.items() if (value := getattr(options, name)) is not None
+        f"{key}={value}"
+        for name, key in SHORTCUTS.items()
+        if (value := getattr(options, name, None)) is not None
     ]
     demonstration = DEMONSTRATION if demonstrate and _is_bare(options, cluster) else ()
     job = load_job(options.job, (*demonstration, *shortcuts, *options.overrides))
     return Inputs(cluster, job, read_plan(options.plan), document.root)
 
 
-def _is_bare(options: Options, cluster: Cluster) -> bool:
+def _is_bare(options: PlannedOptions, cluster: Cluster) -> bool:
     asked = (
         options.job or options.model or options.plan or any(o.startswith("plan.") for o in options.overrides)
     )
     return not asked and cluster.num_chips % DEMONSTRATION_CHIPS == 0
 
 
-def prepare(options: Options, progress: Progress) -> Prepared:
+def prepare(options: PlannedOptions, progress: Progress) -> Prepared:
     """The Program that the options describe. Raises UserError."""
     inputs = resolve(options)
     return preparation.prepare(inputs.cluster, inputs.job, inputs.plan, progress=progress)
@@ -77,8 +77,6 @@ def read_plan(path: Path | None) -> Plan | None:
         return plan_from_yaml(path.read_text(encoding="utf-8"), str(path))
     except OSError as error:
         raise PlanError("the plan cannot be read", str(path), "check the path") from error
-    except PartitionError as error:
-        raise PlanError(error.problem, error.where, error.hint) from error
 
 
 def from_config(config: Mapping[str, object], plan: Plan | None, origin: str) -> Inputs:

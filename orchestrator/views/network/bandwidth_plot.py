@@ -1,53 +1,52 @@
-"""Bandwidth plot: bus bandwidth over size, one line per algorithm, the chosen ones marked.
-
-Of algorithms that are never chosen the few that come closest are drawn, the others are left out.
-"""
+"""Bandwidth plot: bus bandwidth over size, of what was chosen for each size, or measured and fitted."""
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
+from comms import wording
+from comms.collectives.schedule import bus_factor
 from comms.selection.pricing import busbw
-from comms.selection.size_sweep import Sweep
-from orchestrator.views.png_figures import COLOURS, INK, blank_figure, log_sizes, png_bytes
+from comms.selection.size_sweep import SizeSweep
+from orchestrator.config.hardware.link_calibration import Calibration
+from orchestrator.views.network.comms_report import size_in_words
+from orchestrator.views.png_figures import COLOURS, FAINT, INK, blank_figure, png_bytes
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 MOST_LINES = len(COLOURS)
 
 Points = Sequence[tuple[float, float]]
 
 
-def sweep_png(sweep: Sweep, cluster: str) -> bytes:
-    """Bus bandwidth of every algorithm over the sizes of a sweep."""
-    curves = algorithm_curves(sweep)
-    chosen = [
-        (answer.question.nbytes, answer.busbw_bytes_per_s)
-        for answer in sweep.answers
-        if answer.busbw_bytes_per_s > 0
-    ]
-    figure = blank_figure(9.0, 5.6)
-    axes = figure.add_subplot()
-    log_sizes(axes)
-    for colour, (name, points) in zip(COLOURS, curves.items(), strict=False):
-        sizes, rates = zip(*points, strict=True)
-        axes.plot(sizes, rates, color=colour, linewidth=1.4, label=name, marker=".", markersize=4)
-    if chosen:
-        sizes, rates = zip(*chosen, strict=True)
-        axes.plot(
-            sizes, rates, "o", color=INK, markersize=6, fillstyle="none", label="chosen", linestyle="none"
-        )
+def sweep_png(sweep: SizeSweep, cluster: str) -> bytes:
+    """One line per algorithm over the sizes of a sweep, the chosen ones marked.
+
+    Of algorithms that are never chosen the few that come closest are drawn, the others are left out.
+    """
     first = sweep.answers[0]
-    axes.set_title(
-        f"{first.question.op} over {first.question.num_chips} chips of {cluster}, {first.fidelity}",
-        loc="left",
-        fontsize=12,
-        fontweight="bold",
-    )
-    axes.set_xlabel("size")
-    axes.set_ylabel("bus bandwidth (nccl-tests)")
+    title = f"{first.question.op} over {first.question.num_chips} chips of {cluster}, {first.fidelity}"
+    figure, axes = _sheet(title, "bus bandwidth (nccl-tests)")
+    for colour, (name, points) in zip(COLOURS, algorithm_curves(sweep).items(), strict=False):
+        axes.plot(*_columns(points), color=colour, linewidth=1.4, label=name, marker=".", markersize=4)
+    rates = ((each.question.nbytes, each.busbw_bytes_per_s) for each in sweep.answers)
+    if chosen := [point for point in rates if point[1] > 0]:
+        axes.plot(
+            *_columns(chosen),
+            "o",
+            color=INK,
+            markersize=6,
+            fillstyle="none",
+            label="chosen",
+            linestyle="none",
+        )
     if axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False, loc="best", fontsize=9)
     return png_bytes(figure)
 
 
-def algorithm_curves(sweep: Sweep) -> Mapping[str, Points]:
+def algorithm_curves(sweep: SizeSweep) -> Mapping[str, Points]:
     """Per algorithm its (size, bus bandwidth); those chosen somewhere first, then by how close they come."""
     curves: dict[str, list[tuple[float, float]]] = {}
     behind: dict[str, float] = {}
@@ -64,19 +63,42 @@ def algorithm_curves(sweep: Sweep) -> Mapping[str, Points]:
     return {name: curves[name] for name in names[:MOST_LINES]}
 
 
-def measured_png(title: str, measured: Mapping[str, Points], fitted: Mapping[str, Points]) -> bytes:
-    """Measured points and fitted lines: (size, bandwidth) by name."""
-    figure = blank_figure(9.0, 5.6)
-    axes = figure.add_subplot()
-    log_sizes(axes)
-    for number, (name, points) in enumerate(measured.items()):
+def calibration_png(calibration: Calibration) -> bytes:
+    """Per table measured points and the fitted line."""
+    figure, axes = _sheet("measured and fitted", "bandwidth (nccl-tests)")
+    pairs = zip(calibration.tables, calibration.residuals, strict=True)
+    for number, (table, residuals) in enumerate(pairs):
         colour = COLOURS[number % len(COLOURS)]
-        sizes, rates = zip(*points, strict=True)
-        axes.plot(sizes, rates, "o", color=colour, markersize=4.5, label=f"{name}, measured")
-        sizes, rates = zip(*fitted[name], strict=True)
-        axes.plot(sizes, rates, color=colour, linewidth=1.6, label=f"{name}, fitted")
-    axes.set_title(title, loc="left", fontsize=12, fontweight="bold")
-    axes.set_xlabel("size")
-    axes.set_ylabel("bandwidth (nccl-tests)")
+        factor = bus_factor(table.curve.op, table.curve.num_chips)
+        measured = [(each.nbytes, each.nbytes / each.measured_s * factor) for each in residuals]
+        fitted = [(each.nbytes, each.nbytes / each.predicted_s * factor) for each in residuals]
+        axes.plot(*_columns(measured), "o", color=colour, markersize=4.5, label=f"{table.name}, measured")
+        axes.plot(*_columns(fitted), color=colour, linewidth=1.6, label=f"{table.name}, fitted")
     axes.legend(frameon=False, loc="best", fontsize=9)
     return png_bytes(figure)
+
+
+def _columns(points: Points) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    sizes, rates = zip(*points, strict=True)
+    return sizes, rates
+
+
+def _sheet(title: str, rates: str) -> "tuple[Figure, Axes]":
+    """Sizes in bytes along x and rates along y, both logarithmic, told in units."""
+    from matplotlib.ticker import FuncFormatter, LogLocator
+
+    figure = blank_figure(9.0, 5.6)
+    axes = figure.add_subplot()
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.xaxis.set_major_locator(LogLocator(base=2, numticks=12))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: size_in_words(round(value))))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: wording.scaled(value, "B/s")))
+    axes.tick_params(axis="x", labelrotation=35)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(color=FAINT, linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.set_title(title, loc="left", fontsize=12, fontweight="bold")
+    axes.set_xlabel("size")
+    axes.set_ylabel(rates)
+    return figure, axes

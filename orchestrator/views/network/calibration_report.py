@@ -10,7 +10,7 @@ from math import isnan
 from comms import wording
 from comms.calibration.calibration import LARGE_NBYTES, Residual
 from comms.collectives.schedule import bus_factor
-from orchestrator.config.hardware.link_calibration import Calibration, Errors, errors
+from orchestrator.config.hardware.link_calibration import Calibration, MeanErrors, errors
 from orchestrator.views.console import Table, pairs
 from orchestrator.views.network.calibration_paste import paste, time_in_words
 from orchestrator.views.network.comms_report import size_in_words
@@ -59,7 +59,7 @@ def _constants(calibration: Calibration) -> dict[str, object]:
     return found
 
 
-def _errors(found: Errors) -> dict[str, object]:
+def _errors(found: MeanErrors) -> dict[str, object]:
     """NaN becomes null."""
     return {"mean_error_from_1_mib": found.large, "mean_error_below": found.small}
 

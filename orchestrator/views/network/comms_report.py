@@ -4,13 +4,16 @@ Sizes that are whole powers of two are written so (64 MiB), as people ask for th
 """
 
 from collections.abc import Sequence
+from dataclasses import asdict
 
 from comms import wording
 from comms.collectives.schedule import Op
 from comms.selection.pricing import TierShare
-from comms.selection.question import Answer, Candidate, Question
-from comms.selection.size_sweep import Stretch, Sweep, stretches
+from comms.selection.question import Answer, Question
+from comms.selection.site import WireLoad
+from comms.selection.size_sweep import SizeSweep
 from orchestrator.views.console import Table, pairs
+from orchestrator.views.network.node_names import node_names
 
 MOST_CANDIDATES = 6  # of a table; JSON has all
 NO_LIMIT = 0.05  # a tier that would save less of the time than this limits nothing by itself
@@ -49,7 +52,7 @@ def document(answer: Answer, cluster: str) -> dict[str, object]:
         "bisection_bytes_per_s": None if cut is None else cut.bytes_per_s,
         "fidelity": str(answer.fidelity),
         "num_messages": answer.full.result.num_messages if answer.full else None,
-        "candidates": [_candidate(each) for each in answer.candidates],
+        "candidates": [asdict(each) for each in answer.candidates],
         "notes": [*answer.notes, *answer.warnings],
         "left_out": list(answer.left_out),
         "elapsed_s": answer.elapsed_s,
@@ -57,7 +60,7 @@ def document(answer: Answer, cluster: str) -> dict[str, object]:
     }
 
 
-def sweep_document(sweep: Sweep, cluster: str) -> dict[str, object]:
+def sweep_document(sweep: SizeSweep, cluster: str) -> dict[str, object]:
     """A sweep as JSON values: one row per size."""
     first = sweep.answers[0]
     return {
@@ -74,73 +77,48 @@ def sweep_document(sweep: Sweep, cluster: str) -> dict[str, object]:
                 "busbw_bytes_per_s": each.busbw_bytes_per_s,
                 "limiting_link": limiting_link(each),
                 "fidelity": str(each.fidelity),
-                "candidates": [_candidate(candidate) for candidate in each.candidates],
+                "candidates": [asdict(candidate) for candidate in each.candidates],
             }
             for each in sweep.answers
         ],
-        "choices": [
-            {
-                "algorithm": each.algorithm,
-                "protocol": each.protocol,
-                "from_nbytes": each.first,
-                "to_nbytes": each.last,
-            }
-            for each in stretches(sweep)
-        ],
+        "choices": [asdict(each) for each in sweep.ranges],
         "notes": [*sweep.notes, *sweep.warnings],
         "left_out": list(sweep.left_out),
         "elapsed_s": sweep.elapsed_s,
-        "loading_s": sum(each.loading_s for each in sweep.answers),
+        "loading_s": sweep.loading_s,
     }
 
 
 def limiting_link(answer: Answer) -> dict[str, object] | None:
     """The busiest wire where every message was moved, else the tier that would save most if it cost nothing."""
-    if answer.loads:
-        worst = max((load.busiest for load in answer.loads), key=lambda wire: wire.busy)
-        return {"tier": worst.tier, "from": worst.tail, "to": worst.head, "busy": worst.busy}
+    wire = answer.busiest_wire
+    if wire is not None:
+        tail, head = _ends(answer, wire)
+        return {"tier": wire.tier, "from": tail, "to": head, "busy": wire.busy}
     tier = answer.limiting_tier
     if tier is None:
         return None
     return {"tier": tier.tier, "level": answer.tiers.index(tier), "saved_s": tier.saved_s}
 
 
-def _candidate(candidate: Candidate) -> dict[str, object]:
-    return {
-        "algorithm": candidate.algorithm,
-        "seconds": candidate.seconds,
-        "fidelity": str(candidate.fidelity),
-    }
+def _ends(answer: Answer, wire: WireLoad) -> tuple[str, str]:
+    """What the nodes are called that a wire joins."""
+    assert answer.site is not None
+    names = node_names(answer.site.whole, answer.question.chips_per_host)
+    return names[wire.tail], names[wire.head]
 
 
 def _per_tier(answer: Answer) -> list[dict[str, object]]:
     """Levels of the group, each with what crossed the wires of its tier where that was counted."""
-    crossed = {load.tier: load for load in answer.loads}
-    rows: list[dict[str, object]] = [
-        {
-            "tier": share.tier,
-            "fanout": share.fanout,
-            "latency_s": share.latency_s,
-            "bytes_per_s": share.bytes_per_s,
-            "saved_s": share.saved_s,
-        }
-        for share in answer.tiers
-    ]
+    rows = [asdict(share) for share in answer.tiers]
     named = {row["tier"]: row for row in reversed(rows)}  # the innermost level of each tier
-    for load in crossed.values():
-        row = named.get(load.tier)
-        if row is None:
-            row = {"tier": load.tier}
-            rows.append(row)
-        wire = load.busiest
-        row["nbytes"] = load.nbytes
-        row["busiest_wire"] = {
-            "from": wire.tail,
-            "to": wire.head,
-            "nbytes": wire.nbytes,
-            "bytes_per_s": wire.bytes_per_s,
-            "busy": wire.busy,
-        }
+    for load in answer.loads:
+        if load.tier not in named:
+            named[load.tier] = {"tier": load.tier}
+            rows.append(named[load.tier])
+        tail, head = _ends(answer, load.busiest)
+        figures = {key: getattr(load.busiest, key) for key in ("nbytes", "bytes_per_s", "busy")}
+        named[load.tier] |= {"nbytes": load.nbytes, "busiest_wire": {"from": tail, "to": head, **figures}}
     return rows
 
 
@@ -148,10 +126,10 @@ def tables(answer: Answer, cluster: str) -> tuple[Table, ...]:
     """One answer to read."""
     question = answer.question
     chips = f"{question.num_chips} chip{'s' if question.num_chips > 1 else ''}"
-    setup = f" (of which {wording.seconds(answer.setup_s)} setup and handing on)" if answer.setup_s else ""
+    setup = f" (of which {wording.seconds(answer.setup_s)} setup and pipeline fill)" if answer.setup_s else ""
     rows = [
         ("time", f"{wording.seconds(answer.seconds)}{setup}"),
-        ("algorithm", _algorithm(answer)),
+        ("algorithm", _algorithm(answer.algorithm, answer.protocol)),
         ("why", answer.reason),
     ]
     if answer.busbw_bytes_per_s:
@@ -179,9 +157,8 @@ def _what(question: Question) -> str:
     return f"{question.op} of {size_in_words(question.nbytes)}"
 
 
-def _algorithm(answer: Answer) -> str:
-    plain = answer.protocol == "plain"
-    return answer.algorithm if plain else f"{answer.algorithm}, protocol {answer.protocol}"
+def _algorithm(name: str, protocol: str) -> str:
+    return name if protocol == "plain" else f"{name}, protocol {protocol}"
 
 
 def _messages(answer: Answer) -> str:
@@ -192,9 +169,10 @@ def _messages(answer: Answer) -> str:
 
 def limit_in_words(answer: Answer) -> str:
     """What decides, in a few words; empty where nothing does."""
-    if answer.loads:
-        wire = max((load.busiest for load in answer.loads), key=lambda wire: wire.busy)
-        return f"{wire.tail} -> {wire.head} ({wire.tier}), busy {wording.percent(wire.busy)} of the time"
+    wire = answer.busiest_wire
+    if wire is not None:
+        ends = " -> ".join(_ends(answer, wire))
+        return f"{ends} ({wire.tier}), busy {wording.percent(wire.busy)} of the time"
     tier = answer.limiting_tier
     if tier is None:
         return ""
@@ -211,7 +189,7 @@ def _why_no_tier(answer: Answer) -> str:
     if answer.loads or tier is None or tier.saved_s >= NO_LIMIT * answer.seconds:
         return ""
     if answer.setup_s > answer.seconds / 2:
-        return ": most is setup and handing on"
+        return ": most is setup and pipeline fill"
     balanced = ": pipelined tiers are balanced" if len(answer.tiers) > 1 else ""
     return f"{balanced}; --fidelity full shows the busiest wire"
 
@@ -219,8 +197,15 @@ def _why_no_tier(answer: Answer) -> str:
 def _level_table(answer: Answer) -> Table:
     heads = ("tier", "joins", "latency", "rate of a chip", "saved if free", "share")
     rows = tuple(
-        (level_names(answer.tiers)[at], *_level_figures(share, answer.seconds))
-        for at, share in enumerate(answer.tiers)
+        (
+            name,
+            str(share.fanout),
+            wording.seconds(share.latency_s),
+            wording.scaled(share.bytes_per_s, "B/s"),
+            wording.seconds(share.saved_s),
+            wording.percent(share.saved_s / answer.seconds if answer.seconds else 0.0),
+        )
+        for name, share in zip(level_names(answer.tiers), answer.tiers, strict=True)
     )
     return Table("tiers that it crosses, from the inside", rows, heads)
 
@@ -234,23 +219,13 @@ def level_names(tiers: Sequence[TierShare]) -> tuple[str, ...]:
     )
 
 
-def _level_figures(share: TierShare, seconds: float) -> tuple[str, ...]:
-    return (
-        str(share.fanout),
-        wording.seconds(share.latency_s),
-        wording.scaled(share.bytes_per_s, "B/s"),
-        wording.seconds(share.saved_s),
-        wording.percent(share.saved_s / seconds if seconds else 0.0),
-    )
-
-
 def _wire_table(answer: Answer) -> Table:
     heads = ("tier", "bytes over its wires", "busiest wire", "bytes over it", "its rate", "busy")
     rows = tuple(
         (
             load.tier,
             wording.scaled(load.nbytes, "B"),
-            f"{load.busiest.tail} -> {load.busiest.head}",
+            " -> ".join(_ends(answer, load.busiest)),
             wording.scaled(load.busiest.nbytes, "B"),
             wording.scaled(load.busiest.bytes_per_s, "B/s"),
             wording.percent(load.busiest.busy),
@@ -276,14 +251,14 @@ def _candidate_table(answer: Answer) -> Table:
     return Table(title, rows, ("algorithm", "time", "of the chosen", "fidelity"))
 
 
-def sweep_tables(sweep: Sweep, cluster: str) -> tuple[Table, ...]:
+def sweep_tables(sweep: SizeSweep, cluster: str) -> tuple[Table, ...]:
     """A sweep to read."""
     first = sweep.answers[0]
     rows = tuple(
         (
             size_in_words(each.question.nbytes),
             wording.seconds(each.seconds),
-            _algorithm(each),
+            _algorithm(each.algorithm, each.protocol),
             wording.scaled(each.algbw_bytes_per_s, "B/s"),
             wording.scaled(each.busbw_bytes_per_s, "B/s"),
             limit_in_words(each),
@@ -293,20 +268,18 @@ def sweep_tables(sweep: Sweep, cluster: str) -> tuple[Table, ...]:
     )
     title = f"{first.question.op} over {first.question.num_chips} chips of {cluster}"
     heads = ("size", "time", "algorithm", "algorithm bandwidth", "bus bandwidth", "limited by", "fidelity")
-    found = [Table(title, rows, heads), _stretch_table(stretches(sweep))]
+    ranges = tuple(
+        (
+            size_in_words(each.from_nbytes),
+            size_in_words(each.to_nbytes),
+            _algorithm(each.algorithm, each.protocol),
+        )
+        for each in sweep.ranges
+    )
     notes = [*sweep.notes, *([NO_TIER] if any(map(_why_no_tier, sweep.answers)) else [])]
     facts = [*(("note", note) for note in notes), ("made in", wording.seconds(sweep.elapsed_s))]
-    found.append(pairs("how it was made", [*facts, ("left out", "; ".join(sweep.left_out))]))
-    return tuple(found)
-
-
-def _stretch_table(found: Sequence[Stretch]) -> Table:
-    rows = tuple(
-        (
-            size_in_words(each.first),
-            size_in_words(each.last),
-            each.algorithm if each.protocol == "plain" else f"{each.algorithm}, protocol {each.protocol}",
-        )
-        for each in found
+    return (
+        Table(title, rows, heads),
+        Table("where the choice changes", ranges, ("from", "to", "algorithm")),
+        pairs("how it was made", [*facts, ("left out", "; ".join(sweep.left_out))]),
     )
-    return Table("where the choice changes", rows, ("from", "to", "algorithm"))

@@ -6,6 +6,7 @@ stand side by side (rails, planes) one is drawn for all.
 """
 
 from collections.abc import Mapping
+from itertools import product
 
 from comms.networks.network import Network, Tier
 from comms.networks.shapes import Grid, Whole
@@ -81,20 +82,17 @@ class _Drawing:
         """A few chips of a grid, and their neighbours."""
         part = tuple(min(size, EDGE if at < 2 else 2) for at, size in enumerate(dims[:3]))
         spots = grid_spots(part)
-        self.chips = []
-        for number, (x, y) in enumerate(spots):
-            digits, rest = [], number
-            for size in part:
-                digits.append(rest % size)
-                rest //= size
-            self.chips.append(self.add(x, y, ",".join(map(str, digits)), Kind.CHIP))
-        self.chips.sort(key=lambda node: -self.nodes[node].y)  # those at the edge reach outwards
-        for number in range(len(spots)):
-            stride = 1
-            for size in part:
-                if number // stride % size + 1 < size:
-                    self.lines.append(Line(number, number + stride, self.value(tier)))
-                stride *= size
+        digits = [each[::-1] for each in product(*(range(size) for size in reversed(part)))]
+        nodes = {
+            each: self.add(*spot, ",".join(map(str, each)), Kind.CHIP)
+            for each, spot in zip(digits, spots, strict=True)
+        }
+        self.chips = sorted(nodes.values(), key=lambda node: -self.nodes[node].y)  # the edge reaches outwards
+        for each, node in nodes.items():
+            for at, digit in enumerate(each):
+                neighbour = nodes.get((*each[:at], digit + 1, *each[at + 1 :]))
+                if neighbour is not None:
+                    self.lines.append(Line(node, neighbour, self.value(tier)))
         words = " x ".join(map(str, dims))
         text = f"a corner of\n{words}\n{tier.name}\n{figures_of(tier)}"
         self.add(self.right + 2.2, max(y for _, y in spots) / 2, text, Kind.MORE)

@@ -9,6 +9,7 @@ chips where there is another. Pure values: drawing is done by `topology_plot`.
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from itertools import product
 from math import cos, pi, prod, sin, sqrt
 
 import numpy as np
@@ -17,7 +18,14 @@ from comms.networks.fabrics.switch_tree import Tree
 from comms.networks.shapes import Grid, Pairs, Shape
 from comms.networks.tiered import TieredTopology
 from comms.networks.topology import FloatArray, Topology, Wires
-from comms.selection.node_names import Copy, copies_of, missing_places, node_names, switch_tiers, ways_out
+from orchestrator.views.network.node_names import (
+    Copy,
+    copies_of,
+    missing_places,
+    node_names,
+    switch_tiers,
+    ways_out,
+)
 
 RISE = 1.6  # between two layers of switches
 GAP = 1.0  # between two copies
@@ -149,18 +157,18 @@ def _stack(copy: Copy, places: dict[int, Spot], names: Sequence[str], start: flo
             if below:
                 wanted[int(copy.nodes[switch])] = sum(below) / len(below)
         widest = max((len(line) for node in wanted for line in two_lines(names[node]).split("\n")), default=0)
-        for node, x in _apart(wanted, LETTER * widest + 0.4).items():
-            places[node] = (x, start + step * (number + 1))
+        order = sorted(wanted, key=lambda node: (wanted[node], node))
+        xs = spread([wanted[node] for node in order], LETTER * widest + 0.4)
+        places |= {node: (x, start + step * (number + 1)) for node, x in zip(order, xs, strict=True)}
 
 
-def _apart(wanted: Mapping[int, float], least: float) -> dict[int, float]:
-    """The same places, moved so far that neighbours do not overlap."""
-    order = sorted(wanted, key=lambda node: (wanted[node], node))
+def spread(wanted: Sequence[float], gap: float) -> list[float]:
+    """Ascending places, moved until neighbours are `gap` apart; their middle stays where it is."""
     xs: list[float] = []
-    for node in order:
-        xs.append(max(wanted[node], xs[-1] + least) if xs else wanted[node])
-    shift = sum(wanted[node] - x for node, x in zip(order, xs, strict=True)) / max(len(xs), 1)
-    return {node: x + shift for node, x in zip(order, xs, strict=True)}
+    for place in wanted:
+        xs.append(max(place, xs[-1] + gap) if xs else place)
+    shift = sum(place - x for place, x in zip(wanted, xs, strict=True)) / max(len(xs), 1)
+    return [x + shift for x in xs]
 
 
 def _shape_places(copy: Copy) -> dict[int, Spot]:
@@ -183,14 +191,11 @@ def shape_spots(shape: Shape | Topology, num_chips: int) -> list[Spot]:
 
 def grid_spots(dims: tuple[int, ...]) -> list[Spot]:
     """A grid of the first two dimensions; a third stands behind it, further ones beside it."""
-    sizes = (*dims, 1, 1, 1)
-    upright = sizes[1] > 2 * sizes[0]  # pictures are wider than high
-    width = (sizes[1] if upright else sizes[0]) + BEHIND[0] * (sizes[2] - 1) + GAP
+    columns, rows, layers = (*dims, 1, 1)[:3]
+    upright = rows > 2 * columns  # pictures are wider than high
+    width = (rows if upright else columns) + BEHIND[0] * (layers - 1) + GAP
     spots = []
-    for chip in range(prod(dims)):
-        x, rest = chip % sizes[0], chip // sizes[0]
-        y, rest = rest % sizes[1], rest // sizes[1]
-        z, beside = rest % sizes[2], rest // sizes[2]
+    for beside, z, y, x in product(range(prod(dims[3:])), range(layers), range(rows), range(columns)):
         across, up = (y, x) if upright else (x, y)
         spots.append((across + BEHIND[0] * z + width * beside, up + BEHIND[1] * z))
     return spots

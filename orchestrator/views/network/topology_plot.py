@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 from comms import wording
 from comms.networks.network import Network
 from comms.selection.question import Answer
+from comms.selection.site import busy_by_wire
 from orchestrator.views.network.topology_excerpt import excerpt
-from orchestrator.views.network.topology_layout import Kind, Line, Node, Picture, layout
+from orchestrator.views.network.topology_layout import Kind, Line, Node, Picture, layout, spread
 from orchestrator.views.png_figures import FAINT, INK, blank_figure, png_bytes
 
 if TYPE_CHECKING:
@@ -56,9 +57,6 @@ def picture_of(answer: Answer) -> Picture:
         topology = question.network.topology(question.num_chips)
         rates = topology.wires().bytes_per_s
         return layout(topology, question.chips_per_host, dict(enumerate(rates.tolist())))
-    # Imported here: with full fidelity comes its event loop.
-    from comms.selection.full_collective import busy_by_wire
-
     return layout(answer.site.whole, question.chips_per_host, busy_by_wire(answer.site, answer.full))
 
 
@@ -93,22 +91,18 @@ def apart(picture: Picture, inches_per_unit: float) -> Picture:
     room = max(node.x for node in nodes) - min(node.x for node in nodes)
     for row in rows.values():
         row.sort(key=lambda number: (nodes[number].x, number))
-        if _least(nodes, row, inches_per_unit) * (len(row) - 1) > room:
+        if _gap(nodes, row, inches_per_unit) * (len(row) - 1) > room:
             for number in row[1:]:
                 nodes[number] = replace(nodes[number], text=nodes[number].text.split()[-1])
-            least = _least(nodes, row[1:], inches_per_unit)
+            gap = _gap(nodes, row[1:], inches_per_unit)
         else:
-            least = _least(nodes, row, inches_per_unit)
-        xs: list[float] = []
-        for number in row:
-            xs.append(max(nodes[number].x, xs[-1] + least) if xs else nodes[number].x)
-        shift = sum(nodes[number].x - x for number, x in zip(row, xs, strict=True)) / len(row)
-        for number, x in zip(row, xs, strict=True):
-            nodes[number] = replace(nodes[number], x=x + shift)
+            gap = _gap(nodes, row, inches_per_unit)
+        for number, x in zip(row, spread([nodes[number].x for number in row], gap), strict=True):
+            nodes[number] = replace(nodes[number], x=x)
     return replace(picture, nodes=tuple(nodes))
 
 
-def _least(nodes: list[Node], row: list[int], inches_per_unit: float) -> float:
+def _gap(nodes: list[Node], row: list[int], inches_per_unit: float) -> float:
     """How far the middles of two boxes have to be from each other."""
     widest = max((len(line) for number in row for line in nodes[number].text.split("\n")), default=0)
     return (widest + 2) * _LETTER_INCHES * _points(len(nodes)) / inches_per_unit
@@ -143,9 +137,9 @@ def _draw_lines(figure: "Figure", axes: "Axes", picture: Picture, measure: str) 
         else:
             bar.set_label("rate, one direction")
             bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: wording.scaled(value, "B/s")))
-            told = sorted(set(values))
-            if len(told) <= _MOST_TICKS:
-                bar.set_ticks(told)
+            ticks = sorted(set(values))
+            if len(ticks) <= _MOST_TICKS:
+                bar.set_ticks(ticks)
             bar.ax.yaxis.set_minor_locator(NullLocator())
 
 

@@ -17,10 +17,8 @@ RING = Level("wire", 4, 1e-6, 1e9, 2e9, ring=True)
     [
         (Op.ALL_TO_ALL, "direct, pairwise, bruck, hierarchical direct, torus shift, rotated torus shift"),
         (Op.BARRIER, "dissemination, torus tree, mesh tree, in-network"),
-        (Op.GATHER, "direct, binomial tree, hierarchical linear, torus tree, mesh tree, rotated torus tree, "
-                    "rotated mesh tree"),
     ],
-)  # fmt: skip
+)
 def test_of_equally_fast_algorithms_always_the_same_comes_first(op, expected):
     assert ", ".join(names(op)) == expected
 

@@ -46,7 +46,7 @@ def refused(text):
     with pytest.raises(CommsError) as caught:
         parse_schedule(text, "mine.txt")
     assert caught.value.hint
-    return str(caught.value)
+    return f"{caught.value.where}: {caught.value.problem}"
 
 
 def say_the_same(one, other):

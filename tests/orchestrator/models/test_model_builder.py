@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from orchestrator.errors import ModelError
+from comms.errors import ModelError
 from orchestrator.models import model_builder
 from orchestrator.models.model_builder import BuiltModel, build
 from orchestrator.models.model_specs import (

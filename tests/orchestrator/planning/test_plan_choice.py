@@ -7,11 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.config.hardware.cluster_file import load_cluster
+from comms.errors import PlanError
+from orchestrator.config.hardware.cluster_file import cluster_path, load_cluster
 from orchestrator.config.job import Dtype
 from orchestrator.config.job_file import load_job
-from orchestrator.config.shipped import cluster_path
-from orchestrator.errors import PlanError
 from orchestrator.planning.plan_choice import (
     STATE_BYTES,
     STATE_SHARE,

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
+from comms.errors import CaptureError, ModelError, PlanError
 from orchestrator.config.job import Dtype
-from orchestrator.errors import CaptureError, ModelError, PlanError
 from orchestrator.planning import preparation, program_cache
 from orchestrator.planning.preparation import prepare
 from partitioner.layout.parallel_plan import Plan, Schedule
@@ -62,10 +62,10 @@ for name in ("load_program", "store_program", "load_number", "store_number"):
     getattr(program_cache, name).__defaults__ = (Path(sys.argv[1]),)
 from orchestrator.verbs.inputs.planned_inputs import prepare
 from orchestrator.planning.preparation import Quiet
-from orchestrator.verbs.inputs.options import Options
+from orchestrator.verbs.inputs.options import PlanOptions
 from orchestrator.verbs.simulate import simulate
 overrides = ("model_args={layers: 1, width: 16, heads: 2, max_seq: 16}",)
-prepared = prepare(Options(model="builtin:gpt-nano", chips=2, global_batch=4, seq=16, overrides=overrides), Quiet())
+prepared = prepare(PlanOptions(model="builtin:gpt-nano", chips=2, global_batch=4, seq=16, overrides=overrides), Quiet())
 assert simulate(prepared.program, prepared.cluster).step_time_s > 0
 print(prepared.was_cached, "torch" in sys.modules, "ray" in sys.modules)
 """

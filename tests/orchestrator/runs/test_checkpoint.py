@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import SafetensorError
 
-from orchestrator.errors import RunError
+from comms.errors import RunError
 from orchestrator.runs import checkpoint as checkpoints
 from orchestrator.runs.checkpoint import (
     MANIFEST,

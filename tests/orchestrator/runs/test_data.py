@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.errors import DataError
+from comms.errors import DataError
 from orchestrator.runs.data import TokenData, load_data, split
 
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.errors import RunError
+from comms.errors import RunError
 from orchestrator.runs import metrics
 from orchestrator.runs.metrics import MetricsWriter, read_metrics, rewind_metrics
 from orchestrator.runs.occupancy import Breakdown

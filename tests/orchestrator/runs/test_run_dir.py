@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.errors import RunError
+from comms.errors import RunError
 from orchestrator.runs import disk
 from orchestrator.runs.run_dir import RunDir, create, resume, versions
 from orchestrator.runs.timeline import Lane, Origin, Span, Timeline

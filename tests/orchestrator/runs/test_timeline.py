@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from comms.errors import TimelineFormatError
 from orchestrator.runs.accuracy import join
 from orchestrator.runs.occupancy import breakdown, union_ns
 from orchestrator.runs.timeline import (
@@ -22,7 +23,7 @@ from orchestrator.runs.timeline import (
     Timeline,
     merge,
 )
-from orchestrator.runs.timeline_codec import TimelineFormatError, decode, encode
+from orchestrator.runs.timeline_codec import decode, encode
 
 INT = st.integers(0, 5)
 spans = st.builds(

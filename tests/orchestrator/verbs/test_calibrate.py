@@ -15,7 +15,7 @@ from orchestrator.config.hardware.line_rates import line_rate
 from orchestrator.config.hardware.link_calibration import (
     REDUCING_SHARE,
     Calibration,
-    Table,
+    MeasuredTable,
     calibrate_links,
     errors,
 )
@@ -129,7 +129,7 @@ def sections_of(file: dict, name: str) -> list[dict]:
 
 def calibrated(path: Path, num_chips: int, latency_s: float, share: float, op: Op | None) -> Calibration:
     """As if these figures had been fitted."""
-    line, table = line_rate(path, num_chips), Table("a.csv", MeasuredCurve(op, num_chips, ()))
+    line, table = line_rate(path, num_chips), MeasuredTable("a.csv", MeasuredCurve(op, num_chips, ()))
     if op is None:
         fit = LinkFit(Link(latency_s, share * line.alone.bytes_per_s), ())
         return Calibration((table,), None, fit, line, (), None, None)
@@ -244,7 +244,7 @@ def test_what_is_pasted_makes_the_cluster_file_predict_what_was_fitted(
     path = CONFIGS / f"{cluster}.yaml"
     seconds = seconds_of(Op.ALL_REDUCE, num_chips, rate) * (1 + 0.05 * np.sin(np.arange(len(SIZES))))
     points = tuple(MeasuredPoint(float(n), float(s)) for n, s in zip(SIZES, seconds, strict=True))
-    table = Table("measured", MeasuredCurve(Op.ALL_REDUCE, num_chips, points))
+    table = MeasuredTable("measured", MeasuredCurve(Op.ALL_REDUCE, num_chips, points))
     fitted = calibrate_links([table], [line_rate(path, num_chips)])
     path = pasted_into(path, paste(fitted), tmp_path / "calibrated.yaml")
     again = calibrate_links([table], [line_rate(path, num_chips)])

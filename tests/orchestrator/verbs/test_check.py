@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from comms.errors import ClusterError, ConfigError
 from kernels.chips import CATALOG, chip_keys
-from orchestrator.errors import ClusterError, ConfigError
 from orchestrator.verbs.check import check
 
 ROOT = Path(__file__).parents[3]

@@ -11,11 +11,10 @@ from comms.algorithms.rounds import Ranks
 from comms.collectives.schedule import Op
 from comms.collectives.schedule_text import schedule_text
 from comms.networks.conditions import Described, LinkFault, Reach
-from comms.selection.collective import time_collective
+from comms.selection.collective import answer_to
 from comms.selection.pricing import Fidelity
 from comms.selection.question import Question, conditions_in_words
-from orchestrator.config.hardware.cluster_file import load_cluster
-from orchestrator.config.shipped import shipped_clusters
+from orchestrator.config.hardware.cluster_file import load_cluster, shipped_clusters
 
 CONFIGS = Path(__file__).parents[3] / "cluster_configs"
 LAPTOP = (CONFIGS / "laptop.yaml").read_text()
@@ -296,9 +295,9 @@ def test_the_same_question_has_the_same_answer(answer):
 def test_the_clock_is_the_callers():
     cluster = load_cluster(CONFIGS / "laptop.yaml")
     question = Question(cluster.network, 8, Op.ALL_REDUCE, MIB)
-    assert time_collective(question, clock=iter((1.0, 1.5)).__next__).elapsed_s == 0.5
+    assert answer_to(question, clock=iter((1.0, 1.5)).__next__).elapsed_s == 0.5
     full = Question(cluster.network, 8, Op.ALL_REDUCE, MIB, fidelity=Fidelity.FULL)
-    found = time_collective(full, clock=iter((1.0, 2.0, 5.0, 9.0)).__next__)
+    found = answer_to(full, clock=iter((1.0, 2.0, 5.0, 9.0)).__next__)
     assert (found.loading_s, found.elapsed_s) == (3.0, 5.0)
 
 

@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from comms.errors import CommsError
-from orchestrator.errors import ConfigError
-from orchestrator.verbs.inputs.comms_inputs import told
+from comms.errors import CommsError, ConfigError, located
+from orchestrator.verbs.inputs.comms_inputs import FLAGS
 
 CONFIGS = Path(__file__).parents[3] / "cluster_configs"
 LAPTOP = (CONFIGS / "laptop.yaml").read_text()
@@ -49,7 +48,7 @@ def test_a_tier_that_limits_is_named(comms):
 def test_the_part_of_the_time_that_is_not_only_setup_is_called_so(comms):
     said = line_of(comms("--cluster", "dgx-a100", "--chips", "16").out, "time")
     assert "(of which " in said
-    assert said.endswith(" setup and handing on)")
+    assert said.endswith(" setup and pipeline fill)")
 
 
 def test_a_sweep_says_that_no_schedule_is_made_for_each_size(answer, tmp_path):
@@ -170,7 +169,7 @@ def test_what_looks_like_a_file_and_is_none_is_told(comms, name):
 
 
 def test_errors_of_algorithms_name_the_flag(comms):
-    with pytest.raises(ConfigError) as caught, told("network"):
+    with pytest.raises(ConfigError) as caught, located("network", words=FLAGS):
         raise CommsError("ring does not suit", "algorithm", "take another")
     assert caught.value.where == "--algorithm"
     code, _, err = comms(*GALAXY, "--algorithm", "ring", "--fidelity", "folded")

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import orchestrator
-from orchestrator.errors import CaptureError, PlanError, RunError
+from comms.errors import CaptureError, PlanError, RunError
 from orchestrator.verbs.distribute import distribute
 from partitioner.layout.parallel_plan import Plan
 

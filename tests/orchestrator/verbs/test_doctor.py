@@ -7,8 +7,8 @@ from importlib import metadata
 import pytest
 
 from orchestrator.verbs import doctor
-from orchestrator.verbs.doctor import Finding, Level
-from orchestrator.verbs.inputs.options import Options
+from orchestrator.verbs.doctor import Diagnosis, Severity
+from orchestrator.verbs.inputs.options import DoctorOptions
 from orchestrator.views.console import Console
 
 
@@ -19,10 +19,10 @@ def streams() -> tuple[io.StringIO, io.StringIO]:
 
 def answer(streams: tuple[io.StringIO, io.StringIO], *, as_json: bool = False) -> int:
     console = Console(as_json=as_json, out=streams[0], err=streams[1])
-    return doctor.main(Options(as_json=as_json), console)
+    return doctor.main(DoctorOptions(as_json=as_json), console)
 
 
-def found(findings: tuple[Finding, ...], name: str) -> Finding:
+def found(findings: tuple[Diagnosis, ...], name: str) -> Diagnosis:
     return next(finding for finding in findings if finding.name == name)
 
 
@@ -33,7 +33,7 @@ def test_this_machine_is_ready(streams):
 
 def test_every_finding_that_is_not_ok_says_what_to_do():
     for finding in doctor.doctor():
-        assert (finding.level is Level.OK) == (finding.remedy == ""), finding
+        assert (finding.level is Severity.OK) == (finding.remedy == ""), finding
 
 
 def test_the_json_has_every_finding(streams):
@@ -48,21 +48,26 @@ def test_the_json_has_every_finding(streams):
 
 
 def test_a_failure_is_exit_code_one(streams, monkeypatch):
-    broken = Finding("thing", Level.FAIL, "broken", "mend it")
+    broken = Diagnosis("thing", Severity.FAIL, "broken", "mend it")
     monkeypatch.setattr(doctor, "CHECKS", (lambda: iter([broken]),))
     assert answer(streams) == 1
     assert "mend it" in streams[0].getvalue()
 
 
 def test_a_warning_is_not_a_failure(streams, monkeypatch):
-    weak = Finding("thing", Level.WARN, "weak", "strengthen it")
+    weak = Diagnosis("thing", Severity.WARN, "weak", "strengthen it")
     monkeypatch.setattr(doctor, "CHECKS", (lambda: iter([weak]),))
     assert answer(streams) == 0
 
 
 @pytest.mark.parametrize(
     ("version", "level"),
-    [("2.13.0", Level.OK), ("2.13.0+cpu", Level.OK), ("2.13.1", Level.FAIL), ("2.12.0", Level.FAIL)],
+    [
+        ("2.13.0", Severity.OK),
+        ("2.13.0+cpu", Severity.OK),
+        ("2.13.1", Severity.FAIL),
+        ("2.12.0", Severity.FAIL),
+    ],
 )
 def test_only_one_torch_will_do(version, level):
     assert doctor.torch_version(version).level is level
@@ -70,22 +75,22 @@ def test_only_one_torch_will_do(version, level):
 
 def test_another_kernels_distribution_is_named():
     finding = doctor.kernels_clash(["orchestrate-chips", "kernels"])
-    assert finding.level is Level.FAIL
+    assert finding.level is Severity.FAIL
     assert "pip uninstall kernels" in finding.remedy
 
 
 @pytest.mark.parametrize("owners", [[], ["orchestrate-chips"], ["orchestrate-chips", "orchestrate-chips"]])
 def test_our_own_kernels_is_no_clash(owners):
-    assert doctor.kernels_clash(owners).level is Level.OK
+    assert doctor.kernels_clash(owners).level is Severity.OK
 
 
-@pytest.mark.parametrize(("free", "level"), [(9, Level.WARN), (10, Level.OK), (11, Level.OK)])
+@pytest.mark.parametrize(("free", "level"), [(9, Severity.WARN), (10, Severity.OK), (11, Severity.OK)])
 def test_too_little_room_is_a_warning(free, level):
     assert doctor.enough("room", free, 10, "so much", "make room").level is level
 
 
 @pytest.mark.parametrize(
-    ("missing", "level"), [("ray", Level.WARN), ("torch", Level.FAIL), ("numpy", Level.FAIL)]
+    ("missing", "level"), [("ray", Severity.WARN), ("torch", Severity.FAIL), ("numpy", Severity.FAIL)]
 )
 def test_what_is_not_installed_is_named(monkeypatch, missing, level):
     real = metadata.version
@@ -105,5 +110,5 @@ def test_a_torch_that_does_not_import_is_a_failure(monkeypatch):
 
     monkeypatch.setattr(doctor.importlib, "import_module", refuse)
     findings = doctor.doctor()
-    assert found(findings, "torch import").level is Level.FAIL
+    assert found(findings, "torch import").level is Severity.FAIL
     assert "a library is missing" in found(findings, "ray").found

@@ -4,33 +4,32 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.config.hardware.cluster_file import load_cluster
+from comms.errors import ConfigError, PlanError
+from orchestrator.config.hardware.cluster_file import cluster_path, load_cluster
 from orchestrator.config.job_file import load_job
-from orchestrator.config.shipped import cluster_path
-from orchestrator.errors import ConfigError, PlanError
 from orchestrator.planning.preparation import Quiet
-from orchestrator.verbs.inputs.options import Options
+from orchestrator.verbs.inputs.options import TrainOptions
 from orchestrator.verbs.inputs.planned_inputs import DEMONSTRATION, from_config, prepare, read_plan, resolve
 from partitioner.layout.parallel_plan import Plan, plan_to_yaml
 
 
 def test_without_options_it_is_the_laptop_and_the_default_job() -> None:
-    inputs = resolve(Options())
+    inputs = resolve(TrainOptions())
     assert inputs.cluster == load_cluster(cluster_path("laptop")).take(None)
     assert inputs.job == load_job(None)
     assert inputs.plan is None
 
 
 def test_a_demonstration_shows_every_kind_of_parallelism() -> None:
-    assert resolve(Options(), demonstrate=True).job == load_job(None, DEMONSTRATION)
+    assert resolve(TrainOptions(), demonstrate=True).job == load_job(None, DEMONSTRATION)
 
 
 @pytest.mark.parametrize(
     "options",
-    [Options(model="builtin:gpt-mini"), Options(chips=2), Options(overrides=("plan.zero=1",))],
+    [TrainOptions(model="builtin:gpt-mini"), TrainOptions(chips=2), TrainOptions(overrides=("plan.zero=1",))],
     ids=str,
 )
-def test_who_asks_for_anything_gets_no_demonstration(options: Options) -> None:
+def test_who_asks_for_anything_gets_no_demonstration(options: TrainOptions) -> None:
     wanted = resolve(options, demonstrate=True).job.plan
     assert (wanted.dp, wanted.tp, wanted.pp) == (None, None, None)
 
@@ -38,7 +37,7 @@ def test_who_asks_for_anything_gets_no_demonstration(options: Options) -> None:
 def test_flags_come_before_overrides_and_both_before_the_file(tmp_path: Path) -> None:
     path = tmp_path / "job.yaml"
     path.write_text("kind: job\nversion: 1\nseq: 32\nsteps: 7\nseed: 3\nmodel: builtin:gpt-nano\n")
-    options = Options(
+    options = TrainOptions(
         job=path, seq=64, steps=9, overrides=("steps=11", "optimizer.lr=0.5"), chips=2, global_batch=4
     )
     inputs = resolve(options)
@@ -52,7 +51,7 @@ def test_flags_come_before_overrides_and_both_before_the_file(tmp_path: Path) ->
 def test_a_configuration_gives_the_same_inputs_again(runner: str) -> None:
     plan = Plan(dp=2)
     inputs = resolve(
-        Options(
+        TrainOptions(
             chips=2, model="builtin:gpt-nano", data="builtin:english", seq=16, overrides=("clip_norm=null",)
         )
     )
@@ -94,7 +93,7 @@ def test_options_lead_to_a_program(tmp_path: Path) -> None:
     path = tmp_path / "plan.yaml"
     path.write_text(plan_to_yaml(Plan(dp=1, tp=2)))
     overrides = ("model_args={layers: 1, width: 16, heads: 2, max_seq: 16}",)
-    options = Options(
+    options = TrainOptions(
         model="builtin:gpt-nano", plan=path, chips=2, global_batch=4, seq=16, overrides=overrides
     )
     prepared = prepare(options, Quiet())

@@ -8,16 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from comms.errors import ClusterError, FitError, PlanError
 from orchestrator.config.hardware.cluster_file import load_cluster
 from orchestrator.config.job_file import load_job
-from orchestrator.errors import ClusterError, FitError, PlanError
 from orchestrator.models import model_builder
 from orchestrator.planning.preparation import Prepared
 from orchestrator.runners.timing.simulated import simulate_step
 from orchestrator.runners.timing.step_costs import ClusterCosts
 from orchestrator.runs.run_dir import RunDir
 from orchestrator.runs.timeline import Origin
-from orchestrator.verbs.inputs.options import Options
+from orchestrator.verbs.inputs.options import SimulateOptions
 from orchestrator.verbs.simulate import answer, require_fit, simulate, tables
 from orchestrator.views.console import Console
 from partitioner.capture.graph_units import build_graph
@@ -126,7 +126,7 @@ def test_the_verb_prints_json_and_writes_a_run_directory(program, tmp_path):
     prepared = Prepared(LAPTOP, load_job(job_file), PLAN, program, was_cached=True)
     out, err, root = StringIO(), StringIO(), tmp_path / "run"
     console = Console(as_json=True, out=out, err=err)
-    assert answer(prepared, Options(run_dir=root, as_json=True), console) == 0
+    assert answer(prepared, SimulateOptions(run_dir=root, as_json=True), console) == 0
     assert json.loads(out.getvalue())["num_chips"] == 8
     run = RunDir(root)
     assert plan_from_yaml(run.plan.read_text()) == PLAN

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from comms.collectives.schedule import Op
+from comms.errors import ClusterError, ConfigError
 from comms.networks.conditions import Background, ChipFault, Described, LinkFault, Reach
 from comms.networks.groups import Lattice
 from comms.selection.choice import choose
@@ -15,10 +16,9 @@ from comms.selection.pricing import Fidelity, groups_of, job_of
 from comms.simulation import full
 from orchestrator.config.hardware.cluster_file import load_cluster
 from orchestrator.config.job_file import load_job
-from orchestrator.errors import ClusterError, ConfigError
 from orchestrator.models import model_builder
 from orchestrator.planning.preparation import Prepared
-from orchestrator.verbs.inputs.options import Options
+from orchestrator.verbs.inputs.options import SimulateOptions
 from orchestrator.verbs.simulate import CONDITIONS, UNEVEN, answer, chosen_fidelity, simulate
 from orchestrator.views.console import Console
 from partitioner.capture.graph_units import build_graph
@@ -119,7 +119,7 @@ def test_the_verb_takes_the_flag_and_warns_where_conditions_are_left_out(program
     job_file.write_text("kind: job\nversion: 1\nmodel: builtin:gpt-nano\n")
     prepared = Prepared(SLOW_CHIP, load_job(job_file), PLAN, program, was_cached=True)
     out, err = StringIO(), StringIO()
-    assert answer(prepared, Options(fidelity=flag), Console(out=out, err=err)) == 0
+    assert answer(prepared, SimulateOptions(fidelity=flag), Console(out=out, err=err)) == 0
     assert ("warning" in err.getvalue()) == warned
 
 

@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 import torch
 
-from orchestrator.config.shipped import cluster_path
+from comms.errors import ConfigError, RunError
+from orchestrator.config.hardware.cluster_file import cluster_path
 from orchestrator.config.yaml_file import read_yaml
-from orchestrator.errors import ConfigError, RunError
 from orchestrator.runs import checkpoint, run_dir
 from orchestrator.runs.metrics import read_metrics
 from orchestrator.runs.timeline import Origin
 from orchestrator.verbs import train, training
-from orchestrator.verbs.inputs.options import Options, Runner
+from orchestrator.verbs.inputs.options import RunnerKind, TrainOptions
 from orchestrator.views.console import Console
 from partitioner.layout.parallel_plan import Plan, plan_from_yaml
 from partitioner.program.program_codec import decode
@@ -123,7 +123,7 @@ def test_a_resumed_run_goes_on_bit_for_bit(
         interrupted = train.run(laptop.take(4), job, plan=PLAN, folder=folder, document=document)
     assert interrupted.was_interrupted and interrupted.steps == 2
     result = train.main(
-        Options(resume=folder, runner=Runner.INLINE), Console(out=io.StringIO(), err=io.StringIO())
+        TrainOptions(resume=folder, runner=RunnerKind.INLINE), Console(out=io.StringIO(), err=io.StringIO())
     )
     assert result == 0
     one, other = (read_metrics(f / "metrics.jsonl") for f in (finished[1], folder))
@@ -146,7 +146,8 @@ def test_a_run_is_resumed_only_on_the_data_it_was_trained_on(
     text.write_text("that is the question" * 100)
     with pytest.raises(RunError, match="not what the run was trained on"):
         train.main(
-            Options(resume=folder, runner=Runner.INLINE), Console(out=io.StringIO(), err=io.StringIO())
+            TrainOptions(resume=folder, runner=RunnerKind.INLINE),
+            Console(out=io.StringIO(), err=io.StringIO()),
         )
 
 
@@ -166,8 +167,8 @@ def test_a_loss_that_explodes_stops_the_run_and_names_step_and_instruction(
 
 def test_the_command_line_prints_one_json_document(tmp_path: Path) -> None:
     args = "model_args={layers: 1, width: 16, heads: 2, max_seq: 16}"
-    options = Options(
-        model="builtin:gpt-nano", chips=2, global_batch=4, seq=16, steps=2, runner=Runner.INLINE,
+    options = TrainOptions(
+        model="builtin:gpt-nano", chips=2, global_batch=4, seq=16, steps=2, runner=RunnerKind.INLINE,
         run_dir=tmp_path / "run", overrides=(args, "validation.batches=1"), as_json=True,
     )  # fmt: skip
     out, err = io.StringIO(), io.StringIO()
@@ -181,7 +182,9 @@ def test_a_dry_run_predicts_and_leaves_nothing_behind(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    options = Options(model="builtin:gpt-nano", chips=2, global_batch=4, seq=16, dry_run=True, as_json=True)
+    options = TrainOptions(
+        model="builtin:gpt-nano", chips=2, global_batch=4, seq=16, dry_run=True, as_json=True
+    )
     out = io.StringIO()
     assert train.main(options, Console(as_json=True, out=out, err=io.StringIO())) == 0
     assert json.loads(out.getvalue())["step_time_s"] > 0
@@ -197,15 +200,15 @@ def test_a_dry_run_predicts_and_leaves_nothing_behind(
 )  # fmt: skip
 def test_a_resumed_run_takes_no_other_inputs(given: dict[str, Any], flag: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=f"{flag} cannot change a run"):
-        train.main(Options(resume=tmp_path, **given), Console(out=io.StringIO(), err=io.StringIO()))
+        train.main(TrainOptions(resume=tmp_path, **given), Console(out=io.StringIO(), err=io.StringIO()))
 
 
 def test_a_resumed_run_goes_on_with_its_own_runner(tmp_path: Path) -> None:
     from orchestrator.runs.run_dir import RunDir
-    from orchestrator.verbs.inputs.options import Options, Runner
+    from orchestrator.verbs.inputs.options import RunnerKind, TrainOptions
     from orchestrator.verbs.train import _usual_runner
 
     folder = RunDir(tmp_path)
     folder.write_config({"runner": "inline"})
-    assert _usual_runner(Options(resume=tmp_path), folder) is Runner.INLINE
-    assert _usual_runner(Options(), folder) is Runner.RAY
+    assert _usual_runner(TrainOptions(resume=tmp_path), folder) is RunnerKind.INLINE
+    assert _usual_runner(TrainOptions(), folder) is RunnerKind.RAY

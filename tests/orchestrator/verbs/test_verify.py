@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from orchestrator.errors import PlanError
+from comms.errors import PlanError
 from orchestrator.runners.executing.chip import Chip
 from orchestrator.verbs import verify as verb
 from orchestrator.verbs.verify import Errors, compare, verify

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from comms import wording
-from orchestrator.errors import PlanError, RunError, combined
+from comms.errors import PlanError, RunError, combined
 from orchestrator.views.console import Console, Table, pairs
 from orchestrator.views.training_view import CURVE_WIDTH, LossCurve, StepLine, fields, plain_line
 

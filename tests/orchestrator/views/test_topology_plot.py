@@ -8,14 +8,13 @@ import pytest
 
 from comms.collectives.schedule import Op
 from comms.networks.conditions import Between, Described, LinkFault, Reach
-from comms.selection.collective import time_collective
-from comms.selection.node_names import node_names
+from comms.selection.collective import answer_to
 from comms.selection.pricing import Fidelity
 from comms.selection.question import Question
 from comms.selection.size_sweep import sizes_between, sweep_sizes
-from orchestrator.config.hardware.cluster_file import load_cluster
-from orchestrator.config.shipped import shipped_clusters
+from orchestrator.config.hardware.cluster_file import load_cluster, shipped_clusters
 from orchestrator.views.network.bandwidth_plot import algorithm_curves, sweep_png
+from orchestrator.views.network.node_names import node_names
 from orchestrator.views.network.topology_excerpt import excerpt
 from orchestrator.views.network.topology_layout import Kind, Picture, layout
 from orchestrator.views.network.topology_plot import picture_of, topology_png
@@ -37,7 +36,7 @@ def answer_of(name: str, num_chips: int | None = None, **more):
         chips_per_host=cluster.chips_per_host,
         **more,
     )
-    return time_collective(question)
+    return answer_to(question)
 
 
 def texts(picture: Picture, kind: Kind) -> list[str]:

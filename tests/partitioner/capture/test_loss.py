@@ -7,9 +7,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from comms.errors import CaptureError
 from partitioner.capture import loss
 from partitioner.capture.tracing import trace_module
-from partitioner.errors import CaptureError
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 GENERATOR = torch.Generator().manual_seed(3)

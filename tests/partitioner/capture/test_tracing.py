@@ -10,9 +10,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from comms.errors import CaptureError
 from partitioner.capture.graph_units import build_graph
 from partitioner.capture.tracing import scalar_loss, trace_module
-from partitioner.errors import CaptureError
 
 X = torch.randn(2, 4, generator=torch.Generator().manual_seed(1))
 Forward = Callable[["Scripted", torch.Tensor], Any]

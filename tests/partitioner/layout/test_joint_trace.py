@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from partitioner.errors import CaptureError
+from comms.errors import PartitionError
 from partitioner.layout.joint_trace import Joint, param_dims, tensor_parallel_mesh, trace_joint
 from partitioner.layout.sharded_ops import register_attention_rules
 
@@ -155,7 +155,7 @@ def test_one_chip_needs_no_process_group() -> None:
 
 def test_a_process_group_of_the_users_own_is_left_alone() -> None:
     with process_group(rank=0, size=1):
-        with pytest.raises(CaptureError, match="already initialised"), tensor_parallel_mesh(2):
+        with pytest.raises(PartitionError, match="already initialised"), tensor_parallel_mesh(2):
             pass
         assert dist.is_initialized()
 
@@ -163,7 +163,7 @@ def test_a_process_group_of_the_users_own_is_left_alone() -> None:
 def test_heads_that_do_not_divide_are_refused_with_the_number_of_heads(
     tiny_program: Callable[..., Any],
 ) -> None:
-    with pytest.raises(CaptureError, match="1 heads do not divide by tp 2"):
+    with pytest.raises(PartitionError, match="1 heads do not divide by tp 2"):
         tiny_program((("heads", 1),), tp=2)
 
 

@@ -7,7 +7,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from partitioner.errors import PartitionError
+from comms.errors import PartitionError
 from partitioner.layout.parallel_plan import Plan, Schedule, balance, plan_from_yaml, plan_to_yaml
 
 DEGREES = st.integers(1, 64)

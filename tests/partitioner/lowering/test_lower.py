@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from partitioner.errors import PartitionError
+from comms.errors import PartitionError
 from partitioner.layout.parallel_plan import Plan
 from partitioner.lowering.lower import StepShape, lower, unit_cost
 from partitioner.program.machine import Machine, Run

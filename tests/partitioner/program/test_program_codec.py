@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from partitioner.errors import ProgramError
+from comms.errors import ProgramError
 from partitioner.program.program import VERSION, Program
 from partitioner.program.program_codec import decode, encode
 from partitioner.program.program_text import from_text, to_text

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from partitioner.errors import ProgramError
+from comms.errors import ProgramError
 from partitioner.program.program import (
     Body,
     Call,

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from partitioner.errors import ProgramError
+from comms.errors import ProgramError
 from partitioner.program.findings import Rule
 from partitioner.program.program import Accumulate, Collective, Program, Recv, Update
 from partitioner.program.program_text import from_text

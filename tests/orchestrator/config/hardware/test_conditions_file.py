@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from comms.collectives.schedule import Op
+from comms.errors import ClusterError, UserError
 from comms.networks.conditions import (
     CALM,
     Background,
@@ -18,7 +19,6 @@ from comms.networks.conditions import (
 )
 from orchestrator.config.hardware.cluster_file import cluster_from, load_cluster
 from orchestrator.config.yaml_file import parse_yaml
-from orchestrator.errors import ClusterError, UserError
 
 ROOT = Path(__file__).parents[4]
 HOSTS = """\

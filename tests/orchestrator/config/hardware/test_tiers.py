@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from comms.errors import ClusterError
 from comms.networks.fabrics.switch_tree import Tree
 from comms.networks.layers import Spread, Switch
 from comms.networks.links import Link
@@ -13,9 +14,8 @@ from comms.networks.network import UNBOUNDED, TierKind
 from comms.networks.shapes import Grid, Whole
 from comms.networks.topology import route_latencies
 from orchestrator.config.hardware.cluster_file import cluster_from, load_cluster
-from orchestrator.config.hardware.tiers import Fabric, Level, build_network
+from orchestrator.config.hardware.tiers import ScaleUpFabric, SwitchLevel, build_network
 from orchestrator.config.yaml_file import parse_yaml
-from orchestrator.errors import ClusterError
 
 ROOT = Path(__file__).parents[4]
 SHIPPED = sorted((ROOT / "cluster_configs").glob("*.yaml"))
@@ -140,8 +140,8 @@ def build(*levels, hosts=None, fabric=None):
     return build_network(unit, hosts, fabric, levels, document)
 
 
-LEAF = Level("leaf", 4, None, 1.0, "a leaf")
-TOP = Level("spine", None, 12e-6, 1.0, "a spine")
+LEAF = SwitchLevel("leaf", 4, None, 1.0, "a leaf")
+TOP = SwitchLevel("spine", None, 12e-6, 1.0, "a spine")
 
 
 def test_on_rails_chips_of_equal_place_meet_under_a_leaf_and_others_above():
@@ -155,7 +155,7 @@ def test_on_rails_chips_of_equal_place_meet_under_a_leaf_and_others_above():
 
 def test_switches_that_reduce_are_levels_that_reduce():
     port = Link(0.5e-6, 100e9)
-    fabric = Fabric(Tree(8, port, Switch("scale-up", reduces=True)), "a fabric")
+    fabric = ScaleUpFabric(Tree(8, port, Switch("scale-up", reduces=True)), "a fabric")
     levels = build(LEAF, replace(TOP, reduces=True), hosts=8, fabric=fabric).levels(range(64))
     assert [(level.tier, level.reduces) for level in levels] == [
         ("scale-up", True),

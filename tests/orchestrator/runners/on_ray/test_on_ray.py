@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from comms.errors import ClusterError, HangError, RunError
 from kernels.optimizers import OptimizerSpec
-from orchestrator.errors import ClusterError, HangError, RunError
 from orchestrator.models.builtin_gpt import GPT
 from orchestrator.models.model_specs import GPTOptions
 from orchestrator.runners.executing.chip import Settings

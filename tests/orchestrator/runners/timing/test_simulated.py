@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from comms.errors import ProgramError
 from orchestrator.config.hardware.cluster_file import load_cluster
 from orchestrator.config.hardware.latency_tiers import latency_tiers
 from orchestrator.runners.base import Runner
@@ -16,7 +17,6 @@ from orchestrator.runners.timing.step_costs import ClusterCosts, Work
 from orchestrator.runners.timing.timed_segments import axis_name
 from orchestrator.runs.occupancy import breakdown
 from orchestrator.runs.timeline import Lane
-from partitioner.errors import ProgramError
 from partitioner.layout.parallel_plan import Schedule
 from partitioner.lowering.pipeline_schedules import SCHEDULES, with_transfers
 from partitioner.program.program import (

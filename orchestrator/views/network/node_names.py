@@ -6,6 +6,7 @@ wires are in and is numbered within that tier; switches that a network of edges 
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -42,6 +43,7 @@ def copies_of(topology: TieredTopology) -> Iterator[Copy]:
         node = missing + count * fabric.size - chips
 
 
+@lru_cache(maxsize=1)  # a report asks once for every wire that it names
 def node_names(topology: Topology, chips_per_host: int) -> tuple[str, ...]:
     """[nodes] A name each."""
     while isinstance(topology, Rerouted):  # nodes are numbered as before

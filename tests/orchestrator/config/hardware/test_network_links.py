@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from comms.errors import UserError
 from comms.networks.fabrics.dragonfly import Arrangement, Dragonfly, Routing
 from comms.networks.fabrics.edge_list import Duplex, Graph
 from comms.networks.fabrics.switch_tree import Tree
@@ -12,7 +13,6 @@ from comms.networks.links import Link, Protocol
 from comms.networks.shapes import Grid, Pairs
 from orchestrator.config.hardware.cluster_file import cluster_from
 from orchestrator.config.yaml_file import parse_yaml
-from orchestrator.errors import UserError
 
 HOST = """\
 kind: cluster

@@ -1,4 +1,4 @@
-"""Waiting: what those who wait for a long computation are told, in phases that may nest (`Console.phase`)."""
+"""Progress: how those who wait for a long computation hear of it, in phases that may nest (`Console.phase`)."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -6,7 +6,8 @@ from typing import TypeAlias
 
 from comms.simulation.work_budget import Watch
 
-Phase: TypeAlias = Callable[[str], AbstractContextManager[None]]
+Progress: TypeAlias = Callable[[str], AbstractContextManager[None]]  # opens a phase of that name
+LOADING = "event loop of full fidelity (compiled on first use, then kept)"
 
 
 def quiet(name: str) -> AbstractContextManager[None]:
@@ -16,12 +17,12 @@ def quiet(name: str) -> AbstractContextManager[None]:
 
 
 @contextmanager
-def moving(algorithm: str, phase: Phase) -> Iterator[Watch]:
+def moving(algorithm: str, progress: Progress) -> Iterator[Watch]:
     """A phase while the messages of an algorithm are moved, with a phase inside for each look at how far they are."""
-    with phase(f"every message of {algorithm}"), ExitStack() as inner:
+    with progress(f"every message of {algorithm}"), ExitStack() as inner:
 
         def moved(share: float) -> None:
             inner.close()
-            inner.enter_context(phase(f"{share:.0%} of the messages have been moved"))
+            inner.enter_context(progress(f"{share:.0%} of the messages have been moved"))
 
         yield moved

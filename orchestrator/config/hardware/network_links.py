@@ -1,4 +1,4 @@
-"""Shapes of a cluster file: switches, rings, tori, meshes, full meshes, dragonflies, and links edge by edge.
+"""Links of a cluster file, from what its sections say to what `comms` reckons with: shapes, rates and protocols.
 
     switch      one switch over all chips; figures are a chip's, all its links together
     ring        each chip has a link to the one before and the one after; figures are one link's, here and below
@@ -7,30 +7,43 @@
     dragonfly   `dims` are chips per router, routers per group, groups; `links` to a router, in a group, between groups
 
 A rate that the file leaves out is what the chips bring, spread evenly over the links that a chip has in the shape.
+
+A file gives two sets of figures: of a message by itself (latency, efficiency) and of a stage of a collective, in place
+of them (a protocol's latency and share, both as `orchestrate calibrate links` prints them). A collective runs as one
+kernel and pays its setup once; a message by itself pays for being issued each time. So the link gets the better of
+both, protocols what they lack of it, and what issuing a message adds (`issue_s`) stands apart: no cost counts twice.
+A stage may take longer, too, where a library's kernels have a thread of the host send over a network card.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from typing import NoReturn
 
-from comms.errors import CommsError
+from comms.algorithms.catalog import names as algorithm_names
+from comms.collectives.schedule import Op
+from comms.errors import ClusterError, CommsError
 from comms.networks.fabrics.dragonfly import Arrangement, Dragonfly, Routing
 from comms.networks.fabrics.edge_list import Duplex, Edge, Graph
 from comms.networks.fabrics.switch_tree import Tree
 from comms.networks.fabrics.torus_mesh import FullMesh, Torus
 from comms.networks.layers import Switch
-from comms.networks.links import Link
+from comms.networks.links import Link, Protocol
 from comms.networks.shapes import Shape, shape_of
 from comms.networks.topology import Topology
+from kernels.chips import Port
+from orchestrator.config.hardware.cluster import Library
 from orchestrator.config.hardware.network_sections import (
     EdgeSection,
+    LibrarySection,
     LinkSection,
+    ProtocolSection,
     ScaleUpSection,
     ShapeSection,
 )
+from orchestrator.config.schema import nearest
 from orchestrator.config.yaml_file import Document, Location
-from orchestrator.errors import ClusterError
 
 SWITCH = "switch"
 # What each shape makes use of besides latency and bandwidth; anything else would have no effect.
@@ -47,8 +60,18 @@ OPTIONAL = ("dims", "links", "long_links", "arrangement", "routing", "reduces", 
 DRAGONFLY_DIMS = 3
 
 
+@contextmanager
+def described(where: str, hint: str) -> Iterator[None]:
+    """What is wrong with a network, where a file describes it: what the network calls the part goes before the rest."""
+    try:
+        yield
+    except CommsError as error:
+        part = f"{error.where}: " if error.where else ""
+        raise ClusterError(f"{part}{error.problem}", where, error.hint or hint) from error
+
+
 @dataclass(frozen=True, slots=True)
-class Drawing:
+class ShapeDrawing:
     """A shape section of a document, checked for keys that would have no effect."""
 
     section: ShapeSection
@@ -133,12 +156,9 @@ class Drawing:
     def shape(self, num_chips: int, link: Link, efficiency: float, name: str, earlier_s: float) -> Shape:
         """The shape over so many chips; `link` is the section's, `earlier_s` what all latencies are quicker by."""
         self.check_size(num_chips)
-        try:
+        key = "edges" if self.kind == "edges" else "dims"
+        with described(self.document.where((*self.at, key)), "change the shape"):
             return shape_of(self._topology(num_chips, link, efficiency, name, earlier_s))
-        except CommsError as error:
-            hint = error.hint or "change the shape"
-            key = "edges" if self.kind == "edges" else "dims"
-            raise ClusterError(str(error), self.document.where((*self.at, key)), hint) from error
 
     def _topology(
         self, num_chips: int, link: Link, efficiency: float, name: str, earlier_s: float
@@ -218,3 +238,69 @@ class Drawing:
     def fail(self, key: str, problem: str, hint: str) -> NoReturn:
         """Raises ClusterError at a key of the section."""
         raise ClusterError(problem, self.document.where((*self.at, key)), hint)
+
+
+def line_and_efficiency(
+    bandwidth: float | None, efficiency: float | None, ports: list[Port]
+) -> tuple[float, float]:
+    """A chip's line rate and what a message by itself reaches of it: as the file says, else the slowest port's."""
+    if bandwidth is not None:
+        return bandwidth, efficiency or 1.0
+    port = min(ports, key=lambda port: port.bytes_per_s * (efficiency or port.efficiency))
+    return port.bytes_per_s, efficiency or port.efficiency
+
+
+def best_share(efficiency: float, sections: Sequence[ProtocolSection]) -> float:
+    """What the links reach at best, alone or in a collective."""
+    return max([efficiency, *(each.share for each in sections if each.share is not None)])
+
+
+def library_of(
+    section: LibrarySection,
+    latency_s: float,
+    efficiency: float,
+    best: float,
+    document: Document,
+    at: Location,
+) -> Library:
+    """A tier's library, where a message by itself has this latency and efficiency, and its links reach `best`."""
+    latencies = [latency_s if each.latency is None else each.latency for each in section.protocols]
+    shares = [efficiency if each.share is None else each.share for each in section.protocols]
+    _check_protocols(section.protocols, shares, best, document, at)
+    if not section.protocols:
+        return Library(section.setup)
+    base = min([latency_s, *latencies])
+    protocols = tuple(
+        Protocol(
+            each.name, latency - base, share / best, each.pipelined, tuple(each.algorithms), tuple(each.ops)
+        )
+        for each, latency, share in zip(section.protocols, latencies, shares, strict=True)
+    )
+    return Library(section.setup, protocols, latency_s - base)
+
+
+def _check_protocols(
+    sections: Sequence[ProtocolSection],
+    shares: Sequence[float],
+    best: float,
+    document: Document,
+    at: Location,
+) -> None:
+    """Raises ClusterError for names given twice, and for a share that the links do not reach."""
+    names = [each.name for each in sections]
+    for number, (name, share) in enumerate(zip(names, shares, strict=True)):
+        where = document.where((*at, "protocols", number))
+        known = tuple(dict.fromkeys(known for op in Op for known in algorithm_names(op)))
+        for algorithm in sections[number].algorithms:
+            if algorithm not in known:
+                raise ClusterError(f"there is no algorithm {algorithm!r}", where, nearest(algorithm, known))
+        for op in sections[number].ops:
+            if op not in list(Op):
+                raise ClusterError(
+                    f"there is no operation {op!r}", where, nearest(op, tuple(str(each) for each in Op))
+                )
+        if name in names[:number]:
+            raise ClusterError(f"two protocols are named {name!r}", where, "give each its own name")
+        if share > best:
+            problem = f"protocol {name!r} has a share of {share}, above the efficiency of {best}"
+            raise ClusterError(problem, where, "raise the `efficiency` of the links")
