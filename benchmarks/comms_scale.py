@@ -27,6 +27,8 @@ JITTER = 0.05
 def ring(num_chips: int, method: str | None) -> dict[str, object]:
     """All-reduce of 64 MiB in 4 chunks around a ring of wires whose rates differ by up to 5 %."""
     from comms.algorithms import ring as algorithm
+    from comms.algorithms.rounds import Ranks
+    from comms.collectives.schedule import Op
     from comms.networks.conditions import Conditions
     from comms.networks.fabrics.torus_mesh import Torus
     from comms.networks.links import Link
@@ -37,7 +39,9 @@ def ring(num_chips: int, method: str | None) -> dict[str, object]:
     speed = np.random.default_rng(0).uniform(1 - JITTER, 1 + JITTER, wires.wires().num_wires)
     jitter = Conditions(factors=dict(enumerate(speed.tolist())))
     start = time.perf_counter()
-    job = CollectiveJob(algorithm.all_reduce(num_chips, pieces=4), np.arange(num_chips), NBYTES)
+    job = CollectiveJob(
+        algorithm.schedule(Op.ALL_REDUCE, Ranks(num_chips, pieces=4)), np.arange(num_chips), NBYTES
+    )
     result = simulate(wires, [job], jitter, method=Method(method) if method else None)
     return _row(result, start)
 
@@ -45,10 +49,13 @@ def ring(num_chips: int, method: str | None) -> dict[str, object]:
 def halving_doubling(num_chips: int, jitter: float) -> dict[str, object]:
     """All-reduce of 64 MiB on one switch."""
     from comms.algorithms import doubling
+    from comms.algorithms.rounds import Ranks
+    from comms.collectives.schedule import Op
+    from comms.networks.conditions import Conditions
     from comms.networks.links import Link
     from comms.networks.network import Network, TierKind, switched
     from comms.simulation.compiled import CollectiveJob
-    from comms.simulation.full import Conditions, simulate
+    from comms.simulation.full import simulate
 
     switch = Network(
         (switched("switch", num_chips, Link(2 * HOP[0], HOP[1]), TierKind.SCALE_OUT),)
@@ -56,7 +63,9 @@ def halving_doubling(num_chips: int, jitter: float) -> dict[str, object]:
     speed = np.random.default_rng(0).uniform(1 - jitter, 1 + jitter, switch.wires().num_wires)
     conditions = Conditions(factors=dict(enumerate(speed.tolist())) if jitter else {})
     start = time.perf_counter()
-    job = CollectiveJob(doubling.all_reduce(num_chips), np.arange(num_chips), NBYTES)
+    job = CollectiveJob(
+        doubling.halving_schedule(Op.ALL_REDUCE, Ranks(num_chips)), np.arange(num_chips), NBYTES
+    )
     return _row(simulate(switch, [job], conditions), start)
 
 

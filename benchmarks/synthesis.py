@@ -8,16 +8,17 @@ that, as its first half is the same on reversed wires.
     python benchmarks/synthesis.py
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import replace
 from heapq import heappop, heappush
-from inspect import signature
 from itertools import combinations
 
 import numpy as np
 from support.harness import report, seconds_of
 
 from comms.algorithms import ring, torus_rings
-from comms.algorithms.catalog import FILES
+from comms.algorithms.catalog import Algorithm, algorithms
+from comms.algorithms.rounds import Ranks
 from comms.collectives.proof import prove
 from comms.collectives.schedule import Op, Schedule
 from comms.errors import CommsError
@@ -93,35 +94,32 @@ def fixed_schedules(topology: Topology, op: Op, nbytes: float) -> Iterator[tuple
     n = topology.num_chips
     natural, orders = np.arange(n), [each.chips for each in ring_orders(topology)]
     whole = topology.topology if isinstance(topology, Rerouted) else topology
-    for name, make in (
-        (name, ops[op]) for file in FILES for name, ops in file.SCHEDULES.items() if op in ops
-    ):
-        takes = signature(make).parameters
-        for pieces in PIECES if "pieces" in takes else (1,):
-            said = name if pieces == 1 else f"{name} in {pieces} pieces"
-            options = {"pieces": pieces} if "pieces" in takes else {}
-            flat = _made(make, n, **options)
+    for each in algorithms(op).values():
+        for pieces in PIECES if each.by_default else ():
+            said = each.name if pieces == 1 else f"{each.name} in {pieces} pieces"
+            flat = _made(each, op, Ranks(n, pieces=pieces))
             if flat is not None:
                 yield said, flat, natural
                 yield f"{said}, ring order", flat, orders[0]
-            if isinstance(whole, Torus) and len(whole.dims) > 1 and "fanouts" in takes:
-                along = _made(make, n, fanouts=whole.dims, **options)
+            if isinstance(whole, Torus) and len(whole.dims) > 1:
+                along = _made(each, op, Ranks(n, fanouts=whole.dims, pieces=pieces))
                 if along is not None:
                     yield said, along, natural
     if op in torus_rings.OPS:
         for num in range(2, len(orders) + 1):
             for pieces in PIECES:
-                made = ring.SCHEDULES["ring"][op](n, orders=orders[:num], pieces=pieces)
+                made = ring.schedule(op, Ranks(n, pieces=pieces), orders=orders[:num])
                 yield f"{num} rings in {pieces} pieces", made, natural
 
 
-def _made(make: Callable[..., Schedule], num_ranks: int, **options: object) -> Schedule | None:
-    """None if it is not for so many ranks, or needs a switch that reduces."""
+def _made(algorithm: Algorithm, op: Op, ranks: Ranks) -> Schedule | None:
+    """None if it is not for so many ranks, not in pieces, or needs a switch that reduces."""
     try:
-        schedule = make(num_ranks, **options)
+        schedule, whole = (algorithm.make(op, each) for each in (ranks, replace(ranks, pieces=1)))
     except CommsError:
         return None
-    return None if schedule.num_helpers else schedule
+    in_pieces = ranks.pieces == 1 or schedule.num_messages > whole.num_messages
+    return schedule if in_pieces and not schedule.num_helpers else None
 
 
 def best_fixed(topology: Topology, op: Op, nbytes: float) -> tuple[float, str]:

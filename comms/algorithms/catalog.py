@@ -1,213 +1,161 @@
-"""The catalog: every algorithm by name and operation, with its schedule and its outline for a group's levels.
+"""The catalog: what an algorithm tells of itself, and all algorithms of this package by operation and name.
 
-A new algorithm is one file with tables of schedules and outlines, entered here. Options follow from the group: its
-fanouts, the number of pieces that suits the size, the orders of several rings.
+An algorithm is one module here with a tuple ALGORITHMS: the schedule (rounds of messages, as data), the outline for
+groups that fold evenly, and all that choosing, timing and laying out need to know of it. The modules are found by
+listing the package. Of a module whose algorithms do not suit a group (`Needs`) no function is called.
 """
 
-from collections.abc import Callable, Iterable, Mapping
-from functools import cache, partial
-from inspect import signature
-from math import prod
-from typing import TypeVar
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import cache
+from importlib import import_module
+from itertools import accumulate
+from operator import mul
+from pkgutil import walk_packages
 
-from comms.algorithms import (
-    binary_trees,
-    bruck,
-    direct,
-    doubling,
-    in_network,
-    ring,
-    torus_exchange,
-    torus_rings,
-    torus_trees,
-)
-from comms.algorithms.hierarchical import (
-    hierarchical,
-    hierarchical_exchange,
-    hierarchical_rooted,
-    hierarchical_torus,
-    hierarchical_tree,
-)
+from comms.algorithms.rounds import Ranks
 from comms.collectives.outline import Outline
 from comms.collectives.schedule import Op, Schedule
-from comms.networks.levels import Levels
+from comms.networks.levels import Level, Levels
 
-FILES = (
-    ring,
-    doubling,
-    direct,
-    bruck,
-    binary_trees,
-    hierarchical,
-    hierarchical_exchange,
-    hierarchical_rooted,
-    hierarchical_tree,
-    hierarchical_torus,
-    torus_rings,
-    torus_trees,
-    torus_exchange,
-    in_network,
-)
-# Their messages change one digit at a time.
-LIKES = frozenset(
-    name
-    for file in (
-        doubling,
-        bruck,
-        hierarchical,
-        hierarchical_exchange,
-        hierarchical_rooted,
-        hierarchical_tree,
-        hierarchical_torus,
-    )
-    for name in file.SCHEDULES
-)
-T = TypeVar("T")
-RAIL_RINGS = "rail rings"
-MESHES = (torus_rings.MESH, torus_trees.MESH_TREE, torus_trees.ROTATED_MESH_TREE)
-IN_NETWORK = in_network.NAME
-BY_SWITCHES = frozenset({IN_NETWORK, hierarchical_tree.BY_SWITCH})
-MOST_RINGS = 16  # as many channels as libraries open
+ANY_NUMBER = 64  # of levels
 MOST_PEERS = 64
 MANY_PEERS = (Op.ALL_TO_ALL, Op.GATHER, Op.SCATTER)
+ROOTED = (Op.BROADCAST, Op.REDUCE, Op.GATHER, Op.SCATTER)
+
+
+class Joined(StrEnum):
+    """How the subgroups of a level are joined."""
+
+    ANYHOW = "anyhow"
+    BY_SWITCH = "by switch"  # all reach each other alike
+    IN_RING = "in ring"  # each reaches its neighbours only
+    BY_ADDING_SWITCH = "by adding switch"  # it adds and copies what passes
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """What an algorithm needs of the levels of a group that part anything."""
+
+    innermost: Joined = Joined.ANYHOW
+    outer: Joined = Joined.ANYHOW  # all but the innermost
+    least: int = 0  # levels
+    most: int = ANY_NUMBER
+    # Levels up to which the outline is right where a switch limits all that passes it, or both directions share a wire.
+    # Pools take it that all members send and receive alike, at one level at a time: 0 where they do not, 1 where
+    # messages of one round cross several levels.
+    most_shared: int = ANY_NUMBER
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Algorithm:
+    """One algorithm for some operations; another may have the same name for other operations."""
+
+    name: str
+    rank: int  # a module's own: of equally fast algorithms that of the lowest rank is taken, then the first of a module
+    ops: tuple[Op, ...]
+    make: Callable[[Op, Ranks], Schedule]
+    # From operation, bytes and levels, and where `cut` is given pieces: what representative chips send, None where the
+    # algorithm does not suit.
+    sketch: Callable[..., Outline | None]
+    cut: Callable[[Op, float, Levels], int] | None = None  # in how many pieces a buffer goes
+    needs: Needs = Needs()
+    rail_aligned: bool = False  # messages between subgroups join members with the same inner digits
+    by_default: bool = True  # else it is only looked at where a library offers it
+    is_hierarchy: bool = False  # may be laid out over subgroups that a topology suggests
+    to_all_at_once: bool = False  # a chip sends to all others in one round
+    peers: Callable[[Levels], int] | None = (
+        None  # with how many others of a level a chip exchanges parts at once
+    )
+    in_ranges: bool = True  # what a rank holds of one level is one range of chunks
+    adding_switches: int = 0  # levels from the inside whose switches add: these are helper ranks
+    hidden_latency_s: Callable[[Levels], float] | None = None  # in adding switches, which no message shows
+
+    def outline(self, op: Op, nbytes: float, levels: Levels) -> Outline | None:
+        """What representative chips send; None where the algorithm does not suit these levels."""
+        if not self.suits(op, levels):
+            return None
+        if self.cut is None:
+            return self.sketch(op, nbytes, levels)
+        return self.sketch(op, nbytes, levels, self.cut(op, nbytes, levels))
+
+    def schedule(self, op: Op, num_ranks: int, nbytes: float, levels: Levels) -> Schedule:
+        """The messages of all ranks. Without levels the group counts as one flat level."""
+        pieces = self.cut(op, nbytes, levels) if self.cut is not None and levels else 1
+        return self.make(op, Ranks.over(levels, num_ranks, pieces))
+
+    def suits(self, op: Op, levels: Levels) -> bool:
+        """Whether levels are as the algorithm needs them; its outline may still be None."""
+        needs = self.needs
+        parting = [level for level in levels if level.fanout > 1]
+        if not needs.least <= len(parting) <= needs.most:
+            return False
+        if parting and not _is_joined(parting[0], needs.innermost):
+            return False
+        if needs.outer is not Joined.ANYHOW and not all(
+            _is_joined(each, needs.outer) for each in parting[1:]
+        ):
+            return False
+        # A root's collective does not have all members send and receive alike either.
+        limit = 0 if op in ROOTED else needs.most_shared
+        return len(levels) <= limit or not any(level.shared for level in levels)
+
+    def has_many_peers(self, op: Op, levels: Levels) -> bool:
+        """Whether each chip of a hierarchy exchanges parts with more than MOST_PEERS others of one level at once.
+
+        Libraries keep connections and buffers for a few, and what a message costs by itself is not modelled. Who
+        scatters, gathers or sends everyone something else has no other way.
+        """
+        return self.peers is not None and op not in MANY_PEERS and self.peers(levels) > MOST_PEERS
+
+
+def algorithms(op: Op) -> Mapping[str, Algorithm]:
+    """All for an operation by name: of equally fast ones the first is taken."""
+    return _by_op()[op]
+
+
+def algorithm_of(op: Op, name: str) -> Algorithm:
+    """The one by a name that is known."""
+    return algorithms(op)[name]
 
 
 def names(op: Op) -> tuple[str, ...]:
-    """The algorithms for an operation, in the order of the files: of equally fast ones the first is taken."""
-    known = [name for file in FILES for name, ops in file.SCHEDULES.items() if op in ops]
-    return (*known, RAIL_RINGS) if op in _RAIL_OPS else tuple(known)
+    """The names of all for an operation."""
+    return tuple(algorithms(op))
 
 
 def considered(op: Op, num_chips: int) -> tuple[str, ...]:
     """What an automatic choice looks at where libraries do not say what they offer.
 
-    Not several rings over hosts, which are no faster than hierarchical algorithms. Nor that each chip exchanges parts
-    with more than MOST_PEERS others at once where there are other ways (see `has_many_peers`).
+    Not that each chip exchanges parts with more than MOST_PEERS others at once where there are other ways.
     """
-    left_out = {RAIL_RINGS}
-    if num_chips > MOST_PEERS + 1 and op not in MANY_PEERS:
-        left_out |= set(direct.SCHEDULES)
-    kept = tuple(name for name in names(op) if name not in left_out)
-    return kept or names(op)
+    has_few = num_chips <= MOST_PEERS + 1 or op in MANY_PEERS
+    return tuple(
+        name
+        for name, each in algorithms(op).items()
+        if each.by_default and (has_few or not each.to_all_at_once)
+    )
 
 
-def has_many_peers(name: str, op: Op, levels: Levels) -> bool:
-    """Whether each chip of a hierarchy exchanges parts with more than MOST_PEERS others of one level at once.
-
-    Libraries keep connections and buffers for a few, and what a message costs by itself is not modelled. Who scatters,
-    gathers or sends everyone something else has no other way.
-    """
-    return op not in MANY_PEERS and hierarchical.most_peers(name, levels) > MOST_PEERS
-
-
-def joins_likes(name: str) -> bool:
-    """Whether its messages between bunches join members with the same inner digits only: they keep to rails."""
-    return name in LIKES or name == RAIL_RINGS
-
-
-def num_layers_of_switches(name: str, levels: Levels) -> int:
-    """How many layers of switches add for its chips: their helper ranks are a switch per bunch, then the next."""
-    return {IN_NETWORK: len(levels), hierarchical_tree.BY_SWITCH: 1}.get(name, 0)
-
-
-def hidden_latency_s(name: str, levels: Levels) -> float:
-    """What a pipelined library takes inside switches that add, which no message shows."""
-    if name == IN_NETWORK:
-        return in_network.hidden_latency_s(levels)
-    return hierarchical_tree.hidden_latency_s(levels) if name in BY_SWITCHES else 0.0
-
-
-def outline_of(name: str, op: Op, nbytes: float, levels: Levels) -> Outline | None:
-    """What representative chips send; None where the algorithm does not suit these levels."""
-    if any(level.shared for level in levels) and _needs_wires_of_its_own(name, op, len(levels)):
-        return None
-    if name == RAIL_RINGS:
-        rings = _num_rings(levels)
-        return ring.around_outline(op, nbytes, levels, rings=rings) if rings > 1 else None
-    make = _outlines()[name][op]
-    return make(nbytes, levels, **_options(name, op, make, nbytes, levels))
-
-
-def schedule_of(name: str, op: Op, num_ranks: int, nbytes: float, levels: Levels | None) -> Schedule:
-    """The messages of all ranks. Without levels the group counts as one flat level."""
-    if name == RAIL_RINGS:
-        rings = _num_rings(levels or ())
-        per_host = prod(level.fanout for level in (levels or ())[:-1])
-        orders = ring.rail_orders(num_ranks, per_host, rings)
-        return _RAIL_OPS[op](num_ranks, orders=orders)
-    make = _schedules()[name][op]
-    return make(num_ranks, **_options(name, op, make, nbytes, levels))
-
-
-def _needs_wires_of_its_own(name: str, op: Op, num_levels: int) -> bool:
-    """Whether its outline is wrong where a switch limits all that passes it, or both directions share a wire.
-
-    Pools take it that all members send and receive alike, at one level at a time. A root's collective does not, and
-    flat rings and one-round algorithms cross several levels at once.
-    """
-    rooted = op in (Op.BROADCAST, Op.REDUCE, Op.GATHER, Op.SCATTER)
-    if rooted or any(
-        name in file.SCHEDULES for file in (binary_trees, hierarchical_tree, hierarchical_torus)
-    ):
-        return True
-    flat = name in (RAIL_RINGS, IN_NETWORK) or name in ring.SCHEDULES or name in direct.SCHEDULES
-    return flat and num_levels > 1
-
-
-_RAIL_OPS: Mapping[Op, Callable[..., Schedule]] = {
-    op: ring.SCHEDULES["ring"][op] for op in (Op.ALL_REDUCE, Op.ALL_GATHER, Op.REDUCE_SCATTER)
-}
+def spans(levels: Levels) -> tuple[tuple[Level, int], ...]:
+    """The levels that part anything, each with the members of one subgroup inside it."""
+    inner = accumulate((level.fanout for level in levels), mul, initial=1)
+    return tuple((level, size) for level, size in zip(levels, inner, strict=False) if level.fanout > 1)
 
 
 @cache
-def _schedules() -> Mapping[str, Mapping[Op, Callable[..., Schedule]]]:
-    return _in_one(file.SCHEDULES for file in FILES)
+def _by_op() -> Mapping[Op, Mapping[str, Algorithm]]:
+    package = import_module("comms.algorithms")
+    modules = [import_module(each.name) for each in walk_packages(package.__path__, f"{package.__name__}.")]
+    found = [each for module in modules for each in getattr(module, "ALGORITHMS", ())]
+    found.sort(key=lambda each: each.rank)
+    return {op: {each.name: each for each in found if op in each.ops} for op in Op}
 
 
-@cache
-def _outlines() -> Mapping[str, Mapping[Op, Callable[..., Outline | None]]]:
-    return _in_one(file.OUTLINES for file in FILES)
-
-
-@cache
-def _pieces() -> Mapping[str, Mapping[Op, Callable[[float, Levels], int]]]:
-    return _in_one(getattr(file, "PIECES", {}) for file in FILES)
-
-
-def _in_one(tables: Iterable[Mapping[str, Mapping[Op, T]]]) -> Mapping[str, Mapping[Op, T]]:
-    """Files may have an algorithm by the same name for different operations."""
-    whole: dict[str, dict[Op, T]] = {}
-    for table in tables:
-        for name, ops in table.items():
-            whole.setdefault(name, {}).update(ops)
-    return whole
-
-
-@cache
-def _takes(make: Callable[..., object] | partial[object], option: str) -> bool:
-    return option in signature(make).parameters
-
-
-def _options(
-    name: str, op: Op, make: Callable[..., object], nbytes: float, levels: Levels | None
-) -> dict[str, object]:
-    options: dict[str, object] = {}
-    if levels and _takes(make, "fanouts"):
-        options["fanouts"] = tuple(level.fanout for level in levels)
-    if levels and _takes(make, "ports"):
-        options["ports"] = tuple(level.port for level in levels)
-    if levels and _takes(make, "around"):
-        options["around"] = tuple(hierarchical.is_ring(level) for level in levels)
-    if levels and name in MESHES and not all(level.wraps for level in levels):
-        options["wraps"] = tuple(level.wraps for level in levels)  # where some do, they are gone round
-    pieces = _pieces().get(name, {}).get(op)
-    if levels and pieces is not None and _takes(make, "pieces"):
-        options["pieces"] = pieces(nbytes, levels)
-    return options
-
-
-def _num_rings(levels: Levels) -> int:
-    """One ring for each chip of a bunch, so that each leaves the bunch by another chip; no ring levels."""
-    if len(levels) < 2 or any(level.ring for level in levels):
-        return 1
-    return min(MOST_RINGS, prod(level.fanout for level in levels[:-1]))
+def _is_joined(level: Level, joined: Joined) -> bool:
+    if joined is Joined.BY_SWITCH:
+        return not level.ring
+    if joined is Joined.IN_RING:
+        return level.ring
+    return joined is Joined.ANYHOW or level.reduces

@@ -12,20 +12,25 @@ alone. With up to 8 rings over 2 to 16 hosts of 4 or 8 chips, with fabrics of 30
 50 GB/s, that is within 8 % of full fidelity, and 0.3 % in the mean.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
-from math import ceil
+from math import prod
 
 import numpy as np
 
-from comms.algorithms.rounds import Outlines, Schedules, check_ranks, folds
-from comms.collectives.outline import Hop, Outline, Stage
-from comms.collectives.schedule import Channel, Op, Order, Pattern, Round, Schedule
+from comms.algorithms.catalog import Algorithm, Joined, Needs, spans
+from comms.algorithms.rounds import Ranks
+from comms.collectives.outline import Hop, Outline, OutlineStage
+from comms.collectives.outline_time import pieces_to_fill
+from comms.collectives.schedule import Channel, Op, Pattern, Round, Schedule
 from comms.errors import CommsError
 from comms.networks.levels import Level, Levels, num_members
 from comms.networks.topology import IntArray
 
-FILLING = 1 / 32  # of the time with endless pieces, what filling a chain may cost more
+RING, BIDIRECTIONAL, RAIL_RINGS = "ring", "bidirectional ring", "rail rings"
+AROUND = (Op.ALL_REDUCE, Op.ALL_GATHER, Op.REDUCE_SCATTER)
+CHAINS = (Op.BROADCAST, Op.REDUCE)
+MOST_RINGS = 16  # as many channels as libraries open
 MAX_POSITIONS = 4096  # chips that all differ; a ring with more of them has no outline
 
 
@@ -43,149 +48,86 @@ def rail_orders(num_ranks: int, per_host: int, num_rings: int) -> tuple[IntArray
     return tuple((hosts + (chips + ring) % per_host).ravel() for ring in range(num_rings))
 
 
-def all_reduce(
-    num_ranks: int,
-    *,
-    orders: Sequence[IntArray] | None = None,
-    both_ways: bool = False,
-    pieces: int = 1,
-    order: Order = Order.SERIAL,
+def schedule(
+    op: Op, ranks: Ranks, *, orders: Sequence[IntArray] | None = None, both_ways: bool = False
 ) -> Schedule:
-    """Reduce-scatter, then all-gather; one channel per order of ranks, and one back where `both_ways`."""
-    return _around(Op.ALL_REDUCE, num_ranks, orders, both_ways, pieces, order)
+    """One channel per order of ranks, and one back where `both_ways`.
 
-
-def all_gather(
-    num_ranks: int,
-    *,
-    orders: Sequence[IntArray] | None = None,
-    both_ways: bool = False,
-    pieces: int = 1,
-    order: Order = Order.SERIAL,
-) -> Schedule:
-    """Every rank passes on what it got last."""
-    return _around(Op.ALL_GATHER, num_ranks, orders, both_ways, pieces, order)
-
-
-def reduce_scatter(
-    num_ranks: int,
-    *,
-    orders: Sequence[IntArray] | None = None,
-    both_ways: bool = False,
-    pieces: int = 1,
-    order: Order = Order.SERIAL,
-) -> Schedule:
-    """Every rank adds its part to what it got last and passes it on."""
-    return _around(Op.REDUCE_SCATTER, num_ranks, orders, both_ways, pieces, order)
-
-
-def broadcast(
-    num_ranks: int,
-    root: int = 0,
-    *,
-    orders: Sequence[IntArray] | None = None,
-    both_ways: bool = False,
-    pieces: int = 1,
-) -> Schedule:
-    """A chain from the root, in pieces that follow each other."""
-    check_ranks(num_ranks, root, pieces)
-    rings = _rings(num_ranks, orders, both_ways)
-    chains = [np.roll(ring, -int(np.flatnonzero(ring == root)[0])) for ring in rings]
-    channels = _chains(chains, pieces, reduces=False)
-    return Schedule(Op.BROADCAST, _name(both_ways), num_ranks, len(rings), 1.0 / len(rings), channels, root)
-
-
-def reduce(
-    num_ranks: int,
-    root: int = 0,
-    *,
-    orders: Sequence[IntArray] | None = None,
-    both_ways: bool = False,
-    pieces: int = 1,
-) -> Schedule:
-    """The chain of a broadcast backwards, in pieces that follow each other."""
-    check_ranks(num_ranks, root, pieces)
-    rings = _rings(num_ranks, orders, both_ways)
-    chains = [np.roll(ring, -int(np.flatnonzero(ring == root)[0]))[::-1] for ring in rings]
-    channels = _chains(chains, pieces, reduces=True)
-    return Schedule(Op.REDUCE, _name(both_ways), num_ranks, len(rings), 1.0 / len(rings), channels, root)
-
-
-def around_outline(
-    op: Op,
-    nbytes: float,
-    levels: Levels,
-    *,
-    rings: int = 1,
-    both_ways: bool = False,
-    pieces: int = 1,
-    order: Order = Order.SERIAL,
-) -> Outline | None:
-    """All-reduce, all-gather or reduce-scatter over members in order (`rail_orders` where rings > 1)."""
-    n, flows = num_members(levels), rings * (2 if both_ways else 1)
-    spans = folds(levels)
-    each = nbytes / (n * flows)
-    if any(level.ring for level, _ in spans):
-        hops = _neighbour_hops(spans[0][0], flows, both_ways) if len(spans) == 1 else None
-    elif len(spans) > 1:
-        hops = None if both_ways else _carried_hops(spans, flows)
+    Scattering, every rank adds its part to what it got last and passes it on; gathering, it passes that on. What is
+    whole goes along a chain from or to the root, in pieces that follow each other.
+    """
+    rings = _rings(ranks.num, orders, both_ways)
+    if op in CHAINS:
+        num_chunks = len(rings)
+        chains = [np.roll(ring, -int(np.flatnonzero(ring == ranks.root)[0])) for ring in rings]
+        channels = _chains(op, chains, ranks.pieces)
     else:
-        hops = tuple(_hop(level, flows) for level, _ in spans)
+        num_chunks = ranks.num * len(rings)
+        channels = tuple(
+            Channel((_rounds(op, ring, ring * len(rings) + index),), ranks.pieces)
+            for index, ring in enumerate(rings)
+            if ranks.num > 1
+        )
+    return Schedule(op, _name(both_ways), ranks.num, num_chunks, 1.0 / num_chunks, channels, ranks.root)
+
+
+def outline(
+    op: Op, nbytes: float, levels: Levels, pieces: int = 1, *, rings: int = 1, both_ways: bool = False
+) -> Outline | None:
+    """Over members in order, or as `rail_orders` has them where rings > 1; a chain's root is the first member."""
+    if op in CHAINS:
+        return _chain_outline(nbytes, levels, pieces)
+    n, flows = num_members(levels), rings * (2 if both_ways else 1)
+    parts = spans(levels)
+    each = nbytes / (n * flows)
+    if any(level.ring for level, _ in parts):
+        hops = _neighbour_hops(parts[0][0], flows, both_ways) if len(parts) == 1 else None
+    elif len(parts) > 1:
+        hops = None if both_ways else _carried_hops(parts, flows)
+    else:
+        hops = tuple(_hop(level, flows) for level, _ in parts)
     if hops is None:
         return None
     rounds = (n - 1) * (2 if op is Op.ALL_REDUCE else 1)
-    stages = (Stage(rounds, each, hops),) if n > 1 else ()
-    return Outline(_name(both_ways), (stages,), (0,), pieces, order)
-
-
-def chain_outline(
-    op: Op, nbytes: float, levels: Levels, *, rings: int = 1, both_ways: bool = False, pieces: int = 1
-) -> Outline | None:
-    """Broadcast from the first member along all others, or reduce to it; every chip sends by a wire of its own."""
-    n, flows = num_members(levels), rings * (2 if both_ways else 1)
-    spans = folds(levels)
-    assert op in (Op.BROADCAST, Op.REDUCE)
-    if len(spans) > 1 and (flows > 1 or any(level.ring for level, _ in spans)):
-        return None
-    if both_ways and spans and spans[0][0].ring:
-        return None
-    stages = tuple(
-        Stage(n // inner - n // (inner * level.fanout), nbytes / flows, (_hop(level, flows),), own_ports=True)
-        for level, inner in spans
-    )
+    stages = (OutlineStage(rounds, each, hops),) if n > 1 else ()
     return Outline(_name(both_ways), (stages,), (0,), pieces)
 
 
-def chain_pieces(nbytes: float, levels: Levels) -> int:
-    """The fewest pieces with which filling a chain costs at most FILLING of the time with endless pieces."""
-    outline = chain_outline(Op.BROADCAST, nbytes, levels)
-    if outline is None or num_members(levels) < 3:
-        return 1
-    stages = [(stage, stage.hops[0]) for stage in outline.phases[0] if stage.repeat]
-    wire_s = [stage.nbytes / hop.bytes_per_s for stage, hop in stages]
-    endless_s = sum(stage.repeat * hop.latency_s for stage, hop in stages) + max(wire_s)
-    filling_s = sum(stage.repeat * wire for (stage, _), wire in zip(stages, wire_s, strict=True)) - max(
-        wire_s
+def chain_pieces(op: Op, nbytes: float, levels: Levels) -> int:
+    """A chain goes in so many that filling it hardly counts; what goes around in one."""
+    whole = _chain_outline(nbytes, levels, 1) if op in CHAINS else None
+    return pieces_to_fill(whole) if whole is not None else 1
+
+
+def _chain_outline(nbytes: float, levels: Levels, pieces: int) -> Outline | None:
+    """Every chip sends by a wire of its own."""
+    n, parts = num_members(levels), spans(levels)
+    if len(parts) > 1 and any(level.ring for level, _ in parts):
+        return None
+    stages = tuple(
+        OutlineStage(n // inner - n // (inner * level.fanout), nbytes, (_hop(level, 1),), own_ports=True)
+        for level, inner in parts
     )
-    return max(1, ceil(filling_s / (FILLING * endless_s))) if filling_s > 0 else 1
+    return Outline(_name(False), (stages,), (0,), pieces)
+
+
+def _rail_schedule(op: Op, ranks: Ranks) -> Schedule:
+    per_host, rings = prod(ranks.fanouts[:-1]), _num_rings(ranks.fanouts)
+    return schedule(op, ranks, orders=rail_orders(ranks.num, per_host, rings))
+
+
+def _rail_outline(op: Op, nbytes: float, levels: Levels) -> Outline | None:
+    rings = _num_rings([level.fanout for level in levels])
+    return outline(op, nbytes, levels, rings=rings) if rings > 1 else None
+
+
+def _num_rings(fanouts: Sequence[int]) -> int:
+    """One ring for each chip of a subgroup, so that each leaves it by another chip."""
+    return min(MOST_RINGS, prod(fanouts[:-1]))
 
 
 def _name(both_ways: bool) -> str:
-    return "bidirectional ring" if both_ways else "ring"
-
-
-def _around(
-    op: Op, num_ranks: int, orders: Sequence[IntArray] | None, both_ways: bool, pieces: int, order: Order
-) -> Schedule:
-    check_ranks(num_ranks, pieces=pieces)
-    rings = _rings(num_ranks, orders, both_ways)
-    num_chunks = num_ranks * len(rings)
-    channels = tuple(
-        Channel((_rounds(op, ring, ring * len(rings) + index),), pieces, order)
-        for index, ring in enumerate(rings)
-        if num_ranks > 1
-    )
-    return Schedule(op, _name(both_ways), num_ranks, num_chunks, 1.0 / num_chunks, channels)
+    return BIDIRECTIONAL if both_ways else RING
 
 
 def _rings(num_ranks: int, orders: Sequence[IntArray] | None, both_ways: bool) -> tuple[IntArray, ...]:
@@ -218,22 +160,19 @@ def _rounds(op: Op, ring: IntArray, chunks: IntArray) -> tuple[Round, ...]:
     return scatter if op is Op.REDUCE_SCATTER else gather
 
 
-def _chains(chains: Sequence[IntArray], pieces: int, reduces: bool) -> tuple[Channel, ...]:
-    """Round s: the rank at place s sends the channel's chunk to the next."""
-    one = np.ones(1, dtype=np.int64)
-    return tuple(
-        Channel(
-            (
-                tuple(
-                    Round(Pattern(chain[s : s + 1], chain[s + 1 : s + 2]), index * one, one, reduces)
-                    for s in range(len(chain) - 1)
-                ),
-            ),
-            pieces,
+def _chains(op: Op, chains: Sequence[IntArray], pieces: int) -> tuple[Channel, ...]:
+    """Round s: the rank at place s sends the channel's chunk to the next. A reduce goes backwards."""
+    one, reduces = np.ones(1, dtype=np.int64), op is Op.REDUCE
+    channels = []
+    for index, away in enumerate(chains):
+        chain = away[::-1] if reduces else away
+        rounds = tuple(
+            Round(Pattern(chain[s : s + 1], chain[s + 1 : s + 2]), index * one, one, reduces)
+            for s in range(len(chain) - 1)
         )
-        for index, chain in enumerate(chains)
-        if len(chain) > 1
-    )
+        if rounds:
+            channels.append(Channel((rounds,), pieces))
+    return tuple(channels)
 
 
 def _carried_hops(spans: tuple[tuple[Level, int], ...], rings: int) -> tuple[Hop, ...] | None:
@@ -272,34 +211,34 @@ def _hop(level: Level, flows: int) -> Hop:
     return Hop(level.latency_s, level.rate(flows))
 
 
-SCHEDULES: Schedules = {
-    "ring": {
-        Op.ALL_REDUCE: all_reduce,
-        Op.ALL_GATHER: all_gather,
-        Op.REDUCE_SCATTER: reduce_scatter,
-        Op.BROADCAST: broadcast,
-        Op.REDUCE: reduce,
-    },
-    "bidirectional ring": {
-        Op.ALL_REDUCE: partial(all_reduce, both_ways=True),
-        Op.ALL_GATHER: partial(all_gather, both_ways=True),
-        Op.REDUCE_SCATTER: partial(reduce_scatter, both_ways=True),
-    },
-}
-OUTLINES: Outlines = {
-    "ring": {
-        Op.ALL_REDUCE: partial(around_outline, Op.ALL_REDUCE),
-        Op.ALL_GATHER: partial(around_outline, Op.ALL_GATHER),
-        Op.REDUCE_SCATTER: partial(around_outline, Op.REDUCE_SCATTER),
-        Op.BROADCAST: partial(chain_outline, Op.BROADCAST),
-        Op.REDUCE: partial(chain_outline, Op.REDUCE),
-    },
-    "bidirectional ring": {
-        Op.ALL_REDUCE: partial(around_outline, Op.ALL_REDUCE, both_ways=True),
-        Op.ALL_GATHER: partial(around_outline, Op.ALL_GATHER, both_ways=True),
-        Op.REDUCE_SCATTER: partial(around_outline, Op.REDUCE_SCATTER, both_ways=True),
-    },
-}
-PIECES: Mapping[str, Mapping[Op, Callable[[float, Levels], int]]] = {
-    "ring": {Op.BROADCAST: chain_pieces, Op.REDUCE: chain_pieces}
-}
+ALGORITHMS = (
+    Algorithm(
+        name=RING,
+        rank=0,
+        ops=(*AROUND, *CHAINS),
+        make=schedule,
+        sketch=outline,
+        cut=chain_pieces,
+        needs=Needs(most_shared=1),
+    ),
+    Algorithm(
+        name=BIDIRECTIONAL,
+        rank=0,
+        ops=AROUND,
+        make=partial(schedule, both_ways=True),
+        sketch=partial(outline, both_ways=True),
+        needs=Needs(most=1),
+    ),
+    # Several rings over hosts are no faster than hierarchical algorithms, so that they are the last to be looked at,
+    # and only where a library has them.
+    Algorithm(
+        name=RAIL_RINGS,
+        rank=99,
+        ops=AROUND,
+        make=_rail_schedule,
+        sketch=_rail_outline,
+        needs=Needs(Joined.BY_SWITCH, Joined.BY_SWITCH, least=2, most_shared=1),
+        rail_aligned=True,
+        by_default=False,
+    ),
+)

@@ -1,50 +1,95 @@
-"""Rounds: what the algorithms of this package build theirs from.
+"""Rounds: what the algorithms of this package build their schedules from.
 
 Ranks have digits: with fanouts f1, f2, ... (innermost first) rank r has r % f1, r // f1 % f2, ..., as the members
 of a group have in `networks.levels`. Algorithms that go digit by digit do the same on all ranks, wherever the tiers
 of a network part them.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from math import prod
-from typing import TypeAlias
+from typing import TypeVar
 
 import numpy as np
 
-from comms.collectives.outline import Outline
-from comms.collectives.schedule import Channel, Op, Order, Pattern, Round, Schedule
+from comms.collectives.schedule import Channel, Op, Pattern, PieceOrder, Round, Schedule
 from comms.errors import CommsError
-from comms.networks.levels import Level, Levels
+from comms.networks.levels import Levels
 from comms.networks.topology import FloatArray, IntArray
 
-Schedules: TypeAlias = Mapping[str, Mapping[Op, Callable[..., Schedule]]]
-Outlines: TypeAlias = Mapping[str, Mapping[Op, Callable[..., Outline | None]]]
+T = TypeVar("T")
 
 
-def check_ranks(num_ranks: int, root: int = 0, pieces: int = 1) -> None:
-    """Raise CommsError unless there are ranks, the root is one, and the buffer has pieces."""
-    if num_ranks < 1:
-        raise CommsError(f"{num_ranks} ranks", "schedule", "a collective needs at least one rank")
-    if not 0 <= root < num_ranks:
-        raise CommsError(f"root {root} of {num_ranks} ranks", "schedule", "count ranks from 0")
-    if pieces < 1:
-        raise CommsError(f"{pieces} pieces", "schedule", "cut a buffer into at least one piece")
+@dataclass(frozen=True, slots=True)
+class Ranks:
+    """For whom a schedule is made. Raises CommsError for what cannot be.
+
+    Of each fanout may be told whether its subgroups stand in a ring and reach their neighbours only, whether the last
+    of these is a neighbour of the first, and by which port messages between them leave.
+    """
+
+    num: int
+    root: int = 0
+    fanouts: tuple[int, ...] = ()  # innermost first; none: all ranks are one digit
+    rings: tuple[bool, ...] = ()
+    wraps: tuple[bool, ...] = ()
+    ports: tuple[int, ...] = ()
+    pieces: int = 1  # that the buffer is cut into
+
+    def __post_init__(self) -> None:
+        if self.num < 1:
+            raise CommsError(f"{self.num} ranks", "schedule", "a collective needs at least one rank")
+        if not 0 <= self.root < self.num:
+            raise CommsError(f"root {self.root} of {self.num} ranks", "schedule", "count ranks from 0")
+        if self.pieces < 1:
+            raise CommsError(f"{self.pieces} pieces", "schedule", "cut a buffer into at least one piece")
+        if self.fanouts and (min(self.fanouts) < 1 or prod(self.fanouts) != self.num):
+            problem = f"fanouts {self.fanouts} do not make {self.num} ranks"
+            raise CommsError(problem, "schedule", "their product is the ranks")
+        for told in (self.rings, self.wraps, self.ports):
+            if told and len(told) != len(self.fanouts):
+                problem = f"{len(told)} answers for {len(self.fanouts)} dimensions"
+                raise CommsError(problem, "schedule", "say it of each fanout")
+
+    @classmethod
+    def over(cls, levels: Levels, num: int, pieces: int = 1) -> "Ranks":
+        """The members of a group that folds into levels; one flat level if there are none."""
+        return cls(
+            num,
+            fanouts=tuple(level.fanout for level in levels),
+            # Of two in a ring each has the other for both neighbours: all reach each other.
+            rings=tuple(level.ring and level.fanout > 2 for level in levels),
+            wraps=tuple(level.wraps for level in levels),
+            ports=tuple(level.port for level in levels),
+            pieces=pieces,
+        )
+
+    @property
+    def digits(self) -> tuple[int, ...]:
+        """The fanouts that part anything."""
+        return tuple(fanout for fanout in self.fanouts or (self.num,) if fanout > 1)
+
+    def of_digits(self, told: Sequence[T], otherwise: T) -> tuple[T, ...]:
+        """What is told of each of these; `otherwise` where nothing is."""
+        known = told or (otherwise,) * len(self.fanouts or (self.num,))
+        return tuple(
+            each for each, fanout in zip(known, self.fanouts or (self.num,), strict=True) if fanout > 1
+        )
 
 
 def schedule_of(
     op: Op,
     algorithm: str,
-    num_ranks: int,
+    ranks: Ranks,
     num_chunks: int,
     rounds: Sequence[Round],
     *,
     shares: float | FloatArray | None = None,
-    root: int = 0,
 ) -> Schedule:
     """A schedule of one channel in one phase, in one piece. Chunks are alike unless shares are given."""
-    channels = (Channel((tuple(rounds),), 1, Order.SERIAL),) if rounds else ()
+    channels = (Channel((tuple(rounds),), 1, PieceOrder.SERIAL),) if rounds else ()
     share = 1.0 / num_chunks if shares is None else shares
-    return Schedule(op, algorithm, num_ranks, num_chunks, share, channels, root)
+    return Schedule(op, algorithm, ranks.num, num_chunks, share, channels, ranks.root)
 
 
 def round_of(src: IntArray, dst: IntArray, chunk: IntArray, reduces: bool) -> Round:
@@ -69,21 +114,8 @@ def reversed_rounds(rounds: Sequence[Round], reduces: bool) -> tuple[Round, ...]
     )
 
 
-def checked_fanouts(num_ranks: int, fanouts: Sequence[int] | None) -> tuple[int, ...]:
-    """The fanouts above 1, or all ranks as one; CommsError where they do not make up the ranks."""
-    if fanouts is None:
-        return (num_ranks,) if num_ranks > 1 else ()
-    if any(fanout < 1 for fanout in fanouts) or prod(fanouts) != num_ranks:
-        raise CommsError(
-            f"fanouts {tuple(fanouts)} do not make {num_ranks} ranks",
-            "schedule",
-            "their product is the ranks",
-        )
-    return tuple(fanout for fanout in fanouts if fanout > 1)
-
-
 def inner_sizes(fanouts: Sequence[int]) -> tuple[int, ...]:
-    """Per fanout, how many ranks one bunch inside it has: 1, f1, f1 * f2, ..."""
+    """Per fanout, how many ranks one subgroup inside it has: 1, f1, f1 * f2, ..."""
     return tuple(prod(fanouts[:index]) for index in range(len(fanouts)))
 
 
@@ -92,9 +124,3 @@ def moved(ranks: IntArray, inner: int, fanout: int, by: int | IntArray) -> IntAr
     digit = ranks // inner % fanout
     there: IntArray = ranks + ((digit + by) % fanout - digit) * inner
     return there
-
-
-def folds(levels: Levels) -> tuple[tuple[Level, int], ...]:
-    """The levels that part anything, each with the members of one bunch inside it."""
-    sizes = inner_sizes([level.fanout for level in levels])
-    return tuple((level, inner) for level, inner in zip(levels, sizes, strict=True) if level.fanout > 1)

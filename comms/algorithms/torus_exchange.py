@@ -20,18 +20,10 @@ from functools import partial
 
 import numpy as np
 
-from comms.algorithms.rounds import (
-    Outlines,
-    Schedules,
-    check_ranks,
-    checked_fanouts,
-    folds,
-    inner_sizes,
-    moved,
-    round_of,
-)
+from comms.algorithms.catalog import Algorithm, Joined, Needs, spans
+from comms.algorithms.rounds import Ranks, inner_sizes, moved, round_of
 from comms.algorithms.torus_rings import has_own_wires
-from comms.collectives.outline import Hop, Outline, Stage
+from comms.collectives.outline import Hop, Outline, OutlineStage
 from comms.collectives.schedule import Channel, Op, Pattern, Round, Schedule
 from comms.errors import TooManyMessages
 from comms.networks.levels import Level, Levels
@@ -41,36 +33,36 @@ SHIFT, ROTATED_SHIFT = "torus shift", "rotated torus shift"
 MOST_CHUNKS = 2**23  # some 1 GB
 
 
-def all_to_all(num_ranks: int, *, fanouts: Sequence[int] | None = None, rotated: bool = False) -> Schedule:
-    """From the outermost dimension inwards, as what goes to one bunch is one range of chunks."""
-    check_ranks(num_ranks)
-    parts = checked_fanouts(num_ranks, fanouts)
-    orders = _orders(len(parts), rotated)
-    halves = 2 if any(_has_far_side(fanout) for fanout in parts) else 1
+def schedule(op: Op, ranks: Ranks, *, rotated: bool = False) -> Schedule:
+    """From the outermost dimension inwards, as what goes to one subgroup is one range of chunks."""
+    n, digits = ranks.num, ranks.digits
+    orders = _orders(len(digits), rotated)
+    halves = 2 if any(_has_far_side(fanout) for fanout in digits) else 1
     per_pair = max(1, halves * len(orders))
-    num_chunks = num_ranks**2 * per_pair
+    num_chunks = n**2 * per_pair
     if num_chunks > MOST_CHUNKS:
-        problem = f"{num_ranks} ranks exchange {num_chunks} chunks"
+        problem = f"{n} ranks exchange {num_chunks} chunks"
         raise TooManyMessages(
             problem, _name(rotated), "ask for folded, or for an algorithm that sends directly"
         )
-    chunks = np.arange(num_chunks).reshape(num_ranks**2, -1, halves)
-    channels = tuple(Channel(_phases(chunks[:, number], parts, order)) for number, order in enumerate(orders))
-    share = 1.0 / (num_ranks * per_pair)
-    return Schedule(Op.ALL_TO_ALL, _name(rotated), num_ranks, num_chunks, share, channels)
+    chunks = np.arange(num_chunks).reshape(n**2, -1, halves)
+    channels = tuple(
+        Channel(_phases(chunks[:, number], digits, order)) for number, order in enumerate(orders)
+    )
+    return Schedule(op, _name(rotated), n, num_chunks, 1.0 / (n * per_pair), channels)
 
 
-def outline(nbytes: float, levels: Levels, *, rotated: bool = False) -> Outline | None:
-    """Over rings; rotated, over two or more."""
-    spans = folds(levels)
-    if len(spans) < 1 + rotated or not all(_suits(*span) for span in spans):
+def outline(op: Op, nbytes: float, levels: Levels, *, rotated: bool = False) -> Outline | None:
+    """Over rings that close, with wires of the chips' own."""
+    parts = spans(levels)
+    if not all(has_own_wires(*each) and (each[0].wraps or each[0].fanout == 2) for each in parts):
         return None
-    orders = _orders(len(spans), rotated)
-    if len({(level.fanout, level.latency_s, level.bytes_per_s) for level, _ in spans}) == 1:
+    orders = _orders(len(parts), rotated)
+    if len({(level.fanout, level.latency_s, level.bytes_per_s) for level, _ in parts}) == 1:
         orders = orders[:1]  # alike, they never meet
-    part = nbytes / len(spans) if rotated else nbytes
+    part = nbytes / len(parts) if rotated else nbytes
     channels = [
-        Outline(_name(rotated), tuple(_stages(part, spans[dim][0]) for dim in order), order)
+        Outline(_name(rotated), tuple(_stages(part, parts[dim][0]) for dim in order), order)
         for order in orders
     ]
     return replace(channels[0], beside=tuple(channels[1:]))
@@ -78,10 +70,6 @@ def outline(nbytes: float, levels: Levels, *, rotated: bool = False) -> Outline 
 
 def _name(rotated: bool) -> str:
     return ROTATED_SHIFT if rotated else SHIFT
-
-
-def _suits(level: Level, inner: int) -> bool:
-    return has_own_wires(level, inner) and (level.wraps or level.fanout == 2)
 
 
 def _has_far_side(fanout: int) -> bool:
@@ -96,12 +84,12 @@ def _orders(num_dims: int, rotated: bool) -> tuple[tuple[int, ...], ...]:
     return orders if rotated else orders[:1]
 
 
-def _stages(nbytes: float, level: Level) -> tuple[Stage, ...]:
+def _stages(nbytes: float, level: Level) -> tuple[OutlineStage, ...]:
     """What goes one way round, in each round what still has to go on."""
     hop = Hop(level.latency_s, level.bytes_per_s)
     last = 0.5 if _has_far_side(level.fanout) else 1.0
     blocks = [further + last for further in reversed(range(level.fanout // 2))]
-    return tuple(Stage(1, each * nbytes / level.fanout, (hop,)) for each in blocks)
+    return tuple(OutlineStage(1, each * nbytes / level.fanout, (hop,)) for each in blocks)
 
 
 def _phases(chunks: IntArray, fanouts: Sequence[int], order: Sequence[int]) -> tuple[tuple[Round, ...], ...]:
@@ -115,6 +103,7 @@ def _phases(chunks: IntArray, fanouts: Sequence[int], order: Sequence[int]) -> t
     for dim in order:
         fanout, inner = fanouts[dim], inner_sizes(fanouts)[dim]
         up = (target // inner - here // inner) % fanout
+        # The far side of an even ring is as near either way: half of it goes up. Two chips have one wire each way.
         rises = (2 * up < fanout) | ((2 * up == fanout) & (goes_up | (fanout == 2)))
         hops = np.where(rises, up, up - fanout)
         rounds = []
@@ -129,11 +118,21 @@ def _phases(chunks: IntArray, fanouts: Sequence[int], order: Sequence[int]) -> t
     return tuple(phases)
 
 
-SCHEDULES: Schedules = {
-    SHIFT: {Op.ALL_TO_ALL: all_to_all},
-    ROTATED_SHIFT: {Op.ALL_TO_ALL: partial(all_to_all, rotated=True)},
-}
-OUTLINES: Outlines = {
-    SHIFT: {Op.ALL_TO_ALL: outline},
-    ROTATED_SHIFT: {Op.ALL_TO_ALL: partial(outline, rotated=True)},
-}
+_SHIFT = Algorithm(
+    name=SHIFT,
+    rank=12,
+    ops=(Op.ALL_TO_ALL,),
+    make=schedule,
+    sketch=outline,
+    needs=Needs(Joined.IN_RING, Joined.IN_RING, least=1),
+)
+ALGORITHMS = (
+    _SHIFT,
+    replace(
+        _SHIFT,
+        name=ROTATED_SHIFT,
+        make=partial(schedule, rotated=True),
+        sketch=partial(outline, rotated=True),
+        needs=replace(_SHIFT.needs, least=2),
+    ),
+)

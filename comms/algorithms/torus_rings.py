@@ -11,142 +11,147 @@ faster otherwise: one half of the buffer goes in pieces up the line as a sum and
 other way round, so that every wire carries the buffer once, not twice. The way back begins when the last piece is
 there, which is when the wires are free.
 
+Over several tori all wires of each are busy while shares of the buffer cross between them: every channel scatters along
+the dimensions of its torus, rotated, then around a ring of the chips that sit alike in other tori, and gathers all the
+way back. TPU pods over a data-centre network are joined so.
+
 Outlines are exact for dimensions whose wires are a chip's own (rings of two have one link, which both channels
 share). Rotated over rings that are not all alike, channels meet on the wires of a dimension at times that depend on
-all figures, so that the outline has them side by side.
+all figures, so that the outline has them side by side; over several tori it always has.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from math import ceil, prod
+from math import prod
 from typing import TypeVar
 
 import numpy as np
 
-from comms.algorithms.hierarchical.hierarchical import Blocks, Move, ring_moves
-from comms.algorithms.rounds import Outlines, Schedules, check_ranks, checked_fanouts, folds
-from comms.collectives.outline import Hop, Outline, Stage
+from comms.algorithms.catalog import Algorithm, Joined, Needs, spans
+from comms.algorithms.hierarchical.hierarchical import Blocks, Move, is_ring, ring_moves
+from comms.algorithms.rounds import Ranks
+from comms.collectives.outline import Hop, Outline, OutlineStage
+from comms.collectives.outline_time import fewest_pieces
 from comms.collectives.schedule import Channel, Op, Pattern, Round, Schedule
-from comms.errors import CommsError
 from comms.networks.levels import Level, Levels, num_members
 from comms.networks.topology import IntArray
 
 T = TypeVar("T")
 
 TORUS, MESH, ROTATED, LINE = "torus", "mesh", "rotated torus", "line"
-FILLING = 1 / 32  # of the time with endless pieces, what filling pipelines may cost more
+OVER_TORI = "hierarchical rotated torus"
+OPS = (Op.ALL_REDUCE, Op.REDUCE_SCATTER, Op.ALL_GATHER)
 BOTH_WAYS = (1, -1)
 ROUNDING = 1e-9  # of a rate that was multiplied and divided by the same numbers
 
 
-def all_reduce(
-    num_ranks: int,
-    *,
-    fanouts: Sequence[int] | None = None,
-    wraps: Sequence[bool] | bool = True,
-    rotated: bool = False,
-) -> Schedule:
-    """Reduce-scatter along all dimensions, then all-gather back."""
-    return _torus(Op.ALL_REDUCE, num_ranks, fanouts, wraps, rotated)
+def schedule(op: Op, ranks: Ranks, *, name: str = TORUS) -> Schedule:
+    """Reduce-scatter along all dimensions, then all-gather back; or either. A mesh goes round what wraps around.
+
+    In the halves what goes to one chip is not one range of chunks, so it is several.
+    """
+    orders = rotations(len(ranks.digits))
+    around = gone_round(ranks.of_digits(ranks.wraps, False), name == MESH)
+    taken = orders if name == ROTATED else orders[:1]
+    return scattering_and_gathering(op, name, ranks.digits, taken, around, at_once=name != ROTATED)
 
 
-def reduce_scatter(
-    num_ranks: int,
-    *,
-    fanouts: Sequence[int] | None = None,
-    wraps: Sequence[bool] | bool = True,
-    rotated: bool = False,
-) -> Schedule:
-    """From the first dimension to the last. What goes to one chip is not one range of chunks, so it is several."""
-    return _torus(Op.REDUCE_SCATTER, num_ranks, fanouts, wraps, rotated)
-
-
-def all_gather(
-    num_ranks: int,
-    *,
-    fanouts: Sequence[int] | None = None,
-    wraps: Sequence[bool] | bool = True,
-    rotated: bool = False,
-) -> Schedule:
-    """From the last dimension to the first."""
-    return _torus(Op.ALL_GATHER, num_ranks, fanouts, wraps, rotated)
-
-
-def line_all_reduce(num_ranks: int, *, pieces: int = 1) -> Schedule:
-    """Two chains that cross: sums go to one end and results back, each half in `pieces` chunks of its own."""
-    check_ranks(num_ranks, pieces=pieces)
+def line_schedule(op: Op, ranks: Ranks) -> Schedule:
+    """Two chains that cross: sums go to one end and results back, each half in pieces that are chunks of its own."""
+    pieces = ranks.pieces
     channels = tuple(
-        _there_and_back(np.arange(num_ranks)[::step], np.arange(pieces) + half * pieces)
+        _there_and_back(np.arange(ranks.num)[::step], np.arange(pieces) + half * pieces)
         for half, step in enumerate(BOTH_WAYS)
-        if num_ranks > 1
+        if ranks.num > 1
     )
-    return Schedule(Op.ALL_REDUCE, LINE, num_ranks, 2 * pieces, 0.5 / pieces, channels)
+    return Schedule(op, LINE, ranks.num, 2 * pieces, 0.5 / pieces, channels)
 
 
-def line_pieces(nbytes: float, levels: Levels) -> int:
-    """The fewest pieces with which filling the chains costs at most FILLING of the time with endless pieces."""
-    spans = folds(levels)
-    if not spans or num_members(levels) < 3:
+def line_pieces(op: Op, nbytes: float, levels: Levels) -> int:
+    """So many that filling the chains hardly counts."""
+    parts = spans(levels)
+    if not parts or num_members(levels) < 3:
         return 1
-    level, _ = spans[0]
+    level, _ = parts[0]
     half_s = nbytes / 2 / level.rate(2)
-    endless = (level.fanout - 1) * level.latency_s + half_s
-    return max(1, ceil((level.fanout - 2) * half_s / (FILLING * endless))) if endless > 0 else 1
+    return fewest_pieces((level.fanout - 2) * half_s, (level.fanout - 1) * level.latency_s + half_s)
 
 
-def outline(
-    op: Op,
-    nbytes: float,
-    levels: Levels,
-    *,
-    wraps: Sequence[bool] | bool = True,
-    rotated: bool = False,
-) -> Outline | None:
-    """Over dimensions that are gone round where `wraps`; rotated, over two rings or more."""
-    spans = folds(levels)
-    rings = _rings([], [level.fanout for level in levels], wraps)
-    if not spans or not all(_suits(*each) for each in zip(spans, rings, strict=True)):
+def outline(op: Op, nbytes: float, levels: Levels, *, name: str = TORUS) -> Outline | None:
+    """None where a dimension is not as the algorithm by this name needs it; rotated, all are rings with own wires."""
+    parts, rotated = spans(levels), name == ROTATED
+    around = gone_round(tuple(level.wraps for level, _ in parts), name == MESH)
+    if not parts or not all(_suits(*each) for each in zip(parts, around, strict=True)):
         return None
-    if rotated and (len(spans) < 2 or not all(has_own_wires(*each) for each in spans)):
+    if rotated and not all(has_own_wires(*each) for each in parts):
         return None
-    dims = tuple(range(len(spans)))
-    alike = len({(level.fanout, level.latency_s, level.bytes_per_s) for level, _ in spans}) == 1
-    part = nbytes / (2 * len(spans) if rotated else 2)
+    dims = tuple(range(len(parts)))
+    alike = len({(level.fanout, level.latency_s, level.bytes_per_s) for level, _ in parts}) == 1
+    part = nbytes / (2 * len(parts) if rotated else 2)
     channels = []
     for first in dims if rotated and not alike else dims[:1]:  # alike, they never meet
         order = dims[first:] + dims[:first]
-        scatter = tuple(_scattering(part, [(spans[dim], rings[dim]) for dim in order]))
+        scatter = tuple(_scattering(part, [(parts[dim], around[dim]) for dim in order]))
         phases, ports = halves(op, scatter, scatter[::-1]), halves(op, order, order[::-1])
-        channels.append(Outline(_name(rotated, wraps), phases, ports if rotated else (0,) * len(phases)))
+        channels.append(Outline(name, phases, ports if rotated else (0,) * len(phases)))
     return replace(channels[0], beside=tuple(channels[1:]))
 
 
-def _scattering(part: float, dims: Iterable[tuple[tuple[Level, int], bool]]) -> Iterator[tuple[Stage, ...]]:
+def gone_round(wraps: tuple[bool, ...], is_mesh: bool) -> tuple[bool, ...]:
+    """Which dimensions are gone round: all of a torus, of a mesh only those that wrap around, and none if all do."""
+    return tuple((wrap and not all(wraps)) or not is_mesh for wrap in wraps)
+
+
+def _scattering(
+    part: float, dims: Iterable[tuple[tuple[Level, int], bool]]
+) -> Iterator[tuple[OutlineStage, ...]]:
     """Dimension by dimension (level, members inside it, whether it is a ring), what a chip sends one way round."""
     for (level, inner), ring in dims:
         part /= level.fanout
+        # Of two chips, and along a line, both channels go by the same wires.
         per_wire = 1 if ring and level.fanout > 2 else 2
         hop = Hop(level.latency_s, min(level.bytes_per_s / per_wire, level.rate(2 * inner)))
-        yield (Stage(level.fanout - 1, part, (hop,), own_ports=not ring),)
+        yield (OutlineStage(level.fanout - 1, part, (hop,), own_ports=not ring),)
 
 
-def line_outline(nbytes: float, levels: Levels, *, pieces: int = 1) -> Outline | None:
+def line_outline(op: Op, nbytes: float, levels: Levels, pieces: int = 1) -> Outline | None:
     """All pieces leave the end of the line, the last one goes along it, and the same back."""
-    spans = folds(levels)
-    if len(spans) != 1 or spans[0][0].wraps or spans[0][0].fanout == 2 or not has_own_wires(*spans[0]):
+    ((level, inner),) = spans(levels)
+    if level.wraps or level.fanout == 2 or not has_own_wires(level, inner):
         return None
-    level, _ = spans[0]
     piece, rate = nbytes / 2 / pieces, level.rate(2)
     way = (
-        Stage(pieces - 1, piece, (Hop(0.0, rate),), own_ports=True),
-        Stage(level.fanout - 1, piece, (Hop(level.latency_s, rate),), own_ports=True),
+        OutlineStage(pieces - 1, piece, (Hop(0.0, rate),), own_ports=True),
+        OutlineStage(level.fanout - 1, piece, (Hop(level.latency_s, rate),), own_ports=True),
     )
     return Outline(LINE, (way, way), (0, 0))
 
 
-def _name(rotated: bool, wraps: Sequence[bool] | bool) -> str:
-    return ROTATED if rotated else TORUS if np.all(wraps) else MESH
+def over_tori_schedule(op: Op, ranks: Ranks) -> Schedule:
+    """One of OPS; the last fanout joins tori, the others are their dimensions."""
+    digits = ranks.digits
+    outermost = len(digits) - 1
+    orders = [(*order, outermost) for order in rotations(outermost)] or rotations(len(digits))
+    return scattering_and_gathering(op, OVER_TORI, digits, orders)
+
+
+def over_tori_outline(op: Op, nbytes: float, levels: Levels) -> Outline | None:
+    """Rings whose wires are a chip's own, two or more, and one level further out that is none."""
+    parts = spans(levels)
+    dims, (outer, _) = parts[:-1], parts[-1]
+    goes_round = all(has_own_wires(*each) and (each[0].wraps or each[0].fanout == 2) for each in dims)
+    if not goes_round or outer.ring:
+        return None
+    part, channels = nbytes / (2 * len(dims)), []
+    for order in rotations(len(dims)):
+        for side in range(len(BOTH_WAYS)):
+            places = (*order, len(dims))
+            stages = _one_way(part, [parts[place] for place in places])
+            ports = tuple(_port(place, side, parts) for place in places)
+            there_and_back = halves(op, stages, stages[::-1]), halves(op, ports, ports[::-1])
+            channels.append(Outline(OVER_TORI, *there_and_back))
+    return replace(channels[0], beside=tuple(channels[1:]))
 
 
 def has_own_wires(level: Level, inner: int) -> bool:
@@ -162,18 +167,20 @@ def _suits(span: tuple[Level, int], ring: bool) -> bool:
     return level.ring and level.wraps if ring else has_own_wires(*span)
 
 
-def _torus(
-    op: Op,
-    num_ranks: int,
-    fanouts: Sequence[int] | None,
-    wraps: Sequence[bool] | bool,
-    rotated: bool,
-) -> Schedule:
-    check_ranks(num_ranks)
-    parts = checked_fanouts(num_ranks, fanouts)
-    rings = _rings(parts, fanouts, wraps)
-    orders = rotations(len(parts)) if rotated else rotations(len(parts))[:1]
-    return scattering_and_gathering(op, _name(rotated, wraps), parts, orders, rings, at_once=not rotated)
+def _port(place: int, side: int, parts: Sequence[tuple[Level, int]]) -> int:
+    """Rings have wires for either way round, but of two chips one; what joins tori is used both ways round."""
+    ring = is_ring(parts[place][0])
+    return len(BOTH_WAYS) * place + (side if ring else 0)
+
+
+def _one_way(part: float, parts: Sequence[tuple[Level, int]]) -> tuple[tuple[OutlineStage, ...], ...]:
+    """What a chip sends along one level after another."""
+    phases = []
+    for level, inner in parts:
+        part /= level.fanout
+        hop = Hop(level.latency_s, level.rate(inner))
+        phases.append((OutlineStage(level.fanout - 1, part, (hop,)),))
+    return tuple(phases)
 
 
 def halves(op: Op, scatter: tuple[T, ...], gather: tuple[T, ...]) -> tuple[T, ...]:
@@ -210,18 +217,6 @@ def scattering_and_gathering(
         gather = tuple(_along(blocks, place, around, step, gathers=True) for place in reversed(places))
         channels.append(Channel(halves(op, scatter, gather), at_once=at_once))
     return Schedule(op, name, num_ranks, num_chunks, 1.0 / num_chunks, tuple(channels))
-
-
-def _rings(
-    parts: Sequence[int], fanouts: Sequence[int] | None, wraps: Sequence[bool] | bool
-) -> tuple[bool, ...]:
-    """Per dimension of more than one chip, whether it is gone round."""
-    given = parts if fanouts is None else fanouts
-    said = (wraps,) * len(given) if isinstance(wraps, bool) else tuple(wraps)
-    if len(said) != len(given):
-        problem = f"{len(said)} answers for {len(given)} dimensions"
-        raise CommsError(problem, "torus", "say of each whether it wraps around")
-    return tuple(wrap for wrap, fanout in zip(said, given, strict=True) if fanout > 1)
 
 
 def _along(blocks: Blocks, place: int, rings: Sequence[bool], step: int, gathers: bool) -> tuple[Round, ...]:
@@ -267,17 +262,34 @@ def _there_and_back(line: IntArray, chunks: IntArray) -> Channel:
     return Channel((tuple(there), tuple(back)))
 
 
-OPS = {Op.ALL_REDUCE: all_reduce, Op.REDUCE_SCATTER: reduce_scatter, Op.ALL_GATHER: all_gather}
-SCHEDULES: Schedules = {
-    TORUS: dict(OPS),
-    MESH: {op: partial(make, wraps=False) for op, make in OPS.items()},
-    ROTATED: {op: partial(make, rotated=True) for op, make in OPS.items()},
-    LINE: {Op.ALL_REDUCE: line_all_reduce},
-}
-OUTLINES: Outlines = {
-    TORUS: {op: partial(outline, op) for op in OPS},
-    MESH: {op: partial(outline, op, wraps=False) for op in OPS},
-    ROTATED: {op: partial(outline, op, rotated=True) for op in OPS},
-    LINE: {Op.ALL_REDUCE: line_outline},
-}
-PIECES: Mapping[str, Mapping[Op, Callable[[float, Levels], int]]] = {LINE: {Op.ALL_REDUCE: line_pieces}}
+_RINGS = Needs(Joined.IN_RING, Joined.IN_RING)
+_TORUS = Algorithm(name=TORUS, rank=10, ops=OPS, make=schedule, sketch=outline, needs=_RINGS)
+ALGORITHMS = (
+    _TORUS,
+    replace(_TORUS, name=MESH, make=partial(schedule, name=MESH), sketch=partial(outline, name=MESH)),
+    replace(
+        _TORUS,
+        name=ROTATED,
+        make=partial(schedule, name=ROTATED),
+        sketch=partial(outline, name=ROTATED),
+        needs=replace(_RINGS, least=2),
+    ),
+    Algorithm(
+        name=LINE,
+        rank=10,
+        ops=(Op.ALL_REDUCE,),
+        make=line_schedule,
+        sketch=line_outline,
+        cut=line_pieces,
+        needs=replace(_RINGS, least=1, most=1),
+    ),
+    Algorithm(
+        name=OVER_TORI,
+        rank=9,
+        ops=OPS,
+        make=over_tori_schedule,
+        sketch=over_tori_outline,
+        needs=Needs(Joined.IN_RING, least=3, most_shared=0),
+        rail_aligned=True,
+    ),
+)

@@ -11,7 +11,7 @@ of a flow shop: with q pieces of p bytes, and in dimension d a depth of h_d hops
 A ring of f chips is gone round half way in each direction, f // 2 hops at most, a line from the root to both ends.
 From the middle both are the same, and no ring is closed.
 
-A scatter deals bunches out along the outermost dimension, those for the furthest chips first, then along the next
+A scatter deals blocks out along the outermost dimension, those for the furthest chips first, then along the next
 dimension inwards; a gather is that backwards. Every part moves one chip a round, so that all parts of a line arrive
 together, after h_d rounds. (Saad and Schultz, Parallel Computing 11, 1989.)
 
@@ -30,35 +30,25 @@ each neighbour. Parts by several trees over links of different rates are an exce
 bound, by at most 5 %. Not modelled: chips that hang on a router by one wire, by which all that they send would leave.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
-from math import ceil
 from typing import TypeAlias
 
 import numpy as np
 
-from comms.algorithms.ring import FILLING
-from comms.algorithms.rounds import (
-    Outlines,
-    Schedules,
-    check_ranks,
-    checked_fanouts,
-    folds,
-    inner_sizes,
-    moved,
-    reversed_rounds,
-)
-from comms.algorithms.torus_rings import BOTH_WAYS, has_own_wires
-from comms.collectives.closed_form import closed_seconds
-from comms.collectives.outline import Hop, Outline, Stage
+from comms.algorithms.catalog import Algorithm, Joined, Needs, spans
+from comms.algorithms.rounds import Ranks, inner_sizes, moved, reversed_rounds
+from comms.algorithms.torus_rings import BOTH_WAYS, gone_round, has_own_wires
+from comms.collectives.outline import Hop, Outline, OutlineStage
+from comms.collectives.outline_time import closed_seconds, pieces_to_fill
 from comms.collectives.schedule import Channel, Op, Pattern, Round, Schedule
-from comms.errors import CommsError
 from comms.networks.levels import Level, Levels, num_members
 from comms.networks.topology import IntArray
 
 TORUS_TREE, MESH_TREE = "torus tree", "mesh tree"
 ROTATED_TORUS_TREE, ROTATED_MESH_TREE = "rotated torus tree", "rotated mesh tree"
+ROTATED, MESHES = (ROTATED_TORUS_TREE, ROTATED_MESH_TREE), (MESH_TREE, ROTATED_MESH_TREE)
 WHOLE = (Op.BROADCAST, Op.REDUCE, Op.ALL_REDUCE)  # these go in pieces
 IN_PARTS = (Op.SCATTER, Op.GATHER)
 ONCE = (Op.BROADCAST, Op.REDUCE, *IN_PARTS)  # over a wire: there or back, so that several trees have room
@@ -96,7 +86,7 @@ Legs: TypeAlias = tuple[tuple[_Dim, IntArray], ...]
 
 
 @dataclass(frozen=True, slots=True)
-class _Tree:
+class _SpanningTree:
     """A spanning tree. `step`: the one way round all rings, 0 for both ways along all dimensions."""
 
     dims: tuple[_Dim, ...]  # in the order in which it spreads
@@ -107,87 +97,56 @@ class _Tree:
         return dim.sides(dim.digit(root), self.step)
 
 
-def schedule(
-    op: Op,
-    num_ranks: int,
-    root: int = 0,
-    *,
-    fanouts: Sequence[int] | None = None,
-    wraps: Sequence[bool] | bool = True,
-    rotated: bool = False,
-    pieces: int = 1,
-) -> Schedule:
+def schedule(op: Op, ranks: Ranks, *, name: str) -> Schedule:
     """One channel per tree; of what goes through the middle there is one tree."""
-    check_ranks(num_ranks, root, pieces)
-    assert op in ONCE or not rotated, f"{op} fills the wires both ways"
-    dims = _dims(num_ranks, fanouts, wraps)
-    trees = _trees(dims, rotated)
-    start = sum((dim.fanout - 1) // 2 * dim.inner for dim in dims) if op in FROM_THE_MIDDLE else root
-    ways = [_phases(op, num_ranks, tree, start, number, len(trees)) for number, tree in enumerate(trees)]
-    num_chunks = max(1, len(trees)) * (1 if op in WHOLE else num_ranks)
+    n = ranks.num
+    dims = _dims(name, ranks.digits, ranks.of_digits(ranks.wraps, False))
+    trees = _trees(dims, name)
+    start = sum((dim.fanout - 1) // 2 * dim.inner for dim in dims) if op in FROM_THE_MIDDLE else ranks.root
+    ways = [_phases(op, n, tree, start, number, len(trees)) for number, tree in enumerate(trees)]
+    num_chunks = max(1, len(trees)) * (1 if op in WHOLE else n)
     share = 0.0 if op is Op.BARRIER else 1.0 / num_chunks
-    channels = tuple(Channel(phases, pieces) for phases in ways if phases)
-    return Schedule(op, _name(wraps, rotated), num_ranks, num_chunks, share, channels, root)
+    channels = tuple(Channel(phases, ranks.pieces) for phases in ways if phases)
+    return Schedule(op, name, n, num_chunks, share, channels, ranks.root)
 
 
-def outline(
-    op: Op,
-    nbytes: float,
-    levels: Levels,
-    *,
-    wraps: Sequence[bool] | bool = True,
-    rotated: bool = False,
-    pieces: int = 1,
-) -> Outline | None:
-    """Over dimensions that are gone round where `wraps`; rotated, of two trees or more the one that takes longest.
+def outline(op: Op, nbytes: float, levels: Levels, pieces: int = 1, *, name: str) -> Outline | None:
+    """Rotated, of two trees or more the one that takes longest.
 
     None for parts cut into pieces, for parts by several trees where these may queue for long, and where lines from
     the middle are the same as rings.
     """
-    assert op in ONCE or not rotated, f"{op} fills the wires both ways"
-    dims = _dims(num_members(levels), [level.fanout for level in levels], wraps)
-    spans = [level for level, _ in folds(levels)]
-    trees = _trees(dims, rotated)
-    if not dims or len(trees) < 1 + rotated or not all(map(_suits, dims, spans)):
+    parts = [level for level, _ in spans(levels)]
+    dims = _dims(name, [level.fanout for level in parts], tuple(level.wraps for level in parts))
+    trees = _trees(dims, name)
+    if not dims or len(trees) < 1 + (name in ROTATED) or not all(map(_suits, dims, parts)):
         return None
-    hops = {dim: Hop(level.latency_s, level.bytes_per_s) for dim, level in zip(dims, spans, strict=True)}
-    is_torus_tree = op in FROM_THE_MIDDLE and not all(dim.ring for dim in dims) and all(map(_closes, spans))
+    hops = {dim: Hop(level.latency_s, level.bytes_per_s) for dim, level in zip(dims, parts, strict=True)}
+    is_torus_tree = op in FROM_THE_MIDDLE and not all(dim.ring for dim in dims) and all(map(_closes, parts))
     if is_torus_tree or (op in IN_PARTS and pieces > 1):
         return None
     part = nbytes / num_members(levels) / len(trees)
-    if op in IN_PARTS and rotated:
+    if op in IN_PARTS and name in ROTATED:
         if num_members(levels) > MOST_CHIPS:
             return None
-        return _parts_in_turn(_name(wraps, rotated), num_members(levels), trees, part, hops)
+        return _parts_in_turn(name, num_members(levels), trees, part, hops)
     found = []
     for tree in trees:
         held = 0.0 if op is Op.BARRIER else nbytes / len(trees)
         sizes = {dim: part * dim.inner if op in IN_PARTS else held for dim in dims}
         way = tuple(_stages(tree, sizes, hops, op in FROM_THE_MIDDLE))
         phases = way[::-1] + way if op in FROM_THE_MIDDLE else way
-        found.append(Outline(_name(wraps, rotated), phases, tuple(range(len(phases))), pieces))
+        found.append(Outline(name, phases, tuple(range(len(phases))), pieces))
     return max(found, key=closed_seconds)
 
 
-def tree_pieces(
-    op: Op, nbytes: float, levels: Levels, *, wraps: Sequence[bool] | bool = True, rotated: bool = False
-) -> int:
-    """The fewest pieces with which filling the wires costs at most FILLING of the time with endless pieces."""
-    whole = outline(op, nbytes, levels, wraps=wraps, rotated=rotated)
-    if whole is None:
+def tree_pieces(op: Op, nbytes: float, levels: Levels, *, name: str) -> int:
+    """What is whole goes in so many that filling the wires hardly counts; over a mesh as if no dimension closed."""
+    if op not in WHOLE:
         return 1
-    stages = [(stage, stage.hops[0]) for phase in whole.phases for stage in phase]
-    wire_s = [stage.nbytes / hop.bytes_per_s for stage, hop in stages]
-    endless_s = sum(stage.repeat * hop.latency_s for stage, hop in stages) + max(wire_s)
-    through_s = sum(stage.repeat * wire for (stage, _), wire in zip(stages, wire_s, strict=True))
-    filling_s = through_s - max(wire_s)
-    return max(1, ceil(filling_s / (FILLING * endless_s))) if filling_s > 0 else 1
-
-
-def _name(wraps: Sequence[bool] | bool, rotated: bool) -> str:
-    if rotated:
-        return ROTATED_TORUS_TREE if np.all(wraps) else ROTATED_MESH_TREE
-    return TORUS_TREE if np.all(wraps) else MESH_TREE
+    lines = tuple(replace(level, wraps=False) for level in levels) if name in MESHES else levels
+    whole = outline(op, nbytes, lines, name=name)
+    return pieces_to_fill(whole) if whole is not None else 1
 
 
 def _suits(dim: _Dim, level: Level) -> bool:
@@ -198,30 +157,24 @@ def _closes(level: Level) -> bool:
     return level.wraps or level.fanout == 2
 
 
-def _dims(num_ranks: int, fanouts: Sequence[int] | None, wraps: Sequence[bool] | bool) -> tuple[_Dim, ...]:
+def _dims(name: str, fanouts: Sequence[int], wraps: tuple[bool, ...]) -> tuple[_Dim, ...]:
     """The dimensions of more than one chip, innermost first."""
-    parts = checked_fanouts(num_ranks, fanouts)
-    given = parts if fanouts is None else tuple(fanouts)
-    said = (wraps,) * len(given) if isinstance(wraps, bool) else tuple(wraps)
-    if len(said) != len(given):
-        problem = f"{len(said)} answers for {len(given)} dimensions"
-        raise CommsError(problem, TORUS_TREE, "say of each whether it wraps around")
-    rings = [wrap for wrap, fanout in zip(said, given, strict=True) if fanout > 1]
-    return tuple(_Dim(*each) for each in zip(parts, inner_sizes(parts), rings, strict=True))
+    around = gone_round(wraps, is_mesh=name in MESHES)
+    return tuple(_Dim(*each) for each in zip(fanouts, inner_sizes(fanouts), around, strict=True))
 
 
-def _trees(dims: tuple[_Dim, ...], rotated: bool) -> tuple[_Tree, ...]:
+def _trees(dims: tuple[_Dim, ...], name: str) -> tuple[_SpanningTree, ...]:
     """Those that share the buffer out."""
-    if not rotated:
-        return (_Tree(dims),)
+    if name not in ROTATED:
+        return (_SpanningTree(dims),)
     steps = BOTH_WAYS if all(dim.ring and dim.fanout > 2 for dim in dims) else (0,)
     orders = [dims[first:] + dims[:first] for first in range(len(dims))]
-    return tuple(_Tree(order, step, spares_root=True) for order in orders for step in steps)
+    return tuple(_SpanningTree(order, step, spares_root=True) for order in orders for step in steps)
 
 
 def _stages(
-    tree: _Tree, sizes: Mapping[_Dim, float], hops: Mapping[_Dim, Hop], from_the_middle: bool
-) -> Iterator[tuple[Stage, ...]]:
+    tree: _SpanningTree, sizes: Mapping[_Dim, float], hops: Mapping[_Dim, Hop], from_the_middle: bool
+) -> Iterator[tuple[OutlineStage, ...]]:
     """The longest way down a tree, a phase per dimension.
 
     One hop to a neighbour of the root, and the one back to the root's digit, are hops of the first dimension.
@@ -231,11 +184,11 @@ def _stages(
         depth = max(far for _, far in dim.sides(start, tree.step))
         if tree.spares_root and place == 0 and len(tree.dims) > 1:
             depth = max(depth, 2)
-        yield (Stage(depth, sizes[dim], (hops[dim],), own_ports=True),)
+        yield (OutlineStage(depth, sizes[dim], (hops[dim],), own_ports=True),)
 
 
 def _parts_in_turn(
-    name: str, num_ranks: int, trees: tuple[_Tree, ...], part: float, hops: Mapping[_Dim, Hop]
+    name: str, num_ranks: int, trees: tuple[_SpanningTree, ...], part: float, hops: Mapping[_Dim, Hop]
 ) -> Outline | None:
     """The tree that takes longest, exact if it is one that starts along the slowest links.
 
@@ -255,7 +208,9 @@ def _parts_in_turn(
     return longest if closed_seconds(longest) <= least_s * QUEUING else None
 
 
-def _last_part(num_ranks: int, tree: _Tree, part: float, hops: Mapping[_Dim, Hop]) -> tuple[Stage, ...]:
+def _last_part(
+    num_ranks: int, tree: _SpanningTree, part: float, hops: Mapping[_Dim, Hop]
+) -> tuple[OutlineStage, ...]:
     """What leaves the root by the same wire before the part that arrives last, and the way of that part."""
     legs, target, turn = _in_turn(num_ranks, tree, 0)
     ahead = Hop(0.0, hops[tree.dims[0]].bytes_per_s)
@@ -264,10 +219,12 @@ def _last_part(num_ranks: int, tree: _Tree, part: float, hops: Mapping[_Dim, Hop
         seconds += np.abs(far[target]) * (part / hops[dim].bytes_per_s + hops[dim].latency_s)
     last = int(seconds.argmax())
     way = ((abs(int(far[target[last]])), hops[dim]) for dim, far in legs)
-    return tuple(Stage(each, part, (hop,), own_ports=True) for each, hop in ((int(turn[last]), ahead), *way))
+    return tuple(
+        OutlineStage(each, part, (hop,), own_ports=True) for each, hop in ((int(turn[last]), ahead), *way)
+    )
 
 
-def _phases(op: Op, num_ranks: int, tree: _Tree, root: int, number: int, num_trees: int) -> Phases:
+def _phases(op: Op, num_ranks: int, tree: _SpanningTree, root: int, number: int, num_trees: int) -> Phases:
     """What one tree does; of parts it has chunk rank * num_trees + number."""
     if op in WHOLE:
         there = _spread(num_ranks, tree, root, number, 1)
@@ -287,7 +244,7 @@ def _phases(op: Op, num_ranks: int, tree: _Tree, root: int, number: int, num_tre
             return back + _spread(num_ranks, tree, root, 0, num_ranks)
 
 
-def _spread(num_ranks: int, tree: _Tree, root: int, chunk: int, count: int) -> Phases:
+def _spread(num_ranks: int, tree: _SpanningTree, root: int, chunk: int, count: int) -> Phases:
     """Phases after which everyone has what the root has of `count` chunks."""
     ranks, phases = np.arange(num_ranks), []
     away = {dim: ranks // dim.inner % dim.fanout != dim.digit(root) for dim in tree.dims}
@@ -325,7 +282,7 @@ def _dealt(num_ranks: int, dims: tuple[_Dim, ...], root: int) -> Phases:
 
 
 def _deals(dim: _Dim, holders: IntArray, sides: Sides) -> Iterator[Round]:
-    """Rounds of one dimension: the bunches for the furthest chips leave first, and all go on one hop a round."""
+    """Rounds of one dimension: the blocks for the furthest chips leave first, and all go on one hop a round."""
     for each in range(max(hops for _, hops in sides)):
         columns = []
         for step, hops in sides:
@@ -338,7 +295,9 @@ def _deals(dim: _Dim, holders: IntArray, sides: Sides) -> Iterator[Round]:
         yield Round(Pattern(src, dst), first, np.full_like(first, dim.inner), reduces=False)
 
 
-def _one_by_one(num_ranks: int, tree: _Tree, root: int, number: int, per_rank: int) -> Iterator[Round]:
+def _one_by_one(
+    num_ranks: int, tree: _SpanningTree, root: int, number: int, per_rank: int
+) -> Iterator[Round]:
     """Rounds in which one part leaves the root by each of its wires, and all under way go on one hop."""
     legs, target, turn = _in_turn(num_ranks, tree, root)
     arrival = turn + np.sum([np.abs(far[target]) for _, far in legs], axis=0)
@@ -352,7 +311,7 @@ def _one_by_one(num_ranks: int, tree: _Tree, root: int, number: int, per_rank: i
 
 
 @lru_cache(maxsize=16)
-def _in_turn(num_ranks: int, tree: _Tree, root: int) -> tuple[Legs, IntArray, IntArray]:
+def _in_turn(num_ranks: int, tree: _SpanningTree, root: int) -> tuple[Legs, IntArray, IntArray]:
     """The hops to each rank, all ranks but the root, and how many leave the root before each, by the same wire.
 
     The furthest leave first. Hops by dimension, below 0 downwards.
@@ -380,21 +339,21 @@ def _on_the_way(legs: Legs, root: int, to: IntArray, hop: IntArray) -> IntArray:
     return here
 
 
-VARIANTS = {(wraps, rotated): _name(wraps, rotated) for rotated in (False, True) for wraps in (True, False)}
-SCHEDULES: Schedules = {
-    name: {
-        op: partial(schedule, op, wraps=wraps, rotated=rotated)
-        for op in (ONCE if rotated else (*ONCE, *FROM_THE_MIDDLE))
-    }
-    for (wraps, rotated), name in VARIANTS.items()
-}
-OUTLINES: Outlines = {
-    name: {op: partial(outline, op, wraps=wraps, rotated=rotated) for op in SCHEDULES[name]}
-    for (wraps, rotated), name in VARIANTS.items()
-}
-PIECES: Mapping[str, Mapping[Op, Callable[[float, Levels], int]]] = {
-    name: {
-        op: partial(tree_pieces, op, wraps=wraps, rotated=rotated) for op in SCHEDULES[name] if op in WHOLE
-    }
-    for (wraps, rotated), name in VARIANTS.items()
-}
+ALGORITHMS: tuple[Algorithm, ...] = ()
+for _name, _ops in (
+    (TORUS_TREE, (*ONCE, *FROM_THE_MIDDLE)),
+    (MESH_TREE, (*ONCE, *FROM_THE_MIDDLE)),
+    (ROTATED_TORUS_TREE, ONCE),
+    (ROTATED_MESH_TREE, ONCE),
+):
+    ALGORITHMS += (
+        Algorithm(
+            name=_name,
+            rank=11,
+            ops=_ops,
+            make=partial(schedule, name=_name),
+            sketch=partial(outline, name=_name),
+            cut=partial(tree_pieces, name=_name),
+            needs=Needs(Joined.IN_RING, Joined.IN_RING),
+        ),
+    )

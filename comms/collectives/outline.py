@@ -7,11 +7,18 @@ hop i to position i + 1, the last one to the first, as in a flat ring over hosts
 leaves the host.
 
 Outlines are what closed forms and the folded fidelity evaluate; full fidelity runs the schedule itself.
+
+Algorithms state their outlines by hand, beside their schedules. To derive them was tried: rounds in which all ranks
+send alike became stages, by the outermost digit in which the ends of a message differ. That gave the same seconds for
+36 of 106 pairs of algorithm and operation (24 of them bit for bit, on 26 shapes of switches and tori), and nothing
+for the rest: from or to a root some are silent, channels go side by side, a flat round crosses several levels at
+once. It takes a schedule as large as the group: 60 ms (halving-doubling), 2.4 s (hierarchical ring) and 16 s (Bruck)
+for 4,096 chips, where outlines by hand take 0.2 ms at most, and as little for 100,000.
 """
 
 from dataclasses import dataclass
 
-from comms.collectives.schedule import Order
+from comms.collectives.schedule import PieceOrder
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +30,7 @@ class Hop:
 
 
 @dataclass(frozen=True, slots=True)
-class Stage:
+class OutlineStage:
     """`repeat` rounds in each of which every position sends nbytes (all pieces together)."""
 
     repeat: int
@@ -43,10 +50,10 @@ class Outline:
     """
 
     algorithm: str
-    phases: tuple[tuple[Stage, ...], ...]
+    phases: tuple[tuple[OutlineStage, ...], ...]
     ports: tuple[int, ...]  # one per phase
     pieces: int = 1
-    order: Order = Order.SERIAL
+    order: PieceOrder = PieceOrder.SERIAL
     beside: tuple["Outline", ...] = ()
 
     @property

@@ -59,7 +59,7 @@ def bus_factor(op: Op | None, num_chips: int) -> float:
     return 1.0
 
 
-class Order(StrEnum):
+class PieceOrder(StrEnum):
     """Which message leaves first where a phase has several pieces."""
 
     SERIAL = "serial"
@@ -94,7 +94,7 @@ class Channel:
 
     phases: tuple[tuple[Round, ...], ...]
     pieces: int = 1
-    order: Order = Order.SERIAL
+    order: PieceOrder = PieceOrder.SERIAL
     by_chunk: bool = False  # chunks do not wait for each other, only for their turn on a wire
     at_once: bool = False  # messages of one round by the same wire share it, not one after another
     apart: bool = False  # so do messages of different phases

@@ -27,7 +27,7 @@ from pathlib import Path
 import numpy as np
 
 from comms.collectives.proof import prove
-from comms.collectives.schedule import Channel, Op, Order, Pattern, Round, Schedule
+from comms.collectives.schedule import Channel, Op, Pattern, PieceOrder, Round, Schedule
 from comms.errors import CommsError
 from comms.networks.topology import FloatArray
 
@@ -51,7 +51,7 @@ class _ChannelLines:
     """A channel while it is read."""
 
     pieces: int = 1
-    order: Order = Order.SERIAL
+    order: PieceOrder = PieceOrder.SERIAL
     by_chunk: bool = False
     at_once: bool = False
     apart: bool = False
@@ -201,8 +201,8 @@ def _read_channel(read: _Text, rest: str, where: str) -> None:
         match words:
             case ["pieces", number, *left]:
                 channel.pieces = _count(number, "pieces", where)
-            case ["order", order, *left] if order in list(Order):
-                channel.order = Order(order)
+            case ["order", order, *left] if order in list(PieceOrder):
+                channel.order = PieceOrder(order)
             case [flag, *left] if flag in FLAGS:
                 setattr(channel, flag, True)
             case _:

@@ -8,9 +8,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from comms.algorithms import direct, doubling
-from comms.algorithms.catalog import outline_of
-from comms.algorithms.hierarchical import hierarchical
+from comms.algorithms.catalog import algorithm_of
+from comms.algorithms.ring import RING
 from comms.collectives.schedule import Op
 from comms.errors import TooManyMessages
 from comms.networks.groups import Lattice
@@ -18,7 +17,7 @@ from comms.networks.tiered import TieredTopology
 from comms.networks.topology import Topology
 from comms.selection.choice import Choice
 from comms.selection.pricing import groups_of, job_of
-from comms.selection.topology_aware import RING, laid_rings
+from comms.selection.topology_aware import laid_rings
 
 if TYPE_CHECKING:
     from comms.simulation.compiled import CollectiveJob
@@ -63,17 +62,16 @@ def most_sends(choice: Choice) -> tuple[int, int]:
     Where what a chip holds is not one range of chunks, as many as there are chunks of others: between all pairs, and
     in halves of an all-reduce over several levels.
     """
-    outline = outline_of(choice.algorithm, choice.op, choice.nbytes, choice.moved)
-    assert outline is not None
+    outline, algorithm = choice.outline(), algorithm_of(choice.op, choice.algorithm)
     phases = [phase for channel in outline.channels for phase in channel.phases]
     rounds = sum(stage.repeat for phase in phases for stage in phase)
-    others = choice.num_chips - 1
-    if choice.algorithm in direct.SCHEDULES:
-        peers = others if rounds < others else 1  # all in a round, or in a round each
-    else:
-        peers = hierarchical.most_peers(choice.algorithm, choice.levels)
+    others, peers = choice.num_chips - 1, 1
+    if algorithm.to_all_at_once:
+        peers = others
+    elif algorithm.peers is not None:
+        peers = algorithm.peers(choice.levels)
     halves = choice.op in (Op.ALL_GATHER, Op.REDUCE_SCATTER)
-    in_parts = halves and (len(choice.levels) > 1 or choice.algorithm in doubling.SCHEDULES)
+    in_parts = halves and (len(choice.levels) > 1 or not algorithm.in_ranges)
     chunks = others if in_parts or choice.op is Op.ALL_TO_ALL else 0
     return choice.num_chips * max(rounds * peers, chunks), outline.pieces
 

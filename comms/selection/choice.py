@@ -11,19 +11,9 @@ there when all of them send, whichever is faster; `Choice.is_folded` says so. Fu
 
 from dataclasses import dataclass, replace
 
-from comms.algorithms.catalog import (
-    BY_SWITCHES,
-    considered,
-    has_many_peers,
-    hidden_latency_s,
-    joins_likes,
-    names,
-    outline_of,
-    schedule_of,
-)
-from comms.collectives.closed_form import closed_seconds
-from comms.collectives.folded import folded_seconds
+from comms.algorithms.catalog import Algorithm, algorithm_of, algorithms, considered, names
 from comms.collectives.outline import Outline
+from comms.collectives.outline_time import closed_seconds, folded_seconds
 from comms.collectives.schedule import Op, Schedule
 from comms.errors import CommsError
 from comms.networks.groups import Lattice, Members, group_size
@@ -77,105 +67,104 @@ class Choice:
         times = f"{seconds / self.seconds:.2f} times as long" if self.seconds > 0 else "no less"
         return f"fastest of {len(self.others) + 1} for {self.shape}; {name} takes {times}"
 
-    def seen(self, level: Level) -> Level:
-        """A level as the messages that cross it see it."""
+    def priced(self, level: Level) -> Level:
+        """A level with what the protocol of its tier adds and leaves."""
         return level.under(dict(self.inside).get(level.tier, self.protocol))
 
     @property
-    def moved(self) -> Levels:
+    def priced_levels(self) -> Levels:
         """All levels so."""
-        return tuple(self.seen(level) for level in self.levels)
+        return tuple(self.priced(level) for level in self.levels)
+
+    def outline(self) -> Outline:
+        """What representative chips send; of several chips only."""
+        outline = algorithm_of(self.op, self.algorithm).outline(self.op, self.nbytes, self.priced_levels)
+        assert outline is not None
+        return outline
 
     def schedule(self) -> Schedule:
         """The messages of all ranks, in the order of the members."""
-        levels = tuple(self.seen(level) for level in self.hosts or self.levels)
-        return schedule_of(self.algorithm, self.op, self.num_chips, self.nbytes, levels)
+        levels = tuple(self.priced(level) for level in self.hosts or self.levels)
+        return algorithm_of(self.op, self.algorithm).schedule(self.op, self.num_chips, self.nbytes, levels)
 
     def folded_s(self) -> float:
         """What the messages take by the sweep over representative chips."""
-        if not self.levels:
-            return 0.0
-        outline = outline_of(self.algorithm, self.op, self.nbytes, self.moved)
-        assert outline is not None
-        return folded_seconds(outline)
+        return folded_seconds(self.outline()) if self.levels else 0.0
 
 
 def choose(op: Op, nbytes: float, members: Members, network: Network, algorithm: str = AUTO) -> Choice:
     """The fastest way for `op` over these chips, or `algorithm`. Raises CommsError where that does not suit."""
-    num_chips = group_size(members)
     if nbytes < 0:
         raise CommsError(f"{nbytes} bytes", "size", "give a size of zero or more")
     if algorithm not in (AUTO, *names(op)):
         known = ", ".join(names(op))
         raise CommsError(f"no algorithm {algorithm!r} for {op}", "algorithm", f"known: auto, {known}")
-    tried = _tried(op, nbytes, members, network, algorithm)
-    if not tried:
-        tried = _tried(op, nbytes, members, network, algorithm, flat=True)
-    if num_chips == 1:
-        return Choice(op, nbytes, 1, NOTHING, PLAIN, 0.0, 0.0, (), True)
-    if not tried:
-        hint = "leave it to auto, or take one that suits these levels"
-        raise CommsError(f"{algorithm} does not suit this group of {num_chips} chips", "algorithm", hint)
-    best = min(tried, key=lambda choice: choice.seconds)
-    seen = {best.algorithm}
-    others = []
-    for choice in sorted(tried, key=lambda choice: choice.seconds):
-        if choice.algorithm not in seen:
-            seen.add(choice.algorithm)
-            others.append((choice.algorithm, choice.seconds))
-    return replace(best, others=tuple(others))
-
-
-def _tried(
-    op: Op, nbytes: float, members: Members, network: Network, algorithm: str, flat: bool = False
-) -> list[Choice]:
     num_chips = group_size(members)
     if num_chips == 1:
-        return []
+        return Choice(op, nbytes, 1, NOTHING, PLAIN, 0.0, 0.0, (), True)
+    # What suits no way in which the group may fold may still suit one flat level.
+    timed = _timed(op, nbytes, members, network, algorithm)
+    timed = timed or _timed(op, nbytes, members, network, algorithm, flat=True)
+    if not timed:
+        hint = "leave it to auto, or take one that suits these levels"
+        raise CommsError(f"{algorithm} does not suit this group of {num_chips} chips", "algorithm", hint)
+    # Sorting keeps the order of the catalog among equally fast ones, and so of each algorithm's ways the first.
+    fastest_first = sorted(timed, key=lambda choice: choice.seconds)
+    by_name: dict[str, float] = {}
+    for choice in fastest_first:
+        by_name.setdefault(choice.algorithm, choice.seconds)
+    return replace(fastest_first[0], others=tuple(by_name.items())[1:])
+
+
+def _timed(
+    op: Op, nbytes: float, members: Members, network: Network, algorithm: str, flat: bool = False
+) -> list[Choice]:
+    """All ways that suit, by their closed forms, in the order of the catalog."""
     tier = _outermost(members, network)
-    choices = []
-    pairs = _offered(op, num_chips, tier, algorithm)
-    folds = {
-        aligned: _folds(members, network, aligned, flat)
-        for aligned in {joins_likes(name) for name, _ in pairs}
-    }
-    for name, protocol in pairs:
+    pairs = _offered(op, group_size(members), tier, algorithm)
+    blank = Choice(op, nbytes, group_size(members), NOTHING, PLAIN, 0.0, 0.0, (), False)
+    aligned = {each.rail_aligned for each, _ in pairs}
+    folds = {each: _folds(blank, members, network, each, flat) for each in aligned}
+    # A protocol is laid over the levels once, not once for every algorithm.
+    ways: dict[tuple[Protocol, bool], list[tuple[Choice, Levels]]] = {}
+    for protocol in {protocol for _, protocol in pairs}:
         inside = network.inside(tier, protocol)
-        for levels, is_folded, hosts in folds[joins_likes(name)]:
-            blank = Choice(
-                op, nbytes, num_chips, name, protocol, 0.0, 0.0, levels, is_folded, inside, hosts=hosts
-            )
-            outline = outline_of(name, op, nbytes, blank.moved)
-            if outline is None or (name in BY_SWITCHES and not is_folded):
+        for is_aligned, blanks in folds.items():
+            filled = [replace(each, protocol=protocol, inside=inside) for each in blanks]
+            ways[protocol, is_aligned] = [(way, way.priced_levels) for way in filled]
+    choices = []
+    for each, protocol in pairs:
+        for way, levels in ways[protocol, each.rail_aligned]:
+            # Which switches add is not known where the fold is an assumption.
+            if not way.is_folded and each.adding_switches:
                 continue
-            if algorithm == AUTO and has_many_peers(name, op, levels):
+            if algorithm == AUTO and each.has_many_peers(op, levels):
                 continue
-            latency, wire = _latency_and_wire(outline)
-            hidden = hidden_latency_s(name, blank.moved) if protocol.pipelined else 0.0
-            setup = tier.setup_s + hidden + protocol.pipeline_fill_s(latency + hidden, wire)
-            choices.append(replace(blank, setup_s=setup, transfer_s=closed_seconds(outline)))
+            outline = each.outline(op, nbytes, levels)
+            if outline is not None:
+                setup_s = _setup_s(each, outline, levels, protocol, tier)
+                transfer_s = closed_seconds(outline)
+                choices.append(replace(way, algorithm=each.name, setup_s=setup_s, transfer_s=transfer_s))
     exact = [choice for choice in choices if choice.is_folded]
     return exact or choices  # a guess is no match for what is known
 
 
-def _folds(
-    members: Members, network: Network, aligned: bool, flat: bool
-) -> list[tuple[Levels, bool, Levels]]:
-    """The levels to try, whether they are what the group folds into, and the bunches of a flat level."""
+def _folds(blank: Choice, members: Members, network: Network, aligned: bool, flat: bool) -> list[Choice]:
+    """A choice over the levels to try; those of a group that does not fold are assumptions."""
     levels = None if flat else network.levels(members, aligned)
     if levels is not None:
-        return [(levels, True, ())]
+        return [replace(blank, levels=levels, is_folded=True)]
     as_if_even = network.levels_as_if_even(members, aligned)
-    one_level = _flat(group_size(members), _outermost(members, network))
+    one_level = replace(blank, levels=_flat(blank.num_chips, _outermost(members, network)))
     if as_if_even is None:
-        return [(one_level, False, ())]
-    return [(as_if_even, False, ()), (one_level, False, as_if_even)]
+        return [one_level]
+    return [replace(blank, levels=as_if_even), replace(one_level, hosts=as_if_even)]
 
 
 def offered(op: Op, members: Members, network: Network) -> tuple[str, ...]:
     """The algorithms among which an automatic choice is made."""
     pairs = _offered(op, group_size(members), _outermost(members, network), AUTO)
-    return tuple(dict.fromkeys(name for name, _ in pairs))
+    return tuple(dict.fromkeys(each.name for each, _ in pairs))
 
 
 def is_limited(members: Members, network: Network) -> bool:
@@ -183,7 +172,7 @@ def is_limited(members: Members, network: Network) -> bool:
     return all(protocol.algorithms for protocol in _outermost(members, network).protocols)
 
 
-def _offered(op: Op, num_chips: int, tier: Tier, algorithm: str) -> list[tuple[str, Protocol]]:
+def _offered(op: Op, num_chips: int, tier: Tier, algorithm: str) -> list[tuple[Algorithm, Protocol]]:
     """Algorithms with the protocols of the outermost tier: a library moves a whole collective in one way.
 
     What the library offers, if that is anything for this operation, else all with all; an operation that no protocol
@@ -192,12 +181,20 @@ def _offered(op: Op, num_chips: int, tier: Tier, algorithm: str) -> list[tuple[s
     protocols = [each for each in tier.protocols if not each.ops or op in each.ops]
     protocols = protocols or [replace(tier.protocols[0], algorithms=())]
     named = {name for protocol in protocols for name in protocol.algorithms}
-    usual = considered(op, num_chips)
-    known = tuple(name for name in names(op) if name in usual or name in named)
-    wanted = known if algorithm == AUTO else (algorithm,)
-    every = [(name, protocol) for name in wanted for protocol in protocols]
-    offered = [pair for pair in every if not pair[1].algorithms or pair[0] in pair[1].algorithms]
+    looked_at = {*considered(op, num_chips), *named} if algorithm == AUTO else {algorithm}
+    wanted = [each for name, each in algorithms(op).items() if name in looked_at]
+    every = [(each, protocol) for each in wanted for protocol in protocols]
+    offered = [pair for pair in every if not pair[1].algorithms or pair[0].name in pair[1].algorithms]
     return offered or every
+
+
+def _setup_s(algorithm: Algorithm, outline: Outline, levels: Levels, protocol: Protocol, tier: Tier) -> float:
+    """What the library takes beyond what the messages do: once, and for handing pieces on between stages."""
+    if not protocol.pipelined:
+        return tier.setup_s
+    hidden_s = algorithm.hidden_latency_s(levels) if algorithm.hidden_latency_s is not None else 0.0
+    latency_s, wire_s = _latency_and_wire(outline)
+    return tier.setup_s + hidden_s + protocol.pipeline_fill_s(latency_s + hidden_s, wire_s)
 
 
 def _latency_and_wire(outline: Outline) -> tuple[float, float]:

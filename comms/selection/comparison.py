@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from math import inf
 
 from comms import wording
-from comms.algorithms.catalog import has_many_peers
+from comms.algorithms.catalog import algorithm_of
 from comms.errors import CommsError, TooManyMessages
 from comms.networks.tiered import TieredTopology
 from comms.selection.candidate_jobs import MOST_MESSAGES, jobs_of, most_sends
@@ -183,7 +183,7 @@ def suitable(question: Question, without: Collection[str] = ()) -> tuple[Choice,
             choice = choose(question.op, question.nbytes, question.members, question.network, name)
         except CommsError:  # it does not suit these levels
             continue
-        if not has_many_peers(name, question.op, choice.levels):
+        if not algorithm_of(question.op, name).has_many_peers(question.op, choice.levels):
             choices.append(choice)
     return tuple(sorted(choices, key=lambda choice: (not choice.is_folded, rank(choice))))
 

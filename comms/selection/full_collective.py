@@ -17,6 +17,7 @@ from typing import TypeAlias
 import numpy as np
 
 from comms.algorithms import ring
+from comms.algorithms.rounds import Ranks
 from comms.collectives.schedule import Op, Schedule
 from comms.errors import TooManyMessages
 from comms.networks.fabrics.torus_mesh import Torus
@@ -45,7 +46,10 @@ Attempt: TypeAlias = Callable[[WorkBudget], FullTiming | GivenUp]
 
 def load_loops() -> None:
     """Have the loops compiled, or loaded if they were compiled before."""
-    pair, jobs = Torus((2,), (Link(1e-6, 1e9),)), [CollectiveJob(ring.all_reduce(2), np.arange(2), 1.0)]
+    pair, jobs = (
+        Torus((2,), (Link(1e-6, 1e9),)),
+        [CollectiveJob(ring.schedule(Op.ALL_REDUCE, Ranks(2)), np.arange(2), 1.0)],
+    )
     for method in Method:
         simulate(pair, jobs, method=method)
     live = IncrementalSimulation(pair, jobs)

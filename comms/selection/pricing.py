@@ -14,8 +14,8 @@ from math import prod
 
 import numpy as np
 
-from comms.algorithms.catalog import num_layers_of_switches, outline_of
-from comms.collectives.closed_form import closed_seconds
+from comms.algorithms.catalog import algorithm_of
+from comms.collectives.outline_time import closed_seconds
 from comms.collectives.schedule import Op, bus_factor
 from comms.networks.groups import Lattice, Members
 from comms.networks.tiered import TieredTopology
@@ -67,11 +67,13 @@ def tier_shares(choice: Choice) -> tuple[TierShare, ...]:
             bytes_per_s=level.bytes_per_s * FREE,
             pool_bytes_per_s=level.pool_bytes_per_s * FREE,
         )
-        levels = tuple(choice.seen(free if other == at else each) for other, each in enumerate(choice.levels))
-        outline = outline_of(choice.algorithm, choice.op, choice.nbytes, levels)
+        levels = tuple(
+            choice.priced(free if other == at else each) for other, each in enumerate(choice.levels)
+        )
+        outline = algorithm_of(choice.op, choice.algorithm).outline(choice.op, choice.nbytes, levels)
         saved = choice.transfer_s - closed_seconds(outline) if outline is not None else 0.0
         inner = prod(each.fanout for each in choice.levels[:at])
-        seen = choice.seen(level)
+        seen = choice.priced(level)
         shares.append(TierShare(level.tier, level.fanout, seen.latency_s, seen.rate(inner), max(0.0, saved)))
     return tuple(shares)
 
@@ -94,12 +96,12 @@ def groups_of(members: Members, num_chips: int) -> IntArray:
 
 def _places(choice: Choice, members: IntArray, topology: TieredTopology) -> IntArray:
     """The members, and after them the switches that add for them: one per group, then the one over all."""
-    layers = num_layers_of_switches(choice.algorithm, choice.levels)
-    if layers == 0 or len(members) == 1:
+    layers = algorithm_of(choice.op, choice.algorithm).adding_switches if len(members) > 1 else 0
+    if layers == 0:
         return members
     size = choice.levels[0].fanout
     groups = [members[first : first + size] for first in range(0, len(members), size)]
     switches = [topology.switch_over(each.tolist()) for each in groups]
-    if layers > 1:
+    if min(layers, len(choice.levels)) > 1:
         switches.append(topology.switch_over(members.tolist()))
     return np.concatenate([members, np.array(switches, dtype=np.int64)])

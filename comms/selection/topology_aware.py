@@ -1,26 +1,24 @@
 """Suggested: fixed algorithms laid out as a topology suggests that does not fold into levels.
 
 Rings go from neighbour to neighbour, several at once where wires are left for them, as libraries open channels.
-Hierarchies are made of the bunches of chips that are found closest together, where those are alike in size.
+Hierarchies are made of the subgroups of chips that are found closest together, where those are alike in size.
 """
 
 from collections.abc import Collection
+from contextlib import suppress
 from dataclasses import dataclass
 from math import inf
 
 import numpy as np
 
 from comms.algorithms import ring
-from comms.algorithms.catalog import has_many_peers
-from comms.algorithms.hierarchical import hierarchical, hierarchical_exchange, hierarchical_tree
+from comms.algorithms.catalog import algorithms
+from comms.algorithms.rounds import Ranks
 from comms.collectives.schedule import Op, Schedule
 from comms.errors import CommsError
 from comms.networks.levels import Level
 from comms.networks.ring_orders import SEARCHED_CHIPS, Subgroups, hierarchy, ring_orders
 from comms.networks.topology import IntArray, Topology
-
-RING = "ring"
-HIERARCHIES = (hierarchical, hierarchical_exchange, hierarchical_tree)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -33,18 +31,20 @@ class Laid:
 
 def laid_rings(op: Op, topology: Topology) -> tuple[Laid, ...]:
     """One ring over all chips, and as many as the wires bear; none for operations that do not go round."""
-    make = ring.SCHEDULES[RING].get(op)
-    if make is None or op in (Op.BROADCAST, Op.REDUCE):
+    if op not in ring.AROUND:
         return ()
     orders = [each.chips for each in ring_orders(topology)]
     chips = np.arange(topology.num_chips)
-    return tuple(Laid(make(len(chips), orders=orders[:num]), chips) for num in sorted({1, len(orders)}))
+    ranks = Ranks(len(chips))
+    return tuple(
+        Laid(ring.schedule(op, ranks, orders=orders[:num]), chips) for num in sorted({1, len(orders)})
+    )
 
 
 def laid_hierarchies(op: Op, topology: Topology, names: Collection[str]) -> tuple[Laid, ...]:
-    """Hierarchical algorithms among `names` over the bunches found, with as many peers as an automatic choice allows.
+    """Hierarchical algorithms among `names` over the subgroups found, with as many peers as an automatic choice allows.
 
-    None where bunches are not alike, or chips are too many.
+    None where these are not alike, or chips are too many.
     """
     if not 2 < topology.num_chips <= SEARCHED_CHIPS:
         return ()
@@ -54,21 +54,17 @@ def laid_hierarchies(op: Op, topology: Topology, names: Collection[str]) -> tupl
         return ()
     levels = tuple(Level("", fanout, 0.0, inf, inf) for fanout in fanouts)
     laid = []
-    known = [each for file in HIERARCHIES for each in file.SCHEDULES.items()]
-    for name, ops in known:
-        if name not in names or has_many_peers(name, op, levels):
+    for each in algorithms(op).values():
+        if not each.is_hierarchy or each.name not in names or each.has_many_peers(op, levels):
             continue
-        try:
-            schedule = ops[op](topology.num_chips, fanouts=fanouts) if op in ops else None
-        except CommsError:  # halving and doubling over other than powers of two
-            continue
-        if schedule is not None and schedule.algorithm == name and not schedule.num_helpers:
+        with suppress(CommsError):  # halving and doubling over other than powers of two
+            schedule = each.make(op, Ranks(topology.num_chips, fanouts=fanouts))
             laid.append(Laid(schedule, _nested(found)))
     return tuple(laid)
 
 
 def _fanouts(levels: tuple[Subgroups, ...]) -> tuple[int, ...]:
-    """How many bunches of a level are one of the next, from the inside; none where bunches differ in size."""
+    """How many subgroups of a level are one of the next, from the inside; none where they differ in size."""
     sizes = [{len(bunch) for bunch in bunches} for bunches in levels]
     if any(len(each) > 1 for each in sizes):
         return ()
@@ -77,7 +73,7 @@ def _fanouts(levels: tuple[Subgroups, ...]) -> tuple[int, ...]:
 
 
 def _nested(levels: tuple[Subgroups, ...]) -> IntArray:
-    """All chips, so that every bunch of every level is one range of them."""
+    """All chips, so that every subgroup of every level is one range of them."""
     place = np.zeros((len(levels), sum(len(bunch) for bunch in levels[-1])), dtype=np.int64)
     for row, bunches in zip(place, levels, strict=True):
         for number, bunch in enumerate(bunches):

@@ -14,7 +14,7 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from comms.collectives.schedule import Channel, Order, Pattern, Round, Schedule
+from comms.collectives.schedule import Channel, Pattern, PieceOrder, Round, Schedule
 from comms.errors import CommsError
 from comms.networks.links import PLAIN, Protocol
 from comms.networks.topology import (
@@ -227,7 +227,7 @@ class _Building:
         self.streams.append(
             (ranks, members, len(self.runs), pieces, groups, len(rounds), self.num["rounds"])
             + (self.num["ranks"], self.num["chains"], self.num["left"])
-            + (channel.order is Order.SERIAL, channel.by_chunk)
+            + (channel.order is PieceOrder.SERIAL, channel.by_chunk)
         )
         patterns = self._patterns(rounds, job, channel)
         self._add_rounds(rounds, patterns, job, pieces)

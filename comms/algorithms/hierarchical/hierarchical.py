@@ -1,9 +1,9 @@
 """Hierarchical: level by level, so that every wire further out carries only a share of the buffer.
 
-Reduce-scatter inside, all-reduce of the shares across (all members of a bunch at once, each with its like in the
-other bunches), all-gather inside; with three levels the middle one in the same way. Its halves are reduce_scatter
-and all_gather. (From and to a root: `algorithms.hierarchical.hierarchical_rooted`, from everyone to everyone:
-`hierarchical_exchange`, with trees between bunches: `hierarchical_tree`.)
+Reduce-scatter inside, all-reduce of the shares across (all members of a subgroup at once, each with its counterpart
+in the other subgroups), all-gather inside; with three levels the middle one in the same way. Its halves are
+reduce_scatter and all_gather. (From and to a root: `algorithms.hierarchical.hierarchical_rooted`, from everyone to
+everyone: `hierarchical_exchange`, with trees between subgroups: `algorithms.double_trees`.)
 
 Each level by its own way: around a ring, by halving and doubling, or directly. Pieces follow each other one at a
 time in each phase (SERIAL), so that a piece crosses while the next one is still inside: a flow shop.
@@ -12,26 +12,26 @@ Outlines are exact; with several pieces too, as levels say which of them share a
 round in one direction.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import partial, reduce
-from itertools import product
 from math import prod
 from typing import TypeVar
 
 import numpy as np
 
-from comms.algorithms.rounds import Outlines, Schedules, check_ranks, checked_fanouts, folds, inner_sizes
-from comms.collectives.closed_form import closed_seconds
-from comms.collectives.outline import Hop, Outline, Stage
-from comms.collectives.schedule import Channel, Op, Order, Pattern, Round, Schedule
+from comms.algorithms.catalog import Algorithm, Needs, spans
+from comms.algorithms.rounds import Ranks, inner_sizes
+from comms.collectives.outline import Hop, Outline, OutlineStage
+from comms.collectives.outline_time import closed_seconds
+from comms.collectives.schedule import Channel, Op, Pattern, PieceOrder, Round, Schedule
 from comms.errors import CommsError
 from comms.networks.levels import Level, Levels
 from comms.networks.topology import IntArray
 
 
-class Way(StrEnum):
+class Crossing(StrEnum):
     """How one level is crossed."""
 
     RING = "ring"
@@ -41,7 +41,7 @@ class Way(StrEnum):
 
 T = TypeVar("T")
 
-RINGS = (Way.RING,)  # ways by level, innermost first; the last one stands for all further out
+RINGS = (Crossing.RING,)  # ways by level, innermost first; the last one stands for all further out
 MAX_PIECES = 64
 
 
@@ -117,6 +117,7 @@ class Blocks:
         own = np.arange(num) * self.strides[self.order[place]]
         open_digits = [np.arange(self.fanouts[each]) * self.strides[each] for each in self.order[place + 1 :]]
         chunks = np.sort(reduce(lambda a, b: np.add.outer(a, b).ravel(), open_digits, own))
+        # What follows on the one before is the same range; the first chunk follows on nothing.
         starts = np.flatnonzero(np.diff(chunks, prepend=chunks[0] - 2) != 1)
         return chunks[starts], np.diff(np.append(starts, len(chunks)))
 
@@ -125,12 +126,12 @@ class Blocks:
         return self.patterns.setdefault(src.tobytes() + dst.tobytes(), Pattern(src, dst))
 
 
-def scattered(blocks: Blocks, place: int, way: Way) -> tuple[Round, ...]:
+def scattered(blocks: Blocks, place: int, way: Crossing) -> tuple[Round, ...]:
     """Rounds after which each rank has the sum of what stands for its digit."""
     return tuple(blocks.round_of(place, moves, reduces=True) for moves in _moves(blocks, place, way, False))
 
 
-def gathered(blocks: Blocks, place: int, way: Way) -> tuple[Round, ...]:
+def gathered(blocks: Blocks, place: int, way: Crossing) -> tuple[Round, ...]:
     """Rounds after which each rank has what stands for any digit."""
     return tuple(blocks.round_of(place, moves, reduces=False) for moves in _moves(blocks, place, way, True))
 
@@ -143,12 +144,12 @@ def ring_moves(fanout: int, digit: IntArray, step: int, gathers: bool) -> Iterat
         yield (Move(every, (digit + step) % fanout, (digit - step * behind) % fanout),)
 
 
-def _moves(blocks: Blocks, place: int, way: Way, gathers: bool) -> Iterator[tuple[Move, ...]]:
+def _moves(blocks: Blocks, place: int, way: Crossing, gathers: bool) -> Iterator[tuple[Move, ...]]:
     fanout, digit = blocks.fanouts[blocks.order[place]], blocks.digit(place)
     every = np.arange(len(digit))
-    if way is Way.RING:
+    if way is Crossing.RING:
         yield from ring_moves(fanout, digit, 1, gathers)
-    elif way is Way.DIRECT:
+    elif way is Crossing.DIRECT:
         others = [(digit + by) % fanout for by in range(1, fanout)]
         yield tuple(Move(every, other, digit if gathers else other) for other in others)
     else:
@@ -160,79 +161,63 @@ def _moves(blocks: Blocks, place: int, way: Way, gathers: bool) -> Iterator[tupl
             yield (Move(every, digit ^ half, kept // half * half, half),)
 
 
-def all_reduce(
-    num_ranks: int, *, fanouts: Sequence[int] | None = None, ways: Sequence[Way] = RINGS, pieces: int = 1
-) -> Schedule:
-    """Scatter inwards to outwards, then gather on the way back; the outermost level does both in one phase."""
-    blocks, places = begun(num_ranks, fanouts, pieces, nested=True)
-    inward = [scattered(blocks, place, way_at(ways, place)) for place in places]
-    outward = [gathered(blocks, place, way_at(ways, place)) for place in reversed(places)]
-    return serial_schedule(Op.ALL_REDUCE, name_of(ways), num_ranks, turning(inward, outward), pieces)
+def schedule(op: Op, ranks: Ranks, *, ways: Sequence[Crossing] = RINGS) -> Schedule:
+    """Scatter inwards to outwards, then gather on the way back; the outermost level does both in one phase.
 
-
-def reduce_scatter(
-    num_ranks: int, *, fanouts: Sequence[int] | None = None, ways: Sequence[Way] = RINGS, pieces: int = 1
-) -> Schedule:
-    """From the innermost level outwards. What goes to one rank is not one range of chunks, so it is several."""
-    blocks, places = begun(num_ranks, fanouts, pieces, nested=False)
-    phases = [scattered(blocks, place, way_at(ways, place)) for place in places]
-    return serial_schedule(Op.REDUCE_SCATTER, name_of(ways), num_ranks, phases, pieces)
-
-
-def all_gather(
-    num_ranks: int, *, fanouts: Sequence[int] | None = None, ways: Sequence[Way] = RINGS, pieces: int = 1
-) -> Schedule:
-    """From the outermost level inwards."""
-    blocks, places = begun(num_ranks, fanouts, pieces, nested=False)
-    phases = [gathered(blocks, place, way_at(ways, place)) for place in reversed(places)]
-    return serial_schedule(Op.ALL_GATHER, name_of(ways), num_ranks, phases, pieces)
+    In the halves what goes to one rank is not one range of chunks, so it is several.
+    """
+    blocks, places = begun(ranks, nested=op is Op.ALL_REDUCE)
+    inward, outward = [], []
+    if op is not Op.ALL_GATHER:
+        inward = [scattered(blocks, place, way_at(ways, place)) for place in places]
+    if op is not Op.REDUCE_SCATTER:
+        outward = [gathered(blocks, place, way_at(ways, place)) for place in reversed(places)]
+    return serial_schedule(op, name_of(ways), ranks, turning(inward, outward))
 
 
 def outline(
-    op: Op, nbytes: float, levels: Levels, *, ways: Sequence[Way] = RINGS, pieces: int = 1
+    op: Op, nbytes: float, levels: Levels, pieces: int = 1, *, ways: Sequence[Crossing] = RINGS
 ) -> Outline | None:
-    """Two levels or more; None where a way does not suit a level (`suits`)."""
-    spans = folds(levels)
-    taken = [way_at(ways, place) for place in range(len(spans))]
-    if len(spans) < 2 or not all(suits(way, level) for way, (level, _) in zip(taken, spans, strict=True)):
+    """None where a way does not suit a level (`suits`)."""
+    parts = crossed(levels, ways)
+    if parts is None:
         return None
-    ports = [level.port for level, _ in spans]
-    inward: list[tuple[Stage, ...]] = []
-    outward: list[tuple[Stage, ...]] = []
-    for way, (level, inner) in zip(taken, spans, strict=True):
-        rounds = stages(way, nbytes / inner, level, inner)
-        inward.append(rounds)
-        outward.insert(0, rounds[::-1])
-    if op is Op.REDUCE_SCATTER:
-        return Outline(name_of(ways), tuple(inward), tuple(ports), pieces)
-    if op is Op.ALL_GATHER:
-        return Outline(name_of(ways), tuple(outward), tuple(ports[::-1]), pieces)
-    return Outline(name_of(ways), tuple(turning(inward, outward)), (*ports, *ports[-2::-1]), pieces)
+    scatter = [stages(way, nbytes / inner, level, inner) for way, level, inner in parts]
+    inward = scatter if op is not Op.ALL_GATHER else []
+    outward = [rounds[::-1] for rounds in reversed(scatter)] if op is not Op.REDUCE_SCATTER else []
+    ports = tuple(level.port for _, level, _ in parts)
+    used = {Op.REDUCE_SCATTER: ports, Op.ALL_GATHER: ports[::-1]}.get(op, ports + ports[-2::-1])
+    return Outline(name_of(ways), tuple(turning(inward, outward)), used, pieces)
 
 
-def best_pieces(op: Op, nbytes: float, levels: Levels, *, ways: Sequence[Way] = RINGS) -> int:
+def crossed(levels: Levels, ways: Sequence[Crossing]) -> list[tuple[Crossing, Level, int]] | None:
+    """The levels that part anything, each with its way and the members inside; None where one does not suit."""
+    parts = [(way_at(ways, place), *span) for place, span in enumerate(spans(levels))]
+    return parts if all(suits(way, level) for way, level, _ in parts) else None
+
+
+def best_pieces(op: Op, nbytes: float, levels: Levels, *, ways: Sequence[Crossing] = RINGS) -> int:
     """The best power of two of pieces for levels with several ports; one where they share one."""
     whole = outline(op, nbytes, levels, ways=ways)
-    if whole is None or len(set(whole.ports)) == 1:
-        return 1
-    return fastest_cut(lambda pieces: outline(op, nbytes, levels, ways=ways, pieces=pieces))
+    return fastest_cut(whole) if whole is not None and len(set(whole.ports)) > 1 else 1
 
 
-def fastest_cut(outline_in: Callable[[int], Outline | None], late_s: float = 0.0) -> int:
-    """The power of two of pieces whose outline is fastest; one where there is none.
+def fastest_cut(whole: Outline | None, late_s: float = 0.0) -> int:
+    """The power of two of pieces in which an outline is fastest; one where there is none.
 
     Where it is in several pieces, it is `late_s` over their number slower than its outline says.
     """
-    counts = [1 << bit for bit in range(MAX_PIECES.bit_length())]
+    if whole is None:
+        return 1
+    # Of equally fast numbers the smallest: pieces cost what is not modelled.
     times = {
-        pieces: closed_seconds(each) + (late_s / pieces if pieces > 1 else 0.0)
-        for pieces in counts
-        if (each := outline_in(pieces)) is not None
+        pieces: closed_seconds(replace(whole, pieces=pieces)) + (late_s / pieces if pieces > 1 else 0.0)
+        for pieces in (1 << bit for bit in range(MAX_PIECES.bit_length()))
     }
-    return min(times, key=times.__getitem__, default=1)
+    return min(times, key=times.__getitem__)
 
 
-def name_of(ways: Sequence[Way]) -> str:
+def name_of(ways: Sequence[Crossing]) -> str:
     """As the catalog calls it."""
     return "hierarchical " + ", ".join(dict.fromkeys(ways))
 
@@ -242,83 +227,86 @@ def way_at(ways: Sequence[T], place: int) -> T:
     return ways[min(place, len(ways) - 1)]
 
 
-def most_peers(name: str, levels: Levels) -> int:
-    """With how many others a chip exchanges parts at once, by the name of an algorithm; one unless directly."""
-    ways = name.removeprefix("hierarchical ").split(", ") if name.startswith("hierarchical ") else []
-    spans = folds(levels)
-    fanouts = [
-        level.fanout for place, (level, _) in enumerate(spans) if ways and way_at(ways, place) == Way.DIRECT
+def most_peers(levels: Levels, *, ways: Sequence[Crossing | None]) -> int:
+    """With how many others of one level a chip exchanges parts at once; one unless directly."""
+    parts = spans(levels)
+    direct = [
+        level.fanout for place, (level, _) in enumerate(parts) if way_at(ways, place) is Crossing.DIRECT
     ]
-    return max(fanouts, default=2) - 1
+    return max(direct, default=2) - 1
 
 
-def begun(num_ranks: int, fanouts: Sequence[int] | None, pieces: int, nested: bool) -> tuple[Blocks, range]:
-    """The chunks of levels, and the places of these in their order; CommsError for what cannot be."""
-    check_ranks(num_ranks, pieces=pieces)
-    parts = checked_fanouts(num_ranks, fanouts)
-    order = tuple(range(len(parts)))
-    blocks = Blocks.nested(parts, order) if nested else Blocks.by_rank(parts, order)
-    return blocks, range(len(parts))
+def begun(ranks: Ranks, nested: bool) -> tuple[Blocks, range]:
+    """The chunks of levels, and the places of these in their order."""
+    order = tuple(range(len(ranks.digits)))
+    blocks = Blocks.nested(ranks.digits, order) if nested else Blocks.by_rank(ranks.digits, order)
+    return blocks, range(len(order))
 
 
 def turning(inward: Sequence[tuple[T, ...]], outward: Sequence[tuple[T, ...]]) -> list[tuple[T, ...]]:
     """Phases there and back; the outermost level is turned round in."""
-    if not inward:
-        return []
+    if not (inward and outward):
+        return [*inward, *outward]
     return [*inward[:-1], (*inward[-1], *outward[0]), *outward[1:]]
 
 
-def serial_schedule(
-    op: Op,
-    algorithm: str,
-    num_ranks: int,
-    phases: Sequence[tuple[Round, ...]],
-    pieces: int = 1,
-    root: int = 0,
-) -> Schedule:
+def serial_schedule(op: Op, algorithm: str, ranks: Ranks, phases: Sequence[tuple[Round, ...]]) -> Schedule:
     """One channel, a chunk per rank; a piece crosses a phase before the next one does."""
-    channels = (Channel(tuple(phases), pieces, Order.SERIAL),) if phases else ()
-    return Schedule(op, algorithm, num_ranks, num_ranks, 1.0 / num_ranks, channels, root)
+    channels = (Channel(tuple(phases), ranks.pieces, PieceOrder.SERIAL),) if phases else ()
+    return Schedule(op, algorithm, ranks.num, ranks.num, 1.0 / ranks.num, channels, ranks.root)
 
 
 def is_ring(level: Level) -> bool:
-    """Whether its bunches reach their neighbours only."""
+    """Whether its subgroups reach their neighbours only."""
     return level.ring and level.fanout > 2
 
 
-def suits(way: Way, level: Level) -> bool:
+def suits(way: Crossing, level: Level) -> bool:
     """Neighbours only where there is a ring, powers of two to double."""
     if is_ring(level):
-        return way is Way.RING and level.wraps
-    return way is not Way.DOUBLING or level.fanout & (level.fanout - 1) == 0
+        return way is Crossing.RING and level.wraps
+    return way is not Crossing.DOUBLING or level.fanout & (level.fanout - 1) == 0
 
 
-def stages(way: Way, nbytes: float, level: Level, inner: int) -> tuple[Stage, ...]:
-    """Scattering `nbytes` per rank over a level, all `inner` members of each bunch at once."""
+def stages(way: Crossing, nbytes: float, level: Level, inner: int) -> tuple[OutlineStage, ...]:
+    """Scattering `nbytes` per rank over a level, all `inner` members of each subgroup at once."""
     fanout = level.fanout
     hop = Hop(level.latency_s, level.rate(inner))
-    if way is Way.RING:
-        return (Stage(fanout - 1, nbytes / fanout, (hop,)),)
-    if way is Way.DOUBLING:
+    if way is Crossing.RING:
+        return (OutlineStage(fanout - 1, nbytes / fanout, (hop,)),)
+    if way is Crossing.DOUBLING:
         bits = range(fanout.bit_length() - 1)
-        return tuple(Stage(1, nbytes / (2 << bit), (hop,)) for bit in bits)
+        return tuple(OutlineStage(1, nbytes / (2 << bit), (hop,)) for bit in bits)
     others = fanout - 1
     together = Hop(level.latency_s, others * level.rate(others * inner))
-    return (Stage(1, others * nbytes / fanout, (together,)),)
+    return (OutlineStage(1, others * nbytes / fanout, (together,)),)
 
 
-REDUCING = {Op.ALL_REDUCE: all_reduce, Op.REDUCE_SCATTER: reduce_scatter, Op.ALL_GATHER: all_gather}
-MIXES = tuple((inner,) if inner is outer else (inner, outer) for inner, outer in product(Way, Way))
-SCHEDULES: Schedules = {
-    name_of(ways): {
-        **{op: partial(make, ways=ways) for op, make in REDUCING.items()},
-    }
-    for ways in MIXES
-}
-OUTLINES: Outlines = {
-    name_of(ways): {op: partial(outline, op, ways=ways) for op in SCHEDULES[name_of(ways)]} for ways in MIXES
-}
-PIECES: Mapping[str, Mapping[Op, Callable[[float, Levels], int]]] = {
-    name_of(ways): {op: partial(best_pieces, op, ways=ways) for op in SCHEDULES[name_of(ways)]}
-    for ways in MIXES
-}
+# Ways by level: one for all, or one inside and one for all further out. In the order of the catalog.
+MIXES = (
+    (Crossing.RING,),
+    (Crossing.RING, Crossing.DOUBLING),
+    (Crossing.RING, Crossing.DIRECT),
+    (Crossing.DOUBLING, Crossing.RING),
+    (Crossing.DOUBLING,),
+    (Crossing.DOUBLING, Crossing.DIRECT),
+    (Crossing.DIRECT, Crossing.RING),
+    (Crossing.DIRECT, Crossing.DOUBLING),
+    (Crossing.DIRECT,),
+)
+ALGORITHMS: tuple[Algorithm, ...] = ()
+for _ways in MIXES:
+    ALGORITHMS += (
+        Algorithm(
+            name=name_of(_ways),
+            rank=5,
+            ops=(Op.ALL_REDUCE, Op.REDUCE_SCATTER, Op.ALL_GATHER),
+            make=partial(schedule, ways=_ways),
+            sketch=partial(outline, ways=_ways),
+            cut=partial(best_pieces, ways=_ways),
+            needs=Needs(least=2),
+            rail_aligned=True,
+            is_hierarchy=True,
+            peers=partial(most_peers, ways=_ways),
+        ),
+    )

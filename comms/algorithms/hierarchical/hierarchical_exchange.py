@@ -1,93 +1,76 @@
 """Hierarchical, from everyone to everyone: level by level, so that fewer and larger messages leave a host.
 
-What is for another bunch goes first to the member of the own bunch that sits like its target, so that messages between
-bunches keep to their rails (PXN in NCCL). Levels that leave a chip by the same port are crossed in one phase: to cross
-both would send bytes twice.
+What is for another subgroup goes first to the member of the own one that sits like its target, so that messages
+between subgroups keep to their rails (PXN in NCCL). Levels that leave a chip by the same port are crossed in one
+phase: to cross both would send bytes twice.
 
-In a phase a chip's messages leave one after another, to near bunches first, and digit by digit, as those of
-`algorithms.direct` do: all of a bunch send over the same level at a time. Outlines are exact.
+In a phase a chip's messages leave one after another, to near subgroups first, and digit by digit, as those of
+`algorithms.direct` do: all of a subgroup send over the same level at a time. Outlines are exact.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
+from functools import partial
 from itertools import groupby
 from math import prod
 from operator import itemgetter
 
 import numpy as np
 
-from comms.algorithms.hierarchical.hierarchical import Way, fastest_cut, name_of, stages
-from comms.algorithms.rounds import (
-    Outlines,
-    Schedules,
-    check_ranks,
-    checked_fanouts,
-    folds,
-    inner_sizes,
-    moved,
-)
-from comms.collectives.outline import Hop, Outline, Stage
-from comms.collectives.schedule import Channel, Op, Order, Pattern, Round, Schedule
+from comms.algorithms.catalog import Algorithm, Joined, Needs, spans
+from comms.algorithms.hierarchical.hierarchical import Crossing, fastest_cut, most_peers, name_of, stages
+from comms.algorithms.rounds import Ranks, inner_sizes, moved
+from comms.collectives.outline import Hop, Outline, OutlineStage
+from comms.collectives.schedule import Channel, Op, Pattern, PieceOrder, Round, Schedule
 from comms.networks.levels import Level, Levels
 
-NAME = name_of((Way.DIRECT,))
+NAME = name_of((Crossing.DIRECT,))
 
 
-def all_to_all(
-    num_ranks: int,
-    *,
-    fanouts: Sequence[int] | None = None,
-    ports: Sequence[int] | None = None,
-    pieces: int = 1,
-) -> Schedule:
+def schedule(op: Op, ranks: Ranks) -> Schedule:
     """Outwards, each time directly to the one whose digits are those of the target. Without ports all differ."""
-    check_ranks(num_ranks, pieces=pieces)
-    parts = checked_fanouts(num_ranks, fanouts)
-    given = (
-        range(len(parts))
-        if ports is None
-        else [p for p, f in zip(ports, fanouts or (), strict=True) if f > 1]
-    )
+    n, digits = ranks.num, ranks.digits
     inner, phases = 1, []
-    for places in _by_port(given):
-        digits = tuple(parts[place] for place in places)
-        phases.append((_exchanged(num_ranks, digits, inner),))
-        inner *= prod(digits)
-    channels = (Channel(tuple(phases), pieces, Order.SERIAL),) if phases else ()
-    return Schedule(Op.ALL_TO_ALL, NAME, num_ranks, num_ranks * num_ranks, 1.0 / num_ranks, channels)
+    for places in _by_port(ranks.of_digits(ranks.ports, 0) if ranks.ports else range(len(digits))):
+        crossed = tuple(digits[place] for place in places)
+        phases.append((_exchanged(n, crossed, inner),))
+        inner *= prod(crossed)
+    channels = (Channel(tuple(phases), ranks.pieces, PieceOrder.SERIAL),) if phases else ()
+    return Schedule(op, NAME, n, n * n, 1.0 / n, channels)
 
 
-def outline(nbytes: float, levels: Levels, *, pieces: int = 1) -> Outline | None:
-    """Two ports or more; none of the levels a ring."""
-    spans = folds(levels)
-    ports = [level.port for level, _ in spans]
-    if len(set(ports)) < 2 or any(level.ring for level, _ in spans):
+def outline(op: Op, nbytes: float, levels: Levels, pieces: int = 1) -> Outline | None:
+    """Two ports or more."""
+    parts = spans(levels)
+    ports = [level.port for level, _ in parts]
+    if len(set(ports)) < 2:
         return None
-    groups = [[spans[place] for place in places] for places in _by_port(ports)]
-    phases = tuple((_stage(nbytes, group),) for group in groups)
-    return Outline(NAME, phases, tuple(group[0][0].port for group in groups), pieces)
+    crossed = [[parts[place] for place in places] for places in _by_port(ports)]
+    phases = tuple((_stage(nbytes, each),) for each in crossed)
+    return Outline(NAME, phases, tuple(each[0][0].port for each in crossed), pieces)
 
 
-def best_pieces(nbytes: float, levels: Levels) -> int:
+def best_pieces(op: Op, nbytes: float, levels: Levels) -> int:
     """The best power of two of pieces."""
-    return fastest_cut(lambda pieces: outline(nbytes, levels, pieces=pieces))
+    return fastest_cut(outline(op, nbytes, levels))
 
 
 def _by_port(ports: Sequence[int]) -> list[list[int]]:
     """Places of levels next to each other that have the same port."""
-    return [[place for place, _ in group] for _, group in groupby(enumerate(ports), key=itemgetter(1))]
+    return [[place for place, _ in alike] for _, alike in groupby(enumerate(ports), key=itemgetter(1))]
 
 
-def _stage(nbytes: float, group: Sequence[tuple[Level, int]]) -> Stage:
+def _stage(nbytes: float, crossed: Sequence[tuple[Level, int]]) -> OutlineStage:
     """What leaves a chip in one phase, up to the message that arrives last, as one message."""
-    if len(group) == 1:
-        return stages(Way.DIRECT, nbytes, *group[0])[0]
-    each, innermost = nbytes / prod(level.fanout for level, _ in group), group[0][1]
+    if len(crossed) == 1:
+        return stages(Crossing.DIRECT, nbytes, *crossed[0])[0]
+    each, innermost = nbytes / prod(level.fanout for level, _ in crossed), crossed[0][1]
+    # Near subgroups come first, so that a level ends when all before it have left; which is last depends on latencies.
     sent, busy, ends = 0.0, 0.0, []
-    for level, inner in group:
+    for level, inner in crossed:
         num = (level.fanout - 1) * inner // innermost
         sent, busy = sent + num * each, busy + num * each / level.rate(inner)
         hop = Hop(level.latency_s, sent / busy if busy > 0 else level.rate(inner))
-        ends.append((level.latency_s + busy, Stage(1, sent, (hop,))))
+        ends.append((level.latency_s + busy, OutlineStage(1, sent, (hop,))))
     return max(ends, key=itemgetter(0))[1]
 
 
@@ -109,6 +92,17 @@ def _exchanged(num_ranks: int, digits: tuple[int, ...], inner: int) -> Round:
     return Round(Pattern(src, dst), chunk, np.ones_like(chunk), reduces=False)
 
 
-SCHEDULES: Schedules = {NAME: {Op.ALL_TO_ALL: all_to_all}}
-OUTLINES: Outlines = {NAME: {Op.ALL_TO_ALL: outline}}
-PIECES: Mapping[str, Mapping[Op, Callable[[float, Levels], int]]] = {NAME: {Op.ALL_TO_ALL: best_pieces}}
+ALGORITHMS = (
+    Algorithm(
+        name=NAME,
+        rank=6,
+        ops=(Op.ALL_TO_ALL,),
+        make=schedule,
+        sketch=outline,
+        cut=best_pieces,
+        needs=Needs(Joined.BY_SWITCH, Joined.BY_SWITCH),
+        rail_aligned=True,
+        is_hierarchy=True,
+        peers=partial(most_peers, ways=(Crossing.DIRECT,)),
+    ),
+)

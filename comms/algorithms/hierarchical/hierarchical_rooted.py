@@ -1,8 +1,8 @@
-"""Hierarchical, from and to a root: level by level, so that all members of a bunch carry a share out of it.
+"""Hierarchical, from and to a root: level by level, so that all members of a subgroup carry a share out of it.
 
-A scatter deals to the members of the root's bunch what they then deal to their likes in the other bunches; a gather is
-that backwards. A broadcast scatters a buffer so and gathers it on the way back; a reduce scatters sums level by level
-outwards, which are then collected at the root.
+A scatter deals to the members of the root's subgroup what they then deal to their counterparts in the other
+subgroups; a gather is that backwards. A broadcast scatters a buffer so and gathers it on the way back; a reduce
+scatters sums level by level outwards, which are then collected at the root.
 
 Over a ring of chips everything goes the shorter way, to the furthest first, one chip a round, so that all of a side
 have theirs at once.
@@ -12,152 +12,96 @@ the first in the next phase that uses it; only the outermost level of a broadcas
 
 Backwards all do the same at the same time: outlines of gather and reduce are exact, with several pieces where levels
 have ports of their own. Forwards a chip deals to one after another, the far ones first, and who has its part early goes
-on early. Outlines of a scatter are exact still where bunches have all that their members have outwards (with several
+on early. Outlines of a scatter are exact still where subgroups have all that their members have outwards (with several
 pieces: and levels have ports of their own), those of a broadcast in one piece where both hold. Elsewhere they are
 estimates: who is early takes what others may use later (on random trees down to half of the outline), or a chip that
 has its part of a broadcast is in the way of one that has not (up to 1.2; 1.006 on rails over a spine).
 
-A broadcast in pieces takes longer than its outline where members of the root's bunch pass on parts of the first piece
-while others still get theirs: by up to 1.4 messages of one piece within a bunch, 12 % for two pieces, 6 % for the
-numbers of pieces that `best_pieces` takes (which counts that in), on hosts of 8 chips on rails up to 3.3 % at 64 MiB
-and 1 % at 1 GiB. If all gathered directly or by doubling they would be in the way of the root as long as it deals, up
-to 2.4 times the outline; so a broadcast gathers around rings only.
+A broadcast in pieces takes longer than its outline where members of the root's subgroup pass on parts of the first
+piece while others still get theirs: by up to 1.4 messages of one piece within a subgroup, 12 % for two pieces, 6 %
+for the numbers of pieces that `best_pieces` takes (which counts that in), on hosts of 8 chips on rails up to 3.3 % at
+64 MiB and 1 % at 1 GiB. If all gathered directly or by doubling they would be in the way of the root as long as it
+deals, up to 2.4 times the outline; so a broadcast gathers around rings only.
 
 Not in pieces: levels that share a port, where what is passed on and what still comes in meet at one chip (up to 1.3
 times what an outline says), and rings, round which chips near the root run ahead.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 
 import numpy as np
 
+from comms.algorithms.catalog import Algorithm, Needs, spans
 from comms.algorithms.hierarchical.hierarchical import (
     MIXES,
     RINGS,
     Blocks,
+    Crossing,
     Move,
-    Way,
     begun,
+    crossed,
     fastest_cut,
     gathered,
     is_ring,
+    most_peers,
     name_of,
     scattered,
     serial_schedule,
     stages,
-    suits,
     turning,
     way_at,
 )
-from comms.algorithms.rounds import (
-    Outlines,
-    Schedules,
-    check_ranks,
-    folds,
-    inner_sizes,
-    moved,
-    reversed_rounds,
-)
-from comms.collectives.outline import Hop, Outline, Stage
+from comms.algorithms.rounds import Ranks, inner_sizes, moved, reversed_rounds
+from comms.collectives.outline import Hop, Outline, OutlineStage
 from comms.collectives.schedule import Op, Round, Schedule
 from comms.networks.levels import Level, Levels
 from comms.networks.topology import IntArray
 
 LINEAR = "hierarchical linear"
+WHOLE = (Op.BROADCAST, Op.REDUCE)
 IN_THE_WAY = 1.5  # messages of one piece per inner level, by which a broadcast in pieces may be late
 
 
-def broadcast(
-    num_ranks: int,
-    root: int = 0,
-    *,
-    fanouts: Sequence[int] | None = None,
-    around: Sequence[bool] = (),
-    pieces: int = 1,
-) -> Schedule:
-    """Dealt level by level; then all gather.
+def schedule(op: Op, ranks: Ranks, *, ways: Sequence[Crossing] = RINGS) -> Schedule:
+    """Dealt level by level outwards, then gathered by all; or backwards, sums scattered, then collected.
 
-    As those behind in a ring get their part later, they do not disturb those ahead.
+    What is whole is gathered around rings: as those behind get their part later, they do not disturb those ahead.
     """
-    check_ranks(num_ranks, root)
-    blocks, places = begun(num_ranks, fanouts, pieces, nested=True)
-    inward = _dealt(blocks, root, fanouts, around)
-    outward = [gathered(blocks, place, Way.RING) for place in reversed(places)]
-    return serial_schedule(Op.BROADCAST, name_of(RINGS), num_ranks, turning(inward, outward), pieces, root)
+    blocks, places = begun(ranks, nested=op in WHOLE)
+    deals = _dealt(blocks, ranks)
+    collects = [reversed_rounds(phase, reduces=False) for phase in reversed(deals)]
+    match op:
+        case Op.SCATTER:
+            phases = deals
+        case Op.GATHER:
+            phases = collects
+        case Op.BROADCAST:
+            phases = turning(deals, [gathered(blocks, place, Crossing.RING) for place in reversed(places)])
+        case _:
+            phases = [*(scattered(blocks, place, way_at(ways, place)) for place in places), *collects]
+    return serial_schedule(op, name_of(ways) if op in WHOLE else LINEAR, ranks, phases)
 
 
-def reduce(
-    num_ranks: int,
-    root: int = 0,
-    *,
-    fanouts: Sequence[int] | None = None,
-    around: Sequence[bool] = (),
-    ways: Sequence[Way] = RINGS,
-    pieces: int = 1,
-) -> Schedule:
-    """Sums scattered level by level, and collected on the way back."""
-    check_ranks(num_ranks, root)
-    blocks, places = begun(num_ranks, fanouts, pieces, nested=True)
-    inward = [scattered(blocks, place, way_at(ways, place)) for place in places]
-    deals = _dealt(blocks, root, fanouts, around)
-    outward = [reversed_rounds(phase, reduces=False) for phase in reversed(deals)]
-    return serial_schedule(Op.REDUCE, name_of(ways), num_ranks, [*inward, *outward], pieces, root)
-
-
-def scatter(
-    num_ranks: int,
-    root: int = 0,
-    *,
-    fanouts: Sequence[int] | None = None,
-    around: Sequence[bool] = (),
-    pieces: int = 1,
-) -> Schedule:
-    """From the innermost level outwards. What goes to one rank is not one range of chunks, so it is several."""
-    check_ranks(num_ranks, root)
-    blocks, _ = begun(num_ranks, fanouts, pieces, nested=False)
-    phases = _dealt(blocks, root, fanouts, around)
-    return serial_schedule(Op.SCATTER, LINEAR, num_ranks, phases, pieces, root)
-
-
-def gather(
-    num_ranks: int,
-    root: int = 0,
-    *,
-    fanouts: Sequence[int] | None = None,
-    around: Sequence[bool] = (),
-    pieces: int = 1,
-) -> Schedule:
-    """A scatter backwards."""
-    there = scatter(num_ranks, root, fanouts=fanouts, around=around)
-    phases = [phase for channel in there.channels for phase in channel.phases]
-    back = [reversed_rounds(phase, reduces=False) for phase in reversed(phases)]
-    return serial_schedule(Op.GATHER, LINEAR, num_ranks, back, pieces, root)
-
-
-def _dealt(
-    blocks: Blocks, root: int, fanouts: Sequence[int] | None, around: Sequence[bool]
-) -> list[tuple[Round, ...]]:
-    """Per level, what the root's bunch has by then goes to the other bunches. `around`: which fanouts are rings."""
-    parted = [number for number, fanout in enumerate(fanouts or ()) if fanout > 1]
-    rings = [bool(around) and around[number] for number in parted] or [False] * len(blocks.fanouts)
+def _dealt(blocks: Blocks, ranks: Ranks) -> list[tuple[Round, ...]]:
+    """Per level, what the root's subgroup has by then goes to the other subgroups."""
     return [
-        tuple(_along_ring(blocks, place, root)) if ring else (_directly(blocks, place, root),)
-        for place, ring in enumerate(rings)
+        tuple(_along_ring(blocks, place, ranks.root)) if ring else (_directly(blocks, place, ranks.root),)
+        for place, ring in enumerate(ranks.of_digits(ranks.rings, False))
     ]
 
 
 def _directly(blocks: Blocks, place: int, root: int) -> Round:
-    """A message to each of the other bunches."""
-    rows, digit, fanout = _bunch(blocks, place, root), blocks.digit(place), blocks.fanouts[place]
+    """A message to each of the other subgroups."""
+    rows, digit, fanout = _subgroup(blocks, place, root), blocks.digit(place), blocks.fanouts[place]
     others = [(digit[rows] + by) % fanout for by in reversed(range(1, fanout))]
     return blocks.round_of(place, [Move(rows, other, other) for other in others], reduces=False)
 
 
 def _along_ring(blocks: Blocks, place: int, root: int) -> Iterator[Round]:
-    """Rounds in which what goes to the furthest bunch that is left leaves, both ways, and all others go on."""
-    rows, digit, fanout = _bunch(blocks, place, root), blocks.digit(place), blocks.fanouts[place]
+    """Rounds in which what goes to the furthest subgroup that is left leaves, both ways, and all others go on."""
+    rows, digit, fanout = _subgroup(blocks, place, root), blocks.digit(place), blocks.fanouts[place]
     inner, sides = inner_sizes(blocks.fanouts)[place], _sides(fanout)
     for each in range(max(hops for _, hops in sides)):
         moves = []
@@ -169,8 +113,8 @@ def _along_ring(blocks: Blocks, place: int, root: int) -> Iterator[Round]:
         yield blocks.round_of(place, moves, reduces=False)
 
 
-def _bunch(blocks: Blocks, place: int, root: int) -> IntArray:
-    """The members of the bunch within a level that has the root."""
+def _subgroup(blocks: Blocks, place: int, root: int) -> IntArray:
+    """The members of the subgroup within a level that has the root."""
     inner = inner_sizes(blocks.fanouts)[place]
     return root // inner * inner + np.arange(inner)
 
@@ -182,74 +126,71 @@ def _sides(fanout: int) -> tuple[tuple[int, int], ...]:
 
 
 def outline(
-    op: Op, nbytes: float, levels: Levels, *, ways: Sequence[Way] = RINGS, pieces: int = 1
+    op: Op, nbytes: float, levels: Levels, pieces: int = 1, *, ways: Sequence[Crossing] = RINGS
 ) -> Outline | None:
-    """Two levels or more; no lines, on which it depends on the root."""
-    spans = folds(levels)
-    taken = [way_at(ways, place) for place in range(len(spans))]
-    suiting = all(suits(way, level) for way, (level, _) in zip(taken, spans, strict=True))
-    if len(spans) < 2 or not suiting:
+    """No lines, on which it depends on the root."""
+    parts = crossed(levels, ways)
+    if parts is None:
         return None
-    deals = [_dealing(nbytes / inner, level, inner) for level, inner in spans]
-    gathers = [stages(way, nbytes / span[1], *span) for way, span in zip(taken, spans, strict=True)]
-    ports = tuple(level.port for level, _ in spans)
+    deals = [_dealing(nbytes / inner, level, inner) for _, level, inner in parts]
+    gathers = [stages(way, nbytes / inner, level, inner) for way, level, inner in parts]
+    ports = tuple(level.port for _, level, _ in parts)
     phases, used = {
         Op.SCATTER: (deals, ports),
         Op.GATHER: (deals[::-1], ports[::-1]),
         Op.BROADCAST: (turning(deals, [each[::-1] for each in reversed(gathers)]), ports + ports[-2::-1]),
         Op.REDUCE: ([*gathers, *deals[::-1]], ports + ports[::-1]),
     }[op]
-    name = LINEAR if op in (Op.SCATTER, Op.GATHER) else name_of(ways)
-    return Outline(name, tuple(phases), used, pieces)
+    return Outline(name_of(ways) if op in WHOLE else LINEAR, tuple(phases), used, pieces)
 
 
-def best_pieces(op: Op, nbytes: float, levels: Levels, *, ways: Sequence[Way] = RINGS) -> int:
+def best_pieces(op: Op, nbytes: float, levels: Levels, *, ways: Sequence[Crossing] = RINGS) -> int:
     """The best power of two of pieces; one where two levels share a port, or one is a ring."""
-    spans = folds(levels)
-    if len({level.port for level, _ in spans}) < len(spans) or any(is_ring(level) for level, _ in spans):
+    parts = spans(levels)
+    if len({level.port for level, _ in parts}) < len(parts) or any(is_ring(level) for level, _ in parts):
         return 1
     late_s = 0.0
     if op is Op.BROADCAST:
-        part_s = sum(nbytes / inner / level.fanout / level.rate(inner) for level, inner in spans[:-1])
+        part_s = sum(nbytes / inner / level.fanout / level.rate(inner) for level, inner in parts[:-1])
         late_s = IN_THE_WAY * part_s
-    return fastest_cut(lambda pieces: outline(op, nbytes, levels, ways=ways, pieces=pieces), late_s)
+    return fastest_cut(outline(op, nbytes, levels, ways=ways), late_s)
 
 
-def _dealing(nbytes: float, level: Level, inner: int) -> tuple[Stage, ...]:
+def _dealing(nbytes: float, level: Level, inner: int) -> tuple[OutlineStage, ...]:
     """Dealing `nbytes` per member out over a level, or collecting it.
 
     Who does has no one to wait for, so that each piece leaves as soon as the one before has.
     """
     if is_ring(level):
         hops = max(hops for _, hops in _sides(level.fanout))
-        return (Stage(hops, nbytes / level.fanout, (Hop(level.latency_s, level.rate(2 * inner)),)),)
-    (together,) = stages(Way.DIRECT, nbytes, level, inner)
+        return (OutlineStage(hops, nbytes / level.fanout, (Hop(level.latency_s, level.rate(2 * inner)),)),)
+    # The port is free when the last byte has left, the last message there a latency later: a stage of its own.
+    (together,) = stages(Crossing.DIRECT, nbytes, level, inner)
     (hop,) = together.hops
     leaves = replace(together, hops=(replace(hop, latency_s=0.0),))
-    return (leaves, Stage(1, 0.0, (hop,), own_ports=True))
+    return (leaves, OutlineStage(1, 0.0, (hop,), own_ports=True))
 
 
-SCHEDULES: Schedules = {
-    **{
-        name_of(ways): {
-            **({Op.BROADCAST: broadcast} if ways == RINGS else {}),
-            Op.REDUCE: partial(reduce, ways=ways),
-        }
-        for ways in MIXES
-    },
-    LINEAR: {Op.SCATTER: scatter, Op.GATHER: gather},
-}
-OUTLINES: Outlines = {
-    **{
-        name_of(ways): {op: partial(outline, op, ways=ways) for op in SCHEDULES[name_of(ways)]}
-        for ways in MIXES
-    },
-    LINEAR: {op: partial(outline, op) for op in SCHEDULES[LINEAR]},
-}
-PIECES: Mapping[str, Mapping[Op, Callable[[float, Levels], int]]] = {
-    **{
-        name_of(ways): {op: partial(best_pieces, op, ways=ways) for op in SCHEDULES[name_of(ways)]}
-        for ways in MIXES
-    },
-    LINEAR: {op: partial(best_pieces, op) for op in SCHEDULES[LINEAR]},
-}
+_LINEAR = Algorithm(
+    name=LINEAR,
+    rank=7,
+    ops=(Op.SCATTER, Op.GATHER),
+    make=schedule,
+    sketch=outline,
+    cut=best_pieces,
+    needs=Needs(least=2),
+    rail_aligned=True,
+)
+ALGORITHMS: tuple[Algorithm, ...] = (_LINEAR,)
+for _ways in MIXES:
+    ALGORITHMS += (
+        replace(
+            _LINEAR,
+            name=name_of(_ways),
+            ops=(Op.BROADCAST, Op.REDUCE) if _ways == RINGS else (Op.REDUCE,),
+            make=partial(schedule, ways=_ways),
+            sketch=partial(outline, ways=_ways),
+            cut=partial(best_pieces, ways=_ways),
+            peers=partial(most_peers, ways=_ways),
+        ),
+    )

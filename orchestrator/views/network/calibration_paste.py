@@ -7,7 +7,7 @@ and the text says so, so that the changed file is valid.
 
 from collections.abc import Iterator
 
-from comms.algorithms.catalog import IN_NETWORK
+from comms.algorithms.in_network import NAME as IN_NETWORK
 from comms.calibration.calibration import Constants
 from comms.collectives.schedule import Op
 from comms.networks.fabrics.switch_tree import Tree

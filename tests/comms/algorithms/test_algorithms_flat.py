@@ -7,38 +7,33 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from comms.algorithms import bruck, direct, doubling, ring
-from comms.collectives.closed_form import closed_seconds
+from comms.algorithms import direct, doubling, ring
+from comms.algorithms.catalog import algorithm_of
+from comms.algorithms.rounds import Ranks
+from comms.collectives.outline_time import closed_seconds
 from comms.collectives.proof import prove
-from comms.collectives.schedule import Op, Order
+from comms.collectives.schedule import Op, PieceOrder
 from comms.errors import CommsError
 from comms.networks.levels import Level
 
 PATIENT = settings(max_examples=40)
-FAMILIES = (ring, doubling, direct, bruck)
+FAMILIES = (ring, doubling, direct)
 EVERY = [
-    (name, op, make)
-    for family in FAMILIES
-    for name, ops in family.SCHEDULES.items()
-    for op, make in ops.items()
+    (each, op) for family in FAMILIES for each in family.ALGORITHMS if each.by_default for op in each.ops
 ]
-each_schedule = pytest.mark.parametrize(
-    ("name", "op", "make"), EVERY, ids=[f"{n}-{op}" for n, op, _ in EVERY]
-)
+each_schedule = pytest.mark.parametrize(("algorithm", "op"), EVERY, ids=[f"{a.name}-{op}" for a, op in EVERY])
 ranks = st.integers(1, 20)
 DIGITWISE = [
-    bruck.all_gather,
-    bruck.reduce_scatter,
-    bruck.all_reduce,
-    bruck.all_to_all,
-    bruck.barrier,
-    direct.all_reduce,
-    direct.two_shot_all_reduce,
-    direct.all_gather,
-    direct.reduce_scatter,
-    direct.all_to_all,
-    direct.pairwise_all_to_all,
+    *(("bruck", op) for op in (Op.ALL_GATHER, Op.REDUCE_SCATTER, Op.ALL_REDUCE, Op.ALL_TO_ALL)),
+    ("dissemination", Op.BARRIER),
+    *(("direct", op) for op in (Op.ALL_REDUCE, Op.ALL_GATHER, Op.REDUCE_SCATTER, Op.ALL_TO_ALL)),
+    ("two-shot", Op.ALL_REDUCE),
+    ("pairwise", Op.ALL_TO_ALL),
 ]
+
+
+def made(name, op, num_ranks, root=0, fanouts=(), pieces=1):
+    return algorithm_of(op, name).make(op, Ranks(num_ranks, root, tuple(fanouts), pieces=pieces))
 
 
 def rounds_of(schedule):
@@ -63,56 +58,48 @@ def crossing_share(schedule, per_host):
 
 
 @each_schedule
-def test_every_algorithm_is_proved_for_1_to_24_ranks(name, op, make):
+def test_every_algorithm_is_proved_for_1_to_24_ranks(algorithm, op):
     for num_ranks in range(1, 25):
-        schedule = make(num_ranks)
-        assert (schedule.algorithm, schedule.op, schedule.num_ranks) == (name, op, num_ranks)
+        schedule = algorithm.make(op, Ranks(num_ranks))
+        assert (schedule.algorithm, schedule.op, schedule.num_ranks) == (algorithm.name, op, num_ranks)
         prove(schedule)
 
 
-@each_schedule
-def test_every_algorithm_refuses_no_ranks(name, op, make):
+def test_no_ranks_are_refused():
     with pytest.raises(CommsError, match="0 ranks"):
-        make(0)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_every_outline_has_a_schedule(family):
-    assert {name: set(ops) for name, ops in family.OUTLINES.items()} == {
-        name: set(ops) for name, ops in family.SCHEDULES.items()
-    }
+        Ranks(0)
 
 
 @PATIENT
-@given(st.sampled_from((ring.all_reduce, ring.all_gather, ring.reduce_scatter)), st.data())
-def test_rings_go_in_any_order_of_ranks_in_several_channels_and_both_ways(make, data):
+@given(st.sampled_from(ring.AROUND), st.data())
+def test_rings_go_in_any_order_of_ranks_in_several_channels_and_both_ways(op, data):
     n = data.draw(st.integers(1, 12))
     orders = data.draw(st.lists(st.permutations(range(n)), min_size=1, max_size=3))
     both_ways = data.draw(st.booleans())
-    schedule = make(n, orders=orders, both_ways=both_ways, pieces=2, order=Order.INTERLEAVED)
+    schedule = ring.schedule(op, Ranks(n, pieces=2), orders=orders, both_ways=both_ways)
     prove(schedule)
     assert len(schedule.channels) == (len(orders) * (1 + both_ways) if n > 1 else 0)
-    assert all((channel.pieces, channel.order) == (2, Order.INTERLEAVED) for channel in schedule.channels)
+    assert all((channel.pieces, channel.order) == (2, PieceOrder.SERIAL) for channel in schedule.channels)
 
 
 @PATIENT
-@given(st.sampled_from((ring.broadcast, ring.reduce)), st.data())
-def test_chains_start_or_end_at_any_root(make, data):
+@given(st.sampled_from(ring.CHAINS), st.data())
+def test_chains_start_or_end_at_any_root(op, data):
     n = data.draw(st.integers(1, 12))
     root = data.draw(st.integers(0, n - 1))
     orders = data.draw(st.lists(st.permutations(range(n)), min_size=1, max_size=3))
-    prove(make(n, root, orders=orders, both_ways=data.draw(st.booleans()), pieces=3))
+    prove(ring.schedule(op, Ranks(n, root, pieces=3), orders=orders, both_ways=data.draw(st.booleans())))
 
 
 def test_a_ring_has_one_pattern_for_all_its_rounds():
-    rounds = rounds_of(ring.all_reduce(16))
+    rounds = rounds_of(made("ring", Op.ALL_REDUCE, 16))
     assert len(rounds) == 30
     assert len({id(each.pattern) for each in rounds}) == 1
 
 
 @given(st.integers(2, 40))
 def test_a_ring_sends_every_byte_but_the_own_share_twice(num_ranks):
-    shares = sent_shares(ring.all_reduce(num_ranks))
+    shares = sent_shares(made("ring", Op.ALL_REDUCE, num_ranks))
     np.testing.assert_allclose(shares, 2 * (num_ranks - 1) / num_ranks)
 
 
@@ -133,127 +120,109 @@ def test_every_ring_over_rails_leaves_each_host_once_and_together_by_every_rail(
 
 def test_an_order_that_leaves_out_a_rank_is_refused():
     with pytest.raises(CommsError, match=r"does not hold every rank once\n  at: ring 1"):
-        ring.all_reduce(3, orders=[np.arange(3), np.array([0, 1, 1])])
+        ring.schedule(Op.ALL_REDUCE, Ranks(3), orders=[np.arange(3), np.array([0, 1, 1])])
     with pytest.raises(CommsError, match="no order of ranks"):
-        ring.all_reduce(3, orders=[])
+        ring.schedule(Op.ALL_REDUCE, Ranks(3), orders=[])
     with pytest.raises(CommsError, match="10 ranks on hosts of 4"):
         ring.rail_orders(10, 4, 2)
 
 
-@pytest.mark.parametrize("make", [ring.broadcast, ring.reduce, direct.gather, direct.scatter])
-def test_a_root_that_is_no_rank_is_refused(make):
+def test_a_root_that_is_no_rank_is_refused():
     with pytest.raises(CommsError, match="root 4 of 4 ranks"):
-        make(4, 4)
+        Ranks(4, 4)
 
 
 def test_no_pieces_are_refused():
     with pytest.raises(CommsError, match="0 pieces"):
-        ring.all_reduce(4, pieces=0)
+        Ranks(4, pieces=0)
 
 
 @given(st.integers(3, 200), st.floats(1, 1e12), st.floats(1e-7, 1e-3), st.floats(1e8, 1e12))
 def test_a_chain_is_cut_into_pieces_until_filling_it_hardly_counts(num_chips, nbytes, latency_s, rate):
     levels = (Level("flat", num_chips, latency_s, rate),)
-    pieces = ring.chain_pieces(nbytes, levels)
+    pieces = ring.chain_pieces(Op.BROADCAST, nbytes, levels)
     endless = (num_chips - 1) * latency_s + nbytes / rate
-    seconds = closed_seconds(ring.chain_outline(Op.BROADCAST, nbytes, levels, pieces=pieces))
+    seconds = closed_seconds(ring.outline(Op.BROADCAST, nbytes, levels, pieces))
     assert endless * (1 - 1e-9) <= seconds <= endless * (1 + 1 / 32 + 1e-9)
-
-
-@PATIENT
-@given(ranks, st.booleans())
-def test_doubling_is_proved_with_large_messages_near_or_far(num_ranks, near_large):
-    for make in doubling.SCHEDULES["halving-doubling"].values():
-        prove(make(num_ranks, near_large=near_large))
 
 
 @pytest.mark.parametrize("num_ranks", [2, 4, 8, 32])
 def test_halving_doubling_takes_few_rounds_and_moves_what_a_ring_moves(num_ranks):
-    schedule = doubling.all_reduce(num_ranks)
+    schedule = made("halving-doubling", Op.ALL_REDUCE, num_ranks)
     assert len(rounds_of(schedule)) == 2 * log2(num_ranks)
     np.testing.assert_allclose(sent_shares(schedule), 2 * (num_ranks - 1) / num_ranks)
 
 
 def test_rounds_there_and_back_share_their_patterns():
-    rounds = rounds_of(doubling.all_reduce(8))
+    rounds = rounds_of(made("halving-doubling", Op.ALL_REDUCE, 8))
     assert [id(each.pattern) for each in rounds] == [id(each.pattern) for each in reversed(rounds)]
 
 
-@pytest.mark.parametrize("op", list(doubling.SCHEDULES["halving-doubling"]))
+@pytest.mark.parametrize("op", doubling.HALVES)
 def test_large_messages_between_near_ranks_spare_the_network(op):
-    make = doubling.SCHEDULES["halving-doubling"][op]
-    assert crossing_share(make(32), 8) < crossing_share(make(32, near_large=False), 8) / 7
+    ways = 2 if op is Op.ALL_REDUCE else 1
+    if_far_ranks_came_first = ways * 32 * (1 / 2 + 1 / 4)  # the two largest of five messages
+    assert crossing_share(made("halving-doubling", op, 32), 8) < if_far_ranks_came_first / 7
 
 
 @PATIENT
 @given(st.sampled_from(DIGITWISE), st.lists(st.integers(1, 4), min_size=1, max_size=3))
-def test_going_digit_by_digit_is_proved_for_any_fanouts(make, fanouts):
-    schedule = make(prod(fanouts), fanouts=fanouts)
-    prove(schedule)
+def test_going_digit_by_digit_is_proved_for_any_fanouts(which, fanouts):
+    prove(made(*which, prod(fanouts), fanouts=fanouts))
 
 
-@pytest.mark.parametrize("make", [bruck.all_gather, direct.all_to_all])
 @pytest.mark.parametrize("fanouts", [(2, 2), (5,), (0, 6), (-2, -3)])
-def test_fanouts_that_do_not_make_the_ranks_are_refused(make, fanouts):
+def test_fanouts_that_do_not_make_the_ranks_are_refused(fanouts):
     with pytest.raises(CommsError, match="do not make 6 ranks"):
-        make(6, fanouts=fanouts)
+        Ranks(6, fanouts=fanouts)
 
 
-@pytest.mark.parametrize(
-    "make", [bruck.all_gather, bruck.reduce_scatter, direct.all_gather, direct.reduce_scatter]
-)
-@given(st.integers(2, 40))
-def test_one_way_collectives_send_every_byte_once(make, num_ranks):
-    np.testing.assert_allclose(sent_shares(make(num_ranks)), (num_ranks - 1) / num_ranks)
+@pytest.mark.parametrize("name", ["bruck", "direct"])
+@pytest.mark.parametrize("op", [Op.ALL_GATHER, Op.REDUCE_SCATTER])
+@given(num_ranks=st.integers(2, 40))
+def test_one_way_collectives_send_every_byte_once(name, op, num_ranks):
+    np.testing.assert_allclose(sent_shares(made(name, op, num_ranks)), (num_ranks - 1) / num_ranks)
 
 
-@pytest.mark.parametrize("make", [direct.all_to_all, direct.pairwise_all_to_all])
-@given(st.integers(2, 20))
-def test_all_to_all_sends_everything_once(make, num_ranks):
-    np.testing.assert_allclose(sent_shares(make(num_ranks)), (num_ranks - 1) / num_ranks)
+@pytest.mark.parametrize("name", ["direct", "pairwise"])
+@given(num_ranks=st.integers(2, 20))
+def test_all_to_all_sends_everything_once(name, num_ranks):
+    np.testing.assert_allclose(sent_shares(made(name, Op.ALL_TO_ALL, num_ranks)), (num_ranks - 1) / num_ranks)
 
 
 @given(st.integers(2, 70))
 def test_bruck_takes_as_few_rounds_as_can_be(num_ranks):
     fewest = ceil(log2(num_ranks))
-    assert len(rounds_of(bruck.all_gather(num_ranks))) == fewest
-    assert len(rounds_of(bruck.all_to_all(num_ranks))) == fewest
-    assert len(rounds_of(bruck.barrier(num_ranks))) == fewest
-    assert len(rounds_of(bruck.all_reduce(num_ranks))) == 2 * fewest
+    assert len(rounds_of(made("bruck", Op.ALL_GATHER, num_ranks))) == fewest
+    assert len(rounds_of(made("bruck", Op.ALL_TO_ALL, num_ranks))) == fewest
+    assert len(rounds_of(made("dissemination", Op.BARRIER, num_ranks))) == fewest
+    assert len(rounds_of(made("bruck", Op.ALL_REDUCE, num_ranks))) == 2 * fewest
 
 
 @given(st.integers(2, 40))
 def test_what_moves_together_in_bruck_s_all_to_all_is_few_messages(num_ranks):
-    assert bruck.all_to_all(num_ranks).num_messages <= 2 * num_ranks**2
+    assert made("bruck", Op.ALL_TO_ALL, num_ranks).num_messages <= 2 * num_ranks**2
 
 
 def test_a_barrier_carries_nothing():
-    assert sent_shares(bruck.barrier(7)).sum() == 0.0
+    assert sent_shares(made("dissemination", Op.BARRIER, 7)).sum() == 0.0
 
 
 def test_gathering_digit_by_digit_spares_the_network():
     each_host_gets_once_what_it_lacks = 4 * (3 / 4)
-    digits = bruck.all_gather(32, fanouts=(8, 4))
+    digits = made("bruck", Op.ALL_GATHER, 32, fanouts=(8, 4))
     assert crossing_share(digits, 8) == pytest.approx(each_host_gets_once_what_it_lacks)
-    assert crossing_share(bruck.all_gather(32), 8) > 4 * each_host_gets_once_what_it_lacks
+    assert crossing_share(made("bruck", Op.ALL_GATHER, 32), 8) > 4 * each_host_gets_once_what_it_lacks
 
 
 @PATIENT
 @given(st.lists(st.integers(1, 4), min_size=1, max_size=3))
 def test_no_two_ranks_send_directly_to_one_at_a_time(fanouts):
     n = prod(fanouts)
-    for each in rounds_of(direct.all_gather(n, fanouts=fanouts)):
+    for each in rounds_of(made("direct", Op.ALL_GATHER, n, fanouts=fanouts)):
         turns = each.pattern.dst.reshape(n - 1, n)
         np.testing.assert_array_equal(each.pattern.src.reshape(n - 1, n), np.tile(np.arange(n), (n - 1, 1)))
         np.testing.assert_array_equal(np.sort(turns), np.tile(np.arange(n), (n - 1, 1)))
-
-
-def test_pairwise_exchange_meets_the_same_partner_both_ways():
-    for each in rounds_of(direct.pairwise_all_to_all(8, exchange=True)):
-        np.testing.assert_array_equal(each.pattern.dst[each.pattern.dst], each.pattern.src)
-    prove(direct.pairwise_all_to_all(8, exchange=True))
-    with pytest.raises(CommsError, match=r"6 ranks\n  at: pairwise exchange"):
-        direct.pairwise_all_to_all(6, exchange=True)
 
 
 @PATIENT
@@ -276,9 +245,9 @@ def test_a_table_that_cannot_be_is_refused(table):
         direct.all_to_allv(np.array(table))
 
 
-def test_levels_whose_bunches_stand_in_rings_have_no_outline_where_chips_send_past_their_neighbours():
+def test_levels_whose_subgroups_stand_in_rings_have_no_outline_where_chips_send_past_their_neighbours():
     levels = (Level("x", 4, 1e-6, 1e9, ring=True), Level("y", 4, 1e-6, 1e9, ring=True))
-    for family, names in ((direct, direct.OUTLINES), (bruck, bruck.OUTLINES), (ring, ring.OUTLINES)):
-        for ops in names.values():
-            assert all(make(1e6, levels) is None for make in ops.values()), family
+    for each in (*direct.ALGORITHMS, *doubling.ALGORITHMS, *ring.ALGORITHMS):
+        if each.name not in (doubling.HALVING, doubling.WHOLE):
+            assert all(each.outline(op, 1e6, levels) is None for op in each.ops), each.name
     assert doubling.halving_outline(Op.ALL_REDUCE, 1e6, levels) is not None

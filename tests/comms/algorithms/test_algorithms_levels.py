@@ -9,21 +9,29 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from comms.algorithms import binary_trees, in_network, torus_exchange, torus_rings, torus_trees
+from comms.algorithms import (
+    binomial_trees,
+    double_trees,
+    in_network,
+    torus_exchange,
+    torus_rings,
+    torus_trees,
+)
+from comms.algorithms.catalog import algorithm_of
 from comms.algorithms.hierarchical import hierarchical, hierarchical_exchange, hierarchical_rooted
-from comms.algorithms.hierarchical.hierarchical import Way
+from comms.algorithms.hierarchical.hierarchical import Crossing
 from comms.algorithms.hierarchical.hierarchical_rooted import LINEAR
-from comms.collectives.closed_form import closed_seconds
-from comms.collectives.folded import folded_seconds
+from comms.algorithms.rounds import Ranks
 from comms.collectives.outline import Hop
+from comms.collectives.outline_time import closed_seconds, folded_seconds
 from comms.collectives.proof import prove
-from comms.collectives.schedule import Op, Order
+from comms.collectives.schedule import Op, PieceOrder
 from comms.errors import CommsError
 from comms.networks.levels import Level
 
 PATIENT = settings(max_examples=30)
 FAMILIES = (
-    binary_trees,
+    binomial_trees,
     hierarchical,
     hierarchical_rooted,
     torus_rings,
@@ -31,15 +39,11 @@ FAMILIES = (
     torus_exchange,
     in_network,
 )
-EVERY = [
-    (name, op, make)
-    for family in FAMILIES
-    for name, ops in family.SCHEDULES.items()
-    for op, make in ops.items()
-]
-each_schedule = pytest.mark.parametrize(
-    ("name", "op", "make"), EVERY, ids=[f"{n}-{op}" for n, op, _ in EVERY]
-)
+DOUBLE_TREE = double_trees.ALGORITHMS[0]
+EVERY = [(each, op) for family in FAMILIES for each in family.ALGORITHMS for op in each.ops]
+EVERY.append((DOUBLE_TREE, Op.ALL_REDUCE))
+each_schedule = pytest.mark.parametrize(("algorithm", "op"), EVERY, ids=[f"{a.name}-{op}" for a, op in EVERY])
+HIERARCHIES = [each.name for each in hierarchical.ALGORITHMS]
 SIZES = (*range(1, 18), 32)
 NBYTES = 8.0
 ROOTED = (Op.BROADCAST, Op.REDUCE, Op.SCATTER, Op.GATHER)
@@ -87,7 +91,7 @@ def messages_of(schedule, nbytes, wires, at_once):
                     route = wires.route(src, dst)
                     lane = taken[src, route[0]] = taken.get((src, route[0]), -1) + at_once
                     for piece in range(channel.pieces):
-                        serial = channel.order is Order.SERIAL
+                        serial = channel.order is PieceOrder.SERIAL
                         order = (phase, piece, number) if serial else (phase, number, piece)
                         message = Message(stream, piece, number, end, src, dst, size, route)
                         yield order, (stream, src, route[0], lane), message
@@ -101,7 +105,7 @@ def played(schedule, nbytes, wires, at_once=False):
         queues.setdefault(port, []).insert(0, message)
         missing = coming.setdefault((message.stream, message.piece, message.dst), {})
         missing[message.number] = missing.get(message.number, 0) + 1
-    serial = [channel.order is Order.SERIAL for channel in schedule.channels]
+    serial = [channel.order is PieceOrder.SERIAL for channel in schedule.channels]
 
     def has(message, piece, end):
         missing = coming.get((message.stream, piece, message.src), {})
@@ -252,20 +256,33 @@ def sent_shares(schedule, inner=1, outer=inf):
     return sent
 
 
+def made(name, op, num_ranks, root=0, fanouts=(), pieces=1, **told):
+    ranks = Ranks(num_ranks, root, tuple(fanouts), pieces=pieces, **told)
+    return algorithm_of(op, name).make(op, ranks)
+
+
+def sketched(name, op, nbytes, levels, pieces=1):
+    """The outline in so many pieces, or None."""
+    each = algorithm_of(op, name)
+    if not each.suits(op, levels):
+        return None
+    return each.sketch(op, nbytes, levels, *(() if each.cut is None else (pieces,)))
+
+
 def ranks_for(name, num_ranks):
     """The nearest number of ranks that an algorithm by this name takes."""
-    return 1 << round(log2(num_ranks)) if Way.DOUBLING in name else num_ranks
+    return 1 << round(log2(num_ranks)) if Crossing.DOUBLING in name else num_ranks
 
 
 # What a schedule does
 
 
 @each_schedule
-def test_every_algorithm_is_proved_for_its_ranks_and_roots(name, op, make):
-    for num_ranks in sorted({ranks_for(name, size) for size in SIZES}):
+def test_every_algorithm_is_proved_for_its_ranks_and_roots(algorithm, op):
+    for num_ranks in sorted({ranks_for(algorithm.name, size) for size in SIZES}):
         for root in {0, num_ranks // 2, num_ranks - 1} if op in ROOTED else {0}:
-            schedule = make(num_ranks, root) if op in ROOTED else make(num_ranks)
-            assert (schedule.algorithm, schedule.op) == (name, op)
+            schedule = algorithm.make(op, Ranks(num_ranks, root))
+            assert (schedule.algorithm, schedule.op) == (algorithm.name, op)
             assert (schedule.num_ranks, schedule.root) == (num_ranks, root)
             prove(schedule)
 
@@ -273,69 +290,63 @@ def test_every_algorithm_is_proved_for_its_ranks_and_roots(name, op, make):
 @each_schedule
 @settings(max_examples=6)
 @given(data=st.data())
-def test_every_algorithm_over_levels_is_proved(name, op, make, data):
-    if name in (binary_trees.SCATTER_GATHER, binary_trees.DOUBLE, torus_rings.LINE):
-        return
-    most = 2 if name == in_network.NAME else 4
-    sizes = st.sampled_from([2, 4]) if Way.DOUBLING in name else st.integers(1, 4)
+def test_every_algorithm_over_levels_is_proved(algorithm, op, data):
+    most = 2 if algorithm.name == in_network.NAME else 4
+    sizes = st.sampled_from([2, 4]) if Crossing.DOUBLING in algorithm.name else st.integers(1, 4)
     fanouts = data.draw(st.lists(sizes, min_size=1, max_size=most).filter(lambda f: prod(f) <= 64))
     num_ranks = prod(fanouts)
-    roots = (data.draw(st.integers(0, num_ranks - 1)),) if op in ROOTED else ()
-    prove(make(num_ranks, *roots, fanouts=fanouts))
+    root = data.draw(st.integers(0, num_ranks - 1)) if op in ROOTED else 0
+    prove(algorithm.make(op, Ranks(num_ranks, root, tuple(fanouts))))
 
 
 @PATIENT
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=3), st.data())
 def test_from_and_to_any_root_levels_may_be_rings_each_for_itself(fanouts, data):
-    around = [data.draw(st.booleans()) for _ in fanouts]
-    root = data.draw(st.integers(0, prod(fanouts) - 1))
-    for ops in hierarchical_rooted.SCHEDULES.values():
-        for op, make in ops.items():
-            if not (op is Op.REDUCE and Way.DOUBLING in make.keywords["ways"]):
-                prove(make(prod(fanouts), root, fanouts=fanouts, around=around))
+    rings = tuple(data.draw(st.booleans()) for _ in fanouts)
+    num_ranks = prod(fanouts)
+    ranks = Ranks(num_ranks, data.draw(st.integers(0, num_ranks - 1)), tuple(fanouts), rings)
+    for each in hierarchical_rooted.ALGORITHMS:
+        for op in each.ops:
+            if not (op is Op.REDUCE and Crossing.DOUBLING in each.name):
+                prove(each.make(op, ranks))
 
 
 @PATIENT
 @given(st.lists(st.integers(1, 4), min_size=1, max_size=3), st.data())
 def test_dimensions_may_wrap_around_or_not_each_for_itself(fanouts, data):
-    wraps = [data.draw(st.booleans()) for _ in fanouts]
-    for op, make in torus_rings.OPS.items():
-        for rotated in (False, True):
-            schedule = make(prod(fanouts), fanouts=fanouts, wraps=wraps, rotated=rotated)
+    wraps = tuple(data.draw(st.booleans()) for _ in fanouts)
+    for each in torus_rings.ALGORITHMS[:3]:
+        for op in each.ops:
+            schedule = each.make(op, Ranks(prod(fanouts), fanouts=tuple(fanouts), wraps=wraps))
             assert schedule.op is op
             prove(schedule)
 
 
-@pytest.mark.parametrize("make", [binary_trees.double_tree_all_reduce, torus_rings.line_all_reduce])
+@pytest.mark.parametrize("name", [double_trees.DOUBLE, torus_rings.LINE])
 @given(num_ranks=st.integers(1, 17), pieces=st.integers(1, 6))
 @PATIENT
-def test_pieces_that_are_chunks_are_proved(make, num_ranks, pieces):
-    prove(make(num_ranks, pieces=pieces))
+def test_pieces_that_are_chunks_are_proved(name, num_ranks, pieces):
+    prove(made(name, Op.ALL_REDUCE, num_ranks, pieces=pieces))
 
 
 @each_schedule
-def test_rounds_alike_share_a_pattern(name, op, make):
-    for channel in make(16).channels:
+def test_rounds_alike_share_a_pattern(algorithm, op):
+    for channel in algorithm.make(op, Ranks(16)).channels:
         found = {(e.pattern.src.tobytes(), e.pattern.dst.tobytes()): e.pattern for e in channel.rounds}
         assert len({id(each.pattern) for each in channel.rounds}) == len(found)
 
 
-@each_schedule
-def test_every_algorithm_refuses_no_ranks_and_wrong_fanouts(name, op, make):
-    with pytest.raises(CommsError, match="0 ranks"):
-        make(0)
-    if name not in (binary_trees.SCATTER_GATHER, binary_trees.DOUBLE, torus_rings.LINE):
-        with pytest.raises(CommsError, match="do not make 8 ranks"):
-            make(8, fanouts=(2, 3))
-
-
 def test_what_cannot_be_is_refused():
-    with pytest.raises(CommsError, match="6 ranks"):
-        hierarchical.all_reduce(12, fanouts=(2, 6), ways=(Way.RING, Way.DOUBLING))
-    with pytest.raises(CommsError, match="3 levels"):
-        in_network.schedule(Op.ALL_REDUCE, 8, fanouts=(2, 2, 2))
+    with pytest.raises(CommsError, match="0 ranks"):
+        Ranks(0)
+    with pytest.raises(CommsError, match="do not make 8 ranks"):
+        Ranks(8, fanouts=(2, 3))
     with pytest.raises(CommsError, match="1 answers for 2 dimensions"):
-        torus_rings.all_reduce(8, fanouts=(2, 4), wraps=(True,))
+        Ranks(8, fanouts=(2, 4), wraps=(True,))
+    with pytest.raises(CommsError, match="6 ranks"):
+        made("hierarchical ring, halving-doubling", Op.ALL_REDUCE, 12, fanouts=(2, 6))
+    with pytest.raises(CommsError, match="3 levels"):
+        made(in_network.NAME, Op.ALL_REDUCE, 8, fanouts=(2, 2, 2))
 
 
 # How much it sends
@@ -343,8 +354,8 @@ def test_what_cannot_be_is_refused():
 
 @pytest.mark.parametrize("num_ranks", SIZES)
 def test_a_binomial_tree_sends_to_everyone_once_in_log2_rounds(num_ranks):
-    for make in (binary_trees.broadcast, binary_trees.scatter):
-        schedule = make(num_ranks, num_ranks // 2)
+    for op in (Op.BROADCAST, Op.SCATTER):
+        schedule = made(binomial_trees.BINOMIAL, op, num_ranks, num_ranks // 2)
         receivers = [dst for each in rounds_of(schedule) for dst in np.unique(each.pattern.dst).tolist()]
         assert sorted([*receivers, num_ranks // 2]) == list(range(num_ranks))
         assert len(rounds_of(schedule)) == (num_ranks - 1).bit_length()
@@ -352,27 +363,32 @@ def test_a_binomial_tree_sends_to_everyone_once_in_log2_rounds(num_ranks):
 
 @pytest.mark.parametrize("num_ranks", SIZES[1:])
 def test_in_two_trees_no_rank_has_children_in_both(num_ranks):
-    first, second = (set(parents.tolist()) - {-1} for parents in binary_trees.double_trees(num_ranks))
+    first, second = (set(parents.tolist()) - {-1} for parents in double_trees.double_trees(num_ranks))
     assert not first & second
     assert (
         max(
             np.bincount([p for p in parents if p >= 0]).max()
-            for parents in binary_trees.double_trees(num_ranks)
+            for parents in double_trees.double_trees(num_ranks)
         )
         <= 2
     )
-    schedule = binary_trees.double_tree_all_reduce(num_ranks, pieces=3)
+    schedule = made(double_trees.DOUBLE, Op.ALL_REDUCE, num_ranks, pieces=3)
     assert sent_shares(schedule).max() <= 2.0
     assert sent_shares(schedule).sum() == pytest.approx(2 * (num_ranks - 1))
     assert schedule.num_messages == 4 * 3 * (num_ranks - 1)
 
 
 @PATIENT
-@given(few_digits, st.sampled_from([Way.RING, Way.DIRECT]), st.sampled_from([Way.RING, Way.DIRECT]))
+@given(
+    few_digits,
+    st.sampled_from([Crossing.RING, Crossing.DIRECT]),
+    st.sampled_from([Crossing.RING, Crossing.DIRECT]),
+)
 def test_hierarchies_send_less_the_further_out(fanouts, first, others):
     num_ranks, inner = prod(fanouts), 1
     for op, factor in ((Op.ALL_REDUCE, 2), (Op.REDUCE_SCATTER, 1), (Op.ALL_GATHER, 1)):
-        schedule = hierarchical.REDUCING[op](num_ranks, fanouts=fanouts, ways=(first, others))
+        ranks = Ranks(num_ranks, fanouts=tuple(fanouts))
+        schedule = hierarchical.schedule(op, ranks, ways=(first, others))
         for fanout, inner in zip(fanouts, np.cumprod([1, *fanouts]).tolist(), strict=False):
             sent = sent_shares(schedule, inner, inner * fanout)
             np.testing.assert_allclose(sent, factor * (fanout - 1) / fanout / inner)
@@ -381,7 +397,7 @@ def test_hierarchies_send_less_the_further_out(fanouts, first, others):
 @PATIENT
 @given(few_digits)
 def test_a_hierarchical_all_to_all_crosses_each_level_once(fanouts):
-    schedule = hierarchical_exchange.all_to_all(prod(fanouts), fanouts=fanouts)
+    schedule = made(hierarchical_exchange.NAME, Op.ALL_TO_ALL, prod(fanouts), fanouts=fanouts)
     for fanout, inner in zip(fanouts, np.cumprod([1, *fanouts]).tolist(), strict=False):
         np.testing.assert_allclose(sent_shares(schedule, inner, inner * fanout), (fanout - 1) / fanout)
 
@@ -390,7 +406,9 @@ def test_a_hierarchical_all_to_all_crosses_each_level_once(fanouts):
 @given(st.integers(1, 3), st.integers(1, 4), st.integers(1, 4))
 def test_levels_of_one_port_are_crossed_at_once_in_an_all_to_all(bunch, hosts, units):
     fanouts = (bunch, hosts, units)
-    schedule = hierarchical_exchange.all_to_all(prod(fanouts), fanouts=fanouts, ports=(0, 1, 1))
+    schedule = made(
+        hierarchical_exchange.NAME, Op.ALL_TO_ALL, prod(fanouts), fanouts=fanouts, ports=(0, 1, 1)
+    )
     prove(schedule)
     assert sum(len(channel.phases) for channel in schedule.channels) == (bunch > 1) + (hosts * units > 1)
     leaves = sent_shares(schedule, bunch, prod(fanouts))
@@ -401,7 +419,7 @@ def test_levels_of_one_port_are_crossed_at_once_in_an_all_to_all(bunch, hosts, u
 @given(st.lists(st.integers(3, 4), min_size=2, max_size=3))
 def test_a_rotated_torus_loads_all_wires_of_a_dimension_alike(fanouts):
     num_ranks = prod(fanouts)
-    schedule = torus_rings.all_reduce(num_ranks, fanouts=fanouts, rotated=True)
+    schedule = made(torus_rings.ROTATED, Op.ALL_REDUCE, num_ranks, fanouts=fanouts)
     assert len(schedule.channels) == 2 * len(fanouts)
     np.testing.assert_allclose(sent_shares(schedule), 2 * (num_ranks - 1) / num_ranks)
     if len(set(fanouts)) == 1:
@@ -414,7 +432,7 @@ def test_a_rotated_torus_loads_all_wires_of_a_dimension_alike(fanouts):
 @pytest.mark.parametrize("num_ranks", SIZES[2:])
 def test_on_a_line_the_all_reduce_sends_the_buffer_over_every_wire_once(num_ranks):
     crossed = {}
-    schedule = torus_rings.line_all_reduce(num_ranks, pieces=4)
+    schedule = made(torus_rings.LINE, Op.ALL_REDUCE, num_ranks, pieces=4)
     for each in rounds_of(schedule):
         for src, dst in zip(each.pattern.src.tolist(), each.pattern.dst.tolist(), strict=True):
             crossed[src, dst] = crossed.get((src, dst), 0) + 1 / schedule.num_chunks
@@ -425,14 +443,14 @@ def test_on_a_line_the_all_reduce_sends_the_buffer_over_every_wire_once(num_rank
 @pytest.mark.parametrize("fanouts", [(5,), (8,), (3, 4), (4, 2)])
 def test_switches_have_everyone_send_and_get_the_buffer_once(fanouts):
     num_ranks = prod(fanouts)
-    schedule = in_network.schedule(Op.ALL_REDUCE, num_ranks, fanouts=fanouts)
+    schedule = made(in_network.NAME, Op.ALL_REDUCE, num_ranks, fanouts=fanouts)
     np.testing.assert_allclose(sent_shares(schedule)[:num_ranks], 1.0)
     got = np.zeros(num_ranks + schedule.num_helpers)
     for each in rounds_of(schedule):
         np.add.at(got, each.pattern.dst, schedule.message_shares(each))
     np.testing.assert_allclose(got[:num_ranks], 1.0)
     for op in (Op.REDUCE_SCATTER, Op.ALL_GATHER):
-        whole = in_network.schedule(op, num_ranks, fanouts=fanouts)
+        whole = made(in_network.NAME, op, num_ranks, fanouts=fanouts)
         sent = (num_ranks - 1 if op is Op.REDUCE_SCATTER else 1) / num_ranks
         np.testing.assert_allclose(sent_shares(whole)[:num_ranks], sent)
 
@@ -455,10 +473,10 @@ def test_trees_in_one_level_take_as_long_as_outlined(levels, data):
     root = data.draw(st.integers(0, level.fanout - 1))
     open_board = Level("board", level.fanout, level.latency_s, level.bytes_per_s, level.bytes_per_s * 16)
     for one, wires in ((levels, tiered(levels)), ((open_board,), board(open_board))):
-        for op, make in binary_trees.SCHEDULES[binary_trees.BINOMIAL].items():
-            check_time(binary_trees.rooted_outline(op, NBYTES, one), make(level.fanout, root), wires)
-        schedule = binary_trees.scatter_gather_broadcast(level.fanout, root)
-        check_time(binary_trees.scatter_gather_outline(NBYTES, one), schedule, wires)
+        for each in binomial_trees.ALGORITHMS[:2]:
+            for op in each.ops:
+                schedule = each.make(op, Ranks(level.fanout, root))
+                check_time(each.outline(op, NBYTES, one), schedule, wires)
 
 
 @PATIENT
@@ -466,9 +484,9 @@ def test_trees_in_one_level_take_as_long_as_outlined(levels, data):
 def test_trees_over_levels_take_as_long_as_outlined(levels, data):
     num_ranks = prod(fanouts_of(levels))
     root = data.draw(st.integers(0, num_ranks - 1))
-    for op, make in binary_trees.SCHEDULES[binary_trees.BINOMIAL].items():
-        schedule = make(num_ranks, root, fanouts=fanouts_of(levels))
-        check_time(binary_trees.rooted_outline(op, NBYTES, levels), schedule, tiered(levels))
+    for op in ROOTED:
+        schedule = made(binomial_trees.BINOMIAL, op, num_ranks, root, fanouts_of(levels))
+        check_time(sketched(binomial_trees.BINOMIAL, op, NBYTES, levels), schedule, tiered(levels))
 
 
 @pytest.mark.parametrize("num_ranks", [2, 3, 4, 7, 8, 15, 16])
@@ -476,8 +494,8 @@ def test_trees_over_levels_take_as_long_as_outlined(levels, data):
 def test_a_full_double_tree_takes_as_long_as_outlined(num_ranks, latency):
     levels = (Level("switch", num_ranks, latency, 1.0, 1.0),)
     for pieces in (1, 2, 5, 12):
-        schedule = binary_trees.double_tree_all_reduce(num_ranks, pieces=pieces)
-        outline = binary_trees.double_tree_outline(NBYTES, levels, pieces=pieces)
+        schedule = made(double_trees.DOUBLE, Op.ALL_REDUCE, num_ranks, pieces=pieces)
+        outline = sketched(double_trees.DOUBLE, Op.ALL_REDUCE, NBYTES, levels, pieces)
         check_time(outline, schedule, tiered(levels), at_once=True)
 
 
@@ -485,44 +503,46 @@ def test_a_full_double_tree_takes_as_long_as_outlined(num_ranks, latency):
 def test_other_double_trees_take_at_most_as_long_as_outlined(num_ranks):
     levels = (Level("switch", num_ranks, 0.1, 1.0, 1.0),)
     for pieces, slack in ((1, 1.15), (32, 1.01)):
-        schedule = binary_trees.double_tree_all_reduce(num_ranks, pieces=pieces)
-        bound = closed_seconds(binary_trees.double_tree_outline(NBYTES, levels, pieces=pieces))
+        schedule = made(double_trees.DOUBLE, Op.ALL_REDUCE, num_ranks, pieces=pieces)
+        bound = closed_seconds(sketched(double_trees.DOUBLE, Op.ALL_REDUCE, NBYTES, levels, pieces))
         assert bound / slack <= played(schedule, NBYTES, tiered(levels), at_once=True) <= bound * (1 + 1e-9)
 
 
-@pytest.mark.parametrize("name", hierarchical.SCHEDULES)
+@pytest.mark.parametrize("name", HIERARCHIES)
 @settings(max_examples=8)
 @given(data=st.data())
 def test_hierarchies_take_as_long_as_outlined(name, data):
-    digits = st.lists(st.sampled_from([2, 4] if Way.DOUBLING in name else [2, 3, 4]), min_size=2, max_size=2)
+    digits = st.lists(
+        st.sampled_from([2, 4] if Crossing.DOUBLING in name else [2, 3, 4]), min_size=2, max_size=2
+    )
     levels = data.draw(switched_levels(st.one_of(digits, st.just([2, 2, 2]))))
     num_ranks, fanouts = prod(fanouts_of(levels)), fanouts_of(levels)
     at_once = data.draw(st.booleans())
-    for op, make in hierarchical.SCHEDULES[name].items():
+    for op in hierarchical.ALGORITHMS[0].ops:
         pieces = 3 if len(fanouts) == 2 and num_ranks <= 9 and not at_once else 1
-        schedule = make(num_ranks, fanouts=fanouts, pieces=pieces)
-        outline = hierarchical.OUTLINES[name][op](NBYTES, levels, pieces=pieces)
-        check_time(outline, schedule, tiered(levels), at_once)
+        schedule = made(name, op, num_ranks, fanouts=fanouts, pieces=pieces)
+        check_time(sketched(name, op, NBYTES, levels, pieces), schedule, tiered(levels), at_once)
 
 
 def rooted(op, levels, data, *, name=LINEAR, pieces=1):
     """Outline and schedule of a hierarchy to or from any root."""
     num_ranks = prod(fanouts_of(levels))
     root = data.draw(st.integers(0, num_ranks - 1))
-    make, outline = hierarchical_rooted.SCHEDULES[name][op], hierarchical_rooted.OUTLINES[name][op]
-    schedule = make(num_ranks, root, fanouts=fanouts_of(levels), pieces=pieces)
-    return outline(NBYTES, levels, pieces=pieces), schedule
+    schedule = made(name, op, num_ranks, root, fanouts_of(levels), pieces)
+    return sketched(name, op, NBYTES, levels, pieces), schedule
 
 
 def check_rooted(op, levels, data, **options):
     check_time(*rooted(op, levels, data, **options), tiered(levels))
 
 
-@pytest.mark.parametrize("name", hierarchical.SCHEDULES)
+@pytest.mark.parametrize("name", HIERARCHIES)
 @settings(max_examples=8)
 @given(data=st.data())
 def test_hierarchical_reduces_take_as_long_as_outlined(name, data):
-    digits = st.lists(st.sampled_from([2, 4] if Way.DOUBLING in name else [2, 3, 4]), min_size=2, max_size=2)
+    digits = st.lists(
+        st.sampled_from([2, 4] if Crossing.DOUBLING in name else [2, 3, 4]), min_size=2, max_size=2
+    )
     shapes = st.one_of(digits, st.just([2, 2, 2]))
     check_rooted(Op.REDUCE, data.draw(switched_levels(shapes)), data, name=name)
     levels, pieces = data.draw(switched_levels(shapes, own_ports=True)), data.draw(st.integers(2, 4))
@@ -571,26 +591,28 @@ def test_a_broadcast_in_its_pieces_is_not_slower_than_in_one(levels, data):
 @given(levels=switched_levels(few_digits, own_ports=True))
 def test_over_a_tapered_trunk_what_comes_from_a_root_takes_at_most_as_long(op, name, levels):
     fanouts = fanouts_of(levels)
-    schedule = hierarchical_rooted.SCHEDULES[name][op](prod(fanouts), fanouts=fanouts)
-    bound = closed_seconds(hierarchical_rooted.OUTLINES[name][op](NBYTES, levels))
+    schedule = made(name, op, prod(fanouts), fanouts=fanouts)
+    bound = closed_seconds(sketched(name, op, NBYTES, levels))
     assert bound * 0.45 <= played(schedule, NBYTES, tiered(levels)) <= bound * (1 + 1e-9)
 
 
 @PATIENT
 @given(switched_levels(few_digits))
 def test_over_one_port_the_outline_of_a_hierarchical_broadcast_is_an_estimate(levels):
-    schedule = hierarchical_rooted.broadcast(prod(fanouts_of(levels)), fanouts=fanouts_of(levels))
-    estimate = closed_seconds(hierarchical_rooted.outline(Op.BROADCAST, NBYTES, levels))
+    fanouts = fanouts_of(levels)
+    schedule = made("hierarchical ring", Op.BROADCAST, prod(fanouts), fanouts=fanouts)
+    estimate = closed_seconds(sketched("hierarchical ring", Op.BROADCAST, NBYTES, levels))
     assert 0.7 <= played(schedule, NBYTES, tiered(levels)) / estimate <= 1.3
 
 
 @PATIENT
 @given(lattices(st.lists(st.integers(2, 5), min_size=1, max_size=2)))
 def test_tori_take_as_long_as_outlined(levels):
-    wraps, wires = [level.wraps for level in levels], grid(levels)
-    for op, make in torus_rings.OPS.items():
-        schedule = make(prod(fanouts_of(levels)), fanouts=fanouts_of(levels), wraps=wraps)
-        check_time(torus_rings.outline(op, NBYTES, levels, wraps=wraps), schedule, wires)
+    wraps, fanouts = tuple(level.wraps for level in levels), fanouts_of(levels)
+    name = torus_rings.TORUS if all(wraps) else torus_rings.MESH
+    for op in torus_rings.OPS:
+        schedule = made(name, op, prod(fanouts), fanouts=fanouts, wraps=wraps)
+        check_time(sketched(name, op, NBYTES, levels), schedule, grid(levels))
 
 
 @settings(max_examples=12)
@@ -600,16 +622,17 @@ def test_tori_take_as_long_as_outlined(levels):
     )
 )
 def test_rotated_tori_take_as_long_as_outlined(levels):
-    for op, make in torus_rings.SCHEDULES[torus_rings.ROTATED].items():
-        outline = torus_rings.OUTLINES[torus_rings.ROTATED][op](NBYTES, levels)
-        check_time(outline, make(prod(fanouts_of(levels)), fanouts=fanouts_of(levels)), grid(levels))
+    name, fanouts = torus_rings.ROTATED, fanouts_of(levels)
+    for op in torus_rings.OPS:
+        schedule = made(name, op, prod(fanouts), fanouts=fanouts)
+        check_time(sketched(name, op, NBYTES, levels), schedule, grid(levels))
 
 
 def test_a_rotated_torus_loads_the_wires_of_every_dimension_alike_although_its_rings_differ():
     levels = tuple(Level("wire", fanout, 0.0, 1.0, ring=True) for fanout in (16, 20, 28))
     one, rotated = (
-        closed_seconds(torus_rings.outline(Op.ALL_REDUCE, 1.0, levels, rotated=each))
-        for each in (False, True)
+        closed_seconds(sketched(name, Op.ALL_REDUCE, 1.0, levels))
+        for name in (torus_rings.TORUS, torus_rings.ROTATED)
     )
     assert 2.8 < one / rotated <= 3.0
 
@@ -618,8 +641,8 @@ def test_a_rotated_torus_loads_the_wires_of_every_dimension_alike_although_its_r
 @given(st.integers(3, 9), latencies, st.integers(1, 6))
 def test_a_line_takes_as_long_as_outlined(num_ranks, latency, pieces):
     levels = (Level("wire", num_ranks, latency, 1.0, 2.0, latency, ring=True, wraps=False),)
-    schedule = torus_rings.line_all_reduce(num_ranks, pieces=pieces)
-    check_time(torus_rings.line_outline(NBYTES, levels, pieces=pieces), schedule, grid(levels))
+    schedule = made(torus_rings.LINE, Op.ALL_REDUCE, num_ranks, pieces=pieces)
+    check_time(sketched(torus_rings.LINE, Op.ALL_REDUCE, NBYTES, levels, pieces), schedule, grid(levels))
 
 
 @pytest.mark.parametrize("op", in_network.OPS)
@@ -633,9 +656,9 @@ def test_switches_that_reduce_take_as_long_as_outlined(op, data):
         pool = fanouts[0] / taper
         levels += (Level("spine", fanouts[1], inside_s + more_s, 1.0, pool, reduces=True),)
     root, pieces = data.draw(st.integers(0, prod(fanouts) - 1)), data.draw(st.integers(1, 4))
-    schedule = in_network.schedule(op, prod(fanouts), root, fanouts=fanouts, pieces=pieces)
+    schedule = made(in_network.NAME, op, prod(fanouts), root, fanouts, pieces)
     prove(schedule)
-    check_time(in_network.outline(op, NBYTES, levels, pieces=pieces), schedule, switches(levels))
+    check_time(sketched(in_network.NAME, op, NBYTES, levels, pieces), schedule, switches(levels))
 
 
 # What outlines promise
@@ -643,22 +666,15 @@ def test_switches_that_reduce_take_as_long_as_outlined(op, data):
 
 def test_one_piece_goes_up_and_down_a_double_tree_by_hand():
     levels = (Level("switch", 8, 3.0, 2.0, 2.0),)
-    phases = binary_trees.double_tree_outline(8.0, levels).phases
+    phases = sketched(double_trees.DOUBLE, Op.ALL_REDUCE, 8.0, levels).phases
     stages = [stage for stage in phases[0] if stage.repeat]
     assert [(stage.repeat, stage.nbytes, stage.hops) for stage in stages] == [
         (2, 4.0, (Hop(3.0, 1.0),)),
         (1, 4.0, (Hop(3.0, 2.0),)),
     ]
-    assert closed_seconds(binary_trees.double_tree_outline(8.0, levels)) == 2 * (2 * (3 + 4) + (3 + 2))
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_every_outline_and_every_choice_of_pieces_has_a_schedule(family):
-    assert {name: set(ops) for name, ops in family.OUTLINES.items()} == {
-        name: set(ops) for name, ops in family.SCHEDULES.items()
-    }
-    for name, ops in getattr(family, "PIECES", {}).items():
-        assert set(ops) <= set(family.SCHEDULES[name])
+    assert closed_seconds(sketched(double_trees.DOUBLE, Op.ALL_REDUCE, 8.0, levels)) == 2 * (
+        2 * (3 + 4) + (3 + 2)
+    )
 
 
 @pytest.mark.parametrize("nbytes", [0.0, 1e3, 1e6, 1e9])
@@ -666,23 +682,31 @@ def test_every_outline_and_every_choice_of_pieces_has_a_schedule(family):
 def test_pipelines_get_enough_pieces_and_not_many_more(nbytes, num_ranks):
     switch = (Level("switch", num_ranks, 5e-6, 5e10, 5e10, reduces=True),)
     line = (Level("wire", num_ranks, 5e-6, 5e10, 1e11, ring=True, wraps=False),)
-    for family, levels in ((binary_trees, switch), (torus_rings, line), (in_network, switch)):
-        for name, ops in getattr(family, "PIECES", {}).items():
-            for op, pieces_of in ops.items():
-                outline, pieces = family.OUTLINES[name][op], pieces_of(nbytes, levels)
-                best = closed_seconds(outline(nbytes, levels, pieces=1 << 20))
-                assert closed_seconds(outline(nbytes, levels, pieces=pieces)) <= best * 1.04
+    in_pieces = (
+        (DOUBLE_TREE, switch),
+        (algorithm_of(Op.ALL_REDUCE, torus_rings.LINE), line),
+        (in_network.ALGORITHMS[0], switch),
+    )
+    for each, levels in in_pieces:
+        for op in each.ops:
+            if each.name != in_network.NAME or op is not Op.BARRIER:
+                pieces = each.cut(op, nbytes, levels)
+                best = closed_seconds(each.sketch(op, nbytes, levels, 1 << 20))
+                assert closed_seconds(each.sketch(op, nbytes, levels, pieces)) <= best * 1.04
                 fewer = max(1, pieces // 2)
-                assert pieces == 1 or closed_seconds(outline(nbytes, levels, pieces=fewer)) > best * 1.03
+                assert pieces == 1 or closed_seconds(each.sketch(op, nbytes, levels, fewer)) > best * 1.03
 
 
 @PATIENT
 @given(switched_levels(few_digits, tapered=False), st.floats(1.0, 1e4))
 def test_hierarchies_get_about_the_best_number_of_pieces(levels, nbytes):
     for name in ("hierarchical ring", "hierarchical direct"):
-        outline = hierarchical.OUTLINES[name][Op.ALL_REDUCE]
-        chosen = hierarchical.PIECES[name][Op.ALL_REDUCE](nbytes, levels)
-        times = {q: closed_seconds(outline(nbytes, levels, pieces=q)) for q in {1, chosen, *range(2, 65, 3)}}
+        each = algorithm_of(Op.ALL_REDUCE, name)
+        chosen = each.cut(Op.ALL_REDUCE, nbytes, levels)
+        times = {
+            q: closed_seconds(each.sketch(Op.ALL_REDUCE, nbytes, levels, q))
+            for q in {1, chosen, *range(2, 65, 3)}
+        }
         assert times[chosen] <= times[1]
         assert times[chosen] <= 1.15 * min(times.values())
 
@@ -690,15 +714,14 @@ def test_hierarchies_get_about_the_best_number_of_pieces(levels, nbytes):
 @PATIENT
 @given(switched_levels(few_digits, tapered=False, own_ports=True), st.floats(1.0, 1e4))
 def test_rooted_hierarchies_get_about_the_best_number_of_pieces(levels, nbytes):
-    for name, ops in hierarchical_rooted.PIECES.items():
-        for op, pieces_of in ops.items():
-            outline = hierarchical_rooted.OUTLINES[name][op]
-            if outline(nbytes, levels) is None:
-                assert pieces_of(nbytes, levels) == 1
+    for each in hierarchical_rooted.ALGORITHMS:
+        for op in each.ops:
+            chosen = each.cut(op, nbytes, levels)
+            if each.outline(op, nbytes, levels) is None:
+                assert chosen == 1
                 continue
-            chosen = pieces_of(nbytes, levels)
             times = {
-                q: closed_seconds(outline(nbytes, levels, pieces=q)) for q in {1, chosen, *range(2, 65, 5)}
+                q: closed_seconds(each.sketch(op, nbytes, levels, q)) for q in {1, chosen, *range(2, 65, 5)}
             }
             assert times[chosen] <= times[1]
             assert times[chosen] <= (1.25 if op is Op.BROADCAST else 1.15) * min(times.values())
@@ -707,10 +730,10 @@ def test_rooted_hierarchies_get_about_the_best_number_of_pieces(levels, nbytes):
 def test_levels_that_share_a_port_and_rings_get_one_piece_from_and_to_a_root():
     port, ring = Level("switch", 4, 0.0, 1.0, 1.0), Level("wire", 4, 0.0, 1.0, 2.0, ring=True)
     beyond = Level("switch", 4, 0.0, 1.0, 4.0, port=1)
-    for ops in hierarchical_rooted.PIECES.values():
-        for pieces_of in ops.values():
-            assert pieces_of(1e9, (port, beyond)) > 1
-            assert pieces_of(1e9, (port, port)) == pieces_of(1e9, (ring, beyond)) == 1
+    for each in hierarchical_rooted.ALGORITHMS:
+        for op in each.ops:
+            assert each.cut(op, 1e9, (port, beyond)) > 1
+            assert each.cut(op, 1e9, (port, port)) == each.cut(op, 1e9, (ring, beyond)) == 1
 
 
 @pytest.mark.parametrize("hosts", [2, 8, 32])
@@ -719,18 +742,18 @@ def test_a_reduce_over_rails_takes_about_as_long_as_an_all_reduce(hosts, nbytes,
     levels = (Level("fabric", 8, 6e-7, 274e9, 274e9), Level("net", hosts, 1.3e-6, 24e9, 192e9, port=1))
     name = "hierarchical direct, ring"
 
-    def seconds(family, op):
-        pieces = family.PIECES[name][op](nbytes, levels)
-        return closed_seconds(family.OUTLINES[name][op](nbytes, levels, pieces=pieces))
-
-    assert seconds(hierarchical_rooted, Op.REDUCE) <= most * seconds(hierarchical, Op.ALL_REDUCE)
+    reduce_s, all_reduce_s = (
+        closed_seconds(algorithm_of(op, name).outline(op, nbytes, levels))
+        for op in (Op.REDUCE, Op.ALL_REDUCE)
+    )
+    assert reduce_s <= most * all_reduce_s
 
 
 def test_switches_that_reduce_beat_the_bandwidth_bound_of_rings():
     nbytes, rate, chips = 1 << 30, 450e9, 8
     levels = (Level("nvswitch", chips, 1e-6, rate, rate, reduces=True),)
-    pieces = in_network.pipeline_pieces(Op.ALL_REDUCE, nbytes, levels)
-    seconds = closed_seconds(in_network.outline(Op.ALL_REDUCE, nbytes, levels, pieces=pieces))
+    (in_switch,) = in_network.ALGORITHMS
+    seconds = closed_seconds(in_switch.outline(Op.ALL_REDUCE, nbytes, levels))
     busbw = 2 * (chips - 1) / chips * nbytes / seconds
     assert rate * 1.6 < busbw < rate * 2 * (chips - 1) / chips
 
@@ -738,8 +761,8 @@ def test_switches_that_reduce_beat_the_bandwidth_bound_of_rings():
 def test_a_rotated_torus_is_as_many_times_faster_as_it_has_dimensions():
     levels = tuple(Level("wire", 8, 1e-6, 50e9, 1e11 * 8**k, ring=True) for k in range(3))
     one, all_at_once = (
-        closed_seconds(torus_rings.outline(Op.ALL_REDUCE, 1 << 30, levels, rotated=rotated))
-        for rotated in (False, True)
+        closed_seconds(sketched(name, Op.ALL_REDUCE, 1 << 30, levels))
+        for name in (torus_rings.TORUS, torus_rings.ROTATED)
     )
     assert 2.9 < one / all_at_once < 3.0
 
@@ -750,23 +773,27 @@ def test_outlines_are_none_where_an_algorithm_does_not_apply():
     line = Level("wire", 6, 1.0, 1.0, 2.0, ring=True, wraps=False)
     narrow = Level("wire", 6, 1.0, 1.0, 1.0, ring=True, wraps=False)  # both ways by one port
     for op in ROOTED:
-        assert binary_trees.rooted_outline(op, 1.0, (ring,)) is None
-    assert binary_trees.double_tree_outline(1.0, (ring,)) is None
-    assert binary_trees.double_tree_outline(1.0, (switch, switch)) is None
-    assert binary_trees.scatter_gather_outline(1.0, (switch, switch)) is None
-    assert hierarchical.outline(Op.ALL_REDUCE, 1.0, (switch,)) is None
-    assert hierarchical.outline(Op.ALL_REDUCE, 1.0, (switch, switch), ways=(Way.DOUBLING,)) is None
-    assert hierarchical.outline(Op.ALL_REDUCE, 1.0, (line, switch)) is None
-    assert hierarchical.outline(Op.ALL_REDUCE, 1.0, (ring, switch)) is not None
-    assert hierarchical_exchange.outline(1.0, (ring, switch)) is None
-    for op in ROOTED:
-        assert hierarchical_rooted.outline(op, 1.0, (switch,)) is None
-        assert hierarchical_rooted.outline(op, 1.0, (ring, switch)) is not None
-        assert hierarchical_rooted.outline(op, 1.0, (line, switch)) is None
-    assert hierarchical_rooted.outline(Op.REDUCE, 1.0, (switch, switch), ways=(Way.DOUBLING,)) is None
-    assert torus_rings.outline(Op.ALL_REDUCE, 1.0, (switch,)) is None
-    assert torus_rings.outline(Op.ALL_REDUCE, 1.0, (line,)) is None
-    assert torus_rings.outline(Op.ALL_REDUCE, 1.0, (narrow,), wraps=False) is None
-    assert torus_rings.outline(Op.ALL_REDUCE, 1.0, (ring, line), rotated=True) is None
-    assert torus_rings.line_outline(1.0, (ring,)) is None
-    assert in_network.outline(Op.ALL_REDUCE, 1.0, (switch,)) is None
+        assert sketched(binomial_trees.BINOMIAL, op, 1.0, (ring,)) is None
+    for op in (Op.SCATTER, Op.GATHER):
+        assert sketched(LINEAR, op, 1.0, (switch,)) is None
+        assert sketched(LINEAR, op, 1.0, (ring, switch)) is not None
+        assert sketched(LINEAR, op, 1.0, (line, switch)) is None
+    for op in (Op.BROADCAST, Op.REDUCE, Op.ALL_REDUCE):
+        assert sketched("hierarchical ring", op, 1.0, (switch,)) is None
+        assert sketched("hierarchical ring", op, 1.0, (ring, switch)) is not None
+        assert sketched("hierarchical ring", op, 1.0, (line, switch)) is None
+    for op in (Op.REDUCE, Op.ALL_REDUCE):
+        assert sketched("hierarchical halving-doubling", op, 1.0, (switch, switch)) is None
+    assert sketched(hierarchical_exchange.NAME, Op.ALL_TO_ALL, 1.0, (ring, switch)) is None
+    assert sketched(binomial_trees.SCATTER_GATHER, Op.BROADCAST, 1.0, (switch, switch)) is None
+    for name, levels in (
+        (double_trees.DOUBLE, (ring,)),
+        (double_trees.DOUBLE, (switch, switch)),
+        (torus_rings.TORUS, (switch,)),
+        (torus_rings.TORUS, (line,)),
+        (torus_rings.MESH, (narrow,)),
+        (torus_rings.ROTATED, (ring, line)),
+        (torus_rings.LINE, (ring,)),
+        (in_network.NAME, (switch,)),
+    ):
+        assert sketched(name, Op.ALL_REDUCE, 1.0, levels) is None, name

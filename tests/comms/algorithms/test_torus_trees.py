@@ -9,23 +9,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from comms.algorithms import torus_rings, torus_trees
+from comms.algorithms.catalog import algorithm_of
+from comms.algorithms.rounds import Ranks
 from comms.algorithms.torus_trees import (
+    ALGORITHMS,
     MESH_TREE,
-    OUTLINES,
-    PIECES,
     QUEUING,
+    ROTATED,
     ROTATED_MESH_TREE,
     ROTATED_TORUS_TREE,
-    SCHEDULES,
     TORUS_TREE,
-    outline,
-    schedule,
 )
-from comms.collectives.closed_form import closed_seconds
-from comms.collectives.folded import folded_seconds
+from comms.collectives.outline_time import closed_seconds, folded_seconds
 from comms.collectives.proof import prove
 from comms.collectives.schedule import Op
-from comms.errors import CommsError
 from comms.networks.fabrics.torus_mesh import Torus
 from comms.networks.levels import Level
 from comms.networks.links import Link
@@ -33,8 +30,8 @@ from comms.simulation.compiled import CollectiveJob
 from comms.simulation.full import simulate
 
 PATIENT = settings(max_examples=40)
-EVERY = [(name, op) for name, ops in SCHEDULES.items() for op in ops]
-ROTATED = (ROTATED_TORUS_TREE, ROTATED_MESH_TREE)
+EVERY = [(each.name, op) for each in ALGORITHMS for op in each.ops]
+EVERY_OP = ALGORITHMS[0].ops
 ROOTED = (Op.BROADCAST, Op.REDUCE, Op.SCATTER, Op.GATHER)
 NBYTES = 6e4
 each_algorithm = pytest.mark.parametrize(("name", "op"), EVERY, ids=[f"{n}-{op}" for n, op in EVERY])
@@ -60,6 +57,16 @@ def full_seconds(topology, made, nbytes=NBYTES):
     return float(simulate(topology, [CollectiveJob(made, places, nbytes)]).seconds[0])
 
 
+def schedule(name, op, num_ranks, root=0, fanouts=(), wraps=(), pieces=1):
+    return algorithm_of(op, name).make(op, Ranks(num_ranks, root, tuple(fanouts), wraps=wraps, pieces=pieces))
+
+
+def outline(name, op, nbytes, levels, pieces=1):
+    """In so many pieces, or None."""
+    each = algorithm_of(op, name)
+    return each.sketch(op, nbytes, levels, pieces) if each.suits(op, levels) else None
+
+
 def level(fanout, wraps=True, latency=1.0, rate=1.0):
     return Level("wire", fanout, latency, rate, ring=True, wraps=wraps)
 
@@ -67,11 +74,12 @@ def level(fanout, wraps=True, latency=1.0, rate=1.0):
 def check_time(topology, name, op, root=0, pieces=1):
     """None, or the seconds on which all fidelities agree; parts may take less over links of different rates."""
     levels = topology.levels()
-    options = {"pieces": pieces} if op in torus_trees.WHOLE else {}
-    found = OUTLINES[name][op](NBYTES, levels, **options)
+    pieces = pieces if op in torus_trees.WHOLE else 1
+    found = outline(name, op, NBYTES, levels, pieces)
     if found is None:
         return None
-    made = SCHEDULES[name][op](topology.num_chips, root, fanouts=[each.fanout for each in levels], **options)
+    fanouts, wraps = ([each.fanout for each in levels], tuple(each.wraps for each in levels))
+    made = schedule(name, op, topology.num_chips, root, fanouts, wraps, pieces)
     assert found.algorithm == made.algorithm == name
     seconds = closed_seconds(found)
     assert folded_seconds(found) == pytest.approx(seconds, rel=1e-9)
@@ -90,7 +98,7 @@ def check_time(topology, name, op, root=0, pieces=1):
 def test_every_tree_is_proved_for_any_shape_and_root(name, op, data):
     fanouts = data.draw(shapes)
     root = data.draw(st.integers(0, prod(fanouts) - 1)) if op in ROOTED else 0
-    made = SCHEDULES[name][op](prod(fanouts), root, fanouts=fanouts)
+    made = schedule(name, op, prod(fanouts), root, fanouts)
     assert (made.algorithm, made.op, made.num_ranks, made.root) == (name, op, prod(fanouts), root)
     prove(made)
 
@@ -99,15 +107,15 @@ def test_every_tree_is_proved_for_any_shape_and_root(name, op, data):
 @given(st.data())
 def test_dimensions_may_wrap_around_or_not_each_for_itself(data):
     fanouts = data.draw(shapes)
-    wraps = [data.draw(st.booleans()) for _ in fanouts]
+    wraps = tuple(data.draw(st.booleans()) for _ in fanouts)
     op, root = data.draw(st.sampled_from(ROOTED)), data.draw(st.integers(0, prod(fanouts) - 1))
-    prove(schedule(op, prod(fanouts), root, fanouts=fanouts, wraps=wraps, rotated=data.draw(st.booleans())))
+    prove(schedule(data.draw(st.sampled_from(torus_trees.MESHES)), op, prod(fanouts), root, fanouts, wraps))
 
 
 @each_algorithm
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 8, 16])
 def test_ranks_without_dimensions_stand_in_one(name, op, num_ranks):
-    made = SCHEDULES[name][op](num_ranks)
+    made = schedule(name, op, num_ranks)
     prove(made)
     for channel in made.channels:
         found = {(e.pattern.src.tobytes(), e.pattern.dst.tobytes()): e.pattern for e in channel.rounds}
@@ -131,7 +139,7 @@ def test_a_tree_has_its_wires_to_itself_and_what_is_whole_crosses_them_once(name
     rings = name in (TORUS_TREE, ROTATED_TORUS_TREE)
     topology = data.draw(tori(wraps=(rings,)))
     root = data.draw(st.integers(0, topology.num_chips - 1)) if op in ROOTED else 0
-    made = SCHEDULES[name][op](topology.num_chips, root, fanouts=topology.dims)
+    made = schedule(name, op, topology.num_chips, root, topology.dims)
     crossed = [wires_of(topology, channel) for channel in made.channels]
     used = [set(wires) for wires in crossed]
     assert sum(map(len, used)) == len(set().union(*used))
@@ -150,7 +158,7 @@ def test_a_tree_has_its_wires_to_itself_and_what_is_whole_crosses_them_once(name
     ],
 )
 def test_rotated_trees_are_as_many_as_the_root_can_feed(name, dims, trees):
-    made = SCHEDULES[name][Op.BROADCAST](prod(dims), fanouts=dims)
+    made = schedule(name, Op.BROADCAST, prod(dims), fanouts=dims)
     assert len(made.channels) == made.num_chunks == trees
 
 
@@ -165,7 +173,7 @@ def test_trees_take_as_long_as_outlined_in_every_fidelity(name, op, data):
     check_time(topology, name, op, pieces=data.draw(st.integers(1, 5)))
 
 
-@pytest.mark.parametrize("op", SCHEDULES[TORUS_TREE])
+@pytest.mark.parametrize("op", EVERY_OP)
 @settings(max_examples=12)
 @given(tori(wraps=(True,)), st.data())
 def test_rings_have_a_tree_that_takes_as_long_from_any_root(op, topology, data):
@@ -174,7 +182,7 @@ def test_rings_have_a_tree_that_takes_as_long_from_any_root(op, topology, data):
     assert (seconds is None) == (topology.num_chips == 1)
 
 
-@pytest.mark.parametrize("op", SCHEDULES[MESH_TREE])
+@pytest.mark.parametrize("op", EVERY_OP)
 @PATIENT
 @given(tori(wraps=(False,)), st.data())
 def test_lines_have_a_tree_that_takes_longest_from_a_corner(op, topology, data):
@@ -183,7 +191,7 @@ def test_lines_have_a_tree_that_takes_longest_from_a_corner(op, topology, data):
         assert max(topology.dims) < 3
         return
     root = data.draw(st.integers(0, topology.num_chips - 1)) if op in ROOTED else 0
-    made = SCHEDULES[MESH_TREE][op](topology.num_chips, root, fanouts=topology.dims)
+    made = schedule(MESH_TREE, op, topology.num_chips, root, topology.dims)
     assert full_seconds(topology, made) <= seconds * (1 + 1e-9)
 
 
@@ -200,49 +208,51 @@ def test_over_links_alike_several_trees_take_as_long_as_outlined_with_parts(name
 
 def test_a_broadcast_on_a_small_torus_by_hand():
     square, mesh = (level(4), level(4)), (level(4, False), level(8, False))
-    assert closed_seconds(outline(Op.BROADCAST, 6.0, square)) == 4 * (6 + 1)
-    assert closed_seconds(outline(Op.BROADCAST, 6.0, square, pieces=3)) == 4 * (2 + 1) + 2 * 2
-    assert outline(Op.BROADCAST, 6.0, mesh) is None
-    assert closed_seconds(outline(Op.REDUCE, 6.0, mesh, wraps=False)) == (3 + 7) * (6 + 1)
+    assert closed_seconds(outline(TORUS_TREE, Op.BROADCAST, 6.0, square)) == 4 * (6 + 1)
+    assert closed_seconds(outline(TORUS_TREE, Op.BROADCAST, 6.0, square, pieces=3)) == 4 * (2 + 1) + 2 * 2
+    assert outline(TORUS_TREE, Op.BROADCAST, 6.0, mesh) is None
+    assert closed_seconds(outline(MESH_TREE, Op.REDUCE, 6.0, mesh)) == (3 + 7) * (6 + 1)
     uneven = (level(4), level(3, latency=5.0, rate=0.5))
-    assert closed_seconds(outline(Op.BROADCAST, 6.0, uneven, pieces=3)) == 2 * (2 + 1) + 1 * (4 + 5) + 2 * 4
+    assert (
+        closed_seconds(outline(TORUS_TREE, Op.BROADCAST, 6.0, uneven, pieces=3))
+        == 2 * (2 + 1) + 1 * (4 + 5) + 2 * 4
+    )
 
 
 def test_what_goes_through_the_middle_by_hand():
     ring, line = (level(8),), (level(5, False), level(3, False))
-    assert closed_seconds(outline(Op.ALL_REDUCE, 6.0, ring)) == 8 * (6 + 1)
-    assert closed_seconds(outline(Op.ALL_REDUCE, 6.0, ring, pieces=6)) == 8 * (1 + 1) + 5
-    assert closed_seconds(outline(Op.ALL_REDUCE, 6.0, line, wraps=False)) == (4 + 2) * (6 + 1)
-    assert closed_seconds(outline(Op.BARRIER, 6.0, ring)) == 8
-    assert closed_seconds(outline(Op.BARRIER, 6.0, line, wraps=False)) == 4 + 2
+    assert closed_seconds(outline(TORUS_TREE, Op.ALL_REDUCE, 6.0, ring)) == 8 * (6 + 1)
+    assert closed_seconds(outline(TORUS_TREE, Op.ALL_REDUCE, 6.0, ring, pieces=6)) == 8 * (1 + 1) + 5
+    assert closed_seconds(outline(MESH_TREE, Op.ALL_REDUCE, 6.0, line)) == (4 + 2) * (6 + 1)
+    assert closed_seconds(outline(TORUS_TREE, Op.BARRIER, 6.0, ring)) == 8
+    assert closed_seconds(outline(MESH_TREE, Op.BARRIER, 6.0, line)) == 4 + 2
 
 
 def test_parts_by_hand():
     for op in (Op.SCATTER, Op.GATHER):
-        assert closed_seconds(outline(op, 30.0, (level(5),))) == 2 * (6 + 1)
-        assert closed_seconds(outline(op, 30.0, (level(5, False),), wraps=False)) == 4 * (6 + 1)
-        assert closed_seconds(outline(op, 32.0, (level(2), level(4)))) == 2 * (8 + 1) + 1 * (4 + 1)
+        assert closed_seconds(outline(TORUS_TREE, op, 30.0, (level(5),))) == 2 * (6 + 1)
+        assert closed_seconds(outline(MESH_TREE, op, 30.0, (level(5, False),))) == 4 * (6 + 1)
+        assert closed_seconds(outline(TORUS_TREE, op, 32.0, (level(2), level(4)))) == 2 * (8 + 1) + 1 * (
+            4 + 1
+        )
 
 
 def test_rotated_trees_by_hand():
     square = (level(2, False), level(2, False))
     # Two trees of four parts: to the far corner of the line 1 hop, across 2, back to the root's line 3.
-    assert closed_seconds(outline(Op.SCATTER, 8.0, square, wraps=False, rotated=True)) == 3 * (1 + 1)
-    assert closed_seconds(outline(Op.BROADCAST, 8.0, square, wraps=False, rotated=True)) == 3 * (4 + 1)
+    assert closed_seconds(outline(ROTATED_MESH_TREE, Op.SCATTER, 8.0, square)) == 3 * (1 + 1)
+    assert closed_seconds(outline(ROTATED_MESH_TREE, Op.BROADCAST, 8.0, square)) == 3 * (4 + 1)
     rings = (level(4), level(4))  # four trees, once around in each dimension
-    assert closed_seconds(outline(Op.REDUCE, 8.0, rings, rotated=True)) == 6 * (2 + 1)
+    assert closed_seconds(outline(ROTATED_TORUS_TREE, Op.REDUCE, 8.0, rings)) == 6 * (2 + 1)
     # 15 parts leave by each wire, the last with one hop to go. The 14th, with two, is there one second later.
-    assert closed_seconds(outline(Op.GATHER, 64.0, rings, rotated=True)) == (14 + 2 - 1) + 2
+    assert closed_seconds(outline(ROTATED_TORUS_TREE, Op.GATHER, 64.0, rings)) == (14 + 2 - 1) + 2
 
 
 def test_on_a_pod_all_wires_of_the_root_are_busy():
     nbytes, rate = 1 << 30, 90e9
     levels = tuple(level(fanout, latency=1e-6, rate=rate) for fanout in (16, 20, 28))
     for op in (Op.BROADCAST, Op.REDUCE, Op.SCATTER, Op.GATHER):
-        make = OUTLINES[ROTATED_TORUS_TREE][op]
-        pieces = PIECES[ROTATED_TORUS_TREE].get(op)
-        options = {"pieces": pieces(nbytes, levels)} if pieces else {}
-        seconds = closed_seconds(make(nbytes, levels, **options))
+        seconds = closed_seconds(algorithm_of(op, ROTATED_TORUS_TREE).outline(op, nbytes, levels))
         assert nbytes / 6 / rate * (1 - 1 / prod((16, 20, 28))) < seconds < 1.07 * nbytes / 6 / rate
 
 
@@ -262,7 +272,7 @@ def test_a_dimension_a_little_slower_costs_a_little(slow):
     def seconds(rate):
         levels = [level(fanout, latency=1e-6, rate=90e9) for fanout in (16, 20, 2)]
         levels[slow] = replace(levels[slow], bytes_per_s=rate)
-        return closed_seconds(OUTLINES[ROTATED_TORUS_TREE][Op.GATHER](1 << 30, tuple(levels)))
+        return closed_seconds(outline(ROTATED_TORUS_TREE, Op.GATHER, 1 << 30, tuple(levels)))
 
     assert 1.0 <= seconds(89e9) / seconds(90e9) <= 90 / 89
 
@@ -273,79 +283,54 @@ def test_a_dimension_a_little_slower_costs_a_little(slow):
 @pytest.mark.parametrize("nbytes", [0.0, 1e3, 1e6, 1e9])
 @pytest.mark.parametrize("fanouts", [(3,), (16,), (4, 8), (16, 20, 28)])
 def test_pipelines_get_enough_pieces_and_not_many_more(nbytes, fanouts):
-    for name, ops in PIECES.items():
-        wraps = name in (TORUS_TREE, ROTATED_TORUS_TREE)
+    for each in ALGORITHMS:
+        wraps = each.name in (TORUS_TREE, ROTATED_TORUS_TREE)
         levels = tuple(level(fanout, wraps, 5e-6, 5e10) for fanout in fanouts)
-        for op, pieces_of in ops.items():
-            make, pieces = OUTLINES[name][op], pieces_of(nbytes, levels)
-            if make(nbytes, levels) is None:
-                assert (name, len(fanouts), pieces) == (ROTATED_MESH_TREE, 1, 1)
+        for op in set(each.ops) & set(torus_trees.WHOLE):
+            pieces = each.cut(op, nbytes, levels)
+            if each.outline(op, nbytes, levels) is None:
+                assert (each.name, len(fanouts), pieces) == (ROTATED_MESH_TREE, 1, 1)
                 continue
-            best = closed_seconds(make(nbytes, levels, pieces=1 << 20))
-            assert closed_seconds(make(nbytes, levels, pieces=pieces)) <= best * 1.04
+            best = closed_seconds(each.sketch(op, nbytes, levels, 1 << 20))
+            assert closed_seconds(each.sketch(op, nbytes, levels, pieces)) <= best * 1.04
             fewer = max(1, pieces // 2)
-            assert pieces == 1 or closed_seconds(make(nbytes, levels, pieces=fewer)) > best * 1.03
+            assert pieces == 1 or closed_seconds(each.sketch(op, nbytes, levels, fewer)) > best * 1.03
 
 
-def test_every_outline_and_every_choice_of_pieces_has_a_schedule():
-    assert {name: set(ops) for name, ops in OUTLINES.items()} == {
-        name: set(ops) for name, ops in SCHEDULES.items()
-    }
-    for name, ops in PIECES.items():
-        assert set(ops) == set(SCHEDULES[name]) & set(torus_trees.WHOLE)
-
-
-@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("name", [TORUS_TREE, MESH_TREE])
 def test_trees_that_one_root_feeds_beat_rings_of_all_chips_when_small_and_are_beaten_when_large(name):
-    if Op.ALL_REDUCE not in SCHEDULES[name]:
-        return
-    wraps = name == TORUS_TREE
+    wraps, op = name == TORUS_TREE, Op.ALL_REDUCE
     levels = tuple(level(8, wraps, 1e-6, 50e9) for _ in range(3))
-    around = torus_rings.OUTLINES[torus_rings.ROTATED if wraps else torus_rings.MESH][Op.ALL_REDUCE]
+    around = algorithm_of(op, torus_rings.ROTATED if wraps else torus_rings.MESH)
     for nbytes, is_better in ((1e3, True), (1e9, not wraps)):
-        options = {"pieces": PIECES[name][Op.ALL_REDUCE](nbytes, levels)}
-        tree_s = closed_seconds(OUTLINES[name][Op.ALL_REDUCE](nbytes, levels, **options))
-        assert (tree_s < closed_seconds(around(nbytes, levels))) == is_better
+        tree_s = closed_seconds(algorithm_of(op, name).outline(op, nbytes, levels))
+        assert (tree_s < closed_seconds(around.outline(op, nbytes, levels))) == is_better
 
 
 def test_outlines_are_none_where_trees_do_not_apply():
     ring, line, pair = level(6), level(6, False), level(2, False)
     narrow = Level("wire", 6, 1.0, 1.0, 1.0, ring=True)  # both ways by one port
     switch = Level("switch", 6, 1.0, 1.0, 1.0)
-    for op in SCHEDULES[TORUS_TREE]:
+    for op in EVERY_OP:
         for none in ((), (switch,), (narrow,), (line,), (ring, line), (ring, switch)):
-            assert outline(op, 1.0, none) is None
+            assert outline(TORUS_TREE, op, 1.0, none) is None
         for none in ((), (switch,), (narrow,), (ring, switch)):
-            assert outline(op, 1.0, none, wraps=False) is None
-        assert outline(op, 1.0, (ring, pair)) is not None
-        assert outline(op, 1.0, (line, pair), wraps=False) is not None
-        assert outline(op, 1.0, (line, ring), wraps=False) is not None  # it need not be closed
-        assert outline(op, 1.0, (line, ring), wraps=(False, True)) is not None
-    assert outline(Op.BARRIER, 1.0, (ring, pair), wraps=False) is None  # the same as with rings
-    for op in SCHEDULES[ROTATED_MESH_TREE]:
-        assert outline(op, 1.0, (line,), wraps=False, rotated=True) is None  # one tree
-        assert outline(op, 1.0, (ring,), rotated=True) is not None
-        assert outline(op, 1.0, (ring, line), rotated=True) is None
+            assert outline(MESH_TREE, op, 1.0, none) is None
+        assert outline(TORUS_TREE, op, 1.0, (ring, pair)) is not None
+        assert outline(MESH_TREE, op, 1.0, (line, pair)) is not None
+        assert outline(MESH_TREE, op, 1.0, (line, ring)) is not None  # it need not be closed
+        assert outline(MESH_TREE, op, 1.0, (line, ring)) is not None
+    assert outline(MESH_TREE, Op.BARRIER, 1.0, (ring, pair)) is None  # the same as with rings
+    for op in torus_trees.ONCE:
+        assert outline(ROTATED_MESH_TREE, op, 1.0, (line,)) is None  # one tree
+        assert outline(ROTATED_TORUS_TREE, op, 1.0, (ring,)) is not None
+        assert outline(ROTATED_TORUS_TREE, op, 1.0, (ring, line)) is None
     for op in (Op.SCATTER, Op.GATHER):
-        assert outline(op, 1.0, (ring,), pieces=2) is None
-        assert outline(op, 1.0, (ring, replace(ring, latency_s=2.0)), rotated=True) is not None
+        assert outline(TORUS_TREE, op, 1.0, (ring,), pieces=2) is None
+        assert outline(ROTATED_TORUS_TREE, op, 1.0, (ring, replace(ring, latency_s=2.0))) is not None
         # All that leaves by the fast pair, the slow ring takes up at its own rate.
         fast_pair = replace(pair, bytes_per_s=2.0)
-        assert outline(op, 1e3, (ring, fast_pair), rotated=True) is None
+        assert outline(ROTATED_TORUS_TREE, op, 1e3, (ring, fast_pair)) is None
         assert (
-            outline(op, 1.0, (level(64), level(64), level(64)), rotated=True) is None
+            outline(ROTATED_TORUS_TREE, op, 1.0, (level(64), level(64), level(64))) is None
         )  # many ways to look at
-
-
-def test_what_cannot_be_is_refused():
-    for op in SCHEDULES[TORUS_TREE]:
-        with pytest.raises(CommsError, match="0 ranks"):
-            schedule(op, 0)
-        with pytest.raises(CommsError, match="do not make 8 ranks"):
-            schedule(op, 8, fanouts=(2, 3))
-        with pytest.raises(CommsError, match="1 answers for 2 dimensions"):
-            schedule(op, 8, fanouts=(2, 4), wraps=(True,))
-    with pytest.raises(CommsError, match="root 8 of 8 ranks"):
-        schedule(Op.BROADCAST, 8, 8)
-    with pytest.raises(CommsError, match="0 pieces"):
-        schedule(Op.REDUCE, 8, pieces=0)

@@ -8,11 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from comms.algorithms import bruck, direct, doubling, ring
-from comms.collectives.closed_form import closed_seconds
-from comms.collectives.folded import folded_seconds
-from comms.collectives.outline import Hop, Outline, Stage
-from comms.collectives.schedule import Channel, Op, Order, Pattern, Round, Schedule
+from comms.algorithms import direct, doubling, ring
+from comms.algorithms.catalog import algorithm_of
+from comms.algorithms.rounds import Ranks
+from comms.collectives.outline import Hop, Outline, OutlineStage
+from comms.collectives.outline_time import closed_seconds, folded_seconds
+from comms.collectives.schedule import Channel, Op, Pattern, PieceOrder, Round, Schedule
 from comms.networks.levels import Level, num_members
 
 PATIENT = settings(max_examples=60)
@@ -20,7 +21,7 @@ EXACT = 1e-9
 
 latencies = st.floats(1e-7, 1e-4)
 rates = st.floats(1e8, 1e12)
-orders = st.sampled_from(Order)
+orders = st.sampled_from(PieceOrder)
 hops = st.builds(Hop, latencies, rates)
 
 
@@ -38,7 +39,7 @@ def play_channel(schedule, channel, nbytes, cost, port):
             sizes = schedule.message_shares(each) * nbytes / channel.pieces
             for row, (src, dst) in enumerate(pairs(each.pattern)):
                 for piece in range(channel.pieces):
-                    within = (number, piece) if channel.order is Order.INTERLEAVED else (piece, number)
+                    within = (number, piece) if channel.order is PieceOrder.INTERLEAVED else (piece, number)
                     message = (src, dst, number, piece, sizes[row], end)
                     queues[port(number, src, dst)].append(((phase_number, *within, row), message))
                     expected[dst, piece][number] += 1
@@ -63,7 +64,7 @@ def run_queues(waiting, expected, came, cost, channel):
             while queue:
                 src, dst, number, piece, size, end = queue[0]
                 needs = [has(src, piece, number)]
-                if channel.order is Order.SERIAL and piece:
+                if channel.order is PieceOrder.SERIAL and piece:
                     needs.append(has(src, piece - 1, end))
                 if None in needs:
                     break
@@ -169,6 +170,16 @@ def fanouts_of(levels):
     return tuple(level.fanout for level in levels)
 
 
+def made(name, op, num_ranks, fanouts=(), pieces=1):
+    return algorithm_of(op, name).make(op, Ranks(num_ranks, fanouts=tuple(fanouts), pieces=pieces))
+
+
+def ordered(outline, schedule, order):
+    """The same with pieces in this order."""
+    channels = tuple(replace(each, order=order) for each in schedule.channels)
+    return outline and replace(outline, order=order), replace(schedule, channels=channels)
+
+
 def agree(outline, schedule, nbytes, levels, port=None):
     played = play(schedule, nbytes, costs_on(levels, schedule), port or two_ports(levels))
     assert outline is not None
@@ -177,76 +188,75 @@ def agree(outline, schedule, nbytes, levels, port=None):
     assert folded_seconds(outline) == pytest.approx(played, rel=EXACT)
 
 
-AROUND = (Op.ALL_REDUCE, Op.ALL_GATHER, Op.REDUCE_SCATTER)
-
-
 @PATIENT
-@given(st.sampled_from(AROUND), levels_of(), st.floats(0, 1e9), st.integers(1, 4), orders)
+@given(st.sampled_from(ring.AROUND), levels_of(), st.floats(0, 1e9), st.integers(1, 4), orders)
 def test_a_ring_is_timed_as_it_is_played(op, levels, nbytes, pieces, order):
-    schedule = ring.SCHEDULES["ring"][op](num_members(levels), pieces=pieces, order=order)
-    outline = ring.OUTLINES["ring"][op](nbytes, levels, pieces=pieces, order=order)
-    agree(outline, schedule, nbytes, levels)
+    schedule = ring.schedule(op, Ranks(num_members(levels), pieces=pieces))
+    outline = ring.outline(op, nbytes, levels, pieces)
+    agree(*ordered(outline, schedule, order), nbytes, levels)
 
 
 @PATIENT
-@given(st.sampled_from(AROUND), levels_of(max_levels=1), st.floats(0, 1e9), st.integers(1, 3), st.booleans())
+@given(
+    st.sampled_from(ring.AROUND), levels_of(max_levels=1), st.floats(0, 1e9), st.integers(1, 3), st.booleans()
+)
 def test_several_rings_share_the_wires_of_one_level(op, levels, nbytes, rings, both_ways):
     n = num_members(levels)
-    schedule = ring.SCHEDULES["ring"][op](n, orders=[np.arange(n)] * rings, both_ways=both_ways)
-    outline = ring.around_outline(op, nbytes, levels, rings=rings, both_ways=both_ways)
+    schedule = ring.schedule(op, Ranks(n), orders=[np.arange(n)] * rings, both_ways=both_ways)
+    outline = ring.outline(op, nbytes, levels, rings=rings, both_ways=both_ways)
     agree(outline, schedule, nbytes, levels)
 
 
 @PATIENT
-@given(st.sampled_from(AROUND), lines_of_chips(), st.floats(0, 1e9), st.booleans(), st.integers(1, 3), orders)
+@given(
+    st.sampled_from(ring.AROUND),
+    lines_of_chips(),
+    st.floats(0, 1e9),
+    st.booleans(),
+    st.integers(1, 3),
+    orders,
+)
 def test_a_ring_over_wires_between_neighbours_is_timed_as_it_is_played(
     op, levels, nbytes, both_ways, pieces, order
 ):
     n = num_members(levels)
-    outline = ring.around_outline(op, nbytes, levels, both_ways=both_ways, pieces=pieces, order=order)
+    outline = ring.outline(op, nbytes, levels, pieces, both_ways=both_ways)
     if both_ways and (n == 2 or not levels[0].wraps):
         assert outline is None
         return
-    schedule = ring.SCHEDULES["ring"][op](n, both_ways=both_ways, pieces=pieces, order=order)
-    agree(outline, schedule, nbytes, levels)
+    schedule = ring.schedule(op, Ranks(n, pieces=pieces), both_ways=both_ways)
+    agree(*ordered(outline, schedule, order), nbytes, levels)
 
 
 @PATIENT
 @given(st.sampled_from((Op.BROADCAST, Op.REDUCE)), levels_of(), st.floats(0, 1e9), st.integers(1, 5))
 def test_a_chain_is_timed_as_it_is_played(op, levels, nbytes, pieces):
-    schedule = ring.SCHEDULES["ring"][op](num_members(levels), pieces=pieces)
-    agree(ring.chain_outline(op, nbytes, levels, pieces=pieces), schedule, nbytes, levels)
+    schedule = ring.schedule(op, Ranks(num_members(levels), pieces=pieces))
+    agree(ring.outline(op, nbytes, levels, pieces), schedule, nbytes, levels)
 
 
 @PATIENT
 @given(
-    st.sampled_from(sorted(doubling.OUTLINES["halving-doubling"])),
+    st.sampled_from(doubling.HALVES),
     levels_of(power_of_two=True, max_members=32) | lines_of_chips(power_of_two=True),
     st.floats(0, 1e9),
-    st.booleans(),
 )
-def test_halving_doubling_is_timed_as_it_is_played(op, levels, nbytes, near_large):
-    schedule = doubling.SCHEDULES["halving-doubling"][op](num_members(levels), near_large=near_large)
-    agree(
-        doubling.halving_outline(op, nbytes, levels, near_large=near_large),
-        schedule,
-        nbytes,
-        levels,
-        one_port,
-    )
+def test_halving_doubling_is_timed_as_it_is_played(op, levels, nbytes):
+    schedule = made("halving-doubling", op, num_members(levels))
+    agree(doubling.halving_outline(op, nbytes, levels), schedule, nbytes, levels, one_port)
 
 
 @PATIENT
 @given(levels_of(power_of_two=True, max_members=32), st.floats(0, 1e9))
 def test_recursive_doubling_is_timed_as_it_is_played(levels, nbytes):
-    schedule = doubling.whole_all_reduce(num_members(levels))
-    agree(doubling.whole_outline(nbytes, levels), schedule, nbytes, levels)
+    schedule = made("recursive doubling", Op.ALL_REDUCE, num_members(levels))
+    agree(doubling.whole_outline(Op.ALL_REDUCE, nbytes, levels), schedule, nbytes, levels)
 
 
 def test_doubling_of_surplus_ranks_has_no_outline():
     levels = (Level("flat", 6, 1e-6, 1e9),)
     assert doubling.halving_outline(Op.ALL_REDUCE, 1e6, levels) is None
-    assert doubling.whole_outline(1e6, levels) is None
+    assert doubling.whole_outline(Op.ALL_REDUCE, 1e6, levels) is None
 
 
 @PATIENT
@@ -257,71 +267,63 @@ def test_doubling_of_surplus_ranks_has_no_outline():
     st.booleans(),
 )
 def test_one_round_is_timed_as_it_is_played(op, levels, nbytes, has_one_port):
-    schedule = direct.SCHEDULES["direct"][op](num_members(levels), fanouts=fanouts_of(levels))
+    schedule = made("direct", op, num_members(levels), fanouts_of(levels))
     if has_one_port:
         levels = tuple(replace(level, port=0) for level in levels)
-    outline = direct.one_round_outline(op, nbytes, levels)
+    outline = direct.outline(op, nbytes, levels)
     agree(outline, schedule, nbytes, levels, one_port if has_one_port else None)
 
 
 @PATIENT
 @given(levels_of(max_levels=1), st.floats(0, 1e9))
 def test_two_rounds_are_timed_as_they_are_played(levels, nbytes):
-    schedule = direct.two_shot_all_reduce(num_members(levels))
-    agree(direct.two_shot_outline(nbytes, levels), schedule, nbytes, levels)
+    schedule = made("two-shot", Op.ALL_REDUCE, num_members(levels))
+    agree(direct.two_shot_outline(Op.ALL_REDUCE, nbytes, levels), schedule, nbytes, levels)
 
 
 @PATIENT
 @given(levels_of(), st.floats(0, 1e9))
 def test_pairwise_all_to_all_is_timed_as_it_is_played(levels, nbytes):
-    schedule = direct.pairwise_all_to_all(num_members(levels), fanouts=fanouts_of(levels))
-    agree(direct.pairwise_outline(nbytes, levels), schedule, nbytes, levels)
-
-
-@PATIENT
-@given(levels_of(power_of_two=True), st.floats(0, 1e9))
-def test_pairwise_exchange_takes_as_long_as_shifting(levels, nbytes):
-    schedule = direct.pairwise_all_to_all(num_members(levels), exchange=True)
-    agree(direct.pairwise_outline(nbytes, levels), schedule, nbytes, levels)
+    schedule = made("pairwise", Op.ALL_TO_ALL, num_members(levels), fanouts_of(levels))
+    agree(direct.pairwise_outline(Op.ALL_TO_ALL, nbytes, levels), schedule, nbytes, levels)
 
 
 @PATIENT
 @given(levels_of(), st.floats(0, 1e9))
 def test_scatter_is_timed_as_it_is_played(levels, nbytes):
-    schedule = direct.scatter(num_members(levels))
-    agree(direct.rooted_outline(Op.SCATTER, nbytes, levels), schedule, nbytes, levels)
+    schedule = made("direct", Op.SCATTER, num_members(levels))
+    agree(direct.outline(Op.SCATTER, nbytes, levels), schedule, nbytes, levels)
 
 
 @given(st.integers(2, 9), st.floats(0, 1e9), hops)
 def test_what_is_gathered_shares_the_way_into_the_root(num_chips, nbytes, hop):
-    outline = direct.rooted_outline(
-        Op.GATHER, nbytes, (Level("flat", num_chips, hop.latency_s, hop.bytes_per_s),)
-    )
+    levels = (Level("flat", num_chips, hop.latency_s, hop.bytes_per_s),)
+    outline = direct.outline(Op.GATHER, nbytes, levels)
     seconds = hop.latency_s + nbytes * (num_chips - 1) / num_chips / hop.bytes_per_s
     assert closed_seconds(outline) == pytest.approx(seconds)
 
 
 @PATIENT
-@given(st.sampled_from(sorted(bruck.OUTLINES["bruck"])), levels_of(), st.floats(0, 1e9))
+@given(st.sampled_from((*doubling.HALVES, Op.ALL_TO_ALL)), levels_of(), st.floats(0, 1e9))
 def test_bruck_is_timed_as_it_is_played(op, levels, nbytes):
-    schedule = bruck.SCHEDULES["bruck"][op](num_members(levels), fanouts=fanouts_of(levels))
-    agree(bruck.OUTLINES["bruck"][op](nbytes, levels), schedule, nbytes, levels, one_port)
+    schedule = made("bruck", op, num_members(levels), fanouts_of(levels))
+    agree(doubling.bruck_outline(op, nbytes, levels), schedule, nbytes, levels, one_port)
 
 
 @PATIENT
 @given(levels_of())
 def test_a_barrier_is_timed_as_it_is_played(levels):
-    schedule = bruck.barrier(num_members(levels), fanouts=fanouts_of(levels))
-    agree(bruck.OUTLINES["dissemination"][Op.BARRIER](0.0, levels), schedule, 0.0, levels, one_port)
+    schedule = made("dissemination", Op.BARRIER, num_members(levels), fanouts_of(levels))
+    agree(doubling.bruck_outline(Op.BARRIER, 0.0, levels), schedule, 0.0, levels, one_port)
 
 
 @st.composite
 def outlines(draw, own_ports=True):
     positions = draw(st.integers(1, 4))
     order = draw(orders)
-    own = st.booleans() if own_ports or order is Order.INTERLEAVED else st.just(False)
+    own = st.booleans() if own_ports or order is PieceOrder.INTERLEAVED else st.just(False)
     stages = st.builds(
-        Stage,
+        OutlineStage,
         st.integers(0, 5),
         st.floats(0, 1e7),
         st.sampled_from((1, positions)).flatmap(lambda p: st.tuples(*[hops] * p)),
@@ -372,7 +374,7 @@ def test_any_outline_is_timed_as_chips_play_it(outline):
     st.lists(hops, min_size=1, max_size=8), st.integers(1, 400), st.floats(0, 1e7), st.integers(1, 5), orders
 )
 def test_a_long_ring_is_followed_to_its_end(ring_hops, rounds, nbytes, pieces, order):
-    outline = Outline("ring", ((Stage(rounds, nbytes, tuple(ring_hops)),),), (0,), pieces, order)
+    outline = Outline("ring", ((OutlineStage(rounds, nbytes, tuple(ring_hops)),),), (0,), pieces, order)
     assert closed_seconds(outline) == pytest.approx(folded_seconds(outline), rel=EXACT)
 
 
@@ -385,29 +387,31 @@ def test_a_path_once_around_may_be_the_longest_when_the_slowest_wires_nearly_tie
         Hop(3.7e-05, 42971425595.0),
         Hop(1e-07, 6e11),
     )
-    outline = Outline("ring", ((Stage(10, 5618175.0, ahead + slow + tied),),), (0,), 2, Order.SERIAL)
+    outline = Outline(
+        "ring", ((OutlineStage(10, 5618175.0, ahead + slow + tied),),), (0,), 2, PieceOrder.SERIAL
+    )
     assert closed_seconds(outline) == pytest.approx(folded_seconds(outline), rel=1e-12)
 
 
 @given(st.integers(1, 9), hops, st.floats(0, 1e9), st.integers(1, 9), st.integers(1, 9))
 def test_pieces_on_one_port_hide_latency_or_keep_it_busy(chips, hop, nbytes, pieces, rounds):
     wire = nbytes / pieces / hop.bytes_per_s
-    outline = Outline("any", ((Stage(rounds, nbytes, (hop,)),),), (0,), pieces, Order.INTERLEAVED)
+    outline = Outline("any", ((OutlineStage(rounds, nbytes, (hop,)),),), (0,), pieces, PieceOrder.INTERLEAVED)
     whole = rounds * (wire + hop.latency_s) + (pieces - 1) * wire
     assert closed_seconds(outline) == pytest.approx(max(whole, rounds * pieces * wire + hop.latency_s))
 
 
 @given(st.lists(hops, min_size=1, max_size=4), st.floats(0, 1e9), st.integers(1, 9))
 def test_pieces_through_phases_are_a_flow_shop(phase_hops, nbytes, pieces):
-    phases = tuple((Stage(3, nbytes, (hop,)),) for hop in phase_hops)
-    outline = Outline("any", phases, tuple(range(len(phases))), pieces, Order.SERIAL)
+    phases = tuple((OutlineStage(3, nbytes, (hop,)),) for hop in phase_hops)
+    outline = Outline("any", phases, tuple(range(len(phases))), pieces, PieceOrder.SERIAL)
     through = [3 * (hop.latency_s + nbytes / pieces / hop.bytes_per_s) for hop in phase_hops]
     assert closed_seconds(outline) == pytest.approx(sum(through) + (pieces - 1) * max(through))
 
 
 def test_nothing_to_do_takes_no_time():
     one = (Level("alone", 1, 1e-6, 1e9),)
-    for module in (ring, doubling, direct, bruck):
-        for table in module.OUTLINES.values():
-            for make in table.values():
-                assert closed_seconds(make(1e6, one)) == folded_seconds(make(1e6, one)) == 0.0
+    for each in (*ring.ALGORITHMS[:2], *doubling.ALGORITHMS, *direct.ALGORITHMS):
+        for op in each.ops:
+            outline = each.outline(op, 1e6, one)
+            assert closed_seconds(outline) == folded_seconds(outline) == 0.0

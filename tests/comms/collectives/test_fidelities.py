@@ -7,8 +7,9 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from comms.algorithms.catalog import RAIL_RINGS, names
-from comms.algorithms.hierarchical import hierarchical_torus, hierarchical_tree
+from comms.algorithms import double_trees, torus_rings
+from comms.algorithms.catalog import names
+from comms.algorithms.ring import RAIL_RINGS
 from comms.collectives.proof import prove
 from comms.collectives.schedule import Op
 from comms.errors import CommsError
@@ -28,6 +29,7 @@ from comms.synthesis.bisection import makespan_bound
 
 CLOSE = 1e-3
 MANY = settings(max_examples=60)
+TREES = [each.name for each in double_trees.ALGORITHMS if each.name != double_trees.DOUBLE]
 EVERY = [(op, name) for op in Op for name in names(op) if name != RAIL_RINGS]
 
 links = st.builds(Link, st.floats(1e-8, 1e-4), st.floats(1e8, 1e12))
@@ -107,7 +109,7 @@ def pods(draw):
 
 def suiting(name):
     """Clusters of which many suit an algorithm."""
-    if name == hierarchical_torus.NAME:
+    if name == torus_rings.OVER_TORI:
         return pods()
     if name == "line" or "torus" in name or "mesh" in name:
         return lattices(name)
@@ -129,9 +131,9 @@ def test_the_three_fidelities_agree(op, name, data):
     seconds = full_seconds(choice, range(num_chips), network)
     if name == "double tree" and num_chips & (num_chips - 1):  # its leaves differ: an upper bound
         assert 0.85 * choice.transfer_s <= seconds <= choice.transfer_s * (1 + CLOSE)
-    elif name in hierarchical_tree.SCHEDULES:  # see the module for the bounds
+    elif name in TREES:  # see the module for the bounds
         low = 0.85 if len(choice.levels) == 2 else 0.45
-        high = 1.3 if name == hierarchical_tree.BY_SWITCH else 1.01
+        high = 1.3 if name == double_trees.BY_SWITCH else 1.01
         assert low * choice.transfer_s <= seconds <= high * choice.transfer_s
     elif name.startswith("rotated") and op in (Op.SCATTER, Op.GATHER):  # parts may queue: an upper bound
         assert choice.transfer_s / 1.05 * (1 - CLOSE) <= seconds <= choice.transfer_s * (1 + CLOSE)

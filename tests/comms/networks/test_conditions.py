@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from comms.collectives.schedule import Channel, Op, Order, Pattern, Round, Schedule
+from comms.collectives.schedule import Channel, Op, Pattern, PieceOrder, Round, Schedule
 from comms.errors import CommsError
 from comms.networks.conditions import (
     HEALTHY,
@@ -59,7 +59,7 @@ def message(topology, src, dst, nbytes=1e6):
     """Seconds of one message."""
     pattern = Pattern(np.array([0]), np.array([1]))
     whole = Round(pattern, np.zeros(1, dtype=np.int64), np.ones(1, dtype=np.int64), False)
-    schedule = Schedule(Op.BROADCAST, "test", 2, 1, 1.0, (Channel(((whole,),), 1, Order.SERIAL),), 0)
+    schedule = Schedule(Op.BROADCAST, "test", 2, 1, 1.0, (Channel(((whole,),), 1, PieceOrder.SERIAL),), 0)
     return lambda conditions: simulate(
         topology, [CollectiveJob(schedule, np.array([src, dst]), nbytes)], conditions
     ).seconds[0]

@@ -14,7 +14,7 @@ from comms.selection.topology_aware import laid_hierarchies, laid_rings
 from comms.simulation.compiled import CollectiveJob
 from comms.simulation.full import simulate
 
-EVERY = hierarchical.SCHEDULES
+EVERY = [each.name for each in hierarchical.ALGORITHMS]
 FAST, SLOW = Link(1e-6, 50e9), Link(5e-6, 20e9)
 
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from comms.collectives.schedule import Channel, Op, Order, Pattern, Round, Schedule
+from comms.collectives.schedule import Channel, Op, Pattern, PieceOrder, Round, Schedule
 from comms.errors import CommsError
 from comms.networks.conditions import UNDISTURBED, Change, Conditions
 from comms.networks.topology import Wires, routes_of
@@ -101,7 +101,7 @@ def messages_of(topology, jobs):
 
 
 def turn(message, channel):
-    if channel.order is Order.SERIAL:
+    if channel.order is PieceOrder.SERIAL:
         return (message.phase, message.piece, message.round, message.index)
     return (message.phase, message.round, message.piece, message.index)
 
@@ -121,7 +121,7 @@ def may_leave(m, messages, jobs, now):
         waits = other.piece == m.piece and other.round < m.round
         if waits and (not channel.by_chunk or other.chunks & m.chunks):
             return False
-        if channel.order is Order.SERIAL and other.piece == m.piece - 1 and other.phase <= m.phase:
+        if channel.order is PieceOrder.SERIAL and other.piece == m.piece - 1 and other.phase <= m.phase:
             return False
     return True
 
@@ -192,7 +192,7 @@ def schedules(draw, ranks, chunks=3):
         phases = tuple(
             tuple(a_round() for _ in range(draw(st.integers(1, 2)))) for _ in range(draw(st.integers(1, 2)))
         )
-        order, by_chunk = draw(st.sampled_from(Order)), draw(st.booleans())
+        order, by_chunk = draw(st.sampled_from(PieceOrder)), draw(st.booleans())
         flags = draw(st.booleans()), draw(st.booleans())
         channels.append(Channel(phases, draw(st.integers(1, 2)), order, by_chunk, *flags))
     return Schedule(Op.ALL_REDUCE, "any", ranks, chunks, 1.0 / chunks, tuple(channels))
@@ -262,7 +262,7 @@ def test_rates_are_those_of_progressive_filling(data):
     assert rates == pytest.approx(filled(capacity, routes), rel=1e-9)
 
 
-def ring(n, pieces=1, order=Order.SERIAL):
+def ring(n, pieces=1, order=PieceOrder.SERIAL):
     rank = np.arange(n)
     pattern, one = Pattern(rank, (rank + 1) % n), np.ones(n, dtype=np.int64)
     rounds = [Round(pattern, (rank - s) % n, one, True) for s in range(n - 1)]
@@ -276,7 +276,7 @@ def ring_table(n, rates, latency=0.1):
     return Table(n, [(latency, rate) for rate in rates], pairs)
 
 
-@given(st.integers(2, 9), st.integers(1, 4), st.sampled_from(Order), st.integers(0, 99))
+@given(st.integers(2, 9), st.integers(1, 4), st.sampled_from(PieceOrder), st.integers(0, 99))
 @settings(max_examples=60)
 def test_sweep_and_events_agree_where_nothing_meets(n, pieces, order, seed):
     table = ring_table(n, np.random.default_rng(seed).uniform(1, 2, n))

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from comms.algorithms.catalog import RAIL_RINGS, names, schedule_of
+from comms.algorithms.catalog import algorithms
 from comms.collectives.schedule import Op
 from comms.errors import CommsError
 from comms.networks.fabrics.dragonfly import Dragonfly
@@ -237,10 +237,10 @@ def test_no_algorithm_beats_the_bounds_of_narrow_cuts(graph, data):
     op = data.draw(
         st.sampled_from([Op.ALL_REDUCE, Op.ALL_GATHER, Op.REDUCE_SCATTER, Op.BROADCAST, Op.ALL_TO_ALL])
     )
-    name = data.draw(st.sampled_from([name for name in names(op) if name != RAIL_RINGS]))
+    algorithm = data.draw(st.sampled_from([each for each in algorithms(op).values() if each.by_default]))
     nbytes, n = data.draw(st.sampled_from([0.0, 1e3, 1e9])), graph.num_chips
     try:
-        schedule = schedule_of(name, op, n, nbytes, None)
+        schedule = algorithm.schedule(op, n, nbytes, ())
     except CommsError:
         assume(False)
     assume(not schedule.num_helpers)

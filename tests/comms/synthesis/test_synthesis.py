@@ -1,7 +1,6 @@
 """Schedules made for one network: proved, as fast as planned, never faster than wires allow, taken if worth it."""
 
 from collections.abc import Iterator
-from inspect import signature
 from itertools import combinations, product
 
 import numpy as np
@@ -10,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from comms.algorithms import ring, torus_rings
-from comms.algorithms.catalog import FILES
+from comms.algorithms.catalog import algorithms
+from comms.algorithms.rounds import Ranks
 from comms.collectives.proof import prove
 from comms.collectives.schedule import Op, Schedule
 from comms.errors import CommsError
@@ -27,7 +27,6 @@ from comms.synthesis.timetable import sends_of, timetable
 
 LINK = Link(1e-6, 50e9)
 NBYTES = 64e6
-RINGS = ring.SCHEDULES["ring"]
 OPS = tuple(TREES)
 
 
@@ -89,19 +88,24 @@ def seconds_of(topology: Topology, schedule: Schedule, places: IntArray, nbytes:
 def fixed_schedules(topology: Topology, op: Op, dims: tuple[int, ...]) -> Iterator[tuple[Schedule, IntArray]]:
     """All that the catalog has, in natural order and around the best ring; several rings; by dimension."""
     n, orders = topology.num_chips, [each.chips for each in ring_orders(topology)]
-    for make in (ops[op] for file in FILES for ops in file.SCHEDULES.values() if op in ops):
-        for pieces in (1, 16, 64) if "pieces" in signature(make).parameters else (None,):
+    for each in algorithms(op).values():
+        for pieces in (1, 16, 64):
             try:
-                schedule = make(n) if pieces is None else make(n, pieces=pieces)
+                schedule = each.make(op, Ranks(n, pieces=pieces))
             except CommsError:
                 continue  # not for so many ranks
+            if pieces > 1 and schedule.num_messages == each.make(op, Ranks(n)).num_messages:
+                continue  # it goes in one piece
             if not schedule.num_helpers:  # switches that reduce are another matter
                 yield from ((schedule, np.arange(n)), (schedule, orders[0]))
     if op in torus_rings.OPS:
         for num in range(2, len(orders) + 1):
-            yield RINGS[op](n, orders=orders[:num]), np.arange(n)
+            yield ring.schedule(op, Ranks(n), orders=orders[:num]), np.arange(n)
         for wraps, rotated in product((False, True), repeat=2) if dims else ():
-            yield torus_rings.OPS[op](n, fanouts=dims, wraps=wraps, rotated=rotated), np.arange(n)
+            rotations = torus_rings.rotations(len(dims))
+            taken, around = rotations if rotated else rotations[:1], (wraps,) * len(dims)
+            schedule = torus_rings.scattering_and_gathering(op, "torus", dims, taken, around, not rotated)
+            yield schedule, np.arange(n)
 
 
 def best_fixed(topology: Topology, op: Op, nbytes: float, dims: tuple[int, ...] = ()) -> float:

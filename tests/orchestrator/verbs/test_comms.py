@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from comms.algorithms import ring
+from comms.algorithms.rounds import Ranks
 from comms.collectives.schedule import Op
 from comms.collectives.schedule_text import schedule_text
 from comms.networks.conditions import Described, LinkFault, Reach
@@ -178,7 +179,9 @@ def test_an_algorithm_can_be_asked_for_by_name(answer, comms):
 
 def test_a_schedule_from_a_file_takes_what_the_same_algorithm_takes(answer, comms, tmp_path):
     path = tmp_path / "mine.txt"
-    path.write_text(schedule_text(ring.all_reduce(8)).replace("algorithm ring", "algorithm mine"))
+    path.write_text(
+        schedule_text(ring.schedule(Op.ALL_REDUCE, Ranks(8))).replace("algorithm ring", "algorithm mine")
+    )
     mine = answer("--algorithm", str(path))
     assert mine["algorithm"] == "mine"
     assert mine["seconds"] == pytest.approx(answer("--algorithm", "ring")["seconds"], rel=1e-3)
@@ -197,7 +200,7 @@ def test_a_schedule_from_a_file_takes_what_the_same_algorithm_takes(answer, comm
 )
 def test_a_schedule_that_does_not_hold_is_refused(comms, tmp_path, change, words, told):
     path = tmp_path / "mine.txt"
-    text = schedule_text(ring.all_reduce(8))
+    text = schedule_text(ring.schedule(Op.ALL_REDUCE, Ranks(8)))
     assert change[0] in text
     path.write_text(text.replace(*change, 1))
     code, _, err = comms("--algorithm", str(path), *words)
