@@ -27,16 +27,17 @@ JITTER = 0.05
 def ring(num_chips: int, method: str | None) -> dict[str, object]:
     """All-reduce of 64 MiB in 4 chunks around a ring of wires whose rates differ by up to 5 %."""
     from comms.algorithms import ring as algorithm
+    from comms.networks.conditions import Conditions
     from comms.networks.fabrics.torus_mesh import Torus
     from comms.networks.links import Link
-    from comms.simulation.compiled import Job
-    from comms.simulation.full import Conditions, Method, simulate
+    from comms.simulation.compiled import CollectiveJob
+    from comms.simulation.full import Method, simulate
 
     wires = Torus((num_chips,), (Link(*HOP),))
     speed = np.random.default_rng(0).uniform(1 - JITTER, 1 + JITTER, wires.wires().num_wires)
     jitter = Conditions(factors=dict(enumerate(speed.tolist())))
     start = time.perf_counter()
-    job = Job(algorithm.all_reduce(num_chips, pieces=4), np.arange(num_chips), NBYTES)
+    job = CollectiveJob(algorithm.all_reduce(num_chips, pieces=4), np.arange(num_chips), NBYTES)
     result = simulate(wires, [job], jitter, method=Method(method) if method else None)
     return _row(result, start)
 
@@ -46,7 +47,7 @@ def halving_doubling(num_chips: int, jitter: float) -> dict[str, object]:
     from comms.algorithms import doubling
     from comms.networks.links import Link
     from comms.networks.network import Network, TierKind, switched
-    from comms.simulation.compiled import Job
+    from comms.simulation.compiled import CollectiveJob
     from comms.simulation.full import Conditions, simulate
 
     switch = Network(
@@ -55,7 +56,7 @@ def halving_doubling(num_chips: int, jitter: float) -> dict[str, object]:
     speed = np.random.default_rng(0).uniform(1 - jitter, 1 + jitter, switch.wires().num_wires)
     conditions = Conditions(factors=dict(enumerate(speed.tolist())) if jitter else {})
     start = time.perf_counter()
-    job = Job(doubling.all_reduce(num_chips), np.arange(num_chips), NBYTES)
+    job = CollectiveJob(doubling.all_reduce(num_chips), np.arange(num_chips), NBYTES)
     return _row(simulate(switch, [job], conditions), start)
 
 
@@ -65,7 +66,7 @@ def permutation(num_chips: int, bursts: int) -> dict[str, object]:
     from comms.networks.fabrics.switch_tree import Tree
     from comms.networks.layers import Spread, Switch, Trunk
     from comms.networks.links import Link
-    from comms.simulation.compiled import Job
+    from comms.simulation.compiled import CollectiveJob
     from comms.simulation.full import simulate
 
     leaf = 32
@@ -81,7 +82,7 @@ def permutation(num_chips: int, bursts: int) -> dict[str, object]:
         channels.append(Channel(((Round(pattern, chips + burst * num_chips, one, reduces=False),),)))
     schedule = Schedule(Op.ALL_TO_ALL, "random", num_chips, num_chips * bursts, shares, tuple(channels))
     start = time.perf_counter()
-    result = simulate(fabric, [Job(schedule, chips, NBYTES)])
+    result = simulate(fabric, [CollectiveJob(schedule, chips, NBYTES)])
     return _row(result, start)
 
 

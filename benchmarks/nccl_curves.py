@@ -17,8 +17,8 @@ from support.harness import report
 from comms.calibration.calibration import (
     LARGE_NBYTES,
     FabricFit,
+    MeasuredRun,
     Residual,
-    Run,
     Sheet,
     fit_fabric,
     hold_out,
@@ -58,12 +58,12 @@ def main() -> None:
     report("nccl_curves", [*rows, summary(rows)])
 
 
-def run_of(row: Mapping[str, Any]) -> Run:
+def run_of(row: Mapping[str, Any]) -> MeasuredRun:
     """A row of the file: its curve, and its sheet."""
-    return Run(read_csv(row["table"], row["name"], Op(row["op"]), row["num_chips"]), sheet_of(row))
+    return MeasuredRun(read_csv(row["table"], row["name"], Op(row["op"]), row["num_chips"]), sheet_of(row))
 
 
-def grouped(runs: Mapping[str, Run]) -> dict[str, list[Run]]:
+def grouped(runs: Mapping[str, MeasuredRun]) -> dict[str, list[MeasuredRun]]:
     """What is fitted together: every curve alone, and those of several numbers of chips."""
     alone = {name: [run] for name, run in runs.items()}
     return alone | {name: [runs[each] for each in names] for name, names in TOGETHER.items()}
@@ -75,7 +75,7 @@ def sheet_of(row: Mapping[str, Any]) -> Sheet:
     return Sheet(rate, row.get("in_network_share"))
 
 
-def held_out(name: str, group: Sequence[Run], eager: bool) -> list[dict[str, object]]:
+def held_out(name: str, group: Sequence[MeasuredRun], eager: bool) -> list[dict[str, object]]:
     """Two rows: without the odd and without the even points; none where too few are left to fit."""
     rows = []
     constants = fit_fabric(group, eager).constants
@@ -94,7 +94,7 @@ def held_out(name: str, group: Sequence[Run], eager: bool) -> list[dict[str, obj
     return rows
 
 
-def transferred(name: str, fit: FabricFit, other: str, run: Run) -> dict[str, object]:
+def transferred(name: str, fit: FabricFit, other: str, run: MeasuredRun) -> dict[str, object]:
     """One curve from another fabric's constants."""
     left = residuals_of(transfer(fit, run.sheet), run.curve)
     large, small = errors(left)

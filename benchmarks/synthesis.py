@@ -21,12 +21,12 @@ from comms.algorithms.catalog import FILES
 from comms.collectives.proof import prove
 from comms.collectives.schedule import Op, Schedule
 from comms.errors import CommsError
-from comms.networks.fabrics.edge_list import Edge, Graph, Rerouted
+from comms.networks.fabrics.edge_list import Edge, EdgeList, Rerouted
 from comms.networks.fabrics.torus_mesh import Torus
 from comms.networks.links import Link
 from comms.networks.ring_orders import ring_orders
 from comms.networks.topology import IntArray, Topology
-from comms.simulation.compiled import Job
+from comms.simulation.compiled import CollectiveJob
 from comms.simulation.full import simulate
 from comms.synthesis.forest import Hops, hops_of
 from comms.synthesis.synthesis import improve, synthesize
@@ -56,7 +56,7 @@ def networks() -> dict[str, Topology]:
         "mesh 8 x 8": Torus((8, 8), (LINK,), (False,)),
         "torus 4 x 4": whole,
         "torus 4 x 4, one link dead": Rerouted(whole, tuple(dead)),
-        "hybrid cube mesh": Graph(
+        "hybrid cube mesh": EdgeList(
             8, tuple(Edge(a, b, Link(1e-6, 25e9 * num)) for (a, b), num in CUBE_MESH.items())
         ),
         "islands of 3 and 5, thin bridge": islands(3, 5, Link(2e-6, 12.5e9)),
@@ -67,25 +67,25 @@ def networks() -> dict[str, Topology]:
     }
 
 
-def islands(a: int, b: int, bridge: Link) -> Graph:
+def islands(a: int, b: int, bridge: Link) -> EdgeList:
     """Two full meshes with one link between them."""
     inside = [*combinations(range(a), 2), *combinations(range(a, a + b), 2)]
-    return Graph(a + b, (*(Edge(i, j, LINK) for i, j in inside), Edge(0, a, bridge)))
+    return EdgeList(a + b, (*(Edge(i, j, LINK) for i, j in inside), Edge(0, a, bridge)))
 
 
-def hosts(sizes: tuple[int, ...], inside: Link, card: Link) -> Graph:
+def hosts(sizes: tuple[int, ...], inside: Link, card: Link) -> EdgeList:
     """Chips on the switch of their host, which has one network card."""
     names = [f"host {number}" for number, size in enumerate(sizes) for _ in range(size)]
     edges = [Edge(chip, name, inside) for chip, name in enumerate(names)]
     edges += [Edge(name, "network", card) for name in dict.fromkeys(names)]
-    return Graph(len(names), tuple(edges), (*dict.fromkeys(names), "network"))
+    return EdgeList(len(names), tuple(edges), (*dict.fromkeys(names), "network"))
 
 
-def switch(num_chips: int, last: float) -> Graph:
+def switch(num_chips: int, last: float) -> EdgeList:
     """Chips on one switch; the last has a part of the rate."""
     rates = [LINK.bytes_per_s] * (num_chips - 1) + [LINK.bytes_per_s * last]
     edges = tuple(Edge(chip, "switch", Link(1e-6, rate)) for chip, rate in enumerate(rates))
-    return Graph(num_chips, edges, ("switch",))
+    return EdgeList(num_chips, edges, ("switch",))
 
 
 def fixed_schedules(topology: Topology, op: Op, nbytes: float) -> Iterator[tuple[str, Schedule, IntArray]]:
@@ -127,7 +127,7 @@ def _made(make: Callable[..., Schedule], num_ranks: int, **options: object) -> S
 def best_fixed(topology: Topology, op: Op, nbytes: float) -> tuple[float, str]:
     """Seconds and name of the fastest."""
     return min(
-        (float(simulate(topology, [Job(schedule, places, nbytes)]).seconds[0]), name)
+        (float(simulate(topology, [CollectiveJob(schedule, places, nbytes)]).seconds[0]), name)
         for name, schedule, places in fixed_schedules(topology, op, nbytes)
     )
 

@@ -14,7 +14,14 @@ from nccl_curves import BRIDGE, CURVES, TARGETS, TOGETHER, errors, grouped, run_
 from scipy.optimize import minimize
 from support.harness import report
 
-from comms.calibration.calibration import Constants, Run, fit_fabric, mean_error, residuals_of, transfer
+from comms.calibration.calibration import (
+    Constants,
+    MeasuredRun,
+    fit_fabric,
+    mean_error,
+    residuals_of,
+    transfer,
+)
 from comms.errors import CommsError
 from comms.networks.topology import FloatArray
 
@@ -37,7 +44,7 @@ def main() -> None:
     report("transfer_limits", [*found, *(summary(found, design) for design in designs)])
 
 
-def carried(group: Sequence[Run], other: Run) -> dict[str, float | None]:
+def carried(group: Sequence[MeasuredRun], other: MeasuredRun) -> dict[str, float | None]:
     """Mean errors on a curve: of constants fitted elsewhere, and of the best that fit there too."""
     three = fit_fabric(group)
     try:
@@ -52,7 +59,7 @@ def carried(group: Sequence[Run], other: Run) -> dict[str, float | None]:
     }
 
 
-def best(group: Sequence[Run], other: Run, start: Constants) -> float:
+def best(group: Sequence[MeasuredRun], other: MeasuredRun, start: Constants) -> float:
     """The least error on the other curve of three constants that fit the group as well as is asked for."""
 
     def cost(logs: FloatArray) -> float:

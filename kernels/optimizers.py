@@ -13,13 +13,14 @@ from typing import TypeAlias
 import torch
 
 from comms.errors import OptimizerError
+from kernels.builtin_optimizers import BUILT_IN
 
 Factory: TypeAlias = Callable[[Sequence[torch.Tensor]], torch.optim.Optimizer]
 
 
 @dataclass(frozen=True, slots=True)
 class OptimizerSpec:
-    """A built-in optimizer and its settings; `momentum` is SGD's, `betas` and `eps` AdamW's."""
+    """A built-in optimizer (see `builtin_optimizers`) and its settings; each takes those that it has."""
 
     name: str = "adamw"
     lr: float = 1e-3
@@ -30,14 +31,12 @@ class OptimizerSpec:
 
     def __call__(self, params: Sequence[torch.Tensor]) -> torch.optim.Optimizer:
         """Build the optimizer over `params`."""
-        if self.name == "adamw":
-            return torch.optim.AdamW(
-                params, lr=self.lr, betas=self.betas, eps=self.eps, weight_decay=self.weight_decay, fused=True
-            )
-        assert self.name == "sgd", self.name
-        return torch.optim.SGD(
-            params, lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay, foreach=True
+        known = BUILT_IN[self.name]
+        settings = {name: getattr(self, name) for name in known.settings}
+        made: torch.optim.Optimizer = getattr(torch.optim, known.torch_name)(
+            params, **settings, **{known.kernel: True}
         )
+        return made
 
 
 def states_per_element(factory: Factory) -> int:

@@ -1,6 +1,8 @@
 """What every package's tests share: tiny models, Programs made from them, a cache folder of our own, one thread."""
 
 import functools
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from itertools import pairwise
 from pathlib import Path
@@ -18,23 +20,46 @@ settings.load_profile("repeatable")
 TINY: Mapping[str, object] = {"layers": 2, "width": 32, "heads": 4, "vocab": 64, "max_seq": 16}
 SEQ = 16
 BATCH = 8
+LOOPS = "compiled_loops"
+MOVING = {"benchmarks", "comms", "orchestrator"}  # folders of tests that move messages
+COMPILER = Path(__file__).parents[1] / "benchmarks" / "tools" / "compile_loops.py"
+compiling: list[subprocess.Popen[bytes]] = []
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[Any]) -> None:
+    """What moves messages waits for the compiled loops and comes last; a process of its own compiles meanwhile."""
+    here = Path(__file__).parent
+    moving = [item for item in items if item.path.relative_to(here).parts[0] in MOVING]
+    for item in moving:
+        item.fixturenames.insert(0, LOOPS)
+    items.sort(key=lambda item: LOOPS in item.fixturenames)
+    worker = getattr(config, "workerinput", {"workerid": "gw0"})["workerid"]
+    if moving and worker == "gw0" and not config.option.collectonly:
+        compiling.append(subprocess.Popen([sys.executable, COMPILER]))
+
+
+def pytest_sessionfinish() -> None:
+    """Leaves nothing running, as where the tests were stopped early."""
+    for process in compiling:
+        process.terminate()
+        process.wait()
+
+
+@pytest.fixture(scope="session")
+def compiled_loops() -> None:
+    """The loops of full fidelity, loaded. On a machine that has not run them yet this takes its time, once."""
+    from tools.compile_loops import compile_loops
+
+    compile_loops()
 
 
 @pytest.fixture(scope="session", autouse=True)
 def private_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Programs made here are kept for this run only, never in the user's cache."""
-    from orchestrator.planning import program_cache
-
-    folder = tmp_path_factory.mktemp("programs")
-    functions = (
-        program_cache.load_program, program_cache.store_program, program_cache.load_number, program_cache.store_number,
-    )  # fmt: skip
-    before = [f.__defaults__ for f in functions]
-    for function in functions:
-        function.__defaults__ = (folder,)
-    yield folder
-    for function, defaults in zip(functions, before, strict=True):
-        function.__defaults__ = defaults
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder))
+        yield folder
 
 
 @pytest.fixture(scope="session")

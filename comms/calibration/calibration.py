@@ -62,7 +62,7 @@ class Sheet:
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class MeasuredRun:
     """A measured curve and the sheet of what it was measured on."""
 
     curve: MeasuredCurve
@@ -70,7 +70,7 @@ class Run:
 
 
 @dataclass(frozen=True, slots=True)
-class Fabric:
+class CalibratedFabric:
     """A calibrated fabric, ready to predict. Of `link`, the rate is what a chip gets; protocols add to it."""
 
     setup_s: float
@@ -94,7 +94,7 @@ class Constants:
     def num_constants(self) -> int:
         return 3 if self.eager_share is None else 5
 
-    def on(self, sheet: Sheet) -> Fabric:
+    def on(self, sheet: Sheet) -> CalibratedFabric:
         """These constants on links of this line rate."""
         if sheet.bytes_per_s is None:
             raise CommsError(
@@ -103,7 +103,7 @@ class Constants:
         eager = None if self.eager_share is None else Protocol("eager", share=self.eager_share)
         link = Link(self.latency_s, self.share * sheet.bytes_per_s)
         pipelined = Protocol("pipelined", latency_s=self.handshake_s)
-        return Fabric(self.setup_s, link, pipelined, eager, sheet.in_network_share)
+        return CalibratedFabric(self.setup_s, link, pipelined, eager, sheet.in_network_share)
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +125,7 @@ class FabricFit:
     """Constants, the fabrics that they were fitted on, and what is left over, curve by curve."""
 
     constants: Constants
-    fabrics: tuple[Fabric, ...]  # one per run
+    fabrics: tuple[CalibratedFabric, ...]  # one per run
     residuals: tuple[tuple[Residual, ...], ...]
     knows_line_rate: bool  # if not, `share` is of the best rate seen, and says nothing of another fabric
 
@@ -145,13 +145,14 @@ class LinkFit:
 _Geometry: TypeAlias = tuple[float, float, float]  # stages, wire bytes per byte, share of the rate
 
 
-def fit_fabric(runs: Sequence[Run], eager: bool = False) -> FabricFit:
+def fit_fabric(runs: Sequence[MeasuredRun], eager: bool = False) -> FabricFit:
     """The constants that fit these runs of one fabric best, in mean relative error.
 
     Least squares on the logarithm of time with soft-L1 loss, from a fixed grid of starts: the same runs give the
     same constants. Three constants; five with `eager`, for a table with many sizes below a MiB, or with several
     numbers of chips. Runs differ in operation, number of chips and sheet as they like.
     """
+    # Constants are fitted as logarithms: none can turn negative, and errors count relative to what was measured.
     _check(runs, eager)
     knows = runs[0].sheet.bytes_per_s is not None
     runs = runs if knows else [_with_best_rate(run) for run in runs]
@@ -160,6 +161,8 @@ def fit_fabric(runs: Sequence[Run], eager: bool = False) -> FabricFit:
     beliefs = [(math.log(stages), _LATENCY_BELIEF)] * (2 if eager else 1)
     targets, weights = _targets(run.curve for run in runs)
 
+    # Beliefs are residuals like those of points, so that a table with small sizes overrules them and one without does
+    # not leave the latency open.
     def left_over(logs: FloatArray) -> FloatArray:
         constants = _constants(logs)
         found = [predict(constants.on(run.sheet), *_what(run.curve)) for run in runs]
@@ -171,12 +174,14 @@ def fit_fabric(runs: Sequence[Run], eager: bool = False) -> FabricFit:
             prior.append((logs[3] - math.log(_EAGER_BELIEF[0])) / _EAGER_BELIEF[1])
         return np.concatenate([weights * (np.log(np.concatenate(found)) - targets), prior])
 
+    # The least of several curves has more than one valley: from a few starts, and always the same, the best is kept.
     starts = [
         [setup * shortest, latency * shortest / stages, share, *rest]
         for setup, latency, share, rest in product(
             (0.3, 0.9), (0.03, 0.3), (0.6, 0.9), _eager_starts(shortest / stages) if eager else [[]]
         )
     ]
+    # Nobody gets more than the line rate. Where that is only the best rate seen, a curve still rising may reach more.
     ceiling = 1.0 if knows else 2.0
     low = [1e-3 * shortest, 1e-6 * shortest, 0.01, 0.003, 1e-6 * shortest][: 5 if eager else 3]
     high = [2 * shortest, 10 * shortest, ceiling, 1.0, 10 * shortest][: 5 if eager else 3]
@@ -186,18 +191,20 @@ def fit_fabric(runs: Sequence[Run], eager: bool = False) -> FabricFit:
     return FabricFit(constants, fabrics, residuals, knows)
 
 
-def hold_out(runs: Sequence[Run], eager: bool = False, first: int = 1) -> tuple[tuple[Residual, ...], ...]:
+def hold_out(
+    runs: Sequence[MeasuredRun], eager: bool = False, first: int = 1
+) -> tuple[tuple[Residual, ...], ...]:
     """What a fit to every second point (all but first, first + 2, ...) leaves at those it has not seen."""
     kept, unseen = [], []
     for run in runs:
         points = run.curve.points
-        kept.append(Run(replace(run.curve, points=points[1 - first :: 2]), run.sheet))
+        kept.append(MeasuredRun(replace(run.curve, points=points[1 - first :: 2]), run.sheet))
         unseen.append(replace(run.curve, points=points[first::2]))
     fit = fit_fabric(kept, eager)
     return tuple(residuals_of(fabric, curve) for fabric, curve in zip(fit.fabrics, unseen, strict=True))
 
 
-def transfer(fit: FabricFit, sheet: Sheet) -> Fabric:
+def transfer(fit: FabricFit, sheet: Sheet) -> CalibratedFabric:
     """Another fabric, from this one's constants and its own sheet."""
     if not fit.knows_line_rate:
         raise CommsError(
@@ -207,8 +214,9 @@ def transfer(fit: FabricFit, sheet: Sheet) -> Fabric:
     return fit.constants.on(sheet)
 
 
-def predict(fabric: Fabric, op: Op, num_chips: int, nbytes: FloatArray) -> FloatArray:
+def predict(fabric: CalibratedFabric, op: Op, num_chips: int, nbytes: FloatArray) -> FloatArray:
     """[sizes] Seconds of one collective per size, by its fastest algorithm and protocol."""
+    # A library is taken to choose the fastest of what it has at every size, which real ones do not quite.
     found = []
     for stages, wire, share in geometries(op, num_chips, fabric.in_network_share):
         link = fabric.pipelined.on(fabric.link)
@@ -239,7 +247,7 @@ def geometries(op: Op, num_chips: int, in_network_share: float | None) -> list[_
     return found
 
 
-def residuals_of(fabric: Fabric, curve: MeasuredCurve) -> tuple[Residual, ...]:
+def residuals_of(fabric: CalibratedFabric, curve: MeasuredCurve) -> tuple[Residual, ...]:
     """Measured against predicted, size by size."""
     found = predict(fabric, *_what(curve))
     pairs = zip(curve.points, found, strict=True)
@@ -259,6 +267,7 @@ def fit_link(points: Sequence[MeasuredPoint]) -> LinkFit:
     nbytes = np.array([point.nbytes for point in points])
     seconds = np.array([point.seconds for point in points])
     weights = np.array([_weight(point) for point in points])
+    # Scales of the problem, from which it starts and which bound it: the fastest message, and the best rate of any.
     fastest, rate = float(seconds.min()), float((nbytes / seconds).max())
 
     def left_over(logs: FloatArray) -> FloatArray:
@@ -279,6 +288,7 @@ def _best(
 ) -> FloatArray:
     """Logarithms of the constants with the least loss; of equal ones those from the first start."""
     bounds = np.log(low), np.log(high)
+    # soft_l1: points off the curve, as where a library changes its algorithm, count by their distance, not its square.
     tried = [
         least_squares(
             left_over,
@@ -315,19 +325,19 @@ def _what(curve: MeasuredCurve) -> tuple[Op, int, FloatArray]:
     return curve.op, curve.num_chips, np.array([point.nbytes for point in curve.points])
 
 
-def _geometries(run: Run) -> list[_Geometry]:
+def _geometries(run: MeasuredRun) -> list[_Geometry]:
     assert run.curve.op is not None
     return geometries(run.curve.op, run.curve.num_chips, run.sheet.in_network_share)
 
 
-def _with_best_rate(run: Run) -> Run:
+def _with_best_rate(run: MeasuredRun) -> MeasuredRun:
     """Without a line rate, shares are of the best rate that the wires of a chip were seen at."""
     _, wire, share = _geometries(run)[-1]
     best = max(point.nbytes / point.seconds for point in run.curve.points) * wire / share
-    return Run(run.curve, replace(run.sheet, bytes_per_s=best))
+    return MeasuredRun(run.curve, replace(run.sheet, bytes_per_s=best))
 
 
-def _check(runs: Sequence[Run], eager: bool) -> None:
+def _check(runs: Sequence[MeasuredRun], eager: bool) -> None:
     if any(run.curve.op is None for run in runs):
         raise CommsError("a table of messages from chip to chip is no collective", hint="fit it as a link")
     needed = 6 if eager else 4

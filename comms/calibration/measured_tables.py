@@ -18,19 +18,11 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
-from enum import StrEnum
 from itertools import pairwise
 
 from comms.collectives.schedule import Op, bus_factor
 from comms.errors import CommsError, located
 from comms.units import Quantity, parse
-
-
-class Placement(StrEnum):
-    """Which half of an nccl-tests table: results written over the input, or beside it."""
-
-    IN_PLACE = "in_place"
-    OUT_OF_PLACE = "out_of_place"
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,40 +64,32 @@ _TOLERANCE = 0.03  # between seconds and bus bandwidth, on top of what rounding 
 
 
 def read_table(
-    text: str,
-    where: str = "table",
-    op: Op | None = None,
-    num_chips: int | None = None,
-    placement: Placement = Placement.IN_PLACE,
+    text: str, where: str = "table", op: Op | None = None, num_chips: int | None = None
 ) -> MeasuredCurve:
     """Read nccl-tests output or CSV, whichever it is. `where` names the text in messages.
 
     `op` and `num_chips` are needed where the text does not say them; a text that says otherwise is an error.
     """
     if any(_ROW.match(_TAG.sub("", line)) for line in text.splitlines()):
-        return read_nccl_tests(text, where, op, num_chips, placement)
+        return read_nccl_tests(text, where, op, num_chips)
     return read_csv(text, where, op, num_chips)
 
 
 def read_nccl_tests(
-    text: str,
-    where: str = "table",
-    op: Op | None = None,
-    num_chips: int | None = None,
-    placement: Placement = Placement.IN_PLACE,
+    text: str, where: str = "table", op: Op | None = None, num_chips: int | None = None
 ) -> MeasuredCurve:
     """Read what an nccl-tests program printed."""
     lines = [_TAG.sub("", line) for line in text.splitlines()]
     op, is_known = _program(lines, where, op)
     num_chips = _chips(lines, where, num_chips)
     columns: list[str] | None = None
-    rows: list[_Row] = []
+    rows: list[_MeasuredRow] = []
     for number, line in enumerate(lines, 1):
         words = line.replace("#wrong", "wrong").lstrip("#").split()
         if line.startswith("#") and {"size", "count", "type", "algbw", "busbw"} <= set(words):
             columns = words
         elif _ROW.match(line) and line.split()[0] != "0":  # fewer bytes than chips: rounded down to nothing
-            rows.append(_nccl_row(line.split(), columns, f"{where}, line {number}", placement))
+            rows.append(_nccl_row(line.split(), columns, f"{where}, line {number}"))
     if not rows:
         raise CommsError(
             "no rows of numbers", where, "give the whole output of e.g. all_reduce_perf, or CSV with a header"
@@ -158,7 +142,7 @@ def read_csv(
 
 
 @dataclass(frozen=True, slots=True)
-class _Row:
+class _MeasuredRow:
     point: MeasuredPoint
     bus_bytes_per_s: float
     bus_rounding: float
@@ -226,7 +210,7 @@ def _agreed_op(found: str | None, given: Op | None, where: str) -> Op | None:
     return op
 
 
-def _nccl_row(cells: list[str], columns: list[str] | None, where: str, placement: Placement) -> _Row:
+def _nccl_row(cells: list[str], columns: list[str] | None, where: str) -> _MeasuredRow:
     broken = CommsError(
         "the row is cut short or has other text in it",
         where,
@@ -235,16 +219,15 @@ def _nccl_row(cells: list[str], columns: list[str] | None, where: str, placement
     if columns is None:  # bare rows: 13, 12 or 11 columns by version, the two times always at the same place
         if not 11 <= len(cells) <= 13:
             raise broken
-        starts = [len(cells) - 8, len(cells) - 4]
+        at = len(cells) - 4
     else:
         starts = [i for i, name in enumerate(columns) if name in ("time", "cputime")]
         if len(starts) != 2:
             raise CommsError(
                 "the header needs two time columns", where, "give the header as nccl-tests prints it"
             )
-        if len(cells) < starts[1] + 4 and len(cells) == starts[0] + 4 and placement is Placement.IN_PLACE:
-            starts[1] = starts[0]  # a replay of traces prints the in-place half only
-    at = starts[placement is Placement.IN_PLACE]
+        # The second half is of results written over the input; a replay of traces prints that half only.
+        at = starts[0] if len(cells) == starts[0] + 4 else starts[1]
     if len(cells) < at + 4:
         raise broken
     try:
@@ -259,10 +242,10 @@ def _nccl_row(cells: list[str], columns: list[str] | None, where: str, placement
     if wrong:
         raise CommsError(f"{wrong:g} results were wrong", where, "a run with wrong results measures nothing")
     point = _point(float(cells[0]), float(microseconds) * 1e-6, _rounding(microseconds), where)
-    return _Row(point, float(bus) * 1e9, _rounding(bus))
+    return _MeasuredRow(point, float(bus) * 1e9, _rounding(bus))
 
 
-def _check_bus_bandwidth(row: _Row, op: Op | None, num_chips: int, where: str) -> None:
+def _check_bus_bandwidth(row: _MeasuredRow, op: Op | None, num_chips: int, where: str) -> None:
     expected = row.point.nbytes / row.point.seconds * bus_factor(op, num_chips)
     slack = (_TOLERANCE + row.point.rounding) * expected + row.bus_rounding * row.bus_bytes_per_s
     if row.bus_bytes_per_s and abs(row.bus_bytes_per_s - expected) > slack:

@@ -13,22 +13,18 @@ Not modelled: the time until a network notices a dead link, links that fail whil
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import ceil
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 
-from comms.collectives.schedule import Op
 from comms.errors import CommsError
-from comms.networks.fabrics.edge_list import Graph, Rerouted
+from comms.networks.fabrics.edge_list import EdgeList, Rerouted
 from comms.networks.paths import within_reach
 from comms.networks.shapes import Whole
 from comms.networks.tiered import TieredTopology
 from comms.networks.topology import IntArray, Topology, Wires
-
-if TYPE_CHECKING:
-    from comms.simulation.full import Change, Conditions
 
 HORIZON_S = 10.0  # how long flapping links are followed
 
@@ -92,7 +88,7 @@ class ChipFault:
 
 @dataclass(frozen=True, slots=True)
 class Jitter:
-    """What nobody knows in advance."""
+    """Random differences from data sheets."""
 
     rate: float = 0.0  # largest part by which a wire's rate differs from its own
     delay_s: float = 0.0  # mean, before each message
@@ -106,7 +102,7 @@ class Jitter:
 class Background:
     """A job of others, over and over again."""
 
-    op: Op
+    op: str  # by its name: networks do not know collectives
     chips: tuple[int, ...]
     nbytes: float
     where: str = ""
@@ -123,14 +119,37 @@ class Described:
     background: tuple[Background, ...] = ()
 
     @property
-    def is_calm(self) -> bool:
+    def is_healthy(self) -> bool:
         """Whether nothing differs."""
         return self == Described(seed=self.seed)
 
 
-CALM = Described()
+HEALTHY = Described()
 
-Found: TypeAlias = list[tuple[LinkFault, tuple[int, ...]]]  # faults and their wires
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """From `at_s` on, a wire runs at `factor` of the topology's rate: 0 is down. It takes the place of `factors`."""
+
+    at_s: float
+    wire: int
+    factor: float
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Conditions:
+    """How the wires and nodes of one topology differ from their data sheets while it is timed."""
+
+    factors: Mapping[int, float] = field(default_factory=dict)  # wire -> share of its rate
+    changes: tuple[Change, ...] = ()
+    overhead_s: Mapping[int, float] = field(default_factory=dict)  # node -> before each message it sends
+    noise_s: float = 0.0  # mean of an exponential delay before each message
+    seed: int = 0
+
+
+UNDISTURBED = Conditions()
+
+FaultyWires: TypeAlias = list[tuple[LinkFault, tuple[int, ...]]]  # faults and their wires
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -138,7 +157,7 @@ class Resolved:
     """Conditions on one topology, as simulations read them."""
 
     topology: Topology  # without what is down
-    conditions: "Conditions"
+    conditions: Conditions
     background: tuple[Background, ...]
     work_factors: Mapping[int, float]  # chip to how many times as long its work takes, where not once
 
@@ -146,10 +165,6 @@ class Resolved:
 def resolve(described: Described, topology: Topology, horizon_s: float = HORIZON_S) -> Resolved:
     """What is described, on this topology. Raises CommsError for chips, tiers and links that it does not have, and
     with the names of chips that would be cut off."""
-    from comms.simulation.full import (
-        Conditions,  # it loads compiled loops, which files and tables do not need
-    )
-
     wires = topology.wires()
     found = _found(described, topology, wires)
     dead = _check_dead(found, topology, wires)
@@ -193,7 +208,7 @@ def chips_of(which: Between | Reach) -> tuple[int, ...]:
     return (which.a, which.b) if isinstance(which, Between) else which.chips
 
 
-def _found(described: Described, topology: Topology, wires: Wires) -> Found:
+def _found(described: Described, topology: Topology, wires: Wires) -> FaultyWires:
     check_chips(described, topology.num_chips)
     return [(fault, _wires_of(fault, topology, wires)) for fault in described.links]
 
@@ -261,10 +276,10 @@ def may_relay(topology: Topology) -> bool:
     fabrics = topology.fabrics if isinstance(topology, TieredTopology) else ()
     shapes = [fabric.shape for fabric in fabrics] or [topology]
     graphs = [shape.topology if isinstance(shape, Whole) else shape for shape in shapes]
-    return all(graph.through_chips for graph in graphs if isinstance(graph, Graph))
+    return all(graph.through_chips for graph in graphs if isinstance(graph, EdgeList))
 
 
-def _check_dead(found: Found, topology: Topology, wires: Wires) -> list[int]:
+def _check_dead(found: FaultyWires, topology: Topology, wires: Wires) -> list[int]:
     """The dead wires. Raises CommsError with the chips that cannot be reached any more."""
     faults = [(fault, which) for fault, which in found if not fault.factor]
     dead = sorted({wire for _, which in faults for wire in which})
@@ -301,7 +316,7 @@ def _capacities(which: tuple[int, ...], numbers: IntArray, now: Wires) -> list[i
     return [int(row) for row in np.unique(now.shares[alive[alive >= 0]])]
 
 
-def _factors(described: Described, found: Found, numbers: IntArray, now: Wires) -> dict[int, float]:
+def _factors(described: Described, found: FaultyWires, numbers: IntArray, now: Wires) -> dict[int, float]:
     """Share of its rate for each capacity that has not all of it."""
     factors = np.ones(now.num_wires)
     if described.jitter.rate:
@@ -318,11 +333,9 @@ def _factors(described: Described, found: Found, numbers: IntArray, now: Wires) 
 
 
 def _changes(
-    found: Found, numbers: IntArray, now: Wires, factors: Mapping[int, float], horizon_s: float
-) -> "tuple[Change, ...]":
+    found: FaultyWires, numbers: IntArray, now: Wires, factors: Mapping[int, float], horizon_s: float
+) -> tuple[Change, ...]:
     """Down and up again for every flapping link, in order of time and wire."""
-    from comms.simulation.full import Change
-
     changes: list[Change] = []
     flapping: set[int] = set()
     for fault, which in found:

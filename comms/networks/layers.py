@@ -3,7 +3,7 @@
 A layer is a row of equal switches and the wires that lead up to them from the layer inside (from the chips, for
 the innermost). Everything that can be said of a tree without counting its wires is said here by arithmetic.
 
-Rates of a fold assume what its algorithms do: messages of one round leave all bunches alike, and each bunch gets
+Rates of a fold assume what its algorithms do: messages of one round leave all subgroups alike, and each subgroup gets
 as much as it sends, so that wires used in both directions and switches passed twice have half for each.
 
 Not folded (None): groups that sit unevenly on a layer, switches that take packets in before they send them on, and
@@ -91,6 +91,7 @@ def half_latencies(totals: Sequence[float]) -> tuple[float, ...]:
     A message crosses each layer's wires twice, so that each gets half of what its layer adds. A layer that is
     quicker than one inside it would need negative wires: it counts as just as slow.
     """
+    # Tables say what a message between chips that meet in a layer takes in all; wires need what each layer adds.
     reached = 0.0
     halves = []
     for total in totals:
@@ -114,7 +115,7 @@ def loaded(layers: Sequence[Layer]) -> Link:
 def folded(layers: Sequence[Layer], members: Members, inner: int, aligned: bool) -> Levels | None:
     """One level for every layer in which members meet; chips in one block of `inner` meet elsewhere.
 
-    `aligned` promises that messages between bunches join members with the same inner digits, so that they stay on
+    `aligned` promises that messages between subgroups join members with the same inner digits, so that they stay on
     their rail. None where the group cannot be folded; see the module.
     """
     counts = _counts(layers, members)
@@ -124,6 +125,8 @@ def folded(layers: Sequence[Layer], members: Members, inner: int, aligned: bool)
     if counts is None or rails is None or together is None or forwards or not _nests(layers, inner):
         return None
     period, used = rails
+    # Rails are apart up to the layer that joins them. Messages surely keep to theirs where all members are on one, and
+    # where members with the same inner digits are and only they talk to each other.
     stays_on_rail = used == 1 or (aligned and inner % period == 0)
     under = [1, *(count // used if layer.rails > 1 else count for layer, count in _zip(layers, counts))]
     if isinstance(members, Lattice):  # its copies keep all other chips busy
@@ -133,6 +136,7 @@ def folded(layers: Sequence[Layer], members: Members, inner: int, aligned: bool)
         if layer.size <= inner or count <= together:
             continue
         crossed = layers[: at + 1]
+        # With planes a message's rate depends on which paths happen to be chosen: arithmetic cannot say.
         if (layer.rails > 1 and not stays_on_rail) or any(each.planes > 1 for each in crossed):
             return None
         link = alone(crossed)
@@ -173,6 +177,7 @@ def _rails(layers: Sequence[Layer], members: Members) -> tuple[int, int] | None:
     width = layers[railed[0] - 1].size if railed[0] else 1
     if any(layers[at].rails != rails for at in railed):
         return None
+    # Chips that far apart in number are on the same rail.
     period = width * rails
     if isinstance(members, Lattice):
         if any(stride % period for stride, _ in members.steps if stride > period):
@@ -202,6 +207,8 @@ def _latency_s(layers: Sequence[Layer]) -> float:
 
 def _share(crossed: Sequence[Layer], under: Sequence[int]) -> float:
     """What each sender has of the tightest wires and switches, `under` of them below each: chips, layer 0, ..."""
+    # A wire up is shared by all below it. A switch on the way is passed twice, out and in, by what each sender below it
+    # sends and gets; the one where messages turn round only once.
     wires = min(layer.bytes_per_s_up / below for layer, below in zip(crossed, under, strict=False))
     passed = zip(crossed[:-1], under[1:], strict=False)  # on the way out and on the way in
     switches = [layer.backplane * layer.planes / (2 * below) for layer, below in passed]

@@ -37,7 +37,7 @@ class Protocol:
     name: str
     latency_s: float = 0.0  # per message, on top of the link's
     share: float = 1.0  # of the link's bandwidth, 0 < share <= 1
-    pipelined: bool = False  # a collective's stages hand on pieces of the best size, see `handing_on_s`
+    pipelined: bool = False  # a collective's stages hand on pieces of the best size, see `pipeline_fill_s`
     algorithms: tuple[str, ...] = ()  # those that the library offers with it; none named: all
     ops: tuple[str, ...] = ()  # operations that the library has it for; none named: all
 
@@ -45,7 +45,7 @@ class Protocol:
         if self.latency_s < 0 or not 0 < self.share <= 1:
             raise ValueError(f"a protocol needs latency_s >= 0 and 0 < share <= 1, got {self}")
 
-    def handing_on_s(self, latency_s: float, wire_s: float) -> float:
+    def pipeline_fill_s(self, latency_s: float, wire_s: float) -> float:
         """What a collective takes beyond its latencies and its bytes, because stages hand pieces on.
 
         With m pieces, s stages of latency a and bytes that take w in all: (s + m) * (a + w / m), at the best m

@@ -9,7 +9,7 @@ Each group of a tier has a copy of the tier's shape, with ports of its own: a ch
 over both at once. Where messages of a tier use the wires of the next one and only turn round earlier (two chips
 behind one PCIe switch, two hosts under one leaf), the tier is `part_of_next` and the wires are there once.
 
-A tier of one chip stands for what is inside the chip: its figures are told, no message of the network uses it.
+A tier of one chip stands for what is inside the chip: its figures are reported, but no message of the network uses it.
 """
 
 from collections.abc import Sequence
@@ -23,9 +23,8 @@ from comms.networks.groups import Lattice, Members, group_size, sharing
 from comms.networks.layers import Switch
 from comms.networks.levels import Level, Levels, num_members
 from comms.networks.links import PLAIN, Link, Protocol
-from comms.networks.shapes import Shape, shape_of
+from comms.networks.shapes import Shape
 from comms.networks.tiered import Fabric, TieredTopology
-from comms.networks.topology import Topology
 
 # The size of the outermost tier where a cluster may grow to as many chips as are asked for.
 UNBOUNDED = 2**62
@@ -156,8 +155,8 @@ class Network:
         """How a group folds over the tiers: one level for each at which members meet, none for one chip.
 
         Members are numbered in ascending order of their chips; of a list only they are busy, of a Lattice all
-        its copies. `aligned` promises that messages between bunches join members with the same inner digits (as
-        hierarchical algorithms send), which tells rails apart. None where the group sits unevenly on a tier: full
+        its copies. `aligned` promises that messages between subgroups join members with the same inner digits (as
+        hierarchical algorithms send), which keeps rails apart. None where the group sits unevenly on a tier: full
         fidelity prices it.
         """
         _check_members(members, self.tiers[-1].size)
@@ -168,13 +167,13 @@ class Network:
         return levels
 
     def levels_as_if_even(self, members: Members, aligned: bool = False) -> Levels | None:
-        """How a group that has no `levels` would fold if its bunches further out were alike: an assumption.
+        """How a group that has no `levels` would fold if its subgroups further out were alike: an assumption.
 
         The levels of the innermost tiers, as many as the group fills evenly, and one more for all that is further
-        out: as if every two bunches met over the whole of the tier that holds all members, each with what the
+        out: as if every two subgroups met over the whole of the tier that holds all members, each with what the
         fullest switches on the way leave it (`Tree.level_between`). That is too slow rather than too fast where
         tiers further out have less to give. None where that is one level or none (members sit unevenly on the
-        innermost tier, or do not meet there), and where what joins the bunches is no tree.
+        innermost tier, or do not meet there), and where what joins the subgroups is no tree.
         """
         _check_members(members, self.tiers[-1].size)
         if not _ascends(members):
@@ -213,15 +212,15 @@ class Network:
             inner = tier.size
         return tuple(found)
 
-    def _further_out(self, members: Members, at: int, bunch: int) -> Levels:
-        """One level between bunches of `bunch` members that share a block of the tier inside `at`, or none."""
-        bunches = group_size(members) // bunch
+    def _further_out(self, members: Members, at: int, subgroup: int) -> Levels:
+        """One level between subgroups of `subgroup` members that share a block of the tier inside `at`, or none."""
+        subgroups = group_size(members) // subgroup
         meet = self.meeting(members)
         tier = self.tiers[meet]
-        if bunches == 1 or not isinstance(tier.shape, Tree):
+        if subgroups == 1 or not isinstance(tier.shape, Tree):
             return ()
         inside = members if isinstance(members, Lattice) else tuple(chip % tier.size for chip in members)
-        level = tier.shape.level_between(inside, self.tiers[at - 1].size, bunches)
+        level = tier.shape.level_between(inside, self.tiers[at - 1].size, subgroups)
         port = next(owner for owner in self._owners() if owner >= meet) * MOST_PORTS
         return (replace(level, tier=tier.name, port=port),)
 
@@ -243,11 +242,6 @@ def switched(
     """One switch that joins `size` chips; `link` is what one message has from chip to chip."""
     port = Link(link.latency_s / 2, link.bytes_per_s)
     return Tier(name, kind, size, Tree(size, port, Switch(name, oversubscription=oversubscription)), source)
-
-
-def shaped(name: str, kind: TierKind, topology: Topology, source: str = "") -> Tier:
-    """A tier of any topology: torus, full mesh, dragonfly, graph."""
-    return Tier(name, kind, topology.num_chips, shape_of(topology), source)
 
 
 def layered(tree: Tree, kind: TierKind, inner: int = 1, source: str = "") -> tuple[Tier, ...]:
@@ -283,7 +277,7 @@ def _check_members(members: Members, num_chips: int) -> None:
 
 
 def _patterns(members: Members, size: int, is_last: bool) -> set[Lattice | tuple[int, ...]]:
-    """The ways in which a group lies in blocks of `size` chips; none where that cannot be told."""
+    """The ways in which a group lies in blocks of `size` chips; none where arithmetic cannot say."""
     if isinstance(members, Lattice):
         if is_last:
             return {replace(members, alone=members.num_chips == size)}

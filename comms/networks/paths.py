@@ -21,10 +21,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from comms.errors import CommsError
-from comms.networks.topology import FloatArray, IntArray, Routes, Topology, Wires, ranges, routes_of
+from comms.networks.topology import (
+    FloatArray,
+    IntArray,
+    Routes,
+    Topology,
+    Wires,
+    merged_routes,
+    ranges,
+    routes_of,
+)
 
 BoolArray: TypeAlias = NDArray[np.bool_]
-Tree: TypeAlias = tuple[IntArray, FloatArray]  # [nodes] cost and width of the best path from one source
+PathTree: TypeAlias = tuple[IntArray, FloatArray]  # [nodes] cost and width of the best path from one source
 Value = TypeVar("Value", np.int64, np.float64)
 
 FAR = np.int64(2**62)  # cost of what cannot be reached; one wire more still fits into 64 bits
@@ -42,18 +51,16 @@ class Paths:
     order: IntArray  # [wires] wires by head, then by number
     first: IntArray  # [nodes + 1] where the wires into a node begin in `order`
     weights: IntArray  # [wires] in `order`: latency, then one per wire
-    start: (
-        IntArray  # [nodes] the only wire out of a node, -1 if there are several or its head passes nothing on
-    )
+    # [nodes] the only wire out of a node, -1 if there are several or its head passes nothing on
+    start: IntArray
     root: IntArray  # [nodes] where trees for what a node sends begin: at the head of `start`, or itself
     appearance: IntArray  # [nodes] rank by first appearance among the wires
-    _trees: OrderedDict[int, Tree] = field(default_factory=OrderedDict, init=False, repr=False)
+    _trees: OrderedDict[int, PathTree] = field(default_factory=OrderedDict, init=False, repr=False)
 
     def routes(self, src: IntArray, dst: IntArray) -> Routes:
         """One path per pair; empty where both ends are the same."""
         src, dst = node_pairs(src, dst, self.num_nodes)
         roots, row = np.unique(self.root[src], return_inverse=True)
-        lengths = np.zeros(len(src), dtype=np.int64)
         parts: list[tuple[IntArray, Routes]] = []
         for block in _blocks(len(roots), self.num_nodes):
             messages = np.flatnonzero((row >= block.start) & (row < block.stop) & (src != dst))
@@ -63,13 +70,8 @@ class Paths:
             for some in _blocks(len(messages), int(np.diff(self.first).max(initial=1))):
                 of = messages[some]
                 found = self._traced(trees, roots[block], row[of] - block.start, src[of], dst[of])
-                lengths[of] = np.diff(found.offsets)
                 parts.append((of, found))
-        offsets = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(lengths)])
-        wires = np.empty(offsets[-1], dtype=np.int64)
-        for messages, found in parts:
-            wires[ranges(offsets[messages], lengths[messages])] = found.wires
-        return Routes(offsets, wires)
+        return merged_routes(len(src), parts)
 
     def latencies(self, sources: IntArray) -> FloatArray:
         """[sources, nodes] Smallest latency from each source to each node in seconds; inf where there is no way."""
@@ -90,12 +92,12 @@ class Paths:
                 chip = int(np.flatnonzero(~reached[:num_chips])[0])
                 raise _no_way(there.format(chip))
 
-    def _trees_of(self, sources: IntArray) -> Tree:
+    def _trees_of(self, sources: IntArray) -> PathTree:
         """[sources, nodes] Costs and widths, kept from earlier or found now."""
         missing = np.array(
             [source for source in sources.tolist() if source not in self._trees], dtype=np.int64
         )
-        found: dict[int, Tree] = {}
+        found: dict[int, PathTree] = {}
         for block in _blocks(len(missing), max(self.num_nodes, self.wires.num_wires)):
             cost = self._cheapest(self.weights, missing[block], FAR)
             width = self._widest(cost, missing[block])
@@ -160,7 +162,9 @@ class Paths:
         leads: BoolArray = self.passes[tails][:, None] | (tails[:, None] == sources)
         return leads
 
-    def _traced(self, trees: Tree, roots: IntArray, row: IntArray, src: IntArray, dst: IntArray) -> Routes:
+    def _traced(
+        self, trees: PathTree, roots: IntArray, row: IntArray, src: IntArray, dst: IntArray
+    ) -> Routes:
         """Paths from their ends back to their roots, one wire of all messages at a time."""
         cost, width = trees
         if (cost[row, dst] >= FAR).any():
@@ -186,7 +190,7 @@ class Paths:
         return routes_of([self.start[src], *backwards[::-1]])
 
     def _choices(
-        self, trees: Tree, roots: IntArray, row: IntArray, node: IntArray, need: FloatArray
+        self, trees: PathTree, roots: IntArray, row: IntArray, node: IntArray, need: FloatArray
     ) -> tuple[IntArray, IntArray]:
         """For each case the last wires of all best paths to a node: case i has wires[first[i] : first[i + 1]]."""
         cost, width = trees

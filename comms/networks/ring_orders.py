@@ -1,4 +1,4 @@
-"""Ring orders of the chips of a network, and the bunches they fall into.
+"""Ring orders of the chips of a network, and the subgroups they fall into.
 
 A ring order visits every chip once and comes back. It is as good as the slowest of its hops when all hops carry
 bytes at once; several rings that use different wires carry several shares of the bytes side by side (as channels
@@ -13,7 +13,7 @@ EXACT_CHIPS chips the order with the widest bottleneck, then the shortest lap, a
 first need not make the sum of several the largest. All else is taken in its natural order, which trees are numbered
 for.
 
-Bunches are chips that are closer to each other than to all others: pairs are compared by latency times seconds per
+Subgroups are chips that are closer to each other than to all others: pairs are compared by latency times seconds per
 byte, so that either one sets a tier apart.
 """
 
@@ -31,13 +31,13 @@ from comms.networks.paths import BoolArray
 from comms.networks.shapes import sole_shape
 from comms.networks.topology import FloatArray, IntArray, Routes, Topology, Wires, route_latencies
 
-Bunches: TypeAlias = tuple[tuple[int, ...], ...]
+Subgroups: TypeAlias = tuple[tuple[int, ...], ...]
 
 EXACT_CHIPS = 16
 SEARCHED_CHIPS = 512  # more are left in their natural order: the search needs tables of pairs
 REFERENCE_NBYTES = 2**20  # message by which hops are compared where all orders are too many to try
 LEAST_SHARE = 1 / 16  # of the first ring's rate: slower rings are not worth a channel
-GAP = 1.2  # how much further apart chips of another bunch are: more than jitter, less than another tier
+GAP = 1.2  # how much further apart chips of another subgroup are: more than jitter, less than another tier
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -50,7 +50,7 @@ class RingOrder:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Pairs:
+class _PairTables:
     """What a hop between any two chips is like, in tables of [chips, chips]."""
 
     routes: Routes
@@ -78,10 +78,10 @@ def ring_orders(topology: Topology, most: int = 8) -> tuple[RingOrder, ...]:
     return tuple(rings)
 
 
-def hierarchy(topology: Topology) -> tuple[Bunches, ...]:
-    """Bunches of chips from the innermost tier that can be told apart to all chips; memory n^2.
+def hierarchy(topology: Topology) -> tuple[Subgroups, ...]:
+    """Subgroups of chips at every tier that can be distinguished, innermost first, up to all chips; memory n^2.
 
-    Chips are a bunch where each is closer to every other one than to any chip outside, by GAP at least.
+    Chips are a subgroup where each is closer to every other one than to any chip outside, by GAP at least.
     """
     pairs = _pairs(topology, topology.wires())
     rate = _rates(pairs, topology.wires().bytes_per_s)
@@ -89,7 +89,7 @@ def hierarchy(topology: Topology) -> tuple[Bunches, ...]:
     np.fill_diagonal(rate, np.inf)
     distance = np.maximum(latency / rate, (latency / rate).T)
     steps = np.unique(distance[~np.eye(len(distance), dtype=np.bool_)])
-    levels: list[Bunches] = []
+    levels: list[Subgroups] = []
     for near, far in zip(steps, np.append(steps[1:], np.inf), strict=False):
         if far < near * GAP:
             continue
@@ -97,7 +97,7 @@ def hierarchy(topology: Topology) -> tuple[Bunches, ...]:
         first = together.argmax(axis=1)
         if np.array_equal(together, first[:, None] == first):
             levels.append(tuple(tuple(np.flatnonzero(first == chip).tolist()) for chip in np.unique(first)))
-    everyone: Bunches = (tuple(range(topology.num_chips)),)
+    everyone: Subgroups = (tuple(range(topology.num_chips)),)
     return tuple(levels) if levels and levels[-1] == everyone else (*levels, everyone)
 
 
@@ -153,16 +153,16 @@ def _ring(
     return RingOrder(order, rate, float(route_latencies(wires, routes).sum())), load
 
 
-def _pairs(topology: Topology, wires: Wires) -> _Pairs:
+def _pairs(topology: Topology, wires: Wires) -> _PairTables:
     n = topology.num_chips
     src, dst = np.divmod(np.arange(n * n), n)
     routes = topology.routes(src, dst)
     from_chip = np.append(wires.tail[routes.wires] < n, False).astype(np.int64)
     relayed = np.add.reduceat(from_chip, routes.offsets[:-1]) > 1  # the first wire always leaves a chip
-    return _Pairs(routes, route_latencies(wires, routes).reshape(n, n), relayed.reshape(n, n))
+    return _PairTables(routes, route_latencies(wires, routes).reshape(n, n), relayed.reshape(n, n))
 
 
-def _rates(pairs: _Pairs, left: FloatArray) -> FloatArray:
+def _rates(pairs: _PairTables, left: FloatArray) -> FloatArray:
     """[chips, chips] Rate of a message alone on what is left of each wire."""
     n = len(pairs.latency_s)
     rate = np.minimum.reduceat(np.append(left[pairs.routes.wires], np.inf), pairs.routes.offsets[:-1])
@@ -174,7 +174,7 @@ def _least_positive(values: FloatArray) -> float:
     return float(values[values > 0].min(initial=np.inf)) if (values > 0).any() else 1.0
 
 
-def _widest_order(rate: FloatArray, pairs: _Pairs) -> IntArray:
+def _widest_order(rate: FloatArray, pairs: _PairTables) -> IntArray:
     """The shortest lap among the orders with the widest bottleneck; without relays where that can be."""
     for usable in (np.where(pairs.relayed, 0.0, rate), rate):
         steps = np.unique(usable[usable > 0])
@@ -216,7 +216,7 @@ def shortest_cycle(cost: FloatArray) -> IntArray | None:
     return np.array([0, *order[::-1]], dtype=np.int64)
 
 
-def _near_order(rate: FloatArray, pairs: _Pairs) -> IntArray:
+def _near_order(rate: FloatArray, pairs: _PairTables) -> IntArray:
     """Nearest neighbours from chip 0 on, then 2-opt on the seconds of a reference message."""
     with np.errstate(divide="ignore"):
         seconds = pairs.latency_s + REFERENCE_NBYTES * np.where(pairs.relayed, 2.0, 1.0) / rate

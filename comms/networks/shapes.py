@@ -27,24 +27,20 @@ class Shape(Topology, Protocol):
     @property
     def link(self) -> Link:
         """What one message alone has: between the chips furthest apart in a tree, between neighbours elsewhere."""
-        ...
 
     @property
     def loaded_link(self) -> Link:
         """What each chip has when all chips send so at once."""
-        ...
 
     def cut(self, num_chips: int) -> "Shape":
         """The shape for its first `num_chips` chips only; a shape that cannot lose chips stays as it is."""
-        ...
 
     def levels(self, members: Members, inner: int = 1, aligned: bool = False) -> Levels | None:
         """The levels at which a group folds over the shape, innermost first; None where it sits unevenly.
 
         Members are numbers within the shape, ascending. Those in one aligned block of `inner` chips meet
-        elsewhere and count as one bunch. A Lattice stands for all its copies, busy at the same time.
+        elsewhere and count as one subgroup. A Lattice stands for all its copies, busy at the same time.
         """
-        ...
 
 
 @dataclass(frozen=True, slots=True)

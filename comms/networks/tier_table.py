@@ -26,7 +26,7 @@ from comms.networks.links import Link
 from comms.networks.network import Network, Tier, TierKind
 from comms.networks.shapes import Grid, Pairs, Shape
 
-FEW_CORES = 4096  # up to here all cores are looked at to find the furthest
+FEW_CORES = 4096  # up to here the furthest core is searched among all
 SAME = 1e-9  # relative: chips as far as this from each other are equally far
 
 
@@ -131,15 +131,12 @@ def _chip_rows(chip: OnChip) -> Iterator[Row]:
 
 
 def _multicast(chip: OnChip, torus: Torus) -> tuple[float, float | None, float | None, int]:
-    """(latency, rate alone, rate when all send, hops) from core 0 to all others, over each wire once.
+    """(latency, rate alone, rate when all send, hops) from core 0 to all others; routers copy.
 
     When all do, a core has to take in what every other one sends, by the networks that it is on.
     """
     assert chip.hop_s is not None
-    if torus.num_chips <= FEW_CORES:
-        hops = int(torus.multicast(0, range(torus.num_chips)).hops.max()) - 2
-    else:
-        hops = sum(size // 2 if chip.wraps and not chip.one_way else size - 1 for size in chip.dims)
+    hops = sum(size // 2 if chip.wraps and not chip.one_way else size - 1 for size in chip.dims)
     rate, others = chip.bytes_per_s, torus.num_chips - 1
     loaded = None if rate is None else rate * chip.networks / others
     return fsum([2 * chip.entry_s, hops * chip.hop_s]), rate, loaded, hops

@@ -18,7 +18,7 @@ import numpy as np
 
 from comms.errors import CommsError
 from comms.networks.fabrics.switch_tree import Tree, joined
-from comms.networks.topology import FloatArray, IntArray, Routes, Topology, Wires, ranges
+from comms.networks.topology import FloatArray, IntArray, Routes, Topology, Wires, merged_routes
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -132,7 +132,7 @@ class TieredTopology:
         if waiting.any():
             lost = int(np.flatnonzero(waiting)[0])
             raise CommsError(f"no route from node {src[lost]} to node {dst[lost]}", "network")
-        return _merged(len(src), parts)
+        return merged_routes(len(src), parts)
 
     def switch_over(self, chips: Sequence[int]) -> int:
         """The node of the innermost switch over all of these chips. Raises CommsError where there is none."""
@@ -153,15 +153,3 @@ class TieredTopology:
 def _num_wires(shape: Topology) -> int:
     """Of a tree by arithmetic: a large one is never laid out only to be counted."""
     return shape.num_wires if isinstance(shape, Tree) else shape.wires().num_wires
-
-
-def _merged(num_messages: int, parts: Sequence[tuple[IntArray, Routes]]) -> Routes:
-    """The routes of all messages, from those of some of them by number; messages in no part have none."""
-    lengths = np.zeros(num_messages, dtype=np.int64)
-    for which, routes in parts:
-        lengths[which] = np.diff(routes.offsets)
-    offsets = np.concatenate([[0], np.cumsum(lengths)])
-    wires = np.zeros(int(offsets[-1]), dtype=np.int64)
-    for which, routes in parts:
-        wires[ranges(offsets[which], lengths[which])] = routes.wires
-    return Routes(offsets, wires)

@@ -57,6 +57,12 @@ class Routes:
         """The wires of one message, in the order it crosses them."""
         return self.wires[self.offsets[message] : self.offsets[message + 1]]
 
+    def take(self, which: IntArray) -> "Routes":
+        """The routes of some messages, in the order of `which`."""
+        lengths = np.diff(self.offsets)[which]
+        rows = ranges(self.offsets[which], lengths)
+        return Routes(np.concatenate([[0], np.cumsum(lengths)]), self.wires[rows])
+
 
 class Topology(Protocol):
     """What every network shape offers; a new shape is one class with these."""
@@ -64,28 +70,23 @@ class Topology(Protocol):
     @property
     def num_chips(self) -> int:
         """Chips are nodes 0 .. num_chips - 1."""
-        ...
 
     @property
     def num_nodes(self) -> int:
         """Chips and switches."""
-        ...
 
     @property
     def tiers(self) -> tuple[str, ...]:
         """Names of the tiers that wires belong to."""
-        ...
 
     def wires(self) -> Wires:
         """The wires, always in the same order."""
-        ...
 
     def routes(self, src: IntArray, dst: IntArray) -> Routes:
         """One route per pair of nodes; empty where both are the same. Keyed by position, never random.
 
         Any two chips have one. A chip and a switch above it have one where the shape lets switches reduce.
         """
-        ...
 
 
 def routes_of(columns: Sequence[IntArray]) -> Routes:
@@ -97,6 +98,18 @@ def routes_of(columns: Sequence[IntArray]) -> Routes:
     offsets = np.zeros(len(table) + 1, dtype=np.int64)
     np.cumsum(taken.sum(axis=1), out=offsets[1:])
     return Routes(offsets, table[taken])
+
+
+def merged_routes(num_messages: int, parts: Sequence[tuple[IntArray, Routes]]) -> Routes:
+    """The routes of all messages, from those of some of them by number; messages in no part have none."""
+    lengths = np.zeros(num_messages, dtype=np.int64)
+    for which, routes in parts:
+        lengths[which] = np.diff(routes.offsets)
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    wires = np.zeros(int(offsets[-1]), dtype=np.int64)
+    for which, routes in parts:
+        wires[ranges(offsets[which], lengths[which])] = routes.wires
+    return Routes(offsets, wires)
 
 
 def route_latencies(wires: Wires, routes: Routes) -> FloatArray:
@@ -114,4 +127,15 @@ def ranges(starts: IntArray, counts: IntArray) -> IntArray:
     """starts[0], starts[0] + 1, ... (counts[0] of them), then those of starts[1], and so on."""
     before = np.cumsum(counts) - counts
     numbers: IntArray = np.repeat(starts - before, counts) + np.arange(int(np.sum(counts)))
+    return numbers
+
+
+def repeats_before(keys: IntArray) -> IntArray:
+    """[keys] How many of the same there are before each."""
+    order = np.argsort(keys, kind="stable")
+    start = np.ones(len(keys), dtype=np.bool_)
+    start[1:] = np.diff(keys[order]) != 0
+    first = np.maximum.accumulate(np.where(start, np.arange(len(keys)), 0))
+    numbers = np.empty_like(keys)
+    numbers[order] = np.arange(len(keys)) - first
     return numbers

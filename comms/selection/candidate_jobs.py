@@ -21,7 +21,7 @@ from comms.selection.pricing import groups_of, job_of
 from comms.selection.topology_aware import RING, laid_rings
 
 if TYPE_CHECKING:
-    from comms.simulation.compiled import Job
+    from comms.simulation.compiled import CollectiveJob
 
 MOST_MESSAGES = 2**24  # some 2 GB
 EASILY_MADE = 2**22  # up to so many sends a schedule is made to know how many messages it has
@@ -33,7 +33,7 @@ def jobs_of(
     whole: TieredTopology,
     seen: Topology,
     most_messages: int = MOST_MESSAGES,
-) -> "Iterator[Job]":
+) -> "Iterator[CollectiveJob]":
     """What may be moved for a choice over all chips, each job instead of the one before.
 
     `seen` is the whole network or what conditions leave of it. Raises TooManyMessages.

@@ -152,7 +152,7 @@ def _tried(
                 continue
             latency, wire = _latency_and_wire(outline)
             hidden = hidden_latency_s(name, blank.moved) if protocol.pipelined else 0.0
-            setup = tier.setup_s + hidden + protocol.handing_on_s(latency + hidden, wire)
+            setup = tier.setup_s + hidden + protocol.pipeline_fill_s(latency + hidden, wire)
             choices.append(replace(blank, setup_s=setup, transfer_s=closed_seconds(outline)))
     exact = [choice for choice in choices if choice.is_folded]
     return exact or choices  # a guess is no match for what is known

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from comms.collectives.schedule import Op, Schedule
 from comms.errors import CommsError
-from comms.networks.conditions import CALM, Described
+from comms.networks.conditions import HEALTHY, Described
 from comms.networks.network import Network
 from comms.selection import comparison
 from comms.selection.choice import AUTO, Choice, choose
@@ -37,7 +37,7 @@ def estimate(
     network: Network,
     algorithm: str | Schedule = AUTO,
     fidelity: Fidelity | str | None = None,
-    conditions: Described = CALM,
+    conditions: Described = HEALTHY,
 ) -> Answer:
     """What a collective over all chips of a network takes, by the fastest algorithm or the one that is named.
 
@@ -62,7 +62,7 @@ def simulate(
     nbytes: float,
     network: Network,
     algorithm: str | Schedule = AUTO,
-    conditions: Described = CALM,
+    conditions: Described = HEALTHY,
 ) -> Answer:
     """The same by moving every message, in the state that the network is in; `Answer.loads` has the busiest wires."""
     return estimate(op, nbytes, network, algorithm, Fidelity.FULL, conditions)
@@ -121,7 +121,7 @@ def _with_unpriced(answer: Answer, choice: Choice, progress: Progress, clock: Ca
     """Beside what was chosen by levels, what has no closed form: timed where that is quick, else named."""
     question = answer.question
     budget = comparison.QUICK if question.fidelity is Fidelity.FULL else comparison.BRIEF
-    beside = unpriced(question, choice, answer.seconds * (1 - comparison.ALIKE), budget.messages)
+    beside = unpriced(question, choice, answer.seconds * (1 - comparison.FIDELITY_TOLERANCE), budget.messages)
     if question.fidelity in (None, Fidelity.FULL):
         named, hint = beside.unknown, ASK_FOR_ONE
         why = "not compared, as to move every message would take long"
@@ -149,7 +149,7 @@ def _loaded(progress: Progress, clock: Callable[[], float]) -> float:
 
 
 @dataclass(frozen=True, slots=True)
-class _Way:
+class _FidelityUsed:
     """The fidelity that is used, why, and what the reader may not expect of it."""
 
     fidelity: Fidelity
@@ -157,13 +157,13 @@ class _Way:
     warnings: tuple[str, ...] = ()
 
 
-def _way(question: Question, choice: Choice) -> _Way:
+def _way(question: Question, choice: Choice) -> _FidelityUsed:
     asked, described = question.fidelity, question.described
     if question.has_own_schedule:
         what = "a schedule of your own" if question.schedule is not None else "a synthesized schedule"
         what = "an uneven all-to-all" if question.is_uneven else what
         warning = f"{what} is timed message by message: --fidelity {asked} has no effect"
-        return _Way(Fidelity.FULL, (), (warning,) if asked not in (None, Fidelity.FULL) else ())
+        return _FidelityUsed(Fidelity.FULL, (), (warning,) if asked not in (None, Fidelity.FULL) else ())
     state = conditions_in_words(described)
     special = [f"conditions of the cluster file: {state}"] if state else []
     uneven = "" if choice.is_folded else _why_flat(question)
@@ -171,13 +171,13 @@ def _way(question: Question, choice: Choice) -> _Way:
         special.append(uneven)
     if asked is Fidelity.FULL or (asked is None and special and question.num_chips <= QUICK_CHIPS):
         why = () if asked else ("every message is moved, because of the above",)
-        return _Way(Fidelity.FULL, (*special, *why) if special else ())
+        return _FidelityUsed(Fidelity.FULL, (*special, *why) if special else ())
     if uneven and question.algorithm != AUTO:
         raise CommsError(uneven, "--algorithm", "move every message: --fidelity full; or leave it to auto")
     return _without_messages(question, choice)
 
 
-def _without_messages(question: Question, choice: Choice) -> _Way:
+def _without_messages(question: Question, choice: Choice) -> _FidelityUsed:
     """By levels, although the state of the network or its chips may ask for more."""
     warnings = []
     state = conditions_in_words(question.described)
@@ -188,7 +188,7 @@ def _without_messages(question: Question, choice: Choice) -> _Way:
     if not choice.is_folded:
         uneven = _why_flat(question)
         warnings.append(f"{uneven} and count as {choice.shape}; --fidelity full moves every message")
-    return _Way(question.fidelity or Fidelity.FOLDED, (), tuple(warnings))
+    return _FidelityUsed(question.fidelity or Fidelity.FOLDED, (), tuple(warnings))
 
 
 def _why_flat(question: Question) -> str:

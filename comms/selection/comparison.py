@@ -22,16 +22,16 @@ from comms.selection.choice import Choice, choose, offered
 from comms.selection.progress import Progress, moving
 from comms.selection.question import Question
 from comms.selection.site import FullTiming
-from comms.simulation.compiled import Job, compile_jobs
-from comms.simulation.lower_bound import least_end_s
-from comms.simulation.work_budget import ENDLESS, UNLIMITED, GivenUp, Limit, Watch, unwatched
+from comms.simulation.compiled import CollectiveJob, compile_jobs
+from comms.simulation.lower_bound import end_lower_bound_s
+from comms.simulation.work_budget import ENDLESS, UNLIMITED, GivenUp, Watch, WorkBudget, unwatched
 
 FEW_MESSAGES = 2**14  # who has no more is timed to the end
-TIED = 1e-8  # relative: what differs by less is equal, and the first in the catalog wins
-ALIKE = 1e-3  # relative: up to this full fidelity and closed forms agree on groups that fold
-WORTH = 1.1  # times faster, by which an estimate is believed rather than what was timed
+TIE_TOLERANCE = 1e-8  # relative: what differs by less is equal, and the first in the catalog wins
+FIDELITY_TOLERANCE = 1e-3  # relative: up to this full fidelity and closed forms agree on groups that fold
+TRUSTED_RATIO = 1.1  # times faster, by which an estimate is believed rather than what was timed
 RATIO_LIMIT = 2.0  # times the fastest: who is estimated to take longer gets a brief look only
-ROUGHLY = 4.0  # a guess at what chips take that do not fold is rarely so many times too long
+GUESS_RATIO = 4.0  # a guess at what chips take that do not fold is rarely so many times too long
 ASK_FOR_FULL = "--fidelity full takes the time"
 ASK_FOR_ONE = "--algorithm times one alone"
 
@@ -62,7 +62,7 @@ class Effort:
     """How far one candidate is followed."""
 
     most_messages: int = MOST_MESSAGES
-    limit: Limit = UNLIMITED  # with the setup
+    limit: WorkBudget = UNLIMITED  # with the setup
     watch: Watch = unwatched
 
 
@@ -84,10 +84,10 @@ class Candidate:
 
     def within(self, budget: Budget, best_s: float, progress: Progress) -> FullTiming | GivenUp:
         """As far as the budget goes, and unless it is quickly done no longer than the best so far took."""
-        until_s = inf if self.messages <= FEW_MESSAGES else best_s * (1 + TIED)
+        until_s = inf if self.messages <= FEW_MESSAGES else best_s * (1 + TIE_TOLERANCE)
         try:
             with moving(self.name, progress) as watch:
-                return self.run(Effort(budget.messages, Limit(until_s, budget.work), watch))
+                return self.run(Effort(budget.messages, WorkBudget(until_s, budget.work), watch))
         except TooManyMessages:
             return GivenUp(0.0, is_late=False)
 
@@ -128,7 +128,7 @@ class Comparison:
     def is_misleading(self) -> bool:
         """Whether someone who is not finished is estimated to be much faster than all who are."""
         best_s = min((each.seconds for each in self.unfinished if not each.is_bound), default=inf)
-        return bool(self.timings) and best_s * WORTH < self.timings[0].seconds
+        return bool(self.timings) and best_s * TRUSTED_RATIO < self.timings[0].seconds
 
     def notes(self, hint: str) -> tuple[str, ...]:
         """What was not looked at, and what to do about it."""
@@ -209,14 +209,16 @@ def unpriced(question: Question, choice: Choice, to_beat_s: float, most_messages
     for each in every:
         jobs = _jobs(each, question, whole, left)
         left -= max((job.schedule.num_messages for job in jobs), default=0)
-        if not jobs and each.seconds < ROUGHLY * to_beat_s:
+        if not jobs and each.seconds < GUESS_RATIO * to_beat_s:
             unknown.append(each.algorithm)
         if any(each.setup_s + _least_seconds(job, whole, to_beat_s) < to_beat_s for job in jobs):
             promising.append(each)
     return Unpriced(tuple(promising), tuple(unknown))
 
 
-def _jobs(choice: Choice, question: Question, whole: TieredTopology, most_messages: int) -> Sequence[Job]:
+def _jobs(
+    choice: Choice, question: Question, whole: TieredTopology, most_messages: int
+) -> Sequence[CollectiveJob]:
     """What may be moved for a choice; nothing where that is too much."""
     if most_sends(choice)[0] > most_messages:  # not even made
         return ()
@@ -226,7 +228,7 @@ def _jobs(choice: Choice, question: Question, whole: TieredTopology, most_messag
         return ()
 
 
-def _least_seconds(job: Job, whole: TieredTopology, until_s: float) -> float:
+def _least_seconds(job: CollectiveJob, whole: TieredTopology, until_s: float) -> float:
     """What a job takes at least on a healthy network, if that is not later than `until_s`."""
     compiled = compile_jobs(whole, [job])
-    return least_end_s(compiled, compiled.bytes_per_s, until_s)
+    return end_lower_bound_s(compiled, compiled.bytes_per_s, until_s)

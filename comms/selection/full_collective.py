@@ -17,7 +17,7 @@ from typing import TypeAlias
 import numpy as np
 
 from comms.algorithms import ring
-from comms.collectives.schedule import Schedule
+from comms.collectives.schedule import Op, Schedule
 from comms.errors import TooManyMessages
 from comms.networks.fabrics.torus_mesh import Torus
 from comms.networks.links import Link, Protocol
@@ -31,24 +31,24 @@ from comms.selection.progress import Progress, quiet
 from comms.selection.question import SYNTHESIS_CHIPS, AlgorithmTime, Answer, Question
 from comms.selection.site import FullTiming, Site, site_of
 from comms.selection.topology_aware import Laid, laid_hierarchies
-from comms.simulation.compiled import Job
+from comms.simulation.compiled import CollectiveJob
 from comms.simulation.full import FullResult, Method, simulate, simulate_within
-from comms.simulation.incremental import Live
-from comms.simulation.work_budget import UNLIMITED, GivenUp, Limit, Watch, unwatched
+from comms.simulation.incremental import IncrementalSimulation
+from comms.simulation.work_budget import UNLIMITED, GivenUp, Watch, WorkBudget, unwatched
 from comms.synthesis.synthesis import TREES as SYNTHESIZED_OPS
 from comms.synthesis.synthesis import WORTH, improve, synthesize
 
 SEED = 0  # of what is synthesized: the same question, the same schedule
 
-Attempt: TypeAlias = Callable[[Limit], FullTiming | GivenUp]
+Attempt: TypeAlias = Callable[[WorkBudget], FullTiming | GivenUp]
 
 
 def load_loops() -> None:
     """Have the loops compiled, or loaded if they were compiled before."""
-    pair, jobs = Torus((2,), (Link(1e-6, 1e9),)), [Job(ring.all_reduce(2), np.arange(2), 1.0)]
+    pair, jobs = Torus((2,), (Link(1e-6, 1e9),)), [CollectiveJob(ring.all_reduce(2), np.arange(2), 1.0)]
     for method in Method:
         simulate(pair, jobs, method=method)
-    live = Live(pair, jobs)
+    live = IncrementalSimulation(pair, jobs)
     for at_s in (1.0, 2.0):  # the second time a job is wound back
         live.start(0, 0, at_s)
         live.advance(np.inf)
@@ -133,8 +133,8 @@ def against_closed_forms(
     """What closed forms chose against what has none here."""
     question = answer.question
     site = answer.site or _site(question)
-    # The two kinds of figures differ by up to ALIKE, and what is faster by less would win by rounding.
-    to_beat_s = answer.seconds * (1 - comparison.ALIKE)
+    # The two kinds of figures differ by up to that tolerance, and what is faster by less would win by rounding.
+    to_beat_s = answer.seconds * (1 - comparison.FIDELITY_TOLERANCE)
     found = compare([of_choice(site, each) for each in promising], budget, progress, to_beat_s)
     first, *others = answer.candidates
     others = sorted((*others, *_times(found.timings)), key=lambda each: each.seconds)
@@ -154,7 +154,7 @@ def against_closed_forms(
 def of_choice(site: Site, choice: Choice) -> Candidate:
     """A fixed algorithm, by the fastest of its jobs."""
 
-    def attempt(job: Job, watch: Watch, limit: Limit) -> FullTiming | GivenUp:
+    def attempt(job: CollectiveJob, watch: Watch, limit: WorkBudget) -> FullTiming | GivenUp:
         found = _moved(site, job, limit.before(choice.setup_s), watch)
         if isinstance(found, GivenUp):
             return found.after(choice.setup_s)
@@ -199,17 +199,17 @@ def by_number(schedule: Schedule) -> Laid:
     return Laid(schedule, np.arange(schedule.num_ranks))
 
 
-def background_jobs(site: Site) -> list[Job]:
+def background_jobs(site: Site) -> list[CollectiveJob]:
     """The jobs of others, each again and again from the start."""
     jobs = []
     for each in site.resolved.background:
         chips = tuple(sorted(each.chips))
-        job = job_of(choose(each.op, each.nbytes, chips, site.network), np.array([chips]), site.whole)
+        job = job_of(choose(Op(each.op), each.nbytes, chips, site.network), np.array([chips]), site.whole)
         jobs.append(replace(job, repeats=True))
     return jobs
 
 
-def _fastest(attempts: Iterable[Attempt], limit: Limit) -> FullTiming | GivenUp:
+def _fastest(attempts: Iterable[Attempt], limit: WorkBudget) -> FullTiming | GivenUp:
     """Of several ways; each is given up when it is later than one before."""
     best: FullTiming | None = None
     given_up: list[GivenUp] = []
@@ -227,10 +227,10 @@ def _fastest(attempts: Iterable[Attempt], limit: Limit) -> FullTiming | GivenUp:
 
 
 def _by_protocol(
-    site: Site, laid: Laid, nbytes: float, tier: Tier, protocol: Protocol, watch: Watch, limit: Limit
+    site: Site, laid: Laid, nbytes: float, tier: Tier, protocol: Protocol, watch: Watch, limit: WorkBudget
 ) -> FullTiming | GivenUp:
     inside, setup_s = site.network.inside(tier, protocol), tier.setup_s
-    job = Job(laid.schedule, laid.chips, nbytes, protocol=protocol, inside=inside)
+    job = CollectiveJob(laid.schedule, laid.chips, nbytes, protocol=protocol, inside=inside)
     result = _moved(site, job, limit.before(setup_s), watch)
     if isinstance(result, GivenUp):
         return result.after(setup_s)
@@ -240,11 +240,11 @@ def _by_protocol(
         empty = _moved(site, replace(job, nbytes=0.0), UNLIMITED, unwatched)
         assert isinstance(empty, FullResult), "nothing limits it"
         latency_s = float(empty.seconds[0])
-        setup_s += protocol.handing_on_s(latency_s, max(0.0, seconds - latency_s))
+        setup_s += protocol.pipeline_fill_s(latency_s, max(0.0, seconds - latency_s))
     return FullTiming(laid.schedule.algorithm, setup_s + seconds, setup_s, protocol, result)
 
 
-def _moved(site: Site, job: Job, limit: Limit, watch: Watch) -> FullResult | GivenUp:
+def _moved(site: Site, job: CollectiveJob, limit: WorkBudget, watch: Watch) -> FullResult | GivenUp:
     """A job among those of others, under the conditions of the site."""
     jobs = [job, *background_jobs(site)]
     return simulate_within(site.topology, jobs, site.resolved.conditions, limit, watch)

@@ -21,7 +21,7 @@ from comms.networks.groups import Lattice, Members
 from comms.networks.tiered import TieredTopology
 from comms.networks.topology import IntArray
 from comms.selection.choice import Choice
-from comms.simulation.compiled import Job
+from comms.simulation.compiled import CollectiveJob
 
 FREE = 1e9  # how much better a tier is made to see what it costs
 
@@ -76,11 +76,13 @@ def tier_shares(choice: Choice) -> tuple[TierShare, ...]:
     return tuple(shares)
 
 
-def job_of(choice: Choice, groups: IntArray, topology: TieredTopology, start_s: float = 0.0) -> Job:
+def job_of(choice: Choice, groups: IntArray, topology: TieredTopology, start_s: float = 0.0) -> CollectiveJob:
     """The messages of a choice for groups of chips ([groups, chips], members in order) on a topology."""
     schedule = choice.schedule()
     places = np.array([_places(choice, members, topology) for members in groups])
-    return Job(schedule, places, choice.nbytes, start_s, protocol=choice.protocol, inside=choice.inside)
+    return CollectiveJob(
+        schedule, places, choice.nbytes, start_s, protocol=choice.protocol, inside=choice.inside
+    )
 
 
 def groups_of(members: Members, num_chips: int) -> IntArray:

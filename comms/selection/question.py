@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from comms.collectives.schedule import Op, Schedule
-from comms.networks.conditions import CALM, Described
+from comms.networks.conditions import HEALTHY, Described
 from comms.networks.groups import Lattice
 from comms.networks.network import Network
 from comms.selection.choice import AUTO
@@ -20,8 +20,8 @@ SYNTHESIS_CHIPS = 64  # up to here a schedule made for the network is looked for
 BISECTION_CHIPS = 16_384  # up to here the halves of a network are looked at
 
 _NEVER = ("packets, queues and loss in switches", "what chips do beside the collective")
-_CALM = ("contention with other jobs, degraded links and late chips",)
-LEFT_OUT = {Fidelity.CLOSED: (*_CALM, *_NEVER), Fidelity.FOLDED: (*_CALM, *_NEVER), Fidelity.FULL: _NEVER}
+_REAL = ("contention with other jobs, degraded links and late chips",)
+LEFT_OUT = {Fidelity.CLOSED: (*_REAL, *_NEVER), Fidelity.FOLDED: (*_REAL, *_NEVER), Fidelity.FULL: _NEVER}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -35,7 +35,7 @@ class Question:
     algorithm: str = AUTO  # or a name of the catalog, or SYNTHESIZED
     schedule: Schedule | None = None  # used instead of an algorithm
     fidelity: Fidelity | None = None
-    described: Described = CALM
+    described: Described = HEALTHY
     chips_per_host: int = 1  # for the names of chips only
     looks_for_better: bool = True  # auto may take long to look for a schedule of its own
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from comms.networks.conditions import CALM, Described, Resolved, may_relay, resolve
+from comms.networks.conditions import HEALTHY, Described, Resolved, may_relay, resolve
 from comms.networks.fabrics.edge_list import Rerouted
 from comms.networks.groups import Lattice, mesh_group
 from comms.networks.links import Protocol
@@ -85,7 +85,7 @@ def all_chips(num_chips: int) -> Lattice:
     return mesh_group((("all", num_chips),), ("all",))
 
 
-def site_of(network: Network, num_chips: int, described: Described = CALM) -> Site:
+def site_of(network: Network, num_chips: int, described: Described = HEALTHY) -> Site:
     """The site of the first `num_chips` chips. Raises UserError for conditions that it cannot have."""
     own = network.take(num_chips)
     whole = own.topology()

@@ -16,7 +16,7 @@ from comms.algorithms.hierarchical import hierarchical, hierarchical_exchange, h
 from comms.collectives.schedule import Op, Schedule
 from comms.errors import CommsError
 from comms.networks.levels import Level
-from comms.networks.ring_orders import SEARCHED_CHIPS, Bunches, hierarchy, ring_orders
+from comms.networks.ring_orders import SEARCHED_CHIPS, Subgroups, hierarchy, ring_orders
 from comms.networks.topology import IntArray, Topology
 
 RING = "ring"
@@ -67,7 +67,7 @@ def laid_hierarchies(op: Op, topology: Topology, names: Collection[str]) -> tupl
     return tuple(laid)
 
 
-def _fanouts(levels: tuple[Bunches, ...]) -> tuple[int, ...]:
+def _fanouts(levels: tuple[Subgroups, ...]) -> tuple[int, ...]:
     """How many bunches of a level are one of the next, from the inside; none where bunches differ in size."""
     sizes = [{len(bunch) for bunch in bunches} for bunches in levels]
     if any(len(each) > 1 for each in sizes):
@@ -76,7 +76,7 @@ def _fanouts(levels: tuple[Bunches, ...]) -> tuple[int, ...]:
     return tuple(size // inner for inner, size in zip([1, *outer], outer, strict=False) if size > inner)
 
 
-def _nested(levels: tuple[Bunches, ...]) -> IntArray:
+def _nested(levels: tuple[Subgroups, ...]) -> IntArray:
     """All chips, so that every bunch of every level is one range of them."""
     place = np.zeros((len(levels), sum(len(bunch) for bunch in levels[-1])), dtype=np.int64)
     for row, bunches in zip(place, levels, strict=True):

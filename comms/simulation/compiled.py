@@ -17,14 +17,22 @@ from numpy.typing import NDArray
 from comms.collectives.schedule import Channel, Order, Pattern, Round, Schedule
 from comms.errors import CommsError
 from comms.networks.links import PLAIN, Protocol
-from comms.networks.topology import FloatArray, IntArray, Routes, Topology, Wires, route_latencies
+from comms.networks.topology import (
+    FloatArray,
+    IntArray,
+    Routes,
+    Topology,
+    Wires,
+    repeats_before,
+    route_latencies,
+)
 
 Int32Array = NDArray[np.int32]
 MAX_PIECES = 1 << 20  # a timer's number holds a message and a piece
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Job:
+class CollectiveJob:
     """One collective to be timed: rank i of the schedule sits on node places[i].
 
     Several groups may do the same at once, each starting and ending for itself: places[group, i].
@@ -34,7 +42,7 @@ class Job:
     places: IntArray  # [ranks] or [groups, ranks]
     nbytes: float
     start_s: float = 0.0
-    repeats: bool = False  # background: starts again when it is done, and nobody waits for it
+    repeats: bool = False  # background: starts again when it is done, and is not waited for
     protocol: Protocol = PLAIN  # of messages that cross the outermost tier,
     inside: tuple[tuple[str, Protocol], ...] = ()  # and of those that go no further than these tiers, by name
 
@@ -54,10 +62,8 @@ STREAM = np.dtype(
         ("rounds", "i8"),
         ("round0", "i8"),  # first row among the rounds
         ("rank0", "i8"),  # first row among the ranks
-        (
-            "chain0",
-            "i8",
-        ),  # chain (piece, rank, group) is row chain0 + (piece * ranks + rank) * groups + group
+        # chain (piece, rank, group) is row chain0 + (piece * ranks + rank) * groups + group
+        ("chain0", "i8"),
         ("left0", "i8"),  # what a chain still gets in round s is row left0 + chain * rounds + s
         ("serial", "?"),
         ("by_chunk", "?"),
@@ -104,7 +110,7 @@ EDGE = np.dtype(  # who sends to whom, by which wires: one row per message of a 
 )
 
 
-class Work(NamedTuple):
+class MessageTable(NamedTuple):
     """What is to be sent, as the compiled loops read it."""
 
     streams: NDArray[np.void]  # STREAM
@@ -122,7 +128,7 @@ class Work(NamedTuple):
 class Compiled:
     """All jobs, ready to be timed."""
 
-    work: Work
+    work: MessageTable
     runs: NDArray[np.void]  # RUN, job by job
     num_ports: int
     num_chains: int
@@ -148,7 +154,7 @@ class Compiled:
         return counted
 
 
-def compile_jobs(topology: Topology, jobs: Sequence[Job]) -> Compiled:
+def compile_jobs(topology: Topology, jobs: Sequence[CollectiveJob]) -> Compiled:
     """Routes, ports and sizes of everything that the jobs send. Raises CommsError for impossible places."""
     wires = topology.wires()
     building = _Building(topology, wires)
@@ -158,7 +164,7 @@ def compile_jobs(topology: Topology, jobs: Sequence[Job]) -> Compiled:
     return building.done()
 
 
-def _check_places(topology: Topology, job: Job) -> None:
+def _check_places(topology: Topology, job: CollectiveJob) -> None:
     ranks, places = job.schedule.num_ranks + job.schedule.num_helpers, job.by_group
     where = job.schedule.algorithm
     if places.shape[1] != ranks:
@@ -201,7 +207,7 @@ class _Building:
         names = ("jobs", "rounds", "ranks", "chains", "left", "edges", "messages", "ports", "route")
         self.num = dict.fromkeys(names, 0)
 
-    def add_job(self, job: Job) -> None:
+    def add_job(self, job: CollectiveJob) -> None:
         """One more job: a stream per channel, a run per group."""
         groups, stream0 = len(job.by_group), len(self.streams)
         for channel in job.schedule.channels:
@@ -212,7 +218,7 @@ class _Building:
             times = (messages, messages, job.start_s, job.start_s, job.repeats)
             self.runs.append((self.num["jobs"] - 1, group, stream0, stream1, *times))
 
-    def _add_channel(self, job: Job, channel: Channel) -> None:
+    def _add_channel(self, job: CollectiveJob, channel: Channel) -> None:
         rounds = [(each, phase) for phase in _phase_bounds(channel) for each in phase[2]]
         num_groups, members = job.by_group.shape
         ranks, pieces = num_groups * members, channel.pieces
@@ -231,15 +237,19 @@ class _Building:
         self.num["chains"] += chains
         self.num["left"] += chains * len(rounds)
 
-    def _patterns(self, rounds: Sequence[PhasedRound], job: Job, channel: Channel) -> dict[int, int]:
+    def _patterns(
+        self, rounds: Sequence[PhasedRound], job: CollectiveJob, channel: Channel
+    ) -> dict[int, int]:
         """First row of each distinct pattern; ports are numbered per stream, over all its patterns."""
+        # By identity: a ring has one pattern for all its rounds, whose routes are then looked up once.
         distinct = {id(each.pattern): _in_groups(each.pattern, job) for each, _ in rounds}
         phase = {id(each.pattern): bounds[0] for each, bounds in rounds}
         routed = {key: self._routed(pattern, job) for key, pattern in distinct.items()}
         keys = [_port_keys(p, routed[key][0], self.wires.num_wires) for key, p in distinct.items()]
+        # Messages that need not wait for each other have ports of their own: lanes of the wire that they share.
         lanes = 1
         if channel.at_once or channel.apart:
-            numbers = [_numbers_among_equals(each) * channel.at_once for each in keys]
+            numbers = [repeats_before(each) * channel.at_once for each in keys]
             lanes += max(int(each.max(initial=0)) for each in numbers)
             if channel.apart:
                 numbers = [n + lanes * phase[key] for n, key in zip(numbers, distinct, strict=True)]
@@ -263,7 +273,7 @@ class _Building:
         return rows
 
     def _routed(
-        self, pattern: Pattern, job: Job
+        self, pattern: Pattern, job: CollectiveJob
     ) -> tuple[IntArray, IntArray, IntArray, FloatArray, FloatArray]:
         """Of each message the resource by which it leaves, and its route, latency and share."""
         places = job.by_group.ravel()
@@ -279,10 +289,11 @@ class _Building:
         latency = route_latencies(self.wires, routes) + stage_s * np.where(half, 0.5, 1.0)
         return heads, routes.offsets, resources, latency, share
 
-    def _moved_by(self, job: Job, routes: Routes) -> tuple[FloatArray, FloatArray]:
+    def _moved_by(self, job: CollectiveJob, routes: Routes) -> tuple[FloatArray, FloatArray]:
         """[messages] What the protocol of the outermost tier of its route adds to each, and the share that it gets."""
         inside = dict(job.inside)
         protocols = [inside.get(tier, job.protocol) for tier in self.topology.tiers] or [job.protocol]
+        # A library picks its protocol by how far a message goes: by the outermost tier that it crosses.
         outermost = np.full(routes.num_messages, len(protocols) - 1)
         taken = np.diff(routes.offsets) > 0
         if taken.any():
@@ -294,7 +305,7 @@ class _Building:
         self,
         rounds: Sequence[PhasedRound],
         patterns: dict[int, int],
-        job: Job,
+        job: CollectiveJob,
         pieces: int,
     ) -> None:
         groups = len(job.by_group)
@@ -307,6 +318,7 @@ class _Building:
         number = np.arange(len(rounds))
         self.rounds.append((edge0, first, first + lengths, stream, number, start, end))
         for each, _ in rounds:
+            # A protocol that leaves a part of the rate unused keeps wires busy like a longer message.
             sizes = np.tile(job.schedule.message_shares(each) * (job.nbytes / pieces), groups)
             self.sizes.append(sizes / self.share[id(each.pattern)])
             self.chunks.append((np.tile(each.first, groups), np.tile(each.count, groups)))
@@ -317,7 +329,7 @@ class _Building:
         rounds, streams = _records(ROUND, self.rounds), np.array(self.streams, dtype=STREAM)
         runs = np.array(self.runs, dtype=RUN)
         chunks = self.chunks if streams["by_chunk"].any() else []
-        work = Work(
+        work = MessageTable(
             streams=streams,
             rounds=rounds,
             edges=_records(EDGE, [columns[:-1] for columns in self.edges]),
@@ -342,7 +354,7 @@ class _Building:
         )
 
 
-def _in_groups(pattern: Pattern, job: Job) -> Pattern:
+def _in_groups(pattern: Pattern, job: CollectiveJob) -> Pattern:
     """A pattern of one group, for all groups: group after group."""
     groups, members = job.by_group.shape
     shift = np.arange(groups)[:, np.newaxis] * members
@@ -356,8 +368,8 @@ def _phase_bounds(channel: Channel) -> Iterator[tuple[int, int, tuple[Round, ...
         start += len(phase)
 
 
-def _crossings(work: Work, runs: NDArray[np.void], num_resources: int) -> FloatArray:
-    """See Compiled, of runs that come to an end: summed per edge, then along its route."""
+def _crossings(work: MessageTable, runs: NDArray[np.void], num_resources: int) -> FloatArray:
+    """See Compiled, of runs that come to an end: summed per edge, of which there are few, then along its route."""
     totals, counts = np.zeros(len(work.edges)), np.ones(len(work.streams), dtype=np.bool_)
     for each in runs[runs["repeats"]]:
         counts[each["stream0"] : each["stream1"]] = False
@@ -374,17 +386,6 @@ def _port_keys(pattern: Pattern, heads: IntArray, num_wires: int) -> IntArray:
     """One number per (rank, resource by which it leaves); messages without a wire have a port of their own."""
     keys: IntArray = np.asarray(pattern.src, dtype=np.int64) * (num_wires + 1) + heads + 1
     return keys
-
-
-def _numbers_among_equals(keys: IntArray) -> IntArray:
-    """[keys] How many of the same there are before each."""
-    order = np.argsort(keys, kind="stable")
-    start = np.ones(len(keys), dtype=np.bool_)
-    start[1:] = np.diff(keys[order]) != 0
-    first = np.maximum.accumulate(np.where(start, np.arange(len(keys)), 0))
-    numbers = np.empty_like(keys)
-    numbers[order] = np.arange(len(keys)) - first
-    return numbers
 
 
 def _records(dtype: np.dtype[np.void], blocks: Sequence[tuple[NDArray[np.generic], ...]]) -> NDArray[np.void]:

@@ -7,115 +7,39 @@ anew, and only for the flows it disturbs (`simulation.sharing`); a flow alone on
 Not modelled: packets, queues in switches, loss and congestion control, which max-min fairness stands for.
 """
 
-from typing import NamedTuple
-
 import numpy as np
-from numpy.typing import NDArray
 
 from comms.simulation.compiled import MAX_PIECES
 from comms.simulation.heaps import Finishes, Timers, add_timer, clear_finish, set_finish, take_timer
-from comms.simulation.jit import compiled
+from comms.simulation.jit import compiled, compiled_inside, wide
 from comms.simulation.message_costs import forwarding_s, uniform
-from comms.simulation.sharing import Flows, draw_in, draw_in_all, insert, remove, solve
+from comms.simulation.sharing import draw_in, draw_in_all, insert, remove, solve
+from comms.simulation.world import (
+    ARRIVED,
+    ENDED,
+    FLOW_EVENTS,
+    IDLE,
+    MOST_WORK,
+    RESTARTS,
+    SENDING,
+    SOLVED,
+    STARTING,
+    WAITED_FOR,
+    Changes,
+    World,
+)
 
 # Relative, a few hundred roundings. What happens together must stay so: chips that share links in lockstep are not
 # stable, one that is ahead by a rounding gets ahead by some times that in every round.
 SAME_INSTANT = 1e-13
 
-# States of a port.
-IDLE, STARTING, SENDING = 0, 1, 2
-
-# Counters: messages that have arrived, flows that started or ended, flows solved anew, runs under way that are
-# waited for, runs in `World.ended`, restarts of background runs, and how much work (the first three) may be done.
-ARRIVED, FLOW_EVENTS, SOLVED, WAITED_FOR, ENDED, RESTARTS, MOST_WORK = 0, 1, 2, 3, 4, 5, 6
-NUM_COUNTERS = 7
-MOST_RESTARTS = 10**6  # of background runs while somebody waits: who waits then waits for ever
-
-
-QUEUE = np.dtype(  # what leaves by the ports: one row per message, port by port, in the order they leave
-    [
-        ("message", "i4"),
-        ("start", "i4"),  # of its segment: the pieces of a segment follow each other,
-        ("end", "i4"),  # and in a piece its messages
-    ],
-    align=True,
-)
-PORT = np.dtype(
-    [
-        ("row", "i8"),  # of the queue: its next message
-        ("last", "i8"),  # of the queue, exclusive
-        ("first", "i8"),
-        ("piece", "i8"),
-        ("nbytes", "f8"),  # of that message, still to leave
-        ("since", "f8"),  # when that was so
-        ("stream", "i4"),
-        ("rank", "i4"),  # in the stream
-        ("state", "i4"),
-    ],
-    align=True,
-)
-RANK = np.dtype(
-    [
-        ("port0", "i8"),  # rows of World.ports_of_rank
-        ("port1", "i8"),
-        ("overhead_s", "f8"),  # before each message it sends
-        ("end_s", "f8"),  # when its last message came or left
-    ],
-    align=True,
-)
-
-
-class Noise(NamedTuple):
-    """An exponential delay before each message; none with a mean of 0."""
-
-    mean_s: float
-    seed: int
-
-
-class World(NamedTuple):
-    """Everything the loop reads and writes."""
-
-    # From here to forward_nbytes as in compiled.Work: a tuple in a tuple costs time.
-    streams: NDArray[np.void]
-    rounds: NDArray[np.void]
-    edges: NDArray[np.void]
-    route: NDArray[np.int32]
-    nbytes: NDArray[np.float64]
-    round_of: NDArray[np.int32]
-    chunk: NDArray[np.int32]
-    num_chunks: NDArray[np.int32]
-    forward_nbytes: NDArray[np.float64]
-    flows: Flows
-    timers: Timers
-    finishes: Finishes
-    noise: Noise
-    queue: NDArray[np.void]  # QUEUE
-    port: NDArray[np.void]  # PORT
-    ports_of_rank: NDArray[np.int32]
-    rank: NDArray[np.void]  # RANK
-    run: NDArray[np.void]  # compiled.RUN
-    ended: NDArray[np.int64]  # [runs] those that ended since the caller looked
-    got: NDArray[np.int32]  # [chains] rounds fully received
-    left: NDArray[np.uint16]  # [chains * rounds] messages still to come
-    left_again: NDArray[np.uint16]  # the same as it was at first, for runs that start again
-    record0: NDArray[np.int64]  # [streams] first row of what is recorded
-    starts: NDArray[np.float64]  # [message and piece] empty where nothing is recorded
-    arrivals: NDArray[np.float64]
-    counters: NDArray[np.int64]
-
-
-class Changes(NamedTuple):
-    """Capacities that change, in order of time."""
-
-    at_s: NDArray[np.float64]
-    resource: NDArray[np.int64]
-    bytes_per_s: NDArray[np.float64]
+MOST_RESTARTS = 10**6  # of background runs while others are waited for, which then never end
 
 
 @compiled
 def next_instant(timers: Timers, finishes: Finishes, changes: Changes, next_change: int) -> float:
     """When something happens next; inf where nothing does any more. (To pass the whole world is slow.)"""
-    now = np.inf
+    now = np.inf  # nothing can happen any more: runs that are still waited for never end
     if timers.size[0] > 0:
         now = timers.heap[0].time
     if finishes.size[0] > 0:
@@ -138,8 +62,9 @@ def run(w: World, changes: Changes, next_change: int, until_s: float, run_by_run
     It also stops after MOST_WORK, and when timers need more room. Returns the next change of capacity.
     """
     timers, finishes = w.timers, w.finishes
-    # What the events of one instant may add: a timer for each port, one for each run that starts again (Live).
+    # What the events of one instant may add: a timer for each port, one for each run that starts again.
     room = len(timers.heap) - 2 * len(w.port) - 2 * len(w.run) - 2
+    # The caller doubles the heap and comes back: numba cannot replace an array of a named tuple.
     while w.counters[WAITED_FOR] > 0 and timers.size[0] < room:
         if (run_by_run and w.counters[ENDED] > 0) or w.counters[RESTARTS] > MOST_RESTARTS:
             break
@@ -147,8 +72,11 @@ def run(w: World, changes: Changes, next_change: int, until_s: float, run_by_run
         done = w.counters[ARRIVED] + w.counters[FLOW_EVENTS] + w.counters[SOLVED]
         if now == np.inf or now > until_s or done >= w.counters[MOST_WORK]:
             break
+        # Ends of flows come first, so that a port that falls free and the message that it sends next are solved
+        # together. What arrives then may send a message of no bytes, which ends at this instant too: the next turn
+        # finds it, as time has not gone on.
         until = now * (1.0 + SAME_INSTANT)
-        drawn = 0
+        drawn = wide(0)
         while (
             finishes.size[0] > 0 and finishes.port[finishes.heap[0]].time <= until and timers.size[0] < room
         ):
@@ -167,7 +95,7 @@ def run(w: World, changes: Changes, next_change: int, until_s: float, run_by_run
     return next_change
 
 
-@compiled
+@compiled_inside
 def _settle(w: World, now: float, drawn: int) -> None:
     """Solve what was disturbed, and move the ends of the flows whose rate changed."""
     flows = w.flows
@@ -178,16 +106,21 @@ def _settle(w: World, now: float, drawn: int) -> None:
         flow = flows.flow[number]
         port = w.port[number]
         flow.drawn = False
+        # Drawn in, and gone again at the same instant.
         if port.state != SENDING or flow.hops == 0:
             continue
+        # What is left to send is brought up to date only where the rate changes: a flow that keeps its rate keeps
+        # its end, and nothing is added up that could round differently.
         port.nbytes = max(0.0, port.nbytes - flow.old_rate * (now - port.since))
         port.since = now
         set_finish(w.finishes, number, now + port.nbytes / flow.rate if flow.rate > 0.0 else np.inf)
 
 
-@compiled
+@compiled_inside
 def _happen(w: World, number: int, now: float, drawn: int) -> int:
     """An arrival (number >= 0), the end of a port's overhead, or the start of a run."""
+    # One number for three kinds of events. Ties are broken by it: at one instant runs start, then overheads end, then
+    # messages arrive, each kind in an order that does not depend on what was put into the heap first.
     num_ports = len(w.port)
     if number >= 0:
         rank = _deliver(w, number // MAX_PIECES, number % MAX_PIECES, now)
@@ -202,16 +135,16 @@ def _happen(w: World, number: int, now: float, drawn: int) -> int:
     return drawn
 
 
-@compiled
+@compiled_inside
 def _try_all(w: World, first: int, last: int, now: float, drawn: int) -> int:
     """Start what can leave from ranks first .. last - 1."""
     for rank in range(first, last):
         for index in range(w.rank[rank].port0, w.rank[rank].port1):
-            drawn = _try(w, w.ports_of_rank[index], now, drawn)
+            drawn = _try(w, wide(w.ports_of_rank[index]), now, drawn)
     return drawn
 
 
-@compiled
+@compiled_inside
 def _deliver(w: World, message: int, piece: int, now: float) -> int:
     """Note an arrival; the row of the rank that may go on by it."""
     each = w.rounds[w.round_of[message]]
@@ -224,6 +157,7 @@ def _deliver(w: World, message: int, piece: int, now: float) -> int:
         chain = (piece * stream.ranks + dst) * stream.groups + (chunk + offset) % stream.groups
         base = stream.left0 + chain * stream.rounds
         w.left[base + each.number] -= 1
+        # A later round may be complete before an earlier one; a chain goes on when all up to it are.
         got = w.got[stream.chain0 + chain]
         while got < stream.rounds and w.left[base + got] == 0:
             got += 1
@@ -231,7 +165,7 @@ def _deliver(w: World, message: int, piece: int, now: float) -> int:
     rank = w.rank[stream.rank0 + dst]
     rank.end_s = max(rank.end_s, now)
     if len(w.arrivals) > 0:
-        w.arrivals[_record_row(w, each.stream, message, piece)] = now
+        w.arrivals[_record_row(w, wide(each.stream), message, piece)] = now
     w.counters[ARRIVED] += 1
     number = stream.run0 + dst // stream.members
     its = w.run[number]
@@ -241,10 +175,11 @@ def _deliver(w: World, message: int, piece: int, now: float) -> int:
     return stream.rank0 + dst  # type: ignore[no-any-return]
 
 
-@compiled
+@compiled_inside
 def _end(w: World, number: int, now: float) -> None:
     """All messages of a run have arrived."""
     if w.run[number].repeats:
+        # By a timer, as every run starts: its first messages wait their turn at this instant.
         rewind(w, number)
         w.run[number].start_s = now
         w.counters[RESTARTS] += 1
@@ -280,7 +215,7 @@ def rewind(w: World, number: int) -> None:
                 port.row, port.piece = port.first, 0
 
 
-@compiled
+@compiled_inside
 def _ready(w: World, port: int, message: int) -> bool:
     """Whether the sender has all that the message at the head of its port waits for."""
     each, sender = w.rounds[w.round_of[message]], w.port[port]
@@ -292,6 +227,7 @@ def _ready(w: World, port: int, message: int) -> bool:
                 return False
     elif w.got[base] < each.number:
         return False
+    # A chip starts on a piece of a phase when it is done with the piece before, in all chunks.
     if stream.serial and piece > 0:
         before = base - stream.ranks * stream.groups
         for group in range(stream.groups):
@@ -300,61 +236,64 @@ def _ready(w: World, port: int, message: int) -> bool:
     return True
 
 
-@compiled
+@compiled_inside
 def _try(w: World, number: int, now: float, drawn: int) -> int:
     """Start what can leave by a port, if it is idle."""
     port = w.port[number]
-    while port.state == IDLE and port.row < port.last:
-        message = w.queue[port.row].message
-        if not _ready(w, number, message):
-            return drawn
-        delay = w.rank[w.streams[port.stream].rank0 + port.rank].overhead_s
-        if w.noise.mean_s > 0.0:
-            delay -= w.noise.mean_s * np.log(uniform(w.noise.seed, message, port.piece, _started(w, number)))
-        if delay > 0.0:
-            port.state = STARTING
-            add_timer(w.timers, now + delay, -number - 1)
-            return drawn
-        drawn = _send(w, number, now, drawn)
-    return drawn
+    if port.state != IDLE or port.row == port.last:
+        return drawn
+    message = wide(w.queue[port.row].message)
+    if not _ready(w, number, message):
+        return drawn
+    delay = w.rank[w.streams[port.stream].rank0 + port.rank].overhead_s
+    # -log of a uniform number is exponential. (What is drawn belongs to the message, not to the order of events.)
+    if w.noise.mean_s > 0.0:
+        delay -= w.noise.mean_s * np.log(uniform(w.noise.seed, message, port.piece, _started(w, number)))
+    if delay > 0.0:
+        port.state = STARTING
+        add_timer(w.timers, now + delay, -number - 1)
+        return drawn
+    return _send(w, number, now, drawn)
 
 
-@compiled
+@compiled_inside
 def _started(w: World, number: int) -> float:
     """When the run of a port's messages started: what happens again does not happen the same way."""
     stream = w.streams[w.port[number].stream]
     return w.run[stream.run0 + w.port[number].rank // stream.members].start_s  # type: ignore[no-any-return]
 
 
-@compiled
+@compiled_inside
 def _send(w: World, number: int, now: float, drawn: int) -> int:
     """The message at the head of a port leaves."""
     flows = w.flows
     port = w.port[number]
-    message = w.queue[port.row].message
+    message = wide(w.queue[port.row].message)
     each = w.rounds[w.round_of[message]]
     edge = w.edges[each.edge0 + message - each.first]
     nbytes = w.nbytes[message]
     port.state, port.nbytes, port.since = SENDING, nbytes, now
     if len(w.starts) > 0:
-        w.starts[_record_row(w, port.stream, message, port.piece)] = now
+        w.starts[_record_row(w, wide(port.stream), message, port.piece)] = now
     if edge.route0 == edge.route1 or nbytes == 0.0:
         set_finish(w.finishes, number, now)
         return drawn
     w.counters[FLOW_EVENTS] += 1
+    # The common case of schedules made for their network: alone on all its wires, so its end is known at once.
     alone = insert(flows, number, w.route, edge.route0, edge.route1)
     rate = flows.flow[number].rate
     if alone and rate > 0.0:
         set_finish(w.finishes, number, now + nbytes / rate)
         return drawn
+    # A newcomer may take from everyone on its wires. Its own end is set when rates are solved.
     set_finish(w.finishes, number, np.inf)
     drawn = draw_in(flows, number, drawn)
     for hop in range(edge.route0, edge.route1):
-        drawn = draw_in_all(flows, w.route[hop], drawn, False)
+        drawn = draw_in_all(flows, wide(w.route[hop]), drawn, False)
     return drawn
 
 
-@compiled
+@compiled_inside
 def _leave(w: World, number: int, now: float, drawn: int) -> int:
     """The last byte of a port's message has left: free the wires, let it arrive, turn to the next one."""
     flows = w.flows
@@ -365,9 +304,10 @@ def _leave(w: World, number: int, now: float, drawn: int) -> int:
     clear_finish(w.finishes, number)
     if flows.flow[number].hops > 0:
         w.counters[FLOW_EVENTS] += 1
+        # Only flows whose bottleneck was here can gain from its going; all others are held back elsewhere.
         if not remove(flows, number):
             for hop in range(edge.route0, edge.route1):
-                drawn = draw_in_all(flows, w.route[hop], drawn, True)
+                drawn = draw_in_all(flows, wide(w.route[hop]), drawn, True)
     came = (
         now
         + edge.latency_s
@@ -380,6 +320,7 @@ def _leave(w: World, number: int, now: float, drawn: int) -> int:
     stream = w.streams[port.stream]
     rank = w.rank[stream.rank0 + port.rank]
     rank.end_s = max(rank.end_s, now)
+    # A segment is sent once for each piece, which keeps the queue as short as one piece of it.
     port.row += 1
     if port.row == queued.end:
         if port.piece + 1 < stream.pieces:
@@ -390,7 +331,7 @@ def _leave(w: World, number: int, now: float, drawn: int) -> int:
     return drawn
 
 
-@compiled
+@compiled_inside
 def _record_row(w: World, stream: int, message: int, piece: int) -> int:
     row = w.streams[stream]
     first = w.rounds[row.round0].first

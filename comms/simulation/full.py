@@ -9,48 +9,46 @@ Assumes that a job's chips are ready at its start (plus their lateness). Not mod
 the time to add contributions is part of a wire's rate.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 import numpy as np
-from numpy.typing import NDArray
 
 from comms.errors import CommsError
+from comms.networks.conditions import UNDISTURBED, Conditions
 from comms.networks.topology import FloatArray, IntArray, Topology
-from comms.simulation.compiled import Compiled, Job, compile_jobs
-from comms.simulation.events import (
+from comms.simulation.compiled import CollectiveJob, Compiled, compile_jobs
+from comms.simulation.events import MOST_RESTARTS, next_instant, run, work_done
+from comms.simulation.lower_bound import end_lower_bound_s
+from comms.simulation.sharing import empty_flows
+from comms.simulation.sweep import NONE, Sweep, sweep
+from comms.simulation.work_budget import (
+    FORECAST_AFTER,
+    UNLIMITED,
+    WATCHED_WORK,
+    GivenUp,
+    Watch,
+    WorkBudget,
+    unwatched,
+)
+from comms.simulation.world import (
     ARRIVED,
     FLOW_EVENTS,
-    MOST_RESTARTS,
     MOST_WORK,
-    NUM_COUNTERS,
-    PORT,
-    RANK,
     RESTARTS,
     SOLVED,
     WAITED_FOR,
     Changes,
     Noise,
-    World,
-    next_instant,
-    run,
-    work_done,
-)
-from comms.simulation.heaps import TIMER, Timers, add_timer, empty_finishes, empty_timers
-from comms.simulation.lower_bound import least_end_s
-from comms.simulation.queues import queues, received_at_first, still_to_come
-from comms.simulation.sharing import empty_flows
-from comms.simulation.sweep import NONE, Sweep, sweep
-from comms.simulation.work_budget import (
-    ENDLESS,
-    JUDGED,
-    UNLIMITED,
-    WATCHED_WORK,
-    GivenUp,
-    Limit,
-    Watch,
-    unwatched,
+    first_world,
+    grown,
+    is_short_of_timers,
+    overheads,
+    rates_under,
+    record_rows,
+    start_runs,
+    timed_changes,
 )
 
 ROUNDING = 1e-9  # relative: what adds up in another order may differ by as much
@@ -61,29 +59,6 @@ class Method(StrEnum):
 
     SWEEP = "sweep"
     EVENTS = "events"
-
-
-@dataclass(frozen=True, slots=True)
-class Change:
-    """From `at_s` on, a wire runs at `factor` of the topology's rate: 0 is down. It takes the place of `factors`."""
-
-    at_s: float
-    wire: int
-    factor: float
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Conditions:
-    """How a network differs from its data sheet while it is timed."""
-
-    factors: Mapping[int, float] = field(default_factory=dict)  # wire -> share of its rate
-    changes: tuple[Change, ...] = ()
-    overhead_s: Mapping[int, float] = field(default_factory=dict)  # node -> before each message it sends
-    noise_s: float = 0.0  # mean of an exponential delay before each message
-    seed: int = 0
-
-
-CALM = Conditions()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -104,14 +79,14 @@ class FullResult:
 
     @property
     def work(self) -> int:
-        """As a Limit counts it."""
+        """As a WorkBudget counts it."""
         return self.num_messages + self.flow_events + self.flows_solved
 
 
 def simulate(
     topology: Topology,
-    jobs: Sequence[Job],
-    conditions: Conditions = CALM,
+    jobs: Sequence[CollectiveJob],
+    conditions: Conditions = UNDISTURBED,
     *,
     record: bool = False,
     method: Method | None = None,
@@ -131,25 +106,29 @@ def simulate(
 
 
 def simulate_within(
-    topology: Topology, jobs: Sequence[Job], conditions: Conditions, limit: Limit, watch: Watch = unwatched
+    topology: Topology,
+    jobs: Sequence[CollectiveJob],
+    conditions: Conditions,
+    budget: WorkBudget,
+    watch: Watch = unwatched,
 ) -> FullResult | GivenUp:
     """The same as long as it is worth it. What is not given up is timed exactly, what is given up as late is late."""
     compiled = compile_jobs(topology, jobs)
     rates = rates_under(compiled, conditions)
     highest = _highest(rates, timed_changes(compiled, conditions))
-    least_s = least_end_s(compiled, highest, limit.until_s) * (1 - ROUNDING)
-    if least_s > limit.until_s:
+    least_s = end_lower_bound_s(compiled, highest, budget.until_s) * (1 - ROUNDING)
+    if least_s > budget.until_s:
         return GivenUp(least_s, is_late=True)
     found: FullResult | GivenUp | None = None
     if _may_sweep(compiled, rates, conditions):
         found = _swept(compiled, rates, conditions, False)
     if found is None:
-        found = _by_events(compiled, rates, conditions, False, limit, watch)
+        found = _by_events(compiled, rates, conditions, False, budget, watch)
     if isinstance(found, GivenUp):
         return replace(found, at_least_s=max(found.at_least_s, least_s))
     waited = compiled.runs[~compiled.runs["repeats"]]
-    if waited["end_s"].max(initial=0.0) > limit.until_s:
-        return GivenUp(limit.until_s, is_late=True, work=found.work)
+    if waited["end_s"].max(initial=0.0) > budget.until_s:
+        return GivenUp(budget.until_s, is_late=True, work=found.work)
     return found
 
 
@@ -165,39 +144,12 @@ def _highest(rates: FloatArray, changes: Changes) -> FloatArray:
     return highest
 
 
-def rates_under(compiled: Compiled, conditions: Conditions) -> FloatArray:
-    """[resources] Bytes per second."""
-    lowest: dict[int, float] = {}
-    for wire, factor in conditions.factors.items():
-        resource = _resource(compiled, wire, factor)
-        lowest[resource] = min(factor, lowest.get(resource, np.inf))
-    rates = compiled.bytes_per_s.copy()
-    for resource, factor in lowest.items():
-        rates[resource] *= factor
-    return rates
-
-
-def _resource(compiled: Compiled, wire: int, factor: float) -> int:
-    """What a condition on a wire changes. Raises CommsError for a wire or a factor that cannot be."""
-    if not 0 <= wire < len(compiled.shares):
-        raise CommsError(f"no wire {wire} among {len(compiled.shares)}", "conditions", "count wires from 0")
-    if not 0 <= factor < np.inf:
-        raise CommsError(f"a factor of {factor}", f"wire {wire}", "give a share of the rate, 0 or more")
-    return int(compiled.shares[wire])
-
-
-def _overheads(compiled: Compiled, conditions: Conditions) -> FloatArray:
-    """[rank rows] What each sender adds before a message."""
-    extra = [conditions.overhead_s.get(int(node), 0.0) for node in compiled.rank_node]
-    return np.array(extra, dtype=np.float64)
-
-
 def _swept(compiled: Compiled, rates: FloatArray, conditions: Conditions, record: bool) -> FullResult | None:
-    recorded, record0 = _record_rows(compiled, record)
+    recorded, record0 = record_rows(compiled, record)
     state = Sweep(
         **compiled.work._asdict(),
         noise=Noise(conditions.noise_s, conditions.seed),
-        overhead_s=_overheads(compiled, conditions),
+        overhead_s=overheads(compiled, conditions),
         resource=empty_flows(rates, 0, 0).resource,
         ready=np.zeros(compiled.num_chains),
         staged=np.zeros(compiled.num_chains),
@@ -220,7 +172,12 @@ def _swept(compiled: Compiled, rates: FloatArray, conditions: Conditions, record
 
 
 def _by_events(
-    compiled: Compiled, rates: FloatArray, conditions: Conditions, record: bool, limit: Limit, watch: Watch
+    compiled: Compiled,
+    rates: FloatArray,
+    conditions: Conditions,
+    record: bool,
+    budget: WorkBudget,
+    watch: Watch,
 ) -> FullResult | GivenUp:
     world = first_world(
         compiled, rates, conditions, record=record, again=bool(compiled.runs["repeats"].any())
@@ -229,8 +186,8 @@ def _by_events(
     changes, next_change = timed_changes(compiled, conditions), 0
     counters = world.counters
     while counters[WAITED_FOR] > 0:
-        counters[MOST_WORK] = work_done(world) + max(1, min(WATCHED_WORK, limit.most_work // JUDGED))
-        next_change = run(world, changes, next_change, limit.until_s, False)
+        counters[MOST_WORK] = work_done(world) + max(1, min(WATCHED_WORK, budget.most_work // FORECAST_AFTER))
+        next_change = run(world, changes, next_change, budget.until_s, False)
         if counters[WAITED_FOR] == 0:
             break
         now = next_instant(world.timers, world.finishes, changes, next_change)
@@ -238,9 +195,9 @@ def _by_events(
             hint = "a wire on its route stays at rate zero"
             raise CommsError("a message can never arrive", "simulation", hint)
         share = _share_done(compiled, counters)
-        if now > limit.until_s:
-            return GivenUp(limit.until_s, is_late=True, work=work_done(world))
-        if limit.is_too_much(work_done(world), share):
+        if now > budget.until_s:
+            return GivenUp(budget.until_s, is_late=True, work=work_done(world))
+        if budget.is_too_much(work_done(world), share):
             return GivenUp(now, is_late=False, work=work_done(world))
         if counters[MOST_WORK] <= work_done(world):
             watch(share)
@@ -279,100 +236,6 @@ def _result(
     ends = _chip_ends(compiled, rank_end)
     nbytes, load = compiled.crossings
     return FullResult(seconds, by_group, ends, nbytes, load, *counted, method, *spans)
-
-
-def timed_changes(compiled: Compiled, conditions: Conditions) -> Changes:
-    """The changes of capacity, in order of time."""
-    changes = sorted(conditions.changes, key=lambda change: (change.at_s, change.wire))
-    if any(not 0 <= change.at_s < np.inf for change in changes):
-        raise CommsError("a change before the start", "conditions", "give times of zero or more")
-    wire = np.array([_resource(compiled, each.wire, each.factor) for each in changes], dtype=np.int64)
-    factor = np.array([change.factor for change in changes], dtype=np.float64)
-    at_s = np.array([change.at_s for change in changes], dtype=np.float64)
-    return Changes(at_s, wire, compiled.bytes_per_s[wire] * factor)
-
-
-def grown(timers: Timers) -> Timers:
-    """The same timers with twice the room."""
-    heap = np.zeros(2 * len(timers.heap), dtype=TIMER)
-    heap[: len(timers.heap)] = timers.heap
-    return Timers(heap, timers.size)
-
-
-def timers_in_reserve(world: World) -> int:
-    """As many as the loop keeps free for the events of one instant."""
-    return 2 * len(world.port) + 2 * len(world.run) + 2
-
-
-def is_short_of_timers(world: World) -> bool:
-    """Whether the loop stopped for want of timers."""
-    return bool(world.timers.size[0] >= len(world.timers.heap) - timers_in_reserve(world))
-
-
-def first_world(
-    compiled: Compiled, rates: FloatArray, conditions: Conditions, *, record: bool, again: bool
-) -> World:
-    """Nothing started yet. `again`: runs may be rewound."""
-    work = compiled.work
-    recorded, record0 = _record_rows(compiled, record)
-    left = still_to_come(compiled)
-    queue, first = queues(compiled)
-    rank, ports_of_rank = _ranks(compiled, conditions)
-    hops = int((work.edges["route1"] - work.edges["route0"]).max(initial=1))
-    return World(
-        **work._asdict(),
-        flows=empty_flows(rates, compiled.num_ports, hops),
-        timers=empty_timers(8 * compiled.num_ports + 4 * len(compiled.runs) + 1024),
-        finishes=empty_finishes(compiled.num_ports),
-        noise=Noise(conditions.noise_s, conditions.seed),
-        queue=queue,
-        port=_port_records(compiled, first),
-        ports_of_rank=ports_of_rank,
-        rank=rank,
-        run=compiled.runs,
-        ended=np.zeros(len(compiled.runs), dtype=np.int64),
-        got=received_at_first(compiled, left),
-        left=left,
-        left_again=left.copy() if again else left[:0],
-        record0=record0,
-        starts=np.zeros(recorded),
-        arrivals=np.zeros(recorded),
-        counters=np.array([0] * (NUM_COUNTERS - 1) + [ENDLESS], dtype=np.int64),
-    )
-
-
-def start_runs(world: World, numbers: Iterable[int]) -> None:
-    """Let runs start at their start_s. A run without messages ends there."""
-    for number in numbers:
-        its = world.run[number]
-        if its["messages"] == 0:
-            its["end_s"] = its["start_s"]
-            continue
-        add_timer(world.timers, float(its["start_s"]), -len(world.port) - 1 - number)
-        world.counters[WAITED_FOR] += not its["repeats"]
-
-
-def _port_records(compiled: Compiled, first: IntArray) -> NDArray[np.void]:
-    streams = compiled.work.streams
-    port = np.zeros(compiled.num_ports, dtype=PORT)
-    stream = np.repeat(np.arange(len(streams)), streams["ranks"])[compiled.port_rank]
-    port["row"], port["first"], port["last"] = first[:-1], first[:-1], first[1:]
-    port["stream"], port["rank"] = stream, compiled.port_rank - streams["rank0"][stream]
-    return port
-
-
-def _ranks(compiled: Compiled, conditions: Conditions) -> tuple[NDArray[np.void], NDArray[np.int32]]:
-    """Records of the ranks, and their ports one rank after another."""
-    rank = np.zeros(len(compiled.rank_node), dtype=RANK)
-    ends = np.cumsum(np.bincount(compiled.port_rank, minlength=len(rank)))
-    rank["port0"][1:], rank["port1"] = ends[:-1], ends
-    rank["overhead_s"] = _overheads(compiled, conditions)
-    return rank, np.argsort(compiled.port_rank, kind="stable").astype(np.int32)
-
-
-def _record_rows(compiled: Compiled, record: bool) -> tuple[int, IntArray]:
-    sizes = compiled.messages_by_stream()
-    return (int(sizes.sum()) if record else 0), np.cumsum(sizes) - sizes
 
 
 def _spans(

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from comms.simulation.jit import compiled
+from comms.simulation.jit import compiled, compiled_inside
 
 NONE = -1
 TIMER = np.dtype([("time", "f8"), ("number", "i8")], align=True)
@@ -45,6 +45,8 @@ def empty_finishes(num_ports: int) -> Finishes:
 @compiled
 def add_timer(timers: Timers, time: float, number: int) -> None:
     """One more event. There must be room."""
+    # Equal times are told apart by number, so that the order in which events come out does not depend on the order in
+    # which they were put in. Entries on the way move down into a hole: one write each, where a swap has two.
     heap, at = timers.heap, timers.size[0]
     timers.size[0] = at + 1
     while at > 0:
@@ -57,7 +59,7 @@ def add_timer(timers: Timers, time: float, number: int) -> None:
     heap[at].time, heap[at].number = time, number
 
 
-@compiled
+@compiled_inside
 def take_timer(timers: Timers) -> int:
     """Remove the earliest event; its number."""
     heap, size = timers.heap, timers.size[0] - 1
@@ -79,9 +81,11 @@ def take_timer(timers: Timers) -> int:
     return taken  # type: ignore[no-any-return]
 
 
-@compiled
+@compiled_inside
 def set_finish(finishes: Finishes, port: int, time: float) -> None:
     """A port's flow ends at `time`: put in, or moved."""
+    # Each port knows its place, so that an end that moves is moved and not put in again: where many share wires, a
+    # flow's rate changes several times before it ends.
     at = finishes.port[port].where
     if at == NONE:
         at = finishes.size[0]
@@ -97,7 +101,7 @@ def set_finish(finishes: Finishes, port: int, time: float) -> None:
         _down(finishes, at, port)
 
 
-@compiled
+@compiled_inside
 def clear_finish(finishes: Finishes, port: int) -> None:
     """Forget a port's finish time."""
     at = finishes.port[port].where
@@ -108,6 +112,7 @@ def clear_finish(finishes: Finishes, port: int) -> None:
     finishes.port[port].where = NONE
     if at == size:
         return
+    # The last entry fills the gap. It may come from another branch, so it may have to go either way.
     last = finishes.heap[size]
     if finishes.port[last].time < finishes.port[port].time:
         _up(finishes, at, last)
@@ -115,7 +120,7 @@ def clear_finish(finishes: Finishes, port: int) -> None:
         _down(finishes, at, last)
 
 
-@compiled
+@compiled_inside
 def _up(finishes: Finishes, at: int, port: int) -> None:
     heap, ports = finishes.heap, finishes.port
     time = ports[port].time
@@ -130,7 +135,7 @@ def _up(finishes: Finishes, at: int, port: int) -> None:
     ports[port].where = at
 
 
-@compiled
+@compiled_inside
 def _down(finishes: Finishes, at: int, port: int) -> None:
     heap, ports, size = finishes.heap, finishes.port, finishes.size[0]
     time = ports[port].time

@@ -1,8 +1,8 @@
-"""Live: full fidelity driven from outside, for programs whose communication starts when their chips get there.
+"""Incremental simulation: full fidelity driven from outside, for communication that starts when chips get there.
 
 All jobs that may ever run are given at first; each of their groups is started when its time has come, as often as
-needed, and whoever drives asks for what has ended since. Time goes forward only. Jobs that repeat are in the
-background: they start by themselves, and nobody hears of their ends.
+needed, and the caller is given what has ended since. Time goes forward only. Jobs that repeat are in the
+background: they start by themselves, and their ends are not reported.
 """
 
 from collections.abc import Sequence
@@ -11,12 +11,14 @@ from typing import NamedTuple
 import numpy as np
 
 from comms.errors import CommsError
+from comms.networks.conditions import UNDISTURBED, Conditions
 from comms.networks.topology import Topology
-from comms.simulation.compiled import Job, compile_jobs
-from comms.simulation.events import ENDED, MOST_RESTARTS, RESTARTS, WAITED_FOR, rewind, run
-from comms.simulation.full import (
-    CALM,
-    Conditions,
+from comms.simulation.compiled import CollectiveJob, compile_jobs
+from comms.simulation.events import MOST_RESTARTS, rewind, run
+from comms.simulation.world import (
+    ENDED,
+    RESTARTS,
+    WAITED_FOR,
     first_world,
     grown,
     is_short_of_timers,
@@ -34,10 +36,12 @@ class Ended(NamedTuple):
     group: int
 
 
-class Live:
+class IncrementalSimulation:
     """Jobs on a topology, started one by one."""
 
-    def __init__(self, topology: Topology, jobs: Sequence[Job], conditions: Conditions = CALM) -> None:
+    def __init__(
+        self, topology: Topology, jobs: Sequence[CollectiveJob], conditions: Conditions = UNDISTURBED
+    ) -> None:
         compiled = compile_jobs(topology, jobs)
         rates = rates_under(compiled, conditions)
         self._world = first_world(compiled, rates, conditions, record=False, again=True)

@@ -1,9 +1,9 @@
-"""Least: how soon jobs can be done at all, without moving their messages.
+"""Lower bound: how soon jobs can be done at all, without moving their messages.
 
-Two bounds from below, of which the later holds: a wire is busy for as long as all that crosses it takes at its rate,
+The later of two bounds holds: a wire is busy for as long as all that crosses it takes at its rate,
 and no message leaves before what its sender waits for has arrived, each as if it had its wires to itself.
 
-Where chunks of a channel do not wait for each other, only its longest message counts. Not looked at: messages that
+Where chunks of a channel do not wait for each other, only its longest message counts. Not counted: messages that
 share a port, overheads and noise, all of which can only add.
 """
 
@@ -13,7 +13,7 @@ from comms.networks.topology import FloatArray
 from comms.simulation.compiled import Compiled
 
 
-def least_end_s(compiled: Compiled, rates: FloatArray, until_s: float = np.inf) -> float:
+def end_lower_bound_s(compiled: Compiled, rates: FloatArray, until_s: float = np.inf) -> float:
     """The last job that is waited for ends no sooner; `rates`: of each resource, the most that it ever has.
 
     Where it is later than `until_s`, by how much need not be known.

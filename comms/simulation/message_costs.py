@@ -3,10 +3,10 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from comms.simulation.jit import compiled
+from comms.simulation.jit import compiled_inside
 
 
-@compiled
+@compiled_inside
 def uniform(seed: int, message: int, piece: int, started_s: float) -> float:
     """In (0, 1], from a hash of the message and its run's start (splitmix64): no state, no order to depend on."""
     x = np.uint64(seed + 1) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(message) * np.uint64(
@@ -20,7 +20,7 @@ def uniform(seed: int, message: int, piece: int, started_s: float) -> float:
     return (np.float64(x >> np.uint64(11)) + 1.0) / 9007199254740992.0
 
 
-@compiled
+@compiled_inside
 def forwarding_s(
     forward_nbytes: NDArray[np.float64],
     route: NDArray[np.int32],

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from comms.simulation.jit import compiled
+from comms.simulation.jit import compiled, compiled_inside, wide
 
 EPSILON = 1e-9  # relative; rates closer than this are equal
 NONE = -1
@@ -77,11 +77,13 @@ def empty_flows(bytes_per_s: NDArray[np.float64], num_flows: int, max_hops: int)
 @compiled
 def insert(flows: Flows, flow: int, route: NDArray[np.int32], start: int, end: int) -> bool:
     """Put a flow on route[start:end]. True when it is alone on all of it: its rate is then known at once."""
+    # The slowest wire is the bottleneck of a flow alone, and a guess for any other: the solver says. Until then such a
+    # flow has rate 0, so that it takes nothing from what is left for others.
     alone = True
     slowest = np.inf
     where = NONE
     for hop in range(end - start):
-        resource = route[start + hop]
+        resource = wide(route[start + hop])
         row = flows.flow[flow].row0 + hop
         first = flows.resource[resource].head
         if first != NONE:
@@ -101,7 +103,7 @@ def insert(flows: Flows, flow: int, route: NDArray[np.int32], start: int, end: i
 
 @compiled
 def remove(flows: Flows, flow: int) -> bool:
-    """Take a flow off its route. True when nobody shared any of it: no rate changes then."""
+    """Take a flow off its route. True when no other flow shared any of it: no rate changes then."""
     alone = True
     for row in range(flows.flow[flow].row0, flows.flow[flow].row0 + flows.flow[flow].hops):
         resource = flows.incidence[row].resource
@@ -149,9 +151,11 @@ def solve(flows: Flows, num: int) -> int:
 
     Old rates are in old_rate; the caller clears drawn of the flows it gets back.
     """
+    # Ends, as each turn draws in more flows or is the last. A turn costs what lies on the wires of those drawn in, and
+    # not what is under way elsewhere.
     while True:
         touched = _touch(flows, num)
-        _fill(flows, num, touched)
+        _fill(flows, touched)
         grown = _check(flows, num, touched)
         for row in range(touched):
             flows.resource[flows.touched[row].resource].row = NONE
@@ -160,7 +164,7 @@ def solve(flows: Flows, num: int) -> int:
         num = grown
 
 
-@compiled
+@compiled_inside
 def _touch(flows: Flows, num: int) -> int:
     """The resources of the flows to be solved, and what the others leave of them."""
     touched = 0
@@ -175,6 +179,7 @@ def _touch(flows: Flows, num: int) -> int:
                 flows.touched[touched].room = flows.resource[resource].bytes_per_s
                 flows.touched[touched].open = 0
                 touched += 1
+    # What flows that are not drawn in have now is taken as given: if that turns out wrong, `_check` draws them in.
     for place in range(touched):
         row = flows.resource[flows.touched[place].resource].head
         while row != NONE:
@@ -184,19 +189,23 @@ def _touch(flows: Flows, num: int) -> int:
             else:
                 flows.touched[place].room -= flows.flow[flow].rate
             row = flows.incidence[row].after
+        # The given rates may add up to a rounding more than there is.
         flows.touched[place].room = max(0.0, flows.touched[place].room)
     return touched
 
 
-@compiled
-def _fill(flows: Flows, num: int, touched: int) -> None:
+@compiled_inside
+def _fill(flows: Flows, touched: int) -> None:
     """Progressive filling: the resource with the least share settles its flows; shares only grow."""
-    size = 0
+    # Settling a flow at the least share leaves no resource with a smaller share than it had. So an entry of the heap
+    # that is out of date is too small, never too large: it comes up early, and is put in again as it is now.
+    size = wide(0)
     for place in range(touched):
         size = _push(flows, size, flows.touched[place].room / flows.touched[place].open, place)
     while size > 0:
         share, place = flows.heap[0].share, flows.heap[0].row
         size = _pop(flows, size)
+        # Its flows have all been settled on other resources.
         if flows.touched[place].open == 0:
             continue
         now = max(0.0, flows.touched[place].room) / flows.touched[place].open
@@ -218,7 +227,7 @@ def _fill(flows: Flows, num: int, touched: int) -> None:
             row = flows.incidence[row].after
 
 
-@compiled
+@compiled_inside
 def _check(flows: Flows, num: int, touched: int) -> int:
     """Draw in whoever has no bottleneck now, or is faster than a flow on that flow's bottleneck."""
     for place in range(touched):
@@ -232,6 +241,8 @@ def _check(flows: Flows, num: int, touched: int) -> int:
                 if flows.flow[flow].bottleneck == resource:
                     bound = min(bound, flows.flow[flow].rate)
             row = flows.incidence[row].after
+        # A flow that was left alone keeps its rate if its bottleneck is still full with no faster flow on it, and if no
+        # flow that was solved has this as its bottleneck and is slower. Nothing changed on resources not touched.
         full = flows.touched[place].room <= EPSILON * flows.resource[resource].bytes_per_s
         row = flows.resource[resource].head
         while row != NONE:
@@ -247,7 +258,7 @@ def _check(flows: Flows, num: int, touched: int) -> int:
     return num
 
 
-@compiled
+@compiled_inside
 def _push(flows: Flows, size: int, share: float, row: int) -> int:
     at = size
     while at > 0:
@@ -260,7 +271,7 @@ def _push(flows: Flows, size: int, share: float, row: int) -> int:
     return size + 1
 
 
-@compiled
+@compiled_inside
 def _pop(flows: Flows, size: int) -> int:
     size -= 1
     share, row = flows.heap[size].share, flows.heap[size].row
@@ -275,18 +286,3 @@ def _pop(flows: Flows, size: int) -> int:
         at = child
     flows.heap[at].share, flows.heap[at].row = share, row
     return size
-
-
-def fair_rates(
-    bytes_per_s: NDArray[np.float64], offsets: NDArray[np.int64], resources: NDArray[np.int32]
-) -> NDArray[np.float64]:
-    """[flows] Max-min fair rates of flows with routes resources[offsets[i] : offsets[i + 1]], all at once."""
-    num = len(offsets) - 1
-    flows = empty_flows(bytes_per_s, num, int(np.diff(offsets).max(initial=0)))
-    drawn = 0
-    for flow in range(num):
-        insert(flows, flow, resources, offsets[flow], offsets[flow + 1])
-        drawn = draw_in(flows, flow, drawn)
-    solve(flows, drawn)
-    rates: NDArray[np.float64] = flows.flow["rate"]
-    return rates

@@ -11,9 +11,10 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from comms.simulation.events import SAME_INSTANT, Noise
-from comms.simulation.jit import compiled
+from comms.simulation.events import SAME_INSTANT
+from comms.simulation.jit import compiled, compiled_inside
 from comms.simulation.message_costs import forwarding_s, uniform
+from comms.simulation.world import Noise
 
 NONE = -1
 
@@ -21,7 +22,7 @@ NONE = -1
 class Sweep(NamedTuple):
     """Where everything is."""
 
-    # From here to forward_nbytes as in compiled.Work: a tuple in a tuple costs time.
+    # From here to forward_nbytes as in compiled.MessageTable: a tuple in a tuple costs time.
     streams: NDArray[np.void]
     rounds: NDArray[np.void]
     edges: NDArray[np.void]
@@ -55,6 +56,8 @@ def sweep(s: Sweep) -> bool:
         for hop in range(s.edges[number].route0, s.edges[number].route1):
             slowest = min(slowest, s.resource[s.route[hop]].bytes_per_s)
         s.rate[number] = slowest
+    # Stream by stream, though they run side by side: that is right only while no two use the same wire, which `_take`
+    # checks. Within a stream the order of the schedule is one in which everything that a message waits for is known.
     for number in range(len(s.streams)):
         stream = s.streams[number]
         chains = stream.pieces * stream.ranks * stream.groups
@@ -74,7 +77,7 @@ def sweep(s: Sweep) -> bool:
     return True
 
 
-@compiled
+@compiled_inside
 def _after_piece_before(s: Sweep, number: int, piece: int) -> None:
     """A chip starts on a piece when it is done with the one before."""
     stream = s.streams[number]
@@ -89,7 +92,7 @@ def _after_piece_before(s: Sweep, number: int, piece: int) -> None:
             s.staged[here + group] = s.ready[here + group]
 
 
-@compiled
+@compiled_inside
 def _round(s: Sweep, number: int, piece: int) -> bool:
     """One piece of one round."""
     each = s.rounds[number]
@@ -118,6 +121,7 @@ def _round(s: Sweep, number: int, piece: int) -> bool:
             came += forwarding_s(
                 s.forward_nbytes, s.route, s.resource, edge.route0, edge.route1, s.nbytes[message]
             )
+        # What arrives in a round is held back until the round is through: messages wait for earlier rounds only.
         for offset in range(num):
             chain = base + edge.dst * groups + (chunk + offset) % groups
             s.staged[chain] = max(s.staged[chain], came)
@@ -132,7 +136,7 @@ def _round(s: Sweep, number: int, piece: int) -> bool:
     return True
 
 
-@compiled
+@compiled_inside
 def _note(s: Sweep, number: int, message: int, piece: int, start: float, end: float, came: float) -> None:
     """When chips and jobs are done, and the message's times where they are recorded."""
     each = s.rounds[number]
@@ -148,13 +152,15 @@ def _note(s: Sweep, number: int, message: int, piece: int, start: float, end: fl
         s.starts[row], s.arrivals[row] = start, came
 
 
-@compiled
+@compiled_inside
 def _take(s: Sweep, stream: int, edge: int, start: float, end: float) -> bool:
     """Take the wires of a route from start to end; False where they are taken."""
     for hop in range(s.edges[edge].route0, s.edges[edge].route1):
         resource = s.route[hop]
+        # Another stream's messages may lie before or after this one in time: not known here, so nothing is claimed.
         if s.owner[resource] != stream and s.owner[resource] != NONE:
             return False
+        # A start at the very end of the last message is no meeting, within the event loop's idea of one instant.
         if start < s.busy_until[resource] * (1.0 - SAME_INSTANT):
             return False
         s.owner[resource] = stream

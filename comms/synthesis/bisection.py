@@ -1,4 +1,4 @@
-"""Bisection: the least that the two halves of a network can tell each other, and what no collective can beat.
+"""Bisection: the least bandwidth between two halves of a network, and bounds that no collective can beat.
 
 A cut puts one half of the chips (one more on either side where their number is odd) on one side and the switches
 where they let the least across. Its capacity is what its wires carry from one side to the other, the smaller of
@@ -12,7 +12,7 @@ both directions; a half-duplex wire counts whole. Bisection bandwidth is the lea
     all else                    the best of some straight cuts after exchanges of pairs (Kernighan and Lin, Bell System
                                 Technical J. 49, 1970): the bisection is no larger, and may be smaller
 
-Lower bounds for a collective follow from any cut: what one side has to tell the other over its capacity, where a
+Lower bounds for a collective follow from any cut: what one side has to send the other over its capacity, where a
 side may be a single chip. They hold for every schedule, however it shares out and relays its bytes (Chan,
 Heimlich, Purkayastha, van de Geijn, Concurrency and Computation 19, 2007, section 4).
 """
@@ -65,6 +65,7 @@ def bisection(topology: Topology) -> Cut:
     n = topology.num_chips
     if n == 1:
         return _cut(wires, np.ones(topology.num_nodes, dtype=np.bool_), n, Proof.CLOSED_FORM)
+    # Closed forms first: they are exact at any size. Then every cut, as far as that can be afforded; then a search.
     if shape.num_nodes < topology.num_nodes:  # chips of a larger torus: others pass nothing on for them
         return bisection(shape)
     if isinstance(shape, FullMesh):
@@ -81,13 +82,13 @@ def bisection(topology: Topology) -> Cut:
 
 
 def narrow_cuts(topology: Topology) -> tuple[Cut, ...]:
-    """Cuts that may bound a collective: the bisection, and around each bunch of chips that are close together."""
+    """Cuts that may bound a collective: the bisection, and around each subgroup of chips that are close together."""
     wires, num_chips, cuts = topology.wires(), topology.num_chips, [bisection(topology)]
     if 2 < num_chips <= SEARCHED_CHIPS:
-        for bunch in (
-            bunch for level in hierarchy(topology) for bunch in level if 1 < len(bunch) < num_chips
+        for subgroup in (
+            subgroup for level in hierarchy(topology) for subgroup in level if 1 < len(subgroup) < num_chips
         ):
-            chips = np.isin(np.arange(num_chips), bunch)
+            chips = np.isin(np.arange(num_chips), subgroup)
             side = _with_switches(wires, chips, topology.num_nodes)
             cuts.append(_cut(wires, side, num_chips, Proof.BEST_FOUND))
     return tuple(cuts)
@@ -111,10 +112,12 @@ def bandwidth_bound(
     if n < 2 or op is Op.BARRIER:
         return 0.0
     out_of, into = _port_rates(wires, wires.tail, ranks), _port_rates(wires, wires.head, ranks)
+    # A chip by itself is a cut too, with all its own wires across.
     is_inside = np.eye(n, dtype=np.bool_)
     sends = np.array([_crossing(op, inside, root) for inside in is_inside]) * nbytes
-    hears = np.array([_crossing(op, ~inside, root) for inside in is_inside]) * nbytes
-    bounds = [float((sends / out_of).max()), float((hears / into).max())]
+    receives = np.array([_crossing(op, ~inside, root) for inside in is_inside]) * nbytes
+    bounds = [float((sends / out_of).max()), float((receives / into).max())]
+    # All that is sent leaves some chip and enters another. (Switches that add take in what no chip receives.)
     if not switches_reduce:
         total = _total(op, n) * nbytes
         bounds += [total / float(out_of.sum()), total / float(into.sum())]
@@ -128,6 +131,7 @@ def bandwidth_bound(
 def latency_bound(topology: Topology, op: Op, chips: Sequence[int] | None = None, root: int = 0) -> float:
     """Seconds until what one chip has can have come to where it is needed, over the quickest wires."""
     ranks = np.arange(topology.num_chips) if chips is None else np.asarray(chips, dtype=np.int64)
+    # The farthest pair over some of the sources only: a bound that is too low is still a bound.
     step = -(-len(ranks) // BOUND_SOURCES)
     paths = paths_of(topology.wires(), topology, through_chips=True)
     match op:
@@ -154,7 +158,7 @@ def makespan_bound(
 
 
 def _crossing(op: Op, inside: BoolArray, root: int) -> float:
-    """Share of nbytes that the ranks inside have to tell those outside, together."""
+    """Share of nbytes that the ranks inside have to send to those outside, together."""
     n, a = len(inside), int(inside.sum())
     b = n - a
     if a == 0 or b == 0:
@@ -176,7 +180,7 @@ def _crossing(op: Op, inside: BoolArray, root: int) -> float:
 def _total(op: Op, n: int) -> float:
     """What all chips send in all over nbytes, where only chips add and copy."""
     match op:
-        case Op.ALL_REDUCE:  # n - 1 partial sums to make one whole, which n - 1 chips are told
+        case Op.ALL_REDUCE:  # n - 1 partial sums to make one whole, which n - 1 chips then get
             return 2.0 * (n - 1)
         case Op.GATHER | Op.SCATTER:
             return (n - 1) / n
@@ -234,6 +238,7 @@ def _every_cut(wires: Wires, num_chips: int, num_nodes: int) -> Cut:
     capacity = _capacities(wires, num_nodes)
     num_switches = num_nodes - num_chips
     switches = (np.arange(2**num_switches)[:, None] >> np.arange(num_switches)) & 1
+    # A cut of an odd number of chips has two sizes, as what passes one way and what passes the other may differ.
     best, side = np.inf, np.zeros(num_nodes, dtype=np.bool_)
     for size in {num_chips // 2, -(-num_chips // 2)}:
         rows = np.array(list(combinations(range(num_chips), size)), dtype=np.int64).reshape(-1, size)
@@ -242,6 +247,7 @@ def _every_cut(wires: Wires, num_chips: int, num_nodes: int) -> Cut:
         step = max(1, BLOCK_CUTS // len(switches))
         for start in range(0, len(rows), step):
             some = chips[start : start + step]
+            # Rows of 0 and 1 for the nodes: two products of matrices are what passes in a block of cuts.
             nodes = np.hstack([np.repeat(some, len(switches), axis=0), np.tile(switches, (len(some), 1))])
             passed = ((nodes @ capacity) * (1 - nodes)).sum(axis=1)
             if passed.min() < best:
@@ -271,6 +277,7 @@ def _capacities(wires: Wires, num_nodes: int) -> FloatArray:
 
 def _with_switches(wires: Wires, chips: BoolArray, num_nodes: int) -> BoolArray:
     """[nodes] Each switch with those neighbours that it has the most rate to, from the chips inwards."""
+    # Switches take the side of the majority around them, layer by layer outwards: a few rounds reach any root.
     pull = np.zeros(num_nodes)
     pull[: len(chips)] = np.where(chips, 1.0, -1.0)
     for _ in range(16):
@@ -292,6 +299,7 @@ def _exchanged(weights: FloatArray, side: BoolArray, num_chips: int) -> BoolArra
     free[:num_chips] = True
     gains, moves = [0.0], []
     while (free & (sign > 0)).any() and (free & (sign < 0)).any():
+        # The gain of a pair is that of both alone, less twice the rate between them, which passes before and after.
         one = int(np.where(free & (sign > 0), pull, -np.inf).argmax())
         gain = np.where(free & (sign < 0), pull - 2 * weights[one], -np.inf)
         other = int(gain.argmax())
@@ -302,10 +310,13 @@ def _exchanged(weights: FloatArray, side: BoolArray, num_chips: int) -> BoolArra
             pull += 2 * sign * sign[node] * weights[node]
             sign[node] = -sign[node]
             pull[node] = -pull[node]
+    # Pairs are exchanged to the end, also at a loss, and only then the best moment is taken: that leads out of cuts
+    # that no single exchange improves.
     best = int(np.argmax(gains))
     moved = side.copy()
     for pair in moves[:best]:
         moved[list(pair)] ^= True
+    # Better by more than roundings, or passes would go on for ever.
     settled = _settled(weights, moved, num_chips)
     return settled if _across(weights, settled) < _across(weights, side) * (1 - 1e-9) else None
 

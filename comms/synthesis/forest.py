@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from comms.networks.topology import FloatArray, IntArray, Routes, Topology, ranges
+from comms.networks.topology import FloatArray, IntArray, Routes, Topology
 
 BASE = 4.0  # a wire costs this much more with one tree more, near the fullest
 STEEPEST = 40.0  # logarithm of the most that the cost of two wires may differ by, for the same rate
@@ -78,23 +78,21 @@ def hops_of(topology: Topology) -> Hops:
     wires = topology.wires()
     src, dst = (each.ravel() for each in np.nonzero(~np.eye(n, dtype=np.bool_)))
     routes = topology.routes(src, dst)
+    # A route with a chip on the way is two hops: it enters chips twice.
     ends = np.concatenate([[0], np.cumsum(wires.head[routes.wires] < n)])
     kept = np.flatnonzero(ends[routes.offsets[1:]] - ends[routes.offsets[:-1]] == 1)
-    lengths = np.diff(routes.offsets)[kept]
-    offsets = np.concatenate([[0], np.cumsum(lengths)])
-    rows = ranges(routes.offsets[kept], lengths)
-    taken = routes.wires[rows]
+    taken = routes.take(kept)
     number = np.full((n, n), NONE)
     number[src[kept], dst[kept]] = np.arange(len(kept))
-    resources = wires.shares[taken]
+    resources, starts = wires.shares[taken.wires], taken.offsets[:-1]
     rates = wires.bytes_per_s[resources]
     return Hops(
         n,
         src[kept],
         dst[kept],
-        Routes(offsets, resources),
-        np.minimum.reduceat(rates, offsets[:-1]) if len(kept) else rates,
-        np.add.reduceat(wires.latency_s[taken], offsets[:-1]) if len(kept) else rates,
+        Routes(taken.offsets, resources),
+        np.minimum.reduceat(rates, starts) if len(kept) else rates,
+        np.add.reduceat(wires.latency_s[taken.wires], starts) if len(kept) else rates,
         number,
         wires.bytes_per_s.astype(np.float64),
     )
@@ -128,6 +126,7 @@ class Wanted:
 def pack(hops: Hops, wanted: Wanted, *, lean: float, sweeps: int, seed: int) -> Forest:
     """Trees with a small load on the fullest wire. Time grows with sweeps x trees x chips^2."""
     packing = _Packing(hops, wanted, lean, np.random.default_rng(seed))
+    # A sweep may make things worse, as each tree is laid against all others as they are: the best state is kept.
     best, fullest, last = packing.forest(), np.inf, 0
     for each in range(sweeps + 1):
         packing.sweep()
@@ -151,6 +150,7 @@ def _uses(hops: Hops, ways: IntArray, personal: bool) -> FloatArray:
     uses = np.zeros(hops.num_hops)
     taken = ways[ways >= 0]
     uses[taken] = 1.0
+    # One part for each chip below: a hop carries as many as hang on it.
     if personal:
         uses[taken] = 0.0
         for way in ways.tolist():
@@ -181,12 +181,13 @@ class _Packing:
                 self._lay(way, tree)
 
     def _lay(self, way: str, tree: int) -> None:
-        from comms.synthesis.path_tree import grown  # compiled loops, only where they are needed
+        from comms.synthesis.loops import path_tree  # compiled, and loaded only where it is needed
 
+        # Taken out before it is laid anew, so that it does not avoid itself.
         self.total -= self.load[way][tree]
         costs = self.hops.costs(self._lengths())
         into = costs if way == "down" else np.ascontiguousarray(costs.T)
-        parent = grown(into, self.wanted.roots[tree], self.lean)
+        parent = path_tree(into, self.wanted.roots[tree], self.lean)
         chips = np.flatnonzero(parent >= 0)
         ends = (parent[chips], chips) if way == "down" else (chips, parent[chips])
         self.ways[way][tree, chips] = self.hops.number[ends]
@@ -199,6 +200,9 @@ class _Packing:
 
         A little noise is against ties.
         """
+        # exp(steep * (full - worst)) is 1 where a wire is fullest and one BASE-th where it carries one tree less: the
+        # smaller the load, the steeper, so that a few trees avoid each other as much as many do. Held to STEEPEST:
+        # what costs less than that vanishes beside the others anyway.
         full = self.total / self.hops.capacity
         worst = int(np.argmax(full))
         steep = min(np.log(BASE) * self.total[worst], STEEPEST) / full[worst] if full[worst] > 0 else 0.0

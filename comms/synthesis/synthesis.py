@@ -5,7 +5,7 @@ put into a timetable (`synthesis.timetable`), and the best few are timed at full
 and broadcast run down trees, reduce-scatter and reduce up, all-reduce both ways over the same roots, so that the
 way back of the first pieces goes on beside the way there of the last; all-to-all takes the paths of trees.
 
-What comes out is the best that was found, not the best there is; `least_seconds` says how far it can be from it.
+What comes out is the best that was found, not the best there is; `least_s` says how far it can be from it.
 Not modelled: switches that reduce, what a chip needs to start a message (small pieces cost nothing but latency),
 and room for pieces on the way.
 """
@@ -32,12 +32,10 @@ HELPS = 1.02  # twice the pieces must shorten the timetable by this factor
 MAX_PACKED = 2**20  # trees x chips^2
 MAX_SENDS = 2**16
 MAX_SHARED_SENDS = 12_000  # events cost more than a sweep
-MAX_CELLS = (
-    2**25
-)  # chunks x chips x rounds of all channels: what is kept at full fidelity of who waits for what
-FINALISTS = (
-    3  # times effort, timed at full fidelity where wires are shared; elsewhere a timetable says the same
-)
+# Chunks x chips x rounds of all channels: what full fidelity keeps of who waits for what.
+MAX_CELLS = 2**25
+# Times effort: timed at full fidelity where wires are shared; elsewhere a timetable says the same.
+FINALISTS = 3
 SHARED_CHANNELS = (1, 16)
 TREES = {
     Op.ALL_REDUCE: (1, 2, 4, 8, 16, 24, 32, 48),
@@ -75,7 +73,7 @@ class Verdict:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Task:
+class _SynthesisTask:
     """What is asked for."""
 
     op: Op
@@ -149,7 +147,7 @@ def synthesize(
     return Synthesized(schedule, 0.0, 0.0, 0.0, np.zeros(len(task.hops.capacity)))
 
 
-def _task(op: Op, topology: Topology, nbytes: float, root: int, seed: int, effort: int) -> _Task:
+def _task(op: Op, topology: Topology, nbytes: float, root: int, seed: int, effort: int) -> _SynthesisTask:
     if op not in TREES:
         raise CommsError(f"cannot synthesize {op}", "synthesis", f"ask for one of {', '.join(TREES)}")
     if nbytes < 0:
@@ -161,10 +159,10 @@ def _task(op: Op, topology: Topology, nbytes: float, root: int, seed: int, effor
     hops = hops_of(topology)
     if not np.isfinite(hops.ways(np.ones(hops.num_hops))).all():
         raise CommsError("chips cannot reach each other hop by hop", "synthesis", "join them by links")
-    return _Task(op, topology, nbytes, root, seed, effort, hops)
+    return _SynthesisTask(op, topology, nbytes, root, seed, effort, hops)
 
 
-def _drafts(task: _Task) -> list[_Draft]:
+def _drafts(task: _SynthesisTask) -> list[_Draft]:
     """Timetables, the shortest first. Forests whose fullest wire alone takes longer than the best are left out."""
     most = MAX_SENDS if task.hops.is_single_wires else MAX_SHARED_SENDS
     drafts: list[_Draft] = []
@@ -174,7 +172,7 @@ def _drafts(task: _Task) -> list[_Draft]:
     return sorted(drafts, key=lambda draft: draft.planned.seconds)
 
 
-def _forests(task: _Task) -> Iterator[_Packed]:
+def _forests(task: _SynthesisTask) -> Iterator[_Packed]:
     """One per number of trees, way of growing them and start; many trees are left out where they take too long."""
     for trees in TREES[task.op]:
         wanted = _wanted(task, trees)
@@ -185,7 +183,7 @@ def _forests(task: _Task) -> Iterator[_Packed]:
             yield _Packed(forest, wanted.nbytes, fullest_seconds(task.hops, forest, wanted.nbytes))
 
 
-def _wanted(task: _Task, trees: int) -> Wanted:
+def _wanted(task: _SynthesisTask, trees: int) -> Wanted:
     op, n = task.op, task.hops.num_chips
     down = op not in (Op.REDUCE, Op.REDUCE_SCATTER)
     up = op in (Op.ALL_REDUCE, Op.REDUCE, Op.REDUCE_SCATTER)
@@ -208,7 +206,7 @@ def _central(hops: Hops, nbytes: float) -> IntArray:
     return near
 
 
-def _cut(task: _Task, packed: _Packed, most: int) -> _Draft:
+def _cut(task: _SynthesisTask, packed: _Packed, most: int) -> _Draft:
     """As many pieces as help: their number doubles while the timetable gets shorter by enough."""
     best: _Draft | None = None
     pieces = 1
@@ -224,9 +222,9 @@ def _cut(task: _Task, packed: _Packed, most: int) -> _Draft:
         pieces *= 2
 
 
-def _fastest(task: _Task, drafts: list[_Draft]) -> Synthesized:
+def _fastest(task: _SynthesisTask, drafts: list[_Draft]) -> Synthesized:
     """The fastest schedule of the best few drafts, at full fidelity."""
-    from comms.simulation.compiled import Job
+    from comms.simulation.compiled import CollectiveJob
     from comms.simulation.full import simulate  # compiled loops, only where they are needed
 
     chips = np.arange(task.hops.num_chips)
@@ -237,7 +235,7 @@ def _fastest(task: _Task, drafts: list[_Draft]) -> Synthesized:
             rounds = sum(len(channel.rounds) for channel in schedule.channels)
             if best is not None and schedule.num_chunks * len(chips) * rounds > MAX_CELLS:
                 continue
-            seconds = float(simulate(task.topology, [Job(schedule, chips, task.nbytes)]).seconds[0])
+            seconds = float(simulate(task.topology, [CollectiveJob(schedule, chips, task.nbytes)]).seconds[0])
             if best is None or seconds < best.seconds:
                 busy = draft.planned.busy_s / seconds if seconds else draft.planned.busy_s
                 best = Synthesized(schedule, seconds, draft.planned.seconds, _least(task), busy)
@@ -257,23 +255,19 @@ def _deals(hops: Hops, draft: _Draft) -> list[IntArray]:
     return [*(chunk % count for count in SHARED_CHANNELS), chunk * draft.num_trees // len(chunk)]
 
 
-def _schedule(task: _Task, draft: _Draft, deal: IntArray) -> Schedule:
+def _schedule(task: _SynthesisTask, draft: _Draft, deal: IntArray) -> Schedule:
     n, chunks = task.hops.num_chips, draft.sends.num_chunks
     share = n / chunks if task.op is Op.ALL_TO_ALL else 1.0 / chunks
     channels = channels_of(task.hops, draft.sends, draft.planned, deal)
     return Schedule(task.op, NAME, n, chunks, share, channels, task.root)
 
 
-def least_seconds(op: Op, topology: Topology, nbytes: float, *, root: int = 0) -> float:
+def _least(task: _SynthesisTask) -> float:
     """No schedule among chips is faster: what chips, all of them and halves of them must send, and the longest way.
 
     All-reduce needs 2 (chips - 1) messages for each byte, as gossip in a directed graph does (Harary and Schwenk,
     Pacific Journal of Mathematics 54, 1974). Switches that reduce can be faster.
     """
-    return _least(_task(op, topology, nbytes, root, 0, 1))
-
-
-def _least(task: _Task) -> float:
     if task.hops.num_chips < 2:
         return 0.0
     bound = makespan_bound(

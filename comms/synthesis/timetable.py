@@ -20,7 +20,7 @@ from comms.networks.topology import FloatArray, IntArray
 from comms.synthesis.forest import NONE, Forest, Hops
 
 if TYPE_CHECKING:
-    from comms.synthesis.timetable_loops import Work
+    from comms.synthesis.loops import SendTable
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -124,12 +124,12 @@ def timetable(hops: Hops, sends: Sends, nbytes: float, pace_s: float, seed: int)
 
     Time grows with the messages, and with how many wait for a wire beyond a switch.
     """
-    from comms.synthesis.timetable_loops import (  # compiled loops, only where they are needed
+    from comms.synthesis.loops import (  # compiled loops, only where they are needed
         played,
         ways_behind,
     )
 
-    work = _work(hops, sends, nbytes)
+    work = _send_table(hops, sends, nbytes)
     lot = np.random.default_rng(seed).random(len(sends.hop))
     turn = np.empty(len(lot), dtype=np.int64)
     turn[np.lexsort((lot, sends.piece * pace_s - ways_behind(work)))] = np.arange(len(lot))
@@ -139,14 +139,14 @@ def timetable(hops: Hops, sends: Sends, nbytes: float, pace_s: float, seed: int)
     return Timetable(start, float((start + work.arriving_s).max(initial=0.0)), hops.loads(busy))
 
 
-def _work(hops: Hops, sends: Sends, nbytes: float) -> "Work":
-    from comms.synthesis.timetable_loops import Work
+def _send_table(hops: Hops, sends: Sends, nbytes: float) -> "SendTable":
+    from comms.synthesis.loops import SendTable
 
     late, early = sends.needs
     order = np.argsort(early, kind="stable")
     after0 = np.searchsorted(early[order], np.arange(len(sends.hop) + 1))
     moving_s = nbytes / hops.bytes_per_s[sends.hop]
-    return Work(
+    return SendTable(
         sends.hop,
         moving_s,
         moving_s + hops.latency_s[sends.hop],
@@ -160,13 +160,13 @@ def _work(hops: Hops, sends: Sends, nbytes: float) -> "Work":
 
 def channels_of(hops: Hops, sends: Sends, planned: Timetable, deal: IntArray) -> tuple[Channel, ...]:
     """The order of a timetable as channels in which no chunk waits for another; chunk c is in channel deal[c]."""
-    from comms.synthesis.timetable_loops import places
+    from comms.synthesis.loops import places
 
     channel = deal[sends.chunk]
     first_wire = hops.routes.wires[hops.routes.offsets[sends.hop]]
     port = (first_wire * hops.num_chips + hops.src[sends.hop]) * (int(deal.max()) + 1) + channel
     order = np.argsort(planned.start_s, kind="stable")
-    place = places(_work(hops, sends, 0.0), order, np.unique(port, return_inverse=True)[1])
+    place = places(_send_table(hops, sends, 0.0), order, np.unique(port, return_inverse=True)[1])
     place = place * 2 + sends.reduces  # what adds and what replaces cannot be in one round
     patterns: dict[tuple[bytes, bytes], Pattern] = {}
     channels = []

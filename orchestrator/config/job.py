@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from partitioner.layout.parallel_plan import PipelineSchedule
+
 
 class Dtype(StrEnum):
     """The type of parameters and activations; optimizer state is at least fp32."""
@@ -16,13 +18,6 @@ class Dtype(StrEnum):
     FP32 = "fp32"
     BF16 = "bf16"
     FP64 = "fp64"
-
-
-class PipelineSchedule(StrEnum):
-    """The order in which a pipeline stage runs its microbatches."""
-
-    GPIPE = "gpipe"
-    ONE_F_ONE_B = "1f1b"
 
 
 class LrShape(StrEnum):

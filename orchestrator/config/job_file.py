@@ -9,11 +9,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
 
 from comms.errors import ConfigError, combined
+from kernels.builtin_optimizers import BUILT_IN
 from orchestrator.config.job import (
     Checkpoints,
     Dtype,
@@ -21,12 +22,12 @@ from orchestrator.config.job import (
     LrSchedule,
     LrShape,
     Optimizer,
-    PipelineSchedule,
     PlanChoice,
     Validation,
 )
 from orchestrator.config.schema import CountOr, Section, field_error, section_at, validate
 from orchestrator.config.yaml_file import Document, Location, parse_scalar, read_yaml
+from partitioner.layout.parallel_plan import PipelineSchedule
 
 # What `train` runs when nothing is said: a small GPT on the text that comes with the interpreter.
 DEFAULT_MODEL = "builtin:gpt-mini"
@@ -43,11 +44,16 @@ Positive = Annotated[int, Field(ge=1)]
 Natural = Annotated[int, Field(ge=0)]
 Ratio = Annotated[float, Field(ge=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
+if TYPE_CHECKING:
+    ScheduleName = str
+else:
+    ScheduleName = Literal[tuple(map(str, PipelineSchedule))]  # a new schedule is a new word here
 
 
 def _optimizer_name(name: str) -> str:
-    if re.fullmatch(r"adamw|sgd|[\w.]+:\w+", name) is None:
-        raise field_error(f"{name!r} is not an optimizer", "write adamw, sgd or pkg.module:factory")
+    if name not in BUILT_IN and re.fullmatch(r"[\w.]+:\w+", name) is None:
+        hint = f"write {', '.join(BUILT_IN)} or pkg.module:factory"
+        raise field_error(f"{name!r} is not an optimizer", hint)
     return name
 
 
@@ -79,7 +85,7 @@ class PlanSection(Section):
     tp: Degree = None
     pp: Degree = None
     zero: Literal[0, 1] = 0
-    schedule: Literal["gpipe", "1f1b"] = "1f1b"
+    schedule: ScheduleName = "1f1b"
 
 
 class ValidationSection(Section):
@@ -148,7 +154,7 @@ def job_from(document: Document) -> Job:
         ),
         clip_norm=file.clip_norm,
         lr_schedule=LrSchedule(LrShape(lr.name), lr.warmup_steps, lr.min_lr_ratio),
-        plan=PlanChoice(plan.dp, plan.tp, plan.pp, plan.zero, PipelineSchedule(plan.schedule)),
+        plan=PlanChoice(plan.dp, plan.tp, plan.pp, plan.zero, PipelineSchedule.named(plan.schedule)),
         validation=Validation(file.validation.every, file.validation.batches),
         checkpoints=Checkpoints(file.checkpoints.every, file.checkpoints.keep),
     )

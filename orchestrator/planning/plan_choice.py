@@ -13,7 +13,7 @@ from math import ceil
 from comms.errors import PlanError
 from orchestrator.config.hardware.cluster import Cluster
 from orchestrator.config.job import Dtype, Job
-from partitioner.layout.parallel_plan import Plan, Schedule
+from partitioner.layout.parallel_plan import PipelineSchedule, Plan
 
 STATE_SHARE = 0.6  # of a chip's memory; the rest is for activations and buffers
 MICROBATCHES_PER_STAGE = 2  # at least: a bubble (p-1)/(m+p-1) of about a third
@@ -32,7 +32,7 @@ class Wish:
     tp: int | None = None
     pp: int | None = None
     zero: int = 0
-    schedule: Schedule = Schedule.ONE_F_ONE_B
+    schedule: PipelineSchedule = PipelineSchedule.ONE_F_ONE_B
     microbatches: int | None = None
     dtype: Dtype = Dtype.FP32
     seq: int = 1
@@ -56,24 +56,18 @@ def choose_plan(job: Job, cluster: Cluster, num_params: int, refused: Sequence[R
     Raises PlanError with the arithmetic when degrees cannot work.
     """
     asked = job.plan
-    schedule = Schedule(str(asked.schedule))
     wish = Wish(
         job.global_batch,
         asked.dp,
         asked.tp,
         asked.pp,
         asked.zero,
-        schedule,
+        asked.schedule,
         job.microbatches,
         job.dtype,
         job.seq,
     )
     return fulfil(wish, cluster, num_params, refused)
-
-
-def split_chips(cluster: Cluster, global_batch: int, num_params: int) -> Plan:
-    """The plan when nothing is asked."""
-    return fulfil(Wish(global_batch), cluster, num_params)
 
 
 def fulfil(wish: Wish, cluster: Cluster, num_params: int, refused: Sequence[Refusal] = ()) -> Plan:

@@ -1,34 +1,46 @@
 """Preparation: from a cluster, a job and perhaps a plan to a Program, with torch imported only if it must be.
 
-What every verb starts with. A Program made before from the same content comes from the cache; then neither torch nor
-the model is needed to simulate it.
+What every verb starts with. A Program made before from the same content comes from a folder of the user's cache; then
+neither torch nor the model is needed to simulate it. The key is a digest of everything that decides the result, the
+code of the partitioner included, so an entry can be stale only if a model changes without its description changing;
+models from the user's own files are therefore never cached. Entries are written whole or not at all.
 """
 
-from collections.abc import Callable
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cache
 from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from comms.errors import PartitionError, PlanError, ProgramError, located
+from comms.errors import PartitionError, PlanError, ProgramError, UserError, located
+from kernels.builtin_optimizers import BUILT_IN
 from orchestrator.config.hardware.cluster import Cluster
 from orchestrator.config.job import Dtype, Job
 from orchestrator.models.model_specs import SourceKind, parse_model
-from orchestrator.planning import program_cache
 from orchestrator.planning.plan_choice import Refusal, choose_plan
+from orchestrator.runs.disk import write_whole
 from partitioner.layout.parallel_plan import Plan
 from partitioner.program.program import Program
+from partitioner.program.program_codec import decode, encode
 
 if TYPE_CHECKING:
     from kernels.optimizers import Factory
     from orchestrator.models.model_builder import BuiltModel
     from partitioner.capture.captured_graph import Graph
+    from partitioner.lowering.lower import StepShape
 
-OPTIMIZER_STATES = {"adamw": 2}
+SHORT_DTYPES = {Dtype.FP32: "f32", Dtype.FP64: "f64", Dtype.BF16: "bf16"}  # as a Program names them
+# what turns a description into a Program: packages, and rooms of this one
+CODE = ("partitioner", "kernels", "orchestrator/models", "orchestrator/planning")
 
 
-class Progress(Protocol):
+class PhaseReporter(Protocol):
     """Where long phases are shown; `views.console.Console` is one."""
 
     def phase(self, name: str) -> AbstractContextManager[None]:
@@ -36,7 +48,7 @@ class Progress(Protocol):
 
 
 class Quiet:
-    """Progress that nobody watches."""
+    """Reports to nobody."""
 
     def phase(self, name: str) -> AbstractContextManager[None]:
         """Show nothing."""
@@ -60,7 +72,7 @@ def prepare(
     job: Job,
     plan: Plan | None = None,
     *,
-    progress: Progress | None = None,
+    progress: PhaseReporter | None = None,
     use_cache: bool = True,
 ) -> Prepared:
     """Make the Program of `job` on all chips of `cluster`. Raises PlanError, ModelError or CaptureError."""
@@ -82,70 +94,74 @@ def prepare(
             refused.append(Refusal(plan.tp, plan.pp, error.problem))
 
 
-def _prepared(cluster: Cluster, job: Job, plan: Plan, progress: Progress, cacheable: bool) -> Prepared:
+def _prepared(cluster: Cluster, job: Job, plan: Plan, progress: PhaseReporter, cacheable: bool) -> Prepared:
     _check(plan, job, cluster)
-    key = program_cache.key_of(_content(job, plan))
-    program = program_cache.load_program(key) if cacheable else None
+    entry = f"{key_of(_content(job, plan))}.program"
+    program = _known_program(entry) if cacheable else None
     if program is not None:
         return Prepared(cluster, job, plan, program, was_cached=True)
-    program = _make(job, plan, progress)
+    program = _partitioned(job, plan, progress)
     if cacheable:
-        program_cache.store_program(key, program)
+        remember(entry, encode(program))
     return Prepared(cluster, job, plan, program, was_cached=False)
 
 
-def samples_per_microbatch(job: Job, plan: Plan) -> int:
-    """Sequences that one replica processes at a time."""
-    return job.global_batch // (plan.dp * plan.microbatches)
+def _known_program(entry: str) -> Program | None:
+    try:
+        return decode(recall(entry))
+    except (OSError, PartitionError):
+        return None
 
 
 def build_model(job: Job, device: str) -> "BuiltModel":
     """The job's model; "meta" for shapes only."""
     from orchestrator.models.model_builder import build
-    from partitioner.capture.dtypes import TORCH
+    from partitioner.capture.captured_graph import TORCH
 
-    return build(job.model, job.model_args, device=device, dtype=TORCH[short_dtype(job.dtype)], seed=job.seed)
-
-
-def short_dtype(dtype: Dtype) -> str:
-    """The Program's name of a job's dtype."""
-    return {Dtype.FP32: "f32", Dtype.FP64: "f64", Dtype.BF16: "bf16"}[dtype]
+    return build(
+        job.model, job.model_args, device=device, dtype=TORCH[SHORT_DTYPES[job.dtype]], seed=job.seed
+    )
 
 
-def capture(model: "BuiltModel", job: Job, plan: Plan) -> "Graph":
-    """The model's graph for one microbatch of one replica."""
-    from partitioner.capture.exact_float64 import ExactFloat64
-    from partitioner.capture.graph_units import build_graph
-    from partitioner.capture.tracing import trace_module
+def _partitioned(job: Job, plan: Plan, progress: PhaseReporter) -> Program:
+    with progress.phase("import torch"):
+        from partitioner.capture.graph_units import capture_graph
+        from partitioner.lowering.lower import StepShape
+    with progress.phase("build model"):
+        model = build_model(job, "meta")
+    samples = job.global_batch // (plan.dp * plan.microbatches)
 
-    samples = samples_per_microbatch(job, plan)
-    batch = model.example_batch(samples, job.seq)
-    with ExactFloat64() if job.dtype is Dtype.FP64 else nullcontext():
-        captured = trace_module(model.module, batch, None, model.tp_plan)
-    return build_graph(captured, num_samples=samples, min_units=plan.pp)
-
-
-def lower_graph(graph: "Graph", job: Job, plan: Plan, say: Callable[[str], None] = lambda _: None) -> Program:
-    """The Program of a captured graph, proved free of hangs."""
-    from partitioner.lowering.lower import StepShape, lower
-    from partitioner.program.static_check import require_valid
+    def graph() -> "Graph":
+        batch = model.example_batch(samples, job.seq)
+        exact = job.dtype is Dtype.FP64
+        return capture_graph(
+            model.module, batch, samples, tp_plan=model.tp_plan, min_units=plan.pp, exact=exact
+        )
 
     shape = StepShape(job.global_batch, job.seq, job.model, str(job.dtype), optimizer_states(job))
-    program = lower(graph, plan, shape, say)
-    require_valid(program)
-    return program
+    return make_program(graph, plan, shape, progress)
+
+
+def make_program(
+    capture: "Callable[[], Graph]", plan: Plan, shape: "StepShape", progress: PhaseReporter
+) -> Program:
+    """Capture, lower and check: the Program of one step. Raises CaptureError or PlanError."""
+    from partitioner.lowering.lower import lower
+
+    with located(shape.model, "simplify the model"), progress.phase("capture"):
+        graph = capture()
+    with located("plan", "see the plan"), progress.phase("partition"):
+        return lower(graph, plan, shape)
 
 
 def optimizer_states(job: Job) -> int:
     """State tensors per parameter that the job's optimizer keeps."""
-    name = job.optimizer.name
-    if name in OPTIMIZER_STATES:
-        return OPTIMIZER_STATES[name]
-    if name == "sgd":
-        return 1 if job.optimizer.momentum else 0
-    from kernels.optimizers import states_per_element
+    known = BUILT_IN.get(job.optimizer.name)
+    if known is None:
+        from kernels.optimizers import states_per_element
 
-    return states_per_element(optimizer_factory(job))
+        return states_per_element(optimizer_factory(job))
+    return known.states if job.optimizer.momentum else known.states_without_momentum
 
 
 def optimizer_factory(job: Job) -> "Factory":
@@ -153,7 +169,7 @@ def optimizer_factory(job: Job) -> "Factory":
     from kernels.optimizers import OptimizerSpec, require_elementwise
 
     wanted = job.optimizer
-    if wanted.name in ("adamw", "sgd"):
+    if wanted.name in BUILT_IN:
         return OptimizerSpec(
             wanted.name, wanted.lr, wanted.weight_decay, wanted.betas, wanted.eps, wanted.momentum
         )
@@ -182,17 +198,18 @@ def _content(job: Job, plan: Plan) -> dict[str, object]:
     }  # fmt: skip
 
 
-def _num_params(job: Job, progress: Progress, cacheable: bool) -> int:
-    key = program_cache.key_of(
-        {"params": job.model, "args": {k: repr(v) for k, v in sorted(job.model_args.items())}}
-    )
-    known = program_cache.load_number(key) if cacheable else None
-    if known is not None:
-        return known
+def _num_params(job: Job, progress: PhaseReporter, cacheable: bool) -> int:
+    arguments = {k: repr(v) for k, v in sorted(job.model_args.items())}
+    entry = f"{key_of({'params': job.model, 'args': arguments})}.number"
+    try:
+        if cacheable:
+            return int(recall(entry))
+    except (OSError, ValueError):
+        pass
     with progress.phase("count parameters"):
         count = sum(p.numel() for p in build_model(job, "meta").module.parameters())
     if cacheable:
-        program_cache.store_number(key, count)
+        remember(entry, str(count).encode())
     return count
 
 
@@ -211,12 +228,42 @@ def _check(plan: Plan, job: Job, cluster: Cluster) -> None:
         )
 
 
-def _make(job: Job, plan: Plan, progress: Progress) -> Program:
-    with progress.phase("import torch"):
-        import_module("partitioner.lowering.lower")
-    with progress.phase("build model"):
-        model = build_model(job, "meta")
-    with located(job.model, "simplify the model"), progress.phase("capture"):
-        graph = capture(model, job, plan)
-    with located("plan", "see the plan"), progress.phase("partition"):
-        return lower_graph(graph, job, plan)
+@cache
+def code_digest() -> str:
+    """Digest of the sources and libraries that turn a model into a Program."""
+    root = Path(__file__).resolve().parents[2]
+    digest = hashlib.sha256()
+    for path in [path for room in CODE for path in sorted((root / room).rglob("*.py"))]:
+        digest.update(path.name.encode() + path.read_bytes())
+    for package in ("torch", "transformers"):
+        try:
+            digest.update(version(package).encode())
+        except PackageNotFoundError:
+            digest.update(b"-")
+    return digest.hexdigest()
+
+
+def key_of(facts: Mapping[str, object]) -> str:
+    """The cache key of a description (JSON values)."""
+    text = json.dumps({"code": code_digest(), **facts}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def cache_folder() -> Path:
+    """Where entries are kept: below XDG_CACHE_HOME if that is an absolute path, else below ~/.cache."""
+    asked = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return (asked if asked.is_absolute() else Path.home() / ".cache") / "orchestrate"
+
+
+def recall(entry: str) -> bytes:
+    """What was remembered under this name. Raises OSError."""
+    return (cache_folder() / entry).read_bytes()
+
+
+def remember(entry: str, data: bytes) -> None:
+    """Keep `data`, whole or not at all; a cache that cannot be written is not an error."""
+    try:
+        cache_folder().mkdir(parents=True, exist_ok=True)
+        write_whole(cache_folder() / entry, data)
+    except (OSError, UserError):
+        return

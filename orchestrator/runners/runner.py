@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import torch
 
     from kernels.optimizers import StepStatistics
-    from orchestrator.planning.preparation import Prepared, Progress
+    from orchestrator.planning.preparation import PhaseReporter, Prepared
 
 # Causes before effects: forward 0, backward 1, later 2; microbatch; stage along the flow; chip.
 BadOrder: TypeAlias = tuple[int, int, int, int]
@@ -104,7 +104,7 @@ class TensorRunner(Runner, Protocol):
 class Launch(Protocol):
     """A runner that is coming up: what can begin before there is a Program has begun."""
 
-    def connect(self, prepared: "Prepared", progress: "Progress") -> TensorRunner:
+    def connect(self, prepared: "Prepared", progress: "PhaseReporter") -> TensorRunner:
         """The runner of `prepared`; waits for what is still starting, showing its phases."""
 
     def close(self) -> None:

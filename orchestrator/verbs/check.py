@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from comms.errors import ConfigError, located
-from comms.networks.conditions import CALM, Described, check_links
+from comms.networks.conditions import HEALTHY, Described, check_links
 from comms.networks.network import UNBOUNDED, Tier
 from comms.networks.shapes import Grid, Pairs, Whole
 from comms.units import Quantity, format_quantity
@@ -125,7 +125,7 @@ def _condition_lines(conditions: Described) -> list[str]:
         ("background job", conditions.background),
     )
     told = [f"{len(some)} {name}{'s' if len(some) > 1 else ''}" for name, some in parts if some]
-    told += ["jitter"] if conditions.jitter != CALM.jitter else []
+    told += ["jitter"] if conditions.jitter != HEALTHY.jitter else []
     return [f"conditions: {', '.join(told)}"] if told else []
 
 

@@ -7,7 +7,7 @@ Needs neither torch nor ray. What is asked for and has no effect is said.
 from pathlib import Path
 
 from comms.algorithms.direct import all_to_allv
-from comms.collectives.schedule import Op
+from comms.collectives.schedule import Op, Schedule
 from comms.errors import ConfigError, located
 from comms.selection.choice import AUTO
 from comms.selection.collective import answer_to
@@ -20,7 +20,6 @@ from orchestrator.config.hardware.latency_tiers import latency_tiers
 from orchestrator.verbs.inputs.comms_inputs import (
     FLAGS,
     OTHERWISE,
-    Algorithm,
     check_picture,
     is_uneven,
     read_algorithm,
@@ -57,14 +56,13 @@ def main(options: CommsOptions, console: Console) -> int:
 def _even(cluster: Cluster, options: CommsOptions, console: Console) -> Question:
     """A collective in which all chips do alike."""
     algorithm, num_chips = read_algorithm(options.algorithm, options.op), cluster.num_chips
-    schedule = algorithm.schedule
-    if schedule is not None and schedule.num_ranks != num_chips:
+    op = read_op(options.op) if isinstance(algorithm, str) else algorithm.op
+    if not isinstance(algorithm, str) and algorithm.num_ranks != num_chips:
         raise ConfigError(
-            f"a schedule of {schedule.num_ranks} ranks, but {num_chips} chips",
+            f"a schedule of {algorithm.num_ranks} ranks, but {num_chips} chips",
             str(options.algorithm),
-            f"take --chips {schedule.num_ranks}",
+            f"take --chips {algorithm.num_ranks}",
         )
-    op = schedule.op if schedule is not None else read_op(options.op)
     if op is Op.BARRIER:
         say_ignored(console, {"--size": options.size}, "a barrier moves no bytes")
         if options.sweep is not None:
@@ -84,21 +82,22 @@ def _uneven(cluster: Cluster, options: CommsOptions, console: Console) -> Questi
         raise ConfigError("the sizes of parts come from a file", "--sweep", "leave --sweep out")
     parts = read_parts(options.size, cluster.num_chips)
     say_ignored(console, {"--algorithm": options.algorithm}, "every part goes straight to its chip")
-    made = Algorithm(schedule=all_to_allv(parts)) if cluster.num_chips > 1 else Algorithm()
+    made = all_to_allv(parts) if cluster.num_chips > 1 else AUTO
     return _question(cluster, Op.ALL_TO_ALL, float(parts.sum(axis=1).max()), options, made)
 
 
 def _question(
-    cluster: Cluster, op: Op, nbytes: float, options: CommsOptions, algorithm: Algorithm
+    cluster: Cluster, op: Op, nbytes: float, options: CommsOptions, algorithm: str | Schedule
 ) -> Question:
-    several = cluster.num_chips > 1
+    if cluster.num_chips == 1:
+        algorithm = AUTO
     return Question(
         network=cluster.network,
         num_chips=cluster.num_chips,
         op=op,
         nbytes=nbytes,
-        algorithm=algorithm.name if several else AUTO,
-        schedule=algorithm.schedule if several else None,
+        algorithm=algorithm if isinstance(algorithm, str) else AUTO,
+        schedule=None if isinstance(algorithm, str) else algorithm,
         fidelity=None if options.fidelity is None else Fidelity(options.fidelity),
         described=cluster.conditions,
         chips_per_host=cluster.chips_per_host,

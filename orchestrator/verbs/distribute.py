@@ -9,6 +9,8 @@ the trained parameters back into the model.
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,21 +20,18 @@ from comms.errors import PlanError, RunError, located
 from kernels.optimizers import require_elementwise, states_per_element
 from orchestrator.config.hardware.cluster import Cluster
 from orchestrator.config.hardware.cluster_file import cluster_path, load_cluster
-from orchestrator.planning.plan_choice import split_chips
+from orchestrator.planning.plan_choice import Wish, fulfil
+from orchestrator.planning.preparation import Quiet, make_program
 from orchestrator.runners.executing.chip import Settings
 from orchestrator.runners.executing.chip_state import whole_parameters
 from orchestrator.runners.executing.inline import InlineRunner
 from orchestrator.runners.runner import StepRequest, num_workers
 from orchestrator.runs.data import split_batch
-from partitioner.capture.dtypes import SHORT
-from partitioner.capture.graph_units import build_graph
-from partitioner.capture.tracing import LossFunction, trace_module
+from partitioner.capture.graph_units import capture_graph
+from partitioner.capture.tracing import LossFunction
 from partitioner.layout.parallel_plan import Plan
-from partitioner.lowering.lower import StepShape, lower
+from partitioner.lowering.lower import step_shape
 from partitioner.program.program import Program
-from partitioner.program.static_check import require_valid
-
-JOB_DTYPES = {"f32": "fp32", "f64": "fp64", "bf16": "bf16"}
 
 
 class DistributedStep:
@@ -95,9 +94,8 @@ class DistributedStep:
 
     def _start(self, batch: Mapping[str, torch.Tensor]) -> InlineRunner:
         samples = _num_samples(batch)
-        plan = self.plan or split_chips(
-            self.cluster, samples, sum(p.numel() for p in self.model.parameters())
-        )
+        num_params = sum(p.numel() for p in self.model.parameters())
+        plan = self.plan or fulfil(Wish(samples), self.cluster, num_params)
         if plan.num_chips != self.cluster.num_chips:
             raise PlanError(f"the plan is for {plan.num_chips} chips, the cluster has {self.cluster.num_chips}", "plan",
                             f"take chips={plan.num_chips}, or change a degree")  # fmt: skip
@@ -115,21 +113,17 @@ class DistributedStep:
     def _program(self, batch: Mapping[str, torch.Tensor], plan: Plan, samples: int) -> Program:
         size = samples // (plan.dp * plan.microbatches)
         example = {name: value[:size] for name, value in batch.items()}
-        captured = trace_module(self.model, example, self.loss_fn)
         held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
-        captured.frozen |= {name for name, p in self.model.named_parameters() if id(p) not in held}
-        graph = build_graph(captured, num_samples=size, min_units=plan.pp)
-        dtype = JOB_DTYPES.get(SHORT[next(self.model.parameters()).dtype], "fp32")
-        states = states_per_element(_factory(self.optimizer))
-        tokens = max(
-            value.shape[1] if value.dim() > 1 and not value.is_floating_point() else 1
-            for value in batch.values()
+        names = {name for name, p in self.model.named_parameters() if id(p) not in held}
+        shape = replace(
+            step_shape(self.model, batch, states_per_element(_factory(self.optimizer))),
+            undecayed=_undecayed(self.model, self.optimizer),
         )
-        shape = StepShape(
-            samples, tokens, type(self.model).__name__, dtype, states, _undecayed(self.model, self.optimizer)
-        )
-        program = lower(graph, plan, shape)
-        require_valid(program)
+        graph = partial(
+            capture_graph, self.model, example, size,
+            loss_fn=self.loss_fn, frozen=frozenset(names), min_units=plan.pp,
+        )  # fmt: skip
+        program = make_program(graph, plan, shape, Quiet())
         self._values = {f"params:{k}": v.detach() for k, v in self.model.named_parameters()}
         self._values |= {f"buffer:{k}": v for k, v in self.model.named_buffers()}
         return program
@@ -178,23 +172,15 @@ def _undecayed(model: nn.Module, optimizer: torch.optim.Optimizer) -> frozenset[
     """Parameters in groups without weight decay; groups may differ in nothing else."""
     names = {id(p): name for name, p in model.named_parameters()}
     usual = optimizer.defaults.get("weight_decay", 0.0)
+    lr, kind = optimizer.param_groups[0]["lr"], type(optimizer).__name__
     undecayed: set[str] = set()
     for group in optimizer.param_groups:
-        other = [
-            k
-            for k, v in group.items()
-            if k in optimizer.defaults and k not in ("lr", "weight_decay") and v != optimizer.defaults[k]
-        ]
-        if (
-            other
-            or group.get("weight_decay", usual) not in (0.0, usual)
-            or group["lr"] != optimizer.param_groups[0]["lr"]
-        ):
-            raise PlanError(
-                f"parameter groups differ in {', '.join(other) or 'lr or weight_decay'}",
-                type(optimizer).__name__,
-                "groups may only switch weight decay off",
-            )
-        if group.get("weight_decay", usual) == 0.0:
+        settings = [k for k in group if k in optimizer.defaults and k not in ("lr", "weight_decay")]
+        other = [k for k in settings if group[k] != optimizer.defaults[k]]
+        decay = group.get("weight_decay", usual)
+        if other or decay not in (0.0, usual) or group["lr"] != lr:
+            problem = f"parameter groups differ in {', '.join(other) or 'lr or weight_decay'}"
+            raise PlanError(problem, kind, "groups may only switch weight decay off")
+        if decay == 0.0:
             undecayed |= {names[id(p)] for p in group["params"] if id(p) in names}
     return frozenset(undecayed)

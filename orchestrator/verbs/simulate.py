@@ -26,7 +26,7 @@ from orchestrator.verbs.inputs.planned_inputs import prepare
 from orchestrator.views.console import Console, Table, pairs
 from orchestrator.views.perfetto import trace_gz
 from partitioner.layout.parallel_plan import plan_to_yaml
-from partitioner.memory.peak_memory import MemoryClass
+from partitioner.program.peak_memory import MemoryClass
 from partitioner.program.program_codec import encode
 from partitioner.program.program_text import to_text
 

@@ -18,7 +18,7 @@ from orchestrator.verbs.training import Training, TrainingProgress
 from orchestrator.views.console import Table, pairs
 from orchestrator.views.perfetto import trace_gz
 from orchestrator.views.plots import LossCurves, loss_png, timeline_png
-from partitioner.memory.peak_memory import MemoryClass
+from partitioner.program.peak_memory import MemoryClass
 
 OTHER_MACHINE = "shares of time, as the chips are simulated on this machine"
 

@@ -15,7 +15,7 @@ from comms import wording
 from comms.errors import PlanError
 from orchestrator.config.hardware.cluster import Cluster
 from orchestrator.config.job import Dtype, Job
-from orchestrator.planning.preparation import Prepared, Progress, Quiet, build_model, prepare
+from orchestrator.planning.preparation import PhaseReporter, Prepared, Quiet, build_model, prepare
 from orchestrator.verbs.inputs.options import VerifyOptions
 from orchestrator.verbs.inputs.planned_inputs import resolve
 from orchestrator.verbs.plan import parameter_bytes, step_flops
@@ -108,7 +108,7 @@ def main(options: VerifyOptions, console: Console) -> int:
 
 
 def verify(
-    cluster: Cluster, job: Job, plan: Plan | None = None, *, progress: Progress | None = None
+    cluster: Cluster, job: Job, plan: Plan | None = None, *, progress: PhaseReporter | None = None
 ) -> VerifyResult:
     """Compare `STEPS` steps of the plan with one chip. Raises UserError if there is nothing to compare."""
     shown = progress or Quiet()

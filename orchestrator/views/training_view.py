@@ -5,8 +5,8 @@ predicted chip time, exposed communication, cost so far, ETA. The panel needs ri
 """
 
 from collections import deque
-from collections.abc import Iterator
 from dataclasses import dataclass
+from math import isfinite
 from typing import TYPE_CHECKING
 
 from comms import wording
@@ -151,17 +151,15 @@ class LossCurve:
             self._means = [(a + b) / 2 for a, b in zip(self._means[::2], self._means[1::2], strict=True)]
             self._per_mean *= 2
 
-    def drawn(self) -> str:
-        """One block per mean, the highest finite loss on top."""
-        return "".join(self._cells())
-
     def span(self) -> str:
         """From the first to the last mean."""
         return f"{self._means[0]:.3f} -> {self._means[-1]:.3f}" if self._means else ""
 
-    def _cells(self) -> Iterator[str]:
-        finite = [mean for mean in self._means if abs(mean) < float("inf")]
+    def drawn(self) -> str:
+        """One block per mean, the highest finite loss on top."""
+        finite = [mean for mean in self._means if isfinite(mean)]
         low, high = min(finite, default=0.0), max(finite, default=0.0)
-        for mean in self._means:
-            share = (mean - low) / (high - low) if high > low else 0.0
-            yield _BLOCKS[min(7, int(8 * share))] if abs(mean) < float("inf") else "!"
+        span = high - low or 1.0
+        return "".join(
+            _BLOCKS[min(7, int(8 * (mean - low) / span))] if isfinite(mean) else "!" for mean in self._means
+        )

@@ -5,27 +5,63 @@ microbatch, in every stage that needs it). What is left is cut at the borders of
 too few pieces, at the borders of every top-level submodule. Equal slices share one template.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from enum import IntEnum
 
 import torch
+from torch import nn
 from torch.fx import Node
 
 from comms.errors import CaptureError
 from partitioner.capture import loss
-from partitioner.capture.captured_graph import Graph, Side, Template, Unit
-from partitioner.capture.dtypes import spec_of
-from partitioner.capture.op_costs import template_flops
-from partitioner.capture.tracing import Captured, ModuleCall
+from partitioner.capture.captured_graph import (
+    Graph,
+    Side,
+    Template,
+    Unit,
+    ancestors,
+    reads_of,
+    spec_of,
+    template_flops,
+)
+from partitioner.capture.exact_float64 import ExactFloat64
+from partitioner.capture.tracing import Captured, LossFunction, ModuleCall, trace_module
 from partitioner.layout.tp_styles import param_styles
 
 
-class Level(IntEnum):
+class Dependence(IntEnum):
     """What a value depends on: nothing that changes, the batch, or a parameter."""
 
     CONSTANT = 0
     BATCH = 1
     MODEL = 2
+
+
+SPACES = {"params": Dependence.MODEL, "batch": Dependence.BATCH, "buffers": Dependence.CONSTANT}
+
+
+def capture_graph(
+    module: nn.Module,
+    batch: Mapping[str, torch.Tensor],
+    num_samples: int,
+    *,
+    loss_fn: LossFunction | None = None,
+    tp_plan: Mapping[str, str] | None = None,
+    frozen: frozenset[str] = frozenset(),
+    min_units: int = 1,
+    exact: bool = False,
+) -> Graph:
+    """The graph of `module(**batch)`, `batch` being one microbatch of one replica (only its shapes are used).
+
+    `loss_fn`, `tp_plan`: see `trace_module`. `frozen`: parameters that are not trained though they have a gradient.
+    `min_units`: at least so many units, if the model has that many pieces. `exact`: float64 stays wide through explicit
+    casts. Raises CaptureError.
+    """
+    with ExactFloat64() if exact else nullcontext():
+        captured = trace_module(module, batch, loss_fn, tp_plan)
+    captured.frozen |= frozen
+    return build_graph(captured, num_samples=num_samples, min_units=min_units)
 
 
 def build_graph(captured: Captured, *, num_samples: int, min_units: int = 1) -> Graph:
@@ -34,45 +70,42 @@ def build_graph(captured: Captured, *, num_samples: int, min_units: int = 1) -> 
     for node in graph.nodes:
         _refuse_random(node)
     total, count, rule = loss.rewrite(graph, num_samples)
-    levels = _levels(captured)
-    pieces = _pieces(captured, levels, _borders(captured.calls, captured.containers))
-    if len(pieces) < min_units:
-        pieces = _pieces(captured, levels, _top_level_borders(captured.calls))
-    if levels[total] is not Level.MODEL:
-        raise CaptureError(
-            "the loss depends on no parameter", where=total.name, hint="check what the model returns"
-        )
-    builder = _Builder(captured, levels, pieces, (total, count), rule)
+    depends = _dependences(captured)
+    pieces = _pieces(captured, depends, _borders(captured.calls, captured.containers))
+    if len(pieces) < min_units:  # finer cuts cost a segment border each, so only where stages need them
+        pieces = _pieces(captured, depends, _top_level_borders(captured.calls))
+    if depends[total] is not Dependence.MODEL:
+        raise CaptureError("the loss depends on no parameter", total.name, "check what the model returns")
+    builder = _Builder(captured, depends, pieces, (total, count), rule)
     return builder.build()
 
 
-def _levels(captured: Captured) -> dict[Node, Level]:
-    levels: dict[Node, Level] = {}
+def _dependences(captured: Captured) -> dict[Node, Dependence]:
+    depends: dict[Node, Dependence] = {}
     for node in captured.graph_module.graph.nodes:
         if node.op == "placeholder":
             space = captured.names[node.name].split(":")[0]
-            levels[node] = {"params": Level.MODEL, "batch": Level.BATCH, "buffers": Level.CONSTANT}[space]
+            depends[node] = SPACES[space]
         elif node.op != "output":
-            levels[node] = max((levels[n] for n in node.all_input_nodes), default=Level.CONSTANT)
-    return levels
+            depends[node] = max((depends[n] for n in node.all_input_nodes), default=Dependence.CONSTANT)
+    return depends
 
 
 def _refuse_random(node: Node) -> None:
     target = node.target
     if not isinstance(target, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded not in target.tags:
         return
+    # attention counts as random to torch because it may drop out; with a probability of zero it does not
     is_attention = "scaled_dot_product" in str(target)
     if is_attention and (len(node.args) < 5 or node.args[4] == 0.0):
         return
-    raise CaptureError(
-        f"random operator {target}", where=node.name, hint="switch dropout off (p = 0 or model.eval())"
-    )
+    raise CaptureError(f"random operator {target}", node.name, "switch dropout off (p = 0 or model.eval())")
 
 
 def _borders(calls: Sequence[ModuleCall], candidates: frozenset[str]) -> list[int]:
     """Starts and ends of the outermost calls of list-like containers' children."""
     chosen: list[ModuleCall] = []
-    for call in sorted(calls, key=lambda c: (c.start, -c.stop)):
+    for call in sorted(calls, key=lambda c: (c.start, -c.stop)):  # outer calls come before those inside them
         nested = any(c.start <= call.start and call.stop <= c.stop for c in chosen)
         if call.path in candidates and not nested and call.stop > call.start:
             chosen.append(call)
@@ -83,19 +116,17 @@ def _top_level_borders(calls: Sequence[ModuleCall]) -> list[int]:
     return sorted({edge for call in calls if call.path for edge in (call.start, call.stop)})
 
 
-def _pieces(captured: Captured, levels: Mapping[Node, Level], borders: list[int]) -> list[list[Node]]:
+def _pieces(captured: Captured, depends: Mapping[Node, Dependence], borders: list[int]) -> list[list[Node]]:
     """Model nodes grouped by the borders they lie between; groups without parameters join the one before."""
     pieces: dict[int, list[Node]] = {}
     for node in captured.graph_module.graph.nodes:
-        if node.op not in ("placeholder", "output") and levels[node] is Level.MODEL:
+        if node.op not in ("placeholder", "output") and depends[node] is Dependence.MODEL:
             index = node.meta["index"]
             pieces.setdefault(sum(edge <= index for edge in borders), []).append(node)
     merged: list[list[Node]] = []
     for _, nodes in sorted(pieces.items()):
-        has_params = any(
-            n.op == "placeholder" for node in nodes for n in node.all_input_nodes if levels[n] is Level.MODEL
-        )
-        if merged and not has_params:
+        read = (n for node in nodes for n in node.all_input_nodes if n.op == "placeholder")
+        if merged and not any(depends[n] is Dependence.MODEL for n in read):
             merged[-1].extend(nodes)
         else:
             merged.append(nodes)
@@ -108,12 +139,12 @@ class _Builder:
     def __init__(
         self,
         captured: Captured,
-        levels: dict[Node, Level],
+        depends: dict[Node, Dependence],
         pieces: list[list[Node]],
         ends: tuple[Node, Node],
         rule: str,
     ) -> None:
-        self.captured, self.levels, self.pieces, self.ends, self.rule = captured, levels, pieces, ends, rule
+        self.captured, self.depends, self.pieces, self.ends, self.rule = captured, depends, pieces, ends, rule
         self.templates: list[Template] = []
         self.known: dict[object, int] = {}
         self.free_values: dict[Node, None] = {}
@@ -122,64 +153,62 @@ class _Builder:
         units = tuple(self._unit(piece) for piece in self.pieces)
         total, count = self.ends
         self.free_values[count] = None
-        constants = self._side(Level.CONSTANT, self._needed_constants())
-        inputs = self._side(Level.BATCH, [n for n in self.free_values if self._is(n, Level.BATCH)])
-        names = self.captured.names
+        batch_values = [n for n in self.free_values if self._is(n, Dependence.BATCH)]
         used = {name for unit in units for name in unit.params}
-        params = tuple(
-            n.split(":", 1)[1]
-            for n in names.values()
-            if n.startswith("params:") and n.split(":", 1)[1] in used
-        )
         return Graph(
             units=units,
             templates=tuple(self.templates),
-            constants=constants,
-            inputs=inputs,
+            constants=self._side(Dependence.CONSTANT, self._needed_constants(batch_values)),
+            inputs=self._side(Dependence.BATCH, batch_values),
             specs={
                 self._name(n): spec_of(n.meta["val"])
-                for n in self.levels
+                for n in self.depends
                 if isinstance(n.meta.get("val"), torch.Tensor)
             },
-            params=params,
+            params=tuple(name for name in self._placeholders("params") if name in used),
             frozen=self.captured.frozen,
-            batch=tuple(n.split(":", 1)[1] for n in names.values() if n.startswith("batch:")),
-            buffers=tuple(n.split(":", 1)[1] for n in names.values() if n.startswith("buffers:")),
+            batch=self._placeholders("batch"),
+            buffers=self._placeholders("buffers"),
             loss=self._name(total),
             count=self._name(count),
             loss_rule=self.rule,
         )
 
-    def _is(self, node: Node, level: Level) -> bool:
-        return self.levels[node] is level
+    def _placeholders(self, space: str) -> tuple[str, ...]:
+        found = (full.partition(":") for full in self.captured.names.values())
+        return tuple(name for of, _, name in found if of == space)
+
+    def _is(self, node: Node, on: Dependence) -> bool:
+        return self.depends[node] is on
 
     def _name(self, node: Node) -> str:
-        full = self.captured.names.get(node.name)
-        return full.split(":", 1)[1] if full else node.name
+        return self.captured.names.get(node.name, f":{node.name}").partition(":")[2]
+
+    def _names(self, nodes: Iterable[Node]) -> tuple[str, ...]:
+        return tuple(map(self._name, nodes))
 
     def _unit(self, nodes: list[Node]) -> Unit:
-        inside = set(nodes)
-        outer = dict.fromkeys(n for node in nodes for n in node.all_input_nodes if n not in inside)
-        params = [n for n in outer if n.op == "placeholder" and self._is(n, Level.MODEL)]
-        frees = [n for n in outer if not self._is(n, Level.MODEL)]
+        inside, outer = set(nodes), reads_of(nodes)
+        params = [n for n in outer if n.op == "placeholder" and self._is(n, Dependence.MODEL)]
+        frees = [n for n in outer if not self._is(n, Dependence.MODEL)]
         activations = [n for n in outer if n not in params and n not in frees]
         self.free_values |= dict.fromkeys(frees)
         outputs = [
             n for n in nodes if n in self.ends or any(u not in inside and u.op != "output" for u in n.users)
         ]
-        names = tuple(self._name(n) for n in params)
+        names = self._names(params)
         styles = param_styles(
             names, params, inside, self.captured.tp_plan,
-            lambda n: self._is(n, Level.MODEL), lambda n: self._is(n, Level.BATCH),
+            lambda n: self._is(n, Dependence.MODEL), lambda n: self._is(n, Dependence.BATCH),
         )  # fmt: skip
         template = self._template(nodes, [params, frees, activations], outputs, styles)
         return Unit(
             name=_piece_name(self.captured.calls, nodes),
             template=template,
             params=names,
-            frees=tuple(self._name(n) for n in frees),
-            activations=tuple(self._name(n) for n in activations),
-            outputs=tuple(self._name(n) for n in outputs),
+            frees=self._names(frees),
+            activations=self._names(activations),
+            outputs=self._names(outputs),
         )
 
     def _template(
@@ -187,60 +216,49 @@ class _Builder:
     ) -> int:
         flat = [n for group in inputs for n in group]
         frozen = tuple(self._name(n) in self.captured.frozen for n in inputs[0])
+        # frozen parameters get no gradient, and styles decide the cut: equal operations alone are not enough
         key = (_structure(nodes, flat, outputs), tuple(map(len, inputs)), styles, frozen)
         if key not in self.known:
             self.known[key] = len(self.templates)
+            graph = _extract(self.captured, nodes, flat, outputs)
             self.templates.append(
                 Template(
-                    graph=_extract(self.captured, nodes, flat, outputs),
+                    graph=graph,
                     inputs=tuple(spec_of(n.meta["val"]) for n in flat),
                     num_params=len(inputs[0]),
                     num_frees=len(inputs[1]),
                     outputs=tuple(spec_of(n.meta["val"]) for n in outputs),
-                    flops=template_flops(_extract(self.captured, nodes, flat, outputs)),
+                    flops=template_flops(graph),
                     tp_styles=styles,
                 )
             )
         return self.known[key]
 
-    def _needed_constants(self) -> list[Node]:
+    def _needed_constants(self, batch_values: Sequence[Node]) -> list[Node]:
         """Constant values that units or the inputs graph read."""
-        needed = dict.fromkeys(n for n in self.free_values if self._is(n, Level.CONSTANT))
-        for node in self._closure([n for n in self.free_values if self._is(n, Level.BATCH)], Level.BATCH):
-            needed |= dict.fromkeys(n for n in node.all_input_nodes if self._is(n, Level.CONSTANT))
+        read = [n for node in self._made(batch_values, Dependence.BATCH) for n in node.all_input_nodes]
+        needed = dict.fromkeys(n for n in (*self.free_values, *read) if self._is(n, Dependence.CONSTANT))
         return list(needed)
 
-    def _closure(self, outputs: Sequence[Node], level: Level) -> list[Node]:
-        """All nodes of `level` that `outputs` depend on, in graph order."""
-        wanted, stack = set(), list(outputs)
-        while stack:
-            node = stack.pop()
-            if node not in wanted and self._is(node, level):
-                wanted.add(node)
-                stack.extend(node.all_input_nodes)
-        return [n for n in self.levels if n in wanted and n.op != "placeholder"]
+    def _made(self, outputs: Sequence[Node], on: Dependence) -> list[Node]:
+        """The operations that depend on `on` and that make `outputs`, in graph order."""
+        wanted = ancestors(outputs, lambda n: self._is(n, on))
+        return [n for n in self.depends if n in wanted and n.op != "placeholder"]
 
-    def _side(self, level: Level, outputs: list[Node]) -> Side:
-        nodes = self._closure(outputs, level)
+    def _side(self, on: Dependence, outputs: list[Node]) -> Side:
+        nodes = self._made(outputs, on)
         inside = set(nodes)
-        feeds = [*nodes, *(n for n in outputs if n not in inside)]
-        outer = dict.fromkeys(
-            n
-            for node in feeds
-            for n in ([node] if node not in inside else node.all_input_nodes)
-            if n not in inside
-        )
-        return Side(
-            graph=_extract(self.captured, nodes, list(outer), outputs),
-            inputs=tuple(self._name(n) for n in outer),
-            outputs=tuple(self._name(n) for n in outputs),
-        )
+        outer = list(dict.fromkeys((*reads_of(nodes), *(n for n in outputs if n not in inside))))
+        graph = _extract(self.captured, nodes, outer, outputs)
+        return Side(graph, self._names(outer), self._names(outputs))
 
 
 def _piece_name(calls: Sequence[ModuleCall], nodes: list[Node]) -> str:
     """The innermost module call that contains the first node, or the first call inside the slice."""
     first = nodes[0].meta["index"]
-    last = max(n.meta["index"] for n in nodes if n.meta["index"] < loss.END)
+    last = max(
+        n.meta["index"] for n in nodes if n.meta["index"] < loss.END
+    )  # without what the loss's rewriting added
     around = [c for c in calls if c.start <= first and last < c.stop and c.path]
     inside = [c for c in calls if first <= c.start and c.stop <= last + 1 and c.path]
     best = max(around, key=lambda c: c.path.count("."), default=None) or (inside[0] if inside else None)

@@ -46,9 +46,7 @@ def rewrite(graph: torch.fx.Graph, num_samples: int) -> tuple[Node, Node, str]:
         elif core.target in ELEMENTWISE and _reduction(core, ELEMENTWISE[core.target]) == MEAN:
             total, count, rule = *_elementwise(graph, core), "sum over elements"
         elif _is_sum(core):
-            raise CaptureError(
-                "the loss is a sum, which grows with the batch", where=core.name, hint="return a mean"
-            )
+            raise CaptureError("the loss is a sum, which grows with the batch", core.name, "return a mean")
         else:
             total = _call(graph, aten.mul.Tensor, loss, float(num_samples))
             count = _constant(graph, num_samples)
@@ -92,15 +90,11 @@ def _with(node: Node, position: int, defaults: tuple[object, ...]) -> tuple[obje
 
 def _cross_entropy(graph: torch.fx.Graph, core: Node) -> tuple[Node, Node]:
     if core.args[2:3] and core.args[2] is not None:
-        raise CaptureError(
-            "class weights in cross entropy are not supported", where=core.name, hint="drop `weight=`"
-        )
+        raise CaptureError("class weights in cross entropy are not supported", core.name, "drop `weight=`")
     target = core.args[1]
     assert isinstance(target, Node)
     if target.meta["val"].dtype.is_floating_point:
-        raise CaptureError(
-            "class probabilities as targets are not supported", where=core.name, hint="use class indices"
-        )
+        raise CaptureError("class probabilities as targets are not supported", core.name, "use class indices")
     ignore_index = core.args[4] if len(core.args) > 4 else core.kwargs.get("ignore_index", -100)
     assert isinstance(core.target, torch._ops.OpOverload)
     total = _call(graph, core.target, *_with(core, 3, (None, None, None, MEAN)))

@@ -57,7 +57,7 @@ def trace_module(
     """Trace `module(**batch)` (then `loss_fn(output, **batch)`, if given) to a graph that returns a scalar.
 
     `batch` may hold real or meta tensors: only shapes and dtypes are used. `tp_plan` maps module-name patterns to
-    tensor-parallel styles (see `styles.py`); without one the model's own is looked for. Raises CaptureError.
+    tensor-parallel styles (see `tp_styles.py`); without one the model's own is looked for. Raises CaptureError.
     """
     _refuse_unsupported(module)
     calls: list[ModuleCall] = []
@@ -110,8 +110,8 @@ def scalar_loss(output: object) -> torch.Tensor:
         got = tuple(found.shape) if isinstance(found, torch.Tensor) else type(found).__name__
         raise CaptureError(
             f"the model returns {got}, not a scalar loss",
-            where=type(output).__name__,
-            hint="return the loss (or an object with .loss), or give loss_fn",
+            type(output).__name__,
+            "return the loss (or an object with .loss), or give loss_fn",
         )
     return found.reshape(())
 
@@ -120,23 +120,19 @@ def _refuse_unsupported(module: nn.Module) -> None:
     for name, child in module.named_modules():
         where = f"{name or type(module).__name__} ({type(child).__name__})"
         if isinstance(child, nn.modules.dropout._DropoutNd) and child.p > 0 and module.training:
-            raise CaptureError(
-                "dropout is active", where=where, hint="set its probability to 0 (or call model.eval())"
-            )
+            raise CaptureError("dropout is active", where, "set its probability to 0 (or call model.eval())")
         tracks = isinstance(child, nn.modules.batchnorm._NormBase) and child.track_running_stats
         if tracks and module.training:
             raise CaptureError(
-                "batch norm updates running statistics in the forward", where=where,
-                hint="use group or layer norm, or put the model in eval mode",
+                "batch norm updates running statistics in the forward", where,
+                "use group or layer norm, or put the model in eval mode",
             )  # fmt: skip
 
 
 def _require_same_buffers(module: nn.Module, given: Mapping[str, torch.Tensor]) -> None:
     for name, value in given.items():
         if module.get_buffer(name) is not value:
-            raise CaptureError(
-                "the forward replaces a buffer", where=name, hint="keep state out of the forward"
-            )
+            raise CaptureError("the forward replaces a buffer", name, "keep state out of the forward")
 
 
 def _fake_inputs(module: nn.Module, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -212,8 +208,8 @@ def _explaining(module: nn.Module) -> Iterator[None]:
         operator = str(getattr(error, "func", "")) or str(error).strip().split("\n")[0][:200]
         raise CaptureError(
             f"cannot capture {type(module).__name__}: {type(error).__name__} at {operator}",
-            where=_user_line(error),
-            hint="shapes and branches must not depend on tensor values; move such code out of forward",
+            _user_line(error),
+            "shapes and branches must not depend on tensor values; move such code out of forward",
         ) from error
 
 
@@ -256,8 +252,8 @@ def _inline_literal(captured: Captured, node: torch.fx.Node) -> None:
     """A small tensor made of Python numbers becomes operators; a large one must be a buffer."""
     value = getattr(captured.graph_module, str(node.target))
     if not isinstance(value, torch.Tensor) or value.numel() > LARGEST_LITERAL:
-        raise CaptureError("a tensor is created from Python numbers in the forward", where=node.name,
-                           hint="make it a buffer of the module")  # fmt: skip
+        raise CaptureError("a tensor is created from Python numbers in the forward", node.name,
+                           "make it a buffer of the module")  # fmt: skip
     graph = node.graph
     with graph.inserting_before(node):
         numbers = [_made(graph, node, aten.scalar_tensor.default, (n.item(),), {"dtype": value.dtype}, n)
@@ -285,9 +281,7 @@ def _is_idle_dropout(node: torch.fx.Node) -> bool:
 def _drop_autocast(node: torch.fx.Node) -> None:
     is_enter = "enter" in str(node.target)
     if is_enter and len(node.args) > 2 and node.args[2]:
-        raise CaptureError(
-            "the model enables autocast itself", where=node.name, hint="set the job's dtype instead"
-        )
+        raise CaptureError("the model enables autocast itself", node.name, "set the job's dtype instead")
     if is_enter:
         for user in list(node.users):
             user.graph.erase_node(user)
@@ -306,8 +300,8 @@ def _make_pure(captured: Captured, node: torch.fx.Node) -> None:
     if overload is None or target.op == "placeholder" or is_view:
         source = captured.names.get(target.name, target.name)
         raise CaptureError(
-            f"operator {node.target} changes {source} in place", where=str(node.meta.get("stack_trace", node.name)),
-            hint="use the out-of-place form of the operator",
+            f"operator {node.target} changes {source} in place", str(node.meta.get("stack_trace", node.name)),
+            "use the out-of-place form of the operator",
         )  # fmt: skip
     node.target = overload
     seen = False

@@ -12,8 +12,7 @@ from math import prod
 import torch
 from torch.fx import Node
 
-from partitioner.capture.captured_graph import Graph, Template, operand
-from partitioner.capture.op_costs import op_name
+from partitioner.capture.captured_graph import Graph, Template, op_name, operand
 from partitioner.layout.tp_styles import FUSED, MATMULS
 from partitioner.program.program import TensorSpec
 

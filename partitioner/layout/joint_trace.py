@@ -8,7 +8,7 @@ the same interpreter runs on plain tensors.
 
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,8 +21,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from comms.errors import PartitionError
-from partitioner.capture.captured_graph import Template
-from partitioner.capture.dtypes import TORCH
+from partitioner.capture.captured_graph import TORCH, Template
 from partitioner.layout import sharded_ops, tp_styles
 from partitioner.layout.sharded_ops import is_cut
 
@@ -52,8 +51,8 @@ def tensor_parallel_mesh(tp: int) -> Iterator[DeviceMesh | None]:
         yield None
         return
     if dist.is_initialized():
-        raise PartitionError("torch.distributed is already initialised", where="this process",
-                           hint="partition before init_process_group")  # fmt: skip
+        raise PartitionError("torch.distributed is already initialised", "this process",
+                           "partition before init_process_group")  # fmt: skip
     hook = sys.excepthook  # torch puts a rank before every line of a traceback, and leaves it there
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=tp)
     try:
@@ -83,8 +82,9 @@ def trace_joint(
 ) -> Joint:
     """Trace one template; `dims[i]` is where tp cuts parameter i, `first`: no gradient for the activations."""
     tp = mesh.size() if mesh else 1
+    dims = [*dims, *[None] * (len(template.inputs) - len(dims))]  # what is no parameter is replicated
     with FakeTensorMode(allow_non_fake_inputs=True):
-        locals_ = [_local(spec, _dim(dims, i), tp) for i, spec in enumerate(template.inputs)]
+        locals_ = [_local(spec, dim, tp) for spec, dim in zip(template.inputs, dims, strict=True)]
         coordinate = torch.zeros((), dtype=torch.int64)
         differentiable = [i for i, spec in enumerate(template.outputs) if spec.dtype.startswith(("f", "bf"))]
         tangents = [
@@ -95,9 +95,9 @@ def trace_joint(
 
     def joint(*flat: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         inputs, coordinate, seeds = list(flat[: len(locals_)]), flat[len(locals_)], flat[len(locals_) + 1 :]
-        for index in wanted:
+        for index in wanted:  # leaves of their own: gradients end here, at the unit's border
             inputs[index] = inputs[index].detach().requires_grad_()
-        with torch.enable_grad(), sharded_ops.coordinate_slices(coordinate):
+        with torch.enable_grad(), sharded_ops.coordinate_slices(coordinate) if mesh else nullcontext():
             outputs = _forward(template, inputs, dims, mesh, coordinate)
             sources = [inputs[i] for i in wanted]
             with_grad = [
@@ -126,8 +126,8 @@ def _explained(tp: int) -> Iterator[None]:
         first = str(error).strip().split("\n")[0]
         raise PartitionError(
             f"cannot cut the model by tp {tp}: {first}",
-            where="tensor parallelism",
-            hint="use another tp, or give the model a tp_plan that replicates this part",
+            "tensor parallelism",
+            "use another tp, or give the model a tp_plan that replicates this part",
         ) from error
 
 
@@ -137,11 +137,8 @@ def _gradients(
     """Gradients of `sources` for (output, tangent) pairs; None where nothing flows."""
     if not outputs or not sources:
         return (None,) * len(sources)
+    # one call for all outputs: what they share is differentiated once
     return torch.autograd.grad([o for o, _ in outputs], sources, [t for _, t in outputs], allow_unused=True)
-
-
-def _dim(dims: Sequence[int | None], index: int) -> int | None:
-    return dims[index] if index < len(dims) else None
 
 
 def _local(spec: Any, dim: int | None, tp: int) -> torch.Tensor:
@@ -171,9 +168,10 @@ def _forward(
     if mesh is None:
         return list(interpreter.run(*inputs))
     placed = [
-        DTensor.from_local(x, mesh, [_placement(_dim(dims, i))], run_check=False)
-        for i, x in enumerate(inputs)
+        DTensor.from_local(x, mesh, [_placement(dim)], run_check=False)
+        for x, dim in zip(inputs, dims, strict=True)
     ]
+    # whole at the border, so that units can be cut apart without knowing how their neighbours are laid out
     return [o.redistribute(placements=[Replicate()]).to_local() for o in interpreter.run(*placed)]
 
 
@@ -210,8 +208,8 @@ class _Sharded(torch.fx.Interpreter):
         splits = result.dim() > source.dim() and result.shape[:last] == source.shape[:last]
         if is_cut(source, last) and splits and result.shape[last] % self.mesh.size():
             raise PartitionError(
-                f"{result.shape[last]} heads do not divide by tp {self.mesh.size()}", where=str(node.target),
-                hint=f"use a tp that divides {result.shape[last]}",
+                f"{result.shape[last]} heads do not divide by tp {self.mesh.size()}", str(node.target),
+                f"use a tp that divides {result.shape[last]}",
             )  # fmt: skip
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:

@@ -2,11 +2,17 @@
 
 A plan is a small YAML file that can be saved, edited and given back. Mesh axes are (pp, dp, tp), tp fastest, so
 that the chips of a tensor-parallel group are neighbours on the fastest links.
+
+A pipeline schedule is the order of forward and backward microbatches in one stage: a function, entered under its name
+in `PipelineSchedule`; plan files, job files and the command line take every name that stands there. GPipe (Huang et al.
+2019): all forwards, then all backwards. 1F1B (PipeDream-flush, Narayanan et al. 2021): the same bubble, (p-1)/(m+p-1)
+with equal stages, but at most p - stage microbatches in flight.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
+from typing import Self, TypeAlias
 
 import yaml
 
@@ -15,12 +21,48 @@ from comms.errors import PartitionError
 VERSION = 1
 DEFAULT_BUCKET_BYTES = 25_000_000  # gradient bucket, torch DDP's default
 
+Task: TypeAlias = tuple[str, int]  # ("forward" | "backward", microbatch)
+# from (stage, number of stages, number of microbatches)
+Order: TypeAlias = Callable[[int, int, int], tuple[Task, ...]]
 
-class Schedule(StrEnum):
-    """Order of microbatches in a pipeline."""
 
-    GPIPE = "gpipe"
-    ONE_F_ONE_B = "1f1b"
+def gpipe(stage: int, num_stages: int, num_microbatches: int) -> tuple[Task, ...]:
+    """All forwards, then all backwards in the same order."""
+    del stage, num_stages
+    tasks = [("forward", mb) for mb in range(num_microbatches)]
+    return (*tasks, *(("backward", mb) for mb in range(num_microbatches)))
+
+
+def one_f_one_b(stage: int, num_stages: int, num_microbatches: int) -> tuple[Task, ...]:
+    """Warm up with num_stages - stage - 1 forwards, alternate, drain."""
+    warmup = min(num_stages - stage - 1, num_microbatches)
+    tasks: list[Task] = [("forward", mb) for mb in range(warmup)]
+    for mb in range(num_microbatches - warmup):
+        tasks += [("forward", warmup + mb), ("backward", mb)]
+    return (*tasks, *(("backward", mb) for mb in range(num_microbatches - warmup, num_microbatches)))
+
+
+class PipelineSchedule(StrEnum):
+    """Order of microbatches in a pipeline: its name, and the function that gives `order` its tasks."""
+
+    order: Order
+
+    def __new__(cls, name: str, order: Order) -> Self:
+        """A name that knows its order."""
+        member = str.__new__(cls, name)
+        member._value_, member.order = name, order
+        return member
+
+    @classmethod
+    def named(cls, name: object) -> Self:
+        """The schedule of that name; ValueError names those there are."""
+        for schedule in cls:
+            if schedule == name:
+                return schedule
+        raise ValueError(f"schedule cannot be {name!r}; known: {', '.join(cls)}")
+
+    GPIPE = "gpipe", gpipe
+    ONE_F_ONE_B = "1f1b", one_f_one_b
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +77,7 @@ class Plan:
     tp: int = 1
     pp: int = 1
     zero: int = 0
-    schedule: Schedule = Schedule.ONE_F_ONE_B
+    schedule: PipelineSchedule = PipelineSchedule.ONE_F_ONE_B
     microbatches: int = 1
     stages: tuple[int, ...] = ()
     bucket_bytes: int = DEFAULT_BUCKET_BYTES
@@ -43,17 +85,15 @@ class Plan:
     def __post_init__(self) -> None:
         for name in ("dp", "tp", "pp", "microbatches"):
             if getattr(self, name) < 1:
-                raise PartitionError(
-                    f"{name} is {getattr(self, name)}", where="plan", hint=f"{name} must be at least 1"
-                )
+                raise PartitionError(f"{name} is {getattr(self, name)}", "plan", f"{name} must be at least 1")
         if self.zero not in (0, 1):
-            raise PartitionError(f"zero is {self.zero}", where="plan", hint="zero must be 0 or 1")
+            raise PartitionError(f"zero is {self.zero}", "plan", "zero must be 0 or 1")
         if any(size < 1 for size in self.stages):
-            raise PartitionError(f"stages {list(self.stages)} has an empty stage", where="plan",
-                                 hint="give every stage at least one unit")  # fmt: skip
+            raise PartitionError(f"stages {list(self.stages)} has an empty stage", "plan",
+                                 "give every stage at least one unit")  # fmt: skip
         if self.stages and len(self.stages) != self.pp:
-            raise PartitionError(f"{len(self.stages)} stages listed for pp = {self.pp}", where="plan",
-                                 hint="give one unit count per stage, or none")  # fmt: skip
+            raise PartitionError(f"{len(self.stages)} stages listed for pp = {self.pp}", "plan",
+                                 "give one unit count per stage, or none")  # fmt: skip
 
     @property
     def num_chips(self) -> int:
@@ -80,22 +120,18 @@ def plan_from_yaml(text: str, where: str = "plan") -> Plan:
     try:
         raw = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise PartitionError(f"not YAML: {error}", where=where, hint="see the plan.yaml of a run") from error
+        raise PartitionError(f"not YAML: {error}", where, "see the plan.yaml of a run") from error
     if not isinstance(raw, dict) or raw.pop("kind", None) != "plan" or raw.pop("version", None) != VERSION:
-        raise PartitionError(
-            "not a plan file", where=where, hint=f"it starts with kind: plan and version: {VERSION}"
-        )
+        raise PartitionError("not a plan file", where, f"it starts with kind: plan and version: {VERSION}")
     unknown = sorted(set(raw) - set(Plan.__slots__))
     if unknown:
-        raise PartitionError(
-            f"unknown key {unknown[0]!r}", where=where, hint=f"known keys: {', '.join(Plan.__slots__)}"
-        )
+        raise PartitionError(f"unknown key {unknown[0]!r}", where, f"known keys: {', '.join(Plan.__slots__)}")
     try:
-        raw["schedule"] = Schedule(raw.get("schedule", Schedule.ONE_F_ONE_B))
+        raw["schedule"] = PipelineSchedule.named(raw.get("schedule", PipelineSchedule.ONE_F_ONE_B))
         raw["stages"] = tuple(int(n) for n in raw.get("stages", ()))
         numbers = {key: _whole(key, raw[key]) for key in raw if key not in ("schedule", "stages")}
     except (TypeError, ValueError) as error:
-        raise PartitionError(str(error), where=where, hint="see the plan.yaml of a run") from error
+        raise PartitionError(str(error), where, "see the plan.yaml of a run") from error
     return Plan(**{**raw, **numbers})
 
 
@@ -113,8 +149,8 @@ def balance(costs: Sequence[float], num_stages: int) -> tuple[int, ...]:
     """
     count = len(costs)
     if count < num_stages:
-        raise PartitionError(f"the model has {count} pieces for {num_stages} pipeline stages", where="plan",
-                             hint=f"use pp <= {count}")  # fmt: skip
+        raise PartitionError(f"the model has {count} pieces for {num_stages} pipeline stages", "plan",
+                             f"use pp <= {count}")  # fmt: skip
     prefix = [0.0]
     for cost in costs:
         prefix.append(prefix[-1] + cost)

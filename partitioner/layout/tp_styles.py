@@ -58,7 +58,7 @@ def shard_dim(style: str, node: Node, param: Node) -> int | None:
     """The dim of `param` that tp cuts when `node` uses it in `style`; None = replicated."""
     if style == REPLICATE:
         return None
-    if style == FUSED:  # [.., parts, width, ..], see unfuse.py: each use selects one part
+    if style == FUSED:  # [.., parts, width, ..], see `fused_projections.py`: each use selects one part
         if node.target is not aten.select.int:
             return None
         selected = node.args[1]

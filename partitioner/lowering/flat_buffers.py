@@ -1,18 +1,27 @@
-"""Flat buffers: a role's parameters end to end, the unit of gradient reduction, sharding and optimizer steps.
+"""Flat buffers: a role's parameters end to end, and the end of a step that reduces, measures and updates them.
 
 Parameters are grouped by what must be done to them: weight decay or not, replicated over tp or cut, tied across
 stages, and the bucket they fall in (filled in the order in which backward finishes them, so that reduction can start
 early). Each group gets one parameter buffer, one gradient buffer and, with ZeRO-1 (Rajbhandari et al. 2020), this
 chip's 1/dp of both. Low-precision parameters get a full-precision master copy that the optimizer updates.
+
+One all-reduce of three numbers over every chip carries (sum of squared gradients, loss sum, count), each weighted by
+1 / replication, so that clipping and the loss are right across every shard. Gradients are of the loss *sum* divided
+by a nominal count; the optimizer step multiplies by nominal / count.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+from partitioner.layout.parallel_plan import Plan
 from partitioner.lowering.role_builder import RoleBuilder
-from partitioner.program.program import TensorKind, TensorSpec
+from partitioner.program.program import CollectiveOp, Group, Reduction, TensorKind, TensorSpec, Update
 
 LOW_PRECISION = ("bf16", "f16")
+SCALAR = TensorSpec((), "f64")
+STATS = TensorSpec((3,), "f64")
+ALL = Group(("pp", "dp", "tp"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,14 +53,11 @@ class FlatGroup:
     update: int
 
 
-def make_groups(
-    role: RoleBuilder, params: Iterable[Param], *, dp: int, zero: int, bucket_bytes: int, states: int
-) -> tuple[FlatGroup, ...]:
+def make_groups(role: RoleBuilder, params: Iterable[Param], plan: Plan, states: int) -> tuple[FlatGroup, ...]:
     """Declare buffers for `params` and the parameter tensors as views into them; frozen ones get no gradient."""
-    groups = []
-    for index, members in enumerate(_buckets(params, bucket_bytes)):
-        groups.append(_declare(role, f"flat{index}", members, dp if zero else 1, states))
-    return tuple(groups)
+    shards = plan.dp if plan.zero else 1
+    buckets = enumerate(_buckets(params, plan.bucket_bytes))
+    return tuple(_declare(role, f"flat{index}", members, shards, states) for index, members in buckets)
 
 
 def _buckets(params: Iterable[Param], bucket_bytes: int) -> list[list[Param]]:
@@ -77,44 +83,126 @@ def _buckets(params: Iterable[Param], bucket_bytes: int) -> list[list[Param]]:
 
 
 def _declare(role: RoleBuilder, name: str, members: list[Param], shards: int, states: int) -> FlatGroup:
-    numel = sum(p.spec.numel for p in members)
-    padded = -(-numel // shards) * shards
-    dtype = members[0].spec.dtype
+    def buffer(suffix: str, kind: TensorKind, length: int, dtype: str, **more: Any) -> int:
+        return role.tensor(f"{name}.{suffix}", kind, TensorSpec((length,), dtype), **more)
+
+    frozen, dtype = members[0].is_frozen, members[0].spec.dtype
     wide = "f32" if dtype in LOW_PRECISION else dtype
-    frozen = members[0].is_frozen
-    flat = role.tensor(f"{name}.params", TensorKind.FLAT, TensorSpec((padded,), dtype))
-    grad = flat if frozen else role.tensor(f"{name}.grads", TensorKind.GRAD, TensorSpec((padded,), wide))
-    offset = 0
-    for p in members:
-        shards_of = ((p.dim, "tp"),) if p.dim is not None else ()
-        role.tensor(
-            p.name, TensorKind.PARAM, p.spec, shards=shards_of, base=flat, offset=offset, source=p.name
-        )
-        if not frozen:
-            spec = TensorSpec(p.spec.shape, wide)
-            role.tensor(f"{p.name}.grad", TensorKind.GRAD, spec, base=grad, offset=offset, source=p.name)
-        offset += p.spec.numel
+    shard = -(-sum(p.spec.numel for p in members) // shards)  # rounded up: the last one may be padded
+    flat = buffer("params", TensorKind.FLAT, shard * shards, dtype)
+    grad = flat if frozen else buffer("grads", TensorKind.GRAD, shard * shards, wide)
+    _declare_views(role, members, flat, grad, wide)
     grad_shard, param_shard, update = grad, flat, flat
     if not frozen:
-        mine = TensorSpec((padded // shards,), wide)
         if shards > 1:
-            grad_shard = role.tensor(f"{name}.grad_shard", TensorKind.GRAD, mine)
-            param_shard = role.tensor(
-                f"{name}.param_shard",
-                TensorKind.FLAT,
-                TensorSpec(mine.shape, dtype),
-                shards=((0, "dp"),),
-                base=flat,
-            )
+            grad_shard = buffer("grad_shard", TensorKind.GRAD, shard, wide)
+            param_shard = buffer("param_shard", TensorKind.FLAT, shard, dtype, shards=((0, "dp"),), base=flat)
         update = param_shard
         if wide != dtype:
-            update = role.tensor(
-                f"{name}.master", TensorKind.MASTER, mine, source=role.tensors[param_shard].name
-            )
+            update = buffer("master", TensorKind.MASTER, shard, wide, source=role.tensors[param_shard].name)
         if states:
-            role.tensor(f"{name}.states", TensorKind.STATE, TensorSpec((states, *mine.shape), wide))
+            role.tensor(f"{name}.states", TensorKind.STATE, TensorSpec((states, shard), wide))
     return FlatGroup(
         params=tuple(members), decay=members[0].decays, tied=members[0].tied, replicated=members[0].dim is None,
         ready=min(p.unit for p in members), flat=flat, grad=grad, grad_shard=grad_shard, param_shard=param_shard,
         update=update,
     )  # fmt: skip
+
+
+def _declare_views(role: RoleBuilder, members: list[Param], flat: int, grad: int, wide: str) -> None:
+    """Parameters and their gradients, end to end in their buffers."""
+    offset = 0
+    for p in members:
+        cut = ((p.dim, "tp"),) if p.dim is not None else ()
+        role.tensor(p.name, TensorKind.PARAM, p.spec, shards=cut, base=flat, offset=offset, source=p.name)
+        if not p.is_frozen:
+            spec = TensorSpec(p.spec.shape, wide)
+            role.tensor(f"{p.name}.grad", TensorKind.GRAD, spec, base=grad, offset=offset, source=p.name)
+        offset += p.spec.numel
+
+
+def reduce_gradients(role: RoleBuilder, body: str, group: FlatGroup, plan: Plan) -> None:
+    """Start reducing one flat group over dp (tied groups first over their stages)."""
+    if group.tied:
+        tie = Group(("pp",), group.tied)
+        role.collective(body, CollectiveOp.ALL_REDUCE, Reduction.SUM, tie, group.grad, group.grad)
+        role.wait(body, group.grad)
+    if plan.dp == 1:
+        return
+    op = CollectiveOp.REDUCE_SCATTER if plan.zero else CollectiveOp.ALL_REDUCE
+    role.collective(body, op, Reduction.SUM, Group(("dp",)), group.grad, group.grad_shard)
+
+
+def emit_update(
+    role: RoleBuilder,
+    groups: Sequence[FlatGroup],
+    plan: Plan,
+    losses: tuple[int, int] | None,
+    started: set[int],
+) -> None:
+    """The `update` body; groups in `started` (by index) are already being reduced."""
+    body = "update"
+    role.body(body)
+    for index, group in enumerate(groups):
+        if index not in started:
+            reduce_gradients(role, body, group, plan)
+    if plan.dp > 1:
+        role.wait(body, *(g.grad_shard for g in groups))
+    squares = [(_square(role, body, index, g), _weight(g, plan)) for index, g in enumerate(groups)]
+    stats = emit_stats(role, body, squares, losses, plan)
+    for group in groups:
+        role.emit(body, Update(0, group.update, group.grad_shard, stats, group.param_shard, group.decay))
+    if plan.zero and plan.dp > 1:
+        for group in groups:
+            role.collective(
+                body, CollectiveOp.ALL_GATHER, Reduction.NONE, Group(("dp",)), group.param_shard, group.flat
+            )
+        role.wait(body, *(g.flat for g in groups))
+
+
+def emit_stats(
+    role: RoleBuilder,
+    body: str,
+    squares: Sequence[tuple[int, float]],
+    losses: tuple[int, int] | None,
+    plan: Plan,
+) -> int:
+    """Sum (gradient square, loss, count) over all chips; returns the tensor."""
+    total = _weighted_sum(role, body, f"{body}.square", squares)
+    zero = _weighted_sum(role, body, f"{body}.zero", [])
+    loss, count = losses or (zero, zero)
+    mine = role.tensor(f"{body}.local_stats", TensorKind.SCALAR, STATS)
+    stats = role.tensor(f"{body}.stats", TensorKind.SCALAR, STATS)
+    once = [
+        _weighted_sum(role, body, f"{body}.{name}", [(tensor, 1.0 / plan.tp)])
+        for name, tensor in (("loss", loss), ("count", count))
+    ]  # every chip of a tp group holds the same loss
+    role.simple(body, "stack", "aten.stack.default([v0, v1, v2])", [total, *once], mine)
+    role.collective(body, CollectiveOp.ALL_REDUCE, Reduction.SUM, ALL, mine, stats)
+    role.wait(body, stats)
+    return stats
+
+
+def _square(role: RoleBuilder, body: str, index: int, group: FlatGroup) -> int:
+    norm = role.tensor(f"{body}.norm{index}", TensorKind.SCALAR, SCALAR)
+    square = role.tensor(f"{body}.square{index}", TensorKind.SCALAR, SCALAR)
+    code = "aten.linalg_vector_norm.default(v0, 2.0, None, False, dtype=dtype.f64)"
+    role.simple(body, "norm", code, [group.grad_shard], norm)
+    role.simple(body, "square", "aten.mul.Tensor(v0, v0)", [norm], square)
+    return square
+
+
+def _weight(group: FlatGroup, plan: Plan) -> float:
+    """1 / number of chips that hold the same gradient entries."""
+    copies = (plan.tp if group.replicated else 1) * max(1, len(group.tied)) * (1 if plan.zero else plan.dp)
+    return 1.0 / copies
+
+
+def _weighted_sum(role: RoleBuilder, body: str, name: str, terms: Sequence[tuple[int, float]]) -> int:
+    total = role.tensor(f"{name}.0", TensorKind.SCALAR, SCALAR)
+    role.simple(body, "zero", "aten.zeros.default([], dtype=dtype.f64, device=device)", [], total)
+    for index, (term, weight) in enumerate(terms):
+        after = role.tensor(f"{name}.{index + 1}", TensorKind.SCALAR, SCALAR)
+        role.simple(body, "add", f"aten.add.Tensor(v0, v1, alpha={weight!r})", [total, term], after)
+        total = after
+    return total

@@ -6,24 +6,37 @@ lifetime. `Program.meta` gets the step's facts: `samples`, `tokens`, `model_flop
 `params`, `nominal_count`, `dtype`, `plan`, `model`.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
 
 from comms.errors import PartitionError
-from partitioner.capture.captured_graph import Graph
+from partitioner.capture.captured_graph import SHORT, Graph
+from partitioner.capture.graph_units import capture_graph
+from partitioner.capture.tracing import LossFunction
 from partitioner.layout.fused_projections import unfuse
 from partitioner.layout.joint_trace import param_dims, tensor_parallel_mesh, trace_joint
-from partitioner.layout.parallel_plan import Plan, balance
-from partitioner.lowering.flat_buffers import FlatGroup, Param, make_groups
+from partitioner.layout.parallel_plan import Plan, Task, balance
+from partitioner.lowering.flat_buffers import (
+    FlatGroup,
+    Param,
+    emit_stats,
+    emit_update,
+    make_groups,
+    reduce_gradients,
+)
 from partitioner.lowering.pieces import TracedUnit, split_joint
-from partitioner.lowering.pipeline_schedules import SCHEDULES, with_transfers
-from partitioner.lowering.role_builder import RoleBuilder, SegmentPool, touched
+from partitioner.lowering.role_builder import RoleBuilder, SegmentPool
 from partitioner.lowering.stage import StageContext, emit_stage
-from partitioner.lowering.update import emit_stats, emit_update, reduce_gradients
+from partitioner.program.instructions import named
 from partitioner.program.program import Call, Free, Program, Role, TensorSpec
+from partitioner.program.static_check import require_valid
 
 BACKWARD_FLOPS = 3  # forward + backward, as multiples of forward: two matmuls per matmul
 MATRIX = 2  # dims of a parameter that gets weight decay
+STEP_DTYPES = {"f64": "fp64", "bf16": "bf16"}  # all others are taken for fp32
 CALLED_ONCE = 0  # microbatch number of bodies that run once per step
 
 
@@ -42,10 +55,39 @@ class StepShape:
     undecayed: frozenset[str] | None = None
 
 
-def lower(
-    graph: Graph, plan: Plan, shape: StepShape, progress: Callable[[str], None] = lambda _: None
+def step_shape(module: nn.Module, batch: Mapping[str, torch.Tensor], optimizer_states: int) -> StepShape:
+    """What a step on `batch` (all its samples) processes; sequences are entries of whole numbers, [samples, tokens]."""
+    tokens = (v.shape[1] for v in batch.values() if v.dim() > 1 and not v.is_floating_point())
+    dtype = STEP_DTYPES.get(SHORT[next(module.parameters()).dtype], "fp32")
+    samples = next(iter(batch.values())).shape[0]
+    return StepShape(samples, max(tokens, default=1), type(module).__name__, dtype, optimizer_states)
+
+
+def partition(
+    module: nn.Module,
+    batch: Mapping[str, torch.Tensor],
+    plan: Plan,
+    *,
+    loss_fn: LossFunction | None = None,
+    optimizer_states: int = 2,
 ) -> Program:
-    """Make the Program of one training step (and of evaluation). Raises PartitionError."""
+    """The checked Program that trains `module` by `plan`. Raises PartitionError or CaptureError.
+
+    `batch` holds the samples of a whole step, of all replicas and microbatches; only its shapes are used.
+    `module(**batch)` returns the loss, or `loss_fn(output, **batch)` does. `optimizer_states`: tensors that the
+    optimizer keeps for each parameter (2: AdamW).
+    """
+    shape, parts = step_shape(module, batch, optimizer_states), plan.dp * plan.microbatches
+    if shape.samples % parts:
+        raise PartitionError(f"{shape.samples} samples do not split into {parts} parts (dp x microbatches)",
+                             "batch", f"use a multiple of {parts}")  # fmt: skip
+    size = shape.samples // parts
+    microbatch = {name: value[:size] for name, value in batch.items()}
+    return lower(capture_graph(module, microbatch, size, loss_fn=loss_fn, min_units=plan.pp), plan, shape)
+
+
+def lower(graph: Graph, plan: Plan, shape: StepShape) -> Program:
+    """The Program of one training step (and of evaluation), checked. Raises PartitionError."""
     undecayed = shape.undecayed
     if undecayed is None:
         undecayed = frozenset(name for name in graph.params if len(graph.specs[name].shape) < MATRIX)
@@ -53,37 +95,33 @@ def lower(
     sizes = plan.stages or balance([unit_cost(graph, i) for i in range(len(graph.units))], plan.pp)
     if sum(sizes) != len(graph.units):
         raise PartitionError(
-            f"the plan places {sum(sizes)} units, the model has {len(graph.units)}", where="plan: stages",
-            hint=f"make the counts add up to {len(graph.units)}",
+            f"the plan places {sum(sizes)} units, the model has {len(graph.units)}", "plan: stages",
+            f"make the counts add up to {len(graph.units)}",
         )  # fmt: skip
-    traced = _trace_templates(graph, plan, progress)
-    stage_of = [stage for stage, size in enumerate(sizes) for _ in range(size)]
-    context = StageContext(
-        graph, plan, traced, tuple(stage_of), _param_dims(graph, plan), _nominal_count(graph, shape)
-    )
+    dims = _param_dims(graph, plan)
+    stage_of = tuple(stage for stage, size in enumerate(sizes) for _ in range(size))
+    count = (
+        shape.samples * shape.tokens
+    )  # put into the gradients beforehand, as if all tokens of the step counted
+    context = StageContext(graph, plan, _trace_templates(graph, plan, dims), stage_of, dims, count)
     pool = SegmentPool()
-    roles = tuple(
-        _role(context, stage, pool, replace(shape, undecayed=undecayed)) for stage in range(plan.pp)
-    )
+    roles = tuple(_role(context, stage, pool, undecayed, shape.optimizer_states) for stage in range(plan.pp))
     flops = BACKWARD_FLOPS * sum(graph.templates[u.template].flops for u in graph.units)
     meta: dict[str, str | int | float] = {
         "model": shape.model, "dtype": shape.dtype, "plan": str(plan), "samples": shape.samples,
-        "tokens": shape.samples * shape.tokens, "params": graph.param_numel(), "units": len(graph.units),
-        "model_flops": flops * plan.microbatches * plan.dp, "nominal_count": context.nominal_count,
+        "tokens": count, "params": graph.param_numel(), "units": len(graph.units),
+        "model_flops": flops * plan.microbatches * plan.dp, "nominal_count": count,
         "zero": plan.zero, "loss": graph.loss_rule, "schedule": str(plan.schedule), "stages": "+".join(map(str, sizes)),
     }  # fmt: skip
-    return Program(plan.axes, plan.microbatches, tuple(pool.segments), roles, tuple(meta.items()))
+    program = Program(plan.axes, plan.microbatches, tuple(pool.segments), roles, tuple(meta.items()))
+    require_valid(program)
+    return program
 
 
 def unit_cost(graph: Graph, index: int) -> float:
     """FLOPs of a unit, plus a byte-sized share so that units without matmuls still weigh something."""
     template = graph.templates[graph.units[index].template]
     return template.flops + sum(spec.nbytes for spec in template.outputs)
-
-
-def _nominal_count(graph: Graph, shape: StepShape) -> int:
-    """The divisor put into the gradients beforehand: all tokens of the step count."""
-    return shape.samples * shape.tokens
 
 
 def _param_dims(graph: Graph, plan: Plan) -> Mapping[str, int | None]:
@@ -102,37 +140,27 @@ def _param_dims(graph: Graph, plan: Plan) -> Mapping[str, int | None]:
 
 
 def _trace_templates(
-    graph: Graph, plan: Plan, progress: Callable[[str], None]
+    graph: Graph, plan: Plan, dims: Mapping[str, int | None]
 ) -> Mapping[tuple[int, bool], TracedUnit]:
     """Trace every (template, is it first) once."""
-    dims = _param_dims(graph, plan)
     traced: dict[tuple[int, bool], TracedUnit] = {}
     with tensor_parallel_mesh(plan.tp) as mesh:
         for unit in graph.units:
             key = (unit.template, not unit.activations)
             if key not in traced:
-                progress(f"tracing {unit.name}")
-                template = graph.templates[unit.template]
                 frozen = [name in graph.frozen for name in unit.params]
-                joint = trace_joint(
-                    template, [dims[name] for name in unit.params], mesh, frozen, first=key[1]
-                )
+                cuts = [dims[name] for name in unit.params]
+                joint = trace_joint(graph.templates[unit.template], cuts, mesh, frozen, first=key[1])
                 traced[key] = split_joint(joint)
     return traced
 
 
-def _role(context: StageContext, stage: int, pool: SegmentPool, shape: StepShape) -> Role:
+def _role(
+    context: StageContext, stage: int, pool: SegmentPool, undecayed: frozenset[str], states: int
+) -> Role:
     plan = context.plan
     role = RoleBuilder(stage, pool)
-    params = _params(context, stage, shape.undecayed or frozenset())
-    groups = make_groups(
-        role,
-        params,
-        dp=plan.dp,
-        zero=plan.zero,
-        bucket_bytes=plan.bucket_bytes,
-        states=shape.optimizer_states,
-    )
+    groups = make_groups(role, _params(context, stage, undecayed), plan, states)
     trained = tuple(g for g in groups if not g.params[0].is_frozen)
     finished = emit_stage(role, context)
     role.add_frees(("recv_forward", "forward", "send_forward", "recv_backward", "backward", "send_backward"))
@@ -185,7 +213,7 @@ def _emit_evaluation(role: RoleBuilder, plan: Plan, losses: tuple[int, int] | No
     alive: dict[int, None] = {}
     for name in ("recv_forward", "forward", "send_forward"):
         for instruction in role.bodies.get(name, []):
-            alive |= {t: None for t in touched(instruction) if role.tensors[t].is_per_microbatch}
+            alive |= {t: None for t in named(instruction) if role.tensors[t].is_per_microbatch}
             if isinstance(instruction, Free):
                 alive = {t: None for t in alive if t not in instruction.tensors}
     role.body("drop")
@@ -197,7 +225,7 @@ def _emit_evaluation(role: RoleBuilder, plan: Plan, losses: tuple[int, int] | No
 
 def _schedules(role: RoleBuilder, plan: Plan) -> tuple[tuple[str, tuple[Call, ...]], ...]:
     bodies = frozenset(role.bodies)
-    tasks = SCHEDULES[plan.schedule](role.stage, plan.pp, plan.microbatches)
+    tasks = plan.schedule.order(role.stage, plan.pp, plan.microbatches)
     step = (*with_transfers(tasks, bodies, last="backward_last"), Call("update", CALLED_ONCE))
     evaluate: list[Call] = []
     for microbatch in range(plan.microbatches):
@@ -206,3 +234,27 @@ def _schedules(role: RoleBuilder, plan: Plan) -> tuple[tuple[str, tuple[Call, ..
     evaluate.append(Call("report", CALLED_ONCE))
     start = (Call("constants", CALLED_ONCE),) if "constants" in bodies else ()
     return (("start", start), ("step", step), ("evaluate", tuple(evaluate)))
+
+
+def with_transfers(tasks: tuple[Task, ...], bodies: frozenset[str], last: str) -> tuple[Call, ...]:
+    """Calls of one stage: each task between its receives (posted one task ahead) and its sends.
+
+    `bodies` are the bodies the role has (first and last stages lack some transfers); `last` replaces "backward" for
+    the last microbatch, where gradient reduction starts.
+    """
+    final = next((i for i in reversed(range(len(tasks))) if tasks[i][0] == "backward"), None)
+    calls: list[Call] = []
+
+    def add(body: str, microbatch: int) -> None:
+        if body in bodies:
+            calls.append(Call(body, microbatch))
+
+    for index, (kind, microbatch) in enumerate(tasks):
+        if index == 0:
+            add(f"recv_{kind}", microbatch)
+        if index + 1 < len(tasks):
+            next_kind, next_microbatch = tasks[index + 1]
+            add(f"recv_{next_kind}", next_microbatch)
+        calls.append(Call(last if index == final else kind, microbatch))
+        add(f"send_{kind}", microbatch)
+    return tuple(calls)

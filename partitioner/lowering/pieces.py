@@ -4,7 +4,7 @@ Forward is what the unit's outputs need; everything else is backward, as in func
 that pass from one to the other are saved; views are made again from what they view instead of being saved.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -12,11 +12,19 @@ import torch
 from torch.fx import Node
 
 from comms.errors import PartitionError
-from partitioner.capture.captured_graph import operand
-from partitioner.capture.dtypes import SHORT, spec_of
-from partitioner.capture.op_costs import is_view, op_bytes, op_flops, op_name
+from partitioner.capture.captured_graph import (
+    SHORT,
+    ancestors,
+    is_view,
+    op_bytes,
+    op_flops,
+    op_name,
+    operand,
+    reads_of,
+    spec_of,
+)
 from partitioner.layout.joint_trace import Joint
-from partitioner.program.program import CollectiveOp, Op, Reduction, TensorSpec
+from partitioner.program.program import CollectiveOp, Operation, Reduction, TensorSpec
 
 aten = torch.ops.aten
 REDUCTIONS = {"sum": Reduction.SUM, "avg": Reduction.AVG, "max": Reduction.MAX, "min": Reduction.MIN}
@@ -34,7 +42,7 @@ class SegmentPiece:
     """A segment without a number yet; `reads` and `writes` are slots of the unit."""
 
     inputs: tuple[TensorSpec, ...]
-    ops: tuple[Op, ...]
+    ops: tuple[Operation, ...]
     outputs: tuple[int, ...]
     reads: tuple[int, ...]
     writes: tuple[int, ...]
@@ -80,20 +88,23 @@ def split_joint(joint: Joint) -> TracedUnit:
     results = nodes[-1].args[0]
     assert isinstance(results, tuple | list)
     outputs, grads = results[: joint.num_outputs], results[joint.num_outputs :]
-    forward = _ancestors(outputs)
+    forward = ancestors(outputs)
+    # An element of a tuple stays beside what made the tuple, though only backward reads it (attention's logsumexp):
+    # what crosses from forward to backward are tensors, never tuples.
     forward |= {n for n in nodes if op_name(n.target) == "getitem" and n.args[0] in forward}
-    backward = _backward_nodes([g for g in grads if isinstance(g, Node)], forward)
+    wanted = [g for g in grads if isinstance(g, Node)]
+    backward = ancestors(wanted, lambda n: _is_made_in_backward(n, forward))
     slots: dict[Node, int] = {n: i for i, n in enumerate(placeholders)}
     specs = [spec_of(n.meta["val"]) for n in placeholders]
     calls = [n for n in nodes if n.op == "call_function"]
     forward_nodes, backward_nodes = [n for n in calls if n in forward], [n for n in calls if n in backward]
-    needed_later = _reads(backward_nodes) | {n for n in (*outputs, *grads) if isinstance(n, Node)}
-    numbering = _Slots(slots, specs)
+    needed_later = {*reads_of(backward_nodes), *outputs, *wanted}
+    numbering = _Slots(slots, specs)  # one numbering for both: equal slots are how saved values are named
     forward_pieces = _pieces(forward_nodes, needed_later, numbering)
     for node in backward_nodes:  # what forward made and backward makes again lives in backward's own slot
         if node in forward and node not in outputs:
             numbering.slots.pop(node, None)
-    backward_pieces = _pieces(backward_nodes, {g for g in grads if isinstance(g, Node)}, numbering)
+    backward_pieces = _pieces(backward_nodes, set(wanted), numbering)
     return TracedUnit(
         specs=tuple(numbering.specs),
         coordinate=joint.num_inputs,
@@ -137,6 +148,7 @@ def _clean(graph: torch.fx.Graph) -> None:
         )
         if name in ("detach", "alias") or same_shape:
             node.replace_all_uses_with(source)
+    # placeholders stay, used or not: slots are numbered by them; torch would also keep collectives that nobody reads
     graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
 
 
@@ -146,7 +158,7 @@ def _inline_scalar(node: Node) -> None:
     literal = getattr(owner, str(node.target), None) if owner is not None else None
     if not isinstance(literal, torch.Tensor) or literal.numel() != 1 or not isinstance(value, torch.Tensor):
         raise PartitionError(
-            "a tensor is created inside a traced block", where=str(node.target), hint="make it a buffer"
+            "a tensor is created inside a traced block", str(node.target), "make it a buffer"
         )
     with node.graph.inserting_before(node):
         made = node.graph.call_function(
@@ -156,35 +168,10 @@ def _inline_scalar(node: Node) -> None:
     node.replace_all_uses_with(made)
 
 
-def _ancestors(outputs: Iterable[object]) -> set[Node]:
-    found: set[Node] = set()
-    stack = [n for n in outputs if isinstance(n, Node)]
-    while stack:
-        node = stack.pop()
-        if node not in found:
-            found.add(node)
-            stack.extend(node.all_input_nodes)
-    return found
-
-
-def _backward_nodes(grads: Sequence[Node], forward: set[Node]) -> set[Node]:
-    """Nodes to run in backward: what is not forward, and forward views (free to make again)."""
-    found: set[Node] = set()
-    stack = list(grads)
-    while stack:
-        node = stack.pop()
-        remade = node not in forward or (
-            is_view(node.target) and op_name(node.target) not in ("wait_tensor", "getitem")
-        )
-        if node not in found and node.op == "call_function" and remade:
-            found.add(node)
-            stack.extend(node.all_input_nodes)
-    return found
-
-
-def _reads(nodes: Iterable[Node]) -> set[Node]:
-    inside = set(nodes)
-    return {n for node in inside for n in node.all_input_nodes if n not in inside}
+def _is_made_in_backward(node: Node, forward: set[Node]) -> bool:
+    """What is not forward's, and forward's views (free to make again)."""
+    is_remade = is_view(node.target) and op_name(node.target) not in ("wait_tensor", "getitem")
+    return node.op == "call_function" and (node not in forward or is_remade)
 
 
 def _is_collective(node: Node) -> bool:
@@ -195,6 +182,7 @@ def _pieces(nodes: Sequence[Node], needed_later: set[Node], slots: _Slots) -> tu
     """Cut a node list at collectives; `needed_later` is what must outlive the list."""
     runs: list[list[Node]] = [[]]
     for node in nodes:
+        # A wait is no piece: whoever reads the result waits for it, which lowering writes after the collective.
         if op_name(node.target) == "wait_tensor":
             continue
         if _is_collective(node):
@@ -228,7 +216,7 @@ def _collective(node: Node, slots: _Slots) -> CollectivePiece:
     source = node.args[0]
     assert isinstance(source, Node)
     write = slots.of(node)
-    for user in node.users:
+    for user in node.users:  # its waits: they are the same value
         slots.slots[user] = write
     return CollectivePiece(op, reduction, slots.of(_source(source)), write)
 
@@ -247,13 +235,13 @@ def _segment(run: Sequence[Node], later: set[Node], slots: _Slots) -> SegmentPie
     )
 
 
-def make_op(node: Node, number: Mapping[Node, int]) -> Op:
-    """One node as an Op whose operands are `v<number>`."""
+def make_op(node: Node, number: Mapping[Node, int]) -> Operation:
+    """One node as an Operation whose operands are `v<number>`."""
     value = node.meta["val"]
     is_tuple = isinstance(value, tuple | list)
     outs = tuple(spec_of(v) for v in (value if is_tuple else [value]) if isinstance(v, torch.Tensor))
     reads, writes = op_bytes(node)
-    return Op(_code(node, number), outs, is_tuple, op_flops(node), reads, writes)
+    return Operation(_code(node, number), outs, is_tuple, op_flops(node), reads, writes)
 
 
 def _code(node: Node, number: Mapping[Node, int]) -> str:
@@ -263,9 +251,7 @@ def _code(node: Node, number: Mapping[Node, int]) -> str:
     if op_name(target) in ("view", "_unsafe_view"):  # traced on contiguous operands; real ones may be strided
         target = aten.reshape.default
     if op_name(target) == "as_strided":
-        raise PartitionError(
-            "as_strided depends on memory layout", where=node.name, hint="use view, narrow or unfold"
-        )
+        raise PartitionError("as_strided depends on memory layout", node.name, "use view, narrow or unfold")
     if isinstance(target, torch._ops.OpOverload):
         space, name = target._schema.name.split("::")
         return f"{space}.{name}.{target._overloadname}({', '.join(parts)})"

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from partitioner.lowering.pieces import CollectivePiece, Piece, SegmentPiece
+from partitioner.program.instructions import named
 from partitioner.program.program import (
     Body,
     Collective,
@@ -13,11 +14,9 @@ from partitioner.program.program import (
     Free,
     Group,
     Instruction,
-    Op,
-    Recv,
+    Operation,
     Reduction,
     Segment,
-    Send,
     Tensor,
     TensorKind,
     TensorSpec,
@@ -32,7 +31,9 @@ class SegmentPool:
     segments: list[Segment] = field(default_factory=list)
     known: dict[object, int] = field(default_factory=dict)
 
-    def add(self, name: str, inputs: Sequence[TensorSpec], ops: Sequence[Op], outputs: Sequence[int]) -> int:
+    def add(
+        self, name: str, inputs: Sequence[TensorSpec], ops: Sequence[Operation], outputs: Sequence[int]
+    ) -> int:
         """The number of this segment, new or known."""
         key = (tuple(inputs), tuple(ops), tuple(outputs))
         if key not in self.known:
@@ -120,7 +121,7 @@ class RoleBuilder:
         """Emit a one-op segment whose operands are v0.. in the order of `reads`."""
         out = self.spec(write)
         nbytes = sum(self.spec(r).nbytes for r in reads)
-        op = Op(code, (out,), False, sum(self.spec(r).numel for r in reads), nbytes, out.nbytes)
+        op = Operation(code, (out,), False, sum(self.spec(r).numel for r in reads), nbytes, out.nbytes)
         inputs = [self.spec(r) for r in reads]
         self.compute(body, self.pool.add(name, inputs, [op], [len(inputs)]), reads, [write])
 
@@ -129,7 +130,7 @@ class RoleBuilder:
         last: dict[int, tuple[str, int]] = {}
         for name in order:
             for index, instruction in enumerate(self.bodies.get(name, [])):
-                for tensor in touched(instruction):
+                for tensor in named(instruction):
                     if self.tensors[tensor].is_per_microbatch:
                         last[tensor] = (name, index)
         due: dict[tuple[str, int], list[int]] = {}
@@ -152,13 +153,3 @@ class RoleBuilder:
             count += len(instructions)
             done.append(Body(name, tuple(numbered)))
         return tuple(done)
-
-
-def touched(instruction: Instruction) -> tuple[int, ...]:
-    """Tensors an instruction reads, writes or moves."""
-    if isinstance(instruction, Send | Recv):
-        return (instruction.tensor,)
-    if isinstance(instruction, Wait | Free):
-        return instruction.tensors
-    reads = getattr(instruction, "reads", ())
-    return (*reads, *getattr(instruction, "writes", ()))

@@ -4,17 +4,17 @@ Assumed: values cross from earlier to later stages only. A value used in several
 gradient comes back from each and is added. Batch entries are loaded by every stage that needs them, never sent.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from torch.fx import Node
 
-from partitioner.capture.captured_graph import Graph, Side, Unit
+from partitioner.capture.captured_graph import Graph, Side, Unit, ancestors
 from partitioner.layout.parallel_plan import Plan
+from partitioner.lowering.flat_buffers import SCALAR
 from partitioner.lowering.pieces import TracedUnit, make_op
 from partitioner.lowering.role_builder import RoleBuilder
-from partitioner.lowering.update import SCALAR
-from partitioner.program.program import Accumulate, Op, Recv, Send, TensorKind
+from partitioner.program.program import Accumulate, Operation, Recv, Send, TensorKind
 
 
 @dataclass(frozen=True)
@@ -53,16 +53,17 @@ class Finished:
 
 def emit_stage(role: RoleBuilder, context: StageContext) -> Finished:
     """Emit every per-microbatch body of `role`."""
-    emitter = _Stage(role, context)
+    emitter = _StageEmitter(role, context)
     emitter.forward()
     emitter.backward()
     return emitter.finished
 
 
-class _Stage:
+class _StageEmitter:
     def __init__(self, role: RoleBuilder, context: StageContext) -> None:
         self.role, self.context, self.graph = role, context, context.graph
         self.units = context.units(role.stage)
+        self.makes_loss = any(self.graph.loss in self.graph.units[index].outputs for index in self.units)
         self.values: dict[str, int] = {}
         self.slots: dict[int, dict[int, int]] = {}
         self.grads: dict[str, list[int]] = {}
@@ -79,12 +80,9 @@ class _Stage:
         role.wait("forward", *(self.values[v] for v in arrivals))
         for index in self.units:
             self._unit_forward(index)
-        for index in self.units:
-            for value in self.graph.units[index].outputs:
-                for stage in self.context.consumers(value):
-                    if stage != role.stage:
-                        role.emit("send_forward", Send(0, self.values[value], stage))
-        if any(self.graph.loss in self.graph.units[i].outputs for i in self.units):
+        for value, stage in self._departures():
+            role.emit("send_forward", Send(0, self.values[value], stage))
+        if self.makes_loss:
             self._accumulate_loss()
 
     def _arrivals(self) -> list[str]:
@@ -93,14 +91,21 @@ class _Stage:
         made = (v for unit in self.graph.units for v in unit.outputs)
         return [v for v in made if v in needed and self.context.producer(v) != self.role.stage]
 
+    def _departures(self) -> Iterator[tuple[str, int]]:
+        """Values that other stages read, once for each of them, in the order in which they are made."""
+        for value in (value for index in self.units for value in self.graph.units[index].outputs):
+            for stage in self.context.consumers(value):
+                if stage != self.role.stage:
+                    yield value, stage
+
     def _sides(self) -> None:
         """Constants once, inputs once per microbatch, both cut down to what this stage needs."""
         graph = self.graph
         needed = {v for i in self.units for v in graph.units[i].frees}
-        if any(graph.loss in graph.units[i].outputs for i in self.units):
+        if self.makes_loss:
             needed.add(graph.count)
-        inputs = _Side(graph.inputs, [v for v in graph.inputs.outputs if v in needed])
-        constants = _Side(
+        inputs = _NeededSide(graph.inputs, [v for v in graph.inputs.outputs if v in needed])
+        constants = _NeededSide(
             graph.constants, [v for v in graph.constants.outputs if v in needed | set(inputs.reads)]
         )
         for side, body, kind in (
@@ -166,17 +171,13 @@ class _Stage:
 
     def _receive_gradients(self) -> None:
         role, received = self.role, []
-        for index in self.units:
-            for value in self.graph.units[index].outputs:
-                if not self._is_differentiable(value):
-                    continue
-                for stage in self.context.consumers(value):
-                    if stage != role.stage:
-                        name = f"grad.{value}.from{stage}"
-                        tensor = role.tensor(name, TensorKind.ACTIVATION, self.graph.specs[value])
-                        role.emit("recv_backward", Recv(0, tensor, stage))
-                        self.grads.setdefault(value, []).append(tensor)
-                        received.append(tensor)
+        for value, stage in self._departures():
+            if self._is_differentiable(value):
+                name = f"grad.{value}.from{stage}"
+                tensor = role.tensor(name, TensorKind.ACTIVATION, self.graph.specs[value])
+                role.emit("recv_backward", Recv(0, tensor, stage))
+                self.grads.setdefault(value, []).append(tensor)
+                received.append(tensor)
         role.wait("backward", *received)
 
     def _is_differentiable(self, value: str) -> bool:
@@ -230,24 +231,19 @@ class _Stage:
         return terms[0]
 
 
-class _Side:
+class _NeededSide:
     """The part of a side graph that makes `wanted`: the values it reads, its ops, what it makes."""
 
     def __init__(self, side: Side, wanted: Sequence[str]) -> None:
         nodes = list(side.graph.graph.nodes)
         sources = dict(zip((n for n in nodes if n.op == "placeholder"), side.inputs, strict=True))
         results = dict(zip(side.outputs, nodes[-1].args[0], strict=True)) if side.outputs else {}
-        kept, stack = set(), [results[v] for v in wanted]
-        while stack:
-            node = stack.pop()
-            if node not in kept:
-                kept.add(node)
-                stack.extend(node.all_input_nodes)
+        kept = ancestors(results[v] for v in wanted)
         outer = [n for n in nodes if n in kept and n.op == "placeholder"]
         calls: list[Node] = [n for n in nodes if n in kept and n.op == "call_function"]
         number = {n: i for i, n in enumerate([*outer, *calls])}
         made = [v for v in wanted if results[v] not in sources]
         self.reads: tuple[str, ...] = tuple(sources[n] for n in outer)
-        self.ops: tuple[Op, ...] = tuple(make_op(n, number) for n in calls)
+        self.ops: tuple[Operation, ...] = tuple(make_op(n, number) for n in calls)
         self.made: tuple[str, ...] = tuple(made)
         self.outputs: tuple[int, ...] = tuple(number[results[v]] for v in made)

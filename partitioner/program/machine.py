@@ -9,18 +9,17 @@ Rules: instructions issue in order; compute blocks; sends, receives and collecti
 channel, so the n-th post on a channel meets the n-th post of the others: `Key`.
 """
 
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
 
+from partitioner.program.instructions import writes
 from partitioner.program.program import Body, Collective, Group, Instruction, Program, Recv, Role, Send, Wait
-
-STORY_LENGTH = 32
 
 
 class Key(NamedTuple):
-    """One meeting: `kind` "p2p" with (source, target) or "group" with all members; `number` counts on the channel."""
+    """One communication, the `number`-th on its channel: "p2p" of (source, target), or "group" of all members."""
 
     kind: str
     chips: tuple[int, ...]
@@ -29,7 +28,7 @@ class Key(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """A stretch of instructions that need nobody else, `start..stop-1` of the body of call `call`."""
+    """Consecutive instructions that need nobody else, `start..stop-1` of the body of call `call`."""
 
     call: int
     microbatch: int
@@ -75,9 +74,8 @@ class Machine:
         self.index = 0
         self._channels: Counter[tuple[str, tuple[int, ...]]] = Counter()
         self._pending: Counter[tuple[int, int]] = Counter()
-        self._open: dict[Key, Post] = {}
+        self._open: dict[Key, list[tuple[int, int]]] = {}  # what is under way, and the instances it writes
         self._members: dict[Group, tuple[int, ...]] = {}
-        self._log: deque[Item] = deque(maxlen=STORY_LENGTH)
         self._skip_empty()
 
     @property
@@ -104,25 +102,25 @@ class Machine:
             self.index = item.stop
         else:
             self._channels[item.key.kind, item.key.chips] += 1
-            self._open[item.key] = item
-            self._pending.update(self._written(item))
+            written = [self._instance(tensor, item.microbatch) for tensor in writes(item.instruction)]
+            self._open[item.key] = written
+            self._pending.update(written)
             self.index += 1
-        self._log.append(item)
         self._skip_empty()
 
     def arrive(self, key: Key) -> None:
         """The transfer or collective `key` has finished on this chip."""
-        self._pending.subtract(self._written(self._open.pop(key)))
+        self._pending.subtract(self._open.pop(key))
 
     def blocked_on(self) -> tuple[Key, ...]:
-        """Outstanding meetings that the next instruction waits for (empty if it does not wait)."""
+        """Outstanding communications that the next instruction waits for (empty if it does not wait)."""
         if self.call == len(self.calls):
             return tuple(self._open)
         instruction = self._body().instructions[self.index]
         if not isinstance(instruction, Wait):
             return ()
         wanted = {self._instance(t, self.calls[self.call].microbatch) for t in instruction.tensors}
-        return tuple(key for key, post in self._open.items() if wanted & set(self._written(post)))
+        return tuple(key for key, written in self._open.items() if not wanted.isdisjoint(written))
 
     def position(self) -> str:
         """Where the stream stands, for messages: chip, body, microbatch, instruction."""
@@ -132,10 +130,6 @@ class Machine:
         instruction = body.instructions[self.index]
         stream = f"chip {self.chip} ({self.role.name}): {call.body}({call.microbatch})"
         return f"{stream} instruction {instruction.id} {instruction}"
-
-    def story(self) -> tuple[str, ...]:
-        """The last items completed, oldest first."""
-        return tuple(describe(item) for item in self._log)
 
     def _body(self) -> Body:
         return self.role.body[self.calls[self.call].body]
@@ -152,13 +146,6 @@ class Machine:
     def _instance(self, tensor: int, microbatch: int) -> tuple[int, int]:
         return tensor, microbatch if self.role.tensors[tensor].is_per_microbatch else -1
 
-    def _written(self, post: Post) -> list[tuple[int, int]]:
-        ins = post.instruction
-        tensors = (
-            ins.writes if isinstance(ins, Collective) else (ins.tensor,) if isinstance(ins, Recv) else ()
-        )
-        return [self._instance(t, post.microbatch) for t in tensors]
-
     def _key(self, instruction: Send | Recv | Collective) -> Key:
         if isinstance(instruction, Collective):
             group = instruction.group
@@ -170,11 +157,3 @@ class Machine:
         else:
             kind, chips = "p2p", (self.program.peer(self.chip, instruction.source), self.chip)
         return Key(kind, chips, self._channels[kind, chips])
-
-
-def describe(item: Item) -> str:
-    """One line about an item, for stories."""
-    if isinstance(item, Post):
-        return f"posted {item.instruction} as {item.key.kind} {item.key.chips} #{item.key.number}"
-    first, last = item.body.instructions[item.start], item.body.instructions[item.stop - 1]
-    return f"ran {item.body.name}({item.microbatch}) instructions {first.id}..{last.id}"

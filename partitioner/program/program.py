@@ -9,17 +9,20 @@ A *segment* is a straight run of tensor operations between two communications. I
 expression each (`aten.mm.default(v0, v3)`), with the shapes, FLOPs and bytes that a cost model needs.
 
 This module is torch-free. Text form and msgpack codec: `program_text.py`, `program_codec.py`.
-Not here: validity (`check.py`), memory (`memory.py`), timing (runners).
+Not here: validity (`static_check.py`), memory (`peak_memory.py`), timing (runners).
 """
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
 from math import prod
-from typing import TypeAlias
+from typing import Annotated, ClassVar, TypeAlias
 
 VERSION = 1
+VALUE = re.compile(r"\bv(\d+)\b")
+QUOTED = re.compile(r"'[^']*'|\"[^\"]*\"")
 
 DTYPE_BYTES: Mapping[str, int] = {
     "f64": 8, "f32": 4, "f16": 2, "bf16": 2, "i64": 8, "i32": 4, "i16": 2, "i8": 1, "u8": 1, "b8": 1,
@@ -107,7 +110,7 @@ class Tensor:
 
 
 @dataclass(frozen=True, slots=True)
-class Op:
+class Operation:
     """One tensor operation: `code` is a call whose operands are earlier values `v<i>`."""
 
     code: str
@@ -121,6 +124,14 @@ class Op:
     def target(self) -> str:
         return self.code.partition("(")[0]
 
+    @property
+    def operands(self) -> tuple[int, ...]:
+        """The values it reads, in the order in which they stand in its code."""
+        arguments = self.code.partition("(")[2]
+        if "'" in arguments or '"' in arguments:
+            arguments = QUOTED.sub("", arguments)
+        return tuple(map(int, VALUE.findall(arguments)))
+
 
 @dataclass(frozen=True, slots=True)
 class Segment:
@@ -129,7 +140,7 @@ class Segment:
     id: int
     name: str
     inputs: tuple[TensorSpec, ...]
-    ops: tuple[Op, ...]
+    ops: tuple[Operation, ...]
     outputs: tuple[int, ...]
 
     @property
@@ -153,70 +164,96 @@ class Group:
         return "*".join(self.axes) + restricted
 
 
+class Holds(StrEnum):
+    """What a field of an instruction holds: decides its text, its packed form, its effects and its check."""
+
+    READ = "read"  # tensors whose value is used
+    WRITTEN = "written"  # tensors that have a new value afterwards (for transfers: after the Wait)
+    CHANGED = "changed"  # tensors that are read, and written in place
+    NAMED = "named"  # tensors that are mentioned, their values neither used nor made
+    SEGMENT = "segment"
+    STAGE = "stage"  # another pipeline stage
+    GROUP = "group"
+    OP = "op"  # the collective; stands for the verb in the text
+    REDUCTION = "reduction"  # not written where there is none
+    DIM = "dim"  # not written where it is 0
+    DECAY = "decay"  # whether weight decay applies
+
+
+Ids: TypeAlias = tuple[int, ...]
+
+
 @dataclass(frozen=True, slots=True)
 class Compute:
     """Run a segment. Blocks the compute lane."""
 
+    FORM: ClassVar = "compute {segment} {reads} -> {writes}"
     id: int
-    segment: int
-    reads: tuple[int, ...]
-    writes: tuple[int, ...]
+    segment: Annotated[int, Holds.SEGMENT]
+    reads: Annotated[Ids, Holds.READ]
+    writes: Annotated[Ids, Holds.WRITTEN]
 
 
 @dataclass(frozen=True, slots=True)
 class Accumulate:
     """Add `reads[i]` into the accumulators `writes[i]`; the first addition of a step overwrites them."""
 
+    FORM: ClassVar = "accumulate {reads} -> {writes}"
     id: int
-    reads: tuple[int, ...]
-    writes: tuple[int, ...]
+    reads: Annotated[Ids, Holds.READ]
+    writes: Annotated[Ids, Holds.WRITTEN]
 
 
 @dataclass(frozen=True, slots=True)
 class Collective:
     """Start a collective over `group`; asynchronous, finished by a `Wait` on what it writes."""
 
+    FORM: ClassVar = "{op} {reduction} {group} {reads} -> {writes} dim={dim}"
     id: int
-    op: CollectiveOp
-    reduction: Reduction
-    group: Group
-    dim: int
-    reads: tuple[int, ...]
-    writes: tuple[int, ...]
+    op: Annotated[CollectiveOp, Holds.OP]
+    reduction: Annotated[Reduction, Holds.REDUCTION]
+    group: Annotated[Group, Holds.GROUP]
+    dim: Annotated[int, Holds.DIM]
+    reads: Annotated[Ids, Holds.READ]
+    writes: Annotated[Ids, Holds.WRITTEN]
 
 
 @dataclass(frozen=True, slots=True)
 class Send:
     """Start sending `tensor` to the chip with the same coordinates in stage `to`; asynchronous."""
 
+    FORM: ClassVar = "send {tensor} to {to}"
     id: int
-    tensor: int
-    to: int
+    tensor: Annotated[int, Holds.READ]
+    to: Annotated[int, Holds.STAGE]
 
 
 @dataclass(frozen=True, slots=True)
 class Recv:
     """Start receiving `tensor` from the chip with the same coordinates in stage `source`; asynchronous."""
 
+    FORM: ClassVar = "recv {tensor} from {source}"
     id: int
-    tensor: int
-    source: int
+    tensor: Annotated[int, Holds.WRITTEN]
+    source: Annotated[int, Holds.STAGE]
 
 
 @dataclass(frozen=True, slots=True)
 class Wait:
     """Block until every pending operation that writes `tensors` has finished."""
 
+    FORM: ClassVar = "wait {tensors}"
     id: int
-    tensors: tuple[int, ...]
+    tensors: Annotated[Ids, Holds.NAMED]
 
 
 @dataclass(frozen=True, slots=True)
 class Free:
     """Drop `tensors` (of this microbatch); one still being sent goes when the transfer ends."""
 
+    FORM: ClassVar = "free {tensors}"
     id: int
-    tensors: tuple[int, ...]
+    tensors: Annotated[Ids, Holds.NAMED]
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,14 +264,18 @@ class Update:
     `param` cast to its dtype afterwards. `decay` says whether weight decay applies.
     """
 
+    FORM: ClassVar = "update {param} grad={grad} stats={stats} target={target} {decay}"
+    HINT: ClassVar = "expected 'update t1 grad=t2 stats=t3 target=t1 decay' (or no_decay)"
     id: int
-    param: int
-    grad: int
-    stats: int
-    target: int
-    decay: bool
+    param: Annotated[int, Holds.CHANGED]
+    grad: Annotated[int, Holds.READ]
+    stats: Annotated[int, Holds.READ]
+    target: Annotated[int, Holds.WRITTEN]
+    decay: Annotated[bool, Holds.DECAY]
 
 
+# A new instruction: its class above, its name at the end here (the place is its code in the packed form). Text, codec,
+# effects and the checks that all instructions get follow from its FORM and what its fields hold.
 Instruction: TypeAlias = Compute | Accumulate | Collective | Send | Recv | Wait | Free | Update
 
 

@@ -3,45 +3,53 @@
 Layout: a list (magic, version, tables, content). Specs, operations and groups are stored once in tables and
 named by position; tensors are stored by column; instructions as short lists that start with a code; `meta` as
 JSON, because a step's FLOPs may need more than 64 bits. Decoding shares what the tables share. Validity is not
-judged here: see `check.py`.
+judged here: see `static_check.py`.
 """
 
 import json
-from collections.abc import Callable, Hashable, Iterable, Sequence
-from typing import Any, Generic, TypeVar, assert_never
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import msgpack
 
 from comms.errors import ProgramError
+from partitioner.program.instructions import FIELDS, INSTRUCTIONS
 from partitioner.program.program import (
     VERSION,
-    Accumulate,
     Body,
     Call,
-    Collective,
     CollectiveOp,
-    Compute,
-    Free,
     Group,
+    Holds,
     Instruction,
-    Op,
+    Operation,
     Program,
-    Recv,
     Reduction,
     Role,
     Segment,
-    Send,
     Tensor,
     TensorKind,
     TensorSpec,
-    Update,
-    Wait,
-)  # fmt: skip
+)
 
 MAGIC = "program"
 KINDS = tuple(TensorKind)
 OPS = tuple(CollectiveOp)
 REDUCTIONS = tuple(Reduction)
+CODES = {kind: code for code, kind in enumerate(INSTRUCTIONS)}
+TABLED = (
+    Holds.OP,
+    Holds.REDUCTION,
+    Holds.GROUP,
+)  # fields that are named by position; all others stand as they are
+# of every kind of instruction: its fields, and which of them by place are named by position (place 0 is the code)
+LAYOUTS = {
+    kind: (
+        tuple(field.name for field in fields),
+        tuple((place, field.holds) for place, field in enumerate(fields, 1) if field.holds in TABLED),
+    )
+    for kind, fields in FIELDS.items()
+}
 SAME_AS_NAME = True  # a source that repeats the tensor's name
 Item = TypeVar("Item", bound=Hashable)
 
@@ -63,46 +71,47 @@ def decode(data: bytes) -> Program:
         if magic != MAGIC:
             raise ValueError("it starts otherwise")
     except (ValueError, TypeError, msgpack.UnpackException) as error:
-        raise ProgramError("these bytes are not a Program", where="program", hint=hint) from error
+        raise ProgramError("these bytes are not a Program", "program", hint) from error
     if version != VERSION:
         problem = f"the Program has version {version}, this is version {VERSION}"
-        raise ProgramError(problem, where="program", hint=hint)
+        raise ProgramError(problem, "program", hint)
     try:
         packed, (axes, microbatches, segments, roles, meta) = rest
-        reader = _Reader(packed)
+        unpacker = _Unpacker(packed)
         facts = tuple((key, value) for key, value in json.loads(meta))
-        made = tuple(map(reader.segment, segments))
-        return Program(axes, microbatches, made, tuple(map(reader.role, roles)), facts)
+        made = tuple(map(unpacker.segment, segments))
+        return Program(axes, microbatches, made, tuple(map(unpacker.role, roles)), facts)
     except (ValueError, TypeError, IndexError) as error:
-        raise ProgramError(f"the Program is damaged: {error}", where="program", hint=hint) from error
+        raise ProgramError(f"the Program is damaged: {error}", "program", hint) from error
 
 
-class _Table(Generic[Item]):
-    """Distinct items in order of first use."""
-
-    def __init__(self) -> None:
-        self.positions: dict[Item, int] = {}
-
-    def __call__(self, item: Item) -> int:
-        return self.positions.setdefault(item, len(self.positions))
+def _positions(table: dict[Item, int], items: Iterable[Item]) -> list[int]:
+    """Places of items in a table of distinct ones, in order of first use."""
+    return [table.setdefault(item, len(table)) for item in items]
 
 
 class _Tables:
     def __init__(self) -> None:
-        self.specs: _Table[TensorSpec] = _Table()
-        self.ops: _Table[Op] = _Table()
-        self.groups: _Table[Group] = _Table()
+        self.specs: dict[TensorSpec, int] = {}
+        self.ops: dict[Operation, int] = {}
+        self.groups: dict[Group, int] = {}
+        self.positions: Mapping[Holds, Callable[[Any], int]] = {
+            Holds.OP: OPS.index, Holds.REDUCTION: REDUCTIONS.index, Holds.GROUP: self._group,
+        }  # fmt: skip
+
+    def _group(self, group: Group) -> int:
+        return self.groups.setdefault(group, len(self.groups))
 
     def packed(self) -> list[object]:
         ops = [
-            [op.code, [self.specs(o) for o in op.outs], op.is_tuple, op.flops, op.read_bytes, op.write_bytes]
-            for op in self.ops.positions
+            [op.code, _positions(self.specs, op.outs), op.is_tuple, op.flops, op.read_bytes, op.write_bytes]
+            for op in self.ops
         ]
-        specs = [[spec.dtype, spec.shape] for spec in self.specs.positions]
-        return [specs, ops, [[group.axes, group.stages] for group in self.groups.positions]]
+        specs = [[spec.dtype, spec.shape] for spec in self.specs]
+        return [specs, ops, [[group.axes, group.stages] for group in self.groups]]
 
     def segment(self, segment: Segment) -> list[object]:
-        inputs, ops = [self.specs(s) for s in segment.inputs], [self.ops(op) for op in segment.ops]
+        inputs, ops = _positions(self.specs, segment.inputs), _positions(self.ops, segment.ops)
         return [segment.id, segment.name, inputs, ops, segment.outputs]
 
     def role(self, role: Role) -> list[object]:
@@ -121,7 +130,7 @@ class _Tables:
             _run(t.id for t in tensors),
             [t.name for t in tensors],
             bytes(KINDS.index(t.kind) for t in tensors),
-            [self.specs(t.spec) for t in tensors],
+            _positions(self.specs, [t.spec for t in tensors]),
             [t.shards for t in tensors],
             [t.base for t in tensors],
             [t.offset for t in tensors],
@@ -129,26 +138,11 @@ class _Tables:
         ]
 
     def code(self, ins: Instruction) -> list[object]:
-        match ins:
-            case Compute():
-                return [0, ins.segment, ins.reads, ins.writes]
-            case Accumulate():
-                return [1, ins.reads, ins.writes]
-            case Collective():
-                op, reduction = OPS.index(ins.op), REDUCTIONS.index(ins.reduction)
-                return [2, op, reduction, self.groups(ins.group), ins.dim, ins.reads, ins.writes]
-            case Send():
-                return [3, ins.tensor, ins.to]
-            case Recv():
-                return [4, ins.tensor, ins.source]
-            case Wait():
-                return [5, ins.tensors]
-            case Free():
-                return [6, ins.tensors]
-            case Update():
-                return [7, ins.param, ins.grad, ins.stats, ins.target, ins.decay]
-            case _:
-                assert_never(ins)
+        names, tabled = LAYOUTS[type(ins)]
+        packed = [CODES[type(ins)], *[getattr(ins, name) for name in names]]
+        for place, holds in tabled:
+            packed[place] = self.positions[holds](packed[place])
+        return packed
 
 
 def _run(ids: Iterable[int]) -> list[int] | int:
@@ -159,23 +153,22 @@ def _run(ids: Iterable[int]) -> list[int] | int:
 
 
 def _calls(calls: Sequence[Call]) -> tuple[list[str], list[int], list[int]]:
-    names: _Table[str] = _Table()
-    numbers = [names(call.body) for call in calls]
-    return list(names.positions), numbers, [call.microbatch for call in calls]
+    names: dict[str, int] = {}
+    numbers = _positions(names, [call.body for call in calls])
+    return list(names), numbers, [call.microbatch for call in calls]
 
 
-class _Reader:
+class _Unpacker:
     """The tables of one Program, read."""
 
     def __init__(self, packed: Sequence[Any]) -> None:
         specs, ops, groups = packed
         self.specs = [TensorSpec(shape, dtype) for dtype, shape in specs]
         at = self.specs.__getitem__
-        self.ops = [Op(code, tuple(map(at, outs)), *costs) for code, outs, *costs in ops]
+        self.ops = [Operation(code, tuple(map(at, outs)), *costs) for code, outs, *costs in ops]
         self.groups = [Group(axes, stages) for axes, stages in groups]
-        self.readers: tuple[Callable[..., Instruction], ...] = (
-            Compute, Accumulate, self.collective, Send, Recv, Wait, Free, Update,
-        )  # fmt: skip
+        tables = {Holds.OP: OPS, Holds.REDUCTION: REDUCTIONS, Holds.GROUP: self.groups}
+        self.readers = [_unpacked(kind, tables) for kind in INSTRUCTIONS]
 
     def segment(self, packed: Sequence[Any]) -> Segment:
         number, name, inputs, ops, outputs = packed
@@ -212,10 +205,18 @@ class _Reader:
         numbered = zip(numbers, codes, strict=True)
         return Body(name, tuple(readers[code[0]](number, *code[1:]) for number, code in numbered))
 
-    def collective(
-        self, number: int, op: int, reduction: int, group: int, dim: int, *flow: tuple[int, ...]
-    ) -> Collective:
-        return Collective(number, OPS[op], REDUCTIONS[reduction], self.groups[group], dim, *flow)
+
+def _unpacked(kind: type[Instruction], tables: Mapping[Holds, Sequence[Any]]) -> Callable[..., Instruction]:
+    """What makes an instruction from its id and packed fields: its class itself if none is named by position."""
+    _, tabled = LAYOUTS[kind]
+
+    def read(*packed: Any) -> Instruction:
+        values = list(packed)
+        for place, holds in tabled:
+            values[place] = tables[holds][values[place]]
+        return kind(*values)
+
+    return read if tabled else kind
 
 
 def _read_calls(

@@ -11,41 +11,29 @@
 
 Words with odd characters are written as JSON strings; blank lines and lines that start with # are skipped.
 Names and numbers are read, never evaluated: an operation's code stays a string. Validity is not judged here: see
-`check.py`.
+`static_check.py`.
 """
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NoReturn, assert_never
 
 from comms.errors import ProgramError
+from partitioner.program.instructions import fail, instruction_text, read_id, read_instruction, read_number
 from partitioner.program.program import (
     DTYPE_BYTES,
     VERSION,
-    Accumulate,
     Body,
     Call,
-    Collective,
-    CollectiveOp,
-    Compute,
-    Free,
-    Group,
-    Instruction,
-    Op,
+    Operation,
     Program,
-    Recv,
-    Reduction,
     Role,
     Segment,
-    Send,
     Tensor,
     TensorKind,
     TensorSpec,
-    Update,
-    Wait,
-)  # fmt: skip
+)
 
 LINE_WIDTH = 110
 BARE = re.compile(r"[A-Za-z0-9_.:+/-]+")
@@ -53,8 +41,7 @@ TOKEN = re.compile(r'(?:[^\s"]|"(?:[^"\\]|\\.)*")+')
 SPEC = re.compile(r"([a-z]+[0-9]+)\[([0-9,]*)\]")
 CALL = re.compile(r'("(?:[^"\\]|\\.)*"|[^\s"()]+)\((\d+)\)')
 COSTS = re.compile(r"(.*) flops=(\d+) read=(\d+) written=(\d+)")
-UPDATE = re.compile(r"t(\d+) grad=t(\d+) stats=t(\d+) target=t(\d+) (decay|no_decay)")
-NO_AXES = "-"
+KINDS = tuple(TensorKind)
 
 
 def to_text(program: Program) -> str:
@@ -69,41 +56,7 @@ def from_text(text: str) -> Program:
         return _read_program(cursor)
     except ValueError as error:
         where = f"line {cursor.number}"
-        raise ProgramError(f"{where}: {error}", where=where, hint="see the program.txt of a run") from error
-
-
-def instruction_text(ins: Instruction) -> str:
-    """One instruction without its id, as messages quote it: `all_reduce sum tp t7 -> t9`."""
-    match ins:
-        case Compute():
-            return f"compute s{ins.segment} {_flow(ins.reads, ins.writes)}"
-        case Accumulate():
-            return f"accumulate {_flow(ins.reads, ins.writes)}"
-        case Collective():
-            head = [str(ins.op), *([] if ins.reduction is Reduction.NONE else [str(ins.reduction)])]
-            dim = f" dim={ins.dim}" if ins.dim else ""
-            return f"{' '.join(head)} {str(ins.group) or NO_AXES} {_flow(ins.reads, ins.writes)}{dim}"
-        case Send():
-            return f"send t{ins.tensor} to {ins.to}"
-        case Recv():
-            return f"recv t{ins.tensor} from {ins.source}"
-        case Wait():
-            return f"wait {_tensors(ins.tensors)}".rstrip()
-        case Free():
-            return f"free {_tensors(ins.tensors)}".rstrip()
-        case Update():
-            decay = "decay" if ins.decay else "no_decay"
-            return f"update t{ins.param} grad=t{ins.grad} stats=t{ins.stats} target=t{ins.target} {decay}"
-        case _:
-            assert_never(ins)
-
-
-def _tensors(ids: Sequence[int]) -> str:
-    return " ".join(f"t{t}" for t in ids)
-
-
-def _flow(reads: Sequence[int], writes: Sequence[int]) -> str:
-    return f"{_tensors(reads)} -> {_tensors(writes)}".strip()
+        raise ProgramError(f"{where}: {error}", where, "see the program.txt of a run") from error
 
 
 def _word(text: str) -> str:
@@ -199,7 +152,7 @@ def _read_program(cursor: _Cursor) -> Program:
     if cursor.take("program v1") != f"program v{VERSION}":
         raise ValueError(f"this is not a program of version {VERSION}: it starts with 'program v{VERSION}'")
     axes = tuple(_pair(word) for word in _after("axes", cursor.take("axes")).split())
-    microbatches = _number(_after("microbatches", cursor.take("microbatches")))
+    microbatches = read_number(_after("microbatches", cursor.take("microbatches")))
     meta, segments, roles = [], [], []
     while cursor.starts("meta "):
         key, _, value = _after("meta", cursor.take("meta")).partition(" = ")
@@ -216,13 +169,13 @@ def _read_program(cursor: _Cursor) -> Program:
 def _read_segment(cursor: _Cursor) -> Segment:
     number, name = _words(_after("segment", cursor.take("segment")), 2, 2)
     inputs: list[TensorSpec] = []
-    ops: list[Op] = []
+    ops: list[Operation] = []
     while cursor.starts("v"):
         line = cursor.take("a value")
         left, colon, right = line.rpartition(" : ")
         value, equals, code = left.partition(" = ")
         expected = len(inputs) + len(ops)
-        if not colon or _id("v", value) != expected:
+        if not colon or read_id("v", value) != expected:
             raise ValueError(f"expected 'v{expected} = code : ...' or 'v{expected} : spec', not {line!r}")
         if equals:
             ops.append(_read_op(code, right))
@@ -230,11 +183,11 @@ def _read_segment(cursor: _Cursor) -> Segment:
             raise ValueError("inputs come before operations")
         else:
             inputs.append(_spec(right))
-    outputs = tuple(_id("v", word) for word in _after("return", cursor.take("return")).split())
-    return Segment(_id("s", number), _unword(name), tuple(inputs), tuple(ops), outputs)
+    outputs = tuple(read_id("v", word) for word in _after("return", cursor.take("return")).split())
+    return Segment(read_id("s", number), _unword(name), tuple(inputs), tuple(ops), outputs)
 
 
-def _read_op(code: str, rest: str) -> Op:
+def _read_op(code: str, rest: str) -> Operation:
     found = COSTS.fullmatch(rest)
     if found is None:
         raise ValueError("an operation ends with ': spec flops=<n> read=<n> written=<n>'")
@@ -242,11 +195,11 @@ def _read_op(code: str, rest: str) -> Op:
     is_tuple = made.startswith("(") and made.endswith(")")
     inner = made[1:-1] if is_tuple else made if made != "none" else ""
     outs = tuple(_spec(word) for word in inner.split(", ")) if inner else ()
-    return Op(code, outs, is_tuple, int(flops), int(read), int(written))
+    return Operation(code, outs, is_tuple, int(flops), int(read), int(written))
 
 
 def _read_role(cursor: _Cursor) -> Role:
-    stage = _number(_after("role", cursor.take("role")))
+    stage = read_number(_after("role", cursor.take("role")))
     tensors, bodies, schedules = [], [], []
     while cursor.starts("t"):
         tensors.append(_read_tensor(cursor.take("a tensor")))
@@ -254,7 +207,8 @@ def _read_role(cursor: _Cursor) -> Role:
         name = _unword(_after("body", cursor.take("body")))
         instructions = []
         while cursor.starts(*"0123456789") and not cursor.is_calls():
-            instructions.append(_read_instruction(cursor.take("an instruction")))
+            number, *words = _words(cursor.take("an instruction"), 2)
+            instructions.append(read_instruction(words, number))
         bodies.append(Body(name, tuple(instructions)))
     while cursor.starts("schedule "):
         schedules.append(_read_schedule(cursor))
@@ -268,10 +222,10 @@ def _read_tensor(line: str) -> Tensor:
         raise ValueError(f"a tensor is 't0 = kind name : spec shards= base= offset= source=', not {line!r}")
     cuts = (cut.partition(":") for cut in options["shards"].split(",")) if "shards" in options else ()
     return Tensor(
-        id=_id("t", number), name=_unword(name), kind=_kind(kind), spec=_spec(spec),
-        shards=tuple((_number(dim), axis) for dim, _, axis in cuts),
-        base=_id("t", options["base"]) if "base" in options else None,
-        offset=_number(options.get("offset", "0")), source=_unword(options.get("source", "")),
+        id=read_id("t", number), name=_unword(name), kind=_kind(kind), spec=_spec(spec),
+        shards=tuple((read_number(dim), axis) for dim, _, axis in cuts),
+        base=read_id("t", options["base"]) if "base" in options else None,
+        offset=read_number(options.get("offset", "0")), source=_unword(options.get("source", "")),
     )  # fmt: skip
 
 
@@ -287,72 +241,9 @@ def _read_schedule(cursor: _Cursor) -> tuple[str, tuple[Call, ...]]:
     return _unword(head[1]), tuple(Call(_unword(body), int(microbatch)) for body, microbatch in found)
 
 
-def _read_instruction(line: str) -> Instruction:
-    number, verb, *rest = _words(line, 2)
-    if verb in tuple(CollectiveOp):
-        return _read_collective(_number(number), CollectiveOp(verb), rest)
-    if verb not in READERS:
-        raise ValueError(f"unknown instruction {verb!r}; known: {', '.join((*READERS, *CollectiveOp))}")
-    return READERS[verb](_number(number), rest)
-
-
-def _read_collective(number: int, op: CollectiveOp, words: Sequence[str]) -> Collective:
-    dim = 0
-    if words and words[-1].startswith("dim="):
-        words, dim = words[:-1], _number(words[-1].removeprefix("dim="))
-    reduction = Reduction(words[0]) if words and words[0] in tuple(Reduction) else Reduction.NONE
-    words = words[1:] if reduction is not Reduction.NONE else words
-    if not words:
-        raise ValueError("a collective needs its group, for example tp or pp*dp or pp@0+3")
-    axes, _, stages = words[0].partition("@")
-    group = Group(
-        () if axes == NO_AXES else tuple(axes.split("*")),
-        tuple(_number(stage) for stage in stages.split("+")) if stages else (),
-    )
-    return Collective(number, op, reduction, group, dim, *_read_flow(words[1:]))
-
-
-def _read_compute(number: int, words: Sequence[str]) -> Compute:
-    return Compute(number, _id("s", words[0] if words else ""), *_read_flow(words[1:]))
-
-
-def _read_transfer(number: int, words: Sequence[str], link: str) -> tuple[int, int, int]:
-    if len(words) != 3 or words[1] != link:
-        raise ValueError(f"expected 't4 {link} 1', not {' '.join(words)!r}")
-    return number, _id("t", words[0]), _number(words[2])
-
-
-def _read_update(number: int, words: Sequence[str]) -> Update:
-    found = UPDATE.fullmatch(" ".join(words))
-    if found is None:
-        raise ValueError("expected 'update t1 grad=t2 stats=t3 target=t1 decay' (or no_decay)")
-    param, grad, stats, target = (int(group) for group in found.groups()[:4])
-    return Update(number, param, grad, stats, target, found[5] == "decay")
-
-
-def _read_flow(words: Sequence[str]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    at = words.index("->") if words.count("->") == 1 else _fail("expected 't1 t2 -> t3'")
-    return _ids(words[:at]), _ids(words[at + 1 :])
-
-
-READERS: Mapping[str, Callable[[int, Sequence[str]], Instruction]] = {
-    "compute": _read_compute,
-    "accumulate": lambda number, words: Accumulate(number, *_read_flow(words)),
-    "send": lambda number, words: Send(*_read_transfer(number, words, "to")),
-    "recv": lambda number, words: Recv(*_read_transfer(number, words, "from")),
-    "wait": lambda number, words: Wait(number, _ids(words)),
-    "free": lambda number, words: Free(number, _ids(words)),
-    "update": _read_update,
-}
-
-
-def _fail(problem: str) -> NoReturn:
-    raise ValueError(problem)
-
-
 def _after(keyword: str, line: str) -> str:
     first, _, rest = line.partition(" ")
-    return rest if first == keyword else _fail(f"expected '{keyword}', found {line!r}")
+    return rest if first == keyword else fail(f"expected '{keyword}', found {line!r}")
 
 
 def _words(line: str, least: int, most: int | None = None) -> list[str]:
@@ -366,35 +257,22 @@ def _unword(text: str) -> str:
     return str(json.loads(text)) if text.startswith('"') else text
 
 
-def _number(text: str) -> int:
-    return int(text) if text.isascii() and text.isdecimal() else _fail(f"{text!r} is not a whole number")
-
-
-def _id(letter: str, text: str) -> int:
-    return _number(text[1:]) if text[:1] == letter else _fail(f"expected {letter}<number>, found {text!r}")
-
-
-def _ids(words: Sequence[str]) -> tuple[int, ...]:
-    return tuple(_id("t", word) for word in words)
-
-
 def _pair(text: str) -> tuple[str, int]:
     axis, equals, size = text.partition("=")
-    return (axis, _number(size)) if equals else _fail(f"expected axis=size, found {text!r}")
+    return (axis, read_number(size)) if equals else fail(f"expected axis=size, found {text!r}")
 
 
 def _spec(text: str) -> TensorSpec:
     found = SPEC.fullmatch(text)
     if found is None or found[1] not in DTYPE_BYTES:
         raise ValueError(f"{text!r} is not a spec like f32[4,8]; dtypes: {', '.join(DTYPE_BYTES)}")
-    return TensorSpec(tuple(_number(size) for size in found[2].split(",")) if found[2] else (), found[1])
+    return TensorSpec(tuple(read_number(size) for size in found[2].split(",")) if found[2] else (), found[1])
 
 
 def _meta_value(text: str) -> str | int | float:
     value = json.loads(text)
-    return value if isinstance(value, str | int | float) else _fail(f"{text} is not a string or a number")
+    return value if isinstance(value, str | int | float) else fail(f"{text} is not a string or a number")
 
 
 def _kind(text: str) -> TensorKind:
-    kinds = tuple(TensorKind)
-    return TensorKind(text) if text in kinds else _fail(f"unknown kind {text!r}; known: {', '.join(kinds)}")
+    return TensorKind(text) if text in KINDS else fail(f"unknown kind {text!r}; known: {', '.join(KINDS)}")

@@ -1,38 +1,76 @@
-"""Structure: what can be said about a Program without following its execution.
+"""Structure: what can be said about a Program without following its execution, and how findings are worded.
 
 Tables are numbered by position, every reference points into its table, operations read values that are defined
 before, segments fit the tensors they are called with, collectives fit the size of their group.
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
 from math import prod
-from typing import assert_never
+from typing import Any
 
-from partitioner.memory.segment_storage import operands
-from partitioner.program.effects import named
-from partitioner.program.findings import Finding, Rule, at, representative
+from partitioner.program.instructions import FIELDS, instruction_text, named
 from partitioner.program.program import (
     MICROBATCH_KINDS,
     Accumulate,
     Body,
+    Call,
     Collective,
     CollectiveOp,
     Compute,
-    Free,
     Group,
+    Holds,
     Instruction,
     Program,
-    Recv,
     Role,
     Segment,
-    Send,
     Tensor,
     TensorSpec,
     Update,
-    Wait,
 )
 
 STATS_SHAPE = (3,)
+
+
+class Rule(StrEnum):
+    """The family of rules that a finding is about."""
+
+    STRUCTURE = "structure"  # tables, ids, shapes
+    LIFETIME = "lifetime"  # reads, writes and frees in order
+    COMMUNICATION = "communication"  # every communication takes place, and its parties agree
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One broken rule. `chip` stands for all chips of its role; `instruction` is its id in that role."""
+
+    rule: Rule
+    where: str
+    problem: str
+    chip: int | None = None
+    instruction: int | None = None
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.problem}" if self.where else self.problem
+
+
+def representative(program: Program, role: Role) -> int:
+    """The first chip of a role, which speaks for all of them."""
+    return program.chip_at({axis: role.stage if axis == "pp" else 0 for axis, _ in program.axes})
+
+
+def place(chip: int, role: Role, body: str, ins: Instruction, call: Call | None = None) -> str:
+    """`chip 4 (stage 1), forward(0), instruction 3 'recv t1 from 0'`."""
+    called = body if call is None else f"{call.body}({call.microbatch})"
+    return f"chip {chip} ({role.name}), {called}, instruction {ins.id} '{instruction_text(ins)}'"
+
+
+def at(
+    rule: Rule, chip: int, role: Role, body: str, ins: Instruction, problem: str, call: Call | None = None
+) -> Finding:
+    """A finding about one instruction."""
+    return Finding(rule, place(chip, role, body, ins, call), problem, chip, ins.id)
 
 
 def check_structure(program: Program) -> Iterator[Finding]:
@@ -70,7 +108,7 @@ def _segment(position: int, segment: Segment) -> Iterator[str]:
     if segment.id != position:
         yield f"it is numbered {segment.id}"
     for value, op in enumerate(segment.ops, len(segment.inputs)):
-        late = [v for v in operands(op) if v >= value]
+        late = [v for v in op.operands if v >= value]
         if late:
             yield f"v{value} = {op.code} reads v{late[0]} before it is defined"
     count = len(segment.inputs) + len(segment.ops)
@@ -135,30 +173,38 @@ class _Checked:
                 yield at(Rule.STRUCTURE, self.chip, self.role, body.name, ins, problem)
 
     def _instruction(self, ins: Instruction) -> Iterator[str]:
+        problems = [
+            p for name, holds, _ in FIELDS[type(ins)] if (p := self._field(holds, getattr(ins, name)))
+        ]
+        yield from problems
         match ins:
+            case _ if problems:
+                pass
             case Compute():
                 yield from self._compute(ins)
             case Accumulate():
                 yield from self._accumulate(ins)
             case Collective():
                 yield from self._collective(ins)
-            case Send(to=stage) | Recv(source=stage):
-                if stage == self.role.stage or not 0 <= stage < len(self.program.roles):
-                    yield f"stage {stage} is no other stage"
             case Update():
                 yield from self._update(ins)
-            case Wait() | Free():
-                pass
+
+    def _field(self, holds: Holds, value: Any) -> str | None:
+        """What is wrong with a field, of any instruction, by what it holds (tensors: see `_body`)."""
+        match holds:
+            case Holds.SEGMENT if not 0 <= value < len(self.program.segments):
+                return f"segment {value} does not exist"
+            case Holds.STAGE if value == self.role.stage or not 0 <= value < len(self.program.roles):
+                return f"stage {value} is no other stage"
+            case Holds.GROUP:
+                return self._group(value)
             case _:
-                assert_never(ins)
+                return None
 
     def _spec(self, tensor: int) -> TensorSpec:
         return self.role.tensors[tensor].spec
 
     def _compute(self, ins: Compute) -> Iterator[str]:
-        if not 0 <= ins.segment < len(self.program.segments):
-            yield f"segment {ins.segment} does not exist"
-            return
         segment = self.program.segments[ins.segment]
         if any(v >= len(segment.inputs) + len(segment.ops) for v in segment.outputs):
             return  # said about the segment
@@ -185,10 +231,6 @@ class _Checked:
                 yield f"t{read} is {self._spec(read)}, its accumulator t{write} is {self._spec(write)}"
 
     def _collective(self, ins: Collective) -> Iterator[str]:
-        problem = self._group(ins.group)
-        if problem:
-            yield problem
-            return
         if len(ins.reads) != len(ins.writes):
             yield f"it reads {len(ins.reads)} tensors and writes {len(ins.writes)}"
         size = prod(self._along(ins.group, axis) for axis in ins.group.axes)

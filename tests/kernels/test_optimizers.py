@@ -8,6 +8,7 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 
 from comms.errors import OptimizerError
+from kernels.builtin_optimizers import BUILT_IN
 from kernels.optimizers import (
     FlatOptimizer,
     OptimizerSpec,
@@ -98,7 +99,9 @@ def test_loaded_state_is_a_copy() -> None:
 
 @pytest.mark.parametrize(("spec", "count"), list(zip(SPECS, (2, 0, 1), strict=True)))
 def test_states_are_counted_by_taking_a_step(spec: OptimizerSpec, count: int) -> None:
+    known = BUILT_IN[spec.name]
     assert states_per_element(spec) == count
+    assert (known.states if spec.momentum else known.states_without_momentum) == count
 
 
 @pytest.mark.parametrize("factory", [*SPECS, torch.optim.RMSprop, torch.optim.Adagrad, torch.optim.Adamax])

@@ -5,8 +5,8 @@ from collections.abc import Callable
 import pytest
 from hypothesis import strategies as st
 
-from partitioner.layout.parallel_plan import Schedule
-from partitioner.lowering.pipeline_schedules import SCHEDULES, with_transfers
+from partitioner.layout.parallel_plan import PipelineSchedule
+from partitioner.lowering.lower import with_transfers
 from partitioner.program.program import Call, Program, TensorSpec
 from partitioner.program.program_text import from_text
 
@@ -84,12 +84,12 @@ def bodies(stage: int, last: bool, dp: int) -> dict[str, list[str]]:
     return {name: lines for name, lines in made.items() if lines}
 
 
-def role_text(stage: int, pp: int, dp: int, microbatches: int, schedule: Schedule) -> str:
+def role_text(stage: int, pp: int, dp: int, microbatches: int, schedule: PipelineSchedule) -> str:
     """One role as text."""
     made = bodies(stage, stage == pp - 1, dp)
     names = frozenset(made)
     step = (
-        *with_transfers(SCHEDULES[schedule](stage, pp, microbatches), names, "backward_last"),
+        *with_transfers(schedule.order(stage, pp, microbatches), names, "backward_last"),
         Call("update", 0),
     )
     evaluate: list[Call] = []
@@ -108,14 +108,18 @@ def role_text(stage: int, pp: int, dp: int, microbatches: int, schedule: Schedul
 
 
 def toy_text(
-    pp: int = 2, microbatches: int = 3, dp: int = 1, tp: int = 1, schedule: Schedule = Schedule.ONE_F_ONE_B
+    pp: int = 2,
+    microbatches: int = 3,
+    dp: int = 1,
+    tp: int = 1,
+    schedule: PipelineSchedule = PipelineSchedule.ONE_F_ONE_B,
 ) -> str:
     """A whole toy Program as text."""
     head = f'program v1\naxes pp={pp} dp={dp} tp={tp}\nmicrobatches {microbatches}\nmeta model = "toy"\n'
     return head + SEGMENTS + "".join(role_text(s, pp, dp, microbatches, schedule) for s in range(pp))
 
 
-def toy_program(*degrees: int, schedule: Schedule = Schedule.ONE_F_ONE_B) -> Program:
+def toy_program(*degrees: int, schedule: PipelineSchedule = PipelineSchedule.ONE_F_ONE_B) -> Program:
     """`toy_text`, read: degrees are (pp, microbatches, dp, tp)."""
     return from_text(toy_text(*degrees, schedule=schedule))
 
@@ -135,7 +139,12 @@ def programs() -> st.SearchStrategy[Program]:
     """Valid Programs of any shape that a test can afford."""
     degree = st.integers(1, 3)
     return st.builds(
-        toy_program, st.integers(1, 4), st.integers(1, 5), degree, degree, schedule=st.sampled_from(Schedule)
+        toy_program,
+        st.integers(1, 4),
+        st.integers(1, 5),
+        degree,
+        degree,
+        schedule=st.sampled_from(PipelineSchedule),
     )
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from comms.errors import CommsError
 from comms.networks.links import Link
 from comms.networks.paths import Paths, paths_of
-from comms.networks.topology import IntArray, Routes, Topology, Wires, ranges
+from comms.networks.topology import IntArray, Routes, Topology, Wires, merged_routes
 
 
 class Duplex(StrEnum):
@@ -42,7 +42,7 @@ class Edge:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Graph:
+class EdgeList:
     """A network of any shape. Raises CommsError for edges that make no sense and for chips that cannot meet."""
 
     num_chips: int
@@ -134,7 +134,7 @@ class Rerouted:
     @property
     def through_chips(self) -> bool:
         """Whether ways round may lead through chips: as graphs say; else where there are no switches."""
-        if isinstance(self.topology, Graph | Rerouted):
+        if isinstance(self.topology, EdgeList | Rerouted):
             return self.chips_relay or self.topology.through_chips
         return self.chips_relay or self.topology.num_nodes == self.topology.num_chips
 
@@ -150,10 +150,12 @@ class Rerouted:
         if not len(broken):
             return Routes(usual.offsets, wires)
         around = self.paths.routes(np.asarray(src)[broken], np.asarray(dst)[broken])
-        return _replaced(Routes(usual.offsets, wires), broken, around)
+        same = np.setdiff1d(np.arange(usual.num_messages), broken)
+        kept = Routes(usual.offsets, wires).take(same)
+        return merged_routes(usual.num_messages, [(same, kept), (broken, around)])
 
 
-def _wires_of(graph: Graph) -> Wires:
+def _wires_of(graph: EdgeList) -> Wires:
     numbers: dict[int | str, int] = {name: graph.num_chips + i for i, name in enumerate(graph.switches)}
     numbers |= {node: node for node in range(graph.num_nodes)}
     tier = {name: i for i, name in enumerate(graph.tiers)}
@@ -204,15 +206,3 @@ def _wires_left(whole: Wires, kept: IntArray, renumbered: IntArray, slow: Mappin
         whole.tier[kept],
         np.where(shares < 0, np.arange(len(kept)), shares),
     )
-
-
-def _replaced(routes: Routes, which: IntArray, by: Routes) -> Routes:
-    """The routes with those of some messages replaced, in the order of `which`."""
-    lengths = np.diff(routes.offsets)
-    lengths[which] = np.diff(by.offsets)
-    offsets = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(lengths)])
-    wires = np.empty(offsets[-1], dtype=np.int64)
-    same = np.setdiff1d(np.arange(len(lengths)), which)
-    wires[ranges(offsets[same], lengths[same])] = routes.wires[ranges(routes.offsets[same], lengths[same])]
-    wires[ranges(offsets[which], lengths[which])] = by.wires
-    return Routes(offsets, wires)

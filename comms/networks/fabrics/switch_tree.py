@@ -47,6 +47,8 @@ class Tree:
     def __post_init__(self) -> None:
         if self.num_chips < 1:
             raise CommsError(f"{self.num_chips} chips", self.switch.tier, "give at least one chip")
+        # A message comes down in the plane in which it went up, so the planes of a layer must divide those of the next
+        # one: its plane further in is what is left of its plane further out (see `_planes`).
         size, rails, planes = 1, 1, 1
         for number, trunk in enumerate(self.trunks):
             where = f"trunk to {trunk.to.tier}"
@@ -77,6 +79,7 @@ class Tree:
             top = number == len(self.trunks)
             size = self.num_chips if top else min(self.trunks[number].size, self.num_chips)
             rails = 1 if top else self.trunks[number].rails
+            # Packets of a message that are sprayed over all paths see one wire with the rate of all.
             planes = 1 if self.spread is Spread.ADAPTIVE else up.paths
             rate = up.link.bytes_per_s * up.paths / planes
             over_all = size == self.num_chips  # one group of switches, for the chips that there are
@@ -140,24 +143,12 @@ class Tree:
             children = -(-num_chips // trunk.size) * trunk.rails
         return replace(self, num_chips=num_chips, trunks=tuple(kept))
 
-    def scaled(self, latency: float = 1.0, rate: float = 1.0) -> "Tree":
-        """The tree with all latencies and all rates times a factor."""
-
-        def link(of: Link) -> Link:
-            return Link(of.latency_s * latency, of.bytes_per_s * rate)
-
-        def switch(of: Switch) -> Switch:
-            return replace(of, backplane_bytes_per_s=of.backplane_bytes_per_s * rate)
-
-        trunks = tuple(replace(trunk, link=link(trunk.link), to=switch(trunk.to)) for trunk in self.trunks)
-        return replace(self, port=link(self.port), switch=switch(self.switch), trunks=trunks)
-
     def levels(self, members: Members, inner: int = 1, aligned: bool = False) -> Levels | None:
         """How a group of chips folds over the tree; see `networks.layers.folded`."""
         return folded(self.layers, members, inner, aligned)
 
-    def level_between(self, members: Members, inner: int, bunches: int) -> Level:
-        """What equal bunches, each in a block of `inner` chips, have if every two meet in the outermost layer.
+    def level_between(self, members: Members, inner: int, subgroups: int) -> Level:
+        """What equal subgroups, each in a block of `inner` chips, have if every two meet in the outermost layer.
 
         They may sit unevenly on the layers in between: the fullest switch of each counts. Messages are taken to
         spread evenly over parallel paths, and switches to send on at once.
@@ -166,7 +157,8 @@ class Tree:
         fullest = self._fullest(members)
         link = alone(layers)
         rates = [layer.bytes_per_s_up for layer in layers]
-        if isinstance(members, Lattice):  # a lone message of a copy meets those of the other copies
+        # The copies of a Lattice are busy too: of a wire up, a message has the share of its own group's chips below it.
+        if isinstance(members, Lattice):
             inside = [1, *(members.within(layer.size).num_chips for layer in layers)]
             rates = [
                 rate * min(1.0, mine / every)
@@ -175,10 +167,10 @@ class Tree:
         busy = [replace(layer, chips=count) for layer, count in zip(layers, fullest, strict=True)]
         return Level(
             layers[-1].switch.tier,
-            bunches,
+            subgroups,
             link.latency_s,
             min(link.bytes_per_s, *rates),
-            group_size(members) // bunches * loaded(busy).bytes_per_s,
+            group_size(members) // subgroups * loaded(busy).bytes_per_s,
             reduces=all(layer.switch.reduces for layer in layers if layer.size > inner),
             shared=any(isfinite(layer.backplane) or not layer.duplex for layer in layers),
         )
@@ -259,6 +251,8 @@ class _Numbers:
     def parents(self, layer: int, children: IntArray) -> IntArray:
         """Places in a layer above places in the one inside it (chips, for layer 0)."""
         below = self.layers[layer - 1] if layer else None
+        # What hangs below is dealt out to the rails in turn: child r of a group goes to rail r, and what is on a rail
+        # stays on it further up, as long as there are rails.
         size, rails = (below.size, below.rails) if below else (1, 1)
         here = self.layers[layer]
         places: IntArray = children // rails * size // here.size * here.rails + children % here.rails
@@ -266,6 +260,7 @@ class _Numbers:
 
     def node(self, layer: int, places: IntArray, planes: IntArray, out: bool) -> IntArray:
         """Where a wire enters a switch, or where it leaves it (`out`)."""
+        # A switch that limits what it passes is two nodes with a wire between them, which all that passes shares.
         limited = self.layers[layer].backplane < inf
         first = self.first_way_out[layer] if out and limited else self.first_node[layer]
         return first + places * self.layers[layer].planes + planes
@@ -341,6 +336,7 @@ def _ends(numbers: _Numbers, nodes: IntArray) -> _Ends:
 def _routes(numbers: _Numbers, spread: Spread, src: IntArray, dst: IntArray) -> Routes:
     """Up to the first layer where both ends are in one place, in the plane chosen there, and down again."""
     start, end = _ends(numbers, src), _ends(numbers, dst)
+    # From the outside in, so that the innermost layer with both ends in one place is what remains.
     meet = np.full(len(start.layer), len(numbers.layers) - 1)
     for at in range(len(numbers.layers) - 1, -2, -1):
         met = (start.places[at + 1] == end.places[at + 1]) & (start.places[at + 1] >= 0)
@@ -374,10 +370,12 @@ def _planes(
 ) -> IntArray:
     """[messages] The plane in the layer where the ends meet; further in it is the remainder by the planes there."""
     planes = np.array([layer.planes for layer in numbers.layers])
+    # One number for the whole way: what it leaves over the planes of a layer is the plane there.
     chosen: IntArray = (dst if spread is Spread.BY_TARGET else _hashed(src, dst)) % planes[meet]
     for end in ends:  # a switch is reached in its own plane
         own = np.where(end.layer >= 0, planes[end.layer], 1)
         chosen = chosen - chosen % own + end.plane
+    # Two switches may each ask for a plane that the other is not in, and then there is no way between them.
     for end in ends:
         own = np.where(end.layer >= 0, planes[end.layer], 1)
         if np.any((end.layer > meet) | (chosen % own != end.plane)):
@@ -387,5 +385,6 @@ def _planes(
 
 def _hashed(src: IntArray, dst: IntArray) -> IntArray:
     """A number from 0 to 2**62 - 1 for each pair of ends."""
+    # Mixed twice, so that (a, b) and (b, a) differ: the way back need not be the way there.
     bits: IntArray = (mixed(mixed(src) + dst.astype(np.uint64)) >> np.uint64(2)).astype(np.int64)
     return bits

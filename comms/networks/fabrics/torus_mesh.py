@@ -9,12 +9,9 @@ One-way networks have wires in one direction only, every second network in the o
 networks on Tenstorrent's chips: 9 cycles from router to router, 5 cycles to enter and 5 to leave, 32 bytes a
 cycle (Tenstorrent ISA documentation, Wormhole B0).
 
-Multicast copies inside the routers: each wire of the tree carries the bytes once.
-
 Not modelled: virtual channels and their deadlocks, adaptive routing, packet headers (take them off the rate).
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
@@ -28,21 +25,7 @@ from comms.networks.topology import IntArray, Routes, Wires, ranges, routes_of
 
 
 @dataclass(frozen=True, slots=True)
-class Multicast:
-    """A tree of wires from one chip to several."""
-
-    wires: IntArray  # each once, in order of number
-    hops: IntArray  # [destinations] wires between the source and each of them
-    latency_s: float  # to the one that hears last
-    bytes_per_s: float  # of the slowest wire of the tree
-
-    def seconds(self, nbytes: float) -> float:
-        """Until the last byte has arrived everywhere, on an otherwise idle network."""
-        return self.latency_s + nbytes / self.bytes_per_s
-
-
-@dataclass(frozen=True, slots=True)
-class _Block:
+class _WireBlock:
     """The wires of one network along one dimension in one direction, line by line."""
 
     network: int
@@ -116,6 +99,7 @@ class Torus:
                 return None
             sizes.append(min(left, size))
             left //= sizes[-1]
+        # A part of a ring is a line: its ends have no link.
         wraps = tuple(
             self.is_ring(dim) and part == size
             for dim, (part, size) in enumerate(zip(sizes, self.dims, strict=True))
@@ -160,23 +144,6 @@ class Torus:
         src, dst = node_pairs(src, dst, self.num_chips)
         return self._routes_on(self._network(src, dst), src, dst)
 
-    def multicast(self, src: int, dsts: Sequence[int]) -> Multicast:
-        """The tree that the routes from one chip to others make, on the network where it has the fewest wires."""
-        to = np.asarray(dsts, dtype=np.int64)
-        sources = np.full(len(to), src, dtype=np.int64)
-        node_pairs(sources, to, self.num_chips)
-        if not (to != src).any():
-            raise CommsError("a multicast to nobody else", f"chip {src}", "name another chip")
-        candidates = [self._routes_on(np.full(len(to), k), sources, to) for k in range(self.num_networks)]
-        order = [
-            (src + k) % self.num_networks for k in range(self.num_networks)
-        ]  # equals in turn by position
-        routes = min((candidates[k] for k in order), key=lambda each: len(np.unique(each.wires)))
-        wires, all_wires = np.unique(routes.wires), self.wires()
-        latencies = [float(all_wires.latency_s[routes.of(i)].sum()) for i in range(len(to))]
-        rate = float(all_wires.bytes_per_s[wires].min())
-        return Multicast(wires, np.diff(routes.offsets), max(latencies), rate)
-
     def levels(self, sub: tuple[int, ...] = ()) -> Levels:
         """One ring per dimension of a sub-torus of these sizes (the whole where none are given).
 
@@ -192,6 +159,7 @@ class Torus:
         return tuple(self._level(dim, size, prod(sub[:dim])) for dim, size in enumerate(sub) if size > 1)
 
     def _level(self, dim: int, size: int, inside: int) -> Level:
+        # A ring of two has one link and not two. One-way networks have one way each, and every second one the other.
         link, access = self.link(dim), self.access or Link(0.0, self.link(dim).bytes_per_s)
         rate = min(link.bytes_per_s, access.bytes_per_s)
         ways = (1 if size == 2 and not self.one_way else 2) * self.num_networks // (2 if self.one_way else 1)
@@ -211,20 +179,20 @@ class Torus:
     def _lines(self, dim: int) -> int:
         return self.num_chips // self.dims[dim]
 
-    def _blocks(self) -> tuple[list[_Block], int]:
+    def _blocks(self) -> tuple[list[_WireBlock], int]:
         """All blocks of wires in order, and the number of wires with the ways in and out."""
-        blocks: list[_Block] = []
+        blocks: list[_WireBlock] = []
         offset = 0
         for network in range(self.num_networks):
             for dim, size in enumerate(self.dims):
                 per_line = 0 if size == 1 else size if self.is_ring(dim) else size - 1
                 for up in (True, False):
                     if not self.one_way or up == (network % 2 == 0):
-                        blocks.append(_Block(network, dim, up, offset, per_line))
+                        blocks.append(_WireBlock(network, dim, up, offset, per_line))
                         offset += per_line * self._lines(dim)
         return blocks, offset + 2 * (self.num_nodes - self.num_chips)
 
-    def _ends(self, block: _Block) -> tuple[IntArray, IntArray]:
+    def _ends(self, block: _WireBlock) -> tuple[IntArray, IntArray]:
         """Tails and heads of the wires of a block."""
         size, stride = self.dims[block.dim], _strides(self.dims)[block.dim]
         line = np.repeat(np.arange(self._lines(block.dim)), block.per_line)
@@ -240,6 +208,7 @@ class Torus:
         if self.num_networks == 1:
             return np.zeros(len(src), dtype=np.int64)
         up, digits = self._ups(src, dst), self.digits(src)
+        # Networks with equally few wires take turns, or all traffic of a regular pattern would be on the first.
         turn = (np.arange(1, len(self.dims) + 1) @ up + digits.sum(axis=0)) % self.num_networks
         networks = np.arange(self.num_networks)[:, None]
         cost = np.abs(self._hops(networks, src, dst)).sum(axis=0)
@@ -260,6 +229,7 @@ class Torus:
             if self.one_way:
                 hops.append(np.where(network % 2 == 0, up[dim], down))
             elif self.is_ring(dim):
+                # Half way round, chips at even places go up and the others down: both directions carry alike.
                 rises = (up[dim] < -down) | ((up[dim] == -down) & (start[dim] % 2 == 0))
                 hops.append(np.where(rises, up[dim], down) + 0 * network)
             else:
@@ -268,6 +238,8 @@ class Torus:
 
     def _routes_on(self, network: IntArray, src: IntArray, dst: IntArray) -> Routes:
         hops, parts = self._hops(network, src, dst), len(self.dims) + 2
+        # A way in, each dimension, a way out: how many wires of each part a message crosses says where in the column of
+        # all routes they go, so that each part is filled for all messages at once.
         counts = np.zeros((len(src), parts), dtype=np.int64)
         counts[:, 1:-1] = np.abs(hops).T
         if self.access is not None:
@@ -290,7 +262,13 @@ class Torus:
         return Routes(np.concatenate([np.zeros(1, dtype=np.int64), ends[parts - 1 :: parts]]), wires)
 
     def _crossed(
-        self, dim: int, blocks: list[_Block], network: IntArray, src: IntArray, dst: IntArray, hops: IntArray
+        self,
+        dim: int,
+        blocks: list[_WireBlock],
+        network: IntArray,
+        src: IntArray,
+        dst: IntArray,
+        hops: IntArray,
     ) -> IntArray:
         """The wires that messages cross in one dimension, message by message."""
         size, stride = self.dims[dim], _strides(self.dims)[dim]
@@ -299,7 +277,8 @@ class Torus:
         for block in blocks:
             if block.dim == dim:
                 offsets[block.network, int(block.up)], per_line = block.offset, block.per_line
-        line = dst % stride + src // (stride * size) * stride  # inner dimensions are done, outer ones to come
+        # Dimension by dimension: in the inner ones the message is where it wants to be, the outer ones are to come.
+        line = dst % stride + src // (stride * size) * stride
         base = offsets[network, (hops > 0).astype(np.int64)] + line * per_line
         base -= (hops < 0) & (per_line < size)  # downward wires of an open line begin at its second chip
         count, sign = np.abs(hops), np.sign(hops)
@@ -344,16 +323,6 @@ class FullMesh:
         """The one wire between the two."""
         src, dst = node_pairs(src, dst, self.num_chips)
         return routes_of([np.where(src == dst, -1, self._wire(src, dst))])
-
-    def levels(self) -> Levels:
-        """One level of all chips. Raises CommsError for half duplex, where it matters who else answers."""
-        if self.half_duplex:
-            raise CommsError("both ways share one rate", "full mesh", "time it in full fidelity")
-        if self.num_chips == 1:
-            return ()
-        rate = self.link.bytes_per_s
-        pool = (self.num_chips - 1) * rate
-        return (Level(self.tier, self.num_chips, self.link.latency_s, rate, pool, pairs=True),)
 
     def _wire(self, tail: IntArray, head: IntArray) -> IntArray:
         return tail * (self.num_chips - 1) + head - (head > tail)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 from comms.errors import ClusterError, CommsError
-from comms.networks.conditions import CALM, Described, check_chips
+from comms.networks.conditions import HEALTHY, Described, check_chips
 from comms.networks.links import PLAIN, Link, Protocol
 from comms.networks.network import Network
 from kernels.chips import Chip
@@ -84,7 +84,7 @@ class Cluster:
     network: Network
     actors: int | None  # processes that execute simulated chips; None: one per core
     origin: str  # the file it was read from
-    conditions: Described = CALM  # what is slow, down or busy
+    conditions: Described = HEALTHY  # what is slow, down or busy
     issue_s: Mapping[str, float] = field(default_factory=dict, hash=False)  # by tier, see Library
 
     @property

@@ -17,7 +17,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from comms.errors import ClusterError, ConfigError, combined
-from comms.networks.conditions import CALM
+from comms.networks.conditions import HEALTHY
 from comms.networks.layers import Spread
 from comms.networks.links import Link
 from kernels.chips import DEFAULT_HOST_LATENCY_S, Chip
@@ -131,7 +131,7 @@ def cluster_from(document: Document) -> Cluster:
         network=network,
         actors=file.actors,
         origin=document.origin,
-        conditions=CALM
+        conditions=HEALTHY
         if file.conditions is None
         else described(file.conditions, network, num_chips, document),
         issue_s=issue_times(network, fabric, levels, unit[0].pcie),

@@ -14,8 +14,8 @@ from comms.calibration.calibration import (
     LARGE_NBYTES,
     FabricFit,
     LinkFit,
+    MeasuredRun,
     Residual,
-    Run,
     Sheet,
     fit_fabric,
     fit_link,
@@ -96,7 +96,7 @@ def calibrate_links(tables: Sequence[MeasuredTable], lines: Sequence[LineRate] =
         residuals = tuple(_on(link.link, table.curve) for table in tables)
         return Calibration(tuple(tables), None, link, line, residuals, held, as_it_is)
     sheets = [_sheet(own) for own in lines] if lines else [Sheet(None)] * len(tables)
-    runs = [Run(table.curve, sheet) for table, sheet in zip(tables, sheets, strict=True)]
+    runs = [MeasuredRun(table.curve, sheet) for table, sheet in zip(tables, sheets, strict=True)]
     plain, eager = _held_out(runs, eager=False), _held_out(runs, eager=True)
     has_eager = eager is not None and plain is not None and _mean(eager) < BETTER * _mean(plain)
     fit = fit_fabric(runs, has_eager)
@@ -115,7 +115,7 @@ def _sheet(line: LineRate) -> Sheet:
     return Sheet(line.together.bytes_per_s, REDUCING_SHARE if line.reduces else None)
 
 
-def _held_out(runs: Sequence[Run], eager: bool) -> tuple[tuple[Residual, ...], ...] | None:
+def _held_out(runs: Sequence[MeasuredRun], eager: bool) -> tuple[tuple[Residual, ...], ...] | None:
     """Each point predicted from a fit to every second other; None where too few are left to fit."""
     try:
         odd, even = hold_out(runs, eager, first=1), hold_out(runs, eager, first=0)

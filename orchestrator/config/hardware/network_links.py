@@ -25,7 +25,7 @@ from comms.algorithms.catalog import names as algorithm_names
 from comms.collectives.schedule import Op
 from comms.errors import ClusterError, CommsError
 from comms.networks.fabrics.dragonfly import Arrangement, Dragonfly, Routing
-from comms.networks.fabrics.edge_list import Duplex, Edge, Graph
+from comms.networks.fabrics.edge_list import Duplex, Edge, EdgeList
 from comms.networks.fabrics.switch_tree import Tree
 from comms.networks.fabrics.torus_mesh import FullMesh, Torus
 from comms.networks.layers import Switch
@@ -195,7 +195,7 @@ class ShapeDrawing:
             routing=Routing(section.routing or Routing.MINIMAL),
         )
 
-    def _graph(self, num_chips: int, link: Link, efficiency: float, earlier_s: float) -> Graph:
+    def _graph(self, num_chips: int, link: Link, efficiency: float, earlier_s: float) -> EdgeList:
         section = self.section
         assert isinstance(section, ScaleUpSection)
         given = section.edges or ()
@@ -207,7 +207,7 @@ class ShapeDrawing:
             back = None if edge.back is None else self._link(edge.back, own, efficiency, earlier_s)
             edges.append(Edge(edge.a, edge.b, own, Duplex(edge.duplex.replace(" ", "_")), back))
         relay = section.through_chips if section.through_chips is not None else not names
-        return Graph(num_chips, tuple(edges), tuple(names), relay)
+        return EdgeList(num_chips, tuple(edges), tuple(names), relay)
 
     def _check_edge(self, number: int, edge: EdgeSection, num_chips: int) -> None:
         where, problem, hint = (*self.at, "edges", number), "", ""

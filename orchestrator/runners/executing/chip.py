@@ -16,7 +16,7 @@ from kernels.backend import OpCode, SegmentFunction, compile_segment
 from kernels.optimizers import Factory, FlatOptimizer, StepStatistics
 from orchestrator.runners.runner import BadOrder, StepRequest
 from orchestrator.runs.timeline import Mark
-from partitioner.capture.dtypes import TORCH
+from partitioner.capture.captured_graph import TORCH
 from partitioner.program.machine import Machine, Run
 from partitioner.program.program import (
     Accumulate,

@@ -9,7 +9,7 @@ import torch
 
 from comms.errors import ClusterError
 from orchestrator.config.hardware.cluster import Cluster, Device
-from orchestrator.planning.preparation import Prepared, Progress, optimizer_factory
+from orchestrator.planning.preparation import PhaseReporter, Prepared, optimizer_factory
 from orchestrator.runners.executing.chip import Settings
 from orchestrator.runners.executing.chip_set import ChipSet
 from orchestrator.runners.executing.chip_state import restore_state, saved_state
@@ -51,7 +51,7 @@ class InlineLaunch:
     def __init__(self, cluster: Cluster) -> None:
         self.cluster = cluster
 
-    def connect(self, prepared: Prepared, progress: Progress) -> InlineRunner:
+    def connect(self, prepared: Prepared, progress: PhaseReporter) -> InlineRunner:
         """See `Launch`."""
         if self.cluster.device is Device.CUDA:
             raise ClusterError("CUDA chips need a process each", self.cluster.origin, "use --runner ray")

@@ -24,7 +24,7 @@ import zmq
 
 from kernels.backend import prepare_thread
 from orchestrator.runners.executing.blocks import BlockPool, can_read, read_block, write_proof
-from partitioner.capture.dtypes import SHORT, TORCH
+from partitioner.capture.captured_graph import SHORT, TORCH
 from partitioner.program.machine import Key
 
 Deliver: TypeAlias = Callable[[int, Key, int, torch.Tensor], None]

@@ -24,15 +24,15 @@ from typing import NamedTuple
 import numpy as np
 
 from comms.collectives.schedule import Channel, Op, Pattern, Round, Schedule
+from comms.networks.conditions import UNDISTURBED, Conditions
 from comms.networks.groups import Members, mesh_group
 from comms.networks.network import Network
 from comms.networks.tiered import TieredTopology
 from comms.networks.topology import IntArray, Topology
 from comms.selection.choice import choose
 from comms.selection.pricing import job_of
-from comms.simulation.compiled import Job
-from comms.simulation.full import CALM, Conditions
-from comms.simulation.incremental import Live
+from comms.simulation.compiled import CollectiveJob
+from comms.simulation.incremental import IncrementalSimulation
 from orchestrator.runners.step_timelines import TimedCommunication
 from orchestrator.runners.timing.simulated import DrivenChip, SimulatedStep, StepLoop, lanes_of
 from orchestrator.runners.timing.step_costs import NS_PER_S, StepCosts, collective_nbytes
@@ -168,29 +168,31 @@ class ProgramTraffic:
 
     program: Program
     network: Network  # as many chips as the program has
-    conditions: Conditions = CALM
+    conditions: Conditions = UNDISTURBED
     topology: Topology | None = None  # the network's own, or as conditions leave it
-    background: tuple[Job, ...] = ()  # of others, again and again
+    background: tuple[CollectiveJob, ...] = ()  # of others, again and again
     _spots: dict[tuple[_JobKind, tuple[int, ...]], Spot] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         whole = self.network.topology()
-        jobs: list[Job] = []
+        jobs: list[CollectiveJob] = []
         for number, (kind, stages) in enumerate(self._kinds().items()):
             job, groups, setup_s = self._job(kind, stages, whole)
             jobs.append(job)
             for index, chips in enumerate(groups):
                 self._spots[kind, tuple(int(chip) for chip in chips)] = Spot(number, index, setup_s)
-        self.live = Live(self.topology or whole, [*jobs, *self.background], self.conditions)
+        self.live = IncrementalSimulation(self.topology or whole, [*jobs, *self.background], self.conditions)
 
-    def _job(self, kind: _JobKind, stages: set[int], whole: TieredTopology) -> tuple[Job, IntArray, float]:
+    def _job(
+        self, kind: _JobKind, stages: set[int], whole: TieredTopology
+    ) -> tuple[CollectiveJob, IntArray, float]:
         """The job, its groups of chips, and what starting one costs."""
         per_stage = self.program.num_chips // self.program.size("pp")
         if isinstance(kind.group, tuple):
             source, target = kind.group
             first = np.arange(per_stage)[:, np.newaxis]
             pairs = first + np.array([source, target]) * per_stage
-            return Job(ONE_MESSAGE, pairs, kind.nbytes), pairs, 0.0
+            return CollectiveJob(ONE_MESSAGE, pairs, kind.nbytes), pairs, 0.0
         if kind.group.stages:
             chips = range(kind.group.stages[0] * per_stage, (kind.group.stages[0] + 1) * per_stage)
             listed = dict.fromkeys(self.program.members(kind.group, chip) for chip in chips)

@@ -20,7 +20,7 @@ from orchestrator.runners.timing.simulated import SimulatedStep, simulate_step
 from orchestrator.runners.timing.step_costs import DEFAULT_DTYPE, NS_PER_S, ClusterCosts
 from orchestrator.runners.timing.timed_segments import Tally
 from orchestrator.runs.timeline import Timeline
-from partitioner.memory.peak_memory import RoleMemory, peak_memory
+from partitioner.program.peak_memory import RoleMemory, peak_memory
 from partitioner.program.program import Program
 
 AXES = ("tp", "dp", "pp", "all")  # always shown, zero or not; others only where a Program has them
@@ -181,7 +181,7 @@ class SimulatedRunner:
     def _folded(self, schedule: str) -> SimulatedStep:
         costs = ClusterCosts(self.program, self.cluster)
         step = simulate_step(self.program, costs, schedule=schedule)
-        found = ((CONDITIONS, not self.cluster.conditions.is_calm), (UNEVEN, costs.sits_unevenly))
+        found = ((CONDITIONS, not self.cluster.conditions.is_healthy), (UNEVEN, costs.sits_unevenly))
         return replace(step, left_out=(*step.left_out, *(what for what, is_so in found if is_so)))
 
     def _every_chip(self, schedule: str) -> SimulatedStep:
@@ -211,7 +211,7 @@ def chosen_fidelity(cluster: Cluster, asked: Fidelity | None) -> Fidelity:
     if asked is not None:
         return asked
     few = cluster.num_chips <= EVERY_CHIP
-    return Fidelity.FOLDED if cluster.conditions.is_calm or not few else Fidelity.FULL
+    return Fidelity.FOLDED if cluster.conditions.is_healthy or not few else Fidelity.FULL
 
 
 def tokens_per_s(num_tokens: int, seconds: float) -> float:

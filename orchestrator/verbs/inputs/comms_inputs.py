@@ -2,7 +2,6 @@
 
 import csv
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -24,14 +23,6 @@ UNEVEN = "all_to_allv"  # an all-to-all with parts of all sizes
 MOST_NBYTES = 2**60  # of one collective
 OTHERWISE = "change what is asked for"  # where whoever found the mistake knows nothing better
 FLAGS = {"algorithm": "--algorithm", "size": "--size"}  # what the network calls it, and what people type
-
-
-@dataclass(frozen=True, slots=True)
-class Algorithm:
-    """What --algorithm means: a name, or a schedule from a file."""
-
-    name: str = AUTO
-    schedule: Schedule | None = None
 
 
 def read_op(text: str | None) -> Op:
@@ -116,10 +107,10 @@ def read_sizes(text: str) -> tuple[float, ...]:
         raise ConfigError(f"there are no sizes in {text}", "--sweep", error.hint) from error
 
 
-def read_algorithm(text: str | None, op: str | None) -> Algorithm:
+def read_algorithm(text: str | None, op: str | None) -> str | Schedule:
     """A name, or the schedule in a file: proved, and of the operation that is asked for."""
     if text is None:
-        return Algorithm()
+        return AUTO
     if not Path(text).is_file():
         if "/" in text or Path(text).suffix:
             raise ConfigError(
@@ -131,7 +122,7 @@ def read_algorithm(text: str | None, op: str | None) -> Algorithm:
             if not hint.startswith("did you mean"):  # names may have commas in them
                 hint = f"one of {'; '.join(known)}; or a file with a schedule"
             raise ConfigError(f"{read_op(op)} has no algorithm {text!r}", "--algorithm", hint)
-        return Algorithm(text)
+        return text
     with located("--algorithm", OTHERWISE):
         schedule = load_schedule(Path(text))
     if op is not None and read_op(op) is not schedule.op:
@@ -140,7 +131,7 @@ def read_algorithm(text: str | None, op: str | None) -> Algorithm:
     if schedule.num_helpers:
         problem = f"{schedule.num_helpers} of its ranks are switches, which have no place here"
         raise ConfigError(problem, text, "leave helpers out; --algorithm in-network uses the switches")
-    return Algorithm(schedule.algorithm, schedule)
+    return schedule
 
 
 def check_picture(path: Path | None) -> None:

@@ -11,7 +11,7 @@ from orchestrator.config.job import Job
 from orchestrator.config.job_file import job_document, job_from, load_job
 from orchestrator.config.yaml_file import Document, read_yaml
 from orchestrator.planning import preparation
-from orchestrator.planning.preparation import Prepared, Progress
+from orchestrator.planning.preparation import PhaseReporter, Prepared
 from orchestrator.verbs.inputs.options import PlannedOptions
 from partitioner.layout.parallel_plan import Plan, plan_from_yaml
 
@@ -63,7 +63,7 @@ def _is_bare(options: PlannedOptions, cluster: Cluster) -> bool:
     return not asked and cluster.num_chips % DEMONSTRATION_CHIPS == 0
 
 
-def prepare(options: PlannedOptions, progress: Progress) -> Prepared:
+def prepare(options: PlannedOptions, progress: PhaseReporter) -> Prepared:
     """The Program that the options describe. Raises UserError."""
     inputs = resolve(options)
     return preparation.prepare(inputs.cluster, inputs.job, inputs.plan, progress=progress)

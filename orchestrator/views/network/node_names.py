@@ -10,7 +10,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from comms.networks.fabrics.edge_list import Graph, Rerouted
+from comms.networks.fabrics.edge_list import EdgeList, Rerouted
 from comms.networks.shapes import Whole
 from comms.networks.tiered import Fabric, TieredTopology
 from comms.networks.topology import IntArray, Topology, Wires
@@ -109,7 +109,7 @@ def _given(topology: Topology) -> Iterator[tuple[int, str]]:
     """Nodes that have a name of their own."""
     if isinstance(topology, Whole):
         yield from _given(topology.topology)
-    elif isinstance(topology, Graph):
+    elif isinstance(topology, EdgeList):
         yield from ((topology.num_chips + i, name) for i, name in enumerate(topology.switches))
     elif isinstance(topology, TieredTopology):
         for copy in copies_of(topology):

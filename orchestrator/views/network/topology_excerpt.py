@@ -11,7 +11,7 @@ from itertools import product
 from comms.networks.network import Network, Tier
 from comms.networks.shapes import Grid, Whole
 from comms.units import Quantity, format_quantity
-from orchestrator.views.network.topology_layout import RISE, Kind, Line, Node, Picture, grid_spots
+from orchestrator.views.network.topology_layout import RISE, Line, Node, NodeKind, Picture, grid_spots
 
 FEW = 8  # chips that are drawn of a group
 EDGE = 4  # chips along a dimension of a grid
@@ -22,7 +22,7 @@ def excerpt(network: Network, num_chips: int, busy: Mapping[str, float] | None =
 
     Lines have the rate between chips that meet in their tier, or how `busy` the busiest wire of that tier is.
     """
-    drawing = _Drawing(busy)
+    drawing = _Excerpt(busy)
     tiers = [tier for tier in network.tiers if tier.size > 1]
     inner = 1
     for number, tier in enumerate(tiers):
@@ -33,7 +33,7 @@ def excerpt(network: Network, num_chips: int, busy: Mapping[str, float] | None =
             drawing.around(tier, size // inner, inner, tiers[number - 1])
         inner = size
     if not tiers:
-        drawing.nodes.append(Node(0.0, 0.0, "chip 0", Kind.CHIP))
+        drawing.nodes.append(Node(0.0, 0.0, "chip 0", NodeKind.CHIP))
     return Picture(tuple(drawing.nodes), tuple(drawing.lines))
 
 
@@ -43,7 +43,7 @@ def figures_of(tier: Tier) -> str:
     return f"{rate}, {format_quantity(tier.link.latency_s, Quantity.TIME, 3)}"
 
 
-class _Drawing:
+class _Excerpt:
     """A picture that grows from the inside out."""
 
     def __init__(self, busy: Mapping[str, float] | None) -> None:
@@ -54,7 +54,7 @@ class _Drawing:
         self.top = 0.0
         self.switch: int | None = None  # of the tier before
 
-    def add(self, x: float, y: float, text: str, kind: Kind) -> int:
+    def add(self, x: float, y: float, text: str, kind: NodeKind) -> int:
         self.nodes.append(Node(x, y, text, kind))
         return len(self.nodes) - 1
 
@@ -72,9 +72,9 @@ class _Drawing:
             self.corner(tier, tier.shape.topology.dims)
             return
         shown = size if size <= FEW else FEW - 1
-        self.chips = [self.add(float(chip), 0.0, str(chip), Kind.CHIP) for chip in range(shown)]
+        self.chips = [self.add(float(chip), 0.0, str(chip), NodeKind.CHIP) for chip in range(shown)]
         if shown < size:
-            self.chips.append(self.add(shown + 0.5, 0.0, f"{size - shown} more\nchips", Kind.MORE))
+            self.chips.append(self.add(shown + 0.5, 0.0, f"{size - shown} more\nchips", NodeKind.MORE))
         self.switch = self.over(tier, self.chips, -RISE if below else RISE)
         self.top = 0.0 if below else RISE
 
@@ -84,7 +84,7 @@ class _Drawing:
         spots = grid_spots(part)
         digits = [each[::-1] for each in product(*(range(size) for size in reversed(part)))]
         nodes = {
-            each: self.add(*spot, ",".join(map(str, each)), Kind.CHIP)
+            each: self.add(*spot, ",".join(map(str, each)), NodeKind.CHIP)
             for each, spot in zip(digits, spots, strict=True)
         }
         self.chips = sorted(nodes.values(), key=lambda node: -self.nodes[node].y)  # the edge reaches outwards
@@ -95,7 +95,7 @@ class _Drawing:
                     self.lines.append(Line(node, neighbour, self.value(tier)))
         words = " x ".join(map(str, dims))
         text = f"a corner of\n{words}\n{tier.name}\n{figures_of(tier)}"
-        self.add(self.right + 2.2, max(y for _, y in spots) / 2, text, Kind.MORE)
+        self.add(self.right + 2.2, max(y for _, y in spots) / 2, text, NodeKind.MORE)
         self.top = max(y for _, y in spots)
 
     def around(self, tier: Tier, groups: int, inner: int, before: Tier) -> None:
@@ -105,7 +105,7 @@ class _Drawing:
         box = None
         if others > 0:
             text = f"{others} more\nof {inner} chips"
-            box = self.add(self.right + 2.4, self.top / 2, text, Kind.MORE)
+            box = self.add(self.right + 2.4, self.top / 2, text, NodeKind.MORE)
         self.top += RISE
         self.switch = self.over(tier, [*own, *([] if box is None else [box])], self.top)
 
@@ -113,6 +113,6 @@ class _Drawing:
         """A switch over some nodes; what is no tree is told by its name only."""
         x = sum(self.nodes[node].x for node in below) / len(below)
         kind = f"\n({type(tier.shape.topology).__name__.lower()})" if isinstance(tier.shape, Whole) else ""
-        switch = self.add(x, y, f"{tier.name}{kind}\n{figures_of(tier)}", Kind.SWITCH)
+        switch = self.add(x, y, f"{tier.name}{kind}\n{figures_of(tier)}", NodeKind.SWITCH)
         self.lines += [Line(node, switch, self.value(tier)) for node in below]
         return switch

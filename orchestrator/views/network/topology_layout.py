@@ -36,7 +36,7 @@ LETTER = 0.13  # width of a letter in a switch
 Spot = tuple[float, float]
 
 
-class Kind(StrEnum):
+class NodeKind(StrEnum):
     """What a node is."""
 
     CHIP = "chip"
@@ -51,7 +51,7 @@ class Node:
     x: float
     y: float
     text: str
-    kind: Kind
+    kind: NodeKind
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,9 +79,9 @@ def layout(topology: TieredTopology, chips_per_host: int, value: Mapping[int, fl
     twins = ways_out(topology.wires(), topology.num_chips, switch_tiers(topology))
     drawn = {node: index for index, node in enumerate(sorted(set(places) - set(twins)))}
     nodes = tuple(
-        Node(*places[node], str(node), Kind.CHIP)
+        Node(*places[node], str(node), NodeKind.CHIP)
         if node < topology.num_chips
-        else Node(*places[node], two_lines(names[node]), Kind.SWITCH)
+        else Node(*places[node], two_lines(names[node]), NodeKind.SWITCH)
         for node in drawn
     )
     index = drawn | {twin: drawn[of] for twin, of in twins.items() if of in drawn}
@@ -101,7 +101,7 @@ def _lines(
             if found is not None and (known is None or found > known):
                 best[pair] = found
     for (a, b), strongest in sorted(best.items()):
-        chips = nodes[a].kind is nodes[b].kind is Kind.CHIP
+        chips = nodes[a].kind is nodes[b].kind is NodeKind.CHIP
         yield Line(a, b, strongest, bend=_bend(nodes[a], nodes[b]) if chips else 0.0)
 
 

@@ -10,11 +10,10 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from comms import wording
-from comms.networks.network import Network
 from comms.selection.question import Answer
 from comms.selection.site import busy_by_wire
 from orchestrator.views.network.topology_excerpt import excerpt
-from orchestrator.views.network.topology_layout import Kind, Line, Node, Picture, layout, spread
+from orchestrator.views.network.topology_layout import Line, Node, NodeKind, Picture, layout, spread
 from orchestrator.views.png_figures import FAINT, INK, blank_figure, png_bytes
 
 if TYPE_CHECKING:
@@ -42,22 +41,18 @@ def topology_png(answer: Answer, cluster: str) -> bytes:
     return picture_png(picture, title, "busy" if by_load else "rate")
 
 
-def is_drawn_whole(network: Network, num_chips: int) -> bool:
-    """Whether all chips and switches are drawn."""
-    return num_chips <= WHOLE_CHIPS and network.topology(num_chips).num_nodes <= WHOLE_NODES
-
-
 def picture_of(answer: Answer) -> Picture:
     """What is drawn of an answer's network; lines have their rate, or the share of time that they are busy."""
-    question = answer.question
-    if not is_drawn_whole(question.network, question.num_chips):
+    network, num_chips = answer.question.network, answer.question.num_chips
+    topology = network.topology(num_chips) if num_chips <= WHOLE_CHIPS else None
+    if topology is None or topology.num_nodes > WHOLE_NODES:
         busy = {load.tier: load.busiest.busy for load in answer.loads} if answer.full else None
-        return excerpt(question.network, question.num_chips, busy)
+        return excerpt(network, num_chips, busy)
     if answer.site is None or answer.full is None:
-        topology = question.network.topology(question.num_chips)
-        rates = topology.wires().bytes_per_s
-        return layout(topology, question.chips_per_host, dict(enumerate(rates.tolist())))
-    return layout(answer.site.whole, question.chips_per_host, busy_by_wire(answer.site, answer.full))
+        value = dict(enumerate(topology.wires().bytes_per_s.tolist()))
+    else:
+        value = busy_by_wire(answer.site, answer.full)
+    return layout(topology, answer.question.chips_per_host, value)
 
 
 def picture_png(picture: Picture, title: str, measure: str) -> bytes:
@@ -85,18 +80,17 @@ def apart(picture: Picture, inches_per_unit: float) -> Picture:
     """The same picture with no switch on its neighbour's letters."""
     rows: dict[float, list[int]] = defaultdict(list)
     for number, node in enumerate(picture.nodes):
-        if node.kind is Kind.SWITCH:
+        if node.kind is NodeKind.SWITCH:
             rows[node.y].append(number)
     nodes = list(picture.nodes)
     room = max(node.x for node in nodes) - min(node.x for node in nodes)
     for row in rows.values():
         row.sort(key=lambda number: (nodes[number].x, number))
-        if _gap(nodes, row, inches_per_unit) * (len(row) - 1) > room:
+        gap = _gap(nodes, row, inches_per_unit)
+        if gap * (len(row) - 1) > room:
             for number in row[1:]:
                 nodes[number] = replace(nodes[number], text=nodes[number].text.split()[-1])
             gap = _gap(nodes, row[1:], inches_per_unit)
-        else:
-            gap = _gap(nodes, row, inches_per_unit)
         for number, x in zip(row, spread([nodes[number].x for number in row], gap), strict=True):
             nodes[number] = replace(nodes[number], x=x)
     return replace(picture, nodes=tuple(nodes))
@@ -166,9 +160,14 @@ def _draw_line(axes: "Axes", picture: Picture, line: Line, colour: object, width
 
 def _draw_nodes(axes: "Axes", picture: Picture) -> None:
     looks = {
-        Kind.CHIP: {"boxstyle": "circle,pad=0.25", "facecolor": CHIP, "edgecolor": INK},
-        Kind.SWITCH: {"boxstyle": "round,pad=0.3", "facecolor": SWITCH, "edgecolor": INK},
-        Kind.MORE: {"boxstyle": "round,pad=0.4", "facecolor": "white", "edgecolor": FAINT, "linestyle": "--"},
+        NodeKind.CHIP: {"boxstyle": "circle,pad=0.25", "facecolor": CHIP, "edgecolor": INK},
+        NodeKind.SWITCH: {"boxstyle": "round,pad=0.3", "facecolor": SWITCH, "edgecolor": INK},
+        NodeKind.MORE: {
+            "boxstyle": "round,pad=0.4",
+            "facecolor": "white",
+            "edgecolor": FAINT,
+            "linestyle": "--",
+        },
     }
     for node in picture.nodes:
         axes.text(

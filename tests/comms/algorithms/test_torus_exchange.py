@@ -24,7 +24,7 @@ from comms.errors import CommsError
 from comms.networks.fabrics.torus_mesh import Torus
 from comms.networks.levels import Level
 from comms.networks.links import Link
-from comms.simulation.compiled import Job
+from comms.simulation.compiled import CollectiveJob
 from comms.simulation.full import simulate
 from comms.synthesis.bisection import makespan_bound
 
@@ -40,7 +40,7 @@ def ring(fanout, latency=1.0, rate=1.0):
 
 
 def full_seconds(topology, made):
-    return float(simulate(topology, [Job(made, np.arange(topology.num_chips), NBYTES)]).seconds[0])
+    return float(simulate(topology, [CollectiveJob(made, np.arange(topology.num_chips), NBYTES)]).seconds[0])
 
 
 @each_name

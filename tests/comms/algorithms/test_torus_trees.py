@@ -29,7 +29,7 @@ from comms.errors import CommsError
 from comms.networks.fabrics.torus_mesh import Torus
 from comms.networks.levels import Level
 from comms.networks.links import Link
-from comms.simulation.compiled import Job
+from comms.simulation.compiled import CollectiveJob
 from comms.simulation.full import simulate
 
 PATIENT = settings(max_examples=40)
@@ -57,7 +57,7 @@ def tori(draw, wraps=None):
 
 def full_seconds(topology, made, nbytes=NBYTES):
     places = np.arange(topology.num_chips)
-    return float(simulate(topology, [Job(made, places, nbytes)]).seconds[0])
+    return float(simulate(topology, [CollectiveJob(made, places, nbytes)]).seconds[0])
 
 
 def level(fanout, wraps=True, latency=1.0, rate=1.0):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from comms.calibration.calibration import (
     LARGE_NBYTES,
     Constants,
-    Run,
+    MeasuredRun,
     Sheet,
     fit_fabric,
     fit_link,
@@ -42,7 +42,7 @@ def published_sheet(row) -> Sheet:
 
 
 RUNS = {
-    row["name"]: Run(
+    row["name"]: MeasuredRun(
         read_csv(row["table"], row["name"], Op(row["op"]), row["num_chips"]), published_sheet(row)
     )
     for row in PUBLISHED["curves"]
@@ -51,10 +51,10 @@ RUNS = {
 
 def measured(
     constants: Constants, sheet: Sheet, op: Op = Op.ALL_REDUCE, num_chips: int = 8, sizes=SIZES
-) -> Run:
+) -> MeasuredRun:
     seconds = predict(constants.on(sheet), op, num_chips, sizes)
     points = tuple(MeasuredPoint(float(n), float(s)) for n, s in zip(sizes, seconds, strict=True))
-    return Run(MeasuredCurve(op, num_chips, points), sheet)
+    return MeasuredRun(MeasuredCurve(op, num_chips, points), sheet)
 
 
 @given(st.floats(1e-8, 1e-4), st.floats(1.0, 1e12), st.integers(2, 64))
@@ -123,7 +123,7 @@ def test_an_eager_protocol_is_found_again_and_only_where_asked_for():
 def test_scaling_all_times_scales_the_constants(factor):
     run = RUNS["a100-8"]
     points = tuple(replace(point, seconds=point.seconds * factor) for point in run.curve.points)
-    slower = Run(replace(run.curve, points=points), Sheet(300e9 / factor))
+    slower = MeasuredRun(replace(run.curve, points=points), Sheet(300e9 / factor))
     before, after = fit_fabric([run]).constants, fit_fabric([slower]).constants
     assert after.setup_s == pytest.approx(before.setup_s * factor, rel=1e-3)
     assert after.latency_s == pytest.approx(before.latency_s * factor, rel=1e-2)
@@ -152,7 +152,10 @@ def test_what_is_held_out_is_not_seen():
         replace(point, seconds=point.seconds * 7) if i % 2 else point
         for i, point in enumerate(run.curve.points)
     )
-    (honest,), (spoilt,) = hold_out([run]), hold_out([Run(replace(run.curve, points=points), run.sheet)])
+    (honest,), (spoilt,) = (
+        hold_out([run]),
+        hold_out([MeasuredRun(replace(run.curve, points=points), run.sheet)]),
+    )
     assert [each.predicted_s for each in honest] == [each.predicted_s for each in spoilt]
     assert [each.nbytes for each in honest] == [point.nbytes for point in points[1::2]]
 
@@ -164,7 +167,9 @@ def test_coarsely_printed_points_weigh_less():
         if p.nbytes < 8192 else p for p in run.curve.points
     )  # fmt: skip
     trusted = tuple(replace(point, rounding=0.0) for point in off)
-    careful, naive = (fit_fabric([Run(replace(run.curve, points=each), SHEET)]) for each in (off, trusted))
+    careful, naive = (
+        fit_fabric([MeasuredRun(replace(run.curve, points=each), SHEET)]) for each in (off, trusted)
+    )
     wrong = [abs(fit.constants.setup_s / CONSTANTS.setup_s - 1) for fit in (careful, naive)]
     assert wrong[0] < 0.6 * wrong[1]
 
@@ -206,7 +211,7 @@ def test_one_fabric_follows_from_another_and_its_sheet(known, other):
 
 
 def test_without_a_line_rate_a_fit_predicts_but_does_not_carry_over():
-    run = Run(RUNS["a100-8"].curve, Sheet(None))
+    run = MeasuredRun(RUNS["a100-8"].curve, Sheet(None))
     fit = fit_fabric([run])
     assert fit.mean_error == pytest.approx(fit_fabric([RUNS["a100-8"]]).mean_error, abs=0.01)
     with pytest.raises(CommsError, match="without a line rate"):
@@ -220,8 +225,8 @@ def test_without_a_line_rate_a_fit_predicts_but_does_not_carry_over():
         ([measured(CONSTANTS, SHEET), replace(measured(CONSTANTS, SHEET), sheet=Sheet(None))], "some sheets"),
         ([replace(measured(CONSTANTS, SHEET), sheet=Sheet(-1.0))], "above 0"),
         ([replace(measured(CONSTANTS, SHEET), sheet=Sheet(1.0, 2.0))], "in-network share"),
-        ([Run(MeasuredCurve(None, 2, RUNS["a100-8"].curve.points), SHEET)], "chip to chip"),
-        ([Run(MeasuredCurve(Op.BARRIER, 8, RUNS["a100-8"].curve.points), SHEET)], "moves no bytes"),
+        ([MeasuredRun(MeasuredCurve(None, 2, RUNS["a100-8"].curve.points), SHEET)], "chip to chip"),
+        ([MeasuredRun(MeasuredCurve(Op.BARRIER, 8, RUNS["a100-8"].curve.points), SHEET)], "moves no bytes"),
     ],
 )
 def test_what_cannot_be_fitted_says_why(runs, message):

@@ -12,16 +12,18 @@ from comms.algorithms.hierarchical import hierarchical_torus, hierarchical_tree
 from comms.collectives.proof import prove
 from comms.collectives.schedule import Op
 from comms.errors import CommsError
+from comms.networks.conditions import Conditions
 from comms.networks.fabrics.switch_tree import Tree
 from comms.networks.fabrics.torus_mesh import FullMesh, Torus
 from comms.networks.groups import Lattice
 from comms.networks.layers import Switch, Trunk
 from comms.networks.links import Link, Protocol
-from comms.networks.network import Network, Tier, TierKind, layered, shaped, switched
+from comms.networks.network import Network, Tier, TierKind, layered, switched
+from comms.networks.shapes import shape_of
 from comms.networks.topology import Wires
 from comms.selection.choice import choose
 from comms.selection.pricing import groups_of, job_of
-from comms.simulation.full import Conditions, simulate
+from comms.simulation.full import simulate
 from comms.synthesis.bisection import makespan_bound
 
 CLOSE = 1e-3
@@ -30,6 +32,11 @@ EVERY = [(op, name) for op in Op for name in names(op) if name != RAIL_RINGS]
 
 links = st.builds(Link, st.floats(1e-8, 1e-4), st.floats(1e8, 1e12))
 sizes = st.sampled_from([0.0, 1.0, 1024.0, 2.0**20, 2.0**28])
+
+
+def shaped(name, kind, topology):
+    """A tier of any topology."""
+    return Tier(name, kind, topology.num_chips, shape_of(topology))
 
 
 @st.composite

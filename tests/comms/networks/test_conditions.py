@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from comms.collectives.schedule import Channel, Op, Order, Pattern, Round, Schedule
 from comms.errors import CommsError
 from comms.networks.conditions import (
-    CALM,
+    HEALTHY,
     Background,
     Between,
+    Change,
     ChipFault,
     Described,
     Flaps,
@@ -21,14 +22,15 @@ from comms.networks.conditions import (
     Reach,
     resolve,
 )
-from comms.networks.fabrics.edge_list import Duplex, Edge, Graph
+from comms.networks.fabrics.edge_list import Duplex, Edge, EdgeList
 from comms.networks.fabrics.switch_tree import Tree
 from comms.networks.fabrics.torus_mesh import FullMesh, Torus
 from comms.networks.layers import Spread, Switch, Trunk
 from comms.networks.links import Link
-from comms.networks.network import Network, Tier, TierKind, shaped, switched
-from comms.simulation.compiled import Job
-from comms.simulation.full import Change, simulate
+from comms.networks.network import Network, Tier, TierKind, switched
+from comms.networks.shapes import shape_of
+from comms.simulation.compiled import CollectiveJob
+from comms.simulation.full import simulate
 
 LINK = Link(1e-6, 10e9)
 RING = Torus((6,), (LINK,))
@@ -38,6 +40,11 @@ HOSTS = Network(
         switched("net", 16, Link(5e-6, 10e9), TierKind.SCALE_OUT),
     )
 ).topology()
+
+
+def shaped(name, kind, topology):
+    """A tier of any topology."""
+    return Tier(name, kind, topology.num_chips, shape_of(topology))
 
 
 def on(topology, *links, **others):
@@ -54,7 +61,7 @@ def message(topology, src, dst, nbytes=1e6):
     whole = Round(pattern, np.zeros(1, dtype=np.int64), np.ones(1, dtype=np.int64), False)
     schedule = Schedule(Op.BROADCAST, "test", 2, 1, 1.0, (Channel(((whole,),), 1, Order.SERIAL),), 0)
     return lambda conditions: simulate(
-        topology, [Job(schedule, np.array([src, dst]), nbytes)], conditions
+        topology, [CollectiveJob(schedule, np.array([src, dst]), nbytes)], conditions
     ).seconds[0]
 
 
@@ -63,10 +70,10 @@ def hops(topology, src, dst):
 
 
 def test_nothing_described_is_nothing_changed():
-    found = resolve(CALM, RING)
+    found = resolve(HEALTHY, RING)
     assert found.topology is RING
     assert (found.conditions.factors, found.conditions.changes) == ({}, ())
-    assert (found.background, found.work_factors, CALM.is_calm) == ((), {}, True)
+    assert (found.background, found.work_factors, HEALTHY.is_healthy) == ((), {}, True)
 
 
 def test_a_slow_link_is_slow_both_ways_and_only_there():
@@ -133,7 +140,7 @@ def test_a_dead_card_sends_through_a_neighbour():
 
 def test_chips_that_pass_nothing_on_are_cut_off_instead():
     edges = [Edge(chip, "a", LINK) for chip in range(3)] + [Edge(chip, "b", LINK) for chip in (1, 2)]
-    graph = Graph(3, tuple(edges), ("a", "b"), through_chips=False)
+    graph = EdgeList(3, tuple(edges), ("a", "b"), through_chips=False)
     to_a = down(Reach((1,), "link", path=0))
     with pytest.raises(CommsError, match="chip 0 cut off"):
         on(graph, down(Reach((0,), "link")))
@@ -278,7 +285,7 @@ def test_figures_that_cannot_be_are_refused(make):
 
 
 def test_half_duplex_edges_draw_one_jitter():
-    graph = Graph(2, (Edge(0, 1, LINK, Duplex.HALF),))
+    graph = EdgeList(2, (Edge(0, 1, LINK, Duplex.HALF),))
     assert len(on(graph, jitter=Jitter(0.1)).conditions.factors) == 1
 
 
@@ -314,5 +321,5 @@ def test_what_is_left_still_joins_all_chips_or_names_those_cut_off(topology, dat
 def test_described_is_a_value():
     described = Described(links=(down(Between(0, 1)),))
     assert described == Described(links=(down(Between(0, 1)),))
-    assert not described.is_calm
-    assert replace(CALM, seed=3).is_calm
+    assert not described.is_healthy
+    assert replace(HEALTHY, seed=3).is_healthy

@@ -68,7 +68,7 @@ def copies_of(axes, along):
 
 
 def played(tree, groups, inside, fanout):
-    """Latencies and shares when each member sends to the same one of the next bunch of its level."""
+    """Latencies and shares when each member sends to the same one of the next subgroup of its level."""
     members = np.arange(groups.shape[1])
     digit = members // inside % fanout
     target = members + ((digit + 1) % fanout - digit) * inside
@@ -118,10 +118,10 @@ def test_a_level_over_rails_gives_each_message_of_units_and_parts_of_one_what_th
     groups = copies_of(axes, along)
     groups = groups if by_arithmetic else np.array([data.draw(st.sampled_from(groups.tolist()))])
     members = mesh_group(axes, along) if by_arithmetic else groups[0].tolist()
-    bunch = sharing(members, host)
+    subgroup = sharing(members, host)
     levels = tree.levels(members, host, aligned)
     if levels is not None:
-        check(tree, groups, levels, bunch)
+        check(tree, groups, levels, subgroup)
 
 
 @pytest.mark.parametrize("num_chips", [24, 48, 72])
@@ -148,7 +148,7 @@ def test_chips_that_meet_elsewhere_need_not_fill_the_last_host():
     assert tree.levels(range(20), inner=8, aligned=True) is None
 
 
-def test_chips_that_meet_elsewhere_count_as_one_bunch():
+def test_chips_that_meet_elsewhere_count_as_one_subgroup():
     card = Trunk(2, Link(1e-6, 5e9), Switch("leaf"))
     tree = Tree(32, PORT, Switch("host"), (card, Trunk(16, Link(1e-6, 10e9), Switch("spine"))))
     everyone = mesh_group((("a", 32),), ("a",))

@@ -9,14 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from comms.errors import CommsError
-from comms.networks.fabrics.edge_list import Edge, Graph
+from comms.networks.fabrics.edge_list import Edge, EdgeList
 from comms.networks.fabrics.switch_tree import Tree
 from comms.networks.fabrics.torus_mesh import Torus
 from comms.networks.groups import Lattice, mesh_group
 from comms.networks.layers import Switch, Trunk
 from comms.networks.levels import num_members
 from comms.networks.links import PLAIN, Link
-from comms.networks.network import UNBOUNDED, Network, Tier, TierKind, layered, shaped, switched
+from comms.networks.network import UNBOUNDED, Network, Tier, TierKind, layered, switched
+from comms.networks.shapes import shape_of
 from comms.networks.topology import route_latencies
 
 FEW = settings(max_examples=60)
@@ -24,6 +25,11 @@ SLOW = Link(1e-5, 1e9)
 FABRIC = switched("fabric", 8, Link(2e-6, 300e9), TierKind.SCALE_UP)
 SPINE = Trunk(32, Link(0.5e-6, 200e9), Switch("spine"))
 CARDS = Tree(128, Link(1e-6, 64e9), Switch("leaf"), (Trunk(4, Link(1e-6, 50e9), Switch("leaf")), SPINE))
+
+
+def shaped(name, kind, topology):
+    """A tier of any topology."""
+    return Tier(name, kind, topology.num_chips, shape_of(topology))
 
 
 def network(*sizes: int) -> Network:
@@ -189,7 +195,7 @@ def copies_of(axes, along):
 
 
 def played(topology, groups, inside, fanout):
-    """Latencies and shares when each member sends to the same one of the next bunch of its level."""
+    """Latencies and shares when each member sends to the same one of the next subgroup of its level."""
     members = np.arange(groups.shape[1])
     digit = members // inside % fanout
     target = members + ((digit + 1) % fanout - digit) * inside
@@ -243,7 +249,7 @@ def test_a_torus_of_hosts_folds_by_dimension_and_its_levels_carry_the_tier_of_th
 
 def test_a_network_of_any_graph_has_routes_but_no_levels():
     edges = tuple(Edge(a, (a + 1) % 5, Link(1e-6, 1e9)) for a in range(5))
-    net = Network((shaped("ring", TierKind.SCALE_UP, Graph(5, edges)),))
+    net = Network((shaped("ring", TierKind.SCALE_UP, EdgeList(5, edges)),))
     assert net.levels(range(5)) is None
     assert np.diff(net.topology().routes(np.array([0]), np.array([2])).offsets).tolist() == [2]
     part = net.topology(3)  # the other chips still pass messages on
@@ -322,16 +328,16 @@ def test_what_folds_is_the_same_further_in_and_has_as_many_members_when_taken_to
 
 @FEW
 @given(hosts_on_leaves(), st.booleans(), st.booleans(), st.data())
-def test_no_message_between_bunches_taken_to_be_even_is_slower_than_said(net, by_arithmetic, aligned, data):
+def test_no_message_between_subgroups_taken_to_be_even_is_slower_than_said(net, by_arithmetic, aligned, data):
     num_chips, host = net.tiers[-1].size, net.tiers[0].size
     levels = net.levels_as_if_even(Lattice(((1, num_chips),)) if by_arithmetic else range(num_chips), aligned)
     assert (levels[0].tier, levels[0].fanout, levels[0].latency_s) == ("fabric", host, 2e-6)
-    bunch, between = num_members(levels[:-1]), levels[-1]
-    turn = data.draw(st.integers(1, between.fanout - 1)) * bunch
+    subgroup, between = num_members(levels[:-1]), levels[-1]
+    turn = data.draw(st.integers(1, between.fanout - 1)) * subgroup
     src = np.arange(num_chips)
     latencies, shares = sent(net.topology(), src, (src + turn) % num_chips)
     assert latencies.max() <= between.latency_s * (1 + 1e-9)
-    assert shares.min() >= between.rate(bunch) * (1 - 1e-9)
+    assert shares.min() >= between.rate(subgroup) * (1 - 1e-9)
 
 
 def test_a_unit_and_one_host_more_are_hosts_that_meet_over_the_spine():
@@ -373,5 +379,5 @@ def test_groups_without_even_hosts_or_with_nobody_in_them_are_not_taken_to_be_ev
     assert net.levels_as_if_even(Lattice(((3, 9),))) is None
     with pytest.raises(CommsError, match="outside the network"):
         net.levels_as_if_even((3, 128))
-    ring = Graph(16, tuple(Edge(a, (a + 1) % 16, Link(1e-6, 1e9)) for a in range(16)))
+    ring = EdgeList(16, tuple(Edge(a, (a + 1) % 16, Link(1e-6, 1e9)) for a in range(16)))
     assert Network((FABRIC, shaped("ring", TierKind.SCALE_OUT, ring))).levels_as_if_even(range(16)) is None

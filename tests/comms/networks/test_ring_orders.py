@@ -1,4 +1,4 @@
-"""Ring orders against all orders of small networks, constructed rings against their definition, bunches by hand."""
+"""Ring orders against all orders of small networks, constructed rings against their definition, subgroups by hand."""
 
 from itertools import pairwise, permutations, product
 
@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from comms.networks.fabrics.dragonfly import Dragonfly
-from comms.networks.fabrics.edge_list import Duplex, Edge, Graph, Rerouted
+from comms.networks.fabrics.edge_list import Duplex, Edge, EdgeList, Rerouted
 from comms.networks.fabrics.hamiltonian_cycles import disjoint_cycles, snake_path, torus_cycle
 from comms.networks.fabrics.torus_mesh import FullMesh, Torus
 from comms.networks.links import Link
@@ -23,7 +23,7 @@ SINGLE = ((0, 1), (0, 2), (1, 3), (2, 6), (3, 7), (4, 5), (4, 6), (5, 7))
 
 def hybrid_cube_mesh():
     edges = [Edge(a, b, Link(1e-6, 2 * NVLINK)) for a, b in DOUBLE]
-    return Graph(8, tuple(edges + [Edge(a, b, Link(1e-6, NVLINK)) for a, b in SINGLE]))
+    return EdgeList(8, tuple(edges + [Edge(a, b, Link(1e-6, NVLINK)) for a, b in SINGLE]))
 
 
 def best_ring(topology):
@@ -148,7 +148,7 @@ def test_small_graphs_get_the_widest_then_shortest_of_all_orders(num_chips, data
     rates, latencies = st.sampled_from([1e9, 2e9, 4e9]), st.sampled_from([2e-6, 3e-6])
     link = {pair: Link(1e-6, data.draw(rates)) for pair in permutations(range(num_chips), 2)}
     link = {pair: Link(data.draw(latencies), each.bytes_per_s) for pair, each in link.items()}
-    graph = Graph(num_chips, tuple(Edge(a, b, each, Duplex.ONE_WAY) for (a, b), each in link.items()))
+    graph = EdgeList(num_chips, tuple(Edge(a, b, each, Duplex.ONE_WAY) for (a, b), each in link.items()))
     laps = [[0, *rest, 0] for rest in permutations(range(1, num_chips))]
     widths = [
         (
@@ -180,7 +180,7 @@ def pcie_tree():
     """Four chips behind each of two switches, chip c behind switch c % 2, joined by the host bridge."""
     edges = [Edge(chip, f"switch {chip % 2}", Link(5e-7, 2e10)) for chip in range(8)]
     edges += [Edge(f"switch {k}", "bridge", Link(1e-6, 2e10)) for k in range(2)]
-    return Graph(8, tuple(edges), ("switch 0", "switch 1", "bridge"))
+    return EdgeList(8, tuple(edges), ("switch 0", "switch 1", "bridge"))
 
 
 def test_a_tree_numbered_badly_is_crossed_once_each_way():
@@ -205,20 +205,20 @@ def test_larger_graphs_get_a_ring_of_neighbours():
     edges = tuple(
         Edge(int(a), int(b), LINK) for a, b in zip(label[wires.tail], label[wires.head], strict=True) if a < b
     )
-    graph = Graph(36, edges)
+    graph = EdgeList(36, edges)
     ring = best_ring(graph)
     assert hops(graph, ring.chips).mean() < 1.2
     assert ring.bytes_per_s >= 0.5e9
 
 
 def test_one_chip_and_two_chips_have_a_ring():
-    one = ring_orders(Graph(1, ()))
+    one = ring_orders(EdgeList(1, ()))
     assert (len(one), one[0].chips.tolist(), one[0].latency_s) == (1, [0], 0.0)
-    two = ring_orders(Graph(2, (Edge(0, 1, LINK),)))
+    two = ring_orders(EdgeList(2, (Edge(0, 1, LINK),)))
     assert (len(two), two[0].bytes_per_s) == (1, 1e9)
 
 
-def test_bunches_of_a_tree_are_its_switches_whatever_the_numbers_of_their_chips():
+def test_subgroups_of_a_tree_are_its_switches_whatever_the_numbers_of_their_chips():
     inner, outer = hierarchy(pcie_tree())
     assert inner == ((0, 2, 4, 6), (1, 3, 5, 7))
     assert outer == (tuple(range(8)),)
@@ -232,7 +232,7 @@ def test_tiers_are_told_apart_by_rate_and_by_latency_and_not_by_jitter():
         edges.append(Edge(chip, f"leaf {chip // 8}", Link(3e-6, 5e10 * rng.uniform(0.95, 1.05))))
     edges += [Edge(f"leaf {k}", "spine", Link(3e-6, 4e11)) for k in range(2)]
     names = (*(f"nvswitch {k}" for k in range(4)), "leaf 0", "leaf 1", "spine")
-    hosts, pods, everyone = hierarchy(Graph(16, tuple(edges), names, through_chips=False))
+    hosts, pods, everyone = hierarchy(EdgeList(16, tuple(edges), names, through_chips=False))
     assert [len(level) for level in (hosts, pods, everyone)] == [4, 2, 1]
     assert hosts[1] == (4, 5, 6, 7) and pods[1] == tuple(range(8, 16))
 
@@ -244,7 +244,7 @@ def test_dragonflies_have_routers_in_groups():
     assert best_ring(fly).bytes_per_s == 2e10
 
 
-def test_where_all_chips_are_alike_there_is_one_bunch():
+def test_where_all_chips_are_alike_there_is_one_subgroup():
     assert hierarchy(FullMesh(4, LINK)) == (((0, 1, 2, 3),),)
     assert hierarchy(Torus((4, 4), (LINK,))) == ((tuple(range(16)),),)
-    assert hierarchy(Graph(1, ())) == (((0,),),)
+    assert hierarchy(EdgeList(1, ())) == (((0,),),)

@@ -9,12 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from comms.networks.fabrics.dragonfly import Dragonfly
-from comms.networks.fabrics.edge_list import Edge, Graph
+from comms.networks.fabrics.edge_list import Edge, EdgeList
 from comms.networks.fabrics.switch_tree import Tree
 from comms.networks.fabrics.torus_mesh import FullMesh, Torus
 from comms.networks.groups import Lattice, mesh_group
 from comms.networks.links import Link
-from comms.networks.network import Network, TierKind, shaped
+from comms.networks.network import Network, Tier, TierKind
 from comms.networks.ring_orders import ring_orders
 from comms.networks.shapes import Grid, Whole, shape_of
 from comms.networks.topology import route_latencies
@@ -22,6 +22,11 @@ from comms.synthesis.bisection import bisection
 
 FEW = settings(max_examples=60)
 LINK = Link(1e-6, 10e9)
+
+
+def shaped(name, kind, topology):
+    """A tier of any topology."""
+    return Tier(name, kind, topology.num_chips, shape_of(topology))
 
 
 @st.composite
@@ -99,7 +104,7 @@ def test_the_links_of_a_torus_are_those_of_neighbours():
 
 
 def test_of_any_other_topology_the_routes_are_looked_at():
-    line = Graph(4, tuple(Edge(a, a + 1, LINK) for a in range(3)))
+    line = EdgeList(4, tuple(Edge(a, a + 1, LINK) for a in range(3)))
     shape = shape_of(line)
     assert isinstance(shape, Whole)
     assert (shape.link.latency_s, shape.link.bytes_per_s) == (pytest.approx(3e-6), 10e9)

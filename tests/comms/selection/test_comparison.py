@@ -159,7 +159,7 @@ def test_what_is_limited_to_closed_forms_stays_a_closed_form():
 def test_nothing_that_is_dismissed_unmoved_is_faster(network, num_chips, op, nbytes):
     question = asked(network, num_chips, op, nbytes)
     choice = choose(op, nbytes, question.members, question.network)
-    to_beat_s = choice.seconds * (1 - comparison.ALIKE)
+    to_beat_s = choice.seconds * (1 - comparison.FIDELITY_TOLERANCE)
     kept = unpriced(question, choice, to_beat_s, 2**17)
     priced = {choice.algorithm, *(name for name, _ in choice.others)}
     names = {*kept.unknown, *(each.algorithm for each in kept.promising)}
@@ -171,7 +171,7 @@ def test_nothing_that_is_dismissed_unmoved_is_faster(network, num_chips, op, nby
 
 def test_what_has_no_closed_form_and_too_many_messages_is_named(monkeypatch):
     monkeypatch.setattr(comparison, "BRIEF", Budget(10, 10, 10))
-    monkeypatch.setattr(comparison, "ROUGHLY", 1e9)
+    monkeypatch.setattr(comparison, "GUESS_RATIO", 1e9)
     found = answer_to(asked(POD, 16, Op.ALL_GATHER, 1000.0))
     assert found.fidelity is Fidelity.FOLDED
     assert any("would take long: direct" in note for note in found.notes)

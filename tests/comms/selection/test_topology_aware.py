@@ -7,27 +7,27 @@ from comms.algorithms.catalog import MOST_PEERS
 from comms.algorithms.hierarchical import hierarchical
 from comms.collectives.proof import prove
 from comms.collectives.schedule import Op
-from comms.networks.fabrics.edge_list import Edge, Graph
+from comms.networks.fabrics.edge_list import Edge, EdgeList
 from comms.networks.fabrics.torus_mesh import FullMesh
 from comms.networks.links import Link
 from comms.selection.topology_aware import laid_hierarchies, laid_rings
-from comms.simulation.compiled import Job
+from comms.simulation.compiled import CollectiveJob
 from comms.simulation.full import simulate
 
 EVERY = hierarchical.SCHEDULES
 FAST, SLOW = Link(1e-6, 50e9), Link(5e-6, 20e9)
 
 
-def islands(chips_each: int, num: int) -> Graph:
+def islands(chips_each: int, num: int) -> EdgeList:
     """Chips whose numbers go round the islands, each of which has a hub."""
     hubs = [f"island {island}" for island in range(num)]
     chips = [Edge(chip, chips_each * num + chip % num, FAST) for chip in range(chips_each * num)]
     between = [Edge(chips_each * num + a, chips_each * num + b, SLOW) for a in range(num) for b in range(a)]
-    return Graph(chips_each * num, (*chips, *between), tuple(hubs), through_chips=False)
+    return EdgeList(chips_each * num, (*chips, *between), tuple(hubs), through_chips=False)
 
 
 def seconds(topology, laid, nbytes):
-    return simulate(topology, [Job(laid.schedule, laid.chips, nbytes)]).seconds[0]
+    return simulate(topology, [CollectiveJob(laid.schedule, laid.chips, nbytes)]).seconds[0]
 
 
 @pytest.mark.parametrize("op", Op)
@@ -58,7 +58,7 @@ def test_over_a_slow_link_a_hierarchy_is_faster_than_a_ring():
 
 def test_islands_of_different_sizes_have_no_hierarchy():
     links = [Edge(chip, 5 + (chip > 2), FAST) for chip in range(5)]
-    uneven = Graph(5, (*links, Edge(5, 6, SLOW)), ("left", "right"), through_chips=False)
+    uneven = EdgeList(5, (*links, Edge(5, 6, SLOW)), ("left", "right"), through_chips=False)
     assert laid_hierarchies(Op.ALL_REDUCE, uneven, EVERY) == ()
 
 

@@ -10,13 +10,16 @@ from hypothesis import strategies as st
 
 from comms.collectives.schedule import Channel, Op, Order, Pattern, Round, Schedule
 from comms.errors import CommsError
+from comms.networks.conditions import UNDISTURBED, Change, Conditions
 from comms.networks.topology import Wires, routes_of
-from comms.simulation.compiled import Job, compile_jobs
-from comms.simulation.full import CALM, Change, Conditions, Method, simulate, simulate_within
-from comms.simulation.incremental import Live
-from comms.simulation.lower_bound import least_end_s
-from comms.simulation.sharing import fair_rates
-from comms.simulation.work_budget import UNLIMITED, GivenUp, Limit
+from comms.simulation.compiled import CollectiveJob, compile_jobs
+from comms.simulation.events import MOST_RESTARTS
+from comms.simulation.full import Method, simulate, simulate_within
+from comms.simulation.incremental import IncrementalSimulation
+from comms.simulation.lower_bound import end_lower_bound_s
+from comms.simulation.sharing import draw_in, empty_flows, insert, solve
+from comms.simulation.work_budget import UNLIMITED, GivenUp, WorkBudget
+from comms.simulation.world import RESTARTS, first_world
 
 
 class Table:
@@ -201,7 +204,9 @@ def test_any_schedules_on_any_wires_take_what_the_slow_simulation_says(data):
     ranks = data.draw(st.integers(2, 4))
     table = data.draw(tables(ranks))
     jobs = [
-        Job(data.draw(schedules(ranks)), np.array(data.draw(st.permutations(range(ranks)))), 5.0, start)
+        CollectiveJob(
+            data.draw(schedules(ranks)), np.array(data.draw(st.permutations(range(ranks)))), 5.0, start
+        )
         for start in data.draw(st.lists(st.sampled_from([0.0, 1.5]), min_size=1, max_size=2))
     ]
     expected = slow_simulation(table, jobs)
@@ -215,19 +220,34 @@ def test_what_is_given_up_as_late_is_late_and_all_else_is_timed_as_ever(data):
     ranks = data.draw(st.integers(2, 4))
     table = data.draw(tables(ranks))
     jobs = [
-        Job(data.draw(schedules(ranks)), np.array(data.draw(st.permutations(range(ranks)))), 5.0, start)
+        CollectiveJob(
+            data.draw(schedules(ranks)), np.array(data.draw(st.permutations(range(ranks)))), 5.0, start
+        )
         for start in data.draw(st.lists(st.sampled_from([0.0, 1.5]), min_size=1, max_size=2))
     ]
     whole = simulate(table, jobs).seconds
     end_s = max(job.start_s + seconds for job, seconds in zip(jobs, whole, strict=True))
     compiled = compile_jobs(table, jobs)
-    assert least_end_s(compiled, compiled.bytes_per_s) <= end_s * (1 + 1e-9)
+    assert end_lower_bound_s(compiled, compiled.bytes_per_s) <= end_s * (1 + 1e-9)
     for until_s in (end_s * (1 + 1e-9), np.inf):
-        assert simulate_within(table, jobs, CALM, Limit(until_s)).seconds == pytest.approx(whole, rel=1e-12)
+        assert simulate_within(table, jobs, UNDISTURBED, WorkBudget(until_s)).seconds == pytest.approx(
+            whole, rel=1e-12
+        )
     for share in (0.1, 0.9, 1 - 1e-6):
-        given_up = simulate_within(table, jobs, CALM, Limit(share * end_s))
+        given_up = simulate_within(table, jobs, UNDISTURBED, WorkBudget(share * end_s))
         assert given_up.is_late
         assert share * end_s * (1 - 1e-9) <= given_up.at_least_s <= end_s * (1 + 1e-9)
+
+
+def fair_rates(bytes_per_s, offsets, resources):
+    """Max-min fair rates of flows with routes resources[offsets[i] : offsets[i + 1]], solved all at once."""
+    num, drawn = len(offsets) - 1, 0
+    flows = empty_flows(bytes_per_s, num, int(np.diff(offsets).max(initial=0)))
+    for flow in range(num):
+        insert(flows, flow, resources, int(offsets[flow]), int(offsets[flow + 1]))
+        drawn = draw_in(flows, flow, drawn)
+    solve(flows, drawn)
+    return flows.flow["rate"]
 
 
 @settings(max_examples=200)
@@ -260,7 +280,7 @@ def ring_table(n, rates, latency=0.1):
 @settings(max_examples=60)
 def test_sweep_and_events_agree_where_nothing_meets(n, pieces, order, seed):
     table = ring_table(n, np.random.default_rng(seed).uniform(1, 2, n))
-    job = Job(ring(n, pieces, order), np.arange(n), 7.0)
+    job = CollectiveJob(ring(n, pieces, order), np.arange(n), 7.0)
     swept = simulate(table, [job], method=Method.SWEEP, record=True)
     stepped = simulate(table, [job], method=Method.EVENTS, record=True)
     assert swept.seconds == pytest.approx(stepped.seconds, rel=1e-12)
@@ -271,7 +291,7 @@ def test_sweep_and_events_agree_where_nothing_meets(n, pieces, order, seed):
 
 
 def test_a_uniform_ring_takes_its_closed_form():
-    result = simulate(ring_table(8, 2.0), [Job(ring(8), np.arange(8), 16.0)])
+    result = simulate(ring_table(8, 2.0), [CollectiveJob(ring(8), np.arange(8), 16.0)])
     assert result.seconds[0] == pytest.approx(14 * (0.1 + 2.0 / 2.0))
     assert result.method is Method.SWEEP
     assert result.wire_nbytes == pytest.approx(np.full(8, 14 * 2.0))
@@ -285,8 +305,10 @@ def one_message(src=0, dst=1, ranks=2):
 LINE = Table(2, [(0.5, 2.0)], {(0, 1): (0,), (1, 0): (0,)})
 
 
-def seconds(conditions=CALM, nbytes=10.0, schedule=None):
-    return simulate(LINE, [Job(schedule or one_message(), np.arange(2), nbytes)], conditions).seconds[0]
+def seconds(conditions=UNDISTURBED, nbytes=10.0, schedule=None):
+    return simulate(
+        LINE, [CollectiveJob(schedule or one_message(), np.arange(2), nbytes)], conditions
+    ).seconds[0]
 
 
 def test_conditions_slow_a_message_down_as_they_say():
@@ -303,7 +325,7 @@ def test_a_channel_or_job_that_sends_nothing_takes_no_time():
     assert seconds(schedule=idle) == pytest.approx(5.5)
     nothing = Schedule(Op.BROADCAST, "nothing", 2, 1, 1.0, ())
     for method in Method:
-        jobs = [Job(nothing, np.arange(2), 10.0), Job(one_message(), np.arange(2), 10.0)]
+        jobs = [CollectiveJob(nothing, np.arange(2), 10.0), CollectiveJob(one_message(), np.arange(2), 10.0)]
         assert simulate(LINE, jobs, method=method).seconds == pytest.approx([0.0, 5.5])
 
 
@@ -320,13 +342,15 @@ def crossing(ranks, at_once=False):
     src, dst = (np.array(column) for column in zip(*pairs, strict=True))
     each = Round(Pattern(src, dst), src * ranks + dst, np.ones_like(src), False)
     schedule = Schedule(Op.ALL_TO_ALL, "all", ranks, ranks**2, 1.0, (Channel(((each,),), at_once=at_once),))
-    return Table(ranks, [(0.5, 2.0)], dict.fromkeys(pairs, (0,))), Job(schedule, np.arange(ranks), 1.0)
+    return Table(ranks, [(0.5, 2.0)], dict.fromkeys(pairs, (0,))), CollectiveJob(
+        schedule, np.arange(ranks), 1.0
+    )
 
 
 def test_what_would_be_too_much_work_is_given_up_after_a_part_of_it():
     table, job = crossing(40)
-    whole = simulate_within(table, [job], CALM, UNLIMITED)
-    given_up = simulate_within(table, [job], CALM, Limit(most_work=whole.work // 3))
+    whole = simulate_within(table, [job], UNDISTURBED, UNLIMITED)
+    given_up = simulate_within(table, [job], UNDISTURBED, WorkBudget(most_work=whole.work // 3))
     assert not given_up.is_late
     assert given_up.work < whole.work / 4
     assert given_up.at_least_s <= whole.seconds[0]
@@ -335,22 +359,24 @@ def test_what_would_be_too_much_work_is_given_up_after_a_part_of_it():
 @pytest.mark.parametrize("at_once", [False, True])
 def test_what_is_no_more_work_than_it_may_be_is_not_given_up(at_once):
     table, job = crossing(40, at_once)  # at once, all are on their way before any arrives
-    whole = simulate_within(table, [job], CALM, UNLIMITED)
-    again = simulate_within(table, [job], CALM, Limit(most_work=whole.work))
+    whole = simulate_within(table, [job], UNDISTURBED, UNLIMITED)
+    again = simulate_within(table, [job], UNDISTURBED, WorkBudget(most_work=whole.work))
     assert (again.work, again.seconds) == (whole.work, whole.seconds)
 
 
 def test_even_no_work_at_all_comes_to_an_end():
     table, job = crossing(3)
     for most_work in (0, 1):
-        assert isinstance(simulate_within(table, [job], CALM, Limit(most_work=most_work)), GivenUp)
+        assert isinstance(
+            simulate_within(table, [job], UNDISTURBED, WorkBudget(most_work=most_work)), GivenUp
+        )
 
 
 def test_who_watches_hears_of_an_ever_larger_share(monkeypatch):
     monkeypatch.setattr("comms.simulation.full.WATCHED_WORK", 100)
     table, job = crossing(12)
     shares = []
-    simulate_within(table, [job], CALM, UNLIMITED, shares.append)
+    simulate_within(table, [job], UNDISTURBED, UNLIMITED, shares.append)
     assert len(shares) > 2
     assert sorted(shares) == shares
     assert 0 <= shares[0] < shares[-1] < 1
@@ -358,16 +384,19 @@ def test_who_watches_hears_of_an_ever_larger_share(monkeypatch):
 
 def test_a_wire_that_stays_dead_is_an_error_and_not_late_where_nothing_limits():
     dead = Conditions(changes=(Change(1.0, 0, 0.0),))
-    job = Job(one_message(), np.arange(2), 10.0)
+    job = CollectiveJob(one_message(), np.arange(2), 10.0)
     with pytest.raises(CommsError, match="never arrive"):
         simulate_within(LINE, [job], dead, UNLIMITED)
     revived = Conditions(factors={0: 0.0}, changes=(Change(4.0, 0, 1.0),))
-    assert simulate_within(LINE, [job], revived, Limit(9.5)).seconds[0] == pytest.approx(9.5)
-    assert simulate_within(LINE, [job], revived, Limit(9.4)).is_late
+    assert simulate_within(LINE, [job], revived, WorkBudget(9.5)).seconds[0] == pytest.approx(9.5)
+    assert simulate_within(LINE, [job], revived, WorkBudget(9.4)).is_late
 
 
 def test_background_takes_its_share_for_as_long_as_the_foreground_runs():
-    jobs = [Job(one_message(), np.arange(2), 10.0), Job(one_message(1, 0), np.arange(2), 4.0, repeats=True)]
+    jobs = [
+        CollectiveJob(one_message(), np.arange(2), 10.0),
+        CollectiveJob(one_message(1, 0), np.arange(2), 4.0, repeats=True),
+    ]
     result = simulate(LINE, jobs)
     # 4 bytes each at rate 1, half a second at rate 2 until the background comes again; twice; then the latency.
     assert result.seconds[0] == pytest.approx(4 + 0.5 + 4 + 0.5 + 0.5)
@@ -380,7 +409,7 @@ def test_the_maximum_of_the_noise_grows_with_the_number_of_chips():
         shift = Round(Pattern(rank, (rank + 1) % n), rank, np.ones(n, dtype=np.int64), False)
         schedule = Schedule(Op.ALL_GATHER, "shift", n, n, 1.0 / n, (Channel(((shift,),)),))
         conditions = Conditions(noise_s=2.0, seed=seed)
-        return simulate(ring_table(n, 2.0), [Job(schedule, rank, 0.0)], conditions).seconds[0] - 0.1
+        return simulate(ring_table(n, 2.0), [CollectiveJob(schedule, rank, 0.0)], conditions).seconds[0] - 0.1
 
     assert slowest_of(8, 1) == slowest_of(8, 1) != slowest_of(8, 2)
     # The mean of the largest of n exponentials is their mean times the n-th harmonic number.
@@ -400,7 +429,7 @@ def test_the_maximum_of_the_noise_grows_with_the_number_of_chips():
 )
 def test_impossible_jobs_are_named(places, nbytes, problem):
     with pytest.raises(CommsError, match=problem):
-        simulate(LINE, [Job(one_message(), np.array(places), nbytes)])
+        simulate(LINE, [CollectiveJob(one_message(), np.array(places), nbytes)])
 
 
 @given(st.permutations(range(6)), st.integers(0, 99))
@@ -411,8 +440,8 @@ def test_relabelling_chips_with_their_network_relabels_the_timeline(names, seed)
     routes = {(s, d): tuple(rng.choice(3, 2, replace=False)) for s in range(6) for d in range(6) if s != d}
     table = Table(6, [(0.1, rate) for rate in rates], routes)
     renamed = Table(6, table._wires, {(names[s], names[d]): r for (s, d), r in routes.items()})
-    first = simulate(table, [Job(ring(6), np.arange(6), 3.0)], record=True)
-    second = simulate(renamed, [Job(ring(6), np.array(names), 3.0)], record=True)
+    first = simulate(table, [CollectiveJob(ring(6), np.arange(6), 3.0)], record=True)
+    second = simulate(renamed, [CollectiveJob(ring(6), np.array(names), 3.0)], record=True)
     assert first.arrivals[0] == pytest.approx(second.arrivals[0], rel=1e-9)
 
 
@@ -424,7 +453,7 @@ def test_scaling_all_costs_scales_the_time(k, seed):
     rates = rng.uniform(1, 2, 3)
     base = Table(5, [(0.1, rate) for rate in rates], routes)
     scaled = Table(5, [(0.1 * k, rate / k) for rate in rates], routes)
-    job = Job(ring(5), np.arange(5), 3.0)
+    job = CollectiveJob(ring(5), np.arange(5), 3.0)
     assert simulate(scaled, [job]).seconds == pytest.approx(k * simulate(base, [job]).seconds, rel=1e-9)
 
 
@@ -436,8 +465,8 @@ def test_groups_of_a_job_are_jobs_of_their_own(n, groups, seed):
     routes = {(s, d): tuple(rng.choice(4, 2, replace=False)) for s in range(total) for d in range(total)}
     table = Table(total, [(0.1, rate) for rate in rng.uniform(1, 2, 4)], routes)
     places = rng.permutation(total).reshape(groups, n)
-    together = simulate(table, [Job(ring(n), places, 3.0)])
-    apart = simulate(table, [Job(ring(n), each, 3.0) for each in places])
+    together = simulate(table, [CollectiveJob(ring(n), places, 3.0)])
+    apart = simulate(table, [CollectiveJob(ring(n), each, 3.0) for each in places])
     assert together.group_seconds[0] == pytest.approx(apart.seconds, rel=1e-9)
     assert together.seconds[0] == pytest.approx(apart.seconds.max(), rel=1e-9)
     assert together.wire_nbytes == pytest.approx(apart.wire_nbytes)
@@ -448,9 +477,9 @@ def test_groups_started_live_take_what_they_take_when_all_is_known_before():
     routes = {(s, d): tuple(rng.choice(4, 2, replace=False)) for s in range(6) for d in range(6)}
     table = Table(6, [(0.1, rate) for rate in rng.uniform(1, 2, 4)], routes)
     places = np.arange(6).reshape(2, 3)
-    first, second = Job(ring(3), places[0], 3.0, 1.0), Job(ring(3), places[1], 3.0, 2.0)
+    first, second = CollectiveJob(ring(3), places[0], 3.0, 1.0), CollectiveJob(ring(3), places[1], 3.0, 2.0)
     known = simulate(table, [first, second])
-    live = Live(table, [Job(ring(3), places, 3.0)])
+    live = IncrementalSimulation(table, [CollectiveJob(ring(3), places, 3.0)])
     for round_ in range(3):  # the same groups again and again, always alone in the network with each other
         base = 100.0 * round_
         live.start(0, 0, base + 1.0)
@@ -465,11 +494,11 @@ def test_groups_started_live_take_what_they_take_when_all_is_known_before():
 
 def test_background_goes_on_between_what_is_started_live():
     ours, others = (
-        Job(one_message(), np.arange(2), 10.0),
-        Job(one_message(1, 0), np.arange(2), 4.0, repeats=True),
+        CollectiveJob(one_message(), np.arange(2), 10.0),
+        CollectiveJob(one_message(1, 0), np.arange(2), 4.0, repeats=True),
     )
-    known = simulate(LINE, [ours, others, Job(one_message(), np.arange(2), 10.0, 101.3)])
-    live = Live(LINE, [ours, others])
+    known = simulate(LINE, [ours, others, CollectiveJob(one_message(), np.arange(2), 10.0, 101.3)])
+    live = IncrementalSimulation(LINE, [ours, others])
     for start_s, seconds_ in ((0.0, known.seconds[0]), (101.3, known.seconds[2])):
         live.start(0, 0, start_s)
         (end,) = live.advance(np.inf)
@@ -478,7 +507,9 @@ def test_background_goes_on_between_what_is_started_live():
 
 
 def test_a_group_that_cannot_end_is_an_error_when_driven_live_too():
-    live = Live(LINE, [Job(one_message(), np.arange(2), 10.0)], Conditions(factors={0: 0.0}))
+    live = IncrementalSimulation(
+        LINE, [CollectiveJob(one_message(), np.arange(2), 10.0)], Conditions(factors={0: 0.0})
+    )
     live.start(0, 0, 0.0)
     with pytest.raises(CommsError, match="never arrive"):
         live.advance(np.inf)
@@ -494,7 +525,10 @@ def test_a_group_that_cannot_end_is_an_error_when_driven_live_too():
 )
 def test_times_and_sizes_that_cannot_be_are_refused(job, problem):
     with pytest.raises(CommsError, match=problem):
-        simulate(LINE, [Job(**({"schedule": one_message(), "places": np.arange(2), "nbytes": 1.0} | job))])
+        simulate(
+            LINE,
+            [CollectiveJob(**({"schedule": one_message(), "places": np.arange(2), "nbytes": 1.0} | job))],
+        )
 
 
 @pytest.mark.parametrize("pieces", [0, 1 << 20])
@@ -529,16 +563,22 @@ def test_a_change_counts_from_the_sheet_and_a_factor_from_either_way_of_a_shared
             return Wires(*(getattr(one, name) for name in Wires.__slots__[:-1]), np.zeros(2, dtype=np.int64))
 
     both = Shared(2, [(0.5, 2.0), (0.5, 2.0)], {(0, 1): (0,), (1, 0): (1,)})
-    job = Job(one_message(), np.arange(2), 10.0)
+    job = CollectiveJob(one_message(), np.arange(2), 10.0)
     for factors in ({0: 0.5}, {1: 0.5}, {0: 0.5, 1: 0.5}):
         assert simulate(both, [job], Conditions(factors=factors)).seconds[0] == pytest.approx(10.5)
 
 
-def test_who_waits_for_ever_beside_a_background_job_is_told_so():
+def test_who_waits_for_ever_beside_a_background_job_is_told_so(monkeypatch):
+    def after_a_long_wait(*args, **options):
+        world = first_world(*args, **options)
+        world.counters[RESTARTS] = MOST_RESTARTS - 1000
+        return world
+
+    monkeypatch.setattr("comms.simulation.full.first_world", after_a_long_wait)
     wires = Table(4, [(0.5, 2.0), (0.0, 2.0)], {(0, 1): (0,), (2, 3): (1,)})
     jobs = [
-        Job(one_message(), np.array([0, 1]), 10.0),
-        Job(one_message(), np.array([2, 3]), 1e-3, repeats=True),
+        CollectiveJob(one_message(), np.array([0, 1]), 10.0),
+        CollectiveJob(one_message(), np.array([2, 3]), 1e-3, repeats=True),
     ]
     with pytest.raises(CommsError, match="never arrive"):
         simulate(wires, jobs, Conditions(factors={0: 0.0}))
@@ -547,13 +587,17 @@ def test_who_waits_for_ever_beside_a_background_job_is_told_so():
 def test_a_late_start_changes_nothing():
     quick = ring_table(8, 512e9, 1e-9)
     for method in Method:
-        early = simulate(quick, [Job(ring(8), np.arange(8), 512.0)], method=method).seconds[0]
-        late = simulate(quick, [Job(ring(8), np.arange(8), 512.0, 1000.0)], method=method).seconds[0]
+        early = simulate(quick, [CollectiveJob(ring(8), np.arange(8), 512.0)], method=method).seconds[0]
+        late = simulate(quick, [CollectiveJob(ring(8), np.arange(8), 512.0, 1000.0)], method=method).seconds[
+            0
+        ]
         assert late == pytest.approx(early, rel=1e-3)
 
 
 def test_noise_is_another_one_each_time_a_group_starts():
-    live = Live(LINE, [Job(one_message(), np.arange(2), 10.0)], Conditions(noise_s=2.0, seed=3))
+    live = IncrementalSimulation(
+        LINE, [CollectiveJob(one_message(), np.arange(2), 10.0)], Conditions(noise_s=2.0, seed=3)
+    )
     took = []
     for start in (0.0, 100.0, 200.0):
         live.start(0, 0, start)

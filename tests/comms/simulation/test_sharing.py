@@ -6,7 +6,7 @@ import pytest
 from comms.networks.fabrics.switch_tree import Tree
 from comms.networks.layers import Spread, Switch, Trunk
 from comms.networks.links import Link
-from comms.simulation.sharing import EPSILON, draw_in_all, empty_flows, fair_rates, insert, remove, solve
+from comms.simulation.sharing import EPSILON, draw_in, draw_in_all, empty_flows, insert, remove, solve
 
 LEAF, CHIPS = 32, 1024
 
@@ -34,6 +34,17 @@ def filled(capacity, offsets, wires):
     return rates
 
 
+def fair_rates(bytes_per_s, offsets, resources):
+    """Max-min fair rates of flows with routes resources[offsets[i] : offsets[i + 1]], solved all at once."""
+    num, drawn = len(offsets) - 1, 0
+    flows = empty_flows(bytes_per_s, num, int(np.diff(offsets).max(initial=0)))
+    for flow in range(num):
+        insert(flows, flow, resources, int(offsets[flow]), int(offsets[flow + 1]))
+        drawn = draw_in(flows, flow, drawn)
+    solve(flows, drawn)
+    return flows.flow["rate"]
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_a_thousand_flows_get_what_progressive_filling_gives_them(seed):
     wires, routes = permutation(seed)
@@ -50,7 +61,7 @@ def test_only_what_a_flow_disturbs_is_solved_anew_and_nothing_else_would_change(
     solved = 0
     random = np.random.default_rng(1)
     for step, flow in enumerate(random.integers(0, CHIPS, 3000)):
-        route = resources[routes.offsets[flow] : routes.offsets[flow + 1]]
+        route = resources[routes.offsets[flow] : routes.offsets[flow + 1]].tolist()
         drawn = 0
         if there[flow]:
             if not remove(flows, flow):

@@ -12,10 +12,10 @@ from comms.algorithms.catalog import RAIL_RINGS, names, schedule_of
 from comms.collectives.schedule import Op
 from comms.errors import CommsError
 from comms.networks.fabrics.dragonfly import Dragonfly
-from comms.networks.fabrics.edge_list import Duplex, Edge, Graph, Rerouted
+from comms.networks.fabrics.edge_list import Duplex, Edge, EdgeList, Rerouted
 from comms.networks.fabrics.torus_mesh import FullMesh, Torus
 from comms.networks.links import Link
-from comms.simulation.compiled import Job
+from comms.simulation.compiled import CollectiveJob
 from comms.simulation.full import simulate
 from comms.synthesis.bisection import (
     Proof,
@@ -67,7 +67,7 @@ def graphs(draw, most=6):
     edges = tuple(
         Edge(a, b, Link(1e-6, draw(rates)), back=Link(1e-6, draw(rates))) for a, b in pairs if a != b
     )
-    return Graph(num_chips, edges, tuple(f"switch {i}" for i in range(num_switches)))
+    return EdgeList(num_chips, edges, tuple(f"switch {i}" for i in range(num_switches)))
 
 
 @given(graphs())
@@ -91,7 +91,7 @@ def test_even_tori_and_meshes_have_the_closed_form_that_brute_force_finds(dims, 
         Edge(int(a), int(b), Link(1e-6, float(rate)), Duplex.ONE_WAY)
         for a, b, rate in zip(wires.tail, wires.head, wires.bytes_per_s, strict=True)
     )
-    by_every_cut = bisection(Graph(torus.num_chips, edges))
+    by_every_cut = bisection(EdgeList(torus.num_chips, edges))
     assert cut.proof is Proof.CLOSED_FORM and by_every_cut.proof is Proof.EVERY_CUT
     assert cut.bytes_per_s == pytest.approx(by_every_cut.bytes_per_s)
 
@@ -107,7 +107,7 @@ def test_even_tori_and_meshes_have_the_closed_form_that_brute_force_finds(dims, 
         (FullMesh(5, LINK), 6e9),
         (Torus((2, 2), (LINK,)), 2e9),
         (Torus((1,), (LINK,)), 0.0),
-        (Graph(1, ()), 0.0),
+        (EdgeList(1, ()), 0.0),
     ],
 )
 def test_regular_shapes_have_the_bisection_of_their_closed_form(topology, rate):
@@ -139,7 +139,7 @@ def test_exchanges_find_the_least_cut_of_two_clusters_whatever_their_numbers(hal
     edges = [(a, b, 1e9) for a, b in combinations(range(half), 2)]
     edges += [(a + half, b + half, rate) for a, b, rate in edges]
     edges += [(0, half, 1e8), (1, half + 1, 1e8)]
-    graph = Graph(
+    graph = EdgeList(
         2 * half, tuple(Edge(int(label[a]), int(label[b]), Link(1e-6, rate)) for a, b, rate in edges)
     )
     cut = bisection(graph)
@@ -152,7 +152,7 @@ def leaf_spine(num_leaves, chips_per_leaf, uplinks, rate=1e9):
     n = num_leaves * chips_per_leaf
     edges = [Edge(chip, leaves[chip // chips_per_leaf], Link(1e-6, rate)) for chip in range(n)]
     edges += [Edge(leaf, spine, Link(1e-6, rate)) for leaf, spine in product(leaves, spines)]
-    return Graph(n, tuple(edges), (*leaves, *spines))
+    return EdgeList(n, tuple(edges), (*leaves, *spines))
 
 
 @pytest.mark.parametrize(("uplinks", "rate"), [(4, 8e9), (2, 4e9), (1, 2e9)])
@@ -162,7 +162,7 @@ def test_a_leaf_spine_network_is_cut_at_its_uplinks(uplinks, rate):
 
 
 def test_chips_on_one_switch_are_cut_at_their_ports():
-    star = Graph(8, tuple(Edge(chip, "switch", LINK) for chip in range(8)), ("switch",))
+    star = EdgeList(8, tuple(Edge(chip, "switch", LINK) for chip in range(8)), ("switch",))
     assert bisection(star).bytes_per_s == 4e9
 
 
@@ -193,13 +193,13 @@ def test_damage_lowers_the_bisection():
     ],
 )
 def test_on_one_switch_the_bounds_are_what_the_best_algorithms_take(op, seconds):
-    star = Graph(8, tuple(Edge(chip, "switch", LINK) for chip in range(8)), ("switch",))
+    star = EdgeList(8, tuple(Edge(chip, "switch", LINK) for chip in range(8)), ("switch",))
     assert bandwidth_bound(star, op, 1e9, cuts=[bisection(star)]) == pytest.approx(seconds)
     assert latency_bound(star, op) == pytest.approx(2e-6)
 
 
 def test_switches_that_add_halve_the_bound_of_an_all_reduce():
-    star = Graph(8, tuple(Edge(chip, "switch", LINK) for chip in range(8)), ("switch",))
+    star = EdgeList(8, tuple(Edge(chip, "switch", LINK) for chip in range(8)), ("switch",))
     assert bandwidth_bound(star, Op.ALL_REDUCE, 1e9, switches_reduce=True) == pytest.approx(1.0)
 
 
@@ -211,7 +211,7 @@ def test_an_all_to_all_on_a_ring_is_bound_by_its_bisection():
 
 
 def test_an_unsymmetric_cut_is_used_in_the_direction_of_each_flow():
-    pair = Graph(2, (Edge(0, 1, Link(1e-6, 1e9), back=Link(1e-6, 2e9)),))
+    pair = EdgeList(2, (Edge(0, 1, Link(1e-6, 1e9), back=Link(1e-6, 2e9)),))
     cut = bisection(pair)
     assert {cut.there_bytes_per_s, cut.back_bytes_per_s} == {1e9, 2e9}
     assert bandwidth_bound(pair, Op.BROADCAST, 1e9, root=0, cuts=[cut]) == pytest.approx(1.0)
@@ -220,7 +220,7 @@ def test_an_unsymmetric_cut_is_used_in_the_direction_of_each_flow():
 
 def test_a_thin_bridge_between_unequal_islands_bounds_what_crosses_it():
     edges = [Edge(a, b, LINK) for a, b in [*combinations(range(3), 2), *combinations(range(3, 8), 2)]]
-    islands = Graph(8, (*edges, Edge(0, 3, Link(1e-6, 1e7))))
+    islands = EdgeList(8, (*edges, Edge(0, 3, Link(1e-6, 1e7))))
     cuts = narrow_cuts(islands)
     for op, share in (
         (Op.ALL_REDUCE, 1.0),
@@ -244,7 +244,7 @@ def test_no_algorithm_beats_the_bounds_of_narrow_cuts(graph, data):
     except CommsError:
         assume(False)
     assume(not schedule.num_helpers)
-    seconds = simulate(graph, [Job(schedule, np.arange(n), nbytes)]).seconds[0]
+    seconds = simulate(graph, [CollectiveJob(schedule, np.arange(n), nbytes)]).seconds[0]
     assert seconds >= makespan_bound(graph, op, nbytes, cuts=narrow_cuts(graph)) * (1 - 1e-9)
 
 

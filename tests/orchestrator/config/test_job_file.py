@@ -6,9 +6,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from comms.errors import ConfigError
-from orchestrator.config.job import Dtype, LrShape, PipelineSchedule
+from orchestrator.config.job import Dtype, LrShape
 from orchestrator.config.job_file import DEFAULT_MODEL, job_document, job_from, load_job
 from orchestrator.config.yaml_file import parse_yaml
+from partitioner.layout.parallel_plan import PipelineSchedule
 
 FILE = """\
 kind: job

@@ -18,10 +18,9 @@ from orchestrator.planning.plan_choice import (
     Wish,
     choose_plan,
     fulfil,
-    split_chips,
 )
 from orchestrator.planning.preparation import prepare
-from partitioner.layout.parallel_plan import Schedule
+from partitioner.layout.parallel_plan import PipelineSchedule
 
 POD = load_cluster(cluster_path("dgx-h100-superpod"))
 BILLION = 10**9
@@ -52,7 +51,7 @@ def test_model_parallelism_is_the_least_that_fits(chips: int, tenths: int) -> No
 
 
 def test_small_models_are_only_replicated() -> None:
-    plan = split_chips(POD.take(8), 64, 10**6)
+    plan = fulfil(Wish(64), POD.take(8), 10**6)
     assert (plan.dp, plan.tp, plan.pp, plan.microbatches) == (8, 1, 1, 1)
 
 
@@ -71,8 +70,10 @@ def test_zero_needs_less_model_parallelism() -> None:
 def test_degrees_that_are_asked_for_are_kept(dp: int, tp: int, pp: int) -> None:
     if dp * tp * pp > 64:
         return
-    plan = fulfil(Wish(64, dp=dp, tp=tp, pp=pp, schedule=Schedule.GPIPE), POD.take(dp * tp * pp), BILLION)
-    assert (plan.dp, plan.tp, plan.pp, plan.schedule) == (dp, tp, pp, Schedule.GPIPE)
+    plan = fulfil(
+        Wish(64, dp=dp, tp=tp, pp=pp, schedule=PipelineSchedule.GPIPE), POD.take(dp * tp * pp), BILLION
+    )
+    assert (plan.dp, plan.tp, plan.pp, plan.schedule) == (dp, tp, pp, PipelineSchedule.GPIPE)
 
 
 @pytest.mark.parametrize(
@@ -142,5 +143,11 @@ def test_microbatches_divide_the_batch_and_fill_the_pipeline(pp: int, seq: int, 
 def test_a_job_says_what_it_wants(laptop: Any) -> None:
     job = load_job(None, ("plan.tp=2", "plan.zero=1", "microbatches=2", "plan.schedule=gpipe"))
     plan = choose_plan(job, laptop.take(4), 10**6)
-    assert (plan.dp, plan.tp, plan.zero, plan.microbatches, plan.schedule) == (2, 2, 1, 2, Schedule.GPIPE)
+    assert (plan.dp, plan.tp, plan.zero, plan.microbatches, plan.schedule) == (
+        2,
+        2,
+        1,
+        2,
+        PipelineSchedule.GPIPE,
+    )
     assert choose_plan(replace(job, microbatches=None), laptop.take(4), 10**6).microbatches == 1

@@ -13,9 +13,9 @@ import pytest
 
 from comms.errors import CaptureError, ModelError, PlanError
 from orchestrator.config.job import Dtype
-from orchestrator.planning import preparation, program_cache
+from orchestrator.planning import preparation
 from orchestrator.planning.preparation import prepare
-from partitioner.layout.parallel_plan import Plan, Schedule
+from partitioner.layout.parallel_plan import PipelineSchedule, Plan
 
 Make = Callable[..., Any]
 ROOT = Path(__file__).parents[3]
@@ -34,9 +34,8 @@ class Phases:
 
 @pytest.fixture
 def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    for name in ("load_program", "store_program", "load_number", "store_number"):
-        monkeypatch.setattr(getattr(program_cache, name), "__defaults__", (tmp_path,))
-    return tmp_path
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path / "orchestrate"
 
 
 def test_the_second_time_nothing_is_captured(empty_cache: Path, tiny_job: Make, laptop: Any) -> None:
@@ -51,15 +50,11 @@ def test_the_second_time_nothing_is_captured(empty_cache: Path, tiny_job: Make, 
 
 def test_a_cache_may_be_left_out(empty_cache: Path, tiny_job: Make, laptop: Any) -> None:
     assert not prepare(laptop.take(1), tiny_job(), use_cache=False).was_cached
-    assert not list(empty_cache.iterdir())
+    assert not empty_cache.exists()
 
 
 SCRIPT = """
 import sys
-from pathlib import Path
-from orchestrator.planning import program_cache
-for name in ("load_program", "store_program", "load_number", "store_number"):
-    getattr(program_cache, name).__defaults__ = (Path(sys.argv[1]),)
 from orchestrator.verbs.inputs.planned_inputs import prepare
 from orchestrator.planning.preparation import Quiet
 from orchestrator.verbs.inputs.options import PlanOptions
@@ -72,10 +67,15 @@ print(prepared.was_cached, "torch" in sys.modules, "ray" in sys.modules)
 
 
 def test_a_cached_program_is_simulated_without_torch(tmp_path: Path) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "XDG_CACHE_HOME": str(tmp_path),
+    }
     runs = [
         subprocess.run(
-            [sys.executable, "-c", SCRIPT, str(tmp_path)],
+            [sys.executable, "-c", SCRIPT],
             capture_output=True,
             text=True,
             env=environment,
@@ -95,7 +95,7 @@ CHANGES: dict[str, Callable[[Any, Plan], tuple[Any, Plan]]] = {
     "optimizer": lambda job, plan: (replace(job, optimizer=replace(job.optimizer, name="sgd")), plan),
     "degrees": lambda job, plan: (job, replace(plan, dp=1, tp=2)),
     "stages": lambda job, plan: (job, replace(plan, stages=(4,))),
-    "schedule": lambda job, plan: (job, replace(plan, schedule=Schedule.GPIPE)),
+    "schedule": lambda job, plan: (job, replace(plan, schedule=PipelineSchedule.GPIPE)),
     "buckets": lambda job, plan: (job, replace(plan, bucket_bytes=7)),
     "microbatches": lambda job, plan: (job, replace(plan, microbatches=2)),
 }
@@ -109,7 +109,7 @@ SAME: dict[str, Callable[[Any], Any]] = {
 
 
 def key(job: Any, plan: Plan) -> str:
-    return program_cache.key_of(preparation._content(job, plan))
+    return preparation.key_of(preparation._content(job, plan))
 
 
 @pytest.mark.parametrize("change", CHANGES)

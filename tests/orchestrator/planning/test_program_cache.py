@@ -1,4 +1,4 @@
-"""The Program cache: by content, whole or not at all, never in the way."""
+"""The cache of Programs: by content, whole or not at all, never in the way."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -6,50 +6,81 @@ from typing import Any
 
 import pytest
 
-from orchestrator.planning import program_cache as cache
+from orchestrator.planning import preparation as cache
+from partitioner.layout.parallel_plan import Plan
 from partitioner.program.program import Program
 
-
-@pytest.fixture(scope="module")
-def program(tiny_program: Callable[..., Program]) -> Program:
-    return tiny_program(pp=2, microbatches=2)
+Make = Callable[..., Any]
 
 
-def test_a_program_comes_back_equal(program: Program, tmp_path: Path) -> None:
-    folder = tmp_path / "not" / "there yet"
-    assert cache.load_program("key", folder) is None
-    cache.store_program("key", program, folder)
-    assert cache.load_program("key", folder) == program
-    assert [path.name for path in folder.iterdir()] == ["key.program"]
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache that is not there yet."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "not" / "there yet"))
+    return tmp_path / "not" / "there yet" / "orchestrate"
 
 
-@pytest.mark.parametrize("content", [b"", b"nonsense", b"\x81\xa1"])
-def test_an_unreadable_entry_counts_as_none(content: bytes, tmp_path: Path) -> None:
-    (tmp_path / "key.program").write_bytes(content)
-    assert cache.load_program("key", tmp_path) is None
+def stored(folder: Path, pattern: str) -> Path:
+    """The one entry of that kind."""
+    (path,) = folder.glob(pattern)
+    return path
 
 
-def test_a_shortened_entry_counts_as_none(program: Program, tmp_path: Path) -> None:
-    cache.store_program("key", program, tmp_path)
-    path = tmp_path / "key.program"
-    path.write_bytes(path.read_bytes()[:-20])
-    assert cache.load_program("key", tmp_path) is None
+def prepared(tiny_job: Make, laptop: Any) -> Any:
+    return cache.prepare(laptop.take(2), tiny_job(), Plan(pp=2, microbatches=2))
 
 
-def test_a_cache_that_cannot_be_written_is_no_error(program: Program, tmp_path: Path) -> None:
-    blocked = tmp_path / "file"
-    blocked.write_text("in the way")
-    cache.store_program("key", program, blocked)
-    cache.store_number("key", 5, blocked)
-    assert cache.load_program("key", blocked) is None
-    assert cache.load_number("key", blocked) is None
+def test_a_program_comes_back_equal(folder: Path, tiny_job: Make, laptop: Any) -> None:
+    first = prepared(tiny_job, laptop)
+    assert [path.suffix for path in folder.iterdir()] == [".program"]
+    second = prepared(tiny_job, laptop)
+    assert isinstance(second.program, Program)
+    assert (second.was_cached, second.program) == (True, first.program)
 
 
-def test_numbers_come_back(tmp_path: Path) -> None:
-    cache.store_number("key", 12345, tmp_path)
-    assert cache.load_number("key", tmp_path) == 12345
-    (tmp_path / "key.number").write_text("twelve")
-    assert cache.load_number("key", tmp_path) is None
+@pytest.mark.parametrize("damage", [lambda _: b"", lambda _: b"nonsense", lambda data: data[:-20]])
+def test_an_unreadable_entry_counts_as_none(
+    damage: Callable[[bytes], bytes], folder: Path, tiny_job: Make, laptop: Any
+) -> None:
+    first = prepared(tiny_job, laptop)
+    entry = stored(folder, "*.program")
+    entry.write_bytes(damage(entry.read_bytes()))
+    again = prepared(tiny_job, laptop)
+    assert (again.was_cached, again.program) == (False, first.program)
+
+
+def test_a_cache_that_cannot_be_written_is_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_job: Make, laptop: Any
+) -> None:
+    (tmp_path / "orchestrate").write_text("in the way")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert not cache.prepare(laptop.take(2), tiny_job()).was_cached
+    cache.remember("entry", b"data")
+    with pytest.raises(OSError, match="Not a directory"):
+        cache.recall("entry")
+
+
+def test_a_number_that_is_none_is_counted_again(folder: Path, tiny_job: Make, laptop: Any) -> None:
+    first = cache.prepare(laptop.take(2), tiny_job()).plan
+    count = stored(folder, "*.number")
+    assert int(count.read_text()) > 0
+    known = count.read_text()
+    count.write_text("twelve")
+    assert cache.prepare(laptop.take(2), tiny_job()).plan == first
+    assert count.read_text() == known
+
+
+def test_the_users_cache_folder_is_obeyed_if_it_is_absolute(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/someone")
+    for said, kept in (
+        ("/elsewhere", "/elsewhere/orchestrate"),
+        ("relative", "/home/someone/.cache/orchestrate"),
+        ("", "/home/someone/.cache/orchestrate"),
+    ):
+        monkeypatch.setenv("XDG_CACHE_HOME", said)
+        assert cache.cache_folder() == Path(kept)
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert cache.cache_folder() == Path("/home/someone/.cache/orchestrate")
 
 
 def test_keys_depend_on_content_and_not_on_order() -> None:

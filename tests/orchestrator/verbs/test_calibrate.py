@@ -30,7 +30,7 @@ TRUE = Constants(setup_s=30e-6, latency_s=0.6e-6, share=0.8)
 
 @pytest.fixture
 def calibrate(orchestrate):
-    """Run `orchestrate calibrate` with these words: exit code, stdout, stderr."""
+    """MeasuredRun `orchestrate calibrate` with these words: exit code, stdout, stderr."""
     return partial(orchestrate, "calibrate")
 
 

@@ -222,13 +222,15 @@ def test_a_table_of_one_chip_does_not_send_people_round_in_circles(orchestrate, 
 
 
 def test_switches_side_by_side_do_not_stand_on_each_others_letters():
-    from orchestrator.views.network.topology_layout import Kind, Node, Picture
+    from orchestrator.views.network.topology_layout import Node, NodeKind, Picture
     from orchestrator.views.network.topology_plot import apart
 
-    chips = tuple(Node(float(x), 0.0, str(x), Kind.CHIP) for x in range(64))
-    row = tuple(Node(31.0 + x / 10, 1.6, f"scalable unit\nswitch {x}", Kind.SWITCH) for x in range(8))
+    chips = tuple(Node(float(x), 0.0, str(x), NodeKind.CHIP) for x in range(64))
+    row = tuple(Node(31.0 + x / 10, 1.6, f"scalable unit\nswitch {x}", NodeKind.SWITCH) for x in range(8))
     for scale, is_whole in ((0.3, True), (0.05, False)):
-        moved = [node for node in apart(Picture((*chips, *row), ()), scale).nodes if node.kind is Kind.SWITCH]
+        moved = [
+            node for node in apart(Picture((*chips, *row), ()), scale).nodes if node.kind is NodeKind.SWITCH
+        ]
         xs = [node.x for node in moved]
         assert xs == sorted(xs)
         assert sum(xs) / 8 == pytest.approx(sum(node.x for node in row) / 8)

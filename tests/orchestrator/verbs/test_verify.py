@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from orchestrator.runners.executing.chip import ExecutingChip
 from orchestrator.verbs import verify as verb
 from orchestrator.verbs.verify import RelativeErrors, compare, verify
 from orchestrator.verbs.verify_runs import Trajectory, relative
-from partitioner.layout.parallel_plan import Plan, Schedule
+from partitioner.layout.parallel_plan import PipelineSchedule, Plan
 from partitioner.program.program import Compute, Program, TensorKind
 
 Make = Callable[..., Any]
@@ -46,7 +47,7 @@ VARIANTS = [
     ("tied over tp", ["model_args.tied=true"], Plan(tp=2, pp=2, microbatches=2)),
     ("llama-like", ["model_args.norm=rms", "model_args.rotary=true", "model_args.activation=swiglu",
                     "model_args.kv_heads=2", "model_args.bias=false"], Plan(tp=2, dp=2)),
-    ("gpipe", [], Plan(pp=2, microbatches=4, schedule=Schedule.GPIPE)),
+    ("gpipe", [], Plan(pp=2, microbatches=4, schedule=PipelineSchedule.GPIPE)),
     ("no clipping", ["clip_norm=null"], Plan(dp=2)),
     ("sgd", ["optimizer.name=sgd", "optimizer.momentum=0.9"], Plan(dp=2, zero=1)),
     ("small buckets", [], Plan(dp=2, zero=1, bucket_bytes=1)),
@@ -170,7 +171,7 @@ def test_a_wrong_update_is_said_to_be_no_forward_or_backward_instruction(
 
 
 def test_a_plan_that_only_replicates_is_refused(
-    tiny_job: Make, laptop: Any, monkeypatch: pytest.MonkeyPatch
+    tiny_job: Make, laptop: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     from orchestrator.planning import preparation
 
@@ -179,8 +180,7 @@ def test_a_plan_that_only_replicates_is_refused(
     monkeypatch.setattr(
         preparation, "build_model", lambda job, device: replace(original(job, device), tp_plan=whole)
     )
-    monkeypatch.setattr(preparation.program_cache, "load_program", lambda key: None)
-    monkeypatch.setattr(preparation.program_cache, "store_program", lambda key, program: None)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     with pytest.raises(PlanError, match="tp 2 only replicates"):
         verify(
             laptop.take(2), tiny_job("dtype=fp64", "model_args.vocab=63", "model_args.max_seq=17"), Plan(tp=2)

@@ -16,7 +16,7 @@ from orchestrator.config.hardware.cluster_file import load_cluster, shipped_clus
 from orchestrator.views.network.bandwidth_plot import algorithm_curves, sweep_png
 from orchestrator.views.network.node_names import node_names
 from orchestrator.views.network.topology_excerpt import excerpt
-from orchestrator.views.network.topology_layout import Kind, Picture, layout
+from orchestrator.views.network.topology_layout import NodeKind, Picture, layout
 from orchestrator.views.network.topology_plot import picture_of, topology_png
 
 CONFIGS = Path(__file__).parents[3] / "cluster_configs"
@@ -39,7 +39,7 @@ def answer_of(name: str, num_chips: int | None = None, **more):
     return answer_to(question)
 
 
-def texts(picture: Picture, kind: Kind) -> list[str]:
+def texts(picture: Picture, kind: NodeKind) -> list[str]:
     return [node.text for node in picture.nodes if node.kind is kind]
 
 
@@ -53,8 +53,8 @@ def test_chips_and_switches_have_names_that_say_where_they_are():
 
 def test_every_chip_and_switch_is_drawn_once_with_its_links():
     picture = picture_of(answer_of("laptop"))
-    assert texts(picture, Kind.CHIP) == [str(chip) for chip in range(8)]
-    assert len(texts(picture, Kind.SWITCH)) == 4 + 2 + 1
+    assert texts(picture, NodeKind.CHIP) == [str(chip) for chip in range(8)]
+    assert len(texts(picture, NodeKind.SWITCH)) == 4 + 2 + 1
     assert len(picture.lines) == 8 + 4 + 2
     assert len({(node.x, node.y) for node in picture.nodes}) == len(picture.nodes)
     assert sorted({line.value for line in picture.lines}) == pytest.approx([3.125e9, 23.94e9])
@@ -69,7 +69,7 @@ def test_switches_stand_above_what_is_below_them():
 @pytest.mark.parametrize(("name", "num_chips"), [("laptop", 8), ("dgx-h100-superpod", 32), ("dgx-a100", 16)])
 def test_switches_do_not_stand_on_each_other(name, num_chips):
     picture = picture_of(answer_of(name, num_chips))
-    switches = [node for node in picture.nodes if node.kind is Kind.SWITCH]
+    switches = [node for node in picture.nodes if node.kind is NodeKind.SWITCH]
     for one, other in combinations(switches, 2):
         wide = 0.065 * max(len(line) for node in (one, other) for line in node.text.split("\n"))
         assert one.y != other.y or abs(one.x - other.x) > wide
@@ -77,7 +77,7 @@ def test_switches_do_not_stand_on_each_other(name, num_chips):
 
 def test_the_scale_up_fabric_stands_below_where_another_leads_outwards():
     picture = picture_of(answer_of("dgx-a100", 16))
-    heights = {node.text.split()[0]: node.y for node in picture.nodes if node.kind is Kind.SWITCH}
+    heights = {node.text.split()[0]: node.y for node in picture.nodes if node.kind is NodeKind.SWITCH}
     assert heights["scale-up"] < 0 < heights["infiniband"]
 
 
@@ -101,9 +101,9 @@ def test_with_full_fidelity_lines_say_how_busy_they_are_and_which_are_down():
 def test_a_large_network_is_one_group_of_each_tier_and_how_many_more_there_are():
     network = cluster_of("dgx-h100-superpod", 1024).network
     picture = excerpt(network, 1024)
-    assert len(texts(picture, Kind.CHIP)) == 8
-    assert texts(picture, Kind.MORE) == ["31 more\nof 8 chips", "3 more\nof 256 chips"]
-    assert [text.split("\n")[0] for text in texts(picture, Kind.SWITCH)] == [
+    assert len(texts(picture, NodeKind.CHIP)) == 8
+    assert texts(picture, NodeKind.MORE) == ["31 more\nof 8 chips", "3 more\nof 256 chips"]
+    assert [text.split("\n")[0] for text in texts(picture, NodeKind.SWITCH)] == [
         "scale-up",
         "scalable unit",
         "spine",
@@ -112,14 +112,14 @@ def test_a_large_network_is_one_group_of_each_tier_and_how_many_more_there_are()
 
 def test_a_large_torus_shows_a_corner():
     picture = excerpt(cluster_of("tpu-v5p-pod").network, 8960)
-    assert len(texts(picture, Kind.CHIP)) == 4 * 4 * 2
-    assert "16 x 20 x 28" in texts(picture, Kind.MORE)[0]
+    assert len(texts(picture, NodeKind.CHIP)) == 4 * 4 * 2
+    assert "16 x 20 x 28" in texts(picture, NodeKind.MORE)[0]
 
 
 def test_layouts_need_no_network_between_chips():
     cluster = cluster_of("laptop", 1)
     picture = layout(cluster.network.topology(1), 1, {})
-    assert (texts(picture, Kind.CHIP), picture.lines) == (["0"], ())
+    assert (texts(picture, NodeKind.CHIP), picture.lines) == (["0"], ())
 
 
 @pytest.mark.parametrize("name", list(shipped_clusters()))

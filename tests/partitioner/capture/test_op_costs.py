@@ -8,7 +8,7 @@ import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
 
-from partitioner.capture.op_costs import op_bytes, op_flops, op_name
+from partitioner.capture.captured_graph import op_bytes, op_flops, op_name
 from partitioner.program.program import Compute
 
 SEQ = 16

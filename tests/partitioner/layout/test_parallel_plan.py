@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from comms.errors import PartitionError
-from partitioner.layout.parallel_plan import Plan, Schedule, balance, plan_from_yaml, plan_to_yaml
+from partitioner.layout.parallel_plan import PipelineSchedule, Plan, balance, plan_from_yaml, plan_to_yaml
 
 DEGREES = st.integers(1, 64)
 COSTS = st.lists(st.integers(0, 20).map(float), min_size=1, max_size=9)
@@ -22,7 +22,7 @@ def test_a_plan_reads_back_equal(data):
         tp=data.draw(DEGREES),
         pp=pp,
         zero=data.draw(st.integers(0, 1)),
-        schedule=data.draw(st.sampled_from(Schedule)),
+        schedule=data.draw(st.sampled_from(PipelineSchedule)),
         microbatches=data.draw(DEGREES),
         stages=data.draw(st.sampled_from([(), tuple(range(1, pp + 1))])),
         bucket_bytes=data.draw(st.integers(1, 10**9)),

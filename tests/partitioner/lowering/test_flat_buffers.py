@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from partitioner.layout.parallel_plan import Plan
 from partitioner.lowering.flat_buffers import FlatGroup, Param, make_groups
 from partitioner.lowering.role_builder import RoleBuilder, SegmentPool
 from partitioner.program.program import TensorKind, TensorSpec
@@ -33,7 +34,7 @@ def grouped(
     params: list[Param], dp: int, zero: int, bucket: int, states: int = 2
 ) -> tuple[RoleBuilder, tuple[FlatGroup, ...]]:
     role = RoleBuilder(0, SegmentPool())
-    return role, make_groups(role, params, dp=dp, zero=zero, bucket_bytes=bucket, states=states)
+    return role, make_groups(role, params, Plan(dp=dp, zero=zero, bucket_bytes=bucket), states)
 
 
 cases = given(param_lists(), st.integers(1, 5), st.sampled_from([0, 1]), st.sampled_from([1, 64, 10**6]))

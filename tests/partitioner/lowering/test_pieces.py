@@ -9,7 +9,7 @@ import torch
 
 from kernels.backend import OpCode
 from kernels.reference import interpret_segment
-from partitioner.capture.dtypes import TORCH
+from partitioner.capture.captured_graph import TORCH
 from partitioner.layout.joint_trace import param_dims, tensor_parallel_mesh, trace_joint
 from partitioner.lowering.pieces import CollectivePiece, SegmentPiece, TracedUnit, split_joint
 

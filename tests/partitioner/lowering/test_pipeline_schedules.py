@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from partitioner.layout.parallel_plan import Schedule
-from partitioner.lowering.pipeline_schedules import SCHEDULES, with_transfers
+from partitioner.layout.parallel_plan import PipelineSchedule
+from partitioner.lowering.lower import with_transfers
 from partitioner.program.machine import Key, Machine, Post
 from partitioner.program.program import Compute, Program
 
@@ -16,10 +16,10 @@ STAGES, MICROBATCHES = st.integers(1, 8), st.integers(1, 12)
 ALL_BODIES = frozenset({"recv_forward", "send_forward", "recv_backward", "send_backward"})
 
 
-@given(schedule=st.sampled_from(Schedule), stages=STAGES, microbatches=MICROBATCHES, data=st.data())
+@given(schedule=st.sampled_from(PipelineSchedule), stages=STAGES, microbatches=MICROBATCHES, data=st.data())
 def test_every_microbatch_runs_forward_once_then_backward_once(schedule, stages, microbatches, data):
     stage = data.draw(st.integers(0, stages - 1))
-    tasks = SCHEDULES[schedule](stage, stages, microbatches)
+    tasks = schedule.order(stage, stages, microbatches)
     assert Counter(tasks) == {(kind, mb): 1 for kind in ("forward", "backward") for mb in range(microbatches)}
     assert all(tasks.index(("forward", mb)) < tasks.index(("backward", mb)) for mb in range(microbatches))
 
@@ -28,15 +28,15 @@ def test_every_microbatch_runs_forward_once_then_backward_once(schedule, stages,
 def test_1f1b_keeps_no_more_microbatches_in_flight_than_stages_follow(stages, microbatches, data):
     stage = data.draw(st.integers(0, stages - 1))
     flying = most = 0
-    for kind, _ in SCHEDULES[Schedule.ONE_F_ONE_B](stage, stages, microbatches):
+    for kind, _ in PipelineSchedule.ONE_F_ONE_B.order(stage, stages, microbatches):
         flying += 1 if kind == "forward" else -1
         most = max(most, flying)
     assert most == min(stages - stage, microbatches)
 
 
-@given(schedule=st.sampled_from(Schedule), stages=STAGES, microbatches=MICROBATCHES, data=st.data())
+@given(schedule=st.sampled_from(PipelineSchedule), stages=STAGES, microbatches=MICROBATCHES, data=st.data())
 def test_receives_are_posted_before_use_and_sends_follow(schedule, stages, microbatches, data):
-    tasks = SCHEDULES[schedule](data.draw(st.integers(0, stages - 1)), stages, microbatches)
+    tasks = schedule.order(data.draw(st.integers(0, stages - 1)), stages, microbatches)
     calls = [(c.body, c.microbatch) for c in with_transfers(tasks, ALL_BODIES, "backward_last")]
     assert len(calls) == 3 * len(tasks)
     last = [call for call in calls if call[0] == "backward_last"]
@@ -61,7 +61,7 @@ def makespan(program: Program) -> int:
     clock = [0] * len(machines)
     posted: dict[Key, dict[int, int]] = {}
     while not all(machine.done for machine in machines):
-        before = [machine.story() for machine in machines]
+        before = [(machine.call, machine.index) for machine in machines]
         for chip, machine in enumerate(machines):
             while (item := machine.ready()) is not None:
                 if isinstance(item, Post):
@@ -74,12 +74,12 @@ def makespan(program: Program) -> int:
                 if len(posted[key]) == len(key.chips):
                     machine.arrive(key)
                     clock[chip] = max(clock[chip], *posted[key].values())
-                    before[chip] = ()
-        assert before != [machine.story() for machine in machines], "stuck"
+                    before[chip] = (-1, -1)
+        assert before != [(machine.call, machine.index) for machine in machines], "stuck"
     return max(clock)
 
 
-@pytest.mark.parametrize("schedule", list(Schedule))
+@pytest.mark.parametrize("schedule", list(PipelineSchedule))
 @given(stages=st.integers(1, 4), microbatches=st.integers(1, 6))
 @settings(max_examples=25)
 def test_equal_stages_leave_the_known_bubble(toy, schedule, stages, microbatches):

@@ -14,7 +14,7 @@ from partitioner.program.program import (
     Collective,
     CollectiveOp,
     Group,
-    Op,
+    Operation,
     Reduction,
     Role,
     Segment,
@@ -36,7 +36,7 @@ def test_any_program_reads_back_equal(programs, data):
 
 @given(data=st.data(), names=st.lists(NAMES, min_size=5, max_size=5))
 def test_odd_names_specs_and_facts_read_back(toy, specs, data, names):
-    op = Op(
+    op = Operation(
         "aten.foo.default(v0, ' : f32[2] flops=1', [1.5e-05, -inf])",
         (),
         data.draw(st.booleans()),
@@ -45,7 +45,7 @@ def test_odd_names_specs_and_facts_read_back(toy, specs, data, names):
         1,
     )
     spec = data.draw(specs)
-    pair = Op("aten.bar.default(v0)", (spec, spec), True, 0, 0, 0)
+    pair = Operation("aten.bar.default(v0)", (spec, spec), True, 0, 0, 0)
     segment = Segment(7, names[0], (spec,), (op, pair), (0,))
     tensor = Tensor(3, names[1], TensorKind.CONSTANT, spec, ((0, "dp"), (1, "tp")), 1, 5, names[2])
     odd = Collective(4, CollectiveOp.ALL_GATHER, Reduction.NONE, Group(("pp",), (0, 7)), 1, (), (3,))

@@ -7,10 +7,10 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from comms.errors import ProgramError
-from partitioner.program.findings import Rule
 from partitioner.program.program import Accumulate, Collective, Program, Recv, Update
 from partitioner.program.program_text import from_text
 from partitioner.program.static_check import MOST_FINDINGS, check_program, require_valid
+from partitioner.program.structure import Rule
 
 STEP_ONLY = """program v1
 axes pp=2 dp=1 tp=1

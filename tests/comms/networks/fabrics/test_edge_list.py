@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from comms.errors import CommsError
 from comms.networks.fabrics.dragonfly import Dragonfly
-from comms.networks.fabrics.edge_list import Duplex, Edge, Graph, Rerouted
+from comms.networks.fabrics.edge_list import Duplex, Edge, EdgeList, Rerouted
 from comms.networks.fabrics.torus_mesh import FullMesh, Torus
 from comms.networks.links import Link
 from comms.networks.topology import ranges
@@ -37,7 +37,7 @@ def graphs(draw, latencies=(0.0, 1e-6, 2e-6, 5e-6), most=5):
         for a, b in pairs
         if a != b
     )
-    return Graph(num_chips, edges, tuple(f"switch {i}" for i in range(num_switches)))
+    return EdgeList(num_chips, edges, tuple(f"switch {i}" for i in range(num_switches)))
 
 
 def best_by_brute_force(graph, src, dst):
@@ -87,7 +87,7 @@ def test_relabelled_chips_and_switches_take_the_same_wires(graph, data):
     switches = data.draw(st.permutations(range(graph.num_chips, graph.num_nodes)))
     label = [*chips, *switches]
     edges = tuple(Edge(label[e.a], label[e.b], e.link) for e in graph.edges)
-    other = Graph(graph.num_chips, edges, graph.switches)
+    other = EdgeList(graph.num_chips, edges, graph.switches)
     src, dst = all_pairs(graph.num_chips)
     there = other.routes(np.array(label)[src], np.array(label)[dst])
     here = graph.routes(src, dst)
@@ -100,7 +100,7 @@ def test_relabelled_chips_and_switches_take_the_same_wires(graph, data):
 def test_scaled_latencies_leave_the_paths_alone(graph, k):
     edges = tuple(Edge(e.a, e.b, Link(e.link.latency_s * k, e.link.bytes_per_s)) for e in graph.edges)
     src, dst = all_pairs(graph.num_chips)
-    scaled = Graph(graph.num_chips, edges, graph.switches).routes(src, dst)
+    scaled = EdgeList(graph.num_chips, edges, graph.switches).routes(src, dst)
     assert scaled.wires.tolist() == graph.routes(src, dst).wires.tolist()
 
 
@@ -112,8 +112,8 @@ def test_routes_do_not_depend_on_what_was_asked_before():
         for a, b in zip(wires.tail.tolist(), wires.head.tolist(), strict=True)
     )
     src, dst = all_pairs(16)
-    at_once = Graph(16, edges).routes(src, dst)
-    graph = Graph(16, edges)
+    at_once = EdgeList(16, edges).routes(src, dst)
+    graph = EdgeList(16, edges)
     for i in np.random.default_rng(0).permutation(len(src)):
         assert graph.routes(src[i : i + 1], dst[i : i + 1]).wires.tolist() == at_once.of(i).tolist()
 
@@ -123,7 +123,7 @@ def test_equal_paths_share_the_load():
     leaves = ("leaf 0", "leaf 1")
     edges = [Edge(chip, leaves[chip // 32], LINK) for chip in range(64)]
     edges += [Edge(leaf, spine, LINK) for leaf in leaves for spine in spines]
-    graph = Graph(64, tuple(edges), (*leaves, *spines))
+    graph = EdgeList(64, tuple(edges), (*leaves, *spines))
     src, dst = all_pairs(64)
     load = np.bincount(graph.routes(src, dst).wires, minlength=graph.wires().num_wires)[128:]
     assert load.sum() == 2 * 2 * 32 * 32
@@ -132,17 +132,17 @@ def test_equal_paths_share_the_load():
 
 def test_chips_pass_messages_on_only_where_they_may():
     line = (Edge(0, 1, LINK), Edge(1, 2, LINK))
-    assert len(Graph(3, line).routes(np.array([0]), np.array([2])).wires) == 2
+    assert len(EdgeList(3, line).routes(np.array([0]), np.array([2])).wires) == 2
     with pytest.raises(CommsError, match="no way from chip 0 to chip 2"):
-        Graph(3, line, through_chips=False)
+        EdgeList(3, line, through_chips=False)
     slow = tuple(Edge(chip, "host", Link(9e-6, 1e9)) for chip in range(3))
-    both = Graph(3, (*line, *slow), ("host",), through_chips=False)
+    both = EdgeList(3, (*line, *slow), ("host",), through_chips=False)
     assert both.routes(np.array([0, 0]), np.array([1, 2])).wires.tolist() == [0, 4, 9]
 
 
 def test_a_pair_that_meets_only_through_a_chip_that_passes_nothing_on_is_named():
     edges = (Edge(0, 1, LINK), Edge(0, 2, LINK))
-    graph = Graph(3, edges, through_chips=False)
+    graph = EdgeList(3, edges, through_chips=False)
     with pytest.raises(CommsError, match="no way from node 1 to node 2"):
         graph.routes(np.array([1]), np.array([2]))
 
@@ -153,7 +153,7 @@ def test_half_duplex_edges_share_one_rate_and_one_way_edges_have_no_way_back():
         Edge(1, 2, LINK, Duplex.ONE_WAY),
         Edge(2, 0, LINK, back=Link(1e-6, 5e8), tier="cable", forward_nbytes=4096.0),
     )
-    wires = Graph(3, edges).wires()
+    wires = EdgeList(3, edges).wires()
     assert wires.tail.tolist() == [0, 1, 1, 2, 0]
     assert wires.shares.tolist() == [0, 0, 2, 3, 4]
     assert wires.bytes_per_s.tolist() == [1e9, 1e9, 1e9, 1e9, 5e8]
@@ -164,18 +164,22 @@ def test_half_duplex_edges_share_one_rate_and_one_way_edges_have_no_way_back():
 @pytest.mark.parametrize(
     ("make", "problem", "where"),
     [
-        (lambda: Graph(0, ()), "0 chips", "graph"),
-        (lambda: Graph(2, ()), "no way from chip 0 to chip 1", "network"),
-        (lambda: Graph(4, (Edge(0, 1, LINK), Edge(2, 3, LINK))), "no way from chip 0 to chip 2", "network"),
-        (lambda: Graph(2, (Edge(0, 1, LINK, Duplex.ONE_WAY),)), "no way from chip 1 to chip 0", "network"),
-        (lambda: Graph(2, (Edge(0, 0, LINK),)), "to itself", "edge 0"),
-        (lambda: Graph(2, (Edge(2, "s", LINK),), ("s",)), "to itself", "edge 0"),
-        (lambda: Graph(2, (Edge(0, 1, LINK), Edge(1, 2, LINK))), "no node 2", "edge 1"),
-        (lambda: Graph(2, (Edge(0, "leaf", LINK),)), "no node 'leaf'", "edge 0"),
-        (lambda: Graph(2, (Edge(0, 1, Link(0.0, float("nan"))),)), "nan bytes/s", "edge 0"),
-        (lambda: Graph(2, (Edge(0, 1, LINK, back=Link(0.0, float("inf"))),)), "inf bytes/s", "edge 0"),
-        (lambda: Graph(2, (Edge(0, 1, LINK, Duplex.HALF, back=LINK),)), "no other rate back", "edge 0"),
-        (lambda: Graph(1, ()).routes(np.array([0]), np.array([1])), "no node 1", "network"),
+        (lambda: EdgeList(0, ()), "0 chips", "graph"),
+        (lambda: EdgeList(2, ()), "no way from chip 0 to chip 1", "network"),
+        (
+            lambda: EdgeList(4, (Edge(0, 1, LINK), Edge(2, 3, LINK))),
+            "no way from chip 0 to chip 2",
+            "network",
+        ),
+        (lambda: EdgeList(2, (Edge(0, 1, LINK, Duplex.ONE_WAY),)), "no way from chip 1 to chip 0", "network"),
+        (lambda: EdgeList(2, (Edge(0, 0, LINK),)), "to itself", "edge 0"),
+        (lambda: EdgeList(2, (Edge(2, "s", LINK),), ("s",)), "to itself", "edge 0"),
+        (lambda: EdgeList(2, (Edge(0, 1, LINK), Edge(1, 2, LINK))), "no node 2", "edge 1"),
+        (lambda: EdgeList(2, (Edge(0, "leaf", LINK),)), "no node 'leaf'", "edge 0"),
+        (lambda: EdgeList(2, (Edge(0, 1, Link(0.0, float("nan"))),)), "nan bytes/s", "edge 0"),
+        (lambda: EdgeList(2, (Edge(0, 1, LINK, back=Link(0.0, float("inf"))),)), "inf bytes/s", "edge 0"),
+        (lambda: EdgeList(2, (Edge(0, 1, LINK, Duplex.HALF, back=LINK),)), "no other rate back", "edge 0"),
+        (lambda: EdgeList(1, ()).routes(np.array([0]), np.array([1])), "no node 1", "network"),
     ],
 )
 def test_graphs_that_make_no_sense_are_refused(make, problem, where):
@@ -192,7 +196,7 @@ def test_rates_of_zero_or_less_are_refused(rate):
 
 
 def test_one_chip_needs_no_edges():
-    graph = Graph(1, ())
+    graph = EdgeList(1, ())
     assert graph.routes(np.array([0]), np.array([0])).wires.tolist() == []
     assert graph.wires().num_wires == 0
 
@@ -271,7 +275,7 @@ def test_what_is_left_of_a_half_duplex_pair_has_the_rate_for_itself():
 def test_ways_round_lead_through_chips_only_where_there_are_no_switches():
     assert Rerouted(Torus((4,), (LINK,))).through_chips
     assert not Rerouted(SHAPES[4]).through_chips
-    assert Rerouted(Rerouted(Graph(2, (Edge(0, 1, LINK),)))).through_chips
+    assert Rerouted(Rerouted(EdgeList(2, (Edge(0, 1, LINK),)))).through_chips
 
 
 def test_damage_may_come_in_steps():
@@ -298,7 +302,9 @@ def test_damage_that_makes_no_sense_is_refused(dead, slow, problem):
 
 
 def test_smallest_latencies_are_those_of_dijkstra():
-    graph = Graph(4, (Edge(0, 1, Link(1e-6, 1e9)), Edge(1, 2, Link(2e-6, 1e9)), Edge(2, 3, Link(4e-6, 1e9))))
+    graph = EdgeList(
+        4, (Edge(0, 1, Link(1e-6, 1e9)), Edge(1, 2, Link(2e-6, 1e9)), Edge(2, 3, Link(4e-6, 1e9)))
+    )
     rows = graph.paths.latencies(np.array([0, 3]))
     assert rows == pytest.approx(np.array([[0, 1, 3, 7], [7, 6, 4, 0]]) * 1e-6)
 

@@ -205,7 +205,7 @@ def test_four_to_one_oversubscription_leaves_a_quarter_when_all_leave_their_leaf
 
 
 @pytest.mark.parametrize("spread", Spread)
-def test_bunches_that_sit_unevenly_have_what_the_fullest_switch_leaves_each(spread):
+def test_subgroups_that_sit_unevenly_have_what_the_fullest_switch_leaves_each(spread):
     tree = leaf_spine(spread, paths=1, to=Switch("spine", reduces=True))  # 20 GB/s from each leaf
     listed = tree.level_between(range(6, 16), 2, 5)  # two under one leaf, eight under the other
     assert (listed.tier, listed.fanout, listed.latency_s) == ("spine", 5, 3e-6)
@@ -217,7 +217,7 @@ def test_bunches_that_sit_unevenly_have_what_the_fullest_switch_leaves_each(spre
     assert (every_other.bytes_per_s, every_other.pool_bytes_per_s) == (10e9, 20e9 / 8)
 
 
-def test_bunches_that_sit_unevenly_on_half_duplex_ports_have_half_and_share_it():
+def test_subgroups_that_sit_unevenly_on_half_duplex_ports_have_half_and_share_it():
     level = replace(leaf_spine(), duplex=False).level_between(range(10), 2, 5)
     assert (level.bytes_per_s, level.pool_bytes_per_s, level.shared) == (5e9, 10e9, True)
 
@@ -255,13 +255,6 @@ def test_a_million_chips_need_no_tables():
     tracemalloc.stop()
     assert peak < 2e6
     assert tree.num_wires == 2 * (2**20 + 2**15 + 2**6)
-
-
-def test_twice_the_rates_and_latencies_are_those_of_every_wire():
-    tree = leaf_spine().scaled(latency=3.0, rate=2.0)
-    wires, before = tree.wires(), leaf_spine().wires()
-    assert (wires.latency_s == 3 * before.latency_s).all()
-    assert (wires.bytes_per_s == 2 * before.bytes_per_s).all()
 
 
 @pytest.mark.parametrize(

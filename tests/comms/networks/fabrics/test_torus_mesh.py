@@ -162,33 +162,6 @@ def test_equal_networks_are_used_in_turn():
     assert sorted((routes.wires >= 8).tolist()) == [False, False, True, True]
 
 
-@given(tori(), st.data())
-@settings(max_examples=60)
-def test_a_multicast_is_a_tree_that_reaches_everybody_over_shortest_ways(torus, data):
-    if torus.num_chips == 1:
-        return
-    src = data.draw(st.integers(0, torus.num_chips - 1))
-    others = [chip for chip in range(torus.num_chips) if chip != src]
-    dsts = data.draw(st.lists(st.sampled_from(others), min_size=1, unique=True))
-    cast, wires = torus.multicast(src, dsts), torus.wires()
-    tree = nx.DiGraph(zip(wires.tail[cast.wires].tolist(), wires.head[cast.wires].tolist(), strict=True))
-    assert nx.is_arborescence(tree)
-    assert cast.hops.tolist() == [nx.shortest_path_length(tree, src, dst) for dst in dsts]
-    assert {node for node in tree if tree.out_degree(node) == 0} <= set(dsts)
-
-
-def test_a_multicast_over_a_row_sends_each_wire_the_bytes_once():
-    row = Torus((8,), (LINK,), (False,))
-    cast = row.multicast(0, range(1, 8))
-    assert len(cast.wires) == 7
-    assert cast.seconds(1e6) == pytest.approx(7e-6 + 1e-3)
-    to_all = NOC.multicast(0, range(1, 120))
-    assert len(to_all.wires) == 119 + 1 + 119  # between routers, one way in, a way out for each
-    assert to_all.latency_s == pytest.approx((10 + 9 * (9 + 11)) * CYCLE)
-    with pytest.raises(CommsError, match="nobody"):
-        row.multicast(3, [3])
-
-
 def test_levels_are_rings_of_whole_dimensions_and_lines_of_parts():
     torus = Torus((4, 8), (Link(1e-6, 4e9), Link(2e-6, 2e9)))
     x, y = torus.levels()
@@ -230,14 +203,6 @@ def test_a_full_mesh_has_a_wire_between_every_two(num_chips, half_duplex):
     owners = len(set(wires.shares.tolist()))
     assert owners == wires.num_wires // (2 if half_duplex else 1)
     assert (wires.tail[wires.shares] + wires.head[wires.shares] == wires.tail + wires.head).all()
-
-
-def test_a_full_mesh_is_one_level_unless_both_ways_share():
-    (level,) = FullMesh(4, LINK).levels()
-    assert (level.fanout, level.pool_bytes_per_s) == (4, 3e9)
-    assert FullMesh(1, LINK).levels() == ()
-    with pytest.raises(CommsError, match="share one rate"):
-        FullMesh(4, LINK, half_duplex=True).levels()
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import pytest
 from comms.collectives.schedule import Op
 from comms.errors import ClusterError, UserError
 from comms.networks.conditions import (
-    CALM,
+    HEALTHY,
     Background,
     Between,
     ChipFault,
@@ -51,8 +51,8 @@ def link(line):
     return conditions("links:", f"- {{{line}}}").links[0]
 
 
-def test_a_file_without_conditions_is_calm():
-    assert cluster_from(parse_yaml(HOSTS, "c.yaml")).conditions == CALM
+def test_a_file_without_conditions_is_healthy():
+    assert cluster_from(parse_yaml(HOSTS, "c.yaml")).conditions == HEALTHY
 
 
 @pytest.mark.parametrize(
@@ -175,4 +175,4 @@ def test_shipped_tori_go_round_a_dead_link(name):
     topology = found.take(None).network.topology()
     around = resolve(found.conditions, topology).topology.routes([0], [1])
     assert len(around.wires) == 3
-    assert load_cluster(path).conditions == CALM
+    assert load_cluster(path).conditions == HEALTHY

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from comms.errors import UserError
 from comms.networks.fabrics.dragonfly import Arrangement, Dragonfly, Routing
-from comms.networks.fabrics.edge_list import Duplex, Graph
+from comms.networks.fabrics.edge_list import Duplex, EdgeList
 from comms.networks.fabrics.switch_tree import Tree
 from comms.networks.fabrics.torus_mesh import FullMesh, Torus
 from comms.networks.links import Link, Protocol
@@ -111,7 +111,7 @@ FOUR = HOST.replace("count: 8", "count: 4")
 
 def graph(lines):
     found = cluster_from(parse_yaml(FOUR + FIGURES + lines, "c.yaml")).network.tiers[0].shape.topology
-    assert isinstance(found, Graph)
+    assert isinstance(found, EdgeList)
     return found
 
 

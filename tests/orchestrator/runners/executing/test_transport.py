@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orchestrator.runners.executing.transport import RAW_BYTES, Address, Transport, read_header
-from partitioner.capture.dtypes import TORCH
+from partitioner.capture.captured_graph import TORCH
 from partitioner.program.machine import Key
 
 SECRET = b"s" * 16

@@ -17,8 +17,8 @@ from orchestrator.runners.timing.simulated import fold_mesh, simulate_step
 from orchestrator.runners.timing.step_costs import ClusterCosts, WorkTime
 from orchestrator.runners.timing.timed_segments import axis_name
 from orchestrator.runs.timeline import Lane
-from partitioner.layout.parallel_plan import Schedule
-from partitioner.lowering.pipeline_schedules import SCHEDULES, with_transfers
+from partitioner.layout.parallel_plan import PipelineSchedule
+from partitioner.lowering.lower import with_transfers
 from partitioner.program.program import (
     Accumulate,
     Body,
@@ -28,7 +28,7 @@ from partitioner.program.program import (
     Compute,
     Free,
     Group,
-    Op,
+    Operation,
     Program,
     Recv,
     Reduction,
@@ -82,10 +82,16 @@ class Tables:
         return self.issue
 
 
-def toy(num_stages, num_microbatches, schedule=Schedule.ONE_F_ONE_B, dp=4, tp=2):
+def toy(num_stages, num_microbatches, schedule=PipelineSchedule.ONE_F_ONE_B, dp=4, tp=2):
     """Stages of one segment each way, a tp all-reduce in each, three dp buckets in the last backward."""
     segments = tuple(
-        Segment(i, name, (SPEC,), (Op("aten.mm.default(v0, v0)", (SPEC,), False, 2**25, 2**19, 2**18),), (1,))
+        Segment(
+            i,
+            name,
+            (SPEC,),
+            (Operation("aten.mm.default(v0, v0)", (SPEC,), False, 2**25, 2**19, 2**18),),
+            (1,),
+        )
         for i, name in enumerate(("forward", "backward"))
     )
     kinds = [*[TensorKind.ACTIVATION] * 6, *[TensorKind.GRAD] * 3, TensorKind.FLAT, TensorKind.STATE]
@@ -127,17 +133,17 @@ def toy_role(stage, num_stages, num_microbatches, schedule, tensors):
     for name, instructions in bodies.items():
         made.append(Body(name, tuple(replace(ins, id=number + i) for i, ins in enumerate(instructions))))
         number += len(instructions)
-    tasks = SCHEDULES[schedule](stage, num_stages, num_microbatches)
+    tasks = schedule.order(stage, num_stages, num_microbatches)
     calls = (*with_transfers(tasks, frozenset(bodies), "backward_last"), Call("update", 0))
     return Role(stage, tensors, tuple(made), (("step", calls),))
 
 
-shapes = st.tuples(st.integers(1, 5), st.integers(1, 7), st.sampled_from(list(Schedule)))
+shapes = st.tuples(st.integers(1, 5), st.integers(1, 7), st.sampled_from(list(PipelineSchedule)))
 times = st.integers(0, 5000)
 tables = st.builds(Tables, *[times] * 8)
 
 
-@pytest.mark.parametrize("schedule", list(Schedule))
+@pytest.mark.parametrize("schedule", list(PipelineSchedule))
 @pytest.mark.parametrize(("p", "m"), [(1, 4), (2, 2), (4, 8), (8, 3)])
 def test_the_bubble_of_equal_stages_is_p_minus_1_over_m_plus_p_minus_1(schedule, p, m):
     step = simulate_step(toy(p, m, schedule), Tables())
@@ -184,12 +190,22 @@ def test_k_times_the_costs_take_k_times_as_long(shape, costs, k):
     assert simulate_step(toy(*shape), scaled).step_ns == k * simulate_step(toy(*shape), costs).step_ns
 
 
+def with_rates(tree, factor):
+    """A tree of switches with the rate of all its links times a factor."""
+
+    def faster(link):
+        return replace(link, bytes_per_s=link.bytes_per_s * factor)
+
+    trunks = tuple(replace(trunk, link=faster(trunk.link)) for trunk in tree.trunks)
+    return replace(tree, port=faster(tree.port), trunks=trunks)
+
+
 @FEW
-@given(st.integers(1, 4), st.integers(1, 6), st.sampled_from(list(Schedule)), st.floats(1, 20))
+@given(st.integers(1, 4), st.integers(1, 6), st.sampled_from(list(PipelineSchedule)), st.floats(1, 20))
 def test_more_bandwidth_is_never_slower(p, m, schedule, factor):
     program = toy(p, m, schedule)
     cluster = DGX.take(8 * p)
-    tiers = tuple(replace(tier, shape=tier.shape.scaled(rate=factor)) for tier in cluster.network.tiers)
+    tiers = tuple(replace(tier, shape=with_rates(tier.shape, factor)) for tier in cluster.network.tiers)
     better = replace(cluster, network=replace(cluster.network, tiers=tiers))
     slow, fast = (simulate_step(program, ClusterCosts(program, c)).step_ns for c in (cluster, better))
     assert fast <= slow

@@ -1,7 +1,8 @@
-"""Clock: the compiled loops of timetables. Wires serve one message at a time, the most pressing that waits.
+"""Loops of synthesis, compiled: one tree over chips, path_tree hop by hop, and the clock of timetables.
 
-Messages wait in skew heaps (Sleator and Tarjan, SIAM Journal on Computing 15, 1986), one per wire, by their turn:
-each message is in one of them at most, so two links per message hold them all. Arrays are changed in place.
+In a timetable wires serve one message at a time, the most pressing that waits. Messages wait in skew heaps (Sleator
+and Tarjan, SIAM Journal on Computing 15, 1986), one per wire, by their turn: each message is in one of them at most,
+so two links per message hold them all. Arrays are changed in place.
 """
 
 from typing import NamedTuple
@@ -10,13 +11,40 @@ import numpy as np
 from numpy.typing import NDArray
 
 from comms.simulation.heaps import Timers, add_timer, empty_timers, take_timer
-from comms.simulation.jit import compiled
+from comms.simulation.jit import compiled, compiled_inside
 
 NONE = -1
 
 
-class Work(NamedTuple):
-    """What is to be sent. A message is told from its hop; its followers are after[after0[m] : after0[m + 1]]."""
+@compiled
+def path_tree(costs: NDArray[np.float64], root: int, lean: float) -> NDArray[np.int64]:
+    """[chips] The parent of each chip in one tree over hops of finite costs[parent, chip]; NONE at the root.
+
+    The next chip is the one with the smallest cost of its hop plus `lean` times what its parent has so far.
+    """
+    # Prim's and Dijkstra's algorithms over a full table, without a heap: n^2 steps, as many as there are costs to read.
+    n = len(costs)
+    parent = np.full(n, NONE)
+    is_open = np.ones(n, dtype=np.bool_)
+    key = np.full(n, np.inf)
+    chip, so_far = root, 0.0
+    for _ in range(n - 1):
+        is_open[chip] = False
+        following, least = NONE, np.inf
+        for other in range(n):
+            if not is_open[other]:
+                continue
+            offer = costs[chip, other] + lean * so_far
+            if offer < key[other]:
+                key[other], parent[other] = offer, chip
+            if key[other] < least:
+                following, least = other, key[other]
+        chip, so_far = following, least
+    return parent
+
+
+class SendTable(NamedTuple):
+    """What is to be sent. A message crosses the wires of its hop; after[after0[m] : after0[m + 1]] follow message m."""
 
     hop: NDArray[np.int64]  # [sends]
     moving_s: NDArray[np.float64]  # [sends]
@@ -38,7 +66,7 @@ class Queues(NamedTuple):
     held: NDArray[np.bool_]  # [wires]
 
 
-def played(work: Work, turn: NDArray[np.int64], num_wires: int) -> NDArray[np.float64]:
+def played(work: SendTable, turn: NDArray[np.int64], num_wires: int) -> NDArray[np.float64]:
     """[sends] When each leaves. `work.missing` is used up."""
     sends = len(turn)
     links = np.full((2, sends), NONE)
@@ -49,8 +77,9 @@ def played(work: Work, turn: NDArray[np.int64], num_wires: int) -> NDArray[np.fl
 
 
 @compiled
-def _run(work: Work, queues: Queues, timers: Timers, start: NDArray[np.float64]) -> None:
+def _run(work: SendTable, queues: Queues, timers: Timers, start: NDArray[np.float64]) -> None:
     """Event 2 m is that message m has arrived, 2 m + 1 that it has left. At one instant all come before any start."""
+    # All that may be touched at one instant: every message that begins to wait, every wire that falls free.
     sends = len(work.hop)
     touched = np.zeros(sends + len(work.route), dtype=np.int64)
     for send in range(sends):
@@ -59,6 +88,7 @@ def _run(work: Work, queues: Queues, timers: Timers, start: NDArray[np.float64])
     for wire in range(len(queues.top)):
         _serve(work, queues, timers, start, wire, 0.0)
     while timers.size[0] > 0:
+        # A free wire is given away only when all who may want it at this instant are known.
         now = timers.heap[0].time
         num = 0
         while timers.size[0] > 0 and timers.heap[0].time == now:
@@ -75,8 +105,8 @@ def _run(work: Work, queues: Queues, timers: Timers, start: NDArray[np.float64])
             _serve(work, queues, timers, start, touched[index], now)
 
 
-@compiled
-def _arrived(work: Work, queues: Queues, touched: NDArray[np.int64], num: int, send: int) -> int:
+@compiled_inside
+def _arrived(work: SendTable, queues: Queues, touched: NDArray[np.int64], num: int, send: int) -> int:
     """Let those wait for their wire that need nothing more."""
     for row in range(work.after0[send], work.after0[send + 1]):
         late = work.after[row]
@@ -89,13 +119,13 @@ def _arrived(work: Work, queues: Queues, touched: NDArray[np.int64], num: int, s
     return num
 
 
-@compiled
+@compiled_inside
 def _serve(
-    work: Work, queues: Queues, timers: Timers, start: NDArray[np.float64], wire: int, now: float
+    work: SendTable, queues: Queues, timers: Timers, start: NDArray[np.float64], wire: int, now: float
 ) -> None:
     """Start the most pressing message that waits for this wire and finds all others free.
 
-    One that finds another held waits over there, and is looked at again when that falls free.
+    One that finds another held waits there, and is tried again when that falls free.
     """
     while queues.top[wire] != NONE and not queues.held[wire]:
         send = queues.top[wire]
@@ -106,6 +136,8 @@ def _serve(
             if queues.held[work.route[row]]:
                 held = work.route[row]
                 break
+        # It waits at the wire that is in its way, and lets the next one of this wire try meanwhile: it is not
+        # tried again before that wire falls free.
         if held != NONE:
             _wait(queues, held, send)
             continue
@@ -116,19 +148,21 @@ def _serve(
         add_timer(timers, now + work.arriving_s[send], 2 * send)
 
 
-@compiled
+@compiled_inside
 def _wait(queues: Queues, wire: int, send: int) -> None:
     queues.left[send] = queues.right[send] = NONE
     queues.top[wire] = _merged(queues, queues.top[wire], send)
 
 
-@compiled
+@compiled_inside
 def _merged(queues: Queues, one: int, other: int) -> int:
     """The first of both heaps as one."""
     if one == NONE:
         return other
     if other == NONE:
         return one
+    # Down the right sides, with children swapped on the way: that keeps them short in the mean, and needs no balance
+    # kept with each message. A loop, as a heap may be as deep as it has messages.
     if queues.turn[other] < queues.turn[one]:
         one, other = other, one
     top = one
@@ -145,8 +179,9 @@ def _merged(queues: Queues, one: int, other: int) -> int:
 
 
 @compiled
-def ways_behind(work: Work) -> NDArray[np.float64]:
+def ways_behind(work: SendTable) -> NDArray[np.float64]:
     """[sends] Seconds of the longest chain that starts with each, on empty wires; followers have higher numbers."""
+    # One pass from the back: messages are numbered so that each comes after those that it needs.
     behind = np.zeros(len(work.hop))
     for send in range(len(work.hop) - 1, -1, -1):
         longest = 0.0
@@ -157,8 +192,9 @@ def ways_behind(work: Work) -> NDArray[np.float64]:
 
 
 @compiled
-def places(work: Work, order: NDArray[np.int64], port: NDArray[np.int64]) -> NDArray[np.int64]:
+def places(work: SendTable, order: NDArray[np.int64], port: NDArray[np.int64]) -> NDArray[np.int64]:
     """[sends] The first round after those that each needs and after the one before it, in `order`, at its port."""
+    # A port sends one message a round, and none before what it needs: the earliest such round, in order of leaving.
     place = np.zeros(len(order), dtype=np.int64)
     last = np.full(port.max() + 1, NONE)
     for send in order:

@@ -2,36 +2,43 @@
 
 A liveness walk over the calls of a schedule. Persistent tensors count all the time, once per buffer; tensors of a
 microbatch from the instruction that makes them (a batch entry: that first reads it) to their Free; values inside a
-segment while it runs (`storage.py`). Views cost nothing, and keep alive what they view. A tensor that is freed while
-being sent counts until the same body is called again: at most one transfer per body is assumed to linger.
+segment while it runs. Views cost nothing, and keep alive what they view. A tensor that is freed while being sent counts
+until the same body is called again: at most one transfer per body is assumed to linger.
+
+Inside a segment a view shares the storage of its first operand; every other operation makes new storage. A value's
+storage goes after the last use of the last value that shares it, unless an output of the segment shares it.
 
 The effect of a body depends only on what its microbatch holds when it is called, so it is computed once per such
 state: microbatches and steps are as good as free. Not modelled: the allocator's rounding and fragmentation, scratch
-memory of kernels, of collectives and of the optimizer, and what a framework itself takes.
+memory of kernels, of collectives and of the optimizer, fusion that keeps a value in registers, and what a framework
+itself takes.
 """
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import assert_never
+from typing import Any
 
-from partitioner.memory.segment_storage import Footprint, footprint
+from partitioner.program.instructions import reads, writes
 from partitioner.program.program import (
-    Accumulate,
     Body,
     Call,
     Collective,
     Compute,
     Free,
     Instruction,
+    Operation,
     Program,
     Recv,
     Role,
+    Segment,
     Send,
     TensorKind,
-    Update,
     Wait,
 )
+
+SELECTED = re.compile(r"getitem\(v\d+, (\d+)\)")
 
 
 class MemoryClass(StrEnum):
@@ -64,17 +71,35 @@ PERSISTENT = {
 
 
 @dataclass(frozen=True, slots=True)
+class Output:
+    """Where an output of a segment lies: storage `storage` (an input's number if it is a view of that input)."""
+
+    storage: int
+    nbytes: int  # of the whole storage; 0 for an input's
+
+
+@dataclass(frozen=True, slots=True)
+class Footprint:
+    """A segment's memory: its outputs, and the largest sum of storage that it made and still holds.
+
+    `kept_at_peak` is the part of `peak_bytes` that later leaves the segment as outputs.
+    """
+
+    outputs: tuple[Output, ...]
+    peak_bytes: int
+    kept_at_peak: int
+
+
+@dataclass(frozen=True, slots=True)
 class RoleMemory:
     """One chip of a stage at its fullest: `classes` add up to `peak_bytes`.
 
-    `call_index` counts in the schedule, `instruction` is the id of the one that runs (None: before the first).
+    `call` and `instruction` (its id) say what runs then; None: nothing yet.
     """
 
     stage: int
     peak_bytes: int
     classes: tuple[tuple[MemoryClass, int], ...]
-    resident_bytes: int
-    call_index: int
     call: Call | None
     instruction: int | None
 
@@ -97,20 +122,20 @@ def _role_peak(role: Role, footprints: Sequence[Footprint], schedule: str) -> Ro
     for tensor in role.tensors:
         if tensor.base is None and not tensor.is_per_microbatch:
             now[INDEX[PERSISTENT[tensor.kind]]] += tensor.spec.nbytes
-    resident = peak = total = sum(now)
-    at_peak, place = list(now), (0, None, None)  # type: tuple[list[int], tuple[int, Call | None, int | None]]
+    peak = total = sum(now)
+    at_peak, place = list(now), (None, None)  # type: tuple[list[int], tuple[Call | None, int | None]]
     effects = _Effects(role, footprints)
     states: dict[int, int] = {}
     lingering: dict[str, int] = {}
-    for index, call in enumerate(role.schedule.get(schedule, ())):
+    for call in role.schedule.get(schedule, ()):
         effect = effects.of(call.body, states.get(call.microbatch, 0), lingering.get(call.body, 0))
         if total + effect.peak > peak:
-            peak, place = total + effect.peak, (index, call, effect.instruction)
+            peak, place = total + effect.peak, (call, effect.instruction)
             at_peak = [a + b for a, b in zip(now, effect.at_peak, strict=True)]
         now = [a + b for a, b in zip(now, effect.delta, strict=True)]
         total += sum(effect.delta)
         states[call.microbatch], lingering[call.body] = effect.state, effect.lingering
-    return RoleMemory(role.stage, peak, tuple(zip(CLASSES, at_peak, strict=True)), resident, *place)
+    return RoleMemory(role.stage, peak, tuple(zip(CLASSES, at_peak, strict=True)), *place)
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +163,7 @@ class _Effects:
         """The effect of calling `body` while `lingering` bytes of its last call are still being sent."""
         key = (body, state, lingering)
         if key not in self.known:
-            walk = _Walk(self.role, self.footprints, self.states[state].copy(), lingering)
+            walk = _BodyMemory(self.role, self.footprints, self.states[state].copy(), lingering)
             walk.body(self.role.body[body])
             after = self.numbers.setdefault(walk.held.key(), len(self.states))
             if after == len(self.states):
@@ -157,32 +182,28 @@ class _Held:
     users: dict[int, int] = field(default_factory=dict)
     nbytes: dict[int, int] = field(default_factory=dict)
     kind: dict[int, int] = field(default_factory=dict)
-    moving: dict[int, tuple[int, ...]] = field(
-        default_factory=dict
-    )  # by tensor awaited: storages a transfer uses
+    moving: dict[int, tuple[int, ...]] = field(default_factory=dict)  # tensor awaited: storages in use
 
     def copy(self) -> "_Held":
-        return _Held(
-            self.storage_of.copy(),
-            self.users.copy(),
-            self.nbytes.copy(),
-            self.kind.copy(),
-            self.moving.copy(),
-        )
+        return _Held(*(part.copy() for part in self._parts()))
 
     def key(self) -> object:
         """Equal for equal states, whatever the order in which they came about."""
-        parts = (self.storage_of, self.users, self.nbytes, self.kind, self.moving)
-        return tuple(frozenset(part.items()) for part in parts)
+        return tuple(frozenset(part.items()) for part in self._parts())
+
+    def _parts(self) -> tuple[dict[int, Any], ...]:
+        return (self.storage_of, self.users, self.nbytes, self.kind, self.moving)
 
 
-class _Walk:
+class _BodyMemory:
     """One execution of a body, in bytes relative to its start."""
 
     def __init__(self, role: Role, footprints: Sequence[Footprint], held: _Held, lingering: int) -> None:
         self.role, self.footprints, self.held = role, footprints, held
         self.now = [0] * len(CLASSES)
-        self.now[COMMUNICATION] -= lingering
+        self.now[COMMUNICATION] -= (
+            lingering  # what the last call of this body left being sent has gone by now
+        )
         self.total = -lingering
         self.peak, self.at_peak = 0, [0] * len(CLASSES)
         self.instruction: int | None = None
@@ -221,18 +242,18 @@ class _Walk:
             case Free():
                 for tensor in ins.tensors:
                     self._release(self.held.storage_of.pop(tensor, None))
-            case Accumulate():
-                self._load(ins.reads)
-            case Update():
-                pass
-            case _:
-                assert_never(ins)
+            case _:  # makes what it writes, and holds nothing else
+                self._load(reads(ins))
+                for tensor in writes(ins):
+                    if (declared := self.role.tensors[tensor]).is_per_microbatch:
+                        self._bind(tensor, self._make(tensor, declared.spec.nbytes, ACTIVATIONS))
 
     def _compute(self, ins: Compute) -> None:
         self._load(ins.reads)
         run = self.footprints[ins.segment]
         if self.total + run.peak_bytes > self.peak:
             self._record(ins, run.kept_at_peak, run.peak_bytes - run.kept_at_peak)
+        # an output that is a view of an input goes on using the input's storage: that is how views keep it alive
         made: dict[int, int | None] = {i: self.held.storage_of.get(t) for i, t in enumerate(ins.reads)}
         for tensor, output in zip(ins.writes, run.outputs, strict=True):
             if not self.role.tensors[tensor].is_per_microbatch:
@@ -291,8 +312,81 @@ class _Walk:
         del self.held.users[storage]
         nbytes, kind = self.held.nbytes.pop(storage), self.held.kind.pop(storage)
         self.now[kind] -= nbytes
-        if storage in self.sent:
+        if storage in self.sent:  # freed, but the transfer still reads it: it lingers until the next call
             self.now[COMMUNICATION] += nbytes
             self.lingering += nbytes
         else:
             self.total -= nbytes
+
+
+def footprint(segment: Segment) -> Footprint:
+    """Walk the operations once; O(operations + operands)."""
+    storages = _storages(segment)
+    kept = {storages.of[v][0] for v in segment.outputs}
+    due = _last_uses(segment, storages, kept)
+    live = held = peak = kept_at_peak = 0
+    for index in range(len(segment.ops)):
+        made = storages.made.get(index, ())
+        live += sum(storages.nbytes[s] for s in made)
+        held += sum(storages.nbytes[s] for s in made if s in kept)
+        if live > peak:
+            peak, kept_at_peak = live, held
+        live -= sum(storages.nbytes[s] for s in due.get(index, ()))
+    outputs = tuple(_output(storages, v) for v in segment.outputs)
+    return Footprint(outputs, peak, kept_at_peak)
+
+
+@dataclass
+class _Storages:
+    """`of[v]`: the storages of value v (one per element of a tuple); storage s < number of inputs is input s."""
+
+    of: list[tuple[int, ...]] = field(default_factory=list)
+    nbytes: list[int] = field(default_factory=list)
+    made: dict[int, tuple[int, ...]] = field(default_factory=dict)
+
+
+def _storages(segment: Segment) -> _Storages:
+    found = _Storages([(i,) for i in range(len(segment.inputs))], [0] * len(segment.inputs))
+    for index, op in enumerate(segment.ops):
+        sources = op.operands
+        if sources and op.read_bytes == op.write_bytes == 0:  # a view moves no bytes
+            found.of.append(_viewed(segment, op, sources[0], found.of[sources[0]]))
+            continue
+        first = len(found.nbytes)
+        found.nbytes += [spec.nbytes for spec in op.outs]
+        found.made[index] = tuple(range(first, len(found.nbytes)))
+        found.of.append(found.made[index])
+    return found
+
+
+def _viewed(segment: Segment, op: Operation, source: int, storages: tuple[int, ...]) -> tuple[int, ...]:
+    """A view's storage: its operand's, or for `getitem` that of the chosen element."""
+    chosen = SELECTED.match(op.code)
+    if chosen is None or len(storages) < 2 or not op.outs:
+        return storages[:1]
+    specs = segment.ops[source - len(segment.inputs)].outs
+    index = int(chosen[1])  # counts also what is no tensor, so that it may point beside its element
+    if index >= len(specs) or specs[index] != op.outs[0]:
+        index = specs.index(op.outs[0]) if op.outs[0] in specs else 0
+    return (storages[index],)
+
+
+def _last_uses(segment: Segment, storages: _Storages, kept: Iterable[int]) -> dict[int, list[int]]:
+    """Storages to drop after each operation."""
+    last: dict[int, int] = {}
+    for index, op in enumerate(segment.ops):
+        for storage in storages.of[len(segment.inputs) + index]:
+            last[storage] = index
+        for value in op.operands:
+            for storage in storages.of[value]:
+                last[storage] = index
+    due: dict[int, list[int]] = {}
+    for storage, index in last.items():
+        if storage >= len(segment.inputs) and storage not in kept:
+            due.setdefault(index, []).append(storage)
+    return due
+
+
+def _output(storages: _Storages, value: int) -> Output:
+    storage = storages.of[value][0]
+    return Output(storage, storages.nbytes[storage])

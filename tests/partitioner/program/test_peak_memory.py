@@ -8,10 +8,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from partitioner.layout.parallel_plan import Schedule
-from partitioner.memory.peak_memory import MemoryClass, peak_memory
-from partitioner.memory.segment_storage import Output, footprint
-from partitioner.program.program import Collective, Compute, Free, Op, Recv, Role, Segment, Send, TensorSpec
+from partitioner.layout.parallel_plan import PipelineSchedule
+from partitioner.program.peak_memory import MemoryClass, Output, footprint, peak_memory
+from partitioner.program.program import (
+    Call,
+    Collective,
+    Compute,
+    Free,
+    Operation,
+    Recv,
+    Role,
+    Segment,
+    Send,
+    TensorSpec,
+)
 
 ROW, SQUARE = 32, 64  # bytes of f32[2,4] and f32[4,4]
 PEAK_INSIDE = {0: 2 * ROW, 1: ROW + SQUARE + ROW, 2: ROW, 3: 24}  # by hand, from the toy's segments
@@ -60,10 +70,11 @@ def test_peak_equals_brute_force(programs, data):
 
 @given(data=st.data())
 def test_classes_add_up_to_the_peak(programs, data):
-    for memory in peak_memory(data.draw(programs)):
+    program = data.draw(programs)
+    for role, memory in zip(program.roles, peak_memory(program), strict=True):
         assert sum(nbytes for _, nbytes in memory.classes) == memory.peak_bytes
         assert all(nbytes >= 0 for _, nbytes in memory.classes)
-        assert memory.resident_bytes <= memory.peak_bytes
+        assert resident(role) <= memory.peak_bytes
 
 
 @pytest.mark.parametrize("pp", [4, 6])
@@ -74,11 +85,13 @@ def test_1f1b_holds_one_microbatch_less_per_later_stage(toy, pp):
 
 
 def test_1f1b_does_not_grow_with_microbatches_and_gpipe_does(toy):
-    def peaks(schedule: Schedule, microbatches: int) -> list[int]:
+    def peaks(schedule: PipelineSchedule, microbatches: int) -> list[int]:
         return [m.peak_bytes for m in peak_memory(toy(3, microbatches, schedule=schedule))]
 
-    assert peaks(Schedule.ONE_F_ONE_B, 8) == peaks(Schedule.ONE_F_ONE_B, 64)
-    grown = [b - a for a, b in zip(peaks(Schedule.GPIPE, 8), peaks(Schedule.GPIPE, 9), strict=True)]
+    assert peaks(PipelineSchedule.ONE_F_ONE_B, 8) == peaks(PipelineSchedule.ONE_F_ONE_B, 64)
+    grown = [
+        b - a for a, b in zip(peaks(PipelineSchedule.GPIPE, 8), peaks(PipelineSchedule.GPIPE, 9), strict=True)
+    ]
     assert grown == [2 * ROW, 2 * ROW, 3 * ROW]  # the last stage keeps its output, too
 
 
@@ -86,26 +99,26 @@ def test_parameters_count_once_whatever_views_them(toy):
     (memory,) = peak_memory(toy(1, 1))
     persistent = {MemoryClass.PARAMS: SQUARE, MemoryClass.GRADS: SQUARE, MemoryClass.CONSTANTS: 2 * 24}
     assert {name: n for name, n in memory.classes if name in persistent} == persistent
-    assert memory.resident_bytes == sum(persistent.values())
+    assert resident(toy(1, 1).roles[0]) == sum(persistent.values())
 
 
 def test_the_peak_says_where_it_is(toy):
-    (memory,) = peak_memory(toy(1, 2, schedule=Schedule.GPIPE))
-    assert memory.call == toy(1, 2, schedule=Schedule.GPIPE).roles[0].schedule["step"][memory.call_index]
+    (memory,) = peak_memory(toy(1, 2, schedule=PipelineSchedule.GPIPE))
+    assert memory.call == Call("backward", 0)
     assert memory.where == f"stage 0: backward(0) instruction {memory.instruction}"
 
 
 def test_without_calls_only_persistent_tensors_count(toy):
     (memory,) = peak_memory(toy(1, 1), "no such schedule")
-    assert memory.peak_bytes == memory.resident_bytes
+    assert memory.peak_bytes == resident(toy(1, 1).roles[0])
     assert memory.where == "stage 0: throughout"
 
 
 SPEC, BIG = TensorSpec((2,), "f32"), TensorSpec((10,), "f32")
 
 
-def op(code: str, *outs: TensorSpec, view: bool = False, is_tuple: bool = False) -> Op:
-    return Op(code, outs, is_tuple, 0, 0 if view else 8, 0 if view else sum(o.nbytes for o in outs))
+def op(code: str, *outs: TensorSpec, view: bool = False, is_tuple: bool = False) -> Operation:
+    return Operation(code, outs, is_tuple, 0, 0 if view else 8, 0 if view else sum(o.nbytes for o in outs))
 
 
 def test_a_segment_frees_values_after_their_last_use():
