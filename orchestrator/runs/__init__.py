@@ -1,0 +1,1 @@
+"""Runs: what a run reads and leaves behind: data, checkpoints, metrics, timelines, the run directory."""
