@@ -25,8 +25,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from orchestrator.runs.disk import explained, sync, write_whole
 from orchestrator.errors import RunError
+from orchestrator.runs.disk import explained, sync, write_whole
 
 VERSION = 1
 MANIFEST = "manifest.json"

@@ -16,8 +16,8 @@ from statistics import median
 from types import TracebackType
 from typing import Self, TypeAlias
 
-from orchestrator.runs.disk import explained, write_whole
 from orchestrator.errors import RunError
+from orchestrator.runs.disk import explained, write_whole
 from orchestrator.runs.occupancy import Breakdown
 
 Value: TypeAlias = float | int | str | bool | None

@@ -23,8 +23,8 @@ from platform import python_version
 
 import yaml
 
-from orchestrator.runs.disk import explained, write_whole
 from orchestrator.errors import RunError
+from orchestrator.runs.disk import explained, write_whole
 from orchestrator.runs.timeline import Origin, Timeline
 from orchestrator.runs.timeline_codec import TimelineFormatError, decode, encode
 

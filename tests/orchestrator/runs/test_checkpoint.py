@@ -10,9 +10,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import SafetensorError
 
-from orchestrator.runs import checkpoint as checkpoints
-from orchestrator.runs.checkpoint import MANIFEST, Manifest, begin, commit, latest, load, load_shard, prune, save
 from orchestrator.errors import RunError
+from orchestrator.runs import checkpoint as checkpoints
+from orchestrator.runs.checkpoint import (
+    MANIFEST,
+    Manifest,
+    begin,
+    commit,
+    latest,
+    load,
+    load_shard,
+    prune,
+    save,
+)
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int8, torch.bool)
 

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.runs.data import TokenData, load_data, split
 from orchestrator.errors import DataError
+from orchestrator.runs.data import TokenData, load_data, split
 
 
 def numbered(length: int, seq: int, seed: int = 0) -> TokenData:

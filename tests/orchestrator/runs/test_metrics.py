@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.runs import metrics
 from orchestrator.errors import RunError
+from orchestrator.runs import metrics
 from orchestrator.runs.metrics import MetricsWriter, read_metrics, rewind_metrics
 from orchestrator.runs.occupancy import Breakdown
 from orchestrator.runs.timeline import Lane

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.runs import disk
 from orchestrator.errors import RunError
+from orchestrator.runs import disk
 from orchestrator.runs.run_dir import RunDir, create, resume, versions
 from orchestrator.runs.timeline import Lane, Origin, Span, Timeline
 
