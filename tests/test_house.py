@@ -159,6 +159,31 @@ def test_no_file_name_means_two_things() -> None:
     assert {stem: places for stem, places in stems.items() if len(places) > 1} == {}
 
 
+def test_nothing_is_there_for_tests_only() -> None:
+    """Every function, method and class is named somewhere else in the packages; a front door's list counts."""
+    used = {word for path in SOURCES for node in ast.walk(tree_of(path)) for word in words_of(node)}
+    unused = [
+        f"{relative(path)}:{node.lineno} {node.name}"
+        for path in SOURCES
+        for node in ast.walk(tree_of(path))
+        if isinstance(node, ast.FunctionDef | ast.ClassDef)
+        if node.name not in used and not node.name.startswith("__")
+    ]
+    assert unused == []
+
+
+def words_of(node: ast.AST) -> tuple[str, ...]:
+    """The names that a node uses; a text that could be a name is one, as in tables and in `getattr`."""
+    match node:
+        case ast.Name(id=word) | ast.Attribute(attr=word) | ast.keyword(arg=str(word)):
+            return (word,)
+        case ast.Constant(value=str(word)) if word.isidentifier():
+            return (word,)
+        case ast.MatchClass(kwd_attrs=words):
+            return tuple(words)
+    return ()
+
+
 def test_source_is_ascii() -> None:
     files = (*SOURCES, *TESTS, *BENCHMARKS, *CLUSTERS)
     assert [relative(path) for path in files if not path.read_bytes().isascii()] == []
