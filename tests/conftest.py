@@ -55,8 +55,13 @@ def compiled_loops() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def private_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Programs made here are kept for this run only, never in the user's cache."""
+    """Programs made here are kept for this run only, never in the user's cache; compiled loops are the user's."""
+    from comms.simulation.jit import FOLDER  # by the environment as it is before the next lines
+
     folder = tmp_path_factory.mktemp("cache")
+    (folder / "orchestrate").mkdir()
+    if FOLDER:
+        (folder / "orchestrate" / Path(FOLDER).name).symlink_to(FOLDER, target_is_directory=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(folder))
         yield folder

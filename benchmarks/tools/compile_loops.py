@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from comms.algorithms import ring
+from comms.algorithms.rounds import Ranks
 from comms.collectives.schedule import Op
 from comms.networks.fabrics.torus_mesh import Torus
 from comms.networks.links import Link
@@ -25,7 +26,7 @@ from comms.synthesis.synthesis import synthesize
 def compile_loops() -> None:
     """Calls each entry point once, on four chips."""
     square = Torus((2, 2), (Link(1e-6, 1e9),))
-    job = CollectiveJob(ring.all_reduce(4), np.arange(4), 1e6)
+    job = CollectiveJob(ring.schedule(Op.ALL_REDUCE, Ranks(4)), np.arange(4), 1e6)
     with one_at_a_time():
         for method in Method:
             simulate(square, [job], method=method)

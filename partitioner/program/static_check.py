@@ -252,7 +252,7 @@ class _BodyLifetimes:
 def check_rendezvous(program: Program) -> Iterator[Finding]:
     """Findings of every schedule; assumes that the structure is sound."""
     for name, _ in program.roles[0].schedules if program.roles else ():
-        yield from _PendingCommunications(program, name).findings()
+        yield from _Rendezvous(program, name).findings()
 
 
 def stays_in_role(program: Program, role: Role, ins: Instruction) -> bool:
@@ -264,7 +264,7 @@ def stays_in_role(program: Program, role: Role, ins: Instruction) -> bool:
     return program.size("pp") == 1 or ins.group.stages == (role.stage,)
 
 
-class _PendingCommunications:
+class _Rendezvous:
     """One chip per role along one schedule."""
 
     def __init__(self, program: Program, schedule: str) -> None:
