@@ -13,7 +13,6 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from math import inf
 
-from comms import wording
 from comms.algorithms.catalog import algorithm_of
 from comms.errors import CommsError, TooManyMessages
 from comms.networks.tiered import TieredTopology
@@ -25,6 +24,7 @@ from comms.selection.site import FullTiming
 from comms.simulation.compiled import CollectiveJob, compile_jobs
 from comms.simulation.lower_bound import end_lower_bound_s
 from comms.simulation.work_budget import ENDLESS, UNLIMITED, GivenUp, Watch, WorkBudget, unwatched
+from comms.units import format_seconds
 
 FEW_MESSAGES = 2**14  # who has no more is timed to the end
 TIE_TOLERANCE = 1e-8  # relative: what differs by less is equal, and the first in the catalog wins
@@ -103,7 +103,7 @@ class Unfinished:
     def __str__(self) -> str:
         if self.seconds == inf:
             return self.name
-        known = wording.seconds(self.seconds)
+        known = format_seconds(self.seconds)
         return f"{self.name} ({f'{known} or more' if self.is_bound else f'roughly {known}'})"
 
 

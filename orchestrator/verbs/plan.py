@@ -3,7 +3,7 @@
 `partition` is the Python entry. A plan that was made can be saved (`--run-dir`), edited and given back with `--plan`.
 """
 
-from comms import wording
+from comms.units import format_percent, format_scaled, format_seconds
 from orchestrator.config.hardware.cluster import Cluster
 from orchestrator.config.job import Job
 from orchestrator.planning import preparation
@@ -80,8 +80,8 @@ def stage_table(program: Program) -> Table:
         (
             f"stage {r.stage}",
             size,
-            wording.scaled(parameter_bytes(r), "B"),
-            wording.scaled(step_flops(program, r), "FLOP"),
+            format_scaled(parameter_bytes(r), "B"),
+            format_scaled(step_flops(program, r), "FLOP"),
         )
         for r, size in zip(program.roles, str(program.facts["stages"]).split("+"), strict=True)
     )
@@ -92,9 +92,9 @@ def stage_table(program: Program) -> Table:
 def fit_table(result: SimulationResult) -> Table:
     """Memory and time of the plan."""
     rows = [
-        (f"stage {role.stage} peak memory", wording.scaled(role.peak_bytes, "B"),
-         wording.percent(role.peak_bytes / result.chip_of(role).memory_bytes) + " of the chip")
+        (f"stage {role.stage} peak memory", format_scaled(role.peak_bytes, "B"),
+         format_percent(role.peak_bytes / result.chip_of(role).memory_bytes) + " of the chip")
         for role in result.memory
     ]  # fmt: skip
-    rows.append(("step", wording.seconds(result.step_time_s), f"MFU {wording.percent(result.mfu)}"))
+    rows.append(("step", format_seconds(result.step_time_s), f"MFU {format_percent(result.mfu)}"))
     return Table("does it fit, how fast is it", tuple(rows), ("what", "value", "share"))

@@ -6,10 +6,10 @@ fit is still timed, then ends with FitError.
 
 from collections.abc import Mapping
 
-from comms import wording
 from comms.errors import FitError
 from comms.selection.pricing import Fidelity
 from comms.selection.progress import LOADING
+from comms.units import format_dollars, format_percent, format_scaled, format_seconds
 from orchestrator.planning.preparation import Prepared
 from orchestrator.runners.timing.prediction import (
     CONDITIONS,
@@ -48,8 +48,8 @@ def require_fit(result: SimulationResult) -> None:
     chip = result.chip_of(worst)
     largest, nbytes = max(worst.classes, key=lambda pair: pair[1])
     raise FitError(
-        f"does not fit: {wording.scaled(worst.peak_bytes, 'B')} needed ({largest}: {wording.scaled(nbytes, 'B')}), "
-        f"{chip.name} has {wording.scaled(chip.memory_bytes, 'B')}",
+        f"does not fit: {format_scaled(worst.peak_bytes, 'B')} needed ({largest}: {format_scaled(nbytes, 'B')}), "
+        f"{chip.name} has {format_scaled(chip.memory_bytes, 'B')}",
         f"plan {result.plan}, {worst.where}",
         KNOBS.get(largest, DEFAULT_KNOB),
     )
@@ -104,12 +104,12 @@ def tables(result: SimulationResult) -> tuple[Table, ...]:
     head = pairs(
         f"{result.plan} on {result.num_chips} chips of {result.cluster.name}",
         (
-            ("step", wording.seconds(result.step_time_s)),
-            ("throughput", wording.scaled(result.tokens_per_s, "tok/s")),
-            ("MFU", wording.percent(result.mfu)),
-            ("cost", f"{wording.dollars(result.cost_usd_per_step)} per step"),
-            ("energy", f"{wording.scaled(result.energy_j_per_step, 'J')} per step"),
-            ("fidelity", f"{result.step.fidelity}, made in {wording.seconds(result.elapsed_s)}"),
+            ("step", format_seconds(result.step_time_s)),
+            ("throughput", format_scaled(result.tokens_per_s, "tok/s")),
+            ("MFU", format_percent(result.mfu)),
+            ("cost", f"{format_dollars(result.cost_usd_per_step)} per step"),
+            ("energy", f"{format_scaled(result.energy_j_per_step, 'J')} per step"),
+            ("fidelity", f"{result.step.fidelity}, made in {format_seconds(result.elapsed_s)}"),
             ("left out", "; ".join(result.step.left_out)),
         ),
     )
@@ -126,7 +126,7 @@ def _time_table(result: SimulationResult) -> Table:
         ("optimizer", parts.optimizer_s),
     ]
     total = result.step_time_s or 1.0
-    texts = tuple((name, wording.seconds(value), wording.percent(value / total)) for name, value in rows)
+    texts = tuple((name, format_seconds(value), format_percent(value / total)) for name, value in rows)
     return Table("where the time goes (mean over chips)", texts, ("part", "time", "share"))
 
 
@@ -134,6 +134,6 @@ def _memory_table(result: SimulationResult) -> Table:
     rows = []
     for role in result.memory:
         size = result.chip_of(role).memory_bytes
-        share = wording.percent(role.peak_bytes / size)
-        rows.append((f"stage {role.stage}", wording.scaled(role.peak_bytes, "B"), share))
+        share = format_percent(role.peak_bytes / size)
+        rows.append((f"stage {role.stage}", format_scaled(role.peak_bytes, "B"), share))
     return Table("peak memory per chip", tuple(rows), ("stage", "peak", "of the chip"))

@@ -13,7 +13,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from comms.errors import ConfigError, ModelError
-from comms.wording import scaled, seconds
+from comms.units import format_scaled, format_seconds
 from orchestrator.config.hardware.cluster import Cluster, Device
 from orchestrator.config.job import Job
 from orchestrator.planning.preparation import Prepared, build_model, prepare
@@ -192,13 +192,17 @@ def _facts(training: Training, baselines: Mapping[str, float]) -> Table:
     program, cluster = prepared.program, prepared.cluster
     chip = "simulated " if cluster.device is Device.SIMULATED else ""
     rows = [
-        ("model", f"{prepared.job.model}, {scaled(float(program.facts['params']), '')} parameters"),
+        ("model", f"{prepared.job.model}, {format_scaled(float(program.facts['params']), '')} parameters"),
         ("plan", f"{prepared.plan} on {cluster.num_chips} {chip}{cluster.chip(0).name}"),
         (
             "data",
-            f"{data.name}: {scaled(len(data.train), 'B')} to train on, {scaled(len(data.validation), 'B')} held out",
+            f"{data.name}: {format_scaled(len(data.train), 'B')} to train on, "
+            f"{format_scaled(len(data.validation), 'B')} held out",
         ),
-        ("predicted step on these chips", f"{seconds(training.predicted.step_time_s)} (fidelity folded)"),
+        (
+            "predicted step on these chips",
+            f"{format_seconds(training.predicted.step_time_s)} (fidelity folded)",
+        ),
         *((f"validation loss of a {name}", f"{loss:.3f} nats/byte") for name, loss in baselines.items()),
         ("run directory", str(training.run_dir.root)),
     ]

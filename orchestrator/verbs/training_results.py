@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from comms.wording import DASH, percent, scaled, seconds
+from comms.units import DASH, format_scaled, format_seconds
 from orchestrator.config.hardware.cluster import Cluster, Device
 from orchestrator.runners.timing.step_costs import NS_PER_S
 from orchestrator.runs import metrics
@@ -119,15 +119,17 @@ def _accuracy_table(accuracy: Accuracy) -> Table:
         times = [ns / accuracy.num_steps / NS_PER_S for ns in (kind.predicted_ns, kind.measured_ns)]
         shares = accuracy.shares(kind)
         compared = (
-            (*map(seconds, times), f"{kind.error:+.1%}")
+            (*map(format_seconds, times), f"{kind.error:+.1%}")
             if in_seconds
-            else (*map(percent, shares), f"{100 * (shares[0] - shares[1]):+.1f} points")
+            else (*map(format_percent, shares), f"{100 * (shares[0] - shares[1]):+.1f} points")
         )
         rows.append((kind.kind, str(kind.num_matched // accuracy.num_steps), *compared))
     for name, pair, unit in (("bytes", accuracy.nbytes, "B"), ("FLOPs", accuracy.flops, "")):
-        rows.append((name, DASH, scaled(pair.predicted, unit), scaled(pair.measured, unit), _off(pair)))
+        rows.append(
+            (name, DASH, format_scaled(pair.predicted, unit), format_scaled(pair.measured, unit), _off(pair))
+        )
     for stage, pair in enumerate(accuracy.memory_bytes):
-        held = (scaled(pair.predicted, "B"), scaled(pair.measured, "B"), _off(pair))
+        held = (format_scaled(pair.predicted, "B"), format_scaled(pair.measured, "B"), _off(pair))
         rows.append((f"memory held, stage {stage}", DASH, *held))
     chips = f"{accuracy.chips_in_order} of {accuracy.num_chips} chips"
     rows.append(("order as predicted", DASH, DASH, chips, DASH))
@@ -146,7 +148,7 @@ def _rows(result: TrainResult) -> list[tuple[str, str]]:
         ("final loss", f"{result.final_loss:.4f} nats/byte"),
         ("validation loss", validation),
         *((f"  {name} baseline", f"{loss:.4f} nats/byte") for name, loss in result.baselines.items()),
-        ("tokens/s on this machine", scaled(result.tokens_per_s, "")),
-        ("predicted step on the chips", seconds(result.predicted_step_time_s)),
+        ("tokens/s on this machine", format_scaled(result.tokens_per_s, "")),
+        ("predicted step on the chips", format_seconds(result.predicted_step_time_s)),
         ("run directory", str(result.run_dir)),
     ]

@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from comms import wording
 from comms.errors import PlanError
+from comms.units import format_scaled
 from orchestrator.config.hardware.cluster import Cluster
 from orchestrator.config.job import Dtype, Job
 from orchestrator.planning.preparation import PhaseReporter, Prepared, Quiet, build_model, prepare
@@ -212,7 +212,7 @@ def _table(result: VerifyResult) -> Table:
     for stage, (nbytes, flops) in enumerate(
         zip(result.parameter_bytes_per_chip, result.flops_per_chip, strict=True)
     ):
-        held = f"{wording.scaled(nbytes, 'B')} of {wording.scaled(result.one_chip_parameter_bytes, 'B')} parameters"
-        work = f"{wording.scaled(flops, 'FLOP')} of {wording.scaled(result.one_chip_flops, 'FLOP')} per step"
+        held = f"{format_scaled(nbytes, 'B')} of {format_scaled(result.one_chip_parameter_bytes, 'B')} parameters"
+        work = f"{format_scaled(flops, 'FLOP')} of {format_scaled(result.one_chip_flops, 'FLOP')} per step"
         rows.append((f"each chip of stage {stage}", f"{held}, {work}"))
     return pairs(f"{result.plan} against one chip, {STEPS} steps", rows)

@@ -18,8 +18,8 @@ from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-from comms import wording
 from comms.errors import UserError
+from comms.units import DASH, format_percent, format_seconds
 from orchestrator.views.training_view import StepLine, TrainingView, plain_line
 
 if TYPE_CHECKING:
@@ -133,17 +133,17 @@ class Console:
             self._spinner.move(" > ".join(self._open))
             self._phases[at] = replace(phase, seconds=seconds)
             if seconds >= self._patience_s:
-                self.say(f"{'  ' * len(self._open)}{name}: {wording.seconds(seconds)}")
+                self.say(f"{'  ' * len(self._open)}{name}: {format_seconds(seconds)}")
 
     def phase_table(self) -> Table:
         """Where the start-up time went; shares are of the outermost phases."""
         ended = [(phase, phase.seconds) for phase in self._phases if phase.seconds is not None]
         total = sum(seconds for phase, seconds in ended if phase.depth == 0) or 1.0
         rows = [
-            ("  " * phase.depth + phase.name, wording.seconds(seconds), wording.percent(seconds / total))
+            ("  " * phase.depth + phase.name, format_seconds(seconds), format_percent(seconds / total))
             for phase, seconds in ended
         ]
-        rows.append(("total", wording.seconds(total), ""))
+        rows.append(("total", format_seconds(total), ""))
         return Table("start-up", tuple(rows), ("phase", "time", "share"))
 
     @contextmanager
@@ -273,7 +273,7 @@ def _draw_table(rich: "RichConsole", table: Table) -> None:
 
 
 def _is_number(cell: str) -> bool:
-    return not cell or cell == wording.DASH or cell.lstrip("+-")[:1].isdigit()
+    return not cell or cell == DASH or cell.lstrip("+-")[:1].isdigit()
 
 
 def _strict(value: object) -> object:

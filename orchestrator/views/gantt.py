@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from comms import wording
+from comms.units import format_seconds
 from orchestrator.runs.timeline import LANES, NONE, Lane, Origin, Timeline
 
 if TYPE_CHECKING:
@@ -118,7 +118,7 @@ def _title(gantt: Gantt, by_shares: bool) -> str:
     chips = f"{len(gantt.chips)} of {total} chips" if total > len(gantt.chips) else f"{total} chips"
     step = f"step {timeline.steps[0]}"
     origin = f"{timeline.origin.capitalize()}{_WHOSE[timeline.origin] if by_shares else ''}"
-    return f"{origin}: {wording.seconds(timeline.duration_ns / 1e9)}   ({step}, {chips})"
+    return f"{origin}: {format_seconds(timeline.duration_ns / 1e9)}   ({step}, {chips})"
 
 
 def _draw_spans(axes: "Axes", gantt: Gantt, colours: Mapping[str, str], scale: float) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from math import isfinite
 from typing import TYPE_CHECKING
 
-from comms import wording
+from comms.units import DASH, format_dollars, format_duration, format_percent, format_scaled, format_seconds
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
@@ -47,15 +47,15 @@ def fields(line: StepLine) -> tuple[tuple[str, str], ...]:
     return (
         ("step", str(line.step)),
         ("loss", f"{line.loss:.4f}"),
-        ("grad_norm", wording.DASH if line.grad_norm is None else f"{line.grad_norm:.3f}"),
-        ("step time", wording.seconds(line.step_seconds)),
-        ("tok/s", wording.scaled(line.tokens_per_s, "")),
-        ("MFU", wording.percent(line.mfu)),
-        ("mem", wording.scaled(line.memory_bytes, "B")),
-        ("predicted", wording.seconds(line.predicted_seconds)),
-        ("exposed comm", wording.percent(line.exposed_communication)),
-        ("cost", wording.dollars(line.cost_usd)),
-        ("ETA", wording.duration(line.eta_seconds)),
+        ("grad_norm", DASH if line.grad_norm is None else f"{line.grad_norm:.3f}"),
+        ("step time", format_seconds(line.step_seconds)),
+        ("tok/s", format_scaled(line.tokens_per_s, "")),
+        ("MFU", format_percent(line.mfu)),
+        ("mem", format_scaled(line.memory_bytes, "B")),
+        ("predicted", format_seconds(line.predicted_seconds)),
+        ("exposed comm", format_percent(line.exposed_communication)),
+        ("cost", format_dollars(line.cost_usd)),
+        ("ETA", format_duration(line.eta_seconds)),
     )
 
 
@@ -99,7 +99,7 @@ class TrainingView:
         head.add_column(no_wrap=True)
         head.add_column(ratio=1)
         head.add_column(no_wrap=True, justify="right")
-        eta = wording.duration(last.eta_seconds) if last else wording.DASH
+        eta = format_duration(last.eta_seconds) if last else DASH
         head.add_row(f"step {done}/{self._num_steps}", ProgressBar(self._num_steps, done), f"ETA {eta}")
         curve = Text.assemble(("loss ", "dim"), (self._curve.drawn(), "cyan"), f"  {self._curve.span()}")
         parts: list[RenderableType] = [head, curve, self._table(options.max_width)]

@@ -3,10 +3,10 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from comms import wording
 from comms.collectives.schedule import bus_factor
 from comms.selection.pricing import busbw
 from comms.selection.size_sweep import SizeSweep
+from comms.units import format_scaled
 from orchestrator.config.hardware.link_calibration import Calibration
 from orchestrator.views.network.comms_report import size_in_words
 from orchestrator.views.png_figures import COLOURS, FAINT, INK, blank_figure, png_bytes
@@ -93,7 +93,7 @@ def _sheet(title: str, rates: str) -> "tuple[Figure, Axes]":
     axes.set_yscale("log")
     axes.xaxis.set_major_locator(LogLocator(base=2, numticks=12))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: size_in_words(round(value))))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: wording.scaled(value, "B/s")))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: format_scaled(value, "B/s")))
     axes.tick_params(axis="x", labelrotation=35)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color=FAINT, linewidth=0.6)

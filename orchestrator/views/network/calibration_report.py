@@ -7,9 +7,9 @@ decides, and below, where latency does.
 from collections.abc import Sequence
 from math import isnan
 
-from comms import wording
 from comms.calibration.calibration import LARGE_NBYTES, Residual
 from comms.collectives.schedule import bus_factor
+from comms.units import DASH, format_percent, format_scaled, format_seconds
 from orchestrator.config.hardware.link_calibration import Calibration, MeanErrors, errors
 from orchestrator.views.console import Table, pairs
 from orchestrator.views.network.calibration_paste import paste, time_in_words
@@ -105,7 +105,7 @@ def _constant_rows(calibration: Calibration) -> list[tuple[str, str]]:
             rows.append(("rate of a chip, eager", _with_share(eager, calibration)))
     line, rate = calibration.line, calibration.line_rate
     if line is not None and rate is not None:
-        told = f"{wording.scaled(rate.bytes_per_s, 'B/s')} ({rate.words} in {line.cluster.name})"
+        told = f"{format_scaled(rate.bytes_per_s, 'B/s')} ({rate.words} in {line.cluster.name})"
         rows.append(("line rate", told))
     elif calibration.fabric is not None:
         rows.append(
@@ -115,8 +115,8 @@ def _constant_rows(calibration: Calibration) -> list[tuple[str, str]]:
 
 
 def _with_share(rate: float, calibration: Calibration) -> str:
-    told, line = wording.scaled(rate, "B/s"), calibration.line_rate
-    return told if line is None else f"{told} ({wording.percent(rate / line.bytes_per_s)} of the line rate)"
+    told, line = format_scaled(rate, "B/s"), calibration.line_rate
+    return told if line is None else f"{told} ({format_percent(rate / line.bytes_per_s)} of the line rate)"
 
 
 def _error_table(calibration: Calibration) -> Table:
@@ -131,9 +131,7 @@ def _error_table(calibration: Calibration) -> Table:
 
 def _error_words(residuals: Sequence[Sequence[Residual]]) -> tuple[str, str]:
     found = errors(residuals)
-    large, small = (
-        wording.DASH if isnan(error) else wording.percent(error) for error in (found.large, found.small)
-    )
+    large, small = (DASH if isnan(error) else format_percent(error) for error in (found.large, found.small))
     return large, small
 
 
@@ -144,11 +142,11 @@ def _residual_table(calibration: Calibration, number: int) -> Table:
     rows = tuple(
         (
             size_in_words(each.nbytes),
-            wording.seconds(each.measured_s),
-            wording.seconds(each.predicted_s),
-            wording.scaled(each.nbytes / each.measured_s * factor, "B/s"),
+            format_seconds(each.measured_s),
+            format_seconds(each.predicted_s),
+            format_scaled(each.nbytes / each.measured_s * factor, "B/s"),
             f"{100 * each.error:+.1f} %",
-            wording.DASH if held is None else f"{100 * held[at].error:+.1f} %",
+            DASH if held is None else f"{100 * held[at].error:+.1f} %",
         )
         for at, each in enumerate(calibration.residuals[number])
     )

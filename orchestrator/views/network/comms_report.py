@@ -6,12 +6,12 @@ Sizes that are whole powers of two are written so (64 MiB), as people ask for th
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from comms import wording
 from comms.collectives.schedule import Op
 from comms.selection.pricing import TierShare
 from comms.selection.question import Answer, Question
 from comms.selection.site import WireLoad
 from comms.selection.size_sweep import SizeSweep
+from comms.units import DASH, format_percent, format_scaled, format_seconds
 from orchestrator.views.console import Table, pairs
 from orchestrator.views.network.node_names import node_names
 
@@ -28,8 +28,8 @@ def size_in_words(nbytes: float) -> str:
     for power in range(len(_BINARY) - 1, -1, -1):
         whole, rest = divmod(nbytes, 1024**power)
         if not rest and (whole >= 1 or not power):
-            return f"{whole:.0f} {_BINARY[power]}" if whole < 10_000 else wording.scaled(nbytes, "B")
-    return wording.scaled(nbytes, "B")
+            return f"{whole:.0f} {_BINARY[power]}" if whole < 10_000 else format_scaled(nbytes, "B")
+    return format_scaled(nbytes, "B")
 
 
 def document(answer: Answer, cluster: str) -> dict[str, object]:
@@ -126,21 +126,21 @@ def tables(answer: Answer, cluster: str) -> tuple[Table, ...]:
     """One answer to read."""
     question = answer.question
     chips = f"{question.num_chips} chip{'s' if question.num_chips > 1 else ''}"
-    setup = f" (of which {wording.seconds(answer.setup_s)} setup and pipeline fill)" if answer.setup_s else ""
+    setup = f" (of which {format_seconds(answer.setup_s)} setup and pipeline fill)" if answer.setup_s else ""
     rows = [
-        ("time", f"{wording.seconds(answer.seconds)}{setup}"),
+        ("time", f"{format_seconds(answer.seconds)}{setup}"),
         ("algorithm", _algorithm(answer.algorithm, answer.protocol)),
         ("why", answer.reason),
     ]
     if answer.busbw_bytes_per_s:
-        rows.append(("algorithm bandwidth", wording.scaled(answer.algbw_bytes_per_s, "B/s")))
-        rows.append(("bus bandwidth", wording.scaled(answer.busbw_bytes_per_s, "B/s")))
+        rows.append(("algorithm bandwidth", format_scaled(answer.algbw_bytes_per_s, "B/s")))
+        rows.append(("bus bandwidth", format_scaled(answer.busbw_bytes_per_s, "B/s")))
     if limit := limit_in_words(answer):
         rows.append(("limited by", limit + _why_no_tier(answer)))
     if (cut := answer.bisection) is not None:
-        rows.append(("bisection of the chips", f"{wording.scaled(cut.bytes_per_s, 'B/s')}, {cut.proof}"))
+        rows.append(("bisection of the chips", f"{format_scaled(cut.bytes_per_s, 'B/s')}, {cut.proof}"))
     rows += [("note", note) for note in answer.notes]
-    made = f"{answer.fidelity}, made in {wording.seconds(answer.elapsed_s)}"
+    made = f"{answer.fidelity}, made in {format_seconds(answer.elapsed_s)}"
     rows.append(("fidelity", made if not answer.full else f"{made}, {_messages(answer)}"))
     rows.append(("left out", "; ".join(answer.left_out)))
     head = pairs(f"{_what(question)} over {chips} of {cluster}", rows)
@@ -172,15 +172,15 @@ def limit_in_words(answer: Answer) -> str:
     wire = answer.busiest_wire
     if wire is not None:
         ends = " -> ".join(_ends(answer, wire))
-        return f"{ends} ({wire.tier}), busy {wording.percent(wire.busy)} of the time"
+        return f"{ends} ({wire.tier}), busy {format_percent(wire.busy)} of the time"
     tier = answer.limiting_tier
     if tier is None:
         return ""
-    share = wording.percent(tier.saved_s / answer.seconds)
+    share = format_percent(tier.saved_s / answer.seconds)
     if tier.saved_s < NO_LIMIT * answer.seconds:
         return f"no single tier (the best saves {share})"
     name = level_names(answer.tiers)[answer.tiers.index(tier)]
-    return f"{name}: without it {wording.seconds(tier.saved_s)} less ({share})"
+    return f"{name}: without it {format_seconds(tier.saved_s)} less ({share})"
 
 
 def _why_no_tier(answer: Answer) -> str:
@@ -200,10 +200,10 @@ def _level_table(answer: Answer) -> Table:
         (
             name,
             str(share.fanout),
-            wording.seconds(share.latency_s),
-            wording.scaled(share.bytes_per_s, "B/s"),
-            wording.seconds(share.saved_s),
-            wording.percent(share.saved_s / answer.seconds if answer.seconds else 0.0),
+            format_seconds(share.latency_s),
+            format_scaled(share.bytes_per_s, "B/s"),
+            format_seconds(share.saved_s),
+            format_percent(share.saved_s / answer.seconds if answer.seconds else 0.0),
         )
         for name, share in zip(level_names(answer.tiers), answer.tiers, strict=True)
     )
@@ -224,11 +224,11 @@ def _wire_table(answer: Answer) -> Table:
     rows = tuple(
         (
             load.tier,
-            wording.scaled(load.nbytes, "B"),
+            format_scaled(load.nbytes, "B"),
             " -> ".join(_ends(answer, load.busiest)),
-            wording.scaled(load.busiest.nbytes, "B"),
-            wording.scaled(load.busiest.bytes_per_s, "B/s"),
-            wording.percent(load.busiest.busy),
+            format_scaled(load.busiest.nbytes, "B"),
+            format_scaled(load.busiest.bytes_per_s, "B/s"),
+            format_percent(load.busiest.busy),
         )
         for load in answer.loads
     )
@@ -240,8 +240,8 @@ def _candidate_table(answer: Answer) -> Table:
     rows = tuple(
         (
             each.algorithm,
-            wording.seconds(each.seconds),
-            f"{each.seconds / answer.seconds:.2f}" if answer.seconds else wording.DASH,
+            format_seconds(each.seconds),
+            f"{each.seconds / answer.seconds:.2f}" if answer.seconds else DASH,
             str(each.fidelity),
         )
         for each in shown
@@ -257,10 +257,10 @@ def sweep_tables(sweep: SizeSweep, cluster: str) -> tuple[Table, ...]:
     rows = tuple(
         (
             size_in_words(each.question.nbytes),
-            wording.seconds(each.seconds),
+            format_seconds(each.seconds),
             _algorithm(each.algorithm, each.protocol),
-            wording.scaled(each.algbw_bytes_per_s, "B/s"),
-            wording.scaled(each.busbw_bytes_per_s, "B/s"),
+            format_scaled(each.algbw_bytes_per_s, "B/s"),
+            format_scaled(each.busbw_bytes_per_s, "B/s"),
             limit_in_words(each),
             str(each.fidelity),
         )
@@ -277,7 +277,7 @@ def sweep_tables(sweep: SizeSweep, cluster: str) -> tuple[Table, ...]:
         for each in sweep.ranges
     )
     notes = [*sweep.notes, *([NO_TIER] if any(map(_why_no_tier, sweep.answers)) else [])]
-    facts = [*(("note", note) for note in notes), ("made in", wording.seconds(sweep.elapsed_s))]
+    facts = [*(("note", note) for note in notes), ("made in", format_seconds(sweep.elapsed_s))]
     return (
         Table(title, rows, heads),
         Table("where the choice changes", ranges, ("from", "to", "algorithm")),

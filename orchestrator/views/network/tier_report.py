@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from comms import wording
 from comms.networks.tier_table import Row
+from comms.units import DASH, format_scaled, format_seconds
 from orchestrator.views.console import Table
 
 
@@ -19,11 +19,11 @@ def tables(rows: Sequence[Row], cluster: str) -> tuple[Table, ...]:
         (
             str(number),
             row.between,
-            wording.seconds(row.latency_s),
+            format_seconds(row.latency_s),
             _ratio(row.ratio),
-            wording.scaled(row.bytes_per_s, "B/s"),
-            wording.scaled(row.loaded_bytes_per_s, "B/s"),
-            wording.DASH if row.hops is None else str(row.hops),
+            format_scaled(row.bytes_per_s, "B/s"),
+            format_scaled(row.loaded_bytes_per_s, "B/s"),
+            DASH if row.hops is None else str(row.hops),
         )
         for number, row in enumerate(rows, 1)
     )
@@ -40,7 +40,7 @@ def tables(rows: Sequence[Row], cluster: str) -> tuple[Table, ...]:
 
 def _ratio(ratio: float | None) -> str:
     if ratio is None:
-        return wording.DASH
+        return DASH
     return f"{ratio:,.0f} x" if ratio >= 100 else f"{ratio:.3g} x"
 
 

@@ -9,9 +9,9 @@ from collections import defaultdict
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from comms import wording
 from comms.selection.question import Answer
 from comms.selection.site import busy_by_wire
+from comms.units import format_percent, format_scaled
 from orchestrator.views.network.topology_excerpt import excerpt
 from orchestrator.views.network.topology_layout import Line, Node, NodeKind, Picture, layout, spread
 from orchestrator.views.png_figures import FAINT, INK, blank_figure, png_bytes
@@ -61,7 +61,7 @@ def picture_png(picture: Picture, title: str, measure: str) -> bytes:
     width, height = max(xs) - min(xs), max(ys) - min(ys)
     values = {line.value for line in picture.lines if line.value}
     if measure == "rate" and len(values) == 1:
-        title = f"{title}: {wording.scaled(max(values), 'B/s')} each way"
+        title = f"{title}: {format_scaled(max(values), 'B/s')} each way"
     inches = min(_WIDEST, max(4.0 + _INCHES * width, _TITLE_INCHES * len(title)))
     picture = apart(picture, (inches - _BESIDE_INCHES) / max(width, 1.0))
     xs = [node.x for node in picture.nodes]
@@ -127,10 +127,10 @@ def _draw_lines(figure: "Figure", axes: "Axes", picture: Picture, measure: str) 
         bar = figure.colorbar(ScalarMappable(norm, colours), ax=axes, shrink=0.7, pad=0.01)
         if measure == "busy":
             bar.set_label("busy (the busier direction)")
-            bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: wording.percent(value)))
+            bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: format_percent(value)))
         else:
             bar.set_label("rate, one direction")
-            bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: wording.scaled(value, "B/s")))
+            bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: format_scaled(value, "B/s")))
             ticks = sorted(set(values))
             if len(ticks) <= _MOST_TICKS:
                 bar.set_ticks(ticks)

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from comms import wording
 from comms.errors import PlanError, RunError, combined
+from comms.units import format_dollars, format_duration, format_percent, format_scaled, format_seconds
 from orchestrator.views.console import Console, Table, pairs
 from orchestrator.views.training_view import CURVE_WIDTH, LossCurve, StepLine, fields, plain_line
 
@@ -249,23 +249,23 @@ def test_the_curve_stays_bounded_and_falls_with_the_loss() -> None:
 @pytest.mark.parametrize(
     ("told", "expected"),
     [
-        (wording.seconds(0.0382), "38.2 ms"),
-        (wording.seconds(1.3e-6), "1.30 us"),
-        (wording.seconds(0.99999), "1.00 s"),
-        (wording.seconds(0), "0 s"),
-        (wording.seconds(185), "3 min 05 s"),
-        (wording.seconds(None), "-"),
-        (wording.duration(7620), "2 h 07 min"),
-        (wording.duration(12 * 86400 + 4 * 3600), "12 d 04 h"),
-        (wording.duration(math.inf), "-"),
-        (wording.scaled(3.2e9, "B"), "3.20 GB"),
-        (wording.scaled(999_900, ""), "1.00 M"),
-        (wording.scaled(812, "tok/s"), "812 tok/s"),
-        (wording.scaled(0, "B"), "0.00 B"),
-        (wording.percent(0.4127), "41.3 %"),
-        (wording.dollars(1234.5), "1,234.50 USD"),
-        (wording.dollars(0.00421), "0.00421 USD"),
-        (wording.dollars(0.0000042), "4.2e-06 USD"),
+        (format_seconds(0.0382), "38.2 ms"),
+        (format_seconds(1.3e-6), "1.30 us"),
+        (format_seconds(0.99999), "1.00 s"),
+        (format_seconds(0), "0 s"),
+        (format_seconds(185), "3 min 05 s"),
+        (format_seconds(None), "-"),
+        (format_duration(7620), "2 h 07 min"),
+        (format_duration(12 * 86400 + 4 * 3600), "12 d 04 h"),
+        (format_duration(math.inf), "-"),
+        (format_scaled(3.2e9, "B"), "3.20 GB"),
+        (format_scaled(999_900, ""), "1.00 M"),
+        (format_scaled(812, "tok/s"), "812 tok/s"),
+        (format_scaled(0, "B"), "0.00 B"),
+        (format_percent(0.4127), "41.3 %"),
+        (format_dollars(1234.5), "1,234.50 USD"),
+        (format_dollars(0.00421), "0.00421 USD"),
+        (format_dollars(0.0000042), "4.2e-06 USD"),
     ],
 )
 def test_numbers_are_worded_with_a_unit(told: str, expected: str) -> None:
