@@ -20,7 +20,7 @@ from comms.algorithms.catalog import Algorithm, Joined, Needs, spans
 from comms.algorithms.rounds import Ranks, inner_sizes, moved, reversed_rounds, round_of, schedule_of
 from comms.collectives.outline import Hop, Outline, OutlineStage
 from comms.collectives.schedule import Channel, Op, Pattern, Round, Schedule
-from comms.networks.levels import Level, Levels, num_members
+from comms.networks.groups import Level, Levels, num_members
 from comms.networks.topology import IntArray
 
 BINOMIAL, SCATTER_GATHER = "binomial tree", "scatter and all-gather"

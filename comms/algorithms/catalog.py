@@ -17,7 +17,7 @@ from pkgutil import walk_packages
 from comms.algorithms.rounds import Ranks
 from comms.collectives.outline import Outline
 from comms.collectives.schedule import Op, Schedule
-from comms.networks.levels import Level, Levels
+from comms.networks.groups import Level, Levels
 
 ANY_NUMBER = 64  # of levels
 MOST_PEERS = 64

@@ -18,7 +18,7 @@ from comms.algorithms.rounds import Ranks, inner_sizes, moved, schedule_of
 from comms.collectives.outline import Hop, Outline, OutlineStage
 from comms.collectives.schedule import Op, Pattern, Round, Schedule
 from comms.errors import CommsError
-from comms.networks.levels import Levels, num_members
+from comms.networks.groups import Levels, num_members
 from comms.networks.topology import FloatArray, IntArray
 
 DIRECT, TWO_SHOT, PAIRWISE = "direct", "two-shot", "pairwise"

@@ -53,7 +53,7 @@ from comms.collectives.outline import Hop, Outline, OutlineStage
 from comms.collectives.outline_time import fewest_pieces
 from comms.collectives.schedule import Channel, Op, Pattern, Round, Schedule
 from comms.errors import CommsError
-from comms.networks.levels import Level, Levels, num_members
+from comms.networks.groups import Level, Levels, num_members
 from comms.networks.topology import IntArray
 
 DOUBLE = "double tree"

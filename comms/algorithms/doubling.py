@@ -23,7 +23,7 @@ from comms.algorithms.catalog import Algorithm, Joined, Needs, spans
 from comms.algorithms.rounds import Ranks, inner_sizes, moved, reversed_rounds, round_of, schedule_of
 from comms.collectives.outline import Hop, Outline, OutlineStage
 from comms.collectives.schedule import Op, Pattern, Round, Schedule
-from comms.networks.levels import Level, Levels, num_members
+from comms.networks.groups import Level, Levels, num_members
 from comms.networks.topology import IntArray
 
 HALVING, WHOLE, BRUCK, BARRIER = "halving-doubling", "recursive doubling", "bruck", "dissemination"

@@ -24,7 +24,7 @@ from comms.collectives.outline import Hop, Outline, OutlineStage
 from comms.collectives.outline_time import pieces_to_fill
 from comms.collectives.schedule import Channel, Op, Pattern, PieceOrder, Round, Schedule
 from comms.errors import CommsError
-from comms.networks.levels import Levels, num_members
+from comms.networks.groups import Levels, num_members
 from comms.networks.topology import IntArray
 
 NAME = "in-network"

@@ -1,7 +1,7 @@
 """Rounds: what the algorithms of this package build their schedules from.
 
 Ranks have digits: with fanouts f1, f2, ... (innermost first) rank r has r % f1, r // f1 % f2, ..., as the members
-of a group have in `networks.levels`. Algorithms that go digit by digit do the same on all ranks, wherever the tiers
+of a group have in `networks.groups`. Algorithms that go digit by digit do the same on all ranks, wherever the tiers
 of a network part them.
 """
 
@@ -14,7 +14,7 @@ import numpy as np
 
 from comms.collectives.schedule import Channel, Op, Pattern, PieceOrder, Round, Schedule
 from comms.errors import CommsError
-from comms.networks.levels import Levels
+from comms.networks.groups import Levels
 from comms.networks.topology import FloatArray, IntArray
 
 T = TypeVar("T")

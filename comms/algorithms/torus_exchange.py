@@ -26,7 +26,7 @@ from comms.algorithms.torus_rings import has_own_wires
 from comms.collectives.outline import Hop, Outline, OutlineStage
 from comms.collectives.schedule import Channel, Op, Pattern, Round, Schedule
 from comms.errors import TooManyMessages
-from comms.networks.levels import Level, Levels
+from comms.networks.groups import Level, Levels
 from comms.networks.topology import IntArray
 
 SHIFT, ROTATED_SHIFT = "torus shift", "rotated torus shift"

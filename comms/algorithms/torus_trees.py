@@ -43,7 +43,7 @@ from comms.algorithms.torus_rings import BOTH_WAYS, gone_round, has_own_wires
 from comms.collectives.outline import Hop, Outline, OutlineStage
 from comms.collectives.outline_time import closed_seconds, pieces_to_fill
 from comms.collectives.schedule import Channel, Op, Pattern, Round, Schedule
-from comms.networks.levels import Level, Levels, num_members
+from comms.networks.groups import Level, Levels, num_members
 from comms.networks.topology import IntArray
 
 TORUS_TREE, MESH_TREE = "torus tree", "mesh tree"

@@ -16,8 +16,7 @@ from enum import StrEnum
 from math import inf, isfinite
 
 from comms.errors import CommsError
-from comms.networks.groups import Lattice, Members, group_size, sharing
-from comms.networks.levels import Level, Levels
+from comms.networks.groups import Lattice, Level, Levels, Members, group_size, sharing
 from comms.networks.links import Link
 
 

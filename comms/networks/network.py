@@ -19,9 +19,8 @@ from itertools import pairwise
 
 from comms.errors import CommsError
 from comms.networks.fabrics.switch_tree import Tree
-from comms.networks.groups import Lattice, Members, group_size, sharing
+from comms.networks.groups import Lattice, Level, Levels, Members, group_size, num_members, sharing
 from comms.networks.layers import Switch
-from comms.networks.levels import Level, Levels, num_members
 from comms.networks.links import PLAIN, Link, Protocol
 from comms.networks.shapes import Shape
 from comms.networks.tiered import Fabric, TieredTopology

@@ -14,8 +14,7 @@ import numpy as np
 
 from comms.networks.fabrics.switch_tree import Tree
 from comms.networks.fabrics.torus_mesh import FullMesh, Torus
-from comms.networks.groups import Lattice, Members, group_size, sharing
-from comms.networks.levels import Level, Levels
+from comms.networks.groups import Lattice, Level, Levels, Members, group_size, sharing
 from comms.networks.links import Link
 from comms.networks.tiered import TieredTopology
 from comms.networks.topology import IntArray, Routes, Topology, Wires, route_latencies

@@ -16,8 +16,7 @@ from comms.collectives.outline import Outline
 from comms.collectives.outline_time import closed_seconds, folded_seconds
 from comms.collectives.schedule import Op, Schedule
 from comms.errors import CommsError
-from comms.networks.groups import Lattice, Members, group_size
-from comms.networks.levels import Level, Levels
+from comms.networks.groups import Lattice, Level, Levels, Members, group_size
 from comms.networks.links import PLAIN, Protocol
 from comms.networks.network import Network, Tier
 

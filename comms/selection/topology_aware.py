@@ -16,7 +16,7 @@ from comms.algorithms.catalog import algorithms
 from comms.algorithms.rounds import Ranks
 from comms.collectives.schedule import Op, Schedule
 from comms.errors import CommsError
-from comms.networks.levels import Level
+from comms.networks.groups import Level
 from comms.networks.ring_orders import SEARCHED_CHIPS, Subgroups, hierarchy, ring_orders
 from comms.networks.topology import IntArray, Topology
 

@@ -191,14 +191,11 @@ def _facts(training: Training, baselines: Mapping[str, float]) -> Table:
     prepared, data = training.prepared, training.data
     program, cluster = prepared.program, prepared.cluster
     chip = "simulated " if cluster.device is Device.SIMULATED else ""
+    sizes = [format_scaled(len(part), "B") for part in (data.train, data.validation)]
     rows = [
         ("model", f"{prepared.job.model}, {format_scaled(float(program.facts['params']), '')} parameters"),
         ("plan", f"{prepared.plan} on {cluster.num_chips} {chip}{cluster.chip(0).name}"),
-        (
-            "data",
-            f"{data.name}: {format_scaled(len(data.train), 'B')} to train on, "
-            f"{format_scaled(len(data.validation), 'B')} held out",
-        ),
+        ("data", f"{data.name}: {sizes[0]} to train on, {sizes[1]} held out"),
         (
             "predicted step on these chips",
             f"{format_seconds(training.predicted.step_time_s)} (fidelity folded)",

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from comms.units import DASH, format_scaled, format_seconds
+from comms.units import DASH, format_percent, format_scaled, format_seconds
 from orchestrator.config.hardware.cluster import Cluster, Device
 from orchestrator.runners.timing.step_costs import NS_PER_S
 from orchestrator.runs import metrics

@@ -27,7 +27,7 @@ from comms.collectives.outline import Hop, Outline, OutlineStage
 from comms.collectives.outline_time import closed_seconds
 from comms.collectives.schedule import Channel, Op, Pattern, PieceOrder, Round, Schedule
 from comms.errors import CommsError
-from comms.networks.levels import Level, Levels
+from comms.networks.groups import Level, Levels
 from comms.networks.topology import IntArray
 
 

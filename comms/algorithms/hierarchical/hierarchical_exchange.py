@@ -21,7 +21,7 @@ from comms.algorithms.hierarchical.hierarchical import Crossing, fastest_cut, mo
 from comms.algorithms.rounds import Ranks, inner_sizes, moved
 from comms.collectives.outline import Hop, Outline, OutlineStage
 from comms.collectives.schedule import Channel, Op, Pattern, PieceOrder, Round, Schedule
-from comms.networks.levels import Level, Levels
+from comms.networks.groups import Level, Levels
 
 NAME = name_of((Crossing.DIRECT,))
 

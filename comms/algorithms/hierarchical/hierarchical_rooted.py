@@ -56,7 +56,7 @@ from comms.algorithms.hierarchical.hierarchical import (
 from comms.algorithms.rounds import Ranks, inner_sizes, moved, reversed_rounds
 from comms.collectives.outline import Hop, Outline, OutlineStage
 from comms.collectives.schedule import Op, Round, Schedule
-from comms.networks.levels import Level, Levels
+from comms.networks.groups import Level, Levels
 from comms.networks.topology import IntArray
 
 LINEAR = "hierarchical linear"

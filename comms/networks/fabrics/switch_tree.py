@@ -23,9 +23,8 @@ from math import inf, isfinite
 import numpy as np
 
 from comms.errors import CommsError
-from comms.networks.groups import Lattice, Members, group_size
+from comms.networks.groups import Lattice, Level, Levels, Members, group_size
 from comms.networks.layers import SWITCH, Layer, Spread, Switch, Trunk, alone, folded, loaded
-from comms.networks.levels import Level, Levels
 from comms.networks.links import Link
 from comms.networks.paths import mixed
 from comms.networks.topology import IntArray, Routes, Wires, routes_of

@@ -18,7 +18,7 @@ from math import prod
 import numpy as np
 
 from comms.errors import CommsError
-from comms.networks.levels import Level, Levels
+from comms.networks.groups import Level, Levels
 from comms.networks.links import Link
 from comms.networks.paths import node_pairs
 from comms.networks.topology import IntArray, Routes, Wires, ranges, routes_of

@@ -14,7 +14,7 @@ from comms.collectives.outline_time import closed_seconds
 from comms.collectives.proof import prove
 from comms.collectives.schedule import Op, PieceOrder
 from comms.errors import CommsError
-from comms.networks.levels import Level
+from comms.networks.groups import Level
 
 PATIENT = settings(max_examples=40)
 FAMILIES = (ring, doubling, direct)

@@ -27,7 +27,7 @@ from comms.collectives.outline_time import closed_seconds, folded_seconds
 from comms.collectives.proof import prove
 from comms.collectives.schedule import Op, PieceOrder
 from comms.errors import CommsError
-from comms.networks.levels import Level
+from comms.networks.groups import Level
 
 PATIENT = settings(max_examples=30)
 FAMILIES = (

@@ -6,7 +6,7 @@ import pytest
 
 from comms.algorithms.catalog import Joined, Needs, algorithms, considered, names
 from comms.collectives.schedule import Op
-from comms.networks.levels import Level
+from comms.networks.groups import Level
 
 SWITCH = Level("switch", 4, 1e-6, 1e9)
 RING = Level("wire", 4, 1e-6, 1e9, 2e9, ring=True)

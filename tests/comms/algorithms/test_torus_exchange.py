@@ -16,7 +16,7 @@ from comms.collectives.proof import prove
 from comms.collectives.schedule import Op
 from comms.errors import CommsError
 from comms.networks.fabrics.torus_mesh import Torus
-from comms.networks.levels import Level
+from comms.networks.groups import Level
 from comms.networks.links import Link
 from comms.simulation.compiled import CollectiveJob
 from comms.simulation.full import simulate

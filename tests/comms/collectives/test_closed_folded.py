@@ -14,7 +14,7 @@ from comms.algorithms.rounds import Ranks
 from comms.collectives.outline import Hop, Outline, OutlineStage
 from comms.collectives.outline_time import closed_seconds, folded_seconds
 from comms.collectives.schedule import Channel, Op, Pattern, PieceOrder, Round, Schedule
-from comms.networks.levels import Level, num_members
+from comms.networks.groups import Level, num_members
 
 PATIENT = settings(max_examples=60)
 EXACT = 1e-9

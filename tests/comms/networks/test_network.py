@@ -12,9 +12,8 @@ from comms.errors import CommsError
 from comms.networks.fabrics.edge_list import Edge, EdgeList
 from comms.networks.fabrics.switch_tree import Tree
 from comms.networks.fabrics.torus_mesh import Torus
-from comms.networks.groups import Lattice, mesh_group
+from comms.networks.groups import Lattice, mesh_group, num_members
 from comms.networks.layers import Switch, Trunk
-from comms.networks.levels import num_members
 from comms.networks.links import PLAIN, Link
 from comms.networks.network import UNBOUNDED, Network, Tier, TierKind, layered, switched
 from comms.networks.shapes import shape_of

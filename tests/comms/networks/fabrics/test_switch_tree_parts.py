@@ -10,9 +10,8 @@ from comms.algorithms.catalog import names
 from comms.collectives.schedule import Op
 from comms.errors import CommsError
 from comms.networks.fabrics.switch_tree import Tree
-from comms.networks.groups import Lattice, mesh_group
+from comms.networks.groups import Lattice, mesh_group, num_members
 from comms.networks.layers import Switch, Trunk
-from comms.networks.levels import num_members
 from comms.networks.links import Link
 from comms.networks.network import UNBOUNDED, Network, TierKind, layered, switched
 from comms.selection.choice import choose
