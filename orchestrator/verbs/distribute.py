@@ -22,8 +22,7 @@ from orchestrator.config.hardware.cluster import Cluster
 from orchestrator.config.hardware.cluster_file import cluster_path, load_cluster
 from orchestrator.planning.plan_choice import Wish, fulfil
 from orchestrator.planning.preparation import Quiet, make_program
-from orchestrator.runners.executing.chip import Settings
-from orchestrator.runners.executing.chip_state import whole_parameters
+from orchestrator.runners.executing.chip import Settings, whole_parameters
 from orchestrator.runners.executing.inline import InlineRunner
 from orchestrator.runners.runner import StepRequest, num_workers
 from orchestrator.runs.data import split_batch

@@ -20,8 +20,7 @@ from orchestrator.planning.preparation import Prepared, build_model, prepare
 from orchestrator.runners.failure import Interrupted, RunState, StopAtOnce, in_run
 from orchestrator.runners.timing.prediction import simulate
 from orchestrator.runs import metrics, run_dir
-from orchestrator.runs.baselines import baseline_losses
-from orchestrator.runs.data import NUM_BYTES, load_data
+from orchestrator.runs.data import NUM_BYTES, baseline_losses, load_data
 from orchestrator.runs.run_dir import RunDir
 from orchestrator.verbs.inputs.options import RunnerKind, SimulateOptions, TrainOptions
 from orchestrator.verbs.inputs.planned_inputs import Inputs, from_config, read_plan, resolve

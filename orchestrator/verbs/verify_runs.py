@@ -14,12 +14,11 @@ from kernels.reference import interpret_segment
 from orchestrator.config.job import Dtype, Job
 from orchestrator.models.model_builder import BuiltModel
 from orchestrator.planning.preparation import Prepared, optimizer_factory, prepare
-from orchestrator.runners.executing.chip import ExecutingChip, op_codes
-from orchestrator.runners.executing.chip_state import whole_tensors
+from orchestrator.runners.executing.chip import ExecutingChip, op_codes, whole_tensors
 from orchestrator.runners.executing.inline import InlineRunner, chip_settings
 from orchestrator.runners.runner import StepRequest
 from orchestrator.runs.data import split_batch
-from orchestrator.runs.lr_schedule import learning_rate
+from orchestrator.verbs.training import learning_rate
 from partitioner.capture.exact_float64 import ExactFloat64
 from partitioner.capture.tracing import scalar_loss
 from partitioner.program.program import Compute, TensorKind

@@ -1,17 +1,217 @@
-"""Plots: loss.png and timeline.png, as PNG bytes (`views.png_figures`)."""
+"""Plots: loss.png and timeline.png, as PNG bytes, without a display and without global state.
 
+matplotlib is imported when a picture is drawn. No date and no version is stored: the same drawing gives the same
+bytes. Colours are those of Okabe and Ito (2008), which colour-blind readers can tell apart.
+
+A chip is a band of rows, only for lanes that are used; the optimizer shares the row of compute, which is
+taller than the others and carries the microbatch numbers. Spans narrower than a pixel are drawn as they are:
+what is dense looks dense.
+"""
+
+import io
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from orchestrator.runs.timeline import Timeline
-from orchestrator.views.gantt import Gantt, colours_of, draw_gantt
-from orchestrator.views.png_figures import COLOURS, FAINT, INK, blank_figure, png_bytes
+import numpy as np
+
+from comms.units import format_seconds
+from orchestrator.runs.timeline import LANES, NONE, Lane, Origin, Timeline
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+KIND_COLOURS: dict[str, str] = {
+    "forward": "#56B4E9",
+    "backward": "#0072B2",
+    "recompute": "#9AD0F5",
+    "weight_grad": "#004B7A",
+    "loss": "#3D6FB6",
+    "optimizer": "#CC79A7",
+    "host": "#8C6BB1",
+    "copy": "#BFA5D6",
+    "send": "#E69F00",
+    "recv": "#F5CE62",
+    "all_reduce": "#D55E00",
+    "all_gather": "#009E73",
+    "reduce_scatter": "#66C2A5",
+    "all_to_all": "#A6761D",
+    "broadcast": "#B2DF8A",
+}
+OTHER = ("#7F7F7F", "#BCBD22", "#17BECF", "#8C564B", "#E377C2", "#4D4D4D")  # for kinds that are not ours
+_GAP = 0.8  # between two chips, in rows
+_TALL = 1.9  # the compute row
+_SHARES_ROW = {LANES.index(Lane.OPTIMIZER): LANES.index(Lane.COMPUTE)}
+_WHOSE = {Origin.PREDICTED: ", on the chips described", Origin.MEASURED: ", simulated on this machine"}
+_UNITS = ((1e9, "s"), (1e6, "ms"), (1e3, "us"), (1.0, "ns"))
+_LABELLED = ("forward", "backward", "weight_grad")
+_GROUND, _EDGE = "#f2f2f2", "#12324d"
+_MIN_SHARE = 0.010  # of the axis: below that a microbatch number does not fit into its span
+
+
+@dataclass(frozen=True, slots=True)
+class Gantt:
+    """One panel: a timeline of one step that starts at 0, and where each (chip, lane) is drawn."""
+
+    timeline: Timeline
+    max_chips: int
+    rows: dict[tuple[int, int], tuple[float, float]] = field(init=False)  # (chip, row's lane) -> top, bottom
+
+    def __post_init__(self) -> None:
+        spans = self.timeline.span_rows
+        pairs = set(zip(spans["chip"].tolist(), spans["lane"].tolist(), strict=True))
+        used = sorted({(chip, _SHARES_ROW.get(lane, lane)) for chip, lane in pairs})
+        shown = set(sorted({chip for chip, _ in used})[: self.max_chips])
+        rows: dict[tuple[int, int], tuple[float, float]] = {}
+        at, previous = 0.0, None
+        for chip, lane in (pair for pair in used if pair[0] in shown):
+            top = at + (_GAP if previous not in (None, chip) else 0.0)
+            at, previous = top + (_TALL if lane == 0 else 1.0), chip
+            rows[chip, lane] = (top, at)
+        object.__setattr__(self, "rows", rows)
+
+    @property
+    def kinds(self) -> frozenset[str]:
+        """The kinds of work in the timeline."""
+        return frozenset(self.timeline.texts[code] for code in np.unique(self.timeline.span_rows["kind"]))
+
+    @property
+    def height(self) -> float:
+        """In rows."""
+        return max(bottom for _, bottom in self.rows.values())
+
+    @property
+    def chips(self) -> tuple[int, ...]:
+        """The chips that are drawn, top to bottom."""
+        return tuple(dict.fromkeys(chip for chip, _ in self.rows))
+
+    def row(self, chip: int, lane: int) -> tuple[float, float]:
+        """Top and bottom of the row that this lane is drawn in."""
+        return self.rows[chip, _SHARES_ROW.get(lane, lane)]
+
+
+def colours_of(kinds: AbstractSet[str]) -> dict[str, str]:
+    """A colour per kind: ours in the order of KIND_COLOURS, then the others by name."""
+    known = {kind: colour for kind, colour in KIND_COLOURS.items() if kind in kinds}
+    others = sorted(kinds - known.keys())
+    return known | {kind: OTHER[number % len(OTHER)] for number, kind in enumerate(others)}
+
+
+def draw_gantt(
+    axes: "Axes", gantt: Gantt, colours: Mapping[str, str], end_ns: int, *, by_shares: bool = False
+) -> None:
+    """Draw one panel, its time axis from 0 to `end_ns` in a unit that suits, or in percent of `end_ns`."""
+    scale, unit = next((pair for pair in _UNITS if end_ns >= pair[0]), _UNITS[-1])
+    if by_shares:
+        scale = end_ns / 100
+    _draw_spans(axes, gantt, colours, scale)
+    _draw_microbatches(axes, gantt, scale, end_ns)
+    _label_rows(axes, gantt)
+    axes.set_xlim(0, end_ns / scale)
+    axes.set_ylim(gantt.height + 0.15, -0.15)
+    axes.set_xlabel("share of the step (%)" if by_shares else f"time since the start of the step ({unit})")
+    axes.set_title(_title(gantt, by_shares), loc="left", fontsize=12, fontweight="bold")
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.tick_params(axis="y", length=0)
+
+
+def _title(gantt: Gantt, by_shares: bool) -> str:
+    timeline = gantt.timeline
+    total = len(np.unique(timeline.span_rows["chip"]))
+    chips = f"{len(gantt.chips)} of {total} chips" if total > len(gantt.chips) else f"{total} chips"
+    step = f"step {timeline.steps[0]}"
+    origin = f"{timeline.origin.capitalize()}{_WHOSE[timeline.origin] if by_shares else ''}"
+    return f"{origin}: {format_seconds(timeline.duration_ns / 1e9)}   ({step}, {chips})"
+
+
+def _draw_spans(axes: "Axes", gantt: Gantt, colours: Mapping[str, str], scale: float) -> None:
+    """One collection per kind: a hundred thousand rectangles cost no more than a few objects."""
+    from matplotlib.collections import PolyCollection
+
+    spans, texts = gantt.timeline.span_rows, gantt.timeline.texts
+    spans = spans[np.isin(spans["chip"], gantt.chips)]
+    rows = np.array([gantt.row(chip, lane) for chip, lane in zip(spans["chip"], spans["lane"], strict=True)])
+    left, right = spans["start_ns"] / scale, spans["end_ns"] / scale
+    top, bottom = rows[:, 0] + 0.08, rows[:, 1] - 0.08
+    corners = [(left, top), (right, top), (right, bottom), (left, bottom)]
+    boxes = np.stack([np.stack(corner, axis=-1) for corner in corners], axis=1)
+    for kind in sorted(gantt.kinds):
+        chosen = boxes[spans["kind"] == texts.index(kind)]
+        axes.add_collection(
+            PolyCollection(chosen, facecolors=colours[kind], edgecolors="white", linewidths=0.2)
+        )
+
+
+def _draw_microbatches(axes: "Axes", gantt: Gantt, scale: float, end_ns: int) -> None:
+    """The microbatch's number on each run of compute spans of one kind that is wide enough for it."""
+    from matplotlib.patheffects import withStroke
+
+    edge = [withStroke(linewidth=1.6, foreground=_EDGE)]
+    for first, last in _runs(gantt):
+        if last["end_ns"] - first["start_ns"] < _MIN_SHARE * end_ns:
+            continue
+        top, bottom = gantt.row(int(first["chip"]), int(first["lane"]))
+        at = ((first["start_ns"] + last["end_ns"]) / 2 / scale, (top + bottom) / 2 + 0.05)
+        axes.annotate(
+            str(first["microbatch"]), at, ha="center", va="center", fontsize=7.5, fontweight="bold",
+            color="white", path_effects=edge,
+        )  # fmt: skip
+
+
+def _runs(gantt: Gantt) -> Iterable[tuple[np.void, np.void]]:
+    """First and last span of every unbroken sequence of one kind for one microbatch in a compute lane."""
+    spans, texts = gantt.timeline.span_rows, gantt.timeline.texts
+    wanted = [texts.index(kind) for kind in _LABELLED if kind in texts]
+    compute = spans[(spans["lane"] == 0) & np.isin(spans["kind"], wanted) & (spans["microbatch"] != NONE)]
+    compute = compute[np.isin(compute["chip"], gantt.chips)]
+    if not len(compute):
+        return ()
+    compute = compute[np.lexsort((compute["start_ns"], compute["chip"]))]
+    columns = [compute[name] for name in ("chip", "kind", "microbatch")]
+    changed = np.any([column[1:] != column[:-1] for column in columns], axis=0)
+    first = np.concatenate([[0], np.flatnonzero(changed) + 1])
+    last = np.concatenate([first[1:] - 1, [len(compute) - 1]])
+    return zip(compute[first], compute[last], strict=True)
+
+
+def _label_rows(axes: "Axes", gantt: Gantt) -> None:
+    """Lane names as tick labels, the chip's name left of its band, a light ground behind every band."""
+    names = dict(gantt.timeline.chips)
+    middles = [(top + bottom) / 2 for top, bottom in gantt.rows.values()]
+    axes.set_yticks(middles, [str(LANES[lane]) for _, lane in gantt.rows], fontsize=6.5, color="#444444")
+    for chip in gantt.chips:
+        edges = [edge for (owner, _), row in gantt.rows.items() if owner == chip for edge in row]
+        axes.axhspan(min(edges), max(edges), facecolor=_GROUND, zorder=0)
+        axes.annotate(
+            names[chip], xy=(0, (min(edges) + max(edges)) / 2), xycoords=("axes fraction", "data"),
+            xytext=(-48, 0), textcoords="offset points", ha="right", va="center",
+            fontsize=9, fontweight="bold",
+        )  # fmt: skip
+
+
+INK, FAINT = "#222222", "#d9d9d9"
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6BB1", "#A6761D")
+
+
+def blank_figure(width: float, height: float) -> "Figure":
+    """A white sheet of so many inches."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=130, layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def png_bytes(figure: "Figure") -> bytes:
+    """The picture as a PNG file."""
+    target = io.BytesIO()
+    figure.savefig(target, format="png", metadata={"Software": None})
+    return target.getvalue()
+
 
 TRAIN, VALIDATION = COLOURS[:2]
 _SMOOTHING = 0.05  # share of the steps in the window of the running mean

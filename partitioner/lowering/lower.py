@@ -16,9 +16,9 @@ from comms.errors import PartitionError
 from partitioner.capture.captured_graph import SHORT, Graph
 from partitioner.capture.graph_units import capture_graph
 from partitioner.capture.tracing import LossFunction
-from partitioner.layout.fused_projections import unfuse
 from partitioner.layout.joint_trace import param_dims, tensor_parallel_mesh, trace_joint
 from partitioner.layout.parallel_plan import Plan, Task, balance
+from partitioner.layout.tp_styles import unfuse
 from partitioner.lowering.flat_buffers import (
     FlatGroup,
     Param,

@@ -10,9 +10,8 @@ import torch
 from comms.errors import ClusterError
 from orchestrator.config.hardware.cluster import Cluster, Device
 from orchestrator.planning.preparation import PhaseReporter, Prepared, optimizer_factory
-from orchestrator.runners.executing.chip import Settings
+from orchestrator.runners.executing.chip import Settings, restore_state, saved_state
 from orchestrator.runners.executing.chip_set import ChipSet
-from orchestrator.runners.executing.chip_state import restore_state, saved_state
 from orchestrator.runners.runner import ExecutedStep, States, StepRequest, num_workers
 from partitioner.program.program import Program
 

@@ -16,9 +16,8 @@ import ray
 import torch
 
 from kernels.optimizers import Factory, FlatOptimizer, OptimizerSpec, StepStatistics
-from orchestrator.runners.executing.chip import Settings
+from orchestrator.runners.executing.chip import Settings, restore_state, saved_state
 from orchestrator.runners.executing.chip_set import ChipSet
-from orchestrator.runners.executing.chip_state import restore_state, saved_state
 from orchestrator.runners.executing.mailbox import Mailbox, batch_key, marks_key, state_key, value_key
 from orchestrator.runners.executing.transport import Address, Transport
 from orchestrator.runners.failure import ActorStatus

@@ -9,7 +9,7 @@ from comms.selection.size_sweep import SizeSweep
 from comms.units import format_scaled
 from orchestrator.config.hardware.link_calibration import Calibration
 from orchestrator.views.network.comms_report import size_in_words
-from orchestrator.views.png_figures import COLOURS, FAINT, INK, blank_figure, png_bytes
+from orchestrator.views.plots import COLOURS, FAINT, INK, blank_figure, png_bytes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

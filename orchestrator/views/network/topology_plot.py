@@ -14,7 +14,7 @@ from comms.selection.site import busy_by_wire
 from comms.units import format_percent, format_scaled
 from orchestrator.views.network.topology_excerpt import excerpt
 from orchestrator.views.network.topology_layout import Line, Node, NodeKind, Picture, layout, spread
-from orchestrator.views.png_figures import FAINT, INK, blank_figure, png_bytes
+from orchestrator.views.plots import FAINT, INK, blank_figure, png_bytes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

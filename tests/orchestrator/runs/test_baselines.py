@@ -8,8 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.runs.baselines import PRIOR_STRENGTH, baseline_losses
-from orchestrator.runs.data import load_data
+from orchestrator.runs.data import PRIOR_STRENGTH, baseline_losses, load_data
 
 
 def as_bytes(text: bytes) -> np.ndarray:

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.config.job import LrSchedule, LrShape
-from orchestrator.runs.lr_schedule import learning_rate
+from orchestrator.verbs.training import learning_rate
 
 shapes = st.sampled_from(list(LrShape))
 

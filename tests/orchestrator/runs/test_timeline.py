@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from comms.errors import TimelineFormatError
 from orchestrator.runs.accuracy import Basis, Pair, compare, join
+from orchestrator.runs.run_dir import decode, encode
 from orchestrator.runs.timeline import (
     LANES,
     Counter,
@@ -22,7 +23,6 @@ from orchestrator.runs.timeline import (
     Timeline,
     merge,
 )
-from orchestrator.runs.timeline_codec import decode, encode
 
 INT = st.integers(0, 5)
 spans = st.builds(

@@ -222,7 +222,7 @@ def test_relative_distance(value: torch.Tensor, expected: torch.Tensor, error: f
 
 
 def test_gradients_are_whole_on_the_planned_side(tiny_job: Make, laptop: Any) -> None:
-    from orchestrator.runners.executing.chip_state import whole_tensors
+    from orchestrator.runners.executing.chip import whole_tensors
     from orchestrator.verbs.verify_runs import loaded_runner, module_values
 
     job = tiny_job("dtype=fp64")

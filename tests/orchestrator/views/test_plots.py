@@ -8,9 +8,16 @@ from itertools import pairwise
 import pytest
 
 from orchestrator.runs.timeline import Lane, Origin, Span, Timeline
-from orchestrator.views.gantt import COLOURS, Gantt, colours_of, draw_gantt
-from orchestrator.views.plots import LossCurves, loss_png, timeline_png
-from orchestrator.views.png_figures import blank_figure
+from orchestrator.views.plots import (
+    KIND_COLOURS,
+    Gantt,
+    LossCurves,
+    blank_figure,
+    colours_of,
+    draw_gantt,
+    loss_png,
+    timeline_png,
+)
 
 TRAIN = tuple((step, 2 + 3 * math.exp(-step / 20)) for step in range(1, 61))
 CURVES = LossCurves(
@@ -102,5 +109,5 @@ def test_rows_are_used_lanes_and_the_optimizer_shares_the_row_of_compute(
 def test_kinds_that_are_not_ours_get_colours_of_their_own() -> None:
     colours = colours_of({"forward", "scan", "sort"})
     assert list(colours) == ["forward", "scan", "sort"]
-    assert colours["forward"] == COLOURS["forward"]
+    assert colours["forward"] == KIND_COLOURS["forward"]
     assert len(set(colours.values())) == 3

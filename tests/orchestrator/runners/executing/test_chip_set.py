@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
+from orchestrator.runners.executing.chip import saved_state, whole_parameters
 from orchestrator.runners.executing.chip_set import ChipSet, Stuck
-from orchestrator.runners.executing.chip_state import saved_state, whole_parameters
 from orchestrator.runners.runner import StepRequest
 from partitioner.program.program import Body, Compute, Program, Role, Send, TensorKind
 

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 
+from orchestrator.runners.executing.chip import restore_state, saved_state, whole_parameters
 from orchestrator.runners.executing.chip_set import ChipSet
-from orchestrator.runners.executing.chip_state import restore_state, saved_state, whole_parameters
 from orchestrator.runners.runner import StepRequest
 
 Make = Callable[..., Any]
