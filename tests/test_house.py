@@ -352,6 +352,14 @@ def test_torch_is_pinned_exactly() -> None:
     assert "torch==2.13.0" in PROJECT["project"]["dependencies"]
 
 
+def test_every_dependency_has_a_lower_bound_and_the_lowest_versions_are_those() -> None:
+    extras = PROJECT["project"]["optional-dependencies"]
+    declared = [*PROJECT["project"]["dependencies"], *(each for extra in extras.values() for each in extra)]
+    others = [each for each in declared if not each.startswith("orchestrate-chips[")]
+    lowest = [re.sub(r"^([\w-]+)[=>]=([\d.]+)(,<[\d.]+)?$", r"\1==\2", each) for each in others]
+    assert (ROOT / ".ci" / "lowest.txt").read_text().splitlines() == lowest
+
+
 def shell_commands(path: Path) -> list[str]:
     """The commands of the `sh` blocks of a page, one a line, `&&` taken apart."""
     blocks = re.findall(r"```sh\n(.*?)```", path.read_text(), re.DOTALL)

@@ -1,7 +1,9 @@
 """YAML files with places: every key knows its file and line, and no key may stand twice.
 
 Guarantees: plain mappings, lists and scalars only (no tags that build objects); `3e-4` is a number, which
-YAML 1.1 alone would read as text. All duplicate keys of a file are reported at once.
+YAML 1.1 alone would read as text. All duplicate keys of a file are reported at once. How deep values nest and how
+much aliases repeat is held to budgets of our own, in one pass over the events: libyaml refuses deep values from
+0.2.6 on, before it their recursion ended the process, and no release of it looks at aliases.
 Not supported: values that contain themselves by an alias, merge keys (`<<`), and keys that are not text.
 """
 
@@ -16,8 +18,18 @@ from comms.errors import ConfigError, combined
 
 Location = tuple[str | int, ...]
 
+# Lists and mappings within each other, aliases written out. What we ship nests up to 7 deep; composing, reading and
+# checking take at most 4 frames a level, so that this depth fits into the 1000 frames that every Python allows.
+MAX_DEPTH = 64
+# Characters that aliases add, written out: a host of 500 characters given by alias 2000 times, far beyond any file
+# of ours, read in a second or two. Nine lines of nine aliases each would otherwise make a billion values.
+MAX_REPEATED = 1_000_000
+MAX_NUMBER = (
+    4300  # characters; Python's own limit for whole numbers, as reading them takes the square of the length
+)
+
 _LOADER: type[yaml.SafeLoader] = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-_FLOAT = re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?")
+_FLOAT = re.compile(r"[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,17 +65,18 @@ def parse_yaml(text: str, origin: str) -> Document:
     loader = _LOADER(text)
     reader = _NodeReader(loader, origin)
     try:
+        _hold_to_budgets(text, origin)
         node = loader.get_single_node()
         root = {} if node is None else reader.value(node, ())
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
+        # libyaml 0.2.6 looks 1024 characters ahead for a colon: it meets a thousand brackets before we see events.
+        if "nesting" in (error.problem or ""):
+            raise _too_deep(f"{origin}:{line}") from None
         problem = f"not valid YAML: {error.problem or error.context}"
         raise ConfigError(problem, f"{origin}:{line}", "check indentation, quotes and brackets") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"not valid YAML: {error}", origin, "give a plain text YAML file") from error
-    except RecursionError:
-        problem = "lists or mappings nested hundreds deep"
-        raise ConfigError(problem, origin, "check brackets; files of ours nest a few deep") from None
     finally:
         loader.dispose()
     if reader.errors:
@@ -80,6 +93,51 @@ def parse_scalar(text: str, origin: str) -> object:
     return parse_yaml(f"value: {text}", origin).root["value"]
 
 
+@dataclass(slots=True)
+class _Extent:
+    """How far a value reaches, aliases written out."""
+
+    anchor: str | None
+    size: int  # characters, at least
+    depth: int = 0  # lists and mappings within each other
+
+    def hold(self, part: "_Extent") -> None:
+        self.size += part.size
+        self.depth = max(self.depth, part.depth + 1)
+
+
+def _hold_to_budgets(text: str, origin: str) -> None:
+    """Raise ConfigError where values nest too deep or aliases repeat too much. Linear in `text`, no recursion."""
+    opened = [_Extent(None, 0)]  # around the next event; the first is the document
+    anchored: dict[str | None, _Extent] = {}  # an alias of none, or of one that is open, is refused later
+    repeated = 0
+    for event in yaml.parse(text, Loader=_LOADER):
+        ended: _Extent | None = None
+        if isinstance(event, yaml.CollectionStartEvent):
+            opened.append(_Extent(event.anchor, 1, 1))
+        elif isinstance(event, yaml.CollectionEndEvent):
+            ended = opened.pop()
+        elif isinstance(event, yaml.ScalarEvent):
+            ended = _Extent(event.anchor, 1 + len(event.value))
+        elif isinstance(event, yaml.AliasEvent):
+            ended = anchored.get(event.anchor, _Extent(None, 1))
+            repeated += ended.size
+        if ended:
+            anchored[ended.anchor] = ended
+            opened[-1].hold(ended)
+        where = f"{origin}:{event.start_mark.line + 1}"
+        if len(opened) - 1 + (ended.depth if ended else 0) > MAX_DEPTH:
+            raise _too_deep(where)
+        if repeated > MAX_REPEATED:
+            problem = f"aliases repeat more than {MAX_REPEATED} characters"
+            raise ConfigError(problem, where, "use fewer aliases, or name smaller parts")
+
+
+def _too_deep(where: str) -> ConfigError:
+    problem = f"lists or mappings nested more than {MAX_DEPTH} deep"
+    return ConfigError(problem, where, "check brackets, indentation and aliases")
+
+
 class _NodeReader:
     """Builds plain values from a node graph and notes where they stood."""
 
@@ -92,15 +150,7 @@ class _NodeReader:
 
     def value(self, node: yaml.Node, location: Location) -> object:
         if isinstance(node, yaml.ScalarNode):
-            is_number = not node.style and node.tag.endswith(":str") and _FLOAT.fullmatch(node.value)
-            try:
-                return float(node.value) if is_number else self._loader.construct_object(node)
-            except ValueError as error:  # a date that there is not, !!int of a word
-                hint = "put it in quotes if it is text"
-                self.errors.append(
-                    ConfigError(f"cannot read {node.value!r}: {error}", self._place(node), hint)
-                )
-                return None
+            return self._scalar(node)
         if id(node) in self._open:
             problem, hint = "a value that contains itself", "write it out: no alias inside of what it names"
             self.errors.append(ConfigError(problem, self.places[location], hint))
@@ -114,6 +164,20 @@ class _NodeReader:
         self._open.remove(id(node))
         return found
 
+    def _scalar(self, node: yaml.ScalarNode) -> object:
+        is_text = node.tag.endswith(":str")
+        if len(node.value) > MAX_NUMBER and not is_text:
+            problem = f"cannot read a value of {len(node.value)} characters that is not text"
+        else:
+            is_number = is_text and not node.style and _FLOAT.fullmatch(node.value)
+            try:
+                return float(node.value) if is_number else self._loader.construct_object(node)
+            # A date that there is not, 1:00:00.5 of days without end, !!int of a word, !!bool of one, !!timestamp
+            except (ArithmeticError, AttributeError, LookupError, ValueError) as error:
+                problem = f"cannot read {node.value!r}: {error}"
+        self.errors.append(ConfigError(problem, self._place(node), "put it in quotes if it is text"))
+        return None
+
     def _list(self, node: yaml.Node, location: Location) -> list[object]:
         return [self._item(item, (*location, index)) for index, item in enumerate(node.value)]
 
@@ -124,8 +188,11 @@ class _NodeReader:
     def _mapping(self, node: yaml.MappingNode, location: Location) -> dict[str, object]:
         found: dict[str, object] = {}
         for key_node, value_node in node.value:
-            key = str(key_node.value)
-            place = self._place(key_node)
+            key, place = key_node.value, self._place(key_node)
+            if not isinstance(key_node, yaml.ScalarNode):
+                problem = "a key that is a list or a mapping"
+                self.errors.append(ConfigError(problem, place, "write a word before the colon"))
+                continue
             if key in found:
                 first = self.places[(*location, key)]
                 where = f"{place} (first at {first})"

@@ -266,7 +266,7 @@ def test_a_value_may_be_repeated_by_an_alias():
 def test_what_is_nested_too_deep_is_refused():
     with pytest.raises(ConfigError, match="nested") as error:
         parse_yaml("a: " + "[" * 2000 + "]" * 2000, "c.yaml")
-    assert error.value.where == "c.yaml"
+    assert error.value.where == "c.yaml:1"
 
 
 @pytest.mark.parametrize(
