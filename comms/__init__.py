@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from comms.collectives.proof import prove
     from comms.collectives.schedule import Op, Schedule
+    from comms.collectives.schedule_text import schedule_text
     from comms.errors import UserError
     from comms.networks.links import Link
     from comms.networks.network import Network, Tier
@@ -33,6 +34,7 @@ __all__ = [
     "estimate",
     "parse",
     "prove",
+    "schedule_text",
     "simulate",
     "synthesize",
 ]
@@ -50,6 +52,7 @@ _HOMES = {
     "estimate": "comms.selection.collective",
     "parse": "comms.units",
     "prove": "comms.collectives.proof",
+    "schedule_text": "comms.collectives.schedule_text",
     "simulate": "comms.selection.collective",
     "synthesize": "comms.synthesis.synthesis",
 }

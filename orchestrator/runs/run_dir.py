@@ -151,7 +151,7 @@ class RunDir:
         try:
             document = yaml.safe_load(self.config.read_text(encoding="utf-8"))
             return dict(document["config"])
-        except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
+        except (OSError, yaml.YAMLError, RecursionError, KeyError, TypeError) as error:
             raise _unreadable(self.config, error) from error
 
     def write_plan(self, text: str) -> None:

@@ -13,7 +13,7 @@ from orchestrator.runners.timing.step_costs import NS_PER_S
 from orchestrator.runs import metrics
 from orchestrator.runs.accuracy import Accuracy, Basis, Pair, compare
 from orchestrator.runs.disk import write_whole
-from orchestrator.runs.timeline import Timeline, merge
+from orchestrator.runs.timeline import Origin, Timeline, merge
 from orchestrator.verbs.training import Training, TrainingProgress
 from orchestrator.views.console import Table, pairs
 from orchestrator.views.perfetto import trace_gz
@@ -77,14 +77,14 @@ def write_results(
 
 
 def _write_timelines(training: Training, progress: TrainingProgress) -> Accuracy | None:
-    """What was predicted beside what was measured; None where no step was measured."""
+    """What was predicted beside what was measured, if only before the run was resumed; None where no step was."""
     folder, result = training.run_dir, training.predicted
     basis = basis_of(training.prepared.cluster)
     predicted, timelines = result.timeline(), []
     for step, each in progress.measured.items():
         if (timeline := each.timeline(step)) is not None:
             timelines.append((timeline, 0))
-    measured = merge(timelines).from_zero() if timelines else None
+    measured = merge(timelines).from_zero() if timelines else folder.read_timeline(Origin.MEASURED)
     folder.write_timeline(predicted)
     if measured is not None:
         folder.write_timeline(measured)

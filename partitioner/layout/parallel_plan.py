@@ -119,7 +119,7 @@ def plan_from_yaml(text: str, where: str = "plan") -> Plan:
     """Read a plan back; PartitionError names unknown keys and wrong values."""
     try:
         raw = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:  # brackets by the thousand
         raise PartitionError(f"not YAML: {error}", where, "see the plan.yaml of a run") from error
     if not isinstance(raw, dict) or raw.pop("kind", None) != "plan" or raw.pop("version", None) != VERSION:
         raise PartitionError("not a plan file", where, f"it starts with kind: plan and version: {VERSION}")

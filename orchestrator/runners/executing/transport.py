@@ -109,10 +109,6 @@ class Transport:
             shares = self._proof is not None and can_read(address.process, address.block, address.proof)
             self._peers[actor] = _Peer(socket, address.process, shares)
 
-    def shares_memory_with(self, actor: int) -> bool:
-        """True if tensors go to `actor` through shared blocks."""
-        return self._peers[actor].shares_memory
-
     def send(self, actor: int, epoch: int, key: Key, source: int, tensor: torch.Tensor) -> None:
         """Deliver `tensor` at `actor`; it may be changed as soon as this returns."""
         peer = self._peers[actor]

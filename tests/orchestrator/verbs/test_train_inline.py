@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -146,6 +147,18 @@ def test_a_resumed_run_goes_on_bit_for_bit(
     expected, found = saved(finished[1], 4), saved(folder, 4)
     assert expected.keys() == found.keys()
     assert all(torch.equal(expected[c][k], found[c][k]) for c in expected for k in expected[c])
+
+
+def test_a_resumed_run_without_new_steps_keeps_what_was_measured(
+    finished: tuple[Any, Path], tmp_path: Path
+) -> None:
+    folder, out = tmp_path / "again", io.StringIO()
+    shutil.copytree(finished[1], folder)
+    before = (folder / "measured.msgpack").read_bytes()
+    console = Console(out=out, err=io.StringIO(), as_json=True)
+    assert train.main(TrainOptions(resume=folder, runner=RunnerKind.INLINE), console) == 0
+    assert json.loads(out.getvalue())["accuracy"] is not None
+    assert (folder / "measured.msgpack").read_bytes() == before
 
 
 def test_a_run_is_resumed_only_on_the_data_it_was_trained_on(

@@ -47,6 +47,7 @@ def test_keys_left_out_have_defaults():
         ("[1, 2]", "not a plan file"),
         ("", "not a plan file"),
         ("a: [", "not YAML"),
+        ("a: " + "[" * 3000, "not YAML"),
         ("{kind: plan, version: 1, dq: 2}", "unknown key 'dq'"),
         ("{kind: plan, version: 1, dp: two}", "dp must be a whole number"),
         ("{kind: plan, version: 1, dp: true}", "dp must be a whole number"),

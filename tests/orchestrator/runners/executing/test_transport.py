@@ -44,7 +44,7 @@ def two_ends(share_memory: bool, **other: bytes) -> Iterator[tuple[End, End]]:
 @pytest.fixture(scope="module", params=[True, False], ids=["shared memory", "sockets"])
 def ends(request: pytest.FixtureRequest) -> Iterator[tuple[End, End]]:
     with two_ends(request.param) as pair:
-        assert pair[0].transport.shares_memory_with(1) == request.param
+        assert pair[0].transport._peers[1].shares_memory == request.param
         yield pair
 
 
@@ -169,7 +169,7 @@ def test_memory_of_another_host_is_not_shared():
     with two_ends(True) as (first, second):
         there = second.transport.address
         first.transport.connect({2: Address(there.endpoint, "other", there.process, there.block, b"0" * 16)})
-        assert not first.transport.shares_memory_with(2)
+        assert not first.transport._peers[2].shares_memory
         first.transport.send(2, 3, KEY, 0, torch.arange(100_000))
         assert torch.equal(second.next()[3], torch.arange(100_000))
 
