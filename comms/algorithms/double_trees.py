@@ -26,8 +26,9 @@ down, so many that filling the trees costs at most FILLING.
 Outlines are exact for 2**k subgroups of one level in one piece, and for others an upper bound by less than two parts.
 In pieces they are one by less than a tenth inside by chips (but for 1 %). Through switches full fidelity takes up to
 1.2 times as long: what is scattered and what is gathered get in each other's way. Where trees cross several levels
-all wires are taken to be as slow as the slowest, which is up to twice too slow. A switch that adds is one on wires of
-its own: where one tree of switches joins all chips, in-network algorithms are better.
+all wires are taken to be as slow as the slowest, which is up to twice too slow. In one of ten such networks it is up to
+1.4 times too fast (the worst of 155 random ones of three levels; the middle level was the slowest). A switch that adds
+is one on wires of its own: where one tree of switches joins all chips, in-network algorithms are better.
 """
 
 from collections.abc import Sequence
