@@ -24,7 +24,7 @@ from pathlib import Path
 WORKERS, TIMEOUT_S, SHOWN, WIDTH = 2, 240, 5, 200
 # What of "ANSWER.KEY = VALUE" is not an answer, and why. Absolute paths are named when they are recorded.
 IGNORED = (
-    (r"elapsed_s = | made in [\d.]+ ", "how long a prediction took to make"),
+    (r"\.(elapsed|loading)_s = | made in +[\d.]+ ", "how long a prediction took to make"),
     (r"^(train\S*inline|default_run|throughput)\S*\.(tokens_per_s|step_time_s) ", "speed of this machine"),
     (r"^train\S*inline\S*\.files\.(log|measured|trace|timeline)\.", "show the measured step"),
     (r"^(comms_scale|verify_matrix)\S*\.seconds |\.(whole_command|folded|full|ours)_s = ", "wall clock"),

@@ -7,7 +7,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 TOOL = ROOT / "benchmarks" / "answers.py"
-SIMULATED = {"exit_code": 0, "stdout": {"step_time_s": 0.25, "elapsed_s": 1.5, "roles": [{"bubble_s": 0.0}]}}
+SIMULATED = {
+    "exit_code": 0,
+    "stdout": {"step_time_s": 0.25, "elapsed_s": 1.5, "loading_s": 2.0, "roles": [{"bubble_s": 0.0}]},
+}
 BENCHMARK = {"benchmark": "synthesis", "cores": 2, "rows": [{"least_s": 1e-5, "to_find_s": 3.0}]}
 
 
@@ -26,7 +29,7 @@ def compared(*folders: Path) -> tuple[int, list[str]]:
 
 def test_answers_are_equal_whatever_the_clock_said(tmp_path):
     before = folder(tmp_path / "before", SIMULATED, BENCHMARK)
-    slower = SIMULATED | {"stdout": SIMULATED["stdout"] | {"elapsed_s": 9.0}}
+    slower = SIMULATED | {"stdout": SIMULATED["stdout"] | {"elapsed_s": 9.0, "loading_s": 0.0}}
     elsewhere = BENCHMARK | {"cores": 64, "rows": [{"least_s": 1e-5, "to_find_s": 0.1}]}
     assert compared(before, folder(tmp_path / "after", slower, elsewhere)) == (0, ["2 answers equal"])
 
