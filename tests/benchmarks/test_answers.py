@@ -1,4 +1,4 @@
-"""Claims about `benchmarks/answers.py compare`: what is an answer must be equal, what the clock says need not be."""
+"""Claims about `benchmarks/tools/answers.py compare`: what is an answer must be equal, what the clock says need not be."""
 
 import json
 import subprocess

@@ -1,7 +1,7 @@
 """Answers: what the command line answers to a fixed list of commands, so that two versions of the code compare.
 
-python benchmarks/answers.py record FOLDER [--source ROOT] [--only TEXT]
-python benchmarks/answers.py compare FOLDER FOLDER     # also two folders like benchmarks/results
+python benchmarks/tools/answers.py record FOLDER [--source ROOT] [--only TEXT]
+python benchmarks/tools/answers.py compare FOLDER FOLDER     # also two folders like benchmarks/results
 
 One file per command: exit code, stdout, the files of its run directory, warnings, or all of stderr where it failed.
 Both on one machine: the last bits of training hang on its libraries and its number of threads.
@@ -185,7 +185,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("verb", nargs="?", choices=("record", "compare"))
     parser.add_argument("folders", nargs="*", type=Path)
-    parser.add_argument("--source", type=Path, default=Path(__file__).parent.parent)
+    parser.add_argument("--source", type=Path, default=Path(__file__).resolve().parents[2])
     parser.add_argument("--only", default="")
     given = parser.parse_args()
     if given.verb == "compare":
