@@ -1,4 +1,4 @@
-"""Claims about `benchmarks/tools/answers.py compare`: what is an answer must be equal, what the clock says need not be."""
+"""The tool that compares answers: what is an answer must be equal, what the clock says need not be."""
 
 import json
 import subprocess
@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-TOOL = ROOT / "benchmarks" / "answers.py"
+TOOL = ROOT / "benchmarks" / "tools" / "answers.py"
 SIMULATED = {
     "exit_code": 0,
     "stdout": {"step_time_s": 0.25, "elapsed_s": 1.5, "loading_s": 2.0, "roles": [{"bubble_s": 0.0}]},
