@@ -27,6 +27,7 @@ IGNORED = (
     (r"\.(elapsed|loading)_s = | made in +[\d.]+ ", "how long a prediction took to make"),
     (r"^(train\S*inline|default_run|throughput)\S*\.(tokens_per_s|step_time_s) ", "speed of this machine"),
     (r"^train\S*inline\S*\.files\.(log|measured|trace|timeline)\.", "show the measured step"),
+    (r"\.accuracy\.kinds\.\S*(measured_\w+|error) = ", "of the measured step"),
     (r"^(comms_scale|verify_matrix)\S*\.seconds |\.(whole_command|folded|full|ours)_s = ", "wall clock"),
     (r"\.(median|worst|simulate_alone|to_find|load|compile)_s = ", "wall clock"),
     (r"\.(messages_per_s|flow_events_per_s|over_1024|over_plain|\w+_round) = ", "quotients of wall clocks"),
