@@ -12,7 +12,7 @@ from math import ceil
 
 from comms.errors import PlanError
 from orchestrator.config.hardware.cluster import Cluster
-from orchestrator.config.job import Dtype, Job
+from orchestrator.config.job_file import Dtype, Job
 from partitioner.layout.parallel_plan import PipelineSchedule, Plan
 
 STATE_SHARE = 0.6  # of a chip's memory; the rest is for activations and buffers

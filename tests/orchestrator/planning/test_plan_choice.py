@@ -1,6 +1,5 @@
 """Plan choice: the degrees always multiply to the chips, and what cannot work is refused with the arithmetic."""
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,8 +8,7 @@ from hypothesis import strategies as st
 
 from comms.errors import PlanError
 from orchestrator.config.hardware.cluster_file import cluster_path, load_cluster
-from orchestrator.config.job import Dtype
-from orchestrator.config.job_file import load_job
+from orchestrator.config.job_file import Dtype, load_job
 from orchestrator.planning.plan_choice import (
     STATE_BYTES,
     STATE_SHARE,
@@ -150,4 +148,4 @@ def test_a_job_says_what_it_wants(laptop: Any) -> None:
         2,
         PipelineSchedule.GPIPE,
     )
-    assert choose_plan(replace(job, microbatches=None), laptop.take(4), 10**6).microbatches == 1
+    assert choose_plan(job.model_copy(update={"microbatches": None}), laptop.take(4), 10**6).microbatches == 1
