@@ -9,7 +9,7 @@ job itself; of hardware, the modules that define one make other values, and noth
 import difflib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Annotated, Any, TypeVar, get_args
@@ -119,7 +119,7 @@ class CountOr(FieldType):
 class Word(FieldType):
     """A field that is one of an enumeration, by its word."""
 
-    known: type[StrEnum]
+    known: Iterable[StrEnum]
 
     def read(self, value: object) -> StrEnum:
         """The member of that word."""

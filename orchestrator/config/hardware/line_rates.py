@@ -19,7 +19,7 @@ from orchestrator.config.hardware.network_links import ShapeDrawing, line_and_ef
 from orchestrator.config.hardware.network_sections import LibrarySection, LinkSection, NicSection, PcieSection
 from orchestrator.config.hardware.tiers import PCIE_ROOT
 from orchestrator.config.schema import validate
-from orchestrator.config.yaml_file import Document, read_yaml
+from orchestrator.config.yaml_file import Document, Place, read_yaml
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +84,7 @@ class _FileRates:
         section = self.file.scale_up
         assert section is not None, "there is a scale-up tier"
         together, alone = self._fabric()
-        at, drawing = "scale_up", ShapeDrawing(section, self.document, ("scale_up",))
+        at, drawing = "scale_up", ShapeDrawing(section, Place(self.document, ("scale_up",)))
         latency = at if drawing.longest_latency_s is None else ""
         sections = Sections(at, latency, at, self._message_s(tier), stage_s=_longest_stage_s([section]))
         return LineRate(together, alone, sections, tier, section.reduces, self.cluster)
@@ -109,7 +109,7 @@ class _FileRates:
         levels, names = self.file.scale_out, [level.name for level in self.file.scale_out]
         number = names.index(tier.name) if tier.name in names else 0
         level = levels[number] if levels else None
-        drawing = None if level is None else ShapeDrawing(level, self.document, ("scale_out", number))
+        drawing = None if level is None else ShapeDrawing(level, Place(self.document, ("scale_out", number)))
         card = min(self._cards(), key=lambda each: each.count * each.bandwidth)
         together, alone = self._card_rates(card, drawing)
         at, nics = f"scale_out, level {tier.name}", "hosts, nics"
@@ -158,7 +158,7 @@ class _FileRates:
         """Of the scale-up fabric, together and alone."""
         section = self.file.scale_up
         assert section is not None, "there is a scale-up fabric"
-        drawing = ShapeDrawing(section, self.document, ("scale_up",))
+        drawing = ShapeDrawing(section, Place(self.document, ("scale_up",)))
         links = self._links(drawing, section.domain or drawing.num_chips or self.cluster.chips_per_host)
         if section.bandwidth is None:
             whole = _least([chip.scaleup for host in self.cluster.unit for chip in host.chips])
@@ -173,7 +173,7 @@ class _FileRates:
         if drawing.has_own_rates:
             raise ConfigError(
                 "its links differ, so that a chip has no line rate",
-                self.document.where(drawing.at),
+                drawing.place.where,
                 "calibrate without --cluster",
             )
         return drawing.links_per_chip(num_chips)
