@@ -9,7 +9,7 @@ planner).
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -21,16 +21,6 @@ from kernels.builtin_optimizers import BUILT_IN
 from orchestrator.config.schema import CountOr, Section, Word, field_error, section_at, validate
 from orchestrator.config.yaml_file import Document, Location, parse_scalar, read_yaml
 from partitioner.layout.parallel_plan import PipelineSchedule
-
-# What `train` runs when nothing is said: a small GPT on the text that comes with the interpreter.
-DEFAULT_MODEL = "builtin:gpt-mini"
-DEFAULT_DATA = "builtin:english"
-DEFAULT_SEQ = 128
-DEFAULT_GLOBAL_BATCH = 32
-DEFAULT_STEPS = 200
-DEFAULT_LR = 3e-3
-DEFAULT_WARMUP_STEPS = 20
-DEFAULT_SCHEMA: Mapping[str, Any] = {"kind": "job", "version": 1}
 
 Degree = Annotated[int | None, CountOr("auto")]
 Positive = Annotated[int, Field(ge=1)]
@@ -69,7 +59,7 @@ class OptimizerSection(Section):
     """adamw, sgd, or a factory that is given the parameters; its own settings apply, with the lr of here."""
 
     name: Annotated[str, AfterValidator(_optimizer_name)] = "adamw"
-    lr: Annotated[float, Field(gt=0)] = DEFAULT_LR
+    lr: Annotated[float, Field(gt=0)] = 3e-3
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     betas: Annotated[tuple[float, float], GetPydanticSchema(lambda _, read: read(_Betas))] = Field(
         default_factory=lambda: (0.9, 0.95)
@@ -82,7 +72,7 @@ class LrScheduleSection(Section):
     """Linear warm-up, then this shape down to `min_lr_ratio` of the peak."""
 
     name: Annotated[LrShape, Word(LrShape)] = LrShape.COSINE
-    warmup_steps: Natural = DEFAULT_WARMUP_STEPS
+    warmup_steps: Natural = 20
     min_lr_ratio: Ratio = 0.1
 
 
@@ -117,13 +107,14 @@ class Job(Section):
 
     kind: Literal["job"]
     version: Literal[1]
-    model: str = DEFAULT_MODEL  # builtin:NAME, hf:NAME, path.py:factory, pkg.module:factory
+    # What `train` runs when nothing is said: a small GPT on the text that comes with the interpreter.
+    model: str = "builtin:gpt-mini"  # builtin:NAME, hf:NAME, path.py:factory, pkg.module:factory
     model_args: dict[str, Any] = Field(default_factory=dict)
-    data: str = DEFAULT_DATA  # builtin:NAME, or a file or folder
-    seq: Positive = DEFAULT_SEQ
-    global_batch: Positive = DEFAULT_GLOBAL_BATCH
+    data: str = "builtin:english"  # builtin:NAME, or a file or folder
+    seq: Positive = 128
+    global_batch: Positive = 32
     microbatches: Degree = None  # per step and data-parallel replica
-    steps: Positive = DEFAULT_STEPS
+    steps: Positive = 200
     seed: Natural = 0
     dtype: Annotated[Dtype, Word(Dtype)] = Dtype.FP32
     optimizer: OptimizerSection = Field(default_factory=OptimizerSection)
@@ -136,7 +127,9 @@ class Job(Section):
 
 def load_job(path: str | Path | None, overrides: Sequence[str] = ()) -> Job:
     """The job of the file at `path` (None: all defaults) with `a.b=c` overrides. Raises ConfigError."""
-    document = Document("the defaults", dict(DEFAULT_SCHEMA), {}) if path is None else read_yaml(Path(path))
+    document = (
+        Document("the defaults", {"kind": "job", "version": 1}, {}) if path is None else read_yaml(Path(path))
+    )
     return job_from(overridden(document, overrides))
 
 

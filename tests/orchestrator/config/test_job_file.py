@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from comms.errors import ConfigError
-from orchestrator.config.job_file import DEFAULT_MODEL, Dtype, LrShape, job_from, load_job
+from orchestrator.config.job_file import Dtype, LrShape, job_from, load_job
 from orchestrator.config.yaml_file import parse_yaml
 from partitioner.layout.parallel_plan import PipelineSchedule
 
@@ -31,7 +31,7 @@ def path(tmp_path):
 def test_the_defaults_are_a_whole_job():
     job = load_job(None)
     assert (job.model, job.dtype, job.plan.schedule) == (
-        DEFAULT_MODEL,
+        "builtin:gpt-mini",
         Dtype.FP32,
         PipelineSchedule.ONE_F_ONE_B,
     )
