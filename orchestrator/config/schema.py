@@ -116,7 +116,7 @@ class CountOr(FieldType):
 
 
 @dataclass(frozen=True, slots=True)
-class Word(FieldType):
+class WordField(FieldType):
     """A field that is one of an enumeration, by its word."""
 
     known: Iterable[StrEnum]

@@ -13,7 +13,7 @@ from pydantic import Field
 from comms.errors import ConfigError, located
 from comms.units import Quantity
 from kernels.chips import Chip, ChipKind, chip_document, chip_keys, parse_chip
-from orchestrator.config.schema import FieldType, QuantityField, Section, Word, field_error, nearest
+from orchestrator.config.schema import FieldType, QuantityField, Section, WordField, field_error, nearest
 from orchestrator.config.yaml_file import Document, Location
 
 _FIGURE_KEYS = ("value", "source")
@@ -131,7 +131,7 @@ class ChipFigures(Section):
     name: str = ""
     vendor: str = ""
     year: int = 0
-    class_: Annotated[ChipKind, Word(ChipKind)] = Field(ChipKind.GPU, alias="class")
+    class_: Annotated[ChipKind, WordField(ChipKind)] = Field(ChipKind.GPU, alias="class")
     peak: dict[str, ComputeFigure] = Field(default_factory=dict)
     memory: MemorySection | None = None
     sram: SramSection | None = None

@@ -38,7 +38,7 @@ from orchestrator.config.hardware.network_sections import (
     ScaleUpSection,
 )
 from orchestrator.config.hardware.tiers import ScaleUpFabric, SwitchLevel, build_network, issue_times
-from orchestrator.config.schema import CountOr, HourlyPrice, Power, Section, Word, nearest, validate
+from orchestrator.config.schema import CountOr, HourlyPrice, Power, Section, WordField, nearest, validate
 from orchestrator.config.yaml_file import Document, Location, Place, read_yaml
 
 FRAME_NBYTES = 1500.0  # of a packet where switches store and forward: the payload of an Ethernet frame
@@ -73,7 +73,7 @@ class ClusterFile(Section):
     kind: Literal["cluster"]
     version: Literal[1]
     name: str
-    device: Annotated[Device, Word(Device)]
+    device: Annotated[Device, WordField(Device)]
     actors: int | None = Field(None, ge=1)
     repeat: Annotated[int | None, CountOr("any")] = 1
     hosts: list[HostSection] = Field(min_length=1)

@@ -25,7 +25,7 @@ from comms.networks.conditions import (
     check_chips,
 )
 from comms.networks.network import Network, TierKind
-from orchestrator.config.schema import FieldType, Section, Size, Time, Word, field_error, nearest
+from orchestrator.config.schema import FieldType, Section, Size, Time, WordField, field_error, nearest
 from orchestrator.config.yaml_file import Place
 
 _CHIP = re.compile(r"\s*(?:chip\s*)?([0-9]+)\s*")
@@ -125,7 +125,7 @@ class JitterSection(Section):
 class BackgroundSection(Section):
     """A collective of other jobs, over and over again."""
 
-    op: Annotated[Op, Word(tuple(op for op in Op if op is not Op.BARRIER))]
+    op: Annotated[Op, WordField(tuple(op for op in Op if op is not Op.BARRIER))]
     chips: Chips
     size: Size
 
