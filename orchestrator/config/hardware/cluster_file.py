@@ -10,7 +10,7 @@ use.
 """
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -272,12 +272,13 @@ def _fabric(
     drawing.check()
     domain = section.domain or drawing.num_chips or len(unit[0].chips)
     _check_domain(drawing, domain, len(unit[0].chips), num_hosts)
-    ports = [chip.scaleup for chip in _chips(unit) if chip.scaleup is not None]
+    chips = [chip for host in unit for chip in host.chips]
+    ports = [chip.scaleup for chip in chips if chip.scaleup is not None]
     latency = section.latency if section.latency is not None else drawing.longest_latency_s
     if latency is None:
         latency = max((port.latency_s for port in ports), default=None)
     own_rates = section.bandwidth is not None or drawing.has_own_rates
-    if not own_rates and len(ports) < sum(1 for _ in _chips(unit)):
+    if not own_rates and len(ports) < len(chips):
         hint = "give `bandwidth:` and `latency:` under `scale_up:`"
         raise place.error("a chip has no scale-up links of its own", hint)
     if latency is None:
@@ -288,7 +289,7 @@ def _fabric(
     library = library_of(section, latency, alone, best, place)
     each = line * best / (1 if own_rates else drawing.links_per_chip(domain))
     shape = drawing.shape(domain, Link(latency - library.issue_s, each), best, "scale-up", library.issue_s)
-    return ScaleUpFabric(shape, section.source or _port_source(unit), library)
+    return ScaleUpFabric(shape, section.source or chips[0].sources.get("scale_up.bandwidth", ""), library)
 
 
 def _check_domain(drawing: ShapeDrawing, domain: int, per_host: int, num_hosts: int | None) -> None:
@@ -300,11 +301,6 @@ def _check_domain(drawing: ShapeDrawing, domain: int, per_host: int, num_hosts: 
         problem = f"the {total} chips are not whole domains of {dims} = {domain} chips"
         key = "dims" if drawing.section.dims else "domain"
         drawing.fail(key, problem, f"choose a size that divides {total}, or change the number of hosts")
-
-
-def _port_source(unit: tuple[Host, ...]) -> str:
-    """Where the figures of the chips' own links come from."""
-    return unit[0].chips[0].sources.get("scale_up.bandwidth", "")
 
 
 def _levels(document: Document, file: ClusterFile, unit: tuple[Host, ...]) -> tuple[SwitchLevel, ...]:
@@ -373,7 +369,3 @@ def _check_level(place: Place, section: LevelSection, number: int, num_levels: i
         if num_levels > 1:
             problem = f"a {section.shape} joins all chips by itself"
             raise place.error(problem, "make it the only level", "shape")
-
-
-def _chips(unit: tuple[Host, ...]) -> Iterable[Chip]:
-    return (chip for host in unit for chip in host.chips)

@@ -12,7 +12,6 @@ from pathlib import Path
 
 from comms.errors import ConfigError
 from comms.networks.network import Tier, TierKind
-from kernels.chips import Port
 from orchestrator.config.hardware.cluster import Cluster
 from orchestrator.config.hardware.cluster_file import ClusterFile, cluster_from
 from orchestrator.config.hardware.network_links import ShapeDrawing, line_and_efficiency
@@ -161,7 +160,8 @@ class _FileRates:
         drawing = ShapeDrawing(section, Place(self.document, ("scale_up",)))
         links = self._links(drawing, section.domain or drawing.num_chips or self.cluster.chips_per_host)
         if section.bandwidth is None:
-            whole = _least([chip.scaleup for host in self.cluster.unit for chip in host.chips])
+            ports = [chip.scaleup for chip in self.cluster.chip_types]
+            whole = min(port.bytes_per_s for port in ports if port is not None)
         else:
             whole = section.bandwidth * links
         if links == 1:
@@ -211,7 +211,3 @@ def _longest_stage_s(sections: Sequence[LibrarySection]) -> float:
 def _largest_share(sections: Sequence[LibrarySection]) -> float:
     protocols = [each for section in sections for each in section.protocols]
     return max((each.share for each in protocols if each.share is not None), default=0.0)
-
-
-def _least(ports: list[Port | None]) -> float:
-    return min(port.bytes_per_s for port in ports if port is not None)
