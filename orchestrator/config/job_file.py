@@ -1,53 +1,51 @@
-"""Job files: the schema, `--set` overrides, and the way from both to a Job.
+"""Jobs: what is trained and how; which hardware runs it is the cluster's business. Job files and `--set` overrides.
 
 Precedence: the defaults below, then the file, then the overrides in order. An override `a.b=c` is typed by
 the schema: text fields take `c` as it stands, all others read it as YAML. Environment variables play no part.
+
+None stands for `auto` where the file says so: a number that a later step derives. Global batches are in
+sequences; a step reads `global_batch` sequences of `seq` tokens. Not here: whether the plan fits a cluster (the
+planner).
 """
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, ConfigDict, Field, GetPydanticSchema, PlainSerializer
 
 from comms.errors import ConfigError, combined
 from kernels.builtin_optimizers import BUILT_IN
-from orchestrator.config.job import (
-    Checkpoints,
-    Dtype,
-    Job,
-    LrSchedule,
-    LrShape,
-    Optimizer,
-    PlanChoice,
-    Validation,
-)
-from orchestrator.config.schema import CountOr, Section, field_error, section_at, validate
+from orchestrator.config.schema import CountOr, Section, WordField, field_error, section_at, validate
 from orchestrator.config.yaml_file import Document, Location, parse_scalar, read_yaml
 from partitioner.layout.parallel_plan import PipelineSchedule
-
-# What `train` runs when nothing is said: a small GPT on the text that comes with the interpreter.
-DEFAULT_MODEL = "builtin:gpt-mini"
-DEFAULT_DATA = "builtin:english"
-DEFAULT_SEQ = 128
-DEFAULT_GLOBAL_BATCH = 32
-DEFAULT_STEPS = 200
-DEFAULT_LR = 3e-3
-DEFAULT_WARMUP_STEPS = 20
-DEFAULT_SCHEMA: Mapping[str, Any] = {"kind": "job", "version": 1}
 
 Degree = Annotated[int | None, CountOr("auto")]
 Positive = Annotated[int, Field(ge=1)]
 Natural = Annotated[int, Field(ge=0)]
 Ratio = Annotated[float, Field(ge=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
-if TYPE_CHECKING:
-    ScheduleName = str
-else:
-    ScheduleName = Literal[tuple(map(str, PipelineSchedule))]  # a new schedule is a new word here
+_Betas = Annotated[
+    list[Beta], Field(min_length=2, max_length=2), AfterValidator(tuple), PlainSerializer(list)
+]
+
+
+class Dtype(StrEnum):
+    """The type of parameters and activations; optimizer state is at least fp32."""
+
+    FP32 = "fp32"
+    BF16 = "bf16"
+    FP64 = "fp64"
+
+
+class LrShape(StrEnum):
+    """How the learning rate moves after the warm-up."""
+
+    COSINE = "cosine"
+    CONSTANT = "constant"
+    LINEAR = "linear"
 
 
 def _optimizer_name(name: str) -> str:
@@ -61,10 +59,10 @@ class OptimizerSection(Section):
     """adamw, sgd, or a factory that is given the parameters; its own settings apply, with the lr of here."""
 
     name: Annotated[str, AfterValidator(_optimizer_name)] = "adamw"
-    lr: Annotated[float, Field(gt=0)] = DEFAULT_LR
+    lr: Annotated[float, Field(gt=0)] = 3e-3
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
-    betas: Annotated[list[Beta], Field(min_length=2, max_length=2)] = Field(
-        default_factory=lambda: [0.9, 0.95]
+    betas: Annotated[tuple[float, float], GetPydanticSchema(lambda _, read: read(_Betas))] = Field(
+        default_factory=lambda: (0.9, 0.95)
     )
     eps: Annotated[float, Field(gt=0)] = 1e-8
     momentum: Beta = 0.0
@@ -73,8 +71,8 @@ class OptimizerSection(Section):
 class LrScheduleSection(Section):
     """Linear warm-up, then this shape down to `min_lr_ratio` of the peak."""
 
-    name: Literal["cosine", "constant", "linear"] = "cosine"
-    warmup_steps: Natural = DEFAULT_WARMUP_STEPS
+    name: Annotated[LrShape, WordField(LrShape)] = LrShape.COSINE
+    warmup_steps: Natural = 20
     min_lr_ratio: Ratio = 0.1
 
 
@@ -84,8 +82,8 @@ class PlanSection(Section):
     dp: Degree = None
     tp: Degree = None
     pp: Degree = None
-    zero: Literal[0, 1] = 0
-    schedule: ScheduleName = "1f1b"
+    zero: Literal[0, 1] = 0  # 0: whole optimizer state on each chip; 1: sharded over dp
+    schedule: Annotated[PipelineSchedule, WordField(PipelineSchedule)] = PipelineSchedule.ONE_F_ONE_B
 
 
 class ValidationSection(Section):
@@ -102,22 +100,25 @@ class CheckpointsSection(Section):
     keep: Positive = 2
 
 
-class JobFile(Section):
+class Job(Section):
     """One job file."""
+
+    model_config = ConfigDict(title="JobFile")
 
     kind: Literal["job"]
     version: Literal[1]
-    model: str = DEFAULT_MODEL
+    # What `train` runs when nothing is said: a small GPT on the text that comes with the interpreter.
+    model: str = "builtin:gpt-mini"  # builtin:NAME, hf:NAME, path.py:factory, pkg.module:factory
     model_args: dict[str, Any] = Field(default_factory=dict)
-    data: str = DEFAULT_DATA
-    seq: Positive = DEFAULT_SEQ
-    global_batch: Positive = DEFAULT_GLOBAL_BATCH
-    microbatches: Annotated[int | None, CountOr("auto")] = None
-    steps: Positive = DEFAULT_STEPS
+    data: str = "builtin:english"  # builtin:NAME, or a file or folder
+    seq: Positive = 128
+    global_batch: Positive = 32
+    microbatches: Degree = None  # per step and data-parallel replica
+    steps: Positive = 200
     seed: Natural = 0
-    dtype: Literal["fp32", "bf16", "fp64"] = "fp32"
+    dtype: Annotated[Dtype, WordField(Dtype)] = Dtype.FP32
     optimizer: OptimizerSection = Field(default_factory=OptimizerSection)
-    clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
+    clip_norm: Annotated[float, Field(gt=0)] | None = 1.0  # None: gradients are not clipped
     lr_schedule: LrScheduleSection = Field(default_factory=LrScheduleSection)
     plan: PlanSection = Field(default_factory=PlanSection)
     validation: ValidationSection = Field(default_factory=ValidationSection)
@@ -126,62 +127,15 @@ class JobFile(Section):
 
 def load_job(path: str | Path | None, overrides: Sequence[str] = ()) -> Job:
     """The job of the file at `path` (None: all defaults) with `a.b=c` overrides. Raises ConfigError."""
-    document = Document("the defaults", dict(DEFAULT_SCHEMA), {}) if path is None else read_yaml(Path(path))
+    document = (
+        Document("the defaults", {"kind": "job", "version": 1}, {}) if path is None else read_yaml(Path(path))
+    )
     return job_from(overridden(document, overrides))
 
 
 def job_from(document: Document) -> Job:
     """The job that a document describes."""
-    file = validate(document, JobFile)
-    optimizer, lr, plan = file.optimizer, file.lr_schedule, file.plan
-    return Job(
-        model=file.model,
-        model_args=file.model_args,
-        data=file.data,
-        seq=file.seq,
-        global_batch=file.global_batch,
-        microbatches=file.microbatches,
-        steps=file.steps,
-        seed=file.seed,
-        dtype=Dtype(file.dtype),
-        optimizer=Optimizer(
-            name=optimizer.name,
-            lr=optimizer.lr,
-            weight_decay=optimizer.weight_decay,
-            betas=(optimizer.betas[0], optimizer.betas[1]),
-            eps=optimizer.eps,
-            momentum=optimizer.momentum,
-        ),
-        clip_norm=file.clip_norm,
-        lr_schedule=LrSchedule(LrShape(lr.name), lr.warmup_steps, lr.min_lr_ratio),
-        plan=PlanChoice(plan.dp, plan.tp, plan.pp, plan.zero, PipelineSchedule.named(plan.schedule)),
-        validation=Validation(file.validation.every, file.validation.batches),
-        checkpoints=Checkpoints(file.checkpoints.every, file.checkpoints.keep),
-    )
-
-
-def job_document(job: Job) -> dict[str, object]:
-    """The job as the mapping of a job file that says everything: what a run directory keeps."""
-    said = {**DEFAULT_SCHEMA, **asdict(job)}
-    said["microbatches"] = said["microbatches"] or "auto"
-    said["plan"] |= {degree: said["plan"][degree] or "auto" for degree in ("dp", "tp", "pp")}
-    return _plain(said)
-
-
-def _plain(said: Mapping[str, Any]) -> dict[str, object]:
-    """Words in place of enumerations and lists in place of tuples, as files have them."""
-    found: dict[str, object] = {}
-    for key, value in said.items():
-        match value:
-            case StrEnum():
-                found[key] = value.value
-            case tuple():
-                found[key] = list(value)
-            case dict() if key != "model_args":  # which is the model's own affair
-                found[key] = _plain(value)
-            case _:
-                found[key] = value
-    return found
+    return validate(document, Job)
 
 
 def overridden(document: Document, overrides: Sequence[str]) -> Document:
@@ -208,7 +162,7 @@ def overridden(document: Document, overrides: Sequence[str]) -> Document:
 
 
 def _typed(location: Location, value: str, origin: str) -> object:
-    section = section_at(JobFile, location[:-1])
+    section = section_at(Job, location[:-1])
     field = section.model_fields.get(str(location[-1])) if section else None
     return value if field is not None and field.annotation is str else parse_scalar(value, origin)
 

@@ -2,19 +2,20 @@
 remedy.
 
 A `Section` accepts exactly its keys and exact types: no text for a number, no number for a quantity.
-`validate` reports everything that is wrong with a document at once. Nothing below the configuration ever
-sees a Section: the modules that define one turn it into frozen values.
+`validate` reports everything that is wrong with a document at once. Sections are frozen: that of a job is the
+job itself; of hardware, the modules that define one make other values, and nothing else ever sees it.
 """
 
 import difflib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Annotated, Any, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, GetJsonSchemaHandler, ValidationError
-from pydantic_core import CoreSchema, ErrorDetails, PydanticCustomError, core_schema
+from pydantic_core import CoreSchema, ErrorDetails, PydanticCustomError, PydanticKnownError, core_schema
 
 from comms.errors import ConfigError, UnitError, combined
 from comms.units import EXAMPLES, Quantity, format_quantity, parse, pattern
@@ -45,12 +46,17 @@ class FieldType(ABC):
     def read(self, value: object) -> object:
         """What stands in the file, as what it means. Raises `field_error`."""
 
+    def written(self, value: object) -> object:
+        """What stands in a file that means `value`."""
+        return value
+
     @abstractmethod
     def json_schema(self) -> dict[str, Any]:
         """What editors check while the file is typed."""
 
     def __get_pydantic_core_schema__(self, source: object, handler: GetCoreSchemaHandler) -> CoreSchema:
-        return core_schema.no_info_plain_validator_function(self.read)
+        written = core_schema.plain_serializer_function_ser_schema(self.written)
+        return core_schema.no_info_plain_validator_function(self.read, serialization=written)
 
     def __get_pydantic_json_schema__(
         self, schema: CoreSchema, handler: GetJsonSchemaHandler
@@ -102,8 +108,31 @@ class CountOr(FieldType):
             )
         return value
 
+    def written(self, value: object) -> object:
+        return self.word if value is None else value
+
     def json_schema(self) -> dict[str, Any]:
         return {"anyOf": [{"type": "integer", "minimum": 1}, {"const": self.word}]}
+
+
+@dataclass(frozen=True, slots=True)
+class WordField(FieldType):
+    """A field that is one of an enumeration, by its word."""
+
+    known: Iterable[StrEnum]
+
+    def read(self, value: object) -> StrEnum:
+        """The member of that word."""
+        for member in self.known:
+            if member == value:
+                return member
+        raise PydanticKnownError("literal_error", {"expected": ", ".join(self.known)})
+
+    def written(self, value: object) -> object:
+        return str(value)
+
+    def json_schema(self) -> dict[str, Any]:
+        return {"type": "string", "enum": list(map(str, self.known))}
 
 
 Size = Annotated[float, QuantityField(Quantity.SIZE)]

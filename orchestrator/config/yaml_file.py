@@ -14,7 +14,7 @@ from pathlib import Path
 
 import yaml
 
-from comms.errors import ConfigError, combined
+from comms.errors import ClusterError, ConfigError, combined
 
 Location = tuple[str | int, ...]
 
@@ -46,6 +46,31 @@ class Document:
             if location[:length] in self.places:
                 return self.places[location[:length]]
         return self.origin
+
+    def error(self, problem: str, hint: str, *keys: str | int) -> ClusterError:
+        """What is wrong at those keys, from one into the next."""
+        return ClusterError(problem, self.where(keys), hint)
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A part of a document, where more can be wrong than its schema sees."""
+
+    document: Document
+    at: Location
+
+    @property
+    def where(self) -> str:
+        """The file and line."""
+        return self.document.where(self.at)
+
+    def inside(self, *keys: str | int) -> "Place":
+        """The place of those keys within it."""
+        return Place(self.document, (*self.at, *keys))
+
+    def error(self, problem: str, hint: str, *keys: str | int) -> ClusterError:
+        """What is wrong here, or at those keys within."""
+        return self.document.error(problem, hint, *self.at, *keys)
 
 
 def read_yaml(path: Path) -> Document:

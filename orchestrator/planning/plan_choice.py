@@ -12,8 +12,8 @@ from math import ceil
 
 from comms.errors import PlanError
 from orchestrator.config.hardware.cluster import Cluster
-from orchestrator.config.job import Dtype, Job
-from partitioner.layout.parallel_plan import PipelineSchedule, Plan
+from orchestrator.config.job_file import Dtype, Job
+from partitioner.layout.parallel_plan import Plan
 
 STATE_SHARE = 0.6  # of a chip's memory; the rest is for activations and buffers
 MICROBATCHES_PER_STAGE = 2  # at least: a bubble (p-1)/(m+p-1) of about a third
@@ -21,21 +21,6 @@ MICROBATCHES_PER_STAGE = 2  # at least: a bubble (p-1)/(m+p-1) of about a third
 PIPELINE_TOKENS, ACCUMULATION_TOKENS = 2048, 8192
 # bytes per parameter: (parameter + gradient, optimizer with AdamW's two states and a master copy if low precision)
 STATE_BYTES = {Dtype.FP32: (8, 8), Dtype.FP64: (16, 16), Dtype.BF16: (6, 12)}
-
-
-@dataclass(frozen=True, slots=True)
-class Wish:
-    """What is asked of a plan; None is left to the rule."""
-
-    global_batch: int
-    dp: int | None = None
-    tp: int | None = None
-    pp: int | None = None
-    zero: int = 0
-    schedule: PipelineSchedule = PipelineSchedule.ONE_F_ONE_B
-    microbatches: int | None = None
-    dtype: Dtype = Dtype.FP32
-    seq: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,76 +40,59 @@ def choose_plan(job: Job, cluster: Cluster, num_params: int, refused: Sequence[R
 
     Raises PlanError with the arithmetic when degrees cannot work.
     """
-    asked = job.plan
-    wish = Wish(
-        job.global_batch,
-        asked.dp,
-        asked.tp,
-        asked.pp,
-        asked.zero,
-        asked.schedule,
-        job.microbatches,
-        job.dtype,
-        job.seq,
-    )
-    return fulfil(wish, cluster, num_params, refused)
-
-
-def fulfil(wish: Wish, cluster: Cluster, num_params: int, refused: Sequence[Refusal] = ()) -> Plan:
-    """The plan that the rule gives for a wish."""
     chips = cluster.num_chips
-    given = {"dp": wish.dp, "tp": wish.tp, "pp": wish.pp}
+    given = {"dp": job.plan.dp, "tp": job.plan.tp, "pp": job.plan.pp}
     candidates = [(tp, pp) for tp in _choices(given["tp"], chips) for pp in _choices(given["pp"], chips)
                   if chips % (tp * pp) == 0 and given["dp"] in (None, chips // (tp * pp))]  # fmt: skip
     if not candidates:
         known = " x ".join(f"{axis} {size}" for axis, size in given.items() if size)
         raise PlanError(f"{known} does not multiply to {chips} chips", "plan",
                         "change a degree, leave one out (auto), or take other --chips")  # fmt: skip
-    splitting = [c for c in candidates if wish.global_batch % (chips // (c[0] * c[1])) == 0]
+    splitting = [c for c in candidates if job.global_batch % (chips // (c[0] * c[1])) == 0]
     if not splitting:
         dp = chips // max(tp * pp for tp, pp in candidates)
-        raise PlanError(f"global_batch {wish.global_batch} is not a multiple of dp {dp}", "plan",
-                        f"use --global-batch {ceil(wish.global_batch / dp) * dp}, or a smaller dp")  # fmt: skip
+        raise PlanError(f"global_batch {job.global_batch} is not a multiple of dp {dp}", "plan",
+                        f"use --global-batch {ceil(job.global_batch / dp) * dp}, or a smaller dp")  # fmt: skip
     if refused:
-        splitting = _not_refused(splitting, refused, wish, cluster)
-    tp, pp = min(splitting, key=lambda c: _rank(c, wish, cluster, num_params))
+        splitting = _not_refused(splitting, refused, job, cluster)
+    tp, pp = min(splitting, key=lambda c: _rank(c, job, cluster, num_params))
     dp = chips // (tp * pp)
     return Plan(
-        dp=dp, tp=tp, pp=pp, zero=wish.zero, schedule=wish.schedule,
-        microbatches=choose_microbatches(wish, dp, pp),
+        dp=dp, tp=tp, pp=pp, zero=job.plan.zero, schedule=job.plan.schedule,
+        microbatches=choose_microbatches(job, dp, pp),
     )  # fmt: skip
 
 
 def _not_refused(
-    candidates: list[tuple[int, int]], refused: Sequence[Refusal], wish: Wish, cluster: Cluster
+    candidates: list[tuple[int, int]], refused: Sequence[Refusal], job: Job, cluster: Cluster
 ) -> list[tuple[int, int]]:
     """Degrees that are left; a tp that spans hosts is no way out, as a model that it does not cut is only copied."""
-    widest = wish.tp or cluster.chips_per_host
+    widest = job.plan.tp or cluster.chips_per_host
     left = [c for c in candidates if c[0] <= widest and not any(each.covers(*c) for each in refused)]
     if not left:
         least = min(refused, key=lambda each: each.tp), min(refused, key=lambda each: each.pp)
         chips, why = cluster.num_chips, "; ".join(dict.fromkeys(each.problem for each in least))
-        given = "change the degrees that are asked for, " if wish.tp or wish.pp or wish.dp else ""
+        given = "change the degrees that are asked for, " if job.plan.tp or job.plan.pp or job.plan.dp else ""
         raise PlanError(
             f"the model cannot be split over {chips} chips: {why}",
             f"--chips {chips}",
-            f"{given}take fewer chips, or more than {wish.global_batch} sequences a step (--global-batch)",
+            f"{given}take fewer chips, or more than {job.global_batch} sequences a step (--global-batch)",
         )
     return left
 
 
-def choose_microbatches(wish: Wish, dp: int, pp: int) -> int:
+def choose_microbatches(job: Job, dp: int, pp: int) -> int:
     """Microbatches per step and replica: as asked, else a few per stage and none too large."""
-    per_replica = wish.global_batch // dp
-    if wish.microbatches is not None:
-        if per_replica % wish.microbatches:
+    per_replica = job.global_batch // dp
+    if job.microbatches is not None:
+        if per_replica % job.microbatches:
             raise PlanError(
-                f"{per_replica} sequences per replica (global_batch {wish.global_batch} / dp {dp}) do not split into "
-                f"{wish.microbatches} microbatches", "microbatches", "use a divisor, or leave microbatches at auto",
+                f"{per_replica} sequences per replica (global_batch {job.global_batch} / dp {dp}) do not split into "
+                f"{job.microbatches} microbatches", "microbatches", "use a divisor, or leave microbatches at auto",
             )  # fmt: skip
-        return wish.microbatches
+        return job.microbatches
     tokens = ACCUMULATION_TOKENS if pp == 1 else PIPELINE_TOKENS
-    wanted = max(MICROBATCHES_PER_STAGE * pp if pp > 1 else 1, ceil(per_replica * wish.seq / tokens))
+    wanted = max(MICROBATCHES_PER_STAGE * pp if pp > 1 else 1, ceil(per_replica * job.seq / tokens))
     divisors = [m for m in range(1, per_replica + 1) if per_replica % m == 0]
     return next((m for m in divisors if m >= wanted), divisors[-1])
 
@@ -137,12 +105,12 @@ def _choices(given: int | None, chips: int) -> list[int]:
 
 
 def _rank(
-    choice: tuple[int, int], wish: Wish, cluster: Cluster, num_params: int
+    choice: tuple[int, int], job: Job, cluster: Cluster, num_params: int
 ) -> tuple[float, bool, int, int]:
     """Smaller is better: least over the share, keeps tp inside a host, little model parallelism, tp before pp."""
     tp, pp = choice
-    weights, optimizer = STATE_BYTES[wish.dtype]
-    shards = cluster.num_chips // (tp * pp) if wish.zero else 1
+    weights, optimizer = STATE_BYTES[job.dtype]
+    shards = cluster.num_chips // (tp * pp) if job.plan.zero else 1
     need = num_params / (tp * pp) * (weights + optimizer / shards)
     memory = min(chip.memory_bytes for chip in cluster.chip_types)
     return max(need - STATE_SHARE * memory, 0.0), tp > cluster.chips_per_host, tp * pp, pp

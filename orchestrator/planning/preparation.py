@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Protocol
 from comms.errors import PartitionError, PlanError, ProgramError, UserError, located
 from kernels.builtin_optimizers import BUILT_IN
 from orchestrator.config.hardware.cluster import Cluster
-from orchestrator.config.job import Dtype, Job
+from orchestrator.config.job_file import Dtype, Job
 from orchestrator.models.model_specs import SourceKind, parse_model
 from orchestrator.planning.plan_choice import Refusal, choose_plan
 from orchestrator.runs.disk import write_whole

@@ -5,7 +5,7 @@
 
 from comms.units import format_percent, format_scaled, format_seconds
 from orchestrator.config.hardware.cluster import Cluster
-from orchestrator.config.job import Job
+from orchestrator.config.job_file import Job
 from orchestrator.planning import preparation
 from orchestrator.planning.preparation import Prepared
 from orchestrator.runners.timing.prediction import SimulationResult, simulate

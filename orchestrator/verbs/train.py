@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from comms.errors import ConfigError, ModelError
 from comms.units import format_scaled, format_seconds
 from orchestrator.config.hardware.cluster import Cluster, Device
-from orchestrator.config.job import Job
+from orchestrator.config.job_file import Job
 from orchestrator.planning.preparation import Prepared, build_model, prepare
 from orchestrator.runners.failure import Interrupted, RunState, StopAtOnce, in_run
 from orchestrator.runners.timing.prediction import simulate

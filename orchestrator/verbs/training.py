@@ -14,7 +14,7 @@ from typing import assert_never
 
 from comms.errors import RunError
 from kernels.optimizers import StepStatistics
-from orchestrator.config.job import LrSchedule, LrShape
+from orchestrator.config.job_file import LrScheduleSection, LrShape
 from orchestrator.planning.preparation import Prepared
 from orchestrator.runners.failure import Decision, GoOn, NotFinite, RunState, SaveAndStop, StepEnded, in_run
 from orchestrator.runners.runner import Batches, ExecutedStep, StepRequest, TensorRunner
@@ -27,7 +27,7 @@ from orchestrator.runs.run_dir import RunDir
 from orchestrator.views.training_view import StepLine
 
 
-def learning_rate(step: int, *, peak: float, schedule: LrSchedule, steps: int) -> float:
+def learning_rate(step: int, *, peak: float, schedule: LrScheduleSection, steps: int) -> float:
     """The rate of step `step` (from 0) of `steps`; past the end it stays where the last step left it."""
     if step < schedule.warmup_steps:
         # One ahead: a step at rate zero would be a step for nothing.

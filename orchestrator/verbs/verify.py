@@ -7,14 +7,14 @@ where it says it does is not accepted either. Where the sides differ, the first 
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
 from comms.errors import PlanError
 from comms.units import format_scaled
 from orchestrator.config.hardware.cluster import Cluster
-from orchestrator.config.job import Dtype, Job
+from orchestrator.config.job_file import Dtype, Job
 from orchestrator.planning.preparation import PhaseReporter, Prepared, Quiet, build_model, prepare
 from orchestrator.verbs.inputs.options import VerifyOptions
 from orchestrator.verbs.inputs.planned_inputs import resolve
@@ -112,7 +112,7 @@ def verify(
 ) -> VerifyResult:
     """Compare `STEPS` steps of the plan with one chip. Raises UserError if there is nothing to compare."""
     shown = progress or Quiet()
-    exact = replace(job, dtype=Dtype.FP64)
+    exact = job.model_copy(update={"dtype": Dtype.FP64})
     prepared = prepare(cluster, exact, plan, progress=shown)
     alone = on_one_chip(prepared)
     _require_cut(prepared, alone)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from kernels.reference import interpret_segment
-from orchestrator.config.job import Dtype, Job
+from orchestrator.config.job_file import Dtype, Job
 from orchestrator.models.model_builder import BuiltModel
 from orchestrator.planning.preparation import Prepared, optimizer_factory, prepare
 from orchestrator.runners.executing.chip import ExecutingChip, op_codes, whole_tensors

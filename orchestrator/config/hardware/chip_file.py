@@ -12,8 +12,8 @@ from pydantic import Field
 
 from comms.errors import ConfigError, located
 from comms.units import Quantity
-from kernels.chips import Chip, chip_document, chip_keys, parse_chip
-from orchestrator.config.schema import FieldType, QuantityField, Section, field_error, nearest
+from kernels.chips import Chip, ChipKind, chip_document, chip_keys, parse_chip
+from orchestrator.config.schema import FieldType, QuantityField, Section, WordField, field_error, nearest
 from orchestrator.config.yaml_file import Document, Location
 
 _FIGURE_KEYS = ("value", "source")
@@ -63,11 +63,6 @@ Number = Annotated[object, Figure(float)]
 SizeFigure = Annotated[object, Figure(Quantity.SIZE)]
 RateFigure = Annotated[object, Figure(Quantity.DATA_RATE)]
 TimeFigure = Annotated[object, Figure(Quantity.TIME)]
-ComputeFigure = Annotated[object, Figure(Quantity.COMPUTE_RATE)]
-FrequencyFigure = Annotated[object, Figure(Quantity.FREQUENCY)]
-PowerFigure = Annotated[object, Figure(Quantity.POWER)]
-HourlyPriceFigure = Annotated[object, Figure(Quantity.HOURLY_PRICE)]
-PriceFigure = Annotated[object, Figure(Quantity.PRICE)]
 
 
 class MemorySection(Section):
@@ -89,7 +84,7 @@ class CoresSection(Section):
     """How many cores, and their clock."""
 
     count: Number = None
-    clock: FrequencyFigure = None
+    clock: Annotated[object, Figure(Quantity.FREQUENCY)] = None
 
 
 class NocSection(Section):
@@ -131,19 +126,17 @@ class ChipFigures(Section):
     name: str = ""
     vendor: str = ""
     year: int = 0
-    class_: Literal["gpu", "asic", "cpu", "soc", "edge_soc", "wafer", "dataflow"] = Field(
-        "gpu", alias="class"
-    )
-    peak: dict[str, ComputeFigure] = Field(default_factory=dict)
+    class_: Annotated[ChipKind, WordField(ChipKind)] = Field(ChipKind.GPU, alias="class")
+    peak: dict[str, Annotated[object, Figure(Quantity.COMPUTE_RATE)]] = Field(default_factory=dict)
     memory: MemorySection | None = None
     sram: SramSection | None = None
     cores: CoresSection | None = None
     noc: NocSection | None = None
     scale_up: PortSection | None = None
     host_link: PortSection | None = None
-    tdp: PowerFigure = None
-    price: HourlyPriceFigure = None
-    list_price: PriceFigure = None
+    tdp: Annotated[object, Figure(Quantity.POWER)] = None
+    price: Annotated[object, Figure(Quantity.HOURLY_PRICE)] = None
+    list_price: Annotated[object, Figure(Quantity.PRICE)] = None
     launch: TimeFigure = None
     efficiency: EfficiencySection | None = None
     notes: dict[str, Words] = Field(default_factory=dict)

@@ -18,6 +18,7 @@ from comms.networks.conditions import HEALTHY, Described, check_chips
 from comms.networks.links import PLAIN, Link, Protocol
 from comms.networks.network import Network
 from kernels.chips import Chip
+from orchestrator.config.hardware.network_sections import NicSection
 
 
 class Device(StrEnum):
@@ -54,21 +55,12 @@ class Pcie:
 
 
 @dataclass(frozen=True, slots=True)
-class Nics:
-    """A host's network cards: how many, and the link of one."""
-
-    count: int
-    link: Link
-    duplex: bool = True
-
-
-@dataclass(frozen=True, slots=True)
 class Host:
     """One host: its chips in order, its PCIe tree and cards, and what it adds to price and power."""
 
     chips: tuple[Chip, ...]
     pcie: Pcie | None  # None: chips share the host's memory
-    nics: Nics | None
+    nics: NicSection | None
     watts: float  # of everything but the chips
     usd_per_hour: float  # of everything but the chips
 

@@ -10,19 +10,19 @@ use.
 """
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field
 
-from comms.errors import ClusterError, ConfigError, combined
+from comms.errors import ConfigError, combined
 from comms.networks.conditions import HEALTHY
 from comms.networks.layers import Spread
 from comms.networks.links import Link
 from kernels.chips import DEFAULT_HOST_LATENCY_S, Chip
 from orchestrator.config.hardware.chip_file import ChipFigures, described_chip
-from orchestrator.config.hardware.cluster import Cluster, Device, Host, Nics, Pcie
+from orchestrator.config.hardware.cluster import Cluster, Device, Host, Pcie
 from orchestrator.config.hardware.conditions_file import ConditionsSection, described
 from orchestrator.config.hardware.network_links import (
     ShapeDrawing,
@@ -38,8 +38,8 @@ from orchestrator.config.hardware.network_sections import (
     ScaleUpSection,
 )
 from orchestrator.config.hardware.tiers import ScaleUpFabric, SwitchLevel, build_network, issue_times
-from orchestrator.config.schema import CountOr, HourlyPrice, Power, Section, nearest, validate
-from orchestrator.config.yaml_file import Document, Location, read_yaml
+from orchestrator.config.schema import CountOr, HourlyPrice, Power, Section, WordField, nearest, validate
+from orchestrator.config.yaml_file import Document, Location, Place, read_yaml
 
 FRAME_NBYTES = 1500.0  # of a packet where switches store and forward: the payload of an Ethernet frame
 MOST_CHIPS_OF_HOST = 2**16
@@ -73,7 +73,7 @@ class ClusterFile(Section):
     kind: Literal["cluster"]
     version: Literal[1]
     name: str
-    device: Literal["simulated", "cpu", "cuda"]
+    device: Annotated[Device, WordField(Device)]
     actors: int | None = Field(None, ge=1)
     repeat: Annotated[int | None, CountOr("any")] = 1
     hosts: list[HostSection] = Field(min_length=1)
@@ -125,7 +125,7 @@ def cluster_from(document: Document) -> Cluster:
     _check_used(document, file, alone, meet_over_pcie=reach < len(unit[0].chips))
     return Cluster(
         name=file.name,
-        device=Device(file.device),
+        device=file.device,
         unit=unit,
         num_hosts=num_hosts,
         network=network,
@@ -133,7 +133,7 @@ def cluster_from(document: Document) -> Cluster:
         origin=document.origin,
         conditions=HEALTHY
         if file.conditions is None
-        else described(file.conditions, network, num_chips, document),
+        else described(file.conditions, network, num_chips, Place(document, ("conditions",))),
         issue_s=issue_times(network, fabric, levels, unit[0].pcie),
     )
 
@@ -144,33 +144,26 @@ def _host(document: Document, index: int, section: HostSection) -> Host:
         chip = described_chip(document, ("hosts", index, "chips", number), entry.like)
         count = len(os.sched_getaffinity(0)) if entry.count is None else entry.count
         if len(chips) + count > MOST_CHIPS_OF_HOST:
-            where = document.where(("hosts", index, "chips", number))
             hint = f"up to {MOST_CHIPS_OF_HOST}; give the hosts that there are, with `count` or `repeat`"
-            raise ClusterError(f"{count} chips in one host", where, hint)
+            raise document.error(f"{count} chips in one host", hint, "hosts", index, "chips", number)
         chips += [chip] * count
     return Host(
         chips=tuple(chips),
-        pcie=_pcie(document, index, section.pcie, chips),
-        nics=None if section.nics is None else _nics(section.nics),
+        pcie=_pcie(Place(document, ("hosts", index, "pcie")), section.pcie, chips),
+        nics=section.nics,
         watts=section.power,
         usd_per_hour=section.price,
     )
 
 
-def _nics(section: NicSection) -> Nics:
-    link = Link(section.latency, section.bandwidth * section.efficiency)
-    return Nics(section.count, link, section.duplex == "full")
-
-
-def _pcie(document: Document, index: int, section: PcieSection | None, chips: list[Chip]) -> Pcie | None:
+def _pcie(place: Place, section: PcieSection | None, chips: list[Chip]) -> Pcie | None:
     """The tree that the file describes, or else one switch with the links that the chips bring."""
     ports = [chip.host_link for chip in chips if chip.host_link is not None]
     if section is None:
         if len(ports) < len(chips):
             return None
         section = PcieSection.model_validate({})
-    at = ("hosts", index, "pcie")
-    _check_pcie(document, at, section, len(chips), len(ports))
+    _check_pcie(place, section, len(chips), len(ports))
     has_switches = _has_switches(section, len(chips))
     line, alone = line_and_efficiency(section.bandwidth, section.efficiency, ports)
     best = best_share(alone, section.protocols)
@@ -182,9 +175,9 @@ def _pcie(document: Document, index: int, section: PcieSection | None, chips: li
     root_s = 2 * latency if root.latency is None else root.latency
     if has_switches and root_s < latency:
         problem = "the way through the root complex is quicker than the one through a single switch"
-        where = document.where((*at, "root", "latency"))
-        raise ClusterError(problem, where, "raise the root's `latency`, or lower that of the switches")
-    library = library_of(section, latency if has_switches else root_s, alone, best, document, at)
+        hint = "raise the root's `latency`, or lower that of the switches"
+        raise place.error(problem, hint, "root", "latency")
+    library = library_of(section, latency if has_switches else root_s, alone, best, place)
     uplink = (section.uplink or line) * best
     return Pcie(
         section.switches,
@@ -197,26 +190,23 @@ def _pcie(document: Document, index: int, section: PcieSection | None, chips: li
     )
 
 
-def _check_pcie(
-    document: Document, at: Location, section: PcieSection, num_chips: int, num_ports: int
-) -> None:
+def _check_pcie(place: Place, section: PcieSection, num_chips: int, num_ports: int) -> None:
     """Raises ClusterError for a tree that cannot be, and for keys that would have no effect."""
-    where = document.where(at)
     if section.bandwidth is None and num_ports < num_chips:
-        raise ClusterError("a chip has no host link of its own", where, "give `bandwidth:` under `pcie:`")
+        raise place.error("a chip has no host link of its own", "give `bandwidth:` under `pcie:`")
     if section.switches and num_chips % section.switches:
         problem = f"{num_chips} chips do not spread evenly over {section.switches} PCIe switches"
-        raise ClusterError(problem, where, "make `switches` a divisor of the chips in the host")
+        raise place.error(problem, "make `switches` a divisor of the chips in the host")
     if section.uplink is not None and not 1 < section.switches < num_chips:
         problem = "`uplink` has no effect without several switches of several chips"
-        raise ClusterError(problem, document.where((*at, "uplink")), "remove it, or raise `switches`")
+        raise place.error(problem, "remove it, or raise `switches`", "uplink")
     if section.root is not None and section.switches == 1:
         problem = "`root` has no effect where all chips are behind one switch"
-        raise ClusterError(problem, document.where((*at, "root")), "remove it, or change `switches`")
+        raise place.error(problem, "remove it, or change `switches`", "root")
     has_both = section.root is not None and None not in (section.root.latency, section.latency)
     if has_both and not _has_switches(section, num_chips):
         problem = "`latency` has no effect where chips meet at the root complex only, which has its own"
-        raise ClusterError(problem, document.where((*at, "latency")), "remove it, or change `switches`")
+        raise place.error(problem, "remove it, or change `switches`", "latency")
 
 
 def _has_switches(section: PcieSection, num_chips: int) -> bool:
@@ -227,10 +217,10 @@ def _has_switches(section: PcieSection, num_chips: int) -> bool:
 def _check_auto(document: Document, file: ClusterFile) -> None:
     for index, host in enumerate(file.hosts):
         for number, entry in enumerate(host.chips):
-            if entry.count is None and file.device != "cpu":
-                where = document.where(("hosts", index, "chips", number, "count"))
+            if entry.count is None and file.device is not Device.CPU:
                 hint = "write the number of chips, or `device: cpu`"
-                raise ClusterError("`count: auto` can count only CPU cores", where, hint)
+                problem = "`count: auto` can count only CPU cores"
+                raise document.error(problem, hint, "hosts", index, "chips", number, "count")
 
 
 def _check_hosts(document: Document, unit: tuple[Host, ...], num_hosts: int | None, alone: bool) -> None:
@@ -239,18 +229,18 @@ def _check_hosts(document: Document, unit: tuple[Host, ...], num_hosts: int | No
     if len(sizes) > 1:
         problem = f"hosts have different numbers of chips ({', '.join(map(str, sorted(sizes)))})"
         hint = "give every host the same number of chips, or describe two clusters"
-        raise ClusterError(problem, document.where(("hosts",)), hint)
+        raise document.error(problem, hint, "hosts")
     if not alone and any(host.nics is None for host in unit):
         many = "any number of" if num_hosts is None else str(num_hosts)
         hint = "add `nics:` to each host, or make it one host"
-        raise ClusterError(f"{many} hosts, but a host without NICs", document.where(("hosts",)), hint)
+        raise document.error(f"{many} hosts, but a host without NICs", hint, "hosts")
 
 
 def _check_used(document: Document, file: ClusterFile, alone: bool, *, meet_over_pcie: bool) -> None:
     """Raises ClusterError for links, and figures of links, that no message between chips uses."""
     hint = "remove it, or raise `repeat`" if alone else "remove it"
     errors = [
-        ClusterError(f"`{at[-1]}` has no effect, as no chips meet there", document.where(at), hint)
+        document.error(f"`{at[-1]}` has no effect, as no chips meet there", hint, *at)
         for at in _unused(file, alone, meet_over_pcie)
     ]
     if errors:
@@ -275,30 +265,31 @@ def _fabric(
     document: Document, file: ClusterFile, unit: tuple[Host, ...], num_hosts: int | None
 ) -> ScaleUpFabric | None:
     """The scale-up fabric; what the file leaves out comes from the chips' own ports."""
-    section, at = file.scale_up, ("scale_up",)
+    section, place = file.scale_up, Place(document, ("scale_up",))
     if section is None:
         return None
-    drawing = ShapeDrawing(section, document, at)
+    drawing = ShapeDrawing(section, place)
     drawing.check()
     domain = section.domain or drawing.num_chips or len(unit[0].chips)
     _check_domain(drawing, domain, len(unit[0].chips), num_hosts)
-    ports = [chip.scaleup for chip in _chips(unit) if chip.scaleup is not None]
+    chips = [chip for host in unit for chip in host.chips]
+    ports = [chip.scaleup for chip in chips if chip.scaleup is not None]
     latency = section.latency if section.latency is not None else drawing.longest_latency_s
     if latency is None:
         latency = max((port.latency_s for port in ports), default=None)
     own_rates = section.bandwidth is not None or drawing.has_own_rates
-    if not own_rates and len(ports) < sum(1 for _ in _chips(unit)):
+    if not own_rates and len(ports) < len(chips):
         hint = "give `bandwidth:` and `latency:` under `scale_up:`"
-        raise ClusterError("a chip has no scale-up links of its own", document.where(at), hint)
+        raise place.error("a chip has no scale-up links of its own", hint)
     if latency is None:
-        raise ClusterError("the latency is not known", document.where(at), "add `latency:`, such as 2 us")
+        raise place.error("the latency is not known", "add `latency:`, such as 2 us")
     told = section.bandwidth or (1.0 if own_rates else None)
     line, alone = line_and_efficiency(told, section.efficiency, ports)
     best = best_share(alone, section.protocols)
-    library = library_of(section, latency, alone, best, document, at)
+    library = library_of(section, latency, alone, best, place)
     each = line * best / (1 if own_rates else drawing.links_per_chip(domain))
     shape = drawing.shape(domain, Link(latency - library.issue_s, each), best, "scale-up", library.issue_s)
-    return ScaleUpFabric(shape, section.source or _port_source(unit), library)
+    return ScaleUpFabric(shape, section.source or chips[0].sources.get("scale_up.bandwidth", ""), library)
 
 
 def _check_domain(drawing: ShapeDrawing, domain: int, per_host: int, num_hosts: int | None) -> None:
@@ -312,11 +303,6 @@ def _check_domain(drawing: ShapeDrawing, domain: int, per_host: int, num_hosts: 
         drawing.fail(key, problem, f"choose a size that divides {total}, or change the number of hosts")
 
 
-def _port_source(unit: tuple[Host, ...]) -> str:
-    """Where the figures of the chips' own links come from."""
-    return unit[0].chips[0].sources.get("scale_up.bandwidth", "")
-
-
 def _levels(document: Document, file: ClusterFile, unit: tuple[Host, ...]) -> tuple[SwitchLevel, ...]:
     cards = [host.nics for host in file.hosts if host.nics is not None]
     if not cards:
@@ -327,11 +313,11 @@ def _levels(document: Document, file: ClusterFile, unit: tuple[Host, ...]) -> tu
     spread = _spread(document, file.scale_out)
     levels: list[SwitchLevel] = []
     for number, section in enumerate(file.scale_out):
-        at = ("scale_out", number)
-        _check_level(document, at, section, len(file.scale_out))
+        place = Place(document, ("scale_out", number))
+        _check_level(place, section, number, len(file.scale_out))
         latency = cards_latency_s if section.latency is None else section.latency
-        library = library_of(section, latency, efficiency, efficiency, document, at)
-        drawing = ShapeDrawing(section, document, at)
+        library = library_of(section, latency, efficiency, efficiency, place)
+        drawing = ShapeDrawing(section, place)
         drawing.check()
         packet = FRAME_NBYTES if section.packet is None else section.packet
         levels.append(
@@ -358,35 +344,28 @@ def _spread(document: Document, levels: list[LevelSection]) -> Spread:
     told = {section.spread for section in levels if section.paths is not None}
     if len(told) > 1:
         hint = "give every level with `paths` the same `spread`"
-        raise ClusterError("levels differ in their spread", document.where(("scale_out",)), hint)
+        raise document.error("levels differ in their spread", hint, "scale_out")
     word = told.pop() if told else None
     return Spread(word.replace(" ", "_")) if word else Spread.ADAPTIVE
 
 
-def _check_level(document: Document, at: tuple[str, int], section: LevelSection, num_levels: int) -> None:
+def _check_level(place: Place, section: LevelSection, number: int, num_levels: int) -> None:
     """Raises ClusterError for keys that would have no effect."""
-
-    def fail(key: str, problem: str, hint: str) -> None:
-        raise ClusterError(problem, document.where((*at, key)), hint)
-
-    if section.paths is not None and at[1] == 0:
-        fail("paths", "the paths into the first level are the cards", "give `paths` to a level above")
+    if section.paths is not None and number == 0:
+        hint = "give `paths` to a level above"
+        raise place.error("the paths into the first level are the cards", hint, "paths")
     if (section.paths is None) != (section.spread is None):
         key, other = ("paths", "spread") if section.spread is None else ("spread", "paths")
         hint = f"add `{other}:`, or remove it: messages that use all paths at once have one pipe"
-        fail(key, f"`{key}` has no effect without `{other}`", hint)
+        raise place.error(f"`{key}` has no effect without `{other}`", hint, key)
     if section.packet is not None and section.forwarding == "cut-through":
-        fail(
-            "packet", "`packet` has no effect on cut-through switches", "add `forwarding: store-and-forward`"
-        )
+        hint = "add `forwarding: store-and-forward`"
+        raise place.error("`packet` has no effect on cut-through switches", hint, "packet")
     if section.shape not in (None, "switch"):
         told = ("hosts", "oversubscription", "rails", "paths", "spread", "forwarding", "packet")
         for key in told:
             if key in section.model_fields_set:
-                fail(key, f"`{key}` has no effect on a {section.shape}", "remove it")
+                raise place.error(f"`{key}` has no effect on a {section.shape}", "remove it", key)
         if num_levels > 1:
-            fail("shape", f"a {section.shape} joins all chips by itself", "make it the only level")
-
-
-def _chips(unit: tuple[Host, ...]) -> Iterable[Chip]:
-    return (chip for host in unit for chip in host.chips)
+            problem = f"a {section.shape} joins all chips by itself"
+            raise place.error(problem, "make it the only level", "shape")

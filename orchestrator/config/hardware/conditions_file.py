@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 from pydantic import Field
 
 from comms.collectives.schedule import Op
-from comms.errors import ClusterError, located
+from comms.errors import located
 from comms.networks.conditions import (
     Background,
     Between,
@@ -25,8 +25,8 @@ from comms.networks.conditions import (
     check_chips,
 )
 from comms.networks.network import Network, TierKind
-from orchestrator.config.schema import FieldType, Section, Size, Time, field_error, nearest
-from orchestrator.config.yaml_file import Document, Location
+from orchestrator.config.schema import FieldType, Section, Size, Time, WordField, field_error, nearest
+from orchestrator.config.yaml_file import Place
 
 _CHIP = re.compile(r"\s*(?:chip\s*)?([0-9]+)\s*")
 _RANGE = re.compile(r"\s*([0-9]+)\s*-\s*([0-9]+)\s*")
@@ -125,16 +125,7 @@ class JitterSection(Section):
 class BackgroundSection(Section):
     """A collective of other jobs, over and over again."""
 
-    op: Literal[
-        "all_reduce",
-        "all_gather",
-        "reduce_scatter",
-        "all_to_all",
-        "broadcast",
-        "reduce",
-        "gather",
-        "scatter",
-    ]
+    op: Annotated[Op, WordField(tuple(op for op in Op if op is not Op.BARRIER))]
     chips: Chips
     size: Size
 
@@ -149,64 +140,58 @@ class ConditionsSection(Section):
     background: list[BackgroundSection] = Field(default_factory=list)
 
 
-HERE: Location = ("conditions",)
-
-
-def described(
-    section: ConditionsSection, network: Network, num_chips: int | None, document: Document
-) -> Described:
+def described(section: ConditionsSection, network: Network, num_chips: int | None, here: Place) -> Described:
     """The conditions of a file, on a network of `num_chips` (None: any number). Raises ClusterError."""
     jitter = section.jitter
     if jitter is not None and not jitter.rate and not jitter.delay:
-        raise _error(document, ("jitter",), "this jitter has no effect", "give `rate:` or `delay:`")
+        raise here.error("this jitter has no effect", "give `rate:` or `delay:`", "jitter")
     if "seed" in section.model_fields_set and jitter is None:
-        raise _error(
-            document, ("seed",), "`seed` has no effect without `jitter`", "remove it, or add `jitter:`"
-        )
+        raise here.error("`seed` has no effect without `jitter`", "remove it, or add `jitter:`", "seed")
     found = Described(
-        links=tuple(_link(each, at, network, document) for at, each in enumerate(section.links)),
-        chips=tuple(_chip(each, at, document) for at, each in enumerate(section.chips)),
+        links=tuple(_link(each, network, here.inside("links", at)) for at, each in enumerate(section.links)),
+        chips=tuple(_chip(each, here.inside("chips", at)) for at, each in enumerate(section.chips)),
         jitter=Jitter() if jitter is None else Jitter(jitter.rate, jitter.delay),
         seed=section.seed,
-        background=tuple(_background(each, at, document) for at, each in enumerate(section.background)),
+        background=tuple(
+            _background(each, here.inside("background", at)) for at, each in enumerate(section.background)
+        ),
     )
     if num_chips is not None:
         check_chips(found, num_chips)
     return found
 
 
-def _link(section: LinkFaultSection, number: int, network: Network, document: Document) -> LinkFault:
-    at = ("links", number)
+def _link(section: LinkFaultSection, network: Network, at: Place) -> LinkFault:
     ends, reach = (section.from_, section.to), (section.chip, section.tier)
     named = [[part is not None for part in parts] for parts in (ends, reach)]
     if named not in ([[True, True], [False, False]], [[False, False], [True, True]]):
         hint = "give `from:` and `to:`, or `chip:` and `tier:`"
-        raise _error(document, at, "it is not clear which link is meant", hint)
+        raise at.error("it is not clear which link is meant", hint)
     effects = (section.factor, section.down, section.flaps)
     if sum(effect is not None for effect in effects) != 1:
         hint = "give one of `factor:`, `down: true` and `flaps:`"
-        raise _error(document, at, "it is not clear what is wrong with the link", hint)
+        raise at.error("it is not clear what is wrong with the link", hint)
     if section.factor == 1:
-        raise _error(document, at, "a factor of 1 has no effect", "give a factor below 1")
-    flaps = None if section.flaps is None else _flaps(section.flaps, at, document)
+        raise at.error("a factor of 1 has no effect", "give a factor below 1")
+    flaps = None if section.flaps is None else _flaps(section.flaps, at)
     factor = 0.0 if section.down else 1.0 if section.factor is None else section.factor
-    return LinkFault(_which(section, at, network, document), factor, flaps, document.where((*HERE, *at)))
+    return LinkFault(_which(section, network, at), factor, flaps, at.where)
 
 
-def _which(section: LinkFaultSection, at: Location, network: Network, document: Document) -> Between | Reach:
+def _which(section: LinkFaultSection, network: Network, at: Place) -> Between | Reach:
     if section.from_ is not None and section.to is not None:
         if section.from_ == section.to:
-            raise _error(document, at, f"a link from chip {section.to} to itself", "name two chips")
+            raise at.error(f"a link from chip {section.to} to itself", "name two chips")
         if section.path is not None:
-            raise _error(document, at, "`path` has no effect between two chips", "remove it")
+            raise at.error("`path` has no effect between two chips", "remove it")
         return Between(section.from_, section.to, not section.one_way)
     assert section.chip is not None and section.tier is not None
     if section.one_way:
-        raise _error(document, at, "`one_way` has no effect on a chip's links in a tier", "remove it")
-    return Reach(section.chip, _tier(section.tier, at, network, document), section.path)
+        raise at.error("`one_way` has no effect on a chip's links in a tier", "remove it")
+    return Reach(section.chip, _tier(section.tier, network, at), section.path)
 
 
-def _tier(word: str, at: Location, network: Network, document: Document) -> str:
+def _tier(word: str, network: Network, at: Place) -> str:
     """The tier of that name, or the innermost of that kind. Raises ClusterError."""
     names = {tier.name: tier.name for tier in network.tiers if tier.size > 1}
     kinds: Mapping[str, str] = {
@@ -216,28 +201,22 @@ def _tier(word: str, at: Location, network: Network, document: Document) -> str:
     }
     known = {**kinds, **names}
     if word not in known:
-        raise _error(document, (*at, "tier"), f"there is no tier {word!r}", nearest(word, known))
+        raise at.error(f"there is no tier {word!r}", nearest(word, known), "tier")
     return known[word]
 
 
-def _flaps(section: FlapsSection, at: Location, document: Document) -> Flaps:
-    with located(document.where((*HERE, *at, "flaps"))):
+def _flaps(section: FlapsSection, at: Place) -> Flaps:
+    with located(at.inside("flaps").where):
         return Flaps(section.down, section.every, section.first)
 
 
-def _chip(section: ChipFaultSection, number: int, document: Document) -> ChipFault:
-    at = ("chips", number)
+def _chip(section: ChipFaultSection, at: Place) -> ChipFault:
     if section.slowdown == 1 and not section.delay:
-        raise _error(document, at, "this has no effect on the chip", "give `slowdown:` or `delay:`")
-    return ChipFault(section.chip, section.slowdown, section.delay, document.where((*HERE, *at)))
+        raise at.error("this has no effect on the chip", "give `slowdown:` or `delay:`")
+    return ChipFault(section.chip, section.slowdown, section.delay, at.where)
 
 
-def _background(section: BackgroundSection, number: int, document: Document) -> Background:
-    at = ("background", number)
+def _background(section: BackgroundSection, at: Place) -> Background:
     if len(section.chips) < 2:
-        raise _error(document, at, "one chip alone sends nothing", "give at least two chips")
-    return Background(Op(section.op), section.chips, section.size, document.where((*HERE, *at)))
-
-
-def _error(document: Document, at: Location, problem: str, hint: str) -> ClusterError:
-    return ClusterError(problem, document.where((*HERE, *at)), hint)
+        raise at.error("one chip alone sends nothing", "give at least two chips")
+    return Background(section.op, section.chips, section.size, at.where)

@@ -12,14 +12,13 @@ from pathlib import Path
 
 from comms.errors import ConfigError
 from comms.networks.network import Tier, TierKind
-from kernels.chips import Port
 from orchestrator.config.hardware.cluster import Cluster
 from orchestrator.config.hardware.cluster_file import ClusterFile, cluster_from
 from orchestrator.config.hardware.network_links import ShapeDrawing, line_and_efficiency
 from orchestrator.config.hardware.network_sections import LibrarySection, LinkSection, NicSection, PcieSection
 from orchestrator.config.hardware.tiers import PCIE_ROOT
 from orchestrator.config.schema import validate
-from orchestrator.config.yaml_file import Document, read_yaml
+from orchestrator.config.yaml_file import Document, Place, read_yaml
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +83,7 @@ class _FileRates:
         section = self.file.scale_up
         assert section is not None, "there is a scale-up tier"
         together, alone = self._fabric()
-        at, drawing = "scale_up", ShapeDrawing(section, self.document, ("scale_up",))
+        at, drawing = "scale_up", ShapeDrawing(section, Place(self.document, ("scale_up",)))
         latency = at if drawing.longest_latency_s is None else ""
         sections = Sections(at, latency, at, self._message_s(tier), stage_s=_longest_stage_s([section]))
         return LineRate(together, alone, sections, tier, section.reduces, self.cluster)
@@ -109,7 +108,7 @@ class _FileRates:
         levels, names = self.file.scale_out, [level.name for level in self.file.scale_out]
         number = names.index(tier.name) if tier.name in names else 0
         level = levels[number] if levels else None
-        drawing = None if level is None else ShapeDrawing(level, self.document, ("scale_out", number))
+        drawing = None if level is None else ShapeDrawing(level, Place(self.document, ("scale_out", number)))
         card = min(self._cards(), key=lambda each: each.count * each.bandwidth)
         together, alone = self._card_rates(card, drawing)
         at, nics = f"scale_out, level {tier.name}", "hosts, nics"
@@ -158,10 +157,11 @@ class _FileRates:
         """Of the scale-up fabric, together and alone."""
         section = self.file.scale_up
         assert section is not None, "there is a scale-up fabric"
-        drawing = ShapeDrawing(section, self.document, ("scale_up",))
+        drawing = ShapeDrawing(section, Place(self.document, ("scale_up",)))
         links = self._links(drawing, section.domain or drawing.num_chips or self.cluster.chips_per_host)
         if section.bandwidth is None:
-            whole = _least([chip.scaleup for host in self.cluster.unit for chip in host.chips])
+            ports = [chip.scaleup for chip in self.cluster.chip_types]
+            whole = min(port.bytes_per_s for port in ports if port is not None)
         else:
             whole = section.bandwidth * links
         if links == 1:
@@ -173,7 +173,7 @@ class _FileRates:
         if drawing.has_own_rates:
             raise ConfigError(
                 "its links differ, so that a chip has no line rate",
-                self.document.where(drawing.at),
+                drawing.place.where,
                 "calibrate without --cluster",
             )
         return drawing.links_per_chip(num_chips)
@@ -211,7 +211,3 @@ def _longest_stage_s(sections: Sequence[LibrarySection]) -> float:
 def _largest_share(sections: Sequence[LibrarySection]) -> float:
     protocols = [each for section in sections for each in section.protocols]
     return max((each.share for each in protocols if each.share is not None), default=0.0)
-
-
-def _least(ports: list[Port | None]) -> float:
-    return min(port.bytes_per_s for port in ports if port is not None)

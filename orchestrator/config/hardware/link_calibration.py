@@ -92,9 +92,9 @@ def calibrate_links(tables: Sequence[MeasuredTable], lines: Sequence[LineRate] =
     if lines:
         as_it_is = tuple(_as_it_is(table.curve, own) for table, own in zip(tables, lines, strict=True))
     if pairs:
-        link, held = _fit_pairs(tables), _held_out_pairs(tables)
+        link = fit_link([point for table in tables for point in table.curve.points])
         residuals = tuple(_on(link.link, table.curve) for table in tables)
-        return Calibration(tuple(tables), None, link, line, residuals, held, as_it_is)
+        return Calibration(tuple(tables), None, link, line, residuals, _held_out_pairs(tables), as_it_is)
     sheets = [_sheet(own) for own in lines] if lines else [Sheet(None)] * len(tables)
     runs = [MeasuredRun(table.curve, sheet) for table, sheet in zip(tables, sheets, strict=True)]
     plain, eager = _held_out(runs, eager=False), _held_out(runs, eager=True)
@@ -130,10 +130,6 @@ def _by_size(residuals: Sequence[Residual]) -> tuple[Residual, ...]:
 
 def _mean(residuals: Sequence[Sequence[Residual]]) -> float:
     return mean_error(each for of_table in residuals for each in of_table)
-
-
-def _fit_pairs(tables: Sequence[MeasuredTable]) -> LinkFit:
-    return fit_link([point for table in tables for point in table.curve.points])
 
 
 def _held_out_pairs(tables: Sequence[MeasuredTable]) -> tuple[tuple[Residual, ...], ...] | None:

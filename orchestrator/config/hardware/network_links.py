@@ -43,7 +43,7 @@ from orchestrator.config.hardware.network_sections import (
     ShapeSection,
 )
 from orchestrator.config.schema import nearest
-from orchestrator.config.yaml_file import Document, Location
+from orchestrator.config.yaml_file import Place
 
 SWITCH = "switch"
 # What each shape makes use of besides latency and bandwidth; anything else would have no effect.
@@ -75,8 +75,7 @@ class ShapeDrawing:
     """A shape section of a document, checked for keys that would have no effect."""
 
     section: ShapeSection
-    document: Document
-    at: Location
+    place: Place
 
     @property
     def kind(self) -> str:
@@ -96,17 +95,21 @@ class ShapeDrawing:
     @property
     def longest_latency_s(self) -> float | None:
         """Of links that all have latencies of their own; None where some do not."""
-        edges = self.section.edges if isinstance(self.section, ScaleUpSection) else None
-        latencies = [link.latency for link in (*(self.section.links or ()), *(edges or ()))]
+        latencies = [link.latency for link in self._own_links]
         known = [latency for latency in latencies if latency is not None]
         return max(known) if known and len(known) == len(latencies) else None
 
     @property
     def has_own_rates(self) -> bool:
         """Whether all links have rates of their own."""
-        edges = self.section.edges if isinstance(self.section, ScaleUpSection) else None
-        links = (*(self.section.links or ()), *(edges or ()))
+        links = self._own_links
         return bool(links) and all(link.bandwidth is not None for link in links)
+
+    @property
+    def _own_links(self) -> tuple[LinkSection | EdgeSection, ...]:
+        """Those that may have figures of their own."""
+        edges = self.section.edges if isinstance(self.section, ScaleUpSection) else None
+        return (*(self.section.links or ()), *(edges or ()))
 
     def links_per_chip(self, num_chips: int) -> int:
         """Over how many links a chip spreads what it has."""
@@ -157,7 +160,7 @@ class ShapeDrawing:
         """The shape over so many chips; `link` is the section's, `earlier_s` what all latencies are quicker by."""
         self.check_size(num_chips)
         key = "edges" if self.kind == "edges" else "dims"
-        with described(self.document.where((*self.at, key)), "change the shape"):
+        with described(self.place.inside(key).where, "change the shape"):
             return shape_of(self._topology(num_chips, link, efficiency, name, earlier_s))
 
     def _topology(
@@ -202,23 +205,12 @@ class ShapeDrawing:
         names = dict.fromkeys(node for edge in given for node in (edge.a, edge.b) if isinstance(node, str))
         edges: list[Edge] = []
         for number, edge in enumerate(given):
-            self._check_edge(number, edge, num_chips)
+            _check_edge(edge, num_chips, self.place.inside("edges", number))
             own = self._link(edge, link, efficiency, earlier_s)
             back = None if edge.back is None else self._link(edge.back, own, efficiency, earlier_s)
             edges.append(Edge(edge.a, edge.b, own, Duplex(edge.duplex.replace(" ", "_")), back))
         relay = section.through_chips if section.through_chips is not None else not names
         return EdgeList(num_chips, tuple(edges), tuple(names), relay)
-
-    def _check_edge(self, number: int, edge: EdgeSection, num_chips: int) -> None:
-        where, problem, hint = (*self.at, "edges", number), "", ""
-        if edge.a == edge.b:
-            problem, hint = f"a link from {edge.a!r} to itself", "remove it, or name two nodes"
-        for node in (edge.a, edge.b):
-            if isinstance(node, int) and not 0 <= node < num_chips:
-                problem = f"there is no chip {node} in a domain of {num_chips}"
-                hint = f"chips are 0 to {num_chips - 1}; switches have names"
-        if problem:
-            raise ClusterError(problem, self.document.where(where), hint)
 
     def _link(
         self, own: LinkSection | EdgeSection, around: Link, efficiency: float, earlier_s: float
@@ -237,7 +229,16 @@ class ShapeDrawing:
 
     def fail(self, key: str, problem: str, hint: str) -> NoReturn:
         """Raises ClusterError at a key of the section."""
-        raise ClusterError(problem, self.document.where((*self.at, key)), hint)
+        raise self.place.error(problem, hint, key)
+
+
+def _check_edge(edge: EdgeSection, num_chips: int, place: Place) -> None:
+    for node in (edge.b, edge.a):
+        if isinstance(node, int) and not 0 <= node < num_chips:
+            hint = f"chips are 0 to {num_chips - 1}; switches have names"
+            raise place.error(f"there is no chip {node} in a domain of {num_chips}", hint)
+    if edge.a == edge.b:
+        raise place.error(f"a link from {edge.a!r} to itself", "remove it, or name two nodes")
 
 
 def line_and_efficiency(
@@ -256,17 +257,12 @@ def best_share(efficiency: float, sections: Sequence[ProtocolSection]) -> float:
 
 
 def library_of(
-    section: LibrarySection,
-    latency_s: float,
-    efficiency: float,
-    best: float,
-    document: Document,
-    at: Location,
+    section: LibrarySection, latency_s: float, efficiency: float, best: float, place: Place
 ) -> Library:
     """A tier's library, where a message by itself has this latency and efficiency, and its links reach `best`."""
     latencies = [latency_s if each.latency is None else each.latency for each in section.protocols]
     shares = [efficiency if each.share is None else each.share for each in section.protocols]
-    _check_protocols(section.protocols, shares, best, document, at)
+    _check_protocols(section.protocols, shares, best, place)
     if not section.protocols:
         return Library(section.setup)
     base = min([latency_s, *latencies])
@@ -280,27 +276,21 @@ def library_of(
 
 
 def _check_protocols(
-    sections: Sequence[ProtocolSection],
-    shares: Sequence[float],
-    best: float,
-    document: Document,
-    at: Location,
+    sections: Sequence[ProtocolSection], shares: Sequence[float], best: float, place: Place
 ) -> None:
     """Raises ClusterError for names given twice, and for a share that the links do not reach."""
     names = [each.name for each in sections]
     for number, (name, share) in enumerate(zip(names, shares, strict=True)):
-        where = document.where((*at, "protocols", number))
+        here = place.inside("protocols", number)
         known = tuple(dict.fromkeys(known for op in Op for known in algorithm_names(op)))
         for algorithm in sections[number].algorithms:
             if algorithm not in known:
-                raise ClusterError(f"there is no algorithm {algorithm!r}", where, nearest(algorithm, known))
+                raise here.error(f"there is no algorithm {algorithm!r}", nearest(algorithm, known))
         for op in sections[number].ops:
             if op not in list(Op):
-                raise ClusterError(
-                    f"there is no operation {op!r}", where, nearest(op, tuple(str(each) for each in Op))
-                )
+                raise here.error(f"there is no operation {op!r}", nearest(op, tuple(map(str, Op))))
         if name in names[:number]:
-            raise ClusterError(f"two protocols are named {name!r}", where, "give each its own name")
+            raise here.error(f"two protocols are named {name!r}", "give each its own name")
         if share > best:
             problem = f"protocol {name!r} has a share of {share}, above the efficiency of {best}"
-            raise ClusterError(problem, where, "raise the `efficiency` of the links")
+            raise here.error(problem, "raise the `efficiency` of the links")

@@ -20,14 +20,14 @@ Not modelled: PCIe traffic and network traffic of one chip in each other's way w
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from comms.errors import ClusterError
 from comms.networks.fabrics.switch_tree import Tree
 from comms.networks.layers import Spread, Switch, Trunk, half_latencies
 from comms.networks.links import Link
 from comms.networks.network import UNBOUNDED, Network, Tier, TierKind, layered, switched
 from comms.networks.shapes import Shape
-from orchestrator.config.hardware.cluster import PLAIN_LIBRARY, Host, Library, Nics, Pcie
+from orchestrator.config.hardware.cluster import PLAIN_LIBRARY, Host, Library, Pcie
 from orchestrator.config.hardware.network_links import ShapeDrawing, described
+from orchestrator.config.hardware.network_sections import NicSection
 from orchestrator.config.yaml_file import Document
 
 
@@ -138,24 +138,24 @@ def _check_joined(reach: int, per_host: int, document: Document) -> None:
         groups = f"in groups of {reach} only" if reach > 1 else "by nothing"
         problem = f"the {per_host} chips of a host are joined {groups}"
         hint = "add `pcie:` to the host, or `scale_up:` for what joins its chips"
-        raise ClusterError(problem, document.where(("hosts",)), hint)
+        raise document.error(problem, hint, "hosts")
 
 
 def _check_levels(levels: tuple[SwitchLevel, ...], num_hosts: int | None, document: Document) -> None:
-    where = document.where(("scale_out",))
     hosts = levels[-1].hosts
     if levels[0].drawing is not None:
         return
     if num_hosts is not None and hosts is not None and hosts < num_hosts:
         problem = f"the outermost level joins {hosts} hosts, but there are {num_hosts}"
-        raise ClusterError(problem, where, "add a level with `hosts: any`")
+        raise document.error(problem, "add a level with `hosts: any`", "scale_out")
     if num_hosts is None and hosts is not None:
         problem = f"the outermost level joins {hosts} hosts, but there may be any number"
-        raise ClusterError(problem, where, "add a level with `hosts: any`")
+        raise document.error(problem, "add a level with `hosts: any`", "scale_out")
     railed = [at for at, level in enumerate(levels) if level.rails]
     if railed and (railed != [0] or len(levels) == 1):
         hint = "give `rails` to the first of several levels"
-        raise ClusterError("only the first level can have rails, with one above it", where, hint)
+        problem = "only the first level can have rails, with one above it"
+        raise document.error(problem, hint, "scale_out")
 
 
 def _alone(host: Host) -> Tier:
@@ -193,7 +193,7 @@ def _pcie(unit: tuple[Host, ...], document: Document) -> _Inside:
     ):
         if len(values) > 1:
             hint = "give every host the same"
-            raise ClusterError(f"hosts differ in their {what}", document.where(("hosts",)), hint)
+            raise document.error(f"hosts differ in their {what}", hint, "hosts")
     link, root = _slowest([tree.link for tree in trees]), _slowest([tree.root for tree in trees])
     uplink = min(tree.uplink_bytes_per_s for tree in trees)
     duplex = all(tree.duplex for tree in trees)
@@ -238,7 +238,7 @@ def _leaving(
 
 
 def _drawn(
-    level: SwitchLevel, drawing: ShapeDrawing, nics: Nics, inside: _Inside, per_host: int, total: int
+    level: SwitchLevel, drawing: ShapeDrawing, nics: NicSection, inside: _Inside, per_host: int, total: int
 ) -> Tier:
     """A shape over all chips, each by cards of its own."""
     if nics.count % per_host:
@@ -257,15 +257,15 @@ def _drawn(
     return Tier(level.name, TierKind.SCALE_OUT, size, shape, level.source, library.setup_s, library.protocols)
 
 
-def _slowest_nics(unit: tuple[Host, ...]) -> Nics:
+def _slowest_nics(unit: tuple[Host, ...]) -> NicSection:
     """The cards of the host that has the least bandwidth, at the longest latency."""
     all_nics = [host.nics for host in unit if host.nics is not None]
     least = min(all_nics, key=lambda nics: nics.count * nics.link.bytes_per_s)
     latency_s = max(nics.link.latency_s for nics in all_nics)
-    return replace(least, link=replace(least.link, latency_s=latency_s))
+    return least.model_copy(update={"latency": latency_s})
 
 
-def _card(nics: Nics, per_host: int, level: SwitchLevel, latency_s: float) -> _LayerWires:
+def _card(nics: NicSection, per_host: int, level: SwitchLevel, latency_s: float) -> _LayerWires:
     """From the chips behind one card to the first switch between hosts; see the module for how they share."""
     size, rate, paths = 1, nics.link.bytes_per_s * nics.count / per_host, 1
     if nics.count < per_host:
@@ -273,10 +273,12 @@ def _card(nics: Nics, per_host: int, level: SwitchLevel, latency_s: float) -> _L
         size, paths = (per_host // nics.count, 1) if even else (per_host, nics.count)
         rate = nics.link.bytes_per_s * paths
     step = _LayerWires(level.name, size, rate, latency_s, paths, oversubscription=level.oversubscription)
-    return replace(step, reduces=level.reduces, duplex=nics.duplex, forward_nbytes=level.forward_nbytes)
+    return replace(
+        step, reduces=level.reduces, duplex=nics.duplex == "full", forward_nbytes=level.forward_nbytes
+    )
 
 
-def _way_out(inside: _Inside, card: _LayerWires, nics: Nics, per_host: int) -> list[_LayerWires]:
+def _way_out(inside: _Inside, card: _LayerWires, nics: NicSection, per_host: int) -> list[_LayerWires]:
     """From a chip to the first switch between hosts, on wires that are not used within the host."""
     port = inside.way_out[0].bytes_per_s if inside.way_out else nics.link.bytes_per_s
     if card.size == 1:

@@ -7,8 +7,7 @@ from pathlib import Path
 from comms.errors import ConfigError, PlanError
 from orchestrator.config.hardware.cluster import Cluster
 from orchestrator.config.hardware.cluster_file import DEFAULT_CLUSTER, cluster_from, cluster_path
-from orchestrator.config.job import Job
-from orchestrator.config.job_file import job_document, job_from, load_job
+from orchestrator.config.job_file import Job, job_from, load_job
 from orchestrator.config.yaml_file import Document, read_yaml
 from orchestrator.planning import preparation
 from orchestrator.planning.preparation import PhaseReporter, Prepared
@@ -35,7 +34,7 @@ class Inputs:
         """The effective configuration, from which `from_config` makes the same inputs."""
         return {
             "runner": runner, "chips": self.cluster.num_chips, "cluster": dict(self.document),
-            "job": job_document(self.job),
+            "job": self.job.model_dump(),
         }  # fmt: skip
 
 

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from comms.networks.tier_table import Row
 from comms.units import DASH, format_scaled, format_seconds
+from orchestrator.config.hardware.latency_tiers import Row
 from orchestrator.views.console import Table
 
 

@@ -6,8 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from comms.errors import ConfigError
-from orchestrator.config.job import Dtype, LrShape
-from orchestrator.config.job_file import DEFAULT_MODEL, job_document, job_from, load_job
+from orchestrator.config.job_file import Dtype, LrShape, job_from, load_job
 from orchestrator.config.yaml_file import parse_yaml
 from partitioner.layout.parallel_plan import PipelineSchedule
 
@@ -32,7 +31,7 @@ def path(tmp_path):
 def test_the_defaults_are_a_whole_job():
     job = load_job(None)
     assert (job.model, job.dtype, job.plan.schedule) == (
-        DEFAULT_MODEL,
+        "builtin:gpt-mini",
         Dtype.FP32,
         PipelineSchedule.ONE_F_ONE_B,
     )
@@ -106,5 +105,5 @@ def test_errors_of_file_and_overrides_come_together(tmp_path):
 @given(st.integers(1, 64), st.integers(1, 9), st.floats(1e-9, 1.0), st.sampled_from(["fp32", "bf16", "fp64"]))
 def test_a_job_survives_its_document(steps, dp, lr, dtype):
     job = load_job(None, [f"steps={steps}", f"plan.dp={dp}", f"optimizer.lr={lr!r}", f"dtype={dtype}"])
-    text = yaml.safe_dump(job_document(job))
+    text = yaml.safe_dump(job.model_dump())
     assert job_from(parse_yaml(text, "run.yaml")) == job

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from comms.errors import CaptureError, ModelError, PlanError
-from orchestrator.config.job import Dtype
+from orchestrator.config.job_file import Dtype
 from orchestrator.planning import preparation
 from orchestrator.planning.preparation import prepare
 from partitioner.layout.parallel_plan import PipelineSchedule, Plan
@@ -86,13 +86,17 @@ def test_a_cached_program_is_simulated_without_torch(tmp_path: Path) -> None:
     assert [run.stdout.split() for run in runs] == [["False", "True", "False"], ["True", "False", "False"]]
 
 
+def changed(section: Any, **fields: object) -> Any:
+    return section.model_copy(update=fields)
+
+
 CHANGES: dict[str, Callable[[Any, Plan], tuple[Any, Plan]]] = {
-    "model": lambda job, plan: (replace(job, model="builtin:gpt-mini"), plan),
-    "model arguments": lambda job, plan: (replace(job, model_args={**job.model_args, "layers": 3}), plan),
-    "seq": lambda job, plan: (replace(job, seq=8), plan),
-    "global batch": lambda job, plan: (replace(job, global_batch=16), plan),
-    "dtype": lambda job, plan: (replace(job, dtype=Dtype.BF16), plan),
-    "optimizer": lambda job, plan: (replace(job, optimizer=replace(job.optimizer, name="sgd")), plan),
+    "model": lambda job, plan: (changed(job, model="builtin:gpt-mini"), plan),
+    "model arguments": lambda job, plan: (changed(job, model_args={**job.model_args, "layers": 3}), plan),
+    "seq": lambda job, plan: (changed(job, seq=8), plan),
+    "global batch": lambda job, plan: (changed(job, global_batch=16), plan),
+    "dtype": lambda job, plan: (changed(job, dtype=Dtype.BF16), plan),
+    "optimizer": lambda job, plan: (changed(job, optimizer=changed(job.optimizer, name="sgd")), plan),
     "degrees": lambda job, plan: (job, replace(plan, dp=1, tp=2)),
     "stages": lambda job, plan: (job, replace(plan, stages=(4,))),
     "schedule": lambda job, plan: (job, replace(plan, schedule=PipelineSchedule.GPIPE)),
@@ -100,11 +104,11 @@ CHANGES: dict[str, Callable[[Any, Plan], tuple[Any, Plan]]] = {
     "microbatches": lambda job, plan: (job, replace(plan, microbatches=2)),
 }
 SAME: dict[str, Callable[[Any], Any]] = {
-    "steps": lambda job: replace(job, steps=99),
-    "seed": lambda job: replace(job, seed=5),
-    "data": lambda job: replace(job, data="elsewhere.txt"),
-    "learning rate": lambda job: replace(job, optimizer=replace(job.optimizer, lr=0.5)),
-    "order of arguments": lambda job: replace(job, model_args=dict(reversed(list(job.model_args.items())))),
+    "steps": lambda job: changed(job, steps=99),
+    "seed": lambda job: changed(job, seed=5),
+    "data": lambda job: changed(job, data="elsewhere.txt"),
+    "learning rate": lambda job: changed(job, optimizer=changed(job.optimizer, lr=0.5)),
+    "order of arguments": lambda job: changed(job, model_args=dict(reversed(list(job.model_args.items())))),
 }
 
 
@@ -159,7 +163,7 @@ def model_file(folder: Path, branch: str = "False") -> str:
 def test_a_model_from_the_users_file_is_never_cached(
     empty_cache: Path, tmp_path: Path, tiny_job: Make, laptop: Any
 ) -> None:
-    job = replace(tiny_job(), model=model_file(tmp_path), model_args={"width": 16})
+    job = changed(tiny_job(), model=model_file(tmp_path), model_args={"width": 16})
     assert not any(prepare(laptop.take(2), job).was_cached for _ in range(2))
     assert not list(empty_cache.glob("*.program")) + list(empty_cache.glob("*.number"))
 
@@ -167,7 +171,7 @@ def test_a_model_from_the_users_file_is_never_cached(
 def test_a_model_that_cannot_be_captured_is_a_user_error_with_the_line(
     tmp_path: Path, tiny_job: Make, laptop: Any
 ) -> None:
-    job = replace(tiny_job(), model=model_file(tmp_path, "input_ids.sum() > 3"), model_args={})
+    job = changed(tiny_job(), model=model_file(tmp_path, "input_ids.sum() > 3"), model_args={})
     with pytest.raises(CaptureError, match="_local_scalar_dense") as caught:
         prepare(laptop.take(1), job)
     assert "net.py:10 (if input_ids.sum() > 3:)" in caught.value.where

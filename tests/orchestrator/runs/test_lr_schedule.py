@@ -6,14 +6,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.config.job import LrSchedule, LrShape
+from orchestrator.config.job_file import LrScheduleSection, LrShape
 from orchestrator.verbs.training import learning_rate
 
 shapes = st.sampled_from(list(LrShape))
 
 
 def rates(shape: LrShape, warmup: int, steps: int, floor: float = 0.1, peak: float = 2.0) -> list[float]:
-    schedule = LrSchedule(shape, warmup, floor)
+    schedule = LrScheduleSection(name=shape, warmup_steps=warmup, min_lr_ratio=floor)
     return [learning_rate(step, peak=peak, schedule=schedule, steps=steps) for step in range(steps)]
 
 
@@ -46,6 +46,6 @@ def test_rate_rises_then_never_rises_again_and_stays_within_bounds(
 
 @given(shape=shapes, step=st.integers(10, 100))
 def test_rate_stays_put_past_the_last_step(shape: LrShape, step: int) -> None:
-    schedule = LrSchedule(shape, 2, 0.1)
+    schedule = LrScheduleSection(name=shape, warmup_steps=2, min_lr_ratio=0.1)
     last = learning_rate(9, peak=1.0, schedule=schedule, steps=10)
     assert learning_rate(step, peak=1.0, schedule=schedule, steps=10) == last

@@ -65,7 +65,7 @@ def test_every_kind_of_model_and_optimizer_is_equal(
 
 @pytest.mark.parametrize("name", ["hf:gpt2-tiny", "hf:llama-tiny"])
 def test_hugging_face_models_are_equal_under_tp_and_pp(name: str, tiny_job: Make, laptop: Any) -> None:
-    job = replace(tiny_job("dtype=fp64"), model=name, model_args={})
+    job = tiny_job("dtype=fp64").model_copy(update={"model": name, "model_args": {}})
     assert verify(laptop.take(4), job, Plan(tp=2, pp=2, microbatches=2)).equal
 
 

@@ -15,7 +15,7 @@ from comms.networks.network import TierKind
 from kernels.chips import load_chip
 from orchestrator.config.hardware.cluster import Device
 from orchestrator.config.hardware.cluster_file import ClusterFile, cluster_from, load_cluster
-from orchestrator.config.job_file import JobFile
+from orchestrator.config.job_file import Job
 from orchestrator.config.yaml_file import parse_yaml
 
 ROOT = Path(__file__).parents[4]
@@ -317,7 +317,7 @@ def test_a_missing_file_is_a_config_error(tmp_path):
         load_cluster(tmp_path / "none.yaml")
 
 
-@pytest.mark.parametrize(("kind", "model"), [("cluster", ClusterFile), ("job", JobFile)])
+@pytest.mark.parametrize(("kind", "model"), [("cluster", ClusterFile), ("job", Job)])
 def test_the_committed_schemas_are_current(kind, model):
     committed = (ROOT / f"docs/schema/{kind}.schema.json").read_text()
     schema = model.model_json_schema(by_alias=True)

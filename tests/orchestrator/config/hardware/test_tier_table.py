@@ -15,24 +15,35 @@ from comms.networks.layers import Switch, Trunk
 from comms.networks.links import Link
 from comms.networks.network import Network, Tier, TierKind, layered, switched
 from comms.networks.shapes import Whole, shape_of
-from comms.networks.tier_table import HostMemory, OnChip, sum_over_cores_s, tier_table
+from kernels.chips import Noc, NocShape, Port, load_chip
+from orchestrator.config.hardware.latency_tiers import sum_over_cores_s, tier_table
 
 NOBODY = Network((switched("on-chip", 1, Link(0.0, 1e9), TierKind.ON_CHIP),))
 # Two tori of opposite directions, 9 cycles a hop and 5 at either end, 1 GHz, 32 bytes a cycle.
-WORMHOLE = OnChip(
-    "Wormhole",
+OPPOSITE_TORI = Noc(
     "2 opposite tori",
-    72,
+    NocShape.ONE_WAY_TORUS,
     dims=(10, 12),
-    wraps=True,
-    one_way=True,
     networks=2,
-    hop_s=9e-9,
-    entry_s=5e-9,
-    bytes_per_s=32e9,
-    source="documentation",
+    hop_latency_s=9e-9,
+    entry_latency_s=5e-9,
+    hop_bytes_per_s=32e9,
 )
-WAFER = OnChip("wafer", "mesh", 381_066, dims=(633, 602), hop_s=1 / 1.1e9, source="paper")
+
+
+def chip_of(name, cores, noc, **sources):
+    """A chip with this network and no host, its figures from these sources."""
+    known = {f"noc.{figure}": source for figure, source in sources.items()}
+    return replace(load_chip("nvidia_l4"), name=name, cores=cores, noc=noc, host_link=None, sources=known)
+
+
+WORMHOLE = chip_of("Wormhole", 72, OPPOSITE_TORI, hop_latency="documentation")
+WAFER = chip_of(
+    "wafer",
+    381_066,
+    Noc("mesh", NocShape.MESH, dims=(633, 602), hop_latency_s=1 / 1.1e9),
+    hop_latency="paper",
+)
 
 
 def shaped(name, kind, topology):
@@ -46,10 +57,15 @@ def rows(network, *chips, **others):
 
 @pytest.mark.parametrize("hops", range(1, 12))
 def test_a_wormhole_takes_nine_cycles_a_hop_and_five_at_either_end(hops):
-    line = OnChip(
-        "line", "ring", 24, (2 * hops,), True, hop_s=9e-9, entry_s=5e-9, bytes_per_s=32e9, source="x"
+    ring = Noc(
+        "ring",
+        NocShape.TORUS,
+        (2 * hops,),
+        hop_latency_s=9e-9,
+        entry_latency_s=5e-9,
+        hop_bytes_per_s=32e9,
     )
-    row = tier_table(NOBODY, (line,))[-1]
+    row = tier_table(NOBODY, (chip_of("line", 24, ring, hop_latency="x"),))[-1]
     assert (row.hops, row.latency_s) == (hops, pytest.approx((5 + 9 * hops + 5) * 1e-9, rel=1e-12))
 
 
@@ -72,7 +88,7 @@ def test_no_core_is_further_than_the_furthest():
 @pytest.mark.parametrize("clock", [0.85e9, 1.1e9])
 def test_a_number_summed_over_380000_cores_takes_less_than_1500_ns(clock):
     """Measured on a wafer: under 1.5 us, about a tenth more than its diameter."""
-    seconds = sum_over_cores_s(OnChip("wafer", "mesh", 381_066, (633, 602), hop_s=1 / clock))
+    seconds = sum_over_cores_s(Noc("mesh", NocShape.MESH, (633, 602), hop_latency_s=1 / clock))
     assert 1.0e-6 < seconds < 1.5e-6
     assert seconds == pytest.approx((632 + 601) / clock, rel=0.01)
 
@@ -80,13 +96,13 @@ def test_a_number_summed_over_380000_cores_takes_less_than_1500_ns(clock):
 def test_the_sum_over_a_mesh_is_rows_to_the_middle_and_back():
     """Played core by core: each adds what comes and sends on, one hop a cycle."""
     for dims in ((5, 4), (3, 3), (6, 7)):
-        chip = OnChip("mesh", "mesh", prod(dims), dims, hop_s=1.0)
+        mesh = Noc("mesh", NocShape.MESH, dims, hop_latency_s=1.0)
         to_middle = sum(max(abs(at - size // 2) for at in range(size)) for size in dims)
-        assert sum_over_cores_s(chip) == 2 * to_middle
+        assert sum_over_cores_s(mesh) == 2 * to_middle
 
 
 def test_only_meshes_without_entries_sum_on_the_way():
-    assert sum_over_cores_s(WORMHOLE) is None
+    assert sum_over_cores_s(OPPOSITE_TORI) is None
     assert not any("summed" in between for between in rows(NOBODY, WORMHOLE))
     assert rows(NOBODY, WAFER)["a number summed over 381066 cores, on wafer"].latency_s < 1.5e-6
 
@@ -100,8 +116,9 @@ def test_a_large_mesh_is_not_laid_out_core_by_core():
 @settings(max_examples=30)
 @given(st.lists(st.sampled_from([2, 4, 8]), min_size=1, max_size=3), st.booleans())
 def test_loaded_rates_are_those_of_all_cores_sending_half_way_round(dims, wraps):
-    chip = OnChip("grid", "grid", prod(dims), tuple(dims), wraps, hop_s=1e-9, bytes_per_s=1e9, source="x")
-    far = tier_table(NOBODY, (chip,))[1]
+    shape = NocShape.TORUS if wraps else NocShape.MESH
+    grid = Noc("grid", shape, tuple(dims), hop_latency_s=1e-9, hop_bytes_per_s=1e9)
+    far = tier_table(NOBODY, (chip_of("grid", prod(dims), grid, hop_latency="x"),))[1]
     torus = Torus(tuple(dims), (Link(1e-9, 1e9),), (wraps,))
     cores = np.arange(torus.num_chips)
     digits = (torus.digits(cores) + np.array(dims)[:, None] // 2) % np.array(dims)[:, None]
@@ -111,29 +128,24 @@ def test_loaded_rates_are_those_of_all_cores_sending_half_way_round(dims, wraps)
 
 
 @pytest.mark.parametrize(
-    ("wraps", "one_way", "hops"), [(True, True, 3 + 6), (True, False, 2 + 3), (False, False, 3 + 6)]
+    ("shape", "hops"),
+    [(NocShape.ONE_WAY_TORUS, 3 + 6), (NocShape.TORUS, 2 + 3), (NocShape.MESH, 3 + 6)],
 )
-def test_a_multicast_reaches_all_cores_at_the_rate_of_one_message(wraps, one_way, hops):
-    chip = OnChip("grid", "grid", 28, (4, 7), wraps, one_way, hop_s=1e-9, bytes_per_s=1e9, multicasts=True)
-    row = rows(NOBODY, chip)["core to all 28 cores at once, on grid"]
+def test_a_multicast_reaches_all_cores_at_the_rate_of_one_message(shape, hops):
+    grid = Noc("grid", shape, (4, 7), hop_latency_s=1e-9, hop_bytes_per_s=1e9, multicasts=True)
+    row = rows(NOBODY, chip_of("grid", 28, grid))["core to all 28 cores at once, on grid"]
     assert (row.hops, row.latency_s) == (hops, pytest.approx(hops * 1e-9))
     assert (row.bytes_per_s, row.loaded_bytes_per_s) == (1e9, pytest.approx(1e9 / 27))
+    wraps, one_way = shape is not NocShape.MESH, shape is NocShape.ONE_WAY_TORUS
     torus, everyone = Torus((4, 7), (Link(1e-9, 1e9),), (wraps,), one_way=one_way), np.arange(28)
     assert hops == np.diff(torus.routes(np.zeros_like(everyone), everyone).offsets).max()
-    assert not any("at once" in between for between in rows(NOBODY, replace(chip, multicasts=False)))
+    silent = chip_of("grid", 28, replace(grid, multicasts=False))
+    assert not any("at once" in between for between in rows(NOBODY, silent))
 
 
 def test_what_is_not_known_is_said_and_not_guessed():
-    exchange = OnChip(
-        "ipu",
-        "exchange",
-        1000,
-        aggregate_bytes_per_s=8e12,
-        memory_s=3e-9,
-        loaded_factor=1.24,
-        memory_source="notes",
-    )
-    memory, core = tier_table(NOBODY, (exchange,))
+    exchange = Noc("exchange", aggregate_bytes_per_s=8e12, memory_latency_s=3e-9, loaded_latency_factor=1.24)
+    memory, core = tier_table(NOBODY, (chip_of("ipu", 1000, exchange, memory_latency="notes"),))
     assert (memory.latency_s, memory.hops, memory.source) == (3e-9, 0, "notes")
     assert (core.latency_s, core.bytes_per_s, core.hops, core.ratio) == (None, None, None, None)
     assert (core.loaded_bytes_per_s, core.loaded_factor) == (8e9, 1.24)
@@ -142,9 +154,9 @@ def test_what_is_not_known_is_said_and_not_guessed():
 
 
 def test_a_row_is_compared_with_the_last_one_known():
-    unknown = OnChip("gpu", "crossbar", 100)
+    unknown = chip_of("gpu", 100, Noc("crossbar"))
     net = Network((switched("fast", 4, Link(2e-6, 1e9), TierKind.SCALE_UP),))
-    memory = OnChip("ipu", "exchange", 10, memory_s=4e-9)
+    memory = chip_of("ipu", 10, Noc("exchange", memory_latency_s=4e-9))
     assert [row.ratio for row in tier_table(net, (memory, unknown))] == [
         None,
         None,
@@ -204,9 +216,10 @@ def test_graphs_are_looked_at_route_by_route():
 
 
 def test_the_host_stands_between_cores_and_chips():
-    host = HostMemory("pcie4_x16", Link(1.3e-6, 24e9), "measured")
+    port = Port("pcie4_x16", 24e9, 1.3e-6)
+    host = replace(WORMHOLE, host_link=port, sources={"host_link.latency": "measured"})
     net = Network((switched("fast", 4, Link(2e-6, 1e9), TierKind.SCALE_UP),))
-    table = tier_table(net, (WORMHOLE,), host)
+    table = tier_table(net, (host,))
     assert [row.tier for row in table] == ["on-chip", "on-chip", "pcie4_x16", "fast"]
     assert (table[2].latency_s, table[2].source) == (1.3e-6, "measured")
 
