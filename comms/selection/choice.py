@@ -4,7 +4,7 @@ All algorithms of the catalog that suit the levels of the group are timed by the
 of the tiers that the group spans; the fastest is taken, of equally fast ones the first. A library that pays for
 every collective once (`Tier.setup_s`) and hands pieces on between its stages (`Protocol.pipelined`) is charged so.
 
-A group that does not fold into levels, or that nothing suits as it folds, counts as if its bunches were all alike
+A group that does not fold into levels, or that nothing suits as it folds, counts as if its subgroups were all alike
 further out (33 hosts on two sets of leaves), or as one flat level over its outermost tier, with what its chips have
 there when all of them send, whichever is faster; `Choice.is_folded` says so. Full fidelity needs no such assumption.
 """
@@ -39,7 +39,7 @@ class Choice:
     is_folded: bool
     inside: tuple[tuple[str, Protocol], ...] = ()  # protocols of tiers within the outermost one, by tier
     others: tuple[tuple[str, float], ...] = ()  # what else suits, and its seconds, fastest first
-    hosts: Levels = ()  # of what counts as one flat level, its bunches: the order in which messages leave goes by them
+    hosts: Levels = ()  # of what counts as one flat level, its subgroups: the order in which messages leave goes by them
 
     @property
     def seconds(self) -> float:

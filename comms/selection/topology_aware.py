@@ -65,7 +65,7 @@ def laid_hierarchies(op: Op, topology: Topology, names: Collection[str]) -> tupl
 
 def _fanouts(levels: tuple[Subgroups, ...]) -> tuple[int, ...]:
     """How many subgroups of a level are one of the next, from the inside; none where they differ in size."""
-    sizes = [{len(bunch) for bunch in bunches} for bunches in levels]
+    sizes = [{len(subgroup) for subgroup in subgroups} for subgroups in levels]
     if any(len(each) > 1 for each in sizes):
         return ()
     outer = [each.pop() for each in sizes]
@@ -74,8 +74,8 @@ def _fanouts(levels: tuple[Subgroups, ...]) -> tuple[int, ...]:
 
 def _nested(levels: tuple[Subgroups, ...]) -> IntArray:
     """All chips, so that every subgroup of every level is one range of them."""
-    place = np.zeros((len(levels), sum(len(bunch) for bunch in levels[-1])), dtype=np.int64)
-    for row, bunches in zip(place, levels, strict=True):
-        for number, bunch in enumerate(bunches):
-            row[list(bunch)] = number
+    place = np.zeros((len(levels), sum(len(subgroup) for subgroup in levels[-1])), dtype=np.int64)
+    for row, subgroups in zip(place, levels, strict=True):
+        for number, subgroup in enumerate(subgroups):
+            row[list(subgroup)] = number
     return np.lexsort([np.arange(place.shape[1]), *place])
