@@ -39,7 +39,7 @@ class Choice:
     is_folded: bool
     inside: tuple[tuple[str, Protocol], ...] = ()  # protocols of tiers within the outermost one, by tier
     others: tuple[tuple[str, float], ...] = ()  # what else suits, and its seconds, fastest first
-    hosts: Levels = ()  # of what counts as one flat level, its subgroups: the order in which messages leave goes by them
+    hosts: Levels = ()  # of what counts as one flat level, its subgroups: messages leave in the order of these
 
     @property
     def seconds(self) -> float:
