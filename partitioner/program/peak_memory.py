@@ -18,8 +18,8 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
 
+from partitioner.program.body_states import State, States
 from partitioner.program.instructions import reads, writes
 from partitioner.program.program import (
     Body,
@@ -124,58 +124,27 @@ def _role_peak(role: Role, footprints: Sequence[Footprint], schedule: str) -> Ro
             now[INDEX[PERSISTENT[tensor.kind]]] += tensor.spec.nbytes
     peak = total = sum(now)
     at_peak, place = list(now), (None, None)  # type: tuple[list[int], tuple[Call | None, int | None]]
-    effects = _Effects(role, footprints)
-    states: dict[int, int] = {}
+    states = States(_Held())
+    held: dict[int, _Held] = {}
     lingering: dict[str, int] = {}
+    known: dict[tuple[str, _Held, int], _BodyMemory] = {}
     for call in role.schedule.get(schedule, ()):
-        effect = effects.of(call.body, states.get(call.microbatch, 0), lingering.get(call.body, 0))
-        if total + effect.peak > peak:
-            peak, place = total + effect.peak, (call, effect.instruction)
-            at_peak = [a + b for a, b in zip(now, effect.at_peak, strict=True)]
-        now = [a + b for a, b in zip(now, effect.delta, strict=True)]
-        total += sum(effect.delta)
-        states[call.microbatch], lingering[call.body] = effect.state, effect.lingering
+        key = (call.body, held.get(call.microbatch, states.first), lingering.get(call.body, 0))
+        if (ran := known.get(key)) is None:
+            ran = known[key] = _BodyMemory(role, footprints, key[1].copy(), key[2])
+            ran.body(role.body[call.body])
+            ran.held = states.unique(ran.held)
+        if total + ran.peak > peak:
+            peak, place = total + ran.peak, (call, ran.instruction)
+            at_peak = [a + b for a, b in zip(now, ran.at_peak, strict=True)]
+        now = [a + b for a, b in zip(now, ran.now, strict=True)]
+        total += ran.total
+        held[call.microbatch], lingering[call.body] = ran.held, ran.lingering
     return RoleMemory(role.stage, peak, tuple(zip(CLASSES, at_peak, strict=True)), *place)
 
 
-@dataclass(frozen=True, slots=True)
-class _Effect:
-    """What one call does: the microbatch's next state, bytes by class after it, and at its own peak."""
-
-    state: int
-    delta: tuple[int, ...]
-    peak: int
-    at_peak: tuple[int, ...]
-    instruction: int | None
-    lingering: int
-
-
-class _Effects:
-    """Effects of bodies, remembered by the state in which they are called; state 0 holds nothing."""
-
-    def __init__(self, role: Role, footprints: Sequence[Footprint]) -> None:
-        self.role, self.footprints = role, footprints
-        self.known: dict[tuple[str, int, int], _Effect] = {}
-        self.states: list[_Held] = [_Held()]
-        self.numbers: dict[object, int] = {_Held().key(): 0}
-
-    def of(self, body: str, state: int, lingering: int) -> _Effect:
-        """The effect of calling `body` while `lingering` bytes of its last call are still being sent."""
-        key = (body, state, lingering)
-        if key not in self.known:
-            walk = _BodyMemory(self.role, self.footprints, self.states[state].copy(), lingering)
-            walk.body(self.role.body[body])
-            after = self.numbers.setdefault(walk.held.key(), len(self.states))
-            if after == len(self.states):
-                self.states.append(walk.held)
-            self.known[key] = _Effect(
-                after, tuple(walk.now), walk.peak, tuple(walk.at_peak), walk.instruction, walk.lingering
-            )
-        return self.known[key]
-
-
-@dataclass
-class _Held:
+@dataclass(eq=False)
+class _Held(State):
     """What a microbatch holds. Storages are named by the tensor that made them; None: a persistent tensor's."""
 
     storage_of: dict[int, int | None] = field(default_factory=dict)
@@ -184,16 +153,6 @@ class _Held:
     kind: dict[int, int] = field(default_factory=dict)
     moving: dict[int, tuple[int, ...]] = field(default_factory=dict)  # tensor awaited: storages in use
 
-    def copy(self) -> "_Held":
-        return _Held(*(part.copy() for part in self._parts()))
-
-    def key(self) -> object:
-        """Equal for equal states, whatever the order in which they came about."""
-        return tuple(frozenset(part.items()) for part in self._parts())
-
-    def _parts(self) -> tuple[dict[int, Any], ...]:
-        return (self.storage_of, self.users, self.nbytes, self.kind, self.moving)
-
 
 class _BodyMemory:
     """One execution of a body, in bytes relative to its start."""
@@ -201,9 +160,9 @@ class _BodyMemory:
     def __init__(self, role: Role, footprints: Sequence[Footprint], held: _Held, lingering: int) -> None:
         self.role, self.footprints, self.held = role, footprints, held
         self.now = [0] * len(CLASSES)
-        self.now[COMMUNICATION] -= (
-            lingering  # what the last call of this body left being sent has gone by now
-        )
+        self.now[
+            COMMUNICATION
+        ] = -lingering  # what the last call of this body left being sent has gone by now
         self.total = -lingering
         self.peak, self.at_peak = 0, [0] * len(CLASSES)
         self.instruction: int | None = None

@@ -34,6 +34,7 @@ from functools import partial
 from itertools import islice
 
 from comms.errors import ProgramError
+from partitioner.program.body_states import State, States
 from partitioner.program.instructions import named, reads, writes
 from partitioner.program.machine import Key, Machine, Post
 from partitioner.program.program import (
@@ -91,54 +92,39 @@ def _written_by(role: Role, calls: Sequence[Call]) -> frozenset[int]:
     return frozenset(t for body in bodies for ins in role.body[body].instructions for t in writes(ins))
 
 
-@dataclass
-class _State:
+@dataclass(eq=False)
+class _Tensors(State):
     """Tensors by status, and transfers under way: awaited tensor -> tensors that may not be written meanwhile."""
 
     status: dict[int, str] = field(default_factory=dict)
     moving: dict[int, tuple[int, ...]] = field(default_factory=dict)
 
-    def copy(self) -> "_State":
-        return _State(self.status.copy(), self.moving.copy())
-
-    def key(self) -> object:
-        return frozenset(self.status.items()), frozenset(self.moving.items())
-
 
 class _RoleLifetimes:
-    """One role along one schedule. States are numbered; 0 is where nothing has happened."""
+    """One role along one schedule."""
 
     def __init__(self, role: Role, chip: int, made: frozenset[int]) -> None:
         self.role, self.chip, self.made = role, chip, made
         self.root = [_root(role, t.id) for t in role.tensors]
-        self.states: list[_State] = [_State()]
-        self.numbers: dict[object, int] = {_State().key(): 0}
-        self.known: dict[tuple[str, int, int], tuple[int, int]] = {}
 
     def follow(self, name: str, calls: Sequence[Call]) -> Iterator[Finding]:
-        persistent = 0
-        states: dict[int, int] = {}
+        states = States(_Tensors())
+        shared, owned = states.first, {}  # type: _Tensors, dict[int, _Tensors]
+        known: dict[tuple[str, _Tensors, _Tensors], tuple[_Tensors, _Tensors]] = {}
         for call in calls:
-            key = (call.body, states.get(call.microbatch, 0), persistent)
-            if key not in self.known:
-                walk = _BodyLifetimes(self, self.states[key[1]].copy(), self.states[persistent].copy())
+            key = (call.body, owned.get(call.microbatch, states.first), shared)
+            if key not in known:
+                walk = _BodyLifetimes(self, key[1].copy(), shared.copy())
                 yield from walk.body(self.role.body[call.body], call)
-                self.known[key] = (self._number(walk.own), self._number(walk.shared))
-            states[call.microbatch], persistent = self.known[key]
-        yield from self._end(name, calls, states, self.states[persistent])
-
-    def _number(self, state: _State) -> int:
-        number = self.numbers.setdefault(state.key(), len(self.states))
-        if number == len(self.states):
-            self.states.append(state)
-        return number
+                known[key] = (states.unique(walk.own), states.unique(walk.shared))
+            owned[call.microbatch], shared = known[key]
+        yield from self._end(name, calls, owned, shared)
 
     def _end(
-        self, name: str, calls: Sequence[Call], states: dict[int, int], shared: _State
+        self, name: str, calls: Sequence[Call], owned: dict[int, _Tensors], shared: _Tensors
     ) -> Iterator[Finding]:
         left = dict.fromkeys(shared.moving, (None, "is still on its way"))  # type: dict[int, tuple[int | None, str]]
-        for microbatch, number in reversed(states.items()):
-            state = self.states[number]
+        for microbatch, state in reversed(owned.items()):
             alive = (t for t, status in state.status.items() if status == LIVE)
             left |= dict.fromkeys(alive, (microbatch, "is not freed"))
             left |= dict.fromkeys(state.moving, (microbatch, "is still on its way"))
@@ -173,7 +159,7 @@ def _root(role: Role, tensor: int) -> int:
 class _BodyLifetimes:
     """One body followed from one state."""
 
-    def __init__(self, along: _RoleLifetimes, own: _State, shared: _State) -> None:
+    def __init__(self, along: _RoleLifetimes, own: _Tensors, shared: _Tensors) -> None:
         self.along, self.role, self.root = along, along.role, along.root
         self.own, self.shared = own, shared
 
@@ -196,7 +182,7 @@ class _BodyLifetimes:
                 self._state(tensor).moving[tensor] = reads(ins)
         return problems
 
-    def _state(self, tensor: int) -> _State:
+    def _state(self, tensor: int) -> _Tensors:
         return self.own if self.role.tensors[tensor].is_per_microbatch else self.shared
 
     def _read(self, tensor: int) -> Iterator[str]:
