@@ -108,7 +108,7 @@ class RoleMemory:
         """The place of the peak, for messages: `stage 3: backward(4) instruction 231`."""
         if self.call is None:
             return f"stage {self.stage}: throughout"
-        return f"stage {self.stage}: {self.call.body}({self.call.microbatch}) instruction {self.instruction}"
+        return f"stage {self.stage}: {self.call} instruction {self.instruction}"
 
 
 def peak_memory(program: Program, schedule: str = "step") -> tuple[RoleMemory, ...]:
@@ -166,7 +166,7 @@ class _BodyMemory:
         self.total = -lingering
         self.peak, self.at_peak = 0, [0] * len(CLASSES)
         self.instruction: int | None = None
-        self.sent: set[int] = set()
+        self.sent: set[int | None] = set()
         self.lingering = 0
 
     def body(self, body: Body) -> None:
@@ -193,8 +193,7 @@ class _BodyMemory:
                 self._move(ins.tensor, (ins.tensor,))
             case Send():
                 self._load((ins.tensor,))
-                storage = self.held.storage_of.get(ins.tensor)
-                self.sent |= set() if storage is None else {storage}
+                self.sent.add(self.held.storage_of.get(ins.tensor))
             case Wait():
                 for tensor in ins.tensors:
                     self._settle(tensor)
@@ -291,8 +290,8 @@ def footprint(segment: Segment) -> Footprint:
         if live > peak:
             peak, kept_at_peak = live, held
         live -= sum(storages.nbytes[s] for s in due.get(index, ()))
-    outputs = tuple(_output(storages, v) for v in segment.outputs)
-    return Footprint(outputs, peak, kept_at_peak)
+    returned = (storages.of[v][0] for v in segment.outputs)
+    return Footprint(tuple(Output(s, storages.nbytes[s]) for s in returned), peak, kept_at_peak)
 
 
 @dataclass
@@ -344,8 +343,3 @@ def _last_uses(segment: Segment, storages: _Storages, kept: Iterable[int]) -> di
         if storage >= len(segment.inputs) and storage not in kept:
             due.setdefault(index, []).append(storage)
     return due
-
-
-def _output(storages: _Storages, value: int) -> Output:
-    storage = storages.of[value][0]
-    return Output(storage, storages.nbytes[storage])

@@ -294,6 +294,9 @@ class Call:
     body: str
     microbatch: int
 
+    def __str__(self) -> str:
+        return f"{self.body}({self.microbatch})"
+
 
 @dataclass(frozen=True)
 class Role:

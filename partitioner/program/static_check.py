@@ -50,7 +50,7 @@ from partitioner.program.program import (
     TensorKind,
     Wait,
 )
-from partitioner.program.structure import Finding, Rule, at, check_structure, place, representative
+from partitioner.program.structure import Finding, Place, Rule, check_structure, representative
 
 MOST_FINDINGS = 50  # later ones mostly follow from earlier ones
 START = "start"
@@ -131,14 +131,12 @@ class _RoleLifetimes:
         for tensor in sorted(left):
             owner, problem = left[tensor]
             instance = f"t{tensor}" if owner is None else f"t{tensor} of microbatch {owner}"
-            call, ins = self._last_use(tensor, calls, owner)
-            where = place(self.chip, self.role, call.body, ins, call)
             said = f"{instance} {problem} by the end of schedule {name}"
-            yield Finding(Rule.LIFETIME, where, said, self.chip, ins.id)
+            yield self._last_use(tensor, calls, owner).finding(Rule.LIFETIME, said)
 
-    def _last_use(self, tensor: int, calls: Sequence[Call], owner: int | None) -> tuple[Call, Instruction]:
+    def _last_use(self, tensor: int, calls: Sequence[Call], owner: int | None) -> Place:
         return next(
-            (call, ins)
+            Place(self.chip, self.role, call, ins)
             for call in reversed(calls)
             if owner in (None, call.microbatch)
             for ins in reversed(self.role.body[call.body].instructions)
@@ -166,7 +164,7 @@ class _BodyLifetimes:
     def body(self, body: Body, call: Call) -> Iterator[Finding]:
         for ins in body.instructions:
             for problem in self._execute(ins):
-                yield at(Rule.LIFETIME, self.along.chip, self.role, body.name, ins, problem, call)
+                yield Place(self.along.chip, self.role, call, ins).finding(Rule.LIFETIME, problem)
 
     def _execute(self, ins: Instruction) -> Iterable[str]:
         if isinstance(ins, Wait):
@@ -290,7 +288,8 @@ class _Rendezvous:
         for chip, post in others:
             theirs = self._terms(chip, post)
             if theirs != mine:
-                yield self._at(chip, post, f"{theirs} meets {mine} of {self._place(first, one)}")
+                problem = f"{theirs} meets {mine} of {self._place(first, one)}"
+                yield self._place(chip, post).finding(Rule.COMMUNICATION, problem)
 
     def _terms(self, chip: int, post: Post) -> str:
         """What the parties of a communication must agree on."""
@@ -303,13 +302,9 @@ class _Rendezvous:
     def _specs(self, chip: int, tensors: tuple[int, ...]) -> str:
         return " ".join(str(self.machines[chip].role.tensors[tensor].spec) for tensor in tensors)
 
-    def _place(self, chip: int, post: Post) -> str:
-        role, call = self.machines[chip].role, self.machines[chip].calls[post.call]
-        return place(self.chips[chip], role, call.body, post.instruction, call)
-
-    def _at(self, chip: int, post: Post, problem: str) -> Finding:
-        where = self._place(chip, post)
-        return Finding(Rule.COMMUNICATION, where, problem, self.chips[chip], post.instruction.id)
+    def _place(self, chip: int, post: Post) -> Place:
+        machine = self.machines[chip]
+        return Place(self.chips[chip], machine.role, machine.calls[post.call], post.instruction)
 
     def _stuck(self) -> Iterator[Finding]:
         """At the fixpoint: a circle of waits, else posts that nobody answers."""
@@ -323,7 +318,7 @@ class _Rendezvous:
             for chip, post in posts.items():
                 who = f"chip {self.chips[missing]} ({self.machines[missing].role.name})"
                 which = f"(number {key.number} of its channel) in schedule {self.schedule}"
-                yield self._at(chip, post, f"{who} never joins {which}")
+                yield self._place(chip, post).finding(Rule.COMMUNICATION, f"{who} never joins {which}")
 
     def _needs(self, chip: int) -> list[tuple[int, Post]]:
         """Chips that this one waits for, with the post of its own that they leave unanswered."""
@@ -338,44 +333,32 @@ class _Rendezvous:
     def _circle_finding(self, circle: list[int], needs: dict[int, list[tuple[int, Post]]]) -> Finding:
         waits = [self._waiting(chip) for chip in circle]
         steps = []
-        for chip, (where, _), following in zip(circle, waits, [*circle[1:], circle[0]], strict=True):
+        for chip, where, following in zip(circle, waits, [*circle[1:], circle[0]], strict=True):
             post = next(post for other, post in needs[chip] if other == following)
             joined = f"chip {self.chips[following]} to join instruction {post.instruction.id}"
             steps.append(f"{where} waits for {joined}")
         problem = f"wait cycle in schedule {self.schedule}: " + "; ".join(steps)
-        where, wait = waits[0]
-        return Finding(Rule.COMMUNICATION, where, problem, self.chips[circle[0]], wait.id)
+        return waits[0].finding(Rule.COMMUNICATION, problem)
 
-    def _waiting(self, chip: int) -> tuple[str, Wait]:
-        """The Wait that a chip has come to, and its place."""
+    def _waiting(self, chip: int) -> Place:
+        """The Wait that a chip has come to."""
         machine = self.machines[chip]
         call = machine.calls[machine.call]
         wait = machine.role.body[call.body].instructions[machine.index]
         assert isinstance(wait, Wait)
-        return place(self.chips[chip], machine.role, call.body, wait, call), wait
+        return Place(self.chips[chip], machine.role, call, wait)
 
 
 def _circle(needs: dict[int, list[int]]) -> list[int]:
     """A cycle of the wait-for graph (empty if there is none), starting at its smallest chip."""
-    finished: set[int] = set()
-    for start in needs:
-        path: list[int] = []
-        found = _search(start, needs, path, finished)
-        if found:
-            first = found.index(min(found))
-            return [*found[first:], *found[:first]]
-    return []
-
-
-def _search(chip: int, needs: dict[int, list[int]], path: list[int], finished: set[int]) -> list[int]:
-    if chip in path:
-        return path[path.index(chip) :]
-    if chip in finished:
+    stuck = set(needs)
+    while free := {chip for chip in stuck if stuck.isdisjoint(needs[chip])}:
+        stuck -= free
+    if not stuck:
         return []
-    path.append(chip)
-    for other in needs[chip]:
-        found = _search(other, needs, path, finished)
-        if found:
-            return found
-    finished.add(path.pop())
-    return []
+    path = [next(chip for chip in needs if chip in stuck)]
+    while (following := next(c for c in needs[path[-1]] if c in stuck)) not in path:
+        path.append(following)
+    circle = path[path.index(following) :]
+    first = circle.index(min(circle))
+    return [*circle[first:], *circle[:first]]
