@@ -183,13 +183,15 @@ def emit_stats(
     return stats
 
 
+def _scalar(role: RoleBuilder, name: str) -> int:
+    return role.tensor(name, TensorKind.SCALAR, SCALAR)
+
+
 def _square(role: RoleBuilder, body: str, index: int, group: FlatGroup) -> int:
-    norm = role.tensor(f"{body}.norm{index}", TensorKind.SCALAR, SCALAR)
-    square = role.tensor(f"{body}.square{index}", TensorKind.SCALAR, SCALAR)
     code = "aten.linalg_vector_norm.default(v0, 2.0, None, False, dtype=dtype.f64)"
-    role.simple(body, "norm", code, [group.grad_shard], norm)
-    role.simple(body, "square", "aten.mul.Tensor(v0, v0)", [norm], square)
-    return square
+    norm = role.simple(body, "norm", code, [group.grad_shard], _scalar(role, f"{body}.norm{index}"))
+    square = _scalar(role, f"{body}.square{index}")
+    return role.simple(body, "square", "aten.mul.Tensor(v0, v0)", [norm], square)
 
 
 def _weight(group: FlatGroup, plan: Plan) -> float:
@@ -199,10 +201,9 @@ def _weight(group: FlatGroup, plan: Plan) -> float:
 
 
 def _weighted_sum(role: RoleBuilder, body: str, name: str, terms: Sequence[tuple[int, float]]) -> int:
-    total = role.tensor(f"{name}.0", TensorKind.SCALAR, SCALAR)
-    role.simple(body, "zero", "aten.zeros.default([], dtype=dtype.f64, device=device)", [], total)
-    for index, (term, weight) in enumerate(terms):
-        after = role.tensor(f"{name}.{index + 1}", TensorKind.SCALAR, SCALAR)
-        role.simple(body, "add", f"aten.add.Tensor(v0, v1, alpha={weight!r})", [total, term], after)
-        total = after
+    zero = "aten.zeros.default([], dtype=dtype.f64, device=device)"
+    total = role.simple(body, "zero", zero, [], _scalar(role, f"{name}.0"))
+    for index, (term, weight) in enumerate(terms, 1):
+        add = f"aten.add.Tensor(v0, v1, alpha={weight!r})"
+        total = role.simple(body, "add", add, [total, term], _scalar(role, f"{name}.{index}"))
     return total

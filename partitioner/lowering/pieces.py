@@ -50,12 +50,12 @@ class SegmentPiece:
 
 @dataclass(frozen=True, slots=True)
 class CollectivePiece:
-    """A collective over the tp axis between two segments."""
+    """A collective over the tp axis between two segments, from one slot to another."""
 
     op: CollectiveOp
     reduction: Reduction
-    read: int
-    write: int
+    reads: tuple[int]
+    writes: tuple[int]
 
 
 Piece: TypeAlias = SegmentPiece | CollectivePiece
@@ -218,7 +218,7 @@ def _collective(node: Node, slots: _Slots) -> CollectivePiece:
     write = slots.of(node)
     for user in node.users:  # its waits: they are the same value
         slots.slots[user] = write
-    return CollectivePiece(op, reduction, slots.of(_source(source)), write)
+    return CollectivePiece(op, reduction, (slots.of(_source(source)),), (write,))
 
 
 def _segment(run: Sequence[Node], later: set[Node], slots: _Slots) -> SegmentPiece:

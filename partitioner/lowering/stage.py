@@ -108,20 +108,17 @@ class _StageEmitter:
         constants = _NeededSide(
             graph.constants, [v for v in graph.constants.outputs if v in needed | set(inputs.reads)]
         )
-        for side, body, kind in (
-            (constants, "constants", TensorKind.CONSTANT),
-            (inputs, "forward", TensorKind.ACTIVATION),
-        ):
-            for name in side.reads:
-                self._declare_source(name)
-            if side.ops:
-                writes = [
-                    self.values.setdefault(n, self.role.tensor(n, kind, graph.specs[n])) for n in side.made
-                ]
-                segment = self.role.pool.add(
-                    body, [graph.specs[n] for n in side.reads], side.ops, side.outputs
-                )
-                self.role.compute(body, segment, [self.values[n] for n in side.reads], writes)
+        self._side(constants, "constants", TensorKind.CONSTANT)
+        self._side(inputs, "forward", TensorKind.ACTIVATION)
+
+    def _side(self, side: "_NeededSide", body: str, kind: TensorKind) -> None:
+        role, specs = self.role, self.graph.specs
+        for name in side.reads:
+            self._declare_source(name)
+        if side.ops:
+            writes = [self.values.setdefault(n, role.tensor(n, kind, specs[n])) for n in side.made]
+            segment = role.pool.add(body, [specs[n] for n in side.reads], side.ops, side.outputs)
+            role.compute(body, segment, [self.values[n] for n in side.reads], writes)
 
     def _declare_source(self, name: str) -> None:
         if name in self.values:
@@ -154,9 +151,8 @@ class _StageEmitter:
     def _accumulate_loss(self) -> None:
         role = self.role
         sums = tuple(role.tensor(f"step.{name}", TensorKind.SCALAR, SCALAR) for name in ("loss", "count"))
-        role.emit(
-            "forward", Accumulate(0, (self.values[self.graph.loss], self.values[self.graph.count]), sums)
-        )
+        made = (self.values[self.graph.loss], self.values[self.graph.count])
+        role.emit("forward", Accumulate(0, made, sums))
         self.finished.losses = (sums[0], sums[1])
 
     def backward(self) -> None:

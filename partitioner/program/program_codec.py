@@ -37,11 +37,7 @@ KINDS = tuple(TensorKind)
 OPS = tuple(CollectiveOp)
 REDUCTIONS = tuple(Reduction)
 CODES = {kind: code for code, kind in enumerate(INSTRUCTIONS)}
-TABLED = (
-    Holds.OP,
-    Holds.REDUCTION,
-    Holds.GROUP,
-)  # fields that are named by position; all others stand as they are
+TABLED = (Holds.OP, Holds.REDUCTION, Holds.GROUP)  # fields named by position; all others stand as they are
 # of every kind of instruction: its fields, and which of them by place are named by position (place 0 is the code)
 LAYOUTS = {
     kind: (
