@@ -152,16 +152,13 @@ class _Builder:
         self.free_values[count] = None
         batch_values = [n for n in self.free_values if self._is(n, Dependence.BATCH)]
         used = {name for unit in units for name in unit.params}
+        tensors = [n for n in self.depends if isinstance(n.meta.get("val"), torch.Tensor)]
         return Graph(
             units=units,
             templates=tuple(self.templates),
             constants=self._side(Dependence.CONSTANT, self._needed_constants(batch_values)),
             inputs=self._side(Dependence.BATCH, batch_values),
-            specs={
-                self._name(n): spec_of(n.meta["val"])
-                for n in self.depends
-                if isinstance(n.meta.get("val"), torch.Tensor)
-            },
+            specs={self._name(n): spec_of(n.meta["val"]) for n in tensors},
             params=tuple(name for name in self._placeholders("params") if name in used),
             frozen=self.captured.frozen,
             batch=self._placeholders("batch"),

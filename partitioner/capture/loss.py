@@ -91,8 +91,7 @@ def _with(node: Node, position: int, defaults: tuple[object, ...]) -> tuple[obje
 def _cross_entropy(graph: torch.fx.Graph, core: Node) -> tuple[Node, Node]:
     if core.args[2:3] and core.args[2] is not None:
         raise CaptureError("class weights in cross entropy are not supported", core.name, "drop `weight=`")
-    target = core.args[1]
-    assert isinstance(target, Node)
+    target = operand(core, 1)
     if target.meta["val"].dtype.is_floating_point:
         raise CaptureError("class probabilities as targets are not supported", core.name, "use class indices")
     ignore_index = core.args[4] if len(core.args) > 4 else core.kwargs.get("ignore_index", -100)

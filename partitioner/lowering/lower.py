@@ -21,6 +21,7 @@ from partitioner.layout.parallel_plan import Plan, Task, balance
 from partitioner.layout.tp_styles import unfuse
 from partitioner.lowering.flat_buffers import (
     FlatGroup,
+    Losses,
     Param,
     emit_stats,
     emit_update,
@@ -207,7 +208,7 @@ def _emit_last_backward(
     return {index for indices in due.values() for index in indices}
 
 
-def _emit_evaluation(role: RoleBuilder, plan: Plan, losses: tuple[int, int] | None) -> None:
+def _emit_evaluation(role: RoleBuilder, plan: Plan, losses: Losses) -> None:
     """`drop` frees what forward kept for a backward that never comes; `report` sums loss and count."""
     alive: set[int] = set()
     for name in ("recv_forward", "forward", "send_forward"):
