@@ -15,7 +15,7 @@ itself takes.
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -279,42 +279,49 @@ class _BodyMemory:
 
 def footprint(segment: Segment) -> Footprint:
     """Walk the operations once; O(operations + operands)."""
-    storages = _storages(segment)
-    kept = {storages.of[v][0] for v in segment.outputs}
-    due = _last_uses(segment, storages, kept)
+    of, storages = _storages(segment)
+    returned = [of[value][0] for value in segment.outputs]
+    stays = set(returned)
+    made, kept, gone = ([0] * len(segment.ops) for _ in range(3))  # bytes, by operation
+    for number, storage in enumerate(storages[len(segment.inputs) :], len(segment.inputs)):
+        made[storage.first] += storage.nbytes
+        if number in stays:
+            kept[storage.first] += storage.nbytes
+        else:
+            gone[storage.last] += storage.nbytes
     live = held = peak = kept_at_peak = 0
-    for index in range(len(segment.ops)):
-        made = storages.made.get(index, ())
-        live += sum(storages.nbytes[s] for s in made)
-        held += sum(storages.nbytes[s] for s in made if s in kept)
+    for born, retained, freed in zip(made, kept, gone, strict=True):
+        live, held = live + born, held + retained
         if live > peak:
             peak, kept_at_peak = live, held
-        live -= sum(storages.nbytes[s] for s in due.get(index, ()))
-    returned = (storages.of[v][0] for v in segment.outputs)
-    return Footprint(tuple(Output(s, storages.nbytes[s]) for s in returned), peak, kept_at_peak)
+        live -= freed
+    return Footprint(tuple(Output(s, storages[s].nbytes) for s in returned), peak, kept_at_peak)
 
 
-@dataclass
-class _Storages:
-    """`of[v]`: the storages of value v (one per element of a tuple); storage s < number of inputs is input s."""
+@dataclass(slots=True)
+class _Storage:
+    """What one or more values of a segment share; `first` and `last`: the operations that make it and last use it."""
 
-    of: list[tuple[int, ...]] = field(default_factory=list)
-    nbytes: list[int] = field(default_factory=list)
-    made: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    nbytes: int
+    first: int
+    last: int
 
 
-def _storages(segment: Segment) -> _Storages:
-    found = _Storages([(i,) for i in range(len(segment.inputs))], [0] * len(segment.inputs))
+def _storages(segment: Segment) -> tuple[list[tuple[int, ...]], list[_Storage]]:
+    """The numbers of every value's storages (one per element of a tuple), and the storages; first those of inputs."""
+    of: list[tuple[int, ...]] = [(i,) for i in range(len(segment.inputs))]
+    storages = [_Storage(0, 0, 0) for _ in segment.inputs]
     for index, op in enumerate(segment.ops):
         sources = op.operands
         if sources and op.read_bytes == op.write_bytes == 0:  # a view moves no bytes
-            found.of.append(_viewed(segment, op, sources[0], found.of[sources[0]]))
-            continue
-        first = len(found.nbytes)
-        found.nbytes += [spec.nbytes for spec in op.outs]
-        found.made[index] = tuple(range(first, len(found.nbytes)))
-        found.of.append(found.made[index])
-    return found
+            of.append(_viewed(segment, op, sources[0], of[sources[0]]))
+        else:
+            of.append(tuple(range(len(storages), len(storages) + len(op.outs))))
+            storages += [_Storage(spec.nbytes, index, index) for spec in op.outs]
+        for value in (*sources, -1):  # what it reads, and what it has just made
+            for number in of[value]:
+                storages[number].last = index
+    return of, storages
 
 
 def _viewed(segment: Segment, op: Operation, source: int, storages: tuple[int, ...]) -> tuple[int, ...]:
@@ -327,19 +334,3 @@ def _viewed(segment: Segment, op: Operation, source: int, storages: tuple[int, .
     if index >= len(specs) or specs[index] != op.outs[0]:
         index = specs.index(op.outs[0]) if op.outs[0] in specs else 0
     return (storages[index],)
-
-
-def _last_uses(segment: Segment, storages: _Storages, kept: Iterable[int]) -> dict[int, list[int]]:
-    """Storages to drop after each operation."""
-    last: dict[int, int] = {}
-    for index, op in enumerate(segment.ops):
-        for storage in storages.of[len(segment.inputs) + index]:
-            last[storage] = index
-        for value in op.operands:
-            for storage in storages.of[value]:
-                last[storage] = index
-    due: dict[int, list[int]] = {}
-    for storage, index in last.items():
-        if storage >= len(segment.inputs) and storage not in kept:
-            due.setdefault(index, []).append(storage)
-    return due
