@@ -238,16 +238,13 @@ class _Checked:
     def _collective(self, ins: Collective) -> Iterator[str]:
         if len(ins.reads) != len(ins.writes):
             yield f"it reads {len(ins.reads)} tensors and writes {len(ins.writes)}"
-        size = prod(self._along(ins.group, axis) for axis in ins.group.axes)
+        size = prod(len(self.program.along(ins.group, axis)) for axis in ins.group.axes)
         for read, write in zip(ins.reads, ins.writes, strict=False):
             given, wanted = self._spec(read), _result(ins, self._spec(read), size)
             if wanted is None:
                 yield f"t{read} is {given}, which cannot be cut into {size} along dim {ins.dim}"
             elif wanted != self._spec(write):
                 yield f"t{read} is {given}, so over {size} chips t{write} must be {wanted}, not {self._spec(write)}"
-
-    def _along(self, group: Group, axis: str) -> int:
-        return len(group.stages) if axis == "pp" and group.stages else self.program.size(axis)
 
     def _group(self, group: Group) -> str | None:
         known = dict(self.program.axes)
