@@ -5,8 +5,8 @@ from typing import Any, Generic, Self, TypeVar
 
 
 @dataclass(eq=False)
-class State:
-    """Tables of what a microbatch (or the role) holds; compared by identity, see `States`."""
+class BodyState:
+    """Tables of what a microbatch (or the role) holds; compared by identity, see `BodyStates`."""
 
     def copy(self) -> Self:
         """The same contents, to be followed on from."""
@@ -20,10 +20,10 @@ class State:
         return tuple(vars(self).values())
 
 
-S = TypeVar("S", bound=State)
+S = TypeVar("S", bound=BodyState)
 
 
-class States(Generic[S]):
+class BodyStates(Generic[S]):
     """The states of one schedule, each once, so that one serves as a key; `first`: nothing has happened yet."""
 
     def __init__(self, first: S) -> None:

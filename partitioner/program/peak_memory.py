@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from partitioner.program.body_states import State, States
+from partitioner.program.body_states import BodyState, BodyStates
 from partitioner.program.instructions import reads, writes
 from partitioner.program.program import (
     Body,
@@ -124,7 +124,7 @@ def _role_peak(role: Role, footprints: Sequence[Footprint], schedule: str) -> Ro
             now[INDEX[PERSISTENT[tensor.kind]]] += tensor.spec.nbytes
     peak = total = sum(now)
     at_peak, place = list(now), (None, None)  # type: tuple[list[int], tuple[Call | None, int | None]]
-    states = States(_Held())
+    states = BodyStates(_Held())
     held: dict[int, _Held] = {}
     lingering: dict[str, int] = {}
     known: dict[tuple[str, _Held, int], _BodyMemory] = {}
@@ -144,7 +144,7 @@ def _role_peak(role: Role, footprints: Sequence[Footprint], schedule: str) -> Ro
 
 
 @dataclass(eq=False)
-class _Held(State):
+class _Held(BodyState):
     """What a microbatch holds. Storages are named by the tensor that made them; None: a persistent tensor's."""
 
     storage_of: dict[int, int | None] = field(default_factory=dict)
@@ -160,10 +160,8 @@ class _BodyMemory:
     def __init__(self, role: Role, footprints: Sequence[Footprint], held: _Held, lingering: int) -> None:
         self.role, self.footprints, self.held = role, footprints, held
         self.now = [0] * len(CLASSES)
-        self.now[
-            COMMUNICATION
-        ] = -lingering  # what the last call of this body left being sent has gone by now
-        self.total = -lingering
+        # what the last call of this body left being sent has gone by now
+        self.total = self.now[COMMUNICATION] = -lingering
         self.peak, self.at_peak = 0, [0] * len(CLASSES)
         self.instruction: int | None = None
         self.sent: set[int | None] = set()

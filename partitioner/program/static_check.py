@@ -34,7 +34,7 @@ from functools import partial
 from itertools import islice
 
 from comms.errors import ProgramError
-from partitioner.program.body_states import State, States
+from partitioner.program.body_states import BodyState, BodyStates
 from partitioner.program.instructions import named, reads, writes
 from partitioner.program.machine import Key, Machine, Post
 from partitioner.program.program import (
@@ -93,7 +93,7 @@ def _written_by(role: Role, calls: Sequence[Call]) -> frozenset[int]:
 
 
 @dataclass(eq=False)
-class _Tensors(State):
+class _Tensors(BodyState):
     """Tensors by status, and transfers under way: awaited tensor -> tensors that may not be written meanwhile."""
 
     status: dict[int, str] = field(default_factory=dict)
@@ -108,8 +108,9 @@ class _RoleLifetimes:
         self.root = [_root(role, t.id) for t in role.tensors]
 
     def follow(self, name: str, calls: Sequence[Call]) -> Iterator[Finding]:
-        states = States(_Tensors())
-        shared, owned = states.first, {}  # type: _Tensors, dict[int, _Tensors]
+        states = BodyStates(_Tensors())
+        shared = states.first
+        owned: dict[int, _Tensors] = {}
         known: dict[tuple[str, _Tensors, _Tensors], tuple[_Tensors, _Tensors]] = {}
         for call in calls:
             key = (call.body, owned.get(call.microbatch, states.first), shared)
@@ -351,6 +352,7 @@ class _Rendezvous:
 
 def _circle(needs: dict[int, list[int]]) -> list[int]:
     """A cycle of the wait-for graph (empty if there is none), starting at its smallest chip."""
+    # those who wait for nobody are taken away until none is left: whoever remains comes to a cycle
     stuck = set(needs)
     while free := {chip for chip in stuck if stuck.isdisjoint(needs[chip])}:
         stuck -= free
