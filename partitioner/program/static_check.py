@@ -50,7 +50,7 @@ from partitioner.program.program import (
     TensorKind,
     Wait,
 )
-from partitioner.program.structure import Finding, Place, Rule, check_structure, representative
+from partitioner.program.structure import Finding, InstructionPlace, Rule, check_structure, representative
 
 MOST_FINDINGS = 50  # later ones mostly follow from earlier ones
 START = "start"
@@ -135,9 +135,9 @@ class _RoleLifetimes:
             said = f"{instance} {problem} by the end of schedule {name}"
             yield self._last_use(tensor, calls, owner).finding(Rule.LIFETIME, said)
 
-    def _last_use(self, tensor: int, calls: Sequence[Call], owner: int | None) -> Place:
+    def _last_use(self, tensor: int, calls: Sequence[Call], owner: int | None) -> InstructionPlace:
         return next(
-            Place(self.chip, self.role, call, ins)
+            InstructionPlace(self.chip, self.role, call, ins)
             for call in reversed(calls)
             if owner in (None, call.microbatch)
             for ins in reversed(self.role.body[call.body].instructions)
@@ -165,7 +165,7 @@ class _BodyLifetimes:
     def body(self, body: Body, call: Call) -> Iterator[Finding]:
         for ins in body.instructions:
             for problem in self._execute(ins):
-                yield Place(self.along.chip, self.role, call, ins).finding(Rule.LIFETIME, problem)
+                yield InstructionPlace(self.along.chip, self.role, call, ins).finding(Rule.LIFETIME, problem)
 
     def _execute(self, ins: Instruction) -> Iterable[str]:
         if isinstance(ins, Wait):
@@ -303,9 +303,9 @@ class _Rendezvous:
     def _specs(self, chip: int, tensors: tuple[int, ...]) -> str:
         return " ".join(str(self.machines[chip].role.tensors[tensor].spec) for tensor in tensors)
 
-    def _place(self, chip: int, post: Post) -> Place:
+    def _place(self, chip: int, post: Post) -> InstructionPlace:
         machine = self.machines[chip]
-        return Place(self.chips[chip], machine.role, machine.calls[post.call], post.instruction)
+        return InstructionPlace(self.chips[chip], machine.role, machine.calls[post.call], post.instruction)
 
     def _stuck(self) -> Iterator[Finding]:
         """At the fixpoint: a circle of waits, else posts that nobody answers."""
@@ -341,13 +341,13 @@ class _Rendezvous:
         problem = f"wait cycle in schedule {self.schedule}: " + "; ".join(steps)
         return waits[0].finding(Rule.COMMUNICATION, problem)
 
-    def _waiting(self, chip: int) -> Place:
+    def _waiting(self, chip: int) -> InstructionPlace:
         """The Wait that a chip has come to."""
         machine = self.machines[chip]
         call = machine.calls[machine.call]
         wait = machine.role.body[call.body].instructions[machine.index]
         assert isinstance(wait, Wait)
-        return Place(self.chips[chip], machine.role, call, wait)
+        return InstructionPlace(self.chips[chip], machine.role, call, wait)
 
 
 def _circle(needs: dict[int, list[int]]) -> list[int]:

@@ -55,7 +55,7 @@ class Finding:
         return f"{self.where}: {self.problem}" if self.where else self.problem
 
 
-class Place(NamedTuple):
+class InstructionPlace(NamedTuple):
     """An instruction of a role, in a body or in one call of it; `chip` stands for all chips of the role."""
 
     chip: int
@@ -175,7 +175,7 @@ class _Checked:
             outside = [t for t in named(ins) if not 0 <= t < count]
             problems = [f"t{outside[0]} does not exist"] if outside else self._instruction(ins)
             for problem in problems:
-                yield Place(self.chip, self.role, body.name, ins).finding(Rule.STRUCTURE, problem)
+                yield InstructionPlace(self.chip, self.role, body.name, ins).finding(Rule.STRUCTURE, problem)
 
     def _instruction(self, ins: Instruction) -> Iterator[str]:
         problems = [
