@@ -275,7 +275,8 @@ class Update:
 
 
 # A new instruction: its class above, its name at the end here (the place is its code in the packed form). Text, codec,
-# effects and the checks that all instructions get follow from its FORM and what its fields hold.
+# effects and the checks that all instructions get follow from its FORM and what its fields hold; what it costs and how
+# a chip carries it out is left to the runners (`step_costs.py`, `chip.py`).
 Instruction: TypeAlias = Compute | Accumulate | Collective | Send | Recv | Wait | Free | Update
 
 
