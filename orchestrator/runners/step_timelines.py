@@ -8,15 +8,24 @@ spans, so that a trace of a small mesh shows every chip; transfers then join chi
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple, TypeAlias, assert_never
+from typing import NamedTuple
 
-from orchestrator.runners.timing.step_costs import Working, accumulated_nbytes, collective_nbytes
+from orchestrator.runners.timing.step_costs import accumulated_nbytes, collective_nbytes
 from orchestrator.runners.timing.timed_segments import Piece, lane_of
 from orchestrator.runs.timeline import Lane, Mark, Origin, Recorder, Timeline
+from partitioner.program.instructions import named
 from partitioner.program.machine import Key, Post
-from partitioner.program.program import Accumulate, Collective, Compute, Program, Recv, Role, Send, Update
-
-Timed: TypeAlias = Working | Collective | Send | Recv  # what gets a span: it works or communicates
+from partitioner.program.program import (
+    Accumulate,
+    Collective,
+    Compute,
+    Instruction,
+    Program,
+    Recv,
+    Role,
+    Send,
+    Update,
+)
 
 # Bodies whose name is not the kind of work they do; every other body's name is the kind.
 HELD = "held by tensors"  # the counter of a chip's memory
@@ -54,7 +63,7 @@ class Label:
     flops: int
 
 
-def label(program: Program, role: Role, body: str, instruction: Timed) -> Label:
+def label(program: Program, role: Role, body: str, instruction: Instruction) -> Label:
     """Lane, kind, name and size of an instruction in body `body` of `role`."""
     kind = KINDS.get(body, body)
     tensors = role.tensors
@@ -79,7 +88,8 @@ def label(program: Program, role: Role, body: str, instruction: Timed) -> Label:
             name = f"{tensor.name} from stage {instruction.source}"
             return Label(Lane.RECV, "recv", name, tensor.spec.nbytes, 0)
         case _:
-            assert_never(instruction)
+            nbytes = sum(tensors[tensor].spec.nbytes for tensor in named(instruction))
+            return Label(Lane.COMPUTE, kind, type(instruction).__name__.lower(), nbytes, 0)
 
 
 def measured_timeline(program: Program, marks: Iterable[Mark], step: int) -> Timeline:
@@ -93,7 +103,6 @@ def measured_timeline(program: Program, marks: Iterable[Mark], step: int) -> Tim
     for mark in marks:
         role = program.role_of(mark.chip)
         body, instruction = known[role.stage, mark.instruction]
-        assert isinstance(instruction, Timed)
         said = spans.label(role, body, instruction)
         spans.add((mark.chip,), said, mark.instruction, mark.microbatch, mark.start_ns, mark.end_ns)
         if mark.held_bytes:
@@ -137,7 +146,7 @@ class _Spans:
         self.recorder, self.program, self.step = recorder, program, step
         self._labels: dict[tuple[int, int], Label] = {}
 
-    def label(self, role: Role, body: str, instruction: Timed) -> Label:
+    def label(self, role: Role, body: str, instruction: Instruction) -> Label:
         """As `label`; ids are unique within a role."""
         key = (role.stage, instruction.id)
         if key not in self._labels:
@@ -149,7 +158,6 @@ class _Spans:
         instructions = role.body[row.body].instructions
         for piece in row.pieces:
             instruction = instructions[piece.at]
-            assert isinstance(instruction, Timed)
             said = self.label(role, row.body, instruction)
             if piece.lane is Lane.HOST:
                 said = replace(said, lane=Lane.HOST, kind="host", nbytes=0, flops=0)

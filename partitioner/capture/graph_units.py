@@ -7,6 +7,7 @@ too few pieces, at the borders of every top-level submodule. Equal slices share 
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass, field
 from enum import IntEnum
 
 import torch
@@ -76,8 +77,7 @@ def build_graph(captured: Captured, *, num_samples: int, min_units: int = 1) -> 
         pieces = _pieces(captured, depends, _top_level_borders(captured.calls))
     if depends[total] is not Dependence.MODEL:
         raise CaptureError("the loss depends on no parameter", total.name, "check what the model returns")
-    builder = _Builder(captured, depends, pieces, (total, count), rule)
-    return builder.build()
+    return _Builder(captured, depends, pieces, (total, count), rule).build()
 
 
 def _dependences(captured: Captured) -> dict[Node, Dependence]:
@@ -133,21 +133,18 @@ def _pieces(captured: Captured, depends: Mapping[Node, Dependence], borders: lis
     return merged
 
 
+@dataclass
 class _Builder:
     """Holds the tables while units, templates and sides are made from pieces."""
 
-    def __init__(
-        self,
-        captured: Captured,
-        depends: dict[Node, Dependence],
-        pieces: list[list[Node]],
-        ends: tuple[Node, Node],
-        rule: str,
-    ) -> None:
-        self.captured, self.depends, self.pieces, self.ends, self.rule = captured, depends, pieces, ends, rule
-        self.templates: list[Template] = []
-        self.known: dict[object, int] = {}
-        self.free_values: dict[Node, None] = {}
+    captured: Captured
+    depends: dict[Node, Dependence]
+    pieces: list[list[Node]]
+    ends: tuple[Node, Node]
+    rule: str
+    templates: list[Template] = field(default_factory=list)
+    known: dict[object, int] = field(default_factory=dict)
+    free_values: dict[Node, None] = field(default_factory=dict)
 
     def build(self) -> Graph:
         units = tuple(self._unit(piece) for piece in self.pieces)
@@ -155,16 +152,13 @@ class _Builder:
         self.free_values[count] = None
         batch_values = [n for n in self.free_values if self._is(n, Dependence.BATCH)]
         used = {name for unit in units for name in unit.params}
+        tensors = [n for n in self.depends if isinstance(n.meta.get("val"), torch.Tensor)]
         return Graph(
             units=units,
             templates=tuple(self.templates),
             constants=self._side(Dependence.CONSTANT, self._needed_constants(batch_values)),
             inputs=self._side(Dependence.BATCH, batch_values),
-            specs={
-                self._name(n): spec_of(n.meta["val"])
-                for n in self.depends
-                if isinstance(n.meta.get("val"), torch.Tensor)
-            },
+            specs={self._name(n): spec_of(n.meta["val"]) for n in tensors},
             params=tuple(name for name in self._placeholders("params") if name in used),
             frozen=self.captured.frozen,
             batch=self._placeholders("batch"),
@@ -256,9 +250,8 @@ class _Builder:
 def _piece_name(calls: Sequence[ModuleCall], nodes: list[Node]) -> str:
     """The innermost module call that contains the first node, or the first call inside the slice."""
     first = nodes[0].meta["index"]
-    last = max(
-        n.meta["index"] for n in nodes if n.meta["index"] < loss.END
-    )  # without what the loss's rewriting added
+    # without what the loss's rewriting added
+    last = max(n.meta["index"] for n in nodes if n.meta["index"] < loss.END)
     around = [c for c in calls if c.start <= first and last < c.stop and c.path]
     inside = [c for c in calls if first <= c.start and c.stop <= last + 1 and c.path]
     best = max(around, key=lambda c: c.path.count("."), default=None) or (inside[0] if inside else None)

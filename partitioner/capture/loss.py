@@ -49,7 +49,7 @@ def rewrite(graph: torch.fx.Graph, num_samples: int) -> tuple[Node, Node, str]:
             raise CaptureError("the loss is a sum, which grows with the batch", core.name, "return a mean")
         else:
             total = _call(graph, aten.mul.Tensor, loss, float(num_samples))
-            count = _constant(graph, num_samples)
+            count = _call(graph, aten.scalar_tensor.default, num_samples, dtype=torch.int64)
             rule = "mean over samples of equal weight"
     output.args = ((total, count),)
     graph.eliminate_dead_code()
@@ -91,8 +91,7 @@ def _with(node: Node, position: int, defaults: tuple[object, ...]) -> tuple[obje
 def _cross_entropy(graph: torch.fx.Graph, core: Node) -> tuple[Node, Node]:
     if core.args[2:3] and core.args[2] is not None:
         raise CaptureError("class weights in cross entropy are not supported", core.name, "drop `weight=`")
-    target = core.args[1]
-    assert isinstance(target, Node)
+    target = operand(core, 1)
     if target.meta["val"].dtype.is_floating_point:
         raise CaptureError("class probabilities as targets are not supported", core.name, "use class indices")
     ignore_index = core.args[4] if len(core.args) > 4 else core.kwargs.get("ignore_index", -100)
@@ -107,22 +106,15 @@ def _elementwise(graph: torch.fx.Graph, core: Node) -> tuple[Node, Node]:
     assert isinstance(core.target, torch._ops.OpOverload)
     defaults = (None,) * position + (MEAN,)
     total = _call(graph, core.target, *_with(core, position, defaults))
-    return total, _constant(graph, operand(core, 0).meta["val"].numel())
+    num_elements = operand(core, 0).meta["val"].numel()
+    return total, _call(graph, aten.scalar_tensor.default, num_elements, dtype=torch.int64)
 
 
-def _call(graph: torch.fx.Graph, target: torch._ops.OpOverload, *args: Any) -> Node:
-    node = graph.call_function(target, args)
+def _call(graph: torch.fx.Graph, target: torch._ops.OpOverload, *args: Any, **options: Any) -> Node:
+    node = graph.call_function(target, args, options)
     values = [arg.meta["val"] if isinstance(arg, Node) else arg for arg in args]
     with _fake_mode(graph):
-        node.meta["val"] = target(*values)
-    node.meta["index"] = END
-    return node
-
-
-def _constant(graph: torch.fx.Graph, value: int) -> Node:
-    node = graph.call_function(aten.scalar_tensor.default, (value,), {"dtype": torch.int64})
-    with _fake_mode(graph):
-        node.meta["val"] = torch.ops.aten.scalar_tensor.default(value, dtype=torch.int64)
+        node.meta["val"] = target(*values, **options)
     node.meta["index"] = END
     return node
 

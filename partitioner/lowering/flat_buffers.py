@@ -12,7 +12,7 @@ by a nominal count; the optimizer step multiplies by nominal / count.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 from partitioner.layout.parallel_plan import Plan
 from partitioner.lowering.role_builder import RoleBuilder
@@ -22,6 +22,11 @@ LOW_PRECISION = ("bf16", "f16")
 SCALAR = TensorSpec((), "f64")
 STATS = TensorSpec((3,), "f64")
 ALL = Group(("pp", "dp", "tp"))
+
+Losses: TypeAlias = (
+    tuple[int, int] | None
+)  # the tensors in which a role sums loss and count, if it makes the loss
+Terms: TypeAlias = Sequence[tuple[int, float]]  # scalars and their weights in a sum
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +142,7 @@ def emit_update(
     role: RoleBuilder,
     groups: Sequence[FlatGroup],
     plan: Plan,
-    losses: tuple[int, int] | None,
+    losses: Losses,
     started: set[int],
 ) -> None:
     """The `update` body; groups in `started` (by index) are already being reduced."""
@@ -160,36 +165,31 @@ def emit_update(
         role.wait(body, *(g.flat for g in groups))
 
 
-def emit_stats(
-    role: RoleBuilder,
-    body: str,
-    squares: Sequence[tuple[int, float]],
-    losses: tuple[int, int] | None,
-    plan: Plan,
-) -> int:
+def emit_stats(role: RoleBuilder, body: str, squares: Terms, losses: Losses, plan: Plan) -> int:
     """Sum (gradient square, loss, count) over all chips; returns the tensor."""
     total = _weighted_sum(role, body, f"{body}.square", squares)
     zero = _weighted_sum(role, body, f"{body}.zero", [])
     loss, count = losses or (zero, zero)
     mine = role.tensor(f"{body}.local_stats", TensorKind.SCALAR, STATS)
     stats = role.tensor(f"{body}.stats", TensorKind.SCALAR, STATS)
-    once = [
-        _weighted_sum(role, body, f"{body}.{name}", [(tensor, 1.0 / plan.tp)])
-        for name, tensor in (("loss", loss), ("count", count))
-    ]  # every chip of a tp group holds the same loss
-    role.simple(body, "stack", "aten.stack.default([v0, v1, v2])", [total, *once], mine)
+    weight = 1.0 / plan.tp  # every chip of a tp group holds the same loss
+    loss = _weighted_sum(role, body, f"{body}.loss", [(loss, weight)])
+    count = _weighted_sum(role, body, f"{body}.count", [(count, weight)])
+    role.simple(body, "stack", "aten.stack.default([v0, v1, v2])", [total, loss, count], mine)
     role.collective(body, CollectiveOp.ALL_REDUCE, Reduction.SUM, ALL, mine, stats)
     role.wait(body, stats)
     return stats
 
 
+def _scalar(role: RoleBuilder, name: str) -> int:
+    return role.tensor(name, TensorKind.SCALAR, SCALAR)
+
+
 def _square(role: RoleBuilder, body: str, index: int, group: FlatGroup) -> int:
-    norm = role.tensor(f"{body}.norm{index}", TensorKind.SCALAR, SCALAR)
-    square = role.tensor(f"{body}.square{index}", TensorKind.SCALAR, SCALAR)
     code = "aten.linalg_vector_norm.default(v0, 2.0, None, False, dtype=dtype.f64)"
-    role.simple(body, "norm", code, [group.grad_shard], norm)
-    role.simple(body, "square", "aten.mul.Tensor(v0, v0)", [norm], square)
-    return square
+    norm = role.simple(body, "norm", code, [group.grad_shard], _scalar(role, f"{body}.norm{index}"))
+    square = _scalar(role, f"{body}.square{index}")
+    return role.simple(body, "square", "aten.mul.Tensor(v0, v0)", [norm], square)
 
 
 def _weight(group: FlatGroup, plan: Plan) -> float:
@@ -198,11 +198,10 @@ def _weight(group: FlatGroup, plan: Plan) -> float:
     return 1.0 / copies
 
 
-def _weighted_sum(role: RoleBuilder, body: str, name: str, terms: Sequence[tuple[int, float]]) -> int:
-    total = role.tensor(f"{name}.0", TensorKind.SCALAR, SCALAR)
-    role.simple(body, "zero", "aten.zeros.default([], dtype=dtype.f64, device=device)", [], total)
-    for index, (term, weight) in enumerate(terms):
-        after = role.tensor(f"{name}.{index + 1}", TensorKind.SCALAR, SCALAR)
-        role.simple(body, "add", f"aten.add.Tensor(v0, v1, alpha={weight!r})", [total, term], after)
-        total = after
+def _weighted_sum(role: RoleBuilder, body: str, name: str, terms: Terms) -> int:
+    zero = "aten.zeros.default([], dtype=dtype.f64, device=device)"
+    total = role.simple(body, "zero", zero, [], _scalar(role, f"{name}.0"))
+    for index, (term, weight) in enumerate(terms, 1):
+        add = f"aten.add.Tensor(v0, v1, alpha={weight!r})"
+        total = role.simple(body, "add", add, [total, term], _scalar(role, f"{name}.{index}"))
     return total

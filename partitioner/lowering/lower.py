@@ -21,6 +21,7 @@ from partitioner.layout.parallel_plan import Plan, Task, balance
 from partitioner.layout.tp_styles import unfuse
 from partitioner.lowering.flat_buffers import (
     FlatGroup,
+    Losses,
     Param,
     emit_stats,
     emit_update,
@@ -100,9 +101,8 @@ def lower(graph: Graph, plan: Plan, shape: StepShape) -> Program:
         )  # fmt: skip
     dims = _param_dims(graph, plan)
     stage_of = tuple(stage for stage, size in enumerate(sizes) for _ in range(size))
-    count = (
-        shape.samples * shape.tokens
-    )  # put into the gradients beforehand, as if all tokens of the step counted
+    # put into the gradients beforehand, as if all tokens of the step counted
+    count = shape.samples * shape.tokens
     context = StageContext(graph, plan, _trace_templates(graph, plan, dims), stage_of, dims, count)
     pool = SegmentPool()
     roles = tuple(_role(context, stage, pool, undecayed, shape.optimizer_states) for stage in range(plan.pp))
@@ -208,14 +208,14 @@ def _emit_last_backward(
     return {index for indices in due.values() for index in indices}
 
 
-def _emit_evaluation(role: RoleBuilder, plan: Plan, losses: tuple[int, int] | None) -> None:
+def _emit_evaluation(role: RoleBuilder, plan: Plan, losses: Losses) -> None:
     """`drop` frees what forward kept for a backward that never comes; `report` sums loss and count."""
-    alive: dict[int, None] = {}
+    alive: set[int] = set()
     for name in ("recv_forward", "forward", "send_forward"):
         for instruction in role.bodies.get(name, []):
-            alive |= {t: None for t in named(instruction) if role.tensors[t].is_per_microbatch}
+            alive |= {t for t in named(instruction) if role.tensors[t].is_per_microbatch}
             if isinstance(instruction, Free):
-                alive = {t: None for t in alive if t not in instruction.tensors}
+                alive -= set(instruction.tensors)
     role.body("drop")
     if alive:
         role.emit("drop", Free(0, tuple(sorted(alive))))
@@ -227,13 +227,13 @@ def _schedules(role: RoleBuilder, plan: Plan) -> tuple[tuple[str, tuple[Call, ..
     bodies = frozenset(role.bodies)
     tasks = plan.schedule.order(role.stage, plan.pp, plan.microbatches)
     step = (*with_transfers(tasks, bodies, last="backward_last"), Call("update", CALLED_ONCE))
-    evaluate: list[Call] = []
-    for microbatch in range(plan.microbatches):
-        evaluate += with_transfers((("forward", microbatch),), bodies, last="")
-        evaluate.append(Call("drop", microbatch))
-    evaluate.append(Call("report", CALLED_ONCE))
+    evaluate = [
+        call
+        for microbatch in range(plan.microbatches)
+        for call in (*with_transfers((("forward", microbatch),), bodies, last=""), Call("drop", microbatch))
+    ]
     start = (Call("constants", CALLED_ONCE),) if "constants" in bodies else ()
-    return (("start", start), ("step", step), ("evaluate", tuple(evaluate)))
+    return (("start", start), ("step", step), ("evaluate", (*evaluate, Call("report", CALLED_ONCE))))
 
 
 def with_transfers(tasks: tuple[Task, ...], bodies: frozenset[str], last: str) -> tuple[Call, ...]:
@@ -244,17 +244,9 @@ def with_transfers(tasks: tuple[Task, ...], bodies: frozenset[str], last: str) -
     """
     final = next((i for i in reversed(range(len(tasks))) if tasks[i][0] == "backward"), None)
     calls: list[Call] = []
-
-    def add(body: str, microbatch: int) -> None:
-        if body in bodies:
-            calls.append(Call(body, microbatch))
-
     for index, (kind, microbatch) in enumerate(tasks):
-        if index == 0:
-            add(f"recv_{kind}", microbatch)
-        if index + 1 < len(tasks):
-            next_kind, next_microbatch = tasks[index + 1]
-            add(f"recv_{next_kind}", next_microbatch)
+        awaited = tasks[:2] if index == 0 else tasks[index + 1 : index + 2]
+        calls += [Call(f"recv_{k}", m) for k, m in awaited if f"recv_{k}" in bodies]
         calls.append(Call(last if index == final else kind, microbatch))
-        add(f"send_{kind}", microbatch)
+        calls += [Call(send, microbatch) for send in (f"send_{kind}",) if send in bodies]
     return tuple(calls)

@@ -5,7 +5,7 @@ that pass from one to the other are saved; views are made again from what they v
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import torch
@@ -50,12 +50,12 @@ class SegmentPiece:
 
 @dataclass(frozen=True, slots=True)
 class CollectivePiece:
-    """A collective over the tp axis between two segments."""
+    """A collective over the tp axis between two segments, from one slot to another."""
 
     op: CollectiveOp
     reduction: Reduction
-    read: int
-    write: int
+    reads: tuple[int]
+    writes: tuple[int]
 
 
 Piece: TypeAlias = SegmentPiece | CollectivePiece
@@ -94,12 +94,12 @@ def split_joint(joint: Joint) -> TracedUnit:
     forward |= {n for n in nodes if op_name(n.target) == "getitem" and n.args[0] in forward}
     wanted = [g for g in grads if isinstance(g, Node)]
     backward = ancestors(wanted, lambda n: _is_made_in_backward(n, forward))
-    slots: dict[Node, int] = {n: i for i, n in enumerate(placeholders)}
-    specs = [spec_of(n.meta["val"]) for n in placeholders]
     calls = [n for n in nodes if n.op == "call_function"]
     forward_nodes, backward_nodes = [n for n in calls if n in forward], [n for n in calls if n in backward]
     needed_later = {*reads_of(backward_nodes), *outputs, *wanted}
-    numbering = _Slots(slots, specs)  # one numbering for both: equal slots are how saved values are named
+    numbering = _Slots()  # one numbering for both: equal slots are how saved values are named
+    for node in placeholders:
+        numbering.of(node)
     forward_pieces = _pieces(forward_nodes, needed_later, numbering)
     for node in backward_nodes:  # what forward made and backward makes again lives in backward's own slot
         if node in forward and node not in outputs:
@@ -122,8 +122,8 @@ def split_joint(joint: Joint) -> TracedUnit:
 
 @dataclass
 class _Slots:
-    slots: dict[Node, int]
-    specs: list[TensorSpec]
+    slots: dict[Node, int] = field(default_factory=dict)
+    specs: list[TensorSpec] = field(default_factory=list)
 
     def of(self, node: Node) -> int:
         if node not in self.slots:
@@ -210,15 +210,12 @@ def _source(node: Node) -> Node:
 
 def _collective(node: Node, slots: _Slots) -> CollectivePiece:
     op = COLLECTIVES[op_name(node.target)]
-    reduction = next(
-        (REDUCTIONS[a] for a in node.args[1:] if isinstance(a, str) and a in REDUCTIONS), Reduction.NONE
-    )
-    source = node.args[0]
-    assert isinstance(source, Node)
+    named = (REDUCTIONS[a] for a in node.args[1:] if isinstance(a, str) and a in REDUCTIONS)
+    reduction, source = next(named, Reduction.NONE), operand(node, 0)
     write = slots.of(node)
     for user in node.users:  # its waits: they are the same value
         slots.slots[user] = write
-    return CollectivePiece(op, reduction, slots.of(_source(source)), write)
+    return CollectivePiece(op, reduction, (slots.of(_source(source)),), (write,))
 
 
 def _segment(run: Sequence[Node], later: set[Node], slots: _Slots) -> SegmentPiece:

@@ -1,10 +1,11 @@
 """RoleBuilder: the tables of one role while it is being lowered, and the instructions as they are emitted."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import count
 from typing import Any
 
-from partitioner.lowering.pieces import CollectivePiece, Piece, SegmentPiece
+from partitioner.lowering.pieces import Piece, SegmentPiece
 from partitioner.program.instructions import named
 from partitioner.program.program import (
     Body,
@@ -51,7 +52,7 @@ class RoleBuilder:
     tensors: list[Tensor] = field(default_factory=list)
     by_name: dict[str, int] = field(default_factory=dict)
     bodies: dict[str, list[Instruction]] = field(default_factory=dict)
-    next_id: int = 0
+    numbers: Iterator[int] = field(default_factory=count)
 
     def tensor(self, name: str, kind: TensorKind, spec: TensorSpec, **more: Any) -> int:
         """Declare a tensor once; later calls with the same name return it."""
@@ -68,13 +69,9 @@ class RoleBuilder:
         """Declare a body, which may stay empty."""
         self.bodies.setdefault(name, [])
 
-    def _number(self) -> int:
-        self.next_id += 1
-        return self.next_id - 1
-
     def emit(self, body: str, instruction: Instruction) -> None:
         """Append with a fresh id."""
-        self.bodies.setdefault(body, []).append(replace(instruction, id=self._number()))
+        self.bodies.setdefault(body, []).append(replace(instruction, id=next(self.numbers)))
 
     def compute(self, body: str, segment: int, reads: Sequence[int], writes: Sequence[int]) -> None:
         """Emit a Compute."""
@@ -102,54 +99,41 @@ class RoleBuilder:
     ) -> None:
         """Emit a unit's pieces; `slots` maps its slots to tensors and gains those the pieces make."""
         for piece in pieces:
-            if isinstance(piece, CollectivePiece):
-                slots[piece.write] = self.tensor(
-                    f"{prefix}.{piece.write}", TensorKind.ACTIVATION, specs[piece.write]
-                )
-                self.collective(
-                    body, piece.op, piece.reduction, Group(("tp",)), slots[piece.read], slots[piece.write]
-                )
-                self.wait(body, slots[piece.write])
-                continue
-            assert isinstance(piece, SegmentPiece)
             for slot in piece.writes:
                 slots[slot] = self.tensor(f"{prefix}.{slot}", TensorKind.ACTIVATION, specs[slot])
-            segment = self.pool.add(name, piece.inputs, piece.ops, piece.outputs)
-            self.compute(body, segment, [slots[s] for s in piece.reads], [slots[s] for s in piece.writes])
+            reads, writes = [slots[s] for s in piece.reads], [slots[s] for s in piece.writes]
+            if isinstance(piece, SegmentPiece):
+                segment = self.pool.add(name, piece.inputs, piece.ops, piece.outputs)
+                self.compute(body, segment, reads, writes)
+            else:
+                self.collective(body, piece.op, piece.reduction, Group(("tp",)), *reads, *writes)
+                self.wait(body, *writes)
 
-    def simple(self, body: str, name: str, code: str, reads: Sequence[int], write: int) -> None:
-        """Emit a one-op segment whose operands are v0.. in the order of `reads`."""
-        out = self.spec(write)
-        nbytes = sum(self.spec(r).nbytes for r in reads)
-        op = Operation(code, (out,), False, sum(self.spec(r).numel for r in reads), nbytes, out.nbytes)
-        inputs = [self.spec(r) for r in reads]
+    def simple(self, body: str, name: str, code: str, reads: Sequence[int], write: int) -> int:
+        """Emit a one-op segment whose operands are v0.. in the order of `reads`; returns `write`."""
+        inputs, out = [self.spec(r) for r in reads], self.spec(write)
+        nbytes = sum(spec.nbytes for spec in inputs)
+        op = Operation(code, (out,), False, sum(spec.numel for spec in inputs), nbytes, out.nbytes)
         self.compute(body, self.pool.add(name, inputs, [op], [len(inputs)]), reads, [write])
+        return write
 
     def add_frees(self, order: Sequence[str]) -> None:
         """Insert a Free after the last use of every per-microbatch tensor, bodies taken in `order`."""
-        last: dict[int, tuple[str, int]] = {}
-        for name in order:
-            for index, instruction in enumerate(self.bodies.get(name, [])):
-                for tensor in named(instruction):
-                    if self.tensors[tensor].is_per_microbatch:
-                        last[tensor] = (name, index)
-        due: dict[tuple[str, int], list[int]] = {}
-        for tensor, place in last.items():
-            due.setdefault(place, []).append(tensor)
-        for name in order:
-            freed: list[Instruction] = []
-            for index, instruction in enumerate(self.bodies.get(name, [])):
-                freed.append(instruction)
-                if (name, index) in due:
-                    freed.append(Free(self._number(), tuple(sorted(due[name, index]))))
-            if name in self.bodies:
-                self.bodies[name] = freed
+        used_later: set[int] = set()
+        for name in (name for name in reversed(order) if name in self.bodies):
+            backwards: list[Instruction] = []
+            for instruction in reversed(self.bodies[name]):
+                due = {t for t in named(instruction) if self.tensors[t].is_per_microbatch} - used_later
+                if due:
+                    backwards.append(Free(next(self.numbers), tuple(sorted(due))))
+                backwards.append(instruction)
+                used_later |= due
+            self.bodies[name] = backwards[::-1]
 
     def finished_bodies(self) -> tuple[Body, ...]:
         """Bodies with instruction ids renumbered in order, as the text form shows them."""
-        count, done = 0, []
-        for name, instructions in self.bodies.items():
-            numbered = [replace(ins, id=count + i) for i, ins in enumerate(instructions)]
-            count += len(instructions)
-            done.append(Body(name, tuple(numbered)))
-        return tuple(done)
+        numbers = count()
+        return tuple(
+            Body(name, tuple(replace(ins, id=next(numbers)) for ins in instructions))
+            for name, instructions in self.bodies.items()
+        )

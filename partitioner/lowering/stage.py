@@ -11,7 +11,7 @@ from torch.fx import Node
 
 from partitioner.capture.captured_graph import Graph, Side, Unit, ancestors
 from partitioner.layout.parallel_plan import Plan
-from partitioner.lowering.flat_buffers import SCALAR
+from partitioner.lowering.flat_buffers import SCALAR, Losses
 from partitioner.lowering.pieces import TracedUnit, make_op
 from partitioner.lowering.role_builder import RoleBuilder
 from partitioner.program.program import Accumulate, Operation, Recv, Send, TensorKind
@@ -47,7 +47,7 @@ class StageContext:
 class Finished:
     """What later passes need: accumulated (loss, count), and the last backward instruction of every unit."""
 
-    losses: tuple[int, int] | None = None
+    losses: Losses = None
     unit_ends: dict[int, int] = field(default_factory=dict)
 
 
@@ -105,23 +105,19 @@ class _StageEmitter:
         if self.makes_loss:
             needed.add(graph.count)
         inputs = _NeededSide(graph.inputs, [v for v in graph.inputs.outputs if v in needed])
-        constants = _NeededSide(
-            graph.constants, [v for v in graph.constants.outputs if v in needed | set(inputs.reads)]
-        )
-        for side, body, kind in (
-            (constants, "constants", TensorKind.CONSTANT),
-            (inputs, "forward", TensorKind.ACTIVATION),
-        ):
-            for name in side.reads:
-                self._declare_source(name)
-            if side.ops:
-                writes = [
-                    self.values.setdefault(n, self.role.tensor(n, kind, graph.specs[n])) for n in side.made
-                ]
-                segment = self.role.pool.add(
-                    body, [graph.specs[n] for n in side.reads], side.ops, side.outputs
-                )
-                self.role.compute(body, segment, [self.values[n] for n in side.reads], writes)
+        needed |= set(inputs.reads)
+        constants = _NeededSide(graph.constants, [v for v in graph.constants.outputs if v in needed])
+        self._side(constants, "constants", TensorKind.CONSTANT)
+        self._side(inputs, "forward", TensorKind.ACTIVATION)
+
+    def _side(self, side: "_NeededSide", body: str, kind: TensorKind) -> None:
+        role, specs = self.role, self.graph.specs
+        for name in side.reads:
+            self._declare_source(name)
+        if side.ops:
+            writes = [self.values.setdefault(n, role.tensor(n, kind, specs[n])) for n in side.made]
+            segment = role.pool.add(body, [specs[n] for n in side.reads], side.ops, side.outputs)
+            role.compute(body, segment, [self.values[n] for n in side.reads], writes)
 
     def _declare_source(self, name: str) -> None:
         if name in self.values:
@@ -154,9 +150,8 @@ class _StageEmitter:
     def _accumulate_loss(self) -> None:
         role = self.role
         sums = tuple(role.tensor(f"step.{name}", TensorKind.SCALAR, SCALAR) for name in ("loss", "count"))
-        role.emit(
-            "forward", Accumulate(0, (self.values[self.graph.loss], self.values[self.graph.count]), sums)
-        )
+        made = (self.values[self.graph.loss], self.values[self.graph.count])
+        role.emit("forward", Accumulate(0, made, sums))
         self.finished.losses = (sums[0], sums[1])
 
     def backward(self) -> None:
@@ -214,10 +209,8 @@ class _StageEmitter:
             name, filler = f"zero.{spec}", "0.0"
         if name not in role.by_name:
             seed = role.tensor(name, TensorKind.CONSTANT, spec)
-            code = (
-                f"aten.full.default({list(spec.shape)!r}, {filler}, dtype=dtype.{spec.dtype}, device=device)"
-            )
-            role.simple("constants", "fill", code, [], seed)
+            made = f"{list(spec.shape)!r}, {filler}, dtype=dtype.{spec.dtype}, device=device"
+            role.simple("constants", "fill", f"aten.full.default({made})", [], seed)
         return role.by_name[name]
 
     def _grad(self, value: str) -> int:

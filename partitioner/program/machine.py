@@ -128,7 +128,7 @@ class Machine:
             return f"chip {self.chip} ({self.role.name}): at the end"
         call, body = self.calls[self.call], self._body()
         instruction = body.instructions[self.index]
-        stream = f"chip {self.chip} ({self.role.name}): {call.body}({call.microbatch})"
+        stream = f"chip {self.chip} ({self.role.name}): {call}"
         return f"{stream} instruction {instruction.id} {instruction}"
 
     def _body(self) -> Body:

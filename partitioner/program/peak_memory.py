@@ -15,11 +15,11 @@ itself takes.
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
 
+from partitioner.program.body_states import BodyState, BodyStates
 from partitioner.program.instructions import reads, writes
 from partitioner.program.program import (
     Body,
@@ -108,7 +108,7 @@ class RoleMemory:
         """The place of the peak, for messages: `stage 3: backward(4) instruction 231`."""
         if self.call is None:
             return f"stage {self.stage}: throughout"
-        return f"stage {self.stage}: {self.call.body}({self.call.microbatch}) instruction {self.instruction}"
+        return f"stage {self.stage}: {self.call} instruction {self.instruction}"
 
 
 def peak_memory(program: Program, schedule: str = "step") -> tuple[RoleMemory, ...]:
@@ -124,58 +124,27 @@ def _role_peak(role: Role, footprints: Sequence[Footprint], schedule: str) -> Ro
             now[INDEX[PERSISTENT[tensor.kind]]] += tensor.spec.nbytes
     peak = total = sum(now)
     at_peak, place = list(now), (None, None)  # type: tuple[list[int], tuple[Call | None, int | None]]
-    effects = _Effects(role, footprints)
-    states: dict[int, int] = {}
+    states = BodyStates(_Held())
+    held: dict[int, _Held] = {}
     lingering: dict[str, int] = {}
+    known: dict[tuple[str, _Held, int], _BodyMemory] = {}
     for call in role.schedule.get(schedule, ()):
-        effect = effects.of(call.body, states.get(call.microbatch, 0), lingering.get(call.body, 0))
-        if total + effect.peak > peak:
-            peak, place = total + effect.peak, (call, effect.instruction)
-            at_peak = [a + b for a, b in zip(now, effect.at_peak, strict=True)]
-        now = [a + b for a, b in zip(now, effect.delta, strict=True)]
-        total += sum(effect.delta)
-        states[call.microbatch], lingering[call.body] = effect.state, effect.lingering
+        key = (call.body, held.get(call.microbatch, states.first), lingering.get(call.body, 0))
+        if (ran := known.get(key)) is None:
+            ran = known[key] = _BodyMemory(role, footprints, key[1].copy(), key[2])
+            ran.body(role.body[call.body])
+            ran.held = states.unique(ran.held)
+        if total + ran.peak > peak:
+            peak, place = total + ran.peak, (call, ran.instruction)
+            at_peak = [a + b for a, b in zip(now, ran.at_peak, strict=True)]
+        now = [a + b for a, b in zip(now, ran.now, strict=True)]
+        total += ran.total
+        held[call.microbatch], lingering[call.body] = ran.held, ran.lingering
     return RoleMemory(role.stage, peak, tuple(zip(CLASSES, at_peak, strict=True)), *place)
 
 
-@dataclass(frozen=True, slots=True)
-class _Effect:
-    """What one call does: the microbatch's next state, bytes by class after it, and at its own peak."""
-
-    state: int
-    delta: tuple[int, ...]
-    peak: int
-    at_peak: tuple[int, ...]
-    instruction: int | None
-    lingering: int
-
-
-class _Effects:
-    """Effects of bodies, remembered by the state in which they are called; state 0 holds nothing."""
-
-    def __init__(self, role: Role, footprints: Sequence[Footprint]) -> None:
-        self.role, self.footprints = role, footprints
-        self.known: dict[tuple[str, int, int], _Effect] = {}
-        self.states: list[_Held] = [_Held()]
-        self.numbers: dict[object, int] = {_Held().key(): 0}
-
-    def of(self, body: str, state: int, lingering: int) -> _Effect:
-        """The effect of calling `body` while `lingering` bytes of its last call are still being sent."""
-        key = (body, state, lingering)
-        if key not in self.known:
-            walk = _BodyMemory(self.role, self.footprints, self.states[state].copy(), lingering)
-            walk.body(self.role.body[body])
-            after = self.numbers.setdefault(walk.held.key(), len(self.states))
-            if after == len(self.states):
-                self.states.append(walk.held)
-            self.known[key] = _Effect(
-                after, tuple(walk.now), walk.peak, tuple(walk.at_peak), walk.instruction, walk.lingering
-            )
-        return self.known[key]
-
-
-@dataclass
-class _Held:
+@dataclass(eq=False)
+class _Held(BodyState):
     """What a microbatch holds. Storages are named by the tensor that made them; None: a persistent tensor's."""
 
     storage_of: dict[int, int | None] = field(default_factory=dict)
@@ -184,16 +153,6 @@ class _Held:
     kind: dict[int, int] = field(default_factory=dict)
     moving: dict[int, tuple[int, ...]] = field(default_factory=dict)  # tensor awaited: storages in use
 
-    def copy(self) -> "_Held":
-        return _Held(*(part.copy() for part in self._parts()))
-
-    def key(self) -> object:
-        """Equal for equal states, whatever the order in which they came about."""
-        return tuple(frozenset(part.items()) for part in self._parts())
-
-    def _parts(self) -> tuple[dict[int, Any], ...]:
-        return (self.storage_of, self.users, self.nbytes, self.kind, self.moving)
-
 
 class _BodyMemory:
     """One execution of a body, in bytes relative to its start."""
@@ -201,13 +160,11 @@ class _BodyMemory:
     def __init__(self, role: Role, footprints: Sequence[Footprint], held: _Held, lingering: int) -> None:
         self.role, self.footprints, self.held = role, footprints, held
         self.now = [0] * len(CLASSES)
-        self.now[COMMUNICATION] -= (
-            lingering  # what the last call of this body left being sent has gone by now
-        )
-        self.total = -lingering
+        # what the last call of this body left being sent has gone by now
+        self.total = self.now[COMMUNICATION] = -lingering
         self.peak, self.at_peak = 0, [0] * len(CLASSES)
         self.instruction: int | None = None
-        self.sent: set[int] = set()
+        self.sent: set[int | None] = set()
         self.lingering = 0
 
     def body(self, body: Body) -> None:
@@ -234,8 +191,7 @@ class _BodyMemory:
                 self._move(ins.tensor, (ins.tensor,))
             case Send():
                 self._load((ins.tensor,))
-                storage = self.held.storage_of.get(ins.tensor)
-                self.sent |= set() if storage is None else {storage}
+                self.sent.add(self.held.storage_of.get(ins.tensor))
             case Wait():
                 for tensor in ins.tensors:
                     self._settle(tensor)
@@ -321,42 +277,49 @@ class _BodyMemory:
 
 def footprint(segment: Segment) -> Footprint:
     """Walk the operations once; O(operations + operands)."""
-    storages = _storages(segment)
-    kept = {storages.of[v][0] for v in segment.outputs}
-    due = _last_uses(segment, storages, kept)
+    of, storages = _storages(segment)
+    returned = [of[value][0] for value in segment.outputs]
+    stays = set(returned)
+    made, kept, gone = ([0] * len(segment.ops) for _ in range(3))  # bytes, by operation
+    for number, storage in enumerate(storages[len(segment.inputs) :], len(segment.inputs)):
+        made[storage.first] += storage.nbytes
+        if number in stays:
+            kept[storage.first] += storage.nbytes
+        else:
+            gone[storage.last] += storage.nbytes
     live = held = peak = kept_at_peak = 0
-    for index in range(len(segment.ops)):
-        made = storages.made.get(index, ())
-        live += sum(storages.nbytes[s] for s in made)
-        held += sum(storages.nbytes[s] for s in made if s in kept)
+    for born, retained, freed in zip(made, kept, gone, strict=True):
+        live, held = live + born, held + retained
         if live > peak:
             peak, kept_at_peak = live, held
-        live -= sum(storages.nbytes[s] for s in due.get(index, ()))
-    outputs = tuple(_output(storages, v) for v in segment.outputs)
-    return Footprint(outputs, peak, kept_at_peak)
+        live -= freed
+    return Footprint(tuple(Output(s, storages[s].nbytes) for s in returned), peak, kept_at_peak)
 
 
-@dataclass
-class _Storages:
-    """`of[v]`: the storages of value v (one per element of a tuple); storage s < number of inputs is input s."""
+@dataclass(slots=True)
+class _Storage:
+    """What one or more values of a segment share; `first` and `last`: the operations that make it and last use it."""
 
-    of: list[tuple[int, ...]] = field(default_factory=list)
-    nbytes: list[int] = field(default_factory=list)
-    made: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    nbytes: int
+    first: int
+    last: int
 
 
-def _storages(segment: Segment) -> _Storages:
-    found = _Storages([(i,) for i in range(len(segment.inputs))], [0] * len(segment.inputs))
+def _storages(segment: Segment) -> tuple[list[tuple[int, ...]], list[_Storage]]:
+    """The numbers of every value's storages (one per element of a tuple), and the storages; first those of inputs."""
+    of: list[tuple[int, ...]] = [(i,) for i in range(len(segment.inputs))]
+    storages = [_Storage(0, 0, 0) for _ in segment.inputs]
     for index, op in enumerate(segment.ops):
         sources = op.operands
         if sources and op.read_bytes == op.write_bytes == 0:  # a view moves no bytes
-            found.of.append(_viewed(segment, op, sources[0], found.of[sources[0]]))
-            continue
-        first = len(found.nbytes)
-        found.nbytes += [spec.nbytes for spec in op.outs]
-        found.made[index] = tuple(range(first, len(found.nbytes)))
-        found.of.append(found.made[index])
-    return found
+            of.append(_viewed(segment, op, sources[0], of[sources[0]]))
+        else:
+            of.append(tuple(range(len(storages), len(storages) + len(op.outs))))
+            storages += [_Storage(spec.nbytes, index, index) for spec in op.outs]
+        for value in (*sources, -1):  # what it reads, and what it has just made
+            for number in of[value]:
+                storages[number].last = index
+    return of, storages
 
 
 def _viewed(segment: Segment, op: Operation, source: int, storages: tuple[int, ...]) -> tuple[int, ...]:
@@ -369,24 +332,3 @@ def _viewed(segment: Segment, op: Operation, source: int, storages: tuple[int, .
     if index >= len(specs) or specs[index] != op.outs[0]:
         index = specs.index(op.outs[0]) if op.outs[0] in specs else 0
     return (storages[index],)
-
-
-def _last_uses(segment: Segment, storages: _Storages, kept: Iterable[int]) -> dict[int, list[int]]:
-    """Storages to drop after each operation."""
-    last: dict[int, int] = {}
-    for index, op in enumerate(segment.ops):
-        for storage in storages.of[len(segment.inputs) + index]:
-            last[storage] = index
-        for value in op.operands:
-            for storage in storages.of[value]:
-                last[storage] = index
-    due: dict[int, list[int]] = {}
-    for storage, index in last.items():
-        if storage >= len(segment.inputs) and storage not in kept:
-            due.setdefault(index, []).append(storage)
-    return due
-
-
-def _output(storages: _Storages, value: int) -> Output:
-    storage = storages.of[value][0]
-    return Output(storage, storages.nbytes[storage])

@@ -13,7 +13,7 @@ Not here: validity (`static_check.py`), memory (`peak_memory.py`), timing (runne
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
@@ -275,7 +275,8 @@ class Update:
 
 
 # A new instruction: its class above, its name at the end here (the place is its code in the packed form). Text, codec,
-# effects and the checks that all instructions get follow from its FORM and what its fields hold.
+# effects and the checks that all instructions get follow from its FORM and what its fields hold; what it costs and how
+# a chip carries it out is left to the runners (`step_costs.py`, `chip.py`).
 Instruction: TypeAlias = Compute | Accumulate | Collective | Send | Recv | Wait | Free | Update
 
 
@@ -293,6 +294,9 @@ class Call:
 
     body: str
     microbatch: int
+
+    def __str__(self) -> str:
+        return f"{self.body}({self.microbatch})"
 
 
 @dataclass(frozen=True)
@@ -362,15 +366,14 @@ class Program:
 
     def members(self, group: Group, chip: int) -> tuple[int, ...]:
         """The chips that meet `chip` in `group`, in chip order (the order of every reduction)."""
-        at = self.coordinates(chip)
-        return tuple(sorted(self.chip_at(at | moved) for moved in self._along(group)))
-
-    def _along(self, group: Group) -> Iterator[dict[str, int]]:
-        choices: list[dict[str, int]] = [{}]
+        places = [self.coordinates(chip)]
         for axis in group.axes:
-            indices = group.stages if axis == "pp" and group.stages else range(self.size(axis))
-            choices = [chosen | {axis: index} for chosen in choices for index in indices]
-        yield from choices
+            places = [at | {axis: index} for at in places for index in self.along(group, axis)]
+        return tuple(sorted(map(self.chip_at, places)))
+
+    def along(self, group: Group, axis: str) -> Sequence[int]:
+        """The coordinates along `axis` that a group spans."""
+        return group.stages if axis == "pp" and group.stages else range(self.size(axis))
 
     def peer(self, chip: int, stage: int) -> int:
         """The chip with the same coordinates as `chip` in another stage."""

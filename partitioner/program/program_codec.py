@@ -37,11 +37,7 @@ KINDS = tuple(TensorKind)
 OPS = tuple(CollectiveOp)
 REDUCTIONS = tuple(Reduction)
 CODES = {kind: code for code, kind in enumerate(INSTRUCTIONS)}
-TABLED = (
-    Holds.OP,
-    Holds.REDUCTION,
-    Holds.GROUP,
-)  # fields that are named by position; all others stand as they are
+TABLED = (Holds.OP, Holds.REDUCTION, Holds.GROUP)  # fields named by position; all others stand as they are
 # of every kind of instruction: its fields, and which of them by place are named by position (place 0 is the code)
 LAYOUTS = {
     kind: (
@@ -121,13 +117,13 @@ class _Tables:
     def body(self, body: Body) -> list[object]:
         return [
             body.name,
-            _run(ins.id for ins in body.instructions),
-            [self.code(ins) for ins in body.instructions],
+            _run([ins.id for ins in body.instructions]),
+            list(map(self.code, body.instructions)),
         ]
 
     def columns(self, tensors: Sequence[Tensor]) -> list[object]:
         return [
-            _run(t.id for t in tensors),
+            _run([t.id for t in tensors]),
             [t.name for t in tensors],
             bytes(KINDS.index(t.kind) for t in tensors),
             _positions(self.specs, [t.spec for t in tensors]),
@@ -145,11 +141,15 @@ class _Tables:
         return packed
 
 
-def _run(ids: Iterable[int]) -> list[int] | int:
+def _run(ids: list[int]) -> list[int] | int:
     """Ids that count up from a first one are stored as that one."""
-    listed = list(ids)
-    first = listed[0] if listed else 0
-    return first if listed == list(range(first, first + len(listed))) else listed
+    first = ids[0] if ids else 0
+    return first if ids == list(range(first, first + len(ids))) else ids
+
+
+def _ids(run: Sequence[int] | int, count: int) -> Sequence[int]:
+    """Inverse of `_run`."""
+    return range(run, run + count) if isinstance(run, int) else run
 
 
 def _calls(calls: Sequence[Call]) -> tuple[list[str], list[int], list[int]]:
@@ -179,30 +179,20 @@ class _Unpacker:
         stage, columns, bodies, schedules = packed
         return Role(
             stage,
-            self.tensors(*columns),
+            self.tensors(columns),
             tuple(self.body(*body) for body in bodies),
             tuple((name, _read_calls(*calls)) for name, *calls in schedules),
         )
 
-    def tensors(
-        self,
-        ids: Sequence[int] | int,
-        names: Sequence[str],
-        kinds: bytes,
-        specs: Sequence[int],
-        *more: Sequence[Any],
-    ) -> tuple[Tensor, ...]:
-        shards, bases, offsets, sources = more
+    def tensors(self, columns: Sequence[Any]) -> tuple[Tensor, ...]:
+        ids, names, kinds, specs, shards, bases, offsets, sources = columns
         named = zip(names, sources, strict=True)
         origins = (name if source is SAME_AS_NAME else source for name, source in named)
-        numbers = range(ids, ids + len(names)) if isinstance(ids, int) else ids
         kind, spec = map(KINDS.__getitem__, kinds), map(self.specs.__getitem__, specs)
-        return tuple(map(Tensor, numbers, names, kind, spec, shards, bases, offsets, origins))
+        return tuple(map(Tensor, _ids(ids, len(names)), names, kind, spec, shards, bases, offsets, origins))
 
     def body(self, name: str, ids: Sequence[int] | int, codes: Sequence[Sequence[Any]]) -> Body:
-        numbers = range(ids, ids + len(codes)) if isinstance(ids, int) else ids
-        readers = self.readers
-        numbered = zip(numbers, codes, strict=True)
+        readers, numbered = self.readers, zip(_ids(ids, len(codes)), codes, strict=True)
         return Body(name, tuple(readers[code[0]](number, *code[1:]) for number, code in numbered))
 
 

@@ -34,6 +34,7 @@ from functools import partial
 from itertools import islice
 
 from comms.errors import ProgramError
+from partitioner.program.body_states import BodyState, BodyStates
 from partitioner.program.instructions import named, reads, writes
 from partitioner.program.machine import Key, Machine, Post
 from partitioner.program.program import (
@@ -49,7 +50,7 @@ from partitioner.program.program import (
     TensorKind,
     Wait,
 )
-from partitioner.program.structure import Finding, Rule, at, check_structure, place, representative
+from partitioner.program.structure import Finding, InstructionPlace, Rule, check_structure, representative
 
 MOST_FINDINGS = 50  # later ones mostly follow from earlier ones
 START = "start"
@@ -91,68 +92,52 @@ def _written_by(role: Role, calls: Sequence[Call]) -> frozenset[int]:
     return frozenset(t for body in bodies for ins in role.body[body].instructions for t in writes(ins))
 
 
-@dataclass
-class _State:
+@dataclass(eq=False)
+class _Tensors(BodyState):
     """Tensors by status, and transfers under way: awaited tensor -> tensors that may not be written meanwhile."""
 
     status: dict[int, str] = field(default_factory=dict)
     moving: dict[int, tuple[int, ...]] = field(default_factory=dict)
 
-    def copy(self) -> "_State":
-        return _State(self.status.copy(), self.moving.copy())
-
-    def key(self) -> object:
-        return frozenset(self.status.items()), frozenset(self.moving.items())
-
 
 class _RoleLifetimes:
-    """One role along one schedule. States are numbered; 0 is where nothing has happened."""
+    """One role along one schedule."""
 
     def __init__(self, role: Role, chip: int, made: frozenset[int]) -> None:
         self.role, self.chip, self.made = role, chip, made
         self.root = [_root(role, t.id) for t in role.tensors]
-        self.states: list[_State] = [_State()]
-        self.numbers: dict[object, int] = {_State().key(): 0}
-        self.known: dict[tuple[str, int, int], tuple[int, int]] = {}
 
     def follow(self, name: str, calls: Sequence[Call]) -> Iterator[Finding]:
-        persistent = 0
-        states: dict[int, int] = {}
+        states = BodyStates(_Tensors())
+        shared = states.first
+        owned: dict[int, _Tensors] = {}
+        known: dict[tuple[str, _Tensors, _Tensors], tuple[_Tensors, _Tensors]] = {}
         for call in calls:
-            key = (call.body, states.get(call.microbatch, 0), persistent)
-            if key not in self.known:
-                walk = _BodyLifetimes(self, self.states[key[1]].copy(), self.states[persistent].copy())
+            key = (call.body, owned.get(call.microbatch, states.first), shared)
+            if key not in known:
+                walk = _BodyLifetimes(self, key[1].copy(), shared.copy())
                 yield from walk.body(self.role.body[call.body], call)
-                self.known[key] = (self._number(walk.own), self._number(walk.shared))
-            states[call.microbatch], persistent = self.known[key]
-        yield from self._end(name, calls, states, self.states[persistent])
-
-    def _number(self, state: _State) -> int:
-        number = self.numbers.setdefault(state.key(), len(self.states))
-        if number == len(self.states):
-            self.states.append(state)
-        return number
+                known[key] = (states.unique(walk.own), states.unique(walk.shared))
+            owned[call.microbatch], shared = known[key]
+        yield from self._end(name, calls, owned, shared)
 
     def _end(
-        self, name: str, calls: Sequence[Call], states: dict[int, int], shared: _State
+        self, name: str, calls: Sequence[Call], owned: dict[int, _Tensors], shared: _Tensors
     ) -> Iterator[Finding]:
         left = dict.fromkeys(shared.moving, (None, "is still on its way"))  # type: dict[int, tuple[int | None, str]]
-        for microbatch, number in reversed(states.items()):
-            state = self.states[number]
+        for microbatch, state in reversed(owned.items()):
             alive = (t for t, status in state.status.items() if status == LIVE)
             left |= dict.fromkeys(alive, (microbatch, "is not freed"))
             left |= dict.fromkeys(state.moving, (microbatch, "is still on its way"))
         for tensor in sorted(left):
             owner, problem = left[tensor]
             instance = f"t{tensor}" if owner is None else f"t{tensor} of microbatch {owner}"
-            call, ins = self._last_use(tensor, calls, owner)
-            where = place(self.chip, self.role, call.body, ins, call)
             said = f"{instance} {problem} by the end of schedule {name}"
-            yield Finding(Rule.LIFETIME, where, said, self.chip, ins.id)
+            yield self._last_use(tensor, calls, owner).finding(Rule.LIFETIME, said)
 
-    def _last_use(self, tensor: int, calls: Sequence[Call], owner: int | None) -> tuple[Call, Instruction]:
+    def _last_use(self, tensor: int, calls: Sequence[Call], owner: int | None) -> InstructionPlace:
         return next(
-            (call, ins)
+            InstructionPlace(self.chip, self.role, call, ins)
             for call in reversed(calls)
             if owner in (None, call.microbatch)
             for ins in reversed(self.role.body[call.body].instructions)
@@ -173,14 +158,14 @@ def _root(role: Role, tensor: int) -> int:
 class _BodyLifetimes:
     """One body followed from one state."""
 
-    def __init__(self, along: _RoleLifetimes, own: _State, shared: _State) -> None:
+    def __init__(self, along: _RoleLifetimes, own: _Tensors, shared: _Tensors) -> None:
         self.along, self.role, self.root = along, along.role, along.root
         self.own, self.shared = own, shared
 
     def body(self, body: Body, call: Call) -> Iterator[Finding]:
         for ins in body.instructions:
             for problem in self._execute(ins):
-                yield at(Rule.LIFETIME, self.along.chip, self.role, body.name, ins, problem, call)
+                yield InstructionPlace(self.along.chip, self.role, call, ins).finding(Rule.LIFETIME, problem)
 
     def _execute(self, ins: Instruction) -> Iterable[str]:
         if isinstance(ins, Wait):
@@ -196,7 +181,7 @@ class _BodyLifetimes:
                 self._state(tensor).moving[tensor] = reads(ins)
         return problems
 
-    def _state(self, tensor: int) -> _State:
+    def _state(self, tensor: int) -> _Tensors:
         return self.own if self.role.tensors[tensor].is_per_microbatch else self.shared
 
     def _read(self, tensor: int) -> Iterator[str]:
@@ -304,7 +289,8 @@ class _Rendezvous:
         for chip, post in others:
             theirs = self._terms(chip, post)
             if theirs != mine:
-                yield self._at(chip, post, f"{theirs} meets {mine} of {self._place(first, one)}")
+                problem = f"{theirs} meets {mine} of {self._place(first, one)}"
+                yield self._place(chip, post).finding(Rule.COMMUNICATION, problem)
 
     def _terms(self, chip: int, post: Post) -> str:
         """What the parties of a communication must agree on."""
@@ -317,13 +303,9 @@ class _Rendezvous:
     def _specs(self, chip: int, tensors: tuple[int, ...]) -> str:
         return " ".join(str(self.machines[chip].role.tensors[tensor].spec) for tensor in tensors)
 
-    def _place(self, chip: int, post: Post) -> str:
-        role, call = self.machines[chip].role, self.machines[chip].calls[post.call]
-        return place(self.chips[chip], role, call.body, post.instruction, call)
-
-    def _at(self, chip: int, post: Post, problem: str) -> Finding:
-        where = self._place(chip, post)
-        return Finding(Rule.COMMUNICATION, where, problem, self.chips[chip], post.instruction.id)
+    def _place(self, chip: int, post: Post) -> InstructionPlace:
+        machine = self.machines[chip]
+        return InstructionPlace(self.chips[chip], machine.role, machine.calls[post.call], post.instruction)
 
     def _stuck(self) -> Iterator[Finding]:
         """At the fixpoint: a circle of waits, else posts that nobody answers."""
@@ -337,7 +319,7 @@ class _Rendezvous:
             for chip, post in posts.items():
                 who = f"chip {self.chips[missing]} ({self.machines[missing].role.name})"
                 which = f"(number {key.number} of its channel) in schedule {self.schedule}"
-                yield self._at(chip, post, f"{who} never joins {which}")
+                yield self._place(chip, post).finding(Rule.COMMUNICATION, f"{who} never joins {which}")
 
     def _needs(self, chip: int) -> list[tuple[int, Post]]:
         """Chips that this one waits for, with the post of its own that they leave unanswered."""
@@ -352,44 +334,33 @@ class _Rendezvous:
     def _circle_finding(self, circle: list[int], needs: dict[int, list[tuple[int, Post]]]) -> Finding:
         waits = [self._waiting(chip) for chip in circle]
         steps = []
-        for chip, (where, _), following in zip(circle, waits, [*circle[1:], circle[0]], strict=True):
+        for chip, where, following in zip(circle, waits, [*circle[1:], circle[0]], strict=True):
             post = next(post for other, post in needs[chip] if other == following)
             joined = f"chip {self.chips[following]} to join instruction {post.instruction.id}"
             steps.append(f"{where} waits for {joined}")
         problem = f"wait cycle in schedule {self.schedule}: " + "; ".join(steps)
-        where, wait = waits[0]
-        return Finding(Rule.COMMUNICATION, where, problem, self.chips[circle[0]], wait.id)
+        return waits[0].finding(Rule.COMMUNICATION, problem)
 
-    def _waiting(self, chip: int) -> tuple[str, Wait]:
-        """The Wait that a chip has come to, and its place."""
+    def _waiting(self, chip: int) -> InstructionPlace:
+        """The Wait that a chip has come to."""
         machine = self.machines[chip]
         call = machine.calls[machine.call]
         wait = machine.role.body[call.body].instructions[machine.index]
         assert isinstance(wait, Wait)
-        return place(self.chips[chip], machine.role, call.body, wait, call), wait
+        return InstructionPlace(self.chips[chip], machine.role, call, wait)
 
 
 def _circle(needs: dict[int, list[int]]) -> list[int]:
     """A cycle of the wait-for graph (empty if there is none), starting at its smallest chip."""
-    finished: set[int] = set()
-    for start in needs:
-        path: list[int] = []
-        found = _search(start, needs, path, finished)
-        if found:
-            first = found.index(min(found))
-            return [*found[first:], *found[:first]]
-    return []
-
-
-def _search(chip: int, needs: dict[int, list[int]], path: list[int], finished: set[int]) -> list[int]:
-    if chip in path:
-        return path[path.index(chip) :]
-    if chip in finished:
+    # those who wait for nobody are taken away until none is left: whoever remains comes to a cycle
+    stuck = set(needs)
+    while free := {chip for chip in stuck if stuck.isdisjoint(needs[chip])}:
+        stuck -= free
+    if not stuck:
         return []
-    path.append(chip)
-    for other in needs[chip]:
-        found = _search(other, needs, path, finished)
-        if found:
-            return found
-    finished.add(path.pop())
-    return []
+    path = [next(chip for chip in needs if chip in stuck)]
+    while (following := next(c for c in needs[path[-1]] if c in stuck)) not in path:
+        path.append(following)
+    circle = path[path.index(following) :]
+    first = circle.index(min(circle))
+    return [*circle[first:], *circle[:first]]

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 from partitioner.program.instructions import FIELDS, instruction_text, named
 from partitioner.program.program import (
@@ -55,22 +55,27 @@ class Finding:
         return f"{self.where}: {self.problem}" if self.where else self.problem
 
 
+class InstructionPlace(NamedTuple):
+    """An instruction of a role, in a body or in one call of it; `chip` stands for all chips of the role."""
+
+    chip: int
+    role: Role
+    called: Call | str
+    instruction: Instruction
+
+    def __str__(self) -> str:
+        """`chip 4 (stage 1), forward(0), instruction 3 'recv t1 from 0'`."""
+        said = f"instruction {self.instruction.id} '{instruction_text(self.instruction)}'"
+        return f"chip {self.chip} ({self.role.name}), {self.called}, {said}"
+
+    def finding(self, rule: Rule, problem: str) -> Finding:
+        """What is wrong with the instruction."""
+        return Finding(rule, str(self), problem, self.chip, self.instruction.id)
+
+
 def representative(program: Program, role: Role) -> int:
     """The first chip of a role, which speaks for all of them."""
     return program.chip_at({axis: role.stage if axis == "pp" else 0 for axis, _ in program.axes})
-
-
-def place(chip: int, role: Role, body: str, ins: Instruction, call: Call | None = None) -> str:
-    """`chip 4 (stage 1), forward(0), instruction 3 'recv t1 from 0'`."""
-    called = body if call is None else f"{call.body}({call.microbatch})"
-    return f"chip {chip} ({role.name}), {called}, instruction {ins.id} '{instruction_text(ins)}'"
-
-
-def at(
-    rule: Rule, chip: int, role: Role, body: str, ins: Instruction, problem: str, call: Call | None = None
-) -> Finding:
-    """A finding about one instruction."""
-    return Finding(rule, place(chip, role, body, ins, call), problem, chip, ins.id)
 
 
 def check_structure(program: Program) -> Iterator[Finding]:
@@ -170,7 +175,7 @@ class _Checked:
             outside = [t for t in named(ins) if not 0 <= t < count]
             problems = [f"t{outside[0]} does not exist"] if outside else self._instruction(ins)
             for problem in problems:
-                yield at(Rule.STRUCTURE, self.chip, self.role, body.name, ins, problem)
+                yield InstructionPlace(self.chip, self.role, body.name, ins).finding(Rule.STRUCTURE, problem)
 
     def _instruction(self, ins: Instruction) -> Iterator[str]:
         problems = [
@@ -233,16 +238,13 @@ class _Checked:
     def _collective(self, ins: Collective) -> Iterator[str]:
         if len(ins.reads) != len(ins.writes):
             yield f"it reads {len(ins.reads)} tensors and writes {len(ins.writes)}"
-        size = prod(self._along(ins.group, axis) for axis in ins.group.axes)
+        size = prod(len(self.program.along(ins.group, axis)) for axis in ins.group.axes)
         for read, write in zip(ins.reads, ins.writes, strict=False):
             given, wanted = self._spec(read), _result(ins, self._spec(read), size)
             if wanted is None:
                 yield f"t{read} is {given}, which cannot be cut into {size} along dim {ins.dim}"
             elif wanted != self._spec(write):
                 yield f"t{read} is {given}, so over {size} chips t{write} must be {wanted}, not {self._spec(write)}"
-
-    def _along(self, group: Group, axis: str) -> int:
-        return len(group.stages) if axis == "pp" and group.stages else self.program.size(axis)
 
     def _group(self, group: Group) -> str | None:
         known = dict(self.program.axes)

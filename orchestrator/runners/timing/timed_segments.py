@@ -17,12 +17,13 @@ from typing import NamedTuple
 from orchestrator.runners.timing.step_costs import StepCosts, Working, WorkTime
 from orchestrator.runs.timeline import Lane
 from partitioner.program.program import (
-    Accumulate,
     Collective,
-    Compute,
+    Free,
     Group,
     Instruction,
+    Recv,
     Role,
+    Send,
     Update,
     Wait,
 )
@@ -166,14 +167,14 @@ def time_segment(
     stream = _Stream(before)
     for index, instruction in enumerate(instructions, start=first_index):
         match instruction:
-            case Compute() | Accumulate() | Update():
-                stream.work(index, instruction, costs.work(role, instruction))
             case Collective():
                 stream.start(index, instruction, costs.collective_ns(role, instruction))
             case Wait():
                 stream.wait(instruction.tensors)
+            case Free() | Send() | Recv():
+                pass  # a Free takes no time; the others are not between chips of one role
             case _:
-                pass  # Free takes no time
+                stream.work(index, instruction, costs.work(role, instruction))
     return stream.finished()
 
 

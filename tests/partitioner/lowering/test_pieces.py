@@ -106,13 +106,8 @@ def test_every_slot_is_written_before_it_is_read(graph: Any, tp: int) -> None:
         ):
             known |= set(more)
             for piece in way:
-                reads, writes = (
-                    (piece.reads, piece.writes)
-                    if isinstance(piece, SegmentPiece)
-                    else ((piece.read,), (piece.write,))
-                )
-                assert set(reads) <= known
-                known |= set(writes)
+                assert set(piece.reads) <= known
+                known |= set(piece.writes)
         assert {s for _, s in unit.grads if s is not None} <= known
 
 
