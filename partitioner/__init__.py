@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from partitioner.capture.graph_units import capture_graph
-    from partitioner.layout.parallel_plan import PipelineSchedule, Plan, plan_from_yaml, plan_to_yaml
+    from partitioner.layout.parallel_plan import Plan, plan_from_yaml, plan_to_yaml
+    from partitioner.layout.pipeline_schedules import PipelineSchedule
     from partitioner.lowering.lower import StepShape, lower, partition
     from partitioner.program.machine import Machine
     from partitioner.program.peak_memory import peak_memory
@@ -40,7 +41,7 @@ __all__ = [
 
 _HOMES = {
     "Machine": "partitioner.program.machine",
-    "PipelineSchedule": "partitioner.layout.parallel_plan",
+    "PipelineSchedule": "partitioner.layout.pipeline_schedules",
     "Plan": "partitioner.layout.parallel_plan",
     "Program": "partitioner.program.program",
     "StepShape": "partitioner.lowering.lower",

@@ -1,4 +1,4 @@
-"""Choice jobs: the messages of a fixed algorithm on a network, and how many they are before they are made.
+"""Candidate jobs: the messages of a fixed algorithm on a network, and how many they are before they are made.
 
 On a network without levels, or with links down or slow, rings go from chip to neighbouring chip as well, as many as
 its wires bear.

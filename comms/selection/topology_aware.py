@@ -1,4 +1,4 @@
-"""Suggested: fixed algorithms laid out as a topology suggests that does not fold into levels.
+"""Topology-aware: fixed algorithms laid out as a topology suggests that does not fold into levels.
 
 Rings go from neighbour to neighbour, several at once where wires are left for them, as libraries open channels.
 Hierarchies are made of the subgroups of chips that are found closest together, where those are alike in size.

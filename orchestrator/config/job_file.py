@@ -20,7 +20,7 @@ from comms.errors import ConfigError, combined
 from kernels.builtin_optimizers import BUILT_IN
 from orchestrator.config.schema import CountOr, Section, WordField, field_error, section_at, validate
 from orchestrator.config.yaml_file import Document, Location, parse_scalar, read_yaml
-from partitioner.layout.parallel_plan import PipelineSchedule
+from partitioner.layout.pipeline_schedules import PipelineSchedule
 
 Degree = Annotated[int | None, CountOr("auto")]
 Positive = Annotated[int, Field(ge=1)]

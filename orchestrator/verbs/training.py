@@ -1,20 +1,14 @@
-"""The training loop: steps, learning rate, validation, checkpoints and what is shown of them, for any runner.
+"""The training loop: steps, validation, checkpoints and what is shown of them, for any runner.
 
 Assumes nothing about where chips are. Everything that may be lost is written as it happens: metrics line by line,
 checkpoints whole or not at all; what becomes of an interrupt and of a step that fails is decided by `failure`.
-
-Linear warm-up to the peak over `warmup_steps`, then constant, or down to `min_lr_ratio` of the peak at the last step:
-linearly, or along half a cosine (Loshchilov and Hutter, "SGDR", 2017, eq. 5, without restarts).
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import assert_never
 
 from comms.errors import RunError
 from kernels.optimizers import StepStatistics
-from orchestrator.config.job_file import LrScheduleSection, LrShape
 from orchestrator.planning.preparation import Prepared
 from orchestrator.runners.failure import Decision, GoOn, NotFinite, RunState, SaveAndStop, StepEnded, in_run
 from orchestrator.runners.runner import Batches, ExecutedStep, StepRequest, TensorRunner
@@ -22,28 +16,10 @@ from orchestrator.runners.timing.prediction import SimulationResult
 from orchestrator.runners.timing.step_costs import NS_PER_S
 from orchestrator.runs import checkpoint
 from orchestrator.runs.data import TokenData, split_batch
+from orchestrator.runs.learning_rate import learning_rate
 from orchestrator.runs.metrics import MetricsWriter, eta_s
 from orchestrator.runs.run_dir import RunDir
 from orchestrator.views.training_view import StepLine
-
-
-def learning_rate(step: int, *, peak: float, schedule: LrScheduleSection, steps: int) -> float:
-    """The rate of step `step` (from 0) of `steps`; past the end it stays where the last step left it."""
-    if step < schedule.warmup_steps:
-        # One ahead: a step at rate zero would be a step for nothing.
-        return peak * (step + 1) / schedule.warmup_steps
-    progress = min((step - schedule.warmup_steps) / max(steps - 1 - schedule.warmup_steps, 1), 1.0)
-    floor = peak * schedule.min_lr_ratio
-    match schedule.name:
-        case LrShape.CONSTANT:
-            return peak
-        case LrShape.LINEAR:
-            return peak + (floor - peak) * progress
-        case LrShape.COSINE:
-            return floor + (peak - floor) * (1 + math.cos(math.pi * progress)) / 2
-        case _:
-            assert_never(schedule.name)
-
 
 RECENT_STEPS = 20  # step times that the throughput and the ETA are taken from
 MEASURED_STEPS = 2  # steps after the first whose intervals are recorded for the timeline

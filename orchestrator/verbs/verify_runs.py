@@ -18,7 +18,7 @@ from orchestrator.runners.executing.chip import ExecutingChip, op_codes, whole_t
 from orchestrator.runners.executing.inline import InlineRunner, chip_settings
 from orchestrator.runners.runner import StepRequest
 from orchestrator.runs.data import split_batch
-from orchestrator.verbs.training import learning_rate
+from orchestrator.runs.learning_rate import learning_rate
 from partitioner.capture.exact_float64 import ExactFloat64
 from partitioner.capture.tracing import scalar_loss
 from partitioner.program.program import Compute, TensorKind

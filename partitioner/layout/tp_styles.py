@@ -68,7 +68,7 @@ def shard_dim(style: str, node: Node, param: Node) -> int | None:
     """The dim of `param` that tp cuts when `node` uses it in `style`; None = replicated."""
     if style == REPLICATE:
         return None
-    if style == FUSED:  # [.., parts, width, ..], see `fused_projections.py`: each use selects one part
+    if style == FUSED:  # [.., parts, width, ..], see `unfuse`: each use selects one part
         if node.target is not aten.select.int:
             return None
         selected = node.args[1]
@@ -136,7 +136,6 @@ def _upstream_is_column(
     return columns > 0
 
 
-aten = torch.ops.aten
 SPLITS = {aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.split.sizes}
 VIEWS = {aten.view.default, aten.reshape.default}
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 from hypothesis import strategies as st
 
-from partitioner.layout.parallel_plan import PipelineSchedule
+from partitioner.layout.pipeline_schedules import PipelineSchedule
 from partitioner.lowering.lower import with_transfers
 from partitioner.program.program import Call, Program, TensorSpec
 from partitioner.program.program_text import from_text

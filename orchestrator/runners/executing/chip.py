@@ -134,7 +134,7 @@ class ExecutingChip:
                 self._fixed(tensor.id).copy_(self.named(tensor.source))
 
     def _cut(self, tensor: Tensor, whole: torch.Tensor) -> torch.Tensor:
-        """This chip's shard; the whole may have to be seen in another shape first (see `fused_projections`)."""
+        """This chip's shard; the whole may have to be seen in another shape first (see `unfuse`)."""
         shape = list(tensor.spec.shape)
         for dim, axis in tensor.shards:
             shape[dim] *= self.program.size(axis)

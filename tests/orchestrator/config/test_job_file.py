@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from comms.errors import ConfigError
 from orchestrator.config.job_file import Dtype, LrShape, job_from, load_job
 from orchestrator.config.yaml_file import parse_yaml
-from partitioner.layout.parallel_plan import PipelineSchedule
+from partitioner.layout.pipeline_schedules import PipelineSchedule
 
 FILE = """\
 kind: job

@@ -16,7 +16,7 @@ from orchestrator.planning.plan_choice import (
     choose_plan,
 )
 from orchestrator.planning.preparation import prepare
-from partitioner.layout.parallel_plan import PipelineSchedule
+from partitioner.layout.pipeline_schedules import PipelineSchedule
 
 POD = load_cluster(cluster_path("dgx-h100-superpod"))
 BILLION = 10**9

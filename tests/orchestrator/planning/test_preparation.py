@@ -15,7 +15,8 @@ from comms.errors import CaptureError, ModelError, PlanError
 from orchestrator.config.job_file import Dtype
 from orchestrator.planning import preparation
 from orchestrator.planning.preparation import prepare
-from partitioner.layout.parallel_plan import PipelineSchedule, Plan
+from partitioner.layout.parallel_plan import Plan
+from partitioner.layout.pipeline_schedules import PipelineSchedule
 
 Make = Callable[..., Any]
 ROOT = Path(__file__).parents[3]

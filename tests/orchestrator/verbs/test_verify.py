@@ -15,7 +15,8 @@ from orchestrator.runners.executing.chip import ExecutingChip
 from orchestrator.verbs import verify as verb
 from orchestrator.verbs.verify import RelativeErrors, compare, verify
 from orchestrator.verbs.verify_runs import Trajectory, relative
-from partitioner.layout.parallel_plan import PipelineSchedule, Plan
+from partitioner.layout.parallel_plan import Plan
+from partitioner.layout.pipeline_schedules import PipelineSchedule
 from partitioner.program.program import Compute, Program, TensorKind
 
 Make = Callable[..., Any]

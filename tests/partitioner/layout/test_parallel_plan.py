@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from comms.errors import PartitionError
-from partitioner.layout.parallel_plan import PipelineSchedule, Plan, balance, plan_from_yaml, plan_to_yaml
+from partitioner.layout.parallel_plan import Plan, balance, plan_from_yaml, plan_to_yaml
+from partitioner.layout.pipeline_schedules import PipelineSchedule
 
 DEGREES = st.integers(1, 64)
 COSTS = st.lists(st.integers(0, 20).map(float), min_size=1, max_size=9)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from partitioner.layout.parallel_plan import PipelineSchedule
+from partitioner.layout.pipeline_schedules import PipelineSchedule
 from partitioner.program.peak_memory import MemoryClass, Output, footprint, peak_memory
 from partitioner.program.program import (
     Call,

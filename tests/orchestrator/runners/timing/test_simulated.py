@@ -17,7 +17,7 @@ from orchestrator.runners.timing.simulated import fold_mesh, simulate_step
 from orchestrator.runners.timing.step_costs import ClusterCosts, WorkTime
 from orchestrator.runners.timing.timed_segments import axis_name
 from orchestrator.runs.timeline import Lane
-from partitioner.layout.parallel_plan import PipelineSchedule
+from partitioner.layout.pipeline_schedules import PipelineSchedule
 from partitioner.lowering.lower import with_transfers
 from partitioner.program.program import (
     Accumulate,

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.config.job_file import LrScheduleSection, LrShape
-from orchestrator.verbs.training import learning_rate
+from orchestrator.runs.learning_rate import learning_rate
 
 shapes = st.sampled_from(list(LrShape))
 

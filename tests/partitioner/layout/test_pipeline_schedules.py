@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from partitioner.layout.parallel_plan import PipelineSchedule
+from partitioner.layout.pipeline_schedules import PipelineSchedule
 from partitioner.lowering.lower import with_transfers
 from partitioner.program.machine import Key, Machine, Post
 from partitioner.program.program import Compute, Program
