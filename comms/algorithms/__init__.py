@@ -1,5 +1,5 @@
 """Algorithms: schedules of collectives and their outlines (room `collectives`), one family a file.
 
-Each file offers SCHEDULES and OUTLINES: by the name of an algorithm and by operation, a function that makes the
-schedule for a number of ranks, and one that makes the outline for levels (None where not all chips do alike).
+Each file offers ALGORITHMS, values that say of an algorithm everything there is to know (`catalog.Algorithm`): what
+makes its schedule for a number of ranks, what makes its outline for levels, what it needs of them, and its rank.
 """

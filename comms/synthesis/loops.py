@@ -1,4 +1,4 @@
-"""Loops of synthesis, compiled: one tree over chips, path_tree hop by hop, and the clock of timetables.
+"""Loops of synthesis, compiled: one tree over chips that grows hop by hop, and the clock of timetables.
 
 In a timetable wires serve one message at a time, the most pressing that waits. Messages wait in skew heaps (Sleator
 and Tarjan, SIAM Journal on Computing 15, 1986), one per wire, by their turn: each message is in one of them at most,

@@ -1,4 +1,4 @@
-"""Models: from a model's name in a job to a module with its start values, on the CPU or as shapes only.
+"""Model builder: from a model's name in a job to a module with its start values, on the CPU or as shapes only.
 
 Contract of every module built here: it is called as `module(**batch)` and returns a scalar loss, or something
 whose `.loss`, `["loss"]` or first element is one; unless the job brings its own loss. Language models take

@@ -2,7 +2,7 @@
 
 `builtin:gpt-SIZE` names a row of GPT_PRESETS, `hf:NAME` a row of HF_CONFIGS, `hf:PATH.json` a configuration
 file, `PATH.py:FACTORY` and `PACKAGE.MODULE:FACTORY` a function that returns a module. Torch-free, so that a
-job file can be checked without loading a framework; models.py builds what is described here.
+job file can be checked without loading a framework; `model_builder` builds what is described here.
 
 Sizes `small` to `175b` follow Brown et al., "Language Models are Few-Shot Learners" (2020), table 2.1, with
 the vocabulary padded to a multiple of 128; 13b uses width 5120 (its heads of 128 do not divide the printed

@@ -202,7 +202,6 @@ def split_batch(
     }
 
 
-NUM_BYTES = 256
 PRIOR_STRENGTH = 10.0  # the best of 0.5 to 20 for trigrams on English text and on source code, 0.4 to 5 MB
 ORDERS = {"unigram": 1, "bigram": 2, "trigram": 3}
 

@@ -303,8 +303,6 @@ def _tidy(axes: "Axes") -> None:
 
 
 def _draw_train(axes: "Axes", points: Sequence[tuple[int, float]]) -> None:
-    import numpy as np
-
     points = [(step, loss) for step, loss in points if math.isfinite(loss)]
     if not points:
         return

@@ -44,7 +44,7 @@ class Param:
 
 @dataclass(frozen=True, slots=True)
 class FlatGroup:
-    """Tensor ids of one flat group. `update` is what the optimizer steps on, `target` what it is cast to."""
+    """Tensor ids of one flat group. `update` is what the optimizer steps on, `param_shard` what it is cast to."""
 
     params: tuple[Param, ...]
     decay: bool

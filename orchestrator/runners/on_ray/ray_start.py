@@ -1,4 +1,4 @@
-"""On Ray: start Ray and the actors in the background, while the model is captured.
+"""Ray start: Ray and the actors in the background, while the model is captured.
 
 `RayStart` needs no Program and does not import torch in the calling thread. Its thread lives until `close`: the
 kernel ends Ray's processes with the thread that started them, which is also why nothing survives a killed driver.

@@ -1,4 +1,4 @@
-"""Inputs: from the options of a command to a cluster, a job and perhaps a plan, as every verb needs them."""
+"""Planned inputs: from the options of a command to a cluster, a job and perhaps a plan, as every verb needs them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
