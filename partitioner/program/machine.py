@@ -1,4 +1,4 @@
-"""The machine: the sans-I/O interpreter of one chip's instruction stream.
+"""The machine: the sans-I/O interpreter of one chip's instruction stream; and the states that checks follow along one.
 
 Every runner and the static check drive this same machine, so what is timed, proved and run cannot drift apart. It
 never touches a tensor, a clock or a socket: `ready()` says what may happen next, `complete()` and `arrive()` say
@@ -12,7 +12,7 @@ channel, so the n-th post on a channel meets the n-th post of the others: `Key`.
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, TypeAlias
+from typing import Any, Generic, NamedTuple, Self, TypeAlias, TypeVar
 
 from partitioner.program.instructions import writes
 from partitioner.program.program import Body, Collective, Group, Instruction, Program, Recv, Role, Send, Wait
@@ -157,3 +157,33 @@ class Machine:
         else:
             kind, chips = "p2p", (self.program.peer(self.chip, instruction.source), self.chip)
         return Key(kind, chips, self._channels[kind, chips])
+
+
+@dataclass(eq=False)
+class BodyState:
+    """Tables of what a microbatch (or the role) holds; compared by identity, see `BodyStates`."""
+
+    def copy(self) -> Self:
+        """The same contents, to be followed on from."""
+        return type(self)(*(table.copy() for table in self._tables()))
+
+    def contents(self) -> object:
+        """Equal for equal states, whatever the order in which they came about."""
+        return tuple(frozenset(table.items()) for table in self._tables())
+
+    def _tables(self) -> tuple[dict[int, Any], ...]:
+        return tuple(vars(self).values())
+
+
+S = TypeVar("S", bound=BodyState)
+
+
+class BodyStates(Generic[S]):
+    """The states of one schedule, each once, so that one serves as a key; `first`: nothing has happened yet."""
+
+    def __init__(self, first: S) -> None:
+        self.first, self._known = first, {first.contents(): first}
+
+    def unique(self, state: S) -> S:
+        """The state of these contents that was met first."""
+        return self._known.setdefault(state.contents(), state)

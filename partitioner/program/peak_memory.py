@@ -19,8 +19,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from partitioner.program.body_states import BodyState, BodyStates
 from partitioner.program.instructions import reads, writes
+from partitioner.program.machine import BodyState, BodyStates
 from partitioner.program.program import (
     Body,
     Call,

@@ -34,9 +34,8 @@ from functools import partial
 from itertools import islice
 
 from comms.errors import ProgramError
-from partitioner.program.body_states import BodyState, BodyStates
 from partitioner.program.instructions import named, reads, writes
-from partitioner.program.machine import Key, Machine, Post
+from partitioner.program.machine import BodyState, BodyStates, Key, Machine, Post
 from partitioner.program.program import (
     Body,
     Call,
