@@ -13,8 +13,8 @@
 Names inside are relative: the folder may be moved or copied. Every file but the two logs is written whole or
 not at all. A run never writes into a directory that exists, except to resume it.
 
-One msgpack map with a format name and a version; each column is little-endian bytes under zlib. No pickle:
-reading a file runs no code. Lanes are stored by name, so that a new lane does not change the meaning of old
+A timeline is one msgpack map with a format name and a version; each column is little-endian bytes under zlib. No
+pickle: reading a file runs no code. Lanes are stored by name, so that a new lane does not change the meaning of old
 files. Same timeline, same bytes (with one zlib build).
 """
 
@@ -37,6 +37,9 @@ from orchestrator.runs.timeline import COUNTER_ROW, FLOW_ROW, LANES, SPAN_ROW, L
 
 FORMAT = "orchestrate.timeline"
 VERSION = 1
+PARENT = Path("runs")
+CONFIG = "run.yaml"
+_PACKAGES = ("torch", "ray", "numpy", "safetensors", "transformers")
 
 
 def encode(timeline: Timeline) -> bytes:
@@ -101,11 +104,6 @@ def _rows(columns: dict[str, bytes], row: np.dtype[np.void]) -> Rows:
     for name, values in arrays.items():
         rows[name] = values
     return rows
-
-
-PARENT = Path("runs")
-CONFIG = "run.yaml"
-_PACKAGES = ("torch", "ray", "numpy", "safetensors", "transformers")
 
 
 class _Name(str):

@@ -50,6 +50,9 @@ _UNITS = ((1e9, "s"), (1e6, "ms"), (1e3, "us"), (1.0, "ns"))
 _LABELLED = ("forward", "backward", "weight_grad")
 _GROUND, _EDGE = "#f2f2f2", "#12324d"
 _MIN_SHARE = 0.010  # of the axis: below that a microbatch number does not fit into its span
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6BB1", "#A6761D")
+_SMOOTHING = 0.05  # share of the steps in the window of the running mean
+_LABEL_GAP = 0.045  # of the axis, between two baseline names
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,7 +196,6 @@ def _label_rows(axes: "Axes", gantt: Gantt) -> None:
 
 
 INK, FAINT = "#222222", "#d9d9d9"
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6BB1", "#A6761D")
 
 
 def blank_figure(width: float, height: float) -> "Figure":
@@ -214,8 +216,6 @@ def png_bytes(figure: "Figure") -> bytes:
 
 
 TRAIN, VALIDATION = COLOURS[:2]
-_SMOOTHING = 0.05  # share of the steps in the window of the running mean
-_LABEL_GAP = 0.045  # of the axis, between two baseline names
 
 
 @dataclass(frozen=True, slots=True)

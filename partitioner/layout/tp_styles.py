@@ -30,6 +30,8 @@ COLUMN, ROW, VOCAB, REPLICATE, FUSED = "colwise", "rowwise", "vocab", "replicate
 MATMULS: dict[Any, tuple[int, int | None]] = {
     aten.linear.default: (1, 2), aten.addmm.default: (2, 0), aten.mm.default: (1, None), aten.matmul.default: (1, None),
 }  # fmt: skip
+SPLITS = {aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.split.sizes}
+VIEWS = {aten.view.default, aten.reshape.default}
 
 
 def param_styles(
@@ -134,10 +136,6 @@ def _upstream_is_column(
         elif is_model(current) and current.op != "placeholder":
             return False
     return columns > 0
-
-
-SPLITS = {aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.split.sizes}
-VIEWS = {aten.view.default, aten.reshape.default}
 
 
 def unfuse(graph: Graph) -> Graph:

@@ -35,7 +35,10 @@ from partitioner.program.program import (
 
 Clock = Callable[[], int]
 Observer = Callable[["ExecutingChip", Compute, int, Sequence[torch.Tensor], Sequence[torch.Tensor]], None]
+State = Mapping[str, torch.Tensor]
+Flat = Callable[[int, str], torch.Tensor]  # a buffer of a chip, by name
 ZERO_FILLED = (TensorKind.FLAT, TensorKind.MASTER, TensorKind.GRAD)
+SCATTERED = ((0, "dp"),)  # a gradient that is another's shard
 
 
 @dataclass(frozen=True, slots=True)
@@ -290,11 +293,6 @@ class ExecutingChip:
 def _storages(tensors: Iterable[torch.Tensor]) -> dict[int, int]:
     storages = (tensor.untyped_storage() for tensor in tensors)
     return {each.data_ptr(): each.nbytes() for each in storages}
-
-
-State = Mapping[str, torch.Tensor]
-Flat = Callable[[int, str], torch.Tensor]  # a buffer of a chip, by name
-SCATTERED = ((0, "dp"),)  # a gradient that is another's shard
 
 
 def saved_state(chip: ExecutingChip) -> dict[str, torch.Tensor]:
