@@ -5,8 +5,9 @@
 What is here is the interface for Python; it is imported when first used, so that `import comms` costs nothing.
 """
 
-from importlib import import_module
 from typing import TYPE_CHECKING
+
+from lazy_loader import attach
 
 if TYPE_CHECKING:
     from comms.collectives.proof import prove
@@ -21,48 +22,19 @@ if TYPE_CHECKING:
     from comms.synthesis.synthesis import synthesize
     from comms.units import Quantity, parse
 
-__all__ = [
-    "Answer",
-    "Link",
-    "Network",
-    "Op",
-    "Quantity",
-    "Schedule",
-    "Tier",
-    "UserError",
-    "choose",
-    "estimate",
-    "parse",
-    "prove",
-    "schedule_text",
-    "simulate",
-    "synthesize",
-]
-
-_HOMES = {
-    "Answer": "comms.selection.question",
-    "Link": "comms.networks.links",
-    "Network": "comms.networks.network",
-    "Op": "comms.collectives.schedule",
-    "Quantity": "comms.units",
-    "Schedule": "comms.collectives.schedule",
-    "Tier": "comms.networks.network",
-    "UserError": "comms.errors",
-    "choose": "comms.selection.choice",
-    "estimate": "comms.selection.collective",
-    "parse": "comms.units",
-    "prove": "comms.collectives.proof",
-    "schedule_text": "comms.collectives.schedule_text",
-    "simulate": "comms.selection.collective",
-    "synthesize": "comms.synthesis.synthesis",
-}
-
-
-def __getattr__(name: str) -> object:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__, __all__ = attach(
+    __name__,
+    submod_attrs={
+        "collectives.proof": ["prove"],
+        "collectives.schedule": ["Op", "Schedule"],
+        "collectives.schedule_text": ["schedule_text"],
+        "errors": ["UserError"],
+        "networks.links": ["Link"],
+        "networks.network": ["Network", "Tier"],
+        "selection.choice": ["choose"],
+        "selection.collective": ["estimate", "simulate"],
+        "selection.question": ["Answer"],
+        "synthesis.synthesis": ["synthesize"],
+        "units": ["Quantity", "parse"],
+    },
+)

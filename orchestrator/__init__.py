@@ -4,8 +4,9 @@ The functions here are the whole Python interface. They are imported when first 
 costs neither torch nor ray.
 """
 
-from importlib import import_module
 from typing import TYPE_CHECKING
+
+from lazy_loader import attach
 
 if TYPE_CHECKING:
     from orchestrator.config.hardware.cluster_file import load_cluster
@@ -16,24 +17,15 @@ if TYPE_CHECKING:
     from orchestrator.verbs.train import run
     from orchestrator.verbs.verify import verify
 
-__all__ = ["distribute", "load_cluster", "load_job", "partition", "run", "simulate", "verify"]
-
-_HOMES = {
-    "distribute": "orchestrator.verbs.distribute",
-    "load_cluster": "orchestrator.config.hardware.cluster_file",
-    "load_job": "orchestrator.config.job_file",
-    "partition": "orchestrator.verbs.plan",
-    "run": "orchestrator.verbs.train",
-    "simulate": "orchestrator.runners.timing.prediction",
-    "verify": "orchestrator.verbs.verify",
-}
-
-
-def __getattr__(name: str) -> object:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__, __all__ = attach(
+    __name__,
+    submod_attrs={
+        "config.hardware.cluster_file": ["load_cluster"],
+        "config.job_file": ["load_job"],
+        "runners.timing.prediction": ["simulate"],
+        "verbs.distribute": ["distribute"],
+        "verbs.plan": ["partition"],
+        "verbs.train": ["run"],
+        "verbs.verify": ["verify"],
+    },
+)

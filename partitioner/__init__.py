@@ -5,8 +5,9 @@
 What is here is the interface for Python; it is imported when first used, so that `import partitioner` loads no torch.
 """
 
-from importlib import import_module
 from typing import TYPE_CHECKING
+
+from lazy_loader import attach
 
 if TYPE_CHECKING:
     from partitioner.capture.graph_units import capture_graph
@@ -20,50 +21,18 @@ if TYPE_CHECKING:
     from partitioner.program.program_text import from_text, to_text
     from partitioner.program.static_check import check_program
 
-__all__ = [
-    "Machine",
-    "PipelineSchedule",
-    "Plan",
-    "Program",
-    "StepShape",
-    "capture_graph",
-    "check_program",
-    "decode",
-    "encode",
-    "from_text",
-    "lower",
-    "partition",
-    "peak_memory",
-    "plan_from_yaml",
-    "plan_to_yaml",
-    "to_text",
-]
-
-_HOMES = {
-    "Machine": "partitioner.program.machine",
-    "PipelineSchedule": "partitioner.layout.pipeline_schedules",
-    "Plan": "partitioner.layout.parallel_plan",
-    "Program": "partitioner.program.program",
-    "StepShape": "partitioner.lowering.lower",
-    "capture_graph": "partitioner.capture.graph_units",
-    "check_program": "partitioner.program.static_check",
-    "decode": "partitioner.program.program_codec",
-    "encode": "partitioner.program.program_codec",
-    "from_text": "partitioner.program.program_text",
-    "lower": "partitioner.lowering.lower",
-    "partition": "partitioner.lowering.lower",
-    "peak_memory": "partitioner.program.peak_memory",
-    "plan_from_yaml": "partitioner.layout.parallel_plan",
-    "plan_to_yaml": "partitioner.layout.parallel_plan",
-    "to_text": "partitioner.program.program_text",
-}
-
-
-def __getattr__(name: str) -> object:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__, __all__ = attach(
+    __name__,
+    submod_attrs={
+        "capture.graph_units": ["capture_graph"],
+        "layout.parallel_plan": ["Plan", "plan_from_yaml", "plan_to_yaml"],
+        "layout.pipeline_schedules": ["PipelineSchedule"],
+        "lowering.lower": ["StepShape", "lower", "partition"],
+        "program.machine": ["Machine"],
+        "program.peak_memory": ["peak_memory"],
+        "program.program": ["Program"],
+        "program.program_codec": ["decode", "encode"],
+        "program.program_text": ["from_text", "to_text"],
+        "program.static_check": ["check_program"],
+    },
+)

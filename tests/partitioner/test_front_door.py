@@ -8,7 +8,7 @@ from comms.errors import PartitionError
 
 
 def test_there_is_nothing_else_at_the_door() -> None:
-    with pytest.raises(AttributeError, match="no attribute 'split'"):
+    with pytest.raises(AttributeError, match="split"):
         partitioner.split  # noqa: B018
 
 
