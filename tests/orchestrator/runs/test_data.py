@@ -1,14 +1,19 @@
-"""Data: a sample depends on (seed, index) alone, epochs cover the text, nothing held out is trained on."""
+"""Data: a sample depends on (seed, index) alone, epochs cover the text, nothing held out is trained on; a batch goes
+to exactly one replica and microbatch, in order; baselines are the formula written out with counters."""
 
+import math
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from comms.errors import DataError
-from orchestrator.runs.data import TokenData, load_data, split
+from orchestrator.runs.data import PRIOR_STRENGTH, TokenData, baseline_losses, load_data, split, split_batch
+from partitioner.layout.parallel_plan import Plan
 
 
 def numbered(length: int, seq: int, seed: int = 0) -> TokenData:
@@ -153,3 +158,67 @@ def test_a_byte_beyond_the_vocabulary_is_named() -> None:
     with pytest.raises(DataError, match="the model knows 100 tokens"):
         load_data("builtin:english", seq=8, seed=0, vocab_size=100)
     assert load_data("builtin:english", seq=8, seed=0, vocab_size=256).seq == 8
+
+
+@given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 3))
+def test_the_pieces_in_order_are_the_global_batch(dp: int, microbatches: int, size: int) -> None:
+    samples = torch.arange(dp * microbatches * size * 2).reshape(-1, 2)
+    split = split_batch({"x": samples, "y": samples[:, 0]}, Plan(dp=dp, microbatches=microbatches))
+    assert set(split) == set(range(dp))
+    for name, whole in (("x", samples), ("y", samples[:, 0])):
+        pieces = [
+            split[replica][microbatch, name] for replica in range(dp) for microbatch in range(microbatches)
+        ]
+        assert {len(p) for p in pieces} == {size}
+        assert torch.equal(torch.cat(pieces), whole)
+
+
+@pytest.mark.parametrize("plan", [Plan(dp=2), Plan(microbatches=2), Plan(tp=4, pp=2, dp=2)])
+def test_only_dp_and_microbatches_cut(plan: Plan) -> None:
+    split = split_batch({"x": torch.arange(4)}, plan)
+    assert [len(v) for part in split.values() for v in part.values()] == [2, 2]
+
+
+def as_bytes(text: bytes) -> np.ndarray:
+    return np.frombuffer(text, np.uint8)
+
+
+def brute_force(train: bytes, validation: bytes, order: int) -> float:
+    """The same interpolation, one byte at a time."""
+
+    def probability(context: bytes, byte: bytes) -> float:
+        if len(context) == 0:
+            shorter, gram, seen = 1 / 256, 1, len(train)
+        else:
+            shorter, gram = probability(context[1:], byte), len(context) + 1
+            contexts = Counter(train[i : i + gram - 1] for i in range(len(train) - gram + 1))
+            seen = contexts[context]
+        grams = Counter(train[i : i + gram] for i in range(len(train) - gram + 1))
+        return (grams[context + byte] + PRIOR_STRENGTH * shorter) / (seen + PRIOR_STRENGTH)
+
+    places = range(2, len(validation))
+    losses = [-math.log(probability(validation[i - order + 1 : i], validation[i : i + 1])) for i in places]
+    return sum(losses) / len(losses)
+
+
+@given(train=st.binary(min_size=1, max_size=30), validation=st.binary(min_size=3, max_size=12))
+def test_losses_equal_counting_one_byte_at_a_time(train: bytes, validation: bytes) -> None:
+    found = baseline_losses(as_bytes(train), as_bytes(validation))
+    expected = [brute_force(train, validation, order) for order in (1, 2, 3)]
+    assert list(found.values()) == pytest.approx(expected)
+
+
+def test_more_context_helps_on_text_that_repeats() -> None:
+    text = as_bytes(b"abac" * 1000)
+    found = baseline_losses(text, text[:400])
+    assert found["unigram"] == pytest.approx(1.5 * math.log(2), abs=0.01)
+    assert found["bigram"] == pytest.approx(0.5 * math.log(2), abs=0.03)
+    assert found["trigram"] == pytest.approx(0, abs=0.05)
+
+
+def test_default_text_has_the_baselines_that_a_model_must_beat() -> None:
+    data = load_data("builtin:english", seq=128, seed=0)
+    found = baseline_losses(data.train, data.validation)
+    assert list(found) == ["unigram", "bigram", "trigram"]
+    assert 3.0 < found["unigram"] < 3.6
+    assert 1.8 < found["trigram"] < 2.2 < found["bigram"] < 2.8

@@ -1,4 +1,4 @@
-"""Compiled segments: what worker threads share."""
+"""Chips: worker threads share compiled segments; a checkpoint holds enough to go on bit for bit, each thing once."""
 
 import gc
 import sys
@@ -7,8 +7,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+import torch
 
-from orchestrator.runners.executing.chip import SegmentLibrary
+from orchestrator.runners.executing.chip import SegmentLibrary, restore_state, saved_state, whole_parameters
+from orchestrator.runners.executing.chip_set import ChipSet
+from orchestrator.runners.runner import StepRequest
 
 
 @pytest.fixture
@@ -51,3 +54,77 @@ def test_threads_that_need_segments_at_once_all_get_them(program: Any, threads_t
         for thread in threads:
             thread.join()
     assert failures == []
+
+
+Make = Callable[..., Any]
+CASES = [
+    ((), {"dp": 2}),
+    ((), {"dp": 2, "zero": 1}),
+    ((), {"dp": 2, "tp": 2, "pp": 2, "zero": 1, "microbatches": 2}),
+    ((("dtype", torch.bfloat16),), {"dp": 2, "zero": 1}),
+    ((("tied", True),), {"pp": 2, "dp": 2, "microbatches": 2}),
+]
+each_case = pytest.mark.parametrize(("options", "degrees"), CASES, ids=str)
+
+
+def states_of(chips: ChipSet) -> dict[int, dict[str, torch.Tensor]]:
+    return {i: {k: v.clone() for k, v in saved_state(c).items()} for i, c in chips.chips.items()}
+
+
+def step(chips: ChipSet, batches_of: Make, number: int) -> float:
+    outcome = chips.run(StepRequest("step", 0.01, batches_of(chips.program, number)))
+    assert outcome.stats is not None
+    return outcome.stats.loss
+
+
+@each_case
+def test_training_goes_on_bit_for_bit_from_what_was_saved(
+    options: Any, degrees: Any, tiny_program: Make, running_chips: Make, batches_of: Make
+) -> None:
+    program = tiny_program(options, **degrees)
+    first = running_chips(program, dict(options))
+    for number in range(2):
+        step(first, batches_of, number)
+    saved = states_of(first)
+    second = running_chips(program, dict(options))
+    second.prepare_optimizers()
+    for chip in second.chips.values():
+        restore_state(chip, saved.__getitem__)
+    assert [step(first, batches_of, n) for n in (2, 3)] == [step(second, batches_of, n) for n in (2, 3)]
+    one, other = states_of(first), states_of(second)
+    assert all(one[i].keys() == other[i].keys() for i in one)
+    assert all(torch.equal(one[i][k], other[i][k]) for i in one for k in one[i])
+
+
+@each_case
+def test_every_replica_but_the_first_saves_only_what_is_its_own(
+    options: Any, degrees: Any, tiny_program: Make, running_chips: Make, batches_of: Make
+) -> None:
+    program = tiny_program(options, **degrees)
+    chips = running_chips(program, dict(options))
+    step(chips, batches_of, 0)
+    states = states_of(chips)
+    for index, state in states.items():
+        is_first = program.coordinates(index)["dp"] == 0
+        assert any(name.endswith(".params") for name in state) == is_first
+        assert any(".optimizer." in name for name in state) == (is_first or bool(program.facts["zero"]))
+    moments = sum(v.numel() for s in states.values() for k, v in s.items() if k.endswith("exp_avg"))
+    copies = program.size("tp") if program.size("tp") == 1 else None
+    if copies and not program.facts["zero"] and not dict(options).get("tied"):
+        assert moments == program.facts["params"]
+
+
+@pytest.mark.parametrize("name", ["builtin:gpt-nano", "hf:gpt2-tiny", "hf:llama-tiny"])
+@pytest.mark.parametrize(
+    "degrees", [{}, {"tp": 2}, {"pp": 2, "dp": 2, "microbatches": 2, "zero": 1}], ids=str
+)
+def test_parameters_are_whole_again_by_name_and_shape(
+    name: str, degrees: Any, tiny_program: Make, tiny_model: Make, running_chips: Make
+) -> None:
+    options = {"name": name}
+    chips = running_chips(tiny_program(tuple(options.items()), **degrees), options)
+    found = whole_parameters(chips.program, states_of(chips).__getitem__)
+    expected = dict(tiny_model("cpu", **options).module.named_parameters())
+    assert set(found) == set(expected)
+    for key, value in expected.items():
+        assert torch.equal(found[key].reshape(value.shape), value)

@@ -19,7 +19,7 @@ from orchestrator.views.network.topology_excerpt import excerpt
 from orchestrator.views.network.topology_layout import NodeKind, Picture, layout
 from orchestrator.views.network.topology_plot import picture_of, topology_png
 
-CONFIGS = Path(__file__).parents[3] / "cluster_configs"
+CONFIGS = Path(__file__).parents[4] / "cluster_configs"
 
 
 def cluster_of(name: str, num_chips: int | None = None):
