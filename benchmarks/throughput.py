@@ -1,6 +1,6 @@
 """Tokens/s of 8 simulated chips (dp2 tp2 pp2) over a plain PyTorch loop: one process, same global batch, same cores.
 
-Steps of all contestants alternate in one run, so that a busy machine slows all alike; the figure is the median of the
+Steps of all candidates alternate in one run, so that a busy machine slows all alike; the figure is the median of the
 step-by-step ratios.   python benchmarks/throughput.py [--rounds 7] [--no-ray]
 """
 
@@ -45,14 +45,14 @@ def main() -> None:
         from orchestrator.runners.on_ray.ray_launch import RayLaunch
 
         runners["ray, 2 actors"] = RayLaunch(cluster).connect(prepared, Console())
-    contestants: dict[str, Callable[[], object]] = {"plain PyTorch": plain_loop(prepared, batch)}
+    candidates: dict[str, Callable[[], object]] = {"plain PyTorch": plain_loop(prepared, batch)}
     for name, runner in runners.items():
-        contestants[name] = stepper(runner, prepared, batch)
-    times: dict[str, list[float]] = {name: [] for name in contestants}
-    for step in contestants.values():
+        candidates[name] = stepper(runner, prepared, batch)
+    times: dict[str, list[float]] = {name: [] for name in candidates}
+    for step in candidates.values():
         step()  # warm up
     for _ in range(options.rounds):
-        for name, step in contestants.items():
+        for name, step in candidates.items():
             times[name].append(seconds_of(step))
     for runner in runners.values():
         runner.close()

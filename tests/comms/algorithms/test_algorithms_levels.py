@@ -157,7 +157,7 @@ def fair_rates(messages, bytes_per_s):
 
 
 def tiered(levels):
-    """A switch per bunch and level; chips have the ports that levels name; bunches share their pool."""
+    """A switch per group and level; chips have the ports that levels name; groups share their pool."""
     sizes = [prod(level.fanout for level in levels[:k]) for k in range(len(levels) + 1)]
     bytes_per_s, latency_s = {}, {}
     for k, level in enumerate(levels):
@@ -214,7 +214,7 @@ def switches(levels):
 
 @st.composite
 def switched_levels(draw, digits, tapered=True, own_ports=False):
-    """Levels with the fanouts drawn; a bunch has all that its members have outwards, or less."""
+    """Levels with the fanouts drawn; a group has all that its members have outwards, or less."""
     levels, inner, port, rate = [], 1, 0, draw(rates)
     for fanout in draw(digits):
         if levels and (own_ports or draw(st.booleans())):
@@ -256,8 +256,8 @@ def sent_shares(schedule, inner=1, outer=inf):
     return sent
 
 
-def made(name, op, num_ranks, root=0, fanouts=(), pieces=1, **told):
-    ranks = Ranks(num_ranks, root, tuple(fanouts), pieces=pieces, **told)
+def made(name, op, num_ranks, root=0, fanouts=(), pieces=1, **more):
+    ranks = Ranks(num_ranks, root, tuple(fanouts), pieces=pieces, **more)
     return algorithm_of(op, name).make(op, ranks)
 
 
@@ -404,14 +404,14 @@ def test_a_hierarchical_all_to_all_crosses_each_level_once(fanouts):
 
 @PATIENT
 @given(st.integers(1, 3), st.integers(1, 4), st.integers(1, 4))
-def test_levels_of_one_port_are_crossed_at_once_in_an_all_to_all(bunch, hosts, units):
-    fanouts = (bunch, hosts, units)
+def test_levels_of_one_port_are_crossed_at_once_in_an_all_to_all(group, hosts, units):
+    fanouts = (group, hosts, units)
     schedule = made(
         hierarchical_exchange.NAME, Op.ALL_TO_ALL, prod(fanouts), fanouts=fanouts, ports=(0, 1, 1)
     )
     prove(schedule)
-    assert sum(len(channel.phases) for channel in schedule.channels) == (bunch > 1) + (hosts * units > 1)
-    leaves = sent_shares(schedule, bunch, prod(fanouts))
+    assert sum(len(channel.phases) for channel in schedule.channels) == (group > 1) + (hosts * units > 1)
+    leaves = sent_shares(schedule, group, prod(fanouts))
     np.testing.assert_allclose(leaves, (hosts * units - 1) / (hosts * units))
 
 

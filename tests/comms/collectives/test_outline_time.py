@@ -78,7 +78,7 @@ def run_queues(waiting, expected, came, cost, channel):
 
 
 def crossing(levels, src, dst):
-    """The outermost level whose digit differs, and the members of one bunch inside it."""
+    """The outermost level whose digit differs, and the members of one group inside it."""
     found, inner = None, 1
     for index, level in enumerate(levels):
         if src // inner % level.fanout != dst // inner % level.fanout:
@@ -88,7 +88,7 @@ def crossing(levels, src, dst):
 
 
 def costs_on(levels, schedule):
-    """What messages cost on levels: as many flows leave a bunch as members send at once, in all channels."""
+    """What messages cost on levels: as many flows leave a group as members send at once, in all channels."""
     flows = defaultdict(dict)
     for index, channel in enumerate(schedule.channels):
         for each in channel.rounds:
@@ -343,7 +343,7 @@ def test_closed_is_folded(outline):
 @settings(max_examples=150)
 @given(outlines(own_ports=False))
 def test_any_outline_is_timed_as_chips_play_it(outline):
-    """Two bunches of positions in a ring; stages with one hop are exchanges between the bunches."""
+    """Two groups of positions in a ring; stages with one hop are exchanges between the groups."""
     positions = max(len(stage.hops) for phase in outline.phases for stage in phase)
     chips = np.arange(2 * positions)
     phases, stage_of, port_of = [], [], []

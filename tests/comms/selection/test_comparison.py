@@ -115,10 +115,10 @@ def test_where_nothing_is_quickly_timed_the_answer_is_by_levels_and_says_so(monk
 
 def test_who_waits_is_told_which_algorithm_is_moved_and_how_far_it_is(monkeypatch):
     monkeypatch.setattr("comms.simulation.full.WATCHED_WORK", 200)
-    told = []
-    answer_to(uneven(), lambda name: nullcontext(told.append(name)))
-    assert "every message of direct" in told
-    assert any(each.endswith("% of the messages have been moved") for each in told)
+    phases = []
+    answer_to(uneven(), lambda name: nullcontext(phases.append(name)))
+    assert "every message of direct" in phases
+    assert any(each.endswith("% of the messages have been moved") for each in phases)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Claims about algorithms laid out as a topology suggests: proved, in bunches, on wires of their own."""
+"""Claims about algorithms laid out as a topology suggests: proved, in groups, on wires of their own."""
 
 import numpy as np
 import pytest
@@ -49,11 +49,11 @@ def test_a_hierarchy_has_the_chips_of_an_island_side_by_side():
 
 def test_over_a_slow_link_a_hierarchy_is_faster_than_a_ring():
     topology = islands(4, 2)
-    rings, bunches = (
+    rings, groups = (
         min(seconds(topology, laid, 64e6) for laid in every)
         for every in (laid_rings(Op.ALL_REDUCE, topology), laid_hierarchies(Op.ALL_REDUCE, topology, EVERY))
     )
-    assert bunches < rings
+    assert groups < rings
 
 
 def test_islands_of_different_sizes_have_no_hierarchy():

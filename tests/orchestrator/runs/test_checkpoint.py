@@ -121,7 +121,7 @@ def edit_manifest(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("damage", "told"),
+    ("damage", "expected"),
     [
         (truncate, "bytes instead of"),
         (flip_a_bit, "digest"),
@@ -131,7 +131,9 @@ def edit_manifest(folder: Path) -> None:
         (lambda folder: (folder / MANIFEST).write_text("{"), "cannot be read"),
     ],
 )
-def test_a_damaged_checkpoint_is_skipped_with_a_warning(tmp_path: Path, damage: object, told: str) -> None:
+def test_a_damaged_checkpoint_is_skipped_with_a_warning(
+    tmp_path: Path, damage: object, expected: str
+) -> None:
     save_step(tmp_path, 1)
     save_step(tmp_path, 2)
     damage(tmp_path / "checkpoints" / "step-000002")  # type: ignore[operator]
@@ -140,7 +142,7 @@ def test_a_damaged_checkpoint_is_skipped_with_a_warning(tmp_path: Path, damage: 
     assert found.checkpoint.manifest.step == 1
     (warning,) = found.warnings
     assert "step-000002" in warning
-    assert told in warning
+    assert expected in warning
 
 
 def test_damage_after_finding_is_noticed_before_loading(tmp_path: Path) -> None:

@@ -292,7 +292,7 @@ def test_line_rates_are_those_of_the_links_between_the_chips(cluster, num_chips,
 
 
 @pytest.mark.parametrize(
-    ("text", "words", "told"),
+    ("text", "words", "expected"),
     [
         ("size,time_us\n1024,1\n2048,2\n", ("--op", "all_reduce"), "--chips"),
         ("size,time_us\n1024,1\n2048,2\n", ("--op", "all_reduce", "--chips", "8"), "4 sizes or more"),
@@ -302,12 +302,12 @@ def test_line_rates_are_those_of_the_links_between_the_chips(cluster, num_chips,
         ("size,time_us\n1024,1\n2048,2\n", ("--op", "allreduce"), "did you mean 'all_reduce'?"),
     ],
 )
-def test_what_cannot_be_fitted_is_three_lines(calibrate, tmp_path, text, words, told):
+def test_what_cannot_be_fitted_is_three_lines(calibrate, tmp_path, text, words, expected):
     path = tmp_path / "table.csv"
     path.write_text(text)
     code, out, err = calibrate("links", path, *words)
     assert (code, out) == (2, "")
-    assert told in err
+    assert expected in err
     assert "Traceback" not in err
 
 

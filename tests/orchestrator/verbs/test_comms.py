@@ -131,12 +131,12 @@ def test_where_nothing_suits_the_levels_the_answer_is_that_of_full_fidelity(answ
 
 def test_a_slow_link_makes_it_slower_and_is_told(comms, answer, tmp_path):
     path = file_with(tmp_path, LAPTOP, "  links:\n    - {chip: 0, tier: ethernet, factor: 0.5}\n")
-    calm, slow = answer("--op", "all_gather"), answer("--cluster", path, "--op", "all_gather")
+    healthy, slow = answer("--op", "all_gather"), answer("--cluster", path, "--op", "all_gather")
     assert slow["fidelity"] == "full"
-    assert slow["seconds"] > 1.5 * calm["seconds"]
+    assert slow["seconds"] > 1.5 * healthy["seconds"]
     assert "conditions of the cluster file: 1 slow link" in slow["notes"]
     code, out, err = comms("--cluster", path, "--op", "all_gather", "--fidelity", "folded", "--json")
-    assert json.loads(out)["seconds"] == pytest.approx(calm["seconds"])
+    assert json.loads(out)["seconds"] == pytest.approx(healthy["seconds"])
     assert (code, "conditions of the cluster file are left out" in err) == (0, True)
 
 
@@ -190,7 +190,7 @@ def test_a_schedule_from_a_file_takes_what_the_same_algorithm_takes(answer, comm
 
 
 @pytest.mark.parametrize(
-    ("change", "words", "told"),
+    ("change", "words", "expected"),
     [
         (("1 -> 2 chunk 0", "1 -> 2 chunk 1"), (), "rank"),
         (("", ""), ("--chips", "4"), "a schedule of 8 ranks, but 4 chips"),
@@ -198,14 +198,14 @@ def test_a_schedule_from_a_file_takes_what_the_same_algorithm_takes(answer, comm
         (("op all_reduce", "op all_red"), (), "line 1"),
     ],
 )
-def test_a_schedule_that_does_not_hold_is_refused(comms, tmp_path, change, words, told):
+def test_a_schedule_that_does_not_hold_is_refused(comms, tmp_path, change, words, expected):
     path = tmp_path / "mine.txt"
     text = schedule_text(ring.schedule(Op.ALL_REDUCE, Ranks(8)))
     assert change[0] in text
     path.write_text(text.replace(*change, 1))
     code, _, err = comms("--algorithm", str(path), *words)
     assert code == 2
-    assert told in err
+    assert expected in err
     assert "Traceback" not in err
 
 
@@ -250,7 +250,7 @@ def test_what_has_no_effect_is_said(comms, words, flag):
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "expected"),
     [
         (("--op", "allreduce"), "did you mean 'all_reduce'?"),
         (("--op", "barrier", "--sweep", "1B..2B"), "no size to vary"),
@@ -271,10 +271,10 @@ def test_what_has_no_effect_is_said(comms, words, flag):
         ),
     ],
 )
-def test_what_cannot_be_is_three_lines_and_exit_code_2(comms, words, told):
+def test_what_cannot_be_is_three_lines_and_exit_code_2(comms, words, expected):
     code, out, err = comms(*words)
     assert (code, out) == (2, "")
-    assert told in err
+    assert expected in err
     assert err.count("error:") == 1
 
 

@@ -79,9 +79,9 @@ def test_folded_and_full_agree_on_a_symmetric_plan_and_the_document_is_the_same(
 
 @pytest.mark.parametrize("cluster", [SLOW_CHIP, SLOW_LINK], ids=["chip", "link"])
 def test_what_is_slow_makes_the_step_longer_without_being_asked(program, cluster):
-    calm, slow = simulate(program, LAPTOP), simulate(program, cluster)
-    assert (calm.step.fidelity, slow.step.fidelity) == ("folded", "full")
-    assert slow.step_time_s > 1.02 * calm.step_time_s
+    healthy, slow = simulate(program, LAPTOP), simulate(program, cluster)
+    assert (healthy.step.fidelity, slow.step.fidelity) == ("folded", "full")
+    assert slow.step_time_s > 1.02 * healthy.step_time_s
 
 
 def test_folded_leaves_conditions_out_and_says_so(program):

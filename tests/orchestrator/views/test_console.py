@@ -247,7 +247,7 @@ def test_the_curve_stays_bounded_and_falls_with_the_loss() -> None:
 
 
 @pytest.mark.parametrize(
-    ("told", "expected"),
+    ("worded", "expected"),
     [
         (format_seconds(0.0382), "38.2 ms"),
         (format_seconds(1.3e-6), "1.30 us"),
@@ -268,8 +268,8 @@ def test_the_curve_stays_bounded_and_falls_with_the_loss() -> None:
         (format_dollars(0.0000042), "4.2e-06 USD"),
     ],
 )
-def test_numbers_are_worded_with_a_unit(told: str, expected: str) -> None:
-    assert told == expected
+def test_numbers_are_worded_with_a_unit(worded: str, expected: str) -> None:
+    assert worded == expected
 
 
 def test_importing_the_console_imports_neither_rich_nor_torch() -> None:
