@@ -140,19 +140,6 @@ class Compiled:
     # [2, resources] bytes of all messages but those of jobs that repeat, and what they fill of a wire's rate
     crossings: FloatArray = field(repr=False)
 
-    @property
-    def num_messages(self) -> int:
-        """Messages of all jobs, with every piece counted."""
-        return int(self.messages_by_stream().sum())
-
-    def messages_by_stream(self) -> IntArray:
-        """[streams] Messages with every piece counted."""
-        rounds, streams = self.work.rounds, self.work.streams
-        totals = np.zeros(len(streams), dtype=np.int64)
-        np.add.at(totals, rounds["stream"], rounds["last"] - rounds["first"])
-        counted: IntArray = totals * streams["pieces"]
-        return counted
-
 
 def compile_jobs(topology: Topology, jobs: Sequence[CollectiveJob]) -> Compiled:
     """Routes, ports and sizes of everything that the jobs send. Raises CommsError for impossible places."""

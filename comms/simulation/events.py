@@ -162,10 +162,6 @@ def _deliver(w: World, message: int, piece: int, now: float) -> int:
         while got < stream.rounds and w.left[base + got] == 0:
             got += 1
         w.got[stream.chain0 + chain] = got
-    rank = w.rank[stream.rank0 + dst]
-    rank.end_s = max(rank.end_s, now)
-    if len(w.arrivals) > 0:
-        w.arrivals[_record_row(w, wide(each.stream), message, piece)] = now
     w.counters[ARRIVED] += 1
     number = stream.run0 + dst // stream.members
     its = w.run[number]
@@ -273,8 +269,6 @@ def _send(w: World, number: int, now: float, drawn: int) -> int:
     edge = w.edges[each.edge0 + message - each.first]
     nbytes = w.nbytes[message]
     port.state, port.nbytes, port.since = SENDING, nbytes, now
-    if len(w.starts) > 0:
-        w.starts[_record_row(w, wide(port.stream), message, port.piece)] = now
     if edge.route0 == edge.route1 or nbytes == 0.0:
         set_finish(w.finishes, number, now)
         return drawn
@@ -317,22 +311,12 @@ def _leave(w: World, number: int, now: float, drawn: int) -> int:
     )
     add_timer(w.timers, came, queued.message * MAX_PIECES + port.piece)
     port.state = IDLE
-    stream = w.streams[port.stream]
-    rank = w.rank[stream.rank0 + port.rank]
-    rank.end_s = max(rank.end_s, now)
     # A segment is sent once for each piece, which keeps the queue as short as one piece of it.
     port.row += 1
     if port.row == queued.end:
-        if port.piece + 1 < stream.pieces:
+        if port.piece + 1 < w.streams[port.stream].pieces:
             port.piece += 1
             port.row = queued.start
         else:
             port.piece = 0
     return drawn
-
-
-@compiled_inside
-def _record_row(w: World, stream: int, message: int, piece: int) -> int:
-    row = w.streams[stream]
-    first = w.rounds[row.round0].first
-    return w.record0[stream] + (message - first) * row.pieces + piece  # type: ignore[no-any-return]

@@ -54,7 +54,6 @@ RANK = np.dtype(
         ("port0", "i8"),  # rows of World.ports_of_rank
         ("port1", "i8"),
         ("overhead_s", "f8"),  # before each message it sends
-        ("end_s", "f8"),  # when its last message came or left
     ],
     align=True,
 )
@@ -93,9 +92,6 @@ class World(NamedTuple):
     got: NDArray[np.int32]  # [chains] rounds fully received
     left: NDArray[np.uint16]  # [chains * rounds] messages still to come
     left_again: NDArray[np.uint16]  # the same as it was at first, for runs that start again
-    record0: NDArray[np.int64]  # [streams] first row of what is recorded
-    starts: NDArray[np.float64]  # [message and piece] empty where nothing is recorded
-    arrivals: NDArray[np.float64]
     counters: NDArray[np.int64]
 
 
@@ -162,12 +158,9 @@ def is_short_of_timers(world: World) -> bool:
     return bool(world.timers.size[0] >= len(world.timers.heap) - timers_in_reserve(world))
 
 
-def first_world(
-    compiled: Compiled, rates: FloatArray, conditions: Conditions, *, record: bool, again: bool
-) -> World:
+def first_world(compiled: Compiled, rates: FloatArray, conditions: Conditions, *, again: bool) -> World:
     """Nothing started yet. `again`: runs may be rewound."""
     work = compiled.work
-    recorded, record0 = record_rows(compiled, record)
     left = _still_to_come(compiled)
     queue, first = _queues(compiled)
     rank, ports_of_rank = _ranks(compiled, conditions)
@@ -187,9 +180,6 @@ def first_world(
         got=_received_at_first(compiled, left),
         left=left,
         left_again=left.copy() if again else left[:0],
-        record0=record0,
-        starts=np.zeros(recorded),
-        arrivals=np.zeros(recorded),
         counters=np.array([0] * (NUM_COUNTERS - 1) + [ENDLESS], dtype=np.int64),
     )
 
@@ -221,11 +211,6 @@ def _ranks(compiled: Compiled, conditions: Conditions) -> tuple[NDArray[np.void]
     rank["port0"][1:], rank["port1"] = ends[:-1], ends
     rank["overhead_s"] = overheads(compiled, conditions)
     return rank, np.argsort(compiled.port_rank, kind="stable").astype(np.int32)
-
-
-def record_rows(compiled: Compiled, record: bool) -> tuple[int, IntArray]:
-    sizes = compiled.messages_by_stream()
-    return (int(sizes.sum()) if record else 0), np.cumsum(sizes) - sizes
 
 
 def _queues(compiled: Compiled) -> tuple[NDArray[np.void], IntArray]:
