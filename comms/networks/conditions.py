@@ -22,7 +22,6 @@ import numpy as np
 from comms.errors import CommsError
 from comms.networks.fabrics.edge_list import EdgeList, Rerouted
 from comms.networks.paths import within_reach
-from comms.networks.shapes import Whole
 from comms.networks.tiered import TieredTopology
 from comms.networks.topology import IntArray, Topology, Wires
 
@@ -274,9 +273,8 @@ def _without(topology: Topology, dead: list[int]) -> Topology:
 def may_relay(topology: Topology) -> bool:
     """False where a network of edges says that its chips pass nothing on."""
     fabrics = topology.fabrics if isinstance(topology, TieredTopology) else ()
-    shapes = [fabric.shape for fabric in fabrics] or [topology]
-    graphs = [shape.topology if isinstance(shape, Whole) else shape for shape in shapes]
-    return all(graph.through_chips for graph in graphs if isinstance(graph, EdgeList))
+    shapes: list[Topology] = [*(fabric.shape for fabric in fabrics)] or [topology]
+    return all(shape.through_chips for shape in shapes if isinstance(shape, EdgeList))
 
 
 def _check_dead(found: FaultyWires, topology: Topology, wires: Wires) -> list[int]:

@@ -12,12 +12,14 @@ that change from one fabric to another on their way.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from comms.errors import CommsError
 from comms.networks.fabrics.switch_tree import Tree, joined
+from comms.networks.fabrics.torus_mesh import FullMesh, Torus
+from comms.networks.shapes import Shape
 from comms.networks.topology import FloatArray, IntArray, Routes, Topology, Wires, merged_routes
 
 
@@ -25,7 +27,7 @@ from comms.networks.topology import FloatArray, IntArray, Routes, Topology, Wire
 class Fabric:
     """A shape, the chips that one copy of it joins, and the network's tier for each of the shape's."""
 
-    shape: Topology
+    shape: Shape
     size: int  # the first chips of the shape
     tiers: tuple[int, ...]
 
@@ -150,6 +152,24 @@ class TieredTopology:
         )
 
 
-def _num_wires(shape: Topology) -> int:
+def sole_shape(topology: Topology) -> Topology:
+    """The torus, tree, graph, ... that joins just the chips of a network of one tier; else the topology itself.
+
+    Of chips that are not all of a torus, the block that they fill.
+    """
+    if not isinstance(topology, TieredTopology) or len(topology.fabrics) != 1:
+        return topology
+    (fabric,) = topology.fabrics
+    shape, num_chips = fabric.shape, topology.num_chips
+    if fabric.size != num_chips:
+        return topology
+    if shape.num_chips == num_chips:
+        return shape
+    if isinstance(shape, Torus):
+        return shape.first(num_chips) or topology
+    return replace(shape, num_chips=num_chips) if isinstance(shape, FullMesh) else topology
+
+
+def _num_wires(shape: Shape) -> int:
     """Of a tree by arithmetic: a large one is never laid out only to be counted."""
     return shape.num_wires if isinstance(shape, Tree) else shape.wires().num_wires

@@ -202,4 +202,5 @@ def _result(compiled: Compiled, counted: tuple[int, int, int], method: Method) -
     took = np.where(runs["repeats"], np.nan, runs["end_s"] - runs["start_s"])
     first = np.flatnonzero(runs["group"] == 0)
     seconds = np.maximum.reduceat(took, first) if len(first) else took
-    return FullResult(seconds, *compiled.crossings, *counted, method)
+    nbytes, load = compiled.crossings
+    return FullResult(seconds, nbytes, load, *counted, method)

@@ -30,7 +30,7 @@ from comms.networks.fabrics.dragonfly import Dragonfly
 from comms.networks.fabrics.torus_mesh import FullMesh, Torus
 from comms.networks.paths import BoolArray, paths_of
 from comms.networks.ring_orders import SEARCHED_CHIPS, hierarchy
-from comms.networks.shapes import sole_shape
+from comms.networks.tiered import sole_shape
 from comms.networks.topology import FloatArray, IntArray, Topology, Wires
 
 EXACT_CHIPS = 16

@@ -26,6 +26,7 @@ import numpy as np
 from comms.errors import CommsError
 from comms.networks.links import Link
 from comms.networks.paths import mixed, node_pairs
+from comms.networks.shapes import RoutedShape
 from comms.networks.topology import IntArray, Routes, Wires, routes_of
 
 
@@ -44,7 +45,7 @@ class Routing(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Dragonfly:
+class Dragonfly(RoutedShape):
     """Chips are numbered router by router, routers group by group; router r is node num_chips + r."""
 
     num_groups: int
@@ -56,7 +57,6 @@ class Dragonfly:
     long: Link  # between two groups
     arrangement: Arrangement = Arrangement.PALMTREE
     routing: Routing = Routing.MINIMAL
-    forward_nbytes: float = 0.0  # what a router takes in before it sends on; see Wires
 
     def __post_init__(self) -> None:
         sizes = (self.num_groups, self.routers_per_group, self.chips_per_router)
@@ -121,7 +121,7 @@ class Dragonfly:
             head,
             np.repeat([link.latency_s for link in links], counts),
             np.repeat([link.bytes_per_s for link in links], counts),
-            np.full(len(tail), self.forward_nbytes),
+            np.zeros(len(tail)),
             np.repeat(np.arange(3), counts),
             np.arange(len(tail)),
         )

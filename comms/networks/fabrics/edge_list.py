@@ -17,6 +17,7 @@ import numpy as np
 from comms.errors import CommsError
 from comms.networks.links import Link
 from comms.networks.paths import Paths, paths_of
+from comms.networks.shapes import RoutedShape
 from comms.networks.topology import IntArray, Routes, Topology, Wires, merged_routes
 
 
@@ -37,12 +38,10 @@ class Edge:
     link: Link
     duplex: Duplex = Duplex.FULL
     back: Link | None = None  # from b to a where it differs
-    tier: str = "link"
-    forward_nbytes: float = 0.0  # what its far end takes in before it sends on; see Wires
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class EdgeList:
+class EdgeList(RoutedShape):
     """A network of any shape. Raises CommsError for edges that make no sense and for chips that cannot meet."""
 
     num_chips: int
@@ -65,7 +64,7 @@ class EdgeList:
 
     @property
     def tiers(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(edge.tier for edge in self.edges))
+        return ("link",)
 
     def wires(self) -> Wires:
         """Edge by edge: first a to b, then b to a where there is a way back."""
@@ -158,24 +157,20 @@ class Rerouted:
 def _wires_of(graph: EdgeList) -> Wires:
     numbers: dict[int | str, int] = {name: graph.num_chips + i for i, name in enumerate(graph.switches)}
     numbers |= {node: node for node in range(graph.num_nodes)}
-    tier = {name: i for i, name in enumerate(graph.tiers)}
-    rows: list[tuple[int, int, float, float, float, int, int]] = []
+    ends: list[tuple[int, int, int]] = []  # tail, head, and the wire whose capacity it uses
+    figures: list[tuple[float, float]] = []
     for index, edge in enumerate(graph.edges):
         _check_edge(edge, f"edge {index} ({edge.a} - {edge.b})", numbers)
         ways = [(edge.a, edge.b, edge.link)]
         if edge.duplex is not Duplex.ONE_WAY:
             ways.append((edge.b, edge.a, edge.back or edge.link))
-        owner = len(rows)
+        owner = len(ends)
         for a, b, link in ways:
-            shares = owner if edge.duplex is Duplex.HALF else len(rows)
-            figures = (link.latency_s, link.bytes_per_s, edge.forward_nbytes)
-            rows.append((numbers[a], numbers[b], *figures, tier[edge.tier], shares))
-    tail, head, latency_s, bytes_per_s, forward, tiers, shares_of = (
-        zip(*rows, strict=True) if rows else ((),) * 7
-    )
-    integers = [np.array(column, dtype=np.int64) for column in (tail, head, tiers, shares_of)]
-    floats = [np.array(column, dtype=np.float64) for column in (latency_s, bytes_per_s, forward)]
-    return Wires(integers[0], integers[1], floats[0], floats[1], floats[2], integers[2], integers[3])
+            ends.append((numbers[a], numbers[b], owner if edge.duplex is Duplex.HALF else len(ends)))
+            figures.append((link.latency_s, link.bytes_per_s))
+    tail, head, shares = np.array(ends, dtype=np.int64).reshape(-1, 3).T.copy()
+    latency_s, bytes_per_s = np.array(figures, dtype=np.float64).reshape(-1, 2).T.copy()
+    return Wires(tail, head, latency_s, bytes_per_s, np.zeros(len(tail)), np.zeros_like(tail), shares)
 
 
 def _check_edge(edge: Edge, where: str, numbers: Mapping[int | str, int]) -> None:

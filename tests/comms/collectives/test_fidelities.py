@@ -20,7 +20,6 @@ from comms.networks.groups import Lattice
 from comms.networks.layers import Switch, Trunk
 from comms.networks.links import Link, Protocol
 from comms.networks.network import Network, Tier, TierKind, layered, switched
-from comms.networks.shapes import shape_of
 from comms.networks.topology import Wires
 from comms.selection.choice import choose
 from comms.selection.pricing import groups_of, job_of
@@ -38,7 +37,7 @@ sizes = st.sampled_from([0.0, 1.0, 1024.0, 2.0**20, 2.0**28])
 
 def shaped(name, kind, topology):
     """A tier of any topology."""
-    return Tier(name, kind, topology.num_chips, shape_of(topology))
+    return Tier(name, kind, topology.num_chips, topology)
 
 
 @st.composite

@@ -151,14 +151,12 @@ def test_half_duplex_edges_share_one_rate_and_one_way_edges_have_no_way_back():
     edges = (
         Edge(0, 1, LINK, Duplex.HALF),
         Edge(1, 2, LINK, Duplex.ONE_WAY),
-        Edge(2, 0, LINK, back=Link(1e-6, 5e8), tier="cable", forward_nbytes=4096.0),
+        Edge(2, 0, LINK, back=Link(1e-6, 5e8)),
     )
     wires = EdgeList(3, edges).wires()
     assert wires.tail.tolist() == [0, 1, 1, 2, 0]
     assert wires.shares.tolist() == [0, 0, 2, 3, 4]
     assert wires.bytes_per_s.tolist() == [1e9, 1e9, 1e9, 1e9, 5e8]
-    assert wires.tier.tolist() == [0, 0, 0, 1, 1]
-    assert wires.forward_nbytes.tolist() == [0, 0, 0, 4096, 4096]
 
 
 @pytest.mark.parametrize(
