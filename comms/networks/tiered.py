@@ -20,7 +20,7 @@ from comms.errors import CommsError
 from comms.networks.fabrics.switch_tree import Tree, joined
 from comms.networks.fabrics.torus_mesh import FullMesh, Torus
 from comms.networks.shapes import Shape
-from comms.networks.topology import FloatArray, IntArray, Routes, Topology, Wires, merged_routes
+from comms.networks.topology import IntArray, Routes, Topology, Wires, merged_routes
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -52,15 +52,12 @@ class _Copies:
         return Wires(
             tail=self._nodes(copy, one.tail, num_chips),
             head=self._nodes(copy, one.head, num_chips),
-            latency_s=self._repeated(one.latency_s),
-            bytes_per_s=self._repeated(one.bytes_per_s),
-            forward_nbytes=self._repeated(one.forward_nbytes),
+            latency_s=np.tile(one.latency_s, self.num_copies),
+            bytes_per_s=np.tile(one.bytes_per_s, self.num_copies),
+            forward_nbytes=np.tile(one.forward_nbytes, self.num_copies),
             tier=np.tile(tiers[one.tier], self.num_copies),
             shares=(self.first_wire + copy * self.num_wires + one.shares).ravel(),
         )
-
-    def _repeated(self, figures: FloatArray) -> FloatArray:
-        return np.tile(figures, self.num_copies)
 
     def _nodes(self, copy: IntArray, local: IntArray, num_chips: int) -> IntArray:
         """[copies * wires] Nodes of the whole network."""
