@@ -110,6 +110,18 @@ class Algorithm:
         return self.peers is not None and op not in MANY_PEERS and self.peers(levels) > MOST_PEERS
 
 
+def cut_by(
+    rule: Callable[[Outline], int], sketch: Callable[..., Outline | None]
+) -> Callable[[Op, float, Levels], int]:
+    """As many pieces as a rule says of an outline in one piece; one where there is none."""
+
+    def pieces(op: Op, nbytes: float, levels: Levels) -> int:
+        whole = sketch(op, nbytes, levels)
+        return rule(whole) if whole is not None else 1
+
+    return pieces
+
+
 def algorithms(op: Op) -> Mapping[str, Algorithm]:
     """All for an operation by name: of equally fast ones the first is taken."""
     return _by_op()[op]

@@ -37,7 +37,7 @@ from math import ceil, prod
 
 import numpy as np
 
-from comms.algorithms.catalog import Algorithm, Joined, Needs, spans
+from comms.algorithms.catalog import Algorithm, Joined, Needs, cut_by, spans
 from comms.algorithms.hierarchical.hierarchical import (
     Blocks,
     Crossing,
@@ -150,11 +150,6 @@ def between_outline(
     across = _tree_stages(nbytes / level.fanout, parts[1:])
     port, between = level.port, parts[-1][0].port
     return Outline(_name(way), (inside, across, inside[::-1]), (port, between, port), pieces)
-
-
-def best_pieces(op: Op, nbytes: float, levels: Levels, *, way: Crossing | None) -> int:
-    """The best power of two of pieces."""
-    return fastest_cut(between_outline(op, nbytes, levels, way=way))
 
 
 def hidden_latency_s(levels: Levels) -> float:
@@ -326,7 +321,7 @@ for _way in (*Crossing, None):
             ops=(Op.ALL_REDUCE,),
             make=partial(between_schedule, way=_way),
             sketch=partial(between_outline, way=_way),
-            cut=partial(best_pieces, way=_way),
+            cut=cut_by(fastest_cut, partial(between_outline, way=_way)),
             needs=Needs(
                 Joined.ANYHOW if _way else Joined.BY_ADDING_SWITCH, Joined.BY_SWITCH, least=2, most_shared=0
             ),

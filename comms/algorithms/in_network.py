@@ -18,12 +18,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from comms.algorithms.catalog import Algorithm, Joined, Needs, spans
+from comms.algorithms.catalog import Algorithm, Joined, Needs, cut_by, spans
 from comms.algorithms.rounds import Ranks
 from comms.collectives.outline import Hop, Outline, OutlineStage
 from comms.collectives.outline_time import pieces_to_fill
 from comms.collectives.schedule import Channel, Op, Pattern, PieceOrder, Round, Schedule
-from comms.errors import CommsError
 from comms.networks.groups import Levels, num_members
 from comms.networks.topology import IntArray
 
@@ -40,8 +39,6 @@ IN_NETWORK_STAGES = 25.0 / 3.4
 def schedule(op: Op, ranks: Ranks) -> Schedule:
     """One of OPS by one level of switches, or with two fanouts by two."""
     parts, n = ranks.digits, ranks.num
-    if len(parts) > 2:
-        raise CommsError(f"{len(parts)} levels of switches", NAME, "take one or two")
     num_chunks = 1 if op in WHOLE else n
     share = 0.0 if op is Op.BARRIER else 1.0 / num_chunks
     if not parts:
@@ -80,12 +77,6 @@ def outline(op: Op, nbytes: float, levels: Levels, pieces: int = 1) -> Outline |
         reached_s = level.latency_s
     phases = (*ups, *downs)
     return Outline(NAME, phases, tuple(range(len(phases))), pieces, PieceOrder.INTERLEAVED)
-
-
-def pipeline_pieces(op: Op, nbytes: float, levels: Levels) -> int:
-    """So many that filling the pipeline hardly counts."""
-    whole = outline(op, nbytes, levels) if op is not Op.BARRIER else None
-    return pieces_to_fill(whole) if whole is not None else 1
 
 
 def hidden_latency_s(levels: Levels) -> float:
@@ -133,7 +124,7 @@ ALGORITHMS = (
         ops=OPS,
         make=schedule,
         sketch=outline,
-        cut=pipeline_pieces,
+        cut=cut_by(pieces_to_fill, outline),
         needs=Needs(Joined.BY_ADDING_SWITCH, Joined.BY_ADDING_SWITCH, most=2, most_shared=1),
         adding_switches=2,
         hidden_latency_s=hidden_latency_s,

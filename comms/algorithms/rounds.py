@@ -13,7 +13,6 @@ from typing import TypeVar
 import numpy as np
 
 from comms.collectives.schedule import Channel, Op, Pattern, PieceOrder, Round, Schedule
-from comms.errors import CommsError
 from comms.networks.groups import Levels
 from comms.networks.topology import FloatArray, IntArray
 
@@ -22,10 +21,9 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Ranks:
-    """For whom a schedule is made. Raises CommsError for what cannot be.
-
-    Of each fanout may be told whether its subgroups stand in a ring and reach their neighbours only, whether the last
-    of these is a neighbour of the first, and by which port messages between them leave.
+    """For whom a schedule is made. Of each fanout may be told whether its subgroups stand in a ring and reach their
+    neighbours only, whether the last of these is a neighbour of the first, and by which port messages between them
+    leave.
     """
 
     num: int
@@ -35,21 +33,6 @@ class Ranks:
     wraps: tuple[bool, ...] = ()
     ports: tuple[int, ...] = ()
     pieces: int = 1  # that the buffer is cut into
-
-    def __post_init__(self) -> None:
-        if self.num < 1:
-            raise CommsError(f"{self.num} ranks", "schedule", "a collective needs at least one rank")
-        if not 0 <= self.root < self.num:
-            raise CommsError(f"root {self.root} of {self.num} ranks", "schedule", "count ranks from 0")
-        if self.pieces < 1:
-            raise CommsError(f"{self.pieces} pieces", "schedule", "cut a buffer into at least one piece")
-        if self.fanouts and (min(self.fanouts) < 1 or prod(self.fanouts) != self.num):
-            problem = f"fanouts {self.fanouts} do not make {self.num} ranks"
-            raise CommsError(problem, "schedule", "their product is the ranks")
-        for told in (self.rings, self.wraps, self.ports):
-            if told and len(told) != len(self.fanouts):
-                problem = f"{len(told)} answers for {len(self.fanouts)} dimensions"
-                raise CommsError(problem, "schedule", "say it of each fanout")
 
     @classmethod
     def over(cls, levels: Levels, num: int, pieces: int = 1) -> "Ranks":
@@ -112,6 +95,11 @@ def reversed_rounds(rounds: Sequence[Round], reduces: bool) -> tuple[Round, ...]
     return tuple(
         Round(patterns[id(each.pattern)], each.first, each.count, reduces) for each in reversed(rounds)
     )
+
+
+def halves(op: Op, scatter: tuple[T, ...], gather: tuple[T, ...]) -> tuple[T, ...]:
+    """What of both an all-reduce, or either half of it, is made of."""
+    return (scatter if op is not Op.ALL_GATHER else ()) + (gather if op is not Op.REDUCE_SCATTER else ())
 
 
 def inner_sizes(fanouts: Sequence[int]) -> tuple[int, ...]:

@@ -24,20 +24,17 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from math import prod
-from typing import TypeVar
 
 import numpy as np
 
 from comms.algorithms.catalog import Algorithm, Joined, Needs, spans
 from comms.algorithms.hierarchical.hierarchical import Blocks, Move, is_ring, ring_moves
-from comms.algorithms.rounds import Ranks
+from comms.algorithms.rounds import Ranks, halves
 from comms.collectives.outline import Hop, Outline, OutlineStage
 from comms.collectives.outline_time import fewest_pieces
 from comms.collectives.schedule import Channel, Op, Pattern, Round, Schedule
 from comms.networks.groups import Level, Levels, num_members
 from comms.networks.topology import IntArray
-
-T = TypeVar("T")
 
 TORUS, MESH, ROTATED, LINE = "torus", "mesh", "rotated torus", "line"
 OVER_TORI = "hierarchical rotated torus"
@@ -181,11 +178,6 @@ def _one_way(part: float, parts: Sequence[tuple[Level, int]]) -> tuple[tuple[Out
         hop = Hop(level.latency_s, level.rate(inner))
         phases.append((OutlineStage(level.fanout - 1, part, (hop,)),))
     return tuple(phases)
-
-
-def halves(op: Op, scatter: tuple[T, ...], gather: tuple[T, ...]) -> tuple[T, ...]:
-    """What of both an operation is made of."""
-    return (scatter if op is not Op.ALL_GATHER else ()) + (gather if op is not Op.REDUCE_SCATTER else ())
 
 
 def rotations(num_dims: int) -> list[tuple[int, ...]]:

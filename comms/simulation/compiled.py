@@ -157,17 +157,12 @@ def _check_places(topology: Topology, job: CollectiveJob) -> None:
     if places.shape[1] != ranks:
         problem = f"{places.shape[1]} places for {ranks} ranks"
         raise CommsError(problem, where, "name one node per rank of the schedule")
-    in_order = np.sort(places, axis=1)
-    if (in_order[:, 1:] == in_order[:, :-1]).any():
-        raise CommsError("two ranks on one node", where, "give every rank a node of its own")
     outside = places[(places < 0) | (places >= topology.num_nodes)]
     if len(outside):
         problem = f"node {outside[0]} is outside a topology of {topology.num_nodes} nodes"
         raise CommsError(problem, where, "place ranks on nodes that there are")
     if not 0 <= job.nbytes < np.inf:
         raise CommsError(f"{job.nbytes} bytes", where, "give a size of zero or more")
-    if not 0 <= job.start_s < np.inf:
-        raise CommsError(f"a start at {job.start_s} s", where, "give a time of zero or more")
     for channel in job.schedule.channels:
         if not 1 <= channel.pieces < MAX_PIECES:
             raise CommsError(f"{channel.pieces} pieces", where, f"cut it into 1 to {MAX_PIECES - 1} pieces")

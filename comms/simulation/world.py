@@ -107,21 +107,12 @@ def rates_under(compiled: Compiled, conditions: Conditions) -> FloatArray:
     """[resources] Bytes per second."""
     lowest: dict[int, float] = {}
     for wire, factor in conditions.factors.items():
-        resource = _resource(compiled, wire, factor)
+        resource = int(compiled.shares[wire])
         lowest[resource] = min(factor, lowest.get(resource, np.inf))
     rates = compiled.bytes_per_s.copy()
     for resource, factor in lowest.items():
         rates[resource] *= factor
     return rates
-
-
-def _resource(compiled: Compiled, wire: int, factor: float) -> int:
-    """What a condition on a wire changes. Raises CommsError for a wire or a factor that cannot be."""
-    if not 0 <= wire < len(compiled.shares):
-        raise CommsError(f"no wire {wire} among {len(compiled.shares)}", "conditions", "count wires from 0")
-    if not 0 <= factor < np.inf:
-        raise CommsError(f"a factor of {factor}", f"wire {wire}", "give a share of the rate, 0 or more")
-    return int(compiled.shares[wire])
 
 
 def overheads(compiled: Compiled, conditions: Conditions) -> FloatArray:
@@ -133,12 +124,10 @@ def overheads(compiled: Compiled, conditions: Conditions) -> FloatArray:
 def timed_changes(compiled: Compiled, conditions: Conditions) -> Changes:
     """The changes of capacity, in order of time."""
     changes = sorted(conditions.changes, key=lambda change: (change.at_s, change.wire))
-    if any(not 0 <= change.at_s < np.inf for change in changes):
-        raise CommsError("a change before the start", "conditions", "give times of zero or more")
-    wire = np.array([_resource(compiled, each.wire, each.factor) for each in changes], dtype=np.int64)
+    resource = compiled.shares[np.array([change.wire for change in changes], dtype=np.int64)]
     factor = np.array([change.factor for change in changes], dtype=np.float64)
     at_s = np.array([change.at_s for change in changes], dtype=np.float64)
-    return Changes(at_s, wire, compiled.bytes_per_s[wire] * factor)
+    return Changes(at_s, resource, compiled.bytes_per_s[resource] * factor)
 
 
 def grown(timers: Timers) -> Timers:

@@ -21,7 +21,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from comms.algorithms.catalog import Algorithm, Needs, spans
+from comms.algorithms.catalog import Algorithm, Needs, cut_by, spans
 from comms.algorithms.rounds import Ranks, inner_sizes
 from comms.collectives.outline import Hop, Outline, OutlineStage
 from comms.collectives.outline_time import closed_seconds
@@ -196,18 +196,12 @@ def crossed(levels: Levels, ways: Sequence[Crossing]) -> list[tuple[Crossing, Le
     return parts if all(suits(way, level) for way, level, _ in parts) else None
 
 
-def best_pieces(op: Op, nbytes: float, levels: Levels, *, ways: Sequence[Crossing] = RINGS) -> int:
-    """The best power of two of pieces for levels with several ports; one where they share one."""
-    whole = outline(op, nbytes, levels, ways=ways)
-    return fastest_cut(whole) if whole is not None and len(set(whole.ports)) > 1 else 1
-
-
-def fastest_cut(whole: Outline | None, late_s: float = 0.0) -> int:
-    """The power of two of pieces in which an outline is fastest; one where there is none.
+def fastest_cut(whole: Outline, late_s: float = 0.0) -> int:
+    """The power of two of pieces in which an outline is fastest; one where its levels share a port.
 
     Where it is in several pieces, it is `late_s` over their number slower than its outline says.
     """
-    if whole is None:
+    if len(set(whole.ports)) < 2:
         return 1
     # Of equally fast numbers the smallest: pieces cost what is not modelled.
     times = {
@@ -303,7 +297,7 @@ for _ways in MIXES:
             ops=(Op.ALL_REDUCE, Op.REDUCE_SCATTER, Op.ALL_GATHER),
             make=partial(schedule, ways=_ways),
             sketch=partial(outline, ways=_ways),
-            cut=partial(best_pieces, ways=_ways),
+            cut=cut_by(fastest_cut, partial(outline, ways=_ways)),
             needs=Needs(least=2),
             rail_aligned=True,
             is_hierarchy=True,

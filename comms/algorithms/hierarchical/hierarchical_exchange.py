@@ -16,7 +16,7 @@ from operator import itemgetter
 
 import numpy as np
 
-from comms.algorithms.catalog import Algorithm, Joined, Needs, spans
+from comms.algorithms.catalog import Algorithm, Joined, Needs, cut_by, spans
 from comms.algorithms.hierarchical.hierarchical import Crossing, fastest_cut, most_peers, name_of, stages
 from comms.algorithms.rounds import Ranks, inner_sizes, moved
 from comms.collectives.outline import Hop, Outline, OutlineStage
@@ -47,11 +47,6 @@ def outline(op: Op, nbytes: float, levels: Levels, pieces: int = 1) -> Outline |
     crossed = [[parts[place] for place in places] for places in _by_port(ports)]
     phases = tuple((_stage(nbytes, each),) for each in crossed)
     return Outline(NAME, phases, tuple(each[0][0].port for each in crossed), pieces)
-
-
-def best_pieces(op: Op, nbytes: float, levels: Levels) -> int:
-    """The best power of two of pieces."""
-    return fastest_cut(outline(op, nbytes, levels))
 
 
 def _by_port(ports: Sequence[int]) -> list[list[int]]:
@@ -99,7 +94,7 @@ ALGORITHMS = (
         ops=(Op.ALL_TO_ALL,),
         make=schedule,
         sketch=outline,
-        cut=best_pieces,
+        cut=cut_by(fastest_cut, outline),
         needs=Needs(Joined.BY_SWITCH, Joined.BY_SWITCH),
         rail_aligned=True,
         is_hierarchy=True,

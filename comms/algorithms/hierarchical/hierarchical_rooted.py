@@ -153,7 +153,8 @@ def best_pieces(op: Op, nbytes: float, levels: Levels, *, ways: Sequence[Crossin
     if op is Op.BROADCAST:
         part_s = sum(nbytes / inner / level.fanout / level.rate(inner) for level, inner in parts[:-1])
         late_s = IN_THE_WAY * part_s
-    return fastest_cut(outline(op, nbytes, levels, ways=ways), late_s)
+    whole = outline(op, nbytes, levels, ways=ways)
+    return fastest_cut(whole, late_s) if whole is not None else 1
 
 
 def _dealing(nbytes: float, level: Level, inner: int) -> tuple[OutlineStage, ...]:

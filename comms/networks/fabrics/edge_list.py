@@ -94,7 +94,6 @@ class Rerouted:
 
     def __post_init__(self) -> None:
         whole = self.topology.wires()
-        self._check(whole.num_wires)
         numbers = np.zeros(whole.num_wires, dtype=np.int64)
         numbers[list(self.dead)] = -1
         object.__setattr__(self, "kept", np.flatnonzero(numbers == 0))
@@ -103,20 +102,6 @@ class Rerouted:
         object.__setattr__(self, "_wires", _wires_left(whole, self.kept, numbers, self.slow))
         object.__setattr__(self, "paths", paths_of(self._wires, self, self.through_chips))
         self.paths.check_chips_meet(self.num_chips)
-
-    def _check(self, num_wires: int) -> None:
-        for wire in (*self.dead, *self.slow):
-            if not 0 <= wire < num_wires:
-                raise CommsError(
-                    f"there is no wire {wire}", "degraded network", f"wires are 0 to {num_wires - 1}"
-                )
-        for wire, share in self.slow.items():
-            if not 0 < share <= 1:
-                raise CommsError(
-                    f"a wire cannot have {share} of its rate",
-                    f"wire {wire}",
-                    "give a share above 0 and up to 1, or name it among the dead",
-                )
 
     @property
     def num_chips(self) -> int:

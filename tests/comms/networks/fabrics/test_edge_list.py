@@ -285,20 +285,6 @@ def test_damage_may_come_in_steps():
     assert once.kept.tolist() == np.delete(np.arange(12), [0, 2]).tolist()
 
 
-@pytest.mark.parametrize(
-    ("dead", "slow", "problem"),
-    [
-        ((16,), {}, "no wire 16"),
-        ((), {-1: 0.5}, "no wire -1"),
-        ((), {3: 0.0}, "cannot have 0.0"),
-        ((), {3: 2.0}, "2.0"),
-    ],
-)
-def test_damage_that_makes_no_sense_is_refused(dead, slow, problem):
-    with pytest.raises(CommsError, match=problem):
-        Rerouted(Torus((8,), (LINK,)), dead, slow)
-
-
 def test_smallest_latencies_are_those_of_dijkstra():
     graph = EdgeList(
         4, (Edge(0, 1, Link(1e-6, 1e9)), Edge(1, 2, Link(2e-6, 1e9)), Edge(2, 3, Link(4e-6, 1e9)))
