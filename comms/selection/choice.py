@@ -10,6 +10,9 @@ there when all of them send, whichever is faster; `Choice.is_folded` says so. Fu
 """
 
 from dataclasses import dataclass, replace
+from math import prod
+
+import numpy as np
 
 from comms.algorithms.catalog import Algorithm, algorithm_of, algorithms, considered, names
 from comms.collectives.outline import Outline
@@ -19,9 +22,24 @@ from comms.errors import CommsError
 from comms.networks.groups import Lattice, Level, Levels, Members, group_size
 from comms.networks.links import PLAIN, Protocol
 from comms.networks.network import Network, Tier
+from comms.networks.tiered import TieredTopology
+from comms.networks.topology import IntArray
+from comms.simulation.compiled import CollectiveJob
 
 AUTO = "auto"
 NOTHING = "none"  # one chip: no algorithm
+FREE = 1e9  # how much better a tier is made to see what it costs
+
+
+@dataclass(frozen=True, slots=True)
+class TierShare:
+    """One tier that a collective crosses."""
+
+    tier: str
+    fanout: int
+    latency_s: float  # of one stage, by the protocol taken
+    bytes_per_s: float  # of a chip, when all chips of a group send to others at once
+    saved_s: float  # what would be saved if this tier cost nothing
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,20 +93,64 @@ class Choice:
         """All levels so."""
         return tuple(self.priced(level) for level in self.levels)
 
+    @property
+    def _algorithm(self) -> Algorithm:
+        return algorithm_of(self.op, self.algorithm)
+
     def outline(self) -> Outline:
         """What representative chips send; of several chips only."""
-        outline = algorithm_of(self.op, self.algorithm).outline(self.op, self.nbytes, self.priced_levels)
+        outline = self._algorithm.outline(self.op, self.nbytes, self.priced_levels)
         assert outline is not None
         return outline
 
     def schedule(self) -> Schedule:
         """The messages of all ranks, in the order of the members."""
         levels = tuple(self.priced(level) for level in self.hosts or self.levels)
-        return algorithm_of(self.op, self.algorithm).schedule(self.op, self.num_chips, self.nbytes, levels)
+        return self._algorithm.schedule(self.op, self.num_chips, self.nbytes, levels)
 
     def folded_s(self) -> float:
         """What the messages take by the sweep over representative chips."""
         return folded_seconds(self.outline()) if self.levels else 0.0
+
+    def tier_shares(self) -> tuple[TierShare, ...]:
+        """Per level that the group spans, what it costs: by the closed form with that level free."""
+        shares = []
+        # Levels overlap where pieces are pipelined, so that their times do not add up: each is taken away in turn.
+        for at, level in enumerate(self.levels):
+            free = replace(
+                level,
+                latency_s=0.0,
+                hop_latency_s=0.0,
+                bytes_per_s=level.bytes_per_s * FREE,
+                pool_bytes_per_s=level.pool_bytes_per_s * FREE,
+            )
+            levels = tuple(
+                self.priced(free if other == at else each) for other, each in enumerate(self.levels)
+            )
+            outline = self._algorithm.outline(self.op, self.nbytes, levels)
+            saved = self.transfer_s - closed_seconds(outline) if outline is not None else 0.0
+            inner = prod(each.fanout for each in self.levels[:at])
+            seen = self.priced(level)
+            rate = seen.rate(inner)
+            shares.append(TierShare(level.tier, level.fanout, seen.latency_s, rate, max(0.0, saved)))
+        return tuple(shares)
+
+    def job(self, groups: IntArray, topology: TieredTopology) -> CollectiveJob:
+        """The messages for groups of chips ([groups, chips], members in order) on a topology."""
+        places = np.array([self._places(members, topology) for members in groups])
+        return CollectiveJob(self.schedule(), places, self.nbytes, protocol=self.protocol, inside=self.inside)
+
+    def _places(self, members: IntArray, topology: TieredTopology) -> IntArray:
+        """The members, and after them the switches that add for them: one per group, then the one over all."""
+        layers = self._algorithm.adding_switches if len(members) > 1 else 0
+        if layers == 0:
+            return members
+        size = self.levels[0].fanout
+        groups = [members[first : first + size] for first in range(0, len(members), size)]
+        switches = [topology.switch_over(each.tolist()) for each in groups]
+        if min(layers, len(self.levels)) > 1:
+            switches.append(topology.switch_over(members.tolist()))
+        return np.concatenate([members, np.array(switches, dtype=np.int64)])
 
 
 def choose(op: Op, nbytes: float, members: Members, network: Network, algorithm: str = AUTO) -> Choice:

@@ -1,6 +1,6 @@
 """Collective: what one takes over all chips of a network, by which algorithm, and which links decide.
 
-Timed by closed form, folded or full (`pricing`). Nothing asked for, folded; but full, which moves every message,
+Timed by closed form, folded or full (`Fidelity`). Nothing asked for, folded; but full, which moves every message,
 where the chips do not fold into levels or the network is not healthy, as far as that is quickly done. There
 fixed algorithms are compared at full fidelity too (`comparison`), and a schedule made for this network may
 win. Where the chips fold, that is left to algorithms without a closed form that may be faster (`comparison.unpriced`).
@@ -17,12 +17,12 @@ from comms.networks.network import Network
 from comms.selection import comparison
 from comms.selection.choice import AUTO, Choice, choose
 from comms.selection.comparison import ASK_FOR_FULL, ASK_FOR_ONE, Comparison, unpriced
-from comms.selection.pricing import Fidelity, tier_shares
 from comms.selection.progress import LOADING, Progress, quiet
 from comms.selection.question import (
     SYNTHESIS_CHIPS,
     AlgorithmTime,
     Answer,
+    Fidelity,
     Question,
     conditions_in_words,
 )
@@ -215,7 +215,7 @@ def _by_levels(question: Question, choice: Choice, fidelity: Fidelity) -> Answer
         seconds=seconds,
         setup_s=choice.setup_s,
         reason=_reason(question, choice),
-        tiers=tier_shares(choice) if choice.is_folded else (),
+        tiers=choice.tier_shares() if choice.is_folded else (),
         candidates=(AlgorithmTime(choice.algorithm, seconds, fidelity), *_others(choice)),
         notes=_advice(question, choice),
     )

@@ -12,9 +12,8 @@ from comms.selection.choice import choose
 from comms.selection.collective import answer_to
 from comms.selection.comparison import Effort
 from comms.selection.full_collective import of_choice
-from comms.selection.pricing import Fidelity
 from comms.selection.progress import quiet
-from comms.selection.question import Question
+from comms.selection.question import Fidelity, Question
 from comms.selection.site import site_of
 from comms.synthesis.bisection import makespan_bound
 from orchestrator.config.hardware.cluster_file import load_cluster
