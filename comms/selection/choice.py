@@ -19,7 +19,7 @@ from comms.collectives.outline import Outline
 from comms.collectives.outline_time import closed_seconds, folded_seconds
 from comms.collectives.schedule import Op, Schedule
 from comms.errors import CommsError
-from comms.networks.groups import Lattice, Level, Levels, Members, group_size
+from comms.networks.groups import Level, Levels, Members, group_size
 from comms.networks.links import PLAIN, Protocol
 from comms.networks.network import Network, Tier
 from comms.networks.tiered import TieredTopology
@@ -181,7 +181,7 @@ def _timed(
     op: Op, nbytes: float, members: Members, network: Network, algorithm: str, flat: bool = False
 ) -> list[Choice]:
     """All ways that suit, by their closed forms, in the order of the catalog."""
-    tier = _outermost(members, network)
+    tier = network.tier_for(members)
     pairs = _offered(op, group_size(members), tier, algorithm)
     blank = Choice(op, nbytes, group_size(members), NOTHING, PLAIN, 0.0, 0.0, (), False)
     aligned = {each.rail_aligned for each, _ in pairs}
@@ -216,7 +216,7 @@ def _folds(blank: Choice, members: Members, network: Network, aligned: bool, fla
     if levels is not None:
         return [replace(blank, levels=levels, is_folded=True)]
     as_if_even = network.levels_as_if_even(members, aligned)
-    one_level = replace(blank, levels=_flat(blank.num_chips, _outermost(members, network)))
+    one_level = replace(blank, levels=_flat(blank.num_chips, network.tier_for(members)))
     if as_if_even is None:
         return [one_level]
     return [replace(blank, levels=as_if_even), replace(one_level, hosts=as_if_even)]
@@ -224,13 +224,13 @@ def _folds(blank: Choice, members: Members, network: Network, aligned: bool, fla
 
 def offered(op: Op, members: Members, network: Network) -> tuple[str, ...]:
     """The algorithms among which an automatic choice is made."""
-    pairs = _offered(op, group_size(members), _outermost(members, network), AUTO)
+    pairs = _offered(op, group_size(members), network.tier_for(members), AUTO)
     return tuple(dict.fromkeys(each.name for each, _ in pairs))
 
 
 def is_limited(members: Members, network: Network) -> bool:
     """Whether the library names the algorithms that it has for these chips."""
-    return all(protocol.algorithms for protocol in _outermost(members, network).protocols)
+    return all(protocol.algorithms for protocol in network.tier_for(members).protocols)
 
 
 def _offered(op: Op, num_chips: int, tier: Tier, algorithm: str) -> list[tuple[Algorithm, Protocol]]:
@@ -270,13 +270,6 @@ def _latency_and_wire(outline: Outline) -> tuple[float, float]:
             latency += stage.repeat * max(hop.latency_s for hop in stage.hops)
             wires[port] += stage.repeat * stage.nbytes / min(hop.bytes_per_s for hop in stage.hops)
     return latency, max(wires.values(), default=0.0)
-
-
-def _outermost(members: Members, network: Network) -> Tier:
-    """The innermost tier in which all members meet; of a Lattice, those of any copy."""
-    if isinstance(members, Lattice):
-        return network.tiers[network.meeting(members)]
-    return network.tier_for(members)
 
 
 def _flat(num_chips: int, tier: Tier) -> Levels:

@@ -11,9 +11,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from comms.simulation.events import SAME_INSTANT
+from comms.simulation.events import SAME_INSTANT, forwarding_s, uniform
 from comms.simulation.jit import compiled, compiled_inside
-from comms.simulation.message_costs import forwarding_s, uniform
 from comms.simulation.world import Noise
 
 NONE = -1

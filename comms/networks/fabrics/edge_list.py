@@ -88,7 +88,7 @@ class Rerouted:
     slow: Mapping[int, float] = field(default_factory=dict)  # wire to the share of its rate that is left
     chips_relay: bool = False  # ways round may lead through chips though the topology does not say so
     kept: IntArray = field(init=False, repr=False)
-    _renumbered: IntArray = field(init=False, repr=False)  # [wires of the topology] -1 for the dead
+    numbers: IntArray = field(init=False, repr=False)  # [wires of the topology] here, -1 for the dead
     _wires: Wires = field(init=False, repr=False)
     paths: Paths = field(init=False, repr=False)
 
@@ -98,7 +98,7 @@ class Rerouted:
         numbers[list(self.dead)] = -1
         object.__setattr__(self, "kept", np.flatnonzero(numbers == 0))
         numbers[self.kept] = np.arange(len(self.kept))
-        object.__setattr__(self, "_renumbered", numbers)
+        object.__setattr__(self, "numbers", numbers)
         object.__setattr__(self, "_wires", _wires_left(whole, self.kept, numbers, self.slow))
         object.__setattr__(self, "paths", paths_of(self._wires, self, self.through_chips))
         self.paths.check_chips_meet(self.num_chips)
@@ -128,7 +128,7 @@ class Rerouted:
     def routes(self, src: IntArray, dst: IntArray) -> Routes:
         """As the topology routes, where that is still possible."""
         usual = self.topology.routes(src, dst)
-        wires = self._renumbered[usual.wires]
+        wires = self.numbers[usual.wires]
         lost = np.concatenate([[0], np.cumsum(wires < 0)])
         broken = np.flatnonzero(lost[usual.offsets[1:]] > lost[usual.offsets[:-1]])
         if not len(broken):
