@@ -129,10 +129,6 @@ class FabricFit:
     residuals: tuple[tuple[Residual, ...], ...]
     knows_line_rate: bool  # if not, `share` is of the best rate seen, and says nothing of another fabric
 
-    @property
-    def mean_error(self) -> float:
-        return mean_error(each for curve in self.residuals for each in curve)
-
 
 @dataclass(frozen=True, slots=True)
 class LinkFit:

@@ -129,17 +129,14 @@ def _constructed(topology: Topology, most: int) -> list[IntArray]:
     natural = np.arange(topology.num_chips)
     whole = sole_shape(topology.topology if isinstance(topology, Rerouted) else topology)
     if isinstance(whole, Torus):
-        rings = all(whole.is_ring(dim) and size > 2 for dim, size in enumerate(whole.dims))
+        wraps = tuple(map(whole.is_ring, range(len(whole.dims))))
+        rings = all(wraps) and min(whole.dims) > 2
         cycles = disjoint_cycles(whole.dims) if rings and len(whole.dims) > 1 and most > 2 else ()
-        return [*cycles, torus_cycle(whole.dims, _wraps(whole)), natural]
+        return [*cycles, torus_cycle(whole.dims, wraps), natural]
     if isinstance(whole, FullMesh):
         n = whole.num_chips
         return [natural, *(natural * step % n for step in range(2, n) if gcd(step, n) == 1)][:most]
     return [natural]
-
-
-def _wraps(torus: Torus) -> tuple[bool, ...]:
-    return tuple(torus.is_ring(dim) for dim in range(len(torus.dims)))
 
 
 def _ring(

@@ -55,11 +55,6 @@ class Torus(RoutedShape):
         where = f"torus {' x '.join(map(str, self.dims))}"
         if not self.dims or min(self.dims) < 1:
             raise CommsError("every dimension needs at least one chip", where, "give sizes such as 4 x 4")
-        for what, given in (("links", self.links), ("wraps", self.wraps)):
-            if len(given) not in {1, len(self.dims)}:
-                raise CommsError(
-                    f"{len(given)} {what} for {len(self.dims)} dimensions", where, "one, or one each"
-                )
         if self.num_networks < 1:
             raise CommsError(f"{self.num_networks} networks", where, "give at least one")
         if self.one_way and not all(self.wraps):

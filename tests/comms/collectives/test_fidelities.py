@@ -180,7 +180,7 @@ def test_what_is_chosen_is_the_fastest_proved_and_above_the_bounds(network, op, 
     prove(choice.schedule())
     topology = network.topology()
     reduces = choice.algorithm == "in-network"
-    bound = makespan_bound(topology, op, nbytes, list(range(num_chips)), switches_reduce=reduces)
+    bound = makespan_bound(topology, op, nbytes, switches_reduce=reduces)
     assert full_seconds(choice, range(num_chips), network) >= bound * (1 - 1e-9)
 
 

@@ -206,8 +206,6 @@ def test_a_full_mesh_has_a_wire_between_every_two(num_chips, half_duplex):
     [
         (lambda: Torus((), (LINK,)), "at least one chip"),
         (lambda: Torus((4, 0), (LINK,)), "at least one chip"),
-        (lambda: Torus((4, 4), (LINK,) * 3), "3 links for 2 dimensions"),
-        (lambda: Torus((4, 4), (LINK,), (True, False, True)), "3 wraps for 2 dimensions"),
         (lambda: Torus((4,), (LINK,), num_networks=0), "0 networks"),
         (lambda: Torus((4,), (LINK,), (False,), one_way=True), "no way back"),
         (lambda: FullMesh(0, LINK), "0 chips"),
