@@ -14,7 +14,7 @@ import numpy as np
 
 from comms.collectives.schedule import Channel, Op, Pattern, PieceOrder, Round, Schedule
 from comms.networks.groups import Levels
-from comms.networks.topology import FloatArray, IntArray
+from comms.networks.topology import FloatArray, IntArray, run_starts
 
 T = TypeVar("T")
 
@@ -79,10 +79,8 @@ def round_of(src: IntArray, dst: IntArray, chunk: IntArray, reduces: bool) -> Ro
     """A round of single chunks; those that follow each other on the same way become one message."""
     order = np.lexsort((chunk, dst, src))
     src, dst, chunk = src[order], dst[order], chunk[order]
-    starts = np.ones(len(src), dtype=np.bool_)
-    starts[1:] = (np.diff(src) != 0) | (np.diff(dst) != 0) | (np.diff(chunk) != 1)
-    first = np.flatnonzero(starts)
-    count = np.diff(np.append(first, len(src)))
+    first = run_starts(src, dst, chunk - np.arange(len(chunk)))
+    count = np.diff(first, append=len(src))
     return Round(Pattern(src[first], dst[first]), chunk[first], count, reduces)
 
 

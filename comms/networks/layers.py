@@ -127,11 +127,12 @@ def folded(layers: Sequence[Layer], members: Members, inner: int, aligned: bool)
     # Rails are apart up to the layer that joins them. Messages surely keep to theirs where all members are on one, and
     # where members with the same inner digits are and only they talk to each other.
     stays_on_rail = used == 1 or (aligned and inner % period == 0)
-    under = [1, *(count // used if layer.rails > 1 else count for layer, count in _zip(layers, counts))]
+    counted = list(zip(layers, counts, strict=True))
+    under = [1, *(count // used if layer.rails > 1 else count for layer, count in counted)]
     if isinstance(members, Lattice):  # its copies keep all other chips busy
         under = [1, *(layer.chips for layer in layers)]
     levels: list[Level] = []
-    for at, (layer, count) in enumerate(_zip(layers, counts)):
+    for at, (layer, count) in enumerate(counted):
         if layer.size <= inner or count <= together:
             continue
         crossed = layers[: at + 1]
@@ -194,10 +195,6 @@ def _nests(layers: Sequence[Layer], inner: int) -> bool:
     """Whether each block of a layer holds whole blocks of `inner` or lies in one; what is over all chips does."""
     sizes = [layer.size for layer in layers if layer.size < layers[-1].size]
     return all(size % inner == 0 or inner % size == 0 for size in sizes)
-
-
-def _zip(layers: Sequence[Layer], counts: Sequence[int]) -> list[tuple[Layer, int]]:
-    return list(zip(layers, counts, strict=True))
 
 
 def _latency_s(layers: Sequence[Layer]) -> float:

@@ -85,7 +85,8 @@ def hierarchy(topology: Topology) -> tuple[Subgroups, ...]:
     """
     pairs = _pairs(topology, topology.wires())
     rate = _rates(pairs, topology.wires().bytes_per_s)
-    latency = np.maximum(pairs.latency_s, _least_positive(pairs.latency_s))
+    positive = pairs.latency_s[pairs.latency_s > 0]
+    latency = np.maximum(pairs.latency_s, positive.min() if len(positive) else 1.0)
     np.fill_diagonal(rate, np.inf)
     distance = np.maximum(latency / rate, (latency / rate).T)
     steps = np.unique(distance[~np.eye(len(distance), dtype=np.bool_)])
@@ -165,10 +166,6 @@ def _rates(pairs: _PairTables, left: FloatArray) -> FloatArray:
     rate = np.minimum.reduceat(np.append(left[pairs.routes.wires], np.inf), pairs.routes.offsets[:-1])
     rate[:: n + 1] = 0.0
     return rate.reshape(n, n)
-
-
-def _least_positive(values: FloatArray) -> float:
-    return float(values[values > 0].min(initial=np.inf)) if (values > 0).any() else 1.0
 
 
 def _widest_order(rate: FloatArray, pairs: _PairTables) -> IntArray:

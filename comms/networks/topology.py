@@ -124,12 +124,17 @@ def ranges(starts: IntArray, counts: IntArray) -> IntArray:
     return numbers
 
 
+def run_starts(*columns: NDArray[np.integer]) -> IntArray:
+    """The first rows of all runs of rows that are the same in every column."""
+    new = np.ones(len(columns[0]), dtype=np.bool_)
+    new[1:] = np.any([column[1:] != column[:-1] for column in columns], axis=0)
+    return np.flatnonzero(new)
+
+
 def repeats_before(keys: IntArray) -> IntArray:
     """[keys] How many of the same there are before each."""
     order = np.argsort(keys, kind="stable")
-    start = np.ones(len(keys), dtype=np.bool_)
-    start[1:] = np.diff(keys[order]) != 0
-    first = np.maximum.accumulate(np.where(start, np.arange(len(keys)), 0))
+    starts = run_starts(keys[order])
     numbers = np.empty_like(keys)
-    numbers[order] = np.arange(len(keys)) - first
+    numbers[order] = np.arange(len(keys)) - np.repeat(starts, np.diff(starts, append=len(keys)))
     return numbers

@@ -207,6 +207,7 @@ def _why_flat(question: Question) -> str:
 def _by_levels(question: Question, choice: Choice, fidelity: Fidelity) -> Answer:
     """By the levels of the group, or for one chip."""
     seconds = choice.seconds if fidelity is Fidelity.CLOSED else choice.setup_s + choice.folded_s()
+    others = (AlgorithmTime(name, seconds, Fidelity.CLOSED) for name, seconds in choice.others)
     return Answer(
         question=question,
         algorithm=choice.algorithm,
@@ -216,7 +217,7 @@ def _by_levels(question: Question, choice: Choice, fidelity: Fidelity) -> Answer
         setup_s=choice.setup_s,
         reason=_reason(question, choice),
         tiers=choice.tier_shares() if choice.is_folded else (),
-        candidates=(AlgorithmTime(choice.algorithm, seconds, fidelity), *_others(choice)),
+        candidates=(AlgorithmTime(choice.algorithm, seconds, fidelity), *others),
         notes=_advice(question, choice),
     )
 
@@ -233,7 +234,3 @@ def _advice(question: Question, choice: Choice) -> tuple[str, ...]:
 
 def _reason(question: Question, choice: Choice) -> str:
     return choice.reason if question.algorithm == AUTO or not choice.levels else "asked for by name"
-
-
-def _others(choice: Choice) -> tuple[AlgorithmTime, ...]:
-    return tuple(AlgorithmTime(name, seconds, Fidelity.CLOSED) for name, seconds in choice.others)

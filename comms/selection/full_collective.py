@@ -26,7 +26,7 @@ from comms.networks.network import Tier
 from comms.selection import comparison
 from comms.selection.candidate_jobs import Laid, check_messages, expected_messages, jobs_of, laid_hierarchies
 from comms.selection.choice import Choice, choose, is_limited, offered
-from comms.selection.comparison import Budget, Candidate, Comparison, Effort, compare, rank, suitable
+from comms.selection.comparison import Budget, Candidate, Comparison, compare, rank, suitable
 from comms.selection.progress import Progress, quiet
 from comms.selection.question import SYNTHESIS_CHIPS, AlgorithmTime, Answer, Fidelity, Question
 from comms.selection.site import FullTiming, Site, site_of
@@ -163,9 +163,9 @@ def of_choice(site: Site, choice: Choice) -> Candidate:
         seconds = choice.setup_s + float(found.seconds[0])
         return FullTiming(choice.algorithm, seconds, choice.setup_s, choice.protocol, found)
 
-    def run(effort: Effort) -> FullTiming | GivenUp:
-        jobs = jobs_of(choice, site.members, site.whole, site.seen, effort.most_messages)
-        return _fastest((partial(attempt, job, effort.watch) for job in jobs), effort.limit)
+    def run(most_messages: int, limit: WorkBudget, watch: Watch) -> FullTiming | GivenUp:
+        jobs = jobs_of(choice, site.members, site.whole, site.seen, most_messages)
+        return _fastest((partial(attempt, job, watch) for job in jobs), limit)
 
     return Candidate(choice.algorithm, choice.seconds, expected_messages(choice), run)
 
@@ -174,13 +174,12 @@ def of_schedule(site: Site, laid: Laid, nbytes: float, estimate_s: float = inf) 
     """Any schedule over all chips, by the fastest protocol of the outermost tier."""
     schedule, tier = laid.schedule, site.network.tier_for((0, site.num_chips - 1))
 
-    def run(effort: Effort) -> FullTiming | GivenUp:
-        check_messages(schedule.num_messages, schedule.algorithm, effort.most_messages)
+    def run(most_messages: int, limit: WorkBudget, watch: Watch) -> FullTiming | GivenUp:
+        check_messages(schedule.num_messages, schedule.algorithm, most_messages)
         attempts = (
-            partial(_by_protocol, site, laid, nbytes, tier, protocol, effort.watch)
-            for protocol in tier.protocols
+            partial(_by_protocol, site, laid, nbytes, tier, protocol, watch) for protocol in tier.protocols
         )
-        return _fastest(attempts, effort.limit)
+        return _fastest(attempts, limit)
 
     return Candidate(schedule.algorithm, estimate_s, schedule.num_messages, run)
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from comms.errors import CommsError
 from comms.networks.conditions import Conditions
-from comms.networks.topology import FloatArray, IntArray
+from comms.networks.topology import FloatArray, IntArray, run_starts
 from comms.simulation.compiled import Compiled
 from comms.simulation.heaps import TIMER, Finishes, Timers, add_timer, empty_finishes, empty_timers
 from comms.simulation.sharing import Flows, empty_flows
@@ -137,14 +137,10 @@ def grown(timers: Timers) -> Timers:
     return Timers(heap, timers.size)
 
 
-def timers_in_reserve(world: World) -> int:
-    """As many as the loop keeps free for the events of one instant."""
-    return 2 * len(world.port) + 2 * len(world.run) + 2
-
-
 def is_short_of_timers(world: World) -> bool:
-    """Whether the loop stopped for want of timers."""
-    return bool(world.timers.size[0] >= len(world.timers.heap) - timers_in_reserve(world))
+    """Whether the loop stopped for want of timers: it keeps some free for the events of one instant."""
+    in_reserve = 2 * len(world.port) + 2 * len(world.run) + 2
+    return bool(world.timers.size[0] >= len(world.timers.heap) - in_reserve)
 
 
 def first_world(compiled: Compiled, rates: FloatArray, conditions: Conditions, *, again: bool) -> World:
@@ -222,12 +218,9 @@ def _queues(compiled: Compiled) -> tuple[NDArray[np.void], IntArray]:
 
 def _segments(port: NDArray[np.int32], segment: NDArray[np.int32]) -> tuple[IntArray, IntArray]:
     """For each row, where its run of equal (port, segment) starts and ends."""
-    num = len(port)
-    new = np.ones(num, dtype=np.bool_)
-    new[1:] = (port[1:] != port[:-1]) | (segment[1:] != segment[:-1])
-    firsts = np.flatnonzero(new)
-    run_of = np.cumsum(new) - 1
-    return firsts[run_of], np.append(firsts[1:], num)[run_of]
+    firsts = run_starts(port, segment)
+    lengths = np.diff(firsts, append=len(port))
+    return np.repeat(firsts, lengths), np.repeat(firsts + lengths, lengths)
 
 
 def _still_to_come(compiled: Compiled) -> NDArray[np.uint16]:

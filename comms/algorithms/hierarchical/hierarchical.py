@@ -110,7 +110,8 @@ class Blocks:
             every = (first[:, np.newaxis] + offsets).ravel()
             columns.append((np.repeat(src, num), np.repeat(dst, num), every, np.tile(counts, len(src))))
         src, dst, first, count = (np.concatenate(column) for column in zip(*columns, strict=True))
-        return Round(self._pattern(src, dst), first, count, reduces)
+        pattern = self.patterns.setdefault(src.tobytes() + dst.tobytes(), Pattern(src, dst))
+        return Round(pattern, first, count, reduces)
 
     def _runs(self, place: int, num: int) -> tuple[IntArray, IntArray]:
         """What stands for `num` digits, as ranges of chunks: where they start, and how long they are."""
@@ -120,10 +121,6 @@ class Blocks:
         # What follows on the one before is the same range; the first chunk follows on nothing.
         starts = np.flatnonzero(np.diff(chunks, prepend=chunks[0] - 2) != 1)
         return chunks[starts], np.diff(np.append(starts, len(chunks)))
-
-    def _pattern(self, src: IntArray, dst: IntArray) -> Pattern:
-        """The same object for the same messages."""
-        return self.patterns.setdefault(src.tobytes() + dst.tobytes(), Pattern(src, dst))
 
 
 def scattered(blocks: Blocks, place: int, way: Crossing) -> tuple[Round, ...]:

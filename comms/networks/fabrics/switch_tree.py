@@ -96,12 +96,12 @@ class Tree:
     @property
     def num_nodes(self) -> int:
         """Chips, then the switches layer by layer, then the ways out of those that limit what they pass."""
-        return _Numbers.of(self).num_nodes
+        return _Numbers.of(self).first_way_out[-1]
 
     @property
     def num_wires(self) -> int:
         """As many as `wires` has, without making them."""
-        return _Numbers.of(self).num_wires
+        return _Numbers.of(self).first_backplane[-1]
 
     @property
     def tiers(self) -> tuple[str, ...]:
@@ -230,14 +230,6 @@ class _Numbers:
             inside = layer.count
         outs, planes = [nodes[-1] + n for n in limited], [wires[-1] + n for n in limited]
         return cls(tree.num_chips, layers, tuple(nodes), tuple(outs), tuple(wires), tuple(planes))
-
-    @property
-    def num_nodes(self) -> int:
-        return self.first_way_out[-1]
-
-    @property
-    def num_wires(self) -> int:
-        return self.first_backplane[-1]
 
     def inside(self, layer: int) -> int:
         """Children of a layer: places in the layer inside it."""
