@@ -65,12 +65,16 @@ def schedule_of(
     algorithm: str,
     ranks: Ranks,
     num_chunks: int,
-    rounds: Sequence[Round],
-    *,
+    *phases: Sequence[Round],
     shares: float | FloatArray | None = None,
+    pieces: int = 1,
 ) -> Schedule:
-    """A schedule of one channel in one phase, in one piece. Chunks are alike unless shares are given."""
-    channels = (Channel((tuple(rounds),), 1, PieceOrder.SERIAL),) if rounds else ()
+    """A schedule of one channel; a piece crosses a phase before the next one does.
+
+    Chunks are alike unless shares are given.
+    """
+    made = tuple(tuple(phase) for phase in phases if phase)
+    channels = (Channel(made, pieces, PieceOrder.SERIAL),) if made else ()
     share = 1.0 / num_chunks if shares is None else shares
     return Schedule(op, algorithm, ranks.num, num_chunks, share, channels, ranks.root)
 

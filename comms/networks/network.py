@@ -155,8 +155,7 @@ class Network:
         hierarchical algorithms send), which keeps rails apart. None where the group sits unevenly on a tier: full
         fidelity prices it.
         """
-        _check_members(members, self.tiers[-1].size)
-        if not _ascends(members):
+        if not _ascends(members, self.tiers[-1].size):
             return None
         levels = self._folded(members, aligned, len(self.tiers))
         assert levels is None or num_members(levels) == group_size(members)
@@ -171,8 +170,7 @@ class Network:
         tiers further out have less to give. None where that is one level or none (members sit unevenly on the
         innermost tier, or do not meet there), and where what joins the subgroups is no tree.
         """
-        _check_members(members, self.tiers[-1].size)
-        if not _ascends(members):
+        if not _ascends(members, self.tiers[-1].size):
             return None
         for at in reversed(range(1, len(self.tiers))):
             inside = self._folded(members, aligned, at)
@@ -253,11 +251,7 @@ def layered(tree: Tree, kind: TierKind, inner: int = 1, source: str = "") -> tup
     return tuple(tiers)
 
 
-def _ascends(members: Members) -> bool:
-    return isinstance(members, Lattice) or all(a < b for a, b in pairwise(members))
-
-
-def _check_members(members: Members, num_chips: int) -> None:
+def _ascends(members: Members, num_chips: int) -> bool:
     """Raises CommsError where a group is empty, or has a chip twice or one that is not there."""
     if group_size(members) < 1:
         raise CommsError("a group needs at least one chip")
@@ -269,6 +263,7 @@ def _check_members(members: Members, num_chips: int) -> None:
             raise CommsError("a group names a chip twice or one below 0", hint="name each chip once")
     if high >= num_chips:
         raise CommsError(f"chip {high} is outside the network of {num_chips} chips")
+    return isinstance(members, Lattice) or all(a < b for a, b in pairwise(members))
 
 
 def _patterns(members: Members, size: int, is_last: bool) -> set[Lattice | tuple[int, ...]]:

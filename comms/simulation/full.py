@@ -39,7 +39,6 @@ from comms.simulation.world import (
     RESTARTS,
     SOLVED,
     WAITED_FOR,
-    Changes,
     Noise,
     first_world,
     grown,
@@ -104,7 +103,8 @@ def simulate_within(
     rates = rates_under(compiled, conditions)
     least_s = 0.0
     if budget != UNLIMITED:
-        highest = _highest(rates, timed_changes(compiled, conditions))
+        changes, highest = timed_changes(compiled, conditions), rates.copy()
+        np.maximum.at(highest, changes.resource, changes.bytes_per_s)
         least_s = end_lower_bound_s(compiled, highest, budget.until_s) * (1 - ROUNDING)
         if least_s > budget.until_s:
             return GivenUp(least_s, is_late=True)
@@ -126,13 +126,6 @@ def simulate_within(
 def _may_sweep(compiled: Compiled, rates: FloatArray, conditions: Conditions) -> bool:
     repeats = bool(compiled.runs["repeats"].any())
     return not conditions.changes and not repeats and bool((rates > 0).all())
-
-
-def _highest(rates: FloatArray, changes: Changes) -> FloatArray:
-    """[resources] The most that each ever has."""
-    highest = rates.copy()
-    np.maximum.at(highest, changes.resource, changes.bytes_per_s)
-    return highest
 
 
 def _swept(compiled: Compiled, rates: FloatArray, conditions: Conditions) -> FullResult | None:

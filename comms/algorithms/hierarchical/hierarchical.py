@@ -22,10 +22,10 @@ from typing import TypeVar
 import numpy as np
 
 from comms.algorithms.catalog import Algorithm, Needs, cut_by, spans
-from comms.algorithms.rounds import Ranks, inner_sizes
+from comms.algorithms.rounds import Ranks, inner_sizes, schedule_of
 from comms.collectives.outline import Hop, Outline, OutlineStage
 from comms.collectives.outline_time import closed_seconds
-from comms.collectives.schedule import Channel, Op, Pattern, PieceOrder, Round, Schedule
+from comms.collectives.schedule import Op, Pattern, Round, Schedule
 from comms.errors import CommsError
 from comms.networks.groups import Level, Levels
 from comms.networks.topology import IntArray
@@ -169,7 +169,8 @@ def schedule(op: Op, ranks: Ranks, *, ways: Sequence[Crossing] = RINGS) -> Sched
         inward = [scattered(blocks, place, way_at(ways, place)) for place in places]
     if op is not Op.REDUCE_SCATTER:
         outward = [gathered(blocks, place, way_at(ways, place)) for place in reversed(places)]
-    return serial_schedule(op, name_of(ways), ranks, turning(inward, outward))
+    phases = turning(inward, outward)
+    return schedule_of(op, name_of(ways), ranks, ranks.num, *phases, pieces=ranks.pieces)
 
 
 def outline(
@@ -239,12 +240,6 @@ def turning(inward: Sequence[tuple[T, ...]], outward: Sequence[tuple[T, ...]]) -
     if not (inward and outward):
         return [*inward, *outward]
     return [*inward[:-1], (*inward[-1], *outward[0]), *outward[1:]]
-
-
-def serial_schedule(op: Op, algorithm: str, ranks: Ranks, phases: Sequence[tuple[Round, ...]]) -> Schedule:
-    """One channel, a chunk per rank; a piece crosses a phase before the next one does."""
-    channels = (Channel(tuple(phases), ranks.pieces, PieceOrder.SERIAL),) if phases else ()
-    return Schedule(op, algorithm, ranks.num, ranks.num, 1.0 / ranks.num, channels, ranks.root)
 
 
 def is_ring(level: Level) -> bool:

@@ -48,12 +48,11 @@ from comms.algorithms.hierarchical.hierarchical import (
     most_peers,
     name_of,
     scattered,
-    serial_schedule,
     stages,
     turning,
     way_at,
 )
-from comms.algorithms.rounds import Ranks, inner_sizes, moved, reversed_rounds
+from comms.algorithms.rounds import Ranks, inner_sizes, moved, reversed_rounds, schedule_of
 from comms.collectives.outline import Hop, Outline, OutlineStage
 from comms.collectives.schedule import Op, Round, Schedule
 from comms.networks.groups import Level, Levels
@@ -81,7 +80,8 @@ def schedule(op: Op, ranks: Ranks, *, ways: Sequence[Crossing] = RINGS) -> Sched
             phases = turning(deals, [gathered(blocks, place, Crossing.RING) for place in reversed(places)])
         case _:
             phases = [*(scattered(blocks, place, way_at(ways, place)) for place in places), *collects]
-    return serial_schedule(op, name_of(ways) if op in WHOLE else LINEAR, ranks, phases)
+    name = name_of(ways) if op in WHOLE else LINEAR
+    return schedule_of(op, name, ranks, ranks.num, *phases, pieces=ranks.pieces)
 
 
 def _dealt(blocks: Blocks, ranks: Ranks) -> list[tuple[Round, ...]]:

@@ -59,9 +59,6 @@ class Dragonfly(RoutedShape):
     routing: Routing = Routing.MINIMAL
 
     def __post_init__(self) -> None:
-        sizes = (self.num_groups, self.routers_per_group, self.chips_per_router)
-        if min(sizes) < 1 or self.long_links_per_router < 0:
-            raise CommsError(f"sizes {sizes}", "dragonfly", "give at least one group, router and chip")
         if self.num_groups > self._ports + 1:
             raise CommsError(
                 f"{self._ports} long links per group do not reach {self.num_groups - 1} other groups",

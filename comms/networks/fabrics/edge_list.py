@@ -51,8 +51,6 @@ class EdgeList(RoutedShape):
     paths: Paths = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        if self.num_chips < 1:
-            raise CommsError(f"{self.num_chips} chips", "graph", "give at least one chip")
         object.__setattr__(self, "_wires", _wires_of(self))
         object.__setattr__(self, "paths", paths_of(self._wires, self, self.through_chips))
         self.paths.check_chips_meet(self.num_chips)

@@ -308,10 +308,6 @@ class FullMesh:
     link: Link
     half_duplex: bool = False  # the two directions of a pair share one rate
 
-    def __post_init__(self) -> None:
-        if self.num_chips < 1:
-            raise CommsError(f"{self.num_chips} chips", "full mesh", "give at least one chip")
-
     @property
     def num_nodes(self) -> int:
         return self.num_chips

@@ -162,7 +162,6 @@ def test_half_duplex_edges_share_one_rate_and_one_way_edges_have_no_way_back():
 @pytest.mark.parametrize(
     ("make", "problem", "where"),
     [
-        (lambda: EdgeList(0, ()), "0 chips", "graph"),
         (lambda: EdgeList(2, ()), "no way from chip 0 to chip 1", "network"),
         (
             lambda: EdgeList(4, (Edge(0, 1, LINK), Edge(2, 3, LINK))),
