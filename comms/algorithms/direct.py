@@ -18,7 +18,6 @@ from comms.algorithms.catalog import Algorithm, Joined, Needs, spans
 from comms.algorithms.rounds import Ranks, inner_sizes, moved, schedule_of
 from comms.collectives.outline import Hop, Outline, OutlineStage
 from comms.collectives.schedule import Op, Pattern, Round, Schedule
-from comms.errors import CommsError
 from comms.networks.groups import Level, Levels, num_members
 from comms.networks.topology import FloatArray, IntArray
 
@@ -57,20 +56,15 @@ def all_to_allv(nbytes: FloatArray) -> Schedule:
 
     Its chunks' shares are of the most bytes that one rank sends: time it with `nbytes` = that.
     """
-    table = np.asarray(nbytes, dtype=np.float64)
-    if table.ndim != 2 or table.shape[0] != table.shape[1] or not len(table):
-        raise CommsError(f"a table of {table.shape} bytes", "all_to_allv", "give one row and column per rank")
-    if not np.isfinite(table).all() or (table < 0).any():
-        raise CommsError("negative or unbounded bytes", "all_to_allv", "give 0 or more per pair")
-    ranks, most = Ranks(len(table)), float(table.sum(axis=1).max())
-    shares = table.ravel() / most if most > 0 else np.zeros(table.size)
+    ranks, most = Ranks(len(nbytes)), float(nbytes.sum(axis=1).max())
+    shares = nbytes.ravel() / most if most > 0 else np.zeros(nbytes.size)
     rounds = []
     for each in _one_round(ranks, lambda src, dst: src * ranks.num + dst, reduces=False):
         sends = shares[each.first] > 0
         pattern = Pattern(each.pattern.src[sends], each.pattern.dst[sends])
         if sends.any():
             rounds.append(Round(pattern, each.first[sends], each.count[sends], reduces=False))
-    return schedule_of(Op.ALL_TO_ALL, DIRECT, ranks, table.size, rounds, shares=shares)
+    return schedule_of(Op.ALL_TO_ALL, DIRECT, ranks, nbytes.size, rounds, shares=shares)
 
 
 def pairwise_schedule(op: Op, ranks: Ranks) -> Schedule:

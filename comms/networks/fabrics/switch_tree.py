@@ -83,10 +83,9 @@ class Tree:
             rate = up.link.bytes_per_s * up.paths / planes
             over_all = size == self.num_chips  # one group of switches, for the chips that there are
             per_switch = -(-children // rails) if over_all else size // width * rails_below // rails
-            limit = per_switch * rate / up.to.oversubscription if up.to.oversubscription > 1 else inf
+            backplane = per_switch * rate / up.to.oversubscription if up.to.oversubscription > 1 else inf
             count = -(-self.num_chips // size) * rails
             chips = -(-size // rails)
-            backplane = min(limit, up.to.backplane_bytes_per_s)
             layers.append(
                 Layer(up.to, size, rails, chips, count, planes, up.link.latency_s, rate, up.duplex, backplane)
             )

@@ -128,8 +128,6 @@ def test_oversubscription_divides_the_loaded_rate_only():
     assert tier.link == Link(1e-6, 40e9)
     assert tier.loaded_link == Link(1e-6, 10e9)
     assert tier.protocols == (PLAIN,)
-    with pytest.raises(CommsError, match="cannot be like this"):
-        switched("spine", 64, SLOW, TierKind.SCALE_OUT, oversubscription=0.5)
 
 
 def test_one_chip_alone_has_the_whole_card_and_four_at_once_a_quarter_each():
