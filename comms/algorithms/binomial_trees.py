@@ -167,6 +167,6 @@ ALGORITHMS = (
         ops=(Op.BROADCAST,),
         make=scatter_gather_schedule,
         sketch=scatter_gather_outline,
-        needs=replace(_SWITCHED, most=1),
+        needs=replace(_SWITCHED, max_levels=1),
     ),
 )

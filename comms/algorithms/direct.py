@@ -170,7 +170,7 @@ ALGORITHMS = (
         ops=(Op.ALL_REDUCE,),
         make=two_shot_schedule,
         sketch=two_shot_outline,
-        needs=replace(_SWITCHED, most=1),
+        needs=replace(_SWITCHED, max_levels=1),
         to_all_at_once=True,
     ),
     Algorithm(

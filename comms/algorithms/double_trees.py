@@ -309,7 +309,7 @@ ALGORITHMS: tuple[Algorithm, ...] = (
         make=schedule,
         sketch=outline,
         cut=pieces_to_pipeline,
-        needs=Needs(Joined.BY_SWITCH, Joined.BY_SWITCH, most=1, most_shared=0),
+        needs=Needs(Joined.BY_SWITCH, Joined.BY_SWITCH, max_levels=1, most_shared=0),
     ),
 )
 for _way in (*Crossing, None):
@@ -322,7 +322,10 @@ for _way in (*Crossing, None):
             sketch=partial(between_outline, way=_way),
             cut=cut_by(fastest_cut, partial(between_outline, way=_way)),
             needs=Needs(
-                Joined.ANYHOW if _way else Joined.BY_ADDING_SWITCH, Joined.BY_SWITCH, least=2, most_shared=0
+                Joined.ANYHOW if _way else Joined.BY_ADDING_SWITCH,
+                Joined.BY_SWITCH,
+                min_levels=2,
+                most_shared=0,
             ),
             rail_aligned=True,
             is_hierarchy=_way is not None,

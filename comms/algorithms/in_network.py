@@ -112,7 +112,7 @@ ALGORITHMS = (
         make=schedule,
         sketch=outline,
         cut=cut_by(pieces_to_fill, outline),
-        needs=Needs(Joined.BY_ADDING_SWITCH, Joined.BY_ADDING_SWITCH, most=2, most_shared=1),
+        needs=Needs(Joined.BY_ADDING_SWITCH, Joined.BY_ADDING_SWITCH, max_levels=2, most_shared=1),
         adding_switches=2,
         hidden_latency_s=hidden_latency_s,
     ),

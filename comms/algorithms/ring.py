@@ -199,7 +199,7 @@ ALGORITHMS = (
         ops=AROUND,
         make=partial(schedule, both_ways=True),
         sketch=partial(outline, both_ways=True),
-        needs=Needs(most=1),
+        needs=Needs(max_levels=1),
     ),
     # Several rings over hosts are no faster than hierarchical algorithms, so that they are the last to be looked at,
     # and only where a library has them.
@@ -209,7 +209,7 @@ ALGORITHMS = (
         ops=AROUND,
         make=_rail_schedule,
         sketch=_rail_outline,
-        needs=Needs(Joined.BY_SWITCH, Joined.BY_SWITCH, least=2, most_shared=1),
+        needs=Needs(Joined.BY_SWITCH, Joined.BY_SWITCH, min_levels=2, most_shared=1),
         rail_aligned=True,
         by_default=False,
     ),

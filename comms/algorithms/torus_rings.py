@@ -264,7 +264,7 @@ ALGORITHMS = (
         name=ROTATED,
         make=partial(schedule, name=ROTATED),
         sketch=partial(outline, name=ROTATED),
-        needs=replace(_RINGS, least=2),
+        needs=replace(_RINGS, min_levels=2),
     ),
     Algorithm(
         name=LINE,
@@ -273,7 +273,7 @@ ALGORITHMS = (
         make=line_schedule,
         sketch=line_outline,
         cut=line_pieces,
-        needs=replace(_RINGS, least=1, most=1),
+        needs=replace(_RINGS, min_levels=1, max_levels=1),
     ),
     Algorithm(
         name=OVER_TORI,
@@ -281,7 +281,7 @@ ALGORITHMS = (
         ops=OPS,
         make=over_tori_schedule,
         sketch=over_tori_outline,
-        needs=Needs(Joined.IN_RING, least=3, most_shared=0),
+        needs=Needs(Joined.IN_RING, min_levels=3, most_shared=0),
         rail_aligned=True,
     ),
 )

@@ -25,8 +25,8 @@ from typing import TypeAlias
 import numpy as np
 
 from comms.networks.fabrics.edge_list import Rerouted
-from comms.networks.fabrics.hamiltonian_cycles import disjoint_cycles, torus_cycle
 from comms.networks.fabrics.torus_mesh import FullMesh, Torus
+from comms.networks.hamiltonian_cycles import disjoint_cycles, torus_cycle
 from comms.networks.paths import BoolArray
 from comms.networks.tiered import sole_shape
 from comms.networks.topology import FloatArray, IntArray, Routes, Topology, Wires, route_latencies

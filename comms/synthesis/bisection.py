@@ -250,10 +250,7 @@ def _improved(wires: Wires, chips: BoolArray, num_chips: int, num_nodes: int) ->
     if num_nodes <= DENSE_NODES:
         capacity = _capacities(wires, num_nodes)
         weights = capacity + capacity.T
-        while True:
-            better = _exchanged(weights, side, num_chips)
-            if better is None:
-                break
+        while (better := _exchanged(weights, side, num_chips)) is not None:
             side = better
     return _cut(wires, side, num_chips, Proof.BEST_FOUND)
 

@@ -290,7 +290,7 @@ for _ways in MIXES:
             make=partial(schedule, ways=_ways),
             sketch=partial(outline, ways=_ways),
             cut=cut_by(fastest_cut, partial(outline, ways=_ways)),
-            needs=Needs(least=2),
+            needs=Needs(min_levels=2),
             rail_aligned=True,
             is_hierarchy=True,
             peers=partial(most_peers, ways=_ways),

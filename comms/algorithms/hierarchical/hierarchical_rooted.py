@@ -179,7 +179,7 @@ _LINEAR = Algorithm(
     make=schedule,
     sketch=outline,
     cut=best_pieces,
-    needs=Needs(least=2),
+    needs=Needs(min_levels=2),
     rail_aligned=True,
 )
 ALGORITHMS: tuple[Algorithm, ...] = (_LINEAR,)

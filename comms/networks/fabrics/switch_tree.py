@@ -130,8 +130,6 @@ class Tree:
         Trunks keep their rates, as switches do that others share. Where one group of switches is left over all
         chips, what it passes by its oversubscription is counted from those chips.
         """
-        if num_chips > self.num_chips:
-            raise CommsError(f"{num_chips} chips do not fit in a tree of {self.num_chips}", self.switch.tier)
         kept: list[Trunk] = []
         children = num_chips  # what hangs below, in switches of the layer inside
         for trunk in self.trunks:

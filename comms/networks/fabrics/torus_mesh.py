@@ -57,8 +57,6 @@ class Torus(RoutedShape):
             raise CommsError("every dimension needs at least one chip", where, "give sizes such as 4 x 4")
         if self.num_networks < 1:
             raise CommsError(f"{self.num_networks} networks", where, "give at least one")
-        if self.one_way and not all(self.wraps):
-            raise CommsError("a one-way line has no way back", where, "let all its dimensions wrap")
 
     @property
     def num_chips(self) -> int:

@@ -269,8 +269,6 @@ def test_a_tree_that_cannot_be_is_refused(num_chips, trunks, problem):
 
 
 def test_chips_that_are_not_there_are_refused():
-    with pytest.raises(CommsError, match="do not fit"):
-        Tree(4, PORT).cut(5)
     with pytest.raises(CommsError, match="nodes are 0 to 4"):
         Tree(4, PORT).routes(np.array([0]), np.array([5]))
 

@@ -207,7 +207,6 @@ def test_a_full_mesh_has_a_wire_between_every_two(num_chips, half_duplex):
         (lambda: Torus((), (LINK,)), "at least one chip"),
         (lambda: Torus((4, 0), (LINK,)), "at least one chip"),
         (lambda: Torus((4,), (LINK,), num_networks=0), "0 networks"),
-        (lambda: Torus((4,), (LINK,), (False,), one_way=True), "no way back"),
         (lambda: Torus((4,), (LINK,)).routes(np.array([0]), np.array([4])), "no node 4"),
         (lambda: FullMesh(4, LINK).routes(np.array([-1]), np.array([0])), "no node -1"),
     ],
