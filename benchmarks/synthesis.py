@@ -192,7 +192,7 @@ def row(name: str, topology: Topology, op: Op, nbytes: float) -> dict[str, objec
         "planned_s": found.planned_s,
         "least_s": found.least_s,
         "fixed_over_synthesized": fixed_s / found.seconds,
-        "chunks": found.chunks,
+        "chunks": found.schedule.num_chunks,
         "messages": found.schedule.num_messages,
         "verdict": verdict.reason,
     }

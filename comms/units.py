@@ -30,33 +30,38 @@ class Quantity(StrEnum):
     PRICE = "price"
 
 
-_DECIMAL = {"k": 3, "M": 6, "G": 9, "T": 12, "P": 15, "E": 18}
+_DECIMAL = {"n": -9, "u": -6, "m": -3, "": 0, "k": 3, "M": 6, "G": 9, "T": 12, "P": 15, "E": 18}
 _BINARY = {"Ki": 10, "Mi": 20, "Gi": 30, "Ti": 40, "Pi": 50, "Ei": 60}
-_SMALL = {"n": -9, "u": -6, "m": -3}
 
 
 def _decimal(base: str, prefixes: str, scale: Decimal = Decimal(1)) -> dict[str, Decimal]:
-    exponents = _DECIMAL | _SMALL
-    scaled = {prefix + base: scale.scaleb(exponents[prefix]) for prefix in prefixes}
-    return {base: scale} | scaled
+    """The base unit, then those with prefixes, smallest first."""
+    return {prefix + base: scale.scaleb(_DECIMAL[prefix]) for prefix in ("", *prefixes)}
 
 
 def _binary(base: str) -> dict[str, Decimal]:
     return {prefix + base: Decimal(2**bits) for prefix, bits in _BINARY.items()}
 
 
-# Per quantity: unit -> how many base units it is. The base unit comes first.
-UNITS: dict[Quantity, dict[str, Decimal]] = {
-    Quantity.SIZE: _decimal("B", "kMGTPE") | _binary("B"),
-    Quantity.DATA_RATE: _decimal("B/s", "kMGTPE")
-    | _binary("B/s")
-    | _decimal("b/s", "kMGTPE", Decimal("0.125")),
+# Units that format_quantity may choose: powers of a thousand, no bits, no OP/s. The base unit comes first.
+_LADDERS: dict[Quantity, dict[str, Decimal]] = {
+    Quantity.SIZE: _decimal("B", "kMGTPE"),
+    Quantity.DATA_RATE: _decimal("B/s", "kMGTPE"),
     Quantity.TIME: _decimal("s", "num"),
-    Quantity.COMPUTE_RATE: _decimal("FLOP/s", "kMGTPE") | _decimal("OP/s", "kMGTPE"),
+    Quantity.COMPUTE_RATE: _decimal("FLOP/s", "kMGTPE"),
     Quantity.FREQUENCY: _decimal("Hz", "kMG"),
     Quantity.POWER: _decimal("W", "mkM"),
-    Quantity.HOURLY_PRICE: {"USD/h": Decimal(1)},
-    Quantity.PRICE: {"USD": Decimal(1)},
+    Quantity.HOURLY_PRICE: _decimal("USD/h", ""),
+    Quantity.PRICE: _decimal("USD", ""),
+}
+
+# Per quantity: unit -> how many base units it is. The base unit comes first.
+UNITS: dict[Quantity, dict[str, Decimal]] = _LADDERS | {
+    Quantity.SIZE: _LADDERS[Quantity.SIZE] | _binary("B"),
+    Quantity.DATA_RATE: _LADDERS[Quantity.DATA_RATE]
+    | _binary("B/s")
+    | _decimal("b/s", "kMGTPE", Decimal("0.125")),
+    Quantity.COMPUTE_RATE: _LADDERS[Quantity.COMPUTE_RATE] | _decimal("OP/s", "kMGTPE"),
 }
 
 EXAMPLES: dict[Quantity, str] = {
@@ -68,18 +73,6 @@ EXAMPLES: dict[Quantity, str] = {
     Quantity.POWER: "400 W",
     Quantity.HOURLY_PRICE: "2.5 USD/h",
     Quantity.PRICE: "9999 USD",
-}
-
-# Units that format_quantity may choose: one ladder per quantity, powers of a thousand, no bits, no OP/s.
-_LADDERS: dict[Quantity, tuple[str, ...]] = {
-    Quantity.SIZE: ("B", "kB", "MB", "GB", "TB", "PB", "EB"),
-    Quantity.DATA_RATE: ("B/s", "kB/s", "MB/s", "GB/s", "TB/s", "PB/s", "EB/s"),
-    Quantity.TIME: ("ns", "us", "ms", "s"),
-    Quantity.COMPUTE_RATE: ("FLOP/s", "kFLOP/s", "MFLOP/s", "GFLOP/s", "TFLOP/s", "PFLOP/s", "EFLOP/s"),
-    Quantity.FREQUENCY: ("Hz", "kHz", "MHz", "GHz"),
-    Quantity.POWER: ("mW", "W", "kW", "MW"),
-    Quantity.HOURLY_PRICE: ("USD/h",),
-    Quantity.PRICE: ("USD",),
 }
 
 # For the eye only: three significant digits, no way back; None is a dash.
@@ -122,13 +115,11 @@ def pattern(quantity: Quantity) -> str:
 def format_quantity(value: float, quantity: Quantity, digits: int = 4) -> str:
     """`value` (base units) in the largest unit that keeps it at one or more, to `digits` digits."""
     ladder = _LADDERS[quantity]
-    units = UNITS[quantity]
     rounded = Decimal(f"{value:.{digits - 1}e}")  # rounded first: 999.96 GB is 1 TB, never 1000 GB
-    chosen = ladder[0] if value else next(unit for unit in ladder if units[unit] == 1)
-    for unit in ladder:
-        if value and abs(rounded) >= units[unit]:
-            chosen = unit
-    return f"{(rounded / units[chosen]).normalize():f} {chosen}"
+    base, smallest = next(iter(ladder)), min(ladder, key=ladder.__getitem__)
+    fitting = [unit for unit, size in ladder.items() if size <= abs(rounded)] or [smallest]
+    chosen = max(fitting, key=ladder.__getitem__) if value else base
+    return f"{(rounded / ladder[chosen]).normalize():f} {chosen}"
 
 
 def _wrong_unit(text: str, unit: str, expected: Quantity) -> UnitError:

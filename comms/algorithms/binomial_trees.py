@@ -19,7 +19,7 @@ from comms.algorithms import ring
 from comms.algorithms.catalog import Algorithm, Joined, Needs, spans
 from comms.algorithms.rounds import Ranks, inner_sizes, moved, reversed_rounds, round_of, schedule_of
 from comms.collectives.outline import Hop, Outline, OutlineStage
-from comms.collectives.schedule import Channel, Op, Pattern, Round, Schedule
+from comms.collectives.schedule import Op, Pattern, Round, Schedule
 from comms.networks.groups import Level, Levels, num_members
 from comms.networks.topology import IntArray
 
@@ -41,11 +41,8 @@ def scatter_gather_schedule(op: Op, ranks: Ranks) -> Schedule:
     """A binomial scatter, then an all-gather around the ring."""
     n = ranks.num
     dealt = _parts(Ranks(n, ranks.root))
-    around = tuple(
-        each for channel in ring.schedule(Op.ALL_GATHER, Ranks(n)).channels for each in channel.rounds
-    )
-    channels = (Channel((dealt, around)),) if dealt else ()
-    return Schedule(op, SCATTER_GATHER, n, n, 1.0 / n, channels, ranks.root)
+    around = [each for channel in ring.schedule(Op.ALL_GATHER, Ranks(n)).channels for each in channel.rounds]
+    return schedule_of(op, SCATTER_GATHER, ranks, n, dealt, around)
 
 
 def outline(op: Op, nbytes: float, levels: Levels) -> Outline:
@@ -170,6 +167,6 @@ ALGORITHMS = (
         ops=(Op.BROADCAST,),
         make=scatter_gather_schedule,
         sketch=scatter_gather_outline,
-        needs=replace(_SWITCHED, most=1),
+        needs=replace(_SWITCHED, max_levels=1),
     ),
 )

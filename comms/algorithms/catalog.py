@@ -40,8 +40,8 @@ class Needs:
 
     innermost: Joined = Joined.ANYHOW
     outer: Joined = Joined.ANYHOW  # all but the innermost
-    least: int = 0  # levels
-    most: int = ANY_NUMBER
+    min_levels: int = 0
+    max_levels: int = ANY_NUMBER
     # Levels up to which the outline is right where a switch limits all that passes it, or both directions share a wire.
     # Pools take it that all members send and receive alike, at one level at a time: 0 where they do not, 1 where
     # messages of one round cross several levels.
@@ -89,7 +89,7 @@ class Algorithm:
         """Whether levels are as the algorithm needs them; its outline may still be None."""
         needs = self.needs
         parting = [level for level in levels if level.fanout > 1]
-        if not needs.least <= len(parting) <= needs.most:
+        if not needs.min_levels <= len(parting) <= needs.max_levels:
             return False
         if parting and not _is_joined(parting[0], needs.innermost):
             return False
@@ -108,6 +108,18 @@ class Algorithm:
         scatters, gathers or sends everyone something else has no other way.
         """
         return self.peers is not None and op not in MANY_PEERS and self.peers(levels) > MOST_PEERS
+
+
+def cut_by(
+    rule: Callable[[Outline], int], sketch: Callable[..., Outline | None]
+) -> Callable[[Op, float, Levels], int]:
+    """As many pieces as a rule says of an outline in one piece; one where there is none."""
+
+    def pieces(op: Op, nbytes: float, levels: Levels) -> int:
+        whole = sketch(op, nbytes, levels)
+        return rule(whole) if whole is not None else 1
+
+    return pieces
 
 
 def algorithms(op: Op) -> Mapping[str, Algorithm]:

@@ -8,8 +8,9 @@ of which waits for the one before (Thakur, Rabenseifner and Gropp, 2005, section
 Outlines take the schedule's fanouts to be those of the levels; levels with the same `port` share it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
+from operator import itemgetter
 
 import numpy as np
 
@@ -17,8 +18,7 @@ from comms.algorithms.catalog import Algorithm, Joined, Needs, spans
 from comms.algorithms.rounds import Ranks, inner_sizes, moved, schedule_of
 from comms.collectives.outline import Hop, Outline, OutlineStage
 from comms.collectives.schedule import Op, Pattern, Round, Schedule
-from comms.errors import CommsError
-from comms.networks.groups import Levels, num_members
+from comms.networks.groups import Level, Levels, num_members
 from comms.networks.topology import FloatArray, IntArray
 
 DIRECT, TWO_SHOT, PAIRWISE = "direct", "two-shot", "pairwise"
@@ -56,20 +56,15 @@ def all_to_allv(nbytes: FloatArray) -> Schedule:
 
     Its chunks' shares are of the most bytes that one rank sends: time it with `nbytes` = that.
     """
-    table = np.asarray(nbytes, dtype=np.float64)
-    if table.ndim != 2 or table.shape[0] != table.shape[1] or not len(table):
-        raise CommsError(f"a table of {table.shape} bytes", "all_to_allv", "give one row and column per rank")
-    if not np.isfinite(table).all() or (table < 0).any():
-        raise CommsError("negative or unbounded bytes", "all_to_allv", "give 0 or more per pair")
-    ranks, most = Ranks(len(table)), float(table.sum(axis=1).max())
-    shares = table.ravel() / most if most > 0 else np.zeros(table.size)
+    ranks, most = Ranks(len(nbytes)), float(nbytes.sum(axis=1).max())
+    shares = nbytes.ravel() / most if most > 0 else np.zeros(nbytes.size)
     rounds = []
     for each in _one_round(ranks, lambda src, dst: src * ranks.num + dst, reduces=False):
         sends = shares[each.first] > 0
         pattern = Pattern(each.pattern.src[sends], each.pattern.dst[sends])
         if sends.any():
             rounds.append(Round(pattern, each.first[sends], each.count[sends], reduces=False))
-    return schedule_of(Op.ALL_TO_ALL, DIRECT, ranks, table.size, rounds, shares=shares)
+    return schedule_of(Op.ALL_TO_ALL, DIRECT, ranks, nbytes.size, rounds, shares=shares)
 
 
 def pairwise_schedule(op: Op, ranks: Ranks) -> Schedule:
@@ -135,19 +130,27 @@ def _shifted(ranks: Ranks) -> list[IntArray]:
 
 def _last_port(levels: Levels, each: float, all_send: bool) -> OutlineStage:
     """What leaves a port (or, gathered, enters it) up to the message that arrives last, as one message."""
-    parts = spans(levels)
-    used = [level.port for level, _ in parts]
-    nbytes, seconds = dict.fromkeys(used, 0.0), dict.fromkeys(used, 0.0)
-    stages = []
-    for port, (level, inner) in zip(used, parts, strict=True):
-        rate = level.rate(inner if all_send else 1)
-        messages = inner * (1 if level.pairs else level.fanout - 1)
-        nbytes[port] += messages * each
-        seconds[port] += messages * each / rate
+    return last_arrival(
+        (level, inner * (1 if level.pairs else level.fanout - 1) * each, level.rate(inner if all_send else 1))
+        for level, inner in spans(levels)
+    )
+
+
+def last_arrival(sent: Iterable[tuple[Level, float, float]]) -> OutlineStage:
+    """Of what leaves over one level after another (bytes, at a rate), all up to the message that arrives last, as one.
+
+    Levels with the same port wait for each other.
+    """
+    before: dict[int, tuple[float, float]] = {}
+    ends = []
+    for level, nbytes, rate in sent:
+        all_nbytes, busy_s = before.get(level.port, (0.0, 0.0))
+        all_nbytes, busy_s = all_nbytes + nbytes, busy_s + nbytes / rate
+        before[level.port] = all_nbytes, busy_s
         # One message that takes as long as all so far by this port, at their mean rate.
-        hop = Hop(level.latency_s, nbytes[port] / seconds[port] if seconds[port] > 0 else rate)
-        stages.append((level.latency_s + seconds[port], OutlineStage(1, nbytes[port], (hop,))))
-    return max(stages, key=lambda stage: stage[0])[1]
+        hop = Hop(level.latency_s, all_nbytes / busy_s if busy_s > 0 else rate)
+        ends.append((level.latency_s + busy_s, OutlineStage(1, all_nbytes, (hop,))))
+    return max(ends, key=itemgetter(0))[1]
 
 
 _SWITCHED = Needs(Joined.BY_SWITCH, Joined.BY_SWITCH, most_shared=1)
@@ -167,7 +170,7 @@ ALGORITHMS = (
         ops=(Op.ALL_REDUCE,),
         make=two_shot_schedule,
         sketch=two_shot_outline,
-        needs=replace(_SWITCHED, most=1),
+        needs=replace(_SWITCHED, max_levels=1),
         to_all_at_once=True,
     ),
     Algorithm(

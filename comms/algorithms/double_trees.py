@@ -37,7 +37,7 @@ from math import ceil, prod
 
 import numpy as np
 
-from comms.algorithms.catalog import Algorithm, Joined, Needs, spans
+from comms.algorithms.catalog import Algorithm, Joined, Needs, cut_by, spans
 from comms.algorithms.hierarchical.hierarchical import (
     Blocks,
     Crossing,
@@ -75,21 +75,10 @@ def schedule(op: Op, ranks: Ranks) -> Schedule:
 
 
 def outline(op: Op, nbytes: float, levels: Levels, pieces: int = 1) -> Outline:
-    """All pieces leave the deepest leaf, the last one goes up to the root, and the same down again.
-
-    The root of 2**k ranks has one child, with which it shares no wire.
-    """
-    way: tuple[OutlineStage, ...] = ()
-    for level, _ in spans(levels):
-        n = level.fanout
-        piece, alone = nbytes / 2 / pieces, n & (n - 1) == 0
-        rate = level.rate(1 if n == 2 else 2)
-        way = (
-            OutlineStage(pieces - 1, piece, (Hop(0.0, rate),), own_ports=True),
-            OutlineStage(n.bit_length() - 1 - alone, piece, (Hop(level.latency_s, rate),), own_ports=True),
-            OutlineStage(int(alone), piece, (Hop(level.latency_s, level.rate()),), own_ports=True),
-        )
-    return Outline(DOUBLE, (way, way[::-1]), (0, 0))
+    """One tree up and down again; see `_way_up`."""
+    parts = spans(levels)
+    up = _way_up(nbytes / 2 / pieces, pieces, parts, own_ports=True) if parts else ()
+    return Outline(DOUBLE, (up, up[::-1]), (0, 0))
 
 
 def pieces_to_pipeline(op: Op, nbytes: float, levels: Levels) -> int:
@@ -152,11 +141,6 @@ def between_outline(
     return Outline(_name(way), (inside, across, inside[::-1]), (port, between, port), pieces)
 
 
-def best_pieces(op: Op, nbytes: float, levels: Levels, *, way: Crossing | None) -> int:
-    """The best power of two of pieces."""
-    return fastest_cut(between_outline(op, nbytes, levels, way=way))
-
-
 def hidden_latency_s(levels: Levels) -> float:
     """What a library takes for its two passes through the switches of hosts beyond the latency of messages."""
     return (IN_NETWORK_STAGES - 2) * spans(levels)[0][0].latency_s
@@ -215,13 +199,21 @@ def _name(way: Crossing | None) -> str:
 
 
 def _tree_stages(share: float, parts: Sequence[tuple[Level, int]]) -> tuple[OutlineStage, ...]:
-    """All parts leave the leaf that is longest on its way, the last one goes up to the root, and the same down again.
+    """Half of a share up one tree and down again, in parts."""
+    num_parts = parts_of_piece(prod(level.fanout for level, _ in parts))
+    up = _way_up(share / 2 / num_parts, num_parts, parts)
+    return (*up, *reversed(up))
+
+
+def _way_up(
+    part: float, num_parts: int, parts: Sequence[tuple[Level, int]], own_ports: bool = False
+) -> tuple[OutlineStage, ...]:
+    """All parts leave the leaf that is longest on its way, and the last one goes up to the root.
 
     Siblings share their parent's wire, but the root of 2**k has one child. All wires are as slow as the slowest.
     """
     fanouts = tuple(level.fanout for level, _ in parts)
     subgroups = prod(fanouts)
-    part = share / 2 / parts_of_piece(subgroups)
     pair, single = (min(level.rate(flows * inner) for level, inner in parts) for flows in (2, 1))
     latencies = [level.latency_s for level, _ in parts]
     longest = max(
@@ -229,13 +221,15 @@ def _tree_stages(share: float, parts: Sequence[tuple[Level, int]]) -> tuple[Outl
     )
     alone = subgroups & (subgroups - 1) == 0
     last = max((at for at, count in enumerate(longest) if count), default=0)  # by it the root is reached
-    way = [OutlineStage(parts_of_piece(subgroups) - 1, part, (Hop(0.0, single if subgroups == 2 else pair),))]
-    way += [
-        OutlineStage(count - (alone and at == last), part, (Hop(latency, pair),))
-        for at, (count, latency) in enumerate(zip(longest, latencies, strict=True))
+    way = [
+        (num_parts - 1, Hop(0.0, single if subgroups == 2 else pair)),
+        *(
+            (count - (alone and at == last), Hop(latency, pair))
+            for at, (count, latency) in enumerate(zip(longest, latencies, strict=True))
+        ),
+        (int(alone), Hop(latencies[last], single)),
     ]
-    way.append(OutlineStage(int(alone), part, (Hop(latencies[last], single),)))
-    return (*way, *reversed(way))
+    return tuple(OutlineStage(repeat, part, (hop,), own_ports) for repeat, hop in way)
 
 
 @cache
@@ -315,7 +309,7 @@ ALGORITHMS: tuple[Algorithm, ...] = (
         make=schedule,
         sketch=outline,
         cut=pieces_to_pipeline,
-        needs=Needs(Joined.BY_SWITCH, Joined.BY_SWITCH, most=1, most_shared=0),
+        needs=Needs(Joined.BY_SWITCH, Joined.BY_SWITCH, max_levels=1, most_shared=0),
     ),
 )
 for _way in (*Crossing, None):
@@ -326,9 +320,12 @@ for _way in (*Crossing, None):
             ops=(Op.ALL_REDUCE,),
             make=partial(between_schedule, way=_way),
             sketch=partial(between_outline, way=_way),
-            cut=partial(best_pieces, way=_way),
+            cut=cut_by(fastest_cut, partial(between_outline, way=_way)),
             needs=Needs(
-                Joined.ANYHOW if _way else Joined.BY_ADDING_SWITCH, Joined.BY_SWITCH, least=2, most_shared=0
+                Joined.ANYHOW if _way else Joined.BY_ADDING_SWITCH,
+                Joined.BY_SWITCH,
+                min_levels=2,
+                most_shared=0,
             ),
             rail_aligned=True,
             is_hierarchy=_way is not None,

@@ -20,7 +20,7 @@ has furthest to go first, which keeps what goes together in one piece.
 import numpy as np
 
 from comms.algorithms.catalog import Algorithm, Joined, Needs, spans
-from comms.algorithms.rounds import Ranks, inner_sizes, moved, reversed_rounds, round_of, schedule_of
+from comms.algorithms.rounds import Ranks, halves, inner_sizes, moved, reversed_rounds, round_of, schedule_of
 from comms.collectives.outline import Hop, Outline, OutlineStage
 from comms.collectives.schedule import Op, Pattern, Round, Schedule
 from comms.networks.groups import Level, Levels, num_members
@@ -74,7 +74,7 @@ def halving_outline(op: Op, nbytes: float, levels: Levels) -> Outline | None:
     if hops is None:
         return None
     scatter = tuple(OutlineStage(1, nbytes / 2 ** (step + 1), (hop,)) for step, hop in enumerate(hops))
-    return Outline(HALVING, (_halves(op, scatter),), (0,))
+    return Outline(HALVING, (halves(op, scatter, scatter[::-1]),), (0,))
 
 
 def whole_outline(op: Op, nbytes: float, levels: Levels) -> Outline | None:
@@ -101,15 +101,8 @@ def bruck_outline(op: Op, nbytes: float, levels: Levels) -> Outline:
         windows = [min(step, level.fanout - step) for step in _steps(level.fanout)]
         gather.extend(OutlineStage(1, held * window, (hop,)) for window in windows)
         held *= level.fanout
-    stages = _halves(op, tuple(gather[::-1])) if op in HALVES else tuple(gather)
+    stages = halves(op, tuple(gather[::-1]), tuple(gather)) if op in HALVES else tuple(gather)
     return Outline(BARRIER if op is Op.BARRIER else BRUCK, (stages,), (0,))
-
-
-def _halves(op: Op, scatter: tuple[OutlineStage, ...]) -> tuple[OutlineStage, ...]:
-    """What of scattering, and of gathering backwards, an operation is made of."""
-    return (scatter if op is not Op.ALL_GATHER else ()) + (
-        scatter[::-1] if op is not Op.REDUCE_SCATTER else ()
-    )
 
 
 def _core(num_ranks: int) -> tuple[IntArray, IntArray]:

@@ -14,16 +14,13 @@ rate of its chips together: a trunk wider than that is quicker, by less than one
 Not modelled: how many collectives a switch can hold.
 """
 
-from dataclasses import dataclass
-
 import numpy as np
 
-from comms.algorithms.catalog import Algorithm, Joined, Needs, spans
+from comms.algorithms.catalog import Algorithm, Joined, Needs, cut_by, spans
 from comms.algorithms.rounds import Ranks
 from comms.collectives.outline import Hop, Outline, OutlineStage
 from comms.collectives.outline_time import pieces_to_fill
 from comms.collectives.schedule import Channel, Op, Pattern, PieceOrder, Round, Schedule
-from comms.errors import CommsError
 from comms.networks.groups import Levels, num_members
 from comms.networks.topology import IntArray
 
@@ -40,22 +37,17 @@ IN_NETWORK_STAGES = 25.0 / 3.4
 def schedule(op: Op, ranks: Ranks) -> Schedule:
     """One of OPS by one level of switches, or with two fanouts by two."""
     parts, n = ranks.digits, ranks.num
-    if len(parts) > 2:
-        raise CommsError(f"{len(parts)} levels of switches", NAME, "take one or two")
     num_chunks = 1 if op in WHOLE else n
     share = 0.0 if op is Op.BARRIER else 1.0 / num_chunks
     if not parts:
         return Schedule(op, NAME, n, num_chunks, share, (), ranks.root)
     num_leaves = n // parts[0]
-    leaves, spine = n + np.arange(num_leaves), n + num_leaves
-    chips = np.arange(n)
-    own_chip, own_leaf = chips == ranks.root, np.arange(num_leaves) == ranks.root // parts[0]
-    chip_loads, leaf_loads = (_loads(op, n, size) for size in (1, parts[0]))
-    ups = [_round(op, True, chips, leaves[chips // parts[0]], own_chip, chip_loads)]
-    downs = [_round(op, False, chips, leaves[chips // parts[0]], own_chip, chip_loads)]
+    chips, leaves, spine = np.arange(n), n + np.arange(num_leaves), n + num_leaves
+    layers = [(chips, leaves[chips // parts[0]], chips == ranks.root, 1)]
     if num_leaves > 1:
-        ups.append(_round(op, True, leaves, np.full_like(leaves, spine), own_leaf, leaf_loads))
-        downs.append(_round(op, False, leaves, np.full_like(leaves, spine), own_leaf, leaf_loads))
+        has_root = np.arange(num_leaves) == ranks.root // parts[0]
+        layers.append((leaves, np.full_like(leaves, spine), has_root, parts[0]))
+    ups, downs = ([_round(op, up, n, *layer) for layer in layers] for up in (True, False))
     phases = tuple((each,) for each in (*ups, *reversed(downs)))
     channels = (Channel(phases, ranks.pieces, PieceOrder.INTERLEAVED, at_once=True),)
     num_helpers = num_leaves + (num_leaves > 1)
@@ -74,18 +66,12 @@ def outline(op: Op, nbytes: float, levels: Levels, pieces: int = 1) -> Outline |
     for level, inner in parts:
         # A message between leaves also crosses those: what is further out has only the rest of its latency.
         hop = Hop(max(0.0, level.latency_s - reached_s) / 2, inner * level.rate(inner))
-        loads = _loads(op, n, inner)
-        ups.append((OutlineStage(1, loads.num_up * part, (hop,)),))
-        downs.insert(0, (OutlineStage(1, loads.num_down * part, (hop,)),))
+        num_up, num_down = (_load(op, n, inner, up)[1] for up in (True, False))
+        ups.append((OutlineStage(1, num_up * part, (hop,)),))
+        downs.insert(0, (OutlineStage(1, num_down * part, (hop,)),))
         reached_s = level.latency_s
     phases = (*ups, *downs)
     return Outline(NAME, phases, tuple(range(len(phases))), pieces, PieceOrder.INTERLEAVED)
-
-
-def pipeline_pieces(op: Op, nbytes: float, levels: Levels) -> int:
-    """So many that filling the pipeline hardly counts."""
-    whole = outline(op, nbytes, levels) if op is not Op.BARRIER else None
-    return pieces_to_fill(whole) if whole is not None else 1
 
 
 def hidden_latency_s(levels: Levels) -> float:
@@ -93,34 +79,26 @@ def hidden_latency_s(levels: Levels) -> float:
     return (IN_NETWORK_STAGES - 1) * spans(levels)[-1][0].latency_s
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Loads:
-    """What goes between a chip, or a leaf with all its chips, and the switch over it, in chunks."""
-
-    first_up: IntArray  # [chips or leaves]
-    num_up: int
-    first_down: IntArray
-    num_down: int
-
-
-def _loads(op: Op, num_ranks: int, size: int) -> _Loads:
-    """For blocks of `size` chips: their own chunks, all others, or the whole buffer."""
+def _load(op: Op, num_ranks: int, size: int, up: bool) -> tuple[IntArray, int]:
+    """Of each block of `size` chips the first chunk that goes up to its switch, or down, and how many go."""
     own = np.arange(0, num_ranks, size)
     if op in WHOLE:
-        return _Loads(0 * own, 1, 0 * own, 1)
-    others, num_others = (own + size) % num_ranks, num_ranks - size
-    if op is Op.REDUCE_SCATTER:
-        return _Loads(others, num_others, own, size)
-    return _Loads(own, size, others, num_others)
+        return 0 * own, 1
+    # Up goes what the chips brought, their own chunks, and down all others; what is scattered the other way round.
+    if up == (op is not Op.REDUCE_SCATTER):
+        return own, size
+    return (own + size) % num_ranks, num_ranks - size
 
 
-def _round(op: Op, up: bool, lower: IntArray, upper: IntArray, has_root: np.ndarray, loads: _Loads) -> Round:
+def _round(
+    op: Op, up: bool, num_ranks: int, lower: IntArray, upper: IntArray, has_root: np.ndarray, size: int
+) -> Round:
     """All messages up to one layer of switches, or down from it; with a root, only those towards or from it."""
     rows = np.arange(len(lower))
     if op in (Op.BROADCAST, Op.REDUCE):
         towards = op is Op.REDUCE
         rows = np.flatnonzero(has_root == (up != towards))
-    first, num = (loads.first_up, loads.num_up) if up else (loads.first_down, loads.num_down)
+    first, num = _load(op, num_ranks, size, up)
     src, dst = (lower[rows], upper[rows]) if up else (upper[rows], lower[rows])
     reduces = op in (ADDS_UP if up else ADDS_DOWN)
     return Round(Pattern(src, dst), first[rows], np.full(len(rows), num), reduces)
@@ -133,8 +111,8 @@ ALGORITHMS = (
         ops=OPS,
         make=schedule,
         sketch=outline,
-        cut=pipeline_pieces,
-        needs=Needs(Joined.BY_ADDING_SWITCH, Joined.BY_ADDING_SWITCH, most=2, most_shared=1),
+        cut=cut_by(pieces_to_fill, outline),
+        needs=Needs(Joined.BY_ADDING_SWITCH, Joined.BY_ADDING_SWITCH, max_levels=2, most_shared=1),
         adding_switches=2,
         hidden_latency_s=hidden_latency_s,
     ),

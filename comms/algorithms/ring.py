@@ -18,18 +18,16 @@ from math import prod
 
 import numpy as np
 
-from comms.algorithms.catalog import Algorithm, Joined, Needs, spans
-from comms.algorithms.rounds import Ranks
+from comms.algorithms.catalog import Algorithm, Joined, Needs, cut_by, spans
+from comms.algorithms.rounds import Ranks, halves
 from comms.collectives.outline import Hop, Outline, OutlineStage
 from comms.collectives.outline_time import pieces_to_fill
 from comms.collectives.schedule import Channel, Op, Pattern, Round, Schedule
-from comms.errors import CommsError
 from comms.networks.groups import Level, Levels, num_members
 from comms.networks.topology import IntArray
 
 RING, BIDIRECTIONAL, RAIL_RINGS = "ring", "bidirectional ring", "rail rings"
 AROUND = (Op.ALL_REDUCE, Op.ALL_GATHER, Op.REDUCE_SCATTER)
-CHAINS = (Op.BROADCAST, Op.REDUCE)
 MOST_RINGS = 16  # as many channels as libraries open
 MAX_POSITIONS = 4096  # chips that all differ; a ring with more of them has no outline
 
@@ -40,8 +38,6 @@ def rail_orders(num_ranks: int, per_host: int, num_rings: int) -> tuple[IntArray
     Odd hosts are crossed backwards, so that a message between hosts joins like chips: it keeps to its rail. (Not the
     one from the last host of an odd number of hosts to the first.)
     """
-    if per_host < 1 or num_ranks % per_host:
-        raise CommsError(f"{num_ranks} ranks on hosts of {per_host}", "ring", "fill every host")
     hosts = np.arange(0, num_ranks, per_host)[:, np.newaxis]
     forth = np.arange(1, per_host + 1)
     chips = np.where(np.arange(len(hosts))[:, np.newaxis] % 2 == 0, forth, forth[::-1])
@@ -53,30 +49,38 @@ def schedule(
 ) -> Schedule:
     """One channel per order of ranks, and one back where `both_ways`.
 
-    Scattering, every rank adds its part to what it got last and passes it on; gathering, it passes that on. What is
-    whole goes along a chain from or to the root, in pieces that follow each other.
+    Scattering, every rank adds its part to what it got last and passes it on; gathering, it passes that on.
     """
-    rings = _rings(ranks.num, orders, both_ways)
-    if op in CHAINS:
-        num_chunks = len(rings)
-        chains = [np.roll(ring, -int(np.flatnonzero(ring == ranks.root)[0])) for ring in rings]
-        channels = _chains(op, chains, ranks.pieces)
-    else:
-        num_chunks = ranks.num * len(rings)
-        channels = tuple(
-            Channel((_rounds(op, ring, ring * len(rings) + index),), ranks.pieces)
-            for index, ring in enumerate(rings)
-            if ranks.num > 1
-        )
-    return Schedule(op, _name(both_ways), ranks.num, num_chunks, 1.0 / num_chunks, channels, ranks.root)
+    rings = [np.arange(ranks.num)] if orders is None else [np.asarray(ring, np.int64) for ring in orders]
+    if both_ways:
+        rings = [each for ring in rings for each in (ring, ring[::-1].copy())]
+    num_chunks = ranks.num * len(rings)
+    channels = tuple(
+        Channel((_rounds(op, ring, ring * len(rings) + index),), ranks.pieces)
+        for index, ring in enumerate(rings)
+        if ranks.num > 1
+    )
+    name = BIDIRECTIONAL if both_ways else RING
+    return Schedule(op, name, ranks.num, num_chunks, 1.0 / num_chunks, channels)
+
+
+def chain_schedule(op: Op, ranks: Ranks) -> Schedule:
+    """Round s: the rank at place s of a chain from the root sends the whole to the next. A reduce goes backwards."""
+    reduces, one = op is Op.REDUCE, np.ones(1, dtype=np.int64)
+    away = np.roll(np.arange(ranks.num), -ranks.root)
+    chain = away[::-1] if reduces else away
+    rounds = tuple(
+        Round(Pattern(chain[s : s + 1], chain[s + 1 : s + 2]), 0 * one, one, reduces)
+        for s in range(ranks.num - 1)
+    )
+    channels = (Channel((rounds,), ranks.pieces),) if rounds else ()
+    return Schedule(op, RING, ranks.num, 1, 1.0, channels, ranks.root)
 
 
 def outline(
     op: Op, nbytes: float, levels: Levels, pieces: int = 1, *, rings: int = 1, both_ways: bool = False
 ) -> Outline | None:
-    """Over members in order, or as `rail_orders` has them where rings > 1; a chain's root is the first member."""
-    if op in CHAINS:
-        return _chain_outline(nbytes, levels, pieces)
+    """Over members in order, or as `rail_orders` has them where rings > 1."""
     n, flows = num_members(levels), rings * (2 if both_ways else 1)
     parts = spans(levels)
     each = nbytes / (n * flows)
@@ -90,17 +94,11 @@ def outline(
         return None
     rounds = (n - 1) * (2 if op is Op.ALL_REDUCE else 1)
     stages = (OutlineStage(rounds, each, hops),) if n > 1 else ()
-    return Outline(_name(both_ways), (stages,), (0,), pieces)
+    return Outline(BIDIRECTIONAL if both_ways else RING, (stages,), (0,), pieces)
 
 
-def chain_pieces(op: Op, nbytes: float, levels: Levels) -> int:
-    """A chain goes in so many that filling it hardly counts; what goes around in one."""
-    whole = _chain_outline(nbytes, levels, 1) if op in CHAINS else None
-    return pieces_to_fill(whole) if whole is not None else 1
-
-
-def _chain_outline(nbytes: float, levels: Levels, pieces: int) -> Outline | None:
-    """Every chip sends by a wire of its own."""
+def chain_outline(op: Op, nbytes: float, levels: Levels, pieces: int = 1) -> Outline | None:
+    """Every chip sends by a wire of its own; the root is the first member."""
     n, parts = num_members(levels), spans(levels)
     if len(parts) > 1 and any(level.ring for level, _ in parts):
         return None
@@ -108,7 +106,7 @@ def _chain_outline(nbytes: float, levels: Levels, pieces: int) -> Outline | None
         OutlineStage(n // inner - n // (inner * level.fanout), nbytes, (_hop(level, 1),), own_ports=True)
         for level, inner in parts
     )
-    return Outline(_name(False), (stages,), (0,), pieces)
+    return Outline(RING, (stages,), (0,), pieces)
 
 
 def _rail_schedule(op: Op, ranks: Ranks) -> Schedule:
@@ -126,23 +124,6 @@ def _num_rings(fanouts: Sequence[int]) -> int:
     return min(MOST_RINGS, prod(fanouts[:-1]))
 
 
-def _name(both_ways: bool) -> str:
-    return BIDIRECTIONAL if both_ways else RING
-
-
-def _rings(num_ranks: int, orders: Sequence[IntArray] | None, both_ways: bool) -> tuple[IntArray, ...]:
-    """The orders, each checked to hold every rank once, and followed by its reverse where both ways are used."""
-    rings = [np.arange(num_ranks)] if orders is None else [np.asarray(ring, np.int64) for ring in orders]
-    for index, ring in enumerate(rings):
-        if not np.array_equal(np.sort(ring), np.arange(num_ranks)):
-            raise CommsError("does not hold every rank once", f"ring {index}", f"order 0 .. {num_ranks - 1}")
-    if not rings:
-        raise CommsError("no order of ranks", "ring", "give at least one, or none for 0, 1, 2, ...")
-    if both_ways:
-        return tuple(each for ring in rings for each in (ring, ring[::-1].copy()))
-    return tuple(rings)
-
-
 def _rounds(op: Op, ring: IntArray, chunks: IntArray) -> tuple[Round, ...]:
     """Rounds of one ring; chunks[i] is the chunk that the rank at place i brings, or ends with.
 
@@ -155,24 +136,7 @@ def _rounds(op: Op, ring: IntArray, chunks: IntArray) -> tuple[Round, ...]:
     twice = np.concatenate([chunks, chunks])
     scatter = tuple(Round(pattern, twice[n - 1 - s : 2 * n - 1 - s], one, True) for s in range(n - 1))
     gather = tuple(Round(pattern, twice[n - s : 2 * n - s], one, False) for s in range(n - 1))
-    if op is Op.ALL_REDUCE:
-        return scatter + gather
-    return scatter if op is Op.REDUCE_SCATTER else gather
-
-
-def _chains(op: Op, chains: Sequence[IntArray], pieces: int) -> tuple[Channel, ...]:
-    """Round s: the rank at place s sends the channel's chunk to the next. A reduce goes backwards."""
-    one, reduces = np.ones(1, dtype=np.int64), op is Op.REDUCE
-    channels = []
-    for index, away in enumerate(chains):
-        chain = away[::-1] if reduces else away
-        rounds = tuple(
-            Round(Pattern(chain[s : s + 1], chain[s + 1 : s + 2]), index * one, one, reduces)
-            for s in range(len(chain) - 1)
-        )
-        if rounds:
-            channels.append(Channel((rounds,), pieces))
-    return tuple(channels)
+    return halves(op, scatter, gather)
 
 
 def _carried_hops(spans: tuple[tuple[Level, int], ...], rings: int) -> tuple[Hop, ...] | None:
@@ -215,10 +179,18 @@ ALGORITHMS = (
     Algorithm(
         name=RING,
         rank=0,
-        ops=(*AROUND, *CHAINS),
+        ops=AROUND,
         make=schedule,
         sketch=outline,
-        cut=chain_pieces,
+        needs=Needs(most_shared=1),
+    ),
+    Algorithm(
+        name=RING,
+        rank=0,
+        ops=(Op.BROADCAST, Op.REDUCE),
+        make=chain_schedule,
+        sketch=chain_outline,
+        cut=cut_by(pieces_to_fill, chain_outline),
         needs=Needs(most_shared=1),
     ),
     Algorithm(
@@ -227,7 +199,7 @@ ALGORITHMS = (
         ops=AROUND,
         make=partial(schedule, both_ways=True),
         sketch=partial(outline, both_ways=True),
-        needs=Needs(most=1),
+        needs=Needs(max_levels=1),
     ),
     # Several rings over hosts are no faster than hierarchical algorithms, so that they are the last to be looked at,
     # and only where a library has them.
@@ -237,7 +209,7 @@ ALGORITHMS = (
         ops=AROUND,
         make=_rail_schedule,
         sketch=_rail_outline,
-        needs=Needs(Joined.BY_SWITCH, Joined.BY_SWITCH, least=2, most_shared=1),
+        needs=Needs(Joined.BY_SWITCH, Joined.BY_SWITCH, min_levels=2, most_shared=1),
         rail_aligned=True,
         by_default=False,
     ),

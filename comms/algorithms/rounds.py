@@ -13,19 +13,17 @@ from typing import TypeVar
 import numpy as np
 
 from comms.collectives.schedule import Channel, Op, Pattern, PieceOrder, Round, Schedule
-from comms.errors import CommsError
 from comms.networks.groups import Levels
-from comms.networks.topology import FloatArray, IntArray
+from comms.networks.topology import FloatArray, IntArray, run_starts
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
 class Ranks:
-    """For whom a schedule is made. Raises CommsError for what cannot be.
-
-    Of each fanout may be told whether its subgroups stand in a ring and reach their neighbours only, whether the last
-    of these is a neighbour of the first, and by which port messages between them leave.
+    """For whom a schedule is made. Of each fanout may be told whether its subgroups stand in a ring and reach their
+    neighbours only, whether the last of these is a neighbour of the first, and by which port messages between them
+    leave.
     """
 
     num: int
@@ -35,21 +33,6 @@ class Ranks:
     wraps: tuple[bool, ...] = ()
     ports: tuple[int, ...] = ()
     pieces: int = 1  # that the buffer is cut into
-
-    def __post_init__(self) -> None:
-        if self.num < 1:
-            raise CommsError(f"{self.num} ranks", "schedule", "a collective needs at least one rank")
-        if not 0 <= self.root < self.num:
-            raise CommsError(f"root {self.root} of {self.num} ranks", "schedule", "count ranks from 0")
-        if self.pieces < 1:
-            raise CommsError(f"{self.pieces} pieces", "schedule", "cut a buffer into at least one piece")
-        if self.fanouts and (min(self.fanouts) < 1 or prod(self.fanouts) != self.num):
-            problem = f"fanouts {self.fanouts} do not make {self.num} ranks"
-            raise CommsError(problem, "schedule", "their product is the ranks")
-        for told in (self.rings, self.wraps, self.ports):
-            if told and len(told) != len(self.fanouts):
-                problem = f"{len(told)} answers for {len(self.fanouts)} dimensions"
-                raise CommsError(problem, "schedule", "say it of each fanout")
 
     @classmethod
     def over(cls, levels: Levels, num: int, pieces: int = 1) -> "Ranks":
@@ -82,12 +65,16 @@ def schedule_of(
     algorithm: str,
     ranks: Ranks,
     num_chunks: int,
-    rounds: Sequence[Round],
-    *,
+    *phases: Sequence[Round],
     shares: float | FloatArray | None = None,
+    pieces: int = 1,
 ) -> Schedule:
-    """A schedule of one channel in one phase, in one piece. Chunks are alike unless shares are given."""
-    channels = (Channel((tuple(rounds),), 1, PieceOrder.SERIAL),) if rounds else ()
+    """A schedule of one channel; a piece crosses a phase before the next one does.
+
+    Chunks are alike unless shares are given.
+    """
+    made = tuple(tuple(phase) for phase in phases if phase)
+    channels = (Channel(made, pieces, PieceOrder.SERIAL),) if made else ()
     share = 1.0 / num_chunks if shares is None else shares
     return Schedule(op, algorithm, ranks.num, num_chunks, share, channels, ranks.root)
 
@@ -96,10 +83,8 @@ def round_of(src: IntArray, dst: IntArray, chunk: IntArray, reduces: bool) -> Ro
     """A round of single chunks; those that follow each other on the same way become one message."""
     order = np.lexsort((chunk, dst, src))
     src, dst, chunk = src[order], dst[order], chunk[order]
-    starts = np.ones(len(src), dtype=np.bool_)
-    starts[1:] = (np.diff(src) != 0) | (np.diff(dst) != 0) | (np.diff(chunk) != 1)
-    first = np.flatnonzero(starts)
-    count = np.diff(np.append(first, len(src)))
+    first = run_starts(src, dst, chunk - np.arange(len(chunk)))
+    count = np.diff(first, append=len(src))
     return Round(Pattern(src[first], dst[first]), chunk[first], count, reduces)
 
 
@@ -112,6 +97,11 @@ def reversed_rounds(rounds: Sequence[Round], reduces: bool) -> tuple[Round, ...]
     return tuple(
         Round(patterns[id(each.pattern)], each.first, each.count, reduces) for each in reversed(rounds)
     )
+
+
+def halves(op: Op, scatter: tuple[T, ...], gather: tuple[T, ...]) -> tuple[T, ...]:
+    """What of both an all-reduce, or either half of it, is made of."""
+    return (scatter if op is not Op.ALL_GATHER else ()) + (gather if op is not Op.REDUCE_SCATTER else ())
 
 
 def inner_sizes(fanouts: Sequence[int]) -> tuple[int, ...]:

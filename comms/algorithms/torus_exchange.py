@@ -124,7 +124,7 @@ _SHIFT = Algorithm(
     ops=(Op.ALL_TO_ALL,),
     make=schedule,
     sketch=outline,
-    needs=Needs(Joined.IN_RING, Joined.IN_RING, least=1),
+    needs=Needs(Joined.IN_RING, Joined.IN_RING, min_levels=1),
 )
 ALGORITHMS = (
     _SHIFT,
@@ -133,6 +133,6 @@ ALGORITHMS = (
         name=ROTATED_SHIFT,
         make=partial(schedule, rotated=True),
         sketch=partial(outline, rotated=True),
-        needs=replace(_SHIFT.needs, least=2),
+        needs=replace(_SHIFT.needs, min_levels=2),
     ),
 )

@@ -24,20 +24,17 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from math import prod
-from typing import TypeVar
 
 import numpy as np
 
 from comms.algorithms.catalog import Algorithm, Joined, Needs, spans
 from comms.algorithms.hierarchical.hierarchical import Blocks, Move, is_ring, ring_moves
-from comms.algorithms.rounds import Ranks
+from comms.algorithms.rounds import Ranks, halves
 from comms.collectives.outline import Hop, Outline, OutlineStage
 from comms.collectives.outline_time import fewest_pieces
 from comms.collectives.schedule import Channel, Op, Pattern, Round, Schedule
 from comms.networks.groups import Level, Levels, num_members
 from comms.networks.topology import IntArray
-
-T = TypeVar("T")
 
 TORUS, MESH, ROTATED, LINE = "torus", "mesh", "rotated torus", "line"
 OVER_TORI = "hierarchical rotated torus"
@@ -183,11 +180,6 @@ def _one_way(part: float, parts: Sequence[tuple[Level, int]]) -> tuple[tuple[Out
     return tuple(phases)
 
 
-def halves(op: Op, scatter: tuple[T, ...], gather: tuple[T, ...]) -> tuple[T, ...]:
-    """What of both an operation is made of."""
-    return (scatter if op is not Op.ALL_GATHER else ()) + (gather if op is not Op.REDUCE_SCATTER else ())
-
-
 def rotations(num_dims: int) -> list[tuple[int, ...]]:
     """Orders of the dimensions, each starting with another one."""
     dims = tuple(range(num_dims))
@@ -272,7 +264,7 @@ ALGORITHMS = (
         name=ROTATED,
         make=partial(schedule, name=ROTATED),
         sketch=partial(outline, name=ROTATED),
-        needs=replace(_RINGS, least=2),
+        needs=replace(_RINGS, min_levels=2),
     ),
     Algorithm(
         name=LINE,
@@ -281,7 +273,7 @@ ALGORITHMS = (
         make=line_schedule,
         sketch=line_outline,
         cut=line_pieces,
-        needs=replace(_RINGS, least=1, most=1),
+        needs=replace(_RINGS, min_levels=1, max_levels=1),
     ),
     Algorithm(
         name=OVER_TORI,
@@ -289,7 +281,7 @@ ALGORITHMS = (
         ops=OPS,
         make=over_tori_schedule,
         sketch=over_tori_outline,
-        needs=Needs(Joined.IN_RING, least=3, most_shared=0),
+        needs=Needs(Joined.IN_RING, min_levels=3, most_shared=0),
         rail_aligned=True,
     ),
 )

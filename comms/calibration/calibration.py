@@ -129,10 +129,6 @@ class FabricFit:
     residuals: tuple[tuple[Residual, ...], ...]
     knows_line_rate: bool  # if not, `share` is of the best rate seen, and says nothing of another fabric
 
-    @property
-    def mean_error(self) -> float:
-        return mean_error(each for curve in self.residuals for each in curve)
-
 
 @dataclass(frozen=True, slots=True)
 class LinkFit:
@@ -156,10 +152,11 @@ def fit_fabric(runs: Sequence[MeasuredRun], eager: bool = False) -> FabricFit:
     _check(runs, eager)
     knows = runs[0].sheet.bytes_per_s is not None
     runs = runs if knows else [_with_best_rate(run) for run in runs]
-    shortest = min(point.seconds for run in runs for point in run.curve.points)
+    points = [point for run in runs for point in run.curve.points]
+    shortest = min(point.seconds for point in points)
     stages = float(np.median([_geometries(run)[-1][0] for run in runs for _ in run.curve.points]))
     beliefs = [(math.log(stages), _LATENCY_BELIEF)] * (2 if eager else 1)
-    targets, weights = _targets(run.curve for run in runs)
+    targets, weights = np.log([point.seconds for point in points]), np.array(list(map(_weight, points)))
 
     # Beliefs are residuals like those of points, so that a table with small sizes overrules them and one without does
     # not leave the latency open.
@@ -308,11 +305,6 @@ def _eager_starts(latency: float) -> list[list[float]]:
 
 def _constants(logs: FloatArray) -> Constants:
     return Constants(*(float(value) for value in np.exp(logs)))
-
-
-def _targets(curves: Iterable[MeasuredCurve]) -> tuple[FloatArray, FloatArray]:
-    points = [point for curve in curves for point in curve.points]
-    return np.log([point.seconds for point in points]), np.array([_weight(point) for point in points])
 
 
 def _weight(point: MeasuredPoint) -> float:

@@ -15,7 +15,7 @@ Not read: the JSON output of nccl-tests, and tables before its version 2, whose 
 import csv
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from itertools import pairwise
@@ -359,10 +359,8 @@ def _point(nbytes: float, seconds: float, rounding: float, where: str) -> Measur
 
 def _curve(op: Op | None, num_chips: int, points: Sequence[MeasuredPoint], where: str) -> MeasuredCurve:
     ordered = tuple(sorted(points, key=lambda point: point.nbytes))
-    for twice in _repeated(ordered):
-        raise CommsError(f"the size of {twice:.0f} bytes appears twice", where, "give one run at a time")
+    for one, other in pairwise(ordered):
+        if one.nbytes == other.nbytes:
+            problem = f"the size of {one.nbytes:.0f} bytes appears twice"
+            raise CommsError(problem, where, "give one run at a time")
     return MeasuredCurve(op, num_chips, ordered)
-
-
-def _repeated(points: Sequence[MeasuredPoint]) -> Iterator[float]:
-    return (a.nbytes for a, b in pairwise(points) if a.nbytes == b.nbytes)

@@ -223,16 +223,9 @@ def _ring(stage: OutlineStage, pieces: int) -> float:
 
 
 def _costs(stage: OutlineStage, positions: int, pieces: int) -> _PieceCosts:
-    latency = np.array([hop.latency_s for hop in stage.hops])
-    wire = np.array([stage.nbytes / pieces / hop.bytes_per_s for hop in stage.hops])
-    shape = (positions,)
-    return _PieceCosts(
-        stage.repeat,
-        np.broadcast_to(latency, shape),
-        np.broadcast_to(wire, shape),
-        len(stage.hops) > 1,
-        stage.own_ports,
-    )
+    latency = np.broadcast_to([hop.latency_s for hop in stage.hops], positions)
+    wire = np.broadcast_to([_wire_s(stage, hop, pieces) for hop in stage.hops], positions)
+    return _PieceCosts(stage.repeat, latency, wire, len(stage.hops) > 1, stage.own_ports)
 
 
 def _piece_by_piece(

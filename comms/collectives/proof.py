@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from comms.collectives.schedule import Op, Round, Schedule
 from comms.errors import CommsError
-from comms.networks.topology import IntArray
+from comms.networks.topology import IntArray, run_starts
 
 Counts = NDArray[np.int16]
 
@@ -195,7 +195,7 @@ def _add(schedule: Schedule, state: Counts, each: _Moves, chunk: IntArray, carri
         raise _fault(schedule, problem, "let the message replace the chunk")
     key = each.dst * state.shape[1] + chunk
     order = np.argsort(key, kind="stable")
-    starts = _starts(key[order])
+    starts = run_starts(key[order])
     if len(starts):
         target, where = each.dst[order][starts], chunk[order][starts]
         sums = state[target, where] + np.add.reduceat(carried[order].astype(np.int64), starts, axis=0)
@@ -212,7 +212,7 @@ def _replace(schedule: Schedule, state: Counts, each: _Moves, chunk: IntArray, c
         raise _fault(schedule, problem, "let one of them have a round of its own")
     key = each.dst * width + chunk
     order = np.argsort(key, kind="stable")
-    starts = _starts(key[order])
+    starts = run_starts(key[order])
     lengths = np.diff(np.append(starts, len(key)))
     differs = (carried[order] != np.repeat(carried[order][starts], lengths, axis=0)).any(axis=1)
     if differs.any():
@@ -220,13 +220,6 @@ def _replace(schedule: Schedule, state: Counts, each: _Moves, chunk: IntArray, c
         problem = f"rank {each.dst[row]} gets chunk {each.chunk[row]} twice in {each.where}, not the same"
         raise _fault(schedule, problem, "let one of them have a round of its own, or add")
     state[each.dst, chunk] = carried
-
-
-def _starts(keys: IntArray) -> IntArray:
-    """Where each run of equal keys starts."""
-    new = np.ones(len(keys), dtype=np.bool_)
-    new[1:] = np.diff(keys) != 0
-    return np.flatnonzero(new)
 
 
 def _check_end(schedule: Schedule, state: Counts, chunks: IntArray) -> None:

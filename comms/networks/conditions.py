@@ -22,7 +22,6 @@ import numpy as np
 from comms.errors import CommsError
 from comms.networks.fabrics.edge_list import EdgeList, Rerouted
 from comms.networks.paths import within_reach
-from comms.networks.shapes import Whole
 from comms.networks.tiered import TieredTopology
 from comms.networks.topology import IntArray, Topology, Wires
 
@@ -168,21 +167,25 @@ def resolve(described: Described, topology: Topology, horizon_s: float = HORIZON
     wires = topology.wires()
     found = _found(described, topology, wires)
     dead = _check_dead(found, topology, wires)
-    left = _without(topology, dead)
-    numbers = np.arange(wires.num_wires) if left is topology else _renumbered(left, wires.num_wires)
-    now = left.wires() if dead else wires
+    left: Topology = topology
+    numbers, now = np.arange(wires.num_wires), wires
+    if dead:
+        # Through chips too, as libraries relay for a chip whose card is down.
+        left = Rerouted(topology, tuple(dead), chips_relay=may_relay(topology))
+        numbers, now = left.numbers, left.wires()
     factors = _factors(described, found, numbers, now)
+    delays_s, work_factors = _of_chips(described)
     return Resolved(
         left,
         Conditions(
             factors=factors,
             changes=_changes(found, numbers, now, factors, horizon_s),
-            overhead_s=_delays(described),
+            overhead_s=delays_s,
             noise_s=described.jitter.delay_s,
             seed=described.seed,
         ),
         described.background,
-        _work_factors(described),
+        work_factors,
     )
 
 
@@ -266,17 +269,11 @@ def _on_path(way: IntArray, path: int | None, where: str) -> list[int]:
     return [int(way[path])]
 
 
-def _without(topology: Topology, dead: list[int]) -> Topology:
-    """The topology around its dead wires; through chips too, as libraries relay for a chip whose card is down."""
-    return Rerouted(topology, tuple(dead), chips_relay=may_relay(topology)) if dead else topology
-
-
 def may_relay(topology: Topology) -> bool:
     """False where a network of edges says that its chips pass nothing on."""
     fabrics = topology.fabrics if isinstance(topology, TieredTopology) else ()
-    shapes = [fabric.shape for fabric in fabrics] or [topology]
-    graphs = [shape.topology if isinstance(shape, Whole) else shape for shape in shapes]
-    return all(graph.through_chips for graph in graphs if isinstance(graph, EdgeList))
+    shapes: list[Topology] = [*(fabric.shape for fabric in fabrics)] or [topology]
+    return all(shape.through_chips for shape in shapes if isinstance(shape, EdgeList))
 
 
 def _check_dead(found: FaultyWires, topology: Topology, wires: Wires) -> list[int]:
@@ -300,14 +297,6 @@ def _check_dead(found: FaultyWires, topology: Topology, wires: Wires) -> list[in
         where = ", ".join(dict.fromkeys(fault.where for fault, _ in faults if fault.where))
         raise CommsError(problem, where, "leave one way to each chip, or take the chip out")
     return dead
-
-
-def _renumbered(left: Topology, num_wires: int) -> IntArray:
-    """[wires of the whole] Their numbers in what is left, -1 for the dead."""
-    assert isinstance(left, Rerouted)
-    numbers = np.full(num_wires, -1, dtype=np.int64)
-    numbers[left.kept] = np.arange(len(left.kept))
-    return numbers
 
 
 def _capacities(which: tuple[int, ...], numbers: IntArray, now: Wires) -> list[int]:
@@ -354,19 +343,14 @@ def _changes(
     return tuple(sorted(changes, key=lambda change: (change.at_s, change.wire)))
 
 
-def _delays(described: Described) -> dict[int, float]:
+def _of_chips(described: Described) -> tuple[dict[int, float], dict[int, float]]:
+    """By chip, what it adds before each message, and how many times as long its work takes, where that is not usual."""
     delays: dict[int, float] = {}
+    factors: dict[int, float] = {}
     for fault in described.chips:
         for chip in fault.chips:
             if fault.delay_s:
                 delays[chip] = delays.get(chip, 0.0) + fault.delay_s
-    return delays
-
-
-def _work_factors(described: Described) -> dict[int, float]:
-    factors: dict[int, float] = {}
-    for fault in described.chips:
-        for chip in fault.chips:
             if fault.slowdown != 1.0:
                 factors[chip] = factors.get(chip, 1.0) * fault.slowdown
-    return factors
+    return delays, factors

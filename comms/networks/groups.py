@@ -121,10 +121,6 @@ class Level:
     shared: bool = False  # the pool is what a switch passes in all, or a wire in both directions
     port: int = 0  # levels with the same number leave a chip by the same wires
 
-    def seconds(self, nbytes: float, flows: int = 1) -> float:
-        """One message of `nbytes` between neighbouring subgroups, when `flows` such messages leave each subgroup."""
-        return self.latency_s + nbytes / self.rate(flows)
-
     def rate(self, flows: int = 1) -> float:
         """Bytes per second of each of `flows` equal messages that leave one subgroup at once."""
         return min(self.bytes_per_s, self.pool_bytes_per_s / flows)

@@ -13,9 +13,8 @@ messages that keep to one of several paths. Full fidelity prices those.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from math import inf, isfinite
+from math import isfinite
 
-from comms.errors import CommsError
 from comms.networks.groups import Lattice, Level, Levels, Members, group_size, sharing
 from comms.networks.links import Link
 
@@ -30,18 +29,14 @@ class Spread(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Switch:
-    """The switches of one layer; the last two limit what one of them passes on, and the lower limit counts."""
+    """The switches of one layer."""
 
     tier: str = "switch"
     reduces: bool = False  # can add and copy what passes
     forward_nbytes: float = 0.0  # taken in before it sends on: 0 cut-through, a packet, inf the whole message
-    backplane_bytes_per_s: float = inf
-    oversubscription: float = 1.0  # what its wires from below bring at once, over what it passes on
-
-    def __post_init__(self) -> None:
-        if self.forward_nbytes < 0 or self.backplane_bytes_per_s <= 0 or self.oversubscription < 1:
-            hint = "forward_nbytes is at least 0, the backplane's rate above 0, oversubscription at least 1"
-            raise CommsError("a switch cannot be like this", self.tier, hint)
+    oversubscription: float = (
+        1.0  # what its wires from below bring at once, over what it passes on; 1: no limit
+    )
 
 
 SWITCH = Switch()
@@ -57,10 +52,6 @@ class Trunk:
     paths: int = 1
     rails: int = 1
     duplex: bool = True  # else both directions share the rate
-
-    def __post_init__(self) -> None:
-        if min(self.size, self.paths, self.rails) < 1:
-            raise CommsError("a trunk needs size, paths and rails of at least 1", f"trunk to {self.to.tier}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,11 +118,12 @@ def folded(layers: Sequence[Layer], members: Members, inner: int, aligned: bool)
     # Rails are apart up to the layer that joins them. Messages surely keep to theirs where all members are on one, and
     # where members with the same inner digits are and only they talk to each other.
     stays_on_rail = used == 1 or (aligned and inner % period == 0)
-    under = [1, *(count // used if layer.rails > 1 else count for layer, count in _zip(layers, counts))]
+    counted = list(zip(layers, counts, strict=True))
+    under = [1, *(count // used if layer.rails > 1 else count for layer, count in counted)]
     if isinstance(members, Lattice):  # its copies keep all other chips busy
         under = [1, *(layer.chips for layer in layers)]
     levels: list[Level] = []
-    for at, (layer, count) in enumerate(_zip(layers, counts)):
+    for at, (layer, count) in enumerate(counted):
         if layer.size <= inner or count <= together:
             continue
         crossed = layers[: at + 1]
@@ -194,10 +186,6 @@ def _nests(layers: Sequence[Layer], inner: int) -> bool:
     """Whether each block of a layer holds whole blocks of `inner` or lies in one; what is over all chips does."""
     sizes = [layer.size for layer in layers if layer.size < layers[-1].size]
     return all(size % inner == 0 or inner % size == 0 for size in sizes)
-
-
-def _zip(layers: Sequence[Layer], counts: Sequence[int]) -> list[tuple[Layer, int]]:
-    return list(zip(layers, counts, strict=True))
 
 
 def _latency_s(layers: Sequence[Layer]) -> float:

@@ -12,7 +12,6 @@ behind one PCIe switch, two hosts under one leaf), the tier is `part_of_next` an
 A tier of one chip stands for what is inside the chip: its figures are reported, but no message of the network uses it.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from itertools import pairwise
@@ -106,21 +105,19 @@ class Network:
             )
         )
 
-    def tier_for(self, chips: Sequence[int]) -> Tier:
-        """The innermost tier with one group that holds all of `chips` (not empty). O(len(chips))."""
-        low, high = min(chips), max(chips)
+    def tier_for(self, members: Members) -> Tier:
+        """The innermost tier with one group that holds all members (at least one), of a Lattice those of any copy."""
+        if isinstance(members, Lattice):
+            for tier in self.tiers[:-1]:
+                alone = members.alone and members.highest < tier.size
+                if alone or sharing(members, tier.size) == members.num_chips:
+                    return tier
+            return self.tiers[-1]
+        low, high = min(members), max(members)
         for tier in self.tiers:
             if low // tier.size == high // tier.size:
                 return tier
         raise CommsError(f"chip {high} is outside the network of {self.tiers[-1].size} chips")
-
-    def meeting(self, members: Members) -> int:
-        """The number of the innermost tier in whose blocks all members meet; of a Lattice, those of any copy."""
-        for at, tier in enumerate(self.tiers[:-1]):
-            alone = isinstance(members, Lattice) and members.alone and members.highest < tier.size
-            if alone or sharing(members, tier.size) == group_size(members):
-                return at
-        return len(self.tiers) - 1
 
     def take(self, num_chips: int) -> "Network":
         """What the first `num_chips` chips need of the network; its outermost tier has exactly that size."""
@@ -158,8 +155,7 @@ class Network:
         hierarchical algorithms send), which keeps rails apart. None where the group sits unevenly on a tier: full
         fidelity prices it.
         """
-        _check_members(members, self.tiers[-1].size)
-        if not _ascends(members):
+        if not _ascends(members, self.tiers[-1].size):
             return None
         levels = self._folded(members, aligned, len(self.tiers))
         assert levels is None or num_members(levels) == group_size(members)
@@ -174,8 +170,7 @@ class Network:
         tiers further out have less to give. None where that is one level or none (members sit unevenly on the
         innermost tier, or do not meet there), and where what joins the subgroups is no tree.
         """
-        _check_members(members, self.tiers[-1].size)
-        if not _ascends(members):
+        if not _ascends(members, self.tiers[-1].size):
             return None
         for at in reversed(range(1, len(self.tiers))):
             inside = self._folded(members, aligned, at)
@@ -214,13 +209,12 @@ class Network:
     def _further_out(self, members: Members, at: int, subgroup: int) -> Levels:
         """One level between subgroups of `subgroup` members that share a block of the tier inside `at`, or none."""
         subgroups = group_size(members) // subgroup
-        meet = self.meeting(members)
-        tier = self.tiers[meet]
+        tier = self.tier_for(members)
         if subgroups == 1 or not isinstance(tier.shape, Tree):
             return ()
         inside = members if isinstance(members, Lattice) else tuple(chip % tier.size for chip in members)
         level = tier.shape.level_between(inside, self.tiers[at - 1].size, subgroups)
-        port = next(owner for owner in self._owners() if owner >= meet) * MOST_PORTS
+        port = next(owner for owner in self._owners() if owner >= self.tiers.index(tier)) * MOST_PORTS
         return (replace(level, tier=tier.name, port=port),)
 
     def _owners(self) -> tuple[int, ...]:
@@ -257,11 +251,7 @@ def layered(tree: Tree, kind: TierKind, inner: int = 1, source: str = "") -> tup
     return tuple(tiers)
 
 
-def _ascends(members: Members) -> bool:
-    return isinstance(members, Lattice) or all(a < b for a, b in pairwise(members))
-
-
-def _check_members(members: Members, num_chips: int) -> None:
+def _ascends(members: Members, num_chips: int) -> bool:
     """Raises CommsError where a group is empty, or has a chip twice or one that is not there."""
     if group_size(members) < 1:
         raise CommsError("a group needs at least one chip")
@@ -273,6 +263,7 @@ def _check_members(members: Members, num_chips: int) -> None:
             raise CommsError("a group names a chip twice or one below 0", hint="name each chip once")
     if high >= num_chips:
         raise CommsError(f"chip {high} is outside the network of {num_chips} chips")
+    return isinstance(members, Lattice) or all(a < b for a, b in pairwise(members))
 
 
 def _patterns(members: Members, size: int, is_last: bool) -> set[Lattice | tuple[int, ...]]:

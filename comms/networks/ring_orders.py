@@ -25,10 +25,10 @@ from typing import TypeAlias
 import numpy as np
 
 from comms.networks.fabrics.edge_list import Rerouted
-from comms.networks.fabrics.hamiltonian_cycles import disjoint_cycles, torus_cycle
 from comms.networks.fabrics.torus_mesh import FullMesh, Torus
+from comms.networks.hamiltonian_cycles import disjoint_cycles, torus_cycle
 from comms.networks.paths import BoolArray
-from comms.networks.shapes import sole_shape
+from comms.networks.tiered import sole_shape
 from comms.networks.topology import FloatArray, IntArray, Routes, Topology, Wires, route_latencies
 
 Subgroups: TypeAlias = tuple[tuple[int, ...], ...]
@@ -85,7 +85,8 @@ def hierarchy(topology: Topology) -> tuple[Subgroups, ...]:
     """
     pairs = _pairs(topology, topology.wires())
     rate = _rates(pairs, topology.wires().bytes_per_s)
-    latency = np.maximum(pairs.latency_s, _least_positive(pairs.latency_s))
+    positive = pairs.latency_s[pairs.latency_s > 0]
+    latency = np.maximum(pairs.latency_s, positive.min() if len(positive) else 1.0)
     np.fill_diagonal(rate, np.inf)
     distance = np.maximum(latency / rate, (latency / rate).T)
     steps = np.unique(distance[~np.eye(len(distance), dtype=np.bool_)])
@@ -129,17 +130,14 @@ def _constructed(topology: Topology, most: int) -> list[IntArray]:
     natural = np.arange(topology.num_chips)
     whole = sole_shape(topology.topology if isinstance(topology, Rerouted) else topology)
     if isinstance(whole, Torus):
-        rings = all(whole.is_ring(dim) and size > 2 for dim, size in enumerate(whole.dims))
+        wraps = tuple(map(whole.is_ring, range(len(whole.dims))))
+        rings = all(wraps) and min(whole.dims) > 2
         cycles = disjoint_cycles(whole.dims) if rings and len(whole.dims) > 1 and most > 2 else ()
-        return [*cycles, torus_cycle(whole.dims, _wraps(whole)), natural]
+        return [*cycles, torus_cycle(whole.dims, wraps), natural]
     if isinstance(whole, FullMesh):
         n = whole.num_chips
         return [natural, *(natural * step % n for step in range(2, n) if gcd(step, n) == 1)][:most]
     return [natural]
-
-
-def _wraps(torus: Torus) -> tuple[bool, ...]:
-    return tuple(torus.is_ring(dim) for dim in range(len(torus.dims)))
 
 
 def _ring(
@@ -168,10 +166,6 @@ def _rates(pairs: _PairTables, left: FloatArray) -> FloatArray:
     rate = np.minimum.reduceat(np.append(left[pairs.routes.wires], np.inf), pairs.routes.offsets[:-1])
     rate[:: n + 1] = 0.0
     return rate.reshape(n, n)
-
-
-def _least_positive(values: FloatArray) -> float:
-    return float(values[values > 0].min(initial=np.inf)) if (values > 0).any() else 1.0
 
 
 def _widest_order(rate: FloatArray, pairs: _PairTables) -> IntArray:

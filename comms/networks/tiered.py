@@ -12,20 +12,22 @@ that change from one fabric to another on their way.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from comms.errors import CommsError
 from comms.networks.fabrics.switch_tree import Tree, joined
-from comms.networks.topology import FloatArray, IntArray, Routes, Topology, Wires, merged_routes
+from comms.networks.fabrics.torus_mesh import FullMesh, Torus
+from comms.networks.shapes import Shape
+from comms.networks.topology import IntArray, Routes, Topology, Wires, merged_routes
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Fabric:
     """A shape, the chips that one copy of it joins, and the network's tier for each of the shape's."""
 
-    shape: Topology
+    shape: Shape
     size: int  # the first chips of the shape
     tiers: tuple[int, ...]
 
@@ -50,15 +52,12 @@ class _Copies:
         return Wires(
             tail=self._nodes(copy, one.tail, num_chips),
             head=self._nodes(copy, one.head, num_chips),
-            latency_s=self._repeated(one.latency_s),
-            bytes_per_s=self._repeated(one.bytes_per_s),
-            forward_nbytes=self._repeated(one.forward_nbytes),
+            latency_s=np.tile(one.latency_s, self.num_copies),
+            bytes_per_s=np.tile(one.bytes_per_s, self.num_copies),
+            forward_nbytes=np.tile(one.forward_nbytes, self.num_copies),
             tier=np.tile(tiers[one.tier], self.num_copies),
             shares=(self.first_wire + copy * self.num_wires + one.shares).ravel(),
         )
-
-    def _repeated(self, figures: FloatArray) -> FloatArray:
-        return np.tile(figures, self.num_copies)
 
     def _nodes(self, copy: IntArray, local: IntArray, num_chips: int) -> IntArray:
         """[copies * wires] Nodes of the whole network."""
@@ -150,6 +149,24 @@ class TieredTopology:
         )
 
 
-def _num_wires(shape: Topology) -> int:
+def sole_shape(topology: Topology) -> Topology:
+    """The torus, tree, graph, ... that joins just the chips of a network of one tier; else the topology itself.
+
+    Of chips that are not all of a torus, the block that they fill.
+    """
+    if not isinstance(topology, TieredTopology) or len(topology.fabrics) != 1:
+        return topology
+    (fabric,) = topology.fabrics
+    shape, num_chips = fabric.shape, topology.num_chips
+    if fabric.size != num_chips:
+        return topology
+    if shape.num_chips == num_chips:
+        return shape
+    if isinstance(shape, Torus):
+        return shape.first(num_chips) or topology
+    return replace(shape, num_chips=num_chips) if isinstance(shape, FullMesh) else topology
+
+
+def _num_wires(shape: Shape) -> int:
     """Of a tree by arithmetic: a large one is never laid out only to be counted."""
     return shape.num_wires if isinstance(shape, Tree) else shape.wires().num_wires

@@ -91,8 +91,6 @@ class Topology(Protocol):
 
 def routes_of(columns: Sequence[IntArray]) -> Routes:
     """Routes from columns of wires, hop by hop: columns[h][i] is the h-th wire of message i, -1 for none."""
-    if not columns:
-        raise ValueError("routes need at least one column")
     table = np.stack([np.asarray(column, dtype=np.int64) for column in columns], axis=1)
     taken = table >= 0
     offsets = np.zeros(len(table) + 1, dtype=np.int64)
@@ -114,11 +112,7 @@ def merged_routes(num_messages: int, parts: Sequence[tuple[IntArray, Routes]]) -
 
 def route_latencies(wires: Wires, routes: Routes) -> FloatArray:
     """[m] Sum of the latencies along each route, in seconds."""
-    return _per_route(wires.latency_s[routes.wires], routes)
-
-
-def _per_route(values: FloatArray, routes: Routes) -> FloatArray:
-    sums = np.concatenate([[0.0], np.cumsum(values)])
+    sums = np.concatenate([[0.0], np.cumsum(wires.latency_s[routes.wires])])
     totals: FloatArray = sums[routes.offsets[1:]] - sums[routes.offsets[:-1]]
     return totals
 
@@ -130,12 +124,17 @@ def ranges(starts: IntArray, counts: IntArray) -> IntArray:
     return numbers
 
 
+def run_starts(*columns: NDArray[np.integer]) -> IntArray:
+    """The first rows of all runs of rows that are the same in every column."""
+    new = np.ones(len(columns[0]), dtype=np.bool_)
+    new[1:] = np.any([column[1:] != column[:-1] for column in columns], axis=0)
+    return np.flatnonzero(new)
+
+
 def repeats_before(keys: IntArray) -> IntArray:
     """[keys] How many of the same there are before each."""
     order = np.argsort(keys, kind="stable")
-    start = np.ones(len(keys), dtype=np.bool_)
-    start[1:] = np.diff(keys[order]) != 0
-    first = np.maximum.accumulate(np.where(start, np.arange(len(keys)), 0))
+    starts = run_starts(keys[order])
     numbers = np.empty_like(keys)
-    numbers[order] = np.arange(len(keys)) - first
+    numbers[order] = np.arange(len(keys)) - np.repeat(starts, np.diff(starts, append=len(keys)))
     return numbers

@@ -1,29 +1,39 @@
 """Candidate jobs: the messages of a fixed algorithm on a network, and how many they are before they are made.
 
-On a network without levels, or with links down or slow, rings go from chip to neighbouring chip as well, as many as
-its wires bear.
+On a network without levels, or with links down or slow, algorithms are laid out as the topology suggests as well.
+Rings go from neighbour to neighbour, several at once where wires are left for them, as libraries open channels.
+Hierarchies are made of the subgroups of chips that are found closest together, where those are alike in size.
 """
 
-from collections.abc import Iterator
-from dataclasses import replace
-from typing import TYPE_CHECKING
+from collections.abc import Collection, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from math import inf
 
-from comms.algorithms.catalog import algorithm_of
-from comms.algorithms.ring import RING
-from comms.collectives.schedule import Op
-from comms.errors import TooManyMessages
-from comms.networks.groups import Lattice
+import numpy as np
+
+from comms.algorithms import ring
+from comms.algorithms.catalog import algorithm_of, algorithms
+from comms.algorithms.rounds import Ranks
+from comms.collectives.schedule import Op, Schedule
+from comms.errors import CommsError, TooManyMessages
+from comms.networks.groups import Lattice, Level
+from comms.networks.ring_orders import SEARCHED_CHIPS, Subgroups, hierarchy, ring_orders
 from comms.networks.tiered import TieredTopology
-from comms.networks.topology import Topology
+from comms.networks.topology import IntArray, Topology
 from comms.selection.choice import Choice
-from comms.selection.pricing import groups_of, job_of
-from comms.selection.topology_aware import laid_rings
-
-if TYPE_CHECKING:
-    from comms.simulation.compiled import CollectiveJob
+from comms.simulation.compiled import CollectiveJob
 
 MOST_MESSAGES = 2**24  # some 2 GB
 EASILY_MADE = 2**22  # up to so many sends a schedule is made to know how many messages it has
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Laid:
+    """A schedule and the chip of each of its ranks."""
+
+    schedule: Schedule
+    chips: IntArray
 
 
 def jobs_of(
@@ -32,7 +42,7 @@ def jobs_of(
     whole: TieredTopology,
     seen: Topology,
     most_messages: int = MOST_MESSAGES,
-) -> "Iterator[CollectiveJob]":
+) -> Iterator[CollectiveJob]:
     """What may be moved for a choice over all chips, each job instead of the one before.
 
     `seen` is the whole network or what conditions leave of it. Raises TooManyMessages.
@@ -40,9 +50,9 @@ def jobs_of(
     sends, pieces = most_sends(choice)
     if sends > EASILY_MADE:
         check_messages(sends * pieces, choice.algorithm, most_messages)
-    job = job_of(choice, groups_of(members, members.num_chips), whole)
+    job = choice.job(members.copies(members.num_chips), whole)
     jobs = [job]
-    if choice.algorithm == RING and not (choice.is_folded and seen is whole):
+    if choice.algorithm == ring.RING and not (choice.is_folded and seen is whole):
         laid = laid_rings(choice.op, seen)
         jobs += [replace(job, schedule=each.schedule, places=each.chips) for each in laid]
     for each in jobs:
@@ -84,3 +94,55 @@ def check_messages(count: int, algorithm: str, most: int = MOST_MESSAGES) -> Non
             "--fidelity full",
             "ask for folded, for fewer chips, or for an algorithm with fewer rounds",
         )
+
+
+def laid_rings(op: Op, topology: Topology) -> tuple[Laid, ...]:
+    """One ring over all chips, and as many as the wires bear; none for operations that do not go round."""
+    if op not in ring.AROUND:
+        return ()
+    orders = [each.chips for each in ring_orders(topology)]
+    chips = np.arange(topology.num_chips)
+    ranks = Ranks(len(chips))
+    return tuple(
+        Laid(ring.schedule(op, ranks, orders=orders[:num]), chips) for num in sorted({1, len(orders)})
+    )
+
+
+def laid_hierarchies(op: Op, topology: Topology, names: Collection[str]) -> tuple[Laid, ...]:
+    """Hierarchical algorithms among `names` over the subgroups found, with as many peers as an automatic choice allows.
+
+    None where these are not alike, or chips are too many.
+    """
+    if not 2 < topology.num_chips <= SEARCHED_CHIPS:
+        return ()
+    found = hierarchy(topology)
+    fanouts = _fanouts(found)
+    if len(fanouts) < 2:
+        return ()
+    levels = tuple(Level("", fanout, 0.0, inf, inf) for fanout in fanouts)
+    laid = []
+    for each in algorithms(op).values():
+        if not each.is_hierarchy or each.name not in names or each.has_many_peers(op, levels):
+            continue
+        with suppress(CommsError):  # halving and doubling over other than powers of two
+            schedule = each.make(op, Ranks(topology.num_chips, fanouts=fanouts))
+            laid.append(Laid(schedule, _nested(found)))
+    return tuple(laid)
+
+
+def _fanouts(levels: tuple[Subgroups, ...]) -> tuple[int, ...]:
+    """How many subgroups of a level are one of the next, from the inside; none where they differ in size."""
+    sizes = [{len(subgroup) for subgroup in subgroups} for subgroups in levels]
+    if any(len(each) > 1 for each in sizes):
+        return ()
+    outer = [each.pop() for each in sizes]
+    return tuple(size // inner for inner, size in zip([1, *outer], outer, strict=False) if size > inner)
+
+
+def _nested(levels: tuple[Subgroups, ...]) -> IntArray:
+    """All chips, so that every subgroup of every level is one range of them."""
+    place = np.zeros((len(levels), sum(len(subgroup) for subgroup in levels[-1])), dtype=np.int64)
+    for row, subgroups in zip(place, levels, strict=True):
+        for number, subgroup in enumerate(subgroups):
+            row[list(subgroup)] = number
+    return np.lexsort([np.arange(place.shape[1]), *place])

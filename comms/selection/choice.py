@@ -10,18 +10,36 @@ there when all of them send, whichever is faster; `Choice.is_folded` says so. Fu
 """
 
 from dataclasses import dataclass, replace
+from math import prod
+
+import numpy as np
 
 from comms.algorithms.catalog import Algorithm, algorithm_of, algorithms, considered, names
 from comms.collectives.outline import Outline
 from comms.collectives.outline_time import closed_seconds, folded_seconds
 from comms.collectives.schedule import Op, Schedule
 from comms.errors import CommsError
-from comms.networks.groups import Lattice, Level, Levels, Members, group_size
+from comms.networks.groups import Level, Levels, Members, group_size
 from comms.networks.links import PLAIN, Protocol
 from comms.networks.network import Network, Tier
+from comms.networks.tiered import TieredTopology
+from comms.networks.topology import IntArray
+from comms.simulation.compiled import CollectiveJob
 
 AUTO = "auto"
 NOTHING = "none"  # one chip: no algorithm
+FREE = 1e9  # how much better a tier is made to see what it costs
+
+
+@dataclass(frozen=True, slots=True)
+class TierShare:
+    """One tier that a collective crosses."""
+
+    tier: str
+    fanout: int
+    latency_s: float  # of one stage, by the protocol taken
+    bytes_per_s: float  # of a chip, when all chips of a group send to others at once
+    saved_s: float  # what would be saved if this tier cost nothing
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,20 +93,64 @@ class Choice:
         """All levels so."""
         return tuple(self.priced(level) for level in self.levels)
 
+    @property
+    def _algorithm(self) -> Algorithm:
+        return algorithm_of(self.op, self.algorithm)
+
     def outline(self) -> Outline:
         """What representative chips send; of several chips only."""
-        outline = algorithm_of(self.op, self.algorithm).outline(self.op, self.nbytes, self.priced_levels)
+        outline = self._algorithm.outline(self.op, self.nbytes, self.priced_levels)
         assert outline is not None
         return outline
 
     def schedule(self) -> Schedule:
         """The messages of all ranks, in the order of the members."""
         levels = tuple(self.priced(level) for level in self.hosts or self.levels)
-        return algorithm_of(self.op, self.algorithm).schedule(self.op, self.num_chips, self.nbytes, levels)
+        return self._algorithm.schedule(self.op, self.num_chips, self.nbytes, levels)
 
     def folded_s(self) -> float:
         """What the messages take by the sweep over representative chips."""
         return folded_seconds(self.outline()) if self.levels else 0.0
+
+    def tier_shares(self) -> tuple[TierShare, ...]:
+        """Per level that the group spans, what it costs: by the closed form with that level free."""
+        shares = []
+        # Levels overlap where pieces are pipelined, so that their times do not add up: each is taken away in turn.
+        for at, level in enumerate(self.levels):
+            free = replace(
+                level,
+                latency_s=0.0,
+                hop_latency_s=0.0,
+                bytes_per_s=level.bytes_per_s * FREE,
+                pool_bytes_per_s=level.pool_bytes_per_s * FREE,
+            )
+            levels = tuple(
+                self.priced(free if other == at else each) for other, each in enumerate(self.levels)
+            )
+            outline = self._algorithm.outline(self.op, self.nbytes, levels)
+            saved = self.transfer_s - closed_seconds(outline) if outline is not None else 0.0
+            inner = prod(each.fanout for each in self.levels[:at])
+            seen = self.priced(level)
+            rate = seen.rate(inner)
+            shares.append(TierShare(level.tier, level.fanout, seen.latency_s, rate, max(0.0, saved)))
+        return tuple(shares)
+
+    def job(self, groups: IntArray, topology: TieredTopology) -> CollectiveJob:
+        """The messages for groups of chips ([groups, chips], members in order) on a topology."""
+        places = np.array([self._places(members, topology) for members in groups])
+        return CollectiveJob(self.schedule(), places, self.nbytes, protocol=self.protocol, inside=self.inside)
+
+    def _places(self, members: IntArray, topology: TieredTopology) -> IntArray:
+        """The members, and after them the switches that add for them: one per group, then the one over all."""
+        layers = self._algorithm.adding_switches if len(members) > 1 else 0
+        if layers == 0:
+            return members
+        size = self.levels[0].fanout
+        groups = [members[first : first + size] for first in range(0, len(members), size)]
+        switches = [topology.switch_over(each.tolist()) for each in groups]
+        if min(layers, len(self.levels)) > 1:
+            switches.append(topology.switch_over(members.tolist()))
+        return np.concatenate([members, np.array(switches, dtype=np.int64)])
 
 
 def choose(op: Op, nbytes: float, members: Members, network: Network, algorithm: str = AUTO) -> Choice:
@@ -119,7 +181,7 @@ def _timed(
     op: Op, nbytes: float, members: Members, network: Network, algorithm: str, flat: bool = False
 ) -> list[Choice]:
     """All ways that suit, by their closed forms, in the order of the catalog."""
-    tier = _outermost(members, network)
+    tier = network.tier_for(members)
     pairs = _offered(op, group_size(members), tier, algorithm)
     blank = Choice(op, nbytes, group_size(members), NOTHING, PLAIN, 0.0, 0.0, (), False)
     aligned = {each.rail_aligned for each, _ in pairs}
@@ -154,7 +216,7 @@ def _folds(blank: Choice, members: Members, network: Network, aligned: bool, fla
     if levels is not None:
         return [replace(blank, levels=levels, is_folded=True)]
     as_if_even = network.levels_as_if_even(members, aligned)
-    one_level = replace(blank, levels=_flat(blank.num_chips, _outermost(members, network)))
+    one_level = replace(blank, levels=_flat(blank.num_chips, network.tier_for(members)))
     if as_if_even is None:
         return [one_level]
     return [replace(blank, levels=as_if_even), replace(one_level, hosts=as_if_even)]
@@ -162,13 +224,13 @@ def _folds(blank: Choice, members: Members, network: Network, aligned: bool, fla
 
 def offered(op: Op, members: Members, network: Network) -> tuple[str, ...]:
     """The algorithms among which an automatic choice is made."""
-    pairs = _offered(op, group_size(members), _outermost(members, network), AUTO)
+    pairs = _offered(op, group_size(members), network.tier_for(members), AUTO)
     return tuple(dict.fromkeys(each.name for each, _ in pairs))
 
 
 def is_limited(members: Members, network: Network) -> bool:
     """Whether the library names the algorithms that it has for these chips."""
-    return all(protocol.algorithms for protocol in _outermost(members, network).protocols)
+    return all(protocol.algorithms for protocol in network.tier_for(members).protocols)
 
 
 def _offered(op: Op, num_chips: int, tier: Tier, algorithm: str) -> list[tuple[Algorithm, Protocol]]:
@@ -208,13 +270,6 @@ def _latency_and_wire(outline: Outline) -> tuple[float, float]:
             latency += stage.repeat * max(hop.latency_s for hop in stage.hops)
             wires[port] += stage.repeat * stage.nbytes / min(hop.bytes_per_s for hop in stage.hops)
     return latency, max(wires.values(), default=0.0)
-
-
-def _outermost(members: Members, network: Network) -> Tier:
-    """The innermost tier in which all members meet; of a Lattice, those of any copy."""
-    if isinstance(members, Lattice):
-        return network.tiers[network.meeting(members)]
-    return network.tier_for(members)
 
 
 def _flat(num_chips: int, tier: Tier) -> Levels:

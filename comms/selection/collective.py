@@ -1,6 +1,6 @@
 """Collective: what one takes over all chips of a network, by which algorithm, and which links decide.
 
-Timed by closed form, folded or full (`pricing`). Nothing asked for, folded; but full, which moves every message,
+Timed by closed form, folded or full (`Fidelity`). Nothing asked for, folded; but full, which moves every message,
 where the chips do not fold into levels or the network is not healthy, as far as that is quickly done. There
 fixed algorithms are compared at full fidelity too (`comparison`), and a schedule made for this network may
 win. Where the chips fold, that is left to algorithms without a closed form that may be faster (`comparison.unpriced`).
@@ -17,12 +17,12 @@ from comms.networks.network import Network
 from comms.selection import comparison
 from comms.selection.choice import AUTO, Choice, choose
 from comms.selection.comparison import ASK_FOR_FULL, ASK_FOR_ONE, Comparison, unpriced
-from comms.selection.pricing import Fidelity, tier_shares
 from comms.selection.progress import LOADING, Progress, quiet
 from comms.selection.question import (
     SYNTHESIS_CHIPS,
     AlgorithmTime,
     Answer,
+    Fidelity,
     Question,
     conditions_in_words,
 )
@@ -207,6 +207,7 @@ def _why_flat(question: Question) -> str:
 def _by_levels(question: Question, choice: Choice, fidelity: Fidelity) -> Answer:
     """By the levels of the group, or for one chip."""
     seconds = choice.seconds if fidelity is Fidelity.CLOSED else choice.setup_s + choice.folded_s()
+    others = (AlgorithmTime(name, seconds, Fidelity.CLOSED) for name, seconds in choice.others)
     return Answer(
         question=question,
         algorithm=choice.algorithm,
@@ -215,8 +216,8 @@ def _by_levels(question: Question, choice: Choice, fidelity: Fidelity) -> Answer
         seconds=seconds,
         setup_s=choice.setup_s,
         reason=_reason(question, choice),
-        tiers=tier_shares(choice) if choice.is_folded else (),
-        candidates=(AlgorithmTime(choice.algorithm, seconds, fidelity), *_others(choice)),
+        tiers=choice.tier_shares() if choice.is_folded else (),
+        candidates=(AlgorithmTime(choice.algorithm, seconds, fidelity), *others),
         notes=_advice(question, choice),
     )
 
@@ -233,7 +234,3 @@ def _advice(question: Question, choice: Choice) -> tuple[str, ...]:
 
 def _reason(question: Question, choice: Choice) -> str:
     return choice.reason if question.algorithm == AUTO or not choice.levels else "asked for by name"
-
-
-def _others(choice: Choice) -> tuple[AlgorithmTime, ...]:
-    return tuple(AlgorithmTime(name, seconds, Fidelity.CLOSED) for name, seconds in choice.others)

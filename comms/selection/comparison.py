@@ -23,7 +23,7 @@ from comms.selection.question import Question
 from comms.selection.site import FullTiming
 from comms.simulation.compiled import CollectiveJob, compile_jobs
 from comms.simulation.lower_bound import end_lower_bound_s
-from comms.simulation.work_budget import ENDLESS, UNLIMITED, GivenUp, Watch, WorkBudget, unwatched
+from comms.simulation.work_budget import ENDLESS, UNLIMITED, GivenUp, Watch, WorkBudget
 from comms.units import format_seconds
 
 FEW_MESSAGES = 2**14  # who has no more is timed to the end
@@ -57,28 +57,22 @@ QUICK = Budget(2**21, 3 * 2**21, 2**23)  # some 10 s
 THOROUGH = Budget(MOST_MESSAGES, ENDLESS, ENDLESS)  # as long as it takes
 
 
-@dataclass(frozen=True, slots=True)
-class Effort:
-    """How far one candidate is followed."""
-
-    most_messages: int = MOST_MESSAGES
-    limit: WorkBudget = UNLIMITED  # with the setup
-    watch: Watch = unwatched
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class Candidate:
-    """An algorithm to time, `estimate_s` before it is. `run` raises TooManyMessages."""
+    """An algorithm to time, `estimate_s` before it is.
+
+    `run` is told the most messages and work (with the setup) that are worth it. It raises TooManyMessages.
+    """
 
     name: str
     estimate_s: float
     messages: int  # about
-    run: Callable[[Effort], FullTiming | GivenUp]
+    run: Callable[[int, WorkBudget, Watch], FullTiming | GivenUp]
 
     def timed(self, progress: Progress) -> FullTiming:
         """Alone, as long as it takes. Raises TooManyMessages."""
         with moving(self.name, progress) as watch:
-            found = self.run(Effort(watch=watch))
+            found = self.run(MOST_MESSAGES, UNLIMITED, watch)
         assert isinstance(found, FullTiming), "nothing limits it"
         return found
 
@@ -87,7 +81,7 @@ class Candidate:
         until_s = inf if self.messages <= FEW_MESSAGES else best_s * (1 + TIE_TOLERANCE)
         try:
             with moving(self.name, progress) as watch:
-                return self.run(Effort(budget.messages, WorkBudget(until_s, budget.work), watch))
+                return self.run(budget.messages, WorkBudget(until_s, budget.work), watch)
         except TooManyMessages:
             return GivenUp(0.0, is_late=False)
 

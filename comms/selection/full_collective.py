@@ -24,14 +24,12 @@ from comms.networks.fabrics.torus_mesh import Torus
 from comms.networks.links import Link, Protocol
 from comms.networks.network import Tier
 from comms.selection import comparison
-from comms.selection.candidate_jobs import check_messages, expected_messages, jobs_of
+from comms.selection.candidate_jobs import Laid, check_messages, expected_messages, jobs_of, laid_hierarchies
 from comms.selection.choice import Choice, choose, is_limited, offered
-from comms.selection.comparison import Budget, Candidate, Comparison, Effort, compare, rank, suitable
-from comms.selection.pricing import Fidelity, job_of, tier_shares
+from comms.selection.comparison import Budget, Candidate, Comparison, compare, rank, suitable
 from comms.selection.progress import Progress, quiet
-from comms.selection.question import SYNTHESIS_CHIPS, AlgorithmTime, Answer, Question
+from comms.selection.question import SYNTHESIS_CHIPS, AlgorithmTime, Answer, Fidelity, Question
 from comms.selection.site import FullTiming, Site, site_of
-from comms.selection.topology_aware import Laid, laid_hierarchies
 from comms.simulation.compiled import CollectiveJob
 from comms.simulation.full import FullResult, Method, simulate, simulate_within
 from comms.simulation.incremental import IncrementalSimulation
@@ -64,7 +62,7 @@ def by_choice(question: Question, choice: Choice, reason: str, progress: Progres
     timing = of_choice(site, choice).timed(progress)
     others = (AlgorithmTime(name, seconds, Fidelity.CLOSED) for name, seconds in choice.others)
     found = _answer(question, site, timing, reason, (*_times([timing]), *others))
-    return replace(found, tiers=tier_shares(choice) if choice.is_folded else ())
+    return replace(found, tiers=choice.tier_shares() if choice.is_folded else ())
 
 
 def by_own_schedule(question: Question, usual: Choice, progress: Progress) -> Answer:
@@ -165,9 +163,9 @@ def of_choice(site: Site, choice: Choice) -> Candidate:
         seconds = choice.setup_s + float(found.seconds[0])
         return FullTiming(choice.algorithm, seconds, choice.setup_s, choice.protocol, found)
 
-    def run(effort: Effort) -> FullTiming | GivenUp:
-        jobs = jobs_of(choice, site.members, site.whole, site.seen, effort.most_messages)
-        return _fastest((partial(attempt, job, effort.watch) for job in jobs), effort.limit)
+    def run(most_messages: int, limit: WorkBudget, watch: Watch) -> FullTiming | GivenUp:
+        jobs = jobs_of(choice, site.members, site.whole, site.seen, most_messages)
+        return _fastest((partial(attempt, job, watch) for job in jobs), limit)
 
     return Candidate(choice.algorithm, choice.seconds, expected_messages(choice), run)
 
@@ -176,13 +174,12 @@ def of_schedule(site: Site, laid: Laid, nbytes: float, estimate_s: float = inf) 
     """Any schedule over all chips, by the fastest protocol of the outermost tier."""
     schedule, tier = laid.schedule, site.network.tier_for((0, site.num_chips - 1))
 
-    def run(effort: Effort) -> FullTiming | GivenUp:
-        check_messages(schedule.num_messages, schedule.algorithm, effort.most_messages)
+    def run(most_messages: int, limit: WorkBudget, watch: Watch) -> FullTiming | GivenUp:
+        check_messages(schedule.num_messages, schedule.algorithm, most_messages)
         attempts = (
-            partial(_by_protocol, site, laid, nbytes, tier, protocol, effort.watch)
-            for protocol in tier.protocols
+            partial(_by_protocol, site, laid, nbytes, tier, protocol, watch) for protocol in tier.protocols
         )
-        return _fastest(attempts, effort.limit)
+        return _fastest(attempts, limit)
 
     return Candidate(schedule.algorithm, estimate_s, schedule.num_messages, run)
 
@@ -208,7 +205,7 @@ def background_jobs(site: Site) -> list[CollectiveJob]:
     jobs = []
     for each in site.resolved.background:
         chips = tuple(sorted(each.chips))
-        job = job_of(choose(Op(each.op), each.nbytes, chips, site.network), np.array([chips]), site.whole)
+        job = choose(Op(each.op), each.nbytes, chips, site.network).job(np.array([chips]), site.whole)
         jobs.append(replace(job, repeats=True))
     return jobs
 

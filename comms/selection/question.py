@@ -4,20 +4,32 @@ Assumes that all chips take part, rank r on chip r, and are ready at once. Not m
 """
 
 from dataclasses import dataclass, field
+from enum import StrEnum
 from functools import cached_property
 
-from comms.collectives.schedule import Op, Schedule
+from comms.collectives.schedule import Op, Schedule, bus_factor
 from comms.networks.conditions import HEALTHY, Described
 from comms.networks.groups import Lattice
 from comms.networks.network import Network
-from comms.selection.choice import AUTO
-from comms.selection.pricing import Fidelity, TierShare, algbw, busbw
+from comms.selection.choice import AUTO, TierShare
 from comms.selection.site import FullTiming, Site, TierLoad, WireLoad, all_chips, tier_loads
 from comms.synthesis.bisection import Cut, bisection
 from comms.synthesis.synthesis import NAME as SYNTHESIZED
 
 SYNTHESIS_CHIPS = 64  # up to here a schedule made for the network is looked for without being asked for
 BISECTION_CHIPS = 16_384  # up to here the halves of a network are looked at
+
+
+class Fidelity(StrEnum):
+    """How closely a collective is timed. What the library adds is the same in all (`Choice.setup_s`).
+
+    On groups that fold evenly the three agree; others need full, and a topology of few enough chips.
+    """
+
+    CLOSED = "closed"  # arithmetic over the levels of the group, in microseconds of work
+    FOLDED = "folded"  # the same messages, swept over representative chips
+    FULL = "full"  # every message of every chip on the topology, wires shared max-min fairly
+
 
 _NEVER = ("packets, queues and loss in switches", "what chips do beside the collective")
 _REAL = ("contention with other jobs, degraded links and late chips",)
@@ -71,6 +83,14 @@ class Question:
         leaves = float(table.sum() - table.trace())  # n - 1 parts of each chip; its own stays where it is
         return self.nbytes * leaves / (n - 1)
 
+    def algbw(self, seconds: float) -> float:
+        """Bytes per second as nccl-tests count them: nbytes over time."""
+        return self.nbytes / seconds if seconds > 0 and self.op is not Op.BARRIER else 0.0
+
+    def busbw(self, seconds: float) -> float:
+        """What a link carries, as nccl-tests count it: comparable over numbers of chips."""
+        return self.algbw(seconds) * bus_factor(self.op, self.num_chips)
+
 
 @dataclass(frozen=True, slots=True)
 class AlgorithmTime:
@@ -103,11 +123,11 @@ class Answer:
 
     @property
     def algbw_bytes_per_s(self) -> float:
-        return algbw(self.question.op, self.question.nbytes, self.seconds)
+        return self.question.algbw(self.seconds)
 
     @property
     def busbw_bytes_per_s(self) -> float:
-        return busbw(self.question.op, self.question.nbytes, self.seconds, self.question.num_chips)
+        return self.question.busbw(self.seconds)
 
     @cached_property
     def loads(self) -> tuple[TierLoad, ...]:

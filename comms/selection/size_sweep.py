@@ -7,9 +7,8 @@ from itertools import groupby
 
 from comms.errors import CommsError
 from comms.selection.collective import answer_to
-from comms.selection.pricing import Fidelity
 from comms.selection.progress import Progress, quiet
-from comms.selection.question import Answer, Question
+from comms.selection.question import Answer, Fidelity, Question
 from comms.synthesis.synthesis import TREES as SYNTHESIZED_OPS
 
 FACTOR = 2

@@ -140,19 +140,6 @@ class Compiled:
     # [2, resources] bytes of all messages but those of jobs that repeat, and what they fill of a wire's rate
     crossings: FloatArray = field(repr=False)
 
-    @property
-    def num_messages(self) -> int:
-        """Messages of all jobs, with every piece counted."""
-        return int(self.messages_by_stream().sum())
-
-    def messages_by_stream(self) -> IntArray:
-        """[streams] Messages with every piece counted."""
-        rounds, streams = self.work.rounds, self.work.streams
-        totals = np.zeros(len(streams), dtype=np.int64)
-        np.add.at(totals, rounds["stream"], rounds["last"] - rounds["first"])
-        counted: IntArray = totals * streams["pieces"]
-        return counted
-
 
 def compile_jobs(topology: Topology, jobs: Sequence[CollectiveJob]) -> Compiled:
     """Routes, ports and sizes of everything that the jobs send. Raises CommsError for impossible places."""
@@ -170,17 +157,12 @@ def _check_places(topology: Topology, job: CollectiveJob) -> None:
     if places.shape[1] != ranks:
         problem = f"{places.shape[1]} places for {ranks} ranks"
         raise CommsError(problem, where, "name one node per rank of the schedule")
-    in_order = np.sort(places, axis=1)
-    if (in_order[:, 1:] == in_order[:, :-1]).any():
-        raise CommsError("two ranks on one node", where, "give every rank a node of its own")
     outside = places[(places < 0) | (places >= topology.num_nodes)]
     if len(outside):
         problem = f"node {outside[0]} is outside a topology of {topology.num_nodes} nodes"
         raise CommsError(problem, where, "place ranks on nodes that there are")
     if not 0 <= job.nbytes < np.inf:
         raise CommsError(f"{job.nbytes} bytes", where, "give a size of zero or more")
-    if not 0 <= job.start_s < np.inf:
-        raise CommsError(f"a start at {job.start_s} s", where, "give a time of zero or more")
     for channel in job.schedule.channels:
         if not 1 <= channel.pieces < MAX_PIECES:
             raise CommsError(f"{channel.pieces} pieces", where, f"cut it into 1 to {MAX_PIECES - 1} pieces")

@@ -8,11 +8,11 @@ Not modelled: packets, queues in switches, loss and congestion control, which ma
 """
 
 import numpy as np
+from numpy.typing import NDArray
 
 from comms.simulation.compiled import MAX_PIECES
 from comms.simulation.heaps import Finishes, Timers, add_timer, clear_finish, set_finish, take_timer
 from comms.simulation.jit import compiled, compiled_inside, wide
-from comms.simulation.message_costs import forwarding_s, uniform
 from comms.simulation.sharing import draw_in, draw_in_all, insert, remove, solve
 from comms.simulation.world import (
     ARRIVED,
@@ -162,10 +162,6 @@ def _deliver(w: World, message: int, piece: int, now: float) -> int:
         while got < stream.rounds and w.left[base + got] == 0:
             got += 1
         w.got[stream.chain0 + chain] = got
-    rank = w.rank[stream.rank0 + dst]
-    rank.end_s = max(rank.end_s, now)
-    if len(w.arrivals) > 0:
-        w.arrivals[_record_row(w, wide(each.stream), message, piece)] = now
     w.counters[ARRIVED] += 1
     number = stream.run0 + dst // stream.members
     its = w.run[number]
@@ -273,8 +269,6 @@ def _send(w: World, number: int, now: float, drawn: int) -> int:
     edge = w.edges[each.edge0 + message - each.first]
     nbytes = w.nbytes[message]
     port.state, port.nbytes, port.since = SENDING, nbytes, now
-    if len(w.starts) > 0:
-        w.starts[_record_row(w, wide(port.stream), message, port.piece)] = now
     if edge.route0 == edge.route1 or nbytes == 0.0:
         set_finish(w.finishes, number, now)
         return drawn
@@ -317,13 +311,10 @@ def _leave(w: World, number: int, now: float, drawn: int) -> int:
     )
     add_timer(w.timers, came, queued.message * MAX_PIECES + port.piece)
     port.state = IDLE
-    stream = w.streams[port.stream]
-    rank = w.rank[stream.rank0 + port.rank]
-    rank.end_s = max(rank.end_s, now)
     # A segment is sent once for each piece, which keeps the queue as short as one piece of it.
     port.row += 1
     if port.row == queued.end:
-        if port.piece + 1 < stream.pieces:
+        if port.piece + 1 < w.streams[port.stream].pieces:
             port.piece += 1
             port.row = queued.start
         else:
@@ -332,7 +323,33 @@ def _leave(w: World, number: int, now: float, drawn: int) -> int:
 
 
 @compiled_inside
-def _record_row(w: World, stream: int, message: int, piece: int) -> int:
-    row = w.streams[stream]
-    first = w.rounds[row.round0].first
-    return w.record0[stream] + (message - first) * row.pieces + piece  # type: ignore[no-any-return]
+def uniform(seed: int, message: int, piece: int, started_s: float) -> float:
+    """In (0, 1], from a hash of the message and its run's start (splitmix64): no state, no order to depend on."""
+    x = np.uint64(seed + 1) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(message) * np.uint64(
+        0xD1B54A32D192ED03
+    )
+    x += np.uint64(piece) * np.uint64(0x8CB92BA72F3D8DD7)
+    x += np.uint64(np.int64(started_s * 1e12)) * np.uint64(0xAEF17502108EF2D9)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    x = x ^ (x >> np.uint64(31))
+    return (np.float64(x >> np.uint64(11)) + 1.0) / 9007199254740992.0
+
+
+@compiled_inside
+def forwarding_s(
+    forward_nbytes: NDArray[np.float64],
+    route: NDArray[np.int32],
+    resources: NDArray[np.void],
+    start: int,
+    end: int,
+    nbytes: float,
+) -> float:
+    """What switches add that take a packet, or the whole message, in before they send on."""
+    total = 0.0
+    if len(forward_nbytes) > 0:
+        for hop in range(start, end - 1):
+            held = min(forward_nbytes[route[hop]], nbytes)
+            if held > 0.0:
+                total += held / resources[route[hop]].bytes_per_s
+    return total

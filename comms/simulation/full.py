@@ -39,14 +39,12 @@ from comms.simulation.world import (
     RESTARTS,
     SOLVED,
     WAITED_FOR,
-    Changes,
     Noise,
     first_world,
     grown,
     is_short_of_timers,
     overheads,
     rates_under,
-    record_rows,
     start_runs,
     timed_changes,
 )
@@ -66,16 +64,12 @@ class FullResult:
     """What was timed. `wire_nbytes` counts background jobs once."""
 
     seconds: FloatArray  # [jobs] from its start to the end of its last group; nan for background jobs
-    group_seconds: tuple[FloatArray, ...]  # per job: [groups]
-    chip_end_s: tuple[FloatArray, ...]  # per job: [groups * ranks] last byte in or out
     wire_nbytes: FloatArray  # [wires] bytes that cross each capacity (Wires.shares),
     wire_load: FloatArray  # [wires] and how many of its bytes that keeps busy, as protocols leave some unused
     num_messages: int
     flow_events: int  # starts and ends of flows; 0 by sweep
     flows_solved: int  # how often a flow's rate was solved anew
     method: Method
-    starts: tuple[FloatArray, ...] = ()  # per stream (channel of a job): [messages, pieces], where recorded
-    arrivals: tuple[FloatArray, ...] = ()
 
     @property
     def work(self) -> int:
@@ -88,19 +82,10 @@ def simulate(
     jobs: Sequence[CollectiveJob],
     conditions: Conditions = UNDISTURBED,
     *,
-    record: bool = False,
     method: Method | None = None,
 ) -> FullResult:
     """Time all jobs together. Raises CommsError where they cannot finish (a dead wire, and no way round)."""
-    compiled = compile_jobs(topology, jobs)
-    rates = rates_under(compiled, conditions)
-    if method is not Method.EVENTS and _may_sweep(compiled, rates, conditions):
-        swept = _swept(compiled, rates, conditions, record)
-        if swept is not None:
-            return swept
-    if method is Method.SWEEP:
-        raise CommsError("messages meet on a wire", "sweep", "leave the method open")
-    found = _by_events(compiled, rates, conditions, record, UNLIMITED, unwatched)
+    found = simulate_within(topology, jobs, conditions, UNLIMITED, method=method)
     assert isinstance(found, FullResult), "nothing limits it"
     return found
 
@@ -111,19 +96,25 @@ def simulate_within(
     conditions: Conditions,
     budget: WorkBudget,
     watch: Watch = unwatched,
+    method: Method | None = None,
 ) -> FullResult | GivenUp:
     """The same as long as it is worth it. What is not given up is timed exactly, what is given up as late is late."""
     compiled = compile_jobs(topology, jobs)
     rates = rates_under(compiled, conditions)
-    highest = _highest(rates, timed_changes(compiled, conditions))
-    least_s = end_lower_bound_s(compiled, highest, budget.until_s) * (1 - ROUNDING)
-    if least_s > budget.until_s:
-        return GivenUp(least_s, is_late=True)
+    least_s = 0.0
+    if budget != UNLIMITED:
+        changes, highest = timed_changes(compiled, conditions), rates.copy()
+        np.maximum.at(highest, changes.resource, changes.bytes_per_s)
+        least_s = end_lower_bound_s(compiled, highest, budget.until_s) * (1 - ROUNDING)
+        if least_s > budget.until_s:
+            return GivenUp(least_s, is_late=True)
     found: FullResult | GivenUp | None = None
-    if _may_sweep(compiled, rates, conditions):
-        found = _swept(compiled, rates, conditions, False)
+    if method is not Method.EVENTS and _may_sweep(compiled, rates, conditions):
+        found = _swept(compiled, rates, conditions)
+    if found is None and method is Method.SWEEP:
+        raise CommsError("messages meet on a wire", "sweep", "leave the method open")
     if found is None:
-        found = _by_events(compiled, rates, conditions, False, budget, watch)
+        found = _by_events(compiled, rates, conditions, budget, watch)
     if isinstance(found, GivenUp):
         return replace(found, at_least_s=max(found.at_least_s, least_s))
     waited = compiled.runs[~compiled.runs["repeats"]]
@@ -137,15 +128,7 @@ def _may_sweep(compiled: Compiled, rates: FloatArray, conditions: Conditions) ->
     return not conditions.changes and not repeats and bool((rates > 0).all())
 
 
-def _highest(rates: FloatArray, changes: Changes) -> FloatArray:
-    """[resources] The most that each ever has."""
-    highest = rates.copy()
-    np.maximum.at(highest, changes.resource, changes.bytes_per_s)
-    return highest
-
-
-def _swept(compiled: Compiled, rates: FloatArray, conditions: Conditions, record: bool) -> FullResult | None:
-    recorded, record0 = record_rows(compiled, record)
+def _swept(compiled: Compiled, rates: FloatArray, conditions: Conditions) -> FullResult | None:
     state = Sweep(
         **compiled.work._asdict(),
         noise=Noise(conditions.noise_s, conditions.seed),
@@ -157,31 +140,18 @@ def _swept(compiled: Compiled, rates: FloatArray, conditions: Conditions, record
         rate=np.zeros(len(compiled.work.edges)),
         busy_until=np.zeros(len(rates)),
         owner=np.full(len(rates), NONE),
-        rank_end=np.zeros(len(compiled.rank_node)),
         run=compiled.runs,
-        record0=record0,
-        starts=np.zeros(recorded),
-        arrivals=np.zeros(recorded),
     )
     if not sweep(state):
         compiled.runs["end_s"] = compiled.runs["start_s"]
         return None
-    spans = _spans(compiled, state.starts, state.arrivals, record0) if record else ((), ())
-    counted = (compiled.num_messages, 0, 0)
-    return _result(compiled, state.rank_end, counted, Method.SWEEP, spans)
+    return _result(compiled, (int(compiled.runs["messages"].sum()), 0, 0), Method.SWEEP)
 
 
 def _by_events(
-    compiled: Compiled,
-    rates: FloatArray,
-    conditions: Conditions,
-    record: bool,
-    budget: WorkBudget,
-    watch: Watch,
+    compiled: Compiled, rates: FloatArray, conditions: Conditions, budget: WorkBudget, watch: Watch
 ) -> FullResult | GivenUp:
-    world = first_world(
-        compiled, rates, conditions, record=record, again=bool(compiled.runs["repeats"].any())
-    )
+    world = first_world(compiled, rates, conditions, again=bool(compiled.runs["repeats"].any()))
     start_runs(world, range(len(compiled.runs)))
     changes, next_change = timed_changes(compiled, conditions), 0
     counters = world.counters
@@ -203,9 +173,8 @@ def _by_events(
             watch(share)
         if is_short_of_timers(world):
             world = world._replace(timers=grown(world.timers))
-    spans = _spans(compiled, world.starts, world.arrivals, world.record0) if record else ((), ())
     counted = int(counters[ARRIVED]), int(counters[FLOW_EVENTS]), int(counters[SOLVED])
-    return _result(compiled, world.rank["end_s"], counted, Method.EVENTS, spans)
+    return _result(compiled, counted, Method.EVENTS)
 
 
 def _share_done(compiled: Compiled, counters: IntArray) -> float:
@@ -221,38 +190,10 @@ def _share_done(compiled: Compiled, counters: IntArray) -> float:
     )
 
 
-def _result(
-    compiled: Compiled,
-    rank_end: FloatArray,
-    counted: tuple[int, int, int],
-    method: Method,
-    spans: tuple[tuple[FloatArray, ...], tuple[FloatArray, ...]],
-) -> FullResult:
+def _result(compiled: Compiled, counted: tuple[int, int, int], method: Method) -> FullResult:
     runs = compiled.runs
     took = np.where(runs["repeats"], np.nan, runs["end_s"] - runs["start_s"])
-    cut = np.flatnonzero(np.diff(runs["job"])) + 1
-    by_group = tuple(np.split(took, cut)) if len(took) else ()
-    seconds = np.array([group.max() for group in by_group])
-    ends = _chip_ends(compiled, rank_end)
+    first = np.flatnonzero(runs["group"] == 0)
+    seconds = np.maximum.reduceat(took, first) if len(first) else took
     nbytes, load = compiled.crossings
-    return FullResult(seconds, by_group, ends, nbytes, load, *counted, method, *spans)
-
-
-def _spans(
-    compiled: Compiled, starts: FloatArray, arrivals: FloatArray, record0: IntArray
-) -> tuple[tuple[FloatArray, ...], tuple[FloatArray, ...]]:
-    pieces, cut = compiled.work.streams["pieces"], record0[1:]
-    return (
-        tuple(part.reshape(-1, p) for part, p in zip(np.split(starts, cut), pieces, strict=True)),
-        tuple(part.reshape(-1, p) for part, p in zip(np.split(arrivals, cut), pieces, strict=True)),
-    )
-
-
-def _chip_ends(compiled: Compiled, rank_end: FloatArray) -> tuple[FloatArray, ...]:
-    """Per job, the latest over its channels."""
-    ends: list[FloatArray] = []
-    for its in compiled.runs[compiled.runs["group"] == 0]:
-        streams = compiled.work.streams[its["stream0"] : its["stream1"]]
-        rows = [rank_end[each["rank0"] : each["rank0"] + each["ranks"]] for each in streams]
-        ends.append(np.maximum.reduce(rows) if rows else np.zeros(0))
-    return tuple(ends)
+    return FullResult(seconds, nbytes, load, *counted, method)

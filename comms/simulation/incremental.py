@@ -44,7 +44,7 @@ class IncrementalSimulation:
     ) -> None:
         compiled = compile_jobs(topology, jobs)
         rates = rates_under(compiled, conditions)
-        self._world = first_world(compiled, rates, conditions, record=False, again=True)
+        self._world = first_world(compiled, rates, conditions, again=True)
         self._changes, self._next_change = timed_changes(compiled, conditions), 0
         self._first = np.flatnonzero(compiled.runs["group"] == 0)
         self._used = np.zeros(len(compiled.runs), dtype=np.bool_)

@@ -11,9 +11,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from comms.simulation.events import SAME_INSTANT
+from comms.simulation.events import SAME_INSTANT, forwarding_s, uniform
 from comms.simulation.jit import compiled, compiled_inside
-from comms.simulation.message_costs import forwarding_s, uniform
 from comms.simulation.world import Noise
 
 NONE = -1
@@ -41,11 +40,7 @@ class Sweep(NamedTuple):
     rate: NDArray[np.float64]  # [edges]
     busy_until: NDArray[np.float64]  # [resources]
     owner: NDArray[np.int64]  # [resources] the stream that uses it
-    rank_end: NDArray[np.float64]  # [rank rows]
     run: NDArray[np.void]  # compiled.RUN
-    record0: NDArray[np.int64]  # [streams] first row of what is recorded
-    starts: NDArray[np.float64]  # [message and piece] empty where nothing is recorded
-    arrivals: NDArray[np.float64]
 
 
 @compiled
@@ -125,7 +120,8 @@ def _round(s: Sweep, number: int, piece: int) -> bool:
         for offset in range(num):
             chain = base + edge.dst * groups + (chunk + offset) % groups
             s.staged[chain] = max(s.staged[chain], came)
-        _note(s, number, message, piece, start, end, came)
+        its = s.run[stream.run0 + edge.dst // stream.members]
+        its.end_s = max(its.end_s, came)
     for message in range(each.first, each.last):
         if stream.by_chunk:
             chunk, num = s.chunk[message], s.num_chunks[message]
@@ -134,22 +130,6 @@ def _round(s: Sweep, number: int, piece: int) -> bool:
             chain = base + dst * groups + (chunk + offset) % groups
             s.ready[chain] = s.staged[chain]
     return True
-
-
-@compiled_inside
-def _note(s: Sweep, number: int, message: int, piece: int, start: float, end: float, came: float) -> None:
-    """When chips and jobs are done, and the message's times where they are recorded."""
-    each = s.rounds[number]
-    edge, stream = s.edges[each.edge0 + message - each.first], s.streams[each.stream]
-    src, dst = stream.rank0 + edge.src, stream.rank0 + edge.dst
-    s.rank_end[src] = max(s.rank_end[src], end)
-    s.rank_end[dst] = max(s.rank_end[dst], came)
-    its = s.run[stream.run0 + edge.dst // stream.members]
-    its.end_s = max(its.end_s, came)
-    if len(s.starts) > 0:
-        row = s.record0[each.stream] + piece
-        row += (message - s.rounds[stream.round0].first) * stream.pieces
-        s.starts[row], s.arrivals[row] = start, came
 
 
 @compiled_inside

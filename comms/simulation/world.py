@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from comms.errors import CommsError
 from comms.networks.conditions import Conditions
-from comms.networks.topology import FloatArray, IntArray
+from comms.networks.topology import FloatArray, IntArray, run_starts
 from comms.simulation.compiled import Compiled
 from comms.simulation.heaps import TIMER, Finishes, Timers, add_timer, empty_finishes, empty_timers
 from comms.simulation.sharing import Flows, empty_flows
@@ -54,7 +54,6 @@ RANK = np.dtype(
         ("port0", "i8"),  # rows of World.ports_of_rank
         ("port1", "i8"),
         ("overhead_s", "f8"),  # before each message it sends
-        ("end_s", "f8"),  # when its last message came or left
     ],
     align=True,
 )
@@ -93,9 +92,6 @@ class World(NamedTuple):
     got: NDArray[np.int32]  # [chains] rounds fully received
     left: NDArray[np.uint16]  # [chains * rounds] messages still to come
     left_again: NDArray[np.uint16]  # the same as it was at first, for runs that start again
-    record0: NDArray[np.int64]  # [streams] first row of what is recorded
-    starts: NDArray[np.float64]  # [message and piece] empty where nothing is recorded
-    arrivals: NDArray[np.float64]
     counters: NDArray[np.int64]
 
 
@@ -111,21 +107,12 @@ def rates_under(compiled: Compiled, conditions: Conditions) -> FloatArray:
     """[resources] Bytes per second."""
     lowest: dict[int, float] = {}
     for wire, factor in conditions.factors.items():
-        resource = _resource(compiled, wire, factor)
+        resource = int(compiled.shares[wire])
         lowest[resource] = min(factor, lowest.get(resource, np.inf))
     rates = compiled.bytes_per_s.copy()
     for resource, factor in lowest.items():
         rates[resource] *= factor
     return rates
-
-
-def _resource(compiled: Compiled, wire: int, factor: float) -> int:
-    """What a condition on a wire changes. Raises CommsError for a wire or a factor that cannot be."""
-    if not 0 <= wire < len(compiled.shares):
-        raise CommsError(f"no wire {wire} among {len(compiled.shares)}", "conditions", "count wires from 0")
-    if not 0 <= factor < np.inf:
-        raise CommsError(f"a factor of {factor}", f"wire {wire}", "give a share of the rate, 0 or more")
-    return int(compiled.shares[wire])
 
 
 def overheads(compiled: Compiled, conditions: Conditions) -> FloatArray:
@@ -137,12 +124,10 @@ def overheads(compiled: Compiled, conditions: Conditions) -> FloatArray:
 def timed_changes(compiled: Compiled, conditions: Conditions) -> Changes:
     """The changes of capacity, in order of time."""
     changes = sorted(conditions.changes, key=lambda change: (change.at_s, change.wire))
-    if any(not 0 <= change.at_s < np.inf for change in changes):
-        raise CommsError("a change before the start", "conditions", "give times of zero or more")
-    wire = np.array([_resource(compiled, each.wire, each.factor) for each in changes], dtype=np.int64)
+    resource = compiled.shares[np.array([change.wire for change in changes], dtype=np.int64)]
     factor = np.array([change.factor for change in changes], dtype=np.float64)
     at_s = np.array([change.at_s for change in changes], dtype=np.float64)
-    return Changes(at_s, wire, compiled.bytes_per_s[wire] * factor)
+    return Changes(at_s, resource, compiled.bytes_per_s[resource] * factor)
 
 
 def grown(timers: Timers) -> Timers:
@@ -152,22 +137,15 @@ def grown(timers: Timers) -> Timers:
     return Timers(heap, timers.size)
 
 
-def timers_in_reserve(world: World) -> int:
-    """As many as the loop keeps free for the events of one instant."""
-    return 2 * len(world.port) + 2 * len(world.run) + 2
-
-
 def is_short_of_timers(world: World) -> bool:
-    """Whether the loop stopped for want of timers."""
-    return bool(world.timers.size[0] >= len(world.timers.heap) - timers_in_reserve(world))
+    """Whether the loop stopped for want of timers: it keeps some free for the events of one instant."""
+    in_reserve = 2 * len(world.port) + 2 * len(world.run) + 2
+    return bool(world.timers.size[0] >= len(world.timers.heap) - in_reserve)
 
 
-def first_world(
-    compiled: Compiled, rates: FloatArray, conditions: Conditions, *, record: bool, again: bool
-) -> World:
+def first_world(compiled: Compiled, rates: FloatArray, conditions: Conditions, *, again: bool) -> World:
     """Nothing started yet. `again`: runs may be rewound."""
     work = compiled.work
-    recorded, record0 = record_rows(compiled, record)
     left = _still_to_come(compiled)
     queue, first = _queues(compiled)
     rank, ports_of_rank = _ranks(compiled, conditions)
@@ -187,9 +165,6 @@ def first_world(
         got=_received_at_first(compiled, left),
         left=left,
         left_again=left.copy() if again else left[:0],
-        record0=record0,
-        starts=np.zeros(recorded),
-        arrivals=np.zeros(recorded),
         counters=np.array([0] * (NUM_COUNTERS - 1) + [ENDLESS], dtype=np.int64),
     )
 
@@ -223,11 +198,6 @@ def _ranks(compiled: Compiled, conditions: Conditions) -> tuple[NDArray[np.void]
     return rank, np.argsort(compiled.port_rank, kind="stable").astype(np.int32)
 
 
-def record_rows(compiled: Compiled, record: bool) -> tuple[int, IntArray]:
-    sizes = compiled.messages_by_stream()
-    return (int(sizes.sum()) if record else 0), np.cumsum(sizes) - sizes
-
-
 def _queues(compiled: Compiled) -> tuple[NDArray[np.void], IntArray]:
     """The queue rows of all ports, port by port, and where each port's start ([ports + 1])."""
     work = compiled.work
@@ -248,12 +218,9 @@ def _queues(compiled: Compiled) -> tuple[NDArray[np.void], IntArray]:
 
 def _segments(port: NDArray[np.int32], segment: NDArray[np.int32]) -> tuple[IntArray, IntArray]:
     """For each row, where its run of equal (port, segment) starts and ends."""
-    num = len(port)
-    new = np.ones(num, dtype=np.bool_)
-    new[1:] = (port[1:] != port[:-1]) | (segment[1:] != segment[:-1])
-    firsts = np.flatnonzero(new)
-    run_of = np.cumsum(new) - 1
-    return firsts[run_of], np.append(firsts[1:], num)[run_of]
+    firsts = run_starts(port, segment)
+    lengths = np.diff(firsts, append=len(port))
+    return np.repeat(firsts, lengths), np.repeat(firsts + lengths, lengths)
 
 
 def _still_to_come(compiled: Compiled) -> NDArray[np.uint16]:

@@ -30,8 +30,8 @@ from comms.networks.fabrics.dragonfly import Dragonfly
 from comms.networks.fabrics.torus_mesh import FullMesh, Torus
 from comms.networks.paths import BoolArray, paths_of
 from comms.networks.ring_orders import SEARCHED_CHIPS, hierarchy
-from comms.networks.shapes import sole_shape
-from comms.networks.topology import FloatArray, IntArray, Topology, Wires
+from comms.networks.tiered import sole_shape
+from comms.networks.topology import FloatArray, Topology, Wires
 
 EXACT_CHIPS = 16
 MOST_CUTS = 2**21
@@ -98,20 +98,18 @@ def bandwidth_bound(
     topology: Topology,
     op: Op,
     nbytes: float,
-    chips: Sequence[int] | None = None,
     root: int = 0,
     switches_reduce: bool = False,
     cuts: Sequence[Cut] = (),
 ) -> float:
-    """Seconds that the wires need at least; rank r is chips[r], `nbytes` as in `collectives.schedule`.
+    """Seconds that the wires need at least; rank r is chip r, `nbytes` as in `collectives.schedule`.
 
     `switches_reduce`: switches add and copy, so that chips send less in all. Beside single chips `cuts` are used.
     """
-    ranks = np.arange(topology.num_chips) if chips is None else np.asarray(chips, dtype=np.int64)
-    wires, n = topology.wires(), len(ranks)
+    wires, n = topology.wires(), topology.num_chips
     if n < 2 or op is Op.BARRIER:
         return 0.0
-    out_of, into = _port_rates(wires, wires.tail, ranks), _port_rates(wires, wires.head, ranks)
+    out_of, into = (np.bincount(ends, wires.bytes_per_s, n)[:n] for ends in (wires.tail, wires.head))
     # A chip by itself is a cut too, with all its own wires across.
     is_inside = np.eye(n, dtype=np.bool_)
     sends = np.array([_crossing(op, inside, root) for inside in is_inside]) * nbytes
@@ -122,39 +120,37 @@ def bandwidth_bound(
         total = _total(op, n) * nbytes
         bounds += [total / float(out_of.sum()), total / float(into.sum())]
     for cut in cuts:
-        inside = cut.side[ranks]
-        bounds.append(_crossing(op, inside, root) * nbytes / cut.there_bytes_per_s)
-        bounds.append(_crossing(op, ~inside, root) * nbytes / cut.back_bytes_per_s)
+        bounds.append(_crossing(op, cut.side, root) * nbytes / cut.there_bytes_per_s)
+        bounds.append(_crossing(op, ~cut.side, root) * nbytes / cut.back_bytes_per_s)
     return max(bounds)
 
 
-def latency_bound(topology: Topology, op: Op, chips: Sequence[int] | None = None, root: int = 0) -> float:
+def latency_bound(topology: Topology, op: Op, root: int = 0) -> float:
     """Seconds until what one chip has can have come to where it is needed, over the quickest wires."""
-    ranks = np.arange(topology.num_chips) if chips is None else np.asarray(chips, dtype=np.int64)
+    chips = np.arange(topology.num_chips)
     # The farthest pair over some of the sources only: a bound that is too low is still a bound.
-    step = -(-len(ranks) // BOUND_SOURCES)
+    some = chips[:: -(-len(chips) // BOUND_SOURCES)]
     paths = paths_of(topology.wires(), topology, through_chips=True)
     match op:
         case Op.BROADCAST | Op.SCATTER:
-            return float(paths.latencies(ranks[root : root + 1])[:, ranks].max())
+            return float(paths.latencies(chips[root : root + 1])[:, chips].max())
         case Op.REDUCE | Op.GATHER:
-            return float(paths.latencies(ranks[::step])[:, ranks[root]].max())
+            return float(paths.latencies(some)[:, root].max())
         case _:
-            return float(paths.latencies(ranks[::step])[:, ranks].max())
+            return float(paths.latencies(some)[:, chips].max())
 
 
 def makespan_bound(
     topology: Topology,
     op: Op,
     nbytes: float,
-    chips: Sequence[int] | None = None,
     root: int = 0,
     switches_reduce: bool = False,
     cuts: Sequence[Cut] = (),
 ) -> float:
     """Seconds that no schedule can beat: the larger of what latency and what bandwidth ask for."""
-    wires = bandwidth_bound(topology, op, nbytes, chips, root, switches_reduce, cuts)
-    return max(wires, latency_bound(topology, op, chips, root))
+    wires = bandwidth_bound(topology, op, nbytes, root, switches_reduce, cuts)
+    return max(wires, latency_bound(topology, op, root))
 
 
 def _crossing(op: Op, inside: BoolArray, root: int) -> float:
@@ -188,13 +184,6 @@ def _total(op: Op, n: int) -> float:
             return 0.0
         case _:
             return n - 1.0
-
-
-def _port_rates(wires: Wires, ends: IntArray, ranks: IntArray) -> FloatArray:
-    """[ranks] What all wires at one end of chips carry together."""
-    rates = np.zeros(int(max(ends.max(), ranks.max())) + 1)
-    np.add.at(rates, ends, wires.bytes_per_s)
-    return rates[ranks]
 
 
 def _cut(wires: Wires, side: BoolArray, num_chips: int, proof: Proof) -> Cut:
@@ -261,10 +250,7 @@ def _improved(wires: Wires, chips: BoolArray, num_chips: int, num_nodes: int) ->
     if num_nodes <= DENSE_NODES:
         capacity = _capacities(wires, num_nodes)
         weights = capacity + capacity.T
-        while True:
-            better = _exchanged(weights, side, num_chips)
-            if better is None:
-                break
+        while (better := _exchanged(weights, side, num_chips)) is not None:
             side = better
     return _cut(wires, side, num_chips, Proof.BEST_FOUND)
 

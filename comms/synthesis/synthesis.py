@@ -18,7 +18,7 @@ import numpy as np
 
 from comms.collectives.schedule import Op, Schedule
 from comms.errors import CommsError
-from comms.networks.topology import FloatArray, IntArray, Topology
+from comms.networks.topology import IntArray, Topology
 from comms.synthesis.bisection import makespan_bound, narrow_cuts
 from comms.synthesis.forest import Forest, Hops, Wanted, fullest_seconds, hops_of, pack
 from comms.synthesis.timetable import Sends, Timetable, channels_of, sends_of, timetable
@@ -56,12 +56,6 @@ class Synthesized:
     seconds: float  # at full fidelity
     planned_s: float  # by its own timetable, with one message at a time on a wire
     least_s: float  # no schedule among chips is faster
-    busy: FloatArray  # [wires] share of the time that it moves bytes
-
-    @property
-    def chunks(self) -> int:
-        """Into how many chunks the buffer is cut."""
-        return self.schedule.num_chunks
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -112,10 +106,9 @@ def improve(
     *,
     seed: int,
     effort: int = 1,
-    root: int = 0,
 ) -> Verdict:
     """A schedule that beats a fixed algorithm of `seconds`, or the word that this is kept; with the reason."""
-    task = _task(op, topology, nbytes, root, seed, effort)
+    task = _task(op, topology, nbytes, 0, seed, effort)
     least = _least(task)
     if seconds <= least * WORTH:
         over = max(0.0, seconds / least - 1) if least else 0.0
@@ -144,7 +137,7 @@ def synthesize(
     if topology.num_chips > 1:
         return _fastest(task, _drafts(task))
     schedule = Schedule(op, NAME, 1, 1, 1.0, (), root)
-    return Synthesized(schedule, 0.0, 0.0, 0.0, np.zeros(len(task.hops.capacity)))
+    return Synthesized(schedule, 0.0, 0.0, 0.0)
 
 
 def _task(op: Op, topology: Topology, nbytes: float, root: int, seed: int, effort: int) -> _SynthesisTask:
@@ -237,8 +230,7 @@ def _fastest(task: _SynthesisTask, drafts: list[_Draft]) -> Synthesized:
                 continue
             seconds = float(simulate(task.topology, [CollectiveJob(schedule, chips, task.nbytes)]).seconds[0])
             if best is None or seconds < best.seconds:
-                busy = draft.planned.busy_s / seconds if seconds else draft.planned.busy_s
-                best = Synthesized(schedule, seconds, draft.planned.seconds, _least(task), busy)
+                best = Synthesized(schedule, seconds, draft.planned.seconds, _least(task))
     assert best is not None
     return best
 

@@ -41,7 +41,6 @@ class Timetable:
 
     start_s: FloatArray  # [sends]
     seconds: float
-    busy_s: FloatArray  # [resources]
 
 
 def sends_of(hops: Hops, forest: Forest, pieces: int) -> Sends:
@@ -134,9 +133,7 @@ def timetable(hops: Hops, sends: Sends, nbytes: float, pace_s: float, seed: int)
     turn = np.empty(len(lot), dtype=np.int64)
     turn[np.lexsort((lot, sends.piece * pace_s - ways_behind(work)))] = np.arange(len(lot))
     start = played(work, turn, len(hops.capacity))
-    busy = np.zeros(hops.num_hops)
-    np.add.at(busy, sends.hop, work.moving_s)
-    return Timetable(start, float((start + work.arriving_s).max(initial=0.0)), hops.loads(busy))
+    return Timetable(start, float((start + work.arriving_s).max(initial=0.0)))
 
 
 def _send_table(hops: Hops, sends: Sends, nbytes: float) -> "SendTable":

@@ -11,8 +11,9 @@ from pathlib import Path
 
 from comms.errors import ConfigError, located
 from comms.networks.conditions import HEALTHY, Described, check_links
+from comms.networks.fabrics.switch_tree import Tree
+from comms.networks.fabrics.torus_mesh import FullMesh, Torus
 from comms.networks.network import UNBOUNDED, Tier
-from comms.networks.shapes import Grid, Pairs, Whole
 from comms.units import Quantity, format_quantity
 from kernels.chips import Chip
 from orchestrator.config.hardware.chip_file import ChipFile, described_chip
@@ -109,12 +110,12 @@ def _count(num_chips: int) -> str:
 def _shape(tier: Tier) -> str:
     """What joins the chips where it is not a switch; figures are then those between neighbours."""
     shape = tier.shape
-    if isinstance(shape, Grid):
-        dims = " x ".join(map(str, shape.topology.dims))
-        return f" ({'torus' if any(shape.topology.wraps) else 'mesh'} of {dims})"
-    if isinstance(shape, Pairs):
+    if isinstance(shape, Torus):
+        dims = " x ".join(map(str, shape.dims))
+        return f" ({'torus' if any(shape.wraps) else 'mesh'} of {dims})"
+    if isinstance(shape, FullMesh):
         return " (full mesh)"
-    return f" ({type(shape.topology).__name__.lower()})" if isinstance(shape, Whole) else ""
+    return f" ({type(shape).__name__.lower()})" if not isinstance(shape, Tree) else ""
 
 
 def _condition_lines(conditions: Described) -> list[str]:

@@ -11,8 +11,7 @@ from comms.collectives.schedule import Op, Schedule
 from comms.errors import ConfigError, located
 from comms.selection.choice import AUTO
 from comms.selection.collective import answer_to
-from comms.selection.pricing import Fidelity
-from comms.selection.question import Question
+from comms.selection.question import Fidelity, Question
 from comms.selection.size_sweep import sweep_sizes
 from orchestrator.config.hardware.cluster import Cluster
 from orchestrator.config.hardware.cluster_file import DEFAULT_CLUSTER, cluster_path, load_cluster

@@ -7,8 +7,8 @@ fit is still timed, then ends with FitError.
 from collections.abc import Mapping
 
 from comms.errors import FitError
-from comms.selection.pricing import Fidelity
 from comms.selection.progress import LOADING
+from comms.selection.question import Fidelity
 from comms.units import format_dollars, format_percent, format_scaled, format_seconds
 from orchestrator.planning.preparation import Prepared
 from orchestrator.runners.timing.prediction import (

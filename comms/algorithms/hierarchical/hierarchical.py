@@ -21,11 +21,11 @@ from typing import TypeVar
 
 import numpy as np
 
-from comms.algorithms.catalog import Algorithm, Needs, spans
-from comms.algorithms.rounds import Ranks, inner_sizes
+from comms.algorithms.catalog import Algorithm, Needs, cut_by, spans
+from comms.algorithms.rounds import Ranks, inner_sizes, schedule_of
 from comms.collectives.outline import Hop, Outline, OutlineStage
 from comms.collectives.outline_time import closed_seconds
-from comms.collectives.schedule import Channel, Op, Pattern, PieceOrder, Round, Schedule
+from comms.collectives.schedule import Op, Pattern, Round, Schedule
 from comms.errors import CommsError
 from comms.networks.groups import Level, Levels
 from comms.networks.topology import IntArray
@@ -110,7 +110,8 @@ class Blocks:
             every = (first[:, np.newaxis] + offsets).ravel()
             columns.append((np.repeat(src, num), np.repeat(dst, num), every, np.tile(counts, len(src))))
         src, dst, first, count = (np.concatenate(column) for column in zip(*columns, strict=True))
-        return Round(self._pattern(src, dst), first, count, reduces)
+        pattern = self.patterns.setdefault(src.tobytes() + dst.tobytes(), Pattern(src, dst))
+        return Round(pattern, first, count, reduces)
 
     def _runs(self, place: int, num: int) -> tuple[IntArray, IntArray]:
         """What stands for `num` digits, as ranges of chunks: where they start, and how long they are."""
@@ -120,10 +121,6 @@ class Blocks:
         # What follows on the one before is the same range; the first chunk follows on nothing.
         starts = np.flatnonzero(np.diff(chunks, prepend=chunks[0] - 2) != 1)
         return chunks[starts], np.diff(np.append(starts, len(chunks)))
-
-    def _pattern(self, src: IntArray, dst: IntArray) -> Pattern:
-        """The same object for the same messages."""
-        return self.patterns.setdefault(src.tobytes() + dst.tobytes(), Pattern(src, dst))
 
 
 def scattered(blocks: Blocks, place: int, way: Crossing) -> tuple[Round, ...]:
@@ -172,7 +169,8 @@ def schedule(op: Op, ranks: Ranks, *, ways: Sequence[Crossing] = RINGS) -> Sched
         inward = [scattered(blocks, place, way_at(ways, place)) for place in places]
     if op is not Op.REDUCE_SCATTER:
         outward = [gathered(blocks, place, way_at(ways, place)) for place in reversed(places)]
-    return serial_schedule(op, name_of(ways), ranks, turning(inward, outward))
+    phases = turning(inward, outward)
+    return schedule_of(op, name_of(ways), ranks, ranks.num, *phases, pieces=ranks.pieces)
 
 
 def outline(
@@ -196,18 +194,12 @@ def crossed(levels: Levels, ways: Sequence[Crossing]) -> list[tuple[Crossing, Le
     return parts if all(suits(way, level) for way, level, _ in parts) else None
 
 
-def best_pieces(op: Op, nbytes: float, levels: Levels, *, ways: Sequence[Crossing] = RINGS) -> int:
-    """The best power of two of pieces for levels with several ports; one where they share one."""
-    whole = outline(op, nbytes, levels, ways=ways)
-    return fastest_cut(whole) if whole is not None and len(set(whole.ports)) > 1 else 1
-
-
-def fastest_cut(whole: Outline | None, late_s: float = 0.0) -> int:
-    """The power of two of pieces in which an outline is fastest; one where there is none.
+def fastest_cut(whole: Outline, late_s: float = 0.0) -> int:
+    """The power of two of pieces in which an outline is fastest; one where its levels share a port.
 
     Where it is in several pieces, it is `late_s` over their number slower than its outline says.
     """
-    if whole is None:
+    if len(set(whole.ports)) < 2:
         return 1
     # Of equally fast numbers the smallest: pieces cost what is not modelled.
     times = {
@@ -248,12 +240,6 @@ def turning(inward: Sequence[tuple[T, ...]], outward: Sequence[tuple[T, ...]]) -
     if not (inward and outward):
         return [*inward, *outward]
     return [*inward[:-1], (*inward[-1], *outward[0]), *outward[1:]]
-
-
-def serial_schedule(op: Op, algorithm: str, ranks: Ranks, phases: Sequence[tuple[Round, ...]]) -> Schedule:
-    """One channel, a chunk per rank; a piece crosses a phase before the next one does."""
-    channels = (Channel(tuple(phases), ranks.pieces, PieceOrder.SERIAL),) if phases else ()
-    return Schedule(op, algorithm, ranks.num, ranks.num, 1.0 / ranks.num, channels, ranks.root)
 
 
 def is_ring(level: Level) -> bool:
@@ -303,8 +289,8 @@ for _ways in MIXES:
             ops=(Op.ALL_REDUCE, Op.REDUCE_SCATTER, Op.ALL_GATHER),
             make=partial(schedule, ways=_ways),
             sketch=partial(outline, ways=_ways),
-            cut=partial(best_pieces, ways=_ways),
-            needs=Needs(least=2),
+            cut=cut_by(fastest_cut, partial(outline, ways=_ways)),
+            needs=Needs(min_levels=2),
             rail_aligned=True,
             is_hierarchy=True,
             peers=partial(most_peers, ways=_ways),

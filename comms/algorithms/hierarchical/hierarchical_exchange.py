@@ -16,11 +16,12 @@ from operator import itemgetter
 
 import numpy as np
 
-from comms.algorithms.catalog import Algorithm, Joined, Needs, spans
+from comms.algorithms.catalog import Algorithm, Joined, Needs, cut_by, spans
+from comms.algorithms.direct import last_arrival
 from comms.algorithms.hierarchical.hierarchical import Crossing, fastest_cut, most_peers, name_of, stages
-from comms.algorithms.rounds import Ranks, inner_sizes, moved
-from comms.collectives.outline import Hop, Outline, OutlineStage
-from comms.collectives.schedule import Channel, Op, Pattern, PieceOrder, Round, Schedule
+from comms.algorithms.rounds import Ranks, inner_sizes, moved, schedule_of
+from comms.collectives.outline import Outline, OutlineStage
+from comms.collectives.schedule import Op, Pattern, Round, Schedule
 from comms.networks.groups import Level, Levels
 
 NAME = name_of((Crossing.DIRECT,))
@@ -34,8 +35,7 @@ def schedule(op: Op, ranks: Ranks) -> Schedule:
         crossed = tuple(digits[place] for place in places)
         phases.append((_exchanged(n, crossed, inner),))
         inner *= prod(crossed)
-    channels = (Channel(tuple(phases), ranks.pieces, PieceOrder.SERIAL),) if phases else ()
-    return Schedule(op, NAME, n, n * n, 1.0 / n, channels)
+    return schedule_of(op, NAME, ranks, n * n, *phases, shares=1.0 / n, pieces=ranks.pieces)
 
 
 def outline(op: Op, nbytes: float, levels: Levels, pieces: int = 1) -> Outline | None:
@@ -49,11 +49,6 @@ def outline(op: Op, nbytes: float, levels: Levels, pieces: int = 1) -> Outline |
     return Outline(NAME, phases, tuple(each[0][0].port for each in crossed), pieces)
 
 
-def best_pieces(op: Op, nbytes: float, levels: Levels) -> int:
-    """The best power of two of pieces."""
-    return fastest_cut(outline(op, nbytes, levels))
-
-
 def _by_port(ports: Sequence[int]) -> list[list[int]]:
     """Places of levels next to each other that have the same port."""
     return [[place for place, _ in alike] for _, alike in groupby(enumerate(ports), key=itemgetter(1))]
@@ -65,13 +60,9 @@ def _stage(nbytes: float, crossed: Sequence[tuple[Level, int]]) -> OutlineStage:
         return stages(Crossing.DIRECT, nbytes, *crossed[0])[0]
     each, innermost = nbytes / prod(level.fanout for level, _ in crossed), crossed[0][1]
     # Near subgroups come first, so that a level ends when all before it have left; which is last depends on latencies.
-    sent, busy, ends = 0.0, 0.0, []
-    for level, inner in crossed:
-        num = (level.fanout - 1) * inner // innermost
-        sent, busy = sent + num * each, busy + num * each / level.rate(inner)
-        hop = Hop(level.latency_s, sent / busy if busy > 0 else level.rate(inner))
-        ends.append((level.latency_s + busy, OutlineStage(1, sent, (hop,))))
-    return max(ends, key=itemgetter(0))[1]
+    return last_arrival(
+        (level, (level.fanout - 1) * inner // innermost * each, level.rate(inner)) for level, inner in crossed
+    )
 
 
 def _exchanged(num_ranks: int, digits: tuple[int, ...], inner: int) -> Round:
@@ -99,7 +90,7 @@ ALGORITHMS = (
         ops=(Op.ALL_TO_ALL,),
         make=schedule,
         sketch=outline,
-        cut=best_pieces,
+        cut=cut_by(fastest_cut, outline),
         needs=Needs(Joined.BY_SWITCH, Joined.BY_SWITCH),
         rail_aligned=True,
         is_hierarchy=True,

@@ -48,12 +48,11 @@ from comms.algorithms.hierarchical.hierarchical import (
     most_peers,
     name_of,
     scattered,
-    serial_schedule,
     stages,
     turning,
     way_at,
 )
-from comms.algorithms.rounds import Ranks, inner_sizes, moved, reversed_rounds
+from comms.algorithms.rounds import Ranks, inner_sizes, moved, reversed_rounds, schedule_of
 from comms.collectives.outline import Hop, Outline, OutlineStage
 from comms.collectives.schedule import Op, Round, Schedule
 from comms.networks.groups import Level, Levels
@@ -81,7 +80,8 @@ def schedule(op: Op, ranks: Ranks, *, ways: Sequence[Crossing] = RINGS) -> Sched
             phases = turning(deals, [gathered(blocks, place, Crossing.RING) for place in reversed(places)])
         case _:
             phases = [*(scattered(blocks, place, way_at(ways, place)) for place in places), *collects]
-    return serial_schedule(op, name_of(ways) if op in WHOLE else LINEAR, ranks, phases)
+    name = name_of(ways) if op in WHOLE else LINEAR
+    return schedule_of(op, name, ranks, ranks.num, *phases, pieces=ranks.pieces)
 
 
 def _dealt(blocks: Blocks, ranks: Ranks) -> list[tuple[Round, ...]]:
@@ -153,7 +153,8 @@ def best_pieces(op: Op, nbytes: float, levels: Levels, *, ways: Sequence[Crossin
     if op is Op.BROADCAST:
         part_s = sum(nbytes / inner / level.fanout / level.rate(inner) for level, inner in parts[:-1])
         late_s = IN_THE_WAY * part_s
-    return fastest_cut(outline(op, nbytes, levels, ways=ways), late_s)
+    whole = outline(op, nbytes, levels, ways=ways)
+    return fastest_cut(whole, late_s) if whole is not None else 1
 
 
 def _dealing(nbytes: float, level: Level, inner: int) -> tuple[OutlineStage, ...]:
@@ -178,7 +179,7 @@ _LINEAR = Algorithm(
     make=schedule,
     sketch=outline,
     cut=best_pieces,
-    needs=Needs(least=2),
+    needs=Needs(min_levels=2),
     rail_aligned=True,
 )
 ALGORITHMS: tuple[Algorithm, ...] = (_LINEAR,)

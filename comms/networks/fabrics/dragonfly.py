@@ -26,6 +26,7 @@ import numpy as np
 from comms.errors import CommsError
 from comms.networks.links import Link
 from comms.networks.paths import mixed, node_pairs
+from comms.networks.shapes import RoutedShape
 from comms.networks.topology import IntArray, Routes, Wires, routes_of
 
 
@@ -44,7 +45,7 @@ class Routing(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Dragonfly:
+class Dragonfly(RoutedShape):
     """Chips are numbered router by router, routers group by group; router r is node num_chips + r."""
 
     num_groups: int
@@ -56,12 +57,8 @@ class Dragonfly:
     long: Link  # between two groups
     arrangement: Arrangement = Arrangement.PALMTREE
     routing: Routing = Routing.MINIMAL
-    forward_nbytes: float = 0.0  # what a router takes in before it sends on; see Wires
 
     def __post_init__(self) -> None:
-        sizes = (self.num_groups, self.routers_per_group, self.chips_per_router)
-        if min(sizes) < 1 or self.long_links_per_router < 0:
-            raise CommsError(f"sizes {sizes}", "dragonfly", "give at least one group, router and chip")
         if self.num_groups > self._ports + 1:
             raise CommsError(
                 f"{self._ports} long links per group do not reach {self.num_groups - 1} other groups",
@@ -121,7 +118,7 @@ class Dragonfly:
             head,
             np.repeat([link.latency_s for link in links], counts),
             np.repeat([link.bytes_per_s for link in links], counts),
-            np.full(len(tail), self.forward_nbytes),
+            np.zeros(len(tail)),
             np.repeat(np.arange(3), counts),
             np.arange(len(tail)),
         )

@@ -10,13 +10,13 @@ dead wire.
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from math import isfinite
 
 import numpy as np
 
 from comms.errors import CommsError
 from comms.networks.links import Link
 from comms.networks.paths import Paths, paths_of
+from comms.networks.shapes import RoutedShape
 from comms.networks.topology import IntArray, Routes, Topology, Wires, merged_routes
 
 
@@ -37,12 +37,10 @@ class Edge:
     link: Link
     duplex: Duplex = Duplex.FULL
     back: Link | None = None  # from b to a where it differs
-    tier: str = "link"
-    forward_nbytes: float = 0.0  # what its far end takes in before it sends on; see Wires
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class EdgeList:
+class EdgeList(RoutedShape):
     """A network of any shape. Raises CommsError for edges that make no sense and for chips that cannot meet."""
 
     num_chips: int
@@ -53,8 +51,6 @@ class EdgeList:
     paths: Paths = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        if self.num_chips < 1:
-            raise CommsError(f"{self.num_chips} chips", "graph", "give at least one chip")
         object.__setattr__(self, "_wires", _wires_of(self))
         object.__setattr__(self, "paths", paths_of(self._wires, self, self.through_chips))
         self.paths.check_chips_meet(self.num_chips)
@@ -65,7 +61,7 @@ class EdgeList:
 
     @property
     def tiers(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(edge.tier for edge in self.edges))
+        return ("link",)
 
     def wires(self) -> Wires:
         """Edge by edge: first a to b, then b to a where there is a way back."""
@@ -89,35 +85,20 @@ class Rerouted:
     slow: Mapping[int, float] = field(default_factory=dict)  # wire to the share of its rate that is left
     chips_relay: bool = False  # ways round may lead through chips though the topology does not say so
     kept: IntArray = field(init=False, repr=False)
-    _renumbered: IntArray = field(init=False, repr=False)  # [wires of the topology] -1 for the dead
+    numbers: IntArray = field(init=False, repr=False)  # [wires of the topology] here, -1 for the dead
     _wires: Wires = field(init=False, repr=False)
     paths: Paths = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         whole = self.topology.wires()
-        self._check(whole.num_wires)
         numbers = np.zeros(whole.num_wires, dtype=np.int64)
         numbers[list(self.dead)] = -1
         object.__setattr__(self, "kept", np.flatnonzero(numbers == 0))
         numbers[self.kept] = np.arange(len(self.kept))
-        object.__setattr__(self, "_renumbered", numbers)
+        object.__setattr__(self, "numbers", numbers)
         object.__setattr__(self, "_wires", _wires_left(whole, self.kept, numbers, self.slow))
         object.__setattr__(self, "paths", paths_of(self._wires, self, self.through_chips))
         self.paths.check_chips_meet(self.num_chips)
-
-    def _check(self, num_wires: int) -> None:
-        for wire in (*self.dead, *self.slow):
-            if not 0 <= wire < num_wires:
-                raise CommsError(
-                    f"there is no wire {wire}", "degraded network", f"wires are 0 to {num_wires - 1}"
-                )
-        for wire, share in self.slow.items():
-            if not 0 < share <= 1:
-                raise CommsError(
-                    f"a wire cannot have {share} of its rate",
-                    f"wire {wire}",
-                    "give a share above 0 and up to 1, or name it among the dead",
-                )
 
     @property
     def num_chips(self) -> int:
@@ -144,7 +125,7 @@ class Rerouted:
     def routes(self, src: IntArray, dst: IntArray) -> Routes:
         """As the topology routes, where that is still possible."""
         usual = self.topology.routes(src, dst)
-        wires = self._renumbered[usual.wires]
+        wires = self.numbers[usual.wires]
         lost = np.concatenate([[0], np.cumsum(wires < 0)])
         broken = np.flatnonzero(lost[usual.offsets[1:]] > lost[usual.offsets[:-1]])
         if not len(broken):
@@ -158,39 +139,22 @@ class Rerouted:
 def _wires_of(graph: EdgeList) -> Wires:
     numbers: dict[int | str, int] = {name: graph.num_chips + i for i, name in enumerate(graph.switches)}
     numbers |= {node: node for node in range(graph.num_nodes)}
-    tier = {name: i for i, name in enumerate(graph.tiers)}
-    rows: list[tuple[int, int, float, float, float, int, int]] = []
+    ends: list[tuple[int, int, int]] = []  # tail, head, and the wire whose capacity it uses
+    figures: list[tuple[float, float]] = []
     for index, edge in enumerate(graph.edges):
-        _check_edge(edge, f"edge {index} ({edge.a} - {edge.b})", numbers)
+        if edge.duplex is not Duplex.FULL and edge.back is not None:
+            where = f"edge {index} ({edge.a} - {edge.b})"
+            raise CommsError(f"a {edge.duplex} link has no other rate back", where, "leave the way back out")
         ways = [(edge.a, edge.b, edge.link)]
         if edge.duplex is not Duplex.ONE_WAY:
             ways.append((edge.b, edge.a, edge.back or edge.link))
-        owner = len(rows)
+        owner = len(ends)
         for a, b, link in ways:
-            shares = owner if edge.duplex is Duplex.HALF else len(rows)
-            figures = (link.latency_s, link.bytes_per_s, edge.forward_nbytes)
-            rows.append((numbers[a], numbers[b], *figures, tier[edge.tier], shares))
-    tail, head, latency_s, bytes_per_s, forward, tiers, shares_of = (
-        zip(*rows, strict=True) if rows else ((),) * 7
-    )
-    integers = [np.array(column, dtype=np.int64) for column in (tail, head, tiers, shares_of)]
-    floats = [np.array(column, dtype=np.float64) for column in (latency_s, bytes_per_s, forward)]
-    return Wires(integers[0], integers[1], floats[0], floats[1], floats[2], integers[2], integers[3])
-
-
-def _check_edge(edge: Edge, where: str, numbers: Mapping[int | str, int]) -> None:
-    for node in (edge.a, edge.b):
-        if node not in numbers:
-            raise CommsError(f"there is no node {node!r}", where, "name chips by number, switches as listed")
-    if numbers[edge.a] == numbers[edge.b]:
-        raise CommsError("a link leads from a node to itself", where, "take it out")
-    for link in (edge.link, edge.back or edge.link):
-        if not (isfinite(link.bytes_per_s) and link.bytes_per_s > 0 and isfinite(link.latency_s)):
-            raise CommsError(
-                f"a link with {link.bytes_per_s} bytes/s and {link.latency_s} s", where, "give finite figures"
-            )
-    if edge.duplex is not Duplex.FULL and edge.back is not None:
-        raise CommsError(f"a {edge.duplex} link has no other rate back", where, "leave the way back out")
+            ends.append((numbers[a], numbers[b], owner if edge.duplex is Duplex.HALF else len(ends)))
+            figures.append((link.latency_s, link.bytes_per_s))
+    tail, head, shares = np.array(ends, dtype=np.int64).reshape(-1, 3).T.copy()
+    latency_s, bytes_per_s = np.array(figures, dtype=np.float64).reshape(-1, 2).T.copy()
+    return Wires(tail, head, latency_s, bytes_per_s, np.zeros(len(tail)), np.zeros_like(tail), shares)
 
 
 def _wires_left(whole: Wires, kept: IntArray, renumbered: IntArray, slow: Mapping[int, float]) -> Wires:

@@ -83,10 +83,9 @@ class Tree:
             rate = up.link.bytes_per_s * up.paths / planes
             over_all = size == self.num_chips  # one group of switches, for the chips that there are
             per_switch = -(-children // rails) if over_all else size // width * rails_below // rails
-            limit = per_switch * rate / up.to.oversubscription if up.to.oversubscription > 1 else inf
+            backplane = per_switch * rate / up.to.oversubscription if up.to.oversubscription > 1 else inf
             count = -(-self.num_chips // size) * rails
             chips = -(-size // rails)
-            backplane = min(limit, up.to.backplane_bytes_per_s)
             layers.append(
                 Layer(up.to, size, rails, chips, count, planes, up.link.latency_s, rate, up.duplex, backplane)
             )
@@ -96,12 +95,12 @@ class Tree:
     @property
     def num_nodes(self) -> int:
         """Chips, then the switches layer by layer, then the ways out of those that limit what they pass."""
-        return _Numbers.of(self).num_nodes
+        return _Numbers.of(self).first_way_out[-1]
 
     @property
     def num_wires(self) -> int:
         """As many as `wires` has, without making them."""
-        return _Numbers.of(self).num_wires
+        return _Numbers.of(self).first_backplane[-1]
 
     @property
     def tiers(self) -> tuple[str, ...]:
@@ -131,8 +130,6 @@ class Tree:
         Trunks keep their rates, as switches do that others share. Where one group of switches is left over all
         chips, what it passes by its oversubscription is counted from those chips.
         """
-        if num_chips > self.num_chips:
-            raise CommsError(f"{num_chips} chips do not fit in a tree of {self.num_chips}", self.switch.tier)
         kept: list[Trunk] = []
         children = num_chips  # what hangs below, in switches of the layer inside
         for trunk in self.trunks:
@@ -230,14 +227,6 @@ class _Numbers:
             inside = layer.count
         outs, planes = [nodes[-1] + n for n in limited], [wires[-1] + n for n in limited]
         return cls(tree.num_chips, layers, tuple(nodes), tuple(outs), tuple(wires), tuple(planes))
-
-    @property
-    def num_nodes(self) -> int:
-        return self.first_way_out[-1]
-
-    @property
-    def num_wires(self) -> int:
-        return self.first_backplane[-1]
 
     def inside(self, layer: int) -> int:
         """Children of a layer: places in the layer inside it."""

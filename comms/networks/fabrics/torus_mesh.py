@@ -18,9 +18,10 @@ from math import prod
 import numpy as np
 
 from comms.errors import CommsError
-from comms.networks.groups import Level, Levels
+from comms.networks.groups import Lattice, Level, Levels, Members, group_size, sharing
 from comms.networks.links import Link
 from comms.networks.paths import node_pairs
+from comms.networks.shapes import RoutedShape
 from comms.networks.topology import IntArray, Routes, Wires, ranges, routes_of
 
 
@@ -36,7 +37,7 @@ class _WireBlock:
 
 
 @dataclass(frozen=True, slots=True)
-class Torus:
+class Torus(RoutedShape):
     """A mesh of `dims` chips; a dimension that `wraps` is a ring. One link or one per dimension, so with wraps.
 
     With `access` every chip hangs on one router per network, by a wire in and a wire out; else chips route
@@ -46,29 +47,16 @@ class Torus:
     dims: tuple[int, ...]
     links: tuple[Link, ...]
     wraps: tuple[bool, ...] = (True,)
-    names: tuple[str, ...] = ()  # of the tiers, one per dimension; x, y, z, ... where not given
     num_networks: int = 1
     one_way: bool = False  # networks 0, 2, ... have wires upwards only, networks 1, 3, ... downwards only
     access: Link | None = None
-    forward_nbytes: float = 0.0  # what a router takes in before it sends on; see Wires
 
     def __post_init__(self) -> None:
         where = f"torus {' x '.join(map(str, self.dims))}"
         if not self.dims or min(self.dims) < 1:
             raise CommsError("every dimension needs at least one chip", where, "give sizes such as 4 x 4")
-        for what, given in (("links", self.links), ("wraps", self.wraps)):
-            if len(given) not in {1, len(self.dims)}:
-                raise CommsError(
-                    f"{len(given)} {what} for {len(self.dims)} dimensions", where, "one, or one each"
-                )
-        if self.names and len(self.names) != len(self.dims):
-            raise CommsError(
-                f"{len(self.names)} names for {len(self.dims)} dimensions", where, "name all or none"
-            )
         if self.num_networks < 1:
             raise CommsError(f"{self.num_networks} networks", where, "give at least one")
-        if self.one_way and not all(self.wraps):
-            raise CommsError("a one-way line has no way back", where, "let all its dimensions wrap")
 
     @property
     def num_chips(self) -> int:
@@ -85,9 +73,24 @@ class Torus:
     @property
     def _names(self) -> tuple[str, ...]:
         known = ("x", "y", "z")
-        return self.names or tuple(known[k] if k < 3 else f"dimension {k + 1}" for k in range(len(self.dims)))
+        return tuple(known[k] if k < 3 else f"dimension {k + 1}" for k in range(len(self.dims)))
 
-    def link(self, dim: int) -> Link:
+    @property
+    def link(self) -> Link:
+        """Between neighbours in the slowest dimension."""
+        access = self.access
+        links = [self.link_along(dim) for dim, size in enumerate(self.dims) if size > 1]
+        links = links or [self.link_along(0)]
+        rates = [link.bytes_per_s for link in links] + ([access.bytes_per_s] if access else [])
+        latency_s = max(link.latency_s for link in links) + (2 * access.latency_s if access else 0.0)
+        return Link(latency_s, min(rates))
+
+    @property
+    def loaded_link(self) -> Link:
+        """The same: neighbours share no wires."""
+        return self.link
+
+    def link_along(self, dim: int) -> Link:
         """The link of one dimension."""
         return self.links[dim % len(self.links)]
 
@@ -106,7 +109,7 @@ class Torus:
         )
         if left != 1 or (self.one_way and not all(wraps)):
             return None
-        links = tuple(self.link(dim) for dim in range(len(sizes)))
+        links = tuple(self.link_along(dim) for dim in range(len(sizes)))
         return replace(self, dims=tuple(sizes), links=links, wraps=wraps)
 
     def is_ring(self, dim: int) -> bool:
@@ -127,8 +130,8 @@ class Torus:
             rows = slice(block.offset, block.offset + block.per_line * self._lines(block.dim))
             tail[rows], head[rows] = self._ends(block)
             tier[rows] = self.tiers.index(self._names[block.dim])
-            latency_s[rows] = self.link(block.dim).latency_s
-            bytes_per_s[rows] = self.link(block.dim).bytes_per_s
+            latency_s[rows] = self.link_along(block.dim).latency_s
+            bytes_per_s[rows] = self.link_along(block.dim).bytes_per_s
         if self.access is not None:
             chips = np.tile(np.arange(self.num_chips), self.num_networks)
             routers = np.arange(self.num_chips, self.num_nodes)
@@ -136,31 +139,38 @@ class Torus:
             tail[ways], head[ways] = np.concatenate([chips, routers]), np.concatenate([routers, chips])
             tier[ways] = self.tiers.index("access")
             latency_s[ways], bytes_per_s[ways] = self.access.latency_s, self.access.bytes_per_s
-        forward = np.full(end, self.forward_nbytes)
-        return Wires(tail, head, latency_s, bytes_per_s, forward, tier, np.arange(end))
+        return Wires(tail, head, latency_s, bytes_per_s, np.zeros(end), tier, np.arange(end))
 
     def routes(self, src: IntArray, dst: IntArray) -> Routes:
         """Dimension by dimension, on the network with the fewest wires between the two; see the module."""
         src, dst = node_pairs(src, dst, self.num_chips)
         return self._routes_on(self._network(src, dst), src, dst)
 
-    def levels(self, sub: tuple[int, ...] = ()) -> Levels:
-        """One ring per dimension of a sub-torus of these sizes (the whole where none are given).
+    def levels(self, members: Members, inner: int = 1, aligned: bool = False) -> Levels | None:
+        """One ring per dimension; None unless the group fills an aligned block, and `inner` whole dimensions of it."""
+        if sharing(members, inner) == group_size(members):
+            return ()
+        sub, whole = self._block(members), _strides(self.dims)
+        # Of a single one-way network one way round is longer than the other.
+        if sub is None or (self.one_way and self.num_networks < 2) or inner not in whole:
+            return None
+        outer = range(whole.index(inner), len(sub))
+        return tuple(self._level(dim, sub[dim], prod(sub[:dim])) for dim in outer if sub[dim] > 1)
 
-        Raises CommsError for a single one-way network, where going up and going down differ.
-        """
-        sub = sub or self.dims
-        if len(sub) != len(self.dims) or any(
-            not 1 <= n <= size for n, size in zip(sub, self.dims, strict=True)
-        ):
-            raise CommsError(f"a part of {sub}", f"torus {self.dims}", "give a size within each dimension")
-        if self.one_way and self.num_networks < 2:
-            raise CommsError("one way round is longer than the other", "torus", "time it in full fidelity")
-        return tuple(self._level(dim, size, prod(sub[:dim])) for dim, size in enumerate(sub) if size > 1)
+    def _block(self, members: Members) -> tuple[int, ...] | None:
+        """The sizes of the block that a group fills; None where it fills none."""
+        chips = members.chips() if isinstance(members, Lattice) else np.asarray(members, dtype=np.int64)
+        digits = [np.unique(column) for column in self.digits(chips)]
+        sub = tuple(len(each) for each in digits)
+        side_by_side = all(each[-1] - each[0] + 1 == len(each) for each in digits)
+        copies_fit = all(size % part == 0 for size, part in zip(self.dims, sub, strict=True))
+        copies_fit = copies_fit or not isinstance(members, Lattice) or members.alone
+        return sub if side_by_side and copies_fit and prod(sub) == len(chips) else None
 
     def _level(self, dim: int, size: int, inside: int) -> Level:
         # A ring of two has one link and not two. One-way networks have one way each, and every second one the other.
-        link, access = self.link(dim), self.access or Link(0.0, self.link(dim).bytes_per_s)
+        link = self.link_along(dim)
+        access = self.access or Link(0.0, link.bytes_per_s)
         rate = min(link.bytes_per_s, access.bytes_per_s)
         ways = (1 if size == 2 and not self.one_way else 2) * self.num_networks // (2 if self.one_way else 1)
         limit = inside * self.num_networks * access.bytes_per_s if self.access else np.inf
@@ -294,12 +304,7 @@ class FullMesh:
 
     num_chips: int
     link: Link
-    tier: str = "mesh"
     half_duplex: bool = False  # the two directions of a pair share one rate
-
-    def __post_init__(self) -> None:
-        if self.num_chips < 1:
-            raise CommsError(f"{self.num_chips} chips", "full mesh", "give at least one chip")
 
     @property
     def num_nodes(self) -> int:
@@ -307,7 +312,27 @@ class FullMesh:
 
     @property
     def tiers(self) -> tuple[str, ...]:
-        return (self.tier,)
+        return ("mesh",)
+
+    @property
+    def loaded_link(self) -> Link:
+        """Half of a shared medium."""
+        return Link(self.link.latency_s, self.link.bytes_per_s * (0.5 if self.half_duplex else 1.0))
+
+    def cut(self, num_chips: int) -> "FullMesh":
+        """Itself."""
+        return self
+
+    def levels(self, members: Members, inner: int = 1, aligned: bool = False) -> Levels | None:
+        """Any members meet at one level; None where some meet elsewhere, and where directions share a wire's rate."""
+        count = group_size(members)
+        if sharing(members, inner) == count:
+            return ()
+        if sharing(members, inner) != 1 or self.half_duplex:
+            return None
+        pool = (count - 1) * self.link.bytes_per_s
+        (tier,) = self.tiers
+        return (Level(tier, count, self.link.latency_s, self.link.bytes_per_s, pool, pairs=True),)
 
     def wires(self) -> Wires:
         """By tail, then by head."""

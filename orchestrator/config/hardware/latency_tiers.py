@@ -22,10 +22,10 @@ from math import fsum, prod
 import numpy as np
 
 from comms.networks.fabrics.switch_tree import Tree
-from comms.networks.fabrics.torus_mesh import Torus
+from comms.networks.fabrics.torus_mesh import FullMesh, Torus
 from comms.networks.links import Link
 from comms.networks.network import Network, Tier, TierKind
-from comms.networks.shapes import Grid, Pairs, Shape
+from comms.networks.shapes import Shape
 from kernels.chips import Chip, Noc, NocShape, Port
 from orchestrator.config.hardware.cluster import Cluster
 
@@ -127,7 +127,7 @@ def _grid(noc: Noc, hop_s: float) -> Torus:
     rate = noc.hop_bytes_per_s or 1.0
     link, entry = Link(hop_s, rate), Link(noc.entry_latency_s, rate)
     wraps, one_way = noc.shape is not NocShape.MESH, noc.shape is NocShape.ONE_WAY_TORUS
-    return Torus(noc.dims, (link,), (wraps,), (), noc.networks, one_way, entry)
+    return Torus(noc.dims, (link,), (wraps,), noc.networks, one_way, entry)
 
 
 def _furthest(torus: Torus) -> int:
@@ -158,7 +158,7 @@ def _load(torus: Torus) -> float:
 
 def _tier_rows(network: Network, tier: Tier, inner: int) -> Iterator[Row]:
     shape, source = tier.shape, tier.source
-    if isinstance(shape, Tree | Pairs):
+    if isinstance(shape, Tree | FullMesh):
         hops = _crossed(network, tier, inner)
         link, loaded = shape.link, shape.loaded_link.bytes_per_s
         between = _between(network, tier)
@@ -180,8 +180,8 @@ def _tier_rows(network: Network, tier: Tier, inner: int) -> Iterator[Row]:
 
 def _loaded_far(shape: Shape, alone: float) -> float:
     """What each chip has when all send to chips far away."""
-    if isinstance(shape, Grid):
-        return alone / _load(shape.topology)
+    if isinstance(shape, Torus):
+        return alone / _load(shape)
     return min(alone, shape.loaded_link.bytes_per_s)
 
 
@@ -198,7 +198,7 @@ def _between(network: Network, tier: Tier) -> str:
             return "chip to chip behind one PCIe switch"
         return "chip to chip through the host bridge"
     if tier.kind is TierKind.SCALE_UP:
-        ways = "by a wire of their own" if isinstance(tier.shape, Pairs) else "through a switch"
+        ways = "by a wire of their own" if isinstance(tier.shape, FullMesh) else "through a switch"
         return f"chip to chip {ways}, {tier.name}"
     outer = [each for each in network.tiers if each.kind is TierKind.SCALE_OUT]
     if len(outer) > 1 and tier is outer[0]:

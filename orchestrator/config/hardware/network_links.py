@@ -30,8 +30,7 @@ from comms.networks.fabrics.switch_tree import Tree
 from comms.networks.fabrics.torus_mesh import FullMesh, Torus
 from comms.networks.layers import Switch
 from comms.networks.links import Link, Protocol
-from comms.networks.shapes import Shape, shape_of
-from comms.networks.topology import Topology
+from comms.networks.shapes import Shape
 from kernels.chips import Port
 from orchestrator.config.hardware.cluster import Library
 from orchestrator.config.hardware.network_sections import (
@@ -161,11 +160,9 @@ class ShapeDrawing:
         self.check_size(num_chips)
         key = "edges" if self.kind == "edges" else "dims"
         with described(self.place.inside(key).where, "change the shape"):
-            return shape_of(self._topology(num_chips, link, efficiency, name, earlier_s))
+            return self._shape(num_chips, link, efficiency, name, earlier_s)
 
-    def _topology(
-        self, num_chips: int, link: Link, efficiency: float, name: str, earlier_s: float
-    ) -> Topology:
+    def _shape(self, num_chips: int, link: Link, efficiency: float, name: str, earlier_s: float) -> Shape:
         section = self.section
         half = isinstance(section, ScaleUpSection) and section.duplex == "half"
         given = section.links or [LinkSection()] * len(section.dims or ())

@@ -30,7 +30,6 @@ from comms.networks.network import Network
 from comms.networks.tiered import TieredTopology
 from comms.networks.topology import IntArray, Topology
 from comms.selection.choice import choose
-from comms.selection.pricing import job_of
 from comms.simulation.compiled import CollectiveJob
 from comms.simulation.incremental import IncrementalSimulation
 from orchestrator.runners.step_timelines import TimedCommunication
@@ -203,7 +202,7 @@ class ProgramTraffic:
             groups = members.copies(self.program.num_chips)
             groups = groups[np.isin(groups[:, 0] // per_stage, list(stages))]
         choice = choose(Op(kind.op), kind.nbytes, members, self.network)
-        return job_of(choice, groups, whole), groups, choice.setup_s
+        return choice.job(groups, whole), groups, choice.setup_s
 
     def spot(self, post: Post) -> Spot:
         """The job and group of what a chip posted."""

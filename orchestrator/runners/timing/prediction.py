@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from comms.errors import ConfigError, located
-from comms.selection.pricing import Fidelity
+from comms.selection.question import Fidelity
 from kernels.chips import Chip
 from orchestrator.config.hardware.cluster import Cluster
 from orchestrator.runners.runner import StepRequest

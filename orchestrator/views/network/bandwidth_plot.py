@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from comms.collectives.schedule import bus_factor
-from comms.selection.pricing import busbw
 from comms.selection.size_sweep import SizeSweep
 from comms.units import format_scaled
 from orchestrator.config.hardware.link_calibration import Calibration
@@ -53,7 +52,7 @@ def algorithm_curves(sweep: SizeSweep) -> Mapping[str, Points]:
     for answer in sweep.answers:
         question = answer.question
         for each in answer.candidates:
-            rate = busbw(question.op, question.nbytes, each.seconds, question.num_chips)
+            rate = question.busbw(each.seconds)
             if rate > 0:
                 curves.setdefault(each.algorithm, []).append((question.nbytes, rate))
                 ratio = each.seconds / answer.seconds

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 
 from comms.collectives.schedule import Op
-from comms.selection.pricing import TierShare
+from comms.selection.choice import TierShare
 from comms.selection.question import Answer, Question
 from comms.selection.site import WireLoad
 from comms.selection.size_sweep import SizeSweep

@@ -11,7 +11,6 @@ from functools import lru_cache
 import numpy as np
 
 from comms.networks.fabrics.edge_list import EdgeList, Rerouted
-from comms.networks.shapes import Whole
 from comms.networks.tiered import Fabric, TieredTopology
 from comms.networks.topology import IntArray, Topology, Wires
 
@@ -107,9 +106,7 @@ def ways_out(wires: Wires, num_chips: int, tier: IntArray) -> dict[int, int]:
 
 def _given(topology: Topology) -> Iterator[tuple[int, str]]:
     """Nodes that have a name of their own."""
-    if isinstance(topology, Whole):
-        yield from _given(topology.topology)
-    elif isinstance(topology, EdgeList):
+    if isinstance(topology, EdgeList):
         yield from ((topology.num_chips + i, name) for i, name in enumerate(topology.switches))
     elif isinstance(topology, TieredTopology):
         for copy in copies_of(topology):

@@ -8,8 +8,9 @@ stand side by side (rails, planes) one is drawn for all.
 from collections.abc import Mapping
 from itertools import product
 
+from comms.networks.fabrics.switch_tree import Tree
+from comms.networks.fabrics.torus_mesh import Torus
 from comms.networks.network import Network, Tier
-from comms.networks.shapes import Grid, Whole
 from comms.units import Quantity, format_quantity
 from orchestrator.views.network.topology_layout import RISE, Line, Node, NodeKind, Picture, grid_spots
 
@@ -68,8 +69,8 @@ class _Excerpt:
 
     def innermost(self, tier: Tier, size: int, below: bool) -> None:
         """A group of chips, as the tier joins them."""
-        if isinstance(tier.shape, Grid):
-            self.corner(tier, tier.shape.topology.dims)
+        if isinstance(tier.shape, Torus):
+            self.corner(tier, tier.shape.dims)
             return
         shown = size if size <= FEW else FEW - 1
         self.chips = [self.add(float(chip), 0.0, str(chip), NodeKind.CHIP) for chip in range(shown)]
@@ -112,7 +113,7 @@ class _Excerpt:
     def over(self, tier: Tier, below: list[int], y: float) -> int:
         """A switch over some nodes; what is no tree is told by its name only."""
         x = sum(self.nodes[node].x for node in below) / len(below)
-        kind = f"\n({type(tier.shape.topology).__name__.lower()})" if isinstance(tier.shape, Whole) else ""
+        kind = f"\n({type(tier.shape).__name__.lower()})" if not isinstance(tier.shape, Tree) else ""
         switch = self.add(x, y, f"{tier.name}{kind}\n{figures_of(tier)}", NodeKind.SWITCH)
         self.lines += [Line(node, switch, self.value(tier)) for node in below]
         return switch

@@ -15,9 +15,10 @@ from math import cos, pi, prod, sin, sqrt
 import numpy as np
 
 from comms.networks.fabrics.switch_tree import Tree
-from comms.networks.shapes import Grid, Pairs, Shape
+from comms.networks.fabrics.torus_mesh import FullMesh, Torus
+from comms.networks.shapes import Shape
 from comms.networks.tiered import TieredTopology
-from comms.networks.topology import FloatArray, Topology, Wires
+from comms.networks.topology import FloatArray, Wires
 from orchestrator.views.network.node_names import (
     Copy,
     copies_of,
@@ -178,13 +179,13 @@ def _shape_places(copy: Copy) -> dict[int, Spot]:
     return {int(nodes[at]): spot for at, spot in enumerate(spots)}
 
 
-def shape_spots(shape: Shape | Topology, num_chips: int) -> list[Spot]:
+def shape_spots(shape: Shape, num_chips: int) -> list[Spot]:
     """Where the chips of a shape stand: [chips], or of networks of edges [nodes]."""
     if isinstance(shape, Tree) or num_chips < 3:
         return [(float(chip), 0.0) for chip in range(num_chips)]
-    if isinstance(shape, Grid):
-        return grid_spots(shape.topology.dims)[:num_chips]
-    if isinstance(shape, Pairs):
+    if isinstance(shape, Torus):
+        return grid_spots(shape.dims)[:num_chips]
+    if isinstance(shape, FullMesh):
         return _circle(num_chips)
     return _springs(shape)
 
@@ -208,7 +209,7 @@ def _circle(count: int) -> list[Spot]:
     ]
 
 
-def _springs(shape: Shape | Topology) -> list[Spot]:
+def _springs(shape: Shape) -> list[Spot]:
     """As springs between linked nodes would pull them."""
     import networkx
 

@@ -13,7 +13,6 @@ from comms.algorithms.rounds import Ranks
 from comms.collectives.outline_time import closed_seconds
 from comms.collectives.proof import prove
 from comms.collectives.schedule import Op, PieceOrder
-from comms.errors import CommsError
 from comms.networks.groups import Level
 
 PATIENT = settings(max_examples=40)
@@ -65,11 +64,6 @@ def test_every_algorithm_is_proved_for_1_to_24_ranks(algorithm, op):
         prove(schedule)
 
 
-def test_no_ranks_are_refused():
-    with pytest.raises(CommsError, match="0 ranks"):
-        Ranks(0)
-
-
 @PATIENT
 @given(st.sampled_from(ring.AROUND), st.data())
 def test_rings_go_in_any_order_of_ranks_in_several_channels_and_both_ways(op, data):
@@ -83,12 +77,10 @@ def test_rings_go_in_any_order_of_ranks_in_several_channels_and_both_ways(op, da
 
 
 @PATIENT
-@given(st.sampled_from(ring.CHAINS), st.data())
+@given(st.sampled_from((Op.BROADCAST, Op.REDUCE)), st.data())
 def test_chains_start_or_end_at_any_root(op, data):
     n = data.draw(st.integers(1, 12))
-    root = data.draw(st.integers(0, n - 1))
-    orders = data.draw(st.lists(st.permutations(range(n)), min_size=1, max_size=3))
-    prove(ring.schedule(op, Ranks(n, root, pieces=3), orders=orders, both_ways=data.draw(st.booleans())))
+    prove(ring.chain_schedule(op, Ranks(n, data.draw(st.integers(0, n - 1)), pieces=3)))
 
 
 def test_a_ring_has_one_pattern_for_all_its_rounds():
@@ -118,31 +110,12 @@ def test_every_ring_over_rails_leaves_each_host_once_and_together_by_every_rail(
         np.testing.assert_array_equal(np.sort(senders), np.arange(hosts * per_host))
 
 
-def test_an_order_that_leaves_out_a_rank_is_refused():
-    with pytest.raises(CommsError, match=r"does not hold every rank once\n  at: ring 1"):
-        ring.schedule(Op.ALL_REDUCE, Ranks(3), orders=[np.arange(3), np.array([0, 1, 1])])
-    with pytest.raises(CommsError, match="no order of ranks"):
-        ring.schedule(Op.ALL_REDUCE, Ranks(3), orders=[])
-    with pytest.raises(CommsError, match="10 ranks on hosts of 4"):
-        ring.rail_orders(10, 4, 2)
-
-
-def test_a_root_that_is_no_rank_is_refused():
-    with pytest.raises(CommsError, match="root 4 of 4 ranks"):
-        Ranks(4, 4)
-
-
-def test_no_pieces_are_refused():
-    with pytest.raises(CommsError, match="0 pieces"):
-        Ranks(4, pieces=0)
-
-
 @given(st.integers(3, 200), st.floats(1, 1e12), st.floats(1e-7, 1e-3), st.floats(1e8, 1e12))
 def test_a_chain_is_cut_into_pieces_until_filling_it_hardly_counts(num_chips, nbytes, latency_s, rate):
     levels = (Level("flat", num_chips, latency_s, rate),)
-    pieces = ring.chain_pieces(Op.BROADCAST, nbytes, levels)
+    pieces = algorithm_of(Op.BROADCAST, ring.RING).cut(Op.BROADCAST, nbytes, levels)
     endless = (num_chips - 1) * latency_s + nbytes / rate
-    seconds = closed_seconds(ring.outline(Op.BROADCAST, nbytes, levels, pieces))
+    seconds = closed_seconds(ring.chain_outline(Op.BROADCAST, nbytes, levels, pieces))
     assert endless * (1 - 1e-9) <= seconds <= endless * (1 + 1 / 32 + 1e-9)
 
 
@@ -169,12 +142,6 @@ def test_large_messages_between_near_ranks_spare_the_network(op):
 @given(st.sampled_from(DIGITWISE), st.lists(st.integers(1, 4), min_size=1, max_size=3))
 def test_going_digit_by_digit_is_proved_for_any_fanouts(which, fanouts):
     prove(made(*which, prod(fanouts), fanouts=fanouts))
-
-
-@pytest.mark.parametrize("fanouts", [(2, 2), (5,), (0, 6), (-2, -3)])
-def test_fanouts_that_do_not_make_the_ranks_are_refused(fanouts):
-    with pytest.raises(CommsError, match="do not make 6 ranks"):
-        Ranks(6, fanouts=fanouts)
 
 
 @pytest.mark.parametrize("name", ["bruck", "direct"])
@@ -237,12 +204,6 @@ def test_uneven_all_to_all_sends_what_the_table_says(num_ranks, data):
         sent[each.pattern.src, each.pattern.dst] += schedule.message_shares(each) * table.sum(axis=1).max()
         assert (schedule.message_shares(each) > 0).all()
     np.testing.assert_allclose(sent, table - np.diag(np.diag(table)))
-
-
-@pytest.mark.parametrize("table", [[[1.0, 2.0]], [[0.0, -1.0], [0.0, 0.0]], [[0.0, np.nan], [0.0, 0.0]], []])
-def test_a_table_that_cannot_be_is_refused(table):
-    with pytest.raises(CommsError, match="all_to_allv"):
-        direct.all_to_allv(np.array(table))
 
 
 def test_levels_whose_subgroups_stand_in_rings_have_no_outline_where_chips_send_past_their_neighbours():

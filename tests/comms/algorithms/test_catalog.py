@@ -50,8 +50,8 @@ def test_of_algorithms_that_do_not_suit_nothing_is_called(op, levels):
     ("needs", "levels", "is_met"),
     [
         (Needs(), (SWITCH, RING), True),
-        (Needs(least=2), (SWITCH, replace(SWITCH, fanout=1)), False),  # which parts nothing
-        (Needs(most=1), (SWITCH, SWITCH), False),
+        (Needs(min_levels=2), (SWITCH, replace(SWITCH, fanout=1)), False),  # which parts nothing
+        (Needs(max_levels=1), (SWITCH, SWITCH), False),
         (Needs(Joined.IN_RING), (RING, SWITCH), True),
         (Needs(Joined.IN_RING, Joined.IN_RING), (RING, SWITCH), False),
         (Needs(Joined.BY_SWITCH, Joined.BY_SWITCH), (SWITCH, RING), False),

@@ -73,7 +73,7 @@ def level(fanout, wraps=True, latency=1.0, rate=1.0):
 
 def check_time(topology, name, op, root=0, pieces=1):
     """None, or the seconds on which all fidelities agree; parts may take less over links of different rates."""
-    levels = topology.levels()
+    levels = topology.levels(range(topology.num_chips))
     pieces = pieces if op in torus_trees.WHOLE else 1
     found = outline(name, op, NBYTES, levels, pieces)
     if found is None:
@@ -201,7 +201,7 @@ def test_lines_have_a_tree_that_takes_longest_from_a_corner(op, topology, data):
 @given(dims=shapes, link=links)
 def test_over_links_alike_several_trees_take_as_long_as_outlined_with_parts(name, op, dims, link):
     topology = Torus(dims, (link,), (name == ROTATED_TORUS_TREE,))
-    levels = topology.levels()
+    levels = topology.levels(range(topology.num_chips))
     is_one_tree = len(levels) == 1 and (name == ROTATED_MESH_TREE or levels[0].fanout == 2)
     assert (check_time(topology, name, op) is None) == (is_one_tree or not levels)
 

@@ -20,10 +20,8 @@ from comms.networks.groups import Lattice
 from comms.networks.layers import Switch, Trunk
 from comms.networks.links import Link, Protocol
 from comms.networks.network import Network, Tier, TierKind, layered, switched
-from comms.networks.shapes import shape_of
 from comms.networks.topology import Wires
 from comms.selection.choice import choose
-from comms.selection.pricing import groups_of, job_of
 from comms.simulation.full import simulate
 from comms.synthesis.bisection import makespan_bound
 
@@ -38,7 +36,7 @@ sizes = st.sampled_from([0.0, 1.0, 1024.0, 2.0**20, 2.0**28])
 
 def shaped(name, kind, topology):
     """A tier of any topology."""
-    return Tier(name, kind, topology.num_chips, shape_of(topology))
+    return Tier(name, kind, topology.num_chips, topology)
 
 
 @st.composite
@@ -81,7 +79,8 @@ def clusters(draw, reducing=False):
 
 def full_seconds(choice, members, network, conditions=None):
     topology = network.topology()
-    job = job_of(choice, groups_of(members, topology.num_chips), topology)
+    groups = members.copies(topology.num_chips) if isinstance(members, Lattice) else [members]
+    job = choice.job(np.array(groups), topology)
     return simulate(topology, [job], conditions or Conditions()).seconds[0]
 
 
@@ -181,7 +180,7 @@ def test_what_is_chosen_is_the_fastest_proved_and_above_the_bounds(network, op, 
     prove(choice.schedule())
     topology = network.topology()
     reduces = choice.algorithm == "in-network"
-    bound = makespan_bound(topology, op, nbytes, list(range(num_chips)), switches_reduce=reduces)
+    bound = makespan_bound(topology, op, nbytes, switches_reduce=reduces)
     assert full_seconds(choice, range(num_chips), network) >= bound * (1 - 1e-9)
 
 
@@ -204,7 +203,7 @@ class Scaled:
 def test_better_wires_are_never_slower_and_scaled_costs_scale_the_time(network, op, nbytes, quicker, wider):
     num_chips = network.tiers[-1].size
     choice, topology = choose(op, nbytes, range(num_chips), network), network.topology()
-    job = job_of(choice, groups_of(range(num_chips), num_chips), topology)
+    job = choice.job(np.arange(num_chips)[np.newaxis], topology)
     base = simulate(topology, [job]).seconds[0]
     better = simulate(Scaled(topology, 1 / quicker, wider), [job]).seconds[0]
     assert better <= base * (1 + 1e-9)
@@ -220,7 +219,7 @@ def test_better_wires_are_never_slower_and_scaled_costs_scale_the_time(network, 
 def test_bytes_are_conserved_on_every_wire(network, op):
     num_chips = network.tiers[-1].size
     choice, topology = choose(op, 2.0**20, range(num_chips), network), network.topology()
-    job = job_of(choice, groups_of(range(num_chips), num_chips), topology)
+    job = choice.job(np.arange(num_chips)[np.newaxis], topology)
     expected = np.zeros(topology.wires().num_wires)
     for channel in job.schedule.channels:
         for each in channel.rounds:

@@ -231,8 +231,8 @@ def test_a_ring_over_wires_between_neighbours_is_timed_as_it_is_played(
 @PATIENT
 @given(st.sampled_from((Op.BROADCAST, Op.REDUCE)), levels_of(), st.floats(0, 1e9), st.integers(1, 5))
 def test_a_chain_is_timed_as_it_is_played(op, levels, nbytes, pieces):
-    schedule = ring.schedule(op, Ranks(num_members(levels), pieces=pieces))
-    agree(ring.outline(op, nbytes, levels, pieces), schedule, nbytes, levels)
+    schedule = ring.chain_schedule(op, Ranks(num_members(levels), pieces=pieces))
+    agree(ring.chain_outline(op, nbytes, levels, pieces), schedule, nbytes, levels)
 
 
 @PATIENT

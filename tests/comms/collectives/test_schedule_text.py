@@ -93,7 +93,7 @@ def test_channels_phases_pieces_roots_switches_and_shares_are_printed_too():
     rings = ring.schedule(Op.ALL_REDUCE, Ranks(4, pieces=3), orders=[[0, 1, 2, 3], [3, 1, 0, 2]])
     channels = tuple(replace(each, order=PieceOrder.INTERLEAVED) for each in rings.channels)
     halves = replace(rings, channels=channels)
-    chain = ring.schedule(Op.BROADCAST, Ranks(5, 2, pieces=7))
+    chain = ring.chain_schedule(Op.BROADCAST, Ranks(5, 2, pieces=7))
     uneven = direct.all_to_allv(np.array([[0.0, 1.0], [3.0, 0.0]]))
     first = halves.channels[0]
     phases = Channel(

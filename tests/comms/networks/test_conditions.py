@@ -28,7 +28,6 @@ from comms.networks.fabrics.torus_mesh import FullMesh, Torus
 from comms.networks.layers import Spread, Switch, Trunk
 from comms.networks.links import Link
 from comms.networks.network import Network, Tier, TierKind, switched
-from comms.networks.shapes import shape_of
 from comms.simulation.compiled import CollectiveJob
 from comms.simulation.full import simulate
 
@@ -44,7 +43,7 @@ HOSTS = Network(
 
 def shaped(name, kind, topology):
     """A tier of any topology."""
-    return Tier(name, kind, topology.num_chips, shape_of(topology))
+    return Tier(name, kind, topology.num_chips, topology)
 
 
 def on(topology, *links, **others):

@@ -25,12 +25,12 @@ def full_trees(draw):
     for number in range(draw(st.integers(0, 3))):
         group = size // (trunks[-1].size if trunks else 1) * below
         rails = draw(st.sampled_from([1, group])) if number == 0 else 1
-        to = Switch(f"layer {number + 1}", backplane_bytes_per_s=draw(st.sampled_from([inf, 9e9, 50e9])))
+        to = Switch(f"layer {number + 1}", oversubscription=draw(st.sampled_from([1.0, 1.5, 4.0])))
         link = Link(draw(st.integers(0, 3)) * 1e-6, draw(st.integers(1, 30)) * 1e9)
         trunks.append(Trunk(size, link, to, draw(st.integers(1, 2)), rails, duplex=draw(st.booleans())))
         below, size = rails, size * draw(st.integers(2, 4))
     size = size if trunks else max(2, size)
-    switch = Switch("layer 0", backplane_bytes_per_s=draw(st.sampled_from([inf, 25e9])))
+    switch = Switch("layer 0", oversubscription=draw(st.sampled_from([1.0, 2.0])))
     return Tree(size, PORT, switch, tuple(trunks), draw(st.booleans()))
 
 

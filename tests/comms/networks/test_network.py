@@ -16,7 +16,6 @@ from comms.networks.groups import Lattice, mesh_group, num_members
 from comms.networks.layers import Switch, Trunk
 from comms.networks.links import PLAIN, Link
 from comms.networks.network import UNBOUNDED, Network, Tier, TierKind, layered, switched
-from comms.networks.shapes import shape_of
 from comms.networks.topology import route_latencies
 
 FEW = settings(max_examples=60)
@@ -28,7 +27,7 @@ CARDS = Tree(128, Link(1e-6, 64e9), Switch("leaf"), (Trunk(4, Link(1e-6, 50e9), 
 
 def shaped(name, kind, topology):
     """A tier of any topology."""
-    return Tier(name, kind, topology.num_chips, shape_of(topology))
+    return Tier(name, kind, topology.num_chips, topology)
 
 
 def network(*sizes: int) -> Network:
@@ -129,8 +128,6 @@ def test_oversubscription_divides_the_loaded_rate_only():
     assert tier.link == Link(1e-6, 40e9)
     assert tier.loaded_link == Link(1e-6, 10e9)
     assert tier.protocols == (PLAIN,)
-    with pytest.raises(CommsError, match="cannot be like this"):
-        switched("spine", 64, SLOW, TierKind.SCALE_OUT, oversubscription=0.5)
 
 
 def test_one_chip_alone_has_the_whole_card_and_four_at_once_a_quarter_each():
@@ -235,7 +232,7 @@ def test_groups_without_an_even_fold_have_no_levels():
 
 
 def test_a_torus_of_hosts_folds_by_dimension_and_its_levels_carry_the_tier_of_the_network():
-    torus = Torus((4, 4), (Link(1e-6, 40e9),), names=("row", "column"))
+    torus = Torus((4, 4), (Link(1e-6, 40e9),))
     net = Network((shaped("ici", TierKind.SCALE_UP, torus), switched("dcn", 64, SLOW, TierKind.SCALE_OUT)))
     levels = net.levels(mesh_group((("dp", 16), ("tp", 4)), ("dp", "tp")))
     assert [(level.tier, level.fanout, level.ring) for level in levels] == [

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from comms.networks.fabrics.dragonfly import Dragonfly
 from comms.networks.fabrics.edge_list import Duplex, Edge, EdgeList, Rerouted
-from comms.networks.fabrics.hamiltonian_cycles import disjoint_cycles, snake_path, torus_cycle
 from comms.networks.fabrics.torus_mesh import FullMesh, Torus
+from comms.networks.hamiltonian_cycles import disjoint_cycles, snake_path, torus_cycle
 from comms.networks.links import Link
 from comms.networks.ring_orders import hierarchy, ring_orders, shortest_cycle
 

@@ -16,7 +16,6 @@ from comms.networks.groups import Lattice, mesh_group
 from comms.networks.links import Link
 from comms.networks.network import Network, Tier, TierKind
 from comms.networks.ring_orders import ring_orders
-from comms.networks.shapes import Grid, Whole, shape_of
 from comms.networks.topology import route_latencies
 from comms.synthesis.bisection import bisection
 
@@ -26,7 +25,7 @@ LINK = Link(1e-6, 10e9)
 
 def shaped(name, kind, topology):
     """A tier of any topology."""
-    return Tier(name, kind, topology.num_chips, shape_of(topology))
+    return Tier(name, kind, topology.num_chips, topology)
 
 
 @st.composite
@@ -46,13 +45,13 @@ def test_a_block_of_a_torus_folds_into_its_sides(drawn):
     digits = torus.digits(np.arange(torus.num_chips))
     inside = [(row >= at) & (row < at + part) for row, at, part in zip(digits, corner, sub, strict=True)]
     chips = np.flatnonzero(np.all(inside, axis=0)).tolist()
-    levels = Grid(torus).levels(chips)
+    levels = torus.levels(chips)
     assert tuple(level.fanout for level in levels) == tuple(part for part in sub if part > 1)
     assert prod(level.fanout for level in levels) == len(chips)
 
 
 def test_an_axis_of_a_mesh_over_a_torus_is_a_ring_of_neighbours():
-    grid = shape_of(Torus((4, 4), (LINK,)))
+    grid = Torus((4, 4), (LINK,))
     rows, columns = (grid.levels(mesh_group((("b", 4), ("a", 4)), (axis,))) for axis in ("a", "b"))
     assert [(level.tier, level.fanout, level.wraps) for level in (*rows, *columns)] == [
         ("x", 4, True),
@@ -61,10 +60,10 @@ def test_an_axis_of_a_mesh_over_a_torus_is_a_ring_of_neighbours():
 
 
 def test_groups_that_fill_no_block_do_not_fold():
-    grid = Grid(Torus((4, 4), (LINK,)))
+    grid = Torus((4, 4), (LINK,))
     assert grid.levels((0, 2)) is None
     assert grid.levels((0, 1, 4)) is None
-    assert Grid(Torus((6, 2), (LINK,))).levels(Lattice(((1, 4),))) is None  # the next copy turns a corner
+    assert Torus((6, 2), (LINK,)).levels(Lattice(((1, 4),))) is None  # the next copy turns a corner
     assert grid.levels(range(16), inner=2) is None
 
 
@@ -73,40 +72,38 @@ def test_groups_that_fill_no_block_do_not_fold():
 def test_a_group_alone_folds_like_the_same_chips_listed_and_one_with_copies_only_where_they_fit(drawn, data):
     torus, _, _ = drawn
     num_chips = data.draw(st.integers(1, torus.num_chips))
-    group, grid = Lattice(((1, num_chips),)), Grid(torus)
-    listed = grid.levels(range(num_chips))
-    assert grid.levels(replace(group, alone=True)) == listed
+    group = Lattice(((1, num_chips),))
+    listed = torus.levels(range(num_chips))
+    assert torus.levels(replace(group, alone=True)) == listed
     sides = dict.fromkeys("xyz", 1) | {level.tier: level.fanout for level in listed or ()}
     copies_fit = all(size % side == 0 for size, side in zip(torus.dims, sides.values(), strict=False))
-    assert grid.levels(group) == (listed if copies_fit else None)
+    assert torus.levels(group) == (listed if copies_fit else None)
 
 
 def test_chips_that_meet_elsewhere_are_whole_dimensions():
-    (level,) = Grid(Torus((4, 4), (LINK,))).levels(range(16), inner=4)
+    (level,) = Torus((4, 4), (LINK,)).levels(range(16), inner=4)
     assert (level.tier, level.fanout) == ("y", 4)
-    assert Grid(Torus((4, 4), (LINK,))).levels(range(4), inner=4) == ()
+    assert Torus((4, 4), (LINK,)).levels(range(4), inner=4) == ()
 
 
 def test_any_chips_of_a_full_mesh_meet_at_one_level():
-    pairs = shape_of(FullMesh(8, LINK))
+    pairs = FullMesh(8, LINK)
     (level,) = pairs.levels((0, 3, 6))
     assert (level.fanout, level.rate(), level.rate(2), level.rate(4)) == (3, 10e9, 10e9, 5e9)
     assert pairs.levels(range(8), inner=2) is None
     assert pairs.levels((0, 1), inner=2) == ()
-    shared = shape_of(FullMesh(4, LINK, half_duplex=True))
+    shared = FullMesh(4, LINK, half_duplex=True)
     assert shared.levels(range(4)) is None
     assert (pairs.loaded_link.bytes_per_s, shared.loaded_link.bytes_per_s) == (10e9, 5e9)
 
 
 def test_the_links_of_a_torus_are_those_of_neighbours():
     torus = Torus((4, 2), (LINK, Link(3e-6, 5e9)), access=Link(1e-7, 8e9))
-    assert Grid(torus).link == Grid(torus).loaded_link == Link(3e-6 + 2e-7, 5e9)
+    assert torus.link == torus.loaded_link == Link(3e-6 + 2e-7, 5e9)
 
 
 def test_of_any_other_topology_the_routes_are_looked_at():
-    line = EdgeList(4, tuple(Edge(a, a + 1, LINK) for a in range(3)))
-    shape = shape_of(line)
-    assert isinstance(shape, Whole)
+    shape = EdgeList(4, tuple(Edge(a, a + 1, LINK) for a in range(3)))
     assert (shape.link.latency_s, shape.link.bytes_per_s) == (pytest.approx(3e-6), 10e9)
     assert (shape.loaded_link.latency_s, shape.loaded_link.bytes_per_s) == (pytest.approx(2e-6), 5e9)
     assert shape.cut(2) is shape
@@ -114,15 +111,12 @@ def test_of_any_other_topology_the_routes_are_looked_at():
 
 
 @pytest.mark.parametrize(
-    "topology",
+    "shape",
     [Tree(4, LINK), Torus((2, 2), (LINK,)), FullMesh(4, LINK), Dragonfly(2, 1, 2, 1, LINK, LINK, LINK)],
-    ids=lambda topology: type(topology).__name__,
+    ids=lambda shape: type(shape).__name__,
 )
-def test_every_topology_is_a_shape_with_the_same_routes(topology):
-    shape = shape_of(topology)
+def test_the_link_of_every_shape_is_no_slower_than_its_longest_routes(shape):
     src, dst = np.array([0, 1]), np.array([3, 3])
-    assert (shape.num_chips, shape.num_nodes, shape.tiers) == (4, topology.num_nodes, topology.tiers)
-    assert shape.routes(src, dst).wires.tolist() == topology.routes(src, dst).wires.tolist()
     longest = route_latencies(shape.wires(), shape.routes(src, dst)).max()
     assert LINK.latency_s <= shape.link.latency_s <= longest + 1e-15
 

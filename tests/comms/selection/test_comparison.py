@@ -14,9 +14,8 @@ from comms.selection.choice import choose, offered
 from comms.selection.collective import answer_to
 from comms.selection.comparison import Budget, compare, suitable, unpriced
 from comms.selection.full_collective import hierarchies, of_choice
-from comms.selection.pricing import Fidelity
 from comms.selection.progress import quiet
-from comms.selection.question import Question
+from comms.selection.question import Fidelity, Question
 from comms.selection.site import site_of
 from orchestrator.config.hardware.cluster_file import load_cluster
 
@@ -63,7 +62,7 @@ def test_an_algorithm_takes_part_once_under_its_name_with_its_fastest_variant():
     (first, *others) = candidates_for(uneven())
     slower, faster = (compare([first], comparison.THOROUGH, quiet).timings[0] for _ in range(2))
     slower = replace(slower, seconds=2 * faster.seconds)
-    again = [replace(first, run=lambda _, timing=timing: timing) for timing in (slower, faster, slower)]
+    again = [replace(first, run=lambda *_, timing=timing: timing) for timing in (slower, faster, slower)]
     outcome = compare([*again, *others], comparison.THOROUGH, quiet)
     timed = [each.algorithm for each in outcome.timings]
     assert len(set(timed)) == len(timed) == outcome.num_compared

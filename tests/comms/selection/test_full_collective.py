@@ -10,12 +10,11 @@ from comms.errors import TooManyMessages
 from comms.networks.conditions import Between, Described, LinkFault, Reach
 from comms.selection.choice import choose
 from comms.selection.collective import answer_to
-from comms.selection.comparison import Effort
 from comms.selection.full_collective import of_choice
-from comms.selection.pricing import Fidelity
 from comms.selection.progress import quiet
-from comms.selection.question import Question
+from comms.selection.question import Fidelity, Question
 from comms.selection.site import site_of
+from comms.simulation.work_budget import UNLIMITED, unwatched
 from comms.synthesis.bisection import makespan_bound
 from orchestrator.config.hardware.cluster_file import load_cluster
 
@@ -32,9 +31,9 @@ def test_messages_are_counted_before_they_are_moved(num_chips):
     site = site_of(POD, num_chips)
     choice = choose(Op.BROADCAST, NBYTES, site.members, site.network, "mesh tree")
     count = choice.schedule().num_messages
-    assert of_choice(site, choice).run(Effort(count)).result.num_messages == count
+    assert of_choice(site, choice).run(count, UNLIMITED, unwatched).result.num_messages == count
     with pytest.raises(TooManyMessages, match="million messages"):
-        of_choice(site, choice).run(Effort(count - 1))
+        of_choice(site, choice).run(count - 1, UNLIMITED, unwatched)
 
 
 def test_what_is_surely_too_much_is_refused_without_being_made():

@@ -12,8 +12,7 @@ from comms.collectives.schedule import Op
 from comms.collectives.schedule_text import schedule_text
 from comms.networks.conditions import Described, LinkFault, Reach
 from comms.selection.collective import answer_to
-from comms.selection.pricing import Fidelity
-from comms.selection.question import Question, conditions_in_words
+from comms.selection.question import Fidelity, Question, conditions_in_words
 from orchestrator.config.hardware.cluster_file import load_cluster, shipped_clusters
 
 CONFIGS = Path(__file__).parents[3] / "cluster_configs"

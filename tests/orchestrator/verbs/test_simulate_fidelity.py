@@ -12,7 +12,7 @@ from comms.errors import ClusterError, ConfigError
 from comms.networks.conditions import Background, ChipFault, Described, LinkFault, Reach
 from comms.networks.groups import Lattice
 from comms.selection.choice import choose
-from comms.selection.pricing import Fidelity, groups_of, job_of
+from comms.selection.question import Fidelity
 from comms.simulation import full
 from orchestrator.config.hardware.cluster_file import load_cluster
 from orchestrator.config.job_file import load_job
@@ -131,7 +131,7 @@ def test_groups_astride_hosts_are_priced_by_what_joins_the_hosts():
     assert (even.tier, uneven.tier) == ("scale-up", "infiniband")
     topology = network.topology()
     seconds = full.simulate(
-        topology, [job_of(uneven, groups_of(Lattice(((1, 3),)), 24), topology)]
+        topology, [uneven.job(Lattice(((1, 3),)).copies(24), topology)]
     ).seconds.max()
     assert uneven.transfer_s == pytest.approx(seconds, rel=0.1)
 

@@ -145,7 +145,6 @@ def test_palmtree_and_absolute_differ_in_who_holds_the_link_only():
 @pytest.mark.parametrize(
     ("sizes", "problem"),
     [
-        ((0, 1, 1, 1), "sizes"),
         ((2, 1, 1, 0), "do not reach"),
         ((10, 4, 2, 2), "8 long links per group do not reach 9"),
     ],

@@ -151,20 +151,17 @@ def test_half_duplex_edges_share_one_rate_and_one_way_edges_have_no_way_back():
     edges = (
         Edge(0, 1, LINK, Duplex.HALF),
         Edge(1, 2, LINK, Duplex.ONE_WAY),
-        Edge(2, 0, LINK, back=Link(1e-6, 5e8), tier="cable", forward_nbytes=4096.0),
+        Edge(2, 0, LINK, back=Link(1e-6, 5e8)),
     )
     wires = EdgeList(3, edges).wires()
     assert wires.tail.tolist() == [0, 1, 1, 2, 0]
     assert wires.shares.tolist() == [0, 0, 2, 3, 4]
     assert wires.bytes_per_s.tolist() == [1e9, 1e9, 1e9, 1e9, 5e8]
-    assert wires.tier.tolist() == [0, 0, 0, 1, 1]
-    assert wires.forward_nbytes.tolist() == [0, 0, 0, 4096, 4096]
 
 
 @pytest.mark.parametrize(
     ("make", "problem", "where"),
     [
-        (lambda: EdgeList(0, ()), "0 chips", "graph"),
         (lambda: EdgeList(2, ()), "no way from chip 0 to chip 1", "network"),
         (
             lambda: EdgeList(4, (Edge(0, 1, LINK), Edge(2, 3, LINK))),
@@ -172,12 +169,6 @@ def test_half_duplex_edges_share_one_rate_and_one_way_edges_have_no_way_back():
             "network",
         ),
         (lambda: EdgeList(2, (Edge(0, 1, LINK, Duplex.ONE_WAY),)), "no way from chip 1 to chip 0", "network"),
-        (lambda: EdgeList(2, (Edge(0, 0, LINK),)), "to itself", "edge 0"),
-        (lambda: EdgeList(2, (Edge(2, "s", LINK),), ("s",)), "to itself", "edge 0"),
-        (lambda: EdgeList(2, (Edge(0, 1, LINK), Edge(1, 2, LINK))), "no node 2", "edge 1"),
-        (lambda: EdgeList(2, (Edge(0, "leaf", LINK),)), "no node 'leaf'", "edge 0"),
-        (lambda: EdgeList(2, (Edge(0, 1, Link(0.0, float("nan"))),)), "nan bytes/s", "edge 0"),
-        (lambda: EdgeList(2, (Edge(0, 1, LINK, back=Link(0.0, float("inf"))),)), "inf bytes/s", "edge 0"),
         (lambda: EdgeList(2, (Edge(0, 1, LINK, Duplex.HALF, back=LINK),)), "no other rate back", "edge 0"),
         (lambda: EdgeList(1, ()).routes(np.array([0]), np.array([1])), "no node 1", "network"),
     ],
@@ -285,20 +276,6 @@ def test_damage_may_come_in_steps():
     src, dst = all_pairs(6)
     assert once.routes(src, dst).wires.tolist() == twice.routes(src, dst).wires.tolist()
     assert once.kept.tolist() == np.delete(np.arange(12), [0, 2]).tolist()
-
-
-@pytest.mark.parametrize(
-    ("dead", "slow", "problem"),
-    [
-        ((16,), {}, "no wire 16"),
-        ((), {-1: 0.5}, "no wire -1"),
-        ((), {3: 0.0}, "cannot have 0.0"),
-        ((), {3: 2.0}, "2.0"),
-    ],
-)
-def test_damage_that_makes_no_sense_is_refused(dead, slow, problem):
-    with pytest.raises(CommsError, match=problem):
-        Rerouted(Torus((8,), (LINK,)), dead, slow)
 
 
 def test_smallest_latencies_are_those_of_dijkstra():

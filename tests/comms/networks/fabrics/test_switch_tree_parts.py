@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,7 +16,6 @@ from comms.networks.layers import Switch, Trunk
 from comms.networks.links import Link
 from comms.networks.network import UNBOUNDED, Network, TierKind, layered, switched
 from comms.selection.choice import choose
-from comms.selection.pricing import groups_of, job_of
 from comms.simulation.full import simulate
 
 FEW = settings(max_examples=60)
@@ -133,7 +133,8 @@ def timed(pod, unit, num_hosts, members, op, nbytes):
         except CommsError:  # halving an odd number
             continue
         if choice.is_folded:
-            job = job_of(choice, groups_of(members, topology.num_chips), topology)
+            groups = members.copies(topology.num_chips) if isinstance(members, Lattice) else [members]
+            job = choice.job(np.array(groups), topology)
             yield name, choice.transfer_s, simulate(topology, [job]).seconds[0]
 
 

@@ -131,9 +131,8 @@ def test_a_mesh_goes_the_long_way_where_a_ring_goes_round():
 
 
 def test_dimensions_may_differ_in_link_and_wrap():
-    torus = Torus((4, 3), (Link(1e-6, 4e9), Link(5e-6, 1e9)), (True, False), names=("board", "cable"))
+    torus = Torus((4, 3), (Link(1e-6, 4e9), Link(5e-6, 1e9)), (True, False))
     routes = torus.routes(np.array([0]), np.array([11]))
-    assert torus.tiers == ("board", "cable")
     assert route_latencies(torus.wires(), routes)[0] == pytest.approx(11e-6)  # once round the ring, twice up
     assert torus.wires().bytes_per_s[routes.wires].tolist() == [4e9, 1e9, 1e9]
 
@@ -151,8 +150,7 @@ def test_one_network_of_wormhole_goes_right_and_down_only():
     single = Torus((10, 12), (Link(9e-9, 32e9),), one_way=True)
     routes = single.routes(np.array([1]), np.array([0]))
     assert len(routes.wires) == 9
-    with pytest.raises(CommsError, match="one way round is longer"):
-        single.levels()
+    assert single.levels(range(120)) is None  # one way round is longer than the other
 
 
 def test_equal_networks_are_used_in_turn():
@@ -164,17 +162,15 @@ def test_equal_networks_are_used_in_turn():
 
 def test_levels_are_rings_of_whole_dimensions_and_lines_of_parts():
     torus = Torus((4, 8), (Link(1e-6, 4e9), Link(2e-6, 2e9)))
-    x, y = torus.levels()
+    x, y = torus.levels(range(32))
     assert (x.fanout, x.latency_s, x.bytes_per_s, x.pool_bytes_per_s, x.wraps) == (4, 1e-6, 4e9, 8e9, True)
     assert (y.fanout, y.hop_latency_s, y.pool_bytes_per_s, y.ring) == (8, 2e-6, 4 * 2 * 2e9, True)
-    (part,) = torus.levels((1, 4))
+    (part,) = torus.levels(range(0, 16, 4))
     assert (part.fanout, part.wraps, part.pool_bytes_per_s) == (4, False, 4e9)
-    with pytest.raises(CommsError, match="part of"):
-        torus.levels((4, 9))
 
 
 def test_a_level_of_a_network_with_access_counts_both_ends():
-    x, _ = NOC.levels()
+    x, _ = NOC.levels(range(120))
     assert (x.latency_s, x.hop_latency_s) == (pytest.approx(19e-9), pytest.approx(9e-9))
     assert x.pool_bytes_per_s == 64e9
 
@@ -186,7 +182,7 @@ def test_a_message_to_the_neighbour_costs_what_its_level_says(torus):
         return
     strides = np.cumprod([1, *torus.dims])
     dims = [k for k, size in enumerate(torus.dims) if size > 1]
-    for k, level in zip(dims, torus.levels(), strict=True):
+    for k, level in zip(dims, torus.levels(range(torus.num_chips)), strict=True):
         routes = torus.routes(np.array([0]), np.array([strides[k]]))
         assert route_latencies(torus.wires(), routes)[0] == pytest.approx(level.latency_s)
         assert torus.wires().bytes_per_s[routes.wires].min() == level.bytes_per_s
@@ -210,12 +206,7 @@ def test_a_full_mesh_has_a_wire_between_every_two(num_chips, half_duplex):
     [
         (lambda: Torus((), (LINK,)), "at least one chip"),
         (lambda: Torus((4, 0), (LINK,)), "at least one chip"),
-        (lambda: Torus((4, 4), (LINK,) * 3), "3 links for 2 dimensions"),
-        (lambda: Torus((4, 4), (LINK,), (True, False, True)), "3 wraps for 2 dimensions"),
-        (lambda: Torus((4, 4), (LINK,), names=("x",)), "1 names for 2 dimensions"),
         (lambda: Torus((4,), (LINK,), num_networks=0), "0 networks"),
-        (lambda: Torus((4,), (LINK,), (False,), one_way=True), "no way back"),
-        (lambda: FullMesh(0, LINK), "0 chips"),
         (lambda: Torus((4,), (LINK,)).routes(np.array([0]), np.array([4])), "no node 4"),
         (lambda: FullMesh(4, LINK).routes(np.array([-1]), np.array([0])), "no node -1"),
     ],

@@ -16,7 +16,6 @@ from comms.networks.fabrics.torus_mesh import FullMesh, Torus
 from comms.networks.layers import Switch, Trunk
 from comms.networks.links import Link
 from comms.networks.network import Network, Tier, TierKind, layered, switched
-from comms.networks.shapes import Whole, shape_of
 from kernels.chips import Noc, NocShape, Port, load_chip
 from orchestrator.config.hardware.cluster_file import load_cluster
 from orchestrator.config.hardware.latency_tiers import latency_tiers, sum_over_cores_s, tier_table
@@ -195,7 +194,7 @@ WAFER = chip_of(
 
 def shaped(name, kind, topology):
     """A tier of any topology."""
-    return Tier(name, kind, topology.num_chips, shape_of(topology))
+    return Tier(name, kind, topology.num_chips, topology)
 
 
 def rows(network, *chips, **others):
@@ -359,7 +358,7 @@ def test_graphs_are_looked_at_route_by_route():
     near, far = tier_table(Network((shaped("line", TierKind.SCALE_UP, EdgeList(4, edges)),)))
     assert (near.latency_s, near.bytes_per_s, near.hops) == (1e-6, 4e9, 1)
     assert (far.latency_s, far.bytes_per_s, far.hops) == (pytest.approx(6e-6), 2e9, 3)
-    assert far.loaded_bytes_per_s == Whole(EdgeList(4, edges)).loaded_link.bytes_per_s
+    assert far.loaded_bytes_per_s == EdgeList(4, edges).loaded_link.bytes_per_s
 
 
 def test_the_host_stands_between_cores_and_chips():

@@ -10,7 +10,6 @@ from comms.networks.fabrics.edge_list import Duplex, EdgeList
 from comms.networks.fabrics.switch_tree import Tree
 from comms.networks.fabrics.torus_mesh import FullMesh, Torus
 from comms.networks.links import Link, Protocol
-from comms.networks.shapes import Grid, Pairs
 from orchestrator.config.hardware.cluster_file import cluster_from
 from orchestrator.config.yaml_file import parse_yaml
 
@@ -36,7 +35,7 @@ def shape(lines, figures=FIGURES):
 
 
 def topology(lines, figures=FIGURES):
-    return shape(lines, figures).topology
+    return shape(lines, figures)
 
 
 def error_of(lines, figures=FIGURES):
@@ -58,8 +57,8 @@ def test_each_word_is_its_shape():
     assert topology("  shape: mesh\n  dims: [2, 4]\n") == Torus((2, 4), (LINK, LINK), (False,))
     assert topology("  shape: full mesh\n") == FullMesh(8, LINK)
     assert topology("  shape: full mesh\n  duplex: half\n").half_duplex
-    assert isinstance(shape("  shape: ring\n"), Grid)
-    assert isinstance(shape("  shape: full mesh\n"), Pairs)
+    assert isinstance(shape("  shape: ring\n"), Torus)
+    assert isinstance(shape("  shape: full mesh\n"), FullMesh)
 
 
 def test_dimensions_may_differ():
@@ -110,7 +109,7 @@ FOUR = HOST.replace("count: 8", "count: 4")
 
 
 def graph(lines):
-    found = cluster_from(parse_yaml(FOUR + FIGURES + lines, "c.yaml")).network.tiers[0].shape.topology
+    found = cluster_from(parse_yaml(FOUR + FIGURES + lines, "c.yaml")).network.tiers[0].shape
     assert isinstance(found, EdgeList)
     return found
 

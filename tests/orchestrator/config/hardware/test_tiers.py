@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 
 from comms.errors import ClusterError
+from comms.networks.fabrics.dragonfly import Dragonfly
 from comms.networks.fabrics.switch_tree import Tree
+from comms.networks.fabrics.torus_mesh import Torus
 from comms.networks.layers import Spread, Switch
 from comms.networks.links import Link
 from comms.networks.network import UNBOUNDED, TierKind
-from comms.networks.shapes import Grid, Whole
 from comms.networks.topology import route_latencies
 from orchestrator.config.hardware.cluster_file import cluster_from, load_cluster
 from orchestrator.config.hardware.tiers import ScaleUpFabric, SwitchLevel, build_network
@@ -266,14 +267,14 @@ def test_store_and_forward_takes_in_a_packet():
 def test_a_shape_may_join_all_chips_by_their_cards():
     text = HOSTS.split("scale_out:")[0].replace("repeat: any", "repeat: 4").replace("count: 1,", "count: 8,")
     torus = network(text + "scale_out: [{name: torus, shape: torus, dims: [8, 4]}]\n").tiers[-1]
-    assert isinstance(torus.shape, Grid)
+    assert isinstance(torus.shape, Torus)
     assert (torus.size, torus.kind) == (32, TierKind.SCALE_OUT)
     assert torus.link == Link(10e-6, 12.5e9 / 4)  # a card's rate, over four links
     dragonfly = network(
         text + "scale_out: [{name: far, shape: dragonfly, dims: [2, 4, 4], links: "
         "[{}, {latency: 1 us, bandwidth: 5 GB/s}, {latency: 2 us, bandwidth: 5 GB/s}]}]\n"
     ).tiers[-1]
-    assert isinstance(dragonfly.shape, Whole)
+    assert isinstance(dragonfly.shape, Dragonfly)
     assert dragonfly.shape.num_chips == 32
 
 

@@ -9,8 +9,7 @@ import pytest
 from comms.collectives.schedule import Op
 from comms.networks.conditions import Between, Described, LinkFault, Reach
 from comms.selection.collective import answer_to
-from comms.selection.pricing import Fidelity
-from comms.selection.question import Question
+from comms.selection.question import Fidelity, Question
 from comms.selection.size_sweep import sizes_between, sweep_sizes
 from orchestrator.config.hardware.cluster_file import load_cluster, shipped_clusters
 from orchestrator.views.network.bandwidth_plot import algorithm_curves, sweep_png

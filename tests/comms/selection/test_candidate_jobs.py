@@ -10,7 +10,7 @@ from comms.collectives.schedule import Op
 from comms.networks.fabrics.edge_list import Edge, EdgeList
 from comms.networks.fabrics.torus_mesh import FullMesh
 from comms.networks.links import Link
-from comms.selection.topology_aware import laid_hierarchies, laid_rings
+from comms.selection.candidate_jobs import laid_hierarchies, laid_rings
 from comms.simulation.compiled import CollectiveJob
 from comms.simulation.full import simulate
 
