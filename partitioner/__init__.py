@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from partitioner.program.peak_memory import peak_memory
     from partitioner.program.program import Program
     from partitioner.program.program_codec import decode, encode
-    from partitioner.program.program_text import from_text, to_text
+    from partitioner.program.program_text import to_text
     from partitioner.program.static_check import check_program
 
 __all__ = [
@@ -30,7 +30,6 @@ __all__ = [
     "check_program",
     "decode",
     "encode",
-    "from_text",
     "lower",
     "partition",
     "peak_memory",
@@ -49,7 +48,6 @@ _HOMES = {
     "check_program": "partitioner.program.static_check",
     "decode": "partitioner.program.program_codec",
     "encode": "partitioner.program.program_codec",
-    "from_text": "partitioner.program.program_text",
     "lower": "partitioner.lowering.lower",
     "partition": "partitioner.lowering.lower",
     "peak_memory": "partitioner.program.peak_memory",

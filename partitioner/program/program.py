@@ -265,7 +265,6 @@ class Update:
     """
 
     FORM: ClassVar = "update {param} grad={grad} stats={stats} target={target} {decay}"
-    HINT: ClassVar = "expected 'update t1 grad=t2 stats=t3 target=t1 decay' (or no_decay)"
     id: int
     param: Annotated[int, Holds.CHANGED]
     grad: Annotated[int, Holds.READ]
