@@ -17,7 +17,7 @@ from comms.units import format_scaled, format_seconds
 from orchestrator.config.hardware.cluster import Cluster, Device
 from orchestrator.config.job_file import Job
 from orchestrator.planning.preparation import Prepared, build_model, prepare
-from orchestrator.runners.failure import Interrupted, RunState, StopAtOnce, in_run
+from orchestrator.runners.failure import RunEnd, interrupted
 from orchestrator.runners.timing.prediction import simulate
 from orchestrator.runs import metrics, run_dir
 from orchestrator.runs.data import NUM_BYTES, baseline_losses, load_data
@@ -175,7 +175,7 @@ def _stopping() -> Iterator[threading.Event]:
     before = signal.getsignal(signal.SIGINT)
 
     def ask(number: int, frame: FrameType | None) -> None:
-        if isinstance(in_run(RunState(0, 0, interrupts=int(stop.is_set())), Interrupted()), StopAtOnce):
+        if interrupted(2 if stop.is_set() else 1) is RunEnd.AT_ONCE:
             signal.default_int_handler(number, frame)
         stop.set()
 
