@@ -1,18 +1,14 @@
 """Actor: one process that executes several chips of a Program, with one long call per step.
 
-Plain Python: `ray_start` makes it a Ray actor. Control comes as Ray calls with small arguments; Programs come as bytes
+Plain Python: `ray_launch` makes it a Ray actor. Control comes as Ray calls with small arguments; Programs come as bytes
 and tensors through `Transport`. The interpreter switches threads more often than usual here, because a tensor that
 arrives is taken by one thread while another one computes.
 """
 
-import importlib
 import sys
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass, fields, replace
-from typing import Any
 
-import ray
 import torch
 
 from kernels.optimizers import Factory, FlatOptimizer, OptimizerSpec, StepStatistics
@@ -34,14 +30,12 @@ SWITCH_S = 5e-4
 
 
 @dataclass(frozen=True, slots=True)
-class Assignment:
-    """What an actor is to do: `optimizer` is a specification, or the `pkg.module:factory` of a user's own."""
+class ActorOptions:
+    """What actors need besides the Program."""
 
-    actor_of: tuple[int, ...]
-    optimizer: OptimizerSpec | str
+    optimizer: Factory
     clip_norm: float | None
-    device: str
-    num_workers: int
+    device: str = "cpu"
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,12 +49,11 @@ class ActorReport:
 class ChipActor:
     """The chips of one actor."""
 
-    def __init__(self, actor: int, secret: bytes, interface: str | None, share_memory: bool) -> None:
+    def __init__(self, actor: int, secret: bytes) -> None:
         sys.setswitchinterval(SWITCH_S)
         self.actor = actor
         self.mailbox = Mailbox(PATIENCE_S)
-        at = interface or ray.util.get_node_ip_address()
-        self.transport = Transport(actor, secret, self._deliver, interface=at, share_memory=share_memory)
+        self.transport = Transport(actor, secret, self._deliver)
         self._chip_set: ChipSet | None = None
 
     def address(self) -> Address:
@@ -72,20 +65,22 @@ class ChipActor:
         small = torch.zeros(1)
         FlatOptimizer(OptimizerSpec(), small, decay=True).step(torch.zeros(1), 1.0, 0.0)
 
-    def clock(self) -> int:
-        """This host's monotonic clock, in nanoseconds."""
-        return time.perf_counter_ns()
-
-    def connect(self, addresses: Mapping[int, Address], program: bytes, assignment: Assignment) -> None:
+    def connect(
+        self,
+        addresses: Mapping[int, Address],
+        program: bytes,
+        actor_of: Sequence[int],
+        options: ActorOptions,
+    ) -> None:
         """Get to know the peers and take the chips of a Program."""
         self.transport.connect({a: address for a, address in addresses.items() if a != self.actor})
-        settings = Settings(factory(assignment.optimizer), assignment.clip_norm, assignment.device)
+        settings = Settings(options.optimizer, options.clip_norm, options.device)
         self._chip_set = ChipSet(
             decode(program),
-            chips_of(assignment.actor_of, self.actor),
+            chips_of(actor_of, self.actor),
             settings,
-            num_workers=assignment.num_workers,
-            actor_of=assignment.actor_of,
+            num_workers=1,
+            actor_of=actor_of,
             actor=self.actor,
             mail=self.transport,
         )
@@ -162,24 +157,12 @@ class ChipActor:
             self.mailbox.put(epoch, key, tensor)
 
 
-def factory(optimizer: OptimizerSpec | str) -> Factory:
-    """The optimizer factory that a name stands for."""
-    if isinstance(optimizer, OptimizerSpec):
-        return optimizer
-    module, _, name = optimizer.partition(":")
-    made: Callable[..., Any] = getattr(importlib.import_module(module), name)
-    return made
-
-
 def marks_tensor(marks: Sequence[Mark]) -> torch.Tensor:
     """Marks as rows of integers."""
     rows = [astuple(mark) for mark in marks]
     return torch.tensor(rows, dtype=torch.int64).reshape(-1, len(fields(Mark)))
 
 
-def marks_from(rows: torch.Tensor, offset_ns: int) -> tuple[Mark, ...]:
-    """Inverse of `marks_tensor`, on the driver's clock."""
-    marks = (Mark(*row) for row in rows.tolist())
-    return tuple(
-        replace(mark, start_ns=mark.start_ns + offset_ns, end_ns=mark.end_ns + offset_ns) for mark in marks
-    )
+def marks_from(rows: torch.Tensor) -> list[Mark]:
+    """Inverse of `marks_tensor`."""
+    return [Mark(*row) for row in rows.tolist()]
