@@ -1,4 +1,4 @@
-"""Instructions: what follows from their declaration in `program.py`: a table of fields, their effects, their text.
+"""Instructions: what follows from their declaration in `program.py`: their fields, effects, bytes and text.
 
 The packed form (`program_codec.py`) and the static check read the same table, so a new instruction is declared once.
 In its FORM a word is a field with what leads it (`grad={grad}`) or always the same (`to`); the first word tells the
@@ -10,7 +10,16 @@ from dataclasses import fields
 from operator import attrgetter
 from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
 
-from partitioner.program.program import Holds, Ids, Instruction, Reduction
+from partitioner.program.program import (
+    Accumulate,
+    Collective,
+    CollectiveOp,
+    Holds,
+    Ids,
+    Instruction,
+    Reduction,
+    Role,
+)
 
 NO_AXES = "-"
 DECAY = ("no_decay", "decay")  # False, True
@@ -85,6 +94,19 @@ def named(ins: Instruction) -> Ids:
     """Every tensor the instruction mentions."""
     kind = type(ins)
     return _READ[kind](ins) + _WRITTEN[kind](ins) + _NAMED[kind](ins)
+
+
+def collective_nbytes(role: Role, instruction: Collective) -> int:
+    """The buffer by which a collective is priced: the gathered result, else what a chip puts in."""
+    gathers = instruction.op is CollectiveOp.ALL_GATHER
+    tensors = instruction.writes if gathers else instruction.reads
+    return sum(role.tensors[tensor].spec.nbytes for tensor in tensors)
+
+
+def accumulated_nbytes(role: Role, instruction: Accumulate) -> int:
+    """Memory traffic of an accumulation: read both terms, write the sum."""
+    read = sum(role.tensors[tensor].spec.nbytes for tensor in instruction.reads)
+    return read + 2 * sum(role.tensors[tensor].spec.nbytes for tensor in instruction.writes)
 
 
 def _form(kind: type[Instruction]) -> tuple[tuple[str, Field | None], ...]:

@@ -1,6 +1,6 @@
 """Actor: one process that executes several chips of a Program, with one long call per step.
 
-Plain Python: `ray_launch` makes it a Ray actor. Control comes as Ray calls with small arguments; Programs come as bytes
+Plain Python: `ray_start` makes it a Ray actor. Control comes as Ray calls with small arguments; Programs come as bytes
 and tensors through `Transport`. The interpreter switches threads more often than usual here, because a tensor that
 arrives is taken by one thread while another one computes.
 """

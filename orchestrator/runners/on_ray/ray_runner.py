@@ -35,7 +35,7 @@ from orchestrator.runners.on_ray.assignment import (
     needed_states,
     needed_values,
 )
-from orchestrator.runners.on_ray.ray_launch import RayStart
+from orchestrator.runners.on_ray.ray_start import RayStart
 from orchestrator.runners.runner import Batches, ExecutedStep, States, StepRequest
 from orchestrator.runs.timeline import Mark
 from partitioner.program.machine import Key

@@ -33,10 +33,16 @@ from comms.selection.choice import choose
 from comms.selection.pricing import job_of
 from comms.simulation.compiled import CollectiveJob
 from comms.simulation.incremental import IncrementalSimulation
-from orchestrator.runners.step_timelines import TimedCommunication
-from orchestrator.runners.timing.simulated import DrivenChip, SimulatedStep, StepLoop, lanes_of
-from orchestrator.runners.timing.step_costs import NS_PER_S, StepCosts, collective_nbytes
+from orchestrator.runners.timing.simulated import (
+    DrivenChip,
+    SimulatedStep,
+    StepLoop,
+    TimedCommunication,
+    lanes_of,
+)
+from orchestrator.runners.timing.step_costs import NS_PER_S, StepCosts
 from orchestrator.runs.timeline import Lane
+from partitioner.program.instructions import collective_nbytes
 from partitioner.program.machine import Key, Machine, Post
 from partitioner.program.program import Collective, Group, Program, Recv, Role, Send
 

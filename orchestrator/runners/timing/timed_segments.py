@@ -10,10 +10,11 @@ Assumes that all chips of a role reach a collective together. Not modelled: cont
 slow-down of compute by communication beside it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from orchestrator.runners.runner import lane_of
 from orchestrator.runners.timing.step_costs import StepCosts, Working, WorkTime
 from orchestrator.runs.timeline import Lane
 from partitioner.program.program import (
@@ -27,13 +28,6 @@ from partitioner.program.program import (
     Update,
     Wait,
 )
-
-_LANES: Mapping[tuple[str, ...], Lane] = {
-    ("tp",): Lane.TP,
-    ("dp",): Lane.DP,
-    ("cp",): Lane.CP,
-    ("ep",): Lane.EP,
-}
 
 
 class PendingTensor(NamedTuple):
@@ -148,11 +142,6 @@ class TimedSegment:
             for piece in self.pieces
         )
         return TimedSegment(round(self.duration_ns * factor), pieces, self.tally.times(factor), NOTHING)
-
-
-def lane_of(group: Group) -> Lane:
-    """The lane of a collective: that of its axis, the shared one for several axes or across stages."""
-    return _LANES.get(group.axes, Lane.COLLECTIVE)
 
 
 def axis_name(group: Group) -> str:

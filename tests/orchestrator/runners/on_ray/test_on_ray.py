@@ -18,13 +18,13 @@ from orchestrator.runners.executing.chip import Settings
 from orchestrator.runners.executing.inline import InlineRunner
 from orchestrator.runners.on_ray import ray_runner
 from orchestrator.runners.on_ray.actor import ActorOptions
-from orchestrator.runners.on_ray.ray_launch import (
+from orchestrator.runners.on_ray.ray_runner import RayRunner
+from orchestrator.runners.on_ray.ray_start import (
     ActorPlan,
     RayStart,
     raise_busy,
     require_resources,
 )
-from orchestrator.runners.on_ray.ray_runner import RayRunner
 from orchestrator.runners.runner import Batches, States, StepRequest, TensorRunner
 from partitioner.capture.graph_units import build_graph
 from partitioner.capture.tracing import trace_module
