@@ -22,7 +22,6 @@ from partitioner.layout.pipeline_schedules import Task
 from partitioner.layout.tp_styles import unfuse
 from partitioner.lowering.flat_buffers import (
     FlatGroup,
-    Losses,
     Param,
     emit_stats,
     emit_update,
@@ -30,8 +29,7 @@ from partitioner.lowering.flat_buffers import (
     reduce_gradients,
 )
 from partitioner.lowering.pieces import TracedUnit, split_joint
-from partitioner.lowering.role_builder import RoleBuilder, SegmentPool
-from partitioner.lowering.stage import StageContext, emit_stage
+from partitioner.lowering.stage import Losses, RoleBuilder, SegmentPool, StageContext, emit_stage
 from partitioner.program.instructions import named
 from partitioner.program.program import Call, Free, Program, Role, TensorSpec
 from partitioner.program.static_check import require_valid
