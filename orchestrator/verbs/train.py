@@ -137,13 +137,13 @@ def _write_inputs(folder: RunDir, inputs: Inputs, prepared: Prepared, kind: Runn
 
 
 def _load_parameters(training: Training, console: Console) -> None:
+    from orchestrator.runners.executing.chip import module_values
+
     job = training.prepared.job
     with console.phase("load parameters"):
         model = build_model(job, "cpu")
         _require_bytes(model, job)
-        values = {f"params:{k}": v.detach() for k, v in model.module.named_parameters()}
-        values |= {f"buffer:{k}": v for k, v in model.module.named_buffers()}
-        training.runner.load(values.__getitem__)
+        training.runner.load(module_values(model.module).__getitem__)
 
 
 def _restored(training: Training, console: Console) -> TrainingProgress:

@@ -11,13 +11,12 @@ from dataclasses import astuple, dataclass, fields, replace
 
 import torch
 
-from kernels.optimizers import Factory, FlatOptimizer, OptimizerSpec, StepStatistics
-from orchestrator.runners.executing.chip import Settings, restore_state, saved_state
+from kernels.optimizers import FlatOptimizer, OptimizerSpec, StepStatistics
+from orchestrator.runners.executing.chip import Settings
 from orchestrator.runners.executing.chip_set import ChipSet
 from orchestrator.runners.executing.mailbox import Mailbox, batch_key, marks_key, state_key, value_key
 from orchestrator.runners.executing.transport import Address, Transport
 from orchestrator.runners.failure import ActorStatus
-from orchestrator.runners.on_ray.assignment import chips_of
 from orchestrator.runners.runner import BadOrder, StepRequest
 from orchestrator.runs.timeline import Mark
 from partitioner.program.machine import Key
@@ -27,15 +26,6 @@ DRIVER = -1  # the driver's number among the actors
 COMMUNICATIONS = ("p2p", "group")
 PATIENCE_S = 600.0  # for values from the driver, which may be building a model
 SWITCH_S = 5e-4
-
-
-@dataclass(frozen=True, slots=True)
-class ActorOptions:
-    """What actors need besides the Program."""
-
-    optimizer: Factory
-    clip_norm: float | None
-    device: str = "cpu"
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,23 +56,12 @@ class ChipActor:
         FlatOptimizer(OptimizerSpec(), small, decay=True).step(torch.zeros(1), 1.0, 0.0)
 
     def connect(
-        self,
-        addresses: Mapping[int, Address],
-        program: bytes,
-        actor_of: Sequence[int],
-        options: ActorOptions,
+        self, addresses: Mapping[int, Address], program: bytes, actor_of: Sequence[int], settings: Settings
     ) -> None:
         """Get to know the peers and take the chips of a Program."""
         self.transport.connect({a: address for a, address in addresses.items() if a != self.actor})
-        settings = Settings(options.optimizer, options.clip_norm, options.device)
         self._chip_set = ChipSet(
-            decode(program),
-            chips_of(actor_of, self.actor),
-            settings,
-            num_workers=1,
-            actor_of=actor_of,
-            actor=self.actor,
-            mail=self.transport,
+            decode(program), settings, actor_of=actor_of, actor=self.actor, mail=self.transport
         )
 
     def load(self) -> None:
@@ -114,8 +93,7 @@ class ChipActor:
     def send_states(self) -> dict[int, list[str]]:
         """Send the checkpoint states to the driver; returns their names by chip."""
         names: dict[int, list[str]] = {}
-        for index, chip in self.chip_set.chips.items():
-            state = saved_state(chip)
+        for index, state in self.chip_set.states().items():
             names[index] = list(state)
             for name, tensor in state.items():
                 self.transport.send(DRIVER, 0, state_key(index, name), index, tensor)
@@ -127,9 +105,7 @@ class ChipActor:
             chip: {name: self.mailbox.take(0, state_key(chip, name)) for name in of_chip}
             for chip, of_chip in names.items()
         }
-        self.chip_set.prepare_optimizers()
-        for chip in self.chip_set.chips.values():
-            restore_state(chip, states.__getitem__)
+        self.chip_set.restore(states)
 
     def status(self) -> ActorStatus:
         """Where every chip is; raises what ended the transport, if it has ended. Called while `run` is running."""

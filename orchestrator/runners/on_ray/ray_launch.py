@@ -27,12 +27,12 @@ class RayLaunch:
                 with progress.phase(phase):
                     self.start.wait(phase)
             with progress.phase("connect actors"):
-                from orchestrator.runners.on_ray.actor import ActorOptions
+                from orchestrator.runners.executing.chip import Settings
                 from orchestrator.runners.on_ray.ray_runner import RayRunner
 
                 job = prepared.job
-                options = ActorOptions(optimizer_factory(job), job.clip_norm, self.device)
-                return RayRunner(self.start, prepared.program, options)
+                settings = Settings(optimizer_factory(job), job.clip_norm, self.device)
+                return RayRunner(self.start, prepared.program, settings)
         except BaseException:
             self.close()
             raise

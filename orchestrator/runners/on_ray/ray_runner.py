@@ -15,6 +15,7 @@ import torch
 from ray.exceptions import RayActorError, RayTaskError
 
 from comms.errors import RunError
+from orchestrator.runners.executing.chip import Settings
 from orchestrator.runners.executing.mailbox import Mailbox, batch_key, marks_key, state_key, value_key
 from orchestrator.runners.executing.transport import Transport
 from orchestrator.runners.failure import (
@@ -27,7 +28,7 @@ from orchestrator.runners.failure import (
     StatusesCame,
     in_call,
 )
-from orchestrator.runners.on_ray.actor import DRIVER, ActorOptions, ActorReport, marks_from
+from orchestrator.runners.on_ray.actor import DRIVER, ActorReport, marks_from
 from orchestrator.runners.on_ray.assignment import (
     assign,
     chips_of,
@@ -50,7 +51,7 @@ TIMEOUT_S = 300.0  # without any movement
 class RayRunner:
     """Executes a Program on the actors of `start`, which it owns from now on."""
 
-    def __init__(self, start: RayStart, program: Program, options: ActorOptions) -> None:
+    def __init__(self, start: RayStart, program: Program, settings: Settings) -> None:
         start.wait()
         self.start, self.program = start, program
         self.actor_of = assign(program, min(start.plan.num_actors, program.num_chips))
@@ -64,13 +65,13 @@ class RayRunner:
         )
         self.epoch = 0
         self._is_ended = False
-        self._connect(options)
+        self._connect(settings)
 
-    def _connect(self, options: ActorOptions) -> None:
+    def _connect(self, settings: Settings) -> None:
         addresses = {a: self.start.addresses[a] for a in range(len(self.actors))}
         self.transport.connect(addresses)
         everyone = {**addresses, DRIVER: self.transport.address}
-        told = (everyone, ray.put(encode(self.program)), self.actor_of, options)
+        told = (everyone, ray.put(encode(self.program)), self.actor_of, settings)
         self._call("connecting", [actor.connect.remote(*told) for actor in self.actors])
 
     def load(self, values: Callable[[str], torch.Tensor]) -> None:

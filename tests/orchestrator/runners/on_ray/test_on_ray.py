@@ -15,9 +15,8 @@ from kernels.optimizers import OptimizerSpec
 from orchestrator.models.builtin_gpt import GPT
 from orchestrator.models.model_specs import GPTOptions
 from orchestrator.runners.executing.chip import Settings
-from orchestrator.runners.executing.inline import InlineRunner
+from orchestrator.runners.executing.chip_set import ChipSet
 from orchestrator.runners.on_ray import ray_runner
-from orchestrator.runners.on_ray.actor import ActorOptions
 from orchestrator.runners.on_ray.ray_runner import RayRunner
 from orchestrator.runners.on_ray.ray_start import (
     ActorPlan,
@@ -76,7 +75,7 @@ def case() -> Case:
 
 @pytest.fixture(scope="module")
 def expected(case) -> tuple[list[float], States]:
-    inline = InlineRunner(case.program, Settings(SPEC, 1.0), 1)
+    inline = ChipSet(case.program, Settings(SPEC, 1.0))
     return case.train(inline, 3), inline.states()
 
 
@@ -92,7 +91,7 @@ def local_ray() -> Iterator[None]:
 def connected(case: Case, num_actors: int) -> RayRunner:
     start = RayStart(ActorPlan(num_actors))
     try:
-        return RayRunner(start, case.program, ActorOptions(SPEC, 1.0))
+        return RayRunner(start, case.program, Settings(SPEC, 1.0))
     except BaseException:
         start.close()
         raise
@@ -134,7 +133,7 @@ def test_two_actors_give_the_bytes_of_one_process(two_actors, case, expected):
 
 @pytest.mark.ray
 def test_a_checkpoint_continues_and_evaluation_and_marks_come_back(two_actors, case, expected):
-    inline = InlineRunner(case.program, Settings(SPEC, 1.0), 1)
+    inline = ChipSet(case.program, Settings(SPEC, 1.0))
     case.train(inline, 2)
     two_actors.load(case.values.__getitem__)
     two_actors.restore(inline.states())
