@@ -17,7 +17,7 @@ from orchestrator.runners.timing.step_costs import NS_PER_S
 from orchestrator.runs import checkpoint
 from orchestrator.runs.data import TokenData, split_batch
 from orchestrator.runs.learning_rate import learning_rate
-from orchestrator.runs.metrics import MetricsWriter, eta_s
+from orchestrator.runs.metrics import eta_s, metrics_writer
 from orchestrator.runs.run_dir import RunDir
 from orchestrator.views.training_view import StepLine
 
@@ -58,10 +58,10 @@ class Training:
     ) -> None:
         """Train from `progress.step` to the job's last step, or to the step at whose end `is_stopping()`; then save."""
         job = self.prepared.job
-        with MetricsWriter(self.run_dir.metrics) as metrics:
+        with metrics_writer(self.run_dir.metrics) as write:
             while progress.step < job.steps and not progress.was_interrupted:
                 line = self._step(progress)
-                metrics.write(self._record(line))
+                write(self._record(line))
                 show(line)
                 if _is_due(progress.step, job.checkpoints.every):
                     self.save(progress.step)

@@ -81,9 +81,11 @@ def _write_timelines(training: Training, progress: TrainingProgress) -> Accuracy
     """What was predicted beside what was measured, if only before the run was resumed; None where no step was."""
     folder, result = training.run_dir, training.predicted
     basis = basis_of(training.prepared.cluster)
-    predicted, measured = result.timeline(), folder.read_timeline(Origin.MEASURED)
-    if marks := {step: each.marks for step, each in progress.measured.items() if each.marks}:
-        measured = measured_timeline(training.prepared.program, marks).from_zero()
+    predicted, program = result.timeline(), training.prepared.program
+    marks = {step: each.marks for step, each in progress.measured.items() if each.marks}
+    measured = (
+        measured_timeline(program, marks).from_zero() if marks else folder.read_timeline(Origin.MEASURED)
+    )
     folder.write_timeline(predicted)
     if measured is not None:
         folder.write_timeline(measured)

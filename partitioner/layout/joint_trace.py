@@ -22,7 +22,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from comms.errors import PartitionError
 from partitioner.capture.captured_graph import TORCH, Template
-from partitioner.layout import sharded_ops, tp_styles
+from partitioner.capture.tp_styles import shard_dim
+from partitioner.layout import sharded_ops
 from partitioner.layout.sharded_ops import is_cut
 
 aten = torch.ops.aten
@@ -68,7 +69,7 @@ def param_dims(template: Template) -> tuple[int | None, ...]:
     placeholders = [n for n in template.graph.graph.nodes if n.op == "placeholder"]
     dims: list[int | None] = []
     for param, style in zip(placeholders, template.tp_styles, strict=False):
-        found = {tp_styles.shard_dim(style, user, param) for user in param.users}
+        found = {shard_dim(style, user, param) for user in param.users}
         dims.append(found.pop() if len(found) == 1 else None)
     return tuple(dims)
 

@@ -15,11 +15,11 @@ from torch import nn
 from comms.errors import PartitionError
 from partitioner.capture.captured_graph import SHORT, Graph
 from partitioner.capture.graph_units import capture_graph
+from partitioner.capture.tp_styles import unfuse
 from partitioner.capture.tracing import LossFunction
 from partitioner.layout.joint_trace import param_dims, tensor_parallel_mesh, trace_joint
 from partitioner.layout.parallel_plan import Plan, balance
 from partitioner.layout.pipeline_schedules import Task
-from partitioner.layout.tp_styles import unfuse
 from partitioner.lowering.flat_buffers import (
     FlatGroup,
     Param,

@@ -147,9 +147,3 @@ def test_missing_paths_empty_folders_and_unknown_names_are_named(tmp_path: Path)
         load_data(str(tmp_path), seq=8, seed=0)
     with pytest.raises(DataError, match="unknown data 'builtin:french'"):
         load_data("builtin:french", seq=8, seed=0)
-
-
-def test_a_byte_beyond_the_vocabulary_is_named() -> None:
-    with pytest.raises(DataError, match="the model knows 100 tokens"):
-        load_data("builtin:english", seq=8, seed=0, vocab_size=100)
-    assert load_data("builtin:english", seq=8, seed=0, vocab_size=256).seq == 8
