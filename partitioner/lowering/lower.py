@@ -161,11 +161,11 @@ def _role(
     role = RoleBuilder(stage, pool)
     groups = make_groups(role, _params(context, stage, undecayed), plan, states)
     trained = tuple(g for g in groups if not g.params[0].is_frozen)
-    finished = emit_stage(role, context)
+    losses, unit_ends = emit_stage(role, context)
     role.add_frees(("recv_forward", "forward", "send_forward", "recv_backward", "backward", "send_backward"))
-    started = _emit_last_backward(role, trained, plan, finished.unit_ends)
-    emit_update(role, trained, plan, finished.losses, started)
-    _emit_evaluation(role, plan, finished.losses)
+    started = _emit_last_backward(role, trained, plan, unit_ends)
+    emit_update(role, trained, plan, losses, started)
+    _emit_evaluation(role, plan, losses)
     return Role(stage, tuple(role.tensors), role.finished_bodies(), _schedules(role, plan))
 
 

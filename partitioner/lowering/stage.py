@@ -182,20 +182,15 @@ class StageContext:
         )
 
 
-@dataclass
-class Finished:
-    """What later passes need: accumulated (loss, count), and the last backward instruction of every unit."""
+def emit_stage(role: RoleBuilder, context: StageContext) -> tuple[Losses, Mapping[int, int]]:
+    """Emit every per-microbatch body of `role`.
 
-    losses: Losses = None
-    unit_ends: dict[int, int] = field(default_factory=dict)
-
-
-def emit_stage(role: RoleBuilder, context: StageContext) -> Finished:
-    """Emit every per-microbatch body of `role`."""
+    Returns the tensors of accumulated (loss, count), and the last backward instruction of every unit.
+    """
     emitter = _StageEmitter(role, context)
     emitter.forward()
     emitter.backward()
-    return emitter.finished
+    return emitter.losses, emitter.unit_ends
 
 
 class _StageEmitter:
@@ -206,7 +201,8 @@ class _StageEmitter:
         self.values: dict[str, int] = {}
         self.slots: dict[int, dict[int, int]] = {}
         self.grads: dict[str, list[int]] = {}
-        self.finished = Finished()
+        self.losses: Losses = None
+        self.unit_ends: dict[int, int] = {}
 
     def forward(self) -> None:
         role = self.role
@@ -272,26 +268,24 @@ class _StageEmitter:
     def _unit_forward(self, index: int) -> None:
         unit, role = self.graph.units[index], self.role
         traced = self._traced(unit)
-        names = [role.by_name[p] for p in unit.params]
-        inputs = [*names, *(self.values[v] for v in (*unit.frees, *unit.activations))]
-        slots = dict(enumerate(inputs))
-        slots[traced.coordinate] = self._coordinate(traced)
+        params = [role.by_name[p] for p in unit.params]
+        slots = dict(enumerate([*params, *(self.values[v] for v in (*unit.frees, *unit.activations))]))
+        at = traced.coordinate
+        slots[at] = role.tensor(
+            "coordinate.tp", TensorKind.COORDINATE, traced.specs[at], source="coordinate:tp"
+        )
         role.pieces("forward", unit.name, traced.forward, slots, traced.specs, f"u{index}")
         for value, slot in zip(unit.outputs, traced.outputs, strict=True):
             self.values[value] = slots[slot]
             role.tensors[slots[slot]] = replace(role.tensors[slots[slot]], source=f"value:{value}")
         self.slots[index] = slots
 
-    def _coordinate(self, traced: TracedUnit) -> int:
-        spec = traced.specs[traced.coordinate]
-        return self.role.tensor("coordinate.tp", TensorKind.COORDINATE, spec, source="coordinate:tp")
-
     def _accumulate_loss(self) -> None:
         role = self.role
         sums = tuple(role.tensor(f"step.{name}", TensorKind.SCALAR, SCALAR) for name in ("loss", "count"))
         made = (self.values[self.graph.loss], self.values[self.graph.count])
         role.emit("forward", Accumulate(0, made, sums))
-        self.finished.losses = (sums[0], sums[1])
+        self.losses = (sums[0], sums[1])
 
     def backward(self) -> None:
         role = self.role
@@ -300,22 +294,19 @@ class _StageEmitter:
         for index in reversed(self.units):
             self._unit_backward(index)
         for value in self._arrivals():
-            if self._is_differentiable(value):
+            if self.graph.specs[value].is_float:
                 role.emit("send_backward", Send(0, self._tangent(value), self.context.producer(value)))
 
     def _receive_gradients(self) -> None:
         role, received = self.role, []
         for value, stage in self._departures():
-            if self._is_differentiable(value):
+            if self.graph.specs[value].is_float:
                 name = f"grad.{value}.from{stage}"
                 tensor = role.tensor(name, TensorKind.ACTIVATION, self.graph.specs[value])
                 role.emit("recv_backward", Recv(0, tensor, stage))
                 self.grads.setdefault(value, []).append(tensor)
                 received.append(tensor)
         role.wait("backward", *received)
-
-    def _is_differentiable(self, value: str) -> bool:
-        return self.graph.specs[value].dtype in ("f64", "f32", "f16", "bf16")
 
     def _unit_backward(self, index: int) -> None:
         unit, role = self.graph.units[index], self.role
@@ -335,7 +326,7 @@ class _StageEmitter:
                 self.grads.setdefault(value, []).append(slots[slot])
                 role.tensors[slots[slot]] = replace(role.tensors[slots[slot]], source=f"grad:{value}:{index}")
         role.emit("backward", Accumulate(0, tuple(reads), tuple(writes)))
-        self.finished.unit_ends[index] = role.bodies["backward"][-1].id
+        self.unit_ends[index] = role.bodies["backward"][-1].id
 
     def _tangent(self, value: str) -> int:
         """The gradient flowing into an output: the seed for the loss, else the sum of what its users sent."""

@@ -75,6 +75,10 @@ class TensorSpec:
     dtype: str
 
     @property
+    def is_float(self) -> bool:
+        return self.dtype.startswith(("f", "bf"))
+
+    @property
     def numel(self) -> int:
         return prod(self.shape)
 

@@ -31,7 +31,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 
 from comms.errors import ProgramError
 from partitioner.program.instructions import named, reads, writes
@@ -60,12 +60,8 @@ ABSENT, LIVE, FREED = "never written", "live", "freed"
 def check_program(program: Program) -> tuple[Finding, ...]:
     """All findings (the first 50), the most basic first; empty if the Program is valid."""
     structure = tuple(islice(check_structure(program), MOST_FINDINGS))
-    return structure or tuple(islice(_execution(program), MOST_FINDINGS))
-
-
-def _execution(program: Program) -> Iterator[Finding]:
-    yield from check_lifetimes(program)
-    yield from check_rendezvous(program)
+    execution = chain(check_lifetimes(program), check_rendezvous(program))
+    return structure or tuple(islice(execution, MOST_FINDINGS))
 
 
 def require_valid(program: Program) -> None:
