@@ -91,13 +91,8 @@ class Tally:
 
     @property
     def total_ns(self) -> int:
-        return (
-            self.compute_ns
-            + self.optimizer_ns
-            + self.host_ns
-            + self.bubble_ns
-            + sum(self.exposed_ns.values())
-        )
+        working_ns = self.compute_ns + self.optimizer_ns + self.host_ns
+        return working_ns + self.bubble_ns + sum(self.exposed_ns.values())
 
     def expose(self, axis: str, duration_ns: int) -> None:
         """The stream waited for communication along `axis`."""
