@@ -10,7 +10,6 @@ after the current step and saves, the second ends it at once.
 
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from typing import TypeAlias, assert_never
 
 from comms.errors import HangError, RunError, UserError
 
@@ -43,29 +42,6 @@ class CallState:
 
 
 @dataclass(frozen=True, slots=True)
-class ActorEnded:
-    """The process of an actor is gone."""
-
-    actor: int
-
-
-@dataclass(frozen=True, slots=True)
-class ActorFailed:
-    """An instruction, or what is around it, raised `cause`."""
-
-    actor: int
-    cause: BaseException
-
-
-@dataclass(frozen=True, slots=True)
-class StatusesCame:
-    """Nobody has finished; what each actor says of itself at `at_s`, None where it does not answer."""
-
-    at_s: float
-    statuses: tuple[ActorStatus | None, ...]
-
-
-@dataclass(frozen=True, slots=True)
 class EndActors:
     """End every actor, then raise `error` from `cause`."""
 
@@ -73,30 +49,27 @@ class EndActors:
     cause: BaseException | None = None
 
 
-CallEvent: TypeAlias = ActorEnded | ActorFailed | StatusesCame
+def actor_ended(state: CallState, actor: int) -> EndActors:
+    """The process of an actor is gone."""
+    hint = "was it killed, or out of memory? continue from the last checkpoint with --resume"
+    return EndActors(RunError(f"actor {actor} has ended", state.place(actor), hint))
 
 
-def in_call(state: CallState, event: CallEvent) -> CallState | EndActors:
-    """What becomes of a call to all actors: it goes on as it is now, or ends."""
-    match event:
-        case ActorEnded(actor):
-            hint = "was it killed, or out of memory? continue from the last checkpoint with --resume"
-            return EndActors(RunError(f"actor {actor} has ended", state.place(actor), hint))
-        case ActorFailed(actor, cause):
-            if isinstance(cause, UserError):
-                return EndActors(cause)
-            problem = f"{type(cause).__name__}: {cause}"
-            return EndActors(RunError(problem, state.place(actor), "the full story is in Ray's logs"), cause)
-        case StatusesCame(at_s, statuses):
-            return _after_silence(state, at_s, statuses)
-        case _:
-            assert_never(event)
+def actor_failed(state: CallState, actor: int, cause: BaseException) -> EndActors:
+    """An instruction, or what is around it, raised `cause`."""
+    if isinstance(cause, UserError):
+        return EndActors(cause)
+    problem = f"{type(cause).__name__}: {cause}"
+    return EndActors(RunError(problem, state.place(actor), "the full story is in Ray's logs"), cause)
 
 
-def _after_silence(
+def nobody_finished(
     state: CallState, at_s: float, statuses: tuple[ActorStatus | None, ...]
 ) -> CallState | EndActors:
-    """Chips that moved since the last time are waited for; those that have not for too long hang."""
+    """What each actor says of itself at `at_s`, None where it does not answer.
+
+    Chips that moved since the last time are waited for; those that have not for too long hang.
+    """
     progress = tuple(None if status is None else status.progress for status in statuses)
     since_s = state.since_s if progress == state.progress else at_s
     if at_s - since_s < state.timeout_s:

@@ -12,7 +12,7 @@ modelled: what happens inside a span, and preemption (spans of one lane follow e
 
 from array import array
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar
 
@@ -201,7 +201,7 @@ class Timeline:
         for column in ("start_ns", "end_ns"):
             spans[column] -= zero
         counters["at_ns"] -= zero
-        return _canonical(self.origin, dict(self.chips), self.texts, spans, self.flow_rows, counters)
+        return replace(self, span_rows=spans, counter_rows=counters)
 
     def _span(self, row: tuple[Any, ...]) -> Span:
         start, end, step, chip, instr, microbatch, lane, kind, name, nbytes, flops = row

@@ -19,14 +19,12 @@ from orchestrator.runners.executing.chip import Settings
 from orchestrator.runners.executing.mailbox import Mailbox, batch_key, marks_key, state_key, value_key
 from orchestrator.runners.executing.transport import Transport
 from orchestrator.runners.failure import (
-    ActorEnded,
-    ActorFailed,
     ActorStatus,
-    CallEvent,
     CallState,
     EndActors,
-    StatusesCame,
-    in_call,
+    actor_ended,
+    actor_failed,
+    nobody_finished,
 )
 from orchestrator.runners.on_ray.actor import DRIVER, ActorReport, marks_from
 from orchestrator.runners.on_ray.assignment import (
@@ -165,10 +163,10 @@ class RayRunner:
                 try:
                     results[reference] = ray.get(reference)
                 except (RayActorError, RayTaskError) as error:
-                    self._react(state, _event(running.index(reference), error))
+                    self._carry_out(_decision(state, running.index(reference), error))
             if not done:
                 statuses = self._statuses(state)
-                state = self._react(state, StatusesCame(time.monotonic(), statuses))
+                state = self._carry_out(nobody_finished(state, time.monotonic(), statuses))
         return [results[reference] for reference in running]
 
     def _statuses(self, state: CallState) -> tuple[ActorStatus | None, ...]:
@@ -180,12 +178,10 @@ class RayRunner:
             try:
                 answers.append(ray.get(reference) if reference in done else None)
             except (RayActorError, RayTaskError) as error:
-                self._react(state, _event(actor, error))
+                self._carry_out(_decision(state, actor, error))
         return tuple(answers)
 
-    def _react(self, state: CallState, event: CallEvent) -> CallState:
-        """Carry out what is decided."""
-        decision = in_call(state, event)
+    def _carry_out(self, decision: CallState | EndActors) -> CallState:
         if isinstance(decision, EndActors):
             self._is_ended = True
             for actor in self.actors:
@@ -194,7 +190,7 @@ class RayRunner:
         return decision
 
 
-def _event(actor: int, error: Exception) -> CallEvent:
+def _decision(state: CallState, actor: int, error: Exception) -> EndActors:
     if isinstance(error, RayActorError):
-        return ActorEnded(actor)
-    return ActorFailed(actor, getattr(error, "cause", None) or error)
+        return actor_ended(state, actor)
+    return actor_failed(state, actor, getattr(error, "cause", None) or error)

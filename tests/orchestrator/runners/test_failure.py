@@ -6,15 +6,14 @@ import pytest
 
 from comms.errors import HangError, PlanError, RunError
 from orchestrator.runners.failure import (
-    ActorEnded,
-    ActorFailed,
     ActorStatus,
     CallState,
     EndActors,
     RunEnd,
-    StatusesCame,
-    in_call,
+    actor_ended,
+    actor_failed,
     interrupted,
+    nobody_finished,
     not_finite,
 )
 
@@ -23,7 +22,7 @@ MOVING, STILL = ActorStatus((1, 7), ""), ActorStatus((1, 5), "chip 0 waits for p
 
 
 def test_an_actor_that_has_ended_ends_all_with_its_name_and_chips() -> None:
-    decision = in_call(CALL, ActorEnded(0))
+    decision = actor_ended(CALL, 0)
     assert isinstance(decision, EndActors) and isinstance(decision.error, RunError)
     assert decision.error.problem == "actor 0 has ended"
     assert decision.error.where == "actor 0 (chips 0, 1) while executing a step"
@@ -32,7 +31,7 @@ def test_an_actor_that_has_ended_ends_all_with_its_name_and_chips() -> None:
 
 def test_an_error_in_an_instruction_keeps_its_type_and_its_cause() -> None:
     cause = KeyError("input_ids")
-    decision = in_call(replace(CALL, doing="saving"), ActorFailed(1, cause))
+    decision = actor_failed(replace(CALL, doing="saving"), 1, cause)
     assert isinstance(decision, EndActors) and isinstance(decision.error, RunError)
     assert decision.error.problem == "KeyError: 'input_ids'"
     assert decision.error.where == "actor 1 (chip 2) while saving"
@@ -41,23 +40,23 @@ def test_an_error_in_an_instruction_keeps_its_type_and_its_cause() -> None:
 
 def test_an_error_that_names_its_place_itself_is_raised_as_it_is() -> None:
     cause = PlanError("does not divide", "plan", "change it")
-    assert in_call(CALL, ActorFailed(1, cause)) == EndActors(cause)
+    assert actor_failed(CALL, 1, cause) == EndActors(cause)
 
 
 def test_chips_that_move_are_waited_for_however_long() -> None:
     state = CALL
     for at_s in (9.0, 18.0, 27.0):
-        state = in_call(state, StatusesCame(at_s, (replace(MOVING, progress=(at_s,)), STILL)))
+        state = nobody_finished(state, at_s, (replace(MOVING, progress=(at_s,)), STILL))
         assert isinstance(state, CallState)
     assert state.since_s == 27.0
 
 
 def test_a_silent_actor_is_named_with_those_who_wait_for_it_once_nothing_has_moved_for_too_long() -> None:
     seen = (STILL, None)
-    first = in_call(CALL, StatusesCame(1.0, seen))
+    first = nobody_finished(CALL, 1.0, seen)
     assert isinstance(first, CallState)
-    assert isinstance(in_call(first, StatusesCame(10.9, seen)), CallState)
-    decision = in_call(first, StatusesCame(11.0, seen))
+    assert isinstance(nobody_finished(first, 10.9, seen), CallState)
+    decision = nobody_finished(first, 11.0, seen)
     assert isinstance(decision, EndActors) and isinstance(decision.error, HangError)
     assert "no chip has moved for 10 s while executing a step" in decision.error.problem
     assert decision.error.where == f"actor 0: {STILL.waits}\nactor 1: does not answer"

@@ -59,7 +59,7 @@ def test_forward_and_backward_equal_eager_autograd(graph: Any, index: int) -> No
     seeds = [torch.randn_like(expected[i]) for i in unit.tangents]
     for slot, value in zip(unit.outputs, expected, strict=True):
         torch.testing.assert_close(values[slot], value.detach())
-    values |= {slot: seed for slot, seed in enumerate(seeds, unit.coordinate + 1)}
+    values |= dict(enumerate(seeds, unit.coordinate + 1))
     run(unit.backward, values)
     torch.autograd.backward([expected[i] for i in unit.tangents], seeds)
     for source, slot in unit.grads:
