@@ -16,13 +16,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeAlias
 
 from orchestrator.config.hardware.cluster import Cluster
-from orchestrator.runs.timeline import Counter, Lane, Mark, Origin, Recorder, Span, Timeline
+from orchestrator.runs.timeline import AXIS_LANES, Counter, Lane, Mark, Origin, Recorder, Span, Timeline
 from partitioner.program.instructions import accumulated_nbytes, collective_nbytes, named
 from partitioner.program.program import (
     Accumulate,
     Collective,
     Compute,
-    Group,
     Instruction,
     Program,
     Recv,
@@ -44,7 +43,6 @@ States: TypeAlias = "Mapping[int, Mapping[str, torch.Tensor]]"
 HELD = "held by tensors"  # the counter of a chip's memory
 # Bodies whose name is not the kind of work they do; every other body's name is the kind.
 KINDS = {"backward_last": "backward", "update": "optimizer"}
-LANES_OF_AXES = {"tp": Lane.TP, "dp": Lane.DP, "cp": Lane.CP, "ep": Lane.EP}
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,11 +141,6 @@ class Label(NamedTuple):
     flops: int
 
 
-def lane_of(group: Group) -> Lane:
-    """The lane of a collective: that of its axis, the shared one for several axes or across stages."""
-    return LANES_OF_AXES.get("*".join(group.axes), Lane.COLLECTIVE)
-
-
 def label(program: Program, role: Role, body: str, instruction: Instruction) -> Label:
     """Lane, kind, name and size of an instruction in body `body` of `role`."""
     kind = KINDS.get(body, body)
@@ -164,7 +157,9 @@ def label(program: Program, role: Role, body: str, instruction: Instruction) -> 
         case Collective():
             name = f"{instruction.op} {instruction.group}"
             nbytes = collective_nbytes(role, instruction)
-            return Label(lane_of(instruction.group), str(instruction.op), name, nbytes, 0)
+            return Label(
+                AXIS_LANES.get(instruction.group.axes, Lane.COLLECTIVE), str(instruction.op), name, nbytes, 0
+            )
         case Send():
             tensor = tensors[instruction.tensor]
             return Label(Lane.SEND, "send", f"{tensor.name} to stage {instruction.to}", tensor.spec.nbytes, 0)

@@ -125,7 +125,7 @@ def _launch(cluster: Cluster, kind: RunnerKind) -> "Launch":
         from orchestrator.runners.on_ray.ray_launch import RayLaunch
 
         return RayLaunch(cluster)
-    from orchestrator.runners.executing.inline import InlineLaunch
+    from orchestrator.runners.executing.chip_set import InlineLaunch
 
     return InlineLaunch(cluster)
 

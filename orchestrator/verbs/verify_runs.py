@@ -15,8 +15,7 @@ from orchestrator.config.job_file import Dtype, Job
 from orchestrator.models.model_builder import BuiltModel
 from orchestrator.planning.preparation import Prepared, optimizer_factory, prepare
 from orchestrator.runners.executing.chip import ExecutingChip, module_values, op_codes, whole_tensors
-from orchestrator.runners.executing.chip_set import ChipSet
-from orchestrator.runners.executing.inline import chip_settings
+from orchestrator.runners.executing.chip_set import ChipSet, chip_settings
 from orchestrator.runners.runner import StepRequest
 from orchestrator.runs.data import split_batch
 from orchestrator.runs.learning_rate import learning_rate

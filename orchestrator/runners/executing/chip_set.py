@@ -4,7 +4,8 @@ One worker per core (or a single one in the calling thread, so that a debugger w
 a time and until it blocks; a communication is carried out by the worker that completes it. Which worker does what never
 changes a result: every tensor operation has fixed operands, and reductions are in chip order.
 
-With all chips of a Program it is the inline runner; an actor holds some, and reaches the others by mail.
+With all chips of a Program it is the inline runner: nothing is started ahead, and with one worker everything happens in
+the calling thread (pdb works). An actor holds some chips, and reaches the others by mail.
 """
 
 import threading
@@ -12,11 +13,13 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
+from comms.errors import ClusterError
 from kernels.backend import one_thread_per_chip, prepare_thread
+from orchestrator.config.hardware.cluster import Cluster, Device
 from orchestrator.runners.executing.chip import (
     ExecutingChip,
     SegmentLibrary,
@@ -25,10 +28,13 @@ from orchestrator.runners.executing.chip import (
     saved_state,
 )
 from orchestrator.runners.executing.pending_communications import PendingCommunications
-from orchestrator.runners.runner import ExecutedStep, States, StepRequest
+from orchestrator.runners.runner import ExecutedStep, States, StepRequest, num_workers
 from orchestrator.runs.timeline import Mark
 from partitioner.program.machine import Key, Machine, Post
 from partitioner.program.program import Program, Update
+
+if TYPE_CHECKING:
+    from orchestrator.planning.preparation import PhaseReporter, Prepared
 
 STATS = {"step": "update.stats", "evaluate": "report.stats"}  # where a schedule leaves its reduced statistics
 
@@ -259,3 +265,28 @@ class ChipSet:
 
     def close(self) -> None:
         """Nothing to release."""
+
+
+class InlineLaunch:
+    """Nothing to start ahead: the chips live in this process."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self.cluster = cluster
+
+    def connect(self, prepared: "Prepared", progress: "PhaseReporter") -> ChipSet:
+        """See `Launch`."""
+        if self.cluster.device is Device.CUDA:
+            raise ClusterError("CUDA chips need a process each", self.cluster.origin, "use --runner ray")
+
+        with progress.phase("start chips"):
+            return ChipSet(prepared.program, chip_settings(prepared), num_workers(self.cluster))
+
+    def close(self) -> None:
+        """Nothing was started."""
+
+
+def chip_settings(prepared: "Prepared", device: str = "cpu") -> Settings:
+    """What every chip of the run needs to know."""
+    from orchestrator.planning.preparation import optimizer_factory  # actors do without
+
+    return Settings(optimizer_factory(prepared.job), prepared.job.clip_norm, device)

@@ -4,7 +4,7 @@ Does not import torch in the calling thread before the actors are on their way.
 """
 
 from orchestrator.config.hardware.cluster import Cluster, Device
-from orchestrator.planning.preparation import PhaseReporter, Prepared, optimizer_factory
+from orchestrator.planning.preparation import PhaseReporter, Prepared
 from orchestrator.runners.on_ray.ray_start import PHASES, ActorPlan, RayStart
 from orchestrator.runners.runner import TensorRunner, num_workers
 
@@ -27,12 +27,10 @@ class RayLaunch:
                 with progress.phase(phase):
                     self.start.wait(phase)
             with progress.phase("connect actors"):
-                from orchestrator.runners.executing.chip import Settings
+                from orchestrator.runners.executing.chip_set import chip_settings
                 from orchestrator.runners.on_ray.ray_runner import RayRunner
 
-                job = prepared.job
-                settings = Settings(optimizer_factory(job), job.clip_norm, self.device)
-                return RayRunner(self.start, prepared.program, settings)
+                return RayRunner(self.start, prepared.program, chip_settings(prepared, self.device))
         except BaseException:
             self.close()
             raise

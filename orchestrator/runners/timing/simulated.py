@@ -25,7 +25,7 @@ from heapq import heappop, heappush
 from typing import NamedTuple, Protocol
 
 from comms.errors import ProgramError
-from orchestrator.runners.runner import StepSpans, lane_of
+from orchestrator.runners.runner import StepSpans
 from orchestrator.runners.timing.step_costs import StepCosts
 from orchestrator.runners.timing.timed_segments import (
     NOTHING,
@@ -34,6 +34,7 @@ from orchestrator.runners.timing.timed_segments import (
     Tally,
     TimedSegment,
     axis_name,
+    lane_of,
     time_segment,
 )
 from orchestrator.runs.timeline import Flow, Lane, Origin, Recorder, Timeline

@@ -14,9 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from orchestrator.runners.runner import lane_of
 from orchestrator.runners.timing.step_costs import StepCosts, Working, WorkTime
-from orchestrator.runs.timeline import Lane
+from orchestrator.runs.timeline import AXIS_LANES, Lane
 from partitioner.program.program import (
     Collective,
     Free,
@@ -137,6 +136,11 @@ class TimedSegment:
             for piece in self.pieces
         )
         return TimedSegment(round(self.duration_ns * factor), pieces, self.tally.times(factor), NOTHING)
+
+
+def lane_of(group: Group) -> Lane:
+    """The lane of a collective: that of its axis, the shared one for several axes or across stages."""
+    return AXIS_LANES.get(group.axes, Lane.COLLECTIVE)
 
 
 def axis_name(group: Group) -> str:
