@@ -14,7 +14,7 @@ from support.harness import median, report, seconds_of
 from orchestrator.config.hardware.cluster_file import cluster_path, load_cluster
 from orchestrator.config.job_file import load_job
 from orchestrator.planning.preparation import Prepared, build_model, prepare
-from orchestrator.runners.executing.inline import InlineLaunch
+from orchestrator.runners.executing.chip_set import InlineLaunch
 from orchestrator.runners.runner import StepRequest, TensorRunner
 from orchestrator.runs.data import split_batch
 from orchestrator.views.console import Console

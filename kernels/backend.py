@@ -18,18 +18,10 @@ import kernels.ops  # noqa: F401  (registers orchestrate::shard_slice)
 from comms.errors import SegmentError
 
 SegmentFunction: TypeAlias = Callable[..., tuple[torch.Tensor, ...]]
+# c10::ScalarType
 SCALAR_TYPES = {
-    "u8": 0,
-    "i8": 1,
-    "i16": 2,
-    "i32": 3,
-    "i64": 4,
-    "f16": 5,
-    "f32": 6,
-    "f64": 7,
-    "b8": 11,
-    "bf16": 15,
-}  # fmt: skip  (c10::ScalarType)
+    "u8": 0, "i8": 1, "i16": 2, "i32": 3, "i64": 4, "f16": 5, "f32": 6, "f64": 7, "b8": 11, "bf16": 15,
+}  # fmt: skip
 NAMED_CONSTANTS = {
     "torch.strided": 0, "torch.contiguous_format": 0, "torch.preserve_format": 1, "torch.channels_last": 2,
 }  # fmt: skip
@@ -146,22 +138,19 @@ class _Writer:
             self.values[int(item.id[1:])] if isinstance(item, ast.Name) else self.graph.insertConstant(None)
             for item in given.elts
         ]
+        tensor = torch._C.TensorType.get()
+        is_optional = "Optional[Tensor]" in kind
+        return self._list(items, torch._C.OptionalType(tensor) if is_optional else tensor)
+
+    def _list(self, items: list[Any], element: Any) -> Any:
         node = self.graph.create("prim::ListConstruct", items, 1)
         self.graph.appendNode(node)
-        optional = "Optional[Tensor]" in kind
-        tensor = torch._C.TensorType.get()
-        node.output().setType(
-            torch._C.ListType(torch._C.OptionalType(tensor)) if optional else torch._C.ListType.ofTensors()
-        )
+        node.output().setType(torch._C.ListType(element))
         return node.output()
 
     def _constant(self, value: object, kind: str) -> Any:
         if isinstance(value, list) and not value:
-            node = self.graph.create("prim::ListConstruct", [], 1)
-            self.graph.appendNode(node)
-            element = torch._C.FloatType.get() if "float" in kind else torch._C.IntType.get()
-            node.output().setType(torch._C.ListType(element))
-            return node.output()
+            return self._list([], torch._C.FloatType.get() if "float" in kind else torch._C.IntType.get())
         if "float" in kind:
             if isinstance(value, int) and not isinstance(value, bool):
                 value = float(value)

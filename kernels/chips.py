@@ -202,9 +202,9 @@ def parse_chip(document: Mapping[str, object]) -> Chip:
         tdp_w=figures.optional("tdp", Quantity.POWER),
         usd_per_hour=figures.optional("price", Quantity.HOURLY_PRICE),
         list_usd=figures.optional("list_price", Quantity.PRICE),
-        launch_s=figures.default("launch", Quantity.TIME, DEFAULT_LAUNCH_S[kind]),
-        matmul_efficiency=figures.default("efficiency.matmul", None, DEFAULT_MATMUL_EFFICIENCY),
-        memory_efficiency=figures.default("efficiency.memory", None, DEFAULT_MEMORY_EFFICIENCY),
+        launch_s=figures.number("launch", Quantity.TIME, DEFAULT_LAUNCH_S[kind]),
+        matmul_efficiency=figures.number("efficiency.matmul", None, DEFAULT_MATMUL_EFFICIENCY),
+        memory_efficiency=figures.number("efficiency.memory", None, DEFAULT_MEMORY_EFFICIENCY),
         notes={name: figures.text(f"notes.{name}") for name in figures.keys("notes")},
         sources=figures.sources,
     )
@@ -223,11 +223,14 @@ class _Figures:
         found = self._document.get(section)
         return tuple(found) if isinstance(found, Mapping) else ()
 
-    def number(self, path: str, quantity: Quantity | None) -> float:
-        """The figure at `path` in base units; without a quantity a bare number."""
+    def number(self, path: str, quantity: Quantity | None, default: tuple[float, str] | None = None) -> float:
+        """The figure at `path` in base units (without a quantity a bare number), or the default with its reason."""
         found = self.optional(path, quantity)
-        if found is None:
+        if found is not None:
+            return found
+        if default is None:
             raise ChipError(f"{path} is missing")
+        found, self.sources[path] = default
         return found
 
     def optional(self, path: str, quantity: Quantity | None) -> float | None:
@@ -248,14 +251,6 @@ class _Figures:
         """As `optional`, for figures that count."""
         value = self.optional(path, quantity)
         return None if value is None else int(value)
-
-    def default(self, path: str, quantity: Quantity | None, default: tuple[float, str]) -> float:
-        """As `number`, or the default, whose reason becomes the source."""
-        value = self.optional(path, quantity)
-        if value is not None:
-            return value
-        self.sources[path] = default[1]
-        return default[0]
 
     def text(self, path: str) -> str:
         """A word or a sentence."""
@@ -320,11 +315,10 @@ def _dims(text: str) -> tuple[int, ...]:
 def _port(figures: _Figures, section: str, latency: tuple[float, str]) -> Port | None:
     if not figures.keys(section):
         return None
-    domain = figures.optional_integer(f"{section}.domain", None)
     return Port(
         name=figures.text(f"{section}.type"),
         bytes_per_s=figures.number(f"{section}.bandwidth", Quantity.DATA_RATE),
-        latency_s=figures.default(f"{section}.latency", Quantity.TIME, latency),
-        efficiency=figures.default(f"{section}.efficiency", None, DEFAULT_PORT_EFFICIENCY),
-        domain=domain,
+        latency_s=figures.number(f"{section}.latency", Quantity.TIME, latency),
+        efficiency=figures.number(f"{section}.efficiency", None, DEFAULT_PORT_EFFICIENCY),
+        domain=figures.optional_integer(f"{section}.domain", None),
     )

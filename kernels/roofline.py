@@ -57,7 +57,6 @@ class SegmentTime:
 
     device_s: float
     host_s: float
-    num_kernels: int
 
     @property
     def seconds(self) -> float:
@@ -98,4 +97,4 @@ def segment_time(ops: Iterable[OpRow], chip: Chip) -> SegmentTime:
     """Both lanes of a straight run of operations."""
     kernels = [op for op in ops if not is_view(op)]
     device = sum(device_seconds(op, chip) for op in kernels)
-    return SegmentTime(device, len(kernels) * chip.launch_s, len(kernels))
+    return SegmentTime(device, len(kernels) * chip.launch_s)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from partitioner.program.peak_memory import peak_memory
     from partitioner.program.program import Program
     from partitioner.program.program_codec import decode, encode
-    from partitioner.program.program_text import from_text, to_text
+    from partitioner.program.program_text import to_text
     from partitioner.program.static_check import check_program
 
 __getattr__, __dir__, __all__ = attach(
@@ -32,7 +32,7 @@ __getattr__, __dir__, __all__ = attach(
         "program.peak_memory": ["peak_memory"],
         "program.program": ["Program"],
         "program.program_codec": ["decode", "encode"],
-        "program.program_text": ["from_text", "to_text"],
+        "program.program_text": ["to_text"],
         "program.static_check": ["check_program"],
     },
 )

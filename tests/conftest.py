@@ -156,18 +156,16 @@ def laptop() -> Any:
 def running_chips(tiny_model: Callable[..., Any]) -> Callable[..., Any]:
     """All chips of a Program made by `tiny_program`, with the model's start values."""
     from kernels.optimizers import OptimizerSpec
-    from orchestrator.runners.executing.chip import Settings
+    from orchestrator.runners.executing.chip import Settings, module_values
     from orchestrator.runners.executing.chip_set import ChipSet
 
     def make(
         program: Any, options: Mapping[str, Any] | None = None, workers: int = 1, clip: float | None = 1.0
     ) -> Any:
         module = tiny_model("cpu", **(options or {})).module
-        values = {f"params:{k}": v.detach() for k, v in module.named_parameters()}
-        values |= {f"buffer:{k}": v for k, v in module.named_buffers()}
         settings = Settings(OptimizerSpec("adamw", lr=1e-2), clip)
-        chips = ChipSet(program, range(program.num_chips), settings, num_workers=workers)
-        chips.load(values.__getitem__)
+        chips = ChipSet(program, settings, workers)
+        chips.load(module_values(module).__getitem__)
         return chips
 
     return make

@@ -5,16 +5,30 @@ A runner is made for one Program and has one method that matters: `run` carries 
 hold tensors can also be given values, and give them back.
 
 Values move as plain tensors: `batches[dp][microbatch, name]`, `states[chip][tensor name]`.
+
+The timeline of a step is of what was timed (predicted, by `simulated`), or of what was executed (measured). Both name
+their spans through `label`, so that they join on (step, chip, instr, microbatch) and read the same.
 """
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeAlias
 
 from orchestrator.config.hardware.cluster import Cluster
-from orchestrator.runs.timeline import Mark, Timeline
-from partitioner.program.program import Program
+from orchestrator.runs.timeline import AXIS_LANES, Counter, Lane, Mark, Origin, Recorder, Span, Timeline
+from partitioner.program.instructions import accumulated_nbytes, collective_nbytes, named
+from partitioner.program.program import (
+    Accumulate,
+    Collective,
+    Compute,
+    Instruction,
+    Program,
+    Recv,
+    Role,
+    Send,
+    Update,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -26,6 +40,9 @@ if TYPE_CHECKING:
 BadOrder: TypeAlias = tuple[int, int, int, int]
 Batches: TypeAlias = "Mapping[int, Mapping[tuple[int, str], torch.Tensor]]"
 States: TypeAlias = "Mapping[int, Mapping[str, torch.Tensor]]"
+HELD = "held by tensors"  # the counter of a chip's memory
+# Bodies whose name is not the kind of work they do; every other body's name is the kind.
+KINDS = {"backward_last": "backward", "update": "optimizer"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,9 +97,7 @@ class ExecutedStep:
 
     def timeline(self, step: int = 0) -> Timeline | None:
         """See `StepResult`; on the clock of the chips."""
-        from orchestrator.runners.step_timelines import measured_timeline  # actors do without
-
-        return measured_timeline(self.program, self.marks, step) if self.marks else None
+        return measured_timeline(self.program, {step: self.marks}) if self.marks else None
 
 
 class TensorRunner(Runner, Protocol):
@@ -114,3 +129,89 @@ class Launch(Protocol):
 def num_workers(cluster: Cluster) -> int:
     """Threads or actors that execute simulated chips: what the cluster file says, else one per core."""
     return cluster.actors or len(os.sched_getaffinity(0))
+
+
+class Label(NamedTuple):
+    """How an instruction appears in a timeline."""
+
+    lane: Lane
+    kind: str
+    name: str
+    nbytes: int
+    flops: int
+
+
+def label(program: Program, role: Role, body: str, instruction: Instruction) -> Label:
+    """Lane, kind, name and size of an instruction in body `body` of `role`."""
+    kind = KINDS.get(body, body)
+    tensors = role.tensors
+    match instruction:
+        case Compute():
+            segment = program.segments[instruction.segment]
+            return Label(Lane.COMPUTE, kind, segment.name, segment.nbytes, segment.flops)
+        case Accumulate():
+            return Label(Lane.COMPUTE, kind, "accumulate", accumulated_nbytes(role, instruction), 0)
+        case Update():
+            param = tensors[instruction.param]
+            return Label(Lane.OPTIMIZER, "optimizer", f"update {param.name}", param.spec.nbytes, 0)
+        case Collective():
+            name = f"{instruction.op} {instruction.group}"
+            nbytes = collective_nbytes(role, instruction)
+            return Label(
+                AXIS_LANES.get(instruction.group.axes, Lane.COLLECTIVE), str(instruction.op), name, nbytes, 0
+            )
+        case Send():
+            tensor = tensors[instruction.tensor]
+            return Label(Lane.SEND, "send", f"{tensor.name} to stage {instruction.to}", tensor.spec.nbytes, 0)
+        case Recv():
+            tensor = tensors[instruction.tensor]
+            name = f"{tensor.name} from stage {instruction.source}"
+            return Label(Lane.RECV, "recv", name, tensor.spec.nbytes, 0)
+        case _:
+            nbytes = sum(tensors[tensor].spec.nbytes for tensor in named(instruction))
+            return Label(Lane.COMPUTE, kind, type(instruction).__name__.lower(), nbytes, 0)
+
+
+class StepSpans:
+    """Rows of one step, each instruction labelled once."""
+
+    def __init__(self, recorder: Recorder, program: Program, step: int) -> None:
+        self.recorder, self.program, self.step = recorder, program, step
+        self._labels: dict[tuple[int, int], Label] = {}
+
+    def label(self, role: Role, body: str, instruction: Instruction) -> Label:
+        """As `label`; ids are unique within a role."""
+        key = (role.stage, instruction.id)
+        if key not in self._labels:
+            self._labels[key] = label(self.program, role, body, instruction)
+        return self._labels[key]
+
+    def add(
+        self, chips: tuple[int, ...], said: Label, instr: int, microbatch: int, start_ns: int, end_ns: int
+    ) -> None:
+        """One span on each of these chips."""
+        lane, kind, name, nbytes, flops = said
+        for chip in chips:
+            self.recorder.span(
+                Span(self.step, chip, lane, kind, name, instr, start_ns, end_ns, nbytes, flops, microbatch)
+            )
+
+
+def measured_timeline(program: Program, marks: Mapping[int, Iterable[Mark]]) -> Timeline:
+    """The marks of each step as spans, on the clock that took them."""
+    names = {chip: f"chip {chip} ({program.role_of(chip).name})" for chip in range(program.num_chips)}
+    recorder = Recorder(Origin.MEASURED, names)
+    known = {
+        (role.stage, instruction.id): (body.name, instruction)
+        for role in program.roles for body in role.bodies for instruction in body.instructions
+    }  # fmt: skip
+    for step, of_step in marks.items():
+        spans = StepSpans(recorder, program, step)
+        for mark in of_step:
+            role = program.role_of(mark.chip)
+            body, instruction = known[role.stage, mark.instruction]
+            said = spans.label(role, body, instruction)
+            spans.add((mark.chip,), said, mark.instruction, mark.microbatch, mark.start_ns, mark.end_ns)
+            if mark.held_bytes:
+                recorder.counter(Counter(step, mark.chip, HELD, mark.end_ns, mark.held_bytes))
+    return recorder.timeline()

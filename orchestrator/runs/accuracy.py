@@ -12,7 +12,7 @@ instructions of every chip's stream, the bytes and FLOPs of what ran, and the by
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass
 from enum import StrEnum
 
 import numpy as np
@@ -65,13 +65,13 @@ class Accuracy:
     kinds: tuple[KindError, ...]
     only_predicted: int
     only_measured: int
-    basis: Basis = Basis.SECONDS
-    num_steps: int = 1
-    num_chips: int = 0
-    chips_in_order: int = 0
-    nbytes: Pair = Pair(0, 0)
-    flops: Pair = Pair(0, 0)
-    memory_bytes: tuple[Pair, ...] = ()
+    basis: Basis
+    num_steps: int
+    num_chips: int
+    chips_in_order: int
+    nbytes: Pair
+    flops: Pair
+    memory_bytes: tuple[Pair, ...]
 
     def shares(self, kind: KindError) -> tuple[float, float]:
         """The part of all matched time that this kind takes: predicted, measured."""
@@ -96,7 +96,6 @@ class Accuracy:
             }
             for each in self.kinds
         }
-        pairs = {"bytes": self.nbytes, "flops": self.flops}
         return {
             "basis": str(self.basis),
             "kinds": kinds,
@@ -105,8 +104,9 @@ class Accuracy:
             "only_measured": self.only_measured,
             "chips": self.num_chips,
             "chips_in_order": self.chips_in_order,
-            **{name: _pair_document(pair) for name, pair in pairs.items()},
-            "memory_bytes": [_pair_document(pair) for pair in self.memory_bytes],
+            "bytes": asdict(self.nbytes),
+            "flops": asdict(self.flops),
+            "memory_bytes": [asdict(pair) for pair in self.memory_bytes],
         }
 
 
@@ -114,10 +114,7 @@ class Accuracy:
 class _Instructions:
     """Total time per distinct (step, chip, instr, microbatch)."""
 
-    step: Ints
-    chip: Ints
-    instr: Ints
-    microbatch: Ints
+    place: tuple[Ints, Ints, Ints]  # chip, instr, microbatch
     total_ns: Ints
     kind: Ints
 
@@ -125,8 +122,11 @@ class _Instructions:
 def compare(
     predicted: Timeline, measured: Timeline, basis: Basis, memory_bytes: tuple[Pair, ...] = ()
 ) -> Accuracy:
-    """One predicted step, of every chip, against every measured one."""
-    steps = measured.steps
+    """One predicted step, of every chip, against every measured one.
+
+    A matched instruction counts under its predicted kind. Spans of no instruction are left out.
+    """
+    (at,), steps = predicted.steps, measured.steps
     ours, theirs = (
         timeline.span_rows[timeline.span_rows["lane"] != HOST] for timeline in (predicted, measured)
     )
@@ -135,31 +135,19 @@ def compare(
     )
     want, got = _orders(ours), _orders(theirs)
     chips = {chip for _, chip in got}
-    (at,) = predicted.steps
     in_order = sum(all(want.get((at, chip)) == got.get((step, chip)) for step in steps) for chip in chips)
-    return replace(
-        join(predicted, measured, every_step=True), basis=basis, num_steps=len(steps), num_chips=len(chips),
+    kinds, only_predicted, only_measured = _joined(predicted, measured)
+    return Accuracy(
+        kinds, only_predicted, only_measured, basis=basis, num_steps=len(steps), num_chips=len(chips),
         chips_in_order=in_order, nbytes=nbytes, flops=flops, memory_bytes=memory_bytes,
     )  # fmt: skip
 
 
-def join(predicted: Timeline, measured: Timeline, *, every_step: bool = False) -> Accuracy:
-    """Compare two timelines of one Program; a matched instruction counts under its predicted kind.
-
-    With `every_step` the one predicted step stands for every measured step. Spans of no instruction are left
-    out.
-    """
-    if every_step and len(predicted.steps) > 1:
-        raise ValueError(f"every_step needs a prediction of one step, not {len(predicted.steps)}")
+def _joined(predicted: Timeline, measured: Timeline) -> tuple[tuple[KindError, ...], int, int]:
+    """Errors by kind, and how many predicted and measured instructions have no partner."""
     ours, theirs = _instructions(predicted), _instructions(measured)
-    steps = (np.zeros_like(ours.step), np.zeros_like(theirs.step)) if every_step else (ours.step, theirs.step)
-    ids = group_ids(
-        np.concatenate(steps),
-        np.concatenate([ours.chip, theirs.chip]),
-        np.concatenate([ours.instr, theirs.instr]),
-        np.concatenate([ours.microbatch, theirs.microbatch]),
-    )
-    our_ids, their_ids = np.split(ids, [len(ours.step)])
+    ids = group_ids(*(np.concatenate(pair) for pair in zip(ours.place, theirs.place, strict=True)))
+    our_ids, their_ids = np.split(ids, [len(ours.kind)])
     partner = np.full(len(ids), NONE, dtype=np.int64)
     partner[our_ids] = np.arange(len(our_ids))
     matched = np.flatnonzero(partner[their_ids] != NONE)
@@ -169,8 +157,7 @@ def join(predicted: Timeline, measured: Timeline, *, every_step: bool = False) -
         _kind_error(predicted.texts[code], want[kinds == code], got[kinds == code])
         for code in np.unique(kinds)
     ]
-    unused = len(our_ids) - len(np.unique(mates))
-    return Accuracy(tuple(rows), only_predicted=unused, only_measured=len(their_ids) - len(matched))
+    return tuple(rows), len(our_ids) - len(np.unique(mates)), len(their_ids) - len(matched)
 
 
 def _kind_error(kind: str, predicted: Ints, measured: Ints) -> KindError:
@@ -191,10 +178,10 @@ def _instructions(timeline: Timeline) -> _Instructions:
     work, host = (np.zeros(len(first), dtype=np.int64) for _ in range(2))
     np.add.at(work, ids[~is_host], taken[~is_host])
     np.add.at(host, ids[is_host], taken[is_host])
-    names = ("step", "chip", "instr", "microbatch")
-    step, chip, instr, microbatch = (rows[name][first].astype(np.int64) for name in names)
-    kind = rows["kind"][first].astype(np.int64)
-    return _Instructions(step, chip, instr, microbatch, np.maximum(work, host), kind)
+    chip, instr, microbatch, kind = (
+        rows[name][first].astype(np.int64) for name in ("chip", "instr", "microbatch", "kind")
+    )
+    return _Instructions((chip, instr, microbatch), np.maximum(work, host), kind)
 
 
 def _orders(rows: Rows) -> Mapping[tuple[int, int], list[tuple[int, int]]]:
@@ -206,7 +193,3 @@ def _orders(rows: Rows) -> Mapping[tuple[int, int], list[tuple[int, int]]]:
     for step, chip, instr, microbatch in zip(*columns, strict=True):
         found.setdefault((step, chip), []).append((instr, microbatch))
     return found
-
-
-def _pair_document(pair: Pair) -> dict[str, int]:
-    return {"predicted": pair.predicted, "measured": pair.measured}

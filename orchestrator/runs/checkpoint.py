@@ -1,22 +1,21 @@
 """Checkpoints: folders that are complete or do not count.
 
     step-000100/manifest.json          step, data position, seed, layout, digests: the commit marker
-    step-000100/<writer>.safetensors   what one shard writer holds, name -> tensor
+    step-000100/<writer>.safetensors   what one shard holds, name -> tensor
 
-Writers fill a hidden folder; the manifest is written last, the folder is synced and renamed. So a crash
-leaves either no such checkpoint or a whole one, and never touches an older one. A checkpoint whose files do
-not have the sizes and SHA-256 digests of its manifest is skipped with a warning value, never half loaded.
+A hidden folder is filled; the manifest is written last, the folder is synced and renamed. So a crash leaves either no
+such checkpoint or a whole one, and never touches an older one. A checkpoint whose files do not have the sizes and
+SHA-256 digests of its manifest is skipped with a warning value, never half loaded.
 
-Assumes all writers share one file system. Tensors come back bit for bit. Not here: what the tensors mean and
-how they are cut (the `layout` is stored as given), and random state, of which training has none: the sample
-index says it all.
+Tensors come back bit for bit. Not here: what the tensors mean and how they are cut (the `layout` is stored as given),
+and random state, of which training has none: the sample index says it all.
 """
 
 import hashlib
 import json
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -38,22 +37,13 @@ Tensors = Mapping[str, torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True)
-class TensorEntry:
-    """One stored tensor, as written by its writer."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-
-
-@dataclass(frozen=True, slots=True)
 class ShardFile:
-    """One writer's file and what is in it."""
+    """One shard's file and what is in it, as plain JSON data: name, shape and dtype of every tensor."""
 
     writer: str
     nbytes: int
     sha256: str
-    tensors: tuple[TensorEntry, ...]
+    tensors: Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,17 +79,21 @@ class NewestCheckpoint:
     warnings: tuple[str, ...]
 
 
-def begin(checkpoints: Path, step: int) -> Path:
-    """An empty hidden folder for the writers of `step`; remains of a failed attempt are removed."""
-    folder = checkpoints / f".{_name(step)}.partial"
-    with explained(folder):
+def save(checkpoints: Path, manifest: Manifest, shards: Mapping[str, Tensors]) -> Checkpoint:
+    """The checkpoint of these `shards` (writer to tensors) on disk. A failure leaves no trace of it."""
+    folder = checkpoints / f".{_name(manifest.step)}.partial"
+    try:
+        with explained(folder):
+            shutil.rmtree(folder, ignore_errors=True)  # remains of a failed attempt
+            folder.mkdir(parents=True)
+        files = tuple(_write_shard(folder, writer, tensors) for writer, tensors in sorted(shards.items()))
+        return _commit(folder, replace(manifest, shards=files))
+    except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-    return folder
+        raise
 
 
-def write_shard(folder: Path, writer: str, tensors: Tensors) -> ShardFile:
-    """Write one writer's tensors into a folder from `begin`; any process that sees the folder may call it."""
+def _write_shard(folder: Path, writer: str, tensors: Tensors) -> ShardFile:
     path = folder / f"{writer}{SUFFIX}"
     with explained(path):
         try:
@@ -109,15 +103,15 @@ def write_shard(folder: Path, writer: str, tensors: Tensors) -> ShardFile:
                 raise OSError(28, str(error)) from error
             raise
         sync(path)
-        entries = tuple(
-            TensorEntry(name, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
+        entries = [
+            {"name": name, "shape": list(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch.")}
             for name, tensor in sorted(tensors.items())
-        )
+        ]
         return ShardFile(writer, path.stat().st_size, _sha256(path), entries)
 
 
-def commit(folder: Path, manifest: Manifest) -> Checkpoint:
-    """Write the manifest into a folder from `begin` and give the folder its name; from here on it counts."""
+def _commit(folder: Path, manifest: Manifest) -> Checkpoint:
+    """Write the manifest and give the folder its name; from here on it counts."""
     final = folder.with_name(_name(manifest.step))
     replaced = folder.with_name(f".{final.name}.replaced")
     write_whole(folder / MANIFEST, json.dumps(asdict(manifest), indent=1).encode())
@@ -129,30 +123,6 @@ def commit(folder: Path, manifest: Manifest) -> Checkpoint:
         sync(final.parent)
     shutil.rmtree(replaced, ignore_errors=True)
     return Checkpoint(final, manifest)
-
-
-def save(checkpoints: Path, manifest: Manifest, shards: Mapping[str, Tensors]) -> Checkpoint:
-    """All of it from one process: `shards` maps writer to tensors.
-
-    A failure leaves no trace of this checkpoint.
-    """
-    folder = begin(checkpoints, manifest.step)
-    try:
-        files = tuple(write_shard(folder, writer, tensors) for writer, tensors in sorted(shards.items()))
-        return commit(folder, with_shards(manifest, files))
-    except BaseException:
-        discard(folder)
-        raise
-
-
-def with_shards(manifest: Manifest, files: Iterable[ShardFile]) -> Manifest:
-    """The manifest with the files that its writers reported, sorted by writer."""
-    return replace(manifest, shards=tuple(sorted(files, key=lambda file: file.writer)))
-
-
-def discard(folder: Path) -> None:
-    """Drop a folder from `begin` that will not be committed."""
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 def latest(run_dir: Path) -> NewestCheckpoint:
@@ -167,50 +137,28 @@ def latest(run_dir: Path) -> NewestCheckpoint:
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
-    """The checkpoint in `folder`, after checking every file against the manifest.
-
-    Raises RunError if incomplete.
-    """
+    """The checkpoint in `folder`, every file checked against the manifest. Raises RunError if incomplete."""
     manifest = _read_manifest(folder / MANIFEST)
     for shard in manifest.shards:
         _verify(folder / f"{shard.writer}{SUFFIX}", shard)
     return Checkpoint(folder, manifest)
 
 
-def load_shard(checkpoint: Checkpoint, writer: str) -> dict[str, torch.Tensor]:
-    """One writer's tensors, on the CPU, by name; the file is checked again before it is read."""
-    shard = next((shard for shard in checkpoint.manifest.shards if shard.writer == writer), None)
-    if shard is None:
-        known = ", ".join(shard.writer for shard in checkpoint.manifest.shards)
-        raise _incomplete(checkpoint.folder, f"holds no shard {writer!r}, only {known}")
-    path = checkpoint.folder / f"{writer}{SUFFIX}"
-    _verify(path, shard)
-    return load_file(path)
-
-
 def load(checkpoint: Checkpoint) -> dict[str, dict[str, torch.Tensor]]:
-    """Every shard: writer -> name -> tensor."""
-    return {shard.writer: load_shard(checkpoint, shard.writer) for shard in checkpoint.manifest.shards}
+    """Every shard, on the CPU: writer -> name -> tensor; the files are checked again before they are read."""
+    open_checkpoint(checkpoint.folder)
+    writers = (shard.writer for shard in checkpoint.manifest.shards)
+    return {writer: load_file(checkpoint.folder / f"{writer}{SUFFIX}") for writer in writers}
 
 
-def prune(run_dir: Path, keep: int) -> tuple[Path, ...]:
-    """Remove all but the newest `keep` (at least 1) complete checkpoints and what is older.
-
-    Say which went.
-    """
-    if keep < 1:
-        raise ValueError(f"keep must be at least 1, not {keep}")
+def prune(run_dir: Path, keep: int) -> None:
+    """Remove all but the newest `keep` (at least 1) complete checkpoints and what is older."""
     complete = 0
-    removed = []
     for folder in _newest_first(run_dir / "checkpoints"):
         if complete >= keep:
-            # Without its manifest a folder does not count, even if the removal is interrupted.
-            (folder / MANIFEST).unlink(missing_ok=True)
-            shutil.rmtree(folder)
-            removed.append(folder)
+            _remove(folder)
         elif (folder / MANIFEST).exists():
             complete += 1
-    return tuple(removed)
 
 
 def remove_newer(run_dir: Path, kept: Checkpoint) -> None:
@@ -218,8 +166,13 @@ def remove_newer(run_dir: Path, kept: Checkpoint) -> None:
     for folder in _newest_first(run_dir / "checkpoints"):
         if folder == kept.folder:
             return
-        (folder / MANIFEST).unlink(missing_ok=True)
-        shutil.rmtree(folder)
+        _remove(folder)
+
+
+def _remove(folder: Path) -> None:
+    """Without its manifest a folder does not count, even if the removal is interrupted."""
+    (folder / MANIFEST).unlink(missing_ok=True)
+    shutil.rmtree(folder)
 
 
 def _name(step: int) -> str:
@@ -265,7 +218,7 @@ def _read_manifest(path: Path) -> Manifest:
         document = json.loads(path.read_bytes())
         if document["version"] != VERSION:
             raise ValueError(f"version {document['version']}; this reads version {VERSION}")
-        shards = tuple(_shard(entry) for entry in document.pop("shards"))
+        shards = tuple(ShardFile(**entry) for entry in document.pop("shards"))
         return Manifest(shards=shards, **document)
     except FileNotFoundError:
         raise _incomplete(path.parent, f"{path.name} is missing: the write never finished") from None
@@ -273,13 +226,6 @@ def _read_manifest(path: Path) -> Manifest:
         raise _incomplete(
             path.parent, f"{path.name} cannot be read: {type(error).__name__}: {error}"
         ) from error
-
-
-def _shard(entry: dict[str, Any]) -> ShardFile:
-    tensors = tuple(
-        TensorEntry(each["name"], tuple(each["shape"]), each["dtype"]) for each in entry["tensors"]
-    )
-    return ShardFile(entry["writer"], int(entry["nbytes"]), str(entry["sha256"]), tensors)
 
 
 def _incomplete(folder: Path, problem: str) -> RunError:

@@ -84,17 +84,13 @@ class TokenData:
         return _windows(self.validation, indices % self.num_validation_samples * self.seq, self.seq)
 
 
-def load_data(source: str, *, seq: int, seed: int, vocab_size: int | None = None) -> TokenData:
+def load_data(source: str, *, seq: int, seed: int) -> TokenData:
     """The text of `source` (builtin:english, a file, or a folder), cut into training and validation.
 
-    Raises DataError when there is none, too little for one window on either side of the cut, or a byte that is no
-    token of a model with `vocab_size` tokens (None: not checked).
+    Raises DataError when there is none, or too little for one window on either side of the cut.
     """
     text = _builtin_text(source) if source.startswith("builtin:") else _user_text(Path(source))
     train, validation = split(np.frombuffer(text, dtype=np.uint8))
-    if vocab_size is not None and max(text) >= vocab_size:
-        problem = f"the text holds byte {max(text)}, and the model knows {vocab_size} tokens"
-        raise DataError(problem=problem, where=source, hint=f"give the model {NUM_BYTES} tokens")
     if min(len(train), len(validation)) < seq + 1:
         need = round((seq + 1) / HOLDOUT)
         raise DataError(

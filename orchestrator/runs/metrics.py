@@ -7,18 +7,18 @@ the file is opened again. JSON has no NaN: NaN and infinities are written as the
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
-from types import TracebackType
-from typing import Self, TypeAlias
+from typing import TypeAlias
 
 from comms.errors import RunError
 from orchestrator.runs.disk import explained, write_whole
 
 Value: TypeAlias = float | int | str | bool | None
 Record: TypeAlias = Mapping[str, Value]
-_NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+_NOT_FINITE = ("NaN", "Infinity", "-Infinity")
 
 
 def eta_s(recent_step_seconds: Sequence[float], steps_left: int) -> float | None:
@@ -29,33 +29,23 @@ def eta_s(recent_step_seconds: Sequence[float], steps_left: int) -> float | None
     return steps_left * median(recent_step_seconds) if recent_step_seconds else None
 
 
-class MetricsWriter:
-    """Appends records to a JSONL file, one flushed line each; closes as a context manager."""
+@contextmanager
+def metrics_writer(path: Path) -> Iterator[Callable[[Record], None]]:
+    """What appends a record to a JSONL file: its line is there when it returns. RunError where the disk refuses."""
+    with explained(path):
+        _drop_torn_line(path)
+        file = path.open("a", encoding="utf-8")
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def write(record: Record) -> None:
         with explained(path):
-            _drop_torn_line(path)
-            self._file = path.open("a", encoding="utf-8")
+            file.write(_line(record))
+            file.flush()
 
-    def write(self, record: Record) -> None:
-        """Append one line; it is in the file when this returns. Raises RunError where the disk refuses."""
-        with explained(self._path):
-            self._file.write(_line(record))
-            self._file.flush()
-
-    def close(self) -> None:
-        """Close the file; a writer that is closed writes no more."""
-        with explained(self._path):
-            self._file.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
+    try:
+        yield write
+    finally:
+        with explained(path):
+            file.close()
 
 
 def read_metrics(path: Path) -> tuple[dict[str, Value], ...]:
@@ -86,11 +76,8 @@ def _line(record: Record) -> str:
 
 
 def _finite(value: Value) -> Value:
-    if not isinstance(value, float) or math.isfinite(value):
-        return value
-    if math.isnan(value):
-        return "NaN"
-    return "Infinity" if value > 0 else "-Infinity"
+    is_odd = isinstance(value, float) and not math.isfinite(value)
+    return json.dumps(value) if is_odd else value  # by the names that Python gives them
 
 
 def _record(line: bytes, where: str) -> dict[str, Value]:
@@ -100,10 +87,7 @@ def _record(line: bytes, where: str) -> dict[str, Value]:
         raise RunError(
             problem=f"not a JSON object: {error}", where=where, hint="remove the line or restore the file"
         ) from error
-    return {
-        name: _NOT_FINITE.get(value, value) if isinstance(value, str) else value
-        for name, value in record.items()
-    }
+    return {name: float(value) if value in _NOT_FINITE else value for name, value in record.items()}
 
 
 def _drop_torn_line(path: Path) -> None:

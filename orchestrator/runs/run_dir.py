@@ -20,7 +20,8 @@ files. Same timeline, same bytes (with one zlib build).
 
 import re
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -136,12 +137,9 @@ class RunDir:
         """`predicted.msgpack` or `measured.msgpack`."""
         return self.root / f"{origin}.msgpack"
 
-    def write_config(self, config: Mapping[str, object], packages: Mapping[str, str] | None = None) -> None:
+    def write_config(self, config: Mapping[str, object]) -> None:
         """Write run.yaml; `config` is plain data (strings, numbers, lists, mappings)."""
-        document = {
-            "config": dict(config),
-            "versions": dict(packages if packages is not None else versions()),
-        }
+        document = {"config": dict(config), "versions": versions()}
         write_whole(self.config, yaml.safe_dump(document, sort_keys=False, width=110).encode())
 
     def read_config(self) -> dict[str, object]:
@@ -211,17 +209,12 @@ def resume(root: Path) -> RunDir:
     return RunDir(root)
 
 
-def versions(packages: Iterable[str] = _PACKAGES) -> dict[str, str]:
-    """Installed versions of Python and these distributions, without importing them.
-
-    Absent ones are left out.
-    """
+def versions() -> dict[str, str]:
+    """Versions of Python and of the distributions that are installed, without importing them."""
     found = {"python": python_version()}
-    for name in packages:
-        try:
+    for name in _PACKAGES:
+        with suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
     return found
 
 

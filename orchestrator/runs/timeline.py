@@ -3,18 +3,18 @@
 A value made of spans (work on one lane of one chip), flows (arrows from a send to its recv) and counters
 (bytes held). Rows live in packed NumPy columns (55 bytes a span) with names interned, so a million spans cost
 some 55 MB; `Span`, `Flow` and `Counter` are decoded only when somebody looks. The form is canonical: the same
-set of rows gives the same bytes, however many actors recorded them and in whatever order they are merged.
+set of rows gives the same bytes, in whatever order they were recorded.
 
-Assumes one clock per recorded part; `merge` adds each part's offset to a common clock. A recv span covers the
+Assumes one clock. A recv span covers the
 time in which bytes move, not the time since it was posted: waiting is idle time, not communication. Not
 modelled: what happens inside a span, and preemption (spans of one lane follow each other).
 """
 
 from array import array
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from enum import StrEnum
-from typing import Any, Generic, TypeAlias, TypeVar, overload
+from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -50,12 +50,12 @@ class Lane(StrEnum):
 
 
 LANES: tuple[Lane, ...] = tuple(Lane)
-COMMUNICATION: tuple[Lane, ...] = (Lane.TP, Lane.CP, Lane.EP, Lane.SEND, Lane.RECV, Lane.DP, Lane.COLLECTIVE)
+# lanes of collectives along one mesh axis; those along several axes or across stages share one
+AXIS_LANES = {("tp",): Lane.TP, ("dp",): Lane.DP, ("cp",): Lane.CP, ("ep",): Lane.EP}
 _LANE_CODE = dict(zip(LANES, range(len(LANES)), strict=True))
 
 
-@dataclass(frozen=True, slots=True)
-class Span:
+class Span(NamedTuple):
     """One piece of work.
 
     `kind` groups (forward, all_reduce, ...), `name` tells, `instr` keys to the Program.
@@ -74,8 +74,7 @@ class Span:
     microbatch: int = NONE
 
 
-@dataclass(frozen=True, slots=True)
-class Flow:
+class Flow(NamedTuple):
     """An arrow from a send to its recv, by instruction: the times are those of the two spans."""
 
     step: int
@@ -86,8 +85,7 @@ class Flow:
     target_instr: int
 
 
-@dataclass(frozen=True, slots=True)
-class Counter:
+class Counter(NamedTuple):
     """From `at_ns` on, `name` (weights, activations, ...) holds `nbytes` on this chip."""
 
     step: int
@@ -127,8 +125,8 @@ FLOW_ROW = np.dtype(
 COUNTER_ROW = np.dtype([("at_ns", _LONG), ("step", _INT), ("chip", _INT), ("name", "<u4"), ("nbytes", _LONG)])
 
 
-class View(Sequence[Row], Generic[Row]):
-    """Rows as values, decoded on demand: indexing and iterating look like a tuple of dataclasses."""
+class View(Generic[Row]):
+    """Rows as values, decoded on demand: indexing and iterating look like a tuple."""
 
     __slots__ = ("_make", "_rows")
 
@@ -138,13 +136,7 @@ class View(Sequence[Row], Generic[Row]):
     def __len__(self) -> int:
         return len(self._rows)
 
-    @overload
-    def __getitem__(self, index: int) -> Row: ...
-    @overload
-    def __getitem__(self, index: slice) -> "View[Row]": ...
-    def __getitem__(self, index: int | slice) -> "Row | View[Row]":
-        if isinstance(index, slice):
-            return View(self._rows[index], self._make)
+    def __getitem__(self, index: int) -> Row:
         return self._make(self._rows[index].item())
 
     def __iter__(self) -> Iterator[Row]:
@@ -154,7 +146,7 @@ class View(Sequence[Row], Generic[Row]):
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Timeline:
-    """Canonical rows of one origin. Build it with a `Recorder` or `merge`, never by hand."""
+    """Canonical rows of one origin. Build it with a `Recorder`, never by hand."""
 
     origin: Origin
     chips: tuple[tuple[int, str], ...]  # (chip, its name), every chip that has a row, ascending
@@ -171,7 +163,7 @@ class Timeline:
     @property
     def flows(self) -> View[Flow]:
         """Every send -> recv arrow."""
-        return View(self.flow_rows, lambda row: Flow(*row))
+        return View(self.flow_rows, Flow._make)
 
     @property
     def counters(self) -> View[Counter]:
@@ -205,17 +197,13 @@ class Timeline:
             self.origin, dict(self.chips), self.texts, *(part[part["step"] == step] for part in rows)
         )
 
-    def shifted(self, offset_ns: int) -> "Timeline":
-        """The same timeline on a clock that is `offset_ns` ahead."""
-        spans, counters = self.span_rows.copy(), self.counter_rows.copy()
-        for column in ("start_ns", "end_ns"):
-            spans[column] += offset_ns
-        counters["at_ns"] += offset_ns
-        return _canonical(self.origin, dict(self.chips), self.texts, spans, self.flow_rows, counters)
-
     def from_zero(self) -> "Timeline":
-        """Shifted so that the first span starts at 0."""
-        return self.shifted(-self.start_ns)
+        """The same timeline on a clock on which the first span starts at 0."""
+        spans, counters, zero = self.span_rows.copy(), self.counter_rows.copy(), self.start_ns
+        for column in ("start_ns", "end_ns"):
+            spans[column] -= zero
+        counters["at_ns"] -= zero
+        return replace(self, span_rows=spans, counter_rows=counters)
 
     def _span(self, row: tuple[Any, ...]) -> Span:
         start, end, step, chip, instr, microbatch, lane, kind, name, nbytes, flops = row
@@ -259,22 +247,9 @@ class Recorder:
         self._texts: dict[str, int] = {}
         self._spans, self._flows, self._counters = array("q"), array("q"), array("q")
 
-    def span(
-        self,
-        *,
-        step: int,
-        chip: int,
-        lane: Lane,
-        kind: str,
-        name: str,
-        instr: int,
-        start_ns: int,
-        end_ns: int,
-        nbytes: int = 0,
-        flops: int = 0,
-        microbatch: int = NONE,
-    ) -> None:
+    def span(self, span: Span) -> None:
         """Note one finished piece of work."""
+        step, chip, lane, kind, name, instr, start_ns, end_ns, nbytes, flops, microbatch = span
         texts = self._texts
         kind_id = texts.setdefault(kind, len(texts))
         name_id = texts.setdefault(name, len(texts))
@@ -283,21 +258,13 @@ class Recorder:
             (start_ns, end_ns, step, chip, instr, microbatch, code, kind_id, name_id, nbytes, flops)
         )
 
-    def flow(
-        self,
-        *,
-        step: int,
-        microbatch: int,
-        source_chip: int,
-        source_instr: int,
-        target_chip: int,
-        target_instr: int,
-    ) -> None:
-        """Note that this send feeds that recv (either side may say so, or both)."""
-        self._flows.extend((step, microbatch, source_chip, source_instr, target_chip, target_instr))
+    def flow(self, flow: Flow) -> None:
+        """Note that a send feeds a recv (either side may say so, or both)."""
+        self._flows.extend(flow)
 
-    def counter(self, *, step: int, chip: int, name: str, at_ns: int, nbytes: int) -> None:
-        """Note how many bytes `name` holds from now on."""
+    def counter(self, counter: Counter) -> None:
+        """Note how many bytes something holds from now on."""
+        step, chip, name, at_ns, nbytes = counter
         name_id = self._texts.setdefault(name, len(self._texts))
         self._counters.extend((at_ns, step, chip, name_id, nbytes))
 
@@ -311,24 +278,6 @@ class Recorder:
             _packed(self._flows, FLOW_ROW),
             _packed(self._counters, COUNTER_ROW),
         )
-
-
-def merge(parts: Sequence[tuple[Timeline, int]]) -> Timeline:
-    """One timeline from several actors' parts, each with the nanoseconds to add to its clock.
-
-    The result does not depend on the order of the parts; flows named by both ends appear once. Raises
-    ValueError for no part, parts of different origin, or two names for one chip.
-    """
-    if len({part.origin for part, _ in parts}) != 1:
-        raise ValueError("merge needs at least one timeline, and all of one origin")
-    chips: dict[int, str] = {}
-    for chip, name in (pair for part, _ in parts for pair in part.chips):
-        if chips.setdefault(chip, name) != name:
-            raise ValueError(f"chip {chip} is called {chips[chip]!r} in one part and {name!r} in another")
-    texts = tuple(sorted({text for part, _ in parts for text in part.texts}))
-    shifted = [_reworded(part.shifted(offset), texts) for part, offset in parts]
-    rows = (np.concatenate(group) for group in zip(*shifted, strict=True))
-    return _canonical(parts[0][0].origin, chips, texts, *rows)
 
 
 def group_ids(*columns: NDArray[Any]) -> Ints:
@@ -365,28 +314,20 @@ def _canonical(
     counters: Rows,
 ) -> Timeline:
     """Sort rows and texts, drop unused texts and repeated flows, name every chip."""
-    used = np.unique(
-        np.concatenate([spans["kind"], spans["name"], counters["name"]]).astype(np.int64)
-    ).tolist()
-    words = tuple(sorted(texts[code] for code in used))
-    timeline = Timeline(origin, (), texts, spans, flows, counters)
-    spans, flows, counters = (_sorted(rows) for rows in _reworded(timeline, words))
+    used = np.unique(np.concatenate([spans["kind"], spans["name"], counters["name"]]).astype(np.int64))
+    words = tuple(sorted(texts[code] for code in used.tolist()))
+    position = {word: code for code, word in enumerate(words)}
+    table = np.array([position.get(text, 0) for text in texts], dtype=np.int64)
+    spans, counters = spans.copy(), counters.copy()
+    if len(table):
+        spans["kind"], spans["name"] = table[spans["kind"]], table[spans["name"]]
+        counters["name"] = table[counters["name"]]
+    spans, flows, counters = map(_sorted, (spans, flows, counters))
     flows = flows[np.concatenate([[True], flows[1:] != flows[:-1]])] if len(flows) else flows
     seen = [spans["chip"], counters["chip"], flows["source_chip"], flows["target_chip"]]
     numbers = sorted({*chips, *np.unique(np.concatenate(seen)).tolist()})
     names = tuple((chip, chips.get(chip, f"chip {chip}")) for chip in numbers)
     return Timeline(origin, names, words, spans, flows, counters)
-
-
-def _reworded(timeline: Timeline, words: tuple[str, ...]) -> tuple[Rows, Rows, Rows]:
-    """The rows with text codes that point into `words`."""
-    position = {word: code for code, word in enumerate(words)}
-    table = np.array([position.get(text, 0) for text in timeline.texts], dtype=np.int64)
-    spans, counters = timeline.span_rows.copy(), timeline.counter_rows.copy()
-    if len(table):
-        spans["kind"], spans["name"] = table[spans["kind"]], table[spans["name"]]
-        counters["name"] = table[counters["name"]]
-    return spans, timeline.flow_rows, counters
 
 
 def _sorted(rows: Rows) -> Rows:

@@ -23,8 +23,8 @@ from orchestrator.config.hardware.cluster_file import cluster_path, load_cluster
 from orchestrator.config.job_file import Job, load_job
 from orchestrator.planning.plan_choice import choose_plan
 from orchestrator.planning.preparation import Quiet, make_program
-from orchestrator.runners.executing.chip import Settings, whole_parameters
-from orchestrator.runners.executing.inline import InlineRunner
+from orchestrator.runners.executing.chip import Settings, module_values, whole_parameters
+from orchestrator.runners.executing.chip_set import ChipSet
 from orchestrator.runners.runner import StepRequest, num_workers
 from orchestrator.runs.data import split_batch
 from partitioner.capture.graph_units import capture_graph
@@ -44,7 +44,7 @@ class DistributedStep:
         self.model, self.optimizer, self.cluster = model, optimizer, cluster
         self.plan, self.loss_fn, self.clip_norm = plan, loss_fn, clip_norm
         self.program: Program | None = None
-        self._runner: InlineRunner | None = None
+        self._runner: ChipSet | None = None
         self._values: dict[str, torch.Tensor] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
 
@@ -82,7 +82,7 @@ class DistributedStep:
                         param.copy_(trained[name].view(param.shape))
         return self.model
 
-    def _ready(self, batch: Mapping[str, torch.Tensor]) -> InlineRunner:
+    def _ready(self, batch: Mapping[str, torch.Tensor]) -> ChipSet:
         """The runner; a batch must look like the first one, whose counts are part of the Program."""
         if self._runner is None:
             return self._start(batch)
@@ -92,7 +92,7 @@ class DistributedStep:
                             "keep batches of one size (drop or fill up the last)")  # fmt: skip
         return self._runner
 
-    def _start(self, batch: Mapping[str, torch.Tensor]) -> InlineRunner:
+    def _start(self, batch: Mapping[str, torch.Tensor]) -> ChipSet:
         samples = _num_samples(batch)
         num_params = sum(p.numel() for p in self.model.parameters())
         plan = self.plan or choose_plan(_any_job(samples), self.cluster, num_params)
@@ -105,7 +105,7 @@ class DistributedStep:
         self.plan = plan
         self.program = self._program(batch, plan, samples)
         settings = Settings(_factory(self.optimizer), self.clip_norm)
-        self._runner = InlineRunner(self.program, settings, num_workers(self.cluster))
+        self._runner = ChipSet(self.program, settings, num_workers(self.cluster))
         self._runner.load(self._values.__getitem__)
         self._shapes = {name: tuple(value.shape) for name, value in batch.items()}
         return self._runner
@@ -124,8 +124,7 @@ class DistributedStep:
             loss_fn=self.loss_fn, frozen=frozenset(names), min_units=plan.pp,
         )  # fmt: skip
         program = make_program(graph, plan, shape, Quiet())
-        self._values = {f"params:{k}": v.detach() for k, v in self.model.named_parameters()}
-        self._values |= {f"buffer:{k}": v for k, v in self.model.named_buffers()}
+        self._values = module_values(self.model)
         return program
 
 

@@ -17,7 +17,7 @@ from comms.units import format_scaled, format_seconds
 from orchestrator.config.hardware.cluster import Cluster, Device
 from orchestrator.config.job_file import Job
 from orchestrator.planning.preparation import Prepared, build_model, prepare
-from orchestrator.runners.failure import Interrupted, RunState, StopAtOnce, in_run
+from orchestrator.runners.failure import RunEnd, interrupted
 from orchestrator.runners.timing.prediction import simulate
 from orchestrator.runs import metrics, run_dir
 from orchestrator.runs.data import NUM_BYTES, baseline_losses, load_data
@@ -125,7 +125,7 @@ def _launch(cluster: Cluster, kind: RunnerKind) -> "Launch":
         from orchestrator.runners.on_ray.ray_launch import RayLaunch
 
         return RayLaunch(cluster)
-    from orchestrator.runners.executing.inline import InlineLaunch
+    from orchestrator.runners.executing.chip_set import InlineLaunch
 
     return InlineLaunch(cluster)
 
@@ -137,13 +137,13 @@ def _write_inputs(folder: RunDir, inputs: Inputs, prepared: Prepared, kind: Runn
 
 
 def _load_parameters(training: Training, console: Console) -> None:
+    from orchestrator.runners.executing.chip import module_values
+
     job = training.prepared.job
     with console.phase("load parameters"):
         model = build_model(job, "cpu")
         _require_bytes(model, job)
-        values = {f"params:{k}": v.detach() for k, v in model.module.named_parameters()}
-        values |= {f"buffer:{k}": v for k, v in model.module.named_buffers()}
-        training.runner.load(values.__getitem__)
+        training.runner.load(module_values(model.module).__getitem__)
 
 
 def _restored(training: Training, console: Console) -> TrainingProgress:
@@ -175,7 +175,7 @@ def _stopping() -> Iterator[threading.Event]:
     before = signal.getsignal(signal.SIGINT)
 
     def ask(number: int, frame: FrameType | None) -> None:
-        if isinstance(in_run(RunState(0, 0, interrupts=int(stop.is_set())), Interrupted()), StopAtOnce):
+        if interrupted(2 if stop.is_set() else 1) is RunEnd.AT_ONCE:
             signal.default_int_handler(number, frame)
         stop.set()
 

@@ -10,14 +10,14 @@ from dataclasses import dataclass, field
 from comms.errors import RunError
 from kernels.optimizers import StepStatistics
 from orchestrator.planning.preparation import Prepared
-from orchestrator.runners.failure import Decision, GoOn, NotFinite, RunState, SaveAndStop, StepEnded, in_run
+from orchestrator.runners.failure import not_finite
 from orchestrator.runners.runner import Batches, ExecutedStep, StepRequest, TensorRunner
 from orchestrator.runners.timing.prediction import SimulationResult
 from orchestrator.runners.timing.step_costs import NS_PER_S
 from orchestrator.runs import checkpoint
 from orchestrator.runs.data import TokenData, split_batch
 from orchestrator.runs.learning_rate import learning_rate
-from orchestrator.runs.metrics import MetricsWriter, eta_s
+from orchestrator.runs.metrics import eta_s, metrics_writer
 from orchestrator.runs.run_dir import RunDir
 from orchestrator.views.training_view import StepLine
 
@@ -58,15 +58,14 @@ class Training:
     ) -> None:
         """Train from `progress.step` to the job's last step, or to the step at whose end `is_stopping()`; then save."""
         job = self.prepared.job
-        with MetricsWriter(self.run_dir.metrics) as metrics:
+        with metrics_writer(self.run_dir.metrics) as write:
             while progress.step < job.steps and not progress.was_interrupted:
                 line = self._step(progress)
-                metrics.write(self._record(line))
+                write(self._record(line))
                 show(line)
                 if _is_due(progress.step, job.checkpoints.every):
                     self.save(progress.step)
-                asked = RunState(progress.step, job.steps, interrupts=int(is_stopping()))
-                progress.was_interrupted = not isinstance(in_run(asked, StepEnded()), GoOn)
+                progress.was_interrupted = is_stopping() and progress.step < job.steps
         self.save(progress.step)
 
     def _step(self, progress: TrainingProgress) -> StepLine:
@@ -77,7 +76,9 @@ class Training:
         result = self.runner.run(StepRequest("step", self._lr(step), batches, measure=measure))
         assert result.stats is not None
         if not result.stats.is_finite:
-            self._carry_out(step, in_run(RunState(step, job.steps), NotFinite(self._cause(step, batches))))
+            error = not_finite(step + 1, self._cause(step, batches))
+            self.save(step)
+            raise error
         progress.step = step + 1
         progress.losses.append((progress.step, result.stats.loss))
         progress.step_seconds.append(result.step_ns / NS_PER_S)
@@ -95,12 +96,6 @@ class Training:
         """Run the same step again looking at every result: the optimizer has skipped it, so nothing has changed."""
         found = self.runner.run(StepRequest("step", self._lr(step), batches, check=True)).first_bad
         return found[1] if found else None
-
-    def _carry_out(self, step: int, decision: Decision) -> None:
-        if isinstance(decision, SaveAndStop):
-            self.save(step)
-            if decision.error is not None:
-                raise decision.error
 
     def validate(self) -> float:
         """Mean loss per token over the job's validation batches."""

@@ -9,11 +9,12 @@ from pathlib import Path
 
 from comms.units import DASH, format_percent, format_scaled, format_seconds
 from orchestrator.config.hardware.cluster import Cluster, Device
+from orchestrator.runners.runner import measured_timeline
 from orchestrator.runners.timing.step_costs import NS_PER_S
 from orchestrator.runs import metrics
 from orchestrator.runs.accuracy import Accuracy, Basis, Pair, compare
 from orchestrator.runs.disk import write_whole
-from orchestrator.runs.timeline import Origin, Timeline, merge
+from orchestrator.runs.timeline import Origin, Timeline
 from orchestrator.verbs.training import Training, TrainingProgress
 from orchestrator.views.console import Table, pairs
 from orchestrator.views.perfetto import trace_gz
@@ -80,11 +81,11 @@ def _write_timelines(training: Training, progress: TrainingProgress) -> Accuracy
     """What was predicted beside what was measured, if only before the run was resumed; None where no step was."""
     folder, result = training.run_dir, training.predicted
     basis = basis_of(training.prepared.cluster)
-    predicted, timelines = result.timeline(), []
-    for step, each in progress.measured.items():
-        if (timeline := each.timeline(step)) is not None:
-            timelines.append((timeline, 0))
-    measured = merge(timelines).from_zero() if timelines else folder.read_timeline(Origin.MEASURED)
+    predicted, program = result.timeline(), training.prepared.program
+    marks = {step: each.marks for step, each in progress.measured.items() if each.marks}
+    measured = (
+        measured_timeline(program, marks).from_zero() if marks else folder.read_timeline(Origin.MEASURED)
+    )
     folder.write_timeline(predicted)
     if measured is not None:
         folder.write_timeline(measured)

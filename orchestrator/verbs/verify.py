@@ -21,9 +21,9 @@ from orchestrator.verbs.inputs.planned_inputs import resolve
 from orchestrator.verbs.plan import parameter_bytes, step_flops
 from orchestrator.verbs.verify_runs import (
     Trajectory,
+    copied_values,
     first_difference,
     make_batches,
-    module_values,
     on_one_chip,
     planned_run,
     reference_run,
@@ -143,7 +143,7 @@ def _within(own: RelativeErrors, noise: RelativeErrors) -> bool:
 def _proof(prepared: Prepared) -> tuple[RelativeErrors, str | None]:
     job = prepared.job
     model = build_model(job, "cpu")
-    values, batches = module_values(model), make_batches(model, job, STEPS)
+    values, batches = copied_values(model), make_batches(model, job, STEPS)
     planned = planned_run(prepared, values, batches)
     errors = compare(planned, reference_run(model, job, batches), GRAD_FLOOR)
     if errors.worst <= TOLERANCE:
@@ -156,7 +156,7 @@ def _own_dtype(cluster: Cluster, job: Job, plan: Plan) -> tuple[RelativeErrors, 
     """(plan against one chip, largest difference between one chip and itself re-ordered)."""
     prepared = prepare(cluster, job, plan)
     model = build_model(job, "cpu")
-    values, batches = module_values(model), make_batches(model, job, STEPS)
+    values, batches = copied_values(model), make_batches(model, job, STEPS)
     planned = planned_run(prepared, values, batches)
     plain = reference_run(model, job, batches)
     noises = []

@@ -14,8 +14,8 @@ from kernels.reference import interpret_segment
 from orchestrator.config.job_file import Dtype, Job
 from orchestrator.models.model_builder import BuiltModel
 from orchestrator.planning.preparation import Prepared, optimizer_factory, prepare
-from orchestrator.runners.executing.chip import ExecutingChip, op_codes, whole_tensors
-from orchestrator.runners.executing.inline import InlineRunner, chip_settings
+from orchestrator.runners.executing.chip import ExecutingChip, module_values, op_codes, whole_tensors
+from orchestrator.runners.executing.chip_set import ChipSet, chip_settings
 from orchestrator.runners.runner import StepRequest
 from orchestrator.runs.data import split_batch
 from orchestrator.runs.learning_rate import learning_rate
@@ -103,8 +103,8 @@ def planned_run(prepared: Prepared, values: Tensors, batches: Sequence[Tensors])
         assert stats is not None
         losses.append(stats.loss)
         if step == 0:
-            gradients = whole_tensors(prepared.program, TensorKind.GRAD, runner.chip_set.buffer)
-    parameters = whole_tensors(prepared.program, TensorKind.PARAM, runner.chip_set.buffer)
+            gradients = whole_tensors(prepared.program, TensorKind.GRAD, runner.buffer)
+    parameters = whole_tensors(prepared.program, TensorKind.PARAM, runner.buffer)
     return Trajectory(tuple(losses), gradients, parameters)
 
 
@@ -116,17 +116,16 @@ def on_one_chip(prepared: Prepared) -> Prepared:
     return prepare(prepared.cluster.take(1), prepared.job, one)
 
 
-def loaded_runner(prepared: Prepared, values: Tensors) -> InlineRunner:
+def loaded_runner(prepared: Prepared, values: Tensors) -> ChipSet:
     """The plan's chips with the given parameters and buffers."""
-    runner = InlineRunner(prepared.program, chip_settings(prepared), 1)
+    runner = ChipSet(prepared.program, chip_settings(prepared))
     runner.load(values.__getitem__)
     return runner
 
 
-def module_values(model: BuiltModel) -> dict[str, torch.Tensor]:
+def copied_values(model: BuiltModel) -> dict[str, torch.Tensor]:
     """Copies of a module's parameters and buffers, as chips ask for them."""
-    values = {f"params:{k}": v.detach().clone() for k, v in model.module.named_parameters()}
-    return values | {f"buffer:{k}": v.clone() for k, v in model.module.named_buffers()}
+    return {name: value.clone() for name, value in module_values(model.module).items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,7 +205,7 @@ def _observe(
                     value.clone(),
                 )
 
-    for chip in runner.chip_set.chips.values():
+    for chip in runner.chips.values():
         chip.observer = observer
     runner.run(StepRequest("step", lr, split_batch(batch, prepared.plan)))
 

@@ -1,1 +1,1 @@
-"""Capture: any PyTorch module becomes one graph of operators, cut into units, with its loss as sum and count."""
+"""Capture: any PyTorch module becomes one graph of operators, cut into units, with its loss and its tp styles."""

@@ -27,8 +27,8 @@ from partitioner.capture.captured_graph import (
     template_flops,
 )
 from partitioner.capture.exact_float64 import ExactFloat64
+from partitioner.capture.tp_styles import param_styles
 from partitioner.capture.tracing import Captured, LossFunction, ModuleCall, trace_module
-from partitioner.layout.tp_styles import param_styles
 
 
 class Dependence(IntEnum):

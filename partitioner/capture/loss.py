@@ -9,7 +9,7 @@ weight: sum = loss x samples, count = samples; `rewrite` says which rule it used
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Node
 
 from comms.errors import CaptureError
@@ -113,14 +113,11 @@ def _elementwise(graph: torch.fx.Graph, core: Node) -> tuple[Node, Node]:
 def _call(graph: torch.fx.Graph, target: torch._ops.OpOverload, *args: Any, **options: Any) -> Node:
     node = graph.call_function(target, args, options)
     values = [arg.meta["val"] if isinstance(arg, Node) else arg for arg in args]
-    with _fake_mode(graph):
+    made = next(iter(graph.nodes)).meta[
+        "val"
+    ]  # a placeholder's: constants inside the graph may be real tensors
+    assert isinstance(made, FakeTensor)
+    with made.fake_mode:
         node.meta["val"] = target(*values, **options)
     node.meta["index"] = END
     return node
-
-
-def _fake_mode(graph: torch.fx.Graph) -> FakeTensorMode:
-    """The mode that made the placeholders (constants inside the graph may be real tensors)."""
-    value = next(iter(graph.nodes)).meta["val"]
-    assert isinstance(value, FakeTensor)
-    return value.fake_mode

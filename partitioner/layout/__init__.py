@@ -1,1 +1,1 @@
-"""Layout: the plan of degrees, the order of microbatches, and how each parameter and operator is cut over chips."""
+"""Layout: the plan of degrees, the order of microbatches, and how a unit is cut over chips."""

@@ -16,14 +16,16 @@ import torch
 import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from comms.errors import PartitionError
 from partitioner.capture.captured_graph import TORCH, Template
-from partitioner.layout import sharded_ops, tp_styles
+from partitioner.capture.tp_styles import shard_dim
+from partitioner.layout import sharded_ops
 from partitioner.layout.sharded_ops import is_cut
+from partitioner.program.program import TensorSpec
 
 aten = torch.ops.aten
 SPLITTING_VIEWS = {aten.view.default, aten.reshape.default, aten.unflatten.int}
@@ -68,7 +70,7 @@ def param_dims(template: Template) -> tuple[int | None, ...]:
     placeholders = [n for n in template.graph.graph.nodes if n.op == "placeholder"]
     dims: list[int | None] = []
     for param, style in zip(placeholders, template.tp_styles, strict=False):
-        found = {tp_styles.shard_dim(style, user, param) for user in param.users}
+        found = {shard_dim(style, user, param) for user in param.users}
         dims.append(found.pop() if len(found) == 1 else None)
     return tuple(dims)
 
@@ -84,13 +86,10 @@ def trace_joint(
     tp = mesh.size() if mesh else 1
     dims = [*dims, *[None] * (len(template.inputs) - len(dims))]  # what is no parameter is replicated
     with FakeTensorMode(allow_non_fake_inputs=True):
-        locals_ = [_local(spec, dim, tp) for spec, dim in zip(template.inputs, dims, strict=True)]
+        locals_ = [_empty(spec, dim, tp) for spec, dim in zip(template.inputs, dims, strict=True)]
         coordinate = torch.zeros((), dtype=torch.int64)
-        differentiable = [i for i, spec in enumerate(template.outputs) if spec.dtype.startswith(("f", "bf"))]
-        tangents = [
-            torch.empty(template.outputs[i].shape, dtype=TORCH[template.outputs[i].dtype])
-            for i in differentiable
-        ]
+        differentiable = [i for i, spec in enumerate(template.outputs) if spec.is_float]
+        tangents = [_empty(template.outputs[i]) for i in differentiable]
     wanted = _wanted(template, frozen, first)
 
     def joint(*flat: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -141,7 +140,7 @@ def _gradients(
     return torch.autograd.grad([o for o, _ in outputs], sources, [t for _, t in outputs], allow_unused=True)
 
 
-def _local(spec: Any, dim: int | None, tp: int) -> torch.Tensor:
+def _empty(spec: TensorSpec, dim: int | None = None, tp: int = 1) -> torch.Tensor:
     shape = list(spec.shape)
     if dim is not None:
         shape[dim] //= tp
@@ -151,7 +150,7 @@ def _local(spec: Any, dim: int | None, tp: int) -> torch.Tensor:
 def _wanted(template: Template, frozen: Sequence[bool], first: bool) -> list[int]:
     """Inputs that need gradients: trainable parameters, and activations unless nothing comes before them."""
     num_params, start = template.num_params, template.num_params + template.num_frees
-    floats = [spec.dtype.startswith(("f", "bf")) for spec in template.inputs]
+    floats = [spec.is_float for spec in template.inputs]
     params = [i for i in range(num_params) if floats[i] and not frozen[i]]
     activations = [] if first else [i for i in range(start, len(template.inputs)) if floats[i]]
     return params + activations
@@ -168,15 +167,11 @@ def _forward(
     if mesh is None:
         return list(interpreter.run(*inputs))
     placed = [
-        DTensor.from_local(x, mesh, [_placement(dim)], run_check=False)
+        DTensor.from_local(x, mesh, [Replicate() if dim is None else Shard(dim)], run_check=False)
         for x, dim in zip(inputs, dims, strict=True)
     ]
     # whole at the border, so that units can be cut apart without knowing how their neighbours are laid out
-    return [o.redistribute(placements=[Replicate()]).to_local() for o in interpreter.run(*placed)]
-
-
-def _placement(dim: int | None) -> Placement:
-    return Replicate() if dim is None else Shard(dim)
+    return [_whole(output) for output in interpreter.run(*placed)]
 
 
 class _Sharded(torch.fx.Interpreter):

@@ -7,7 +7,7 @@ Each takes the chip's coordinate as a tensor, so one trace serves every chip of 
 CPU flash attention has no DTensor rule; it gets one here: batch and heads may be cut.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -182,27 +182,21 @@ def coordinate_slices(coordinate: torch.Tensor) -> Iterator[None]:
         Shard._replicate_to_shard = original  # type: ignore[method-assign]
 
 
-def _attention_rule(*args: Any) -> list[Any]:
-    """(query, key, value, dropout, causal, *, mask, scale) -> (output, logsumexp)."""
-    rest = [None] * (len(args) - 3)
-    return [
-        ([Replicate(), Replicate()], [Replicate(), Replicate(), Replicate(), *rest]),
-        ([Shard(0), Shard(0)], [Shard(0), Shard(0), Shard(0), *rest]),
-        ([Shard(1), Shard(1)], [Shard(1), Shard(1), Shard(1), *rest]),
-    ]
+def _attention_rule(num_results: int, num_tensors: int) -> Callable[..., list[Any]]:
+    """Batch and heads may be cut, alike in every result and in the tensors, which come first among the arguments."""
 
+    def rule(*args: Any, **named: Any) -> list[Any]:
+        rest = [None] * (len(args) + len(named) - num_tensors)
+        cuts = (Replicate(), Shard(0), Shard(1))
+        return [([cut] * num_results, [cut] * num_tensors + rest) for cut in cuts]
 
-def _attention_backward_rule(*args: Any) -> list[Any]:
-    """(grad, query, key, value, output, logsumexp, dropout, causal, *, mask, scale) -> three gradients."""
-    rest = [None] * (len(args) - 6)
-    return [([cut] * 3, [cut] * 6 + rest) for cut in (Replicate(), Shard(0), Shard(1))]
+    return rule
 
 
 def register_attention_rules() -> None:
     """Teach DTensor the CPU flash attention operators (idempotent)."""
     forward = aten._scaled_dot_product_flash_attention_for_cpu.default
     backward = aten._scaled_dot_product_flash_attention_for_cpu_backward.default
-    register_sharding(forward)(
-        lambda q, k, v, *rest, **named: _attention_rule(q, k, v, *rest, *named.values())
-    )
-    register_sharding(backward)(lambda *args, **named: _attention_backward_rule(*args, *named.values()))
+    # query, key, value -> output, logsumexp; and grad with these five -> three gradients
+    register_sharding(forward)(_attention_rule(2, 3))
+    register_sharding(backward)(_attention_rule(3, 6))

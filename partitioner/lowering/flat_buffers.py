@@ -15,17 +15,13 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from partitioner.layout.parallel_plan import Plan
-from partitioner.lowering.role_builder import RoleBuilder
+from partitioner.lowering.stage import SCALAR, Losses, RoleBuilder
 from partitioner.program.program import CollectiveOp, Group, Reduction, TensorKind, TensorSpec, Update
 
 LOW_PRECISION = ("bf16", "f16")
-SCALAR = TensorSpec((), "f64")
 STATS = TensorSpec((3,), "f64")
 ALL = Group(("pp", "dp", "tp"))
 
-Losses: TypeAlias = (
-    tuple[int, int] | None
-)  # the tensors in which a role sums loss and count, if it makes the loss
 Terms: TypeAlias = Sequence[tuple[int, float]]  # scalars and their weights in a sum
 
 

@@ -15,14 +15,13 @@ from torch import nn
 from comms.errors import PartitionError
 from partitioner.capture.captured_graph import SHORT, Graph
 from partitioner.capture.graph_units import capture_graph
+from partitioner.capture.tp_styles import unfuse
 from partitioner.capture.tracing import LossFunction
 from partitioner.layout.joint_trace import param_dims, tensor_parallel_mesh, trace_joint
 from partitioner.layout.parallel_plan import Plan, balance
 from partitioner.layout.pipeline_schedules import Task
-from partitioner.layout.tp_styles import unfuse
 from partitioner.lowering.flat_buffers import (
     FlatGroup,
-    Losses,
     Param,
     emit_stats,
     emit_update,
@@ -30,8 +29,7 @@ from partitioner.lowering.flat_buffers import (
     reduce_gradients,
 )
 from partitioner.lowering.pieces import TracedUnit, split_joint
-from partitioner.lowering.role_builder import RoleBuilder, SegmentPool
-from partitioner.lowering.stage import StageContext, emit_stage
+from partitioner.lowering.stage import Losses, RoleBuilder, SegmentPool, StageContext, emit_stage
 from partitioner.program.instructions import named
 from partitioner.program.program import Call, Free, Program, Role, TensorSpec
 from partitioner.program.static_check import require_valid
@@ -163,11 +161,11 @@ def _role(
     role = RoleBuilder(stage, pool)
     groups = make_groups(role, _params(context, stage, undecayed), plan, states)
     trained = tuple(g for g in groups if not g.params[0].is_frozen)
-    finished = emit_stage(role, context)
+    losses, unit_ends = emit_stage(role, context)
     role.add_frees(("recv_forward", "forward", "send_forward", "recv_backward", "backward", "send_backward"))
-    started = _emit_last_backward(role, trained, plan, finished.unit_ends)
-    emit_update(role, trained, plan, finished.losses, started)
-    _emit_evaluation(role, plan, finished.losses)
+    started = _emit_last_backward(role, trained, plan, unit_ends)
+    emit_update(role, trained, plan, losses, started)
+    _emit_evaluation(role, plan, losses)
     return Role(stage, tuple(role.tensors), role.finished_bodies(), _schedules(role, plan))
 
 

@@ -67,12 +67,11 @@ class TracedUnit:
 
     Slots number the unit's values: first the inputs (params, frees, activations), the tp coordinate, the tangents,
     then everything else. `outputs` and `grads` are slots; a grad is None where nothing flows. `tangents[k]` is the
-    index of the output whose gradient slot `first_tangent + k` takes.
+    index of the output whose gradient slot `coordinate + 1 + k` takes.
     """
 
     specs: tuple[TensorSpec, ...]
     coordinate: int
-    first_tangent: int
     tangents: tuple[int, ...]
     forward: tuple[Piece, ...]
     backward: tuple[Piece, ...]
@@ -108,7 +107,6 @@ def split_joint(joint: Joint) -> TracedUnit:
     return TracedUnit(
         specs=tuple(numbering.specs),
         coordinate=joint.num_inputs,
-        first_tangent=joint.num_inputs + 1,
         tangents=joint.tangents,
         forward=forward_pieces,
         backward=backward_pieces,

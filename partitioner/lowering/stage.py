@@ -1,20 +1,159 @@
-"""One pipeline stage: forward and backward bodies from its units, with what crosses its borders.
+"""One pipeline stage while it is lowered: the tables of its role, and its forward and backward bodies.
 
-Assumed: values cross from earlier to later stages only. A value used in several later stages is sent to each; its
-gradient comes back from each and is added. Batch entries are loaded by every stage that needs them, never sent.
+`RoleBuilder` takes tensors and instructions as they come. From the stage's units it gets forward and backward, with
+what crosses the stage's borders. Assumed: values cross from earlier to later stages only. A value used in several later
+stages is sent to each; its gradient comes back from each and is added. Batch entries are loaded by every stage that
+needs them, never sent.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import count
+from typing import Any, TypeAlias
 
 from torch.fx import Node
 
 from partitioner.capture.captured_graph import Graph, Side, Unit, ancestors
 from partitioner.layout.parallel_plan import Plan
-from partitioner.lowering.flat_buffers import SCALAR, Losses
-from partitioner.lowering.pieces import TracedUnit, make_op
-from partitioner.lowering.role_builder import RoleBuilder
-from partitioner.program.program import Accumulate, Operation, Recv, Send, TensorKind
+from partitioner.lowering.pieces import Piece, SegmentPiece, TracedUnit, make_op
+from partitioner.program.instructions import named
+from partitioner.program.program import (
+    Accumulate,
+    Body,
+    Collective,
+    CollectiveOp,
+    Compute,
+    Free,
+    Group,
+    Instruction,
+    Operation,
+    Recv,
+    Reduction,
+    Segment,
+    Send,
+    Tensor,
+    TensorKind,
+    TensorSpec,
+    Wait,
+)
+
+SCALAR = TensorSpec((), "f64")
+# the tensors in which a role sums loss and count, if it makes the loss
+Losses: TypeAlias = tuple[int, int] | None
+
+
+@dataclass
+class SegmentPool:
+    """All segments of a Program; equal ones are stored once."""
+
+    segments: list[Segment] = field(default_factory=list)
+    known: dict[object, int] = field(default_factory=dict)
+
+    def add(
+        self, name: str, inputs: Sequence[TensorSpec], ops: Sequence[Operation], outputs: Sequence[int]
+    ) -> int:
+        """The number of this segment, new or known."""
+        key = (tuple(inputs), tuple(ops), tuple(outputs))
+        if key not in self.known:
+            self.known[key] = len(self.segments)
+            self.segments.append(Segment(len(self.segments), name, *key))
+        return self.known[key]
+
+
+@dataclass
+class RoleBuilder:
+    """Tensors and bodies of one stage; ids are positions in these tables."""
+
+    stage: int
+    pool: SegmentPool
+    tensors: list[Tensor] = field(default_factory=list)
+    by_name: dict[str, int] = field(default_factory=dict)
+    bodies: dict[str, list[Instruction]] = field(default_factory=dict)
+    numbers: Iterator[int] = field(default_factory=count)
+
+    def tensor(self, name: str, kind: TensorKind, spec: TensorSpec, **more: Any) -> int:
+        """Declare a tensor once; later calls with the same name return it."""
+        if name not in self.by_name:
+            self.by_name[name] = len(self.tensors)
+            self.tensors.append(Tensor(len(self.tensors), name, kind, spec, **more))
+        return self.by_name[name]
+
+    def spec(self, tensor: int) -> TensorSpec:
+        """Shape and dtype of a tensor."""
+        return self.tensors[tensor].spec
+
+    def body(self, name: str) -> None:
+        """Declare a body, which may stay empty."""
+        self.bodies.setdefault(name, [])
+
+    def emit(self, body: str, instruction: Instruction) -> None:
+        """Append with a fresh id."""
+        self.bodies.setdefault(body, []).append(replace(instruction, id=next(self.numbers)))
+
+    def compute(self, body: str, segment: int, reads: Sequence[int], writes: Sequence[int]) -> None:
+        """Emit a Compute."""
+        self.emit(body, Compute(0, segment, tuple(reads), tuple(writes)))
+
+    def wait(self, body: str, *tensors: int) -> None:
+        """Emit a Wait, if there is anything to wait for."""
+        if tensors:
+            self.emit(body, Wait(0, tensors))
+
+    def collective(
+        self, body: str, op: CollectiveOp, reduction: Reduction, group: Group, read: int, write: int
+    ) -> None:
+        """Emit a Collective from one tensor to another."""
+        self.emit(body, Collective(0, op, reduction, group, 0, (read,), (write,)))
+
+    def pieces(
+        self,
+        body: str,
+        name: str,
+        pieces: Sequence[Piece],
+        slots: dict[int, int],
+        specs: Sequence[TensorSpec],
+        prefix: str,
+    ) -> None:
+        """Emit a unit's pieces; `slots` maps its slots to tensors and gains those the pieces make."""
+        for piece in pieces:
+            for slot in piece.writes:
+                slots[slot] = self.tensor(f"{prefix}.{slot}", TensorKind.ACTIVATION, specs[slot])
+            reads, writes = [slots[s] for s in piece.reads], [slots[s] for s in piece.writes]
+            if isinstance(piece, SegmentPiece):
+                segment = self.pool.add(name, piece.inputs, piece.ops, piece.outputs)
+                self.compute(body, segment, reads, writes)
+            else:
+                self.collective(body, piece.op, piece.reduction, Group(("tp",)), *reads, *writes)
+                self.wait(body, *writes)
+
+    def simple(self, body: str, name: str, code: str, reads: Sequence[int], write: int) -> int:
+        """Emit a one-op segment whose operands are v0.. in the order of `reads`; returns `write`."""
+        inputs, out = [self.spec(r) for r in reads], self.spec(write)
+        nbytes = sum(spec.nbytes for spec in inputs)
+        op = Operation(code, (out,), False, sum(spec.numel for spec in inputs), nbytes, out.nbytes)
+        self.compute(body, self.pool.add(name, inputs, [op], [len(inputs)]), reads, [write])
+        return write
+
+    def add_frees(self, order: Sequence[str]) -> None:
+        """Insert a Free after the last use of every per-microbatch tensor, bodies taken in `order`."""
+        used_later: set[int] = set()
+        for name in (name for name in reversed(order) if name in self.bodies):
+            backwards: list[Instruction] = []
+            for instruction in reversed(self.bodies[name]):
+                due = {t for t in named(instruction) if self.tensors[t].is_per_microbatch} - used_later
+                if due:
+                    backwards.append(Free(next(self.numbers), tuple(sorted(due))))
+                backwards.append(instruction)
+                used_later |= due
+            self.bodies[name] = backwards[::-1]
+
+    def finished_bodies(self) -> tuple[Body, ...]:
+        """Bodies with instruction ids renumbered in order, as the text form shows them."""
+        numbers = count()
+        return tuple(
+            Body(name, tuple(replace(ins, id=next(numbers)) for ins in instructions))
+            for name, instructions in self.bodies.items()
+        )
 
 
 @dataclass(frozen=True)
@@ -43,20 +182,15 @@ class StageContext:
         )
 
 
-@dataclass
-class Finished:
-    """What later passes need: accumulated (loss, count), and the last backward instruction of every unit."""
+def emit_stage(role: RoleBuilder, context: StageContext) -> tuple[Losses, Mapping[int, int]]:
+    """Emit every per-microbatch body of `role`.
 
-    losses: Losses = None
-    unit_ends: dict[int, int] = field(default_factory=dict)
-
-
-def emit_stage(role: RoleBuilder, context: StageContext) -> Finished:
-    """Emit every per-microbatch body of `role`."""
+    Returns the tensors of accumulated (loss, count), and the last backward instruction of every unit.
+    """
     emitter = _StageEmitter(role, context)
     emitter.forward()
     emitter.backward()
-    return emitter.finished
+    return emitter.losses, emitter.unit_ends
 
 
 class _StageEmitter:
@@ -67,7 +201,8 @@ class _StageEmitter:
         self.values: dict[str, int] = {}
         self.slots: dict[int, dict[int, int]] = {}
         self.grads: dict[str, list[int]] = {}
-        self.finished = Finished()
+        self.losses: Losses = None
+        self.unit_ends: dict[int, int] = {}
 
     def forward(self) -> None:
         role = self.role
@@ -133,26 +268,24 @@ class _StageEmitter:
     def _unit_forward(self, index: int) -> None:
         unit, role = self.graph.units[index], self.role
         traced = self._traced(unit)
-        names = [role.by_name[p] for p in unit.params]
-        inputs = [*names, *(self.values[v] for v in (*unit.frees, *unit.activations))]
-        slots = dict(enumerate(inputs))
-        slots[traced.coordinate] = self._coordinate(traced)
+        params = [role.by_name[p] for p in unit.params]
+        slots = dict(enumerate([*params, *(self.values[v] for v in (*unit.frees, *unit.activations))]))
+        at = traced.coordinate
+        slots[at] = role.tensor(
+            "coordinate.tp", TensorKind.COORDINATE, traced.specs[at], source="coordinate:tp"
+        )
         role.pieces("forward", unit.name, traced.forward, slots, traced.specs, f"u{index}")
         for value, slot in zip(unit.outputs, traced.outputs, strict=True):
             self.values[value] = slots[slot]
             role.tensors[slots[slot]] = replace(role.tensors[slots[slot]], source=f"value:{value}")
         self.slots[index] = slots
 
-    def _coordinate(self, traced: TracedUnit) -> int:
-        spec = traced.specs[traced.coordinate]
-        return self.role.tensor("coordinate.tp", TensorKind.COORDINATE, spec, source="coordinate:tp")
-
     def _accumulate_loss(self) -> None:
         role = self.role
         sums = tuple(role.tensor(f"step.{name}", TensorKind.SCALAR, SCALAR) for name in ("loss", "count"))
         made = (self.values[self.graph.loss], self.values[self.graph.count])
         role.emit("forward", Accumulate(0, made, sums))
-        self.finished.losses = (sums[0], sums[1])
+        self.losses = (sums[0], sums[1])
 
     def backward(self) -> None:
         role = self.role
@@ -161,13 +294,13 @@ class _StageEmitter:
         for index in reversed(self.units):
             self._unit_backward(index)
         for value in self._arrivals():
-            if self._is_differentiable(value):
+            if self.graph.specs[value].is_float:
                 role.emit("send_backward", Send(0, self._tangent(value), self.context.producer(value)))
 
     def _receive_gradients(self) -> None:
         role, received = self.role, []
         for value, stage in self._departures():
-            if self._is_differentiable(value):
+            if self.graph.specs[value].is_float:
                 name = f"grad.{value}.from{stage}"
                 tensor = role.tensor(name, TensorKind.ACTIVATION, self.graph.specs[value])
                 role.emit("recv_backward", Recv(0, tensor, stage))
@@ -175,14 +308,11 @@ class _StageEmitter:
                 received.append(tensor)
         role.wait("backward", *received)
 
-    def _is_differentiable(self, value: str) -> bool:
-        return self.graph.specs[value].dtype in ("f64", "f32", "f16", "bf16")
-
     def _unit_backward(self, index: int) -> None:
         unit, role = self.graph.units[index], self.role
         traced, slots = self._traced(unit), self.slots[index]
-        for position, output in enumerate(traced.tangents):
-            slots[traced.first_tangent + position] = self._tangent(unit.outputs[output])
+        for slot, output in enumerate(traced.tangents, traced.coordinate + 1):
+            slots[slot] = self._tangent(unit.outputs[output])
         role.pieces("backward", f"{unit.name}.backward", traced.backward, slots, traced.specs, f"b{index}")
         reads, writes = [], []
         for source, slot in traced.grads:
@@ -196,7 +326,7 @@ class _StageEmitter:
                 self.grads.setdefault(value, []).append(slots[slot])
                 role.tensors[slots[slot]] = replace(role.tensors[slots[slot]], source=f"grad:{value}:{index}")
         role.emit("backward", Accumulate(0, tuple(reads), tuple(writes)))
-        self.finished.unit_ends[index] = role.bodies["backward"][-1].id
+        self.unit_ends[index] = role.bodies["backward"][-1].id
 
     def _tangent(self, value: str) -> int:
         """The gradient flowing into an output: the seed for the loss, else the sum of what its users sent."""

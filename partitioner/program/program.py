@@ -75,6 +75,10 @@ class TensorSpec:
     dtype: str
 
     @property
+    def is_float(self) -> bool:
+        return self.dtype.startswith(("f", "bf"))
+
+    @property
     def numel(self) -> int:
         return prod(self.shape)
 
@@ -265,7 +269,6 @@ class Update:
     """
 
     FORM: ClassVar = "update {param} grad={grad} stats={stats} target={target} {decay}"
-    HINT: ClassVar = "expected 'update t1 grad=t2 stats=t3 target=t1 decay' (or no_decay)"
     id: int
     param: Annotated[int, Holds.CHANGED]
     grad: Annotated[int, Holds.READ]

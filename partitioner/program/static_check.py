@@ -31,7 +31,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 
 from comms.errors import ProgramError
 from partitioner.program.instructions import named, reads, writes
@@ -49,7 +49,7 @@ from partitioner.program.program import (
     TensorKind,
     Wait,
 )
-from partitioner.program.structure import Finding, InstructionPlace, Rule, check_structure, representative
+from partitioner.program.structure import Finding, InstructionPlace, check_structure, representative
 
 MOST_FINDINGS = 50  # later ones mostly follow from earlier ones
 START = "start"
@@ -60,12 +60,8 @@ ABSENT, LIVE, FREED = "never written", "live", "freed"
 def check_program(program: Program) -> tuple[Finding, ...]:
     """All findings (the first 50), the most basic first; empty if the Program is valid."""
     structure = tuple(islice(check_structure(program), MOST_FINDINGS))
-    return structure or tuple(islice(_execution(program), MOST_FINDINGS))
-
-
-def _execution(program: Program) -> Iterator[Finding]:
-    yield from check_lifetimes(program)
-    yield from check_rendezvous(program)
+    execution = chain(check_lifetimes(program), check_rendezvous(program))
+    return structure or tuple(islice(execution, MOST_FINDINGS))
 
 
 def require_valid(program: Program) -> None:
@@ -132,7 +128,7 @@ class _RoleLifetimes:
             owner, problem = left[tensor]
             instance = f"t{tensor}" if owner is None else f"t{tensor} of microbatch {owner}"
             said = f"{instance} {problem} by the end of schedule {name}"
-            yield self._last_use(tensor, calls, owner).finding(Rule.LIFETIME, said)
+            yield self._last_use(tensor, calls, owner).finding(said)
 
     def _last_use(self, tensor: int, calls: Sequence[Call], owner: int | None) -> InstructionPlace:
         return next(
@@ -164,7 +160,7 @@ class _BodyLifetimes:
     def body(self, body: Body, call: Call) -> Iterator[Finding]:
         for ins in body.instructions:
             for problem in self._execute(ins):
-                yield InstructionPlace(self.along.chip, self.role, call, ins).finding(Rule.LIFETIME, problem)
+                yield InstructionPlace(self.along.chip, self.role, call, ins).finding(problem)
 
     def _execute(self, ins: Instruction) -> Iterable[str]:
         if isinstance(ins, Wait):
@@ -289,7 +285,7 @@ class _Rendezvous:
             theirs = self._terms(chip, post)
             if theirs != mine:
                 problem = f"{theirs} meets {mine} of {self._place(first, one)}"
-                yield self._place(chip, post).finding(Rule.COMMUNICATION, problem)
+                yield self._place(chip, post).finding(problem)
 
     def _terms(self, chip: int, post: Post) -> str:
         """What the parties of a communication must agree on."""
@@ -318,7 +314,7 @@ class _Rendezvous:
             for chip, post in posts.items():
                 who = f"chip {self.chips[missing]} ({self.machines[missing].role.name})"
                 which = f"(number {key.number} of its channel) in schedule {self.schedule}"
-                yield self._place(chip, post).finding(Rule.COMMUNICATION, f"{who} never joins {which}")
+                yield self._place(chip, post).finding(f"{who} never joins {which}")
 
     def _needs(self, chip: int) -> list[tuple[int, Post]]:
         """Chips that this one waits for, with the post of its own that they leave unanswered."""
@@ -338,7 +334,7 @@ class _Rendezvous:
             joined = f"chip {self.chips[following]} to join instruction {post.instruction.id}"
             steps.append(f"{where} waits for {joined}")
         problem = f"wait cycle in schedule {self.schedule}: " + "; ".join(steps)
-        return waits[0].finding(Rule.COMMUNICATION, problem)
+        return waits[0].finding(problem)
 
     def _waiting(self, chip: int) -> InstructionPlace:
         """The Wait that a chip has come to."""

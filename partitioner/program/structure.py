@@ -6,7 +6,6 @@ before, segments fit the tensors they are called with, collectives fit the size 
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 from math import prod
 from typing import Any, NamedTuple
 
@@ -33,26 +32,15 @@ from partitioner.program.program import (
 STATS_SHAPE = (3,)
 
 
-class Rule(StrEnum):
-    """The family of rules that a finding is about."""
-
-    STRUCTURE = "structure"  # tables, ids, shapes
-    LIFETIME = "lifetime"  # reads, writes and frees in order
-    COMMUNICATION = "communication"  # every communication takes place, and its parties agree
-
-
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One broken rule. `chip` stands for all chips of its role; `instruction` is its id in that role."""
+    """One broken rule, and where: a chip stands for all chips of its role."""
 
-    rule: Rule
     where: str
     problem: str
-    chip: int | None = None
-    instruction: int | None = None
 
     def __str__(self) -> str:
-        return f"{self.where}: {self.problem}" if self.where else self.problem
+        return f"{self.where}: {self.problem}"
 
 
 class InstructionPlace(NamedTuple):
@@ -68,9 +56,9 @@ class InstructionPlace(NamedTuple):
         said = f"instruction {self.instruction.id} '{instruction_text(self.instruction)}'"
         return f"chip {self.chip} ({self.role.name}), {self.called}, {said}"
 
-    def finding(self, rule: Rule, problem: str) -> Finding:
+    def finding(self, problem: str) -> Finding:
         """What is wrong with the instruction."""
-        return Finding(rule, str(self), problem, self.chip, self.instruction.id)
+        return Finding(str(self), problem)
 
 
 def representative(program: Program, role: Role) -> int:
@@ -84,7 +72,7 @@ def check_structure(program: Program) -> Iterator[Finding]:
     yield from mesh
     for position, segment in enumerate(program.segments):
         for problem in _segment(position, segment):
-            yield Finding(Rule.STRUCTURE, f"segment {position}", problem)
+            yield Finding(f"segment {position}", problem)
     if mesh:
         return
     for role in program.roles:
@@ -106,7 +94,7 @@ def _mesh(program: Program) -> Iterator[Finding]:
     }
     for problem, holds in problems.items():
         if holds:
-            yield Finding(Rule.STRUCTURE, "program", problem)
+            yield Finding("program", problem)
 
 
 def _segment(position: int, segment: Segment) -> Iterator[str]:
@@ -137,7 +125,7 @@ class _Checked:
             *self._schedules(),
         ]
         for problem in before:
-            yield Finding(Rule.STRUCTURE, where, problem, self.chip)
+            yield Finding(where, problem)
         for body in self.role.bodies:
             yield from self._body(body)
 
@@ -175,7 +163,7 @@ class _Checked:
             outside = [t for t in named(ins) if not 0 <= t < count]
             problems = [f"t{outside[0]} does not exist"] if outside else self._instruction(ins)
             for problem in problems:
-                yield InstructionPlace(self.chip, self.role, body.name, ins).finding(Rule.STRUCTURE, problem)
+                yield InstructionPlace(self.chip, self.role, body.name, ins).finding(problem)
 
     def _instruction(self, ins: Instruction) -> Iterator[str]:
         problems = [

@@ -10,7 +10,7 @@ import torch
 from orchestrator.config.hardware.cluster_file import cluster_path, load_cluster
 from orchestrator.config.job_file import load_job
 from orchestrator.planning.preparation import Prepared, build_model, prepare
-from orchestrator.runners.executing.inline import InlineLaunch
+from orchestrator.runners.executing.chip_set import InlineLaunch
 from orchestrator.runners.runner import Launch, Runner, StepRequest, TensorRunner
 from orchestrator.runners.timing.prediction import SimulatedRunner
 from orchestrator.runs.data import split_batch

@@ -3,13 +3,16 @@
 import json
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import fields
 from typing import Any, NamedTuple
 
 import pytest
 
 from orchestrator import cli
+from orchestrator.runners.timing import simulated
+from orchestrator.runners.timing.simulated import SimulatedStep
+from orchestrator.runners.timing.step_costs import StepCosts
 from orchestrator.runs.timeline import Counter, Flow, Origin, Recorder, Span, Timeline
+from partitioner.program.program import Program
 
 
 class Ran(NamedTuple):
@@ -61,7 +64,28 @@ def timeline_of() -> Callable[..., Timeline]:
         recorder = Recorder(origin, chips)
         for note, values in ((recorder.span, spans), (recorder.flow, flows), (recorder.counter, counters)):
             for value in values:
-                note(**{each.name: getattr(value, each.name) for each in fields(value)})
+                note(value)
         return recorder.timeline()
 
     return make
+
+
+@pytest.fixture(scope="session")
+def timed_anew() -> Callable[[Program, StepCosts], SimulatedStep]:
+    """A simulated step of which no segment is recalled: each is timed again."""
+
+    class Forgetful(dict[Any, Any]):
+        def get(self, *_: object) -> None:
+            """Nothing is ever found."""
+
+    class Loop(simulated.StepLoop):
+        def __init__(self, *given: Any) -> None:
+            super().__init__(*given)
+            self.timed = Forgetful()
+
+    def time(program: Program, costs: StepCosts) -> SimulatedStep:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(simulated, "StepLoop", Loop)
+            return simulated.simulate_step(program, costs)
+
+    return time

@@ -1,14 +1,41 @@
-"""Toy Programs: a pipeline of small matrix multiplications, made by hand, for any degrees and schedule."""
+"""Toy Programs: a pipeline of small matrix multiplications, made by hand, for any degrees and schedule.
 
-from collections.abc import Callable
+They are written as text, so that a test can say in a line what it changes; `read_program` reads well-formed text.
+"""
+
+import json
+import re
+from collections import deque
+from collections.abc import Callable, Sequence
 
 import pytest
 from hypothesis import strategies as st
 
 from partitioner.layout.pipeline_schedules import PipelineSchedule
 from partitioner.lowering.lower import with_transfers
-from partitioner.program.program import Call, Program, TensorSpec
-from partitioner.program.program_text import from_text
+from partitioner.program.program import (
+    Accumulate,
+    Body,
+    Call,
+    Collective,
+    CollectiveOp,
+    Compute,
+    Free,
+    Group,
+    Instruction,
+    Operation,
+    Program,
+    Recv,
+    Reduction,
+    Role,
+    Segment,
+    Send,
+    Tensor,
+    TensorKind,
+    TensorSpec,
+    Update,
+    Wait,
+)
 
 SEGMENTS = """
 segment s0 forward
@@ -121,7 +148,144 @@ def toy_text(
 
 def toy_program(*degrees: int, schedule: PipelineSchedule = PipelineSchedule.ONE_F_ONE_B) -> Program:
     """`toy_text`, read: degrees are (pp, microbatches, dp, tp)."""
-    return from_text(toy_text(*degrees, schedule=schedule))
+    return read_program(toy_text(*degrees, schedule=schedule))
+
+
+TOKEN = re.compile(r'(?:[^\s"]|"(?:[^"\\]|\\.)*")+')
+CALL = re.compile(r'("(?:[^"\\]|\\.)*"|[^\s"()]+)\((\d+)\)')
+COSTS = re.compile(r"(.*) : (.*) flops=(\d+) read=(\d+) written=(\d+)")
+
+
+def read_program(text: str) -> Program:
+    """Inverse of `to_text`, for what it writes: text that is damaged fails somehow."""
+    lines = deque(line.strip() for line in text.split("\n") if line.strip())
+    assert lines.popleft() == "program v1"
+    axes = (word.split("=") for word in lines.popleft().split()[1:])
+    microbatches = int(lines.popleft().split()[1])
+    meta, segments, roles = [], [], []
+    while lines:
+        match TOKEN.findall(lines[0]):
+            case "meta", key, "=", *_:
+                meta.append((unword(key), json.loads(lines.popleft().partition(" = ")[2])))
+            case "segment", *_:
+                segments.append(read_segment(lines))
+            case _:
+                roles.append(read_role(lines))
+    sizes = tuple((axis, int(size)) for axis, size in axes)
+    return Program(sizes, microbatches, tuple(segments), tuple(roles), tuple(meta))
+
+
+def read_segment(lines: deque[str]) -> Segment:
+    _, number, name = TOKEN.findall(lines.popleft())
+    inputs, ops = [], []
+    while not lines[0].startswith("return"):
+        left, _, right = lines.popleft().partition(" : ")
+        if " = " in left:
+            value, _, costed = f"{left} : {right}".partition(" = ")
+            code, made, *costs = COSTS.fullmatch(costed).groups()
+            is_tuple = made.startswith("(")
+            specs = made.strip("()").split(", ") if made not in ("none", "()") else []
+            ops.append(Operation(code, tuple(map(read_spec, specs)), is_tuple, *map(int, costs)))
+        else:
+            value = left
+            inputs.append(read_spec(right))
+        assert number_in(value) == len(inputs) + len(ops) - 1
+    outputs = tuple(map(number_in, lines.popleft().split()[1:]))
+    return Segment(number_in(number), unword(name), tuple(inputs), tuple(ops), outputs)
+
+
+def read_role(lines: deque[str]) -> Role:
+    stage = int(lines.popleft().split()[1])
+    tensors, bodies, schedules = [], [], []
+    while lines and lines[0].startswith("t"):
+        tensors.append(read_tensor(*TOKEN.findall(lines.popleft())))
+    while lines and lines[0].startswith("body "):
+        name, instructions = unword(lines.popleft().removeprefix("body ")), []
+        while lines and lines[0][0].isdigit() and not is_calls(lines[0]):
+            number, *words = TOKEN.findall(lines.popleft())
+            instructions.append(read_instruction(int(number), *words))
+        bodies.append(Body(name, tuple(instructions)))
+    while lines and lines[0].startswith("schedule "):
+        head, *text = re.split(r"(?<=:)(?: |$)", lines.popleft().removeprefix("schedule "), maxsplit=1)
+        while lines and is_calls(lines[0]):
+            text.append(lines.popleft())
+        found = CALL.findall(" ".join(text))
+        calls = tuple(Call(unword(body), int(microbatch)) for body, microbatch in found)
+        schedules.append((unword(head[:-1]), calls))
+    return Role(stage, tuple(tensors), tuple(bodies), tuple(schedules))
+
+
+def is_calls(line: str) -> bool:
+    return CALL.sub("", line).strip() == ""
+
+
+def read_tensor(number: str, _: str, kind: str, name: str, __: str, spec: str, *more: str) -> Tensor:
+    options = dict(word.split("=", 1) for word in more)
+    cuts = (cut.split(":") for cut in options["shards"].split(",")) if "shards" in options else ()
+    return Tensor(
+        id=number_in(number), name=unword(name), kind=TensorKind(kind), spec=read_spec(spec),
+        shards=tuple((int(dim), axis) for dim, axis in cuts),
+        base=number_in(options["base"]) if "base" in options else None,
+        offset=int(options.get("offset", 0)), source=unword(options.get("source", "")),
+    )  # fmt: skip
+
+
+def read_instruction(number: int, verb: str, *words: str) -> Instruction:
+    """An instruction from the words of its line."""
+    arrow = words.index("->") if "->" in words else 0
+    match verb:
+        case "compute":
+            reads, writes = ids(words[1:arrow]), ids(words[arrow + 1 :])
+            return Compute(number, number_in(words[0]), reads, writes)
+        case "accumulate":
+            return Accumulate(number, ids(words[:arrow]), ids(words[arrow + 1 :]))
+        case "send":
+            return Send(number, number_in(words[0]), int(words[2]))
+        case "recv":
+            return Recv(number, number_in(words[0]), int(words[2]))
+        case "wait":
+            return Wait(number, ids(words))
+        case "free":
+            return Free(number, ids(words))
+        case "update":
+            param, grad, stats, target = (number_in(word.rpartition("=")[2]) for word in words[:4])
+            return Update(number, param, grad, stats, target, words[4] == "decay")
+    op, has_reduction = CollectiveOp(verb), words[0] in tuple(Reduction)
+    reduction = Reduction(words[0]) if has_reduction else Reduction.NONE
+    axes, _, stages = words[has_reduction].partition("@")
+    group = Group(
+        tuple(axes.split("*")) if axes != "-" else (), tuple(map(int, stages.split("+"))) if stages else ()
+    )
+    written = [word for word in words[arrow + 1 :] if word.startswith("t")]
+    dim = int(words[-1].removeprefix("dim=")) if words[-1].startswith("dim=") else 0
+    return Collective(number, op, reduction, group, dim, ids(words[has_reduction + 1 : arrow]), ids(written))
+
+
+def read_spec(text: str) -> TensorSpec:
+    dtype, _, sizes = text.removesuffix("]").partition("[")
+    return TensorSpec(tuple(map(int, sizes.split(","))) if sizes else (), dtype)
+
+
+def number_in(word: str) -> int:
+    return int(word[1:])
+
+
+def ids(words: Sequence[str]) -> tuple[int, ...]:
+    return tuple(map(number_in, words))
+
+
+def unword(text: str) -> str:
+    return str(json.loads(text)) if text.startswith('"') else text
+
+
+@pytest.fixture(scope="session", name="from_text")
+def reader_of_programs() -> Callable[[str], Program]:
+    return read_program
+
+
+@pytest.fixture(scope="session", name="read_instruction")
+def reader_of_instructions() -> Callable[..., Instruction]:
+    return read_instruction
 
 
 @pytest.fixture(scope="session")

@@ -33,7 +33,6 @@ from partitioner.program.program import (
     Update,
 )
 
-Clock = Callable[[], int]
 Observer = Callable[["ExecutingChip", Compute, int, Sequence[torch.Tensor], Sequence[torch.Tensor]], None]
 State = Mapping[str, torch.Tensor]
 Flat = Callable[[int, str], torch.Tensor]  # a buffer of a chip, by name
@@ -43,12 +42,11 @@ SCATTERED = ((0, "dp"),)  # a gradient that is another's shard
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What every chip needs besides the Program: optimizer, clipping, where tensors live, whose clock."""
+    """What every chip needs besides the Program: optimizer, clipping, where tensors live."""
 
     optimizer: Factory
     clip_norm: float | None
     device: str = "cpu"
-    clock: Clock = time.perf_counter_ns
 
 
 def op_codes(segment: Segment) -> list[OpCode]:
@@ -134,7 +132,7 @@ class ExecutingChip:
                 self.fixed[tensor.id] = whole.to(self.settings.device, TORCH[tensor.spec.dtype])
         for tensor in self.tensors:
             if tensor.kind is TensorKind.MASTER:
-                self._fixed(tensor.id).copy_(self.named(tensor.source))
+                self.value(tensor.id).copy_(self.named(tensor.source))
 
     def _cut(self, tensor: Tensor, whole: torch.Tensor) -> torch.Tensor:
         """This chip's shard; the whole may have to be seen in another shape first (see `unfuse`)."""
@@ -149,9 +147,10 @@ class ExecutingChip:
 
     def named(self, name: str) -> torch.Tensor:
         """A persistent tensor by name."""
-        return self._fixed(next(t.id for t in self.tensors if t.name == name))
+        return self.value(next(t.id for t in self.tensors if t.name == name))
 
-    def _fixed(self, tensor: int) -> torch.Tensor:
+    def value(self, tensor: int) -> torch.Tensor:
+        """A persistent tensor, which must be there."""
         value = self.fixed[tensor]
         assert value is not None, f"chip {self.index}: {self.tensors[tensor].name} has no value"
         return value
@@ -168,7 +167,7 @@ class ExecutingChip:
     def read(self, tensor: int, microbatch: int) -> torch.Tensor:
         """The current value of a tensor (of this microbatch)."""
         if not self.per_microbatch[tensor]:
-            return self._fixed(tensor)
+            return self.value(tensor)
         found = self.instances.get((tensor, microbatch))
         return self._batch(tensor, microbatch) if found is None else found
 
@@ -184,7 +183,7 @@ class ExecutingChip:
         if self.per_microbatch[tensor]:
             self.instances[tensor, microbatch] = value
         elif self.tensors[tensor].kind in ZERO_FILLED:
-            target = self._fixed(tensor)
+            target = self.value(tensor)
             if target.data_ptr() != value.data_ptr():
                 target.copy_(value)
         else:
@@ -198,7 +197,7 @@ class ExecutingChip:
         """Carry out the instructions of a run in order."""
         self.body = run.body.name
         for instruction in run.instructions:
-            start = self.settings.clock() if self.marks is not None else 0
+            start = time.perf_counter_ns() if self.marks is not None else 0
             match instruction:
                 case Compute():
                     self._compute(instruction, run.microbatch)
@@ -213,7 +212,7 @@ class ExecutingChip:
                 case _:
                     continue
             if self.marks is not None:
-                end = self.settings.clock()
+                end = time.perf_counter_ns()
                 place = (self.index, run.call, run.microbatch, instruction.id)
                 self.marks.append(Mark(*place, start, end, self._held_bytes()))
 
@@ -256,7 +255,7 @@ class ExecutingChip:
                 )
             into = later if target in self.touched else first
             self.touched.add(target)
-            into[0].append(self._fixed(target))
+            into[0].append(self.value(target))
             into[1].append(value if value.dtype == into[0][-1].dtype else value.to(into[0][-1].dtype))
         if first[0]:
             torch._foreach_copy_(*first)
@@ -270,24 +269,30 @@ class ExecutingChip:
 
     def _update(self, instruction: Update) -> None:
         if self.stats is None:
-            self.stats = self.statistics(self._fixed(instruction.stats))
+            self.stats = self.statistics(self.value(instruction.stats))
         if not self.stats.is_finite:
             return
         optimizer = self.optimizer(instruction)
         scale = self.stats.gradient_scale(self.settings.clip_norm)
-        optimizer.step(self._fixed(instruction.grad), scale, self.lr)
+        optimizer.step(self.value(instruction.grad), scale, self.lr)
         if instruction.target != instruction.param:
-            self._fixed(instruction.target).copy_(self._fixed(instruction.param))
+            self.value(instruction.target).copy_(self.value(instruction.param))
 
     def optimizer(self, instruction: Update) -> FlatOptimizer:
         """The optimizer of one flat group, made when first needed."""
         found = self.optimizers.get(instruction.param)
         if found is None:
-            flat = self._fixed(instruction.param)
+            flat = self.value(instruction.param)
             found = FlatOptimizer(self.settings.optimizer, flat, decay=instruction.decay)
             self.resident = None
             self.optimizers[instruction.param] = found
         return found
+
+
+def module_values(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """A module's parameters and buffers, as chips ask for them."""
+    values = {f"params:{name}": value.detach() for name, value in module.named_parameters()}
+    return values | {f"buffer:{name}": value for name, value in module.named_buffers()}
 
 
 def _storages(tensors: Iterable[torch.Tensor]) -> dict[int, int]:
@@ -300,10 +305,10 @@ def saved_state(chip: ExecutingChip) -> dict[str, torch.Tensor]:
     state: dict[str, torch.Tensor] = {}
     if chip.coordinates["dp"] == 0:
         state |= {
-            t.name: _value(chip, t.id) for t in chip.tensors if t.kind is TensorKind.FLAT and t.base is None
+            t.name: chip.value(t.id) for t in chip.tensors if t.kind is TensorKind.FLAT and t.base is None
         }
     if chip.coordinates["dp"] == 0 or chip.program.facts["zero"]:
-        state |= {t.name: _value(chip, t.id) for t in chip.tensors if t.kind is TensorKind.MASTER}
+        state |= {t.name: chip.value(t.id) for t in chip.tensors if t.kind is TensorKind.MASTER}
         for param, optimizer in chip.optimizers.items():
             name = chip.tensors[param].name
             state |= {f"{name}.optimizer.{key}": value for key, value in optimizer.state().items()}
@@ -317,9 +322,9 @@ def restore_state(chip: ExecutingChip, state_of: Callable[[int], State]) -> None
     with torch.no_grad():
         for tensor in chip.tensors:
             if tensor.kind is TensorKind.FLAT and tensor.base is None:
-                _value(chip, tensor.id).copy_(shared[tensor.name])
+                chip.value(tensor.id).copy_(shared[tensor.name])
             elif tensor.kind is TensorKind.MASTER:
-                _value(chip, tensor.id).copy_(own[tensor.name])
+                chip.value(tensor.id).copy_(own[tensor.name])
         for param, optimizer in chip.optimizers.items():
             prefix = f"{chip.tensors[param].name}.optimizer."
             optimizer.load({k.removeprefix(prefix): v for k, v in own.items() if k.startswith(prefix)})
@@ -361,9 +366,3 @@ def _whole_buffer(program: Program, role: Role, name: str, tp: int, flat: Flat) 
     replicas = range(program.size("dp"))
     chips = [program.chip_at({"pp": role.stage, "dp": dp, "tp": tp}) for dp in replicas]
     return torch.cat([flat(chip, scattered) for chip in chips])
-
-
-def _value(chip: ExecutingChip, tensor: int) -> torch.Tensor:
-    value = chip.fixed[tensor]
-    assert value is not None
-    return value

@@ -3,6 +3,9 @@
 One worker per core (or a single one in the calling thread, so that a debugger works). A chip is run by one worker at
 a time and until it blocks; a communication is carried out by the worker that completes it. Which worker does what never
 changes a result: every tensor operation has fixed operands, and reductions are in chip order.
+
+With all chips of a Program it is the inline runner: nothing is started ahead, and with one worker everything happens in
+the calling thread (pdb works). An actor holds some chips, and reaches the others by mail.
 """
 
 import threading
@@ -10,18 +13,37 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
+from comms.errors import ClusterError
 from kernels.backend import one_thread_per_chip, prepare_thread
-from orchestrator.runners.executing.chip import ExecutingChip, SegmentLibrary, Settings
-from orchestrator.runners.executing.pending_communications import Mail, PendingCommunications
-from orchestrator.runners.runner import ExecutedStep, StepRequest
+from orchestrator.config.hardware.cluster import Cluster, Device
+from orchestrator.runners.executing.chip import (
+    ExecutingChip,
+    SegmentLibrary,
+    Settings,
+    restore_state,
+    saved_state,
+)
+from orchestrator.runners.executing.pending_communications import PendingCommunications
+from orchestrator.runners.runner import ExecutedStep, States, StepRequest, num_workers
 from orchestrator.runs.timeline import Mark
 from partitioner.program.machine import Key, Machine, Post
 from partitioner.program.program import Program, Update
 
+if TYPE_CHECKING:
+    from orchestrator.planning.preparation import PhaseReporter, Prepared
+
 STATS = {"step": "update.stats", "evaluate": "report.stats"}  # where a schedule leaves its reduced statistics
+
+
+class Mail(Protocol):
+    """How tensors reach chips of other actors."""
+
+    def send(self, actor: int, epoch: int, key: Key, source: int, tensor: torch.Tensor) -> None:
+        """Deliver `tensor` of chip `source` for communication `key`; the tensor may be reused when this returns."""
 
 
 class Stuck(RuntimeError):
@@ -42,25 +64,24 @@ class _Execution:
 
 
 class ChipSet:
-    """The chips `local` of a Program, executed by `num_workers` threads; other chips are reached through `mail`."""
+    """The chips of `actor` in a Program (all, without `actor_of`), executed by `num_workers` threads."""
 
     def __init__(
         self,
         program: Program,
-        local: Sequence[int],
         settings: Settings,
+        num_workers: int = 1,
         *,
-        num_workers: int,
         actor_of: Sequence[int] | None = None,
         actor: int = 0,
         mail: Mail | None = None,
-        timeout_s: float | None = None,
     ) -> None:
         library = SegmentLibrary(program, settings.device)
-        self.program, self.settings, self.mail, self.timeout_s = program, settings, mail, timeout_s
+        self.program, self.settings, self.mail = program, settings, mail
+        actor_of = actor_of or (actor,) * program.num_chips
+        local = (chip for chip, holder in enumerate(actor_of) if holder == actor)
         self.chips = {i: ExecutingChip(program, i, library, settings) for i in local}
-        self.actor_of = tuple(actor_of) if actor_of is not None else (actor,) * program.num_chips
-        self.communications = PendingCommunications(self.chips, self.actor_of, actor, mail)
+        self.communications = PendingCommunications(self.chips, actor_of, actor)
         self.num_workers = max(1, min(num_workers, len(self.chips)))
         self.changed = threading.Condition()
         self.execution: _Execution | None = None
@@ -135,11 +156,9 @@ class ChipSet:
             if not execution.running and all(m.done for m in execution.machines.values()):
                 self.changed.notify_all()
                 return None
-            is_idle = not execution.running and not execution.combining
-            if is_idle and self.mail is None:
+            if not execution.running and not execution.combining and self.mail is None:
                 raise Stuck(self.explain(execution))
-            if not self.changed.wait(self.timeout_s) and is_idle:
-                raise Stuck(self.explain(execution))
+            self.changed.wait()
         return None
 
     def explain(self, execution: _Execution) -> str:
@@ -201,17 +220,17 @@ class ChipSet:
                 self.changed.notify()
 
     def _combine(self, execution: _Execution, key: Key) -> None:
-        marks_start = self.settings.clock()
+        start = time.perf_counter_ns()
         posts = dict(self.communications.open[key].posts)
         local = self.communications.carry_out(key)
-        end = self.settings.clock()
+        end = time.perf_counter_ns()
         with self.changed:
             execution.combining -= 1
             for index in local:
                 chip, post = self.chips[index], posts[index]
                 if chip.marks is not None:
                     chip.marks.append(
-                        Mark(index, post.call, post.microbatch, post.instruction.id, marks_start, end)
+                        Mark(index, post.call, post.microbatch, post.instruction.id, start, end)
                     )
                 execution.arrived[index].append(key)
                 if index not in execution.running and index not in execution.ready:
@@ -231,10 +250,43 @@ class ChipSet:
         """A persistent tensor of a local chip, by name."""
         return self.chips[chip].named(name)
 
-    def prepare_optimizers(self) -> None:
-        """Make every optimizer now (before loading a checkpoint's state)."""
+    def states(self) -> States:
+        """See `TensorRunner`."""
+        return {index: saved_state(chip) for index, chip in self.chips.items()}
+
+    def restore(self, states: States) -> None:
+        """See `TensorRunner`."""
         for chip in self.chips.values():
             for body in chip.role.bodies:
                 for instruction in body.instructions:
                     if isinstance(instruction, Update):
-                        chip.optimizer(instruction)
+                        chip.optimizer(instruction)  # made now, to be given its state
+            restore_state(chip, states.__getitem__)
+
+    def close(self) -> None:
+        """Nothing to release."""
+
+
+class InlineLaunch:
+    """Nothing to start ahead: the chips live in this process."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self.cluster = cluster
+
+    def connect(self, prepared: "Prepared", progress: "PhaseReporter") -> ChipSet:
+        """See `Launch`."""
+        if self.cluster.device is Device.CUDA:
+            raise ClusterError("CUDA chips need a process each", self.cluster.origin, "use --runner ray")
+
+        with progress.phase("start chips"):
+            return ChipSet(prepared.program, chip_settings(prepared), num_workers(self.cluster))
+
+    def close(self) -> None:
+        """Nothing was started."""
+
+
+def chip_settings(prepared: "Prepared", device: str = "cpu") -> Settings:
+    """What every chip of the run needs to know."""
+    from orchestrator.planning.preparation import optimizer_factory  # actors do without
+
+    return Settings(optimizer_factory(prepared.job), prepared.job.clip_norm, device)

@@ -7,7 +7,6 @@ type (float32 for half precision), so results have the same bytes for any number
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import torch
 
@@ -25,13 +24,6 @@ COMBINE: dict[Reduction, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] =
 }
 
 
-class Mail(Protocol):
-    """How tensors reach chips of other actors."""
-
-    def send(self, actor: int, epoch: int, key: Key, source: int, tensor: torch.Tensor) -> None:
-        """Deliver `tensor` of chip `source` for communication `key`; the tensor may be reused when this returns."""
-
-
 @dataclass
 class PendingCommunication:
     """What has arrived for one key so far: posts of local chips, and tensors by the chip they come from."""
@@ -43,10 +35,8 @@ class PendingCommunication:
 class PendingCommunications:
     """All that are pending in a process. Not thread-safe by itself: the caller holds the lock of `ChipSet`."""
 
-    def __init__(
-        self, chips: dict[int, ExecutingChip], actor_of: Sequence[int], actor: int, mail: Mail | None
-    ) -> None:
-        self.chips, self.actor_of, self.actor, self.mail = chips, actor_of, actor, mail
+    def __init__(self, chips: dict[int, ExecutingChip], actor_of: Sequence[int], actor: int) -> None:
+        self.chips, self.actor_of, self.actor = chips, actor_of, actor
         self.open: dict[Key, PendingCommunication] = {}
 
     def post(self, chip: int, post: Post) -> bool:

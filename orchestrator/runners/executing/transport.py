@@ -14,7 +14,6 @@ import secrets
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
 import msgpack
@@ -29,14 +28,13 @@ from partitioner.program.machine import Key
 
 Deliver: TypeAlias = Callable[[int, Key, int, torch.Tensor], None]
 RAW_BYTES = 1 << 16  # up to here two copies through a socket are cheaper than opening a block
-BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+LOOPBACK = "127.0.0.1"  # all actors are on this host
 
 
 class Address(NamedTuple):
-    """Where an actor is reached, and what it takes to find out whether it shares our host and our memory."""
+    """Where an actor is reached, and what it takes to find out whether it shares our memory."""
 
     endpoint: str
-    host: str
     process: int
     block: int | None
     proof: bytes
@@ -72,30 +70,19 @@ class _Peer:
 
 
 class Transport:
-    """One actor's end. `deliver` is called for every tensor that arrives, from the transport's own thread.
+    """One actor's end. `deliver` is called for every tensor that arrives, from the transport's own thread."""
 
-    `share_memory=False` sends all bytes through sockets, also within a host.
-    """
-
-    def __init__(
-        self,
-        actor: int,
-        secret: bytes,
-        deliver: Deliver,
-        *,
-        interface: str = "127.0.0.1",
-        share_memory: bool = True,
-    ) -> None:
+    def __init__(self, actor: int, secret: bytes, deliver: Deliver) -> None:
         self.actor, self.secret, self.deliver = actor, secret, deliver
         self.failure: BaseException | None = None  # what ended the receiving thread
         self._pool = BlockPool()
         self._context = zmq.Context()
         self._inbox = self._socket(zmq.PULL)
-        port = self._inbox.bind_to_random_port(f"tcp://{interface}")
+        port = self._inbox.bind_to_random_port(f"tcp://{LOOPBACK}")
         self._inbox.bind("inproc://inbox")
         proof = secrets.token_bytes(16)
-        self._proof = write_proof(proof) if share_memory else None
-        self.address = Address(f"tcp://{interface}:{port}", host_id(), os.getpid(), self._proof, proof)
+        self._proof = write_proof(proof)
+        self.address = Address(f"tcp://{LOOPBACK}:{port}", os.getpid(), self._proof, proof)
         self._peers: dict[int, _Peer] = {}
         self._is_closing = False
         self._thread = threading.Thread(target=self._receive, name=f"transport-{actor}", daemon=True)
@@ -184,11 +171,6 @@ def read_header(content: bytes, secret: bytes) -> Header | None:
     except (ValueError, TypeError, msgpack.UnpackException):
         return None
     return header if header.secret == secret else None
-
-
-def host_id() -> str:
-    """Equal for processes of one running kernel: they share a monotonic clock."""
-    return BOOT_ID.read_text().strip() if BOOT_ID.exists() else ""
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:

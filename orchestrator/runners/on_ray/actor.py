@@ -5,23 +5,18 @@ and tensors through `Transport`. The interpreter switches threads more often tha
 arrives is taken by one thread while another one computes.
 """
 
-import importlib
 import sys
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass, fields, replace
-from typing import Any
 
-import ray
 import torch
 
-from kernels.optimizers import Factory, FlatOptimizer, OptimizerSpec, StepStatistics
-from orchestrator.runners.executing.chip import Settings, restore_state, saved_state
+from kernels.optimizers import FlatOptimizer, OptimizerSpec, StepStatistics
+from orchestrator.runners.executing.chip import Settings
 from orchestrator.runners.executing.chip_set import ChipSet
 from orchestrator.runners.executing.mailbox import Mailbox, batch_key, marks_key, state_key, value_key
 from orchestrator.runners.executing.transport import Address, Transport
 from orchestrator.runners.failure import ActorStatus
-from orchestrator.runners.on_ray.assignment import chips_of
 from orchestrator.runners.runner import BadOrder, StepRequest
 from orchestrator.runs.timeline import Mark
 from partitioner.program.machine import Key
@@ -31,17 +26,6 @@ DRIVER = -1  # the driver's number among the actors
 COMMUNICATIONS = ("p2p", "group")
 PATIENCE_S = 600.0  # for values from the driver, which may be building a model
 SWITCH_S = 5e-4
-
-
-@dataclass(frozen=True, slots=True)
-class Assignment:
-    """What an actor is to do: `optimizer` is a specification, or the `pkg.module:factory` of a user's own."""
-
-    actor_of: tuple[int, ...]
-    optimizer: OptimizerSpec | str
-    clip_norm: float | None
-    device: str
-    num_workers: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,12 +39,11 @@ class ActorReport:
 class ChipActor:
     """The chips of one actor."""
 
-    def __init__(self, actor: int, secret: bytes, interface: str | None, share_memory: bool) -> None:
+    def __init__(self, actor: int, secret: bytes) -> None:
         sys.setswitchinterval(SWITCH_S)
         self.actor = actor
         self.mailbox = Mailbox(PATIENCE_S)
-        at = interface or ray.util.get_node_ip_address()
-        self.transport = Transport(actor, secret, self._deliver, interface=at, share_memory=share_memory)
+        self.transport = Transport(actor, secret, self._deliver)
         self._chip_set: ChipSet | None = None
 
     def address(self) -> Address:
@@ -72,22 +55,13 @@ class ChipActor:
         small = torch.zeros(1)
         FlatOptimizer(OptimizerSpec(), small, decay=True).step(torch.zeros(1), 1.0, 0.0)
 
-    def clock(self) -> int:
-        """This host's monotonic clock, in nanoseconds."""
-        return time.perf_counter_ns()
-
-    def connect(self, addresses: Mapping[int, Address], program: bytes, assignment: Assignment) -> None:
+    def connect(
+        self, addresses: Mapping[int, Address], program: bytes, actor_of: Sequence[int], settings: Settings
+    ) -> None:
         """Get to know the peers and take the chips of a Program."""
         self.transport.connect({a: address for a, address in addresses.items() if a != self.actor})
-        settings = Settings(factory(assignment.optimizer), assignment.clip_norm, assignment.device)
         self._chip_set = ChipSet(
-            decode(program),
-            chips_of(assignment.actor_of, self.actor),
-            settings,
-            num_workers=assignment.num_workers,
-            actor_of=assignment.actor_of,
-            actor=self.actor,
-            mail=self.transport,
+            decode(program), settings, actor_of=actor_of, actor=self.actor, mail=self.transport
         )
 
     def load(self) -> None:
@@ -119,8 +93,7 @@ class ChipActor:
     def send_states(self) -> dict[int, list[str]]:
         """Send the checkpoint states to the driver; returns their names by chip."""
         names: dict[int, list[str]] = {}
-        for index, chip in self.chip_set.chips.items():
-            state = saved_state(chip)
+        for index, state in self.chip_set.states().items():
             names[index] = list(state)
             for name, tensor in state.items():
                 self.transport.send(DRIVER, 0, state_key(index, name), index, tensor)
@@ -132,9 +105,7 @@ class ChipActor:
             chip: {name: self.mailbox.take(0, state_key(chip, name)) for name in of_chip}
             for chip, of_chip in names.items()
         }
-        self.chip_set.prepare_optimizers()
-        for chip in self.chip_set.chips.values():
-            restore_state(chip, states.__getitem__)
+        self.chip_set.restore(states)
 
     def status(self) -> ActorStatus:
         """Where every chip is; raises what ended the transport, if it has ended. Called while `run` is running."""
@@ -162,24 +133,12 @@ class ChipActor:
             self.mailbox.put(epoch, key, tensor)
 
 
-def factory(optimizer: OptimizerSpec | str) -> Factory:
-    """The optimizer factory that a name stands for."""
-    if isinstance(optimizer, OptimizerSpec):
-        return optimizer
-    module, _, name = optimizer.partition(":")
-    made: Callable[..., Any] = getattr(importlib.import_module(module), name)
-    return made
-
-
 def marks_tensor(marks: Sequence[Mark]) -> torch.Tensor:
     """Marks as rows of integers."""
     rows = [astuple(mark) for mark in marks]
     return torch.tensor(rows, dtype=torch.int64).reshape(-1, len(fields(Mark)))
 
 
-def marks_from(rows: torch.Tensor, offset_ns: int) -> tuple[Mark, ...]:
-    """Inverse of `marks_tensor`, on the driver's clock."""
-    marks = (Mark(*row) for row in rows.tolist())
-    return tuple(
-        replace(mark, start_ns=mark.start_ns + offset_ns, end_ns=mark.end_ns + offset_ns) for mark in marks
-    )
+def marks_from(rows: torch.Tensor) -> list[Mark]:
+    """Inverse of `marks_tensor`."""
+    return [Mark(*row) for row in rows.tolist()]

@@ -4,7 +4,7 @@ Does not import torch in the calling thread before the actors are on their way.
 """
 
 from orchestrator.config.hardware.cluster import Cluster, Device
-from orchestrator.planning.preparation import PhaseReporter, Prepared, optimizer_factory
+from orchestrator.planning.preparation import PhaseReporter, Prepared
 from orchestrator.runners.on_ray.ray_start import PHASES, ActorPlan, RayStart
 from orchestrator.runners.runner import TensorRunner, num_workers
 
@@ -27,7 +27,10 @@ class RayLaunch:
                 with progress.phase(phase):
                     self.start.wait(phase)
             with progress.phase("connect actors"):
-                return self._runner(prepared)
+                from orchestrator.runners.executing.chip_set import chip_settings
+                from orchestrator.runners.on_ray.ray_runner import RayRunner
+
+                return RayRunner(self.start, prepared.program, chip_settings(prepared, self.device))
         except BaseException:
             self.close()
             raise
@@ -35,12 +38,3 @@ class RayLaunch:
     def close(self) -> None:
         """End what was started."""
         self.start.close()
-
-    def _runner(self, prepared: Prepared) -> TensorRunner:
-        from kernels.optimizers import OptimizerSpec
-        from orchestrator.runners.on_ray.ray_runner import RayOptions, RayRunner
-
-        job = prepared.job
-        made = optimizer_factory(job)
-        optimizer = made if isinstance(made, OptimizerSpec) else job.optimizer.name
-        return RayRunner(self.start, prepared.program, RayOptions(optimizer, job.clip_norm, self.device))

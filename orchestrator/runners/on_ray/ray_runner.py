@@ -1,13 +1,13 @@
 """Ray runner: drives the actors of a `RayStart` through one Program.
 
 A step is one call to every actor. While the calls run, the driver watches: what is to be done when an actor ends, an
-error comes out of one, or no chip moves for `timeout_s`, is decided by `failure`. After any of them all actors are
+error comes out of one, or no chip moves for `TIMEOUT_S`, is decided by `failure`. After any of them all actors are
 ended: nobody is left waiting.
 """
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import ray
@@ -15,20 +15,18 @@ import torch
 from ray.exceptions import RayActorError, RayTaskError
 
 from comms.errors import RunError
-from kernels.optimizers import OptimizerSpec
+from orchestrator.runners.executing.chip import Settings
 from orchestrator.runners.executing.mailbox import Mailbox, batch_key, marks_key, state_key, value_key
-from orchestrator.runners.executing.transport import Transport, host_id
+from orchestrator.runners.executing.transport import Transport
 from orchestrator.runners.failure import (
-    ActorEnded,
-    ActorFailed,
     ActorStatus,
-    CallEvent,
     CallState,
     EndActors,
-    StatusesCame,
-    in_call,
+    actor_ended,
+    actor_failed,
+    nobody_finished,
 )
-from orchestrator.runners.on_ray.actor import DRIVER, ActorReport, Assignment, marks_from
+from orchestrator.runners.on_ray.actor import DRIVER, ActorReport, marks_from
 from orchestrator.runners.on_ray.assignment import (
     assign,
     chips_of,
@@ -45,64 +43,34 @@ from partitioner.program.program_codec import encode
 
 LOOK_S = 2.0  # how often the driver asks actors for their status while it waits
 ANSWER_S = 2.0  # how long an actor may take to tell it
-ROUND_TRIPS = 5
-
-
-@dataclass(frozen=True, slots=True)
-class RayOptions:
-    """What actors need besides the Program: `optimizer` is a specification or a `pkg.module:factory`."""
-
-    optimizer: OptimizerSpec | str
-    clip_norm: float | None
-    device: str = "cpu"
-    timeout_s: float = 300.0  # without any movement
+TIMEOUT_S = 300.0  # without any movement
 
 
 class RayRunner:
     """Executes a Program on the actors of `start`, which it owns from now on."""
 
-    def __init__(self, start: RayStart, program: Program, options: RayOptions) -> None:
+    def __init__(self, start: RayStart, program: Program, settings: Settings) -> None:
         start.wait()
-        self.start, self.program, self.options = start, program, options
+        self.start, self.program = start, program
         self.actor_of = assign(program, min(start.plan.num_actors, program.num_chips))
         self.actors = start.actors[: max(self.actor_of) + 1]
         self.chips = [chips_of(self.actor_of, actor) for actor in range(len(self.actors))]
-        self.mailbox = Mailbox(options.timeout_s)
+        self.mailbox = Mailbox(TIMEOUT_S)
         self.transport = Transport(
             DRIVER,
             start.secret,
             lambda epoch, key, _, tensor: self.mailbox.put(epoch, key, tensor),
-            interface=start.interface,
-            share_memory=start.plan.share_memory,
         )
         self.epoch = 0
         self._is_ended = False
-        self._connect()
-        self.offsets_ns = [self._offset_ns(actor) for actor in range(len(self.actors))]
+        self._connect(settings)
 
-    def _connect(self) -> None:
+    def _connect(self, settings: Settings) -> None:
         addresses = {a: self.start.addresses[a] for a in range(len(self.actors))}
         self.transport.connect(addresses)
-        options = self.options
-        assignment = Assignment(
-            self.actor_of, options.optimizer, options.clip_norm, options.device, self.start.plan.workers
-        )
         everyone = {**addresses, DRIVER: self.transport.address}
-        program = ray.put(encode(self.program))
-        self._call("connecting", [a.connect.remote(everyone, program, assignment) for a in self.actors])
-
-    def _offset_ns(self, actor: int) -> int:
-        """What to add to the actor's clock; 0 on this host, where processes share one."""
-        if self.start.addresses[actor].host == host_id():
-            return 0
-        best, offset = float("inf"), 0
-        for _ in range(ROUND_TRIPS):
-            before = time.perf_counter_ns()
-            there = ray.get(self.actors[actor].clock.remote())
-            after = time.perf_counter_ns()
-            if after - before < best:
-                best, offset = after - before, (before + after) // 2 - there
-        return offset
+        told = (everyone, ray.put(encode(self.program)), self.actor_of, settings)
+        self._call("connecting", [actor.connect.remote(*told) for actor in self.actors])
 
     def load(self, values: Callable[[str], torch.Tensor]) -> None:
         """See `TensorRunner`."""
@@ -169,8 +137,8 @@ class RayRunner:
 
     def _marks(self) -> tuple[Mark, ...]:
         found: list[Mark] = []
-        for actor, offset in enumerate(self.offsets_ns):
-            found += marks_from(self.mailbox.take(self.epoch, marks_key(actor)), offset)
+        for actor in range(len(self.actors)):
+            found += marks_from(self.mailbox.take(self.epoch, marks_key(actor)))
         return tuple(sorted(found, key=lambda m: m.chip))
 
     def _send(self, actor: int, epoch: int, key: Key, tensor: torch.Tensor) -> None:
@@ -186,20 +154,19 @@ class RayRunner:
 
     def _call(self, doing: str, running: Sequence[Any]) -> list[Any]:
         """Results of calls, one per actor; see the module's docstring for what is watched meanwhile."""
-        timeout_s = self.options.timeout_s
-        state = CallState(doing, tuple(self.chips), timeout_s, time.monotonic())
+        state = CallState(doing, tuple(self.chips), TIMEOUT_S, time.monotonic())
         waiting = list(running)
         results: dict[Any, Any] = {}
         while waiting:
-            done, waiting = ray.wait(waiting, num_returns=1, timeout=min(LOOK_S, timeout_s / 2))
+            done, waiting = ray.wait(waiting, num_returns=1, timeout=min(LOOK_S, TIMEOUT_S / 2))
             for reference in done:
                 try:
                     results[reference] = ray.get(reference)
                 except (RayActorError, RayTaskError) as error:
-                    self._react(state, _event(running.index(reference), error))
+                    self._carry_out(_decision(state, running.index(reference), error))
             if not done:
                 statuses = self._statuses(state)
-                state = self._react(state, StatusesCame(time.monotonic(), statuses))
+                state = self._carry_out(nobody_finished(state, time.monotonic(), statuses))
         return [results[reference] for reference in running]
 
     def _statuses(self, state: CallState) -> tuple[ActorStatus | None, ...]:
@@ -211,22 +178,19 @@ class RayRunner:
             try:
                 answers.append(ray.get(reference) if reference in done else None)
             except (RayActorError, RayTaskError) as error:
-                self._react(state, _event(actor, error))
+                self._carry_out(_decision(state, actor, error))
         return tuple(answers)
 
-    def _react(self, state: CallState, event: CallEvent) -> CallState:
-        """Carry out what is decided."""
-        decision = in_call(state, event)
+    def _carry_out(self, decision: CallState | EndActors) -> CallState:
         if isinstance(decision, EndActors):
             self._is_ended = True
             for actor in self.actors:
                 ray.kill(actor)
             raise decision.error from decision.cause
-        assert isinstance(decision.state, CallState)
-        return decision.state
+        return decision
 
 
-def _event(actor: int, error: Exception) -> CallEvent:
+def _decision(state: CallState, actor: int, error: Exception) -> EndActors:
     if isinstance(error, RayActorError):
-        return ActorEnded(actor)
-    return ActorFailed(actor, getattr(error, "cause", None) or error)
+        return actor_ended(state, actor)
+    return actor_failed(state, actor, getattr(error, "cause", None) or error)

@@ -3,13 +3,13 @@
 `RayStart` needs no Program and does not import torch in the calling thread. Its thread lives until `close`: the
 kernel ends Ray's processes with the thread that started them, which is also why nothing survives a killed driver.
 
-Assumes one process per actor and Ray's own process placement (PACK). Never waits silently: what is short is named.
+Assumes one process per actor, all on this host, and Ray's own process placement (PACK). Never waits silently: what is
+short is named.
 """
 
 import logging
 import os
 import secrets
-import socket
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,33 +20,22 @@ from comms.errors import ClusterError, RunError
 if TYPE_CHECKING:
     from orchestrator.runners.executing.transport import Address
 
-LOOPBACK = "127.0.0.1"
 OBJECT_STORE_BYTES = 80 << 20  # Ray's least: tensors do not go through its store
-PATIENCE_S = 60.0  # for Ray, for free resources and for actors to come up
-LISTENER_S = 5.0
+PATIENCE_S = 60.0  # for free resources and for actors to come up
 PHASES = ("start Ray", "start actors")
 
 
 @dataclass(frozen=True, slots=True)
 class ActorPlan:
-    """How many actors, what each needs, and where: `address` None starts Ray on this machine.
-
-    `num_cpus` is what a started Ray may use, all cores if None. Without `share_memory` all tensors travel through
-    sockets. `workers` is the number of threads an actor executes its chips with.
-    """
+    """How many actors, and what each needs besides a core."""
 
     num_actors: int
-    workers: int = 1
     gpus: int = 0
-    address: str | None = None
-    num_cpus: int | None = None
-    share_memory: bool = True
-    patience_s: float = PATIENCE_S
 
     @property
     def bundle(self) -> dict[str, float]:
         """Resources of one actor, in Ray's words."""
-        return {"CPU": float(self.workers)} | ({"GPU": float(self.gpus)} if self.gpus else {})
+        return {"CPU": 1.0} | ({"GPU": float(self.gpus)} if self.gpus else {})
 
 
 class RayStart:
@@ -55,7 +44,6 @@ class RayStart:
     def __init__(self, plan: ActorPlan) -> None:
         self.plan = plan
         self.secret = secrets.token_bytes(16)
-        self.interface = LOOPBACK
         self.actors: list[Any] = []
         self.addresses: dict[int, Address] = {}
         self.failure: BaseException | None = None
@@ -101,27 +89,14 @@ class RayStart:
         if not ray.is_initialized():
             logging.getLogger("ray").setLevel(logging.CRITICAL)  # what goes wrong is told by our own errors
             self._owns_ray = True  # also of one that came up halfway
-            self._initialize(ray)
-        if self.plan.address is not None:
-            self.interface = ray.util.get_node_ip_address()
-        require_resources(self.plan, ray.cluster_resources())
-
-    def _initialize(self, ray: Any) -> None:
-        quiet = {"log_to_driver": False, "logging_level": logging.CRITICAL}
-        if self.plan.address is None:
             ray.init(
-                num_cpus=self.plan.num_cpus or len(os.sched_getaffinity(0)),
+                num_cpus=len(os.sched_getaffinity(0)),
                 include_dashboard=False,
                 object_store_memory=OBJECT_STORE_BYTES,
-                **quiet,
+                log_to_driver=False,
+                logging_level=logging.CRITICAL,
             )
-            return
-        try:
-            require_listener(self.plan.address)
-            ray.init(address=self.plan.address, **quiet)
-        except OSError as error:
-            hint = "start one with `ray start --head`, or leave the address out"
-            raise ClusterError("no Ray cluster answers", f"address {self.plan.address}", hint) from error
+        require_resources(self.plan, ray.cluster_resources())
 
     def _start_actors(self) -> None:
         import ray
@@ -131,20 +106,18 @@ class RayStart:
 
         plan = self.plan
         self._group = ray.util.placement_group([plan.bundle] * plan.num_actors, strategy="PACK")
-        if not self._group.wait(plan.patience_s):
+        if not self._group.wait(PATIENCE_S):
             raise_busy(plan, ray.available_resources())
         # Two calls at a time: while the long one runs, the driver may ask how far it is.
-        remote = ray.remote(num_cpus=plan.workers, num_gpus=plan.gpus, max_concurrency=2)(ChipActor)
+        remote = ray.remote(num_cpus=1, num_gpus=plan.gpus, max_concurrency=2)(ChipActor)
         for actor in range(plan.num_actors):
             place = PlacementGroupSchedulingStrategy(self._group, actor)
-            interface = LOOPBACK if plan.address is None else None
-            made = remote.options(scheduling_strategy=place)
-            self.actors.append(made.remote(actor, self.secret, interface, plan.share_memory))
+            self.actors.append(remote.options(scheduling_strategy=place).remote(actor, self.secret))
         self._get_addresses(ray)
 
     def _get_addresses(self, ray: Any) -> None:
         try:
-            found = ray.get([actor.address.remote() for actor in self.actors], timeout=self.plan.patience_s)
+            found = ray.get([actor.address.remote() for actor in self.actors], timeout=PATIENCE_S)
         except ray.exceptions.RayError as error:
             raise RunError(
                 f"the actors did not start: {error}",
@@ -169,13 +142,6 @@ class RayStart:
             ray.shutdown()
 
 
-def require_listener(address: str) -> None:
-    """Raise OSError if nobody listens at HOST:PORT: Ray itself would try for minutes. Other forms pass."""
-    host, _, port = address.rpartition(":")
-    if host and port.isdigit() and "/" not in host:
-        socket.create_connection((host, int(port)), LISTENER_S).close()
-
-
 def require_resources(plan: ActorPlan, total: Mapping[str, float]) -> None:
     """Raise ClusterError if the actors need more than Ray has in all."""
     for name, each in plan.bundle.items():
@@ -183,7 +149,7 @@ def require_resources(plan: ActorPlan, total: Mapping[str, float]) -> None:
         if wanted > found:
             raise ClusterError(
                 f"{plan.num_actors} actors need {wanted:g} {name}s, Ray has {found:g}",
-                f"Ray at {plan.address or 'this machine'}",
+                "Ray at this machine",
                 f"ask for at most {int(found // each)} actors" if found >= each else f"add {name}s to Ray",
             )
 
@@ -195,7 +161,7 @@ def raise_busy(plan: ActorPlan, free: Mapping[str, float]) -> NoReturn:
         for name, each in plan.bundle.items()
     )
     raise ClusterError(
-        f"Ray had no room for {plan.num_actors} actors in {plan.patience_s:g} s: {lacking}",
-        f"Ray at {plan.address or 'this machine'}",
+        f"Ray had no room for {plan.num_actors} actors in {PATIENCE_S:g} s: {lacking}",
+        "Ray at this machine",
         "end what else runs on it, or ask for fewer actors",
     )

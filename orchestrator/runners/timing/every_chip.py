@@ -15,7 +15,7 @@ time to start a collective beyond the tier's setup, and a transfer at all (`Step
 """
 
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from heapq import heappop, heappush
 from math import ceil, inf
@@ -32,10 +32,16 @@ from comms.networks.topology import IntArray, Topology
 from comms.selection.choice import choose
 from comms.simulation.compiled import CollectiveJob
 from comms.simulation.incremental import IncrementalSimulation
-from orchestrator.runners.step_timelines import TimedCommunication
-from orchestrator.runners.timing.simulated import DrivenChip, SimulatedStep, StepLoop, lanes_of
-from orchestrator.runners.timing.step_costs import NS_PER_S, StepCosts, collective_nbytes
+from orchestrator.runners.timing.simulated import (
+    DrivenChip,
+    SimulatedStep,
+    StepLoop,
+    TimedCommunication,
+    lanes_of,
+)
+from orchestrator.runners.timing.step_costs import NS_PER_S, StepCosts
 from orchestrator.runs.timeline import Lane
+from partitioner.program.instructions import collective_nbytes
 from partitioner.program.machine import Key, Machine, Post
 from partitioner.program.program import Collective, Group, Program, Recv, Role, Send
 
@@ -213,16 +219,10 @@ class ProgramTraffic:
         """Every distinct communication, with the stages that carry it out."""
         kinds: dict[_JobKind, set[int]] = {}
         for role in self.program.roles:
-            for kind in _kinds_of(role):
-                kinds.setdefault(kind, set()).add(role.stage)
+            for instruction in (ins for body in role.bodies for ins in body.instructions):
+                if isinstance(instruction, Collective | Send):
+                    kinds.setdefault(_kind_of(role, instruction), set()).add(role.stage)
         return kinds
-
-
-def _kinds_of(role: Role) -> Iterator[_JobKind]:
-    for body in role.bodies:
-        for instruction in body.instructions:
-            if isinstance(instruction, Collective | Send):
-                yield _kind_of(role, instruction)
 
 
 def _kind_of(role: Role, instruction: Collective | Send | Recv) -> _JobKind:

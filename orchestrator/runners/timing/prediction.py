@@ -2,8 +2,8 @@
 
 Needs a Program and a cluster, no torch and no chip. Averages over chips: all stages have the same number of
 chips, so the breakdown is the mean over stages and sums to the step time; `roles` gives each stage's own.
-Peak memory is per chip of a stage. One formula for each number; chips times seconds is the common denominator: a
-figure per chip divides by all chips of the job, whatever each of them does.
+Peak memory is per chip of a stage. Chips times seconds is the common denominator: a figure per chip divides by all
+chips of the job, whatever each of them does.
 """
 
 import time
@@ -75,29 +75,35 @@ class SimulationResult:
 
     @property
     def tokens_per_s(self) -> float:
-        return tokens_per_s(int(self.program.facts["tokens"]), self.step_time_s)
+        """Every token of the global batch counts once, whatever the parallelism."""
+        return int(self.program.facts["tokens"]) / self.step_time_s
 
     @property
     def mfu(self) -> float:
-        """Against the mean peak of the chips for the job's dtype."""
+        """Model FLOPs utilisation, against the mean peak of the chips for the job's dtype.
+
+        `model_flops` is what one step of the model needs, forward and backward, over the global batch, without
+        recompute and without what tensor parallelism repeats (Chowdhery et al. 2022, PaLM, appendix B).
+        """
         dtype = str(self.program.facts.get("dtype", DEFAULT_DTYPE))
         peaks = [chip.peak(dtype) for host in self.cluster.unit for chip in host.chips]
-        flops = float(self.program.facts["model_flops"])
-        return mfu(flops, sum(peaks) / len(peaks), self.step_time_s, self.num_chips)
+        flops_per_s = sum(peaks) / len(peaks)
+        return float(self.program.facts["model_flops"]) / (flops_per_s * self.step_time_s * self.num_chips)
 
     @property
     def cost_usd_per_step(self) -> float | None:
+        """At the price of the whole cluster: idle chips are paid for as well."""
         hourly = self.cluster.usd_per_hour
-        return None if hourly is None else cost_usd_per_step(hourly, self.step_time_s)
+        return None if hourly is None else hourly * self.step_time_s / 3600
 
     @property
     def energy_j_per_step(self) -> float | None:
-        """Rated power of the chips alone, without their hosts."""
+        """At the rated power of the chips, without their hosts: a bound, as a chip that waits draws less."""
         watts = [chip.tdp_w for host in self.cluster.unit for chip in host.chips]
         known = [value for value in watts if value is not None]
         if len(known) < len(watts):
             return None
-        return energy_j_per_step(sum(known) / len(known), self.num_chips, self.step_time_s)
+        return sum(known) / len(known) * self.num_chips * self.step_time_s
 
     @cached_property
     def breakdown(self) -> StepBreakdown:
@@ -212,33 +218,6 @@ def chosen_fidelity(cluster: Cluster, asked: Fidelity | None) -> Fidelity:
         return asked
     few = cluster.num_chips <= EVERY_CHIP
     return Fidelity.FOLDED if cluster.conditions.is_healthy or not few else Fidelity.FULL
-
-
-def tokens_per_s(num_tokens: int, seconds: float) -> float:
-    """Tokens of the global batch over the time of the step.
-
-    Every token counts once, whatever the parallelism.
-    """
-    return num_tokens / seconds
-
-
-def mfu(model_flops: float, peak_flops_per_s: float, seconds: float, num_chips: int) -> float:
-    """Model FLOPs utilisation: model_flops / (peak per chip x seconds x chips).
-
-    `model_flops` is what one step of the model needs, forward and backward, over the global batch, without
-    recompute and without what tensor parallelism repeats (Chowdhery et al. 2022, PaLM, appendix B).
-    """
-    return model_flops / (peak_flops_per_s * seconds * num_chips)
-
-
-def cost_usd_per_step(cluster_usd_per_hour: float, seconds: float) -> float:
-    """Price of the whole cluster per hour x step time / 3600: idle chips are paid for as well."""
-    return cluster_usd_per_hour * seconds / 3600
-
-
-def energy_j_per_step(chip_watts: float, num_chips: int, seconds: float) -> float:
-    """Rated power x chips x step time. An upper bound: a chip that waits draws less than its rated power."""
-    return chip_watts * num_chips * seconds
 
 
 def _breakdown(tally: Tally, num_stages: int) -> StepBreakdown:

@@ -7,8 +7,8 @@ is when a communication ends: `Communications` says it.
 Folded, as here: the chips of a role differ in their coordinates only, so the mesh is folded to one chip per stage
 before it is driven; costs see the whole mesh. Collectives inside a role belong to its segments; sends, receives and
 collectives across stages start when the last of their ends has posted and their lanes are free, and take what
-`StepCosts` say. The time taken does not depend on the number of chips, and hardly on that of microbatches
-(`fold_bodies=False` times every segment anew, as a check). Every chip and every message: `every_chip`.
+`StepCosts` say. The time taken does not depend on the number of chips, and hardly on that of microbatches. Every chip
+and every message: `every_chip`.
 
 Integer nanoseconds, ties broken by chip, no clock and no randomness: same inputs, same result.
 
@@ -22,23 +22,24 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from heapq import heappop, heappush
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from comms.errors import ProgramError
-from orchestrator.runners.step_timelines import Ran, TimedCommunication, predicted_timeline
+from orchestrator.runners.runner import StepSpans
 from orchestrator.runners.timing.step_costs import StepCosts
 from orchestrator.runners.timing.timed_segments import (
     NOTHING,
     InFlight,
+    Piece,
     Tally,
     TimedSegment,
     axis_name,
     lane_of,
     time_segment,
 )
-from orchestrator.runs.timeline import Lane, Timeline
+from orchestrator.runs.timeline import Flow, Lane, Origin, Recorder, Timeline
 from partitioner.program.machine import Key, Machine, Post, Run
-from partitioner.program.program import Collective, Instruction, Program, Recv, Send
+from partitioner.program.program import Collective, Instruction, Program, Recv, Role, Send
 
 FIDELITY = "folded"
 LEFT_OUT = (
@@ -51,6 +52,26 @@ LEFT_OUT = (
 SMALL = 64  # chips up to which a timeline shows all of them, not only the representatives
 
 
+class Ran(NamedTuple):
+    """One execution of a timed segment: pieces of body `body` that start at `start_ns`."""
+
+    start_ns: int
+    microbatch: int
+    body: str
+    pieces: tuple[Piece, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TimedCommunication:
+    """A transfer or a collective: all its chips had posted it at `ready_ns`, bytes moved from start to end."""
+
+    key: Key
+    posts: Mapping[int, Post]  # by what was timed: stages, or chips
+    ready_ns: int
+    start_ns: int
+    end_ns: int
+
+
 @dataclass(frozen=True)
 class SimulatedStep:
     """One timed schedule. `tallies` say per stage where the step's time goes."""
@@ -60,7 +81,6 @@ class SimulatedStep:
     tallies: tuple[Tally, ...]
     ran: tuple[tuple[Ran, ...], ...] = field(repr=False)
     communications: tuple[TimedCommunication, ...] = field(repr=False)
-    num_timed: int  # segments that were timed, not reused
     fidelity: str = FIDELITY
     left_out: tuple[str, ...] = LEFT_OUT
     stats: None = None  # there are no tensors
@@ -99,16 +119,14 @@ class Communications(Protocol):
         """The next that ends, unless that is after `until_ns`; None also where nothing is under way."""
 
 
-def simulate_step(
-    program: Program, costs: StepCosts, *, schedule: str = "step", fold_bodies: bool = True
-) -> SimulatedStep:
+def simulate_step(program: Program, costs: StepCosts, *, schedule: str = "step") -> SimulatedStep:
     """Time one execution of `schedule`, folded. Raises ProgramError if the chips wait for each other for ever."""
     folded = fold_mesh(program)
     chips = [
         DrivenChip(stage, Machine(folded, stage, schedule, _is_inside_role))
         for stage in range(folded.num_chips)
     ]
-    loop = StepLoop(chips, costs, PricedCommunications(folded, costs), reuse=fold_bodies)
+    loop = StepLoop(chips, costs, PricedCommunications(folded, costs))
     loop.run()
     return loop.result(program)
 
@@ -203,20 +221,12 @@ class DrivenChip:
 class StepLoop:
     """Chips that go on at their times and communications that end at theirs, until nothing is left to happen."""
 
-    def __init__(
-        self,
-        chips: Sequence[DrivenChip],
-        costs: StepCosts,
-        communications: Communications,
-        *,
-        reuse: bool = True,
-    ) -> None:
-        self.chips, self.costs, self.communications, self.reuse = chips, costs, communications, reuse
+    def __init__(self, chips: Sequence[DrivenChip], costs: StepCosts, communications: Communications) -> None:
+        self.chips, self.costs, self.communications = chips, costs, communications
         self.wakes: list[tuple[int, int]] = []
         self.posts: dict[Key, dict[int, Post]] = {}
         self.ended: list[TimedCommunication] = []
         self.timed: dict[tuple[int, str, int, int, InFlight, float], TimedSegment] = {}
-        self.num_timed = 0
 
     def run(self) -> None:
         """Drive all chips to their ends. Raises ProgramError where they wait for each other for ever."""
@@ -275,11 +285,10 @@ class StepLoop:
             elapsed, shift = at - chip.as_of[0], run.microbatch - chip.as_of[1]
             before = before.later(elapsed, shift, role)
         key = (role.stage, run.body.name, run.start, run.stop, before, chip.factor)
-        segment = self.timed.get(key) if self.reuse else None
+        segment = self.timed.get(key)
         if segment is None:
             segment = time_segment(run.instructions, run.start, before, role, self.costs).slowed(chip.factor)
             self.timed[key] = segment
-            self.num_timed += 1
         chip.in_flight, chip.as_of = segment.after, (at + segment.duration_ns, run.microbatch)
         chip.tally.add(segment.tally)
         if segment.pieces:
@@ -311,5 +320,52 @@ class StepLoop:
             tallies=tuple(tally.times(1 / per_stage) for tally in tallies),
             ran=tuple(tuple(chip.ran) for chip in self.chips),
             communications=tuple(self.ended),
-            num_timed=self.num_timed,
         )
+
+
+def predicted_timeline(
+    program: Program,
+    ran: Sequence[Sequence[Ran]],
+    communications: Sequence[TimedCommunication],
+    step: int,
+    shown: Sequence[tuple[int, ...]],
+) -> Timeline:
+    """Every span and arrow of the step; `shown` are the chips that get the spans of each that was timed."""
+    roles = [program.roles[program.size("pp") * number // len(shown)] for number in range(len(shown))]
+    names = {
+        chip: f"chip {chip} (stage {role.stage})"
+        for role, chips in zip(roles, shown, strict=True)
+        for chip in chips
+    }
+    spans = StepSpans(Recorder(Origin.PREDICTED, names), program, step)
+    for role, chips, rows in zip(roles, shown, ran, strict=True):
+        for row in rows:
+            _add_segment(spans, chips, role, row)
+    for each in communications:
+        for number, post in each.posts.items():
+            said = spans.label(roles[number], "", post.instruction)
+            spans.add(shown[number], said, post.instruction.id, post.microbatch, each.start_ns, each.end_ns)
+        if each.key.kind == "p2p":
+            _add_flow(spans, each, shown)
+    return spans.recorder.timeline()
+
+
+def _add_segment(spans: StepSpans, chips: tuple[int, ...], role: Role, row: Ran) -> None:
+    """The pieces of one execution of a timed segment."""
+    instructions = role.body[row.body].instructions
+    for piece in row.pieces:
+        instruction = instructions[piece.at]
+        said = spans.label(role, row.body, instruction)
+        if piece.lane is Lane.HOST:
+            said = said._replace(lane=Lane.HOST, kind="host", nbytes=0, flops=0)
+        start, end = row.start_ns + piece.start_ns, row.start_ns + piece.end_ns
+        spans.add(chips, said, instruction.id, row.microbatch, start, end)
+
+
+def _add_flow(spans: StepSpans, transfer: TimedCommunication, shown: Sequence[tuple[int, ...]]) -> None:
+    """The arrows of a transfer, between chips of equal coordinates."""
+    source, target = transfer.key.chips
+    send, recv = transfer.posts[source], transfer.posts[target]
+    for ends in zip(shown[source], shown[target], strict=True):
+        at = (ends[0], send.instruction.id, ends[1], recv.instruction.id)
+        spans.recorder.flow(Flow(spans.step, send.microbatch, *at))

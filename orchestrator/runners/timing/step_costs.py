@@ -21,10 +21,10 @@ from comms.selection.choice import Choice, choose
 from kernels.chips import Chip
 from kernels.roofline import SegmentTime, memory_seconds, segment_time
 from orchestrator.config.hardware.cluster import Cluster
+from partitioner.program.instructions import accumulated_nbytes, collective_nbytes
 from partitioner.program.program import (
     Accumulate,
     Collective,
-    CollectiveOp,
     Compute,
     Group,
     Program,
@@ -183,19 +183,6 @@ class ClusterCosts:
             states = sum(tensor.spec.nbytes for tensor in role.tensors if tensor.kind is TensorKind.STATE)
             self._state_share[role.stage] = states / stepped if stepped else 0.0
         return self._state_share[role.stage]
-
-
-def collective_nbytes(role: Role, instruction: Collective) -> int:
-    """The buffer by which a collective is priced: the gathered result, else what a chip puts in."""
-    gathers = instruction.op is CollectiveOp.ALL_GATHER
-    tensors = instruction.writes if gathers else instruction.reads
-    return sum(role.tensors[tensor].spec.nbytes for tensor in tensors)
-
-
-def accumulated_nbytes(role: Role, instruction: Accumulate) -> int:
-    """Memory traffic of an accumulation: read both terms, write the sum."""
-    read = sum(role.tensors[tensor].spec.nbytes for tensor in instruction.reads)
-    return read + 2 * sum(role.tensors[tensor].spec.nbytes for tensor in instruction.writes)
 
 
 def _ns(seconds: float) -> int:

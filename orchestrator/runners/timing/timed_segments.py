@@ -10,12 +10,12 @@ Assumes that all chips of a role reach a collective together. Not modelled: cont
 slow-down of compute by communication beside it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from orchestrator.runners.timing.step_costs import StepCosts, Working, WorkTime
-from orchestrator.runs.timeline import Lane
+from orchestrator.runs.timeline import AXIS_LANES, Lane
 from partitioner.program.program import (
     Collective,
     Free,
@@ -27,13 +27,6 @@ from partitioner.program.program import (
     Update,
     Wait,
 )
-
-_LANES: Mapping[tuple[str, ...], Lane] = {
-    ("tp",): Lane.TP,
-    ("dp",): Lane.DP,
-    ("cp",): Lane.CP,
-    ("ep",): Lane.EP,
-}
 
 
 class PendingTensor(NamedTuple):
@@ -97,13 +90,8 @@ class Tally:
 
     @property
     def total_ns(self) -> int:
-        return (
-            self.compute_ns
-            + self.optimizer_ns
-            + self.host_ns
-            + self.bubble_ns
-            + sum(self.exposed_ns.values())
-        )
+        working_ns = self.compute_ns + self.optimizer_ns + self.host_ns
+        return working_ns + self.bubble_ns + sum(self.exposed_ns.values())
 
     def expose(self, axis: str, duration_ns: int) -> None:
         """The stream waited for communication along `axis`."""
@@ -152,7 +140,7 @@ class TimedSegment:
 
 def lane_of(group: Group) -> Lane:
     """The lane of a collective: that of its axis, the shared one for several axes or across stages."""
-    return _LANES.get(group.axes, Lane.COLLECTIVE)
+    return AXIS_LANES.get(group.axes, Lane.COLLECTIVE)
 
 
 def axis_name(group: Group) -> str:

@@ -6,21 +6,15 @@ import pytest
 
 from comms.errors import HangError, PlanError, RunError
 from orchestrator.runners.failure import (
-    ActorEnded,
-    ActorFailed,
     ActorStatus,
     CallState,
     EndActors,
-    GoOn,
-    Interrupted,
-    NotFinite,
-    RunState,
-    SaveAndStop,
-    StatusesCame,
-    StepEnded,
-    StopAtOnce,
-    in_call,
-    in_run,
+    RunEnd,
+    actor_ended,
+    actor_failed,
+    interrupted,
+    nobody_finished,
+    not_finite,
 )
 
 CALL = CallState("step", ((0, 1), (2,)), timeout_s=10.0, since_s=0.0)
@@ -28,7 +22,7 @@ MOVING, STILL = ActorStatus((1, 7), ""), ActorStatus((1, 5), "chip 0 waits for p
 
 
 def test_an_actor_that_has_ended_ends_all_with_its_name_and_chips() -> None:
-    decision = in_call(CALL, ActorEnded(0))
+    decision = actor_ended(CALL, 0)
     assert isinstance(decision, EndActors) and isinstance(decision.error, RunError)
     assert decision.error.problem == "actor 0 has ended"
     assert decision.error.where == "actor 0 (chips 0, 1) while executing a step"
@@ -37,7 +31,7 @@ def test_an_actor_that_has_ended_ends_all_with_its_name_and_chips() -> None:
 
 def test_an_error_in_an_instruction_keeps_its_type_and_its_cause() -> None:
     cause = KeyError("input_ids")
-    decision = in_call(replace(CALL, doing="saving"), ActorFailed(1, cause))
+    decision = actor_failed(replace(CALL, doing="saving"), 1, cause)
     assert isinstance(decision, EndActors) and isinstance(decision.error, RunError)
     assert decision.error.problem == "KeyError: 'input_ids'"
     assert decision.error.where == "actor 1 (chip 2) while saving"
@@ -46,54 +40,35 @@ def test_an_error_in_an_instruction_keeps_its_type_and_its_cause() -> None:
 
 def test_an_error_that_names_its_place_itself_is_raised_as_it_is() -> None:
     cause = PlanError("does not divide", "plan", "change it")
-    assert in_call(CALL, ActorFailed(1, cause)) == EndActors(cause)
+    assert actor_failed(CALL, 1, cause) == EndActors(cause)
 
 
 def test_chips_that_move_are_waited_for_however_long() -> None:
     state = CALL
     for at_s in (9.0, 18.0, 27.0):
-        decision = in_call(state, StatusesCame(at_s, (replace(MOVING, progress=(at_s,)), STILL)))
-        assert isinstance(decision, GoOn) and isinstance(decision.state, CallState)
-        state = decision.state
+        state = nobody_finished(state, at_s, (replace(MOVING, progress=(at_s,)), STILL))
+        assert isinstance(state, CallState)
     assert state.since_s == 27.0
 
 
 def test_a_silent_actor_is_named_with_those_who_wait_for_it_once_nothing_has_moved_for_too_long() -> None:
     seen = (STILL, None)
-    first = in_call(CALL, StatusesCame(1.0, seen))
-    assert isinstance(first, GoOn) and isinstance(first.state, CallState)
-    assert isinstance(in_call(first.state, StatusesCame(10.9, seen)), GoOn)
-    decision = in_call(first.state, StatusesCame(11.0, seen))
+    first = nobody_finished(CALL, 1.0, seen)
+    assert isinstance(first, CallState)
+    assert isinstance(nobody_finished(first, 10.9, seen), CallState)
+    decision = nobody_finished(first, 11.0, seen)
     assert isinstance(decision, EndActors) and isinstance(decision.error, HangError)
     assert "no chip has moved for 10 s while executing a step" in decision.error.problem
     assert decision.error.where == f"actor 0: {STILL.waits}\nactor 1: does not answer"
 
 
 @pytest.mark.parametrize("where", [None, "chip 3 (stage 1), microbatch 0, instruction 7 (mlp)"])
-def test_a_step_that_is_not_finite_saves_the_state_before_it_and_names_the_instruction(
-    where: str | None,
-) -> None:
-    decision = in_run(RunState(4, 9), NotFinite(where))
-    assert isinstance(decision, SaveAndStop) and decision.error is not None
-    assert decision.error.problem == "the loss or a gradient is not finite at step 5"
-    assert decision.error.where == (where or "the optimizer's statistics")
+def test_a_step_that_is_not_finite_is_named_with_the_instruction(where: str | None) -> None:
+    error = not_finite(5, where)
+    assert error.problem == "the loss or a gradient is not finite at step 5"
+    assert error.where == (where or "the optimizer's statistics")
 
 
-@pytest.mark.parametrize(
-    ("state", "decision"),
-    [
-        (RunState(4, 9), GoOn(RunState(4, 9))),
-        (RunState(4, 9, interrupts=1), SaveAndStop()),
-        (RunState(9, 9, interrupts=1), GoOn(RunState(9, 9, interrupts=1))),
-    ],
-)
-def test_an_interrupted_run_ends_after_its_step_unless_that_was_the_last(
-    state: RunState, decision: GoOn | SaveAndStop
-) -> None:
-    assert in_run(state, StepEnded()) == decision
-
-
-def test_the_second_interrupt_ends_the_run_at_once() -> None:
-    first = in_run(RunState(4, 9), Interrupted())
-    assert first == GoOn(RunState(4, 9, interrupts=1))
-    assert in_run(RunState(4, 9, interrupts=1), Interrupted()) == StopAtOnce()
+def test_the_first_interrupt_saves_after_the_step_and_the_second_ends_the_run_at_once() -> None:
+    assert interrupted(1) is RunEnd.SAVED
+    assert interrupted(2) is RunEnd.AT_ONCE

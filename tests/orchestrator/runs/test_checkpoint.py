@@ -15,11 +15,8 @@ from orchestrator.runs import checkpoint as checkpoints
 from orchestrator.runs.checkpoint import (
     MANIFEST,
     Manifest,
-    begin,
-    commit,
     latest,
     load,
-    load_shard,
     prune,
     save,
 )
@@ -78,7 +75,7 @@ def test_tensors_come_back_bit_for_bit(
 def test_views_of_one_buffer_and_transposed_tensors_are_saved_as_what_they_show(tmp_path: Path) -> None:
     flat = torch.arange(12.0)
     given = {"a": flat[:6].view(2, 3), "b": flat[4:], "tied": flat[:6].view(2, 3), "t": flat.view(3, 4).t()}
-    back = load_shard(save(tmp_path, manifest(), {"chip-0": given}), "chip-0")
+    back = load(save(tmp_path, manifest(), {"chip-0": given}))["chip-0"]
     assert all(torch.equal(back[name], given[name]) for name in given)
 
 
@@ -91,8 +88,7 @@ def test_the_manifest_says_what_is_there(tmp_path: Path) -> None:
     assert (held.step, held.sample, held.seed, held.layout, held.extra) == (
         100, 3200, 7, {"dp": 2, "tp": 4}, {"best": 1.5},
     )  # fmt: skip
-    (entry,) = held.shards[0].tensors
-    assert (entry.name, entry.shape, entry.dtype) == ("w", (3,), "float32")
+    assert held.shards[0].tensors == [{"name": "w", "shape": [3], "dtype": "float32"}]
     assert str(tmp_path) not in (found.folder / MANIFEST).read_text()
 
 
@@ -152,8 +148,6 @@ def test_damage_after_finding_is_noticed_before_loading(tmp_path: Path) -> None:
     flip_a_bit(found.folder)
     with pytest.raises(RunError, match="digest"):
         load(found)
-    with pytest.raises(RunError, match="holds no shard"):
-        load_shard(found, "chip-9")
 
 
 @pytest.mark.parametrize("call", ["save_file", "write_whole", "sync"])
@@ -186,7 +180,9 @@ def test_a_process_killed_between_the_two_renames_loses_nothing(
         return real(path, target)
 
     monkeypatch.setattr(Path, "rename", die_on_the_second)
-    monkeypatch.setattr(checkpoints, "discard", lambda folder: None)  # a kill leaves no chance to clean up
+    monkeypatch.setattr(
+        checkpoints.shutil, "rmtree", lambda *_, **__: None
+    )  # a kill leaves no chance to clean up
     with pytest.raises(KeyboardInterrupt):
         save_step(tmp_path, 5)
     assert found_step(tmp_path) == 5
@@ -198,7 +194,7 @@ def test_saving_a_step_again_replaces_it_and_leaves_one_folder(tmp_path: Path) -
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000005"]
     found = latest(tmp_path).checkpoint
     assert found is not None
-    assert load_shard(found, "chip-0")["w"].tolist() == [0.0]
+    assert load(found)["chip-0"]["w"].tolist() == [0.0]
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "full"), SafetensorError("No space left on")])
@@ -215,21 +211,12 @@ def test_a_full_disk_is_a_user_error_and_leaves_no_trace(
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000001"]
 
 
-def test_several_writers_fill_one_folder_and_it_counts_only_after_commit(tmp_path: Path) -> None:
-    folder = begin(tmp_path / "checkpoints", 3)
-    files = [checkpoints.write_shard(folder, name, {"w": torch.ones(2)}) for name in ("chip-1", "chip-0")]
-    assert latest(tmp_path).checkpoint is None
-    done = commit(folder, checkpoints.with_shards(manifest(3), files))
-    assert [shard.writer for shard in done.manifest.shards] == ["chip-0", "chip-1"]
-    assert latest(tmp_path).checkpoint == done
-
-
 def test_prune_keeps_the_newest_and_never_counts_a_broken_one(tmp_path: Path) -> None:
     for step in (1, 2, 3, 4):
         save_step(tmp_path, step)
     (tmp_path / "checkpoints" / "step-000004" / MANIFEST).unlink()
-    removed = prune(tmp_path, keep=2)
-    assert [path.name for path in removed] == ["step-000001"]
+    prune(tmp_path, keep=2)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
+        "step-000002", "step-000003", "step-000004",
+    ]  # fmt: skip
     assert found_step(tmp_path) == 3
-    with pytest.raises(ValueError, match="at least 1"):
-        prune(tmp_path, keep=0)

@@ -154,12 +154,6 @@ def test_missing_paths_empty_folders_and_unknown_names_are_named(tmp_path: Path)
         load_data("builtin:french", seq=8, seed=0)
 
 
-def test_a_byte_beyond_the_vocabulary_is_named() -> None:
-    with pytest.raises(DataError, match="the model knows 100 tokens"):
-        load_data("builtin:english", seq=8, seed=0, vocab_size=100)
-    assert load_data("builtin:english", seq=8, seed=0, vocab_size=256).seq == 8
-
-
 @given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 3))
 def test_the_pieces_in_order_are_the_global_batch(dp: int, microbatches: int, size: int) -> None:
     samples = torch.arange(dp * microbatches * size * 2).reshape(-1, 2)

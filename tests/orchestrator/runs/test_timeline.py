@@ -1,7 +1,8 @@
-"""Timeline: canonical form, merge, codec, soundness and the join of predicted with measured."""
+"""Timeline: canonical form, codec, soundness and the join of predicted with measured."""
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from random import Random
 from typing import Any
 
 import msgpack
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from comms.errors import TimelineFormatError
-from orchestrator.runs.accuracy import Basis, Pair, compare, join
+from orchestrator.runs.accuracy import Basis, Pair, compare
 from orchestrator.runs.run_dir import decode, encode
 from orchestrator.runs.timeline import (
     LANES,
@@ -21,7 +22,6 @@ from orchestrator.runs.timeline import (
     Recorder,
     Span,
     Timeline,
-    merge,
 )
 
 INT = st.integers(0, 5)
@@ -112,33 +112,19 @@ def test_codec_refuses_what_is_not_its_format(document: object) -> None:
         decode(msgpack.packb(document))
 
 
-@given(st.lists(st.tuples(spans, st.integers(0, 3)), max_size=20), st.permutations(range(4)))
-def test_merge_does_not_depend_on_who_recorded_what(
-    timeline_of: Callable[..., Timeline], owned: list[tuple[Span, int]], order: list[int]
+@given(st.lists(spans, max_size=20), st.randoms())
+def test_the_order_of_recording_does_not_matter(
+    timeline_of: Callable[..., Timeline], values: list[Span], random: Random
 ) -> None:
-    whole = timeline_of(Origin.MEASURED, [value for value, _ in owned])
-    parts = [
-        timeline_of(Origin.MEASURED, [value for value, owner in owned if owner == actor]) for actor in order
-    ]
-    merged = merge([(part.shifted(-7 * number), 7 * number) for number, part in enumerate(parts)])
-    assert merged == whole
-    assert encode(merged) == encode(whole)
+    shuffled = random.sample(values, len(values))
+    whole, other = timeline_of(Origin.MEASURED, values), timeline_of(Origin.MEASURED, shuffled)
+    assert other == whole
+    assert encode(other) == encode(whole)
 
 
-def test_merge_keeps_one_of_a_flow_that_both_ends_report(timeline_of: Callable[..., Timeline]) -> None:
+def test_one_of_a_flow_that_both_ends_report_is_kept(timeline_of: Callable[..., Timeline]) -> None:
     flow = Flow(0, 0, 0, 1, 1, 2)
-    part = timeline_of(Origin.MEASURED, (), [flow])
-    assert tuple(merge([(part, 0), (part, 5)]).flows) == (flow,)
-
-
-def test_merge_refuses_two_names_for_one_chip_and_two_origins(timeline_of: Callable[..., Timeline]) -> None:
-    one, other = (timeline_of(Origin.MEASURED, (), chips={0: name}) for name in "ab")
-    with pytest.raises(ValueError, match="chip 0"):
-        merge([(one, 0), (other, 0)])
-    with pytest.raises(ValueError, match="one origin"):
-        merge([(one, 0), (timeline_of(Origin.PREDICTED, ()), 0)])
-    with pytest.raises(ValueError, match="at least one"):
-        merge([])
+    assert tuple(timeline_of(Origin.MEASURED, (), [flow, flow]).flows) == (flow,)
 
 
 def test_a_number_that_does_not_fit_its_column_is_an_error(timeline_of: Callable[..., Timeline]) -> None:
@@ -201,9 +187,8 @@ def test_join_compares_matched_instructions_by_kind(
     predicted = timeline_of(
         Origin.PREDICTED, [span(0, 8, instr=1), span(8, 10, instr=2), span(10, 11, instr=9)]
     )
-    accuracy = join(
-        predicted, measured(span(0, 5, instr=1), span(5, 10, instr=1), span(10, 14, instr=2), span(14, 15))
-    )
+    ran = (span(0, 5, instr=1), span(5, 10, instr=1), span(10, 14, instr=2), span(14, 15))
+    accuracy = compare(predicted, measured(*ran), Basis.SECONDS)
     (row,) = accuracy.kinds
     assert (row.kind, row.num_matched, row.predicted_ns, row.measured_ns) == ("forward", 2, 10, 14)
     assert row.error == pytest.approx(-4 / 14)
@@ -211,12 +196,12 @@ def test_join_compares_matched_instructions_by_kind(
     assert (accuracy.only_predicted, accuracy.only_measured) == (1, 1)
 
 
-@given(st.lists(spans, max_size=15))
+@given(st.lists(spans.map(lambda span: span._replace(step=2)), min_size=1, max_size=15))
 def test_join_of_a_timeline_with_itself_has_no_error(
     timeline_of: Callable[..., Timeline], values: list[Span]
 ) -> None:
     timeline = timeline_of(Origin.MEASURED, values)
-    accuracy = join(timeline, timeline)
+    accuracy = compare(timeline, timeline, Basis.SECONDS)
     assert all(row.error == row.median_error == 0 for row in accuracy.kinds)
     assert (accuracy.only_predicted, accuracy.only_measured) == (0, 0)
     keys = {(v.step, v.chip, v.instr, v.microbatch) for v in values if v.instr >= 0}
@@ -227,7 +212,8 @@ def test_a_launch_that_lasts_longer_than_its_work_counts_instead_of_it(
     timeline_of: Callable[..., Timeline], measured: Callable[..., Timeline]
 ) -> None:
     work, launch = span(0, 4, instr=1), Span(0, 0, Lane.HOST, "host", "f", 1, 0, 9)
-    (row,) = join(timeline_of(Origin.PREDICTED, [launch, work]), measured(span(0, 9, instr=1))).kinds
+    predicted = timeline_of(Origin.PREDICTED, [launch, work])
+    (row,) = compare(predicted, measured(span(0, 9, instr=1)), Basis.SECONDS).kinds
     assert (row.kind, row.predicted_ns, row.error) == ("forward", 9, 0)
 
 
@@ -254,26 +240,22 @@ def test_errors_in_time_are_told_of_the_described_chips_only_and_the_rest_always
 
 def test_one_predicted_step_can_stand_for_every_measured_one(measured: Callable[..., Timeline]) -> None:
     steps = [Span(step, 0, Lane.COMPUTE, "forward", "f", 4, 0, 20) for step in (3, 4)]
-    (row,) = join(measured(span(0, 10, instr=4)), measured(*steps), every_step=True).kinds
+    (row,) = compare(measured(span(0, 10, instr=4)), measured(*steps), Basis.SECONDS).kinds
     assert (row.num_matched, row.predicted_ns, row.measured_ns) == (2, 20, 40)
-    with pytest.raises(ValueError, match="one step"):
-        join(measured(*steps), measured(*steps), every_step=True)
 
 
 def test_a_hundred_thousand_spans_stay_small_in_memory_and_on_disk() -> None:
     recorder = Recorder(Origin.MEASURED)
     for number in range(100_000):
-        recorder.span(
-            step=number // 4096, chip=number % 8, lane=Lane.COMPUTE, kind="forward",
-            name=f"block {number % 32}", instr=number % 512, start_ns=number * 10, end_ns=number * 10 + 9,
-        )  # fmt: skip
+        place, name = (number // 4096, number % 8, Lane.COMPUTE), f"block {number % 32}"
+        recorder.span(Span(*place, "forward", name, number % 512, number * 10, number * 10 + 9))
     timeline = recorder.timeline()
     assert timeline.span_rows.nbytes < 60 * 100_000
     assert len(encode(timeline)) < 20 * 100_000
 
 
-def test_views_slice_and_spans_are_in_order_of_time(measured: Callable[..., Timeline]) -> None:
+def test_spans_are_in_order_of_time(measured: Callable[..., Timeline]) -> None:
     timeline = measured(span(5, 6), span(0, 1), span(3, 4))
-    assert [value.start_ns for value in timeline.spans[1:]] == [3, 5]
+    assert [value.start_ns for value in timeline.spans] == [0, 3, 5]
     assert "3 spans" in repr(timeline)
     assert timeline != "something else"

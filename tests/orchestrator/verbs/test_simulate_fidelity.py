@@ -130,9 +130,7 @@ def test_groups_astride_hosts_are_priced_by_what_joins_the_hosts():
     even, uneven = (choose(Op.ALL_GATHER, 2.0**30, Lattice(((1, n),)), network) for n in (4, 3))
     assert (even.tier, uneven.tier) == ("scale-up", "infiniband")
     topology = network.topology()
-    seconds = full.simulate(
-        topology, [uneven.job(Lattice(((1, 3),)).copies(24), topology)]
-    ).seconds.max()
+    seconds = full.simulate(topology, [uneven.job(Lattice(((1, 3),)).copies(24), topology)]).seconds.max()
     assert uneven.transfer_s == pytest.approx(seconds, rel=0.1)
 
 

@@ -24,7 +24,7 @@ from orchestrator.verbs.inputs.options import RunnerKind, TrainOptions
 from orchestrator.views.console import Console
 from partitioner.layout.parallel_plan import Plan, plan_from_yaml
 from partitioner.program.program_codec import decode
-from partitioner.program.program_text import from_text
+from partitioner.program.program_text import to_text
 
 PLAN = Plan(dp=2, pp=2, zero=1, microbatches=2)
 FILES = {
@@ -95,7 +95,7 @@ def test_predicted_and_measured_are_compared_in_what_does_not_depend_on_this_mac
 def test_plan_and_program_can_be_read_back(finished: tuple[Any, Path]) -> None:
     _, folder = finished
     program = decode((folder / "program.msgpack").read_bytes())
-    assert from_text((folder / "program.txt").read_text()) == program
+    assert (folder / "program.txt").read_text() == to_text(program)
     assert plan_from_yaml((folder / "plan.yaml").read_text()) == PLAN
     assert program.num_chips == 4
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from partitioner.layout.parallel_plan import Plan
 from partitioner.lowering.flat_buffers import FlatGroup, Param, make_groups
-from partitioner.lowering.role_builder import RoleBuilder, SegmentPool
+from partitioner.lowering.stage import RoleBuilder, SegmentPool
 from partitioner.program.program import TensorKind, TensorSpec
 
 

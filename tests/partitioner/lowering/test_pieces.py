@@ -59,7 +59,7 @@ def test_forward_and_backward_equal_eager_autograd(graph: Any, index: int) -> No
     seeds = [torch.randn_like(expected[i]) for i in unit.tangents]
     for slot, value in zip(unit.outputs, expected, strict=True):
         torch.testing.assert_close(values[slot], value.detach())
-    values |= {unit.first_tangent + i: seed for i, seed in enumerate(seeds)}
+    values |= dict(enumerate(seeds, unit.coordinate + 1))
     run(unit.backward, values)
     torch.autograd.backward([expected[i] for i in unit.tangents], seeds)
     for source, slot in unit.grads:
@@ -99,10 +99,11 @@ def test_with_two_chips_segments_and_collectives_alternate(graph: Any) -> None:
 def test_every_slot_is_written_before_it_is_read(graph: Any, tp: int) -> None:
     for index in (EMBED, BLOCK, HEAD):
         unit = split_unit(graph, index, tp)
-        known = set(range(unit.first_tangent))
+        first_tangent = unit.coordinate + 1
+        known = set(range(first_tangent))
         for way, more in (
             (unit.forward, ()),
-            (unit.backward, range(unit.first_tangent, unit.first_tangent + len(unit.tangents))),
+            (unit.backward, range(first_tangent, first_tangent + len(unit.tangents))),
         ):
             known |= set(more)
             for piece in way:

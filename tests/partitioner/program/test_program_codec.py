@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from comms.errors import ProgramError
 from partitioner.program.program import VERSION, Program
 from partitioner.program.program_codec import decode, encode
-from partitioner.program.program_text import from_text, to_text
+from partitioner.program.program_text import to_text
 
 
 @given(data=st.data())
@@ -21,7 +21,7 @@ def test_decode_is_the_inverse_of_encode(programs, data):
 
 @given(data=st.data())
 @settings(max_examples=20)
-def test_equal_programs_have_equal_bytes(programs, data):
+def test_equal_programs_have_equal_bytes(programs, data, from_text):
     program = data.draw(programs)
     assert encode(from_text(to_text(program))) == encode(decode(encode(program))) == encode(program)
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from orchestrator.runners.executing.chip import SegmentLibrary, restore_state, saved_state, whole_parameters
+from orchestrator.runners.executing.chip import SegmentLibrary, saved_state, whole_parameters
 from orchestrator.runners.executing.chip_set import ChipSet
 from orchestrator.runners.runner import StepRequest
 
@@ -87,9 +87,7 @@ def test_training_goes_on_bit_for_bit_from_what_was_saved(
         step(first, batches_of, number)
     saved = states_of(first)
     second = running_chips(program, dict(options))
-    second.prepare_optimizers()
-    for chip in second.chips.values():
-        restore_state(chip, saved.__getitem__)
+    second.restore(saved)
     assert [step(first, batches_of, n) for n in (2, 3)] == [step(second, batches_of, n) for n in (2, 3)]
     one, other = states_of(first), states_of(second)
     assert all(one[i].keys() == other[i].keys() for i in one)

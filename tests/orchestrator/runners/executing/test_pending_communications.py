@@ -50,7 +50,7 @@ def meet(
     """What every chip has afterwards; `order` is the order in which chips post."""
     size = len(parts)
     chips = chips_with(tensor(0, tuple(parts[0].shape), dtype), tensor(1, shape, dtype, kind), size)
-    communications = PendingCommunications(chips, (0,) * size, 0, None)
+    communications = PendingCommunications(chips, (0,) * size, 0)
     target = 0 if in_place else 1
     instruction = Collective(5, op, reduction, Group(("dp",)), 0, (0,), (target,))
     post = Post(0, 0, instruction, Key("group", tuple(range(size)), 0))
@@ -159,7 +159,7 @@ def test_contributions_are_left_alone_unless_asked_for_in_place() -> None:
 @pytest.mark.parametrize("first", ["send", "recv"])
 def test_a_send_meets_its_receive_whoever_posts_first(first: str) -> None:
     chips = chips_with(tensor(0, (2,), "f32"), tensor(1, (2,), "f32"), 1, pp=2)
-    communications, key = PendingCommunications(chips, (0, 0), 0, None), Key("p2p", (0, 1), 0)
+    communications, key = PendingCommunications(chips, (0, 0), 0), Key("p2p", (0, 1), 0)
     value = torch.tensor([1.0, 2.0])
     chips[0].write(0, 3, value)
     posts = {"send": (0, Post(0, 3, Send(1, 0, 1), key)), "recv": (1, Post(0, 3, Recv(2, 1, 0), key))}
@@ -172,7 +172,7 @@ def test_a_send_meets_its_receive_whoever_posts_first(first: str) -> None:
 
 def test_what_was_sent_is_what_was_there_when_it_was_posted() -> None:
     chips = chips_with(tensor(0, (2,), "f32"), tensor(1, (2,), "f32"), 1, pp=2)
-    communications, key = PendingCommunications(chips, (0, 0), 0, None), Key("p2p", (0, 1), 0)
+    communications, key = PendingCommunications(chips, (0, 0), 0), Key("p2p", (0, 1), 0)
     chips[0].write(0, 0, torch.ones(2))
     communications.post(0, Post(0, 0, Send(1, 0, 1), key))
     chips[0].instances.clear()  # freed by the sender's stream
@@ -196,7 +196,7 @@ def test_two_actors_get_the_bytes_of_one(case: Any, op: CollectiveOp) -> None:
     chips = chips_with(tensor(0, (rows, columns), dtype), tensor(1, shape, dtype), size)
     actor_of = tuple(chip % 2 for chip in range(size))
     halves = [
-        PendingCommunications({c: chips[c] for c in range(size) if actor_of[c] == a}, actor_of, a, None)
+        PendingCommunications({c: chips[c] for c in range(size) if actor_of[c] == a}, actor_of, a)
         for a in (0, 1)
     ]
     instruction = Collective(5, op, reduction, Group(("dp",)), 0, (0,), (1,))

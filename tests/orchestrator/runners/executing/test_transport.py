@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from orchestrator.runners.executing import transport
 from orchestrator.runners.executing.transport import RAW_BYTES, Address, Transport, read_header
 from partitioner.capture.captured_graph import TORCH
 from partitioner.program.machine import Key
@@ -21,9 +22,9 @@ ARRIVAL_S = 20
 class End:
     """A transport whose arrivals are kept in order."""
 
-    def __init__(self, actor: int, *, share_memory: bool, secret: bytes = SECRET) -> None:
+    def __init__(self, actor: int, *, secret: bytes = SECRET) -> None:
         self.arrived: queue.Queue[tuple[int, Key, int, torch.Tensor]] = queue.Queue()
-        self.transport = Transport(actor, secret, lambda *a: self.arrived.put(a), share_memory=share_memory)
+        self.transport = Transport(actor, secret, lambda *a: self.arrived.put(a))
 
     def next(self) -> tuple[int, Key, int, torch.Tensor]:
         return self.arrived.get(timeout=ARRIVAL_S)
@@ -31,7 +32,10 @@ class End:
 
 @contextmanager
 def two_ends(share_memory: bool, **other: bytes) -> Iterator[tuple[End, End]]:
-    first, second = End(0, share_memory=share_memory), End(1, share_memory=share_memory, **other)
+    with pytest.MonkeyPatch.context() as patch:
+        if not share_memory:
+            patch.setattr(transport, "write_proof", lambda _: None)
+        first, second = End(0), End(1, **other)
     first.transport.connect({1: second.transport.address})
     second.transport.connect({0: first.transport.address})
     try:
@@ -168,7 +172,7 @@ def test_a_message_of_a_process_that_has_ended_is_dropped():
 def test_memory_of_another_host_is_not_shared():
     with two_ends(True) as (first, second):
         there = second.transport.address
-        first.transport.connect({2: Address(there.endpoint, "other", there.process, there.block, b"0" * 16)})
+        first.transport.connect({2: Address(there.endpoint, there.process, there.block, b"0" * 16)})
         assert not first.transport._peers[2].shares_memory
         first.transport.send(2, 3, KEY, 0, torch.arange(100_000))
         assert torch.equal(second.next()[3], torch.arange(100_000))

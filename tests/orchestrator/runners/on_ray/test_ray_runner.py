@@ -1,6 +1,5 @@
 import os
 import signal
-import socket
 import sys
 import threading
 import time
@@ -16,13 +15,13 @@ from kernels.optimizers import OptimizerSpec
 from orchestrator.models.builtin_gpt import GPT
 from orchestrator.models.model_specs import GPTOptions
 from orchestrator.runners.executing.chip import Settings
-from orchestrator.runners.executing.inline import InlineRunner
-from orchestrator.runners.on_ray.ray_runner import RayOptions, RayRunner
+from orchestrator.runners.executing.chip_set import ChipSet
+from orchestrator.runners.on_ray import ray_runner
+from orchestrator.runners.on_ray.ray_runner import RayRunner
 from orchestrator.runners.on_ray.ray_start import (
     ActorPlan,
     RayStart,
     raise_busy,
-    require_listener,
     require_resources,
 )
 from orchestrator.runners.runner import Batches, States, StepRequest, TensorRunner
@@ -76,7 +75,7 @@ def case() -> Case:
 
 @pytest.fixture(scope="module")
 def expected(case) -> tuple[list[float], States]:
-    inline = InlineRunner(case.program, Settings(SPEC, 1.0), 1)
+    inline = ChipSet(case.program, Settings(SPEC, 1.0))
     return case.train(inline, 3), inline.states()
 
 
@@ -89,13 +88,10 @@ def local_ray() -> Iterator[None]:
     ray.shutdown()
 
 
-def connected(
-    case: Case, num_actors: int, *, timeout_s: float = 60.0, share_memory: bool = True
-) -> RayRunner:
-    start = RayStart(ActorPlan(num_actors, share_memory=share_memory))
+def connected(case: Case, num_actors: int) -> RayRunner:
+    start = RayStart(ActorPlan(num_actors))
     try:
-        options = RayOptions(SPEC, 1.0, timeout_s=timeout_s)
-        return RayRunner(start, case.program, options)
+        return RayRunner(start, case.program, Settings(SPEC, 1.0))
     except BaseException:
         start.close()
         raise
@@ -104,7 +100,7 @@ def connected(
 @pytest.fixture(scope="module")
 def two_actors(local_ray: None, case: Case) -> Iterator[RayRunner]:
     """Shared by the tests that start from parameters or a checkpoint, and ended by the last of them."""
-    running = connected(case, 2, share_memory=False)
+    running = connected(case, 2)
     yield running
     running.close()
 
@@ -130,14 +126,14 @@ def test_too_many_actors_are_refused_before_anything_is_created(local_ray):
 
 
 @pytest.mark.ray
-def test_actors_without_shared_memory_give_the_bytes_of_one_process(two_actors, case, expected):
+def test_two_actors_give_the_bytes_of_one_process(two_actors, case, expected):
     assert case.train(two_actors, 3) == expected[0]
     assert_same_bytes(two_actors.states(), expected[1])
 
 
 @pytest.mark.ray
 def test_a_checkpoint_continues_and_evaluation_and_marks_come_back(two_actors, case, expected):
-    inline = InlineRunner(case.program, Settings(SPEC, 1.0), 1)
+    inline = ChipSet(case.program, Settings(SPEC, 1.0))
     case.train(inline, 2)
     two_actors.load(case.values.__getitem__)
     two_actors.restore(inline.states())
@@ -213,10 +209,11 @@ def test_a_killed_actor_ends_the_step_with_its_name(local_ray, case):
 
 
 @pytest.mark.ray
-def test_a_silent_actor_is_named_with_those_who_wait_for_it(local_ray, case):
-    running = connected(case, 2, timeout_s=0.2)
+def test_a_silent_actor_is_named_with_those_who_wait_for_it(local_ray, case, monkeypatch):
+    running = connected(case, 2)
     try:
         case.train(running, 1)
+        monkeypatch.setattr(ray_runner, "TIMEOUT_S", 0.2)
         os.kill(process_of(running, 1), signal.SIGSTOP)
         with pytest.raises(HangError) as caught:
             running.run(case.request())
@@ -235,15 +232,6 @@ def test_what_is_short_is_named():
     require_resources(plan, {"CPU": 4.0, "GPU": 4.0})
     with pytest.raises(ClusterError, match="4 CPUs needed, 1 free"):
         raise_busy(plan, {"CPU": 1.0, "GPU": 4.0})
-
-
-def test_an_address_where_nobody_listens_is_refused_at_once():
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        host, port = server.getsockname()
-        require_listener(f"{host}:{port}")
-    with pytest.raises(ConnectionRefusedError):
-        require_listener(f"{host}:{port}")
-    require_listener("auto")
 
 
 def test_a_missing_ray_is_named_before_anything_starts(monkeypatch):

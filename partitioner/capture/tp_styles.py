@@ -87,17 +87,18 @@ def shard_dim(style: str, node: Node, param: Node) -> int | None:
 
 
 def _weight(node: Node) -> Node | None:
-    position = MATMULS.get(node.target)
-    weight = node.args[position[0]] if position else None
-    return weight if isinstance(weight, Node) and weight.op == "placeholder" else None
+    return _parameter(node, 0)
 
 
 def _bias(node: Node) -> Node | None:
-    position = MATMULS.get(node.target)
-    if position is None or position[1] is None or len(node.args) <= position[1]:
-        return None
-    bias = node.args[position[1]]
-    return bias if isinstance(bias, Node) and bias.op == "placeholder" else None
+    return _parameter(node, 1)
+
+
+def _parameter(node: Node, which: int) -> Node | None:
+    """What stands at the weight's or the bias's place of a matmul, if that is a parameter."""
+    place = MATMULS.get(node.target, (None, None))[which]
+    found = node.args[place] if place is not None and place < len(node.args) else None
+    return found if isinstance(found, Node) and found.op == "placeholder" else None
 
 
 def _planned(name: str, plan: Mapping[str, str]) -> str | None:

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from partitioner.capture.graph_units import build_graph
+from partitioner.capture.tp_styles import COLUMN, REPLICATE, ROW, VOCAB, shard_dim
 from partitioner.capture.tracing import trace_module
 from partitioner.layout.joint_trace import param_dims
-from partitioner.layout.tp_styles import COLUMN, REPLICATE, ROW, VOCAB, shard_dim
 
 NAMES = ["builtin:gpt-nano", "hf:gpt2-tiny", "hf:llama-tiny"]
 
