@@ -63,7 +63,7 @@ def _check_cluster(document: Document) -> tuple[str, ...]:
     power = _amount(cluster.watts, Quantity.POWER)
     return (
         f"{cluster.name}: {_hosts(cluster)} of {chips}, {cluster.device}",
-        *(_tier_line(tier, cluster.issue_s.get(tier.name, 0.0)) for tier in cluster.network.tiers),
+        *map(_tier_line, cluster.network.tiers),
         f"{_count(cluster.num_chips)}: {price}, {power}",
         *_condition_lines(cluster.conditions),
     )
@@ -88,14 +88,14 @@ def _types(cluster: Cluster) -> str:
     return f"{cluster.chips_per_host} x {names}" if len(cluster.chip_types) == 1 else names
 
 
-def _tier_line(tier: Tier, issue_s: float) -> str:
+def _tier_line(tier: Tier) -> str:
     """How many chips, in which shape, what a message gets, and what a collective pays besides."""
     size = "any number of chips" if tier.size == UNBOUNDED else _count(tier.size)
     loaded, alone = (
         format_quantity(link.bytes_per_s, Quantity.DATA_RATE) for link in (tier.loaded_link, tier.link)
     )
     rate = loaded if loaded == alone else f"{loaded} ({alone} alone)"
-    latency = format_quantity(tier.link.latency_s + issue_s, Quantity.TIME)
+    latency = format_quantity(tier.link.latency_s + tier.issue_s, Quantity.TIME)
     told = [f"{tier.name}: {size}{_shape(tier)}", rate, latency]
     if tier.setup_s:
         told.append(f"{format_quantity(tier.setup_s, Quantity.TIME)} a collective")

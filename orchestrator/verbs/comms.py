@@ -134,6 +134,6 @@ def _tiers(cluster: Cluster, options: CommsOptions, console: Console) -> int:
     flags = ("op", "size", "algorithm", "fidelity", "sweep", "plot")
     given = {f"--{flag}": getattr(options, flag) for flag in flags}
     say_ignored(console, given, "--tiers is about single messages")
-    rows = latency_tiers(cluster)
+    rows = latency_tiers(cluster.network, cluster.chip_types)
     console.results(tier_report.document(rows, cluster.name), tier_report.tables(rows, cluster.name))
     return 0

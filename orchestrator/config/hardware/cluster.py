@@ -9,14 +9,14 @@ modelled: which chip is behind which PCIe switch beyond equal shares in order, a
 beyond what the hosts' price says.
 """
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from comms.errors import ClusterError, CommsError
 from comms.networks.conditions import HEALTHY, Described, check_chips
 from comms.networks.links import PLAIN, Link, Protocol
-from comms.networks.network import Network
+from comms.networks.network import Network, Tier
 from kernels.chips import Chip
 from orchestrator.config.hardware.network_sections import NicSection
 
@@ -35,7 +35,11 @@ class Library:
 
     setup_s: float = 0.0  # of each collective, once
     protocols: tuple[Protocol, ...] = (PLAIN,)
-    issue_s: float = 0.0  # what a message by itself takes more than a stage of a collective
+    issue_s: float = 0.0  # of each message by itself
+
+    def on(self, tier: Tier) -> Tier:
+        """The tier with this library."""
+        return replace(tier, setup_s=self.setup_s, protocols=self.protocols, issue_s=self.issue_s)
 
 
 PLAIN_LIBRARY = Library()
@@ -77,7 +81,6 @@ class Cluster:
     actors: int | None  # processes that execute simulated chips; None: one per core
     origin: str  # the file it was read from
     conditions: Described = HEALTHY  # what is slow, down or busy
-    issue_s: Mapping[str, float] = field(default_factory=dict, hash=False)  # by tier, see Library
 
     @property
     def chips_per_host(self) -> int:

@@ -20,6 +20,7 @@ from comms.errors import ConfigError, combined
 from comms.networks.conditions import HEALTHY
 from comms.networks.layers import Spread
 from comms.networks.links import Link
+from comms.networks.network import Tier, TierKind
 from kernels.chips import DEFAULT_HOST_LATENCY_S, Chip
 from orchestrator.config.hardware.chip_file import ChipFigures, described_chip
 from orchestrator.config.hardware.cluster import Cluster, Device, Host, Pcie
@@ -37,7 +38,7 @@ from orchestrator.config.hardware.network_sections import (
     PcieSection,
     ScaleUpSection,
 )
-from orchestrator.config.hardware.tiers import ScaleUpFabric, SwitchLevel, build_network, issue_times
+from orchestrator.config.hardware.tiers import SwitchLevel, build_network
 from orchestrator.config.schema import CountOr, HourlyPrice, Power, Section, WordField, nearest, validate
 from orchestrator.config.yaml_file import Document, Location, Place, read_yaml
 
@@ -117,10 +118,10 @@ def cluster_from(document: Document) -> Cluster:
     num_hosts = None if file.repeat is None else file.repeat * len(unit)
     fabric = _fabric(document, file, unit, num_hosts)
     num_chips = None if num_hosts is None else num_hosts * len(unit[0].chips)
-    reach = fabric.domain if fabric else 1
+    reach = fabric.size if fabric else 1
     alone = num_hosts == 1 or (num_chips is not None and reach >= num_chips)
     _check_hosts(document, unit, num_hosts, alone)
-    levels = _levels(document, file, unit)
+    levels = _levels(document, file)
     network = build_network(unit, num_hosts, fabric, levels, document)
     _check_used(document, file, alone, meet_over_pcie=reach < len(unit[0].chips))
     return Cluster(
@@ -134,7 +135,6 @@ def cluster_from(document: Document) -> Cluster:
         conditions=HEALTHY
         if file.conditions is None
         else described(file.conditions, network, num_chips, Place(document, ("conditions",))),
-        issue_s=issue_times(network, fabric, levels, unit[0].pcie),
     )
 
 
@@ -263,7 +263,7 @@ def _unused(file: ClusterFile, alone: bool, meet_over_pcie: bool) -> Iterator[Lo
 
 def _fabric(
     document: Document, file: ClusterFile, unit: tuple[Host, ...], num_hosts: int | None
-) -> ScaleUpFabric | None:
+) -> Tier | None:
     """The scale-up fabric; what the file leaves out comes from the chips' own ports."""
     section, place = file.scale_up, Place(document, ("scale_up",))
     if section is None:
@@ -289,7 +289,8 @@ def _fabric(
     library = library_of(section, latency, alone, best, place)
     each = line * best / (1 if own_rates else drawing.links_per_chip(domain))
     shape = drawing.shape(domain, Link(latency - library.issue_s, each), best, "scale-up", library.issue_s)
-    return ScaleUpFabric(shape, section.source or chips[0].sources.get("scale_up.bandwidth", ""), library)
+    source = section.source or chips[0].sources.get("scale_up.bandwidth", "")
+    return library.on(Tier("scale-up", TierKind.SCALE_UP, domain, shape, source))
 
 
 def _check_domain(drawing: ShapeDrawing, domain: int, per_host: int, num_hosts: int | None) -> None:
@@ -303,7 +304,7 @@ def _check_domain(drawing: ShapeDrawing, domain: int, per_host: int, num_hosts: 
         drawing.fail(key, problem, f"choose a size that divides {total}, or change the number of hosts")
 
 
-def _levels(document: Document, file: ClusterFile, unit: tuple[Host, ...]) -> tuple[SwitchLevel, ...]:
+def _levels(document: Document, file: ClusterFile) -> tuple[SwitchLevel, ...]:
     cards = [host.nics for host in file.hosts if host.nics is not None]
     if not cards:
         return ()
@@ -312,7 +313,8 @@ def _levels(document: Document, file: ClusterFile, unit: tuple[Host, ...]) -> tu
     sources = [card.source for card in cards if card.source]
     spread = _spread(document, file.scale_out)
     levels: list[SwitchLevel] = []
-    for number, section in enumerate(file.scale_out):
+    plain = LevelSection.model_validate({"name": "scale-out", "source": "the NICs of the hosts"})
+    for number, section in enumerate(file.scale_out or [plain]):
         place = Place(document, ("scale_out", number))
         _check_level(place, section, number, len(file.scale_out))
         latency = cards_latency_s if section.latency is None else section.latency
@@ -322,14 +324,9 @@ def _levels(document: Document, file: ClusterFile, unit: tuple[Host, ...]) -> tu
         packet = FRAME_NBYTES if section.packet is None else section.packet
         levels.append(
             SwitchLevel(
-                name=section.name,
-                hosts=section.hosts,
+                section=section,
                 latency_s=latency - library.issue_s,
-                oversubscription=section.oversubscription,
                 source=section.source or "; ".join(sources),
-                rails=section.rails,
-                reduces=section.reduces,
-                paths=section.paths or 1,
                 spread=spread,
                 forward_nbytes=packet if section.forwarding == "store-and-forward" else 0.0,
                 library=library,

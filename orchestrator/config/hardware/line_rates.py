@@ -85,19 +85,19 @@ class _FileRates:
         together, alone = self._fabric()
         at, drawing = "scale_up", ShapeDrawing(section, Place(self.document, ("scale_up",)))
         latency = at if drawing.longest_latency_s is None else ""
-        sections = Sections(at, latency, at, self._message_s(tier), stage_s=_longest_stage_s([section]))
+        sections = Sections(at, latency, at, _message_s(tier), stage_s=_most("latency", [section]))
         return LineRate(together, alone, sections, tier, section.reduces, self.cluster)
 
     def pcie(self, tier: Tier) -> LineRate:
         at, root, told = "hosts, pcie", "hosts, pcie, root", self._pcie_sections()
-        rate, stage_s, message_s = self._pcie_rate(tier.name), _longest_stage_s(told), self._message_s(tier)
+        rate, stage_s, message_s = self._pcie_rate(tier.name), _most("latency", told), _message_s(tier)
         roots = [each.root.latency for each in told if each.root and each.root.latency is not None]
         sections = Sections(
             at, at, at, message_s, stage_s=stage_s, outer=root, outer_s=min(roots, default=inf)
         )
         if tier.name == PCIE_ROOT:
             inside = self.cluster.network.tier_for((0, 1))
-            switch_s = None if inside is tier else self._message_s(inside)
+            switch_s = None if inside is tier else _message_s(inside)
             if switch_s is None and not roots and any(each.latency is not None for each in told):
                 root += ", in place of the latency above it"
             stage_s = max(stage_s, switch_s or 0.0)
@@ -109,32 +109,25 @@ class _FileRates:
         number = names.index(tier.name) if tier.name in names else 0
         level = levels[number] if levels else None
         drawing = None if level is None else ShapeDrawing(level, Place(self.document, ("scale_out", number)))
-        card = min(self._cards(), key=lambda each: each.count * each.bandwidth)
+        cards = [host.nics for host in self.file.hosts if host.nics is not None]
+        card = min(cards, key=lambda each: each.count * each.bandwidth)
         together, alone = self._card_rates(card, drawing)
         at, nics = f"scale_out, level {tier.name}", "hosts, nics"
         by_cards = level is None or (number == 0 and level.latency is None)
-        message_s = max(each.latency for each in self._cards())
+        message_s = max(each.latency for each in cards)
         if level is not None and level.latency is not None:
             message_s = level.latency
-        efficiency = min(each.efficiency for each in self._cards())
+        same = [each for each in levels if each is level or (by_cards and each.latency is None)]
         sections = Sections(
             library=at,
             latency=nics if by_cards else at,
             rate=nics,
             message_s=message_s,
-            stage_s=_longest_stage_s(
-                [each for each in levels if each is level or (by_cards and each.latency is None)]
-            ),
-            most_share=efficiency,
-            least_efficiency=_largest_share(levels),
+            stage_s=_most("latency", same),
+            most_share=min(each.efficiency for each in cards),
+            least_efficiency=_most("share", levels),
         )
         return LineRate(together, alone, sections, tier, level is not None and level.reduces, self.cluster)
-
-    def _message_s(self, tier: Tier) -> float:
-        return tier.link.latency_s + self.cluster.issue_s.get(tier.name, 0.0)
-
-    def _cards(self) -> list[NicSection]:
-        return [host.nics for host in self.file.hosts if host.nics is not None]
 
     def _card_rates(self, card: NicSection, drawing: ShapeDrawing | None) -> tuple[Rate, Rate]:
         """Together and alone."""
@@ -202,12 +195,11 @@ class _FileRates:
         return min(rates, key=lambda rate: rate.bytes_per_s)
 
 
-def _longest_stage_s(sections: Sequence[LibrarySection]) -> float:
-    """Of the protocols that say how long a stage takes."""
-    protocols = [each for section in sections for each in section.protocols]
-    return max((each.latency for each in protocols if each.latency is not None), default=0.0)
+def _message_s(tier: Tier) -> float:
+    return tier.link.latency_s + tier.issue_s
 
 
-def _largest_share(sections: Sequence[LibrarySection]) -> float:
-    protocols = [each for section in sections for each in section.protocols]
-    return max((each.share for each in protocols if each.share is not None), default=0.0)
+def _most(figure: str, sections: Sequence[LibrarySection]) -> float:
+    """Of the protocols that give this figure."""
+    given = (getattr(each, figure) for section in sections for each in section.protocols)
+    return max((each for each in given if each is not None), default=0.0)

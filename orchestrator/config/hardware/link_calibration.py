@@ -151,8 +151,8 @@ def _on(link: Link, curve: MeasuredCurve) -> tuple[Residual, ...]:
 def _as_it_is(curve: MeasuredCurve, line: LineRate) -> tuple[Residual, ...]:
     """What the cluster file predicts before anything is calibrated."""
     if curve.op is None:
-        link, issue_s = line.tier.link, line.cluster.issue_s.get(line.tier.name, 0.0)
-        return _on(Link(link.latency_s + issue_s, link.bytes_per_s), curve)
+        link = line.tier.link
+        return _on(Link(link.latency_s + line.tier.issue_s, link.bytes_per_s), curve)
     members = mesh_group((("all", curve.num_chips),), ("all",))
     network = line.cluster.network
     return tuple(

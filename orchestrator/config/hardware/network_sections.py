@@ -7,7 +7,6 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from comms.networks.links import Link
 from orchestrator.config.schema import CountOr, DataRate, Section, Size, Time
 
 Share = Annotated[float, Field(ge=1e-6, le=1)]
@@ -113,8 +112,3 @@ class NicSection(Section):
     efficiency: Share = 1.0
     duplex: Duplex = "full"
     source: str = ""
-
-    @property
-    def link(self) -> Link:
-        """What a message gets of one card."""
-        return Link(self.latency, self.bandwidth * self.efficiency)

@@ -83,8 +83,12 @@ RATES = {
 }
 
 
+def tiers_of(cluster):
+    return latency_tiers(cluster.network, cluster.chip_types)
+
+
 def table(name):
-    return latency_tiers(load_cluster(ROOT / f"cluster_configs/{name}.yaml"))
+    return tiers_of(load_cluster(ROOT / f"cluster_configs/{name}.yaml"))
 
 
 def row(name, start):
@@ -146,6 +150,6 @@ def test_tiers_are_orders_of_magnitude_apart():
 
 
 def test_a_part_of_a_pod_has_its_own_table():
-    part = latency_tiers(load_cluster(ROOT / "cluster_configs/tpu-v5p-pod.yaml").take(320))
+    part = tiers_of(load_cluster(ROOT / "cluster_configs/tpu-v5p-pod.yaml").take(320))
     far = next(each for each in part if each.between.startswith("chip to the furthest"))
     assert far.hops == 18  # a plane of 16 x 20
