@@ -25,8 +25,7 @@ from orchestrator.runs.run_dir import RunDir
 from orchestrator.verbs.inputs.options import RunnerKind, SimulateOptions, TrainOptions
 from orchestrator.verbs.inputs.planned_inputs import Inputs, from_config, read_plan, resolve
 from orchestrator.verbs.simulate import answer
-from orchestrator.verbs.training import Training, TrainingProgress
-from orchestrator.verbs.training_results import TrainResult, write_results
+from orchestrator.verbs.training import Training, TrainingProgress, TrainResult, write_results
 from orchestrator.views.console import Console, Table, pairs
 from partitioner.layout.parallel_plan import Plan, plan_to_yaml
 from partitioner.program.program_codec import encode

@@ -1,28 +1,40 @@
-"""The training loop: steps, validation, checkpoints and what is shown of them, for any runner.
+"""Training: steps, validation, checkpoints, and what a run leaves in its folder at the end, for any runner.
 
 Assumes nothing about where chips are. Everything that may be lost is written as it happens: metrics line by line,
-checkpoints whole or not at all; what becomes of an interrupt and of a step that fails is decided by `failure`.
+checkpoints whole or not at all; what becomes of an interrupt and of a step that fails is decided by `failure`. At the
+end the prediction stands beside the measurement, in the timelines, in the picture, and in numbers (`runs.accuracy`).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from comms.errors import RunError
+from comms.units import DASH, format_percent, format_scaled, format_seconds
 from kernels.optimizers import StepStatistics
+from orchestrator.config.hardware.cluster import Device
 from orchestrator.planning.preparation import Prepared
 from orchestrator.runners.failure import Decision, GoOn, NotFinite, RunState, SaveAndStop, StepEnded, in_run
 from orchestrator.runners.runner import Batches, ExecutedStep, StepRequest, TensorRunner
 from orchestrator.runners.timing.prediction import SimulationResult
 from orchestrator.runners.timing.step_costs import NS_PER_S
 from orchestrator.runs import checkpoint
+from orchestrator.runs.accuracy import Accuracy, Basis, Pair, compare
 from orchestrator.runs.data import TokenData, split_batch
+from orchestrator.runs.disk import write_whole
 from orchestrator.runs.learning_rate import learning_rate
-from orchestrator.runs.metrics import MetricsWriter, eta_s
+from orchestrator.runs.metrics import MetricsWriter, eta_s, read_metrics
 from orchestrator.runs.run_dir import RunDir
+from orchestrator.runs.timeline import Origin, Timeline, merge
+from orchestrator.views.console import Table, pairs
+from orchestrator.views.perfetto import trace_gz
+from orchestrator.views.plots import loss_png, timeline_png
 from orchestrator.views.training_view import StepLine
+from partitioner.program.peak_memory import MemoryClass
 
 RECENT_STEPS = 20  # step times that the throughput and the ETA are taken from
 MEASURED_STEPS = 2  # steps after the first whose intervals are recorded for the timeline
+OTHER_MACHINE = "shares of time, as the chips are simulated on this machine"
 
 
 @dataclass
@@ -175,3 +187,129 @@ class Training:
 
 def _is_due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
+
+
+@dataclass(frozen=True, slots=True)
+class TrainResult:
+    """How a run ended; `accuracy` is None where no step was measured."""
+
+    final_loss: float
+    val_loss: float | None
+    tokens_per_s: float
+    predicted_step_time_s: float
+    run_dir: Path
+    steps: int
+    was_interrupted: bool
+    baselines: Mapping[str, float]
+    accuracy: Accuracy | None
+
+    def document(self) -> dict[str, object]:
+        """As JSON values."""
+        return {
+            "final_loss": self.final_loss, "val_loss": self.val_loss, "tokens_per_s": self.tokens_per_s,
+            "predicted_step_time_s": self.predicted_step_time_s, "run_dir": str(self.run_dir), "steps": self.steps,
+            "was_interrupted": self.was_interrupted, "baselines": dict(self.baselines),
+            "accuracy": self.accuracy.document() if self.accuracy else None,
+        }  # fmt: skip
+
+    def tables(self) -> list[Table]:
+        """The same to read."""
+        tables = [pairs("trained", _rows(self))]
+        return [*tables, _accuracy_table(self.accuracy)] if self.accuracy else tables
+
+
+def write_results(
+    training: Training, progress: TrainingProgress, baselines: Mapping[str, float]
+) -> TrainResult:
+    """Timelines, trace and plots; of a run that was resumed the curves are whole, from its metrics."""
+    folder, predicted, job = training.run_dir, training.predicted, training.prepared.job
+    records = read_metrics(folder.metrics)
+    curve, points = (
+        tuple((int(str(r["step"])), float(str(r[key]))) for r in records if r.get(key) is not None)
+        for key in ("loss", "val_loss")
+    )
+    if curve:
+        write_whole(folder.loss_plot, loss_png(curve, points, baselines))
+    accuracy = _write_timelines(training, progress)
+    step_s = progress.recent_step_seconds()
+    return TrainResult(
+        final_loss=progress.losses[-1][1] if progress.losses else float("nan"),
+        val_loss=points[-1][1] if points else None,
+        tokens_per_s=job.global_batch * job.seq / step_s if step_s else 0.0,
+        predicted_step_time_s=predicted.step_time_s, run_dir=folder.root, steps=progress.step,
+        was_interrupted=progress.was_interrupted, baselines=baselines, accuracy=accuracy,
+    )  # fmt: skip
+
+
+def _write_timelines(training: Training, progress: TrainingProgress) -> Accuracy | None:
+    """What was predicted beside what was measured, if only before the run was resumed; None where no step was."""
+    folder, result = training.run_dir, training.predicted
+    # Simulated chips are executed by another machine than the one that is described.
+    is_described = training.prepared.cluster.device is not Device.SIMULATED
+    basis = Basis.SECONDS if is_described else Basis.SHARES
+    predicted = result.timeline()
+    parts = [each.timeline(step) for step, each in progress.measured.items()]
+    timelines = [(timeline, 0) for timeline in parts if timeline is not None]
+    measured = merge(timelines).from_zero() if timelines else folder.read_timeline(Origin.MEASURED)
+    both = [predicted] if measured is None else [predicted, measured]
+    for timeline in both:
+        folder.write_timeline(timeline)
+    write_whole(folder.trace, trace_gz(*both))
+    write_whole(folder.timeline_plot, timeline_png(both, by_shares=not is_described))
+    if measured is None:
+        return None
+    return compare(result.step.timeline(all_chips=True), measured, basis, _memory_pairs(training, measured))
+
+
+def _memory_pairs(training: Training, measured: Timeline) -> tuple[Pair, ...]:
+    """Per stage: its fullest chip as predicted, and as it was; what is inside an instruction counts for neither."""
+    program, fullest, rows = training.prepared.program, dict[int, int](), measured.counter_rows
+    for chip, nbytes in zip(rows["chip"].tolist(), rows["nbytes"].tolist(), strict=True):
+        stage = program.role_of(chip).stage
+        fullest[stage] = max(fullest.get(stage, 0), nbytes)
+    return tuple(
+        Pair(role.peak_bytes - dict(role.classes)[MemoryClass.TEMPORARY], fullest.get(role.stage, 0))
+        for role in training.predicted.memory
+    )
+
+
+def _accuracy_table(accuracy: Accuracy) -> Table:
+    in_seconds = accuracy.basis is Basis.SECONDS
+    rows = []
+    for kind in accuracy.kinds:
+        times = [ns / accuracy.num_steps / NS_PER_S for ns in (kind.predicted_ns, kind.measured_ns)]
+        shares = accuracy.shares(kind)
+        compared = (
+            (*map(format_seconds, times), f"{kind.error:+.1%}")
+            if in_seconds
+            else (*map(format_percent, shares), f"{100 * (shares[0] - shares[1]):+.1f} points")
+        )
+        rows.append((kind.kind, str(kind.num_matched // accuracy.num_steps), *compared))
+    for name, pair, unit in (("bytes", accuracy.nbytes, "B"), ("FLOPs", accuracy.flops, "")):
+        rows.append(
+            (name, DASH, format_scaled(pair.predicted, unit), format_scaled(pair.measured, unit), _off(pair))
+        )
+    for stage, pair in enumerate(accuracy.memory_bytes):
+        held = (format_scaled(pair.predicted, "B"), format_scaled(pair.measured, "B"), _off(pair))
+        rows.append((f"memory held, stage {stage}", DASH, *held))
+    chips = f"{accuracy.chips_in_order} of {accuracy.num_chips} chips"
+    rows.append(("order as predicted", DASH, DASH, chips, DASH))
+    what = "seconds on these chips" if in_seconds else OTHER_MACHINE
+    heads = ("per step, all chips", "instructions", "predicted", "measured", "off by")
+    return Table(f"predicted against measured: {what}", tuple(rows), heads)
+
+
+def _off(pair: Pair) -> str:
+    return f"{(pair.predicted - pair.measured) / max(pair.measured, 1):+.1%}"
+
+
+def _rows(result: TrainResult) -> list[tuple[str, str]]:
+    validation = "not measured" if result.val_loss is None else f"{result.val_loss:.4f} nats/byte"
+    return [
+        ("final loss", f"{result.final_loss:.4f} nats/byte"),
+        ("validation loss", validation),
+        *((f"  {name} baseline", f"{loss:.4f} nats/byte") for name, loss in result.baselines.items()),
+        ("tokens/s on this machine", format_scaled(result.tokens_per_s, "")),
+        ("predicted step on the chips", format_seconds(result.predicted_step_time_s)),
+        ("run directory", str(result.run_dir)),
+    ]

@@ -9,7 +9,7 @@ from comms.selection.size_sweep import SizeSweep
 from comms.units import format_scaled
 from orchestrator.config.hardware.link_calibration import Calibration
 from orchestrator.views.network.comms_report import size_in_words
-from orchestrator.views.plots import COLOURS, FAINT, INK, blank_figure, png_bytes
+from orchestrator.views.plots import COLOURS, INK, png_bytes, ruled_sheet
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -32,15 +32,7 @@ def sweep_png(sweep: SizeSweep, cluster: str) -> bytes:
         axes.plot(*_columns(points), color=colour, linewidth=1.4, label=name, marker=".", markersize=4)
     rates = ((each.question.nbytes, each.busbw_bytes_per_s) for each in sweep.answers)
     if chosen := [point for point in rates if point[1] > 0]:
-        axes.plot(
-            *_columns(chosen),
-            "o",
-            color=INK,
-            markersize=6,
-            fillstyle="none",
-            label="chosen",
-            linestyle="none",
-        )
+        axes.plot(*_columns(chosen), "o", color=INK, markersize=6, fillstyle="none", label="chosen")
     if axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False, loc="best", fontsize=9)
     return png_bytes(figure)
@@ -87,18 +79,11 @@ def _sheet(title: str, rates: str) -> "tuple[Figure, Axes]":
     """Sizes in bytes along x and rates along y, both logarithmic, told in units."""
     from matplotlib.ticker import FuncFormatter, LogLocator
 
-    figure = blank_figure(9.0, 5.6)
-    axes = figure.add_subplot()
+    figure, axes = ruled_sheet((9.0, 5.6), title, ("size", rates))
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.xaxis.set_major_locator(LogLocator(base=2, numticks=12))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: size_in_words(round(value))))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: format_scaled(value, "B/s")))
     axes.tick_params(axis="x", labelrotation=35)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(color=FAINT, linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.set_title(title, loc="left", fontsize=12, fontweight="bold")
-    axes.set_xlabel("size")
-    axes.set_ylabel(rates)
     return figure, axes

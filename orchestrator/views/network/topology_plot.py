@@ -14,7 +14,7 @@ from comms.selection.site import busy_by_wire
 from comms.units import format_percent, format_scaled
 from orchestrator.views.network.topology_excerpt import excerpt
 from orchestrator.views.network.topology_layout import Line, Node, NodeKind, Picture, layout, spread
-from orchestrator.views.plots import FAINT, INK, blank_figure, png_bytes
+from orchestrator.views.plots import FAINT, INK, TITLE, blank_figure, png_bytes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -72,7 +72,7 @@ def picture_png(picture: Picture, title: str, measure: str) -> bytes:
     _draw_nodes(axes, picture)
     axes.set_xlim(min(xs) - 1.2, max(xs) + 1.2)
     axes.set_ylim(min(ys) - 0.8, max(ys) + 0.8)
-    axes.set_title(title, loc="left", fontsize=12, fontweight="bold")
+    axes.set_title(title, **TITLE)
     return png_bytes(figure)
 
 
