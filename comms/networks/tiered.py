@@ -11,7 +11,7 @@ Not modelled: what fabrics share inside a chip or a host (a chip sends over all 
 that change from one fabric to another on their way.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -48,8 +48,8 @@ class _Copies:
         copy = np.arange(self.num_copies)[:, None]
         tiers = np.array(self.fabric.tiers, dtype=np.int64)
         return Wires(
-            tail=self._nodes(copy, one.tail, num_chips),
-            head=self._nodes(copy, one.head, num_chips),
+            tail=self.nodes(copy, one.tail, num_chips),
+            head=self.nodes(copy, one.head, num_chips),
             latency_s=self._repeated(one.latency_s),
             bytes_per_s=self._repeated(one.bytes_per_s),
             forward_nbytes=self._repeated(one.forward_nbytes),
@@ -60,7 +60,7 @@ class _Copies:
     def _repeated(self, figures: FloatArray) -> FloatArray:
         return np.tile(figures, self.num_copies)
 
-    def _nodes(self, copy: IntArray, local: IntArray, num_chips: int) -> IntArray:
+    def nodes(self, copy: IntArray, local: IntArray, num_chips: int) -> IntArray:
         """[copies * wires] Nodes of the whole network."""
         chip = copy * self.fabric.size + local
         switch = self.first_node + copy * self.num_switches + local - self.fabric.size
@@ -105,6 +105,12 @@ class TieredTopology:
         if not self._copies:
             return self.num_chips
         return self._copies[-1].first_missing + self._copies[-1].num_missing
+
+    def copies(self) -> Iterator[tuple[Fabric, IntArray]]:
+        """Fabrics from the innermost, each with [copies, nodes of its shape] the nodes of the network."""
+        for copies in self._copies:
+            copy, local = np.arange(copies.num_copies)[:, None], np.arange(copies.fabric.shape.num_nodes)
+            yield copies.fabric, copies.nodes(copy, local, self.num_chips).reshape(len(copy), -1)
 
     def wires(self) -> Wires:
         """Copy by copy, fabric by fabric from the innermost."""

@@ -54,11 +54,7 @@ class ModelSpec:
     factory: str | None = None
 
     def __str__(self) -> str:
-        match self.kind:
-            case SourceKind.BUILTIN | SourceKind.HF:
-                return f"{self.kind}:{self.target}"
-            case SourceKind.FILE | SourceKind.MODULE:
-                return f"{self.target}:{self.factory}"
+        return f"{self.target}:{self.factory}" if self.factory else f"{self.kind}:{self.target}"
 
 
 @dataclass(frozen=True, slots=True)

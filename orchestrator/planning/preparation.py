@@ -10,15 +10,15 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from comms.errors import PartitionError, PlanError, ProgramError, UserError, located
+from comms.selection.progress import Progress, quiet
 from kernels.builtin_optimizers import BUILT_IN
 from orchestrator.config.hardware.cluster import Cluster
 from orchestrator.config.job_file import Dtype, Job
@@ -30,6 +30,8 @@ from partitioner.program.program import Program
 from partitioner.program.program_codec import decode, encode
 
 if TYPE_CHECKING:
+    from torch import Tensor, nn
+
     from kernels.optimizers import Factory
     from orchestrator.models.model_builder import BuiltModel
     from partitioner.capture.captured_graph import Graph
@@ -38,22 +40,6 @@ if TYPE_CHECKING:
 SHORT_DTYPES = {Dtype.FP32: "f32", Dtype.FP64: "f64", Dtype.BF16: "bf16"}  # as a Program names them
 # what turns a description into a Program: packages, and rooms of this one
 CODE = ("partitioner", "kernels", "orchestrator/models", "orchestrator/planning")
-
-
-class PhaseReporter(Protocol):
-    """Where long phases are shown; `views.console.Console` is one."""
-
-    def phase(self, name: str) -> AbstractContextManager[None]:
-        """Show that `name` is going on while the block runs."""
-
-
-class Quiet:
-    """Reports to nobody."""
-
-    def phase(self, name: str) -> AbstractContextManager[None]:
-        """Show nothing."""
-        del name
-        return nullcontext()
 
 
 @dataclass(frozen=True)
@@ -67,18 +53,10 @@ class Prepared:
     was_cached: bool
 
 
-def prepare(
-    cluster: Cluster,
-    job: Job,
-    plan: Plan | None = None,
-    *,
-    progress: PhaseReporter | None = None,
-    use_cache: bool = True,
-) -> Prepared:
+def prepare(cluster: Cluster, job: Job, plan: Plan | None = None, *, progress: Progress = quiet) -> Prepared:
     """Make the Program of `job` on all chips of `cluster`. Raises PlanError, ModelError or CaptureError."""
-    progress = progress or Quiet()
     spec = parse_model(job.model)
-    cacheable = use_cache and spec.kind in (SourceKind.BUILTIN, SourceKind.HF) and not _is_file(spec.target)
+    cacheable = spec.kind in (SourceKind.BUILTIN, SourceKind.HF) and not _is_file(spec.target)
     if plan is not None:
         return _prepared(cluster, job, plan, progress, cacheable)
     num_params = _num_params(job, progress, cacheable)
@@ -94,7 +72,7 @@ def prepare(
             refused.append(Refusal(plan.tp, plan.pp, error.problem))
 
 
-def _prepared(cluster: Cluster, job: Job, plan: Plan, progress: PhaseReporter, cacheable: bool) -> Prepared:
+def _prepared(cluster: Cluster, job: Job, plan: Plan, progress: Progress, cacheable: bool) -> Prepared:
     _check(plan, job, cluster)
     entry = f"{key_of(_content(job, plan))}.program"
     program = _known_program(entry) if cacheable else None
@@ -123,11 +101,17 @@ def build_model(job: Job, device: str) -> "BuiltModel":
     )
 
 
-def _partitioned(job: Job, plan: Plan, progress: PhaseReporter) -> Program:
-    with progress.phase("import torch"):
+def module_values(module: "nn.Module") -> "dict[str, Tensor]":
+    """A module's parameters and buffers, under the names that chips ask for."""
+    values = {f"params:{name}": value.detach() for name, value in module.named_parameters()}
+    return values | {f"buffer:{name}": value for name, value in module.named_buffers()}
+
+
+def _partitioned(job: Job, plan: Plan, progress: Progress) -> Program:
+    with progress("import torch"):
         from partitioner.capture.graph_units import capture_graph
         from partitioner.lowering.lower import StepShape
-    with progress.phase("build model"):
+    with progress("build model"):
         model = build_model(job, "meta")
     samples = job.global_batch // (plan.dp * plan.microbatches)
 
@@ -143,14 +127,14 @@ def _partitioned(job: Job, plan: Plan, progress: PhaseReporter) -> Program:
 
 
 def make_program(
-    capture: "Callable[[], Graph]", plan: Plan, shape: "StepShape", progress: PhaseReporter
+    capture: "Callable[[], Graph]", plan: Plan, shape: "StepShape", progress: Progress
 ) -> Program:
     """Capture, lower and check: the Program of one step. Raises CaptureError or PlanError."""
     from partitioner.lowering.lower import lower
 
-    with located(shape.model, "simplify the model"), progress.phase("capture"):
+    with located(shape.model, "simplify the model"), progress("capture"):
         graph = capture()
-    with located("plan", "see the plan"), progress.phase("partition"):
+    with located("plan", "see the plan"), progress("partition"):
         return lower(graph, plan, shape)
 
 
@@ -198,7 +182,7 @@ def _content(job: Job, plan: Plan) -> dict[str, object]:
     }  # fmt: skip
 
 
-def _num_params(job: Job, progress: PhaseReporter, cacheable: bool) -> int:
+def _num_params(job: Job, progress: Progress, cacheable: bool) -> int:
     arguments = {k: repr(v) for k, v in sorted(job.model_args.items())}
     entry = f"{key_of({'params': job.model, 'args': arguments})}.number"
     try:
@@ -206,7 +190,7 @@ def _num_params(job: Job, progress: PhaseReporter, cacheable: bool) -> int:
             return int(recall(entry))
     except (OSError, ValueError):
         pass
-    with progress.phase("count parameters"):
+    with progress("count parameters"):
         count = sum(p.numel() for p in build_model(job, "meta").module.parameters())
     if cacheable:
         remember(entry, str(count).encode())

@@ -17,12 +17,13 @@ import torch
 from torch import nn
 
 from comms.errors import PlanError, RunError, located
+from comms.selection.progress import quiet
 from kernels.optimizers import require_elementwise, states_per_element
 from orchestrator.config.hardware.cluster import Cluster
 from orchestrator.config.hardware.cluster_file import cluster_path, load_cluster
 from orchestrator.config.job_file import Job, load_job
 from orchestrator.planning.plan_choice import choose_plan
-from orchestrator.planning.preparation import Quiet, make_program
+from orchestrator.planning.preparation import make_program, module_values
 from orchestrator.runners.executing.chip import Settings, whole_parameters
 from orchestrator.runners.executing.inline import InlineRunner
 from orchestrator.runners.runner import StepRequest, num_workers
@@ -45,7 +46,6 @@ class DistributedStep:
         self.plan, self.loss_fn, self.clip_norm = plan, loss_fn, clip_norm
         self.program: Program | None = None
         self._runner: InlineRunner | None = None
-        self._values: dict[str, torch.Tensor] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
 
     def __call__(self, batch: Mapping[str, torch.Tensor]) -> float:
@@ -106,7 +106,7 @@ class DistributedStep:
         self.program = self._program(batch, plan, samples)
         settings = Settings(_factory(self.optimizer), self.clip_norm)
         self._runner = InlineRunner(self.program, settings, num_workers(self.cluster))
-        self._runner.load(self._values.__getitem__)
+        self._runner.load(module_values(self.model).__getitem__)
         self._shapes = {name: tuple(value.shape) for name, value in batch.items()}
         return self._runner
 
@@ -123,10 +123,7 @@ class DistributedStep:
             capture_graph, self.model, example, size,
             loss_fn=self.loss_fn, frozen=frozenset(names), min_units=plan.pp,
         )  # fmt: skip
-        program = make_program(graph, plan, shape, Quiet())
-        self._values = {f"params:{k}": v.detach() for k, v in self.model.named_parameters()}
-        self._values |= {f"buffer:{k}": v for k, v in self.model.named_buffers()}
-        return program
+        return make_program(graph, plan, shape, quiet)
 
 
 def distribute(

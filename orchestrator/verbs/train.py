@@ -16,7 +16,7 @@ from comms.errors import ConfigError, ModelError
 from comms.units import format_scaled, format_seconds
 from orchestrator.config.hardware.cluster import Cluster, Device
 from orchestrator.config.job_file import Job
-from orchestrator.planning.preparation import Prepared, build_model, prepare
+from orchestrator.planning.preparation import Prepared, build_model, module_values, prepare
 from orchestrator.runners.failure import Interrupted, RunState, StopAtOnce, in_run
 from orchestrator.runners.timing.prediction import simulate
 from orchestrator.runs import metrics, run_dir
@@ -26,7 +26,7 @@ from orchestrator.verbs.inputs.options import RunnerKind, SimulateOptions, Train
 from orchestrator.verbs.inputs.planned_inputs import Inputs, from_config, read_plan, resolve
 from orchestrator.verbs.simulate import answer
 from orchestrator.verbs.training import Training, TrainingProgress, TrainResult, write_results
-from orchestrator.views.console import Console, Table, pairs
+from orchestrator.views.console import Console, Table
 from partitioner.layout.parallel_plan import Plan, plan_to_yaml
 from partitioner.program.program_codec import encode
 from partitioner.program.program_text import to_text
@@ -48,7 +48,7 @@ def main(options: TrainOptions, console: Console) -> int:
     inputs, folder = _inputs(options)
     runner = options.runner or _usual_runner(options, folder)
     if options.dry_run or runner is RunnerKind.SIMULATED:
-        prepared = prepare(inputs.cluster, inputs.job, inputs.plan, progress=console)
+        prepared = prepare(inputs.cluster, inputs.job, inputs.plan, progress=console.phase)
         return answer(prepared, SimulateOptions(run_dir=options.run_dir), console)
     result = _train(inputs, runner, folder, console, resume=options.resume is not None)
     console.results(result.document(), result.tables())
@@ -101,12 +101,12 @@ def _train(
     console.log_to(folder.log)
     data = load_data(inputs.job.data, seq=inputs.job.seq, seed=inputs.job.seed)
     with closing(_launch(inputs.cluster, kind)) as launch:
-        prepared = prepare(inputs.cluster, inputs.job, inputs.plan, progress=console)
+        prepared = prepare(inputs.cluster, inputs.job, inputs.plan, progress=console.phase)
         if not resume:
             _write_inputs(folder, inputs, prepared, kind)
         with console.phase("simulate"):
             predicted = simulate(prepared.program, prepared.cluster)
-        with closing(launch.connect(prepared, console)) as runner:
+        with closing(launch.connect(prepared, console.phase)) as runner:
             training = Training(prepared, runner, data, folder, predicted, console.warn)
             _load_parameters(training, console)
             progress = _restored(training, console) if resume else TrainingProgress()
@@ -140,9 +140,7 @@ def _load_parameters(training: Training, console: Console) -> None:
     with console.phase("load parameters"):
         model = build_model(job, "cpu")
         _require_bytes(model, job)
-        values = {f"params:{k}": v.detach() for k, v in model.module.named_parameters()}
-        values |= {f"buffer:{k}": v for k, v in model.module.named_buffers()}
-        training.runner.load(values.__getitem__)
+        training.runner.load(module_values(model.module).__getitem__)
 
 
 def _restored(training: Training, console: Console) -> TrainingProgress:
@@ -201,4 +199,4 @@ def _facts(training: Training, baselines: Mapping[str, float]) -> Table:
         *((f"validation loss of a {name}", f"{loss:.3f} nats/byte") for name, loss in baselines.items()),
         ("run directory", str(training.run_dir.root)),
     ]
-    return pairs("training", rows)
+    return Table("training", rows)

@@ -26,7 +26,7 @@ from orchestrator.runs.learning_rate import learning_rate
 from orchestrator.runs.metrics import MetricsWriter, eta_s, read_metrics
 from orchestrator.runs.run_dir import RunDir
 from orchestrator.runs.timeline import Origin, Timeline, merge
-from orchestrator.views.console import Table, pairs
+from orchestrator.views.console import Table
 from orchestrator.views.perfetto import trace_gz
 from orchestrator.views.plots import loss_png, timeline_png
 from orchestrator.views.training_view import StepLine
@@ -214,7 +214,7 @@ class TrainResult:
 
     def tables(self) -> list[Table]:
         """The same to read."""
-        tables = [pairs("trained", _rows(self))]
+        tables = [Table("trained", _rows(self))]
         return [*tables, _accuracy_table(self.accuracy)] if self.accuracy else tables
 
 
@@ -296,7 +296,7 @@ def _accuracy_table(accuracy: Accuracy) -> Table:
     rows.append(("order as predicted", DASH, DASH, chips, DASH))
     what = "seconds on these chips" if in_seconds else OTHER_MACHINE
     heads = ("per step, all chips", "instructions", "predicted", "measured", "off by")
-    return Table(f"predicted against measured: {what}", tuple(rows), heads)
+    return Table(f"predicted against measured: {what}", rows, heads)
 
 
 def _off(pair: Pair) -> str:

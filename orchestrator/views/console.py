@@ -35,7 +35,7 @@ class Table:
     """A result to read: a title, column heads (none for name-value pairs) and rows of finished texts."""
 
     title: str
-    rows: tuple[tuple[str, ...], ...]
+    rows: Sequence[tuple[str, ...]]
     heads: tuple[str, ...] = ()
 
 
@@ -69,7 +69,10 @@ class Console:
         self._rich_err: RichConsole | None = None
         self._open: list[str] = []
         self._phases: list[Phase] = []
-        self._spinner = _Spinner(self._rich_stderr, self._announce)
+        self._spinner: Status | None = (
+            None  # started by a timer's thread, moved and stopped by the one that works
+        )
+        self._spinning = threading.Lock()
 
     @property
     def is_live(self) -> bool:
@@ -130,7 +133,7 @@ class Console:
             timer.cancel()
             seconds = self._clock() - started
             self._open.pop()
-            self._spinner.move(" > ".join(self._open))
+            self._move_spinner(" > ".join(self._open))
             self._phases[at] = replace(phase, seconds=seconds)
             if seconds >= self._patience_s:
                 self.say(f"{'  ' * len(self._open)}{name}: {format_seconds(seconds)}")
@@ -144,7 +147,7 @@ class Console:
             for phase, seconds in ended
         ]
         rows.append(("total", format_seconds(total), ""))
-        return Table("start-up", tuple(rows), ("phase", "time", "share"))
+        return Table("start-up", rows, ("phase", "time", "share"))
 
     @contextmanager
     def training(self, title: str, num_steps: int, *, every: int = 1) -> Iterator[Callable[[StepLine], None]]:
@@ -157,7 +160,7 @@ class Console:
             return
         from rich.live import Live
 
-        self._spinner.move("")
+        self._move_spinner("")
         view = TrainingView(title, num_steps)
         with Live(view, console=self._rich_stderr(), refresh_per_second=8) as live:
 
@@ -174,13 +177,34 @@ class Console:
 
     def _watch(self, ended: threading.Event) -> threading.Timer:
         path = " > ".join(self._open)
-        timer = threading.Timer(self._patience_s, lambda: self._spinner.show(path, ended, live=self.is_live))
+        timer = threading.Timer(self._patience_s, lambda: self._spin(path, ended))
         timer.daemon = True
         timer.start()
         return timer
 
-    def _announce(self, text: str) -> None:
-        self._print(f"{text} ...")
+    def _spin(self, path: str, ended: threading.Event) -> None:
+        """Show this phase, unless it ended while the timer fired."""
+        with self._spinning:
+            if ended.is_set():
+                return
+            if not self.is_live:
+                self._print(f"{path} ...")
+            elif self._spinner is not None:
+                self._spinner.update(path)
+            else:
+                self._spinner = self._rich_stderr().status(path)
+                self._spinner.start()
+
+    def _move_spinner(self, path: str) -> None:
+        """Name what goes on now, or stop where nothing does."""
+        with self._spinning:
+            if self._spinner is None:
+                return
+            if path:
+                self._spinner.update(path)
+            else:
+                self._spinner.stop()
+                self._spinner = None
 
     def _keep(self, text: str) -> None:
         if self._log is None:
@@ -217,44 +241,6 @@ class Console:
         for table in tables:
             _draw_table(RichConsole(file=plain, width=PIPE_WIDTH), table)
         file.writelines(f"{line.rstrip()}\n" for line in plain.getvalue().splitlines())
-
-
-class _Spinner:
-    """At most one moving line, started by a timer thread and moved or stopped by the thread that works."""
-
-    def __init__(self, rich: Callable[[], "RichConsole"], announce: Callable[[str], None]) -> None:
-        self._rich, self._announce = rich, announce
-        self._lock = threading.Lock()
-        self._status: Status | None = None
-
-    def show(self, path: str, ended: threading.Event, *, live: bool) -> None:
-        """Show this phase, unless it ended while the timer fired."""
-        with self._lock:
-            if ended.is_set():
-                return
-            if not live:
-                self._announce(path)
-            elif self._status is not None:
-                self._status.update(path)
-            else:
-                self._status = self._rich().status(path)
-                self._status.start()
-
-    def move(self, path: str) -> None:
-        """Name what goes on now, or stop where nothing does."""
-        with self._lock:
-            if self._status is None:
-                return
-            if path:
-                self._status.update(path)
-            else:
-                self._status.stop()
-                self._status = None
-
-
-def pairs(title: str, values: Sequence[tuple[str, str]]) -> Table:
-    """A table of (name, value with its unit)."""
-    return Table(title, tuple(values))
 
 
 def _draw_table(rich: "RichConsole", table: Table) -> None:

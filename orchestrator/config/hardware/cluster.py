@@ -9,7 +9,7 @@ modelled: which chip is behind which PCIe switch beyond equal shares in order, a
 beyond what the hosts' price says.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
@@ -112,14 +112,12 @@ class Cluster:
     @property
     def usd_per_hour(self) -> float | None:
         """Price of all hosts and chips per hour; None where a chip has no known price."""
-        return self._sum(
-            lambda host: _sum_known(host.usd_per_hour, (chip.usd_per_hour for chip in host.chips))
-        )
+        return self._sum(lambda host: (host.usd_per_hour, *(chip.usd_per_hour for chip in host.chips)))
 
     @property
     def watts(self) -> float | None:
         """Power of all hosts and chips at full load (TDP); None where a chip has no known TDP."""
-        return self._sum(lambda host: _sum_known(host.watts, (chip.tdp_w for chip in host.chips)))
+        return self._sum(lambda host: (host.watts, *(chip.tdp_w for chip in host.chips)))
 
     def take(self, num_chips: int | None) -> "Cluster":
         """The cluster of the first `num_chips` chips: part of one host, or whole hosts. None takes all."""
@@ -161,20 +159,17 @@ class Cluster:
             hint = "take more chips, or change `conditions:`"
             raise ClusterError(error.problem, error.where or self.origin, hint) from error
 
-    def _sum(self, figure: Callable[[Host], float | None]) -> float | None:
-        """A figure summed over all hosts, in time that does not grow with their number."""
-        hosts = self.num_hosts or len(self.unit)
-        repeats = [len(range(index, hosts, len(self.unit))) for index in range(len(self.unit))]
-        values = [figure(host) for host in self.unit]
-        known = [value * repeat for value, repeat in zip(values, repeats, strict=True) if value is not None]
-        return sum(known) if len(known) == len(values) else None
+    def _sum(self, figures: Callable[[Host], Sequence[float | None]]) -> float | None:
+        """Figures summed over all hosts, in time that does not grow with their number.
 
-
-def _sum_known(start: float, values: Iterable[float | None]) -> float | None:
-    """The sum, or None where a value is not known: a partial sum would pass for the whole."""
-    total = start
-    for value in values:
-        if value is None:
-            return None
-        total += value
-    return total
+        None where one is not known: a partial sum would pass for the whole.
+        """
+        total, num_hosts = 0.0, self.num_hosts or len(self.unit)
+        for index, host in enumerate(self.unit):
+            of_host = 0.0
+            for figure in figures(host):
+                if figure is None:
+                    return None
+                of_host += figure
+            total += of_host * len(range(index, num_hosts, len(self.unit)))
+        return total

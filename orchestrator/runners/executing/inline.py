@@ -8,8 +8,9 @@ from collections.abc import Callable
 import torch
 
 from comms.errors import ClusterError
+from comms.selection.progress import Progress
 from orchestrator.config.hardware.cluster import Cluster, Device
-from orchestrator.planning.preparation import PhaseReporter, Prepared, optimizer_factory
+from orchestrator.planning.preparation import Prepared, optimizer_factory
 from orchestrator.runners.executing.chip import Settings, restore_state, saved_state
 from orchestrator.runners.executing.chip_set import ChipSet
 from orchestrator.runners.runner import ExecutedStep, States, StepRequest, num_workers
@@ -50,12 +51,12 @@ class InlineLaunch:
     def __init__(self, cluster: Cluster) -> None:
         self.cluster = cluster
 
-    def connect(self, prepared: Prepared, progress: PhaseReporter) -> InlineRunner:
+    def connect(self, prepared: Prepared, progress: Progress) -> InlineRunner:
         """See `Launch`."""
         if self.cluster.device is Device.CUDA:
             raise ClusterError("CUDA chips need a process each", self.cluster.origin, "use --runner ray")
 
-        with progress.phase("start chips"):
+        with progress("start chips"):
             return InlineRunner(prepared.program, chip_settings(prepared), num_workers(self.cluster))
 
     def close(self) -> None:

@@ -5,12 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from comms.errors import ConfigError, PlanError
+from comms.selection.progress import Progress
 from orchestrator.config.hardware.cluster import Cluster
 from orchestrator.config.hardware.cluster_file import DEFAULT_CLUSTER, cluster_from, cluster_path
 from orchestrator.config.job_file import Job, job_from, load_job
 from orchestrator.config.yaml_file import Document, read_yaml
 from orchestrator.planning import preparation
-from orchestrator.planning.preparation import PhaseReporter, Prepared
+from orchestrator.planning.preparation import Prepared
 from orchestrator.verbs.inputs.options import PlannedOptions
 from partitioner.layout.parallel_plan import Plan, plan_from_yaml
 
@@ -62,7 +63,7 @@ def _is_bare(options: PlannedOptions, cluster: Cluster) -> bool:
     return not asked and cluster.num_chips % DEMONSTRATION_CHIPS == 0
 
 
-def prepare(options: PlannedOptions, progress: PhaseReporter) -> Prepared:
+def prepare(options: PlannedOptions, progress: Progress) -> Prepared:
     """The Program that the options describe. Raises UserError."""
     inputs = resolve(options)
     return preparation.prepare(inputs.cluster, inputs.job, inputs.plan, progress=progress)

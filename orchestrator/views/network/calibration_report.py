@@ -11,7 +11,7 @@ from comms.calibration.calibration import LARGE_NBYTES, Residual
 from comms.collectives.schedule import bus_factor
 from comms.units import DASH, format_percent, format_scaled, format_seconds
 from orchestrator.config.hardware.link_calibration import Calibration, MeanErrors, errors
-from orchestrator.views.console import Table, pairs
+from orchestrator.views.console import Table
 from orchestrator.views.network.calibration_paste import paste, time_in_words
 from orchestrator.views.network.comms_report import size_in_words
 
@@ -81,7 +81,7 @@ def _points(calibration: Calibration, number: int) -> list[dict[str, object]]:
 def tables(calibration: Calibration) -> tuple[Table, ...]:
     """To read."""
     return (
-        pairs("constants of the links", _constant_rows(calibration)),
+        Table("constants of the links", _constant_rows(calibration)),
         _error_table(calibration),
         *(_residual_table(calibration, number) for number in range(len(calibration.tables))),
         Table("to paste into a cluster file", tuple((line,) for line in paste(calibration).splitlines())),

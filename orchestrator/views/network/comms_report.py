@@ -12,7 +12,7 @@ from comms.selection.question import Answer, Question
 from comms.selection.site import WireLoad
 from comms.selection.size_sweep import SizeSweep
 from comms.units import DASH, format_percent, format_scaled, format_seconds
-from orchestrator.views.console import Table, pairs
+from orchestrator.views.console import Table
 from orchestrator.views.network.node_names import node_names
 
 MOST_CANDIDATES = 6  # of a table; JSON has all
@@ -143,7 +143,7 @@ def tables(answer: Answer, cluster: str) -> tuple[Table, ...]:
     made = f"{answer.fidelity}, made in {format_seconds(answer.elapsed_s)}"
     rows.append(("fidelity", made if not answer.full else f"{made}, {_messages(answer)}"))
     rows.append(("left out", "; ".join(answer.left_out)))
-    head = pairs(f"{_what(question)} over {chips} of {cluster}", rows)
+    head = Table(f"{_what(question)} over {chips} of {cluster}", rows)
     more = (_level_table(answer), _wire_table(answer), _candidate_table(answer))
     return (head, *(table for table in more if table.rows))
 
@@ -281,5 +281,5 @@ def sweep_tables(sweep: SizeSweep, cluster: str) -> tuple[Table, ...]:
     return (
         Table(title, rows, heads),
         Table("where the choice changes", ranges, ("from", "to", "algorithm")),
-        pairs("how it was made", [*facts, ("left out", "; ".join(sweep.left_out))]),
+        Table("how it was made", [*facts, ("left out", "; ".join(sweep.left_out))]),
     )
