@@ -82,6 +82,12 @@ class ClusterFile(Section):
     scale_out: list[LevelSection] = Field(default_factory=list)
     conditions: ConditionsSection | None = None
 
+    @property
+    def levels(self) -> list[LevelSection]:
+        """Those between hosts: of a file that says nothing, switches as good as the cards."""
+        plain = {"name": "scale-out", "source": "the NICs of the hosts"}
+        return self.scale_out or [LevelSection.model_validate(plain)]
+
 
 def shipped_clusters() -> dict[str, Path]:
     """Name to file of every shipped cluster, sorted by name."""
@@ -269,7 +275,6 @@ def _fabric(
     if section is None:
         return None
     drawing = ShapeDrawing(section, place)
-    drawing.check()
     domain = section.domain or drawing.num_chips or len(unit[0].chips)
     _check_domain(drawing, domain, len(unit[0].chips), num_hosts)
     chips = [chip for host in unit for chip in host.chips]
@@ -301,7 +306,8 @@ def _check_domain(drawing: ShapeDrawing, domain: int, per_host: int, num_hosts: 
         dims = " x ".join(map(str, drawing.section.dims or (domain,)))
         problem = f"the {total} chips are not whole domains of {dims} = {domain} chips"
         key = "dims" if drawing.section.dims else "domain"
-        drawing.fail(key, problem, f"choose a size that divides {total}, or change the number of hosts")
+        hint = f"choose a size that divides {total}, or change the number of hosts"
+        raise drawing.place.error(problem, hint, key)
 
 
 def _levels(document: Document, file: ClusterFile) -> tuple[SwitchLevel, ...]:
@@ -313,14 +319,12 @@ def _levels(document: Document, file: ClusterFile) -> tuple[SwitchLevel, ...]:
     sources = [card.source for card in cards if card.source]
     spread = _spread(document, file.scale_out)
     levels: list[SwitchLevel] = []
-    plain = LevelSection.model_validate({"name": "scale-out", "source": "the NICs of the hosts"})
-    for number, section in enumerate(file.scale_out or [plain]):
+    for number, section in enumerate(file.levels):
         place = Place(document, ("scale_out", number))
         _check_level(place, section, number, len(file.scale_out))
         latency = cards_latency_s if section.latency is None else section.latency
         library = library_of(section, latency, efficiency, efficiency, place)
         drawing = ShapeDrawing(section, place)
-        drawing.check()
         packet = FRAME_NBYTES if section.packet is None else section.packet
         levels.append(
             SwitchLevel(

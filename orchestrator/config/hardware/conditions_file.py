@@ -173,7 +173,10 @@ def _link(section: LinkFaultSection, network: Network, at: Place) -> LinkFault:
         raise at.error("it is not clear what is wrong with the link", hint)
     if section.factor == 1:
         raise at.error("a factor of 1 has no effect", "give a factor below 1")
-    flaps = None if section.flaps is None else _flaps(section.flaps, at)
+    flaps, times = None, section.flaps
+    if times is not None:
+        with located(at.inside("flaps").where):
+            flaps = Flaps(times.down, times.every, times.first)
     factor = 0.0 if section.down else 1.0 if section.factor is None else section.factor
     return LinkFault(_which(section, network, at), factor, flaps, at.where)
 
@@ -203,11 +206,6 @@ def _tier(word: str, network: Network, at: Place) -> str:
     if word not in known:
         raise at.error(f"there is no tier {word!r}", nearest(word, known), "tier")
     return known[word]
-
-
-def _flaps(section: FlapsSection, at: Place) -> Flaps:
-    with located(at.inside("flaps").where):
-        return Flaps(section.down, section.every, section.first)
 
 
 def _chip(section: ChipFaultSection, at: Place) -> ChipFault:

@@ -42,7 +42,7 @@ class Sections:
     most_share: float = 1.0  # of a protocol, as `efficiency` is now
     least_efficiency: float = 0.0  # as the shares of protocols are now
     switch_s: float | None = (
-        None  # of the switches inside this tier: protocols' latencies are between their chips
+        None  # of the switches inside this tier, between whose chips protocols' latencies are
     )
     outer: str = ""  # has the latency of the next tier, if no figure inside may be above it:
     outer_s: float = inf
@@ -105,36 +105,32 @@ class _FileRates:
         return LineRate(rate, rate, sections, tier, False, self.cluster)
 
     def scale_out(self, tier: Tier) -> LineRate:
-        levels, names = self.file.scale_out, [level.name for level in self.file.scale_out]
-        number = names.index(tier.name) if tier.name in names else 0
-        level = levels[number] if levels else None
-        drawing = None if level is None else ShapeDrawing(level, Place(self.document, ("scale_out", number)))
+        levels = self.file.levels
+        number = next((at for at, each in enumerate(levels) if each.name == tier.name), 0)
+        level, place = levels[number], Place(self.document, ("scale_out", number))
         cards = [host.nics for host in self.file.hosts if host.nics is not None]
         card = min(cards, key=lambda each: each.count * each.bandwidth)
-        together, alone = self._card_rates(card, drawing)
+        together, alone = self._card_rates(card, ShapeDrawing(level, place))
         at, nics = f"scale_out, level {tier.name}", "hosts, nics"
-        by_cards = level is None or (number == 0 and level.latency is None)
-        message_s = max(each.latency for each in cards)
-        if level is not None and level.latency is not None:
-            message_s = level.latency
+        by_cards = number == 0 and level.latency is None
         same = [each for each in levels if each is level or (by_cards and each.latency is None)]
         sections = Sections(
             library=at,
             latency=nics if by_cards else at,
             rate=nics,
-            message_s=message_s,
+            message_s=max(each.latency for each in cards) if level.latency is None else level.latency,
             stage_s=_most("latency", same),
             most_share=min(each.efficiency for each in cards),
             least_efficiency=_most("share", levels),
         )
-        return LineRate(together, alone, sections, tier, level is not None and level.reduces, self.cluster)
+        return LineRate(together, alone, sections, tier, level.reduces, self.cluster)
 
-    def _card_rates(self, card: NicSection, drawing: ShapeDrawing | None) -> tuple[Rate, Rate]:
+    def _card_rates(self, card: NicSection, drawing: ShapeDrawing) -> tuple[Rate, Rate]:
         """Together and alone."""
         per_host = self.cluster.chips_per_host
         each = max(1.0, card.count / per_host)
         own = Rate(card.bandwidth * each, f"{each:g} cards of a chip" if each > 1 else "a card")
-        if drawing is not None and not drawing.is_switch:
+        if not drawing.is_switch:
             links = self._links(drawing, self.cluster.num_chips)
             return own, Rate(own.bytes_per_s / links, "a link of a chip")
         words = f"{card.count} cards of a host" if card.count > 1 else "the card of a host"
@@ -164,21 +160,15 @@ class _FileRates:
     def _links(self, drawing: ShapeDrawing, num_chips: int) -> int:
         """How many links of one rate a chip has. Raises ConfigError where they differ."""
         if drawing.has_own_rates:
-            raise ConfigError(
-                "its links differ, so that a chip has no line rate",
-                drawing.place.where,
-                "calibrate without --cluster",
-            )
+            problem = "its links differ, so that a chip has no line rate"
+            raise ConfigError(problem, drawing.place.where, "calibrate without --cluster")
         return drawing.links_per_chip(num_chips)
 
     def _pcie_sections(self) -> list[PcieSection]:
         """Of each host of the unit; what a file leaves out is one switch and the chips' own links."""
-        told = [
-            section.pcie or PcieSection.model_validate({})
-            for section in self.file.hosts
-            for _ in range(section.count)
-        ]
-        return told[: len(self.cluster.unit)]
+        plain = PcieSection.model_validate({})
+        given = [section.pcie or plain for section in self.file.hosts for _ in range(section.count)]
+        return given[: len(self.cluster.unit)]
 
     def _pcie_rate(self, tier: str) -> Rate:
         """Of the PCIe links of a chip, or of what chips have that meet at the root complex."""

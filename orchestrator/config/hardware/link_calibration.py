@@ -44,14 +44,6 @@ class MeasuredTable:
 
 
 @dataclass(frozen=True, slots=True)
-class MeanErrors:
-    """Mean absolute relative errors from LARGE_NBYTES up, and below; NaN where there is no point."""
-
-    large: float
-    small: float
-
-
-@dataclass(frozen=True, slots=True)
 class Calibration:
     """Constants, and what is left over at each point of each table."""
 
@@ -103,12 +95,12 @@ def calibrate_links(tables: Sequence[MeasuredTable], lines: Sequence[LineRate] =
     return Calibration(tuple(tables), fit, None, line, fit.residuals, eager if has_eager else plain, as_it_is)
 
 
-def errors(residuals: Sequence[Sequence[Residual]] | None) -> MeanErrors:
-    """Over all tables; NaN where there are none."""
+def errors(residuals: Sequence[Sequence[Residual]] | None) -> tuple[float, float]:
+    """Mean absolute relative errors over all tables, from LARGE_NBYTES up, and below; NaN where there is no point."""
     every = [each for of_table in residuals or () for each in of_table]
     if not every:
-        return MeanErrors(nan, nan)
-    return MeanErrors(mean_error(every, LARGE_NBYTES, inf), mean_error(every, 0.0, LARGE_NBYTES))
+        return nan, nan
+    return mean_error(every, LARGE_NBYTES, inf), mean_error(every, 0.0, LARGE_NBYTES)
 
 
 def _sheet(line: LineRate) -> Sheet:

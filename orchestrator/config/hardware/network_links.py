@@ -19,7 +19,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
-from typing import NoReturn
 
 from comms.algorithms.catalog import names as algorithm_names
 from comms.collectives.schedule import Op
@@ -122,23 +121,24 @@ class ShapeDrawing:
                 return num_chips - 1
         return 1
 
-    def check(self) -> None:
+    def __post_init__(self) -> None:
         """Raises ClusterError for keys without effect, and for those that the shape needs."""
         given, uses = self.section.model_fields_set, USES[self.kind]
         if self.kind == "edges" and self.section.shape is not None:
-            self.fail("shape", "a fabric of edges has no shape", "give `shape:` or `edges:`")
+            raise self.place.error("a fabric of edges has no shape", "give `shape:` or `edges:`", "shape")
         for key in OPTIONAL:
             if key in given and key not in uses:
-                self.fail(key, f"`{key}` has no effect on {self._name}", "remove it, or choose another shape")
+                problem = f"`{key}` has no effect on {self._name}"
+                raise self.place.error(problem, "remove it, or choose another shape", key)
         if "dims" in uses and not self.section.dims:
-            self.fail("shape", f"{self._name} needs `dims`", "add `dims:`, such as [4, 8]")
+            raise self.place.error(f"{self._name} needs `dims`", "add `dims:`, such as [4, 8]", "shape")
         num_dims = len(self.section.dims or ())
         if self.kind == "dragonfly" and num_dims != DRAGONFLY_DIMS:
             hint = "give chips per router, routers per group and groups"
-            self.fail("dims", f"{num_dims} dims for a dragonfly", hint)
+            raise self.place.error(f"{num_dims} dims for a dragonfly", hint, "dims")
         if self.section.links and len(self.section.links) != num_dims:
             count = len(self.section.links)
-            self.fail("links", f"{count} links for {num_dims} dims", "give one for each")
+            raise self.place.error(f"{count} links for {num_dims} dims", "give one for each", "links")
         self._check_used(self.section.links or ())
 
     def _check_used(self, links: Sequence[LinkSection]) -> None:
@@ -146,7 +146,8 @@ class ShapeDrawing:
         for key in ("bandwidth", "latency"):
             everywhere = links and all(getattr(link, key) is not None for link in links)
             if everywhere and getattr(self.section, key, None) is not None:
-                self.fail(key, f"`{key}` has no effect, as each of the links has its own", "remove it")
+                problem = f"`{key}` has no effect, as each of the links has its own"
+                raise self.place.error(problem, "remove it", key)
 
     def check_size(self, num_chips: int) -> None:
         """Raises ClusterError where the dims make another number of chips."""
@@ -154,11 +155,11 @@ class ShapeDrawing:
         if made is not None and made != num_chips:
             dims = " x ".join(map(str, self.section.dims or ()))
             hint = f"choose dims whose product is {num_chips}"
-            self.fail("dims", f"dims of {dims} make {made} chips, but there are {num_chips}", hint)
+            problem = f"dims of {dims} make {made} chips, but there are {num_chips}"
+            raise self.place.error(problem, hint, "dims")
 
     def shape(self, num_chips: int, link: Link, efficiency: float, name: str, earlier_s: float) -> Shape:
         """The shape over so many chips; `link` is the section's, `earlier_s` what all latencies are quicker by."""
-        self.check_size(num_chips)
         key = "edges" if self.kind == "edges" else "dims"
         with described(self.place.inside(key).where, "change the shape"):
             return shape_of(self._topology(num_chips, link, efficiency, name, earlier_s))
@@ -220,16 +221,12 @@ class ShapeDrawing:
         rate = around.bytes_per_s if own.bandwidth is None else own.bandwidth * efficiency
         if latency < 0:
             hint = "leave the protocols' latency out, or raise that of the link"
-            self.fail("protocols", "a protocol's stage is quicker than one of the links", hint)
+            raise self.place.error("a protocol's stage is quicker than one of the links", hint, "protocols")
         return Link(latency, rate)
 
     @property
     def _name(self) -> str:
         return "links given edge by edge" if self.kind == "edges" else f"a {self.kind}"
-
-    def fail(self, key: str, problem: str, hint: str) -> NoReturn:
-        """Raises ClusterError at a key of the section."""
-        raise self.place.error(problem, hint, key)
 
 
 def _check_edge(edge: EdgeSection, num_chips: int, place: Place) -> None:

@@ -114,11 +114,9 @@ def _check_levels(levels: tuple[SwitchLevel, ...], num_hosts: int | None, docume
     hosts = levels[-1].section.hosts
     if levels[0].drawing is not None:
         return
-    if num_hosts is not None and hosts is not None and hosts < num_hosts:
-        problem = f"the outermost level joins {hosts} hosts, but there are {num_hosts}"
-        raise document.error(problem, "add a level with `hosts: any`", "scale_out")
-    if num_hosts is None and hosts is not None:
-        problem = f"the outermost level joins {hosts} hosts, but there may be any number"
+    if hosts is not None and (num_hosts is None or hosts < num_hosts):
+        there = "may be any number" if num_hosts is None else f"are {num_hosts}"
+        problem = f"the outermost level joins {hosts} hosts, but there {there}"
         raise document.error(problem, "add a level with `hosts: any`", "scale_out")
     railed = [at for at, level in enumerate(levels) if level.section.rails]
     if railed and (railed != [0] or len(levels) == 1):
@@ -206,11 +204,13 @@ def _drawn(
 ) -> Tier:
     """A shape over all chips, each by cards of its own."""
     if nics.count % per_host:
-        problem = f"{nics.count} cards are not the same number for each of {per_host} chips"
-        drawing.fail("shape", f"{problem}, which a {drawing.kind} needs", "give each chip its cards")
+        cards = f"{nics.count} cards are not the same number for each of {per_host} chips"
+        problem = f"{cards}, which a {drawing.kind} needs"
+        raise drawing.place.error(problem, "give each chip its cards", "shape")
     size = drawing.num_chips or total
     if size == UNBOUNDED:
-        drawing.fail("shape", f"a {drawing.kind} of any number of chips", "give `repeat` a number")
+        problem = f"a {drawing.kind} of any number of chips"
+        raise drawing.place.error(problem, "give `repeat` a number", "shape")
     rate = _card_rate(nics) * nics.count / per_host
     rate = min([rate, *(step.bytes_per_s for step in inside.way_out)])
     drawing.check_size(size if total == UNBOUNDED else total)
