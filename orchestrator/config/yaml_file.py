@@ -204,11 +204,11 @@ class _NodeReader:
         return None
 
     def _list(self, node: yaml.Node, location: Location) -> list[object]:
-        return [self._item(item, (*location, index)) for index, item in enumerate(node.value)]
-
-    def _item(self, node: yaml.Node, location: Location) -> object:
-        self.places[location] = self._place(node)
-        return self.value(node, location)
+        found: list[object] = []
+        for index, item in enumerate(node.value):
+            self.places[(*location, index)] = self._place(item)
+            found.append(self.value(item, (*location, index)))
+        return found
 
     def _mapping(self, node: yaml.MappingNode, location: Location) -> dict[str, object]:
         found: dict[str, object] = {}

@@ -56,7 +56,8 @@ class Prepared:
 def prepare(cluster: Cluster, job: Job, plan: Plan | None = None, *, progress: Progress = quiet) -> Prepared:
     """Make the Program of `job` on all chips of `cluster`. Raises PlanError, ModelError or CaptureError."""
     spec = parse_model(job.model)
-    cacheable = spec.kind in (SourceKind.BUILTIN, SourceKind.HF) and not _is_file(spec.target)
+    is_file = spec.target.endswith(".json") or Path(spec.target).exists()
+    cacheable = spec.kind in (SourceKind.BUILTIN, SourceKind.HF) and not is_file
     if plan is not None:
         return _prepared(cluster, job, plan, progress, cacheable)
     num_params = _num_params(job, progress, cacheable)
@@ -168,10 +169,6 @@ def optimizer_factory(job: Job) -> "Factory":
     with located(f"optimizer {wanted.name}", hint):
         require_elementwise(factory)
     return factory
-
-
-def _is_file(target: str) -> bool:
-    return target.endswith(".json") or Path(target).exists()
 
 
 def _content(job: Job, plan: Plan) -> dict[str, object]:

@@ -14,7 +14,6 @@ from comms.networks.conditions import HEALTHY, Described, check_links
 from comms.networks.network import UNBOUNDED, Tier
 from comms.networks.shapes import Grid, Pairs, Whole
 from comms.units import Quantity, format_quantity
-from kernels.chips import Chip
 from orchestrator.config.hardware.chip_file import ChipFile, described_chip
 from orchestrator.config.hardware.cluster import Cluster
 from orchestrator.config.hardware.cluster_file import cluster_from
@@ -57,7 +56,10 @@ def check(path: str | Path) -> CheckReport:
 
 def _check_cluster(document: Document) -> tuple[str, ...]:
     cluster = cluster_from(document)
-    _check_links(cluster)
+    if cluster.conditions.links:  # links that there are not, and chips that are cut off from the others
+        taken = cluster.take(None)
+        with located(cluster.origin):
+            check_links(taken.conditions, taken.network.topology())
     chips = _types(cluster)
     price = _amount(cluster.usd_per_hour, Quantity.HOURLY_PRICE)
     power = _amount(cluster.watts, Quantity.POWER)
@@ -67,14 +69,6 @@ def _check_cluster(document: Document) -> tuple[str, ...]:
         f"{_count(cluster.num_chips)}: {price}, {power}",
         *_condition_lines(cluster.conditions),
     )
-
-
-def _check_links(cluster: Cluster) -> None:
-    """Raises ClusterError for links that there are not, and for chips that are cut off from the others."""
-    if cluster.conditions.links:
-        taken = cluster.take(None)
-        with located(cluster.origin):
-            check_links(taken.conditions, taken.network.topology())
 
 
 def _hosts(cluster: Cluster) -> str:
@@ -151,15 +145,14 @@ def _check_chip(document: Document) -> tuple[str, ...]:
     chip = described_chip(document, (), None)
     size = format_quantity(chip.memory_bytes, Quantity.SIZE)
     rate = format_quantity(chip.memory_bytes_per_s, Quantity.DATA_RATE)
+    peaks = [
+        f"{dtype} {format_quantity(peak, Quantity.COMPUTE_RATE)}"
+        for dtype, peak in chip.peak_flops_per_s.items()
+    ]
     return (
-        f"{chip.name} ({chip.year}), {chip.kind}: {_peaks(chip)}",
+        f"{chip.name} ({chip.year}), {chip.kind}: {', '.join(peaks)}",
         f"memory {size} at {rate}",
     )
-
-
-def _peaks(chip: Chip) -> str:
-    peaks = chip.peak_flops_per_s.items()
-    return ", ".join(f"{dtype} {format_quantity(peak, Quantity.COMPUTE_RATE)}" for dtype, peak in peaks)
 
 
 # One entry per kind of file: from a document to the lines of its report.

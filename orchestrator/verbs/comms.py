@@ -12,8 +12,8 @@ from comms.errors import ConfigError, located
 from comms.selection.choice import AUTO
 from comms.selection.collective import answer_to
 from comms.selection.pricing import Fidelity
-from comms.selection.question import Question
-from comms.selection.size_sweep import sweep_sizes
+from comms.selection.question import Answer, Question
+from comms.selection.size_sweep import SizeSweep, sweep_sizes
 from orchestrator.config.hardware.cluster import Cluster
 from orchestrator.config.hardware.cluster_file import DEFAULT_CLUSTER, cluster_path, load_cluster
 from orchestrator.config.hardware.latency_tiers import latency_tiers
@@ -48,9 +48,13 @@ def main(options: CommsOptions, console: Console) -> int:
         if any(fault.slowdown > 1 for fault in cluster.conditions.chips):
             console.warn("`slowdown` of chips has no effect here, where nothing computes: simulate counts it")
         question = (_uneven if is_uneven(options.op) else _even)(cluster, options, console)
+        found: Answer | SizeSweep
         if options.sweep is None:
-            return _one(question, cluster.name, options.plot, console)
-        return _sweep(question, read_sizes(options.sweep), cluster.name, options.plot, console)
+            found = answer_to(question, console.phase)
+        else:
+            found = sweep_sizes(question, read_sizes(options.sweep), console.phase)
+        _show(found, cluster.name, options.plot, console)
+    return 0
 
 
 def _even(cluster: Cluster, options: CommsOptions, console: Console) -> Question:
@@ -104,30 +108,21 @@ def _question(
     )
 
 
-def _one(question: Question, cluster: str, plot: Path | None, console: Console) -> int:
-    answer = answer_to(question, console.phase)
-    for warning in answer.warnings:
+def _show(found: Answer | SizeSweep, cluster: str, plot: Path | None, console: Console) -> None:
+    """What was found, with its warnings before and its picture after."""
+    for warning in found.warnings:
         console.warn(warning)
-    console.results(comms_report.document(answer, cluster), comms_report.tables(answer, cluster))
-    if plot is not None:
-        from orchestrator.views.network.topology_plot import topology_png
-
-        write_picture(topology_png(answer, cluster), plot, console)
-    return 0
-
-
-def _sweep(
-    question: Question, sizes: tuple[float, ...], cluster: str, plot: Path | None, console: Console
-) -> int:
-    sweep = sweep_sizes(question, sizes, console.phase)
-    for warning in sweep.warnings:
-        console.warn(warning)
-    console.results(comms_report.sweep_document(sweep, cluster), comms_report.sweep_tables(sweep, cluster))
+    if isinstance(found, Answer):
+        console.results(comms_report.document(found, cluster), comms_report.tables(found, cluster))
+    else:
+        tables = comms_report.sweep_tables(found, cluster)
+        console.results(comms_report.sweep_document(found, cluster), tables)
     if plot is not None:
         from orchestrator.views.network.bandwidth_plot import sweep_png
+        from orchestrator.views.network.topology_plot import topology_png
 
-        write_picture(sweep_png(sweep, cluster), plot, console)
-    return 0
+        png = topology_png(found, cluster) if isinstance(found, Answer) else sweep_png(found, cluster)
+        write_picture(png, plot, console)
 
 
 def _tiers(cluster: Cluster, options: CommsOptions, console: Console) -> int:

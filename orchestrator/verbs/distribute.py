@@ -21,7 +21,7 @@ from comms.selection.progress import quiet
 from kernels.optimizers import require_elementwise, states_per_element
 from orchestrator.config.hardware.cluster import Cluster
 from orchestrator.config.hardware.cluster_file import cluster_path, load_cluster
-from orchestrator.config.job_file import Job, load_job
+from orchestrator.config.job_file import load_job
 from orchestrator.planning.plan_choice import choose_plan
 from orchestrator.planning.preparation import make_program, module_values
 from orchestrator.runners.executing.chip import Settings, whole_parameters
@@ -95,7 +95,9 @@ class DistributedStep:
     def _start(self, batch: Mapping[str, torch.Tensor]) -> InlineRunner:
         samples = _num_samples(batch)
         num_params = sum(p.numel() for p in self.model.parameters())
-        plan = self.plan or choose_plan(_any_job(samples), self.cluster, num_params)
+        # A job that leaves its plan open; samples are units of work, as nothing is known of tokens.
+        job = load_job(None).model_copy(update={"global_batch": samples, "seq": 1})
+        plan = self.plan or choose_plan(job, self.cluster, num_params)
         if plan.num_chips != self.cluster.num_chips:
             raise PlanError(f"the plan is for {plan.num_chips} chips, the cluster has {self.cluster.num_chips}", "plan",
                             f"take chips={plan.num_chips}, or change a degree")  # fmt: skip
@@ -143,11 +145,6 @@ def distribute(
                         "give a new optimizer")  # fmt: skip
     found = cluster if isinstance(cluster, Cluster) else load_cluster(cluster_path(str(cluster)))
     return DistributedStep(model, optimizer, found.take(chips), plan, loss_fn, clip_norm)
-
-
-def _any_job(samples: int) -> Job:
-    """A job that leaves its plan open; samples are units of work, as nothing is known of tokens."""
-    return load_job(None).model_copy(update={"global_batch": samples, "seq": 1})
 
 
 def _num_samples(batch: object) -> int:

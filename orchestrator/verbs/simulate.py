@@ -93,10 +93,15 @@ def write_run(run: RunDir, prepared: Prepared, result: SimulationResult) -> None
             "global_batch": prepared.job.global_batch,
         }
     )
-    run.write_plan(plan_to_yaml(prepared.plan))
-    run.write_program(to_text(prepared.program), encode(prepared.program))
+    write_program(run, prepared)
     run.write_timeline(timeline)
     write_whole(run.trace, trace_gz(timeline))
+
+
+def write_program(run: RunDir, prepared: Prepared) -> None:
+    """The plan, to be edited, and what it became."""
+    run.write_plan(plan_to_yaml(prepared.plan))
+    run.write_program(to_text(prepared.program), encode(prepared.program))
 
 
 def tables(result: SimulationResult) -> tuple[Table, ...]:

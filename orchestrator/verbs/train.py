@@ -16,7 +16,7 @@ from comms.errors import ConfigError, ModelError
 from comms.units import format_scaled, format_seconds
 from orchestrator.config.hardware.cluster import Cluster, Device
 from orchestrator.config.job_file import Job
-from orchestrator.planning.preparation import Prepared, build_model, module_values, prepare
+from orchestrator.planning.preparation import build_model, module_values, prepare
 from orchestrator.runners.failure import Interrupted, RunState, StopAtOnce, in_run
 from orchestrator.runners.timing.prediction import simulate
 from orchestrator.runs import metrics, run_dir
@@ -24,12 +24,10 @@ from orchestrator.runs.data import NUM_BYTES, baseline_losses, load_data
 from orchestrator.runs.run_dir import RunDir
 from orchestrator.verbs.inputs.options import RunnerKind, SimulateOptions, TrainOptions
 from orchestrator.verbs.inputs.planned_inputs import Inputs, from_config, read_plan, resolve
-from orchestrator.verbs.simulate import answer
+from orchestrator.verbs.simulate import answer, write_program
 from orchestrator.verbs.training import Training, TrainingProgress, TrainResult, write_results
 from orchestrator.views.console import Console, Table
-from partitioner.layout.parallel_plan import Plan, plan_to_yaml
-from partitioner.program.program_codec import encode
-from partitioner.program.program_text import to_text
+from partitioner.layout.parallel_plan import Plan
 
 if TYPE_CHECKING:
     from orchestrator.models.model_builder import BuiltModel
@@ -46,20 +44,15 @@ PLAIN_LINES = 10  # a line for every so many steps, off a terminal
 def main(options: TrainOptions, console: Console) -> int:
     """The `train` verb. The simulated runner has no tensors to train: its answer is that of `simulate`."""
     inputs, folder = _inputs(options)
-    runner = options.runner or _usual_runner(options, folder)
+    # Ray, or what the run that is resumed was started with.
+    usual = RunnerKind.RAY if options.resume is None else folder.read_config().get("runner", RunnerKind.RAY)
+    runner = options.runner or RunnerKind(str(usual))
     if options.dry_run or runner is RunnerKind.SIMULATED:
         prepared = prepare(inputs.cluster, inputs.job, inputs.plan, progress=console.phase)
         return answer(prepared, SimulateOptions(run_dir=options.run_dir), console)
     result = _train(inputs, runner, folder, console, resume=options.resume is not None)
     console.results(result.document(), result.tables())
     return INTERRUPTED if result.was_interrupted else 0
-
-
-def _usual_runner(options: TrainOptions, folder: RunDir) -> RunnerKind:
-    """Ray, or what the run that is resumed was started with."""
-    if options.resume is None:
-        return RunnerKind.RAY
-    return RunnerKind(str(folder.read_config().get("runner", RunnerKind.RAY)))
 
 
 def run(
@@ -103,7 +96,8 @@ def _train(
     with closing(_launch(inputs.cluster, kind)) as launch:
         prepared = prepare(inputs.cluster, inputs.job, inputs.plan, progress=console.phase)
         if not resume:
-            _write_inputs(folder, inputs, prepared, kind)
+            folder.write_config(inputs.config(kind.value))
+            write_program(folder, prepared)
         with console.phase("simulate"):
             predicted = simulate(prepared.program, prepared.cluster)
         with closing(launch.connect(prepared, console.phase)) as runner:
@@ -127,12 +121,6 @@ def _launch(cluster: Cluster, kind: RunnerKind) -> "Launch":
     from orchestrator.runners.executing.inline import InlineLaunch
 
     return InlineLaunch(cluster)
-
-
-def _write_inputs(folder: RunDir, inputs: Inputs, prepared: Prepared, kind: RunnerKind) -> None:
-    folder.write_config(inputs.config(kind.value))
-    folder.write_plan(plan_to_yaml(prepared.plan))
-    folder.write_program(to_text(prepared.program), encode(prepared.program))
 
 
 def _load_parameters(training: Training, console: Console) -> None:

@@ -7,6 +7,7 @@ end the prediction stands beside the measurement, in the timelines, in the pictu
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from math import nan
 from pathlib import Path
 
 from comms.errors import RunError
@@ -42,7 +43,7 @@ class TrainingProgress:
     """What has happened so far; enough for the final summary."""
 
     step: int = 0
-    losses: list[tuple[int, float]] = field(default_factory=list)
+    loss: float = nan  # of the last step
     step_seconds: list[float] = field(default_factory=list)
     measured: dict[int, ExecutedStep] = field(default_factory=dict)  # by step
     was_interrupted: bool = False
@@ -91,7 +92,7 @@ class Training:
         if not result.stats.is_finite:
             self._carry_out(step, in_run(RunState(step, job.steps), NotFinite(self._cause(step, batches))))
         progress.step = step + 1
-        progress.losses.append((progress.step, result.stats.loss))
+        progress.loss = result.stats.loss
         progress.step_seconds.append(result.step_ns / NS_PER_S)
         if measure:
             progress.measured[progress.step] = result
@@ -233,7 +234,7 @@ def write_results(
     accuracy = _write_timelines(training, progress)
     step_s = progress.recent_step_seconds()
     return TrainResult(
-        final_loss=progress.losses[-1][1] if progress.losses else float("nan"),
+        final_loss=progress.loss,
         val_loss=points[-1][1] if points else None,
         tokens_per_s=job.global_batch * job.seq / step_s if step_s else 0.0,
         predicted_step_time_s=predicted.step_time_s, run_dir=folder.root, steps=progress.step,

@@ -268,6 +268,8 @@ def timeline_png(timelines: Sequence[Timeline], *, by_shares: bool = False) -> b
     says so. `by_shares`: the machine that was measured is not the one that is described, so that only shares of a
     step can be compared; each axis is in those, and the titles say whose step it is.
     """
+    from matplotlib.patches import Patch
+
     steps = [timeline.at_step(timeline.steps[-1]) for timeline in timelines if timeline.steps]
     gantts = [Gantt(step.from_zero()) for step in steps]
     heights = [gantt.height for gantt in gantts]
@@ -279,18 +281,12 @@ def timeline_png(timelines: Sequence[Timeline], *, by_shares: bool = False) -> b
     for axes, gantt in zip(panels, gantts, strict=True):
         end_ns = gantt.timeline.duration_ns if by_shares else shared or gantt.timeline.duration_ns
         draw_gantt(axes, gantt, colours, end_ns=max(end_ns, 1), by_shares=by_shares)
-    _gantt_legend(figure, colours)
+    handles = [Patch(facecolor=colour, label=kind.replace("_", " ")) for kind, colour in colours.items()]
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 9), frameon=False)
     if by_shares or shared is None:
         said = "two machines: compare shares, not seconds" if by_shares else "the two time axes differ"
         figure.text(0.995, 0.995, said, ha="right", va="top", color=VALIDATION, fontsize=9)
     return png_bytes(figure)
-
-
-def _gantt_legend(figure: "Figure", colours: Mapping[str, str]) -> None:
-    from matplotlib.patches import Patch
-
-    handles = [Patch(facecolor=colour, label=kind.replace("_", " ")) for kind, colour in colours.items()]
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 9), frameon=False)
 
 
 def _draw_train(axes: "Axes", points: Points) -> None:

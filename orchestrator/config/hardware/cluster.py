@@ -92,17 +92,13 @@ class Cluster:
         """All chips; of a cluster without a fixed number of hosts, those of one unit."""
         return self.chips_per_host * (self.num_hosts or len(self.unit))
 
-    def host_of(self, chip: int) -> int:
-        """The number of the host that holds `chip`."""
-        return chip // self.chips_per_host
-
     def host(self, index: int) -> Host:
         """Host `index`; hosts repeat in the order of the unit."""
         return self.unit[index % len(self.unit)]
 
     def chip(self, index: int) -> Chip:
         """The type of chip `index`."""
-        return self.host(self.host_of(index)).chips[index % self.chips_per_host]
+        return self.host(index // self.chips_per_host).chips[index % self.chips_per_host]
 
     @property
     def chip_types(self) -> tuple[Chip, ...]:
@@ -123,7 +119,11 @@ class Cluster:
         """The cluster of the first `num_chips` chips: part of one host, or whole hosts. None takes all."""
         wanted = self.num_chips if num_chips is None else num_chips
         self._check_take(wanted)
-        self._check_conditions(wanted)
+        try:  # a condition on a chip that is not taken would have no effect
+            check_chips(self.conditions, wanted)
+        except CommsError as error:
+            hint = "take more chips, or change `conditions:`"
+            raise ClusterError(error.problem, error.where or self.origin, hint) from error
         per_host = min(wanted, self.chips_per_host)
         unit = self.unit
         if wanted < self.chips_per_host:
@@ -150,14 +150,6 @@ class Cluster:
                 self.origin,
                 f"ask for {' or '.join(map(str, near))} chips, or for at most {size}",
             )
-
-    def _check_conditions(self, wanted: int) -> None:
-        """A condition on a chip that is not taken would have no effect."""
-        try:
-            check_chips(self.conditions, wanted)
-        except CommsError as error:
-            hint = "take more chips, or change `conditions:`"
-            raise ClusterError(error.problem, error.where or self.origin, hint) from error
 
     def _sum(self, figures: Callable[[Host], Sequence[float | None]]) -> float | None:
         """Figures summed over all hosts, in time that does not grow with their number.

@@ -25,7 +25,7 @@ from comms.networks.fabrics.switch_tree import Tree
 from comms.networks.fabrics.torus_mesh import Torus
 from comms.networks.links import Link
 from comms.networks.network import Network, Tier, TierKind
-from comms.networks.shapes import Grid, Pairs, Shape
+from comms.networks.shapes import Grid, Pairs
 from kernels.chips import Chip, Noc, NocShape, Port
 
 FEW_CORES = 4096  # up to here the furthest core is searched among all
@@ -163,18 +163,13 @@ def _tier_rows(network: Network, tier: Tier, inner: int) -> Iterator[Row]:
     near, far = int(np.lexsort((rates, latencies))[0]), int(np.lexsort((rates, -latencies))[0])
     ends = [(near, "the nearest chip", float(rates[near]))]
     if latencies[far] > latencies[near] * (1 + SAME):
-        ends.append((far, f"the furthest of {tier.size} chips", _loaded_far(shape, float(rates[far]))))
+        alone, every = float(rates[far]), shape.loaded_link.bytes_per_s
+        loaded = alone / _load(shape.topology) if isinstance(shape, Grid) else min(alone, every)
+        ends.append((far, f"the furthest of {tier.size} chips", loaded))
     for at, who, loaded in ends:
         crossed, between = routes.of(at), f"chip to {who}, {tier.name}"
         latency_s = fsum(wires.latency_s[crossed].tolist()) + tier.issue_s
         yield Row(tier.name, between, latency_s, float(rates[at]), loaded, len(crossed), source)
-
-
-def _loaded_far(shape: Shape, alone: float) -> float:
-    """What each chip has when all send to chips far away."""
-    if isinstance(shape, Grid):
-        return alone / _load(shape.topology)
-    return min(alone, shape.loaded_link.bytes_per_s)
 
 
 def _crossed(network: Network, tier: Tier, inner: int) -> int:

@@ -17,7 +17,6 @@ Instead of levels of switches, one shape may join all chips by their cards: a to
 Not modelled: PCIe traffic and network traffic of one chip in each other's way where they have wires of their own.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -276,15 +275,13 @@ def _tiers(tree: Tree, before: list[Tier], inside: _Inside, levels: tuple[Switch
     """The tiers of a tree that join more chips than those before."""
     known = {level.section.name: level for level in levels}
     reach = max((tier.size for tier in before), default=1)
-    return [_told(tier, inside, known) for tier in layered(tree, TierKind.SCALE_OUT, reach)]
-
-
-def _told(tier: Tier, inside: _Inside, levels: Mapping[str, SwitchLevel]) -> Tier:
-    """A tier with what the file says of it besides its wires."""
-    level = levels.get(tier.name)
-    library, source = (level.library, level.source) if level else (inside.library, inside.source)
-    kind = TierKind.SCALE_OUT if level else TierKind.PCIE
-    return library.on(replace(tier, kind=kind, source=source))
+    tiers: list[Tier] = []
+    for tier in layered(tree, TierKind.SCALE_OUT, reach):
+        if (level := known.get(tier.name)) is not None:
+            tiers.append(level.library.on(replace(tier, source=level.source)))
+        else:
+            tiers.append(inside.library.on(replace(tier, kind=TierKind.PCIE, source=inside.source)))
+    return tiers
 
 
 def _slowest(links: list[Link]) -> Link:
