@@ -103,9 +103,8 @@ class CountOr(FieldType):
         if value == self.word:
             return None
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise field_error(
-                f"{value!r} is not a count", f"write a whole number above zero, or {self.word!r}"
-            )
+            problem = f"{value!r} is not a count"
+            raise field_error(problem, f"write a whole number above zero, or {self.word!r}")
         return value
 
     def written(self, value: object) -> object:

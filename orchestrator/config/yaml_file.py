@@ -107,9 +107,8 @@ def parse_yaml(text: str, origin: str) -> Document:
     if reader.errors:
         raise combined(reader.errors)
     if not isinstance(root, dict):
-        raise ConfigError(
-            "the file is not a mapping of keys to values", f"{origin}:1", "write `key: value` lines"
-        )
+        problem = "the file is not a mapping of keys to values"
+        raise ConfigError(problem, f"{origin}:1", "write `key: value` lines")
     return Document(origin, root, reader.places)
 
 

@@ -152,11 +152,9 @@ def _import_transformers() -> Any:
     except ModuleNotFoundError as error:
         if error.name != "transformers":
             raise
-        raise ModelError(
-            problem="hf: models need the transformers package",
-            where="model",
-            hint="pip install 'orchestrate-chips[hf]'",
-        ) from error
+        problem = "hf: models need the transformers package"
+        hint = "pip install 'orchestrate-chips[hf]'"
+        raise ModelError(problem=problem, where="model", hint=hint) from error
 
 
 def _hf_config(transformers: Any, spec: ModelSpec, args: Mapping[str, object]) -> Any:
@@ -232,9 +230,8 @@ def _load_file(spec: ModelSpec) -> ModuleType:
         found.loader.exec_module(module)
     except Exception as error:  # whatever the user's file raises
         hint = "make the file importable on its own"
-        raise ModelError(
-            problem=f"{type(error).__name__}: {_one_line(error)}", where=spec.target, hint=hint
-        ) from error
+        problem = f"{type(error).__name__}: {_one_line(error)}"
+        raise ModelError(problem=problem, where=spec.target, hint=hint) from error
     return module
 
 

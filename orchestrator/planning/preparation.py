@@ -162,9 +162,8 @@ def optimizer_factory(job: Job) -> "Factory":
     try:
         factory: Factory = getattr(import_module(module), name)
     except (ImportError, AttributeError) as error:
-        raise PlanError(
-            f"there is no {name} in {module}", "optimizer.name", "write pkg.module:factory"
-        ) from error
+        problem = f"there is no {name} in {module}"
+        raise PlanError(problem, "optimizer.name", "write pkg.module:factory") from error
     hint = "flat buffers need an elementwise optimizer (adamw, sgd, lion, ...)"
     with located(f"optimizer {wanted.name}", hint):
         require_elementwise(factory)

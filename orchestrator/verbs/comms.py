@@ -62,11 +62,8 @@ def _even(cluster: Cluster, options: CommsOptions, console: Console) -> Question
     algorithm, num_chips = read_algorithm(options.algorithm, options.op), cluster.num_chips
     op = read_op(options.op) if isinstance(algorithm, str) else algorithm.op
     if not isinstance(algorithm, str) and algorithm.num_ranks != num_chips:
-        raise ConfigError(
-            f"a schedule of {algorithm.num_ranks} ranks, but {num_chips} chips",
-            str(options.algorithm),
-            f"take --chips {algorithm.num_ranks}",
-        )
+        problem = f"a schedule of {algorithm.num_ranks} ranks, but {num_chips} chips"
+        raise ConfigError(problem, str(options.algorithm), f"take --chips {algorithm.num_ranks}")
     if op is Op.BARRIER:
         say_ignored(console, {"--size": options.size}, "a barrier moves no bytes")
         if options.sweep is not None:

@@ -56,11 +56,8 @@ class DistributedStep:
         stats = runner.run(StepRequest("step", lr, split_batch(batch, self.plan))).stats
         assert stats is not None
         if not stats.is_finite:
-            raise RunError(
-                "the loss or a gradient is not finite; the step was skipped",
-                "step",
-                "lower the learning rate",
-            )
+            problem = "the loss or a gradient is not finite; the step was skipped"
+            raise RunError(problem, "step", "lower the learning rate")
         return stats.loss
 
     def evaluate(self, batch: Mapping[str, torch.Tensor]) -> float:
@@ -149,14 +146,12 @@ def distribute(
 
 def _num_samples(batch: object) -> int:
     if not isinstance(batch, Mapping) or not batch:
-        raise PlanError(
-            "the batch is not a mapping of tensors", "step(batch)", "pass {name: tensor}, as model(**batch)"
-        )
+        problem = "the batch is not a mapping of tensors"
+        raise PlanError(problem, "step(batch)", "pass {name: tensor}, as model(**batch)")
     sizes = {name: value.shape[0] for name, value in batch.items()}
     if len(set(sizes.values())) != 1:
-        raise PlanError(
-            f"batch entries differ in their first dim: {sizes}", "step(batch)", "make it the sample dim"
-        )
+        problem = f"batch entries differ in their first dim: {sizes}"
+        raise PlanError(problem, "step(batch)", "make it the sample dim")
     return next(iter(sizes.values()))
 
 

@@ -77,9 +77,8 @@ def _inputs(options: TrainOptions) -> tuple[Inputs, RunDir]:
     given = [name for name in FIXED_BY_RUN if getattr(options, name) is not None]
     if given or options.overrides:
         flag = f"--{given[0].replace('_', '-')}" if given else "--set"
-        raise ConfigError(
-            f"{flag} cannot change a run that is resumed", "--resume", "leave it out, or start a new run"
-        )
+        problem = f"{flag} cannot change a run that is resumed"
+        raise ConfigError(problem, "--resume", "leave it out, or start a new run")
     folder = run_dir.resume(options.resume)
     return from_config(folder.read_config(), read_plan(folder.plan), str(folder.config)), folder
 

@@ -175,9 +175,8 @@ class Training:
         checkpoint.remove_newer(self.run_dir.root, found.checkpoint)
         manifest = found.checkpoint.manifest
         if manifest.extra.get("data") != self.data.digest:
-            raise RunError(
-                "the data is not what the run was trained on", self.data.name, "give the same data"
-            )
+            problem = "the data is not what the run was trained on"
+            raise RunError(problem, self.data.name, "give the same data")
         shards = {
             int(name.rsplit("-", 1)[1]): tensors
             for name, tensors in checkpoint.load(found.checkpoint).items()

@@ -31,9 +31,8 @@ class Figure(FieldType):
         if isinstance(value, Mapping):
             unknown = [key for key in value if key not in _FIGURE_KEYS]
             if unknown:
-                raise field_error(
-                    f"unknown key {unknown[0]!r} in a figure", nearest(unknown[0], _FIGURE_KEYS)
-                )
+                problem = f"unknown key {unknown[0]!r} in a figure"
+                raise field_error(problem, nearest(unknown[0], _FIGURE_KEYS))
             inner = value.get("value")
         if isinstance(self.quantity, Quantity):
             QuantityField(self.quantity).read(inner)

@@ -137,19 +137,14 @@ class Cluster:
             raise ClusterError(f"cannot take {wanted} chips", self.origin, "ask for at least one chip")
         if self.num_hosts is not None and wanted > self.num_chips:
             have = f"{self.name} has {self.num_chips} chips ({self.num_hosts} hosts of {size})"
-            raise ClusterError(
-                f"{wanted} chips asked for, but {have}",
-                self.origin,
-                "ask for fewer, or raise `repeat` in the file",
-            )
+            problem = f"{wanted} chips asked for, but {have}"
+            raise ClusterError(problem, self.origin, "ask for fewer, or raise `repeat` in the file")
         if wanted > size and wanted % size:
             low = wanted // size * size
             near = [low] if self.num_hosts and low + size > self.num_chips else [low, low + size]
-            raise ClusterError(
-                f"{wanted} chips are not a whole number of hosts of {size} chips",
-                self.origin,
-                f"ask for {' or '.join(map(str, near))} chips, or for at most {size}",
-            )
+            problem = f"{wanted} chips are not a whole number of hosts of {size} chips"
+            hint = f"ask for {' or '.join(map(str, near))} chips, or for at most {size}"
+            raise ClusterError(problem, self.origin, hint)
 
     def _sum(self, figures: Callable[[Host], Sequence[float | None]]) -> float | None:
         """Figures summed over all hosts, in time that does not grow with their number.

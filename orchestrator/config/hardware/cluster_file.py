@@ -104,9 +104,8 @@ def cluster_path(text: str) -> Path:
     if text in shipped:
         return shipped[text]
     if path.suffix or len(path.parts) > 1:
-        raise ConfigError(
-            "there is no such cluster file", text, f"give a file, or one of {', '.join(shipped)}"
-        )
+        problem = "there is no such cluster file"
+        raise ConfigError(problem, text, f"give a file, or one of {', '.join(shipped)}")
     raise ConfigError("no shipped cluster has this name", f"--cluster {text}", nearest(text, tuple(shipped)))
 
 

@@ -74,11 +74,8 @@ def calibrate_links(tables: Sequence[MeasuredTable], lines: Sequence[LineRate] =
     """
     pairs = [table for table in tables if table.curve.op is None]
     if pairs and len(pairs) < len(tables):
-        raise CommsError(
-            "messages from chip to chip and collectives do not have the same constants",
-            f"{pairs[0].name} and others",
-            "calibrate with one kind at a time",
-        )
+        problem = "messages from chip to chip and collectives do not have the same constants"
+        raise CommsError(problem, f"{pairs[0].name} and others", "calibrate with one kind at a time")
     line = lines[0] if lines else None
     as_it_is = None
     if lines:
