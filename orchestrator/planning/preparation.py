@@ -11,11 +11,11 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from comms.errors import PartitionError, PlanError, ProgramError, UserError, located
 from comms.selection.progress import Progress, quiet
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from partitioner.capture.captured_graph import Graph
     from partitioner.lowering.lower import StepShape
 
+Made = TypeVar("Made")
 SHORT_DTYPES = {Dtype.FP32: "f32", Dtype.FP64: "f64", Dtype.BF16: "bf16"}  # as a Program names them
 # what turns a description into a Program: packages, and rooms of this one
 CODE = ("partitioner", "kernels", "orchestrator/models", "orchestrator/planning")
@@ -76,20 +77,9 @@ def prepare(cluster: Cluster, job: Job, plan: Plan | None = None, *, progress: P
 def _prepared(cluster: Cluster, job: Job, plan: Plan, progress: Progress, cacheable: bool) -> Prepared:
     _check(plan, job, cluster)
     entry = f"{key_of(_content(job, plan))}.program"
-    program = _known_program(entry) if cacheable else None
-    if program is not None:
-        return Prepared(cluster, job, plan, program, was_cached=True)
-    program = _partitioned(job, plan, progress)
-    if cacheable:
-        remember(entry, encode(program))
-    return Prepared(cluster, job, plan, program, was_cached=False)
-
-
-def _known_program(entry: str) -> Program | None:
-    try:
-        return decode(recall(entry))
-    except (OSError, PartitionError):
-        return None
+    made = partial(_partitioned, job, plan, progress)
+    program, was_cached = remembered(entry if cacheable else None, decode, made, encode)
+    return Prepared(cluster, job, plan, program, was_cached)
 
 
 def build_model(job: Job, device: str) -> "BuiltModel":
@@ -181,16 +171,12 @@ def _content(job: Job, plan: Plan) -> dict[str, object]:
 def _num_params(job: Job, progress: Progress, cacheable: bool) -> int:
     arguments = {k: repr(v) for k, v in sorted(job.model_args.items())}
     entry = f"{key_of({'params': job.model, 'args': arguments})}.number"
-    try:
-        if cacheable:
-            return int(recall(entry))
-    except (OSError, ValueError):
-        pass
-    with progress("count parameters"):
-        count = sum(p.numel() for p in build_model(job, "meta").module.parameters())
-    if cacheable:
-        remember(entry, str(count).encode())
-    return count
+
+    def counted() -> int:
+        with progress("count parameters"):
+            return sum(p.numel() for p in build_model(job, "meta").module.parameters())
+
+    return remembered(entry if cacheable else None, int, counted, lambda count: str(count).encode())[0]
 
 
 def _check(plan: Plan, job: Job, cluster: Cluster) -> None:
@@ -233,6 +219,20 @@ def cache_folder() -> Path:
     """Where entries are kept: below XDG_CACHE_HOME if that is an absolute path, else below ~/.cache."""
     asked = Path(os.environ.get("XDG_CACHE_HOME", ""))
     return (asked if asked.is_absolute() else Path.home() / ".cache") / "orchestrate"
+
+
+def remembered(
+    entry: str | None, read: Callable[[bytes], Made], make: Callable[[], Made], write: Callable[[Made], bytes]
+) -> tuple[Made, bool]:
+    """What was made before under this name (None: nothing is kept), else what is made now; whether it was there."""
+    if entry is None:
+        return make(), False
+    try:
+        return read(recall(entry)), True
+    except (OSError, PartitionError, ValueError):
+        made = make()
+    remember(entry, write(made))
+    return made, False
 
 
 def recall(entry: str) -> bytes:

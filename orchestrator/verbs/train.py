@@ -25,7 +25,7 @@ from orchestrator.runs.run_dir import RunDir
 from orchestrator.verbs.inputs.options import RunnerKind, SimulateOptions, TrainOptions
 from orchestrator.verbs.inputs.planned_inputs import Inputs, from_config, read_plan, resolve
 from orchestrator.verbs.simulate import answer, write_program
-from orchestrator.verbs.training import Training, TrainingProgress, TrainResult, write_results
+from orchestrator.verbs.training import Training, TrainResult, write_results
 from orchestrator.views.console import Console, Table
 from partitioner.layout.parallel_plan import Plan
 
@@ -102,14 +102,17 @@ def _train(
         with closing(launch.connect(prepared, console.phase)) as runner:
             training = Training(prepared, runner, data, folder, predicted, console.warn)
             _load_parameters(training, console)
-            progress = _restored(training, console) if resume else TrainingProgress()
+            if resume:
+                training.restore()
+                metrics.rewind_metrics(folder.metrics, training.step)
+                console.say(f"resumed at step {training.step} of {prepared.job.steps}")
             with console.phase("n-gram baselines"):
                 baselines = baseline_losses(data.train, data.validation)
             console.show([_facts(training, baselines), console.phase_table()])
             job = prepared.job
             with console.training(job.model, job.steps, every=PLAIN_LINES) as show, _stopping() as stop:
-                training.run(progress, show, stop.is_set)  # steps, validates, saves
-            return write_results(training, progress, baselines)
+                training.run(show, stop.is_set)  # steps, validates, saves
+            return write_results(training, baselines)
 
 
 def _launch(cluster: Cluster, kind: RunnerKind) -> "Launch":
@@ -128,13 +131,6 @@ def _load_parameters(training: Training, console: Console) -> None:
         model = build_model(job, "cpu")
         _require_bytes(model, job)
         training.runner.load(module_values(model.module).__getitem__)
-
-
-def _restored(training: Training, console: Console) -> TrainingProgress:
-    progress = training.restore()
-    metrics.rewind_metrics(training.run_dir.metrics, progress.step)
-    console.say(f"resumed at step {progress.step} of {training.prepared.job.steps}")
-    return progress
 
 
 def _require_bytes(model: "BuiltModel", job: Job) -> None:

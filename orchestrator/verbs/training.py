@@ -15,7 +15,7 @@ from comms.units import DASH, format_percent, format_scaled, format_seconds
 from kernels.optimizers import StepStatistics
 from orchestrator.config.hardware.cluster import Device
 from orchestrator.planning.preparation import Prepared
-from orchestrator.runners.failure import Decision, GoOn, NotFinite, RunState, SaveAndStop, StepEnded, in_run
+from orchestrator.runners.failure import GoOn, NotFinite, RunState, SaveAndStop, StepEnded, in_run
 from orchestrator.runners.runner import Batches, ExecutedStep, StepRequest, TensorRunner
 from orchestrator.runners.timing.prediction import SimulationResult
 from orchestrator.runners.timing.step_costs import NS_PER_S
@@ -39,24 +39,8 @@ OTHER_MACHINE = "shares of time, as the chips are simulated on this machine"
 
 
 @dataclass
-class TrainingProgress:
-    """What has happened so far; enough for the final summary."""
-
-    step: int = 0
-    loss: float = nan  # of the last step
-    step_seconds: list[float] = field(default_factory=list)
-    measured: dict[int, ExecutedStep] = field(default_factory=dict)  # by step
-    was_interrupted: bool = False
-
-    def recent_step_seconds(self) -> float:
-        """Median of the last step times: the first ones include warm-up."""
-        recent = sorted(self.step_seconds[-RECENT_STEPS:])
-        return recent[len(recent) // 2] if recent else 0.0
-
-
-@dataclass(frozen=True)
 class Training:
-    """Everything a loop needs, put together by `verbs.train`."""
+    """Everything a loop needs, put together by `verbs.train`, and how far it is."""
 
     prepared: Prepared
     runner: TensorRunner
@@ -64,41 +48,53 @@ class Training:
     run_dir: RunDir
     predicted: SimulationResult
     warn: Callable[[str], None]
+    step: int = 0
+    loss: float = nan  # of the last step
+    step_seconds: list[float] = field(default_factory=list)
+    measured: dict[int, ExecutedStep] = field(default_factory=dict)  # by step
+    was_interrupted: bool = False
     saved: set[int] = field(default_factory=set)  # steps that this process has written
 
-    def run(
-        self, progress: TrainingProgress, show: Callable[[StepLine], None], is_stopping: Callable[[], bool]
-    ) -> None:
-        """Train from `progress.step` to the job's last step, or to the step at whose end `is_stopping()`; then save."""
+    def recent_step_seconds(self) -> float:
+        """Median of the last step times: the first ones include warm-up."""
+        recent = sorted(self.step_seconds[-RECENT_STEPS:])
+        return recent[len(recent) // 2] if recent else 0.0
+
+    def run(self, show: Callable[[StepLine], None], is_stopping: Callable[[], bool]) -> None:
+        """Train from `step` to the job's last step, or to the step at whose end `is_stopping()`; then save."""
         job = self.prepared.job
         with MetricsWriter(self.run_dir.metrics) as metrics:
-            while progress.step < job.steps and not progress.was_interrupted:
-                line = self._step(progress)
+            while self.step < job.steps and not self.was_interrupted:
+                line = self._step()
                 metrics.write(self._record(line))
                 show(line)
-                if _is_due(progress.step, job.checkpoints.every):
-                    self.save(progress.step)
-                asked = RunState(progress.step, job.steps, interrupts=int(is_stopping()))
-                progress.was_interrupted = not isinstance(in_run(asked, StepEnded()), GoOn)
-        self.save(progress.step)
+                if _is_due(self.step, job.checkpoints.every):
+                    self.save()
+                asked = RunState(self.step, job.steps, interrupts=int(is_stopping()))
+                self.was_interrupted = not isinstance(in_run(asked, StepEnded()), GoOn)
+        self.save()
 
-    def _step(self, progress: TrainingProgress) -> StepLine:
-        job, step = self.prepared.job, progress.step
+    def _step(self) -> StepLine:
+        job, step = self.prepared.job, self.step
         first = step * job.global_batch
         batches = split_batch(self.data.batch(range(first, first + job.global_batch)), self.prepared.plan)
-        measure = 1 <= len(progress.step_seconds) <= MEASURED_STEPS
+        measure = 1 <= len(self.step_seconds) <= MEASURED_STEPS
         result = self.runner.run(StepRequest("step", self._lr(step), batches, measure=measure))
         assert result.stats is not None
         if not result.stats.is_finite:
-            self._carry_out(step, in_run(RunState(step, job.steps), NotFinite(self._cause(step, batches))))
-        progress.step = step + 1
-        progress.loss = result.stats.loss
-        progress.step_seconds.append(result.step_ns / NS_PER_S)
+            decision = in_run(RunState(step, job.steps), NotFinite(self._cause(step, batches)))
+            if isinstance(decision, SaveAndStop):
+                self.save()
+                if decision.error is not None:
+                    raise decision.error
+        self.step = step + 1
+        self.loss = result.stats.loss
+        self.step_seconds.append(result.step_ns / NS_PER_S)
         if measure:
-            progress.measured[progress.step] = result
-        is_last = progress.step == job.steps and job.validation.every > 0
-        is_validated = is_last or _is_due(progress.step, job.validation.every)
-        return self._line(progress, result.stats, self.validate() if is_validated else None)
+            self.measured[self.step] = result
+        is_last = self.step == job.steps and job.validation.every > 0
+        is_validated = is_last or _is_due(self.step, job.validation.every)
+        return self._line(result.stats, self.validate() if is_validated else None)
 
     def _lr(self, step: int) -> float:
         job = self.prepared.job
@@ -108,12 +104,6 @@ class Training:
         """Run the same step again looking at every result: the optimizer has skipped it, so nothing has changed."""
         found = self.runner.run(StepRequest("step", self._lr(step), batches, check=True)).first_bad
         return found[1] if found else None
-
-    def _carry_out(self, step: int, decision: Decision) -> None:
-        if isinstance(decision, SaveAndStop):
-            self.save(step)
-            if decision.error is not None:
-                raise decision.error
 
     def validate(self) -> float:
         """Mean loss per token over the job's validation batches."""
@@ -128,17 +118,17 @@ class Training:
             total, count = total + stats.loss_sum, count + stats.count
         return total / count
 
-    def _line(self, progress: TrainingProgress, stats: StepStatistics, validation: float | None) -> StepLine:
-        job, predicted, seconds = self.prepared.job, self.predicted, progress.step_seconds[-1]
+    def _line(self, stats: StepStatistics, validation: float | None) -> StepLine:
+        job, predicted, seconds = self.prepared.job, self.predicted, self.step_seconds[-1]
         exposed = sum(s for _, s in predicted.breakdown.exposed_communication_s)
         cost = predicted.cost_usd_per_step
         return StepLine(
-            step=progress.step, loss=stats.loss, grad_norm=stats.grad_norm, step_seconds=seconds,
+            step=self.step, loss=stats.loss, grad_norm=stats.grad_norm, step_seconds=seconds,
             tokens_per_s=job.global_batch * job.seq / seconds, mfu=predicted.mfu,
             memory_bytes=max(role.peak_bytes for role in predicted.memory),
             predicted_seconds=predicted.step_time_s, exposed_communication=exposed / predicted.step_time_s,
-            cost_usd=None if cost is None else cost * progress.step,
-            eta_seconds=eta_s(progress.step_seconds[-RECENT_STEPS:], job.steps - progress.step),
+            cost_usd=None if cost is None else cost * self.step,
+            eta_seconds=eta_s(self.step_seconds[-RECENT_STEPS:], job.steps - self.step),
             validation_loss=validation,
         )  # fmt: skip
 
@@ -150,9 +140,9 @@ class Training:
             "predicted_cost_usd": line.cost_usd,
         }  # fmt: skip
 
-    def save(self, step: int) -> None:
-        """Write the checkpoint of `step` (once) and drop old ones."""
-        job = self.prepared.job
+    def save(self) -> None:
+        """Write the checkpoint of the last step (once) and drop old ones."""
+        job, step = self.prepared.job, self.step
         if step in self.saved:
             return
         self.saved.add(step)
@@ -165,7 +155,7 @@ class Training:
         checkpoint.save(self.run_dir.checkpoints, manifest, states)
         checkpoint.prune(self.run_dir.root, job.checkpoints.keep)
 
-    def restore(self) -> TrainingProgress:
+    def restore(self) -> None:
         """Continue from the newest complete checkpoint of the run directory."""
         found = checkpoint.latest(self.run_dir.root)
         if found.checkpoint is None:
@@ -182,7 +172,7 @@ class Training:
             for name, tensors in checkpoint.load(found.checkpoint).items()
         }
         self.runner.restore({chip: shards.get(chip, {}) for chip in range(self.prepared.program.num_chips)})
-        return TrainingProgress(step=manifest.step)
+        self.step = manifest.step
 
 
 def _is_due(step: int, every: int) -> bool:
@@ -218,9 +208,7 @@ class TrainResult:
         return [*tables, _accuracy_table(self.accuracy)] if self.accuracy else tables
 
 
-def write_results(
-    training: Training, progress: TrainingProgress, baselines: Mapping[str, float]
-) -> TrainResult:
+def write_results(training: Training, baselines: Mapping[str, float]) -> TrainResult:
     """Timelines, trace and plots; of a run that was resumed the curves are whole, from its metrics."""
     folder, predicted, job = training.run_dir, training.predicted, training.prepared.job
     records = read_metrics(folder.metrics)
@@ -230,25 +218,25 @@ def write_results(
     )
     if curve:
         write_whole(folder.loss_plot, loss_png(curve, points, baselines))
-    accuracy = _write_timelines(training, progress)
-    step_s = progress.recent_step_seconds()
+    accuracy = _write_timelines(training)
+    step_s = training.recent_step_seconds()
     return TrainResult(
-        final_loss=progress.loss,
+        final_loss=training.loss,
         val_loss=points[-1][1] if points else None,
         tokens_per_s=job.global_batch * job.seq / step_s if step_s else 0.0,
-        predicted_step_time_s=predicted.step_time_s, run_dir=folder.root, steps=progress.step,
-        was_interrupted=progress.was_interrupted, baselines=baselines, accuracy=accuracy,
+        predicted_step_time_s=predicted.step_time_s, run_dir=folder.root, steps=training.step,
+        was_interrupted=training.was_interrupted, baselines=baselines, accuracy=accuracy,
     )  # fmt: skip
 
 
-def _write_timelines(training: Training, progress: TrainingProgress) -> Accuracy | None:
+def _write_timelines(training: Training) -> Accuracy | None:
     """What was predicted beside what was measured, if only before the run was resumed; None where no step was."""
     folder, result = training.run_dir, training.predicted
     # Simulated chips are executed by another machine than the one that is described.
     is_described = training.prepared.cluster.device is not Device.SIMULATED
     basis = Basis.SECONDS if is_described else Basis.SHARES
     predicted = result.timeline()
-    parts = [each.timeline(step) for step, each in progress.measured.items()]
+    parts = [each.timeline(step) for step, each in training.measured.items()]
     timelines = [(timeline, 0) for timeline in parts if timeline is not None]
     measured = merge(timelines).from_zero() if timelines else folder.read_timeline(Origin.MEASURED)
     both = [predicted] if measured is None else [predicted, measured]

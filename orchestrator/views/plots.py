@@ -28,12 +28,8 @@ if TYPE_CHECKING:
 KIND_COLOURS: dict[str, str] = {
     "forward": "#56B4E9",
     "backward": "#0072B2",
-    "recompute": "#9AD0F5",
-    "weight_grad": "#004B7A",
-    "loss": "#3D6FB6",
     "optimizer": "#CC79A7",
     "host": "#8C6BB1",
-    "copy": "#BFA5D6",
     "send": "#E69F00",
     "recv": "#F5CE62",
     "all_reduce": "#D55E00",
@@ -49,7 +45,7 @@ _TALL = 1.9  # the compute row
 _SHARES_ROW = {LANES.index(Lane.OPTIMIZER): LANES.index(Lane.COMPUTE)}
 _WHOSE = {Origin.PREDICTED: ", on the chips described", Origin.MEASURED: ", simulated on this machine"}
 _UNITS = ((1e9, "s"), (1e6, "ms"), (1e3, "us"), (1.0, "ns"))
-_LABELLED = ("forward", "backward", "weight_grad")
+_LABELLED = ("forward", "backward")
 _GROUND, _EDGE = "#f2f2f2", "#12324d"
 _MIN_SHARE = 0.010  # of the axis: below that a microbatch number does not fit into its span
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6BB1", "#A6761D")
