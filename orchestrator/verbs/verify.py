@@ -30,6 +30,7 @@ from orchestrator.verbs.verify_runs import (
 )
 from orchestrator.views.console import Console, Table
 from partitioner.layout.parallel_plan import Plan
+from partitioner.program.program import Program
 
 TOLERANCE = 1e-10  # relative, float64
 
@@ -118,7 +119,10 @@ def verify(
     exact = job.model_copy(update={"dtype": Dtype.FP64})
     prepared = prepare(cluster, exact, plan, progress=progress)
     alone = on_one_chip(prepared)
-    _require_cut(prepared, alone)
+    nbytes, flops = _per_chip(prepared.program)
+    (whole_bytes,), (whole_flops,) = _per_chip(alone.program)
+    plan, chips = prepared.plan, prepared.plan.dp * prepared.plan.tp
+    _require_cut(plan, sum(nbytes) * plan.tp, sum(flops) * chips, whole_bytes, whole_flops)
     with progress("compare in fp64"):
         errors, difference = _proof(prepared)
     own = noise = None
@@ -129,10 +133,8 @@ def verify(
     return VerifyResult(
         equal=errors.worst <= TOLERANCE and is_noise, errors=errors, own=own, noise=noise, first_difference=difference,
         plan=str(prepared.plan),
-        parameter_bytes_per_chip=tuple(parameter_bytes(role) for role in prepared.program.roles),
-        flops_per_chip=tuple(step_flops(prepared.program, role) for role in prepared.program.roles),
-        one_chip_parameter_bytes=parameter_bytes(alone.program.roles[0]),
-        one_chip_flops=step_flops(alone.program, alone.program.roles[0]),
+        parameter_bytes_per_chip=nbytes, flops_per_chip=flops,
+        one_chip_parameter_bytes=whole_bytes, one_chip_flops=whole_flops,
     )  # fmt: skip
 
 
@@ -171,20 +173,19 @@ def _largest(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor],
     return max(relative(one[name].reshape(other[name].shape), other[name], floor) for name in other)
 
 
-def _require_cut(prepared: Prepared, alone: Prepared) -> None:
+def _per_chip(program: Program) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """By stage: bytes of parameters, and FLOPs in a step."""
+    roles = program.roles
+    return tuple(map(parameter_bytes, roles)), tuple(step_flops(program, role) for role in roles)
+
+
+def _require_cut(plan: Plan, held: int, work: int, whole_bytes: int, whole_work: int) -> None:
     """Refuse a plan whose tensor parallelism cuts neither parameters nor work."""
-    program, tp = prepared.program, prepared.plan.tp
-    if tp == 1:
-        return
-    held = sum(parameter_bytes(role) for role in program.roles) * tp
-    work = sum(step_flops(program, role) for role in program.roles) * tp * prepared.plan.dp
-    whole_bytes, whole_work = (f(*a) for f, a in ((parameter_bytes, (alone.program.roles[0],)),
-                                                  (step_flops, (alone.program, alone.program.roles[0]))))  # fmt: skip
-    if held >= REPLICATED * tp * whole_bytes or work >= REPLICATED * tp * whole_work:
-        raise PlanError(
-            f"tp {tp} only replicates: all chips together hold {held / whole_bytes:.2f} times the parameters and do "
-            f"{work / whole_work:.2f} times the work", str(prepared.plan), "use tp 1, or give the model a tp_plan",
-        )  # fmt: skip
+    least = REPLICATED * plan.tp
+    if plan.tp > 1 and (held >= least * whole_bytes or work >= least * whole_work):
+        parts = f"{held / whole_bytes:.2f} times the parameters and do {work / whole_work:.2f} times the work"
+        problem = f"tp {plan.tp} only replicates: all chips together hold {parts}"
+        raise PlanError(problem, str(plan), "use tp 1, or give the model a tp_plan")
 
 
 def _table(result: VerifyResult) -> Table:

@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
@@ -39,7 +39,7 @@ class Table:
     heads: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Phase:
     """One phase of start-up; `depth` counts the phases around it."""
 
@@ -120,7 +120,7 @@ class Console:
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Time a phase. If it lasts, say so while it runs and how long it took; phases may nest."""
-        phase, at = Phase(name, len(self._open)), len(self._phases)
+        phase = Phase(name, len(self._open))
         self._phases.append(phase)
         self._open.append(name)
         started = self._clock()
@@ -134,7 +134,7 @@ class Console:
             seconds = self._clock() - started
             self._open.pop()
             self._move_spinner(" > ".join(self._open))
-            self._phases[at] = replace(phase, seconds=seconds)
+            phase.seconds = seconds
             if seconds >= self._patience_s:
                 self.say(f"{'  ' * len(self._open)}{name}: {format_seconds(seconds)}")
 

@@ -18,7 +18,7 @@ from pydantic import Field
 
 from comms.errors import ConfigError, combined
 from comms.networks.conditions import HEALTHY
-from comms.networks.layers import Spread
+from comms.networks.layers import Spread, Switch
 from comms.networks.links import Link
 from comms.networks.network import Tier, TierKind
 from kernels.chips import DEFAULT_HOST_LATENCY_S, Chip
@@ -39,7 +39,7 @@ from orchestrator.config.hardware.network_sections import (
     ScaleUpSection,
 )
 from orchestrator.config.hardware.tiers import SwitchLevel, build_network
-from orchestrator.config.schema import CountOr, HourlyPrice, Power, Section, WordField, nearest, validate
+from orchestrator.config.schema import HourlyPrice, Power, Section, count_or, nearest, validate, word_field
 from orchestrator.config.yaml_file import Document, Location, Place, read_yaml
 
 FRAME_NBYTES = 1500.0  # of a packet where switches store and forward: the payload of an Ethernet frame
@@ -54,7 +54,7 @@ class ChipSection(ChipFigures):
     """Chips of one type in a host: a catalog chip (`like`) with overrides, or all figures of a new one."""
 
     like: str | None = None
-    count: Annotated[int | None, CountOr("auto")] = 1
+    count: Annotated[int | None, count_or("auto")] = 1
 
 
 class HostSection(Section):
@@ -74,9 +74,9 @@ class ClusterFile(Section):
     kind: Literal["cluster"]
     version: Literal[1]
     name: str
-    device: Annotated[Device, WordField(Device)]
+    device: Annotated[Device, word_field(Device)]
     actors: int | None = Field(None, ge=1)
-    repeat: Annotated[int | None, CountOr("any")] = 1
+    repeat: Annotated[int | None, count_or("any")] = 1
     hosts: list[HostSection] = Field(min_length=1)
     scale_up: ScaleUpSection | None = None
     scale_out: list[LevelSection] = Field(default_factory=list)
@@ -325,13 +325,14 @@ def _levels(document: Document, file: ClusterFile) -> tuple[SwitchLevel, ...]:
         library = library_of(section, latency, efficiency, efficiency, place)
         drawing = ShapeDrawing(section, place)
         packet = FRAME_NBYTES if section.packet is None else section.packet
+        forward_nbytes = packet if section.forwarding == "store-and-forward" else 0.0
         levels.append(
             SwitchLevel(
                 section=section,
+                switch=Switch(section.name, section.reduces, forward_nbytes),
                 latency_s=latency - library.issue_s,
                 source=section.source or "; ".join(sources),
                 spread=spread,
-                forward_nbytes=packet if section.forwarding == "store-and-forward" else 0.0,
                 library=library,
                 drawing=None if drawing.is_switch else drawing,
             )

@@ -7,7 +7,7 @@ ranges such as 0-63, or lists of both. What all of this does to a network is sai
 
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Literal, TypeAlias
 
 from pydantic import Field
 
@@ -25,7 +25,7 @@ from comms.networks.conditions import (
     check_chips,
 )
 from comms.networks.network import Network, TierKind
-from orchestrator.config.schema import FieldType, Section, Size, Time, WordField, field_error, nearest
+from orchestrator.config.schema import FieldType, Section, Size, Time, field_error, nearest, word_field
 from orchestrator.config.yaml_file import Place
 
 _CHIP = re.compile(r"\s*(?:chip\s*)?([0-9]+)\s*")
@@ -33,56 +33,49 @@ _RANGE = re.compile(r"\s*([0-9]+)\s*-\s*([0-9]+)\s*")
 _PERCENT = re.compile(r"\s*([0-9]+(?:\.[0-9]*)?)\s*%\s*")
 
 
-class OneChip(FieldType):
-    """A field that is one chip: `3` or `chip 3`."""
-
-    def read(self, value: object) -> int:
-        """Its number."""
-        match = _CHIP.fullmatch(str(value))
-        if match is None or isinstance(value, bool):
-            raise field_error(f"{value!r} is not a chip", "write its number, such as `chip 3`")
-        return int(match.group(1))
-
-    def json_schema(self) -> dict[str, Any]:
-        return {"type": ["integer", "string"], "examples": [3, "chip 3"]}
+def _one_chip(value: object) -> int:
+    """The number of `3` or `chip 3`."""
+    match = _CHIP.fullmatch(str(value))
+    if match is None or isinstance(value, bool):
+        raise field_error(f"{value!r} is not a chip", "write its number, such as `chip 3`")
+    return int(match.group(1))
 
 
-class ChipNumbers(FieldType):
-    """A field that is one chip or several: `3`, `0-63`, `[0, 8, 16-31]`."""
-
-    def read(self, value: object) -> tuple[int, ...]:
-        """Their numbers, as given, each once."""
-        if isinstance(value, list):
-            return tuple(dict.fromkeys(chip for part in value for chip in self.read(part)))
-        match = _RANGE.fullmatch(str(value))
-        if match is None:
-            return (OneChip().read(value),)
-        first, last = int(match.group(1)), int(match.group(2))
-        if last < first:
-            raise field_error(f"the range {value!r} is empty", "write the smaller number first")
-        return tuple(range(first, last + 1))
-
-    def json_schema(self) -> dict[str, Any]:
-        return {"type": ["integer", "string", "array"], "examples": [3, "0-63", [0, 8, "16-31"]]}
+def _chip_numbers(value: object) -> tuple[int, ...]:
+    """The numbers of `3`, `0-63` or `[0, 8, 16-31]`, as given, each once."""
+    if isinstance(value, list):
+        return tuple(dict.fromkeys(chip for part in value for chip in _chip_numbers(part)))
+    match = _RANGE.fullmatch(str(value))
+    if match is None:
+        return (_one_chip(value),)
+    first, last = int(match.group(1)), int(match.group(2))
+    if last < first:
+        raise field_error(f"the range {value!r} is empty", "write the smaller number first")
+    return tuple(range(first, last + 1))
 
 
-class Part(FieldType):
-    """A field that is a part of a whole: `5 %` or `0.05`."""
-
-    def read(self, value: object) -> float:
-        """As a number from 0, below 1."""
-        match = _PERCENT.fullmatch(value) if isinstance(value, str) else None
-        part = float(match.group(1)) / 100 if match else value
-        if isinstance(part, bool) or not isinstance(part, int | float) or not 0 <= part < 1:
-            raise field_error(f"{value!r} is not a part of a whole", "write it like `5 %` or 0.05, below 1")
-        return float(part)
-
-    def json_schema(self) -> dict[str, Any]:
-        return {"type": ["number", "string"], "examples": ["5 %", 0.05]}
+def _part(value: object) -> float:
+    """A part of a whole, `5 %` or `0.05`, as a number from 0, below 1."""
+    match = _PERCENT.fullmatch(value) if isinstance(value, str) else None
+    part = float(match.group(1)) / 100 if match else value
+    if isinstance(part, bool) or not isinstance(part, int | float) or not 0 <= part < 1:
+        raise field_error(f"{value!r} is not a part of a whole", "write it like `5 %` or 0.05, below 1")
+    return float(part)
 
 
-AChip: TypeAlias = Annotated[int, OneChip()]
-Chips: TypeAlias = Annotated[tuple[int, ...], ChipNumbers()]
+AChip: TypeAlias = Annotated[
+    int, FieldType(_one_chip, {"type": ["integer", "string"], "examples": [3, "chip 3"]})
+]
+Chips: TypeAlias = Annotated[
+    tuple[int, ...],
+    FieldType(
+        _chip_numbers,
+        {"type": ["integer", "string", "array"], "examples": [3, "0-63", [0, 8, "16-31"]]},
+    ),
+]
+Part: TypeAlias = Annotated[
+    float, FieldType(_part, {"type": ["number", "string"], "examples": ["5 %", 0.05]})
+]
 
 
 class FlapsSection(Section):
@@ -118,14 +111,14 @@ class ChipFaultSection(Section):
 class JitterSection(Section):
     """Rates of links off by up to a part, messages late by a mean time."""
 
-    rate: Annotated[float, Part()] = 0.0
+    rate: Part = 0.0
     delay: Time = 0.0
 
 
 class BackgroundSection(Section):
     """A collective of other jobs, over and over again."""
 
-    op: Annotated[Op, WordField(tuple(Op)[:-1])]  # all but the last: a barrier moves nothing
+    op: Annotated[Op, word_field(tuple(Op)[:-1])]  # all but the last: a barrier moves nothing
     chips: Chips
     size: Size
 

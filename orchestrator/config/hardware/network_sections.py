@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from orchestrator.config.schema import CountOr, DataRate, Section, Size, Time
+from orchestrator.config.schema import DataRate, Section, Size, Time, count_or
 
 Share = Annotated[float, Field(ge=1e-6, le=1)]
 Duplex = Literal["full", "half"]
@@ -78,7 +78,7 @@ class LevelSection(ShapeSection):
     """One level of switches between hosts, from the inside out; or one shape over all chips, by their cards."""
 
     name: str
-    hosts: Annotated[int | None, CountOr("any")] = None
+    hosts: Annotated[int | None, count_or("any")] = None
     latency: Time | None = None
     oversubscription: float = Field(1.0, ge=1, le=1e6)
     rails: bool = False

@@ -35,10 +35,10 @@ class SwitchLevel:
     """One level of switches between hosts: what the file says of it, and what else that means."""
 
     section: LevelSection
+    switch: Switch
     latency_s: float
     source: str
     spread: Spread
-    forward_nbytes: float
     library: Library
     drawing: ShapeDrawing | None  # a shape over all chips instead of switches
 
@@ -47,16 +47,13 @@ class SwitchLevel:
 class _LayerWires:
     """The wires into one layer of a tree, from each group of `size` chips below it."""
 
-    tier: str
+    to: Switch
     size: int
     bytes_per_s: float  # of all its paths together
     latency_s: float | None  # between chips that meet in the layer; None where none do
     paths: int = 1
     rails: int = 1
-    oversubscription: float = 1.0
-    reduces: bool = False
     duplex: bool = True
-    forward_nbytes: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,14 +155,14 @@ def _pcie(unit: tuple[Host, ...], document: Document) -> _Inside:
     uplink = min(tree.uplink_bytes_per_s for tree in trees)
     duplex = all(tree.duplex for tree in trees)
     switches, per_host = trees[0].switches, len(unit[0].chips)
-    port = _LayerWires(PCIE_SWITCH, 1, link.bytes_per_s, link.latency_s, duplex=duplex)
+    port = _LayerWires(Switch(PCIE_SWITCH), 1, link.bytes_per_s, link.latency_s, duplex=duplex)
     steps: tuple[_LayerWires, ...] = (port,)
     way_out = steps
     if switches == 0 or switches == per_host > 1:
         rate = min(link.bytes_per_s, root.bytes_per_s)
-        steps = (_LayerWires(PCIE_ROOT, 1, rate, root.latency_s, duplex=duplex),)
+        steps = (_LayerWires(Switch(PCIE_ROOT), 1, rate, root.latency_s, duplex=duplex),)
     elif switches > 1:
-        up = _LayerWires(PCIE_ROOT, per_host // switches, uplink, root.latency_s, duplex=duplex)
+        up = _LayerWires(Switch(PCIE_ROOT), per_host // switches, uplink, root.latency_s, duplex=duplex)
         steps, way_out = (port, replace(up, bytes_per_s=min(uplink, root.bytes_per_s))), (port, up)
     return _Inside(steps, way_out, trees[0].library, trees[0].source or PCIE_SOURCE)
 
@@ -187,13 +184,12 @@ def _leaving(
     steps = [*steps, card] if one_tree else _way_out(inside, card, nics, per_host)
     per_chip = min(step.bytes_per_s / step.size for step in steps) / levels[0].section.oversubscription
     for below, level in pairwise(levels):
-        hosts, own_keys = below.section.hosts, level.section
-        if hosts is None:
+        if below.section.hosts is None:
             break
-        per_chip /= own_keys.oversubscription
-        size, rails = hosts * per_host, per_host // card.size if below.section.rails else 1
-        up = _wires_into(level, size, size * per_chip / rails, own_keys.paths or 1)
-        steps.append(replace(up, rails=rails))
+        per_chip /= level.section.oversubscription
+        size, rails = below.section.hosts * per_host, per_host // card.size if below.section.rails else 1
+        rate, paths = size * per_chip / rails, level.section.paths or 1
+        steps.append(_LayerWires(level.switch, size, rate, level.latency_s, paths, rails))
     own = [] if one_tree else own
     return own + _tiers(_tree(total, tuple(steps), levels[0].spread), before + own, inside, levels)
 
@@ -230,28 +226,22 @@ def _card(nics: NicSection, per_host: int, level: SwitchLevel) -> _LayerWires:
         even = per_host % nics.count == 0
         size, paths = (per_host // nics.count, 1) if even else (per_host, nics.count)
         rate = _card_rate(nics) * paths
-    step = _wires_into(level, size, rate, paths)
-    return replace(step, oversubscription=level.section.oversubscription, duplex=nics.duplex == "full")
-
-
-def _wires_into(level: SwitchLevel, size: int, bytes_per_s: float, paths: int) -> _LayerWires:
-    """From each group of `size` chips to the switches of a level."""
-    wires = _LayerWires(level.section.name, size, bytes_per_s, level.latency_s, paths)
-    return replace(wires, reduces=level.section.reduces, forward_nbytes=level.forward_nbytes)
+    switch = replace(level.switch, oversubscription=level.section.oversubscription)
+    return _LayerWires(switch, size, rate, level.latency_s, paths, duplex=nics.duplex == "full")
 
 
 def _way_out(inside: _Inside, card: _LayerWires, nics: NicSection, per_host: int) -> list[_LayerWires]:
     """From a chip to the first switch between hosts, on wires that are not used within the host."""
     port = inside.way_out[0].bytes_per_s if inside.way_out else _card_rate(nics)
     if card.size == 1:
-        return [
-            replace(card, bytes_per_s=min(card.bytes_per_s, port) if inside.way_out else card.bytes_per_s)
-        ]
-    steps = [_LayerWires(card.tier, 1, port, None)]
+        least = min(card.bytes_per_s, port) if inside.way_out else card.bytes_per_s
+        return [replace(card, bytes_per_s=least)]
+    switch = Switch(card.to.tier)
+    steps = [_LayerWires(switch, 1, port, None)]
     for uplink in inside.way_out[1:]:
         behind_each = nics.count % (per_host // uplink.size) == 0
         if not behind_each and card.size % uplink.size == 0:
-            steps.append(replace(uplink, tier=card.tier, latency_s=None))
+            steps.append(replace(uplink, to=switch, latency_s=None))
     return [*steps, card]
 
 
@@ -264,9 +254,8 @@ def _tree(num_chips: int, steps: tuple[_LayerWires, ...], spread: Spread = Sprea
     for step, latency_s in zip(steps, half_latencies(totals), strict=True):
         if trunks and step.size >= num_chips and step.rails == 1:
             break
-        switch = Switch(step.tier, step.reduces, step.forward_nbytes, oversubscription=step.oversubscription)
         link = Link(latency_s, step.bytes_per_s / step.paths)
-        trunks.append(Trunk(step.size, link, switch, step.paths, step.rails, step.duplex))
+        trunks.append(Trunk(step.size, link, step.to, step.paths, step.rails, step.duplex))
     port = trunks[0]
     return Tree(num_chips, port.link, port.to, tuple(trunks[1:]), port.duplex, spread)
 
