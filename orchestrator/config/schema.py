@@ -165,7 +165,7 @@ _HINTS = {
 
 def _finding(details: ErrorDetails, document: Document, model: type[Section]) -> ConfigError:
     location: Location = tuple(details["loc"])
-    where, name, context = document.where(location), _dotted(location), details.get("ctx", {})
+    where, name, context = document.where(*location), _dotted(location), details.get("ctx", {})
     kind, given = details["type"], details["input"]
     if kind == "extra_forbidden":
         return ConfigError(
@@ -173,7 +173,7 @@ def _finding(details: ErrorDetails, document: Document, model: type[Section]) ->
         )
     if kind == "missing":
         return ConfigError(
-            f"the key {name!r} is missing", document.where(location[:-1]), f"add `{location[-1]}:`"
+            f"the key {name!r} is missing", document.where(*location[:-1]), f"add `{location[-1]}:`"
         )
     if kind == "field":
         return ConfigError(f"{name}: {context['problem']}", where, str(context["hint"]))

@@ -9,7 +9,7 @@ Not supported: values that contain themselves by an alias, merge keys (`<<`), an
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import yaml
@@ -34,43 +34,28 @@ _FLOAT = re.compile(r"[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?"
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """The content of one file, and where each of its keys and items stands."""
+    """The content of one file, where each of its keys and items stands, and which part of it is meant."""
 
     origin: str  # the file, or what stands in for one
     root: dict[str, object]
     places: Mapping[Location, str]  # "file:line" of each key and item
+    at: Location = ()  # the part
 
-    def where(self, location: Location) -> str:
-        """The place of `location`, or of the nearest key around it."""
+    def inside(self, *keys: str | int) -> "Document":
+        """The part at those keys within it, from one into the next."""
+        return replace(self, at=(*self.at, *keys))
+
+    def where(self, *keys: str | int) -> str:
+        """The place of the part, or of those keys within it, or of the nearest key around it."""
+        location = (*self.at, *keys)
         for length in range(len(location), 0, -1):
             if location[:length] in self.places:
                 return self.places[location[:length]]
         return self.origin
 
     def error(self, problem: str, hint: str, *keys: str | int) -> ClusterError:
-        """What is wrong at those keys, from one into the next."""
-        return ClusterError(problem, self.where(keys), hint)
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """A part of a document, where more can be wrong than its schema sees."""
-
-    document: Document
-    at: Location
-
-    @property
-    def where(self) -> str:
-        """The file and line."""
-        return self.document.where(self.at)
-
-    def inside(self, *keys: str | int) -> "Place":
-        """The place of those keys within it."""
-        return Place(self.document, (*self.at, *keys))
-
-    def error(self, problem: str, hint: str, *keys: str | int) -> ClusterError:
-        """What is wrong here, or at those keys within."""
-        return self.document.error(problem, hint, *self.at, *keys)
+        """What is wrong there, beyond what a schema sees."""
+        return ClusterError(problem, self.where(*keys), hint)
 
 
 def read_yaml(path: Path) -> Document:

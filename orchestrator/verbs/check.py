@@ -50,7 +50,7 @@ def check(path: str | Path) -> CheckReport:
         known = " or ".join(CHECKERS)
         problem = "the key 'kind' is missing" if kind is None else f"kind cannot be {kind!r}"
         hint = nearest(kind, tuple(CHECKERS)) if isinstance(kind, str) else f"add `kind:` with {known}"
-        raise ConfigError(problem, document.where(("kind",)), hint)
+        raise ConfigError(problem, document.where("kind"), hint)
     return CheckReport(str(path), kind, CHECKERS[kind](document))
 
 
@@ -142,7 +142,7 @@ def _check_job(document: Document) -> tuple[str, ...]:
 
 def _check_chip(document: Document) -> tuple[str, ...]:
     validate(document, ChipFile)
-    chip = described_chip(document, (), None)
+    chip = described_chip(document, None)
     size = format_quantity(chip.memory_bytes, Quantity.SIZE)
     rate = format_quantity(chip.memory_bytes_per_s, Quantity.DATA_RATE)
     peaks = [

@@ -6,7 +6,7 @@ reads the numbers, so that a cluster file's figures can be laid over a catalog f
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -22,7 +22,7 @@ from orchestrator.config.schema import (
     read_quantity,
     word_field,
 )
-from orchestrator.config.yaml_file import Document, Location
+from orchestrator.config.yaml_file import Document
 
 _FIGURE_KEYS = ("value", "source")
 
@@ -150,18 +150,18 @@ class ChipFile(ChipFigures):
     key: str
 
 
-def described_chip(document: Document, location: Location, like: str | None) -> Chip:
-    """The chip at `location` of a validated document: its figures over those of `like`, if any."""
-    figures = _at(document.root, location)
+def described_chip(place: Document, like: str | None) -> Chip:
+    """The chip that is described at a place of a validated document: its figures over those of `like`, if any."""
+    figures = _figures(place)
     own = {key: value for key, value in figures.items() if key not in ("like", "count", "kind", "version")}
-    base = _catalog(document, (*location, "like"), like) if like else _BLANK
+    base = _catalog(place, like) if like else _BLANK
     if like and own:
         base = {**base, "key": f"{like}_with_overrides"}
     if not like:
         own.setdefault("key", own.get("name", "unnamed"))
         own.setdefault("name", own["key"])
     hint = "add the figure, or start from a catalog chip with `like:`"
-    with located(document.where(location), hint):
+    with located(place.where(), hint):
         return parse_chip(_laid_over(base, own))
 
 
@@ -174,10 +174,10 @@ _BLANK: dict[str, object] = {
 }
 
 
-def _catalog(document: Document, location: Location, like: str) -> dict[str, object]:
+def _catalog(place: Document, like: str) -> dict[str, object]:
     if like not in chip_keys():
         hint = nearest(like, chip_keys())
-        raise ConfigError(f"chip {like!r} is not in the catalog", document.where(location), hint)
+        raise ConfigError(f"chip {like!r} is not in the catalog", place.where("like"), hint)
     return chip_document(like)
 
 
@@ -192,9 +192,9 @@ def _laid_over(base: Mapping[str, object], own: Mapping[str, object]) -> dict[st
     return merged
 
 
-def _at(root: object, location: Location) -> Mapping[str, object]:
-    found = root
-    for part in location:
-        found = found[part]  # type: ignore[index]
-    assert isinstance(found, Mapping), location
+def _figures(place: Document) -> Mapping[str, object]:
+    found: Any = place.root
+    for key in place.at:
+        found = found[key]
+    assert isinstance(found, Mapping), place.at
     return found

@@ -40,7 +40,7 @@ from orchestrator.config.hardware.network_sections import (
 )
 from orchestrator.config.hardware.tiers import SwitchLevel, build_network
 from orchestrator.config.schema import HourlyPrice, Power, Section, count_or, nearest, validate, word_field
-from orchestrator.config.yaml_file import Document, Location, Place, read_yaml
+from orchestrator.config.yaml_file import Document, Location, read_yaml
 
 FRAME_NBYTES = 1500.0  # of a packet where switches store and forward: the payload of an Ethernet frame
 MOST_CHIPS_OF_HOST = 2**16
@@ -118,7 +118,7 @@ def cluster_from(document: Document) -> Cluster:
     """The cluster that a document describes."""
     file = validate(document, ClusterFile)
     _check_auto(document, file)
-    hosts = [_host(document, index, section) for index, section in enumerate(file.hosts)]
+    hosts = [_host(document.inside("hosts", index), section) for index, section in enumerate(file.hosts)]
     unit = tuple(host for host, section in zip(hosts, file.hosts, strict=True) for _ in range(section.count))
     num_hosts = None if file.repeat is None else file.repeat * len(unit)
     fabric = _fabric(document, file, unit, num_hosts)
@@ -139,29 +139,30 @@ def cluster_from(document: Document) -> Cluster:
         origin=document.origin,
         conditions=HEALTHY
         if file.conditions is None
-        else described(file.conditions, network, num_chips, Place(document, ("conditions",))),
+        else described(file.conditions, network, num_chips, document.inside("conditions")),
     )
 
 
-def _host(document: Document, index: int, section: HostSection) -> Host:
+def _host(place: Document, section: HostSection) -> Host:
     chips: list[Chip] = []
     for number, entry in enumerate(section.chips):
-        chip = described_chip(document, ("hosts", index, "chips", number), entry.like)
+        here = place.inside("chips", number)
+        chip = described_chip(here, entry.like)
         count = len(os.sched_getaffinity(0)) if entry.count is None else entry.count
         if len(chips) + count > MOST_CHIPS_OF_HOST:
             hint = f"up to {MOST_CHIPS_OF_HOST}; give the hosts that there are, with `count` or `repeat`"
-            raise document.error(f"{count} chips in one host", hint, "hosts", index, "chips", number)
+            raise here.error(f"{count} chips in one host", hint)
         chips += [chip] * count
     return Host(
         chips=tuple(chips),
-        pcie=_pcie(Place(document, ("hosts", index, "pcie")), section.pcie, chips),
+        pcie=_pcie(place.inside("pcie"), section.pcie, chips),
         nics=section.nics,
         watts=section.power,
         usd_per_hour=section.price,
     )
 
 
-def _pcie(place: Place, section: PcieSection | None, chips: list[Chip]) -> Pcie | None:
+def _pcie(place: Document, section: PcieSection | None, chips: list[Chip]) -> Pcie | None:
     """The tree that the file describes, or else one switch with the links that the chips bring."""
     ports = [chip.host_link for chip in chips if chip.host_link is not None]
     if section is None:
@@ -195,7 +196,7 @@ def _pcie(place: Place, section: PcieSection | None, chips: list[Chip]) -> Pcie 
     )
 
 
-def _check_pcie(place: Place, section: PcieSection, num_chips: int, num_ports: int) -> None:
+def _check_pcie(place: Document, section: PcieSection, num_chips: int, num_ports: int) -> None:
     """Raises ClusterError for a tree that cannot be, and for keys that would have no effect."""
     if section.bandwidth is None and num_ports < num_chips:
         raise place.error("a chip has no host link of its own", "give `bandwidth:` under `pcie:`")
@@ -270,7 +271,7 @@ def _fabric(
     document: Document, file: ClusterFile, unit: tuple[Host, ...], num_hosts: int | None
 ) -> Tier | None:
     """The scale-up fabric; what the file leaves out comes from the chips' own ports."""
-    section, place = file.scale_up, Place(document, ("scale_up",))
+    section, place = file.scale_up, document.inside("scale_up")
     if section is None:
         return None
     drawing = ShapeDrawing(section, place)
@@ -319,7 +320,7 @@ def _levels(document: Document, file: ClusterFile) -> tuple[SwitchLevel, ...]:
     spread = _spread(document, file.scale_out)
     levels: list[SwitchLevel] = []
     for number, section in enumerate(file.levels):
-        place = Place(document, ("scale_out", number))
+        place = document.inside("scale_out", number)
         _check_level(place, section, number, len(file.scale_out))
         latency = cards_latency_s if section.latency is None else section.latency
         library = library_of(section, latency, efficiency, efficiency, place)
@@ -350,7 +351,7 @@ def _spread(document: Document, levels: list[LevelSection]) -> Spread:
     return Spread(word.replace(" ", "_")) if word else Spread.ADAPTIVE
 
 
-def _check_level(place: Place, section: LevelSection, number: int, num_levels: int) -> None:
+def _check_level(place: Document, section: LevelSection, number: int, num_levels: int) -> None:
     """Raises ClusterError for keys that would have no effect."""
     if section.paths is not None and number == 0:
         hint = "give `paths` to a level above"

@@ -6,7 +6,6 @@ ranges such as 0-63, or lists of both. What all of this does to a network is sai
 """
 
 import re
-from collections.abc import Mapping
 from typing import Annotated, Literal, TypeAlias
 
 from pydantic import Field
@@ -26,7 +25,7 @@ from comms.networks.conditions import (
 )
 from comms.networks.network import Network, TierKind
 from orchestrator.config.schema import FieldType, Section, Size, Time, field_error, nearest, word_field
-from orchestrator.config.yaml_file import Place
+from orchestrator.config.yaml_file import Document
 
 _CHIP = re.compile(r"\s*(?:chip\s*)?([0-9]+)\s*")
 _RANGE = re.compile(r"\s*([0-9]+)\s*-\s*([0-9]+)\s*")
@@ -133,7 +132,9 @@ class ConditionsSection(Section):
     background: list[BackgroundSection] = Field(default_factory=list)
 
 
-def described(section: ConditionsSection, network: Network, num_chips: int | None, here: Place) -> Described:
+def described(
+    section: ConditionsSection, network: Network, num_chips: int | None, here: Document
+) -> Described:
     """The conditions of a file, on a network of `num_chips` (None: any number). Raises ClusterError."""
     jitter = section.jitter
     if jitter is not None and not jitter.rate and not jitter.delay:
@@ -154,7 +155,7 @@ def described(section: ConditionsSection, network: Network, num_chips: int | Non
     return found
 
 
-def _link(section: LinkFaultSection, network: Network, at: Place) -> LinkFault:
+def _link(section: LinkFaultSection, network: Network, at: Document) -> LinkFault:
     ends, reach = (section.from_, section.to), (section.chip, section.tier)
     named = [[part is not None for part in parts] for parts in (ends, reach)]
     if named not in ([[True, True], [False, False]], [[False, False], [True, True]]):
@@ -168,13 +169,13 @@ def _link(section: LinkFaultSection, network: Network, at: Place) -> LinkFault:
         raise at.error("a factor of 1 has no effect", "give a factor below 1")
     flaps, times = None, section.flaps
     if times is not None:
-        with located(at.inside("flaps").where):
+        with located(at.where("flaps")):
             flaps = Flaps(times.down, times.every, times.first)
     factor = 0.0 if section.down else 1.0 if section.factor is None else section.factor
-    return LinkFault(_which(section, network, at), factor, flaps, at.where)
+    return LinkFault(_which(section, network, at), factor, flaps, at.where())
 
 
-def _which(section: LinkFaultSection, network: Network, at: Place) -> Between | Reach:
+def _which(section: LinkFaultSection, network: Network, at: Document) -> Between | Reach:
     if section.from_ is not None and section.to is not None:
         if section.from_ == section.to:
             raise at.error(f"a link from chip {section.to} to itself", "name two chips")
@@ -187,27 +188,26 @@ def _which(section: LinkFaultSection, network: Network, at: Place) -> Between | 
     return Reach(section.chip, _tier(section.tier, network, at), section.path)
 
 
-def _tier(word: str, network: Network, at: Place) -> str:
+def _tier(word: str, network: Network, at: Document) -> str:
     """The tier of that name, or the innermost of that kind. Raises ClusterError."""
-    names = {tier.name: tier.name for tier in network.tiers if tier.size > 1}
-    kinds: Mapping[str, str] = {
-        kind.replace("_", "-"): next(tier.name for tier in network.tiers if tier.kind == kind)
-        for kind in TierKind
-        if any(tier.kind == kind and tier.size > 1 for tier in network.tiers)
-    }
-    known = {**kinds, **names}
+    tiers = [tier for tier in network.tiers if tier.size > 1]
+    known: dict[str, str] = {}
+    for kind in TierKind:
+        of_kind = [tier.name for tier in tiers if tier.kind == kind]
+        known |= {kind.replace("_", "-"): name for name in of_kind[:1]}
+    known |= {tier.name: tier.name for tier in tiers}
     if word not in known:
         raise at.error(f"there is no tier {word!r}", nearest(word, known), "tier")
     return known[word]
 
 
-def _chip(section: ChipFaultSection, at: Place) -> ChipFault:
+def _chip(section: ChipFaultSection, at: Document) -> ChipFault:
     if section.slowdown == 1 and not section.delay:
         raise at.error("this has no effect on the chip", "give `slowdown:` or `delay:`")
-    return ChipFault(section.chip, section.slowdown, section.delay, at.where)
+    return ChipFault(section.chip, section.slowdown, section.delay, at.where())
 
 
-def _background(section: BackgroundSection, at: Place) -> Background:
+def _background(section: BackgroundSection, at: Document) -> Background:
     if len(section.chips) < 2:
         raise at.error("one chip alone sends nothing", "give at least two chips")
-    return Background(section.op, section.chips, section.size, at.where)
+    return Background(section.op, section.chips, section.size, at.where())

@@ -18,7 +18,7 @@ from orchestrator.config.hardware.network_links import ShapeDrawing, line_and_ef
 from orchestrator.config.hardware.network_sections import LibrarySection, LinkSection, NicSection, PcieSection
 from orchestrator.config.hardware.tiers import PCIE_ROOT
 from orchestrator.config.schema import validate
-from orchestrator.config.yaml_file import Document, Place, read_yaml
+from orchestrator.config.yaml_file import Document, read_yaml
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +83,7 @@ class _FileRates:
         section = self.file.scale_up
         assert section is not None, "there is a scale-up tier"
         together, alone = self._fabric()
-        at, drawing = "scale_up", ShapeDrawing(section, Place(self.document, ("scale_up",)))
+        at, drawing = "scale_up", ShapeDrawing(section, self.document.inside("scale_up"))
         latency = at if drawing.longest_latency_s is None else ""
         sections = Sections(at, latency, at, _message_s(tier), stage_s=_most("latency", [section]))
         return LineRate(together, alone, sections, tier, section.reduces, self.cluster)
@@ -107,7 +107,7 @@ class _FileRates:
     def scale_out(self, tier: Tier) -> LineRate:
         levels = self.file.levels
         number = next((at for at, each in enumerate(levels) if each.name == tier.name), 0)
-        level, place = levels[number], Place(self.document, ("scale_out", number))
+        level, place = levels[number], self.document.inside("scale_out", number)
         cards = [host.nics for host in self.file.hosts if host.nics is not None]
         card = min(cards, key=lambda each: each.count * each.bandwidth)
         together, alone = self._card_rates(card, ShapeDrawing(level, place))
@@ -146,7 +146,7 @@ class _FileRates:
         """Of the scale-up fabric, together and alone."""
         section = self.file.scale_up
         assert section is not None, "there is a scale-up fabric"
-        drawing = ShapeDrawing(section, Place(self.document, ("scale_up",)))
+        drawing = ShapeDrawing(section, self.document.inside("scale_up"))
         links = self._links(drawing, section.domain or drawing.num_chips or self.cluster.chips_per_host)
         if section.bandwidth is None:
             ports = [chip.scaleup for chip in self.cluster.chip_types]
@@ -161,7 +161,7 @@ class _FileRates:
         """How many links of one rate a chip has. Raises ConfigError where they differ."""
         if drawing.has_own_rates:
             problem = "its links differ, so that a chip has no line rate"
-            raise ConfigError(problem, drawing.place.where, "calibrate without --cluster")
+            raise ConfigError(problem, drawing.place.where(), "calibrate without --cluster")
         return drawing.links_per_chip(num_chips)
 
     def _pcie_sections(self) -> list[PcieSection]:

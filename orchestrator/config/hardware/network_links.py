@@ -42,7 +42,7 @@ from orchestrator.config.hardware.network_sections import (
     ShapeSection,
 )
 from orchestrator.config.schema import nearest
-from orchestrator.config.yaml_file import Place
+from orchestrator.config.yaml_file import Document
 
 SWITCH = "switch"
 # What each shape makes use of besides latency and bandwidth; anything else would have no effect.
@@ -74,7 +74,7 @@ class ShapeDrawing:
     """A shape section of a document, checked for keys that would have no effect."""
 
     section: ShapeSection
-    place: Place
+    place: Document
 
     @property
     def kind(self) -> str:
@@ -161,7 +161,7 @@ class ShapeDrawing:
     def shape(self, num_chips: int, link: Link, efficiency: float, name: str, earlier_s: float) -> Shape:
         """The shape over so many chips; `link` is the section's, `earlier_s` what all latencies are quicker by."""
         key = "edges" if self.kind == "edges" else "dims"
-        with described(self.place.inside(key).where, "change the shape"):
+        with described(self.place.where(key), "change the shape"):
             return shape_of(self._topology(num_chips, link, efficiency, name, earlier_s))
 
     def _topology(
@@ -229,7 +229,7 @@ class ShapeDrawing:
         return "links given edge by edge" if self.kind == "edges" else f"a {self.kind}"
 
 
-def _check_edge(edge: EdgeSection, num_chips: int, place: Place) -> None:
+def _check_edge(edge: EdgeSection, num_chips: int, place: Document) -> None:
     for node in (edge.b, edge.a):
         if isinstance(node, int) and not 0 <= node < num_chips:
             hint = f"chips are 0 to {num_chips - 1}; switches have names"
@@ -254,7 +254,7 @@ def best_share(efficiency: float, sections: Sequence[ProtocolSection]) -> float:
 
 
 def library_of(
-    section: LibrarySection, latency_s: float, efficiency: float, best: float, place: Place
+    section: LibrarySection, latency_s: float, efficiency: float, best: float, place: Document
 ) -> Library:
     """A tier's library, where a message by itself has this latency and efficiency, and its links reach `best`."""
     latencies = [latency_s if each.latency is None else each.latency for each in section.protocols]
@@ -273,7 +273,7 @@ def library_of(
 
 
 def _check_protocols(
-    sections: Sequence[ProtocolSection], shares: Sequence[float], best: float, place: Place
+    sections: Sequence[ProtocolSection], shares: Sequence[float], best: float, place: Document
 ) -> None:
     """Raises ClusterError for names given twice, and for a share that the links do not reach."""
     names = [each.name for each in sections]

@@ -87,7 +87,7 @@ def build_network(
     inside = _pcie(unit, document)
     reach = fabric.size if fabric else 1
     _check_joined(max(reach, per_host if inside.steps else 1), per_host, document)
-    where = document.where(("scale_up",) if fabric else ("scale_out",))
+    where = document.where("scale_up" if fabric else "scale_out")
     with described(where, "make each group a whole number of the groups inside it"):
         if num_hosts == 1:
             tiers += _tiers(_tree(per_host, inside.steps), tiers, inside, ()) if inside.steps else []
