@@ -127,9 +127,8 @@ class Job(Section):
 
 def load_job(path: str | Path | None, overrides: Sequence[str] = ()) -> Job:
     """The job of the file at `path` (None: all defaults) with `a.b=c` overrides. Raises ConfigError."""
-    document = (
-        Document("the defaults", {"kind": "job", "version": 1}, {}) if path is None else read_yaml(Path(path))
-    )
+    defaults = Document("the defaults", {"kind": "job", "version": 1}, {})
+    document = defaults if path is None else read_yaml(Path(path))
     return job_from(overridden(document, overrides))
 
 

@@ -24,9 +24,8 @@ MAX_DEPTH = 64
 # Characters that aliases add, written out: a host of 500 characters given by alias 2000 times, far beyond any file
 # of ours, read in a second or two. Nine lines of nine aliases each would otherwise make a billion values.
 MAX_REPEATED = 1_000_000
-MAX_NUMBER = (
-    4300  # characters; Python's own limit for whole numbers, as reading them takes the square of the length
-)
+# Characters of a number: Python's own limit for whole ones, as reading them takes the square of the length.
+MAX_NUMBER = 4300
 
 _LOADER: type[yaml.SafeLoader] = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _FLOAT = re.compile(r"[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?")
@@ -165,11 +164,8 @@ class _NodeReader:
             self.errors.append(ConfigError(problem, self.places[location], hint))
             return None
         self._open.add(id(node))
-        found = (
-            self._mapping(node, location)
-            if isinstance(node, yaml.MappingNode)
-            else self._list(node, location)
-        )
+        read = self._mapping if isinstance(node, yaml.MappingNode) else self._list
+        found = read(node, location)
         self._open.remove(id(node))
         return found
 
@@ -187,14 +183,14 @@ class _NodeReader:
         self.errors.append(ConfigError(problem, self._place(node), "put it in quotes if it is text"))
         return None
 
-    def _list(self, node: yaml.Node, location: Location) -> list[object]:
+    def _list(self, node: yaml.Node, location: Location) -> object:
         found: list[object] = []
         for index, item in enumerate(node.value):
             self.places[(*location, index)] = self._place(item)
             found.append(self.value(item, (*location, index)))
         return found
 
-    def _mapping(self, node: yaml.MappingNode, location: Location) -> dict[str, object]:
+    def _mapping(self, node: yaml.Node, location: Location) -> object:
         found: dict[str, object] = {}
         for key_node, value_node in node.value:
             key, place = key_node.value, self._place(key_node)

@@ -32,7 +32,7 @@ from orchestrator.verbs.inputs.comms_inputs import (
 )
 from orchestrator.verbs.inputs.options import CommsOptions
 from orchestrator.views.console import Console
-from orchestrator.views.network import comms_report, tier_report
+from orchestrator.views.network import comms_report
 
 DEFAULT_SIZE = "64 MiB"
 
@@ -127,5 +127,6 @@ def _tiers(cluster: Cluster, options: CommsOptions, console: Console) -> int:
     given = {f"--{flag}": getattr(options, flag) for flag in flags}
     say_ignored(console, given, "--tiers is about single messages")
     rows = latency_tiers(cluster.network, cluster.chip_types)
-    console.results(tier_report.document(rows, cluster.name), tier_report.tables(rows, cluster.name))
+    name = cluster.name
+    console.results(comms_report.tiers_document(rows, name), comms_report.tiers_tables(rows, name))
     return 0

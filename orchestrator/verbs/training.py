@@ -273,22 +273,17 @@ def _accuracy_table(accuracy: Accuracy) -> Table:
             else (*map(format_percent, shares), f"{100 * (shares[0] - shares[1]):+.1f} points")
         )
         rows.append((kind.kind, str(kind.num_matched // accuracy.num_steps), *compared))
-    for name, pair, unit in (("bytes", accuracy.nbytes, "B"), ("FLOPs", accuracy.flops, "")):
-        rows.append(
-            (name, DASH, format_scaled(pair.predicted, unit), format_scaled(pair.measured, unit), _off(pair))
-        )
-    for stage, pair in enumerate(accuracy.memory_bytes):
-        held = (format_scaled(pair.predicted, "B"), format_scaled(pair.measured, "B"), _off(pair))
-        rows.append((f"memory held, stage {stage}", DASH, *held))
+    totals = [("bytes", accuracy.nbytes, "B"), ("FLOPs", accuracy.flops, "")]
+    totals += [(f"memory held, stage {stage}", pair, "B") for stage, pair in enumerate(accuracy.memory_bytes)]
+    for name, pair, unit in totals:
+        off = f"{(pair.predicted - pair.measured) / max(pair.measured, 1):+.1%}"
+        both = (format_scaled(pair.predicted, unit), format_scaled(pair.measured, unit))
+        rows.append((name, DASH, *both, off))
     chips = f"{accuracy.chips_in_order} of {accuracy.num_chips} chips"
     rows.append(("order as predicted", DASH, DASH, chips, DASH))
     what = "seconds on these chips" if in_seconds else OTHER_MACHINE
     heads = ("per step, all chips", "instructions", "predicted", "measured", "off by")
     return Table(f"predicted against measured: {what}", rows, heads)
-
-
-def _off(pair: Pair) -> str:
-    return f"{(pair.predicted - pair.measured) / max(pair.measured, 1):+.1%}"
 
 
 def _rows(result: TrainResult) -> list[tuple[str, str]]:

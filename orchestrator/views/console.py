@@ -69,9 +69,8 @@ class Console:
         self._rich_err: RichConsole | None = None
         self._open: list[str] = []
         self._phases: list[Phase] = []
-        self._spinner: Status | None = (
-            None  # started by a timer's thread, moved and stopped by the one that works
-        )
+        # Started by a timer's thread, moved and stopped by the one that works.
+        self._spinner: Status | None = None
         self._spinning = threading.Lock()
 
     @property

@@ -10,7 +10,6 @@ use.
 """
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -243,28 +242,23 @@ def _check_hosts(document: Document, unit: tuple[Host, ...], num_hosts: int | No
 
 
 def _check_used(document: Document, file: ClusterFile, alone: bool, *, meet_over_pcie: bool) -> None:
-    """Raises ClusterError for links, and figures of links, that no message between chips uses."""
-    hint = "remove it, or raise `repeat`" if alone else "remove it"
-    errors = [
-        document.error(f"`{at[-1]}` has no effect, as no chips meet there", hint, *at)
-        for at in _unused(file, alone, meet_over_pcie)
-    ]
-    if errors:
-        raise combined(errors)
+    """Raises ClusterError for links, and figures of links, that no message between chips uses.
 
-
-def _unused(file: ClusterFile, alone: bool, meet_over_pcie: bool) -> Iterator[Location]:
-    """Their places. `alone`: nothing leaves the host, or the scale-up domain that holds them all."""
-    if alone and file.scale_out:
-        yield ("scale_out",)
+    `alone`: nothing leaves the host, or the scale-up domain that holds them all.
+    """
+    unused: list[Location] = [("scale_out",)] if alone and file.scale_out else []
     for index, host in enumerate(file.hosts):
         at = ("hosts", index)
         if alone and host.nics is not None:
-            yield (*at, "nics")
+            unused.append((*at, "nics"))
         if host.pcie is not None and not meet_over_pcie:  # then it is the way out at most
-            told = host.pcie.model_fields_set
-            keys = [(key,) for key in ("latency", "setup", "protocols", "root") if key in told]
-            yield from ((*at, "pcie", *key) for key in ([()] if alone else keys))
+            given = host.pcie.model_fields_set
+            keys = [(key,) for key in ("latency", "setup", "protocols", "root") if key in given]
+            unused += [(*at, "pcie", *key) for key in ([()] if alone else keys)]
+    hint = "remove it, or raise `repeat`" if alone else "remove it"
+    problem = "`{}` has no effect, as no chips meet there"
+    if unused:
+        raise combined([document.error(problem.format(at[-1]), hint, *at) for at in unused])
 
 
 def _fabric(

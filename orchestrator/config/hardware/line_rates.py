@@ -41,9 +41,7 @@ class Sections:
     stage_s: float = 0.0  # longest latency of a protocol as it is now; no message by itself may be quicker
     most_share: float = 1.0  # of a protocol, as `efficiency` is now
     least_efficiency: float = 0.0  # as the shares of protocols are now
-    switch_s: float | None = (
-        None  # of the switches inside this tier, between whose chips protocols' latencies are
-    )
+    switch_s: float | None = None  # of switches inside this tier, between whose chips protocols' figures are
     outer: str = ""  # has the latency of the next tier, if no figure inside may be above it:
     outer_s: float = inf
 

@@ -84,7 +84,9 @@ def calibrate_links(tables: Sequence[MeasuredTable], lines: Sequence[LineRate] =
         link = fit_link([point for table in tables for point in table.curve.points])
         residuals = tuple(_on(link.link, table.curve) for table in tables)
         return Calibration(tuple(tables), None, link, line, residuals, _held_out_pairs(tables), as_it_is)
-    sheets = [_sheet(own) for own in lines] if lines else [Sheet(None)] * len(tables)
+    sheets = [Sheet(own.together.bytes_per_s, REDUCING_SHARE if own.reduces else None) for own in lines] or [
+        Sheet(None)
+    ] * len(tables)
     runs = [MeasuredRun(table.curve, sheet) for table, sheet in zip(tables, sheets, strict=True)]
     plain, eager = _held_out(runs, eager=False), _held_out(runs, eager=True)
     has_eager = eager is not None and plain is not None and _mean(eager) < BETTER * _mean(plain)
@@ -98,10 +100,6 @@ def errors(residuals: Sequence[Sequence[Residual]] | None) -> tuple[float, float
     if not every:
         return nan, nan
     return mean_error(every, LARGE_NBYTES, inf), mean_error(every, 0.0, LARGE_NBYTES)
-
-
-def _sheet(line: LineRate) -> Sheet:
-    return Sheet(line.together.bytes_per_s, REDUCING_SHARE if line.reduces else None)
 
 
 def _held_out(runs: Sequence[MeasuredRun], eager: bool) -> tuple[tuple[Residual, ...], ...] | None:
