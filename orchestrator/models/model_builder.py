@@ -222,8 +222,7 @@ def _load_file(spec: ModelSpec) -> ModuleType:
     if not path.is_file():
         raise ModelError(f"no file {spec.target}", where="model", hint="give a Python file's path")
     found = importlib.util.spec_from_file_location(f"orchestrate_model_{path.stem}", path)
-    assert found is not None, "a .py file always has a loader"
-    assert found.loader is not None
+    assert found is not None and found.loader is not None, "a .py file always has a loader"
     module = importlib.util.module_from_spec(found)
     sys.modules[found.name] = module  # dataclasses and pickling look their module up by name
     try:

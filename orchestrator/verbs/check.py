@@ -35,7 +35,6 @@ class CheckReport:
 
 def main(options: CheckOptions, console: Console) -> int:
     """Print what the file describes."""
-    assert options.file is not None, "the command line requires it"
     report = check(options.file)
     rows = tuple((line,) for line in report.lines)
     console.results(asdict(report), (Table(f"{report.path}: a valid {report.kind} file", rows),))

@@ -124,7 +124,10 @@ class Console:
         self._open.append(name)
         started = self._clock()
         ended = threading.Event()
-        timer = self._watch(ended)
+        path = " > ".join(self._open)
+        timer = threading.Timer(self._patience_s, lambda: self._spin(path, ended))
+        timer.daemon = True
+        timer.start()
         try:
             yield
         finally:
@@ -173,13 +176,6 @@ class Console:
     def _step(self, line: StepLine, num_steps: int, every: int) -> None:
         shown = line.step % every == 0 or line.step in (1, num_steps) or line.validation_loss is not None
         (self.say if shown else self._keep)(plain_line(line, num_steps))
-
-    def _watch(self, ended: threading.Event) -> threading.Timer:
-        path = " > ".join(self._open)
-        timer = threading.Timer(self._patience_s, lambda: self._spin(path, ended))
-        timer.daemon = True
-        timer.start()
-        return timer
 
     def _spin(self, path: str, ended: threading.Event) -> None:
         """Show this phase, unless it ended while the timer fired."""

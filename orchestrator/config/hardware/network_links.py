@@ -28,7 +28,7 @@ from comms.networks.fabrics.edge_list import Duplex, Edge, EdgeList
 from comms.networks.fabrics.switch_tree import Tree
 from comms.networks.fabrics.torus_mesh import FullMesh, Torus
 from comms.networks.layers import Switch
-from comms.networks.links import Link, Protocol
+from comms.networks.links import PLAIN, Link, Protocol
 from comms.networks.shapes import Shape, shape_of
 from comms.networks.topology import Topology
 from kernels.chips import Port
@@ -257,37 +257,31 @@ def library_of(
     section: LibrarySection, latency_s: float, efficiency: float, best: float, place: Document
 ) -> Library:
     """A tier's library, where a message by itself has this latency and efficiency, and its links reach `best`."""
-    latencies = [latency_s if each.latency is None else each.latency for each in section.protocols]
-    shares = [efficiency if each.share is None else each.share for each in section.protocols]
-    _check_protocols(section.protocols, shares, best, place)
-    if not section.protocols:
-        return Library(section.setup)
-    base = min([latency_s, *latencies])
-    protocols = tuple(
-        Protocol(
-            each.name, latency - base, share / best, each.pipelined, tuple(each.algorithms), tuple(each.ops)
-        )
-        for each, latency, share in zip(section.protocols, latencies, shares, strict=True)
-    )
-    return Library(section.setup, protocols, latency_s - base)
-
-
-def _check_protocols(
-    sections: Sequence[ProtocolSection], shares: Sequence[float], best: float, place: Document
-) -> None:
-    """Raises ClusterError for names given twice, and for a share that the links do not reach."""
-    names = [each.name for each in sections]
-    for number, (name, share) in enumerate(zip(names, shares, strict=True)):
-        here = place.inside("protocols", number)
-        known = tuple(dict.fromkeys(known for op in Op for known in algorithm_names(op)))
-        for algorithm in sections[number].algorithms:
-            if algorithm not in known:
-                raise here.error(f"there is no algorithm {algorithm!r}", nearest(algorithm, known))
-        for op in sections[number].ops:
-            if op not in list(Op):
-                raise here.error(f"there is no operation {op!r}", nearest(op, tuple(map(str, Op))))
-        if name in names[:number]:
-            raise here.error(f"two protocols are named {name!r}", "give each its own name")
+    base = min([latency_s, *(each.latency for each in section.protocols if each.latency is not None)])
+    protocols: list[Protocol] = []
+    for number, each in enumerate(section.protocols):
+        here, latency = place.inside("protocols", number), each.latency
+        share = efficiency if each.share is None else each.share
+        _check_protocol(each, here)
+        if each.name in [other.name for other in protocols]:
+            raise here.error(f"two protocols are named {each.name!r}", "give each its own name")
         if share > best:
-            problem = f"protocol {name!r} has a share of {share}, above the efficiency of {best}"
+            problem = f"protocol {each.name!r} has a share of {share}, above the efficiency of {best}"
             raise here.error(problem, "raise the `efficiency` of the links")
+        later_s = (latency_s if latency is None else latency) - base
+        only = tuple(each.algorithms), tuple(each.ops)
+        protocols.append(Protocol(each.name, later_s, share / best, each.pipelined, *only))
+    return Library(section.setup, tuple(protocols) or (PLAIN,), latency_s - base)
+
+
+def _check_protocol(section: ProtocolSection, here: Document) -> None:
+    """Raises ClusterError for algorithms and operations that there are not."""
+    algorithms = tuple(dict.fromkeys(known for op in Op for known in algorithm_names(op)))
+    ops = tuple(map(str, Op))
+    for what, given, known in (
+        ("algorithm", section.algorithms, algorithms),
+        ("operation", section.ops, ops),
+    ):
+        for name in given:
+            if name not in known:
+                raise here.error(f"there is no {what} {name!r}", nearest(name, known))

@@ -29,10 +29,12 @@ def sweep_png(sweep: SizeSweep, cluster: str) -> bytes:
     title = f"{first.question.op} over {first.question.num_chips} chips of {cluster}, {first.fidelity}"
     figure, axes = _sheet(title, "bus bandwidth (nccl-tests)")
     for colour, (name, points) in zip(COLOURS, algorithm_curves(sweep).items(), strict=False):
-        axes.plot(*_columns(points), color=colour, linewidth=1.4, label=name, marker=".", markersize=4)
+        axes.plot(
+            *zip(*points, strict=True), color=colour, linewidth=1.4, label=name, marker=".", markersize=4
+        )
     rates = ((each.question.nbytes, each.busbw_bytes_per_s) for each in sweep.answers)
     if chosen := [point for point in rates if point[1] > 0]:
-        axes.plot(*_columns(chosen), "o", color=INK, markersize=6, fillstyle="none", label="chosen")
+        axes.plot(*zip(*chosen, strict=True), "o", color=INK, markersize=6, fillstyle="none", label="chosen")
     if axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False, loc="best", fontsize=9)
     return png_bytes(figure)
@@ -64,15 +66,12 @@ def calibration_png(calibration: Calibration) -> bytes:
         factor = bus_factor(table.curve.op, table.curve.num_chips)
         measured = [(each.nbytes, each.nbytes / each.measured_s * factor) for each in residuals]
         fitted = [(each.nbytes, each.nbytes / each.predicted_s * factor) for each in residuals]
-        axes.plot(*_columns(measured), "o", color=colour, markersize=4.5, label=f"{table.name}, measured")
-        axes.plot(*_columns(fitted), color=colour, linewidth=1.6, label=f"{table.name}, fitted")
+        axes.plot(
+            *zip(*measured, strict=True), "o", color=colour, markersize=4.5, label=f"{table.name}, measured"
+        )
+        axes.plot(*zip(*fitted, strict=True), color=colour, linewidth=1.6, label=f"{table.name}, fitted")
     axes.legend(frameon=False, loc="best", fontsize=9)
     return png_bytes(figure)
-
-
-def _columns(points: Points) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    sizes, rates = zip(*points, strict=True)
-    return sizes, rates
 
 
 def _sheet(title: str, rates: str) -> "tuple[Figure, Axes]":
