@@ -145,9 +145,7 @@ def optimizer_factory(job: Job) -> "Factory":
 
     wanted = job.optimizer
     if wanted.name in BUILT_IN:
-        return OptimizerSpec(
-            wanted.name, wanted.lr, wanted.weight_decay, wanted.betas, wanted.eps, wanted.momentum
-        )
+        return OptimizerSpec(**dict(wanted))
     module, _, name = wanted.name.partition(":")
     try:
         factory: Factory = getattr(import_module(module), name)
