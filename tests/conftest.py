@@ -156,7 +156,8 @@ def laptop() -> Any:
 def running_chips(tiny_model: Callable[..., Any]) -> Callable[..., Any]:
     """All chips of a Program made by `tiny_program`, with the model's start values."""
     from kernels.optimizers import OptimizerSpec
-    from orchestrator.runners.executing.chip import Settings, module_values
+    from orchestrator.planning.preparation import module_values
+    from orchestrator.runners.executing.chip import Settings
     from orchestrator.runners.executing.chip_set import ChipSet
 
     def make(

@@ -11,7 +11,7 @@ Not modelled: what fabrics share inside a chip or a host (a chip sends over all 
 that change from one fabric to another on their way.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -50,8 +50,8 @@ class _Copies:
         copy = np.arange(self.num_copies)[:, None]
         tiers = np.array(self.fabric.tiers, dtype=np.int64)
         return Wires(
-            tail=self._nodes(copy, one.tail, num_chips),
-            head=self._nodes(copy, one.head, num_chips),
+            tail=self.nodes(copy, one.tail, num_chips),
+            head=self.nodes(copy, one.head, num_chips),
             latency_s=np.tile(one.latency_s, self.num_copies),
             bytes_per_s=np.tile(one.bytes_per_s, self.num_copies),
             forward_nbytes=np.tile(one.forward_nbytes, self.num_copies),
@@ -59,7 +59,7 @@ class _Copies:
             shares=(self.first_wire + copy * self.num_wires + one.shares).ravel(),
         )
 
-    def _nodes(self, copy: IntArray, local: IntArray, num_chips: int) -> IntArray:
+    def nodes(self, copy: IntArray, local: IntArray, num_chips: int) -> IntArray:
         """[copies * wires] Nodes of the whole network."""
         chip = copy * self.fabric.size + local
         switch = self.first_node + copy * self.num_switches + local - self.fabric.size
@@ -104,6 +104,12 @@ class TieredTopology:
         if not self._copies:
             return self.num_chips
         return self._copies[-1].first_missing + self._copies[-1].num_missing
+
+    def copies(self) -> Iterator[tuple[Fabric, IntArray]]:
+        """Fabrics from the innermost, each with [copies, nodes of its shape] the nodes of the network."""
+        for copies in self._copies:
+            copy, local = np.arange(copies.num_copies)[:, None], np.arange(copies.fabric.shape.num_nodes)
+            yield copies.fabric, copies.nodes(copy, local, self.num_chips).reshape(len(copy), -1)
 
     def wires(self) -> Wires:
         """Copy by copy, fabric by fabric from the innermost."""

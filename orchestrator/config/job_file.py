@@ -18,11 +18,11 @@ from pydantic import AfterValidator, ConfigDict, Field, GetPydanticSchema, Plain
 
 from comms.errors import ConfigError, combined
 from kernels.builtin_optimizers import BUILT_IN
-from orchestrator.config.schema import CountOr, Section, WordField, field_error, section_at, validate
+from orchestrator.config.schema import Section, count_or, field_error, section_at, validate, word_field
 from orchestrator.config.yaml_file import Document, Location, parse_scalar, read_yaml
 from partitioner.layout.pipeline_schedules import PipelineSchedule
 
-Degree = Annotated[int | None, CountOr("auto")]
+Degree = Annotated[int | None, count_or("auto")]
 Positive = Annotated[int, Field(ge=1)]
 Natural = Annotated[int, Field(ge=0)]
 Ratio = Annotated[float, Field(ge=0, le=1)]
@@ -71,7 +71,7 @@ class OptimizerSection(Section):
 class LrScheduleSection(Section):
     """Linear warm-up, then this shape down to `min_lr_ratio` of the peak."""
 
-    name: Annotated[LrShape, WordField(LrShape)] = LrShape.COSINE
+    name: Annotated[LrShape, word_field(LrShape)] = LrShape.COSINE
     warmup_steps: Natural = 20
     min_lr_ratio: Ratio = 0.1
 
@@ -83,7 +83,7 @@ class PlanSection(Section):
     tp: Degree = None
     pp: Degree = None
     zero: Literal[0, 1] = 0  # 0: whole optimizer state on each chip; 1: sharded over dp
-    schedule: Annotated[PipelineSchedule, WordField(PipelineSchedule)] = PipelineSchedule.ONE_F_ONE_B
+    schedule: Annotated[PipelineSchedule, word_field(PipelineSchedule)] = PipelineSchedule.ONE_F_ONE_B
 
 
 class ValidationSection(Section):
@@ -116,7 +116,7 @@ class Job(Section):
     microbatches: Degree = None  # per step and data-parallel replica
     steps: Positive = 200
     seed: Natural = 0
-    dtype: Annotated[Dtype, WordField(Dtype)] = Dtype.FP32
+    dtype: Annotated[Dtype, word_field(Dtype)] = Dtype.FP32
     optimizer: OptimizerSection = Field(default_factory=OptimizerSection)
     clip_norm: Annotated[float, Field(gt=0)] | None = 1.0  # None: gradients are not clipped
     lr_schedule: LrScheduleSection = Field(default_factory=LrScheduleSection)
@@ -127,9 +127,8 @@ class Job(Section):
 
 def load_job(path: str | Path | None, overrides: Sequence[str] = ()) -> Job:
     """The job of the file at `path` (None: all defaults) with `a.b=c` overrides. Raises ConfigError."""
-    document = (
-        Document("the defaults", {"kind": "job", "version": 1}, {}) if path is None else read_yaml(Path(path))
-    )
+    defaults = Document("the defaults", {"kind": "job", "version": 1}, {})
+    document = defaults if path is None else read_yaml(Path(path))
     return job_from(overridden(document, overrides))
 
 

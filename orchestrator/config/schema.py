@@ -8,10 +8,11 @@ job itself; of hardware, the modules that define one make other values, and noth
 
 import difflib
 import math
-from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from copy import deepcopy
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
 from typing import Annotated, Any, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, GetJsonSchemaHandler, ValidationError
@@ -37,22 +38,13 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, hide_input_in_errors=True)
 
 
-class FieldType(ABC):
+@dataclass(frozen=True, eq=False)
+class FieldType:
     """A field that is read by a rule of its own, in the way that pydantic asks for."""
 
-    __slots__ = ()
-
-    @abstractmethod
-    def read(self, value: object) -> object:
-        """What stands in the file, as what it means. Raises `field_error`."""
-
-    def written(self, value: object) -> object:
-        """What stands in a file that means `value`."""
-        return value
-
-    @abstractmethod
-    def json_schema(self) -> dict[str, Any]:
-        """What editors check while the file is typed."""
+    read: Callable[[object], object]  # what stands in the file, as what it means; raises `field_error`
+    json_schema: Mapping[str, Any]  # what editors check while the file is typed
+    written: Callable[[Any], object] = lambda value: value  # what stands in a file that means it
 
     def __get_pydantic_core_schema__(self, source: object, handler: GetCoreSchemaHandler) -> CoreSchema:
         written = core_schema.plain_serializer_function_ser_schema(self.written)
@@ -61,85 +53,66 @@ class FieldType(ABC):
     def __get_pydantic_json_schema__(
         self, schema: CoreSchema, handler: GetJsonSchemaHandler
     ) -> dict[str, Any]:
-        return self.json_schema()
+        return deepcopy(dict(self.json_schema))
 
 
-@dataclass(frozen=True, slots=True)
-class QuantityField(FieldType):
+def quantity_field(quantity: Quantity) -> FieldType:
     """A field that is a quantity: text with a unit in the file, a float in base units after it."""
-
-    quantity: Quantity
-
-    def read(self, value: object) -> float:
-        """The value in base units; zero only where nothing divides by it."""
-        try:
-            number = parse(value, self.quantity)
-        except UnitError as error:
-            raise field_error(error.problem, error.hint) from error
-        if number == 0 and self.quantity not in _MAY_BE_ZERO:
-            raise field_error(f"a {self.quantity} of zero", "give a value above zero, or remove the key")
-        least, most = _LIMITS.get(self.quantity, (0.0, math.inf))
-        if number < least:
-            hint = f"give at least {format_quantity(least, self.quantity)}"
-            raise field_error(f"{_short(value)} is less than any {self.quantity} here", hint)
-        if number > most:
-            hint = f"give at most {format_quantity(most, self.quantity)}"
-            raise field_error(f"{_short(value)} is more than any {self.quantity} here", hint)
-        return number
-
-    def json_schema(self) -> dict[str, Any]:
-        examples = EXAMPLES[self.quantity].split(" or ")
-        return {"type": "string", "pattern": pattern(self.quantity), "examples": examples}
+    examples = EXAMPLES[quantity].split(" or ")
+    schema = {"type": "string", "pattern": pattern(quantity), "examples": examples}
+    return FieldType(partial(read_quantity, quantity), schema)
 
 
-@dataclass(frozen=True, slots=True)
-class CountOr(FieldType):
+def read_quantity(quantity: Quantity, value: object) -> float:
+    """The value in base units; zero only where nothing divides by it."""
+    try:
+        number = parse(value, quantity)
+    except UnitError as error:
+        raise field_error(error.problem, error.hint) from error
+    if number == 0 and quantity not in _MAY_BE_ZERO:
+        raise field_error(f"a {quantity} of zero", "give a value above zero, or remove the key")
+    least, most = _LIMITS.get(quantity, (0.0, math.inf))
+    if number < least:
+        hint = f"give at least {format_quantity(least, quantity)}"
+        raise field_error(f"{_short(value)} is less than any {quantity} here", hint)
+    if number > most:
+        hint = f"give at most {format_quantity(most, quantity)}"
+        raise field_error(f"{_short(value)} is more than any {quantity} here", hint)
+    return number
+
+
+def count_or(word: str) -> FieldType:
     """A field that is a whole number of at least one, or a word that stands for None."""
 
-    word: str
-
-    def read(self, value: object) -> int | None:
-        """The number, or None for the word."""
-        if value == self.word:
+    def read(value: object) -> int | None:
+        if value == word:
             return None
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise field_error(
-                f"{value!r} is not a count", f"write a whole number above zero, or {self.word!r}"
-            )
+            problem = f"{value!r} is not a count"
+            raise field_error(problem, f"write a whole number above zero, or {word!r}")
         return value
 
-    def written(self, value: object) -> object:
-        return self.word if value is None else value
-
-    def json_schema(self) -> dict[str, Any]:
-        return {"anyOf": [{"type": "integer", "minimum": 1}, {"const": self.word}]}
+    schema = {"anyOf": [{"type": "integer", "minimum": 1}, {"const": word}]}
+    return FieldType(read, schema, lambda value: word if value is None else value)
 
 
-@dataclass(frozen=True, slots=True)
-class WordField(FieldType):
+def word_field(known: Iterable[StrEnum]) -> FieldType:
     """A field that is one of an enumeration, by its word."""
 
-    known: Iterable[StrEnum]
-
-    def read(self, value: object) -> StrEnum:
-        """The member of that word."""
-        for member in self.known:
+    def read(value: object) -> StrEnum:
+        for member in known:
             if member == value:
                 return member
-        raise PydanticKnownError("literal_error", {"expected": ", ".join(self.known)})
+        raise PydanticKnownError("literal_error", {"expected": ", ".join(known)})
 
-    def written(self, value: object) -> object:
-        return str(value)
-
-    def json_schema(self) -> dict[str, Any]:
-        return {"type": "string", "enum": list(map(str, self.known))}
+    return FieldType(read, {"type": "string", "enum": list(map(str, known))}, str)
 
 
-Size = Annotated[float, QuantityField(Quantity.SIZE)]
-DataRate = Annotated[float, QuantityField(Quantity.DATA_RATE)]
-Time = Annotated[float, QuantityField(Quantity.TIME)]
-Power = Annotated[float, QuantityField(Quantity.POWER)]
-HourlyPrice = Annotated[float, QuantityField(Quantity.HOURLY_PRICE)]
+Size = Annotated[float, quantity_field(Quantity.SIZE)]
+DataRate = Annotated[float, quantity_field(Quantity.DATA_RATE)]
+Time = Annotated[float, quantity_field(Quantity.TIME)]
+Power = Annotated[float, quantity_field(Quantity.POWER)]
+HourlyPrice = Annotated[float, quantity_field(Quantity.HOURLY_PRICE)]
 
 SectionT = TypeVar("SectionT", bound=Section)
 
@@ -192,7 +165,7 @@ _HINTS = {
 
 def _finding(details: ErrorDetails, document: Document, model: type[Section]) -> ConfigError:
     location: Location = tuple(details["loc"])
-    where, name, context = document.where(location), _dotted(location), details.get("ctx", {})
+    where, name, context = document.where(*location), _dotted(location), details.get("ctx", {})
     kind, given = details["type"], details["input"]
     if kind == "extra_forbidden":
         return ConfigError(
@@ -200,7 +173,7 @@ def _finding(details: ErrorDetails, document: Document, model: type[Section]) ->
         )
     if kind == "missing":
         return ConfigError(
-            f"the key {name!r} is missing", document.where(location[:-1]), f"add `{location[-1]}:`"
+            f"the key {name!r} is missing", document.where(*location[:-1]), f"add `{location[-1]}:`"
         )
     if kind == "field":
         return ConfigError(f"{name}: {context['problem']}", where, str(context["hint"]))

@@ -9,7 +9,7 @@ Not supported: values that contain themselves by an alias, merge keys (`<<`), an
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import yaml
@@ -24,9 +24,8 @@ MAX_DEPTH = 64
 # Characters that aliases add, written out: a host of 500 characters given by alias 2000 times, far beyond any file
 # of ours, read in a second or two. Nine lines of nine aliases each would otherwise make a billion values.
 MAX_REPEATED = 1_000_000
-MAX_NUMBER = (
-    4300  # characters; Python's own limit for whole numbers, as reading them takes the square of the length
-)
+# Characters of a number: Python's own limit for whole ones, as reading them takes the square of the length.
+MAX_NUMBER = 4300
 
 _LOADER: type[yaml.SafeLoader] = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _FLOAT = re.compile(r"[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?")
@@ -34,43 +33,28 @@ _FLOAT = re.compile(r"[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?"
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """The content of one file, and where each of its keys and items stands."""
+    """The content of one file, where each of its keys and items stands, and which part of it is meant."""
 
     origin: str  # the file, or what stands in for one
     root: dict[str, object]
     places: Mapping[Location, str]  # "file:line" of each key and item
+    at: Location = ()  # the part
 
-    def where(self, location: Location) -> str:
-        """The place of `location`, or of the nearest key around it."""
+    def inside(self, *keys: str | int) -> "Document":
+        """The part at those keys within it, from one into the next."""
+        return replace(self, at=(*self.at, *keys))
+
+    def where(self, *keys: str | int) -> str:
+        """The place of the part, or of those keys within it, or of the nearest key around it."""
+        location = (*self.at, *keys)
         for length in range(len(location), 0, -1):
             if location[:length] in self.places:
                 return self.places[location[:length]]
         return self.origin
 
     def error(self, problem: str, hint: str, *keys: str | int) -> ClusterError:
-        """What is wrong at those keys, from one into the next."""
-        return ClusterError(problem, self.where(keys), hint)
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """A part of a document, where more can be wrong than its schema sees."""
-
-    document: Document
-    at: Location
-
-    @property
-    def where(self) -> str:
-        """The file and line."""
-        return self.document.where(self.at)
-
-    def inside(self, *keys: str | int) -> "Place":
-        """The place of those keys within it."""
-        return Place(self.document, (*self.at, *keys))
-
-    def error(self, problem: str, hint: str, *keys: str | int) -> ClusterError:
-        """What is wrong here, or at those keys within."""
-        return self.document.error(problem, hint, *self.at, *keys)
+        """What is wrong there, beyond what a schema sees."""
+        return ClusterError(problem, self.where(*keys), hint)
 
 
 def read_yaml(path: Path) -> Document:
@@ -107,9 +91,8 @@ def parse_yaml(text: str, origin: str) -> Document:
     if reader.errors:
         raise combined(reader.errors)
     if not isinstance(root, dict):
-        raise ConfigError(
-            "the file is not a mapping of keys to values", f"{origin}:1", "write `key: value` lines"
-        )
+        problem = "the file is not a mapping of keys to values"
+        raise ConfigError(problem, f"{origin}:1", "write `key: value` lines")
     return Document(origin, root, reader.places)
 
 
@@ -181,11 +164,8 @@ class _NodeReader:
             self.errors.append(ConfigError(problem, self.places[location], hint))
             return None
         self._open.add(id(node))
-        found = (
-            self._mapping(node, location)
-            if isinstance(node, yaml.MappingNode)
-            else self._list(node, location)
-        )
+        read = self._mapping if isinstance(node, yaml.MappingNode) else self._list
+        found = read(node, location)
         self._open.remove(id(node))
         return found
 
@@ -203,14 +183,14 @@ class _NodeReader:
         self.errors.append(ConfigError(problem, self._place(node), "put it in quotes if it is text"))
         return None
 
-    def _list(self, node: yaml.Node, location: Location) -> list[object]:
-        return [self._item(item, (*location, index)) for index, item in enumerate(node.value)]
+    def _list(self, node: yaml.Node, location: Location) -> object:
+        found: list[object] = []
+        for index, item in enumerate(node.value):
+            self.places[(*location, index)] = self._place(item)
+            found.append(self.value(item, (*location, index)))
+        return found
 
-    def _item(self, node: yaml.Node, location: Location) -> object:
-        self.places[location] = self._place(node)
-        return self.value(node, location)
-
-    def _mapping(self, node: yaml.MappingNode, location: Location) -> dict[str, object]:
+    def _mapping(self, node: yaml.Node, location: Location) -> object:
         found: dict[str, object] = {}
         for key_node, value_node in node.value:
             key, place = key_node.value, self._place(key_node)

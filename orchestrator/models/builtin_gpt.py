@@ -119,13 +119,10 @@ class MLP(nn.Module):
         super().__init__()
         width, hidden = options.width, options.hidden_width
         self.activation = options.activation
-        self.gate = nn.Linear(width, hidden, bias=options.bias) if self.is_gated else None
+        is_gated = self.activation is Activation.SWIGLU
+        self.gate = nn.Linear(width, hidden, bias=options.bias) if is_gated else None
         self.up = nn.Linear(width, hidden, bias=options.bias)
         self.down = nn.Linear(hidden, width, bias=options.bias)
-
-    @property
-    def is_gated(self) -> bool:
-        return self.activation is Activation.SWIGLU
 
     def forward(self, hidden: Tensor) -> Tensor:
         up = self.up(hidden)

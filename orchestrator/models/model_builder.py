@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import Any, assert_never
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,6 @@ from comms.errors import ModelError, located
 from orchestrator.models.builtin_gpt import TP_PLAN, build_gpt, next_token_loss
 from orchestrator.models.model_specs import HF_CONFIGS, ModelSpec, SourceKind, gpt_options, parse_model
 
-DEVICES = ("cpu", "meta")
 NUM_BYTES = 256  # the alphabet of a model that does not say how many tokens it knows
 EXAMPLE_STRIDE = 7919  # a prime: example tokens walk over the whole vocabulary
 
@@ -56,7 +55,7 @@ class BuiltModel:
 
     name: str
     module: nn.Module
-    device: str
+    device: str  # "cpu" or "meta"
     vocab_size: int | None  # None: not a language model, or it does not say
     max_seq: int | None  # None: any length
     tp_plan: Mapping[str, str]  # module name pattern -> colwise | rowwise | vocab | fused_qkv; may be empty
@@ -75,25 +74,15 @@ class BuiltModel:
         return {"input_ids": tokens[:, :-1].contiguous(), "labels": tokens[:, 1:].contiguous()}
 
 
-def build(
-    spec: ModelSpec | str, args: Mapping[str, object], *, device: str = "cpu", dtype: torch.dtype, seed: int
-) -> BuiltModel:
-    """The model of `spec` with `args`, initialised from `seed`; raises ModelError when it cannot be built.
+def build(name: str, args: Mapping[str, object], *, device: str, dtype: torch.dtype, seed: int) -> BuiltModel:
+    """The model of that name with `args`, initialised from `seed`; raises ModelError when it cannot be built.
 
     On "meta" tensors have shapes but no data: 175 billion parameters take about a second.
     """
-    assert device in DEVICES
-    spec = parse_model(spec) if isinstance(spec, str) else spec
+    spec = parse_model(name)
+    builders = {SourceKind.BUILTIN: _build_builtin, SourceKind.HF: _build_hf}
     with located(str(spec)):
-        match spec.kind:
-            case SourceKind.BUILTIN:
-                return _build_builtin(spec, args, device, dtype, seed)
-            case SourceKind.HF:
-                return _build_hf(spec, args, device, dtype, seed)
-            case SourceKind.FILE | SourceKind.MODULE:
-                return _build_from_factory(spec, args, device, dtype, seed)
-            case _:
-                assert_never(spec.kind)
+        return builders.get(spec.kind, _build_from_factory)(spec, args, device, dtype, seed)
 
 
 def _build_builtin(
@@ -118,7 +107,7 @@ def _build_hf(
         except (ValueError, TypeError, ImportError) as error:
             hint = "give the configuration of a causal language model with sdpa attention"
             raise ModelError(_one_line(error), hint=hint) from error
-    module.loss_function = _hf_loss
+    module.loss_function = lambda logits, labels, **_: next_token_loss(logits, labels)
     _cast_state(module, dtype)
     max_seq = getattr(config, "max_position_embeddings", None)
     vocab = getattr(config, "vocab_size", None)
@@ -163,11 +152,9 @@ def _import_transformers() -> Any:
     except ModuleNotFoundError as error:
         if error.name != "transformers":
             raise
-        raise ModelError(
-            problem="hf: models need the transformers package",
-            where="model",
-            hint="pip install 'orchestrate-chips[hf]'",
-        ) from error
+        problem = "hf: models need the transformers package"
+        hint = "pip install 'orchestrate-chips[hf]'"
+        raise ModelError(problem=problem, where="model", hint=hint) from error
 
 
 def _hf_config(transformers: Any, spec: ModelSpec, args: Mapping[str, object]) -> Any:
@@ -205,10 +192,6 @@ def _hf_values(spec: ModelSpec) -> dict[str, object]:
     return values
 
 
-def _hf_loss(logits: Tensor, labels: Tensor, **_: object) -> Tensor:
-    return next_token_loss(logits, labels)
-
-
 def _hf_plan(module: Any, model_type: str) -> dict[str, str]:
     if model_type == "gpt2":
         return dict(GPT2_PLAN)
@@ -218,8 +201,7 @@ def _hf_plan(module: Any, model_type: str) -> dict[str, str]:
 
 def _cast_state(module: nn.Module, dtype: torch.dtype) -> None:
     """Parameters and saved buffers in `dtype`; derived buffers (rotary frequencies) keep their precision."""
-    persistent = module.state_dict(keep_vars=True)
-    for tensor in persistent.values():
+    for tensor in module.state_dict(keep_vars=True).values():
         if tensor.is_floating_point():
             tensor.data = tensor.data.to(dtype)
 
@@ -240,17 +222,15 @@ def _load_file(spec: ModelSpec) -> ModuleType:
     if not path.is_file():
         raise ModelError(f"no file {spec.target}", where="model", hint="give a Python file's path")
     found = importlib.util.spec_from_file_location(f"orchestrate_model_{path.stem}", path)
-    assert found is not None, "a .py file always has a loader"
-    assert found.loader is not None
+    assert found is not None and found.loader is not None, "a .py file always has a loader"
     module = importlib.util.module_from_spec(found)
     sys.modules[found.name] = module  # dataclasses and pickling look their module up by name
     try:
         found.loader.exec_module(module)
     except Exception as error:  # whatever the user's file raises
         hint = "make the file importable on its own"
-        raise ModelError(
-            problem=f"{type(error).__name__}: {_one_line(error)}", where=spec.target, hint=hint
-        ) from error
+        problem = f"{type(error).__name__}: {_one_line(error)}"
+        raise ModelError(problem=problem, where=spec.target, hint=hint) from error
     return module
 
 

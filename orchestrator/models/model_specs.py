@@ -54,11 +54,7 @@ class ModelSpec:
     factory: str | None = None
 
     def __str__(self) -> str:
-        match self.kind:
-            case SourceKind.BUILTIN | SourceKind.HF:
-                return f"{self.kind}:{self.target}"
-            case SourceKind.FILE | SourceKind.MODULE:
-                return f"{self.target}:{self.factory}"
+        return f"{self.target}:{self.factory}" if self.factory else f"{self.kind}:{self.target}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,11 +184,8 @@ def parse_model(text: str) -> ModelSpec:
             return ModelSpec(SourceKind.HF, rest)
     target, _, factory = text.rpartition(":")
     if not factory.isidentifier() or not target:
-        raise ModelError(
-            problem=f"cannot tell what model {text!r} is",
-            where="model",
-            hint="use builtin:gpt-SIZE, hf:NAME, hf:config.json, file.py:factory or package.module:factory",
-        )
+        hint = "use builtin:gpt-SIZE, hf:NAME, hf:config.json, file.py:factory or package.module:factory"
+        raise ModelError(problem=f"cannot tell what model {text!r} is", where="model", hint=hint)
     return ModelSpec(SourceKind.FILE if target.endswith(".py") else SourceKind.MODULE, target, factory)
 
 

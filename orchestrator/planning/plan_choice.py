@@ -73,11 +73,8 @@ def _not_refused(
         least = min(refused, key=lambda each: each.tp), min(refused, key=lambda each: each.pp)
         chips, why = cluster.num_chips, "; ".join(dict.fromkeys(each.problem for each in least))
         given = "change the degrees that are asked for, " if job.plan.tp or job.plan.pp or job.plan.dp else ""
-        raise PlanError(
-            f"the model cannot be split over {chips} chips: {why}",
-            f"--chips {chips}",
-            f"{given}take fewer chips, or more than {job.global_batch} sequences a step (--global-batch)",
-        )
+        hint = f"{given}take fewer chips, or more than {job.global_batch} sequences a step (--global-batch)"
+        raise PlanError(f"the model cannot be split over {chips} chips: {why}", f"--chips {chips}", hint)
     return left
 
 

@@ -10,15 +10,15 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, TypeVar
 
 from comms.errors import PartitionError, PlanError, ProgramError, UserError, located
+from comms.selection.progress import Progress, quiet
 from kernels.builtin_optimizers import BUILT_IN
 from orchestrator.config.hardware.cluster import Cluster
 from orchestrator.config.job_file import Dtype, Job
@@ -30,30 +30,17 @@ from partitioner.program.program import Program
 from partitioner.program.program_codec import decode, encode
 
 if TYPE_CHECKING:
+    from torch import Tensor, nn
+
     from kernels.optimizers import Factory
     from orchestrator.models.model_builder import BuiltModel
     from partitioner.capture.captured_graph import Graph
     from partitioner.lowering.lower import StepShape
 
+Made = TypeVar("Made")
 SHORT_DTYPES = {Dtype.FP32: "f32", Dtype.FP64: "f64", Dtype.BF16: "bf16"}  # as a Program names them
 # what turns a description into a Program: packages, and rooms of this one
 CODE = ("partitioner", "kernels", "orchestrator/models", "orchestrator/planning")
-
-
-class PhaseReporter(Protocol):
-    """Where long phases are shown; `views.console.Console` is one."""
-
-    def phase(self, name: str) -> AbstractContextManager[None]:
-        """Show that `name` is going on while the block runs."""
-
-
-class Quiet:
-    """Reports to nobody."""
-
-    def phase(self, name: str) -> AbstractContextManager[None]:
-        """Show nothing."""
-        del name
-        return nullcontext()
 
 
 @dataclass(frozen=True)
@@ -67,18 +54,11 @@ class Prepared:
     was_cached: bool
 
 
-def prepare(
-    cluster: Cluster,
-    job: Job,
-    plan: Plan | None = None,
-    *,
-    progress: PhaseReporter | None = None,
-    use_cache: bool = True,
-) -> Prepared:
+def prepare(cluster: Cluster, job: Job, plan: Plan | None = None, *, progress: Progress = quiet) -> Prepared:
     """Make the Program of `job` on all chips of `cluster`. Raises PlanError, ModelError or CaptureError."""
-    progress = progress or Quiet()
     spec = parse_model(job.model)
-    cacheable = use_cache and spec.kind in (SourceKind.BUILTIN, SourceKind.HF) and not _is_file(spec.target)
+    is_file = spec.target.endswith(".json") or Path(spec.target).exists()
+    cacheable = spec.kind in (SourceKind.BUILTIN, SourceKind.HF) and not is_file
     if plan is not None:
         return _prepared(cluster, job, plan, progress, cacheable)
     num_params = _num_params(job, progress, cacheable)
@@ -94,23 +74,12 @@ def prepare(
             refused.append(Refusal(plan.tp, plan.pp, error.problem))
 
 
-def _prepared(cluster: Cluster, job: Job, plan: Plan, progress: PhaseReporter, cacheable: bool) -> Prepared:
+def _prepared(cluster: Cluster, job: Job, plan: Plan, progress: Progress, cacheable: bool) -> Prepared:
     _check(plan, job, cluster)
     entry = f"{key_of(_content(job, plan))}.program"
-    program = _known_program(entry) if cacheable else None
-    if program is not None:
-        return Prepared(cluster, job, plan, program, was_cached=True)
-    program = _partitioned(job, plan, progress)
-    if cacheable:
-        remember(entry, encode(program))
-    return Prepared(cluster, job, plan, program, was_cached=False)
-
-
-def _known_program(entry: str) -> Program | None:
-    try:
-        return decode(recall(entry))
-    except (OSError, PartitionError):
-        return None
+    made = partial(_partitioned, job, plan, progress)
+    program, was_cached = remembered(entry if cacheable else None, decode, made, encode)
+    return Prepared(cluster, job, plan, program, was_cached)
 
 
 def build_model(job: Job, device: str) -> "BuiltModel":
@@ -123,11 +92,17 @@ def build_model(job: Job, device: str) -> "BuiltModel":
     )
 
 
-def _partitioned(job: Job, plan: Plan, progress: PhaseReporter) -> Program:
-    with progress.phase("import torch"):
+def module_values(module: "nn.Module") -> "dict[str, Tensor]":
+    """A module's parameters and buffers, under the names that chips ask for."""
+    values = {f"params:{name}": value.detach() for name, value in module.named_parameters()}
+    return values | {f"buffer:{name}": value for name, value in module.named_buffers()}
+
+
+def _partitioned(job: Job, plan: Plan, progress: Progress) -> Program:
+    with progress("import torch"):
         from partitioner.capture.graph_units import capture_graph
         from partitioner.lowering.lower import StepShape
-    with progress.phase("build model"):
+    with progress("build model"):
         model = build_model(job, "meta")
     samples = job.global_batch // (plan.dp * plan.microbatches)
 
@@ -143,14 +118,14 @@ def _partitioned(job: Job, plan: Plan, progress: PhaseReporter) -> Program:
 
 
 def make_program(
-    capture: "Callable[[], Graph]", plan: Plan, shape: "StepShape", progress: PhaseReporter
+    capture: "Callable[[], Graph]", plan: Plan, shape: "StepShape", progress: Progress
 ) -> Program:
     """Capture, lower and check: the Program of one step. Raises CaptureError or PlanError."""
     from partitioner.lowering.lower import lower
 
-    with located(shape.model, "simplify the model"), progress.phase("capture"):
+    with located(shape.model, "simplify the model"), progress("capture"):
         graph = capture()
-    with located("plan", "see the plan"), progress.phase("partition"):
+    with located("plan", "see the plan"), progress("partition"):
         return lower(graph, plan, shape)
 
 
@@ -170,24 +145,17 @@ def optimizer_factory(job: Job) -> "Factory":
 
     wanted = job.optimizer
     if wanted.name in BUILT_IN:
-        return OptimizerSpec(
-            wanted.name, wanted.lr, wanted.weight_decay, wanted.betas, wanted.eps, wanted.momentum
-        )
+        return OptimizerSpec(**dict(wanted))
     module, _, name = wanted.name.partition(":")
     try:
         factory: Factory = getattr(import_module(module), name)
     except (ImportError, AttributeError) as error:
-        raise PlanError(
-            f"there is no {name} in {module}", "optimizer.name", "write pkg.module:factory"
-        ) from error
+        problem = f"there is no {name} in {module}"
+        raise PlanError(problem, "optimizer.name", "write pkg.module:factory") from error
     hint = "flat buffers need an elementwise optimizer (adamw, sgd, lion, ...)"
     with located(f"optimizer {wanted.name}", hint):
         require_elementwise(factory)
     return factory
-
-
-def _is_file(target: str) -> bool:
-    return target.endswith(".json") or Path(target).exists()
 
 
 def _content(job: Job, plan: Plan) -> dict[str, object]:
@@ -198,19 +166,15 @@ def _content(job: Job, plan: Plan) -> dict[str, object]:
     }  # fmt: skip
 
 
-def _num_params(job: Job, progress: PhaseReporter, cacheable: bool) -> int:
+def _num_params(job: Job, progress: Progress, cacheable: bool) -> int:
     arguments = {k: repr(v) for k, v in sorted(job.model_args.items())}
     entry = f"{key_of({'params': job.model, 'args': arguments})}.number"
-    try:
-        if cacheable:
-            return int(recall(entry))
-    except (OSError, ValueError):
-        pass
-    with progress.phase("count parameters"):
-        count = sum(p.numel() for p in build_model(job, "meta").module.parameters())
-    if cacheable:
-        remember(entry, str(count).encode())
-    return count
+
+    def counted() -> int:
+        with progress("count parameters"):
+            return sum(p.numel() for p in build_model(job, "meta").module.parameters())
+
+    return remembered(entry if cacheable else None, int, counted, lambda count: str(count).encode())[0]
 
 
 def _check(plan: Plan, job: Job, cluster: Cluster) -> None:
@@ -253,6 +217,20 @@ def cache_folder() -> Path:
     """Where entries are kept: below XDG_CACHE_HOME if that is an absolute path, else below ~/.cache."""
     asked = Path(os.environ.get("XDG_CACHE_HOME", ""))
     return (asked if asked.is_absolute() else Path.home() / ".cache") / "orchestrate"
+
+
+def remembered(
+    entry: str | None, read: Callable[[bytes], Made], make: Callable[[], Made], write: Callable[[Made], bytes]
+) -> tuple[Made, bool]:
+    """What was made before under this name (None: nothing is kept), else what is made now; whether it was there."""
+    if entry is None:
+        return make(), False
+    try:
+        return read(recall(entry)), True
+    except (OSError, PartitionError, ValueError):
+        made = make()
+    remember(entry, write(made))
+    return made, False
 
 
 def recall(entry: str) -> bytes:

@@ -33,8 +33,9 @@ from partitioner.program.program import (
 if TYPE_CHECKING:
     import torch
 
+    from comms.selection.progress import Progress
     from kernels.optimizers import StepStatistics
-    from orchestrator.planning.preparation import PhaseReporter, Prepared
+    from orchestrator.planning.preparation import Prepared
 
 # Causes before effects: forward 0, backward 1, later 2; microbatch; stage along the flow; chip.
 BadOrder: TypeAlias = tuple[int, int, int, int]
@@ -119,7 +120,7 @@ class TensorRunner(Runner, Protocol):
 class Launch(Protocol):
     """A runner that is coming up: what can begin before there is a Program has begun."""
 
-    def connect(self, prepared: "Prepared", progress: "PhaseReporter") -> TensorRunner:
+    def connect(self, prepared: "Prepared", progress: "Progress") -> TensorRunner:
         """The runner of `prepared`; waits for what is still starting, showing its phases."""
 
     def close(self) -> None:

@@ -51,7 +51,12 @@ class Lane(StrEnum):
 
 LANES: tuple[Lane, ...] = tuple(Lane)
 # lanes of collectives along one mesh axis; those along several axes or across stages share one
-AXIS_LANES = {("tp",): Lane.TP, ("dp",): Lane.DP, ("cp",): Lane.CP, ("ep",): Lane.EP}
+AXIS_LANES: dict[tuple[str, ...], Lane] = {
+    ("tp",): Lane.TP,
+    ("dp",): Lane.DP,
+    ("cp",): Lane.CP,
+    ("ep",): Lane.EP,
+}
 _LANE_CODE = dict(zip(LANES, range(len(LANES)), strict=True))
 
 

@@ -15,7 +15,6 @@ from comms.networks.fabrics.switch_tree import Tree
 from comms.networks.fabrics.torus_mesh import FullMesh, Torus
 from comms.networks.network import UNBOUNDED, Tier
 from comms.units import Quantity, format_quantity
-from kernels.chips import Chip
 from orchestrator.config.hardware.chip_file import ChipFile, described_chip
 from orchestrator.config.hardware.cluster import Cluster
 from orchestrator.config.hardware.cluster_file import cluster_from
@@ -37,7 +36,6 @@ class CheckReport:
 
 def main(options: CheckOptions, console: Console) -> int:
     """Print what the file describes."""
-    assert options.file is not None, "the command line requires it"
     report = check(options.file)
     rows = tuple((line,) for line in report.lines)
     console.results(asdict(report), (Table(f"{report.path}: a valid {report.kind} file", rows),))
@@ -52,30 +50,25 @@ def check(path: str | Path) -> CheckReport:
         known = " or ".join(CHECKERS)
         problem = "the key 'kind' is missing" if kind is None else f"kind cannot be {kind!r}"
         hint = nearest(kind, tuple(CHECKERS)) if isinstance(kind, str) else f"add `kind:` with {known}"
-        raise ConfigError(problem, document.where(("kind",)), hint)
+        raise ConfigError(problem, document.where("kind"), hint)
     return CheckReport(str(path), kind, CHECKERS[kind](document))
 
 
 def _check_cluster(document: Document) -> tuple[str, ...]:
     cluster = cluster_from(document)
-    _check_links(cluster)
+    if cluster.conditions.links:  # links that there are not, and chips that are cut off from the others
+        taken = cluster.take(None)
+        with located(cluster.origin):
+            check_links(taken.conditions, taken.network.topology())
     chips = _types(cluster)
     price = _amount(cluster.usd_per_hour, Quantity.HOURLY_PRICE)
     power = _amount(cluster.watts, Quantity.POWER)
     return (
         f"{cluster.name}: {_hosts(cluster)} of {chips}, {cluster.device}",
-        *(_tier_line(tier, cluster.issue_s.get(tier.name, 0.0)) for tier in cluster.network.tiers),
+        *map(_tier_line, cluster.network.tiers),
         f"{_count(cluster.num_chips)}: {price}, {power}",
         *_condition_lines(cluster.conditions),
     )
-
-
-def _check_links(cluster: Cluster) -> None:
-    """Raises ClusterError for links that there are not, and for chips that are cut off from the others."""
-    if cluster.conditions.links:
-        taken = cluster.take(None)
-        with located(cluster.origin):
-            check_links(taken.conditions, taken.network.topology())
 
 
 def _hosts(cluster: Cluster) -> str:
@@ -89,14 +82,14 @@ def _types(cluster: Cluster) -> str:
     return f"{cluster.chips_per_host} x {names}" if len(cluster.chip_types) == 1 else names
 
 
-def _tier_line(tier: Tier, issue_s: float) -> str:
+def _tier_line(tier: Tier) -> str:
     """How many chips, in which shape, what a message gets, and what a collective pays besides."""
     size = "any number of chips" if tier.size == UNBOUNDED else _count(tier.size)
     loaded, alone = (
         format_quantity(link.bytes_per_s, Quantity.DATA_RATE) for link in (tier.loaded_link, tier.link)
     )
     rate = loaded if loaded == alone else f"{loaded} ({alone} alone)"
-    latency = format_quantity(tier.link.latency_s + issue_s, Quantity.TIME)
+    latency = format_quantity(tier.link.latency_s + tier.issue_s, Quantity.TIME)
     told = [f"{tier.name}: {size}{_shape(tier)}", rate, latency]
     if tier.setup_s:
         told.append(f"{format_quantity(tier.setup_s, Quantity.TIME)} a collective")
@@ -149,18 +142,17 @@ def _check_job(document: Document) -> tuple[str, ...]:
 
 def _check_chip(document: Document) -> tuple[str, ...]:
     validate(document, ChipFile)
-    chip = described_chip(document, (), None)
+    chip = described_chip(document, None)
     size = format_quantity(chip.memory_bytes, Quantity.SIZE)
     rate = format_quantity(chip.memory_bytes_per_s, Quantity.DATA_RATE)
+    peaks = [
+        f"{dtype} {format_quantity(peak, Quantity.COMPUTE_RATE)}"
+        for dtype, peak in chip.peak_flops_per_s.items()
+    ]
     return (
-        f"{chip.name} ({chip.year}), {chip.kind}: {_peaks(chip)}",
+        f"{chip.name} ({chip.year}), {chip.kind}: {', '.join(peaks)}",
         f"memory {size} at {rate}",
     )
-
-
-def _peaks(chip: Chip) -> str:
-    peaks = chip.peak_flops_per_s.items()
-    return ", ".join(f"{dtype} {format_quantity(peak, Quantity.COMPUTE_RATE)}" for dtype, peak in peaks)
 
 
 # One entry per kind of file: from a document to the lines of its report.

@@ -11,8 +11,8 @@ from comms.collectives.schedule import Op, Schedule
 from comms.errors import ConfigError, located
 from comms.selection.choice import AUTO
 from comms.selection.collective import answer_to
-from comms.selection.question import Fidelity, Question
-from comms.selection.size_sweep import sweep_sizes
+from comms.selection.question import Answer, Fidelity, Question
+from comms.selection.size_sweep import SizeSweep, sweep_sizes
 from orchestrator.config.hardware.cluster import Cluster
 from orchestrator.config.hardware.cluster_file import DEFAULT_CLUSTER, cluster_path, load_cluster
 from orchestrator.config.hardware.latency_tiers import latency_tiers
@@ -31,7 +31,7 @@ from orchestrator.verbs.inputs.comms_inputs import (
 )
 from orchestrator.verbs.inputs.options import CommsOptions
 from orchestrator.views.console import Console
-from orchestrator.views.network import comms_report, tier_report
+from orchestrator.views.network import comms_report
 
 DEFAULT_SIZE = "64 MiB"
 
@@ -47,9 +47,13 @@ def main(options: CommsOptions, console: Console) -> int:
         if any(fault.slowdown > 1 for fault in cluster.conditions.chips):
             console.warn("`slowdown` of chips has no effect here, where nothing computes: simulate counts it")
         question = (_uneven if is_uneven(options.op) else _even)(cluster, options, console)
+        found: Answer | SizeSweep
         if options.sweep is None:
-            return _one(question, cluster.name, options.plot, console)
-        return _sweep(question, read_sizes(options.sweep), cluster.name, options.plot, console)
+            found = answer_to(question, console.phase)
+        else:
+            found = sweep_sizes(question, read_sizes(options.sweep), console.phase)
+        _show(found, cluster.name, options.plot, console)
+    return 0
 
 
 def _even(cluster: Cluster, options: CommsOptions, console: Console) -> Question:
@@ -57,11 +61,8 @@ def _even(cluster: Cluster, options: CommsOptions, console: Console) -> Question
     algorithm, num_chips = read_algorithm(options.algorithm, options.op), cluster.num_chips
     op = read_op(options.op) if isinstance(algorithm, str) else algorithm.op
     if not isinstance(algorithm, str) and algorithm.num_ranks != num_chips:
-        raise ConfigError(
-            f"a schedule of {algorithm.num_ranks} ranks, but {num_chips} chips",
-            str(options.algorithm),
-            f"take --chips {algorithm.num_ranks}",
-        )
+        problem = f"a schedule of {algorithm.num_ranks} ranks, but {num_chips} chips"
+        raise ConfigError(problem, str(options.algorithm), f"take --chips {algorithm.num_ranks}")
     if op is Op.BARRIER:
         say_ignored(console, {"--size": options.size}, "a barrier moves no bytes")
         if options.sweep is not None:
@@ -103,36 +104,28 @@ def _question(
     )
 
 
-def _one(question: Question, cluster: str, plot: Path | None, console: Console) -> int:
-    answer = answer_to(question, console.phase)
-    for warning in answer.warnings:
+def _show(found: Answer | SizeSweep, cluster: str, plot: Path | None, console: Console) -> None:
+    """What was found, with its warnings before and its picture after."""
+    for warning in found.warnings:
         console.warn(warning)
-    console.results(comms_report.document(answer, cluster), comms_report.tables(answer, cluster))
-    if plot is not None:
-        from orchestrator.views.network.topology_plot import topology_png
-
-        write_picture(topology_png(answer, cluster), plot, console)
-    return 0
-
-
-def _sweep(
-    question: Question, sizes: tuple[float, ...], cluster: str, plot: Path | None, console: Console
-) -> int:
-    sweep = sweep_sizes(question, sizes, console.phase)
-    for warning in sweep.warnings:
-        console.warn(warning)
-    console.results(comms_report.sweep_document(sweep, cluster), comms_report.sweep_tables(sweep, cluster))
+    if isinstance(found, Answer):
+        console.results(comms_report.document(found, cluster), comms_report.tables(found, cluster))
+    else:
+        tables = comms_report.sweep_tables(found, cluster)
+        console.results(comms_report.sweep_document(found, cluster), tables)
     if plot is not None:
         from orchestrator.views.network.bandwidth_plot import sweep_png
+        from orchestrator.views.network.topology_plot import topology_png
 
-        write_picture(sweep_png(sweep, cluster), plot, console)
-    return 0
+        png = topology_png(found, cluster) if isinstance(found, Answer) else sweep_png(found, cluster)
+        write_picture(png, plot, console)
 
 
 def _tiers(cluster: Cluster, options: CommsOptions, console: Console) -> int:
     flags = ("op", "size", "algorithm", "fidelity", "sweep", "plot")
     given = {f"--{flag}": getattr(options, flag) for flag in flags}
     say_ignored(console, given, "--tiers is about single messages")
-    rows = latency_tiers(cluster)
-    console.results(tier_report.document(rows, cluster.name), tier_report.tables(rows, cluster.name))
+    rows = latency_tiers(cluster.network, cluster.chip_types)
+    name = cluster.name
+    console.results(comms_report.tiers_document(rows, name), comms_report.tiers_tables(rows, name))
     return 0

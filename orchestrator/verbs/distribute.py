@@ -17,13 +17,14 @@ import torch
 from torch import nn
 
 from comms.errors import PlanError, RunError, located
+from comms.selection.progress import quiet
 from kernels.optimizers import require_elementwise, states_per_element
 from orchestrator.config.hardware.cluster import Cluster
 from orchestrator.config.hardware.cluster_file import cluster_path, load_cluster
-from orchestrator.config.job_file import Job, load_job
+from orchestrator.config.job_file import load_job
 from orchestrator.planning.plan_choice import choose_plan
-from orchestrator.planning.preparation import Quiet, make_program
-from orchestrator.runners.executing.chip import Settings, module_values, whole_parameters
+from orchestrator.planning.preparation import make_program, module_values
+from orchestrator.runners.executing.chip import Settings, whole_parameters
 from orchestrator.runners.executing.chip_set import ChipSet
 from orchestrator.runners.runner import StepRequest, num_workers
 from orchestrator.runs.data import split_batch
@@ -45,7 +46,6 @@ class DistributedStep:
         self.plan, self.loss_fn, self.clip_norm = plan, loss_fn, clip_norm
         self.program: Program | None = None
         self._runner: ChipSet | None = None
-        self._values: dict[str, torch.Tensor] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
 
     def __call__(self, batch: Mapping[str, torch.Tensor]) -> float:
@@ -56,11 +56,8 @@ class DistributedStep:
         stats = runner.run(StepRequest("step", lr, split_batch(batch, self.plan))).stats
         assert stats is not None
         if not stats.is_finite:
-            raise RunError(
-                "the loss or a gradient is not finite; the step was skipped",
-                "step",
-                "lower the learning rate",
-            )
+            problem = "the loss or a gradient is not finite; the step was skipped"
+            raise RunError(problem, "step", "lower the learning rate")
         return stats.loss
 
     def evaluate(self, batch: Mapping[str, torch.Tensor]) -> float:
@@ -95,7 +92,9 @@ class DistributedStep:
     def _start(self, batch: Mapping[str, torch.Tensor]) -> ChipSet:
         samples = _num_samples(batch)
         num_params = sum(p.numel() for p in self.model.parameters())
-        plan = self.plan or choose_plan(_any_job(samples), self.cluster, num_params)
+        # A job that leaves its plan open; samples are units of work, as nothing is known of tokens.
+        job = load_job(None).model_copy(update={"global_batch": samples, "seq": 1})
+        plan = self.plan or choose_plan(job, self.cluster, num_params)
         if plan.num_chips != self.cluster.num_chips:
             raise PlanError(f"the plan is for {plan.num_chips} chips, the cluster has {self.cluster.num_chips}", "plan",
                             f"take chips={plan.num_chips}, or change a degree")  # fmt: skip
@@ -106,7 +105,7 @@ class DistributedStep:
         self.program = self._program(batch, plan, samples)
         settings = Settings(_factory(self.optimizer), self.clip_norm)
         self._runner = ChipSet(self.program, settings, num_workers(self.cluster))
-        self._runner.load(self._values.__getitem__)
+        self._runner.load(module_values(self.model).__getitem__)
         self._shapes = {name: tuple(value.shape) for name, value in batch.items()}
         return self._runner
 
@@ -123,9 +122,7 @@ class DistributedStep:
             capture_graph, self.model, example, size,
             loss_fn=self.loss_fn, frozen=frozenset(names), min_units=plan.pp,
         )  # fmt: skip
-        program = make_program(graph, plan, shape, Quiet())
-        self._values = module_values(self.model)
-        return program
+        return make_program(graph, plan, shape, quiet)
 
 
 def distribute(
@@ -147,21 +144,14 @@ def distribute(
     return DistributedStep(model, optimizer, found.take(chips), plan, loss_fn, clip_norm)
 
 
-def _any_job(samples: int) -> Job:
-    """A job that leaves its plan open; samples are units of work, as nothing is known of tokens."""
-    return load_job(None).model_copy(update={"global_batch": samples, "seq": 1})
-
-
 def _num_samples(batch: object) -> int:
     if not isinstance(batch, Mapping) or not batch:
-        raise PlanError(
-            "the batch is not a mapping of tensors", "step(batch)", "pass {name: tensor}, as model(**batch)"
-        )
+        problem = "the batch is not a mapping of tensors"
+        raise PlanError(problem, "step(batch)", "pass {name: tensor}, as model(**batch)")
     sizes = {name: value.shape[0] for name, value in batch.items()}
     if len(set(sizes.values())) != 1:
-        raise PlanError(
-            f"batch entries differ in their first dim: {sizes}", "step(batch)", "make it the sample dim"
-        )
+        problem = f"batch entries differ in their first dim: {sizes}"
+        raise PlanError(problem, "step(batch)", "make it the sample dim")
     return next(iter(sizes.values()))
 
 

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from enum import StrEnum
 from importlib import metadata
 from pathlib import Path
+from types import ModuleType
 
 import psutil
 
@@ -61,78 +62,82 @@ def doctor() -> tuple[Diagnosis, ...]:
     return tuple(finding for check in CHECKS for finding in check())
 
 
+def judged(
+    name: str, found: str, is_fine: bool, remedy: str, otherwise: Severity = Severity.WARN
+) -> Diagnosis:
+    """There is nothing to do about what is fine."""
+    return Diagnosis(name, Severity.OK, found) if is_fine else Diagnosis(name, otherwise, found, remedy)
+
+
 def _python() -> Iterator[Diagnosis]:
     version = platform.python_version_tuple()
     fits = (3, 11) <= (int(version[0]), int(version[1])) < (3, 14)
-    level = Severity.OK if fits else Severity.FAIL
-    yield Diagnosis(
-        "python", level, platform.python_version(), "" if fits else "use Python 3.11, 3.12 or 3.13"
-    )
+    remedy = "use Python 3.11, 3.12 or 3.13"
+    yield judged("python", platform.python_version(), fits, remedy, Severity.FAIL)
 
 
 def _packages() -> Iterator[Diagnosis]:
     for name in REQUIRED:
-        version = installed(name)
-        if version is None:
-            yield Diagnosis(name, Severity.FAIL, "not installed", f"pip install {name}")
-        else:
-            yield Diagnosis(name, Severity.OK, version)
+        yield _package(name, f"pip install {name}", Severity.FAIL)
+
+
+def _package(name: str, remedy: str, otherwise: Severity, missing: str = "not installed") -> Diagnosis:
+    version = installed(name)
+    return judged(name, version or missing, version is not None, remedy, otherwise)
 
 
 def _torch() -> Iterator[Diagnosis]:
     version = installed("torch")
     if version is None:
-        yield Diagnosis("torch", Severity.FAIL, "not installed", f"pip install torch=={TORCH}")
+        yield _package("torch", f"pip install torch=={TORCH}", Severity.FAIL)
         return
     yield torch_version(version)
-    try:
-        torch = importlib.import_module("torch")
-    except (ImportError, OSError) as error:
-        yield Diagnosis("torch import", Severity.FAIL, str(error), f"reinstall: pip install torch=={TORCH}")
+    torch = _imported("torch")
+    if isinstance(torch, Exception):
+        yield Diagnosis("torch import", Severity.FAIL, str(torch), f"reinstall: pip install torch=={TORCH}")
         return
-    yield Diagnosis(
-        "torch threads", Severity.OK, f"{torch.get_num_threads()} (one per simulated chip in a run)"
-    )
+    threads = f"{torch.get_num_threads()} (one per simulated chip in a run)"
+    yield Diagnosis("torch threads", Severity.OK, threads)
     devices = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    yield Diagnosis(
-        "CUDA devices", Severity.OK, ", ".join(devices) or "none: chips are simulated or CPU cores"
-    )
+    found = ", ".join(devices) or "none: chips are simulated or CPU cores"
+    yield Diagnosis("CUDA devices", Severity.OK, found)
 
 
 def torch_version(version: str) -> Diagnosis:
     """Whether this build of torch is the one that orchestrate is written against."""
-    if version.split("+")[0] == TORCH:
-        return Diagnosis("torch", Severity.OK, version)
-    return Diagnosis("torch", Severity.FAIL, f"{version}, not {TORCH}", f"pip install torch=={TORCH}")
+    is_ours = version.split("+")[0] == TORCH
+    found = version if is_ours else f"{version}, not {TORCH}"
+    return judged("torch", found, is_ours, f"pip install torch=={TORCH}", Severity.FAIL)
 
 
 def _ray() -> Iterator[Diagnosis]:
     version = installed("ray")
-    if version is None:
-        yield Diagnosis(
-            "ray", Severity.WARN, "not installed", "pip install ray, or train with --runner inline"
-        )
-        return
+    ray = None if version is None else _imported("ray")
+    if isinstance(ray, Exception):
+        found = f"{version} does not import: {ray}"
+        yield Diagnosis("ray", Severity.WARN, found, "train with --runner inline")
+    else:
+        yield _package("ray", "pip install ray, or train with --runner inline", Severity.WARN)
+
+
+def _imported(name: str) -> ModuleType | Exception:
+    """The module, or why it does not import."""
     try:
-        importlib.import_module("ray")
+        return importlib.import_module(name)
     except (ImportError, OSError) as error:
-        yield Diagnosis(
-            "ray", Severity.WARN, f"{version} does not import: {error}", "train with --runner inline"
-        )
-        return
-    yield Diagnosis("ray", Severity.OK, version)
+        return error
 
 
 def _processor() -> Iterator[Diagnosis]:
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    remedy = "actors on one core take turns: use --runner inline" if usable < 2 else ""
-    yield Diagnosis("CPU cores", Severity.WARN if usable < 2 else Severity.OK, f"{usable} usable", remedy)
+    remedy = "actors on one core take turns: use --runner inline"
+    yield judged("CPU cores", f"{usable} usable", usable >= 2, remedy)
 
 
 def _memory() -> Iterator[Diagnosis]:
     memory = psutil.virtual_memory()
-    found = f"{size(memory.available)} free of {size(memory.total)}"
-    yield enough("memory", memory.available, MIN_MEMORY, found, "close programs, or train a smaller model")
+    remedy = "close programs, or train a smaller model"
+    yield room("memory", memory.available, memory.total, MIN_MEMORY, remedy)
 
 
 def _shared_memory() -> Iterator[Diagnosis]:
@@ -140,31 +145,19 @@ def _shared_memory() -> Iterator[Diagnosis]:
         yield Diagnosis(str(SHARED_MEMORY), Severity.WARN, "missing", "actors on one host will be slower")
         return
     usage = shutil.disk_usage(SHARED_MEMORY)
-    found = f"{size(usage.free)} free of {size(usage.total)}"
     remedy = "enlarge it (in a container: --shm-size=2g), or use --runner inline"
-    yield enough(str(SHARED_MEMORY), usage.free, MIN_SHARED_MEMORY, found, remedy)
+    yield room(str(SHARED_MEMORY), usage.free, usage.total, MIN_SHARED_MEMORY, remedy)
 
 
-def enough(name: str, free: int, needed: int, found: str, remedy: str) -> Diagnosis:
-    """A warning where fewer than `needed` bytes are free."""
-    return (
-        Diagnosis(name, Severity.OK, found)
-        if free >= needed
-        else Diagnosis(name, Severity.WARN, found, remedy)
-    )
+def room(name: str, free: int, total: int, needed: int, remedy: str) -> Diagnosis:
+    """A warning where fewer than `needed` bytes are free; in GiB, the unit that machines are sold and limited in."""
+    found = f"{free / GIB:.1f} GiB free of {total / GIB:.1f} GiB"
+    return judged(name, found, free >= needed, remedy)
 
 
 def _transformers() -> Iterator[Diagnosis]:
-    version = installed("transformers")
-    if version is None:
-        yield Diagnosis(
-            "transformers",
-            Severity.WARN,
-            "not installed: no hf: models",
-            "pip install 'orchestrate-chips[hf]'",
-        )
-    else:
-        yield Diagnosis("transformers", Severity.OK, version)
+    remedy = "pip install 'orchestrate-chips[hf]'"
+    yield _package("transformers", remedy, Severity.WARN, "not installed: no hf: models")
 
 
 def _name_clash() -> Iterator[Diagnosis]:
@@ -174,12 +167,9 @@ def _name_clash() -> Iterator[Diagnosis]:
 def kernels_clash(owners: list[str]) -> Diagnosis:
     """Another distribution installs a `kernels` package over ours, or is taken for it by transformers."""
     others = sorted({owner for owner in owners if owner != "orchestrate-chips"})
-    if not others:
-        return Diagnosis("kernels package", Severity.OK, "ours alone")
-    found = f"also installed by {', '.join(others)}"
-    return Diagnosis(
-        "kernels package", Severity.FAIL, found, f"pip uninstall {' '.join(others)}, then reinstall ours"
-    )
+    found = f"also installed by {', '.join(others)}" if others else "ours alone"
+    remedy = f"pip uninstall {' '.join(others)}, then reinstall ours"
+    return judged("kernels package", found, not others, remedy, Severity.FAIL)
 
 
 def installed(name: str) -> str | None:
@@ -188,11 +178,6 @@ def installed(name: str) -> str | None:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
         return None
-
-
-def size(nbytes: int) -> str:
-    """Bytes as GiB, the unit that machines are sold and limited in."""
-    return f"{nbytes / GIB:.1f} GiB"
 
 
 CHECKS: tuple[Callable[[], Iterator[Diagnosis]], ...] = (

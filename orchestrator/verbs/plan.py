@@ -25,7 +25,7 @@ def partition(cluster: Cluster, job: Job, plan: Plan | None = None) -> Prepared:
 
 def main(options: PlanOptions, console: Console) -> int:
     """The `plan` verb."""
-    prepared = prepare(options, console)
+    prepared = prepare(options, console.phase)
     result = simulate(prepared.program, prepared.cluster)
     console.results(document(prepared, result), [stage_table(prepared.program), fit_table(result)])
     if options.run_dir is not None:
@@ -97,4 +97,4 @@ def fit_table(result: SimulationResult) -> Table:
         for role in result.memory
     ]  # fmt: skip
     rows.append(("step", format_seconds(result.step_time_s), f"MFU {format_percent(result.mfu)}"))
-    return Table("does it fit, how fast is it", tuple(rows), ("what", "value", "share"))
+    return Table("does it fit, how fast is it", rows, ("what", "value", "share"))

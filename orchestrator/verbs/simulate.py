@@ -23,7 +23,7 @@ from orchestrator.runs.disk import write_whole
 from orchestrator.runs.run_dir import RunDir
 from orchestrator.verbs.inputs.options import SimulateOptions
 from orchestrator.verbs.inputs.planned_inputs import prepare
-from orchestrator.views.console import Console, Table, pairs
+from orchestrator.views.console import Console, Table
 from orchestrator.views.perfetto import trace_gz
 from partitioner.layout.parallel_plan import plan_to_yaml
 from partitioner.program.peak_memory import MemoryClass
@@ -57,7 +57,7 @@ def require_fit(result: SimulationResult) -> None:
 
 def main(options: SimulateOptions, console: Console) -> int:
     """Prepare a Program as asked, predict it, answer. Raises UserError."""
-    return answer(prepare(options, console), options, console)
+    return answer(prepare(options, console.phase), options, console)
 
 
 def answer(prepared: Prepared, options: SimulateOptions, console: Console) -> int:
@@ -93,15 +93,20 @@ def write_run(run: RunDir, prepared: Prepared, result: SimulationResult) -> None
             "global_batch": prepared.job.global_batch,
         }
     )
-    run.write_plan(plan_to_yaml(prepared.plan))
-    run.write_program(to_text(prepared.program), encode(prepared.program))
+    write_program(run, prepared)
     run.write_timeline(timeline)
     write_whole(run.trace, trace_gz(timeline))
 
 
+def write_program(run: RunDir, prepared: Prepared) -> None:
+    """The plan, to be edited, and what it became."""
+    run.write_plan(plan_to_yaml(prepared.plan))
+    run.write_program(to_text(prepared.program), encode(prepared.program))
+
+
 def tables(result: SimulationResult) -> tuple[Table, ...]:
     """The prediction to read."""
-    head = pairs(
+    head = Table(
         f"{result.plan} on {result.num_chips} chips of {result.cluster.name}",
         (
             ("step", format_seconds(result.step_time_s)),
@@ -136,4 +141,4 @@ def _memory_table(result: SimulationResult) -> Table:
         size = result.chip_of(role).memory_bytes
         share = format_percent(role.peak_bytes / size)
         rows.append((f"stage {role.stage}", format_scaled(role.peak_bytes, "B"), share))
-    return Table("peak memory per chip", tuple(rows), ("stage", "peak", "of the chip"))
+    return Table("peak memory per chip", rows, ("stage", "peak", "of the chip"))

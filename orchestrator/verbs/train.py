@@ -16,7 +16,7 @@ from comms.errors import ConfigError, ModelError
 from comms.units import format_scaled, format_seconds
 from orchestrator.config.hardware.cluster import Cluster, Device
 from orchestrator.config.job_file import Job
-from orchestrator.planning.preparation import Prepared, build_model, prepare
+from orchestrator.planning.preparation import build_model, module_values, prepare
 from orchestrator.runners.failure import RunEnd, interrupted
 from orchestrator.runners.timing.prediction import simulate
 from orchestrator.runs import metrics, run_dir
@@ -24,13 +24,10 @@ from orchestrator.runs.data import NUM_BYTES, baseline_losses, load_data
 from orchestrator.runs.run_dir import RunDir
 from orchestrator.verbs.inputs.options import RunnerKind, SimulateOptions, TrainOptions
 from orchestrator.verbs.inputs.planned_inputs import Inputs, from_config, read_plan, resolve
-from orchestrator.verbs.simulate import answer
-from orchestrator.verbs.training import Training, TrainingProgress
-from orchestrator.verbs.training_results import TrainResult, write_results
-from orchestrator.views.console import Console, Table, pairs
-from partitioner.layout.parallel_plan import Plan, plan_to_yaml
-from partitioner.program.program_codec import encode
-from partitioner.program.program_text import to_text
+from orchestrator.verbs.simulate import answer, write_program
+from orchestrator.verbs.training import Training, TrainResult, write_results
+from orchestrator.views.console import Console, Table
+from partitioner.layout.parallel_plan import Plan
 
 if TYPE_CHECKING:
     from orchestrator.models.model_builder import BuiltModel
@@ -47,20 +44,15 @@ PLAIN_LINES = 10  # a line for every so many steps, off a terminal
 def main(options: TrainOptions, console: Console) -> int:
     """The `train` verb. The simulated runner has no tensors to train: its answer is that of `simulate`."""
     inputs, folder = _inputs(options)
-    runner = options.runner or _usual_runner(options, folder)
+    # Ray, or what the run that is resumed was started with.
+    usual = RunnerKind.RAY if options.resume is None else folder.read_config().get("runner", RunnerKind.RAY)
+    runner = options.runner or RunnerKind(str(usual))
     if options.dry_run or runner is RunnerKind.SIMULATED:
-        prepared = prepare(inputs.cluster, inputs.job, inputs.plan, progress=console)
+        prepared = prepare(inputs.cluster, inputs.job, inputs.plan, progress=console.phase)
         return answer(prepared, SimulateOptions(run_dir=options.run_dir), console)
     result = _train(inputs, runner, folder, console, resume=options.resume is not None)
     console.results(result.document(), result.tables())
     return INTERRUPTED if result.was_interrupted else 0
-
-
-def _usual_runner(options: TrainOptions, folder: RunDir) -> RunnerKind:
-    """Ray, or what the run that is resumed was started with."""
-    if options.resume is None:
-        return RunnerKind.RAY
-    return RunnerKind(str(folder.read_config().get("runner", RunnerKind.RAY)))
 
 
 def run(
@@ -85,9 +77,8 @@ def _inputs(options: TrainOptions) -> tuple[Inputs, RunDir]:
     given = [name for name in FIXED_BY_RUN if getattr(options, name) is not None]
     if given or options.overrides:
         flag = f"--{given[0].replace('_', '-')}" if given else "--set"
-        raise ConfigError(
-            f"{flag} cannot change a run that is resumed", "--resume", "leave it out, or start a new run"
-        )
+        problem = f"{flag} cannot change a run that is resumed"
+        raise ConfigError(problem, "--resume", "leave it out, or start a new run")
     folder = run_dir.resume(options.resume)
     return from_config(folder.read_config(), read_plan(folder.plan), str(folder.config)), folder
 
@@ -102,22 +93,26 @@ def _train(
     console.log_to(folder.log)
     data = load_data(inputs.job.data, seq=inputs.job.seq, seed=inputs.job.seed)
     with closing(_launch(inputs.cluster, kind)) as launch:
-        prepared = prepare(inputs.cluster, inputs.job, inputs.plan, progress=console)
+        prepared = prepare(inputs.cluster, inputs.job, inputs.plan, progress=console.phase)
         if not resume:
-            _write_inputs(folder, inputs, prepared, kind)
+            folder.write_config(inputs.config(kind.value))
+            write_program(folder, prepared)
         with console.phase("simulate"):
             predicted = simulate(prepared.program, prepared.cluster)
-        with closing(launch.connect(prepared, console)) as runner:
+        with closing(launch.connect(prepared, console.phase)) as runner:
             training = Training(prepared, runner, data, folder, predicted, console.warn)
             _load_parameters(training, console)
-            progress = _restored(training, console) if resume else TrainingProgress()
+            if resume:
+                training.restore()
+                metrics.rewind_metrics(folder.metrics, training.step)
+                console.say(f"resumed at step {training.step} of {prepared.job.steps}")
             with console.phase("n-gram baselines"):
                 baselines = baseline_losses(data.train, data.validation)
             console.show([_facts(training, baselines), console.phase_table()])
             job = prepared.job
             with console.training(job.model, job.steps, every=PLAIN_LINES) as show, _stopping() as stop:
-                training.run(progress, show, stop.is_set)  # steps, validates, saves
-            return write_results(training, progress, baselines)
+                training.run(show, stop.is_set)  # steps, validates, saves
+            return write_results(training, baselines)
 
 
 def _launch(cluster: Cluster, kind: RunnerKind) -> "Launch":
@@ -130,27 +125,12 @@ def _launch(cluster: Cluster, kind: RunnerKind) -> "Launch":
     return InlineLaunch(cluster)
 
 
-def _write_inputs(folder: RunDir, inputs: Inputs, prepared: Prepared, kind: RunnerKind) -> None:
-    folder.write_config(inputs.config(kind.value))
-    folder.write_plan(plan_to_yaml(prepared.plan))
-    folder.write_program(to_text(prepared.program), encode(prepared.program))
-
-
 def _load_parameters(training: Training, console: Console) -> None:
-    from orchestrator.runners.executing.chip import module_values
-
     job = training.prepared.job
     with console.phase("load parameters"):
         model = build_model(job, "cpu")
         _require_bytes(model, job)
         training.runner.load(module_values(model.module).__getitem__)
-
-
-def _restored(training: Training, console: Console) -> TrainingProgress:
-    progress = training.restore()
-    metrics.rewind_metrics(training.run_dir.metrics, progress.step)
-    console.say(f"resumed at step {progress.step} of {training.prepared.job.steps}")
-    return progress
 
 
 def _require_bytes(model: "BuiltModel", job: Job) -> None:
@@ -202,4 +182,4 @@ def _facts(training: Training, baselines: Mapping[str, float]) -> Table:
         *((f"validation loss of a {name}", f"{loss:.3f} nats/byte") for name, loss in baselines.items()),
         ("run directory", str(training.run_dir.root)),
     ]
-    return pairs("training", rows)
+    return Table("training", rows)

@@ -1,49 +1,46 @@
-"""The training loop: steps, validation, checkpoints and what is shown of them, for any runner.
+"""Training: steps, validation, checkpoints, and what a run leaves in its folder at the end, for any runner.
 
 Assumes nothing about where chips are. Everything that may be lost is written as it happens: metrics line by line,
-checkpoints whole or not at all; what becomes of an interrupt and of a step that fails is decided by `failure`.
+checkpoints whole or not at all; what becomes of an interrupt and of a step that fails is decided by `failure`. At the
+end the prediction stands beside the measurement, in the timelines, in the picture, and in numbers (`runs.accuracy`).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from math import nan
+from pathlib import Path
 
 from comms.errors import RunError
+from comms.units import DASH, format_percent, format_scaled, format_seconds
 from kernels.optimizers import StepStatistics
+from orchestrator.config.hardware.cluster import Device
 from orchestrator.planning.preparation import Prepared
 from orchestrator.runners.failure import not_finite
-from orchestrator.runners.runner import Batches, ExecutedStep, StepRequest, TensorRunner
+from orchestrator.runners.runner import Batches, ExecutedStep, StepRequest, TensorRunner, measured_timeline
 from orchestrator.runners.timing.prediction import SimulationResult
 from orchestrator.runners.timing.step_costs import NS_PER_S
 from orchestrator.runs import checkpoint
+from orchestrator.runs.accuracy import Accuracy, Basis, Pair, compare
 from orchestrator.runs.data import TokenData, split_batch
+from orchestrator.runs.disk import write_whole
 from orchestrator.runs.learning_rate import learning_rate
-from orchestrator.runs.metrics import eta_s, metrics_writer
+from orchestrator.runs.metrics import eta_s, metrics_writer, read_metrics
 from orchestrator.runs.run_dir import RunDir
+from orchestrator.runs.timeline import Origin, Timeline
+from orchestrator.views.console import Table
+from orchestrator.views.perfetto import trace_gz
+from orchestrator.views.plots import loss_png, timeline_png
 from orchestrator.views.training_view import StepLine
+from partitioner.program.peak_memory import MemoryClass
 
 RECENT_STEPS = 20  # step times that the throughput and the ETA are taken from
 MEASURED_STEPS = 2  # steps after the first whose intervals are recorded for the timeline
+OTHER_MACHINE = "shares of time, as the chips are simulated on this machine"
 
 
 @dataclass
-class TrainingProgress:
-    """What has happened so far; enough for the final summary."""
-
-    step: int = 0
-    losses: list[tuple[int, float]] = field(default_factory=list)
-    step_seconds: list[float] = field(default_factory=list)
-    measured: dict[int, ExecutedStep] = field(default_factory=dict)  # by step
-    was_interrupted: bool = False
-
-    def recent_step_seconds(self) -> float:
-        """Median of the last step times: the first ones include warm-up."""
-        recent = sorted(self.step_seconds[-RECENT_STEPS:])
-        return recent[len(recent) // 2] if recent else 0.0
-
-
-@dataclass(frozen=True)
 class Training:
-    """Everything a loop needs, put together by `verbs.train`."""
+    """Everything a loop needs, put together by `verbs.train`, and how far it is."""
 
     prepared: Prepared
     runner: TensorRunner
@@ -51,42 +48,50 @@ class Training:
     run_dir: RunDir
     predicted: SimulationResult
     warn: Callable[[str], None]
+    step: int = 0
+    loss: float = nan  # of the last step
+    step_seconds: list[float] = field(default_factory=list)
+    measured: dict[int, ExecutedStep] = field(default_factory=dict)  # by step
+    was_interrupted: bool = False
     saved: set[int] = field(default_factory=set)  # steps that this process has written
 
-    def run(
-        self, progress: TrainingProgress, show: Callable[[StepLine], None], is_stopping: Callable[[], bool]
-    ) -> None:
-        """Train from `progress.step` to the job's last step, or to the step at whose end `is_stopping()`; then save."""
+    def recent_step_seconds(self) -> float:
+        """Median of the last step times: the first ones include warm-up."""
+        recent = sorted(self.step_seconds[-RECENT_STEPS:])
+        return recent[len(recent) // 2] if recent else 0.0
+
+    def run(self, show: Callable[[StepLine], None], is_stopping: Callable[[], bool]) -> None:
+        """Train from `step` to the job's last step, or to the step at whose end `is_stopping()`; then save."""
         job = self.prepared.job
         with metrics_writer(self.run_dir.metrics) as write:
-            while progress.step < job.steps and not progress.was_interrupted:
-                line = self._step(progress)
+            while self.step < job.steps and not self.was_interrupted:
+                line = self._step()
                 write(self._record(line))
                 show(line)
-                if _is_due(progress.step, job.checkpoints.every):
-                    self.save(progress.step)
-                progress.was_interrupted = is_stopping() and progress.step < job.steps
-        self.save(progress.step)
+                if _is_due(self.step, job.checkpoints.every):
+                    self.save()
+                self.was_interrupted = is_stopping() and self.step < job.steps
+        self.save()
 
-    def _step(self, progress: TrainingProgress) -> StepLine:
-        job, step = self.prepared.job, progress.step
+    def _step(self) -> StepLine:
+        job, step = self.prepared.job, self.step
         first = step * job.global_batch
         batches = split_batch(self.data.batch(range(first, first + job.global_batch)), self.prepared.plan)
-        measure = 1 <= len(progress.step_seconds) <= MEASURED_STEPS
+        measure = 1 <= len(self.step_seconds) <= MEASURED_STEPS
         result = self.runner.run(StepRequest("step", self._lr(step), batches, measure=measure))
         assert result.stats is not None
         if not result.stats.is_finite:
             error = not_finite(step + 1, self._cause(step, batches))
-            self.save(step)
+            self.save()
             raise error
-        progress.step = step + 1
-        progress.losses.append((progress.step, result.stats.loss))
-        progress.step_seconds.append(result.step_ns / NS_PER_S)
+        self.step = step + 1
+        self.loss = result.stats.loss
+        self.step_seconds.append(result.step_ns / NS_PER_S)
         if measure:
-            progress.measured[progress.step] = result
-        is_last = progress.step == job.steps and job.validation.every > 0
-        is_validated = is_last or _is_due(progress.step, job.validation.every)
-        return self._line(progress, result.stats, self.validate() if is_validated else None)
+            self.measured[self.step] = result
+        is_last = self.step == job.steps and job.validation.every > 0
+        is_validated = is_last or _is_due(self.step, job.validation.every)
+        return self._line(result.stats, self.validate() if is_validated else None)
 
     def _lr(self, step: int) -> float:
         job = self.prepared.job
@@ -110,17 +115,17 @@ class Training:
             total, count = total + stats.loss_sum, count + stats.count
         return total / count
 
-    def _line(self, progress: TrainingProgress, stats: StepStatistics, validation: float | None) -> StepLine:
-        job, predicted, seconds = self.prepared.job, self.predicted, progress.step_seconds[-1]
+    def _line(self, stats: StepStatistics, validation: float | None) -> StepLine:
+        job, predicted, seconds = self.prepared.job, self.predicted, self.step_seconds[-1]
         exposed = sum(s for _, s in predicted.breakdown.exposed_communication_s)
         cost = predicted.cost_usd_per_step
         return StepLine(
-            step=progress.step, loss=stats.loss, grad_norm=stats.grad_norm, step_seconds=seconds,
+            step=self.step, loss=stats.loss, grad_norm=stats.grad_norm, step_seconds=seconds,
             tokens_per_s=job.global_batch * job.seq / seconds, mfu=predicted.mfu,
             memory_bytes=max(role.peak_bytes for role in predicted.memory),
             predicted_seconds=predicted.step_time_s, exposed_communication=exposed / predicted.step_time_s,
-            cost_usd=None if cost is None else cost * progress.step,
-            eta_seconds=eta_s(progress.step_seconds[-RECENT_STEPS:], job.steps - progress.step),
+            cost_usd=None if cost is None else cost * self.step,
+            eta_seconds=eta_s(self.step_seconds[-RECENT_STEPS:], job.steps - self.step),
             validation_loss=validation,
         )  # fmt: skip
 
@@ -132,9 +137,9 @@ class Training:
             "predicted_cost_usd": line.cost_usd,
         }  # fmt: skip
 
-    def save(self, step: int) -> None:
-        """Write the checkpoint of `step` (once) and drop old ones."""
-        job = self.prepared.job
+    def save(self) -> None:
+        """Write the checkpoint of the last step (once) and drop old ones."""
+        job, step = self.prepared.job, self.step
         if step in self.saved:
             return
         self.saved.add(step)
@@ -147,7 +152,7 @@ class Training:
         checkpoint.save(self.run_dir.checkpoints, manifest, states)
         checkpoint.prune(self.run_dir.root, job.checkpoints.keep)
 
-    def restore(self) -> TrainingProgress:
+    def restore(self) -> None:
         """Continue from the newest complete checkpoint of the run directory."""
         found = checkpoint.latest(self.run_dir.root)
         if found.checkpoint is None:
@@ -157,16 +162,135 @@ class Training:
         checkpoint.remove_newer(self.run_dir.root, found.checkpoint)
         manifest = found.checkpoint.manifest
         if manifest.extra.get("data") != self.data.digest:
-            raise RunError(
-                "the data is not what the run was trained on", self.data.name, "give the same data"
-            )
+            problem = "the data is not what the run was trained on"
+            raise RunError(problem, self.data.name, "give the same data")
         shards = {
             int(name.rsplit("-", 1)[1]): tensors
             for name, tensors in checkpoint.load(found.checkpoint).items()
         }
         self.runner.restore({chip: shards.get(chip, {}) for chip in range(self.prepared.program.num_chips)})
-        return TrainingProgress(step=manifest.step)
+        self.step = manifest.step
 
 
 def _is_due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
+
+
+@dataclass(frozen=True, slots=True)
+class TrainResult:
+    """How a run ended; `accuracy` is None where no step was measured."""
+
+    final_loss: float
+    val_loss: float | None
+    tokens_per_s: float
+    predicted_step_time_s: float
+    run_dir: Path
+    steps: int
+    was_interrupted: bool
+    baselines: Mapping[str, float]
+    accuracy: Accuracy | None
+
+    def document(self) -> dict[str, object]:
+        """As JSON values."""
+        return {
+            "final_loss": self.final_loss, "val_loss": self.val_loss, "tokens_per_s": self.tokens_per_s,
+            "predicted_step_time_s": self.predicted_step_time_s, "run_dir": str(self.run_dir), "steps": self.steps,
+            "was_interrupted": self.was_interrupted, "baselines": dict(self.baselines),
+            "accuracy": self.accuracy.document() if self.accuracy else None,
+        }  # fmt: skip
+
+    def tables(self) -> list[Table]:
+        """The same to read."""
+        tables = [Table("trained", _rows(self))]
+        return [*tables, _accuracy_table(self.accuracy)] if self.accuracy else tables
+
+
+def write_results(training: Training, baselines: Mapping[str, float]) -> TrainResult:
+    """Timelines, trace and plots; of a run that was resumed the curves are whole, from its metrics."""
+    folder, predicted, job = training.run_dir, training.predicted, training.prepared.job
+    records = read_metrics(folder.metrics)
+    curve, points = (
+        tuple((int(str(r["step"])), float(str(r[key]))) for r in records if r.get(key) is not None)
+        for key in ("loss", "val_loss")
+    )
+    if curve:
+        write_whole(folder.loss_plot, loss_png(curve, points, baselines))
+    accuracy = _write_timelines(training)
+    step_s = training.recent_step_seconds()
+    return TrainResult(
+        final_loss=training.loss,
+        val_loss=points[-1][1] if points else None,
+        tokens_per_s=job.global_batch * job.seq / step_s if step_s else 0.0,
+        predicted_step_time_s=predicted.step_time_s, run_dir=folder.root, steps=training.step,
+        was_interrupted=training.was_interrupted, baselines=baselines, accuracy=accuracy,
+    )  # fmt: skip
+
+
+def _write_timelines(training: Training) -> Accuracy | None:
+    """What was predicted beside what was measured, if only before the run was resumed; None where no step was."""
+    folder, result = training.run_dir, training.predicted
+    # Simulated chips are executed by another machine than the one that is described.
+    is_described = training.prepared.cluster.device is not Device.SIMULATED
+    basis = Basis.SECONDS if is_described else Basis.SHARES
+    predicted, program = result.timeline(), training.prepared.program
+    marks = {step: each.marks for step, each in training.measured.items() if each.marks}
+    measured = (
+        measured_timeline(program, marks).from_zero() if marks else folder.read_timeline(Origin.MEASURED)
+    )
+    both = [predicted] if measured is None else [predicted, measured]
+    for timeline in both:
+        folder.write_timeline(timeline)
+    write_whole(folder.trace, trace_gz(*both))
+    write_whole(folder.timeline_plot, timeline_png(both, by_shares=not is_described))
+    if measured is None:
+        return None
+    return compare(result.step.timeline(all_chips=True), measured, basis, _memory_pairs(training, measured))
+
+
+def _memory_pairs(training: Training, measured: Timeline) -> tuple[Pair, ...]:
+    """Per stage: its fullest chip as predicted, and as it was; what is inside an instruction counts for neither."""
+    program, fullest, rows = training.prepared.program, dict[int, int](), measured.counter_rows
+    for chip, nbytes in zip(rows["chip"].tolist(), rows["nbytes"].tolist(), strict=True):
+        stage = program.role_of(chip).stage
+        fullest[stage] = max(fullest.get(stage, 0), nbytes)
+    return tuple(
+        Pair(role.peak_bytes - dict(role.classes)[MemoryClass.TEMPORARY], fullest.get(role.stage, 0))
+        for role in training.predicted.memory
+    )
+
+
+def _accuracy_table(accuracy: Accuracy) -> Table:
+    in_seconds = accuracy.basis is Basis.SECONDS
+    rows = []
+    for kind in accuracy.kinds:
+        times = [ns / accuracy.num_steps / NS_PER_S for ns in (kind.predicted_ns, kind.measured_ns)]
+        shares = accuracy.shares(kind)
+        compared = (
+            (*map(format_seconds, times), f"{kind.error:+.1%}")
+            if in_seconds
+            else (*map(format_percent, shares), f"{100 * (shares[0] - shares[1]):+.1f} points")
+        )
+        rows.append((kind.kind, str(kind.num_matched // accuracy.num_steps), *compared))
+    totals = [("bytes", accuracy.nbytes, "B"), ("FLOPs", accuracy.flops, "")]
+    totals += [(f"memory held, stage {stage}", pair, "B") for stage, pair in enumerate(accuracy.memory_bytes)]
+    for name, pair, unit in totals:
+        off = f"{(pair.predicted - pair.measured) / max(pair.measured, 1):+.1%}"
+        both = (format_scaled(pair.predicted, unit), format_scaled(pair.measured, unit))
+        rows.append((name, DASH, *both, off))
+    chips = f"{accuracy.chips_in_order} of {accuracy.num_chips} chips"
+    rows.append(("order as predicted", DASH, DASH, chips, DASH))
+    what = "seconds on these chips" if in_seconds else OTHER_MACHINE
+    heads = ("per step, all chips", "instructions", "predicted", "measured", "off by")
+    return Table(f"predicted against measured: {what}", rows, heads)
+
+
+def _rows(result: TrainResult) -> list[tuple[str, str]]:
+    validation = "not measured" if result.val_loss is None else f"{result.val_loss:.4f} nats/byte"
+    return [
+        ("final loss", f"{result.final_loss:.4f} nats/byte"),
+        ("validation loss", validation),
+        *((f"  {name} baseline", f"{loss:.4f} nats/byte") for name, loss in result.baselines.items()),
+        ("tokens/s on this machine", format_scaled(result.tokens_per_s, "")),
+        ("predicted step on the chips", format_seconds(result.predicted_step_time_s)),
+        ("run directory", str(result.run_dir)),
+    ]

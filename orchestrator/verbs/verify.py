@@ -7,30 +7,30 @@ where it says it does is not accepted either. Where the sides differ, the first 
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import torch
 
 from comms.errors import PlanError
+from comms.selection.progress import Progress, quiet
 from comms.units import format_scaled
 from orchestrator.config.hardware.cluster import Cluster
 from orchestrator.config.job_file import Dtype, Job
-from orchestrator.planning.preparation import PhaseReporter, Prepared, Quiet, build_model, prepare
+from orchestrator.planning.preparation import Prepared, build_model, prepare
 from orchestrator.verbs.inputs.options import VerifyOptions
 from orchestrator.verbs.inputs.planned_inputs import resolve
 from orchestrator.verbs.plan import parameter_bytes, step_flops
 from orchestrator.verbs.verify_runs import (
     Trajectory,
-    copied_values,
+    both_sides,
     first_difference,
-    make_batches,
     on_one_chip,
-    planned_run,
     reference_run,
     relative,
 )
-from orchestrator.views.console import Console, Table, pairs
+from orchestrator.views.console import Console, Table
 from partitioner.layout.parallel_plan import Plan
+from partitioner.program.program import Program
 
 TOLERANCE = 1e-10  # relative, float64
 
@@ -57,7 +57,12 @@ class RelativeErrors:
 
     @property
     def worst(self) -> float:
-        return max(self.loss, self.grad, self.param)
+        return max(astuple(self))
+
+    def within(self, noise: "RelativeErrors") -> bool:
+        """Whether each is so small that it may be noise."""
+        both = zip(astuple(self), astuple(noise), strict=True)
+        return all(error <= NOISE_FACTOR * other for error, other in both)
 
     def document(self) -> dict[str, float]:
         """As JSON values."""
@@ -102,74 +107,57 @@ class VerifyResult:
 def main(options: VerifyOptions, console: Console) -> int:
     """The `verify` verb."""
     inputs = resolve(options)
-    result = verify(inputs.cluster, inputs.job, inputs.plan, progress=console)
+    result = verify(inputs.cluster, inputs.job, inputs.plan, progress=console.phase)
     console.results(result.document(), [_table(result)])
     return 0 if result.equal else DIFFERS
 
 
 def verify(
-    cluster: Cluster, job: Job, plan: Plan | None = None, *, progress: PhaseReporter | None = None
+    cluster: Cluster, job: Job, plan: Plan | None = None, *, progress: Progress = quiet
 ) -> VerifyResult:
     """Compare `STEPS` steps of the plan with one chip. Raises UserError if there is nothing to compare."""
-    shown = progress or Quiet()
     exact = job.model_copy(update={"dtype": Dtype.FP64})
-    prepared = prepare(cluster, exact, plan, progress=shown)
+    prepared = prepare(cluster, exact, plan, progress=progress)
     alone = on_one_chip(prepared)
-    _require_cut(prepared, alone)
-    with shown.phase("compare in fp64"):
+    nbytes, flops = _per_chip(prepared.program)
+    (whole_bytes,), (whole_flops,) = _per_chip(alone.program)
+    plan, chips = prepared.plan, prepared.plan.dp * prepared.plan.tp
+    _require_cut(plan, sum(nbytes) * plan.tp, sum(flops) * chips, whole_bytes, whole_flops)
+    with progress("compare in fp64"):
         errors, difference = _proof(prepared)
     own = noise = None
     if job.dtype is not Dtype.FP64:
-        with shown.phase(f"compare in {job.dtype}"):
+        with progress(f"compare in {job.dtype}"):
             own, noise = _own_dtype(cluster, job, prepared.plan)
-    is_noise = own is None or noise is None or _within(own, noise)
+    is_noise = own is None or noise is None or own.within(noise)
     return VerifyResult(
         equal=errors.worst <= TOLERANCE and is_noise, errors=errors, own=own, noise=noise, first_difference=difference,
         plan=str(prepared.plan),
-        parameter_bytes_per_chip=tuple(parameter_bytes(role) for role in prepared.program.roles),
-        flops_per_chip=tuple(step_flops(prepared.program, role) for role in prepared.program.roles),
-        one_chip_parameter_bytes=parameter_bytes(alone.program.roles[0]),
-        one_chip_flops=step_flops(alone.program, alone.program.roles[0]),
+        parameter_bytes_per_chip=nbytes, flops_per_chip=flops,
+        one_chip_parameter_bytes=whole_bytes, one_chip_flops=whole_flops,
     )  # fmt: skip
 
 
-def _within(own: RelativeErrors, noise: RelativeErrors) -> bool:
-    limit = NOISE_FACTOR
-    return (
-        own.loss <= limit * noise.loss and own.grad <= limit * noise.grad and own.param <= limit * noise.param
-    )
-
-
 def _proof(prepared: Prepared) -> tuple[RelativeErrors, str | None]:
-    job = prepared.job
-    model = build_model(job, "cpu")
-    values, batches = copied_values(model), make_batches(model, job, STEPS)
-    planned = planned_run(prepared, values, batches)
-    errors = compare(planned, reference_run(model, job, batches), GRAD_FLOOR)
+    sides = both_sides(prepared, STEPS)
+    errors = compare(sides.planned, sides.plain, GRAD_FLOOR)
     if errors.worst <= TOLERANCE:
         return errors, None
-    found = first_difference(prepared, values, batches[0], TOLERANCE, job.optimizer.lr)
+    found = first_difference(prepared, sides.values, sides.batches[0], TOLERANCE, prepared.job.optimizer.lr)
     return errors, found or "no forward or backward instruction; look at reductions and the update"
 
 
 def _own_dtype(cluster: Cluster, job: Job, plan: Plan) -> tuple[RelativeErrors, RelativeErrors]:
     """(plan against one chip, largest difference between one chip and itself re-ordered)."""
-    prepared = prepare(cluster, job, plan)
-    model = build_model(job, "cpu")
-    values, batches = copied_values(model), make_batches(model, job, STEPS)
-    planned = planned_run(prepared, values, batches)
-    plain = reference_run(model, job, batches)
-    noises = []
+    sides = both_sides(prepare(cluster, job, plan), STEPS)
+    floor = torch.finfo(torch.bfloat16 if job.dtype is Dtype.BF16 else torch.float32).eps
+    noises = [RelativeErrors(floor, floor, floor)]
     for number in range(NUM_REORDERED):
         order = torch.randperm(job.global_batch, generator=torch.Generator().manual_seed(number))
-        noises.append(
-            compare(reference_run(build_model(job, "cpu"), job, batches, order), plain, OWN_GRAD_FLOOR)
-        )
-    floor = torch.finfo(torch.bfloat16 if job.dtype is Dtype.BF16 else torch.float32).eps
-    largest = RelativeErrors(
-        *(max(floor, *(getattr(n, key) for n in noises)) for key in ("loss", "grad", "param"))
-    )
-    return compare(planned, plain, OWN_GRAD_FLOOR), largest
+        reordered = reference_run(build_model(job, "cpu"), job, sides.batches, order)
+        noises.append(compare(reordered, sides.plain, OWN_GRAD_FLOOR))
+    largest = RelativeErrors(*map(max, zip(*map(astuple, noises), strict=True)))
+    return compare(sides.planned, sides.plain, OWN_GRAD_FLOOR), largest
 
 
 def compare(one: Trajectory, other: Trajectory, grad_floor: float) -> RelativeErrors:
@@ -185,20 +173,19 @@ def _largest(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor],
     return max(relative(one[name].reshape(other[name].shape), other[name], floor) for name in other)
 
 
-def _require_cut(prepared: Prepared, alone: Prepared) -> None:
+def _per_chip(program: Program) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """By stage: bytes of parameters, and FLOPs in a step."""
+    roles = program.roles
+    return tuple(map(parameter_bytes, roles)), tuple(step_flops(program, role) for role in roles)
+
+
+def _require_cut(plan: Plan, held: int, work: int, whole_bytes: int, whole_work: int) -> None:
     """Refuse a plan whose tensor parallelism cuts neither parameters nor work."""
-    program, tp = prepared.program, prepared.plan.tp
-    if tp == 1:
-        return
-    held = sum(parameter_bytes(role) for role in program.roles) * tp
-    work = sum(step_flops(program, role) for role in program.roles) * tp * prepared.plan.dp
-    whole_bytes, whole_work = (f(*a) for f, a in ((parameter_bytes, (alone.program.roles[0],)),
-                                                  (step_flops, (alone.program, alone.program.roles[0]))))  # fmt: skip
-    if held >= REPLICATED * tp * whole_bytes or work >= REPLICATED * tp * whole_work:
-        raise PlanError(
-            f"tp {tp} only replicates: all chips together hold {held / whole_bytes:.2f} times the parameters and do "
-            f"{work / whole_work:.2f} times the work", str(prepared.plan), "use tp 1, or give the model a tp_plan",
-        )  # fmt: skip
+    least = REPLICATED * plan.tp
+    if plan.tp > 1 and (held >= least * whole_bytes or work >= least * whole_work):
+        parts = f"{held / whole_bytes:.2f} times the parameters and do {work / whole_work:.2f} times the work"
+        problem = f"tp {plan.tp} only replicates: all chips together hold {parts}"
+        raise PlanError(problem, str(plan), "use tp 1, or give the model a tp_plan")
 
 
 def _table(result: VerifyResult) -> Table:
@@ -215,4 +202,4 @@ def _table(result: VerifyResult) -> Table:
         held = f"{format_scaled(nbytes, 'B')} of {format_scaled(result.one_chip_parameter_bytes, 'B')} parameters"
         work = f"{format_scaled(flops, 'FLOP')} of {format_scaled(result.one_chip_flops, 'FLOP')} per step"
         rows.append((f"each chip of stage {stage}", f"{held}, {work}"))
-    return pairs(f"{result.plan} against one chip, {STEPS} steps", rows)
+    return Table(f"{result.plan} against one chip, {STEPS} steps", rows)

@@ -4,7 +4,7 @@ The reference is the user's own module on one chip: eager autograd, `torch.optim
 other side is the Program on all chips of the plan, in one process.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
@@ -12,9 +12,10 @@ import torch
 
 from kernels.reference import interpret_segment
 from orchestrator.config.job_file import Dtype, Job
+from orchestrator.models.builtin_gpt import IGNORED_LABEL
 from orchestrator.models.model_builder import BuiltModel
-from orchestrator.planning.preparation import Prepared, optimizer_factory, prepare
-from orchestrator.runners.executing.chip import ExecutingChip, module_values, op_codes, whole_tensors
+from orchestrator.planning.preparation import Prepared, build_model, module_values, optimizer_factory, prepare
+from orchestrator.runners.executing.chip import ExecutingChip, op_codes, whole_tensors
 from orchestrator.runners.executing.chip_set import ChipSet, chip_settings
 from orchestrator.runners.runner import StepRequest
 from orchestrator.runs.data import split_batch
@@ -23,7 +24,6 @@ from partitioner.capture.exact_float64 import ExactFloat64
 from partitioner.capture.tracing import scalar_loss
 from partitioner.program.program import Compute, TensorKind
 
-IGNORED_LABEL = -100
 IGNORED_SHARE = 0.1  # of the labels: makes the counts of microbatches differ
 
 Tensors = Mapping[str, torch.Tensor]
@@ -36,6 +36,26 @@ class Trajectory:
     losses: tuple[float, ...]
     gradients: Tensors
     parameters: Tensors
+
+
+@dataclass(frozen=True)
+class Sides:
+    """Both sides of a comparison, and what they started from."""
+
+    values: Tensors
+    batches: Sequence[Tensors]
+    planned: Trajectory
+    plain: Trajectory
+
+
+def both_sides(prepared: Prepared, steps: int) -> Sides:
+    """The plan's run and one chip's, over the same random batches."""
+    model = build_model(prepared.job, "cpu")
+    # Copies: the reference trains the module itself.
+    values = {name: value.clone() for name, value in module_values(model.module).items()}
+    batches = make_batches(model, prepared.job, steps)
+    planned = planned_run(prepared, values, batches)
+    return Sides(values, batches, planned, reference_run(model, prepared.job, batches))
 
 
 def make_batches(model: BuiltModel, job: Job, steps: int) -> list[dict[str, torch.Tensor]]:
@@ -123,11 +143,6 @@ def loaded_runner(prepared: Prepared, values: Tensors) -> ChipSet:
     return runner
 
 
-def copied_values(model: BuiltModel) -> dict[str, torch.Tensor]:
-    """Copies of a module's parameters and buffers, as chips ask for them."""
-    return {name: value.clone() for name, value in module_values(model.module).items()}
-
-
 @dataclass(frozen=True, slots=True)
 class ComparedResult:
     """One compared result: where in the plan, and how far off."""
@@ -151,10 +166,31 @@ def first_difference(
     Every segment is run again operator by operator on the same operands (finds a wrong kernel); if all agree, every
     unit's results are held against a one-chip Program's for the same samples (finds a wrong split).
     """
-    wrong: list[ComparedResult] = []
+    compared, seen = _observed(prepared, values, batch, lr)
+    for found in compared:
+        if found.error > tolerance:
+            return str(found)
+    _, alone = _observed(on_one_chip(prepared), values, batch, lr)
+    known = {(microbatch, source): value for (_, microbatch, source), (_, value) in alone.items()}
+    for (replica, microbatch, source), (found, value) in seen.items():
+        expected = known.get((replica * prepared.plan.microbatches + microbatch, source))
+        if expected is not None and (error := relative(value, expected, 1e-30)) > tolerance:
+            return str(replace(found, error=error))
+    return None
+
+
+def _observed(
+    prepared: Prepared, values: Tensors, batch: Tensors, lr: float
+) -> tuple[list[ComparedResult], dict[tuple[int, int, str], tuple[ComparedResult, torch.Tensor]]]:
+    """Of one step: every Compute held against its operators one by one, and every unit's results.
+
+    Those are by (replica, microbatch, source).
+    """
+    runner = loaded_runner(prepared, values)
+    compared: list[ComparedResult] = []
     seen: dict[tuple[int, int, str], tuple[ComparedResult, torch.Tensor]] = {}
 
-    def watch(
+    def observer(
         chip: ExecutingChip,
         ins: Compute,
         microbatch: int,
@@ -164,50 +200,17 @@ def first_difference(
         segment = chip.program.segments[ins.segment]
         expected = interpret_segment(op_codes(segment), segment.outputs, chip.settings.device, operands)
         error = max((relative(r, e, 1e-30) for r, e in zip(results, expected, strict=True)), default=0.0)
-        if error > tolerance:
-            wrong.append(ComparedResult(chip.index, microbatch, ins.id, segment.name, error))
-
-    _observe(prepared, values, batch, lr, watch, seen)
-    if wrong:
-        return str(wrong[0])
-    alone: dict[tuple[int, int, str], tuple[ComparedResult, torch.Tensor]] = {}
-    _observe(on_one_chip(prepared), values, batch, lr, None, alone)
-    known = {(microbatch, source): value for (_, microbatch, source), (_, value) in alone.items()}
-    for (replica, microbatch, source), (found, value) in seen.items():
-        expected = known.get((replica * prepared.plan.microbatches + microbatch, source))
-        if expected is not None and (error := relative(value, expected, 1e-30)) > tolerance:
-            return str(replace(found, error=error))
-    return None
-
-
-def _observe(
-    prepared: Prepared, values: Tensors, batch: Tensors, lr: float, watch: Callable[..., None] | None,
-    seen: dict[tuple[int, int, str], tuple[ComparedResult, torch.Tensor]],
-) -> None:  # fmt: skip
-    """Run one step, calling `watch` on every Compute and keeping every unit's results in `seen`."""
-    runner = loaded_runner(prepared, values)
-
-    def observer(
-        chip: ExecutingChip,
-        ins: Compute,
-        microbatch: int,
-        operands: Sequence[torch.Tensor],
-        results: Sequence[torch.Tensor],
-    ) -> None:
-        if watch is not None:
-            watch(chip, ins, microbatch, operands, results)
+        found = ComparedResult(chip.index, microbatch, ins.id, segment.name, error)
+        compared.append(found)
         for tensor, value in zip(ins.writes, results, strict=True):
             source = chip.tensors[tensor].source
             if source.startswith(("value:", "grad:")) and chip.coordinates["tp"] == 0:
-                name = chip.program.segments[ins.segment].name
-                seen[chip.coordinates["dp"], microbatch, source] = (
-                    ComparedResult(chip.index, microbatch, ins.id, name, 0.0),
-                    value.clone(),
-                )
+                seen[chip.coordinates["dp"], microbatch, source] = (found, value.clone())
 
     for chip in runner.chips.values():
         chip.observer = observer
     runner.run(StepRequest("step", lr, split_batch(batch, prepared.plan)))
+    return compared, seen
 
 
 def relative(value: torch.Tensor, expected: torch.Tensor, floor: float) -> float:

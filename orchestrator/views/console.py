@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
@@ -35,11 +35,11 @@ class Table:
     """A result to read: a title, column heads (none for name-value pairs) and rows of finished texts."""
 
     title: str
-    rows: tuple[tuple[str, ...], ...]
+    rows: Sequence[tuple[str, ...]]
     heads: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Phase:
     """One phase of start-up; `depth` counts the phases around it."""
 
@@ -69,7 +69,9 @@ class Console:
         self._rich_err: RichConsole | None = None
         self._open: list[str] = []
         self._phases: list[Phase] = []
-        self._spinner = _Spinner(self._rich_stderr, self._announce)
+        # Started by a timer's thread, moved and stopped by the one that works.
+        self._spinner: Status | None = None
+        self._spinning = threading.Lock()
 
     @property
     def is_live(self) -> bool:
@@ -117,12 +119,15 @@ class Console:
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Time a phase. If it lasts, say so while it runs and how long it took; phases may nest."""
-        phase, at = Phase(name, len(self._open)), len(self._phases)
+        phase = Phase(name, len(self._open))
         self._phases.append(phase)
         self._open.append(name)
         started = self._clock()
         ended = threading.Event()
-        timer = self._watch(ended)
+        path = " > ".join(self._open)
+        timer = threading.Timer(self._patience_s, lambda: self._spin(path, ended))
+        timer.daemon = True
+        timer.start()
         try:
             yield
         finally:
@@ -130,8 +135,8 @@ class Console:
             timer.cancel()
             seconds = self._clock() - started
             self._open.pop()
-            self._spinner.move(" > ".join(self._open))
-            self._phases[at] = replace(phase, seconds=seconds)
+            self._move_spinner(" > ".join(self._open))
+            phase.seconds = seconds
             if seconds >= self._patience_s:
                 self.say(f"{'  ' * len(self._open)}{name}: {format_seconds(seconds)}")
 
@@ -144,7 +149,7 @@ class Console:
             for phase, seconds in ended
         ]
         rows.append(("total", format_seconds(total), ""))
-        return Table("start-up", tuple(rows), ("phase", "time", "share"))
+        return Table("start-up", rows, ("phase", "time", "share"))
 
     @contextmanager
     def training(self, title: str, num_steps: int, *, every: int = 1) -> Iterator[Callable[[StepLine], None]]:
@@ -157,7 +162,7 @@ class Console:
             return
         from rich.live import Live
 
-        self._spinner.move("")
+        self._move_spinner("")
         view = TrainingView(title, num_steps)
         with Live(view, console=self._rich_stderr(), refresh_per_second=8) as live:
 
@@ -172,15 +177,29 @@ class Console:
         shown = line.step % every == 0 or line.step in (1, num_steps) or line.validation_loss is not None
         (self.say if shown else self._keep)(plain_line(line, num_steps))
 
-    def _watch(self, ended: threading.Event) -> threading.Timer:
-        path = " > ".join(self._open)
-        timer = threading.Timer(self._patience_s, lambda: self._spinner.show(path, ended, live=self.is_live))
-        timer.daemon = True
-        timer.start()
-        return timer
+    def _spin(self, path: str, ended: threading.Event) -> None:
+        """Show this phase, unless it ended while the timer fired."""
+        with self._spinning:
+            if ended.is_set():
+                return
+            if not self.is_live:
+                self._print(f"{path} ...")
+            elif self._spinner is not None:
+                self._spinner.update(path)
+            else:
+                self._spinner = self._rich_stderr().status(path)
+                self._spinner.start()
 
-    def _announce(self, text: str) -> None:
-        self._print(f"{text} ...")
+    def _move_spinner(self, path: str) -> None:
+        """Name what goes on now, or stop where nothing does."""
+        with self._spinning:
+            if self._spinner is None:
+                return
+            if path:
+                self._spinner.update(path)
+            else:
+                self._spinner.stop()
+                self._spinner = None
 
     def _keep(self, text: str) -> None:
         if self._log is None:
@@ -217,44 +236,6 @@ class Console:
         for table in tables:
             _draw_table(RichConsole(file=plain, width=PIPE_WIDTH), table)
         file.writelines(f"{line.rstrip()}\n" for line in plain.getvalue().splitlines())
-
-
-class _Spinner:
-    """At most one moving line, started by a timer thread and moved or stopped by the thread that works."""
-
-    def __init__(self, rich: Callable[[], "RichConsole"], announce: Callable[[str], None]) -> None:
-        self._rich, self._announce = rich, announce
-        self._lock = threading.Lock()
-        self._status: Status | None = None
-
-    def show(self, path: str, ended: threading.Event, *, live: bool) -> None:
-        """Show this phase, unless it ended while the timer fired."""
-        with self._lock:
-            if ended.is_set():
-                return
-            if not live:
-                self._announce(path)
-            elif self._status is not None:
-                self._status.update(path)
-            else:
-                self._status = self._rich().status(path)
-                self._status.start()
-
-    def move(self, path: str) -> None:
-        """Name what goes on now, or stop where nothing does."""
-        with self._lock:
-            if self._status is None:
-                return
-            if path:
-                self._status.update(path)
-            else:
-                self._status.stop()
-                self._status = None
-
-
-def pairs(title: str, values: Sequence[tuple[str, str]]) -> Table:
-    """A table of (name, value with its unit)."""
-    return Table(title, tuple(values))
 
 
 def _draw_table(rich: "RichConsole", table: Table) -> None:

@@ -35,9 +35,8 @@ def trace_gz(*timelines: Timeline) -> bytes:
 
 def _events(timelines: tuple[Timeline, ...]) -> Iterator[str]:
     widest = max((chip for timeline in timelines for chip, _ in timeline.chips), default=0)
-    stride = 10 ** len(
-        str(widest)
-    )  # chip 3 of the second group reads 13, or 1003 where there are 1,000 chips
+    # Chip 3 of the second group reads 13, or 1003 where there are 1,000 chips.
+    stride = 10 ** len(str(widest))
     flow_id = 0
     for group, timeline in enumerate(timelines):
         first_pid = group * stride

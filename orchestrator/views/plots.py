@@ -12,8 +12,9 @@ import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -27,12 +28,8 @@ if TYPE_CHECKING:
 KIND_COLOURS: dict[str, str] = {
     "forward": "#56B4E9",
     "backward": "#0072B2",
-    "recompute": "#9AD0F5",
-    "weight_grad": "#004B7A",
-    "loss": "#3D6FB6",
     "optimizer": "#CC79A7",
     "host": "#8C6BB1",
-    "copy": "#BFA5D6",
     "send": "#E69F00",
     "recv": "#F5CE62",
     "all_reduce": "#D55E00",
@@ -41,13 +38,14 @@ KIND_COLOURS: dict[str, str] = {
     "all_to_all": "#A6761D",
     "broadcast": "#B2DF8A",
 }
+MAX_CHIPS = 16  # of one timeline
 OTHER = ("#7F7F7F", "#BCBD22", "#17BECF", "#8C564B", "#E377C2", "#4D4D4D")  # for kinds that are not ours
 _GAP = 0.8  # between two chips, in rows
 _TALL = 1.9  # the compute row
 _SHARES_ROW = {LANES.index(Lane.OPTIMIZER): LANES.index(Lane.COMPUTE)}
 _WHOSE = {Origin.PREDICTED: ", on the chips described", Origin.MEASURED: ", simulated on this machine"}
 _UNITS = ((1e9, "s"), (1e6, "ms"), (1e3, "us"), (1.0, "ns"))
-_LABELLED = ("forward", "backward", "weight_grad")
+_LABELLED = ("forward", "backward")
 _GROUND, _EDGE = "#f2f2f2", "#12324d"
 _MIN_SHARE = 0.010  # of the axis: below that a microbatch number does not fit into its span
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6BB1", "#A6761D")
@@ -55,26 +53,26 @@ _SMOOTHING = 0.05  # share of the steps in the window of the running mean
 _LABEL_GAP = 0.045  # of the axis, between two baseline names
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Gantt:
-    """One panel: a timeline of one step that starts at 0, and where each (chip, lane) is drawn."""
+    """One panel: a timeline of one step that starts at 0."""
 
     timeline: Timeline
-    max_chips: int
-    rows: dict[tuple[int, int], tuple[float, float]] = field(init=False)  # (chip, row's lane) -> top, bottom
 
-    def __post_init__(self) -> None:
+    @cached_property
+    def rows(self) -> dict[tuple[int, int], tuple[float, float]]:
+        """By (chip, row's lane): where it is drawn, top and bottom."""
         spans = self.timeline.span_rows
         pairs = set(zip(spans["chip"].tolist(), spans["lane"].tolist(), strict=True))
         used = sorted({(chip, _SHARES_ROW.get(lane, lane)) for chip, lane in pairs})
-        shown = set(sorted({chip for chip, _ in used})[: self.max_chips])
+        shown = set(sorted({chip for chip, _ in used})[:MAX_CHIPS])
         rows: dict[tuple[int, int], tuple[float, float]] = {}
         at, previous = 0.0, None
         for chip, lane in (pair for pair in used if pair[0] in shown):
             top = at + (_GAP if previous not in (None, chip) else 0.0)
             at, previous = top + (_TALL if lane == 0 else 1.0), chip
             rows[chip, lane] = (top, at)
-        object.__setattr__(self, "rows", rows)
+        return rows
 
     @property
     def kinds(self) -> frozenset[str]:
@@ -116,7 +114,7 @@ def draw_gantt(
     axes.set_xlim(0, end_ns / scale)
     axes.set_ylim(gantt.height + 0.15, -0.15)
     axes.set_xlabel("share of the step (%)" if by_shares else f"time since the start of the step ({unit})")
-    axes.set_title(_title(gantt, by_shares), loc="left", fontsize=12, fontweight="bold")
+    axes.set_title(_title(gantt, by_shares), **TITLE)
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(axis="y", length=0)
 
@@ -196,6 +194,7 @@ def _label_rows(axes: "Axes", gantt: Gantt) -> None:
 
 
 INK, FAINT = "#222222", "#d9d9d9"
+TITLE: dict[str, Any] = {"loc": "left", "fontsize": 12, "fontweight": "bold"}
 
 
 def blank_figure(width: float, height: float) -> "Figure":
@@ -208,6 +207,19 @@ def blank_figure(width: float, height: float) -> "Figure":
     return figure
 
 
+def ruled_sheet(
+    inches: tuple[float, float], title: str, labels: tuple[str, str], grid: Literal["both", "y"] = "both"
+) -> "tuple[Figure, Axes]":
+    """A figure with one pair of axes, and lines across it; `labels` of x and y."""
+    figure = blank_figure(*inches)
+    axes = figure.add_subplot(xlabel=labels[0], ylabel=labels[1])
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis=grid, color=FAINT, linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.set_title(title, **TITLE)
+    return figure, axes
+
+
 def png_bytes(figure: "Figure") -> bytes:
     """The picture as a PNG file."""
     target = io.BytesIO()
@@ -216,27 +228,15 @@ def png_bytes(figure: "Figure") -> bytes:
 
 
 TRAIN, VALIDATION = COLOURS[:2]
+Points = Sequence[tuple[int, float]]  # (step, loss)
 
 
-@dataclass(frozen=True, slots=True)
-class LossCurves:
-    """What loss.png shows: (step, loss) points, and baselines as name -> loss. `unit` is that of the loss."""
-
-    train: tuple[tuple[int, float], ...]
-    validation: tuple[tuple[int, float], ...] = ()
-    baselines: Mapping[str, float] | None = None
-    unit: str = "nats per token"
-    title: str = "Loss"
-
-
-def loss_png(curves: LossCurves) -> bytes:
-    """Train loss (faint, and its running mean), validation points and baselines over steps."""
-    figure = blank_figure(9.0, 5.2)
-    axes = figure.add_subplot()
-    _tidy(axes)
-    _draw_train(axes, curves.train)
-    if curves.validation:
-        steps, losses = zip(*curves.validation, strict=True)
+def loss_png(train: Points, validation: Points, baselines: Mapping[str, float]) -> bytes:
+    """Train loss (faint, and its running mean), validation points and baselines (by name) over steps."""
+    figure, axes = ruled_sheet((9.0, 5.2), "Loss", ("step", "loss (nats per byte)"), grid="y")
+    _draw_train(axes, train)
+    if validation:
+        steps, losses = zip(*validation, strict=True)
         label = f"validation, last {losses[-1]:.3f}"
         axes.plot(
             steps,
@@ -249,30 +249,25 @@ def loss_png(curves: LossCurves) -> bytes:
             zorder=4,
             clip_on=False,
         )
-    _draw_baselines(axes, curves.baselines or {})
-    axes.set_xlabel("step")
-    axes.set_ylabel(f"loss ({curves.unit})")
-    axes.set_title(curves.title, loc="left", fontsize=12, fontweight="bold")
-    axes.set_xlim(0, max((step for step, _ in (*curves.train, *curves.validation)), default=1))
+    _draw_baselines(axes, baselines)
+    axes.set_xlim(0, max((step for step, _ in (*train, *validation)), default=1))
     if axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False, loc="upper right")
     return png_bytes(figure)
 
 
-def timeline_png(
-    predicted: Timeline | None, measured: Timeline | None, *, max_chips: int = 16, by_shares: bool = False
-) -> bytes:
-    """Chips x lanes over the time of one step, predicted above measured where both are given.
+def timeline_png(timelines: Sequence[Timeline], *, by_shares: bool = False) -> bytes:
+    """Chips x lanes over the time of one step, the first timeline on top.
 
-    Of each timeline its last step is drawn, from its first span on, for the first `max_chips` chips. The
+    Of each timeline its last step is drawn, from its first span on, for the first MAX_CHIPS chips. The
     panels share one scale where their durations are within a factor of three; otherwise each has its own, and
     says so. `by_shares`: the machine that was measured is not the one that is described, so that only shares of a
     step can be compared; each axis is in those, and the titles say whose step it is.
     """
-    given = [timeline for timeline in (predicted, measured) if timeline is not None and timeline.steps]
-    if not given:
-        raise ValueError("timeline_png needs at least one timeline that has a span")
-    gantts = [Gantt(timeline.at_step(timeline.steps[-1]).from_zero(), max_chips) for timeline in given]
+    from matplotlib.patches import Patch
+
+    steps = [timeline.at_step(timeline.steps[-1]) for timeline in timelines if timeline.steps]
+    gantts = [Gantt(step.from_zero()) for step in steps]
     heights = [gantt.height for gantt in gantts]
     figure = blank_figure(15.0, min(30.0, 0.8 + sum(0.125 * height + 0.8 for height in heights)))
     panels = figure.subplots(len(gantts), 1, squeeze=False, height_ratios=heights)[:, 0]
@@ -282,42 +277,22 @@ def timeline_png(
     for axes, gantt in zip(panels, gantts, strict=True):
         end_ns = gantt.timeline.duration_ns if by_shares else shared or gantt.timeline.duration_ns
         draw_gantt(axes, gantt, colours, end_ns=max(end_ns, 1), by_shares=by_shares)
-    _gantt_legend(figure, colours)
+    handles = [Patch(facecolor=colour, label=kind.replace("_", " ")) for kind, colour in colours.items()]
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 9), frameon=False)
     if by_shares or shared is None:
         said = "two machines: compare shares, not seconds" if by_shares else "the two time axes differ"
         figure.text(0.995, 0.995, said, ha="right", va="top", color=VALIDATION, fontsize=9)
     return png_bytes(figure)
 
 
-def _gantt_legend(figure: "Figure", colours: Mapping[str, str]) -> None:
-    from matplotlib.patches import Patch
-
-    handles = [Patch(facecolor=colour, label=kind.replace("_", " ")) for kind, colour in colours.items()]
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 9), frameon=False)
-
-
-def _tidy(axes: "Axes") -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", color=FAINT, linewidth=0.6)
-    axes.set_axisbelow(True)
-
-
-def _draw_train(axes: "Axes", points: Sequence[tuple[int, float]]) -> None:
+def _draw_train(axes: "Axes", points: Points) -> None:
     points = [(step, loss) for step, loss in points if math.isfinite(loss)]
     if not points:
         return
     steps, losses = (np.array(column, dtype=float) for column in zip(*points, strict=True))
     half = round(_SMOOTHING * len(losses) / 2)
-    faint = half > 0
-    axes.plot(
-        steps,
-        losses,
-        color=TRAIN,
-        alpha=0.3 if faint else 1.0,
-        linewidth=1.0,
-        label=None if faint else "train",
-    )
-    if faint:
+    axes.plot(steps, losses, color=TRAIN, linewidth=1.0, **({"alpha": 0.3} if half else {"label": "train"}))
+    if half:
         # The window shrinks evenly towards both ends: it neither lags nor invents values.
         at = np.arange(len(losses))
         reach = np.minimum(half, np.minimum(at, len(losses) - 1 - at))

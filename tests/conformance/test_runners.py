@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from comms.selection.progress import quiet
 from orchestrator.config.hardware.cluster_file import cluster_path, load_cluster
 from orchestrator.config.job_file import load_job
 from orchestrator.planning.preparation import Prepared, build_model, prepare
@@ -15,7 +16,6 @@ from orchestrator.runners.runner import Launch, Runner, StepRequest, TensorRunne
 from orchestrator.runners.timing.prediction import SimulatedRunner
 from orchestrator.runs.data import split_batch
 from orchestrator.runs.timeline import Timeline
-from orchestrator.views.console import Console
 from partitioner.program.program import Free, Recv, Send, Wait
 
 JOB = (
@@ -45,7 +45,7 @@ def prepared(ray_launch: Launch | None) -> Prepared:
 
 
 def loaded(launch: Launch, prepared: Prepared) -> TensorRunner:
-    runner = launch.connect(prepared, Console())
+    runner = launch.connect(prepared, quiet)
     model = build_model(prepared.job, "cpu")
     values = {f"params:{k}": v.detach() for k, v in model.module.named_parameters()}
     values |= {f"buffer:{k}": v for k, v in model.module.named_buffers()}

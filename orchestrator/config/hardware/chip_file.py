@@ -5,7 +5,7 @@ reads the numbers, so that a cluster file's figures can be laid over a catalog f
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -13,56 +13,56 @@ from pydantic import Field
 from comms.errors import ConfigError, located
 from comms.units import Quantity
 from kernels.chips import Chip, ChipKind, chip_document, chip_keys, parse_chip
-from orchestrator.config.schema import FieldType, QuantityField, Section, WordField, field_error, nearest
-from orchestrator.config.yaml_file import Document, Location
+from orchestrator.config.schema import (
+    FieldType,
+    Section,
+    field_error,
+    nearest,
+    quantity_field,
+    read_quantity,
+    word_field,
+)
+from orchestrator.config.yaml_file import Document
 
 _FIGURE_KEYS = ("value", "source")
 
 
-@dataclass(frozen=True, slots=True)
-class Figure(FieldType):
+def figure(quantity: Quantity | type[float] | type[str]) -> FieldType:
     """A field that is a value, or a value with its source: a quantity, a bare number or text."""
-
-    quantity: Quantity | type[float] | type[str]
-
-    def read(self, value: object) -> object:
-        """Checks the value and hands it on unread."""
-        inner = value
-        if isinstance(value, Mapping):
-            unknown = [key for key in value if key not in _FIGURE_KEYS]
-            if unknown:
-                raise field_error(
-                    f"unknown key {unknown[0]!r} in a figure", nearest(unknown[0], _FIGURE_KEYS)
-                )
-            inner = value.get("value")
-        if isinstance(self.quantity, Quantity):
-            QuantityField(self.quantity).read(inner)
-        elif self.quantity is float and (
-            isinstance(inner, bool) or not isinstance(inner, int | float) or inner <= 0
-        ):
-            raise field_error(f"{inner!r} is not a number above zero", "write a bare number")
-        elif self.quantity is str and not isinstance(inner, str):
-            raise field_error(f"{inner!r} is not text", "write text (in quotes if it looks like a number)")
-        return value
-
-    def json_schema(self) -> dict[str, Any]:
-        bare = {"type": "string" if self.quantity is str else "number"}
-        value = QuantityField(self.quantity).json_schema() if isinstance(self.quantity, Quantity) else bare
-        properties = {"value": value, "source": {"type": "string"}}
-        figure = {
-            "type": "object",
-            "properties": properties,
-            "required": ["value"],
-            "additionalProperties": False,
-        }
-        return {"anyOf": [value, figure]}
+    bare = {"type": "string" if quantity is str else "number"}
+    value = quantity_field(quantity).json_schema if isinstance(quantity, Quantity) else bare
+    sourced = {
+        "type": "object",
+        "properties": {"value": value, "source": {"type": "string"}},
+        "required": ["value"],
+        "additionalProperties": False,
+    }
+    return FieldType(partial(_read_figure, quantity), {"anyOf": [value, sourced]})
 
 
-Words = Annotated[object, Figure(str)]
-Number = Annotated[object, Figure(float)]
-SizeFigure = Annotated[object, Figure(Quantity.SIZE)]
-RateFigure = Annotated[object, Figure(Quantity.DATA_RATE)]
-TimeFigure = Annotated[object, Figure(Quantity.TIME)]
+def _read_figure(quantity: Quantity | type[float] | type[str], value: object) -> object:
+    """Checks the value and hands it on unread."""
+    inner = value
+    if isinstance(value, Mapping):
+        unknown = [key for key in value if key not in _FIGURE_KEYS]
+        if unknown:
+            problem = f"unknown key {unknown[0]!r} in a figure"
+            raise field_error(problem, nearest(unknown[0], _FIGURE_KEYS))
+        inner = value.get("value")
+    if isinstance(quantity, Quantity):
+        read_quantity(quantity, inner)
+    elif quantity is float and (isinstance(inner, bool) or not isinstance(inner, int | float) or inner <= 0):
+        raise field_error(f"{inner!r} is not a number above zero", "write a bare number")
+    elif quantity is str and not isinstance(inner, str):
+        raise field_error(f"{inner!r} is not text", "write text (in quotes if it looks like a number)")
+    return value
+
+
+Words = Annotated[object, figure(str)]
+Number = Annotated[object, figure(float)]
+SizeFigure = Annotated[object, figure(Quantity.SIZE)]
+RateFigure = Annotated[object, figure(Quantity.DATA_RATE)]
+TimeFigure = Annotated[object, figure(Quantity.TIME)]
 
 
 class MemorySection(Section):
@@ -84,7 +84,7 @@ class CoresSection(Section):
     """How many cores, and their clock."""
 
     count: Number = None
-    clock: Annotated[object, Figure(Quantity.FREQUENCY)] = None
+    clock: Annotated[object, figure(Quantity.FREQUENCY)] = None
 
 
 class NocSection(Section):
@@ -126,17 +126,17 @@ class ChipFigures(Section):
     name: str = ""
     vendor: str = ""
     year: int = 0
-    class_: Annotated[ChipKind, WordField(ChipKind)] = Field(ChipKind.GPU, alias="class")
-    peak: dict[str, Annotated[object, Figure(Quantity.COMPUTE_RATE)]] = Field(default_factory=dict)
+    class_: Annotated[ChipKind, word_field(ChipKind)] = Field(ChipKind.GPU, alias="class")
+    peak: dict[str, Annotated[object, figure(Quantity.COMPUTE_RATE)]] = Field(default_factory=dict)
     memory: MemorySection | None = None
     sram: SramSection | None = None
     cores: CoresSection | None = None
     noc: NocSection | None = None
     scale_up: PortSection | None = None
     host_link: PortSection | None = None
-    tdp: Annotated[object, Figure(Quantity.POWER)] = None
-    price: Annotated[object, Figure(Quantity.HOURLY_PRICE)] = None
-    list_price: Annotated[object, Figure(Quantity.PRICE)] = None
+    tdp: Annotated[object, figure(Quantity.POWER)] = None
+    price: Annotated[object, figure(Quantity.HOURLY_PRICE)] = None
+    list_price: Annotated[object, figure(Quantity.PRICE)] = None
     launch: TimeFigure = None
     efficiency: EfficiencySection | None = None
     notes: dict[str, Words] = Field(default_factory=dict)
@@ -150,18 +150,18 @@ class ChipFile(ChipFigures):
     key: str
 
 
-def described_chip(document: Document, location: Location, like: str | None) -> Chip:
-    """The chip at `location` of a validated document: its figures over those of `like`, if any."""
-    figures = _at(document.root, location)
+def described_chip(place: Document, like: str | None) -> Chip:
+    """The chip that is described at a place of a validated document: its figures over those of `like`, if any."""
+    figures = _figures(place)
     own = {key: value for key, value in figures.items() if key not in ("like", "count", "kind", "version")}
-    base = _catalog(document, (*location, "like"), like) if like else _BLANK
+    base = _catalog(place, like) if like else _BLANK
     if like and own:
         base = {**base, "key": f"{like}_with_overrides"}
     if not like:
         own.setdefault("key", own.get("name", "unnamed"))
         own.setdefault("name", own["key"])
     hint = "add the figure, or start from a catalog chip with `like:`"
-    with located(document.where(location), hint):
+    with located(place.where(), hint):
         return parse_chip(_laid_over(base, own))
 
 
@@ -174,10 +174,10 @@ _BLANK: dict[str, object] = {
 }
 
 
-def _catalog(document: Document, location: Location, like: str) -> dict[str, object]:
+def _catalog(place: Document, like: str) -> dict[str, object]:
     if like not in chip_keys():
         hint = nearest(like, chip_keys())
-        raise ConfigError(f"chip {like!r} is not in the catalog", document.where(location), hint)
+        raise ConfigError(f"chip {like!r} is not in the catalog", place.where("like"), hint)
     return chip_document(like)
 
 
@@ -192,9 +192,9 @@ def _laid_over(base: Mapping[str, object], own: Mapping[str, object]) -> dict[st
     return merged
 
 
-def _at(root: object, location: Location) -> Mapping[str, object]:
-    found = root
-    for part in location:
-        found = found[part]  # type: ignore[index]
-    assert isinstance(found, Mapping), location
+def _figures(place: Document) -> Mapping[str, object]:
+    found: Any = place.root
+    for key in place.at:
+        found = found[key]
+    assert isinstance(found, Mapping), place.at
     return found

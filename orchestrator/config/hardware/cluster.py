@@ -9,14 +9,14 @@ modelled: which chip is behind which PCIe switch beyond equal shares in order, a
 beyond what the hosts' price says.
 """
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from comms.errors import ClusterError, CommsError
 from comms.networks.conditions import HEALTHY, Described, check_chips
 from comms.networks.links import PLAIN, Link, Protocol
-from comms.networks.network import Network
+from comms.networks.network import Network, Tier
 from kernels.chips import Chip
 from orchestrator.config.hardware.network_sections import NicSection
 
@@ -35,7 +35,11 @@ class Library:
 
     setup_s: float = 0.0  # of each collective, once
     protocols: tuple[Protocol, ...] = (PLAIN,)
-    issue_s: float = 0.0  # what a message by itself takes more than a stage of a collective
+    issue_s: float = 0.0  # of each message by itself
+
+    def on(self, tier: Tier) -> Tier:
+        """The tier with this library."""
+        return replace(tier, setup_s=self.setup_s, protocols=self.protocols, issue_s=self.issue_s)
 
 
 PLAIN_LIBRARY = Library()
@@ -77,7 +81,6 @@ class Cluster:
     actors: int | None  # processes that execute simulated chips; None: one per core
     origin: str  # the file it was read from
     conditions: Described = HEALTHY  # what is slow, down or busy
-    issue_s: Mapping[str, float] = field(default_factory=dict, hash=False)  # by tier, see Library
 
     @property
     def chips_per_host(self) -> int:
@@ -89,17 +92,13 @@ class Cluster:
         """All chips; of a cluster without a fixed number of hosts, those of one unit."""
         return self.chips_per_host * (self.num_hosts or len(self.unit))
 
-    def host_of(self, chip: int) -> int:
-        """The number of the host that holds `chip`."""
-        return chip // self.chips_per_host
-
     def host(self, index: int) -> Host:
         """Host `index`; hosts repeat in the order of the unit."""
         return self.unit[index % len(self.unit)]
 
     def chip(self, index: int) -> Chip:
         """The type of chip `index`."""
-        return self.host(self.host_of(index)).chips[index % self.chips_per_host]
+        return self.host(index // self.chips_per_host).chips[index % self.chips_per_host]
 
     @property
     def chip_types(self) -> tuple[Chip, ...]:
@@ -109,20 +108,22 @@ class Cluster:
     @property
     def usd_per_hour(self) -> float | None:
         """Price of all hosts and chips per hour; None where a chip has no known price."""
-        return self._sum(
-            lambda host: _sum_known(host.usd_per_hour, (chip.usd_per_hour for chip in host.chips))
-        )
+        return self._sum(lambda host: (host.usd_per_hour, *(chip.usd_per_hour for chip in host.chips)))
 
     @property
     def watts(self) -> float | None:
         """Power of all hosts and chips at full load (TDP); None where a chip has no known TDP."""
-        return self._sum(lambda host: _sum_known(host.watts, (chip.tdp_w for chip in host.chips)))
+        return self._sum(lambda host: (host.watts, *(chip.tdp_w for chip in host.chips)))
 
     def take(self, num_chips: int | None) -> "Cluster":
         """The cluster of the first `num_chips` chips: part of one host, or whole hosts. None takes all."""
         wanted = self.num_chips if num_chips is None else num_chips
         self._check_take(wanted)
-        self._check_conditions(wanted)
+        try:  # a condition on a chip that is not taken would have no effect
+            check_chips(self.conditions, wanted)
+        except CommsError as error:
+            hint = "take more chips, or change `conditions:`"
+            raise ClusterError(error.problem, error.where or self.origin, hint) from error
         per_host = min(wanted, self.chips_per_host)
         unit = self.unit
         if wanted < self.chips_per_host:
@@ -136,42 +137,26 @@ class Cluster:
             raise ClusterError(f"cannot take {wanted} chips", self.origin, "ask for at least one chip")
         if self.num_hosts is not None and wanted > self.num_chips:
             have = f"{self.name} has {self.num_chips} chips ({self.num_hosts} hosts of {size})"
-            raise ClusterError(
-                f"{wanted} chips asked for, but {have}",
-                self.origin,
-                "ask for fewer, or raise `repeat` in the file",
-            )
+            problem = f"{wanted} chips asked for, but {have}"
+            raise ClusterError(problem, self.origin, "ask for fewer, or raise `repeat` in the file")
         if wanted > size and wanted % size:
             low = wanted // size * size
             near = [low] if self.num_hosts and low + size > self.num_chips else [low, low + size]
-            raise ClusterError(
-                f"{wanted} chips are not a whole number of hosts of {size} chips",
-                self.origin,
-                f"ask for {' or '.join(map(str, near))} chips, or for at most {size}",
-            )
+            problem = f"{wanted} chips are not a whole number of hosts of {size} chips"
+            hint = f"ask for {' or '.join(map(str, near))} chips, or for at most {size}"
+            raise ClusterError(problem, self.origin, hint)
 
-    def _check_conditions(self, wanted: int) -> None:
-        """A condition on a chip that is not taken would have no effect."""
-        try:
-            check_chips(self.conditions, wanted)
-        except CommsError as error:
-            hint = "take more chips, or change `conditions:`"
-            raise ClusterError(error.problem, error.where or self.origin, hint) from error
+    def _sum(self, figures: Callable[[Host], Sequence[float | None]]) -> float | None:
+        """Figures summed over all hosts, in time that does not grow with their number.
 
-    def _sum(self, figure: Callable[[Host], float | None]) -> float | None:
-        """A figure summed over all hosts, in time that does not grow with their number."""
-        hosts = self.num_hosts or len(self.unit)
-        repeats = [len(range(index, hosts, len(self.unit))) for index in range(len(self.unit))]
-        values = [figure(host) for host in self.unit]
-        known = [value * repeat for value, repeat in zip(values, repeats, strict=True) if value is not None]
-        return sum(known) if len(known) == len(values) else None
-
-
-def _sum_known(start: float, values: Iterable[float | None]) -> float | None:
-    """The sum, or None where a value is not known: a partial sum would pass for the whole."""
-    total = start
-    for value in values:
-        if value is None:
-            return None
-        total += value
-    return total
+        None where one is not known: a partial sum would pass for the whole.
+        """
+        total, num_hosts = 0.0, self.num_hosts or len(self.unit)
+        for index, host in enumerate(self.unit):
+            of_host = 0.0
+            for figure in figures(host):
+                if figure is None:
+                    return None
+                of_host += figure
+            total += of_host * len(range(index, num_hosts, len(self.unit)))
+        return total

@@ -10,7 +10,6 @@ use.
 """
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -18,8 +17,9 @@ from pydantic import Field
 
 from comms.errors import ConfigError, combined
 from comms.networks.conditions import HEALTHY
-from comms.networks.layers import Spread
+from comms.networks.layers import Spread, Switch
 from comms.networks.links import Link
+from comms.networks.network import Tier, TierKind
 from kernels.chips import DEFAULT_HOST_LATENCY_S, Chip
 from orchestrator.config.hardware.chip_file import ChipFigures, described_chip
 from orchestrator.config.hardware.cluster import Cluster, Device, Host, Pcie
@@ -37,9 +37,9 @@ from orchestrator.config.hardware.network_sections import (
     PcieSection,
     ScaleUpSection,
 )
-from orchestrator.config.hardware.tiers import ScaleUpFabric, SwitchLevel, build_network, issue_times
-from orchestrator.config.schema import CountOr, HourlyPrice, Power, Section, WordField, nearest, validate
-from orchestrator.config.yaml_file import Document, Location, Place, read_yaml
+from orchestrator.config.hardware.tiers import SwitchLevel, build_network
+from orchestrator.config.schema import HourlyPrice, Power, Section, count_or, nearest, validate, word_field
+from orchestrator.config.yaml_file import Document, Location, read_yaml
 
 FRAME_NBYTES = 1500.0  # of a packet where switches store and forward: the payload of an Ethernet frame
 MOST_CHIPS_OF_HOST = 2**16
@@ -53,7 +53,7 @@ class ChipSection(ChipFigures):
     """Chips of one type in a host: a catalog chip (`like`) with overrides, or all figures of a new one."""
 
     like: str | None = None
-    count: Annotated[int | None, CountOr("auto")] = 1
+    count: Annotated[int | None, count_or("auto")] = 1
 
 
 class HostSection(Section):
@@ -73,13 +73,19 @@ class ClusterFile(Section):
     kind: Literal["cluster"]
     version: Literal[1]
     name: str
-    device: Annotated[Device, WordField(Device)]
+    device: Annotated[Device, word_field(Device)]
     actors: int | None = Field(None, ge=1)
-    repeat: Annotated[int | None, CountOr("any")] = 1
+    repeat: Annotated[int | None, count_or("any")] = 1
     hosts: list[HostSection] = Field(min_length=1)
     scale_up: ScaleUpSection | None = None
     scale_out: list[LevelSection] = Field(default_factory=list)
     conditions: ConditionsSection | None = None
+
+    @property
+    def levels(self) -> list[LevelSection]:
+        """Those between hosts: of a file that says nothing, switches as good as the cards."""
+        plain = {"name": "scale-out", "source": "the NICs of the hosts"}
+        return self.scale_out or [LevelSection.model_validate(plain)]
 
 
 def shipped_clusters() -> dict[str, Path]:
@@ -97,9 +103,8 @@ def cluster_path(text: str) -> Path:
     if text in shipped:
         return shipped[text]
     if path.suffix or len(path.parts) > 1:
-        raise ConfigError(
-            "there is no such cluster file", text, f"give a file, or one of {', '.join(shipped)}"
-        )
+        problem = "there is no such cluster file"
+        raise ConfigError(problem, text, f"give a file, or one of {', '.join(shipped)}")
     raise ConfigError("no shipped cluster has this name", f"--cluster {text}", nearest(text, tuple(shipped)))
 
 
@@ -112,15 +117,15 @@ def cluster_from(document: Document) -> Cluster:
     """The cluster that a document describes."""
     file = validate(document, ClusterFile)
     _check_auto(document, file)
-    hosts = [_host(document, index, section) for index, section in enumerate(file.hosts)]
+    hosts = [_host(document.inside("hosts", index), section) for index, section in enumerate(file.hosts)]
     unit = tuple(host for host, section in zip(hosts, file.hosts, strict=True) for _ in range(section.count))
     num_hosts = None if file.repeat is None else file.repeat * len(unit)
     fabric = _fabric(document, file, unit, num_hosts)
     num_chips = None if num_hosts is None else num_hosts * len(unit[0].chips)
-    reach = fabric.domain if fabric else 1
+    reach = fabric.size if fabric else 1
     alone = num_hosts == 1 or (num_chips is not None and reach >= num_chips)
     _check_hosts(document, unit, num_hosts, alone)
-    levels = _levels(document, file, unit)
+    levels = _levels(document, file)
     network = build_network(unit, num_hosts, fabric, levels, document)
     _check_used(document, file, alone, meet_over_pcie=reach < len(unit[0].chips))
     return Cluster(
@@ -133,30 +138,30 @@ def cluster_from(document: Document) -> Cluster:
         origin=document.origin,
         conditions=HEALTHY
         if file.conditions is None
-        else described(file.conditions, network, num_chips, Place(document, ("conditions",))),
-        issue_s=issue_times(network, fabric, levels, unit[0].pcie),
+        else described(file.conditions, network, num_chips, document.inside("conditions")),
     )
 
 
-def _host(document: Document, index: int, section: HostSection) -> Host:
+def _host(place: Document, section: HostSection) -> Host:
     chips: list[Chip] = []
     for number, entry in enumerate(section.chips):
-        chip = described_chip(document, ("hosts", index, "chips", number), entry.like)
+        here = place.inside("chips", number)
+        chip = described_chip(here, entry.like)
         count = len(os.sched_getaffinity(0)) if entry.count is None else entry.count
         if len(chips) + count > MOST_CHIPS_OF_HOST:
             hint = f"up to {MOST_CHIPS_OF_HOST}; give the hosts that there are, with `count` or `repeat`"
-            raise document.error(f"{count} chips in one host", hint, "hosts", index, "chips", number)
+            raise here.error(f"{count} chips in one host", hint)
         chips += [chip] * count
     return Host(
         chips=tuple(chips),
-        pcie=_pcie(Place(document, ("hosts", index, "pcie")), section.pcie, chips),
+        pcie=_pcie(place.inside("pcie"), section.pcie, chips),
         nics=section.nics,
         watts=section.power,
         usd_per_hour=section.price,
     )
 
 
-def _pcie(place: Place, section: PcieSection | None, chips: list[Chip]) -> Pcie | None:
+def _pcie(place: Document, section: PcieSection | None, chips: list[Chip]) -> Pcie | None:
     """The tree that the file describes, or else one switch with the links that the chips bring."""
     ports = [chip.host_link for chip in chips if chip.host_link is not None]
     if section is None:
@@ -190,7 +195,7 @@ def _pcie(place: Place, section: PcieSection | None, chips: list[Chip]) -> Pcie 
     )
 
 
-def _check_pcie(place: Place, section: PcieSection, num_chips: int, num_ports: int) -> None:
+def _check_pcie(place: Document, section: PcieSection, num_chips: int, num_ports: int) -> None:
     """Raises ClusterError for a tree that cannot be, and for keys that would have no effect."""
     if section.bandwidth is None and num_ports < num_chips:
         raise place.error("a chip has no host link of its own", "give `bandwidth:` under `pcie:`")
@@ -237,39 +242,33 @@ def _check_hosts(document: Document, unit: tuple[Host, ...], num_hosts: int | No
 
 
 def _check_used(document: Document, file: ClusterFile, alone: bool, *, meet_over_pcie: bool) -> None:
-    """Raises ClusterError for links, and figures of links, that no message between chips uses."""
-    hint = "remove it, or raise `repeat`" if alone else "remove it"
-    errors = [
-        document.error(f"`{at[-1]}` has no effect, as no chips meet there", hint, *at)
-        for at in _unused(file, alone, meet_over_pcie)
-    ]
-    if errors:
-        raise combined(errors)
+    """Raises ClusterError for links, and figures of links, that no message between chips uses.
 
-
-def _unused(file: ClusterFile, alone: bool, meet_over_pcie: bool) -> Iterator[Location]:
-    """Their places. `alone`: nothing leaves the host, or the scale-up domain that holds them all."""
-    if alone and file.scale_out:
-        yield ("scale_out",)
+    `alone`: nothing leaves the host, or the scale-up domain that holds them all.
+    """
+    unused: list[Location] = [("scale_out",)] if alone and file.scale_out else []
     for index, host in enumerate(file.hosts):
         at = ("hosts", index)
         if alone and host.nics is not None:
-            yield (*at, "nics")
+            unused.append((*at, "nics"))
         if host.pcie is not None and not meet_over_pcie:  # then it is the way out at most
-            told = host.pcie.model_fields_set
-            keys = [(key,) for key in ("latency", "setup", "protocols", "root") if key in told]
-            yield from ((*at, "pcie", *key) for key in ([()] if alone else keys))
+            given = host.pcie.model_fields_set
+            keys = [(key,) for key in ("latency", "setup", "protocols", "root") if key in given]
+            unused += [(*at, "pcie", *key) for key in ([()] if alone else keys)]
+    hint = "remove it, or raise `repeat`" if alone else "remove it"
+    problem = "`{}` has no effect, as no chips meet there"
+    if unused:
+        raise combined([document.error(problem.format(at[-1]), hint, *at) for at in unused])
 
 
 def _fabric(
     document: Document, file: ClusterFile, unit: tuple[Host, ...], num_hosts: int | None
-) -> ScaleUpFabric | None:
+) -> Tier | None:
     """The scale-up fabric; what the file leaves out comes from the chips' own ports."""
-    section, place = file.scale_up, Place(document, ("scale_up",))
+    section, place = file.scale_up, document.inside("scale_up")
     if section is None:
         return None
     drawing = ShapeDrawing(section, place)
-    drawing.check()
     domain = section.domain or drawing.num_chips or len(unit[0].chips)
     _check_domain(drawing, domain, len(unit[0].chips), num_hosts)
     chips = [chip for host in unit for chip in host.chips]
@@ -289,7 +288,8 @@ def _fabric(
     library = library_of(section, latency, alone, best, place)
     each = line * best / (1 if own_rates else drawing.links_per_chip(domain))
     shape = drawing.shape(domain, Link(latency - library.issue_s, each), best, "scale-up", library.issue_s)
-    return ScaleUpFabric(shape, section.source or chips[0].sources.get("scale_up.bandwidth", ""), library)
+    source = section.source or chips[0].sources.get("scale_up.bandwidth", "")
+    return library.on(Tier("scale-up", TierKind.SCALE_UP, domain, shape, source))
 
 
 def _check_domain(drawing: ShapeDrawing, domain: int, per_host: int, num_hosts: int | None) -> None:
@@ -300,10 +300,11 @@ def _check_domain(drawing: ShapeDrawing, domain: int, per_host: int, num_hosts: 
         dims = " x ".join(map(str, drawing.section.dims or (domain,)))
         problem = f"the {total} chips are not whole domains of {dims} = {domain} chips"
         key = "dims" if drawing.section.dims else "domain"
-        drawing.fail(key, problem, f"choose a size that divides {total}, or change the number of hosts")
+        hint = f"choose a size that divides {total}, or change the number of hosts"
+        raise drawing.place.error(problem, hint, key)
 
 
-def _levels(document: Document, file: ClusterFile, unit: tuple[Host, ...]) -> tuple[SwitchLevel, ...]:
+def _levels(document: Document, file: ClusterFile) -> tuple[SwitchLevel, ...]:
     cards = [host.nics for host in file.hosts if host.nics is not None]
     if not cards:
         return ()
@@ -312,26 +313,21 @@ def _levels(document: Document, file: ClusterFile, unit: tuple[Host, ...]) -> tu
     sources = [card.source for card in cards if card.source]
     spread = _spread(document, file.scale_out)
     levels: list[SwitchLevel] = []
-    for number, section in enumerate(file.scale_out):
-        place = Place(document, ("scale_out", number))
+    for number, section in enumerate(file.levels):
+        place = document.inside("scale_out", number)
         _check_level(place, section, number, len(file.scale_out))
         latency = cards_latency_s if section.latency is None else section.latency
         library = library_of(section, latency, efficiency, efficiency, place)
         drawing = ShapeDrawing(section, place)
-        drawing.check()
         packet = FRAME_NBYTES if section.packet is None else section.packet
+        forward_nbytes = packet if section.forwarding == "store-and-forward" else 0.0
         levels.append(
             SwitchLevel(
-                name=section.name,
-                hosts=section.hosts,
+                section=section,
+                switch=Switch(section.name, section.reduces, forward_nbytes),
                 latency_s=latency - library.issue_s,
-                oversubscription=section.oversubscription,
                 source=section.source or "; ".join(sources),
-                rails=section.rails,
-                reduces=section.reduces,
-                paths=section.paths or 1,
                 spread=spread,
-                forward_nbytes=packet if section.forwarding == "store-and-forward" else 0.0,
                 library=library,
                 drawing=None if drawing.is_switch else drawing,
             )
@@ -349,7 +345,7 @@ def _spread(document: Document, levels: list[LevelSection]) -> Spread:
     return Spread(word.replace(" ", "_")) if word else Spread.ADAPTIVE
 
 
-def _check_level(place: Place, section: LevelSection, number: int, num_levels: int) -> None:
+def _check_level(place: Document, section: LevelSection, number: int, num_levels: int) -> None:
     """Raises ClusterError for keys that would have no effect."""
     if section.paths is not None and number == 0:
         hint = "give `paths` to a level above"

@@ -6,8 +6,7 @@ ranges such as 0-63, or lists of both. What all of this does to a network is sai
 """
 
 import re
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Literal, TypeAlias
 
 from pydantic import Field
 
@@ -25,64 +24,57 @@ from comms.networks.conditions import (
     check_chips,
 )
 from comms.networks.network import Network, TierKind
-from orchestrator.config.schema import FieldType, Section, Size, Time, WordField, field_error, nearest
-from orchestrator.config.yaml_file import Place
+from orchestrator.config.schema import FieldType, Section, Size, Time, field_error, nearest, word_field
+from orchestrator.config.yaml_file import Document
 
 _CHIP = re.compile(r"\s*(?:chip\s*)?([0-9]+)\s*")
 _RANGE = re.compile(r"\s*([0-9]+)\s*-\s*([0-9]+)\s*")
 _PERCENT = re.compile(r"\s*([0-9]+(?:\.[0-9]*)?)\s*%\s*")
 
 
-class OneChip(FieldType):
-    """A field that is one chip: `3` or `chip 3`."""
-
-    def read(self, value: object) -> int:
-        """Its number."""
-        match = _CHIP.fullmatch(str(value))
-        if match is None or isinstance(value, bool):
-            raise field_error(f"{value!r} is not a chip", "write its number, such as `chip 3`")
-        return int(match.group(1))
-
-    def json_schema(self) -> dict[str, Any]:
-        return {"type": ["integer", "string"], "examples": [3, "chip 3"]}
+def _one_chip(value: object) -> int:
+    """The number of `3` or `chip 3`."""
+    match = _CHIP.fullmatch(str(value))
+    if match is None or isinstance(value, bool):
+        raise field_error(f"{value!r} is not a chip", "write its number, such as `chip 3`")
+    return int(match.group(1))
 
 
-class ChipNumbers(FieldType):
-    """A field that is one chip or several: `3`, `0-63`, `[0, 8, 16-31]`."""
-
-    def read(self, value: object) -> tuple[int, ...]:
-        """Their numbers, as given, each once."""
-        if isinstance(value, list):
-            return tuple(dict.fromkeys(chip for part in value for chip in self.read(part)))
-        match = _RANGE.fullmatch(str(value))
-        if match is None:
-            return (OneChip().read(value),)
-        first, last = int(match.group(1)), int(match.group(2))
-        if last < first:
-            raise field_error(f"the range {value!r} is empty", "write the smaller number first")
-        return tuple(range(first, last + 1))
-
-    def json_schema(self) -> dict[str, Any]:
-        return {"type": ["integer", "string", "array"], "examples": [3, "0-63", [0, 8, "16-31"]]}
+def _chip_numbers(value: object) -> tuple[int, ...]:
+    """The numbers of `3`, `0-63` or `[0, 8, 16-31]`, as given, each once."""
+    if isinstance(value, list):
+        return tuple(dict.fromkeys(chip for part in value for chip in _chip_numbers(part)))
+    match = _RANGE.fullmatch(str(value))
+    if match is None:
+        return (_one_chip(value),)
+    first, last = int(match.group(1)), int(match.group(2))
+    if last < first:
+        raise field_error(f"the range {value!r} is empty", "write the smaller number first")
+    return tuple(range(first, last + 1))
 
 
-class Part(FieldType):
-    """A field that is a part of a whole: `5 %` or `0.05`."""
-
-    def read(self, value: object) -> float:
-        """As a number from 0, below 1."""
-        match = _PERCENT.fullmatch(value) if isinstance(value, str) else None
-        part = float(match.group(1)) / 100 if match else value
-        if isinstance(part, bool) or not isinstance(part, int | float) or not 0 <= part < 1:
-            raise field_error(f"{value!r} is not a part of a whole", "write it like `5 %` or 0.05, below 1")
-        return float(part)
-
-    def json_schema(self) -> dict[str, Any]:
-        return {"type": ["number", "string"], "examples": ["5 %", 0.05]}
+def _part(value: object) -> float:
+    """A part of a whole, `5 %` or `0.05`, as a number from 0, below 1."""
+    match = _PERCENT.fullmatch(value) if isinstance(value, str) else None
+    part = float(match.group(1)) / 100 if match else value
+    if isinstance(part, bool) or not isinstance(part, int | float) or not 0 <= part < 1:
+        raise field_error(f"{value!r} is not a part of a whole", "write it like `5 %` or 0.05, below 1")
+    return float(part)
 
 
-AChip: TypeAlias = Annotated[int, OneChip()]
-Chips: TypeAlias = Annotated[tuple[int, ...], ChipNumbers()]
+AChip: TypeAlias = Annotated[
+    int, FieldType(_one_chip, {"type": ["integer", "string"], "examples": [3, "chip 3"]})
+]
+Chips: TypeAlias = Annotated[
+    tuple[int, ...],
+    FieldType(
+        _chip_numbers,
+        {"type": ["integer", "string", "array"], "examples": [3, "0-63", [0, 8, "16-31"]]},
+    ),
+]
+Part: TypeAlias = Annotated[
+    float, FieldType(_part, {"type": ["number", "string"], "examples": ["5 %", 0.05]})
+]
 
 
 class FlapsSection(Section):
@@ -118,14 +110,14 @@ class ChipFaultSection(Section):
 class JitterSection(Section):
     """Rates of links off by up to a part, messages late by a mean time."""
 
-    rate: Annotated[float, Part()] = 0.0
+    rate: Part = 0.0
     delay: Time = 0.0
 
 
 class BackgroundSection(Section):
     """A collective of other jobs, over and over again."""
 
-    op: Annotated[Op, WordField(tuple(op for op in Op if op is not Op.BARRIER))]
+    op: Annotated[Op, word_field(tuple(Op)[:-1])]  # all but the last: a barrier moves nothing
     chips: Chips
     size: Size
 
@@ -140,7 +132,9 @@ class ConditionsSection(Section):
     background: list[BackgroundSection] = Field(default_factory=list)
 
 
-def described(section: ConditionsSection, network: Network, num_chips: int | None, here: Place) -> Described:
+def described(
+    section: ConditionsSection, network: Network, num_chips: int | None, here: Document
+) -> Described:
     """The conditions of a file, on a network of `num_chips` (None: any number). Raises ClusterError."""
     jitter = section.jitter
     if jitter is not None and not jitter.rate and not jitter.delay:
@@ -161,7 +155,7 @@ def described(section: ConditionsSection, network: Network, num_chips: int | Non
     return found
 
 
-def _link(section: LinkFaultSection, network: Network, at: Place) -> LinkFault:
+def _link(section: LinkFaultSection, network: Network, at: Document) -> LinkFault:
     ends, reach = (section.from_, section.to), (section.chip, section.tier)
     named = [[part is not None for part in parts] for parts in (ends, reach)]
     if named not in ([[True, True], [False, False]], [[False, False], [True, True]]):
@@ -173,12 +167,15 @@ def _link(section: LinkFaultSection, network: Network, at: Place) -> LinkFault:
         raise at.error("it is not clear what is wrong with the link", hint)
     if section.factor == 1:
         raise at.error("a factor of 1 has no effect", "give a factor below 1")
-    flaps = None if section.flaps is None else _flaps(section.flaps, at)
+    flaps, times = None, section.flaps
+    if times is not None:
+        with located(at.where("flaps")):
+            flaps = Flaps(times.down, times.every, times.first)
     factor = 0.0 if section.down else 1.0 if section.factor is None else section.factor
-    return LinkFault(_which(section, network, at), factor, flaps, at.where)
+    return LinkFault(_which(section, network, at), factor, flaps, at.where())
 
 
-def _which(section: LinkFaultSection, network: Network, at: Place) -> Between | Reach:
+def _which(section: LinkFaultSection, network: Network, at: Document) -> Between | Reach:
     if section.from_ is not None and section.to is not None:
         if section.from_ == section.to:
             raise at.error(f"a link from chip {section.to} to itself", "name two chips")
@@ -191,32 +188,26 @@ def _which(section: LinkFaultSection, network: Network, at: Place) -> Between | 
     return Reach(section.chip, _tier(section.tier, network, at), section.path)
 
 
-def _tier(word: str, network: Network, at: Place) -> str:
+def _tier(word: str, network: Network, at: Document) -> str:
     """The tier of that name, or the innermost of that kind. Raises ClusterError."""
-    names = {tier.name: tier.name for tier in network.tiers if tier.size > 1}
-    kinds: Mapping[str, str] = {
-        kind.replace("_", "-"): next(tier.name for tier in network.tiers if tier.kind == kind)
-        for kind in TierKind
-        if any(tier.kind == kind and tier.size > 1 for tier in network.tiers)
-    }
-    known = {**kinds, **names}
+    tiers = [tier for tier in network.tiers if tier.size > 1]
+    known: dict[str, str] = {}
+    for kind in TierKind:
+        of_kind = [tier.name for tier in tiers if tier.kind == kind]
+        known |= {kind.replace("_", "-"): name for name in of_kind[:1]}
+    known |= {tier.name: tier.name for tier in tiers}
     if word not in known:
         raise at.error(f"there is no tier {word!r}", nearest(word, known), "tier")
     return known[word]
 
 
-def _flaps(section: FlapsSection, at: Place) -> Flaps:
-    with located(at.inside("flaps").where):
-        return Flaps(section.down, section.every, section.first)
-
-
-def _chip(section: ChipFaultSection, at: Place) -> ChipFault:
+def _chip(section: ChipFaultSection, at: Document) -> ChipFault:
     if section.slowdown == 1 and not section.delay:
         raise at.error("this has no effect on the chip", "give `slowdown:` or `delay:`")
-    return ChipFault(section.chip, section.slowdown, section.delay, at.where)
+    return ChipFault(section.chip, section.slowdown, section.delay, at.where())
 
 
-def _background(section: BackgroundSection, at: Place) -> Background:
+def _background(section: BackgroundSection, at: Document) -> Background:
     if len(section.chips) < 2:
         raise at.error("one chip alone sends nothing", "give at least two chips")
-    return Background(section.op, section.chips, section.size, at.where)
+    return Background(section.op, section.chips, section.size, at.where())

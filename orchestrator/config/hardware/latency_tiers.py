@@ -15,7 +15,7 @@ With all cores sending half way round at once, a wire of a line of n cores carri
 Not modelled: what header flits take off a rate, and cores that are fused off.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import fsum, prod
 
@@ -25,9 +25,7 @@ from comms.networks.fabrics.switch_tree import Tree
 from comms.networks.fabrics.torus_mesh import FullMesh, Torus
 from comms.networks.links import Link
 from comms.networks.network import Network, Tier, TierKind
-from comms.networks.shapes import Shape
 from kernels.chips import Chip, Noc, NocShape, Port
-from orchestrator.config.hardware.cluster import Cluster
 
 FEW_CORES = 4096  # up to here the furthest core is searched among all
 SAME = 1e-9  # relative: chips as far as this from each other are equally far
@@ -48,23 +46,15 @@ class Row:
     ratio: float | None = None  # latency over that of the row before that has one
 
 
-def latency_tiers(cluster: Cluster) -> tuple[Row, ...]:
-    """The tier table of a cluster, one row for each way that two ends can stand to each other."""
-    return tier_table(cluster.network, cluster.chip_types, cluster.issue_s)
-
-
-def tier_table(
-    network: Network, chips: Sequence[Chip] = (), issue_s: Mapping[str, float] | None = None
-) -> tuple[Row, ...]:
+def latency_tiers(network: Network, chips: Sequence[Chip]) -> tuple[Row, ...]:
     """All rows, from the inside out; the memory of a host is reached from the first chip, unless it is the host's own
-    processor. `issue_s`: what issuing a message by itself adds, by name of the tier."""
+    processor."""
     rows = [row for chip in chips for row in _chip_rows(chip)]
     rows += [_host_memory(chip, chip.host_link) for chip in chips[:1] if chip.host_link is not None]
     inner = 1
     for tier in network.tiers:
         if tier.size > 1:
-            extra = (issue_s or {}).get(tier.name, 0.0)
-            rows += [_later(row, extra) for row in _tier_rows(network, tier, inner)]
+            rows += _tier_rows(network, tier, inner)
             inner = tier.size
     return tuple(_with_ratios(rows))
 
@@ -162,7 +152,8 @@ def _tier_rows(network: Network, tier: Tier, inner: int) -> Iterator[Row]:
         hops = _crossed(network, tier, inner)
         link, loaded = shape.link, shape.loaded_link.bytes_per_s
         between = _between(network, tier)
-        yield Row(tier.name, between, link.latency_s, link.bytes_per_s, loaded, hops, source)
+        latency_s = link.latency_s + tier.issue_s
+        yield Row(tier.name, between, latency_s, link.bytes_per_s, loaded, hops, source)
         return
     others = np.arange(inner, tier.size)
     wires, routes = shape.wires(), shape.routes(np.zeros_like(others), others)
@@ -171,18 +162,13 @@ def _tier_rows(network: Network, tier: Tier, inner: int) -> Iterator[Row]:
     near, far = int(np.lexsort((rates, latencies))[0]), int(np.lexsort((rates, -latencies))[0])
     ends = [(near, "the nearest chip", float(rates[near]))]
     if latencies[far] > latencies[near] * (1 + SAME):
-        ends.append((far, f"the furthest of {tier.size} chips", _loaded_far(shape, float(rates[far]))))
+        alone, every = float(rates[far]), shape.loaded_link.bytes_per_s
+        loaded = alone / _load(shape) if isinstance(shape, Torus) else min(alone, every)
+        ends.append((far, f"the furthest of {tier.size} chips", loaded))
     for at, who, loaded in ends:
         crossed, between = routes.of(at), f"chip to {who}, {tier.name}"
-        latency_s = fsum(wires.latency_s[crossed].tolist())
+        latency_s = fsum(wires.latency_s[crossed].tolist()) + tier.issue_s
         yield Row(tier.name, between, latency_s, float(rates[at]), loaded, len(crossed), source)
-
-
-def _loaded_far(shape: Shape, alone: float) -> float:
-    """What each chip has when all send to chips far away."""
-    if isinstance(shape, Torus):
-        return alone / _load(shape)
-    return min(alone, shape.loaded_link.bytes_per_s)
 
 
 def _crossed(network: Network, tier: Tier, inner: int) -> int:
@@ -204,10 +190,6 @@ def _between(network: Network, tier: Tier) -> str:
     if len(outer) > 1 and tier is outer[0]:
         return f"host to host under one switch, {tier.name}"
     return f"host to host through {tier.name}"
-
-
-def _later(row: Row, seconds: float) -> Row:
-    return row if row.latency_s is None else replace(row, latency_s=row.latency_s + seconds)
 
 
 def _with_ratios(rows: Sequence[Row]) -> Iterator[Row]:

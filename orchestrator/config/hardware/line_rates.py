@@ -18,7 +18,7 @@ from orchestrator.config.hardware.network_links import ShapeDrawing, line_and_ef
 from orchestrator.config.hardware.network_sections import LibrarySection, LinkSection, NicSection, PcieSection
 from orchestrator.config.hardware.tiers import PCIE_ROOT
 from orchestrator.config.schema import validate
-from orchestrator.config.yaml_file import Document, Place, read_yaml
+from orchestrator.config.yaml_file import Document, read_yaml
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,9 +41,7 @@ class Sections:
     stage_s: float = 0.0  # longest latency of a protocol as it is now; no message by itself may be quicker
     most_share: float = 1.0  # of a protocol, as `efficiency` is now
     least_efficiency: float = 0.0  # as the shares of protocols are now
-    switch_s: float | None = (
-        None  # of the switches inside this tier: protocols' latencies are between their chips
-    )
+    switch_s: float | None = None  # of switches inside this tier, between whose chips protocols' figures are
     outer: str = ""  # has the latency of the next tier, if no figure inside may be above it:
     outer_s: float = inf
 
@@ -83,21 +81,21 @@ class _FileRates:
         section = self.file.scale_up
         assert section is not None, "there is a scale-up tier"
         together, alone = self._fabric()
-        at, drawing = "scale_up", ShapeDrawing(section, Place(self.document, ("scale_up",)))
+        at, drawing = "scale_up", ShapeDrawing(section, self.document.inside("scale_up"))
         latency = at if drawing.longest_latency_s is None else ""
-        sections = Sections(at, latency, at, self._message_s(tier), stage_s=_longest_stage_s([section]))
+        sections = Sections(at, latency, at, _message_s(tier), stage_s=_most("latency", [section]))
         return LineRate(together, alone, sections, tier, section.reduces, self.cluster)
 
     def pcie(self, tier: Tier) -> LineRate:
         at, root, told = "hosts, pcie", "hosts, pcie, root", self._pcie_sections()
-        rate, stage_s, message_s = self._pcie_rate(tier.name), _longest_stage_s(told), self._message_s(tier)
+        rate, stage_s, message_s = self._pcie_rate(tier.name), _most("latency", told), _message_s(tier)
         roots = [each.root.latency for each in told if each.root and each.root.latency is not None]
         sections = Sections(
             at, at, at, message_s, stage_s=stage_s, outer=root, outer_s=min(roots, default=inf)
         )
         if tier.name == PCIE_ROOT:
             inside = self.cluster.network.tier_for((0, 1))
-            switch_s = None if inside is tier else self._message_s(inside)
+            switch_s = None if inside is tier else _message_s(inside)
             if switch_s is None and not roots and any(each.latency is not None for each in told):
                 root += ", in place of the latency above it"
             stage_s = max(stage_s, switch_s or 0.0)
@@ -105,43 +103,32 @@ class _FileRates:
         return LineRate(rate, rate, sections, tier, False, self.cluster)
 
     def scale_out(self, tier: Tier) -> LineRate:
-        levels, names = self.file.scale_out, [level.name for level in self.file.scale_out]
-        number = names.index(tier.name) if tier.name in names else 0
-        level = levels[number] if levels else None
-        drawing = None if level is None else ShapeDrawing(level, Place(self.document, ("scale_out", number)))
-        card = min(self._cards(), key=lambda each: each.count * each.bandwidth)
-        together, alone = self._card_rates(card, drawing)
+        levels = self.file.levels
+        number = next((at for at, each in enumerate(levels) if each.name == tier.name), 0)
+        level, place = levels[number], self.document.inside("scale_out", number)
+        cards = [host.nics for host in self.file.hosts if host.nics is not None]
+        card = min(cards, key=lambda each: each.count * each.bandwidth)
+        together, alone = self._card_rates(card, ShapeDrawing(level, place))
         at, nics = f"scale_out, level {tier.name}", "hosts, nics"
-        by_cards = level is None or (number == 0 and level.latency is None)
-        message_s = max(each.latency for each in self._cards())
-        if level is not None and level.latency is not None:
-            message_s = level.latency
-        efficiency = min(each.efficiency for each in self._cards())
+        by_cards = number == 0 and level.latency is None
+        same = [each for each in levels if each is level or (by_cards and each.latency is None)]
         sections = Sections(
             library=at,
             latency=nics if by_cards else at,
             rate=nics,
-            message_s=message_s,
-            stage_s=_longest_stage_s(
-                [each for each in levels if each is level or (by_cards and each.latency is None)]
-            ),
-            most_share=efficiency,
-            least_efficiency=_largest_share(levels),
+            message_s=max(each.latency for each in cards) if level.latency is None else level.latency,
+            stage_s=_most("latency", same),
+            most_share=min(each.efficiency for each in cards),
+            least_efficiency=_most("share", levels),
         )
-        return LineRate(together, alone, sections, tier, level is not None and level.reduces, self.cluster)
+        return LineRate(together, alone, sections, tier, level.reduces, self.cluster)
 
-    def _message_s(self, tier: Tier) -> float:
-        return tier.link.latency_s + self.cluster.issue_s.get(tier.name, 0.0)
-
-    def _cards(self) -> list[NicSection]:
-        return [host.nics for host in self.file.hosts if host.nics is not None]
-
-    def _card_rates(self, card: NicSection, drawing: ShapeDrawing | None) -> tuple[Rate, Rate]:
+    def _card_rates(self, card: NicSection, drawing: ShapeDrawing) -> tuple[Rate, Rate]:
         """Together and alone."""
         per_host = self.cluster.chips_per_host
         each = max(1.0, card.count / per_host)
         own = Rate(card.bandwidth * each, f"{each:g} cards of a chip" if each > 1 else "a card")
-        if drawing is not None and not drawing.is_switch:
+        if not drawing.is_switch:
             links = self._links(drawing, self.cluster.num_chips)
             return own, Rate(own.bytes_per_s / links, "a link of a chip")
         words = f"{card.count} cards of a host" if card.count > 1 else "the card of a host"
@@ -157,7 +144,7 @@ class _FileRates:
         """Of the scale-up fabric, together and alone."""
         section = self.file.scale_up
         assert section is not None, "there is a scale-up fabric"
-        drawing = ShapeDrawing(section, Place(self.document, ("scale_up",)))
+        drawing = ShapeDrawing(section, self.document.inside("scale_up"))
         links = self._links(drawing, section.domain or drawing.num_chips or self.cluster.chips_per_host)
         if section.bandwidth is None:
             ports = [chip.scaleup for chip in self.cluster.chip_types]
@@ -171,21 +158,15 @@ class _FileRates:
     def _links(self, drawing: ShapeDrawing, num_chips: int) -> int:
         """How many links of one rate a chip has. Raises ConfigError where they differ."""
         if drawing.has_own_rates:
-            raise ConfigError(
-                "its links differ, so that a chip has no line rate",
-                drawing.place.where,
-                "calibrate without --cluster",
-            )
+            problem = "its links differ, so that a chip has no line rate"
+            raise ConfigError(problem, drawing.place.where(), "calibrate without --cluster")
         return drawing.links_per_chip(num_chips)
 
     def _pcie_sections(self) -> list[PcieSection]:
         """Of each host of the unit; what a file leaves out is one switch and the chips' own links."""
-        told = [
-            section.pcie or PcieSection.model_validate({})
-            for section in self.file.hosts
-            for _ in range(section.count)
-        ]
-        return told[: len(self.cluster.unit)]
+        plain = PcieSection.model_validate({})
+        given = [section.pcie or plain for section in self.file.hosts for _ in range(section.count)]
+        return given[: len(self.cluster.unit)]
 
     def _pcie_rate(self, tier: str) -> Rate:
         """Of the PCIe links of a chip, or of what chips have that meet at the root complex."""
@@ -202,12 +183,11 @@ class _FileRates:
         return min(rates, key=lambda rate: rate.bytes_per_s)
 
 
-def _longest_stage_s(sections: Sequence[LibrarySection]) -> float:
-    """Of the protocols that say how long a stage takes."""
-    protocols = [each for section in sections for each in section.protocols]
-    return max((each.latency for each in protocols if each.latency is not None), default=0.0)
+def _message_s(tier: Tier) -> float:
+    return tier.link.latency_s + tier.issue_s
 
 
-def _largest_share(sections: Sequence[LibrarySection]) -> float:
-    protocols = [each for section in sections for each in section.protocols]
-    return max((each.share for each in protocols if each.share is not None), default=0.0)
+def _most(figure: str, sections: Sequence[LibrarySection]) -> float:
+    """Of the protocols that give this figure."""
+    given = (getattr(each, figure) for section in sections for each in section.protocols)
+    return max((each for each in given if each is not None), default=0.0)

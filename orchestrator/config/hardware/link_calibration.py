@@ -44,14 +44,6 @@ class MeasuredTable:
 
 
 @dataclass(frozen=True, slots=True)
-class MeanErrors:
-    """Mean absolute relative errors from LARGE_NBYTES up, and below; NaN where there is no point."""
-
-    large: float
-    small: float
-
-
-@dataclass(frozen=True, slots=True)
 class Calibration:
     """Constants, and what is left over at each point of each table."""
 
@@ -82,11 +74,8 @@ def calibrate_links(tables: Sequence[MeasuredTable], lines: Sequence[LineRate] =
     """
     pairs = [table for table in tables if table.curve.op is None]
     if pairs and len(pairs) < len(tables):
-        raise CommsError(
-            "messages from chip to chip and collectives do not have the same constants",
-            f"{pairs[0].name} and others",
-            "calibrate with one kind at a time",
-        )
+        problem = "messages from chip to chip and collectives do not have the same constants"
+        raise CommsError(problem, f"{pairs[0].name} and others", "calibrate with one kind at a time")
     line = lines[0] if lines else None
     as_it_is = None
     if lines:
@@ -95,7 +84,9 @@ def calibrate_links(tables: Sequence[MeasuredTable], lines: Sequence[LineRate] =
         link = fit_link([point for table in tables for point in table.curve.points])
         residuals = tuple(_on(link.link, table.curve) for table in tables)
         return Calibration(tuple(tables), None, link, line, residuals, _held_out_pairs(tables), as_it_is)
-    sheets = [_sheet(own) for own in lines] if lines else [Sheet(None)] * len(tables)
+    sheets = [Sheet(own.together.bytes_per_s, REDUCING_SHARE if own.reduces else None) for own in lines] or [
+        Sheet(None)
+    ] * len(tables)
     runs = [MeasuredRun(table.curve, sheet) for table, sheet in zip(tables, sheets, strict=True)]
     plain, eager = _held_out(runs, eager=False), _held_out(runs, eager=True)
     has_eager = eager is not None and plain is not None and _mean(eager) < BETTER * _mean(plain)
@@ -103,16 +94,12 @@ def calibrate_links(tables: Sequence[MeasuredTable], lines: Sequence[LineRate] =
     return Calibration(tuple(tables), fit, None, line, fit.residuals, eager if has_eager else plain, as_it_is)
 
 
-def errors(residuals: Sequence[Sequence[Residual]] | None) -> MeanErrors:
-    """Over all tables; NaN where there are none."""
+def errors(residuals: Sequence[Sequence[Residual]] | None) -> tuple[float, float]:
+    """Mean absolute relative errors over all tables, from LARGE_NBYTES up, and below; NaN where there is no point."""
     every = [each for of_table in residuals or () for each in of_table]
     if not every:
-        return MeanErrors(nan, nan)
-    return MeanErrors(mean_error(every, LARGE_NBYTES, inf), mean_error(every, 0.0, LARGE_NBYTES))
-
-
-def _sheet(line: LineRate) -> Sheet:
-    return Sheet(line.together.bytes_per_s, REDUCING_SHARE if line.reduces else None)
+        return nan, nan
+    return mean_error(every, LARGE_NBYTES, inf), mean_error(every, 0.0, LARGE_NBYTES)
 
 
 def _held_out(runs: Sequence[MeasuredRun], eager: bool) -> tuple[tuple[Residual, ...], ...] | None:
@@ -151,8 +138,8 @@ def _on(link: Link, curve: MeasuredCurve) -> tuple[Residual, ...]:
 def _as_it_is(curve: MeasuredCurve, line: LineRate) -> tuple[Residual, ...]:
     """What the cluster file predicts before anything is calibrated."""
     if curve.op is None:
-        link, issue_s = line.tier.link, line.cluster.issue_s.get(line.tier.name, 0.0)
-        return _on(Link(link.latency_s + issue_s, link.bytes_per_s), curve)
+        link = line.tier.link
+        return _on(Link(link.latency_s + line.tier.issue_s, link.bytes_per_s), curve)
     members = mesh_group((("all", curve.num_chips),), ("all",))
     network = line.cluster.network
     return tuple(

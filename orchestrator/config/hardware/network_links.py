@@ -19,7 +19,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
-from typing import NoReturn
 
 from comms.algorithms.catalog import names as algorithm_names
 from comms.collectives.schedule import Op
@@ -29,7 +28,7 @@ from comms.networks.fabrics.edge_list import Duplex, Edge, EdgeList
 from comms.networks.fabrics.switch_tree import Tree
 from comms.networks.fabrics.torus_mesh import FullMesh, Torus
 from comms.networks.layers import Switch
-from comms.networks.links import Link, Protocol
+from comms.networks.links import PLAIN, Link, Protocol
 from comms.networks.shapes import Shape
 from kernels.chips import Port
 from orchestrator.config.hardware.cluster import Library
@@ -42,7 +41,7 @@ from orchestrator.config.hardware.network_sections import (
     ShapeSection,
 )
 from orchestrator.config.schema import nearest
-from orchestrator.config.yaml_file import Place
+from orchestrator.config.yaml_file import Document
 
 SWITCH = "switch"
 # What each shape makes use of besides latency and bandwidth; anything else would have no effect.
@@ -74,7 +73,7 @@ class ShapeDrawing:
     """A shape section of a document, checked for keys that would have no effect."""
 
     section: ShapeSection
-    place: Place
+    place: Document
 
     @property
     def kind(self) -> str:
@@ -121,23 +120,24 @@ class ShapeDrawing:
                 return num_chips - 1
         return 1
 
-    def check(self) -> None:
+    def __post_init__(self) -> None:
         """Raises ClusterError for keys without effect, and for those that the shape needs."""
         given, uses = self.section.model_fields_set, USES[self.kind]
         if self.kind == "edges" and self.section.shape is not None:
-            self.fail("shape", "a fabric of edges has no shape", "give `shape:` or `edges:`")
+            raise self.place.error("a fabric of edges has no shape", "give `shape:` or `edges:`", "shape")
         for key in OPTIONAL:
             if key in given and key not in uses:
-                self.fail(key, f"`{key}` has no effect on {self._name}", "remove it, or choose another shape")
+                problem = f"`{key}` has no effect on {self._name}"
+                raise self.place.error(problem, "remove it, or choose another shape", key)
         if "dims" in uses and not self.section.dims:
-            self.fail("shape", f"{self._name} needs `dims`", "add `dims:`, such as [4, 8]")
+            raise self.place.error(f"{self._name} needs `dims`", "add `dims:`, such as [4, 8]", "shape")
         num_dims = len(self.section.dims or ())
         if self.kind == "dragonfly" and num_dims != DRAGONFLY_DIMS:
             hint = "give chips per router, routers per group and groups"
-            self.fail("dims", f"{num_dims} dims for a dragonfly", hint)
+            raise self.place.error(f"{num_dims} dims for a dragonfly", hint, "dims")
         if self.section.links and len(self.section.links) != num_dims:
             count = len(self.section.links)
-            self.fail("links", f"{count} links for {num_dims} dims", "give one for each")
+            raise self.place.error(f"{count} links for {num_dims} dims", "give one for each", "links")
         self._check_used(self.section.links or ())
 
     def _check_used(self, links: Sequence[LinkSection]) -> None:
@@ -145,7 +145,8 @@ class ShapeDrawing:
         for key in ("bandwidth", "latency"):
             everywhere = links and all(getattr(link, key) is not None for link in links)
             if everywhere and getattr(self.section, key, None) is not None:
-                self.fail(key, f"`{key}` has no effect, as each of the links has its own", "remove it")
+                problem = f"`{key}` has no effect, as each of the links has its own"
+                raise self.place.error(problem, "remove it", key)
 
     def check_size(self, num_chips: int) -> None:
         """Raises ClusterError where the dims make another number of chips."""
@@ -153,13 +154,13 @@ class ShapeDrawing:
         if made is not None and made != num_chips:
             dims = " x ".join(map(str, self.section.dims or ()))
             hint = f"choose dims whose product is {num_chips}"
-            self.fail("dims", f"dims of {dims} make {made} chips, but there are {num_chips}", hint)
+            problem = f"dims of {dims} make {made} chips, but there are {num_chips}"
+            raise self.place.error(problem, hint, "dims")
 
     def shape(self, num_chips: int, link: Link, efficiency: float, name: str, earlier_s: float) -> Shape:
         """The shape over so many chips; `link` is the section's, `earlier_s` what all latencies are quicker by."""
-        self.check_size(num_chips)
         key = "edges" if self.kind == "edges" else "dims"
-        with described(self.place.inside(key).where, "change the shape"):
+        with described(self.place.where(key), "change the shape"):
             return self._shape(num_chips, link, efficiency, name, earlier_s)
 
     def _shape(self, num_chips: int, link: Link, efficiency: float, name: str, earlier_s: float) -> Shape:
@@ -217,19 +218,15 @@ class ShapeDrawing:
         rate = around.bytes_per_s if own.bandwidth is None else own.bandwidth * efficiency
         if latency < 0:
             hint = "leave the protocols' latency out, or raise that of the link"
-            self.fail("protocols", "a protocol's stage is quicker than one of the links", hint)
+            raise self.place.error("a protocol's stage is quicker than one of the links", hint, "protocols")
         return Link(latency, rate)
 
     @property
     def _name(self) -> str:
         return "links given edge by edge" if self.kind == "edges" else f"a {self.kind}"
 
-    def fail(self, key: str, problem: str, hint: str) -> NoReturn:
-        """Raises ClusterError at a key of the section."""
-        raise self.place.error(problem, hint, key)
 
-
-def _check_edge(edge: EdgeSection, num_chips: int, place: Place) -> None:
+def _check_edge(edge: EdgeSection, num_chips: int, place: Document) -> None:
     for node in (edge.b, edge.a):
         if isinstance(node, int) and not 0 <= node < num_chips:
             hint = f"chips are 0 to {num_chips - 1}; switches have names"
@@ -254,40 +251,34 @@ def best_share(efficiency: float, sections: Sequence[ProtocolSection]) -> float:
 
 
 def library_of(
-    section: LibrarySection, latency_s: float, efficiency: float, best: float, place: Place
+    section: LibrarySection, latency_s: float, efficiency: float, best: float, place: Document
 ) -> Library:
     """A tier's library, where a message by itself has this latency and efficiency, and its links reach `best`."""
-    latencies = [latency_s if each.latency is None else each.latency for each in section.protocols]
-    shares = [efficiency if each.share is None else each.share for each in section.protocols]
-    _check_protocols(section.protocols, shares, best, place)
-    if not section.protocols:
-        return Library(section.setup)
-    base = min([latency_s, *latencies])
-    protocols = tuple(
-        Protocol(
-            each.name, latency - base, share / best, each.pipelined, tuple(each.algorithms), tuple(each.ops)
-        )
-        for each, latency, share in zip(section.protocols, latencies, shares, strict=True)
-    )
-    return Library(section.setup, protocols, latency_s - base)
-
-
-def _check_protocols(
-    sections: Sequence[ProtocolSection], shares: Sequence[float], best: float, place: Place
-) -> None:
-    """Raises ClusterError for names given twice, and for a share that the links do not reach."""
-    names = [each.name for each in sections]
-    for number, (name, share) in enumerate(zip(names, shares, strict=True)):
-        here = place.inside("protocols", number)
-        known = tuple(dict.fromkeys(known for op in Op for known in algorithm_names(op)))
-        for algorithm in sections[number].algorithms:
-            if algorithm not in known:
-                raise here.error(f"there is no algorithm {algorithm!r}", nearest(algorithm, known))
-        for op in sections[number].ops:
-            if op not in list(Op):
-                raise here.error(f"there is no operation {op!r}", nearest(op, tuple(map(str, Op))))
-        if name in names[:number]:
-            raise here.error(f"two protocols are named {name!r}", "give each its own name")
+    base = min([latency_s, *(each.latency for each in section.protocols if each.latency is not None)])
+    protocols: list[Protocol] = []
+    for number, each in enumerate(section.protocols):
+        here, latency = place.inside("protocols", number), each.latency
+        share = efficiency if each.share is None else each.share
+        _check_protocol(each, here)
+        if each.name in [other.name for other in protocols]:
+            raise here.error(f"two protocols are named {each.name!r}", "give each its own name")
         if share > best:
-            problem = f"protocol {name!r} has a share of {share}, above the efficiency of {best}"
+            problem = f"protocol {each.name!r} has a share of {share}, above the efficiency of {best}"
             raise here.error(problem, "raise the `efficiency` of the links")
+        later_s = (latency_s if latency is None else latency) - base
+        only = tuple(each.algorithms), tuple(each.ops)
+        protocols.append(Protocol(each.name, later_s, share / best, each.pipelined, *only))
+    return Library(section.setup, tuple(protocols) or (PLAIN,), latency_s - base)
+
+
+def _check_protocol(section: ProtocolSection, here: Document) -> None:
+    """Raises ClusterError for algorithms and operations that there are not."""
+    algorithms = tuple(dict.fromkeys(known for op in Op for known in algorithm_names(op)))
+    ops = tuple(map(str, Op))
+    for what, given, known in (
+        ("algorithm", section.algorithms, algorithms),
+        ("operation", section.ops, ops),
+    ):
+        for name in given:
+            if name not in known:
+                raise here.error(f"there is no {what} {name!r}", nearest(name, known))

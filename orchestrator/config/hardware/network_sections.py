@@ -7,8 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from comms.networks.links import Link
-from orchestrator.config.schema import CountOr, DataRate, Section, Size, Time
+from orchestrator.config.schema import DataRate, Section, Size, Time, count_or
 
 Share = Annotated[float, Field(ge=1e-6, le=1)]
 Duplex = Literal["full", "half"]
@@ -79,7 +78,7 @@ class LevelSection(ShapeSection):
     """One level of switches between hosts, from the inside out; or one shape over all chips, by their cards."""
 
     name: str
-    hosts: Annotated[int | None, CountOr("any")] = None
+    hosts: Annotated[int | None, count_or("any")] = None
     latency: Time | None = None
     oversubscription: float = Field(1.0, ge=1, le=1e6)
     rails: bool = False
@@ -113,8 +112,3 @@ class NicSection(Section):
     efficiency: Share = 1.0
     duplex: Duplex = "full"
     source: str = ""
-
-    @property
-    def link(self) -> Link:
-        """What a message gets of one card."""
-        return Link(self.latency, self.bandwidth * self.efficiency)

@@ -17,65 +17,43 @@ Instead of levels of switches, one shape may join all chips by their cards: a to
 Not modelled: PCIe traffic and network traffic of one chip in each other's way where they have wires of their own.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 from comms.networks.fabrics.switch_tree import Tree
 from comms.networks.layers import Spread, Switch, Trunk, half_latencies
 from comms.networks.links import Link
 from comms.networks.network import UNBOUNDED, Network, Tier, TierKind, layered, switched
-from comms.networks.shapes import Shape
-from orchestrator.config.hardware.cluster import PLAIN_LIBRARY, Host, Library, Pcie
+from orchestrator.config.hardware.cluster import PLAIN_LIBRARY, Host, Library
 from orchestrator.config.hardware.network_links import ShapeDrawing, described
-from orchestrator.config.hardware.network_sections import NicSection
+from orchestrator.config.hardware.network_sections import LevelSection, NicSection
 from orchestrator.config.yaml_file import Document
 
 
 @dataclass(frozen=True, slots=True)
-class ScaleUpFabric:
-    """The scale-up fabric: the shape of one domain."""
-
-    shape: Shape
-    source: str
-    library: Library = PLAIN_LIBRARY
-
-    @property
-    def domain(self) -> int:
-        return self.shape.num_chips
-
-
-@dataclass(frozen=True, slots=True)
 class SwitchLevel:
-    """One level of switches between hosts; None: any number of hosts, or the NIC's own latency."""
+    """One level of switches between hosts: what the file says of it, and what else that means."""
 
-    name: str
-    hosts: int | None
-    latency_s: float | None
-    oversubscription: float
+    section: LevelSection
+    switch: Switch
+    latency_s: float
     source: str
-    rails: bool = False  # one switch for each card of a host, those of equal place under one
-    reduces: bool = False  # its switches add and copy
-    paths: int = 1  # side by side, from each switch of the level below
-    spread: Spread = Spread.ADAPTIVE
-    forward_nbytes: float = 0.0
-    library: Library = PLAIN_LIBRARY
-    drawing: ShapeDrawing | None = None  # a shape over all chips instead of switches
+    spread: Spread
+    library: Library
+    drawing: ShapeDrawing | None  # a shape over all chips instead of switches
 
 
 @dataclass(frozen=True, slots=True)
 class _LayerWires:
     """The wires into one layer of a tree, from each group of `size` chips below it."""
 
-    tier: str
+    to: Switch
     size: int
     bytes_per_s: float  # of all its paths together
     latency_s: float | None  # between chips that meet in the layer; None where none do
     paths: int = 1
     rails: int = 1
-    oversubscription: float = 1.0
-    reduces: bool = False
     duplex: bool = True
-    forward_nbytes: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,21 +73,21 @@ PCIE_SWITCH, PCIE_ROOT = "pcie switch", "pcie root"
 def build_network(
     unit: tuple[Host, ...],
     num_hosts: int | None,
-    fabric: ScaleUpFabric | None,
+    fabric: Tier | None,
     levels: tuple[SwitchLevel, ...],
     document: Document,
 ) -> Network:
     """The network of `num_hosts` hosts (None: any number). Raises ClusterError where groups do not nest."""
     per_host = len(unit[0].chips)
     total = UNBOUNDED if num_hosts is None else num_hosts * per_host
-    levels = levels or (SwitchLevel("scale-out", None, None, 1.0, "the NICs of the hosts"),)
     tiers = _on_chip(unit)
     if fabric is not None:
-        tiers.append(_scale_up(fabric, total))
+        size = min(fabric.size, total)
+        tiers.append(replace(fabric, size=size, shape=fabric.shape.cut(size)))
     inside = _pcie(unit, document)
-    reach = fabric.domain if fabric else 1
+    reach = fabric.size if fabric else 1
     _check_joined(max(reach, per_host if inside.steps else 1), per_host, document)
-    where = document.where(("scale_up",) if fabric else ("scale_out",))
+    where = document.where("scale_up" if fabric else "scale_out")
     with described(where, "make each group a whole number of the groups inside it"):
         if num_hosts == 1:
             tiers += _tiers(_tree(per_host, inside.steps), tiers, inside, ()) if inside.steps else []
@@ -117,19 +95,6 @@ def build_network(
             _check_levels(levels, num_hosts, document)
             tiers += _leaving(unit, tiers, inside, levels, total)
         return Network(tuple(tiers or [_alone(unit[0])]))
-
-
-def issue_times(
-    network: Network, fabric: ScaleUpFabric | None, levels: tuple[SwitchLevel, ...], pcie: Pcie | None
-) -> dict[str, float]:
-    """By tier of the network, what a message by itself takes more than a stage of a collective; none for nothing."""
-    libraries = {level.name: level.library for level in levels}
-    if fabric is not None:
-        libraries["scale-up"] = fabric.library
-    if pcie is not None:
-        libraries |= {PCIE_SWITCH: pcie.library, PCIE_ROOT: pcie.library}
-    names = {tier.name for tier in network.tiers}
-    return {name: its.issue_s for name, its in libraries.items() if name in names and its.issue_s}
 
 
 def _check_joined(reach: int, per_host: int, document: Document) -> None:
@@ -142,16 +107,14 @@ def _check_joined(reach: int, per_host: int, document: Document) -> None:
 
 
 def _check_levels(levels: tuple[SwitchLevel, ...], num_hosts: int | None, document: Document) -> None:
-    hosts = levels[-1].hosts
+    hosts = levels[-1].section.hosts
     if levels[0].drawing is not None:
         return
-    if num_hosts is not None and hosts is not None and hosts < num_hosts:
-        problem = f"the outermost level joins {hosts} hosts, but there are {num_hosts}"
+    if hosts is not None and (num_hosts is None or hosts < num_hosts):
+        there = "may be any number" if num_hosts is None else f"are {num_hosts}"
+        problem = f"the outermost level joins {hosts} hosts, but there {there}"
         raise document.error(problem, "add a level with `hosts: any`", "scale_out")
-    if num_hosts is None and hosts is not None:
-        problem = f"the outermost level joins {hosts} hosts, but there may be any number"
-        raise document.error(problem, "add a level with `hosts: any`", "scale_out")
-    railed = [at for at, level in enumerate(levels) if level.rails]
+    railed = [at for at, level in enumerate(levels) if level.section.rails]
     if railed and (railed != [0] or len(levels) == 1):
         hint = "give `rails` to the first of several levels"
         problem = "only the first level can have rails, with one above it"
@@ -176,12 +139,6 @@ def _on_chip(unit: tuple[Host, ...]) -> list[Tier]:
     ]
 
 
-def _scale_up(fabric: ScaleUpFabric, total: int) -> Tier:
-    size = min(fabric.domain, total)
-    library, shape = fabric.library, fabric.shape.cut(size)
-    return Tier("scale-up", TierKind.SCALE_UP, size, shape, fabric.source, library.setup_s, library.protocols)
-
-
 def _pcie(unit: tuple[Host, ...], document: Document) -> _Inside:
     """The wires from a chip to the root complex of its host; none where a host has no PCIe tree."""
     trees = [host.pcie for host in unit if host.pcie is not None]
@@ -198,14 +155,14 @@ def _pcie(unit: tuple[Host, ...], document: Document) -> _Inside:
     uplink = min(tree.uplink_bytes_per_s for tree in trees)
     duplex = all(tree.duplex for tree in trees)
     switches, per_host = trees[0].switches, len(unit[0].chips)
-    port = _LayerWires(PCIE_SWITCH, 1, link.bytes_per_s, link.latency_s, duplex=duplex)
+    port = _LayerWires(Switch(PCIE_SWITCH), 1, link.bytes_per_s, link.latency_s, duplex=duplex)
     steps: tuple[_LayerWires, ...] = (port,)
     way_out = steps
     if switches == 0 or switches == per_host > 1:
         rate = min(link.bytes_per_s, root.bytes_per_s)
-        steps = (_LayerWires(PCIE_ROOT, 1, rate, root.latency_s, duplex=duplex),)
+        steps = (_LayerWires(Switch(PCIE_ROOT), 1, rate, root.latency_s, duplex=duplex),)
     elif switches > 1:
-        up = _LayerWires(PCIE_ROOT, per_host // switches, uplink, root.latency_s, duplex=duplex)
+        up = _LayerWires(Switch(PCIE_ROOT), per_host // switches, uplink, root.latency_s, duplex=duplex)
         steps, way_out = (port, replace(up, bytes_per_s=min(uplink, root.bytes_per_s))), (port, up)
     return _Inside(steps, way_out, trees[0].library, trees[0].source or PCIE_SOURCE)
 
@@ -215,24 +172,24 @@ def _leaving(
 ) -> list[Tier]:
     """The tiers from PCIe outwards; those of PCIe are part of the next where the whole host shares its cards."""
     per_host, steps = len(unit[0].chips), list(inside.steps)
-    nics = _slowest_nics(unit)
-    latencies = [nics.link.latency_s if level.latency_s is None else level.latency_s for level in levels]
+    cards = [host.nics for host in unit if host.nics is not None]
+    nics = min(cards, key=lambda each: each.count * _card_rate(each))  # of the host that has least
     meets = max((tier.size for tier in before), default=1) < per_host  # over PCIe, or nowhere
     own = _tiers(_tree(per_host, inside.steps), before, inside, levels) if steps and meets else []
     if levels[0].drawing is not None:
         return [*own, _drawn(levels[0], levels[0].drawing, nics, inside, per_host, total)]
-    card = _card(nics, per_host, levels[0], latencies[0])
+    card = _card(nics, per_host, levels[0])
     slowest_s = max([step.latency_s or 0.0 for step in steps], default=0.0)
-    one_tree = meets and card.size == per_host and latencies[0] >= slowest_s
+    one_tree = meets and card.size == per_host and levels[0].latency_s >= slowest_s
     steps = [*steps, card] if one_tree else _way_out(inside, card, nics, per_host)
-    per_chip = min(step.bytes_per_s / step.size for step in steps) / levels[0].oversubscription
-    for level, latency_s, below in zip(levels[1:], latencies[1:], levels, strict=False):
-        if below.hosts is None:
+    per_chip = min(step.bytes_per_s / step.size for step in steps) / levels[0].section.oversubscription
+    for below, level in pairwise(levels):
+        if below.section.hosts is None:
             break
-        per_chip /= level.oversubscription
-        size, rails = below.hosts * per_host, per_host // card.size if below.rails else 1
-        up = _LayerWires(level.name, size, size * per_chip / rails, latency_s, level.paths, rails)
-        steps.append(replace(up, reduces=level.reduces, forward_nbytes=level.forward_nbytes))
+        per_chip /= level.section.oversubscription
+        size, rails = below.section.hosts * per_host, per_host // card.size if below.section.rails else 1
+        rate, paths = size * per_chip / rails, level.section.paths or 1
+        steps.append(_LayerWires(level.switch, size, rate, level.latency_s, paths, rails))
     own = [] if one_tree else own
     return own + _tiers(_tree(total, tuple(steps), levels[0].spread), before + own, inside, levels)
 
@@ -242,54 +199,49 @@ def _drawn(
 ) -> Tier:
     """A shape over all chips, each by cards of its own."""
     if nics.count % per_host:
-        problem = f"{nics.count} cards are not the same number for each of {per_host} chips"
-        drawing.fail("shape", f"{problem}, which a {drawing.kind} needs", "give each chip its cards")
+        cards = f"{nics.count} cards are not the same number for each of {per_host} chips"
+        problem = f"{cards}, which a {drawing.kind} needs"
+        raise drawing.place.error(problem, "give each chip its cards", "shape")
     size = drawing.num_chips or total
     if size == UNBOUNDED:
-        drawing.fail("shape", f"a {drawing.kind} of any number of chips", "give `repeat` a number")
-    rate = nics.link.bytes_per_s * nics.count / per_host
+        problem = f"a {drawing.kind} of any number of chips"
+        raise drawing.place.error(problem, "give `repeat` a number", "shape")
+    rate = _card_rate(nics) * nics.count / per_host
     rate = min([rate, *(step.bytes_per_s for step in inside.way_out)])
-    latency_s = nics.link.latency_s if level.latency_s is None else level.latency_s
     drawing.check_size(size if total == UNBOUNDED else total)
-    spread = Link(latency_s, rate / drawing.links_per_chip(size))
-    shape = drawing.shape(size, spread, 1.0, level.name, level.library.issue_s)
-    library = level.library
-    return Tier(level.name, TierKind.SCALE_OUT, size, shape, level.source, library.setup_s, library.protocols)
+    spread, name = Link(level.latency_s, rate / drawing.links_per_chip(size)), level.section.name
+    shape = drawing.shape(size, spread, 1.0, name, level.library.issue_s)
+    return level.library.on(Tier(name, TierKind.SCALE_OUT, size, shape, level.source))
 
 
-def _slowest_nics(unit: tuple[Host, ...]) -> NicSection:
-    """The cards of the host that has the least bandwidth, at the longest latency."""
-    all_nics = [host.nics for host in unit if host.nics is not None]
-    least = min(all_nics, key=lambda nics: nics.count * nics.link.bytes_per_s)
-    latency_s = max(nics.link.latency_s for nics in all_nics)
-    return least.model_copy(update={"latency": latency_s})
+def _card_rate(nics: NicSection) -> float:
+    """What a message gets of one card."""
+    return nics.bandwidth * nics.efficiency
 
 
-def _card(nics: NicSection, per_host: int, level: SwitchLevel, latency_s: float) -> _LayerWires:
+def _card(nics: NicSection, per_host: int, level: SwitchLevel) -> _LayerWires:
     """From the chips behind one card to the first switch between hosts; see the module for how they share."""
-    size, rate, paths = 1, nics.link.bytes_per_s * nics.count / per_host, 1
+    size, rate, paths = 1, _card_rate(nics) * nics.count / per_host, 1
     if nics.count < per_host:
         even = per_host % nics.count == 0
         size, paths = (per_host // nics.count, 1) if even else (per_host, nics.count)
-        rate = nics.link.bytes_per_s * paths
-    step = _LayerWires(level.name, size, rate, latency_s, paths, oversubscription=level.oversubscription)
-    return replace(
-        step, reduces=level.reduces, duplex=nics.duplex == "full", forward_nbytes=level.forward_nbytes
-    )
+        rate = _card_rate(nics) * paths
+    switch = replace(level.switch, oversubscription=level.section.oversubscription)
+    return _LayerWires(switch, size, rate, level.latency_s, paths, duplex=nics.duplex == "full")
 
 
 def _way_out(inside: _Inside, card: _LayerWires, nics: NicSection, per_host: int) -> list[_LayerWires]:
     """From a chip to the first switch between hosts, on wires that are not used within the host."""
-    port = inside.way_out[0].bytes_per_s if inside.way_out else nics.link.bytes_per_s
+    port = inside.way_out[0].bytes_per_s if inside.way_out else _card_rate(nics)
     if card.size == 1:
-        return [
-            replace(card, bytes_per_s=min(card.bytes_per_s, port) if inside.way_out else card.bytes_per_s)
-        ]
-    steps = [_LayerWires(card.tier, 1, port, None)]
+        least = min(card.bytes_per_s, port) if inside.way_out else card.bytes_per_s
+        return [replace(card, bytes_per_s=least)]
+    switch = Switch(card.to.tier)
+    steps = [_LayerWires(switch, 1, port, None)]
     for uplink in inside.way_out[1:]:
         behind_each = nics.count % (per_host // uplink.size) == 0
         if not behind_each and card.size % uplink.size == 0:
-            steps.append(replace(uplink, tier=card.tier, latency_s=None))
+            steps.append(replace(uplink, to=switch, latency_s=None))
     return [*steps, card]
 
 
@@ -302,26 +254,23 @@ def _tree(num_chips: int, steps: tuple[_LayerWires, ...], spread: Spread = Sprea
     for step, latency_s in zip(steps, half_latencies(totals), strict=True):
         if trunks and step.size >= num_chips and step.rails == 1:
             break
-        switch = Switch(step.tier, step.reduces, step.forward_nbytes, oversubscription=step.oversubscription)
         link = Link(latency_s, step.bytes_per_s / step.paths)
-        trunks.append(Trunk(step.size, link, switch, step.paths, step.rails, step.duplex))
+        trunks.append(Trunk(step.size, link, step.to, step.paths, step.rails, step.duplex))
     port = trunks[0]
     return Tree(num_chips, port.link, port.to, tuple(trunks[1:]), port.duplex, spread)
 
 
 def _tiers(tree: Tree, before: list[Tier], inside: _Inside, levels: tuple[SwitchLevel, ...]) -> list[Tier]:
     """The tiers of a tree that join more chips than those before."""
-    known = {level.name: level for level in levels}
+    known = {level.section.name: level for level in levels}
     reach = max((tier.size for tier in before), default=1)
-    return [_told(tier, inside, known) for tier in layered(tree, TierKind.SCALE_OUT, reach)]
-
-
-def _told(tier: Tier, inside: _Inside, levels: Mapping[str, SwitchLevel]) -> Tier:
-    """A tier with what the file says of it besides its wires."""
-    level = levels.get(tier.name)
-    library, source = (level.library, level.source) if level else (inside.library, inside.source)
-    kind = TierKind.SCALE_OUT if level else TierKind.PCIE
-    return replace(tier, kind=kind, source=source, setup_s=library.setup_s, protocols=library.protocols)
+    tiers: list[Tier] = []
+    for tier in layered(tree, TierKind.SCALE_OUT, reach):
+        if (level := known.get(tier.name)) is not None:
+            tiers.append(level.library.on(replace(tier, source=level.source)))
+        else:
+            tiers.append(inside.library.on(replace(tier, kind=TierKind.PCIE, source=inside.source)))
+    return tiers
 
 
 def _slowest(links: list[Link]) -> Link:

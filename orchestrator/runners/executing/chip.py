@@ -289,12 +289,6 @@ class ExecutingChip:
         return found
 
 
-def module_values(module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """A module's parameters and buffers, as chips ask for them."""
-    values = {f"params:{name}": value.detach() for name, value in module.named_parameters()}
-    return values | {f"buffer:{name}": value for name, value in module.named_buffers()}
-
-
 def _storages(tensors: Iterable[torch.Tensor]) -> dict[int, int]:
     storages = (tensor.untyped_storage() for tensor in tensors)
     return {each.data_ptr(): each.nbytes() for each in storages}

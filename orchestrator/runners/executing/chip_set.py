@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 
 from comms.errors import ClusterError
+from comms.selection.progress import Progress
 from kernels.backend import one_thread_per_chip, prepare_thread
 from orchestrator.config.hardware.cluster import Cluster, Device
 from orchestrator.runners.executing.chip import (
@@ -34,7 +35,7 @@ from partitioner.program.machine import Key, Machine, Post
 from partitioner.program.program import Program, Update
 
 if TYPE_CHECKING:
-    from orchestrator.planning.preparation import PhaseReporter, Prepared
+    from orchestrator.planning.preparation import Prepared
 
 STATS = {"step": "update.stats", "evaluate": "report.stats"}  # where a schedule leaves its reduced statistics
 
@@ -273,12 +274,12 @@ class InlineLaunch:
     def __init__(self, cluster: Cluster) -> None:
         self.cluster = cluster
 
-    def connect(self, prepared: "Prepared", progress: "PhaseReporter") -> ChipSet:
+    def connect(self, prepared: "Prepared", progress: Progress) -> ChipSet:
         """See `Launch`."""
         if self.cluster.device is Device.CUDA:
             raise ClusterError("CUDA chips need a process each", self.cluster.origin, "use --runner ray")
 
-        with progress.phase("start chips"):
+        with progress("start chips"):
             return ChipSet(prepared.program, chip_settings(prepared), num_workers(self.cluster))
 
     def close(self) -> None:

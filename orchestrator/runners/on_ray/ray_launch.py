@@ -3,8 +3,9 @@
 Does not import torch in the calling thread before the actors are on their way.
 """
 
+from comms.selection.progress import Progress
 from orchestrator.config.hardware.cluster import Cluster, Device
-from orchestrator.planning.preparation import PhaseReporter, Prepared
+from orchestrator.planning.preparation import Prepared
 from orchestrator.runners.on_ray.ray_start import PHASES, ActorPlan, RayStart
 from orchestrator.runners.runner import TensorRunner, num_workers
 
@@ -20,13 +21,13 @@ class RayLaunch:
         num_actors = cluster.num_chips if is_real else min(num_workers(cluster), cluster.num_chips)
         self.start = RayStart(ActorPlan(num_actors, gpus=int(cluster.device is Device.CUDA)))
 
-    def connect(self, prepared: Prepared, progress: PhaseReporter) -> TensorRunner:
+    def connect(self, prepared: Prepared, progress: Progress) -> TensorRunner:
         """The runner of `prepared`, once the actors are up."""
         try:
             for phase in PHASES:
-                with progress.phase(phase):
+                with progress(phase):
                     self.start.wait(phase)
-            with progress.phase("connect actors"):
+            with progress("connect actors"):
                 from orchestrator.runners.executing.chip_set import chip_settings
                 from orchestrator.runners.on_ray.ray_runner import RayRunner
 

@@ -129,13 +129,12 @@ class ClusterCosts:
         """What each chip of a stage has towards its like in another, all chips of the stage sending at once."""
         network, per_stage = self.cluster.network, self._chips_per_stage
         tier = network.tier_for((first, second))
-        issue_s = self.cluster.issue_s.get(tier.name, 0.0)
         chips = [*range(first, first + per_stage), *range(second, second + per_stage)]
         levels = network.levels(chips, aligned=True)
         if not levels:
-            return tier.loaded_link, issue_s
+            return tier.loaded_link, tier.issue_s
         inner = prod(level.fanout for level in levels[:-1])
-        return Link(levels[-1].latency_s, levels[-1].rate(min(inner, per_stage))), issue_s
+        return Link(levels[-1].latency_s, levels[-1].rate(min(inner, per_stage))), tier.issue_s
 
     def _members(self, role: Role, group: Group) -> Members:
         """By arithmetic; groups of a few named stages are small enough to list."""

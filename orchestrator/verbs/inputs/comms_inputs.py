@@ -56,24 +56,21 @@ def read_parts(text: str | None, num_chips: int) -> FloatArray:
     """[chips, chips] Bytes from chip to chip, from a CSV file with a row per sender: numbers, or sizes with units."""
     if text is None or not Path(text).is_file():
         problem = f"{UNEVEN} needs a table of bytes" if text is None else f"there is no file {text}"
-        raise ConfigError(
-            problem, "--size", "give a CSV file: a row per sending chip, a column per receiving one"
-        )
+        hint = "give a CSV file: a row per sending chip, a column per receiving one"
+        raise ConfigError(problem, "--size", hint)
     rows = _rows(text)
     if not rows:
         raise ConfigError("the table is empty", text, f"give {num_chips} rows of {num_chips} sizes")
     if len(rows) != num_chips or any(len(row) != num_chips for row in rows):
         found = f"{len(rows)} rows of {', '.join(map(str, sorted({len(row) for row in rows})))} columns"
-        raise ConfigError(
-            f"{found} for {num_chips} chips", text, "give a row and a column per chip, or --chips"
-        )
+        problem = f"{found} for {num_chips} chips"
+        raise ConfigError(problem, text, "give a row and a column per chip, or --chips")
     parts = np.array(
         [[_part(cell.strip(), f"{text}, row {row + 1}") for cell in cells] for row, cells in enumerate(rows)]
     )
     if num_chips > 1 and not (parts - np.diag(np.diag(parts))).any():
-        raise ConfigError(
-            "no chip sends another one anything", text, "give sizes above zero off the diagonal"
-        )
+        problem = "no chip sends another one anything"
+        raise ConfigError(problem, text, "give sizes above zero off the diagonal")
     return parts
 
 
@@ -113,9 +110,8 @@ def read_algorithm(text: str | None, op: str | None) -> str | Schedule:
         return AUTO
     if not Path(text).is_file():
         if "/" in text or Path(text).suffix:
-            raise ConfigError(
-                f"there is no file {text}", "--algorithm", "check the path, or give the name of an algorithm"
-            )
+            problem = f"there is no file {text}"
+            raise ConfigError(problem, "--algorithm", "check the path, or give the name of an algorithm")
         known = (AUTO, SYNTHESIZED, *names(read_op(op)))
         if text not in known:
             hint = nearest(text, known)
@@ -141,9 +137,8 @@ def check_picture(path: Path | None) -> None:
     if path.suffix.lower() != ".png":
         raise ConfigError("pictures are PNG files", f"--plot {path}", "give a name that ends in .png")
     if path.is_dir() or not path.parent.is_dir():
-        raise ConfigError(
-            "a picture cannot be written there", f"--plot {path}", "give a file in a folder that exists"
-        )
+        problem = "a picture cannot be written there"
+        raise ConfigError(problem, f"--plot {path}", "give a file in a folder that exists")
 
 
 def write_picture(png: bytes, path: Path, console: Console) -> None:

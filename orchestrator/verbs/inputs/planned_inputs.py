@@ -5,20 +5,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from comms.errors import ConfigError, PlanError
+from comms.selection.progress import Progress
 from orchestrator.config.hardware.cluster import Cluster
 from orchestrator.config.hardware.cluster_file import DEFAULT_CLUSTER, cluster_from, cluster_path
 from orchestrator.config.job_file import Job, job_from, load_job
 from orchestrator.config.yaml_file import Document, read_yaml
 from orchestrator.planning import preparation
-from orchestrator.planning.preparation import PhaseReporter, Prepared
+from orchestrator.planning.preparation import Prepared
 from orchestrator.verbs.inputs.options import PlannedOptions
 from partitioner.layout.parallel_plan import Plan, plan_from_yaml
 
 # What `train` shows when neither a job nor a model nor a plan is asked for: every kind of parallelism at once.
 DEMONSTRATION = ("plan.tp=2", "plan.pp=2")
 DEMONSTRATION_CHIPS = 4  # a multiple of so many
-# flags that stand for a key of the job file
-SHORTCUTS = {"model": "model", "data": "data", "global_batch": "global_batch", "seq": "seq", "steps": "steps"}
+# flags that stand for the key of that name in the job file
+SHORTCUTS = ("model", "data", "global_batch", "seq", "steps")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,11 +46,8 @@ def resolve(options: PlannedOptions, *, demonstrate: bool = False) -> Inputs:
     """
     document = read_yaml(options.cluster or cluster_path(DEFAULT_CLUSTER))
     cluster = cluster_from(document).take(options.chips)
-    shortcuts = [
-        f"{key}={value}"
-        for name, key in SHORTCUTS.items()
-        if (value := getattr(options, name, None)) is not None
-    ]
+    given = {name: getattr(options, name, None) for name in SHORTCUTS}
+    shortcuts = [f"{name}={value}" for name, value in given.items() if value is not None]
     demonstration = DEMONSTRATION if demonstrate and _is_bare(options, cluster) else ()
     job = load_job(options.job, (*demonstration, *shortcuts, *options.overrides))
     return Inputs(cluster, job, read_plan(options.plan), document.root)
@@ -62,7 +60,7 @@ def _is_bare(options: PlannedOptions, cluster: Cluster) -> bool:
     return not asked and cluster.num_chips % DEMONSTRATION_CHIPS == 0
 
 
-def prepare(options: PlannedOptions, progress: PhaseReporter) -> Prepared:
+def prepare(options: PlannedOptions, progress: Progress) -> Prepared:
     """The Program that the options describe. Raises UserError."""
     inputs = resolve(options)
     return preparation.prepare(inputs.cluster, inputs.job, inputs.plan, progress=progress)

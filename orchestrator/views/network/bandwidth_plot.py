@@ -8,7 +8,7 @@ from comms.selection.size_sweep import SizeSweep
 from comms.units import format_scaled
 from orchestrator.config.hardware.link_calibration import Calibration
 from orchestrator.views.network.comms_report import size_in_words
-from orchestrator.views.plots import COLOURS, FAINT, INK, blank_figure, png_bytes
+from orchestrator.views.plots import COLOURS, INK, png_bytes, ruled_sheet
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -28,18 +28,12 @@ def sweep_png(sweep: SizeSweep, cluster: str) -> bytes:
     title = f"{first.question.op} over {first.question.num_chips} chips of {cluster}, {first.fidelity}"
     figure, axes = _sheet(title, "bus bandwidth (nccl-tests)")
     for colour, (name, points) in zip(COLOURS, algorithm_curves(sweep).items(), strict=False):
-        axes.plot(*_columns(points), color=colour, linewidth=1.4, label=name, marker=".", markersize=4)
+        axes.plot(
+            *zip(*points, strict=True), color=colour, linewidth=1.4, label=name, marker=".", markersize=4
+        )
     rates = ((each.question.nbytes, each.busbw_bytes_per_s) for each in sweep.answers)
     if chosen := [point for point in rates if point[1] > 0]:
-        axes.plot(
-            *_columns(chosen),
-            "o",
-            color=INK,
-            markersize=6,
-            fillstyle="none",
-            label="chosen",
-            linestyle="none",
-        )
+        axes.plot(*zip(*chosen, strict=True), "o", color=INK, markersize=6, fillstyle="none", label="chosen")
     if axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False, loc="best", fontsize=9)
     return png_bytes(figure)
@@ -71,33 +65,23 @@ def calibration_png(calibration: Calibration) -> bytes:
         factor = bus_factor(table.curve.op, table.curve.num_chips)
         measured = [(each.nbytes, each.nbytes / each.measured_s * factor) for each in residuals]
         fitted = [(each.nbytes, each.nbytes / each.predicted_s * factor) for each in residuals]
-        axes.plot(*_columns(measured), "o", color=colour, markersize=4.5, label=f"{table.name}, measured")
-        axes.plot(*_columns(fitted), color=colour, linewidth=1.6, label=f"{table.name}, fitted")
+        axes.plot(
+            *zip(*measured, strict=True), "o", color=colour, markersize=4.5, label=f"{table.name}, measured"
+        )
+        axes.plot(*zip(*fitted, strict=True), color=colour, linewidth=1.6, label=f"{table.name}, fitted")
     axes.legend(frameon=False, loc="best", fontsize=9)
     return png_bytes(figure)
-
-
-def _columns(points: Points) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    sizes, rates = zip(*points, strict=True)
-    return sizes, rates
 
 
 def _sheet(title: str, rates: str) -> "tuple[Figure, Axes]":
     """Sizes in bytes along x and rates along y, both logarithmic, told in units."""
     from matplotlib.ticker import FuncFormatter, LogLocator
 
-    figure = blank_figure(9.0, 5.6)
-    axes = figure.add_subplot()
+    figure, axes = ruled_sheet((9.0, 5.6), title, ("size", rates))
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.xaxis.set_major_locator(LogLocator(base=2, numticks=12))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: size_in_words(round(value))))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: format_scaled(value, "B/s")))
     axes.tick_params(axis="x", labelrotation=35)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(color=FAINT, linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.set_title(title, loc="left", fontsize=12, fontweight="bold")
-    axes.set_xlabel("size")
-    axes.set_ylabel(rates)
     return figure, axes

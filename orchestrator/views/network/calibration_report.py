@@ -10,8 +10,8 @@ from math import isnan
 from comms.calibration.calibration import LARGE_NBYTES, Residual
 from comms.collectives.schedule import bus_factor
 from comms.units import DASH, format_percent, format_scaled, format_seconds
-from orchestrator.config.hardware.link_calibration import Calibration, MeanErrors, errors
-from orchestrator.views.console import Table, pairs
+from orchestrator.config.hardware.link_calibration import Calibration, errors
+from orchestrator.views.console import Table
 from orchestrator.views.network.calibration_paste import paste, time_in_words
 from orchestrator.views.network.comms_report import size_in_words
 
@@ -24,9 +24,9 @@ def document(calibration: Calibration) -> dict[str, object]:
         "cluster": None if line is None else line.cluster.name,
         "constants": _constants(calibration),
         "line_rate_bytes_per_s": None if rate is None else rate.bytes_per_s,
-        "fitted": _errors(errors(calibration.residuals)),
-        "held_out": _errors(errors(calibration.held_out)),
-        "cluster_file_as_it_is": _errors(errors(calibration.as_it_is)),
+        "fitted": _errors(calibration.residuals),
+        "held_out": _errors(calibration.held_out),
+        "cluster_file_as_it_is": _errors(calibration.as_it_is),
         "paste": paste(calibration),
         "tables": [
             {
@@ -59,9 +59,9 @@ def _constants(calibration: Calibration) -> dict[str, object]:
     return found
 
 
-def _errors(found: MeanErrors) -> dict[str, object]:
+def _errors(residuals: Sequence[Sequence[Residual]] | None) -> dict[str, object]:
     """NaN becomes null."""
-    return {"mean_error_from_1_mib": found.large, "mean_error_below": found.small}
+    return dict(zip(("mean_error_from_1_mib", "mean_error_below"), errors(residuals), strict=True))
 
 
 def _points(calibration: Calibration, number: int) -> list[dict[str, object]]:
@@ -81,7 +81,7 @@ def _points(calibration: Calibration, number: int) -> list[dict[str, object]]:
 def tables(calibration: Calibration) -> tuple[Table, ...]:
     """To read."""
     return (
-        pairs("constants of the links", _constant_rows(calibration)),
+        Table("constants of the links", _constant_rows(calibration)),
         _error_table(calibration),
         *(_residual_table(calibration, number) for number in range(len(calibration.tables))),
         Table("to paste into a cluster file", tuple((line,) for line in paste(calibration).splitlines())),
@@ -125,14 +125,12 @@ def _error_table(calibration: Calibration) -> Table:
         ("every second point held out, both ways", calibration.held_out),
         ("the cluster file as it is", calibration.as_it_is),
     )
-    rows = tuple((name, *_error_words(residuals)) for name, residuals in at_all if residuals is not None)
+    rows = [
+        (name, *(DASH if isnan(error) else format_percent(error) for error in errors(residuals)))
+        for name, residuals in at_all
+        if residuals is not None
+    ]
     return Table("mean error", rows, ("prediction", f"from {size_in_words(LARGE_NBYTES)} up", "below"))
-
-
-def _error_words(residuals: Sequence[Sequence[Residual]]) -> tuple[str, str]:
-    found = errors(residuals)
-    large, small = (DASH if isnan(error) else format_percent(error) for error in (found.large, found.small))
-    return large, small
 
 
 def _residual_table(calibration: Calibration, number: int) -> Table:

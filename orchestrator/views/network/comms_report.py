@@ -1,4 +1,4 @@
-"""Comms report: answers about collectives as JSON values and as tables.
+"""Comms report: answers about collectives, and the tiers of a network, as JSON values and as tables.
 
 Sizes that are whole powers of two are written so (64 MiB), as people ask for them; rates are decimal.
 """
@@ -12,7 +12,8 @@ from comms.selection.question import Answer, Question
 from comms.selection.site import WireLoad
 from comms.selection.size_sweep import SizeSweep
 from comms.units import DASH, format_percent, format_scaled, format_seconds
-from orchestrator.views.console import Table, pairs
+from orchestrator.config.hardware.latency_tiers import Row
+from orchestrator.views.console import Table
 from orchestrator.views.network.node_names import node_names
 
 MOST_CANDIDATES = 6  # of a table; JSON has all
@@ -143,7 +144,7 @@ def tables(answer: Answer, cluster: str) -> tuple[Table, ...]:
     made = f"{answer.fidelity}, made in {format_seconds(answer.elapsed_s)}"
     rows.append(("fidelity", made if not answer.full else f"{made}, {_messages(answer)}"))
     rows.append(("left out", "; ".join(answer.left_out)))
-    head = pairs(f"{_what(question)} over {chips} of {cluster}", rows)
+    head = Table(f"{_what(question)} over {chips} of {cluster}", rows)
     more = (_level_table(answer), _wire_table(answer), _candidate_table(answer))
     return (head, *(table for table in more if table.rows))
 
@@ -281,5 +282,46 @@ def sweep_tables(sweep: SizeSweep, cluster: str) -> tuple[Table, ...]:
     return (
         Table(title, rows, heads),
         Table("where the choice changes", ranges, ("from", "to", "algorithm")),
-        pairs("how it was made", [*facts, ("left out", "; ".join(sweep.left_out))]),
+        Table("how it was made", [*facts, ("left out", "; ".join(sweep.left_out))]),
     )
+
+
+def tiers_document(rows: Sequence[Row], cluster: str) -> dict[str, object]:
+    """The latency tiers of a cluster as JSON values; a figure that is not known is null."""
+    return {"cluster": cluster, "tiers": [asdict(row) for row in rows]}
+
+
+def tiers_tables(rows: Sequence[Row], cluster: str) -> tuple[Table, ...]:
+    """The same to read: figures, then where they come from."""
+    figures = tuple(
+        (
+            str(number),
+            row.between,
+            format_seconds(row.latency_s),
+            _ratio(row.ratio),
+            format_scaled(row.bytes_per_s, "B/s"),
+            format_scaled(row.loaded_bytes_per_s, "B/s"),
+            DASH if row.hops is None else str(row.hops),
+        )
+        for number, row in enumerate(rows, 1)
+    )
+    heads = ("", "from - to", "latency", "to the one above", "rate alone", "rate when all send", "hops")
+    told: dict[str, list[str]] = {}
+    for number, row in enumerate(rows, 1):
+        told.setdefault(_source(row), []).append(str(number))
+    sources = tuple((", ".join(numbers), source) for source, numbers in told.items())
+    return (
+        Table(f"latency tiers of {cluster}, one small message", figures, heads),
+        Table("where the figures come from", sources, ("rows", "source")),
+    )
+
+
+def _ratio(ratio: float | None) -> str:
+    if ratio is None:
+        return DASH
+    return f"{ratio:,.0f} x" if ratio >= 100 else f"{ratio:.3g} x"
+
+
+def _source(row: Row) -> str:
+    loaded = f"; x {row.loaded_factor:.3g} when all send" if row.loaded_factor else ""
+    return f"{row.source or 'the cluster file'}{loaded}"

@@ -5,41 +5,15 @@ wires are in and is numbered within that tier; switches that a network of edges 
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 
 from comms.networks.fabrics.edge_list import EdgeList, Rerouted
-from comms.networks.tiered import Fabric, TieredTopology
+from comms.networks.tiered import TieredTopology
 from comms.networks.topology import IntArray, Topology, Wires
 
 NO_CHIP = "place without a chip"
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Copy:
-    """One copy of a fabric: which nodes of the whole network are the nodes of the fabric's shape."""
-
-    fabric: Fabric
-    number: int
-    several: bool
-    nodes: IntArray  # [nodes of the shape]
-
-
-def copies_of(topology: TieredTopology) -> Iterator[Copy]:
-    """All copies, fabric by fabric from the inside; see `networks.tiered` for the order of nodes."""
-    node, chips = topology.num_chips, topology.num_chips
-    for fabric in topology.fabrics:
-        count = -(-chips // fabric.size)
-        switches = fabric.shape.num_nodes - fabric.size
-        missing = node + count * switches
-        for number in range(count):
-            places = number * fabric.size + np.arange(fabric.size)
-            places = np.where(places < chips, places, missing + places - chips)
-            own = node + number * switches + np.arange(switches)
-            yield Copy(fabric, number, count > 1, np.concatenate([places, own]))
-        node = missing + count * fabric.size - chips
 
 
 @lru_cache(maxsize=1)  # a report asks once for every wire that it names
@@ -88,7 +62,7 @@ def missing_places(topology: Topology) -> frozenset[int]:
     """Nodes of the last copy of a fabric at which there would be chips if there were more."""
     if not isinstance(topology, TieredTopology):
         return frozenset()
-    places = (copy.nodes[: copy.fabric.size] for copy in copies_of(topology))
+    places = (nodes[:, : fabric.size] for fabric, nodes in topology.copies())
     return frozenset(int(node) for own in places for node in own[own >= topology.num_chips])
 
 
@@ -109,6 +83,7 @@ def _given(topology: Topology) -> Iterator[tuple[int, str]]:
     if isinstance(topology, EdgeList):
         yield from ((topology.num_chips + i, name) for i, name in enumerate(topology.switches))
     elif isinstance(topology, TieredTopology):
-        for copy in copies_of(topology):
-            for at, name in _given(copy.fabric.shape):
-                yield int(copy.nodes[at]), f"{name} of group {copy.number}" if copy.several else name
+        for fabric, copies in topology.copies():
+            for number, nodes in enumerate(copies):
+                for at, name in _given(fabric.shape):
+                    yield int(nodes[at]), f"{name} of group {number}" if len(copies) > 1 else name

@@ -102,13 +102,12 @@ class _Excerpt:
     def around(self, tier: Tier, groups: int, inner: int, before: Tier) -> None:
         """The next tier: a box for the other groups, and a switch over all."""
         own = [self.switch] if before.part_of_next and self.switch is not None else self.chips[:FEW]
-        others = groups - 1
-        box = None
-        if others > 0:
-            text = f"{others} more\nof {inner} chips"
-            box = self.add(self.right + 2.4, self.top / 2, text, NodeKind.MORE)
+        boxes = []
+        if groups > 1:
+            text = f"{groups - 1} more\nof {inner} chips"
+            boxes.append(self.add(self.right + 2.4, self.top / 2, text, NodeKind.MORE))
         self.top += RISE
-        self.switch = self.over(tier, [*own, *([] if box is None else [box])], self.top)
+        self.switch = self.over(tier, own + boxes, self.top)
 
     def over(self, tier: Tier, below: list[int], y: float) -> int:
         """A switch over some nodes; what is no tree is told by its name only."""

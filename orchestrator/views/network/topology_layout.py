@@ -18,15 +18,8 @@ from comms.networks.fabrics.switch_tree import Tree
 from comms.networks.fabrics.torus_mesh import FullMesh, Torus
 from comms.networks.shapes import Shape
 from comms.networks.tiered import TieredTopology
-from comms.networks.topology import FloatArray, Wires
-from orchestrator.views.network.node_names import (
-    Copy,
-    copies_of,
-    missing_places,
-    node_names,
-    switch_tiers,
-    ways_out,
-)
+from comms.networks.topology import FloatArray, IntArray, Wires
+from orchestrator.views.network.node_names import missing_places, node_names, switch_tiers, ways_out
 
 RISE = 1.6  # between two layers of switches
 GAP = 1.0  # between two copies
@@ -122,41 +115,41 @@ def two_lines(name: str) -> str:
 
 def _places(topology: TieredTopology, names: Sequence[str]) -> dict[int, Spot]:
     """Where each node is drawn."""
-    copies = list(copies_of(topology))
+    fabrics = list(topology.copies())
+    if not fabrics:
+        return {chip: (float(chip), 0.0) for chip in range(topology.num_chips)}
     places: dict[int, Spot] = {}
     missing = missing_places(topology)
-    innermost = topology.fabrics[0] if topology.fabrics else None
-    left = 0.0
-    for copy in (each for each in copies if each.fabric is innermost):
-        own = _shape_places(copy)
-        for node, (x, y) in own.items():
+    innermost, copies = fabrics[0]
+    # The chips of each copy, and its switches where it is no tree.
+    spots, left = shape_spots(innermost.shape, innermost.size), 0.0
+    for nodes in copies.tolist():
+        for node, (x, y) in zip(nodes, spots, strict=False):
             if node not in missing:
                 places[node] = (x + left, y)
-        left += max((x for x, _ in own.values()), default=0.0) + 1.0 + GAP
-    if not copies:
-        return {chip: (float(chip), 0.0) for chip in range(topology.num_chips)}
+        left += max((x for x, _ in spots), default=0.0) + 1.0 + GAP
     top = max((y for _, y in places.values()), default=0.0)
-    is_below = len(topology.fabrics) > 1
-    for copy in copies:
-        if isinstance(copy.fabric.shape, Tree):
-            down = is_below and copy.fabric is innermost
-            _stack(copy, places, names, 0.0 if down else top, -RISE if down else RISE)
+    for fabric, copies in fabrics:
+        down = len(fabrics) > 1 and fabric is innermost
+        if isinstance(fabric.shape, Tree):
+            for nodes in copies:
+                _stack(fabric.shape, nodes, places, names, 0.0 if down else top, -RISE if down else RISE)
     return places
 
 
-def _stack(copy: Copy, places: dict[int, Spot], names: Sequence[str], start: float, step: float) -> None:
+def _stack(
+    shape: Tree, nodes: IntArray, places: dict[int, Spot], names: Sequence[str], start: float, step: float
+) -> None:
     """Put a tree's switches over what is below them, layer by layer."""
-    shape = copy.fabric.shape
-    assert isinstance(shape, Tree)
     wires = shape.wires()
     out = {switch: way for way, switch in ways_out(wires, shape.num_chips, switch_tiers(shape)).items()}
     for number, _ in enumerate(shape.layers):
         wanted: dict[int, float] = {}
         for switch in shape.switches(number).tolist():
             heads = wires.head[np.isin(wires.tail, [switch, out.get(switch, switch)])].tolist()
-            below = [places[int(copy.nodes[head])][0] for head in heads if int(copy.nodes[head]) in places]
+            below = [places[int(nodes[head])][0] for head in heads if int(nodes[head]) in places]
             if below:
-                wanted[int(copy.nodes[switch])] = sum(below) / len(below)
+                wanted[int(nodes[switch])] = sum(below) / len(below)
         widest = max((len(line) for node in wanted for line in two_lines(names[node]).split("\n")), default=0)
         order = sorted(wanted, key=lambda node: (wanted[node], node))
         xs = spread([wanted[node] for node in order], LETTER * widest + 0.4)
@@ -170,13 +163,6 @@ def spread(wanted: Sequence[float], gap: float) -> list[float]:
         xs.append(max(place, xs[-1] + gap) if xs else place)
     shift = sum(place - x for place, x in zip(wanted, xs, strict=True)) / max(len(xs), 1)
     return [x + shift for x in xs]
-
-
-def _shape_places(copy: Copy) -> dict[int, Spot]:
-    """The chips of one copy, and its switches where it is no tree; the leftmost at x = 0."""
-    shape, nodes = copy.fabric.shape, copy.nodes
-    spots = shape_spots(shape, copy.fabric.size)
-    return {int(nodes[at]): spot for at, spot in enumerate(spots)}
 
 
 def shape_spots(shape: Shape, num_chips: int) -> list[Spot]:

@@ -7,14 +7,14 @@ that, all but the first of a row have their number only.
 
 from collections import defaultdict
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from comms.selection.question import Answer
 from comms.selection.site import busy_by_wire
 from comms.units import format_percent, format_scaled
 from orchestrator.views.network.topology_excerpt import excerpt
 from orchestrator.views.network.topology_layout import Line, Node, NodeKind, Picture, layout, spread
-from orchestrator.views.plots import FAINT, INK, blank_figure, png_bytes
+from orchestrator.views.plots import FAINT, INK, TITLE, blank_figure, png_bytes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -38,7 +38,23 @@ def topology_png(answer: Answer, cluster: str) -> bytes:
     picture, by_load = picture_of(answer), answer.full is not None
     size = f"{question.num_chips} chips of {cluster}" if question.num_chips > 1 else f"one chip of {cluster}"
     title = f"{size}: load of {question.op} ({answer.algorithm})" if by_load else size
-    return picture_png(picture, title, "busy" if by_load else "rate")
+    xs, ys = [node.x for node in picture.nodes], [node.y for node in picture.nodes]
+    width, height = max(xs) - min(xs), max(ys) - min(ys)
+    values = {line.value for line in picture.lines if line.value}
+    if not by_load and len(values) == 1:
+        title = f"{title}: {format_scaled(max(values), 'B/s')} each way"
+    inches = min(_WIDEST, max(4.0 + _INCHES * width, _TITLE_INCHES * len(title)))
+    picture = apart(picture, (inches - _BESIDE_INCHES) / max(width, 1.0))
+    xs = [node.x for node in picture.nodes]
+    figure = blank_figure(inches, min(14.0, max(4.5, 2.4 + 0.95 * height)))
+    axes = figure.add_subplot()
+    axes.set_axis_off()
+    _draw_lines(figure, axes, picture, by_load)
+    _draw_nodes(axes, picture)
+    axes.set_xlim(min(xs) - 1.2, max(xs) + 1.2)
+    axes.set_ylim(min(ys) - 0.8, max(ys) + 0.8)
+    axes.set_title(title, **TITLE)
+    return png_bytes(figure)
 
 
 def picture_of(answer: Answer) -> Picture:
@@ -53,27 +69,6 @@ def picture_of(answer: Answer) -> Picture:
     else:
         value = busy_by_wire(answer.site, answer.full)
     return layout(topology, answer.question.chips_per_host, value)
-
-
-def picture_png(picture: Picture, title: str, measure: str) -> bytes:
-    """A picture as PNG. `measure`: what lines are coloured by, `busy` or `rate`."""
-    xs, ys = [node.x for node in picture.nodes], [node.y for node in picture.nodes]
-    width, height = max(xs) - min(xs), max(ys) - min(ys)
-    values = {line.value for line in picture.lines if line.value}
-    if measure == "rate" and len(values) == 1:
-        title = f"{title}: {format_scaled(max(values), 'B/s')} each way"
-    inches = min(_WIDEST, max(4.0 + _INCHES * width, _TITLE_INCHES * len(title)))
-    picture = apart(picture, (inches - _BESIDE_INCHES) / max(width, 1.0))
-    xs = [node.x for node in picture.nodes]
-    figure = blank_figure(inches, min(14.0, max(4.5, 2.4 + 0.95 * height)))
-    axes = figure.add_subplot()
-    axes.set_axis_off()
-    _draw_lines(figure, axes, picture, measure)
-    _draw_nodes(axes, picture)
-    axes.set_xlim(min(xs) - 1.2, max(xs) + 1.2)
-    axes.set_ylim(min(ys) - 0.8, max(ys) + 0.8)
-    axes.set_title(title, loc="left", fontsize=12, fontweight="bold")
-    return png_bytes(figure)
 
 
 def apart(picture: Picture, inches_per_unit: float) -> Picture:
@@ -107,14 +102,14 @@ def _points(num_nodes: int) -> float:
     return 7 if num_nodes > 40 else 8.5
 
 
-def _draw_lines(figure: "Figure", axes: "Axes", picture: Picture, measure: str) -> None:
+def _draw_lines(figure: "Figure", axes: "Axes", picture: Picture, by_load: bool) -> None:
     from matplotlib import colormaps
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import LogNorm, Normalize
     from matplotlib.ticker import FuncFormatter, NullLocator
 
     values = [line.value for line in picture.lines if line.value]
-    if measure == "busy":
+    if by_load:
         norm: Normalize = Normalize(0.0, max(1.0, *values) if values else 1.0)
     else:
         low, high = (min(values), max(values)) if values else (1.0, 10.0)
@@ -123,9 +118,9 @@ def _draw_lines(figure: "Figure", axes: "Axes", picture: Picture, measure: str) 
     for line in picture.lines:
         share = 0.0 if not line.value else float(norm(line.value))
         _draw_line(axes, picture, line, colours(0.15 + 0.85 * share), THIN + (THICK - THIN) * share)
-    if values and (measure == "busy" or len(set(values)) > 1):
+    if values and (by_load or len(set(values)) > 1):
         bar = figure.colorbar(ScalarMappable(norm, colours), ax=axes, shrink=0.7, pad=0.01)
-        if measure == "busy":
+        if by_load:
             bar.set_label("busy (the busier direction)")
             bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: format_percent(value)))
         else:
@@ -140,44 +135,30 @@ def _draw_lines(figure: "Figure", axes: "Axes", picture: Picture, measure: str) 
 def _draw_line(axes: "Axes", picture: Picture, line: Line, colour: object, width: float) -> None:
     from matplotlib.patches import FancyArrowPatch
 
-    a, b = picture.nodes[line.a], picture.nodes[line.b]
-    is_down = line.value is None
-    axes.add_patch(
-        FancyArrowPatch(
-            (a.x, a.y),
-            (b.x, b.y),
-            arrowstyle="-",
-            connectionstyle=f"arc3,rad={line.bend}",
-            color=DOWN if is_down else colour,
-            linewidth=1.2 if is_down else width,
-            linestyle=(0, (3, 3)) if is_down else "solid",
-            shrinkA=0,
-            shrinkB=0,
-            zorder=1,
-        )
+    look: dict[str, Any] = {"color": colour, "linewidth": width}
+    if line.value is None:
+        look = {"color": DOWN, "linewidth": 1.2, "linestyle": (0, (3, 3))}
+    ends = [(node.x, node.y) for node in (picture.nodes[line.a], picture.nodes[line.b])]
+    bend = f"arc3,rad={line.bend}"
+    patch = FancyArrowPatch(
+        *ends, arrowstyle="-", connectionstyle=bend, shrinkA=0, shrinkB=0, zorder=1, **look
     )
+    axes.add_patch(patch)
 
 
 def _draw_nodes(axes: "Axes", picture: Picture) -> None:
     looks = {
-        NodeKind.CHIP: {"boxstyle": "circle,pad=0.25", "facecolor": CHIP, "edgecolor": INK},
-        NodeKind.SWITCH: {"boxstyle": "round,pad=0.3", "facecolor": SWITCH, "edgecolor": INK},
-        NodeKind.MORE: {
-            "boxstyle": "round,pad=0.4",
-            "facecolor": "white",
-            "edgecolor": FAINT,
-            "linestyle": "--",
-        },
+        NodeKind.CHIP: ("circle,pad=0.25", CHIP, INK, "-"),
+        NodeKind.SWITCH: ("round,pad=0.3", SWITCH, INK, "-"),
+        NodeKind.MORE: ("round,pad=0.4", "white", FAINT, "--"),
+    }
+    letters: dict[str, Any] = {
+        "ha": "center",
+        "va": "center",
+        "fontsize": _points(len(picture.nodes)),
+        "color": INK,
     }
     for node in picture.nodes:
-        axes.text(
-            node.x,
-            node.y,
-            node.text,
-            ha="center",
-            va="center",
-            fontsize=_points(len(picture.nodes)),
-            color=INK,
-            bbox={"linewidth": 0.8, **looks[node.kind]},
-            zorder=3,
-        )
+        shape, face, edge, line = looks[node.kind]
+        box = {"boxstyle": shape, "facecolor": face, "edgecolor": edge, "linestyle": line, "linewidth": 0.8}
+        axes.text(node.x, node.y, node.text, bbox=box, zorder=3, **letters)

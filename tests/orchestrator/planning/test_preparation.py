@@ -41,7 +41,7 @@ def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_the_second_time_nothing_is_captured(empty_cache: Path, tiny_job: Make, laptop: Any) -> None:
     shown = [Phases(), Phases()]
-    first, second = (prepare(laptop.take(2), tiny_job(), progress=p) for p in shown)
+    first, second = (prepare(laptop.take(2), tiny_job(), progress=p.phase) for p in shown)
     assert (first.was_cached, second.was_cached) == (False, True)
     assert shown[0].names == ["count parameters", "import torch", "build model", "capture", "partition"]
     assert shown[1].names == []
@@ -49,19 +49,14 @@ def test_the_second_time_nothing_is_captured(empty_cache: Path, tiny_job: Make, 
     assert second.plan == first.plan == Plan(dp=2)
 
 
-def test_a_cache_may_be_left_out(empty_cache: Path, tiny_job: Make, laptop: Any) -> None:
-    assert not prepare(laptop.take(1), tiny_job(), use_cache=False).was_cached
-    assert not empty_cache.exists()
-
-
 SCRIPT = """
 import sys
 from orchestrator.verbs.inputs.planned_inputs import prepare
-from orchestrator.planning.preparation import Quiet
+from comms.selection.progress import quiet
 from orchestrator.verbs.inputs.options import PlanOptions
 from orchestrator.runners.timing.prediction import simulate
 overrides = ("model_args={layers: 1, width: 16, heads: 2, max_seq: 16}",)
-prepared = prepare(PlanOptions(model="builtin:gpt-nano", chips=2, global_batch=4, seq=16, overrides=overrides), Quiet())
+prepared = prepare(PlanOptions(model="builtin:gpt-nano", chips=2, global_batch=4, seq=16, overrides=overrides), quiet)
 assert simulate(prepared.program, prepared.cluster).step_time_s > 0
 print(prepared.was_cached, "torch" in sys.modules, "ray" in sys.modules)
 """

@@ -86,7 +86,7 @@ def test_our_own_kernels_is_no_clash(owners):
 
 @pytest.mark.parametrize(("free", "level"), [(9, Severity.WARN), (10, Severity.OK), (11, Severity.OK)])
 def test_too_little_room_is_a_warning(free, level):
-    assert doctor.enough("room", free, 10, "so much", "make room").level is level
+    assert doctor.room("room", free, 20, 10, "make room").level is level
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from comms.collectives.schedule import Op
 from comms.errors import ClusterError, ConfigError
 from comms.networks.conditions import Background, ChipFault, Described, LinkFault, Reach
 from comms.networks.groups import Lattice
+from comms.networks.network import Network
 from comms.selection.choice import choose
 from comms.selection.question import Fidelity
 from comms.simulation import full
@@ -60,9 +61,11 @@ def test_transfers_between_stages_take_the_same_folded_and_full(graph, cluster, 
 def test_transfers_between_stages_pay_for_being_issued_as_the_latency_tiers_say(graph, fidelity):
     plan = Plan(dp=1, tp=2, pp=4, microbatches=4)
     split = lower(graph, plan, StepShape(16, 32, "builtin:gpt-nano", "fp32", 2))
-    issue_s = DGX.issue_s["scale-up"]
+    tiers = DGX.network.tiers
+    issue_s = next(tier.issue_s for tier in tiers if tier.name == "scale-up")
     assert issue_s == pytest.approx(2e-6 - 0.56e-6)  # a message by itself, less a stage of a collective
-    with_it, without = (simulate(split, each, fidelity=fidelity) for each in (DGX, replace(DGX, issue_s={})))
+    quick = replace(DGX, network=Network(tuple(replace(tier, issue_s=0.0) for tier in tiers)))
+    with_it, without = (simulate(split, each, fidelity=fidelity) for each in (DGX, quick))
     transfers = 2 * (4 - 1)  # on the way to the last stage and back, at least
     assert with_it.step_time_s - without.step_time_s >= 0.999 * transfers * issue_s
 

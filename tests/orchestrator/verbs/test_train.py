@@ -231,12 +231,17 @@ def test_a_resumed_run_takes_no_other_inputs(given: dict[str, Any], flag: str, t
         train.main(TrainOptions(resume=tmp_path, **given), Console(out=io.StringIO(), err=io.StringIO()))
 
 
-def test_a_resumed_run_goes_on_with_its_own_runner(tmp_path: Path) -> None:
-    from orchestrator.runs.run_dir import RunDir
-    from orchestrator.verbs.inputs.options import RunnerKind, TrainOptions
-    from orchestrator.verbs.train import _usual_runner
+def test_a_resumed_run_goes_on_with_its_own_runner(
+    finished: tuple[Any, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
 
-    folder = RunDir(tmp_path)
-    folder.write_config({"runner": "inline"})
-    assert _usual_runner(TrainOptions(resume=tmp_path), folder) is RunnerKind.INLINE
-    assert _usual_runner(TrainOptions(), folder) is RunnerKind.RAY
+    def launch(cluster: Any, kind: RunnerKind) -> None:
+        asked.append(kind)
+        raise NotImplementedError
+
+    monkeypatch.setattr(train, "_launch", launch)
+    for options in (TrainOptions(resume=finished[1]), TrainOptions(run_dir=tmp_path / "new")):
+        with pytest.raises(NotImplementedError):
+            train.main(options, Console(out=io.StringIO(), err=io.StringIO()))
+    assert asked == [RunnerKind.INLINE, RunnerKind.RAY]

@@ -223,13 +223,14 @@ def test_relative_distance(value: torch.Tensor, expected: torch.Tensor, error: f
 
 
 def test_gradients_are_whole_on_the_planned_side(tiny_job: Make, laptop: Any) -> None:
+    from orchestrator.planning.preparation import module_values
     from orchestrator.runners.executing.chip import whole_tensors
-    from orchestrator.verbs.verify_runs import copied_values, loaded_runner
+    from orchestrator.verbs.verify_runs import loaded_runner
 
     job = tiny_job("dtype=fp64")
     prepared = verb.prepare(laptop.take(4), job, Plan(dp=2, tp=2, zero=1))
     model = verb.build_model(job, "cpu")
-    runner = loaded_runner(prepared, copied_values(model))
+    runner = loaded_runner(prepared, module_values(model.module))
     found = whole_tensors(prepared.program, TensorKind.PARAM, runner.buffer)
     for name, param in model.module.named_parameters():
         assert torch.equal(found[name].reshape(param.shape), param)

@@ -15,7 +15,7 @@ import pytest
 
 from comms.errors import PlanError, RunError, combined
 from comms.units import format_dollars, format_duration, format_percent, format_scaled, format_seconds
-from orchestrator.views.console import Console, Table, pairs
+from orchestrator.views.console import Console, Table
 from orchestrator.views.training_view import CURVE_WIDTH, LossCurve, StepLine, fields, plain_line
 
 LINE = StepLine(
@@ -80,7 +80,7 @@ def test_every_finding_of_an_error_is_told(streams: tuple[io.StringIO, io.String
 def test_json_results_are_one_strict_document_on_stdout(streams: tuple[io.StringIO, io.StringIO]) -> None:
     out, err = streams
     document = {"loss": math.nan, "steps": (1, 2.5), "dir": Path("runs/0001"), "by": {3: math.inf}}
-    Console(as_json=True, out=out, err=err).results(document, [pairs("t", [("a", "1 s")])])
+    Console(as_json=True, out=out, err=err).results(document, [Table("t", [("a", "1 s")])])
     assert json.loads(out.getvalue()) == {
         "loss": None,
         "steps": [1, 2.5],
@@ -153,7 +153,7 @@ def test_on_a_terminal_a_spinner_stops_with_its_phase(monkeypatch: pytest.Monkey
     with console.phase("capture"):
         console.say("in between")
     assert "in between" in err.getvalue()
-    assert console._spinner._status is None
+    assert console._spinner is None
 
 
 def test_the_phase_table_shows_outer_phases_before_inner_ones(
@@ -168,13 +168,13 @@ def test_the_phase_table_shows_outer_phases_before_inner_ones(
     with console.phase("compile"):
         pass
     rows = console.phase_table().rows
-    assert rows == (
+    assert rows == [
         ("start", "4.00 s", "80.0 %"),
         ("  import", "1.00 s", "20.0 %"),
         ("  actors", "2.00 s", "40.0 %"),
         ("compile", "1.00 s", "20.0 %"),
         ("total", "5.00 s", ""),
-    )
+    ]
 
 
 def test_fields_come_in_the_order_of_the_field() -> None:

@@ -18,7 +18,7 @@ from comms.networks.links import Link
 from comms.networks.network import Network, Tier, TierKind, layered, switched
 from kernels.chips import Noc, NocShape, Port, load_chip
 from orchestrator.config.hardware.cluster_file import load_cluster
-from orchestrator.config.hardware.latency_tiers import latency_tiers, sum_over_cores_s, tier_table
+from orchestrator.config.hardware.latency_tiers import latency_tiers, sum_over_cores_s
 
 ROOT = Path(__file__).parents[4]
 SHIPPED = sorted(path.stem for path in (ROOT / "cluster_configs").glob("*.yaml"))
@@ -96,8 +96,12 @@ RATES = {
 }
 
 
+def tiers_of(cluster):
+    return latency_tiers(cluster.network, cluster.chip_types)
+
+
 def table(name):
-    return latency_tiers(load_cluster(ROOT / f"cluster_configs/{name}.yaml"))
+    return tiers_of(load_cluster(ROOT / f"cluster_configs/{name}.yaml"))
 
 
 def row(name, start):
@@ -159,7 +163,7 @@ def test_tiers_are_orders_of_magnitude_apart():
 
 
 def test_a_part_of_a_pod_has_its_own_table():
-    part = latency_tiers(load_cluster(ROOT / "cluster_configs/tpu-v5p-pod.yaml").take(320))
+    part = tiers_of(load_cluster(ROOT / "cluster_configs/tpu-v5p-pod.yaml").take(320))
     far = next(each for each in part if each.between.startswith("chip to the furthest"))
     assert far.hops == 18  # a plane of 16 x 20
 
@@ -197,8 +201,8 @@ def shaped(name, kind, topology):
     return Tier(name, kind, topology.num_chips, topology)
 
 
-def rows(network, *chips, **others):
-    return {row.between: row for row in tier_table(network, chips, **others)}
+def rows(network, *chips):
+    return {row.between: row for row in latency_tiers(network, chips)}
 
 
 @pytest.mark.parametrize("hops", range(1, 12))
@@ -211,12 +215,12 @@ def test_a_wormhole_takes_nine_cycles_a_hop_and_five_at_either_end(hops):
         entry_latency_s=5e-9,
         hop_bytes_per_s=32e9,
     )
-    row = tier_table(NOBODY, (chip_of("line", 24, ring, hop_latency="x"),))[-1]
+    row = latency_tiers(NOBODY, (chip_of("line", 24, ring, hop_latency="x"),))[-1]
     assert (row.hops, row.latency_s) == (hops, pytest.approx((5 + 9 * hops + 5) * 1e-9, rel=1e-12))
 
 
 def test_the_cores_of_a_wormhole():
-    near, far = tier_table(NOBODY, (WORMHOLE,))
+    near, far = latency_tiers(NOBODY, (WORMHOLE,))
     assert (near.hops, near.latency_s) == (1, pytest.approx(19e-9, rel=1e-12))
     assert (far.hops, far.latency_s) == (11, pytest.approx(109e-9, rel=1e-12))  # half of 10 + 12
     assert (near.bytes_per_s, near.loaded_bytes_per_s) == (32e9, 32e9)
@@ -254,7 +258,7 @@ def test_only_meshes_without_entries_sum_on_the_way():
 
 
 def test_a_large_mesh_is_not_laid_out_core_by_core():
-    near, far = tier_table(NOBODY, (WAFER,))[:2]
+    near, far = latency_tiers(NOBODY, (WAFER,))[:2]
     assert (near.hops, far.hops) == (1, 632 + 601)
     assert (far.bytes_per_s, far.loaded_bytes_per_s) == (None, None)  # no rate is known
 
@@ -264,7 +268,7 @@ def test_a_large_mesh_is_not_laid_out_core_by_core():
 def test_loaded_rates_are_those_of_all_cores_sending_half_way_round(dims, wraps):
     shape = NocShape.TORUS if wraps else NocShape.MESH
     grid = Noc("grid", shape, tuple(dims), hop_latency_s=1e-9, hop_bytes_per_s=1e9)
-    far = tier_table(NOBODY, (chip_of("grid", prod(dims), grid, hop_latency="x"),))[1]
+    far = latency_tiers(NOBODY, (chip_of("grid", prod(dims), grid, hop_latency="x"),))[1]
     torus = Torus(tuple(dims), (Link(1e-9, 1e9),), (wraps,))
     cores = np.arange(torus.num_chips)
     digits = (torus.digits(cores) + np.array(dims)[:, None] // 2) % np.array(dims)[:, None]
@@ -291,7 +295,7 @@ def test_a_multicast_reaches_all_cores_at_the_rate_of_one_message(shape, hops):
 
 def test_what_is_not_known_is_said_and_not_guessed():
     exchange = Noc("exchange", aggregate_bytes_per_s=8e12, memory_latency_s=3e-9, loaded_latency_factor=1.24)
-    memory, core = tier_table(NOBODY, (chip_of("ipu", 1000, exchange, memory_latency="notes"),))
+    memory, core = latency_tiers(NOBODY, (chip_of("ipu", 1000, exchange, memory_latency="notes"),))
     assert (memory.latency_s, memory.hops, memory.source) == (3e-9, 0, "notes")
     assert (core.latency_s, core.bytes_per_s, core.hops, core.ratio) == (None, None, None, None)
     assert (core.loaded_bytes_per_s, core.loaded_factor) == (8e9, 1.24)
@@ -303,7 +307,7 @@ def test_a_row_is_compared_with_the_last_one_known():
     unknown = chip_of("gpu", 100, Noc("crossbar"))
     net = Network((switched("fast", 4, Link(2e-6, 1e9), TierKind.SCALE_UP),))
     memory = chip_of("ipu", 10, Noc("exchange", memory_latency_s=4e-9))
-    assert [row.ratio for row in tier_table(net, (memory, unknown))] == [
+    assert [row.ratio for row in latency_tiers(net, (memory, unknown))] == [
         None,
         None,
         None,
@@ -317,7 +321,7 @@ def test_switches_have_one_row_each_and_say_what_they_are():
     )
     out = Tree(64, Link(2e-6, 10e9), Switch("leaf"), (Trunk(32, Link(1e-6, 160e9), Switch("spine")),))
     net = Network((*layered(tree, TierKind.PCIE), *layered(out, TierKind.SCALE_OUT, inner=8)))
-    table = tier_table(net)
+    table = latency_tiers(net, ())
     assert [row.between for row in table] == [
         "chip to chip behind one PCIe switch",
         "chip to chip through the host bridge",
@@ -331,13 +335,14 @@ def test_switches_have_one_row_each_and_say_what_they_are():
 
 
 def test_issuing_a_message_counts_once():
-    net = Network((switched("fast", 4, Link(0.5e-6, 1e9), TierKind.SCALE_UP),))
-    assert tier_table(net, issue_s={"fast": 1.5e-6})[0].latency_s == pytest.approx(2e-6)
+    tier = switched("fast", 4, Link(0.5e-6, 1e9), TierKind.SCALE_UP)
+    net = Network((replace(tier, issue_s=1.5e-6),))
+    assert latency_tiers(net, ())[0].latency_s == pytest.approx(2e-6)
 
 
 def test_a_torus_has_neighbours_and_chips_far_away():
     net = Network((shaped("ici", TierKind.SCALE_UP, Torus((4, 6, 8), (Link(1e-6, 90e9),))),))
-    near, far = tier_table(net)
+    near, far = latency_tiers(net, ())
     assert (near.latency_s, near.hops, near.bytes_per_s) == (1e-6, 1, 90e9)
     assert (far.latency_s, far.hops) == (9e-6, 9)
     assert (far.bytes_per_s, far.loaded_bytes_per_s) == (90e9, 45e9)
@@ -345,17 +350,17 @@ def test_a_torus_has_neighbours_and_chips_far_away():
 
 def test_a_ring_of_two_has_no_chips_far_away():
     net = Network((shaped("ring", TierKind.SCALE_UP, Torus((2,), (Link(1e-6, 1e9),))),))
-    assert [row.between for row in tier_table(net)] == ["chip to the nearest chip, ring"]
+    assert [row.between for row in latency_tiers(net, ())] == ["chip to the nearest chip, ring"]
 
 
 def test_wires_of_their_own_are_said():
     net = Network((shaped("board", TierKind.SCALE_UP, FullMesh(4, Link(1e-6, 1e9))),))
-    assert tier_table(net)[0].between == "chip to chip by a wire of their own, board"
+    assert latency_tiers(net, ())[0].between == "chip to chip by a wire of their own, board"
 
 
 def test_graphs_are_looked_at_route_by_route():
     edges = (Edge(0, 1, Link(1e-6, 4e9)), Edge(1, 2, Link(2e-6, 2e9)), Edge(2, 3, Link(3e-6, 3e9)))
-    near, far = tier_table(Network((shaped("line", TierKind.SCALE_UP, EdgeList(4, edges)),)))
+    near, far = latency_tiers(Network((shaped("line", TierKind.SCALE_UP, EdgeList(4, edges)),)), ())
     assert (near.latency_s, near.bytes_per_s, near.hops) == (1e-6, 4e9, 1)
     assert (far.latency_s, far.bytes_per_s, far.hops) == (pytest.approx(6e-6), 2e9, 3)
     assert far.loaded_bytes_per_s == EdgeList(4, edges).loaded_link.bytes_per_s
@@ -365,7 +370,7 @@ def test_the_host_stands_between_cores_and_chips():
     port = Port("pcie4_x16", 24e9, 1.3e-6)
     host = replace(WORMHOLE, host_link=port, sources={"host_link.latency": "measured"})
     net = Network((switched("fast", 4, Link(2e-6, 1e9), TierKind.SCALE_UP),))
-    table = tier_table(net, (host,))
+    table = latency_tiers(net, (host,))
     assert [row.tier for row in table] == ["on-chip", "on-chip", "pcie4_x16", "fast"]
     assert (table[2].latency_s, table[2].source) == (1.3e-6, "measured")
 
@@ -379,4 +384,4 @@ def test_a_cluster_of_any_size_has_a_table():
             switched("net", UNBOUNDED, Link(5e-6, 1e8), TierKind.SCALE_OUT),
         )
     )
-    assert [row.hops for row in tier_table(net)] == [2, 2]
+    assert [row.hops for row in latency_tiers(net, ())] == [2, 2]

@@ -196,7 +196,7 @@ def test_a_stage_has_its_own_latency_and_share_and_nothing_counts_twice():
     stage = protocol.on(tier.link)
     assert (stage.latency_s, stage.bytes_per_s) == pytest.approx((0.5e-6, 0.75 * 50e9))
     assert tier.link.bytes_per_s == pytest.approx(0.9 * 50e9)  # a message by itself
-    assert tier.link.latency_s + found.issue_s["scale-up"] == pytest.approx(1e-6)
+    assert tier.link.latency_s + tier.issue_s == pytest.approx(1e-6)
 
 
 def test_a_library_offers_some_algorithms():
@@ -213,7 +213,7 @@ def test_a_protocol_may_reach_more_than_a_message_by_itself():
 def test_without_protocols_a_message_is_a_message():
     found = cluster("  setup: 3 us\n")
     tier = found.network.tiers[0]
-    assert (tier.setup_s, tier.link, found.issue_s) == (3e-6, LINK, {})
+    assert (tier.setup_s, tier.link, tier.issue_s) == (3e-6, LINK, 0.0)
     assert tier.protocols == (Protocol("plain"),)
 
 

@@ -1,6 +1,5 @@
 """Tiers of cluster files: who shares which wires, and what each chip has alone and with all others."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,14 +7,12 @@ import pytest
 
 from comms.errors import ClusterError
 from comms.networks.fabrics.dragonfly import Dragonfly
-from comms.networks.fabrics.switch_tree import Tree
 from comms.networks.fabrics.torus_mesh import Torus
-from comms.networks.layers import Spread, Switch
+from comms.networks.layers import Spread
 from comms.networks.links import Link
 from comms.networks.network import UNBOUNDED, TierKind
 from comms.networks.topology import route_latencies
 from orchestrator.config.hardware.cluster_file import cluster_from, load_cluster
-from orchestrator.config.hardware.tiers import ScaleUpFabric, SwitchLevel, build_network
 from orchestrator.config.yaml_file import parse_yaml
 
 ROOT = Path(__file__).parents[4]
@@ -36,6 +33,9 @@ scale_out:
   - {name: leaf, hosts: 4}
   - {name: spine, hosts: any, latency: 12 us, oversubscription: 2}
 """
+
+
+PCIE = "    pcie: {switches: 2, bandwidth: 24 GB/s, latency: 1 us}\n"
 
 
 def network(text=HOSTS):
@@ -135,18 +135,18 @@ def test_oversubscription_of_the_first_level_is_what_its_switches_pass():
     assert rates(net)["leaf"] == (card, card / 8 / 4)
 
 
-def build(*levels, hosts=None, fabric=None):
-    document = parse_yaml(HOSTS.replace("count: 1,", "count: 8,"), "c.yaml")
-    unit = cluster_from(document).unit
-    return build_network(unit, hosts, fabric, levels, document)
+def build(*levels, hosts="any", pcie=PCIE, fabric=""):
+    head = HOSTS.split("scale_out:")[0].replace("count: 1,", "count: 8,").replace("any", str(hosts))
+    lines = [f"  - {{{level}}}\n" for level in levels]
+    return network(head.replace(PCIE, pcie) + fabric + "scale_out:\n" + "".join(lines))
 
 
-LEAF = SwitchLevel("leaf", 4, None, 1.0, "a leaf")
-TOP = SwitchLevel("spine", None, 12e-6, 1.0, "a spine")
+LEAF = "name: leaf, hosts: 4"
+TOP = "name: spine, latency: 12 us"
 
 
 def test_on_rails_chips_of_equal_place_meet_under_a_leaf_and_others_above():
-    net = build(replace(LEAF, rails=True), TOP)
+    net = build(f"{LEAF}, rails: true", TOP)
     topology = net.topology(64)
     routes = topology.routes(np.array([0, 0, 0]), np.array([8, 9, 32]))
     latencies = route_latencies(topology.wires(), routes)
@@ -155,9 +155,8 @@ def test_on_rails_chips_of_equal_place_meet_under_a_leaf_and_others_above():
 
 
 def test_switches_that_reduce_are_levels_that_reduce():
-    port = Link(0.5e-6, 100e9)
-    fabric = ScaleUpFabric(Tree(8, port, Switch("scale-up", reduces=True)), "a fabric")
-    levels = build(LEAF, replace(TOP, reduces=True), hosts=8, fabric=fabric).levels(range(64))
+    fabric = "scale_up: {bandwidth: 100 GB/s, latency: 1 us, reduces: true}\n"
+    levels = build(LEAF, f"{TOP}, reduces: true", hosts=8, pcie="", fabric=fabric).levels(range(64))
     assert [(level.tier, level.reduces) for level in levels] == [
         ("scale-up", True),
         ("leaf", False),
@@ -168,12 +167,12 @@ def test_switches_that_reduce_are_levels_that_reduce():
 @pytest.mark.parametrize(
     ("levels", "hosts", "problem"),
     [
-        ((LEAF,), None, "joins 4 hosts, but there may be any number"),
+        ((LEAF,), "any", "joins 4 hosts, but there may be any number"),
         ((LEAF,), 8, "joins 4 hosts, but there are 8"),
-        ((replace(TOP, rails=True),), None, "only the first level can have rails"),
-        ((LEAF, replace(TOP, rails=True)), None, "only the first level can have rails"),
-        ((LEAF, replace(TOP, hosts=6), replace(TOP, name="core")), None, "not whole groups of 32"),
-        ((LEAF, replace(TOP, name="leaf")), None, "one name"),
+        ((f"{TOP}, rails: true",), "any", "only the first level can have rails"),
+        ((LEAF, f"{TOP}, rails: true"), "any", "only the first level can have rails"),
+        ((LEAF, f"{TOP}, hosts: 6", "name: core"), "any", "not whole groups of 32"),
+        ((LEAF, "name: leaf"), "any", "one name"),
     ],
 )
 def test_levels_that_make_no_sense_are_refused(levels, hosts, problem):
@@ -303,7 +302,7 @@ def test_a_level_between_hosts_may_have_a_library():
     leaf = next(tier for tier in cluster.network.tiers if tier.name == "leaf")
     assert (leaf.setup_s, leaf.link.latency_s) == (20e-6, pytest.approx(4e-6))
     assert [(each.name, each.latency_s, each.share) for each in leaf.protocols] == [("p", 0.0, 0.5)]
-    assert cluster.issue_s == {"leaf": pytest.approx(6e-6)}
+    assert leaf.issue_s == pytest.approx(6e-6)
 
 
 def test_pcie_may_have_a_library():

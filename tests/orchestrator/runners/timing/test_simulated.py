@@ -291,7 +291,7 @@ def test_the_optimizer_moves_parameter_states_and_gradient_once_each():
 def test_a_transfer_takes_what_the_latency_tiers_say_of_a_message_by_itself(name, num_chips, latency_s):
     cluster = load_cluster(CONFIGS / f"{name}.yaml").take(num_chips)
     program, send = toy(2, 1, dp=num_chips // 4, tp=2), Send(0, MADE, 1)
-    row = latency_tiers(cluster)[-1]
+    row = latency_tiers(cluster.network, cluster.chip_types)[-1]
     moving_s = SPEC.nbytes / row.loaded_bytes_per_s
     costs = ClusterCosts(program, cluster)
     assert row.latency_s == pytest.approx(latency_s)

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from comms.errors import ConfigError, PlanError
+from comms.selection.progress import quiet
 from orchestrator.config.hardware.cluster_file import cluster_path, load_cluster
 from orchestrator.config.job_file import load_job
-from orchestrator.planning.preparation import Quiet
 from orchestrator.verbs.inputs.options import TrainOptions
 from orchestrator.verbs.inputs.planned_inputs import DEMONSTRATION, from_config, prepare, read_plan, resolve
 from partitioner.layout.parallel_plan import Plan, plan_to_yaml
@@ -96,5 +96,5 @@ def test_options_lead_to_a_program(tmp_path: Path) -> None:
     options = TrainOptions(
         model="builtin:gpt-nano", plan=path, chips=2, global_batch=4, seq=16, overrides=overrides
     )
-    prepared = prepare(options, Quiet())
+    prepared = prepare(options, quiet)
     assert prepared.program.size("tp") == 2
