@@ -51,7 +51,9 @@ class Lane(StrEnum):
 
 LANES: tuple[Lane, ...] = tuple(Lane)
 # lanes of collectives along one mesh axis; those along several axes or across stages share one
-AXIS_LANES = {("tp",): Lane.TP, ("dp",): Lane.DP, ("cp",): Lane.CP, ("ep",): Lane.EP}
+AXIS_LANES: Mapping[tuple[str, ...], Lane] = {
+    ("tp",): Lane.TP, ("dp",): Lane.DP, ("cp",): Lane.CP, ("ep",): Lane.EP,
+}  # fmt: skip
 _LANE_CODE = dict(zip(LANES, range(len(LANES)), strict=True))
 
 

@@ -311,8 +311,8 @@ class _StageEmitter:
     def _unit_backward(self, index: int) -> None:
         unit, role = self.graph.units[index], self.role
         traced, slots = self._traced(unit), self.slots[index]
-        for slot, output in enumerate(traced.tangents, traced.coordinate + 1):
-            slots[slot] = self._tangent(unit.outputs[output])
+        for tangent, output in enumerate(traced.tangents, traced.coordinate + 1):
+            slots[tangent] = self._tangent(unit.outputs[output])
         role.pieces("backward", f"{unit.name}.backward", traced.backward, slots, traced.specs, f"b{index}")
         reads, writes = [], []
         for source, slot in traced.grads:
