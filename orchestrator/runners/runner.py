@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeAlias
 
 from orchestrator.config.hardware.cluster import Cluster
-from orchestrator.runs.timeline import AXIS_LANES, Counter, Lane, Mark, Origin, Recorder, Span, Timeline
+from orchestrator.runs.timeline import AXIS_LANES, Counter, Lane, Mark, Origin, Recorder, Timeline
 from partitioner.program.instructions import accumulated_nbytes, collective_nbytes, named
 from partitioner.program.program import (
     Accumulate,
@@ -194,7 +194,7 @@ class StepSpans:
         lane, kind, name, nbytes, flops = said
         for chip in chips:
             self.recorder.span(
-                Span(self.step, chip, lane, kind, name, instr, start_ns, end_ns, nbytes, flops, microbatch)
+                self.step, chip, lane, kind, name, instr, start_ns, end_ns, nbytes, flops, microbatch
             )
 
 

@@ -51,12 +51,9 @@ class Lane(StrEnum):
 
 LANES: tuple[Lane, ...] = tuple(Lane)
 # lanes of collectives along one mesh axis; those along several axes or across stages share one
-AXIS_LANES: dict[tuple[str, ...], Lane] = {
-    ("tp",): Lane.TP,
-    ("dp",): Lane.DP,
-    ("cp",): Lane.CP,
-    ("ep",): Lane.EP,
-}
+AXIS_LANES: Mapping[tuple[str, ...], Lane] = {
+    ("tp",): Lane.TP, ("dp",): Lane.DP, ("cp",): Lane.CP, ("ep",): Lane.EP,
+}  # fmt: skip
 _LANE_CODE = dict(zip(LANES, range(len(LANES)), strict=True))
 
 
@@ -252,9 +249,11 @@ class Recorder:
         self._texts: dict[str, int] = {}
         self._spans, self._flows, self._counters = array("q"), array("q"), array("q")
 
-    def span(self, span: Span) -> None:
-        """Note one finished piece of work."""
-        step, chip, lane, kind, name, instr, start_ns, end_ns, nbytes, flops, microbatch = span
+    def span(
+        self, step: int, chip: int, lane: Lane, kind: str, name: str, instr: int, start_ns: int, end_ns: int,
+        nbytes: int = 0, flops: int = 0, microbatch: int = NONE,
+    ) -> None:  # fmt: skip
+        """Note one finished piece of work, what a `Span` holds: there are too many to make one of each."""
         texts = self._texts
         kind_id = texts.setdefault(kind, len(texts))
         name_id = texts.setdefault(name, len(texts))

@@ -167,10 +167,6 @@ class StageContext:
     dims: Mapping[str, int | None]
     nominal_count: int
 
-    def units(self, stage: int) -> list[int]:
-        """The units of a stage, in order."""
-        return [i for i, s in enumerate(self.stage_of) if s == stage]
-
     def producer(self, value: str) -> int:
         """The stage that makes an activation."""
         return next(self.stage_of[i] for i, unit in enumerate(self.graph.units) if value in unit.outputs)
@@ -196,7 +192,7 @@ def emit_stage(role: RoleBuilder, context: StageContext) -> tuple[Losses, Mappin
 class _StageEmitter:
     def __init__(self, role: RoleBuilder, context: StageContext) -> None:
         self.role, self.context, self.graph = role, context, context.graph
-        self.units = context.units(role.stage)
+        self.units = [unit for unit, stage in enumerate(context.stage_of) if stage == role.stage]
         self.makes_loss = any(self.graph.loss in self.graph.units[index].outputs for index in self.units)
         self.values: dict[str, int] = {}
         self.slots: dict[int, dict[int, int]] = {}
@@ -311,8 +307,8 @@ class _StageEmitter:
     def _unit_backward(self, index: int) -> None:
         unit, role = self.graph.units[index], self.role
         traced, slots = self._traced(unit), self.slots[index]
-        for place, output in enumerate(traced.tangents, traced.coordinate + 1):
-            slots[place] = self._tangent(unit.outputs[output])
+        for tangent, output in enumerate(traced.tangents, traced.coordinate + 1):
+            slots[tangent] = self._tangent(unit.outputs[output])
         role.pieces("backward", f"{unit.name}.backward", traced.backward, slots, traced.specs, f"b{index}")
         reads, writes = [], []
         for source, slot in traced.grads:

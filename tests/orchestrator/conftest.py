@@ -62,9 +62,12 @@ def timeline_of() -> Callable[..., Timeline]:
         chips: Mapping[int, str] | None = None,
     ) -> Timeline:
         recorder = Recorder(origin, chips)
-        for note, values in ((recorder.span, spans), (recorder.flow, flows), (recorder.counter, counters)):
-            for value in values:
-                note(value)
+        for span in spans:
+            recorder.span(*span)
+        for flow in flows:
+            recorder.flow(flow)
+        for counter in counters:
+            recorder.counter(counter)
         return recorder.timeline()
 
     return make

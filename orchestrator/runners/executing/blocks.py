@@ -39,7 +39,8 @@ class BlockPool:
             os.pwrite(block, IN_USE, 0)
             _write(block, data)
         except OSError:  # memory is full
-            self._drop(block, size)
+            with self.lock:
+                self._close(block, size)
             return None
         with self.lock:
             self.blocks[size].append(block)
@@ -76,10 +77,6 @@ class BlockPool:
         for other, queue in self.blocks.items():
             while queue and _is_free(queue[0]) and not self._has_room(size):
                 self._close(queue.popleft(), other)
-
-    def _drop(self, block: int, size: int) -> None:
-        with self.lock:
-            self._close(block, size)
 
     def _close(self, block: int, size: int) -> None:
         os.close(block)

@@ -248,7 +248,7 @@ def test_a_hundred_thousand_spans_stay_small_in_memory_and_on_disk() -> None:
     recorder = Recorder(Origin.MEASURED)
     for number in range(100_000):
         place, name = (number // 4096, number % 8, Lane.COMPUTE), f"block {number % 32}"
-        recorder.span(Span(*place, "forward", name, number % 512, number * 10, number * 10 + 9))
+        recorder.span(*place, "forward", name, number % 512, number * 10, number * 10 + 9)
     timeline = recorder.timeline()
     assert timeline.span_rows.nbytes < 60 * 100_000
     assert len(encode(timeline)) < 20 * 100_000
