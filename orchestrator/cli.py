@@ -17,10 +17,8 @@ from typing import Annotated, get_args, get_origin
 import typer
 
 from comms.errors import UserError
-from orchestrator.verbs.inputs.options import LAST, VERBS, Options
+from orchestrator.verbs.inputs.options import INTERRUPTED, LAST, VERBS, Options
 from orchestrator.views.console import Console
-
-INTERRUPTED = 130
 
 
 def main() -> None:
