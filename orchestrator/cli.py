@@ -17,10 +17,8 @@ from typing import Annotated, get_args, get_origin
 import typer
 
 from comms.errors import UserError
-from orchestrator.verbs.inputs.options import LAST, VERBS, Options
+from orchestrator.verbs.inputs.options import INTERRUPTED, LAST, VERBS, Options
 from orchestrator.views.console import Console
-
-INTERRUPTED = 130
 
 
 def main() -> None:
@@ -46,9 +44,9 @@ def run(verb: str, given: Mapping[str, object]) -> int:
 
 def _options(kind: type[Options], given: Mapping[str, object]) -> Options:
     """What typer read, as the verb's options: a shipped cluster's name becomes its file, lists become tuples."""
-    told = {name: value for name, value in given.items() if value is not None}
-    values = {name: tuple(value) if isinstance(value, list) else value for name, value in told.items()}
-    if isinstance(name := told.get("cluster"), str):
+    asked = {name: value for name, value in given.items() if value is not None}
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in asked.items()}
+    if isinstance(name := asked.get("cluster"), str):
         # Imported here: the schemas behind it cost more than a whole help text.
         from orchestrator.config.hardware.cluster_file import cluster_path
 

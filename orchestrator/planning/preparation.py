@@ -25,9 +25,11 @@ from orchestrator.config.job_file import Dtype, Job
 from orchestrator.models.model_specs import SourceKind, parse_model
 from orchestrator.planning.plan_choice import Refusal, choose_plan
 from orchestrator.runs.disk import write_whole
-from partitioner.layout.parallel_plan import Plan
+from orchestrator.runs.run_dir import RunDir
+from partitioner.layout.parallel_plan import Plan, plan_to_yaml
 from partitioner.program.program import Program
 from partitioner.program.program_codec import decode, encode
+from partitioner.program.program_text import to_text
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -52,6 +54,11 @@ class Prepared:
     plan: Plan
     program: Program
     was_cached: bool
+
+    def write(self, run: RunDir) -> None:
+        """Keep the plan, to be edited, and what it became."""
+        run.write_plan(plan_to_yaml(self.plan))
+        run.write_program(to_text(self.program), encode(self.program))
 
 
 def prepare(cluster: Cluster, job: Job, plan: Plan | None = None, *, progress: Progress = quiet) -> Prepared:

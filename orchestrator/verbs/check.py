@@ -90,10 +90,10 @@ def _tier_line(tier: Tier) -> str:
     )
     rate = loaded if loaded == alone else f"{loaded} ({alone} alone)"
     latency = format_quantity(tier.link.latency_s + tier.issue_s, Quantity.TIME)
-    told = [f"{tier.name}: {size}{_shape(tier)}", rate, latency]
+    facts = [f"{tier.name}: {size}{_shape(tier)}", rate, latency]
     if tier.setup_s:
-        told.append(f"{format_quantity(tier.setup_s, Quantity.TIME)} a collective")
-    return ", ".join(told)
+        facts.append(f"{format_quantity(tier.setup_s, Quantity.TIME)} a collective")
+    return ", ".join(facts)
 
 
 def _count(num_chips: int) -> str:
@@ -118,9 +118,9 @@ def _condition_lines(conditions: Described) -> list[str]:
         ("chip", conditions.chips),
         ("background job", conditions.background),
     )
-    told = [f"{len(some)} {name}{'s' if len(some) > 1 else ''}" for name, some in parts if some]
-    told += ["jitter"] if conditions.jitter != HEALTHY.jitter else []
-    return [f"conditions: {', '.join(told)}"] if told else []
+    counted = [f"{len(some)} {name}{'s' if len(some) > 1 else ''}" for name, some in parts if some]
+    counted += ["jitter"] if conditions.jitter != HEALTHY.jitter else []
+    return [f"conditions: {', '.join(counted)}"] if counted else []
 
 
 def _amount(value: float | None, quantity: Quantity) -> str:

@@ -25,10 +25,7 @@ from orchestrator.verbs.inputs.options import SimulateOptions
 from orchestrator.verbs.inputs.planned_inputs import prepare
 from orchestrator.views.console import Console, Table
 from orchestrator.views.perfetto import trace_gz
-from partitioner.layout.parallel_plan import plan_to_yaml
 from partitioner.program.peak_memory import MemoryClass
-from partitioner.program.program_codec import encode
-from partitioner.program.program_text import to_text
 
 # What to turn when a class of memory is the largest of a stage that does not fit.
 KNOBS: Mapping[MemoryClass, str] = {
@@ -93,15 +90,9 @@ def write_run(run: RunDir, prepared: Prepared, result: SimulationResult) -> None
             "global_batch": prepared.job.global_batch,
         }
     )
-    write_program(run, prepared)
+    prepared.write(run)
     run.write_timeline(timeline)
     write_whole(run.trace, trace_gz(timeline))
-
-
-def write_program(run: RunDir, prepared: Prepared) -> None:
-    """The plan, to be edited, and what it became."""
-    run.write_plan(plan_to_yaml(prepared.plan))
-    run.write_program(to_text(prepared.program), encode(prepared.program))
 
 
 def tables(result: SimulationResult) -> tuple[Table, ...]:

@@ -22,9 +22,9 @@ from orchestrator.runners.timing.prediction import simulate
 from orchestrator.runs import metrics, run_dir
 from orchestrator.runs.data import NUM_BYTES, baseline_losses, load_data
 from orchestrator.runs.run_dir import RunDir
-from orchestrator.verbs.inputs.options import RunnerKind, SimulateOptions, TrainOptions
+from orchestrator.verbs.inputs.options import INTERRUPTED, RunnerKind, SimulateOptions, TrainOptions
 from orchestrator.verbs.inputs.planned_inputs import Inputs, from_config, read_plan, resolve
-from orchestrator.verbs.simulate import answer, write_program
+from orchestrator.verbs.simulate import answer
 from orchestrator.verbs.training import Training, TrainResult, write_results
 from orchestrator.views.console import Console, Table
 from partitioner.layout.parallel_plan import Plan
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from orchestrator.models.model_builder import BuiltModel
     from orchestrator.runners.runner import Launch
 
-INTERRUPTED = 130
 FIXED_BY_RUN = (
     "cluster", "job", "model", "data", "plan", "chips", "global_batch", "seq", "steps", "run_dir",
 )  # fmt: skip
@@ -96,7 +95,7 @@ def _train(
         prepared = prepare(inputs.cluster, inputs.job, inputs.plan, progress=console.phase)
         if not resume:
             folder.write_config(inputs.config(kind.value))
-            write_program(folder, prepared)
+            prepared.write(folder)
         with console.phase("simulate"):
             predicted = simulate(prepared.program, prepared.cluster)
         with closing(launch.connect(prepared, console.phase)) as runner:

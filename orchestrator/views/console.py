@@ -59,12 +59,11 @@ class Console:
         out: TextIO | None = None,
         err: TextIO | None = None,
         clock: Callable[[], float] = time.monotonic,
-        patience_s: float = PATIENCE_S,
     ) -> None:
         self.as_json, self.verbose = as_json, verbose
         self._out = sys.stdout if out is None else out
         self._err = sys.stderr if err is None else err
-        self._clock, self._patience_s = clock, patience_s
+        self._clock = clock
         self._log: Path | None = None
         self._rich_err: RichConsole | None = None
         self._open: list[str] = []
@@ -125,7 +124,7 @@ class Console:
         started = self._clock()
         ended = threading.Event()
         path = " > ".join(self._open)
-        timer = threading.Timer(self._patience_s, lambda: self._spin(path, ended))
+        timer = threading.Timer(PATIENCE_S, lambda: self._spin(path, ended))
         timer.daemon = True
         timer.start()
         try:
@@ -137,7 +136,7 @@ class Console:
             self._open.pop()
             self._move_spinner(" > ".join(self._open))
             phase.seconds = seconds
-            if seconds >= self._patience_s:
+            if seconds >= PATIENCE_S:
                 self.say(f"{'  ' * len(self._open)}{name}: {format_seconds(seconds)}")
 
     def phase_table(self) -> Table:

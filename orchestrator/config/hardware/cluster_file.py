@@ -282,8 +282,8 @@ def _fabric(
         raise place.error("a chip has no scale-up links of its own", hint)
     if latency is None:
         raise place.error("the latency is not known", "add `latency:`, such as 2 us")
-    told = section.bandwidth or (1.0 if own_rates else None)
-    line, alone = line_and_efficiency(told, section.efficiency, ports)
+    bandwidth = section.bandwidth or (1.0 if own_rates else None)
+    line, alone = line_and_efficiency(bandwidth, section.efficiency, ports)
     best = best_share(alone, section.protocols)
     library = library_of(section, latency, alone, best, place)
     each = line * best / (1 if own_rates else drawing.links_per_chip(domain))
@@ -337,11 +337,11 @@ def _levels(document: Document, file: ClusterFile) -> tuple[SwitchLevel, ...]:
 
 def _spread(document: Document, levels: list[LevelSection]) -> Spread:
     """How messages keep to the paths between all levels: one way for the whole network."""
-    told = {section.spread for section in levels if section.paths is not None}
-    if len(told) > 1:
+    spreads = {section.spread for section in levels if section.paths is not None}
+    if len(spreads) > 1:
         hint = "give every level with `paths` the same `spread`"
         raise document.error("levels differ in their spread", hint, "scale_out")
-    word = told.pop() if told else None
+    word = spreads.pop() if spreads else None
     return Spread(word.replace(" ", "_")) if word else Spread.ADAPTIVE
 
 
@@ -358,8 +358,8 @@ def _check_level(place: Document, section: LevelSection, number: int, num_levels
         hint = "add `forwarding: store-and-forward`"
         raise place.error("`packet` has no effect on cut-through switches", hint, "packet")
     if section.shape not in (None, "switch"):
-        told = ("hosts", "oversubscription", "rails", "paths", "spread", "forwarding", "packet")
-        for key in told:
+        of_switches = ("hosts", "oversubscription", "rails", "paths", "spread", "forwarding", "packet")
+        for key in of_switches:
             if key in section.model_fields_set:
                 raise place.error(f"`{key}` has no effect on a {section.shape}", "remove it", key)
         if num_levels > 1:

@@ -62,19 +62,12 @@ def _part(value: object) -> float:
     return float(part)
 
 
-AChip: TypeAlias = Annotated[
-    int, FieldType(_one_chip, {"type": ["integer", "string"], "examples": [3, "chip 3"]})
-]
-Chips: TypeAlias = Annotated[
-    tuple[int, ...],
-    FieldType(
-        _chip_numbers,
-        {"type": ["integer", "string", "array"], "examples": [3, "0-63", [0, 8, "16-31"]]},
-    ),
-]
-Part: TypeAlias = Annotated[
-    float, FieldType(_part, {"type": ["number", "string"], "examples": ["5 %", 0.05]})
-]
+_ONE_CHIP = {"type": ["integer", "string"], "examples": [3, "chip 3"]}
+_CHIPS = {"type": ["integer", "string", "array"], "examples": [3, "0-63", [0, 8, "16-31"]]}
+_PART = {"type": ["number", "string"], "examples": ["5 %", 0.05]}
+AChip: TypeAlias = Annotated[int, FieldType(_one_chip, _ONE_CHIP)]
+Chips: TypeAlias = Annotated[tuple[int, ...], FieldType(_chip_numbers, _CHIPS)]
+Part: TypeAlias = Annotated[float, FieldType(_part, _PART)]
 
 
 class FlapsSection(Section):

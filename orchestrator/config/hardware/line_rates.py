@@ -87,16 +87,16 @@ class _FileRates:
         return LineRate(together, alone, sections, tier, section.reduces, self.cluster)
 
     def pcie(self, tier: Tier) -> LineRate:
-        at, root, told = "hosts, pcie", "hosts, pcie, root", self._pcie_sections()
-        rate, stage_s, message_s = self._pcie_rate(tier.name), _most("latency", told), _message_s(tier)
-        roots = [each.root.latency for each in told if each.root and each.root.latency is not None]
+        at, root, trees = "hosts, pcie", "hosts, pcie, root", self._pcie_sections()
+        rate, stage_s, message_s = self._pcie_rate(tier.name), _most("latency", trees), _message_s(tier)
+        roots = [each.root.latency for each in trees if each.root and each.root.latency is not None]
         sections = Sections(
             at, at, at, message_s, stage_s=stage_s, outer=root, outer_s=min(roots, default=inf)
         )
         if tier.name == PCIE_ROOT:
             inside = self.cluster.network.tier_for((0, 1))
             switch_s = None if inside is tier else _message_s(inside)
-            if switch_s is None and not roots and any(each.latency is not None for each in told):
+            if switch_s is None and not roots and any(each.latency is not None for each in trees):
                 root += ", in place of the latency above it"
             stage_s = max(stage_s, switch_s or 0.0)
             sections = Sections(at, root, root, message_s, False, stage_s, switch_s=switch_s)

@@ -34,6 +34,7 @@ ClusterFlag = Annotated[
 ChipsFlag = Annotated[int | None, Option(min=1, help="Take this many chips of the cluster.")]
 RunDirFlag = Annotated[Path | None, Option(metavar="FOLDER", help="Write results here; must not exist yet.")]
 PlotFlag = Annotated[Path | None, Option(metavar="FILE.png", help="Draw a picture into this file.")]
+INTERRUPTED = 130  # exit code
 # Flags that every help text has at its end, in this order.
 LAST = ("overrides", "dry_run", "as_json", "verbose")
 

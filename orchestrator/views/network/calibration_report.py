@@ -105,8 +105,8 @@ def _constant_rows(calibration: Calibration) -> list[tuple[str, str]]:
             rows.append(("rate of a chip, eager", _with_share(eager, calibration)))
     line, rate = calibration.line, calibration.line_rate
     if line is not None and rate is not None:
-        told = f"{format_scaled(rate.bytes_per_s, 'B/s')} ({rate.words} in {line.cluster.name})"
-        rows.append(("line rate", told))
+        words = f"{format_scaled(rate.bytes_per_s, 'B/s')} ({rate.words} in {line.cluster.name})"
+        rows.append(("line rate", words))
     elif calibration.fabric is not None:
         rows.append(
             ("line rate", "not known: --cluster gives it, and with it a share that other fabrics have too")
@@ -115,8 +115,8 @@ def _constant_rows(calibration: Calibration) -> list[tuple[str, str]]:
 
 
 def _with_share(rate: float, calibration: Calibration) -> str:
-    told, line = format_scaled(rate, "B/s"), calibration.line_rate
-    return told if line is None else f"{told} ({format_percent(rate / line.bytes_per_s)} of the line rate)"
+    words, line = format_scaled(rate, "B/s"), calibration.line_rate
+    return words if line is None else f"{words} ({format_percent(rate / line.bytes_per_s)} of the line rate)"
 
 
 def _error_table(calibration: Calibration) -> Table:

@@ -306,10 +306,10 @@ def tiers_tables(rows: Sequence[Row], cluster: str) -> tuple[Table, ...]:
         for number, row in enumerate(rows, 1)
     )
     heads = ("", "from - to", "latency", "to the one above", "rate alone", "rate when all send", "hops")
-    told: dict[str, list[str]] = {}
+    rows_by_source: dict[str, list[str]] = {}
     for number, row in enumerate(rows, 1):
-        told.setdefault(_source(row), []).append(str(number))
-    sources = tuple((", ".join(numbers), source) for source, numbers in told.items())
+        rows_by_source.setdefault(_source(row), []).append(str(number))
+    sources = tuple((", ".join(numbers), source) for source, numbers in rows_by_source.items())
     return (
         Table(f"latency tiers of {cluster}, one small message", figures, heads),
         Table("where the figures come from", sources, ("rows", "source")),

@@ -159,7 +159,7 @@ def test_on_a_terminal_a_spinner_stops_with_its_phase(monkeypatch: pytest.Monkey
 def test_the_phase_table_shows_outer_phases_before_inner_ones(
     streams: tuple[io.StringIO, io.StringIO],
 ) -> None:
-    console = Console(out=streams[0], err=streams[1], clock=clock(0, 0, 1, 1, 3, 4, 4, 5), patience_s=60)
+    console = Console(out=streams[0], err=streams[1], clock=clock(0, 0, 1, 1, 3, 4, 4, 5))
     with console.phase("start"):
         with console.phase("import"):
             pass
