@@ -104,7 +104,9 @@ class Choice:
         return outline
 
     def schedule(self) -> Schedule:
-        """The messages of all ranks, in the order of the members."""
+        """The messages of all ranks, in the order of the members; of one chip none."""
+        if not self.levels:
+            return Schedule(self.op, self.algorithm, 1, 1, 1.0, ())
         levels = tuple(self.priced(level) for level in self.hosts or self.levels)
         return self._algorithm.schedule(self.op, self.num_chips, self.nbytes, levels)
 

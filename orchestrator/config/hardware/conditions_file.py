@@ -116,7 +116,7 @@ class BackgroundSection(Section):
 
 
 class ConditionsSection(Section):
-    """How the hardware differs from its data sheets; a calm network by default."""
+    """How the hardware differs from its data sheets; a healthy network by default."""
 
     seed: int = Field(0, ge=0)
     links: list[LinkFaultSection] = Field(default_factory=list)

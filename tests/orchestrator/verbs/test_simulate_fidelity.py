@@ -57,6 +57,14 @@ def test_transfers_between_stages_take_the_same_folded_and_full(graph, cluster, 
     assert full.step_time_s == pytest.approx(folded.step_time_s, rel=0.02)
 
 
+def test_one_chip_sends_nothing_at_either_fidelity(graph):
+    whole = lower(graph, Plan(microbatches=4), StepShape(16, 32, "builtin:gpt-nano", "fp32", 2))
+    folded, full = (
+        simulate(whole, LAPTOP.take(1), fidelity=each) for each in (Fidelity.FOLDED, Fidelity.FULL)
+    )
+    assert full.step_time_s == folded.step_time_s > 0
+
+
 @pytest.mark.parametrize("fidelity", [Fidelity.FOLDED, Fidelity.FULL])
 def test_transfers_between_stages_pay_for_being_issued_as_the_latency_tiers_say(graph, fidelity):
     plan = Plan(dp=1, tp=2, pp=4, microbatches=4)
