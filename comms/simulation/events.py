@@ -241,7 +241,7 @@ def _try(w: World, number: int, now: float, drawn: int) -> int:
     message = wide(w.queue[port.row].message)
     if not _ready(w, number, message):
         return drawn
-    delay = w.rank[w.streams[port.stream].rank0 + port.rank].overhead_s
+    delay = w.overhead_s[w.streams[port.stream].rank0 + port.rank]
     # -log of a uniform number is exponential. (What is drawn belongs to the message, not to the order of events.)
     if w.noise.mean_s > 0.0:
         delay -= w.noise.mean_s * np.log(uniform(w.noise.seed, message, port.piece, _started(w, number)))

@@ -53,7 +53,6 @@ RANK = np.dtype(
     [
         ("port0", "i8"),  # rows of World.ports_of_rank
         ("port1", "i8"),
-        ("overhead_s", "f8"),  # before each message it sends
     ],
     align=True,
 )
@@ -87,6 +86,7 @@ class World(NamedTuple):
     port: NDArray[np.void]  # PORT
     ports_of_rank: NDArray[np.int32]
     rank: NDArray[np.void]  # RANK
+    overhead_s: NDArray[np.float64]  # [rank rows] before each message
     run: NDArray[np.void]  # compiled.RUN
     ended: NDArray[np.int64]  # [runs] those that ended since the caller looked
     got: NDArray[np.int32]  # [chains] rounds fully received
@@ -148,7 +148,7 @@ def first_world(compiled: Compiled, rates: FloatArray, conditions: Conditions, *
     work = compiled.work
     left = _still_to_come(compiled)
     queue, first = _queues(compiled)
-    rank, ports_of_rank = _ranks(compiled, conditions)
+    rank, ports_of_rank = _ranks(compiled)
     hops = int((work.edges["route1"] - work.edges["route0"]).max(initial=1))
     return World(
         **work._asdict(),
@@ -160,6 +160,7 @@ def first_world(compiled: Compiled, rates: FloatArray, conditions: Conditions, *
         port=_port_records(compiled, first),
         ports_of_rank=ports_of_rank,
         rank=rank,
+        overhead_s=overheads(compiled, conditions),
         run=compiled.runs,
         ended=np.zeros(len(compiled.runs), dtype=np.int64),
         got=_received_at_first(compiled, left),
@@ -189,12 +190,11 @@ def _port_records(compiled: Compiled, first: IntArray) -> NDArray[np.void]:
     return port
 
 
-def _ranks(compiled: Compiled, conditions: Conditions) -> tuple[NDArray[np.void], NDArray[np.int32]]:
+def _ranks(compiled: Compiled) -> tuple[NDArray[np.void], NDArray[np.int32]]:
     """Records of the ranks, and their ports one rank after another."""
     rank = np.zeros(len(compiled.rank_node), dtype=RANK)
     ends = np.cumsum(np.bincount(compiled.port_rank, minlength=len(rank)))
     rank["port0"][1:], rank["port1"] = ends[:-1], ends
-    rank["overhead_s"] = overheads(compiled, conditions)
     return rank, np.argsort(compiled.port_rank, kind="stable").astype(np.int32)
 
 
