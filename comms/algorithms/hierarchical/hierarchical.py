@@ -195,18 +195,21 @@ def crossed(levels: Levels, ways: Sequence[Crossing]) -> list[tuple[Crossing, Le
 
 
 def fastest_cut(whole: Outline, late_s: float = 0.0) -> int:
-    """The power of two of pieces in which an outline is fastest; one where its levels share a port.
+    """The power of two of pieces in which an outline is fastest.
 
     Where it is in several pieces, it is `late_s` over their number slower than its outline says.
     """
-    if len(set(whole.ports)) < 2:
-        return 1
     # Of equally fast numbers the smallest: pieces cost what is not modelled.
     times = {
         pieces: closed_seconds(replace(whole, pieces=pieces)) + (late_s / pieces if pieces > 1 else 0.0)
         for pieces in (1 << bit for bit in range(MAX_PIECES.bit_length()))
     }
     return min(times, key=times.__getitem__)
+
+
+def _fastest_over_ports(whole: Outline) -> int:
+    """One piece where all levels share a port: none goes on while another is under way."""
+    return fastest_cut(whole) if len(set(whole.ports)) > 1 else 1
 
 
 def name_of(ways: Sequence[Crossing]) -> str:
@@ -289,7 +292,7 @@ for _ways in MIXES:
             ops=(Op.ALL_REDUCE, Op.REDUCE_SCATTER, Op.ALL_GATHER),
             make=partial(schedule, ways=_ways),
             sketch=partial(outline, ways=_ways),
-            cut=cut_by(fastest_cut, partial(outline, ways=_ways)),
+            cut=cut_by(_fastest_over_ports, partial(outline, ways=_ways)),
             needs=Needs(min_levels=2),
             rail_aligned=True,
             is_hierarchy=True,
