@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
+from xdist.scheduler import LoadFileScheduling
 
 # The same examples in every run; `--hypothesis-profile=search` looks for new ones.
 REPEATABLE = settings(derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -21,21 +22,40 @@ TINY: Mapping[str, object] = {"layers": 2, "width": 32, "heads": 4, "vocab": 64,
 SEQ = 16
 BATCH = 8
 LOOPS = "compiled_loops"
+RAY = "@pytest.mark.ray"
 MOVING = {"benchmarks", "comms", "orchestrator"}  # folders of tests that move messages
 COMPILER = Path(__file__).parents[1] / "benchmarks" / "tools" / "compile_loops.py"
 compiling: list[subprocess.Popen[bytes]] = []
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[Any]) -> None:
-    """What moves messages waits for the compiled loops and comes last; a process of its own compiles meanwhile."""
+    """What moves messages waits for the compiled loops and comes last; a process of its own compiles meanwhile.
+
+    Ray, which starts many processes, comes in between.
+    """
     here = Path(__file__).parent
     moving = [item for item in items if item.path.relative_to(here).parts[0] in MOVING]
     for item in moving:
         item.fixturenames.insert(0, LOOPS)
-    items.sort(key=lambda item: LOOPS in item.fixturenames)
+    starting = {item.path for item in items if item.get_closest_marker("ray")}
+    items.sort(key=lambda item: 1 if item.path in starting else 2 * (LOOPS in item.fixturenames))
     worker = getattr(config, "workerinput", {"workerid": "gw0"})["workerid"]
     if moving and worker == "gw0" and not config.option.collectonly:
         compiling.append(subprocess.Popen([sys.executable, COMPILER]))
+
+
+class FileByFile(LoadFileScheduling):
+    """What a module sets up is set up once; files that start Ray share a worker, as two Rays at once are slow."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file: str = super()._split_scope(nodeid)
+        return RAY if RAY in (self.config.rootpath / file).read_text() else file
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> FileByFile:
+    """Files in the order of collection, one worker each."""
+    config.option.loadscopereorder = False
+    return FileByFile(config, log)
 
 
 def pytest_sessionfinish() -> None:

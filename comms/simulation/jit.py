@@ -1,6 +1,6 @@
 """Compiled loops: how the inner loops of full fidelity become machine code, and where that is kept.
 
-numba compiles them on first use (some seconds) and needs no compiler on the machine. Division follows IEEE: a flow
+numba compiles them on first use (10 to 20 s) and needs no compiler on the machine. Division follows IEEE: a flow
 of rate zero ends at infinity.
 
 What was compiled is kept below $XDG_CACHE_HOME/orchestrate (~/.cache/orchestrate), which an installation that

@@ -1,1 +1,1 @@
-"""Configuration: cluster, chip, job and conditions files, from text with places to frozen values."""
+"""Configuration: files of clusters (with their conditions), chips and jobs, from text with places to frozen values."""

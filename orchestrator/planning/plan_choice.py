@@ -1,9 +1,10 @@
 """Choosing a plan where the job leaves degrees open.
 
 A rule, not a search: the least model parallelism whose weights, gradients and optimizer state take at most
-`STATE_SHARE` of a chip's memory, tensor parallelism only inside a host, pipeline stages beyond that, and the rest
-data parallel. Activations are not estimated here; `simulate` measures them on the Program and says if it fits. What a
-model cannot be split by is not known here either: degrees that were refused are told, and others are chosen.
+`STATE_SHARE` of a chip's memory, tensor parallelism inside a host as long as that fits, pipeline stages beyond
+that, and the rest data parallel. Activations are not estimated here; `simulate` measures them on the Program and
+says if it fits. What a model cannot be split by is not known here either: degrees that were refused are told, and
+others are chosen. What `train` shows with nothing given is `verbs.inputs.planned_inputs.DEMONSTRATION`.
 """
 
 from collections.abc import Sequence

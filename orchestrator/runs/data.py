@@ -1,15 +1,15 @@
 """Data: bytes of text as samples by one integer, the global sample index, and what counting bytes alone predicts.
 
-Nothing here has state: sample i of a seed is always the same window, so any chip can fetch any range of indices, and
-a run resumes from its step number alone. Index i falls into epoch i // windows; an epoch visits every window of the
-training text once, in an order and with a starting phase that depend only on (seed, epoch). The hash is SplitMix64
-(Steele et al., "Fast splittable pseudorandom number generators", 2014), spelled out so that no library version can
-move a sample.
+Nothing here has state: sample i of a seed is always the same window, so any chip can fetch any range of indices,
+and a run resumes from its step number alone (`verbs.training_loop` asks for the samples of a step). Index i falls
+into epoch i // windows; an epoch visits every window of the training text once, in an order and with a starting
+phase that depend only on (seed, epoch). The hash is SplitMix64 (Steele et al., "Fast splittable pseudorandom number
+generators", 2014), spelled out so that no library version can move a sample.
 
 The validation text is a tenth, cut from the end of each of up to 20 equal blocks: it follows the text's changes of
-topic, where one tail would test the last topic only, and each piece is one long run, so little of it touches training
-text. The default corpus drops paragraphs that occur twice (a fifth of it), since a copy on the other side of the cut
-would measure memory. Where pieces are joined, windows run across the seam. The text is held in memory.
+topic, where one tail would test the last topic only, and each piece is one long run, so little of it touches
+training text. The default corpus drops paragraphs that occur twice (a fifth of it), since a copy on the other side
+of the cut would measure memory. Where pieces are joined, windows run across the seam. The text is held in memory.
 
 An n-gram's probability leans on the shorter one by a Dirichlet prior of strength k (MacKay and Peto, "A
 hierarchical Dirichlet language model", 1995, eq. 20): p(x | context) = (count(context x) + k p_shorter(x)) /

@@ -25,7 +25,7 @@ from orchestrator.runs.run_dir import RunDir
 from orchestrator.verbs.inputs.options import INTERRUPTED, RunnerKind, SimulateOptions, TrainOptions
 from orchestrator.verbs.inputs.planned_inputs import Inputs, from_config, read_plan, resolve
 from orchestrator.verbs.simulate import answer
-from orchestrator.verbs.training import Training, TrainResult, write_results
+from orchestrator.verbs.training_loop import Training, TrainResult, write_results
 from orchestrator.views.console import Console, Table
 from partitioner.layout.parallel_plan import Plan
 

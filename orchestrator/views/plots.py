@@ -3,9 +3,9 @@
 matplotlib is imported when a picture is drawn. No date and no version is stored: the same drawing gives the same
 bytes. Colours are those of Okabe and Ito (2008), which colour-blind readers can tell apart.
 
-A chip is a band of rows, only for lanes that are used; the optimizer shares the row of compute, which is
-taller than the others and carries the microbatch numbers. Spans narrower than a pixel are drawn as they are:
-what is dense looks dense.
+A chip is a band of rows in the order of `runs.timeline.Lane`, only for lanes that are used; the optimizer shares
+the row of compute, which is taller than the others and carries the microbatch numbers. Spans narrower than a pixel
+are drawn as they are: what is dense looks dense.
 """
 
 import io

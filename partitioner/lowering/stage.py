@@ -1,4 +1,4 @@
-"""One pipeline stage while it is lowered: the tables of its role, and its forward and backward bodies.
+"""One pipeline stage while it is lowered: its role's tables, its forward and backward bodies, what is freed where.
 
 `RoleBuilder` takes tensors and instructions as they come. From the stage's units it gets forward and backward, with
 what crosses the stage's borders. Assumed: values cross from earlier to later stages only. A value used in several later

@@ -1,9 +1,10 @@
 """Peak memory of every role, by class, and where in the step it is reached.
 
 A liveness walk over the calls of a schedule. Persistent tensors count all the time, once per buffer; tensors of a
-microbatch from the instruction that makes them (a batch entry: that first reads it) to their Free; values inside a
-segment while it runs. Views cost nothing, and keep alive what they view. A tensor that is freed while being sent counts
-until the same body is called again: at most one transfer per body is assumed to linger.
+microbatch from the instruction that makes them (a batch entry: that first reads it) to their Free, which
+`lowering.stage` places; values inside a segment while it runs. Views cost nothing, and keep alive what they view. A
+tensor that is freed while being sent counts until the same body is called again: at most one transfer per body is
+assumed to linger.
 
 Inside a segment a view shares the storage of its first operand; every other operation makes new storage. A value's
 storage goes after the last use of the last value that shares it, unless an output of the segment shares it.

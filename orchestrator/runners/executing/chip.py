@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import assert_never
 
 import torch
 
@@ -23,14 +24,18 @@ from partitioner.capture.captured_graph import TORCH
 from partitioner.program.machine import Machine, Run
 from partitioner.program.program import (
     Accumulate,
+    Collective,
     Compute,
     Free,
     Program,
+    Recv,
     Role,
     Segment,
+    Send,
     Tensor,
     TensorKind,
     Update,
+    Wait,
 )
 
 Observer = Callable[["ExecutingChip", Compute, int, Sequence[torch.Tensor], Sequence[torch.Tensor]], None]
@@ -209,8 +214,10 @@ class ExecutingChip:
                     self._accumulate(instruction, run.microbatch)
                 case Update():
                     self._update(instruction)
+                case Collective() | Send() | Recv() | Wait():
+                    continue  # what goes between chips is carried out where they meet
                 case _:
-                    continue
+                    assert_never(instruction)
             if self.marks is not None:
                 end = time.perf_counter_ns()
                 place = (self.index, run.call, run.microbatch, instruction.id)

@@ -12,7 +12,7 @@ host's time to start a communication, and the optimizer's arithmetic.
 
 from dataclasses import dataclass, field
 from math import prod
-from typing import Protocol, TypeAlias
+from typing import Protocol, TypeAlias, assert_never
 
 from comms.collectives.schedule import Op
 from comms.networks.groups import Members, mesh_group
@@ -87,13 +87,19 @@ class ClusterCosts:
     def work(self, role: Role, instruction: Working) -> WorkTime:
         """Time on the chip."""
         chip = self._chip(role.stage)
-        if isinstance(instruction, Compute):
-            time = self._segment(role.stage, instruction.segment)
-            return WorkTime(_ns(time.device_s), _ns(time.host_s))
-        if isinstance(instruction, Accumulate):
-            device = memory_seconds(accumulated_nbytes(role, instruction), chip)
-            return WorkTime(_ns(device), _ns(len(instruction.reads) * chip.launch_s))
-        return WorkTime(_ns(memory_seconds(self._update_nbytes(role, instruction), chip)), _ns(chip.launch_s))
+        match instruction:
+            case Compute():
+                time = self._segment(role.stage, instruction.segment)
+                return WorkTime(_ns(time.device_s), _ns(time.host_s))
+            case Accumulate():
+                device = memory_seconds(accumulated_nbytes(role, instruction), chip)
+                return WorkTime(_ns(device), _ns(len(instruction.reads) * chip.launch_s))
+            case Update():
+                return WorkTime(
+                    _ns(memory_seconds(self._update_nbytes(role, instruction), chip)), _ns(chip.launch_s)
+                )
+            case _:
+                assert_never(instruction)
 
     def collective_ns(self, role: Role, instruction: Collective) -> int:
         """Time of the fastest algorithm for the group's shape."""

@@ -1,4 +1,7 @@
-"""Planned inputs: from the options of a command to a cluster, a job and perhaps a plan, as every verb needs them."""
+"""Planned inputs: from the options of a command to a cluster, a job and perhaps a plan, as every verb needs them.
+
+With nothing given, `train` demonstrates all kinds of parallelism (`DEMONSTRATION`).
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

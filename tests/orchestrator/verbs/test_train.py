@@ -19,7 +19,7 @@ from orchestrator.runs import checkpoint, run_dir
 from orchestrator.runs.accuracy import Basis
 from orchestrator.runs.metrics import read_metrics
 from orchestrator.runs.timeline import Origin
-from orchestrator.verbs import train, training
+from orchestrator.verbs import train, training_loop
 from orchestrator.verbs.inputs.options import RunnerKind, TrainOptions
 from orchestrator.views.console import Console
 from partitioner.layout.parallel_plan import Plan, plan_from_yaml
@@ -115,16 +115,16 @@ def test_predicted_and_measured_spans_join(finished: tuple[Any, Path]) -> None:
 @contextmanager
 def stopping_after(steps: int) -> Iterator[None]:
     """Ask the loop to end after so many steps, as the first Ctrl-C does."""
-    event, original = threading.Event(), training.Training._step
+    event, original = threading.Event(), training_loop.Training._step
 
-    def step(self: training.Training, *rest: Any) -> Any:
+    def step(self: training_loop.Training, *rest: Any) -> Any:
         line = original(self, *rest)
         if line.step == steps:
             event.set()
         return line
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training.Training, "_step", step)
+        patch.setattr(training_loop.Training, "_step", step)
         patch.setattr(train, "_stopping", lambda: nullcontext(event))
         yield
 

@@ -105,6 +105,14 @@ def two_actors(local_ray: None, case: Case) -> Iterator[RayRunner]:
     running.close()
 
 
+@pytest.fixture(scope="module")
+def one_actor(local_ray: None, case: Case) -> Iterator[RayRunner]:
+    """Shared by two tests, and ended by the second."""
+    running = connected(case, 1)
+    yield running
+    running.close()
+
+
 def assert_same_bytes(found: States, expected: States) -> None:
     assert found.keys() == expected.keys()
     for chip, state in expected.items():
@@ -148,28 +156,6 @@ def test_a_checkpoint_continues_and_evaluation_and_marks_come_back(two_actors, c
     assert_same_bytes(two_actors.states(), expected[1])
 
 
-@pytest.mark.ray
-def test_an_error_in_an_actor_says_what_and_where_and_ends_all(two_actors, case):
-    two_actors.load(case.values.__getitem__)
-    empty = {replica: {} for replica in case.batches}
-    with pytest.raises(RunError, match=r"AssertionError|KeyError") as caught:
-        two_actors.run(StepRequest("step", LR, empty))
-    assert "chips" in caught.value.where
-    with pytest.raises(RunError, match="have ended"):
-        two_actors.states()
-    two_actors.close()  # the tests after this one need its cores
-
-
-@pytest.mark.ray
-def test_one_actor_with_all_chips_gives_the_bytes_of_one_process(local_ray, case, expected):
-    running = connected(case, 1)
-    try:
-        assert case.train(running, 3) == expected[0]
-        assert_same_bytes(running.states(), expected[1])
-    finally:
-        running.close()
-
-
 def process_of(running: RayRunner, actor: int) -> int:
     return running.start.addresses[actor].process
 
@@ -186,6 +172,35 @@ def step_until(case: Case, running: RayRunner, killer: threading.Timer) -> None:
         running.run(case.request())
     finally:
         assert time.monotonic() - start < LIMIT_S
+
+
+@pytest.mark.ray
+def test_a_silent_actor_is_named_with_those_who_wait_for_it(two_actors, case, monkeypatch):
+    monkeypatch.setattr(ray_runner, "TIMEOUT_S", 0.2)
+    monkeypatch.setattr(ray_runner, "ANSWER_S", 1.0)
+    os.kill(process_of(two_actors, 1), signal.SIGSTOP)
+    with pytest.raises(HangError) as caught:
+        two_actors.run(case.request())
+    assert "actor 1: does not answer" in caught.value.where
+    assert "missing [2]" in caught.value.where
+    two_actors.close()  # the tests after this one need its cores
+
+
+@pytest.mark.ray
+def test_one_actor_with_all_chips_gives_the_bytes_of_one_process(one_actor, case, expected):
+    assert case.train(one_actor, 3) == expected[0]
+    assert_same_bytes(one_actor.states(), expected[1])
+
+
+@pytest.mark.ray
+def test_an_error_in_an_actor_says_what_and_where_and_ends_all(one_actor, case):
+    empty = {replica: {} for replica in case.batches}
+    with pytest.raises(RunError, match=r"AssertionError|KeyError") as caught:
+        one_actor.run(StepRequest("step", LR, empty))
+    assert "chips" in caught.value.where
+    with pytest.raises(RunError, match="have ended"):
+        one_actor.states()
+    one_actor.close()
 
 
 @pytest.mark.ray
@@ -206,21 +221,6 @@ def test_a_killed_actor_ends_the_step_with_its_name(local_ray, case):
     finally:
         running.close()
     assert shared_files() <= before
-
-
-@pytest.mark.ray
-def test_a_silent_actor_is_named_with_those_who_wait_for_it(local_ray, case, monkeypatch):
-    running = connected(case, 2)
-    try:
-        case.train(running, 1)
-        monkeypatch.setattr(ray_runner, "TIMEOUT_S", 0.2)
-        os.kill(process_of(running, 1), signal.SIGSTOP)
-        with pytest.raises(HangError) as caught:
-            running.run(case.request())
-        assert "actor 1: does not answer" in caught.value.where
-        assert "missing [2]" in caught.value.where
-    finally:
-        running.close()
 
 
 def test_what_is_short_is_named():
