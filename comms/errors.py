@@ -1,4 +1,4 @@
-"""Errors: what went wrong, where, and what to do, in three short lines. All packages raise these, kernels too.
+"""Errors: what went wrong, where, and what to do, in three short lines; and exit codes. All packages raise these.
 
     UserError(problem, where, hint)    the reader can mend it; exit code 2
     +-- ConfigError                    a file, a flag or an override that is not valid

@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Ranks:
-    """For whom a schedule is made. Of each fanout may be told whether its subgroups stand in a ring and reach their
+    """For whom a schedule is made. Of each fanout may be known whether its subgroups stand in a ring and reach their
     neighbours only, whether the last of these is a neighbour of the first, and by which port messages between them
     leave.
     """
@@ -52,9 +52,9 @@ class Ranks:
         """The fanouts that part anything."""
         return tuple(fanout for fanout in self.fanouts or (self.num,) if fanout > 1)
 
-    def of_digits(self, told: Sequence[T], otherwise: T) -> tuple[T, ...]:
-        """What is told of each of these; `otherwise` where nothing is."""
-        known = told or (otherwise,) * len(self.fanouts or (self.num,))
+    def of_digits(self, given: Sequence[T], otherwise: T) -> tuple[T, ...]:
+        """What is given of each of these; `otherwise` where nothing is."""
+        known = given or (otherwise,) * len(self.fanouts or (self.num,))
         return tuple(
             each for each, fanout in zip(known, self.fanouts or (self.num,), strict=True) if fanout > 1
         )

@@ -1,1 +1,1 @@
-"""Networks: links, tiers and groups of chips, from inside one chip to the whole data centre, and their state."""
+"""Networks: links, tiers, groups and orders of chips, from one chip to the whole data centre, and their state."""

@@ -34,9 +34,8 @@ class Switch:
     tier: str = "switch"
     reduces: bool = False  # can add and copy what passes
     forward_nbytes: float = 0.0  # taken in before it sends on: 0 cut-through, a packet, inf the whole message
-    oversubscription: float = (
-        1.0  # what its wires from below bring at once, over what it passes on; 1: no limit
-    )
+    # What its wires from below bring at once, over what it passes on; 1: no limit.
+    oversubscription: float = 1.0
 
 
 SWITCH = Switch()

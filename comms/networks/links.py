@@ -7,7 +7,8 @@ Communication libraries trade latency for bandwidth by message size: eager messa
 handshake, rendezvous pays a round trip and then moves at full rate; NCCL's LL and LL128 pay for flags inside
 the data with a share of the bandwidth. All are the same two numbers more per protocol, and the fastest is used.
 
-Assumes the rate is sustained, one direction. Sharing between messages is not modelled here, but in `sharing`.
+Assumes the rate is sustained, one direction. Collectives spell the same sum out over many messages at once:
+by levels in `Level.under` and `collectives.outline_time`, message by message in `simulation`, which also shares wires.
 """
 
 from dataclasses import dataclass
@@ -37,7 +38,7 @@ class Protocol:
     name: str
     latency_s: float = 0.0  # per message, on top of the link's
     share: float = 1.0  # of the link's bandwidth, 0 < share <= 1
-    pipelined: bool = False  # a collective's stages hand on pieces of the best size, see `pipeline_fill_s`
+    pipelined: bool = False  # a collective's stages pass on pieces of the best size, see `pipeline_fill_s`
     algorithms: tuple[str, ...] = ()  # those that the library offers with it; none named: all
     ops: tuple[str, ...] = ()  # operations that the library has it for; none named: all
 

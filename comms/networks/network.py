@@ -49,8 +49,8 @@ class Tier:
     source: str = ""  # where the figures come from, in words
     setup_s: float = 0.0  # of a collective that crosses this tier, once
     protocols: tuple[Protocol, ...] = (PLAIN,)  # ways to move a message, the fastest is taken
-    issue_s: float = 0.0  # what a message by itself takes more than a stage of a collective
     part_of_next: bool = False  # its wires are those of the next tier
+    issue_s: float = 0.0  # what a message by itself takes more than a stage of a collective
 
     def __post_init__(self) -> None:
         if self.size < 1 or self.setup_s < 0 or not self.protocols:

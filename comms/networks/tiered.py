@@ -60,7 +60,7 @@ class _Copies:
         )
 
     def nodes(self, copy: IntArray, local: IntArray, num_chips: int) -> IntArray:
-        """[copies * wires] Nodes of the whole network."""
+        """[copies * local] Nodes of the whole network."""
         chip = copy * self.fabric.size + local
         switch = self.first_node + copy * self.num_switches + local - self.fabric.size
         missing = self.first_missing + chip - num_chips

@@ -61,7 +61,7 @@ THOROUGH = Budget(MOST_MESSAGES, ENDLESS, ENDLESS)  # as long as it takes
 class Candidate:
     """An algorithm to time, `estimate_s` before it is.
 
-    `run` is told the most messages and work (with the setup) that are worth it. It raises TooManyMessages.
+    `run` is given the most messages and work (with the setup) that are worth it. It raises TooManyMessages.
     """
 
     name: str

@@ -50,10 +50,10 @@ def load_loops() -> None:
     )
     for method in Method:
         simulate(pair, jobs, method=method)
-    live = IncrementalSimulation(pair, jobs)
+    simulation = IncrementalSimulation(pair, jobs)
     for at_s in (1.0, 2.0):  # the second time a job is wound back
-        live.start(0, 0, at_s)
-        live.advance(np.inf)
+        simulation.start(0, 0, at_s)
+        simulation.advance(np.inf)
 
 
 def by_choice(question: Question, choice: Choice, reason: str, progress: Progress) -> Answer:

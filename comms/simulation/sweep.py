@@ -140,7 +140,7 @@ def _take(s: Sweep, stream: int, edge: int, start: float, end: float) -> bool:
         # Another stream's messages may lie before or after this one in time: not known here, so nothing is claimed.
         if s.owner[resource] != stream and s.owner[resource] != NONE:
             return False
-        # A start at the very end of the last message is no meeting, within the event loop's idea of one instant.
+        # A start at the very end of the last message is no overlap, within the event loop's idea of one instant.
         if start < s.busy_until[resource] * (1.0 - SAME_INSTANT):
             return False
         s.owner[resource] = stream

@@ -104,7 +104,7 @@ class Forest:
 
     roots: IntArray  # [trees]
     down: IntArray  # [trees, chips] hop by which a chip gets the share, or NONE
-    up: IntArray  # [trees, chips] hop by which a chip hands on its sum, or NONE
+    up: IntArray  # [trees, chips] hop by which a chip passes on its sum, or NONE
     personal: bool = False
 
     @property

@@ -80,9 +80,14 @@ def build(name: str, args: Mapping[str, object], *, device: str, dtype: torch.dt
     On "meta" tensors have shapes but no data: 175 billion parameters take about a second.
     """
     spec = parse_model(name)
-    builders = {SourceKind.BUILTIN: _build_builtin, SourceKind.HF: _build_hf}
+    builders = {
+        SourceKind.BUILTIN: _build_builtin,
+        SourceKind.HF: _build_hf,
+        SourceKind.FILE: _build_from_factory,
+        SourceKind.MODULE: _build_from_factory,
+    }
     with located(str(spec)):
-        return builders.get(spec.kind, _build_from_factory)(spec, args, device, dtype, seed)
+        return builders[spec.kind](spec, args, device, dtype, seed)
 
 
 def _build_builtin(

@@ -3,7 +3,7 @@
 A rule, not a search: the least model parallelism whose weights, gradients and optimizer state take at most
 `STATE_SHARE` of a chip's memory, tensor parallelism inside a host as long as that fits, pipeline stages beyond
 that, and the rest data parallel. Activations are not estimated here; `simulate` measures them on the Program and
-says if it fits. What a model cannot be split by is not known here either: degrees that were refused are told, and
+says if it fits. What a model cannot be split by is not known here either: degrees that were refused are passed in, and
 others are chosen. What `train` shows with nothing given is `verbs.inputs.planned_inputs.DEMONSTRATION`.
 """
 

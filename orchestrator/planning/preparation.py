@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, partial
 from importlib import import_module
@@ -25,11 +26,9 @@ from orchestrator.config.job_file import Dtype, Job
 from orchestrator.models.model_specs import SourceKind, parse_model
 from orchestrator.planning.plan_choice import Refusal, choose_plan
 from orchestrator.runs.disk import write_whole
-from orchestrator.runs.run_dir import RunDir
-from partitioner.layout.parallel_plan import Plan, plan_to_yaml
+from partitioner.layout.parallel_plan import Plan
 from partitioner.program.program import Program
 from partitioner.program.program_codec import decode, encode
-from partitioner.program.program_text import to_text
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -54,11 +53,6 @@ class Prepared:
     plan: Plan
     program: Program
     was_cached: bool
-
-    def write(self, run: RunDir) -> None:
-        """Keep the plan, to be edited, and what it became."""
-        run.write_plan(plan_to_yaml(self.plan))
-        run.write_program(to_text(self.program), encode(self.program))
 
 
 def prepare(cluster: Cluster, job: Job, plan: Plan | None = None, *, progress: Progress = quiet) -> Prepared:
@@ -152,7 +146,9 @@ def optimizer_factory(job: Job) -> "Factory":
 
     wanted = job.optimizer
     if wanted.name in BUILT_IN:
-        return OptimizerSpec(**dict(wanted))
+        return OptimizerSpec(
+            wanted.name, wanted.lr, wanted.weight_decay, wanted.betas, wanted.eps, wanted.momentum
+        )
     module, _, name = wanted.name.partition(":")
     try:
         factory: Factory = getattr(import_module(module), name)
@@ -232,10 +228,9 @@ def remembered(
     """What was made before under this name (None: nothing is kept), else what is made now; whether it was there."""
     if entry is None:
         return make(), False
-    try:
+    with suppress(OSError, PartitionError, ValueError):
         return read(recall(entry)), True
-    except (OSError, PartitionError, ValueError):
-        made = make()
+    made = make()
     remember(entry, write(made))
     return made, False
 

@@ -82,7 +82,7 @@ def nobody_finished(
         HangError(
             f"no chip has moved for {state.timeout_s:g} s while {DOING.get(state.doing, state.doing)}",
             "\n".join(waits),
-            "a real hang is a bug worth reporting; for very slow steps raise the timeout",
+            "a real hang is a bug worth reporting",
         )
     )
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeAlias
 
 from orchestrator.config.hardware.cluster import Cluster
-from orchestrator.runs.timeline import AXIS_LANES, Counter, Lane, Mark, Origin, Recorder, Timeline
+from orchestrator.runs.timeline import Counter, Lane, Mark, Origin, Recorder, Timeline, lane_of
 from partitioner.program.instructions import accumulated_nbytes, collective_nbytes, named
 from partitioner.program.program import (
     Accumulate,
@@ -158,9 +158,7 @@ def label(program: Program, role: Role, body: str, instruction: Instruction) -> 
         case Collective():
             name = f"{instruction.op} {instruction.group}"
             nbytes = collective_nbytes(role, instruction)
-            return Label(
-                AXIS_LANES.get(instruction.group.axes, Lane.COLLECTIVE), str(instruction.op), name, nbytes, 0
-            )
+            return Label(lane_of(instruction.group.axes), str(instruction.op), name, nbytes, 0)
         case Send():
             tensor = tensors[instruction.tensor]
             return Label(Lane.SEND, "send", f"{tensor.name} to stage {instruction.to}", tensor.spec.nbytes, 0)
@@ -193,7 +191,7 @@ class StepSpans:
         """One span on each of these chips."""
         lane, kind, name, nbytes, flops = said
         for chip in chips:
-            self.recorder.span(
+            self.recorder.span(  # by place: this runs once per span
                 self.step, chip, lane, kind, name, instr, start_ns, end_ns, nbytes, flops, microbatch
             )
 

@@ -145,10 +145,13 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 
 
 def load(checkpoint: Checkpoint) -> dict[str, dict[str, torch.Tensor]]:
-    """Every shard, on the CPU: writer -> name -> tensor; the files are checked again before they are read."""
-    open_checkpoint(checkpoint.folder)
-    writers = (shard.writer for shard in checkpoint.manifest.shards)
-    return {writer: load_file(checkpoint.folder / f"{writer}{SUFFIX}") for writer in writers}
+    """Every shard, on the CPU: writer -> name -> tensor; each file is checked again before it is read."""
+    found = {}
+    for shard in checkpoint.manifest.shards:
+        path = checkpoint.folder / f"{shard.writer}{SUFFIX}"
+        _verify(path, shard)
+        found[shard.writer] = load_file(path)
+    return found
 
 
 def prune(run_dir: Path, keep: int) -> None:

@@ -5,9 +5,9 @@ A value made of spans (work on one lane of one chip), flows (arrows from a send 
 some 55 MB; `Span`, `Flow` and `Counter` are decoded only when somebody looks. The form is canonical: the same
 set of rows gives the same bytes, in whatever order they were recorded.
 
-Assumes one clock. A recv span covers the
-time in which bytes move, not the time since it was posted: waiting is idle time, not communication. Not
-modelled: what happens inside a span, and preemption (spans of one lane follow each other).
+Assumes one clock. A recv span covers the time in which bytes move, not the time since it was posted: waiting is
+idle time, not communication. Not modelled: what happens inside a span, and preemption (spans of one lane follow
+each other).
 """
 
 from array import array
@@ -54,6 +54,13 @@ LANES: tuple[Lane, ...] = tuple(Lane)
 AXIS_LANES: Mapping[tuple[str, ...], Lane] = {
     ("tp",): Lane.TP, ("dp",): Lane.DP, ("cp",): Lane.CP, ("ep",): Lane.EP,
 }  # fmt: skip
+
+
+def lane_of(axes: tuple[str, ...]) -> Lane:
+    """The lane of a collective along mesh axes."""
+    return AXIS_LANES.get(axes, Lane.COLLECTIVE)
+
+
 _LANE_CODE = dict(zip(LANES, range(len(LANES)), strict=True))
 
 

@@ -22,7 +22,7 @@ from orchestrator.runs import run_dir
 from orchestrator.runs.disk import write_whole
 from orchestrator.runs.run_dir import RunDir
 from orchestrator.verbs.inputs.options import SimulateOptions
-from orchestrator.verbs.inputs.planned_inputs import prepare
+from orchestrator.verbs.inputs.planned_inputs import prepare, write_prepared
 from orchestrator.views.console import Console, Table
 from orchestrator.views.perfetto import trace_gz
 from partitioner.program.peak_memory import MemoryClass
@@ -90,7 +90,7 @@ def write_run(run: RunDir, prepared: Prepared, result: SimulationResult) -> None
             "global_batch": prepared.job.global_batch,
         }
     )
-    prepared.write(run)
+    write_prepared(run, prepared)
     run.write_timeline(timeline)
     write_whole(run.trace, trace_gz(timeline))
 

@@ -23,7 +23,7 @@ from orchestrator.runs import metrics, run_dir
 from orchestrator.runs.data import NUM_BYTES, baseline_losses, load_data
 from orchestrator.runs.run_dir import RunDir
 from orchestrator.verbs.inputs.options import INTERRUPTED, RunnerKind, SimulateOptions, TrainOptions
-from orchestrator.verbs.inputs.planned_inputs import Inputs, from_config, read_plan, resolve
+from orchestrator.verbs.inputs.planned_inputs import Inputs, from_config, read_plan, resolve, write_prepared
 from orchestrator.verbs.simulate import answer
 from orchestrator.verbs.training_loop import Training, TrainResult, write_results
 from orchestrator.views.console import Console, Table
@@ -95,7 +95,7 @@ def _train(
         prepared = prepare(inputs.cluster, inputs.job, inputs.plan, progress=console.phase)
         if not resume:
             folder.write_config(inputs.config(kind.value))
-            prepared.write(folder)
+            write_prepared(folder, prepared)
         with console.phase("simulate"):
             predicted = simulate(prepared.program, prepared.cluster)
         with closing(launch.connect(prepared, console.phase)) as runner:

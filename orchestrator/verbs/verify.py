@@ -1,9 +1,9 @@
 """verify: is the split run the same training as one chip's?
 
-Both sides start from the same parameters and see the same batches. In float64 rounding differences are near 1e-15,
+Both runs start from the same parameters and see the same batches. In float64 rounding differences are near 1e-15,
 so equality within 1e-10 (per tensor, L2, against the larger of its norm and a floor) is a proof. In the job's own dtype
 the difference is held against the noise of one-chip runs whose samples are merely re-ordered. A plan that cuts nothing
-where it says it does is not accepted either. Where the sides differ, the first wrong instruction is named.
+where it says it does is not accepted either. Where the runs differ, the first wrong instruction is named.
 """
 
 from collections.abc import Mapping
@@ -22,7 +22,7 @@ from orchestrator.verbs.inputs.planned_inputs import resolve
 from orchestrator.verbs.plan import parameter_bytes, step_flops
 from orchestrator.verbs.verify_runs import (
     Trajectory,
-    both_sides,
+    compared_runs,
     first_difference,
     on_one_chip,
     reference_run,
@@ -139,25 +139,25 @@ def verify(
 
 
 def _proof(prepared: Prepared) -> tuple[RelativeErrors, str | None]:
-    sides = both_sides(prepared, STEPS)
-    errors = compare(sides.planned, sides.plain, GRAD_FLOOR)
+    runs = compared_runs(prepared, STEPS)
+    errors = compare(runs.planned, runs.plain, GRAD_FLOOR)
     if errors.worst <= TOLERANCE:
         return errors, None
-    found = first_difference(prepared, sides.values, sides.batches[0], TOLERANCE, prepared.job.optimizer.lr)
+    found = first_difference(prepared, runs.values, runs.batches[0], TOLERANCE, prepared.job.optimizer.lr)
     return errors, found or "no forward or backward instruction; look at reductions and the update"
 
 
 def _own_dtype(cluster: Cluster, job: Job, plan: Plan) -> tuple[RelativeErrors, RelativeErrors]:
     """(plan against one chip, largest difference between one chip and itself re-ordered)."""
-    sides = both_sides(prepare(cluster, job, plan), STEPS)
+    runs = compared_runs(prepare(cluster, job, plan), STEPS)
     floor = torch.finfo(torch.bfloat16 if job.dtype is Dtype.BF16 else torch.float32).eps
     noises = [RelativeErrors(floor, floor, floor)]
     for number in range(NUM_REORDERED):
         order = torch.randperm(job.global_batch, generator=torch.Generator().manual_seed(number))
-        reordered = reference_run(build_model(job, "cpu"), job, sides.batches, order)
-        noises.append(compare(reordered, sides.plain, OWN_GRAD_FLOOR))
-    largest = RelativeErrors(*map(max, zip(*map(astuple, noises), strict=True)))
-    return compare(sides.planned, sides.plain, OWN_GRAD_FLOOR), largest
+        reordered = reference_run(build_model(job, "cpu"), job, runs.batches, order)
+        noises.append(compare(reordered, runs.plain, OWN_GRAD_FLOOR))
+    largest = RelativeErrors(*(max(of_kind) for of_kind in zip(*map(astuple, noises), strict=True)))
+    return compare(runs.planned, runs.plain, OWN_GRAD_FLOOR), largest
 
 
 def compare(one: Trajectory, other: Trajectory, grad_floor: float) -> RelativeErrors:

@@ -1,4 +1,4 @@
-"""The two sides of a verification, and the search for the first instruction that differs.
+"""The two runs of a verification, and the search for the first instruction that differs.
 
 The reference is the user's own module on one chip: eager autograd, `torch.optim`, the whole global batch at once. The
 other side is the Program on all chips of the plan, in one process.
@@ -39,8 +39,8 @@ class Trajectory:
 
 
 @dataclass(frozen=True)
-class Sides:
-    """Both sides of a comparison, and what they started from."""
+class ComparedRuns:
+    """Both runs of a comparison, and what they started from."""
 
     values: Tensors
     batches: Sequence[Tensors]
@@ -48,14 +48,14 @@ class Sides:
     plain: Trajectory
 
 
-def both_sides(prepared: Prepared, steps: int) -> Sides:
+def compared_runs(prepared: Prepared, steps: int) -> ComparedRuns:
     """The plan's run and one chip's, over the same random batches."""
     model = build_model(prepared.job, "cpu")
     # Copies: the reference trains the module itself.
     values = {name: value.clone() for name, value in module_values(model.module).items()}
     batches = make_batches(model, prepared.job, steps)
     planned = planned_run(prepared, values, batches)
-    return Sides(values, batches, planned, reference_run(model, prepared.job, batches))
+    return ComparedRuns(values, batches, planned, reference_run(model, prepared.job, batches))
 
 
 def make_batches(model: BuiltModel, job: Job, steps: int) -> list[dict[str, torch.Tensor]]:

@@ -291,8 +291,11 @@ def _draw_train(axes: "Axes", points: Points) -> None:
         return
     steps, losses = (np.array(column, dtype=float) for column in zip(*points, strict=True))
     half = round(_SMOOTHING * len(losses) / 2)
-    axes.plot(steps, losses, color=TRAIN, linewidth=1.0, **({"alpha": 0.3} if half else {"label": "train"}))
-    if half:
+    (line,) = axes.plot(steps, losses, color=TRAIN, linewidth=1.0)
+    if not half:
+        line.set_label("train")
+    else:
+        line.set_alpha(0.3)
         # The window shrinks evenly towards both ends: it neither lags nor invents values.
         at = np.arange(len(losses))
         reach = np.minimum(half, np.minimum(at, len(losses) - 1 - at))

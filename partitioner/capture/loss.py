@@ -113,9 +113,8 @@ def _elementwise(graph: torch.fx.Graph, core: Node) -> tuple[Node, Node]:
 def _call(graph: torch.fx.Graph, target: torch._ops.OpOverload, *args: Any, **options: Any) -> Node:
     node = graph.call_function(target, args, options)
     values = [arg.meta["val"] if isinstance(arg, Node) else arg for arg in args]
-    made = next(iter(graph.nodes)).meta[
-        "val"
-    ]  # a placeholder's: constants inside the graph may be real tensors
+    # A placeholder's: constants inside the graph may be real tensors.
+    made = next(iter(graph.nodes)).meta["val"]
     assert isinstance(made, FakeTensor)
     with made.fake_mode:
         node.meta["val"] = target(*values, **options)

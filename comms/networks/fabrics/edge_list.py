@@ -152,6 +152,7 @@ def _wires_of(graph: EdgeList) -> Wires:
         for a, b, link in ways:
             ends.append((numbers[a], numbers[b], owner if edge.duplex is Duplex.HALF else len(ends)))
             figures.append((link.latency_s, link.bytes_per_s))
+    # No edges at all make columns too, and each column is in one piece.
     tail, head, shares = np.array(ends, dtype=np.int64).reshape(-1, 3).T.copy()
     latency_s, bytes_per_s = np.array(figures, dtype=np.float64).reshape(-1, 2).T.copy()
     return Wires(tail, head, latency_s, bytes_per_s, np.zeros(len(tail)), np.zeros_like(tail), shares)

@@ -84,9 +84,9 @@ def calibrate_links(tables: Sequence[MeasuredTable], lines: Sequence[LineRate] =
         link = fit_link([point for table in tables for point in table.curve.points])
         residuals = tuple(_on(link.link, table.curve) for table in tables)
         return Calibration(tuple(tables), None, link, line, residuals, _held_out_pairs(tables), as_it_is)
-    sheets = [Sheet(own.together.bytes_per_s, REDUCING_SHARE if own.reduces else None) for own in lines] or [
-        Sheet(None)
-    ] * len(tables)
+    sheets = [Sheet(own.together.bytes_per_s, REDUCING_SHARE if own.reduces else None) for own in lines]
+    if not lines:
+        sheets = [Sheet(None)] * len(tables)
     runs = [MeasuredRun(table.curve, sheet) for table, sheet in zip(tables, sheets, strict=True)]
     plain, eager = _held_out(runs, eager=False), _held_out(runs, eager=True)
     has_eager = eager is not None and plain is not None and _mean(eager) < BETTER * _mean(plain)

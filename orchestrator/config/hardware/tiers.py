@@ -234,8 +234,8 @@ def _way_out(inside: _Inside, card: _LayerWires, nics: NicSection, per_host: int
     """From a chip to the first switch between hosts, on wires that are not used within the host."""
     port = inside.way_out[0].bytes_per_s if inside.way_out else _card_rate(nics)
     if card.size == 1:
-        least = min(card.bytes_per_s, port) if inside.way_out else card.bytes_per_s
-        return [replace(card, bytes_per_s=least)]
+        slowest = min(card.bytes_per_s, port) if inside.way_out else card.bytes_per_s
+        return [replace(card, bytes_per_s=slowest)]
     switch = Switch(card.to.tier)
     steps = [_LayerWires(switch, 1, port, None)]
     for uplink in inside.way_out[1:]:

@@ -1,4 +1,4 @@
-"""Ray launch: Ray and its actors start in the background, with nothing known but the cluster.
+"""Ray launch: how many actors a cluster needs, started with nothing else known; the runner once they are up.
 
 Does not import torch in the calling thread before the actors are on their way.
 """

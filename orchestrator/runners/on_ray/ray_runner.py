@@ -69,8 +69,8 @@ class RayRunner:
         addresses = {a: self.start.addresses[a] for a in range(len(self.actors))}
         self.transport.connect(addresses)
         everyone = {**addresses, DRIVER: self.transport.address}
-        told = (everyone, ray.put(encode(self.program)), self.actor_of, settings)
-        self._call("connecting", [actor.connect.remote(*told) for actor in self.actors])
+        settled = (everyone, ray.put(encode(self.program)), self.actor_of, settings)
+        self._call("connecting", [actor.connect.remote(*settled) for actor in self.actors])
 
     def load(self, values: Callable[[str], torch.Tensor]) -> None:
         """See `TensorRunner`."""

@@ -1,7 +1,7 @@
-"""Ray start: Ray and the actors in the background, while the model is captured.
+"""Ray start: starts Ray and places the actors in the background; their resources, patience and end.
 
-`RayStart` needs no Program and does not import torch in the calling thread. Its thread lives until `close`: the
-kernel ends Ray's processes with the thread that started them, which is also why nothing survives a killed driver.
+`RayStart` needs no Program and does not import torch in the calling thread. Its thread lives until `close`: Linux
+ends Ray's processes with the thread that started them, which is also why nothing survives a killed driver.
 
 Assumes one process per actor, all on this host, and Ray's own process placement (PACK). Never waits silently: what is
 short is named.

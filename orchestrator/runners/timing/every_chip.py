@@ -107,7 +107,7 @@ class _MovedCommunications:
         if not self.just_ended and self.under_way:
             known = self.known_ends[0][0] if self.known_ends else None
             limits = [at for at in (until_ns, known) if at is not None]
-            for each in self.traffic.live.advance(min(limits) / NS_PER_S if limits else inf):
+            for each in self.traffic.simulation.advance(min(limits) / NS_PER_S if limits else inf):
                 self.just_ended.append((_ns_up(each.at_s), self.under_way.pop((each.job, each.group))))
         if self.just_ended:
             return self._ended(*self.just_ended.popleft())
@@ -138,7 +138,7 @@ class _MovedCommunications:
         start_s = at_ns / NS_PER_S + spot.setup_s
         if isinstance(post.instruction, Send):
             start_s += self.costs.issue_ns(self.program.role_of(key.chips[0]), post.instruction) / NS_PER_S
-        end_s = self.traffic.live.start(spot.job, spot.group, start_s)
+        end_s = self.traffic.simulation.start(spot.job, spot.group, start_s)
         if end_s is None:
             self.under_way[spot.job, spot.group] = key
         else:
@@ -186,7 +186,9 @@ class ProgramTraffic:
             jobs.append(job)
             for index, chips in enumerate(groups):
                 self._spots[kind, tuple(int(chip) for chip in chips)] = Spot(number, index, setup_s)
-        self.live = IncrementalSimulation(self.topology or whole, [*jobs, *self.background], self.conditions)
+        self.simulation = IncrementalSimulation(
+            self.topology or whole, [*jobs, *self.background], self.conditions
+        )
 
     def _job(
         self, kind: _JobKind, stages: set[int], whole: TieredTopology

@@ -34,10 +34,9 @@ from orchestrator.runners.timing.timed_segments import (
     Tally,
     TimedSegment,
     axis_name,
-    lane_of,
     time_segment,
 )
-from orchestrator.runs.timeline import Flow, Lane, Origin, Recorder, Timeline
+from orchestrator.runs.timeline import Flow, Lane, Origin, Recorder, Timeline, lane_of
 from partitioner.program.machine import Key, Machine, Post, Run
 from partitioner.program.program import Collective, Instruction, Program, Recv, Role, Send
 
@@ -149,7 +148,7 @@ def lanes_of(key: Key, posts: Mapping[int, Post]) -> list[tuple[int, Lane]]:
         return list(zip(key.chips, (Lane.SEND, Lane.RECV), strict=True))
     instruction = posts[key.chips[0]].instruction
     assert isinstance(instruction, Collective)
-    lane = lane_of(instruction.group)
+    lane = lane_of(instruction.group.axes)
     return [(chip, lane) for chip in key.chips]
 
 

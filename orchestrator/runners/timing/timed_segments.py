@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from orchestrator.runners.timing.step_costs import StepCosts, Working, WorkTime
-from orchestrator.runs.timeline import AXIS_LANES, Lane
+from orchestrator.runs.timeline import Lane, lane_of
 from partitioner.program.program import (
     Collective,
     Free,
@@ -138,11 +138,6 @@ class TimedSegment:
         return TimedSegment(round(self.duration_ns * factor), pieces, self.tally.times(factor), NOTHING)
 
 
-def lane_of(group: Group) -> Lane:
-    """The lane of a collective: that of its axis, the shared one for several axes or across stages."""
-    return AXIS_LANES.get(group.axes, Lane.COLLECTIVE)
-
-
 def axis_name(group: Group) -> str:
     """The name under which exposed communication of a group is counted: its axis, or `all` for several."""
     return group.axes[0] if len(group.axes) == 1 else "all"
@@ -192,7 +187,7 @@ class _Stream:
 
     def start(self, index: int, collective: Collective, duration_ns: int) -> None:
         """Collectives of one axis follow each other on its lane."""
-        lane = lane_of(collective.group)
+        lane = lane_of(collective.group.axes)
         begin = max(self.now, self.lanes.get(lane, 0))
         self.lanes[lane] = end = begin + duration_ns
         self.pieces.append(Piece(lane, index, begin, end))

@@ -15,8 +15,11 @@ from orchestrator.config.job_file import Job, job_from, load_job
 from orchestrator.config.yaml_file import Document, read_yaml
 from orchestrator.planning import preparation
 from orchestrator.planning.preparation import Prepared
+from orchestrator.runs.run_dir import RunDir
 from orchestrator.verbs.inputs.options import PlannedOptions
-from partitioner.layout.parallel_plan import Plan, plan_from_yaml
+from partitioner.layout.parallel_plan import Plan, plan_from_yaml, plan_to_yaml
+from partitioner.program.program_codec import encode
+from partitioner.program.program_text import to_text
 
 # What `train` shows when neither a job nor a model nor a plan is asked for: every kind of parallelism at once.
 DEMONSTRATION = ("plan.tp=2", "plan.pp=2")
@@ -67,6 +70,12 @@ def prepare(options: PlannedOptions, progress: Progress) -> Prepared:
     """The Program that the options describe. Raises UserError."""
     inputs = resolve(options)
     return preparation.prepare(inputs.cluster, inputs.job, inputs.plan, progress=progress)
+
+
+def write_prepared(run: RunDir, prepared: Prepared) -> None:
+    """Keep the plan, to be edited, and what it became."""
+    run.write_plan(plan_to_yaml(prepared.plan))
+    run.write_program(to_text(prepared.program), encode(prepared.program))
 
 
 def read_plan(path: Path | None) -> Plan | None:

@@ -74,7 +74,7 @@ def calibration_png(calibration: Calibration) -> bytes:
 
 
 def _sheet(title: str, rates: str) -> "tuple[Figure, Axes]":
-    """Sizes in bytes along x and rates along y, both logarithmic, told in units."""
+    """Sizes in bytes along x and rates along y, both logarithmic, with units."""
     from matplotlib.ticker import FuncFormatter, LogLocator
 
     figure, axes = ruled_sheet((9.0, 5.6), title, ("size", rates))

@@ -71,11 +71,11 @@ def _message(link: Link, line: LineRate) -> Blocks:
 def _collective(calibration: Calibration, constants: Constants, line: LineRate, stage_s: float) -> Blocks:
     """Setup and protocols, and what of a message by itself must give way to them."""
     at, blocks = line.sections, Blocks()
-    told_s = stage_s
+    issued_s = stage_s
     if at.switch_s is not None:
         # A stage through the root takes as much longer than one through a switch as a message does.
-        told_s = max(0.0, at.switch_s - max(0.0, at.message_s - stage_s))
-    blocks[at.library] = _library(calibration, told_s, constants.share)
+        issued_s = max(0.0, at.switch_s - max(0.0, at.message_s - stage_s))
+    blocks[at.library] = _library(calibration, issued_s, constants.share)
     if _rounded(stage_s) > at.message_s:
         _add_latency(blocks, line, stage_s, raised=True)
     share = max(constants.share * part for _, _, part in _ways(calibration))

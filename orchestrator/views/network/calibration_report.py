@@ -61,7 +61,8 @@ def _constants(calibration: Calibration) -> dict[str, object]:
 
 def _errors(residuals: Sequence[Sequence[Residual]] | None) -> dict[str, object]:
     """NaN becomes null."""
-    return dict(zip(("mean_error_from_1_mib", "mean_error_below"), errors(residuals), strict=True))
+    large, small = errors(residuals)
+    return {"mean_error_from_1_mib": large, "mean_error_below": small}
 
 
 def _points(calibration: Calibration, number: int) -> list[dict[str, object]]:

@@ -110,7 +110,7 @@ class _Excerpt:
         self.switch = self.over(tier, own + boxes, self.top)
 
     def over(self, tier: Tier, below: list[int], y: float) -> int:
-        """A switch over some nodes; what is no tree is told by its name only."""
+        """A switch over some nodes; what is no tree has its name only."""
         x = sum(self.nodes[node].x for node in below) / len(below)
         kind = f"\n({type(tier.shape).__name__.lower()})" if not isinstance(tier.shape, Tree) else ""
         switch = self.add(x, y, f"{tier.name}{kind}\n{figures_of(tier)}", NodeKind.SWITCH)

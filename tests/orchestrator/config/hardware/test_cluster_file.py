@@ -319,6 +319,7 @@ def test_a_missing_file_is_a_config_error(tmp_path):
 
 @pytest.mark.parametrize(("kind", "model"), [("cluster", ClusterFile), ("job", Job)])
 def test_the_committed_schemas_are_current(kind, model):
+    """To refresh one: json.dumps of what is on the right below, indent=2, and a line break at the end."""
     committed = (ROOT / f"docs/schema/{kind}.schema.json").read_text()
     schema = model.model_json_schema(by_alias=True)
     assert json.loads(committed) == {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}

@@ -121,6 +121,15 @@ def assert_same_bytes(found: States, expected: States) -> None:
             assert torch.equal(found[chip][name], tensor), (chip, name)
 
 
+def test_a_missing_ray_is_named_before_anything_starts(monkeypatch):
+    """First, as threads of a Ray that runs would miss it."""
+    monkeypatch.setitem(sys.modules, "ray", None)
+    start = RayStart(ActorPlan(1))
+    with pytest.raises(RunError, match="not installed"):
+        start.wait()
+    start.close()
+
+
 @pytest.mark.ray
 def test_too_many_actors_are_refused_before_anything_is_created(local_ray):
     start = RayStart(ActorPlan(3))
@@ -232,11 +241,3 @@ def test_what_is_short_is_named():
     require_resources(plan, {"CPU": 4.0, "GPU": 4.0})
     with pytest.raises(ClusterError, match="4 CPUs needed, 1 free"):
         raise_busy(plan, {"CPU": 1.0, "GPU": 4.0})
-
-
-def test_a_missing_ray_is_named_before_anything_starts(monkeypatch):
-    monkeypatch.setitem(sys.modules, "ray", None)
-    start = RayStart(ActorPlan(1))
-    with pytest.raises(RunError, match="not installed"):
-        start.wait()
-    start.close()
