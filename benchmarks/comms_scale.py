@@ -29,9 +29,9 @@ def ring(num_chips: int, method: str | None) -> dict[str, object]:
     from comms.algorithms import ring as algorithm
     from comms.algorithms.rounds import Ranks
     from comms.collectives.schedule import Op
-    from comms.networks.conditions import Conditions
     from comms.networks.fabrics.torus_mesh import Torus
     from comms.networks.links import Link
+    from comms.networks.topology import Conditions
     from comms.simulation.compiled import CollectiveJob
     from comms.simulation.full import Method, simulate
 
@@ -51,9 +51,9 @@ def halving_doubling(num_chips: int, jitter: float) -> dict[str, object]:
     from comms.algorithms import doubling
     from comms.algorithms.rounds import Ranks
     from comms.collectives.schedule import Op
-    from comms.networks.conditions import Conditions
     from comms.networks.links import Link
     from comms.networks.network import Network, TierKind, switched
+    from comms.networks.topology import Conditions
     from comms.simulation.compiled import CollectiveJob
     from comms.simulation.full import simulate
 

@@ -11,13 +11,13 @@ from collections.abc import Callable
 import torch
 from support.harness import median, report, seconds_of
 
+from comms.selection.progress import quiet
 from orchestrator.config.hardware.cluster_file import cluster_path, load_cluster
 from orchestrator.config.job_file import load_job
 from orchestrator.planning.preparation import Prepared, build_model, prepare
 from orchestrator.runners.executing.chip_set import InlineLaunch
 from orchestrator.runners.runner import StepRequest, TensorRunner
 from orchestrator.runs.data import split_batch
-from orchestrator.views.console import Console
 
 JOB = (
     "model=builtin:gpt-10m",
@@ -40,11 +40,11 @@ def main() -> None:
     cluster = load_cluster(cluster_path("laptop"))
     prepared = prepare(cluster, load_job(None, JOB))
     batch = random_batch(prepared)
-    runners: dict[str, TensorRunner] = {"inline": InlineLaunch(cluster).connect(prepared, Console())}
+    runners: dict[str, TensorRunner] = {"inline": InlineLaunch(cluster).connect(prepared, quiet)}
     if not options.no_ray:
         from orchestrator.runners.on_ray.ray_launch import RayLaunch
 
-        runners["ray, 2 actors"] = RayLaunch(cluster).connect(prepared, Console())
+        runners["ray, 2 actors"] = RayLaunch(cluster).connect(prepared, quiet)
     candidates: dict[str, Callable[[], object]] = {"plain PyTorch": plain_loop(prepared, batch)}
     for name, runner in runners.items():
         candidates[name] = stepper(runner, prepared, batch)

@@ -13,7 +13,7 @@ Not modelled: the time until a network notices a dead link, links that fail whil
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import ceil
 from typing import TypeAlias
 
@@ -23,7 +23,7 @@ from comms.errors import CommsError
 from comms.networks.fabrics.edge_list import EdgeList, Rerouted
 from comms.networks.paths import within_reach
 from comms.networks.tiered import TieredTopology
-from comms.networks.topology import IntArray, Topology, Wires
+from comms.networks.topology import Change, Conditions, IntArray, Topology, Wires
 
 HORIZON_S = 10.0  # how long flapping links are followed
 
@@ -124,29 +124,6 @@ class Described:
 
 
 HEALTHY = Described()
-
-
-@dataclass(frozen=True, slots=True)
-class Change:
-    """From `at_s` on, a wire runs at `factor` of the topology's rate: 0 is down. It takes the place of `factors`."""
-
-    at_s: float
-    wire: int
-    factor: float
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Conditions:
-    """How the wires and nodes of one topology differ from their data sheets while it is timed."""
-
-    factors: Mapping[int, float] = field(default_factory=dict)  # wire -> share of its rate
-    changes: tuple[Change, ...] = ()
-    overhead_s: Mapping[int, float] = field(default_factory=dict)  # node -> before each message it sends
-    noise_s: float = 0.0  # mean of an exponential delay before each message
-    seed: int = 0
-
-
-UNDISTURBED = Conditions()
 
 FaultyWires: TypeAlias = list[tuple[LinkFault, tuple[int, ...]]]  # faults and their wires
 

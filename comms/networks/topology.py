@@ -7,11 +7,11 @@ whole messages (`forward_nbytes` of the wire into it) takes that many bytes in b
 cut through.
 
 Regular topologies compute routes from positions and keep no table of pairs, so their memory grows with the
-number of wires only.
+number of wires only. How wires and nodes differ from their data sheets while something is timed is `Conditions`.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol, TypeAlias
 
 import numpy as np
@@ -62,6 +62,29 @@ class Routes:
         lengths = np.diff(self.offsets)[which]
         rows = ranges(self.offsets[which], lengths)
         return Routes(np.concatenate([[0], np.cumsum(lengths)]), self.wires[rows])
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """From `at_s` on, a wire runs at `factor` of the topology's rate: 0 is down. It takes the place of `factors`."""
+
+    at_s: float
+    wire: int
+    factor: float
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Conditions:
+    """How the wires and nodes of one topology differ from their data sheets while it is timed."""
+
+    factors: Mapping[int, float] = field(default_factory=dict)  # wire -> share of its rate
+    changes: tuple[Change, ...] = ()
+    overhead_s: Mapping[int, float] = field(default_factory=dict)  # node -> before each message it sends
+    noise_s: float = 0.0  # mean of an exponential delay before each message
+    seed: int = 0
+
+
+UNDISTURBED = Conditions()
 
 
 class Topology(Protocol):

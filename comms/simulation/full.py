@@ -16,8 +16,7 @@ from enum import StrEnum
 import numpy as np
 
 from comms.errors import CommsError
-from comms.networks.conditions import UNDISTURBED, Conditions
-from comms.networks.topology import FloatArray, IntArray, Topology
+from comms.networks.topology import UNDISTURBED, Conditions, FloatArray, IntArray, Topology
 from comms.simulation.compiled import CollectiveJob, Compiled, compile_jobs
 from comms.simulation.events import MOST_RESTARTS, next_instant, run, work_done
 from comms.simulation.lower_bound import end_lower_bound_s

@@ -11,8 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from comms.errors import CommsError
-from comms.networks.conditions import UNDISTURBED, Conditions
-from comms.networks.topology import Topology
+from comms.networks.topology import UNDISTURBED, Conditions, Topology
 from comms.simulation.compiled import CollectiveJob, compile_jobs
 from comms.simulation.events import MOST_RESTARTS, rewind, run
 from comms.simulation.world import (

@@ -10,8 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from comms.errors import CommsError
-from comms.networks.conditions import Conditions
-from comms.networks.topology import FloatArray, IntArray, run_starts
+from comms.networks.topology import Conditions, FloatArray, IntArray, run_starts
 from comms.simulation.compiled import Compiled
 from comms.simulation.heaps import TIMER, Finishes, Timers, add_timer, empty_finishes, empty_timers
 from comms.simulation.sharing import Flows, empty_flows

@@ -24,11 +24,10 @@ from typing import NamedTuple
 import numpy as np
 
 from comms.collectives.schedule import Channel, Op, Pattern, Round, Schedule
-from comms.networks.conditions import UNDISTURBED, Conditions
 from comms.networks.groups import Members, mesh_group
 from comms.networks.network import Network
 from comms.networks.tiered import TieredTopology
-from comms.networks.topology import IntArray, Topology
+from comms.networks.topology import UNDISTURBED, Conditions, IntArray, Topology
 from comms.selection.choice import choose
 from comms.simulation.compiled import CollectiveJob
 from comms.simulation.incremental import IncrementalSimulation

@@ -13,14 +13,13 @@ from comms.algorithms.ring import RAIL_RINGS
 from comms.collectives.proof import prove
 from comms.collectives.schedule import Op
 from comms.errors import CommsError
-from comms.networks.conditions import Conditions
 from comms.networks.fabrics.switch_tree import Tree
 from comms.networks.fabrics.torus_mesh import FullMesh, Torus
 from comms.networks.groups import Lattice
 from comms.networks.layers import Switch, Trunk
 from comms.networks.links import Link, Protocol
 from comms.networks.network import Network, Tier, TierKind, layered, switched
-from comms.networks.topology import Wires
+from comms.networks.topology import Conditions, Wires
 from comms.selection.choice import choose
 from comms.simulation.full import simulate
 from comms.synthesis.bisection import makespan_bound

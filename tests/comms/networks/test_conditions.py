@@ -13,7 +13,6 @@ from comms.networks.conditions import (
     HEALTHY,
     Background,
     Between,
-    Change,
     ChipFault,
     Described,
     Flaps,
@@ -28,6 +27,7 @@ from comms.networks.fabrics.torus_mesh import FullMesh, Torus
 from comms.networks.layers import Spread, Switch, Trunk
 from comms.networks.links import Link
 from comms.networks.network import Network, Tier, TierKind, switched
+from comms.networks.topology import Change
 from comms.simulation.compiled import CollectiveJob
 from comms.simulation.full import simulate
 

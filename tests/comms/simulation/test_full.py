@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 
 from comms.collectives.schedule import Channel, Op, Pattern, PieceOrder, Round, Schedule
 from comms.errors import CommsError
-from comms.networks.conditions import UNDISTURBED, Change, Conditions
-from comms.networks.topology import Wires, routes_of
+from comms.networks.topology import UNDISTURBED, Change, Conditions, Wires, routes_of
 from comms.simulation.compiled import CollectiveJob, compile_jobs
 from comms.simulation.events import MOST_RESTARTS
 from comms.simulation.full import Method, simulate, simulate_within
