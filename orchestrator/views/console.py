@@ -20,11 +20,12 @@ from typing import TYPE_CHECKING, TextIO
 
 from comms.errors import UserError
 from comms.units import DASH, format_percent, format_seconds
-from orchestrator.views.training_view import StepLine, TrainingView, plain_line
 
 if TYPE_CHECKING:
     from rich.console import Console as RichConsole
     from rich.status import Status
+
+    from orchestrator.views.training_view import StepLine
 
 PATIENCE_S = 2.0  # a phase shorter than this is nobody's business
 PIPE_WIDTH = 1000  # a table in a pipe is as wide as its content
@@ -151,7 +152,9 @@ class Console:
         return Table("start-up", rows, ("phase", "time", "share"))
 
     @contextmanager
-    def training(self, title: str, num_steps: int, *, every: int = 1) -> Iterator[Callable[[StepLine], None]]:
+    def training(
+        self, title: str, num_steps: int, *, every: int = 1
+    ) -> Iterator["Callable[[StepLine], None]"]:
         """A display of steps: call what this yields once a step.
 
         Off a terminal every `every`-th is a line.
@@ -161,18 +164,22 @@ class Console:
             return
         from rich.live import Live
 
+        from orchestrator.views.training_view import TrainingView, plain_line
+
         self._move_spinner("")
         view = TrainingView(title, num_steps)
         with Live(view, console=self._rich_stderr(), refresh_per_second=8) as live:
 
-            def update(line: StepLine) -> None:
+            def update(line: "StepLine") -> None:
                 view.add(line)
                 self._keep(plain_line(line, num_steps))
                 live.update(view)
 
             yield update
 
-    def _step(self, line: StepLine, num_steps: int, every: int) -> None:
+    def _step(self, line: "StepLine", num_steps: int, every: int) -> None:
+        from orchestrator.views.training_view import plain_line
+
         shown = line.step % every == 0 or line.step in (1, num_steps) or line.validation_loss is not None
         (self.say if shown else self._keep)(plain_line(line, num_steps))
 
