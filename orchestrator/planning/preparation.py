@@ -58,8 +58,8 @@ class Prepared:
 def prepare(cluster: Cluster, job: Job, plan: Plan | None = None, *, progress: Progress = quiet) -> Prepared:
     """Make the Program of `job` on all chips of `cluster`. Raises PlanError, ModelError or CaptureError."""
     spec = parse_model(job.model)
-    is_file = spec.target.endswith(".json") or Path(spec.target).exists()
-    cacheable = spec.kind in (SourceKind.BUILTIN, SourceKind.HF) and not is_file
+    is_known = spec.kind in (SourceKind.BUILTIN, SourceKind.HF)
+    cacheable = is_known and not (spec.target.endswith(".json") or Path(spec.target).exists())
     if plan is not None:
         return _prepared(cluster, job, plan, progress, cacheable)
     num_params = _num_params(job, progress, cacheable)

@@ -221,7 +221,10 @@ def _read_manifest(path: Path) -> Manifest:
         document = json.loads(path.read_bytes())
         if document["version"] != VERSION:
             raise ValueError(f"version {document['version']}; this reads version {VERSION}")
-        shards = tuple(ShardFile(**entry) for entry in document.pop("shards"))
+        shards = tuple(
+            ShardFile(each["writer"], int(each["nbytes"]), str(each["sha256"]), list(each["tensors"]))
+            for each in document.pop("shards")
+        )
         return Manifest(shards=shards, **document)
     except FileNotFoundError:
         raise _incomplete(path.parent, f"{path.name} is missing: the write never finished") from None

@@ -228,7 +228,8 @@ class ExecutingChip:
         if self.resident is None:  # the persistent ones change hardly ever
             states = (value for each in self.optimizers.values() for value in each.state().values())
             self.resident = _storages(t for t in (*self.fixed, *states) if t is not None)
-        return sum((self.resident | _storages(self.instances.values())).values())
+        held = tuple(self.instances.values())  # at once: other threads bring what arrives meanwhile
+        return sum((self.resident | _storages(held)).values())
 
     def _compute(self, instruction: Compute, microbatch: int) -> None:
         function = self.library.function(instruction.segment)

@@ -1,6 +1,7 @@
 """Chips: worker threads share compiled segments; a checkpoint holds enough to go on bit for bit, each thing once."""
 
 import gc
+import itertools
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -54,6 +55,28 @@ def test_threads_that_need_segments_at_once_all_get_them(program: Any, threads_t
         for thread in threads:
             thread.join()
     assert failures == []
+
+
+def test_what_is_held_is_counted_while_other_threads_bring_more(
+    running_chips: Callable[..., ChipSet], program: Any, threads_take_turns: None
+) -> None:
+    chip, ended = running_chips(program).chips[0], threading.Event()
+
+    def bring() -> None:
+        for number in itertools.cycle(range(1000)):
+            chip.instances[0, number] = torch.zeros(1)
+            if number == 999:
+                chip.instances.clear()
+            if ended.is_set():
+                return
+
+    bringing = threading.Thread(target=bring)
+    bringing.start()
+    try:
+        assert all(chip._held_bytes() > 0 for _ in range(300))
+    finally:
+        ended.set()
+        bringing.join()
 
 
 Make = Callable[..., Any]
