@@ -1,4 +1,4 @@
-"""Groups: the chips that take part in a collective, listed or by arithmetic, and the levels into which they fold.
+"""Groups: the chips that take part in a collective, listed or by arithmetic, and what their levels are.
 
 A group by arithmetic stands for all its copies in a mesh at once, so that what it costs does not have to be worked
 out chip by chip: a group of a million chips is a few pairs of numbers.

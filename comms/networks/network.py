@@ -1,4 +1,4 @@
-"""Networks: the tiers of links between chips, from inside one chip to the whole data centre.
+"""Networks: the tiers of links between chips, from one chip to the whole data centre, and how groups fold over them.
 
 Chips are numbered so that neighbours in number are neighbours in the network: the groups of a tier of size
 s are the chips [0, s), [s, 2s), ... Sizes nest: each is a multiple of the one inside it,

@@ -2,6 +2,9 @@
 
 `main` serves the command line, `run` is the same from Python. Ray starts in the background while the model is
 captured; Ctrl-C once ends the run after the current step and saves, twice ends it at once.
+
+With --resume the run directory says what is trained (`planned_inputs.from_config`), and its newest complete checkpoint
+from where (`runs.checkpoint.latest`).
 """
 
 import signal

@@ -27,7 +27,7 @@ def test_a_demonstration_shows_every_kind_of_parallelism() -> None:
 @pytest.mark.parametrize(
     "options",
     [TrainOptions(model="builtin:gpt-mini"), TrainOptions(chips=2), TrainOptions(overrides=("plan.zero=1",))],
-    ids=str,
+    ids=["model", "chips", "plan"],
 )
 def test_who_asks_for_anything_gets_no_demonstration(options: TrainOptions) -> None:
     wanted = resolve(options, demonstrate=True).job.plan
