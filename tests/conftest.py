@@ -37,11 +37,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[Any]) -> No
     moving = [item for item in items if item.path.relative_to(here).parts[0] in MOVING]
     for item in moving:
         item.fixturenames.insert(0, LOOPS)
-    starting = {item.path for item in items if item.get_closest_marker("ray")}
-    items.sort(key=lambda item: 1 if item.path in starting else 2 * (LOOPS in item.fixturenames))
+    items.sort(key=lambda item: 1 if starts_ray(item.path) else 2 * (LOOPS in item.fixturenames))
     worker = getattr(config, "workerinput", {"workerid": "gw0"})["workerid"]
     if moving and worker == "gw0" and not config.option.collectonly:
         compiling.append(subprocess.Popen([sys.executable, COMPILER]))
+
+
+@functools.cache
+def starts_ray(file: Path) -> bool:
+    """Whether a test of the file does. By its text, as who hands out tests has not collected them."""
+    return RAY in file.read_text()
 
 
 class FileByFile(LoadFileScheduling):
@@ -49,7 +54,7 @@ class FileByFile(LoadFileScheduling):
 
     def _split_scope(self, nodeid: str) -> str:
         file: str = super()._split_scope(nodeid)
-        return RAY if RAY in (self.config.rootpath / file).read_text() else file
+        return RAY if starts_ray(self.config.rootpath / file) else file
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> FileByFile:

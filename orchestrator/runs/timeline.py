@@ -54,14 +54,12 @@ LANES: tuple[Lane, ...] = tuple(Lane)
 AXIS_LANES: Mapping[tuple[str, ...], Lane] = {
     ("tp",): Lane.TP, ("dp",): Lane.DP, ("cp",): Lane.CP, ("ep",): Lane.EP,
 }  # fmt: skip
+_LANE_CODE = dict(zip(LANES, range(len(LANES)), strict=True))
 
 
 def lane_of(axes: tuple[str, ...]) -> Lane:
     """The lane of a collective along mesh axes."""
     return AXIS_LANES.get(axes, Lane.COLLECTIVE)
-
-
-_LANE_CODE = dict(zip(LANES, range(len(LANES)), strict=True))
 
 
 class Span(NamedTuple):
