@@ -1,8 +1,8 @@
 """Console: the only printer. Talk goes to stderr, results to stdout, and nothing else prints.
 
 On a terminal: spinners for phases that last, a live panel for training. Elsewhere: plain lines, the same
-words. With `as_json` stdout carries exactly one JSON document. rich is imported when something is first
-drawn, so that a help text costs nothing; it honours NO_COLOR by itself. What is said is also kept in the
+words. With `as_json` stdout carries exactly one JSON document. rich and units are imported when first needed,
+so that a help text costs nothing; rich honours NO_COLOR by itself. What is said is also kept in the
 run's log file once `log_to` names it.
 """
 
@@ -16,10 +16,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, NamedTuple, TextIO
 
 from comms.errors import UserError
-from comms.units import DASH, format_percent, format_seconds
 
 if TYPE_CHECKING:
     from rich.console import Console as RichConsole
@@ -31,8 +30,7 @@ PATIENCE_S = 2.0  # a phase shorter than this is nobody's business
 PIPE_WIDTH = 1000  # a table in a pipe is as wide as its content
 
 
-@dataclass(frozen=True, slots=True)
-class Table:
+class Table(NamedTuple):
     """A result to read: a title, column heads (none for name-value pairs) and rows of finished texts."""
 
     title: str
@@ -40,7 +38,7 @@ class Table:
     heads: tuple[str, ...] = ()
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False, repr=False)
 class Phase:
     """One phase of start-up; `depth` counts the phases around it."""
 
@@ -138,10 +136,14 @@ class Console:
             self._move_spinner(" > ".join(self._open))
             phase.seconds = seconds
             if seconds >= PATIENCE_S:
+                from comms.units import format_seconds
+
                 self.say(f"{'  ' * len(self._open)}{name}: {format_seconds(seconds)}")
 
     def phase_table(self) -> Table:
         """Where the start-up time went; shares are of the outermost phases."""
+        from comms.units import format_percent, format_seconds
+
         ended = [(phase, phase.seconds) for phase in self._phases if phase.seconds is not None]
         total = sum(seconds for phase, seconds in ended if phase.depth == 0) or 1.0
         rows = [
@@ -260,6 +262,8 @@ def _draw_table(rich: "RichConsole", table: Table) -> None:
 
 
 def _is_number(cell: str) -> bool:
+    from comms.units import DASH
+
     return not cell or cell == DASH or cell.lstrip("+-")[:1].isdigit()
 
 
