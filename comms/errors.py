@@ -28,11 +28,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import ClassVar, TypeVar
 
+PUBLIC = "orchestrator.exceptions"  # where users find these: a traceback and a pickle name it
+
 
 class UserError(Exception):
     """An error that the reader can mend: `problem`, `where` it is, a `hint` what to do. May lead others."""
 
     exit_code: ClassVar[int] = 2
+
+    def __init_subclass__(cls) -> None:
+        cls.__module__ = PUBLIC
 
     def __init__(
         self, problem: str, where: str = "", hint: str = "", others: Sequence["UserError"] = ()
@@ -57,6 +62,9 @@ class UserError(Exception):
 
     def __str__(self) -> str:
         return "\n".join(finding.text for finding in self.findings)
+
+
+UserError.__module__ = PUBLIC
 
 
 class ConfigError(UserError):

@@ -3,12 +3,15 @@
 Messages take the best paths of `networks.paths`. Equal paths are told apart by where nodes first appear in the list of
 edges, so a network whose chips are relabelled, its edges in the same order, behaves the same.
 
-Not modelled: which of several parallel edges a real switch would hash to; the time until a network has noticed a
-dead wire.
+Parallel edges carry every message together, and so do switches with the same links to the same nodes (the planes of
+NVSwitch, the spines of a leaf and spine network): they count as one wire, and one switch, of their summed rate.
+
+Not modelled: one message over several equal paths that do not run side by side, nor the unevenness of hashing flows
+onto parallel links; the time until a network has noticed a dead wire.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 import numpy as np
@@ -51,7 +54,7 @@ class EdgeList(RoutedShape):
     paths: Paths = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "_wires", _wires_of(self))
+        object.__setattr__(self, "_wires", _bundled(_wires_of(self), self.num_chips, self.num_nodes))
         object.__setattr__(self, "paths", paths_of(self._wires, self, self.through_chips))
         self.paths.check_chips_meet(self.num_chips)
 
@@ -64,7 +67,7 @@ class EdgeList(RoutedShape):
         return ("link",)
 
     def wires(self) -> Wires:
-        """Edge by edge: first a to b, then b to a where there is a way back."""
+        """Edge by edge: first a to b, then b to a where there is a way back; what runs side by side as its first."""
         return self._wires
 
     def routes(self, src: IntArray, dst: IntArray) -> Routes:
@@ -156,6 +159,55 @@ def _wires_of(graph: EdgeList) -> Wires:
     tail, head, shares = np.array(ends, dtype=np.int64).reshape(-1, 3).T.copy()
     latency_s, bytes_per_s = np.array(figures, dtype=np.float64).reshape(-1, 2).T.copy()
     return Wires(tail, head, latency_s, bytes_per_s, np.zeros(len(tail)), np.zeros_like(tail), shares)
+
+
+def _bundled(wires: Wires, num_chips: int, num_nodes: int) -> Wires:
+    """Wires that run side by side as one, also by switches that are alike; those of half-duplex links stay."""
+    while True:
+        wires = _without_parallels(wires)
+        if num_nodes == num_chips:
+            return wires
+        alike = _alike_switches(wires, num_chips, num_nodes)
+        if (alike == np.arange(num_nodes)).all():
+            return wires
+        wires = replace(wires, tail=alike[wires.tail], head=alike[wires.head])
+
+
+def _without_parallels(wires: Wires) -> Wires:
+    """Of wires with the same ends and the same latency one, with the sum of their rates."""
+    numbers = np.arange(wires.num_wires)
+    is_own = np.bincount(wires.shares, minlength=wires.num_wires)[wires.shares] == 1
+    apart = np.where(is_own, -1, numbers)
+    keys = np.stack([wires.tail, wires.head, apart]).astype(np.float64)
+    rows = np.column_stack([keys.T, wires.latency_s])
+    _, first, of = np.unique(rows, axis=0, return_index=True, return_inverse=True)
+    rates = np.bincount(of, weights=wires.bytes_per_s, minlength=len(first)).astype(np.float64)
+    kept = np.sort(first)
+    place = np.searchsorted(kept, first[of])  # of every wire, that of the one which stands for it
+    return Wires(
+        wires.tail[kept], wires.head[kept], wires.latency_s[kept], rates[of][kept], wires.forward_nbytes[kept],
+        wires.tier[kept], place[wires.shares[kept]],
+    )  # fmt: skip
+
+
+def _alike_switches(wires: Wires, num_chips: int, num_nodes: int) -> IntArray:
+    """[nodes] The first switch with the same wires to and from the same nodes; every other node is itself."""
+    links: list[list[tuple[int, int, float, float]]] = [[] for _ in range(num_nodes)]
+    shared = wires.shares != np.arange(wires.num_wires)
+    shared |= np.bincount(wires.shares, minlength=wires.num_wires)[np.arange(wires.num_wires)] > 1
+    columns = (wires.tail, wires.head, wires.latency_s, wires.bytes_per_s, shared)
+    for wire, (tail, head, latency, rate, is_shared) in enumerate(
+        zip(*(c.tolist() for c in columns), strict=True)
+    ):
+        own = wire if is_shared else -1  # a half-duplex link is like no other
+        links[tail].append((own, head, latency, rate))
+        links[head].append((own, -1 - tail, latency, rate))
+    known: dict[tuple[tuple[int, int, float, float], ...], int] = {}
+    alike = np.arange(num_nodes)
+    for node in range(num_chips, num_nodes):
+        if links[node]:
+            alike[node] = known.setdefault(tuple(sorted(links[node])), node)
+    return alike
 
 
 def _wires_left(whole: Wires, kept: IntArray, renumbered: IntArray, slow: Mapping[int, float]) -> Wires:

@@ -122,12 +122,35 @@ def test_equal_paths_share_the_load():
     spines = tuple(f"spine {k}" for k in range(4))
     leaves = ("leaf 0", "leaf 1")
     edges = [Edge(chip, leaves[chip // 32], LINK) for chip in range(64)]
+    # Each spine has a neighbour of its own, so that no two are alike.
     edges += [Edge(leaf, spine, LINK) for leaf in leaves for spine in spines]
-    graph = EdgeList(64, tuple(edges), (*leaves, *spines))
+    edges += [Edge(spine, f"own {k}", LINK) for k, spine in enumerate(spines)]
+    graph = EdgeList(64, tuple(edges), (*leaves, *spines, *(f"own {k}" for k in range(4))))
     src, dst = all_pairs(64)
-    load = np.bincount(graph.routes(src, dst).wires, minlength=graph.wires().num_wires)[128:]
+    load = np.bincount(graph.routes(src, dst).wires, minlength=graph.wires().num_wires)[128:144]
     assert load.sum() == 2 * 2 * 32 * 32
     assert load.min() > 0.9 * 256 and load.max() < 1.1 * 256
+
+
+def test_parallel_edges_and_switches_that_are_alike_carry_as_one_of_their_summed_rate():
+    planes = tuple(f"plane {k}" for k in range(4))
+    edges = [Edge(chip, plane, LINK) for chip in range(8) for plane in planes]
+    hub = [Edge(chip, "plane 0", Link(LINK.latency_s, 4 * LINK.bytes_per_s)) for chip in range(8)]
+    found, expected = EdgeList(8, tuple(edges), planes), EdgeList(8, tuple(hub), planes[:1])
+    src, dst = all_pairs(8)
+    assert found.routes(src, dst).wires.tolist() == expected.routes(src, dst).wires.tolist()
+    assert found.wires().bytes_per_s.tolist() == expected.wires().bytes_per_s.tolist()
+    parallel = EdgeList(2, (Edge(0, 1, LINK),) * 3 + (Edge(0, 1, Link(2e-6, 1e9)),))
+    assert parallel.wires().bytes_per_s.tolist() == [3e9, 3e9, 1e9, 1e9]
+
+
+@pytest.mark.parametrize("how", [Duplex.HALF, Duplex.ONE_WAY])
+def test_half_duplex_edges_stay_apart_and_one_way_ones_add_up(how):
+    wires = EdgeList(2, (Edge(0, 1, LINK, how), Edge(0, 1, LINK, how), Edge(1, 0, LINK))).wires()
+    if how is Duplex.HALF:
+        assert wires.num_wires == 6 and sorted(wires.shares.tolist()) == [0, 0, 2, 2, 4, 5]
+    else:
+        assert wires.bytes_per_s.tolist() == [3e9, 1e9]
 
 
 def test_chips_pass_messages_on_only_where_they_may():
