@@ -10,7 +10,7 @@ from lazy_loader import attach
 if TYPE_CHECKING:
     from kernels.backend import OpCode, compile_segment
     from kernels.chips import Chip, ChipKind, chip_keys, load_chip, parse_chip
-    from kernels.optimizers import FlatOptimizer, OptimizerSpec, require_elementwise, states_per_element
+    from kernels.optimizers import FlatOptimizer, OptimizerSpec, scope_of, states_per_element
     from kernels.roofline import SegmentTime, segment_time
 
 __getattr__, __dir__, __all__ = attach(
@@ -18,7 +18,7 @@ __getattr__, __dir__, __all__ = attach(
     submod_attrs={
         "backend": ["OpCode", "compile_segment"],
         "chips": ["Chip", "ChipKind", "chip_keys", "load_chip", "parse_chip"],
-        "optimizers": ["FlatOptimizer", "OptimizerSpec", "require_elementwise", "states_per_element"],
+        "optimizers": ["FlatOptimizer", "OptimizerSpec", "scope_of", "states_per_element"],
         "roofline": ["SegmentTime", "segment_time"],
     },
 )

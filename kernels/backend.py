@@ -20,7 +20,8 @@ from comms.errors import SegmentError
 SegmentFunction: TypeAlias = Callable[..., tuple[torch.Tensor, ...]]
 # c10::ScalarType
 SCALAR_TYPES = {
-    "u8": 0, "i8": 1, "i16": 2, "i32": 3, "i64": 4, "f16": 5, "f32": 6, "f64": 7, "b8": 11, "bf16": 15,
+    "u8": 0, "i8": 1, "i16": 2, "i32": 3, "i64": 4, "f16": 5, "f32": 6, "f64": 7, "c64": 9, "c128": 10, "b8": 11,
+    "bf16": 15,
 }  # fmt: skip
 NAMED_CONSTANTS = {
     "torch.strided": 0, "torch.contiguous_format": 0, "torch.preserve_format": 1, "torch.channels_last": 2,

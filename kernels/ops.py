@@ -2,10 +2,21 @@
 
 `shard_slice(x, dim, coordinate, chunks)`: the equal slice of `x` along `dim` that belongs to mesh coordinate
 `coordinate`, a 0-dim tensor. A slice at a constant offset would make every chip's graph different.
+
+`keyed_uniform`: random numbers by counters, see `partitioner.capture.forwards.keyed_random`. A part's samples lie
+`weight` elements apart; it has `samples` of `whole`, from number `first` on (a weight of 0: the tensor is the whole
+one).
+
+The others stand for communication between the parts of a batch; they are lowered to collectives, never executed. In
+captured graphs: `sum_parts(x)`, the sum over all replicas; `gather_parts(x, dim, outer, parts)`, the replicas' values
+side by side in `dim`, which is [outer, samples ...]; `known_total(x)`, the sum over all parts of what only depends on
+the batch, known before the forward; `final_total(x)`, the sum over all parts, known when every forward has ended. In
+traced ones: `all_gather_parts(x, parts)` and `reduce_scatter_parts(x, parts)`, along the first dim.
 """
 
 import torch
 
+GOLDEN = -0x61C8864680B583EB  # 2^64 / the golden ratio, as a signed number
 _LIBRARY = torch.library.Library("orchestrate", "FRAGMENT")
 _LIBRARY.define("shard_slice(Tensor x, int dim, Tensor coordinate, int chunks) -> Tensor")
 
@@ -21,5 +32,68 @@ def _shape_only(x: torch.Tensor, dim: int, coordinate: torch.Tensor, chunks: int
     return x.new_empty(shape)
 
 
+_LIBRARY.define("sum_parts(Tensor x) -> Tensor")
+_LIBRARY.define("gather_parts(Tensor x, int dim, int outer, int parts) -> Tensor")
+_LIBRARY.define("known_total(Tensor x) -> Tensor")
+_LIBRARY.define("final_total(Tensor x) -> Tensor")
+_LIBRARY.define("all_gather_parts(Tensor x, int parts) -> Tensor")
+_LIBRARY.define("reduce_scatter_parts(Tensor x, int parts) -> Tensor")
+
+
+def _gathered(x: torch.Tensor, dim: int, outer: int, parts: int) -> torch.Tensor:
+    del outer
+    return x.new_empty([size * (parts if d == dim else 1) for d, size in enumerate(x.shape)])
+
+
+def _all_gathered(x: torch.Tensor, parts: int) -> torch.Tensor:
+    return x.new_empty([x.shape[0] * parts, *x.shape[1:]])
+
+
+def _scattered(x: torch.Tensor, parts: int) -> torch.Tensor:
+    return x.new_empty([x.shape[0] // parts, *x.shape[1:]])
+
+
+_LIBRARY.define(
+    "keyed_uniform(Tensor key, Tensor first, Tensor? like, int call, SymInt[] shape, int weight, int samples, "
+    "int whole) -> Tensor"
+)
+
+
+def _keyed_uniform(
+    key: torch.Tensor, first: torch.Tensor, like: torch.Tensor | None, call: int, shape: list[int], weight: int,
+    samples: int, whole: int,
+) -> torch.Tensor:  # fmt: skip
+    del like
+    index = torch.arange(torch.Size(shape).numel(), device=key.device)
+    if weight:  # [outer, samples, weight] of a whole [outer, whole, weight]
+        outer, rest = index // (samples * weight), index % (samples * weight)
+        index = outer * (whole * weight) + rest + first * weight
+    mixed = _mixed(index + _mixed(_mixed(key) + call))
+    return ((mixed >> 11) & ((1 << 53) - 1)).to(torch.float64).mul_(2.0**-53).view(shape)
+
+
+def _mixed(z: torch.Tensor) -> torch.Tensor:
+    """SplitMix64's finalizer after a step of its counter (Steele et al. 2014); whole numbers wrap around."""
+    z = z * GOLDEN + GOLDEN
+    for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
+        z = (z ^ ((z >> shift) & ((1 << (64 - shift)) - 1))) * factor
+    return z ^ ((z >> 31) & ((1 << 33) - 1))
+
+
+def _keyed_shape(
+    key: torch.Tensor, first: torch.Tensor, like: torch.Tensor | None, call: int, shape: list[int], weight: int,
+    samples: int, whole: int,
+) -> torch.Tensor:  # fmt: skip
+    del first, like, call, weight, samples, whole
+    return key.new_empty(shape, dtype=torch.float64)
+
+
+_LIBRARY.impl("keyed_uniform", _keyed_uniform, "CompositeExplicitAutograd")
 _LIBRARY.impl("shard_slice", _shard_slice, "CompositeExplicitAutograd")
 torch.library.register_fake("orchestrate::shard_slice", _shape_only, lib=_LIBRARY)
+torch.library.register_fake("orchestrate::keyed_uniform", _keyed_shape, lib=_LIBRARY)
+torch.library.register_fake("orchestrate::gather_parts", _gathered, lib=_LIBRARY)
+torch.library.register_fake("orchestrate::all_gather_parts", _all_gathered, lib=_LIBRARY)
+torch.library.register_fake("orchestrate::reduce_scatter_parts", _scattered, lib=_LIBRARY)
+for _name in ("sum_parts", "known_total", "final_total"):
+    torch.library.register_fake(f"orchestrate::{_name}", torch.empty_like, lib=_LIBRARY)

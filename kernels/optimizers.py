@@ -1,13 +1,16 @@
-"""Optimizers on flat shards: real `torch.optim` classes stepping on one 1-D tensor per flat group.
+"""Optimizers on flat shards: real `torch.optim` classes stepping on one tensor per flat group.
 
 AdamW uses torch's fused kernel, SGD its foreach one; any other class comes from a factory
-`factory(params) -> torch.optim.Optimizer`. Only elementwise optimizers are right on flat shards: `require_elementwise`
-compares a step on a matrix with a step on its flattened copy and refuses the others (Shampoo, Muon, Adafactor).
+`factory(params) -> torch.optim.Optimizer`. `scope_of` finds by trial what an optimizer looks at: entries one by one, so
+that parameters may be stepped on end to end and in shards, or whole parameters (LAMB, Adafactor, Muon), each of which
+then has a step of its own. What couples parameters to each other, or draws random numbers, is refused.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import TypeAlias
 
 import torch
@@ -16,6 +19,8 @@ from comms.errors import OptimizerError
 from kernels.builtin_optimizers import BUILT_IN
 
 Factory: TypeAlias = Callable[[Sequence[torch.Tensor]], torch.optim.Optimizer]
+PROBES = (((4, 6), (5,)), ((4, 6), (3, 5)))  # shapes of parameters
+PROBE_STEPS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,31 +45,94 @@ class OptimizerSpec:
 
 
 def states_per_element(factory: Factory) -> int:
-    """How many full-size state tensors the optimizer keeps (2 for AdamW), found by taking one step."""
-    param = torch.ones(6, requires_grad=True)
+    """How many full-size state tensors the optimizer keeps (2 for AdamW)."""
+    return len(entry_states(factory))
+
+
+def entry_states(factory: Factory) -> frozenset[str]:
+    """The names of states that hold a number for every entry of a parameter, found by taking one step."""
+    param = torch.ones(2, 3, requires_grad=True)
     optimizer = factory([param])
-    param.grad = torch.ones(6)
+    param.grad = torch.ones(2, 3)
     optimizer.step()
-    return sum(isinstance(v, torch.Tensor) and v.numel() == 6 for v in optimizer.state[param].values())
+    own = optimizer.state[param]
+    return frozenset(k for k, v in own.items() if isinstance(v, torch.Tensor) and v.shape == param.shape)
 
 
-def require_elementwise(factory: Factory) -> None:
-    """Raise OptimizerError unless a step on a 4x6 matrix equals the step on its 24 numbers."""
-    generator = torch.Generator().manual_seed(0)
-    start, grads = torch.randn(4, 6, generator=generator), torch.randn(2, 4, 6, generator=generator)
-    results = []
-    for shape in ((4, 6), (24,)):
-        param = start.clone().reshape(shape).requires_grad_()
+class Scope(StrEnum):
+    """What an optimizer's step on an entry depends on."""
+
+    ENTRY = "entry"
+    PARAMETER = "parameter"
+
+
+def scope_of(factory: Factory) -> Scope:
+    """Steps on parameters together, apart and end to end tell. Raises OptimizerError."""
+    found = None
+    for shapes in PROBES:  # some optimizers take matrices only
         try:
-            optimizer = factory([param])
-            for grad in grads:
-                param.grad = grad.clone().reshape(shape)
-                optimizer.step()
+            together, apart = _trial(factory, shapes, "together"), _trial(factory, shapes, "apart")
         except Exception as error:  # whatever the user's code raises
-            raise OptimizerError(f"the optimizer cannot step on a flat tensor: {error}") from error
-        results.append(param.detach().reshape(24))
-    if not torch.allclose(results[0], results[1], rtol=1e-6, atol=1e-7):
-        raise OptimizerError(f"{type(optimizer).__name__} depends on the shape of its parameters")
+            found = found or error
+            continue
+        if not _close(together, apart):
+            problem = "the optimizer couples parameters to each other, or draws random numbers"
+            raise OptimizerError(problem, hint="use one that steps on each parameter by itself")
+        try:
+            joined = _trial(factory, shapes, "end to end")
+        except Exception:  # an optimizer that only takes matrices looks at them
+            return Scope.PARAMETER
+        return Scope.ENTRY if _close(together, joined) else Scope.PARAMETER
+    said = str(found).strip().split("\n")[0]
+    raise OptimizerError(
+        f"the optimizer cannot step on given gradients: {said}", hint="use one without closures"
+    )
+
+
+def _trial(factory: Factory, shapes: Sequence[tuple[int, ...]], how: str) -> torch.Tensor:
+    """All entries after some steps, in the order of `shapes`."""
+    generator = torch.Generator().manual_seed(0)
+    starts = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+    sets = [
+        [
+            torch.randn(shape, generator=generator, dtype=torch.float64) * 10.0**i
+            for i, shape in enumerate(shapes)
+        ]
+        for _ in range(PROBE_STEPS)
+    ]
+    if how == "end to end":
+        starts = [torch.cat([s.reshape(-1) for s in starts])]
+        sets = [[torch.cat([g.reshape(-1) for g in grads])] for grads in sets]
+    params = [torch.nn.Parameter(start) for start in starts]
+    optimizers = [factory([p]) for p in params] if how == "apart" else [factory(params)]
+    for grads in sets:
+        for param, grad in zip(params, grads, strict=True):
+            param.grad = grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    return torch.cat([p.detach().reshape(-1) for p in params])
+
+
+def _close(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return torch.allclose(one, other, rtol=1e-9, atol=1e-12)
+
+
+def same_kind(optimizer: torch.optim.Optimizer) -> Factory:
+    """What makes the optimizer anew over other tensors, whatever its class takes; settings are those of its first
+    group."""
+    kind = type(optimizer)
+    # a scheduler puts a `step` into the object that is bound to it
+    shared = {k: v for k, v in optimizer.__dict__.items() if k not in ("state", "param_groups", "step")}
+    settings = {k: v for k, v in optimizer.param_groups[0].items() if k not in ("params", "param_names")}
+
+    def make(params: Sequence[torch.Tensor]) -> torch.optim.Optimizer:
+        made: torch.optim.Optimizer = object.__new__(kind)
+        made.__dict__.update(shared)
+        made.state = defaultdict(dict)
+        made.param_groups = [{**settings, "params": list(params)}]
+        return made
+
+    return make
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,20 +174,20 @@ class StepStatistics:
 class FlatOptimizer:
     """One optimizer over one flat tensor."""
 
-    def __init__(self, factory: Factory, flat: torch.Tensor, *, decay: bool) -> None:
+    def __init__(self, factory: Factory, flat: torch.Tensor, settings: Mapping[str, object]) -> None:
         self.param = torch.nn.Parameter(flat, requires_grad=True)
         self.optimizer = factory([self.param])
-        if not decay:
-            for group in self.optimizer.param_groups:
-                if "weight_decay" in group:
-                    group["weight_decay"] = 0.0
+        self._set(settings)
 
-    def step(self, grad: torch.Tensor, scale: float, lr: float) -> None:
-        """Scale `grad` in place and step with learning rate `lr`."""
-        grad.mul_(scale)
-        self.param.grad = grad
+    def _set(self, settings: Mapping[str, object]) -> None:
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group.update({name: value for name, value in settings.items() if name in group})
+
+    def step(self, grad: torch.Tensor, scale: float, settings: Mapping[str, object]) -> None:
+        """Scale `grad` in place and step with these settings (as long as the parameter, in its own shape)."""
+        grad.mul_(scale)
+        self.param.grad = grad.view(self.param.shape)
+        self._set(settings)
         self.optimizer.step()
         self.param.grad = None
 

@@ -56,6 +56,7 @@ class BuiltModel:
     name: str
     module: nn.Module
     device: str  # "cpu" or "meta"
+    dtype: torch.dtype  # of its parameters, and of inputs that are no whole numbers
     vocab_size: int | None  # None: not a language model, or it does not say
     max_seq: int | None  # None: any length
     tp_plan: Mapping[str, str]  # module name pattern -> colwise | rowwise | vocab | fused_qkv; may be empty
@@ -67,11 +68,14 @@ class BuiltModel:
             problem = f"seq {seq} is longer than the {self.max_seq} positions of {self.name}"
             raise ModelError(problem, where="seq", hint="lower seq, or give the model more positions")
         if self.example is not None:
-            return {name: tensor.to(self.device) for name, tensor in self.example(batch, seq).items()}
+            return {name: self._placed(tensor) for name, tensor in self.example(batch, seq).items()}
         vocab = self.vocab_size or NUM_BYTES
         walk = torch.arange(batch * (seq + 1), device=self.device) * EXAMPLE_STRIDE % vocab
         tokens = walk.view(batch, seq + 1)
         return {"input_ids": tokens[:, :-1].contiguous(), "labels": tokens[:, 1:].contiguous()}
+
+    def _placed(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.device, self.dtype if tensor.is_floating_point() else tensor.dtype)
 
 
 def build(name: str, args: Mapping[str, object], *, device: str, dtype: torch.dtype, seed: int) -> BuiltModel:
@@ -96,7 +100,7 @@ def _build_builtin(
     options = gpt_options(spec.target, args)
     module = build_gpt(options, device=torch.device(device), dtype=dtype, seed=seed)
     max_seq = None if options.rotary else options.max_seq
-    return BuiltModel(str(spec), module, device, options.vocab, max_seq, TP_PLAN)
+    return BuiltModel(str(spec), module, device, dtype, options.vocab, max_seq, TP_PLAN)
 
 
 def _build_hf(
@@ -116,7 +120,7 @@ def _build_hf(
     _cast_state(module, dtype)
     max_seq = getattr(config, "max_position_embeddings", None)
     vocab = getattr(config, "vocab_size", None)
-    return BuiltModel(str(spec), module, device, vocab, max_seq, _hf_plan(module, config.model_type))
+    return BuiltModel(str(spec), module, device, dtype, vocab, max_seq, _hf_plan(module, config.model_type))
 
 
 def _build_from_factory(
@@ -136,6 +140,7 @@ def _build_from_factory(
         name=str(spec),
         module=module.to(dtype),
         device=device,
+        dtype=dtype,
         vocab_size=_int_attribute(module, "vocab_size"),
         max_seq=_int_attribute(module, "max_seq"),
         tp_plan=dict(getattr(module, "tp_plan", None) or {}),

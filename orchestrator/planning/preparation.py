@@ -105,16 +105,17 @@ def _partitioned(job: Job, plan: Plan, progress: Progress) -> Program:
         from partitioner.lowering.lower import StepShape
     with progress("build model"):
         model = build_model(job, "meta")
-    samples = job.global_batch // (plan.dp * plan.microbatches)
 
     def graph() -> "Graph":
-        batch = model.example_batch(samples, job.seq)
-        exact = job.dtype is Dtype.FP64
         return capture_graph(
-            model.module, batch, samples, tp_plan=model.tp_plan, min_units=plan.pp, exact=exact
-        )
+            model.module, model.example_batch(job.global_batch, job.seq), dp=plan.dp, microbatches=plan.microbatches,
+            tp_plan=model.tp_plan, min_units=plan.pp, exact=job.dtype is Dtype.FP64,
+        )  # fmt: skip
 
-    shape = StepShape(job.global_batch, job.seq, job.model, str(job.dtype), optimizer_states(job))
+    shape = StepShape(
+        job.global_batch, job.seq, job.model, str(job.dtype), optimizer_states(job),
+        whole_tensors=looks_at_parameters(job),
+    )  # fmt: skip
     return make_program(graph, plan, shape, progress)
 
 
@@ -142,7 +143,7 @@ def optimizer_states(job: Job) -> int:
 
 def optimizer_factory(job: Job) -> "Factory":
     """What makes the job's optimizer from a list of tensors."""
-    from kernels.optimizers import OptimizerSpec, require_elementwise
+    from kernels.optimizers import OptimizerSpec
 
     wanted = job.optimizer
     if wanted.name in BUILT_IN:
@@ -155,10 +156,17 @@ def optimizer_factory(job: Job) -> "Factory":
     except (ImportError, AttributeError) as error:
         problem = f"there is no {name} in {module}"
         raise PlanError(problem, "optimizer.name", "write pkg.module:factory") from error
-    hint = "flat buffers need an elementwise optimizer (adamw, sgd, lion, ...)"
-    with located(f"optimizer {wanted.name}", hint):
-        require_elementwise(factory)
     return factory
+
+
+def looks_at_parameters(job: Job) -> bool:
+    """Whether the job's optimizer must step on whole parameters. Raises OptimizerError."""
+    if job.optimizer.name in BUILT_IN:
+        return False
+    from kernels.optimizers import Scope, scope_of
+
+    with located(f"optimizer {job.optimizer.name}"):
+        return scope_of(optimizer_factory(job)) is Scope.PARAMETER
 
 
 def _content(job: Job, plan: Plan) -> dict[str, object]:

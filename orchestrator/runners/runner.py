@@ -11,9 +11,9 @@ their spans through `label`, so that they join on (step, chip, instr, microbatch
 """
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
 
 from orchestrator.config.hardware.cluster import Cluster
 from orchestrator.runs.timeline import Counter, Lane, Mark, Origin, Recorder, Timeline, lane_of
@@ -59,6 +59,7 @@ class StepRequest:
     batches: Batches = field(default_factory=dict)
     measure: bool = False
     check: bool = False
+    settings: Sequence[Mapping[str, Any]] = ()  # of the optimizer's groups; without them `lr`
 
 
 class StepResult(Protocol):

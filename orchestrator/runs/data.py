@@ -21,7 +21,7 @@ import functools
 import hashlib
 import importlib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -31,7 +31,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from comms.errors import DataError
-from partitioner.layout.parallel_plan import Plan
+from partitioner.capture.forwards.keyed_random import FIRST_SAMPLE, KEY
+from partitioner.program.program import Program, TensorKind
 
 NUM_BYTES = 256  # the vocabulary: a token is one byte
 DEFAULT_SOURCE = "builtin:english"
@@ -180,23 +181,43 @@ def _mix(values: Hashes) -> Hashes:
     return values ^ (values >> np.uint64(31))
 
 
+def step_key(seed: int, step: int) -> int:
+    """What random numbers of a step are drawn by, as a signed 64-bit number."""
+    mixed = (seed * 0x9E3779B97F4A7C15 + step * 0xD1B54A32D192ED03) % 2**64
+    return mixed - 2**64 if mixed >= 2**63 else mixed
+
+
 def split_batch(
-    batch: Mapping[str, torch.Tensor], plan: Plan
+    batch: Mapping[str, torch.Tensor], program: Program, key: int = 0
 ) -> dict[int, dict[tuple[int, str], torch.Tensor]]:
     """Cut a global batch along dim 0: {replica: {(microbatch, name): tensor}}.
 
-    Replicas and microbatches take slices in order: any split of the same global batch sees the same sequences.
+    Replicas and microbatches take slices in order: any split of the same global batch sees the same sequences. An entry
+    that the Program reads as it is goes to all of them whole. `key`: see `step_key`.
     """
-    parts = plan.dp * plan.microbatches
-    assert all(len(tensor) % parts == 0 for tensor in batch.values()), "the batch does not divide"
-    cut = {name: tensor.chunk(parts) for name, tensor in batch.items()}
+    replicas, microbatches = program.size("dp"), program.microbatches
+    read = {
+        t.source.partition(":")[2]: t.spec.shape for role in program.roles for t in role.tensors
+        if t.kind is TensorKind.BATCH
+    }  # fmt: skip
+    pieces: dict[str, Sequence[torch.Tensor]] = {}
+    if FIRST_SAMPLE in read:
+        samples = int(program.facts["samples_per_part"])
+        batch = {**batch, KEY: torch.tensor(key)}
+        pieces[FIRST_SAMPLE] = [torch.tensor(index * samples) for index in range(replicas * microbatches)]
+        del read[FIRST_SAMPLE]
+    for name, shape in read.items():
+        parts = 1 if tuple(batch[name].shape) == shape else replicas * microbatches
+        whole = batch[name].contiguous()
+        pieces[name] = whole.chunk(parts) if parts > 1 else [whole] * (replicas * microbatches)
+        assert all(tuple(piece.shape) == shape for piece in pieces[name]), "the batch does not divide"
     return {
         replica: {
-            (microbatch, name): pieces[replica * plan.microbatches + microbatch]
-            for name, pieces in cut.items()
-            for microbatch in range(plan.microbatches)
+            (microbatch, name): cut[replica * microbatches + microbatch]
+            for name, cut in pieces.items()
+            for microbatch in range(microbatches)
         }
-        for replica in range(plan.dp)
+        for replica in range(replicas)
     }
 
 

@@ -3,36 +3,52 @@
     step = orchestrator.distribute(model, optimizer, cluster="cluster.yaml")
     loss = step(batch)
 
-The model is captured at the first batch, split over the cluster's chips and trained there, in this process. The
-learning rate is read from the optimizer's first group at every step, so schedulers keep working; `step.sync()` copies
-the trained parameters back into the model.
+The model is captured at the first batch, split over the cluster's chips and trained there, in this process. Settings of
+the optimizer's groups (learning rates, betas, decay) are read at every step, so schedulers keep working. `step.sync()`
+copies trained parameters and optimizer states back. What changes between steps is seen: another kind of batch,
+frozen or unfrozen parameters, new groups and `train()` or `eval()` lead to another Program; weights, buffers and states
+that were changed are loaded, if they had been fetched before by `sync()`, and refused otherwise.
 """
 
-from collections.abc import Callable, Mapping
+import math
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
 
 from comms.errors import PlanError, RunError, located
 from comms.selection.progress import quiet
-from kernels.optimizers import require_elementwise, states_per_element
+from kernels.optimizers import Scope, entry_states, same_kind, scope_of, states_per_element
 from orchestrator.config.hardware.cluster import Cluster
 from orchestrator.config.hardware.cluster_file import cluster_path, load_cluster
 from orchestrator.config.job_file import load_job
 from orchestrator.planning.plan_choice import choose_plan
 from orchestrator.planning.preparation import make_program, module_values
-from orchestrator.runners.executing.chip import Settings, whole_parameters
+from orchestrator.runners.executing.chip import Settings
 from orchestrator.runners.executing.chip_set import ChipSet
+from orchestrator.runners.executing.whole_state import (
+    MASTER,
+    chip_states,
+    whole_buffers,
+    whole_parameters,
+    whole_states,
+)
 from orchestrator.runners.runner import StepRequest, num_workers
-from orchestrator.runs.data import split_batch
+from orchestrator.runs.data import split_batch, step_key
+from partitioner.capture.batch_inputs import Batch, settings_of, tensors_of
 from partitioner.capture.graph_units import capture_graph
 from partitioner.capture.tracing import LossFunction
 from partitioner.layout.parallel_plan import Plan
 from partitioner.lowering.lower import step_shape
 from partitioner.program.program import Program
+
+HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
+Situation: TypeAlias = tuple[object, ...]  # what a Program is made for
 
 
 class DistributedStep:
@@ -40,87 +56,161 @@ class DistributedStep:
 
     def __init__(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, cluster: Cluster, plan: Plan | None,
-        loss_fn: LossFunction | None, clip_norm: float | None,
+        loss_fn: LossFunction | None, clip_norm: float | None, scope: Scope, seed: int,
     ) -> None:  # fmt: skip
         self.model, self.optimizer, self.cluster = model, optimizer, cluster
-        self.plan, self.loss_fn, self.clip_norm = plan, loss_fn, clip_norm
+        self.plan, self.loss_fn, self.clip_norm, self.scope = plan, loss_fn, clip_norm, scope
+        self.seed, self.steps = seed, 0
         self.program: Program | None = None
         self._runner: ChipSet | None = None
-        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._situation: Situation = ()
+        self._programs: dict[Situation, Program] = {}
+        self._entries = entry_states(same_kind(optimizer))
+        self._masters: dict[str, torch.Tensor] = {}  # full-precision copies of parameters that have less
+        self._is_ahead = False  # the chips have trained since their values were last fetched
+        self._seen: Mapping[str, object] = {}
 
-    def __call__(self, batch: Mapping[str, torch.Tensor]) -> float:
-        """One optimizer step on a whole global batch; returns its mean loss. Raises UserError."""
-        runner = self._ready(batch)
-        assert self.plan is not None
-        lr = float(self.optimizer.param_groups[0]["lr"])
-        stats = runner.run(StepRequest("step", lr, split_batch(batch, self.plan))).stats
+    def __call__(self, batch: Batch) -> float:
+        """One optimizer step on a whole global batch; returns its loss. Raises UserError."""
+        runner, program = self._ready(batch)
+        settings = tuple(_settings(group) for group in self.optimizer.param_groups)
+        batches = split_batch(tensors_of(batch), program, step_key(self.seed, self.steps))
+        stats = runner.run(StepRequest("step", batches=batches, settings=settings)).stats
         assert stats is not None
         if not stats.is_finite:
             problem = "the loss or a gradient is not finite; the step was skipped"
-            raise RunError(problem, "step", "lower the learning rate")
+            raise RunError(
+                problem, "step", "lower the learning rate, or look for a batch without valid targets"
+            )
+        self._is_ahead = True
+        self.steps += 1
+        self.optimizer._opt_called = True  # type: ignore[attr-defined]  # what schedulers ask for
         return stats.loss
 
-    def evaluate(self, batch: Mapping[str, torch.Tensor]) -> float:
-        """Mean loss of a batch of the same shape, without training."""
-        runner = self._ready(batch)
-        assert self.plan is not None
-        stats = runner.run(StepRequest("evaluate", batches=split_batch(batch, self.plan))).stats
+    def evaluate(self, batch: Batch) -> float:
+        """The loss of a batch, without training."""
+        runner, program = self._ready(batch)
+        batches = split_batch(tensors_of(batch), program, step_key(self.seed, self.steps))
+        stats = runner.run(StepRequest("evaluate", batches=batches)).stats
         assert stats is not None
         return stats.loss
 
     def sync(self) -> nn.Module:
-        """Copy the trained parameters back into the model and return it."""
-        if self._runner is not None and self.program is not None:
+        """Copy trained parameters and optimizer states back into the model and the optimizer; returns the model."""
+        if self._runner is not None and self.program is not None and self._is_ahead:
             states = self._runner.states()
+            params = dict(self.model.named_parameters())
             with torch.no_grad():
-                trained = whole_parameters(self.program, states.__getitem__)
-                for name, param in self.model.named_parameters():
-                    if name in trained:
-                        param.copy_(trained[name].view(param.shape))
+                for name, value in whole_parameters(self.program, states.__getitem__).items():
+                    params[name].copy_(value.view(params[name].shape))
+                for name, value in whole_buffers(self.program, states).items():
+                    self.model.get_buffer(name).copy_(value)
+            for name, own in whole_states(self.program, states).items():
+                like = params[name]
+                made = {
+                    k: v.view(like.shape) if v.dim() and v.numel() == like.numel() else v
+                    for k, v in own.items()
+                }
+                if MASTER in made:
+                    self._masters[name] = made.pop(MASTER)
+                self.optimizer.state[like] = made
+            self._is_ahead, self._seen = False, self._values_seen()
         return self.model
 
-    def _ready(self, batch: Mapping[str, torch.Tensor]) -> ChipSet:
-        """The runner; a batch must look like the first one, whose counts are part of the Program."""
-        if self._runner is None:
-            return self._start(batch)
-        shapes = {name: tuple(value.shape) for name, value in batch.items()}
-        if shapes != self._shapes:
-            raise PlanError(f"the batch has shapes {shapes}, the first had {self._shapes}", "step(batch)",
-                            "keep batches of one size (drop or fill up the last)")  # fmt: skip
-        return self._runner
+    def _ready(self, batch: Batch) -> tuple[ChipSet, Program]:
+        """The runner for this batch and what the model and the optimizer are now."""
+        _require_batch(batch)
+        situation = self._situation_of(batch)
+        changed = [name for name, value in self._values_seen().items() if self._seen.get(name) != value]
+        if self._runner is not None and changed and self._is_ahead:
+            raise PlanError(f"{changed[0]} was changed between steps, but trained values were not fetched before",
+                            "step(batch)", "call step.sync(), then change it")  # fmt: skip
+        if self._runner is None or situation != self._situation or changed:
+            self.sync()
+            self._start(batch, situation)
+        assert self._runner is not None and self.program is not None
+        return self._runner, self.program
 
-    def _start(self, batch: Mapping[str, torch.Tensor]) -> ChipSet:
-        samples = _num_samples(batch)
-        num_params = sum(p.numel() for p in self.model.parameters())
-        # A job that leaves its plan open; samples are units of work, as nothing is known of tokens.
-        job = load_job(None).model_copy(update={"global_batch": samples, "seq": 1})
-        plan = self.plan or choose_plan(job, self.cluster, num_params)
-        if plan.num_chips != self.cluster.num_chips:
-            raise PlanError(f"the plan is for {plan.num_chips} chips, the cluster has {self.cluster.num_chips}", "plan",
-                            f"take chips={plan.num_chips}, or change a degree")  # fmt: skip
-        if samples % (plan.dp * plan.microbatches):
-            raise PlanError(f"a batch of {samples} does not split into dp {plan.dp} x {plan.microbatches} microbatches",
-                            "batch", f"use a multiple of {plan.dp * plan.microbatches}")  # fmt: skip
-        self.plan = plan
-        self.program = self._program(batch, plan, samples)
-        settings = Settings(_factory(self.optimizer), self.clip_norm)
-        self._runner = ChipSet(self.program, settings, num_workers(self.cluster))
-        self._runner.load(module_values(self.model).__getitem__)
-        self._shapes = {name: tuple(value.shape) for name, value in batch.items()}
-        return self._runner
+    def _situation_of(self, batch: Batch) -> Situation:
+        """All that a Program depends on besides the code of the model."""
+        tensors = tuple((n, tuple(v.shape), v.dtype) for n, v in tensors_of(batch).items())
+        modes = tuple(module.training for module in self.model.modules())
+        trained = tuple(p.requires_grad for p in self.model.parameters())
+        groups = tuple(tuple(id(p) for p in group["params"]) for group in self.optimizer.param_groups)
+        return tensors, settings_of(batch), modes, trained, groups
 
-    def _program(self, batch: Mapping[str, torch.Tensor], plan: Plan, samples: int) -> Program:
-        size = samples // (plan.dp * plan.microbatches)
-        example = {name: value[:size] for name, value in batch.items()}
-        held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
-        names = {name for name, p in self.model.named_parameters() if id(p) not in held}
+    def _values_seen(self) -> dict[str, object]:
+        """Marks of all values that live on the chips: they differ once something else writes to them."""
+        named = [*self.model.named_parameters(), *self.model.named_buffers()]
+        seen: dict[str, object] = {name: (id(v), v.data_ptr(), v._version, _checksum(v)) for name, v in named}
+        for name, param in self.model.named_parameters():
+            own = self.optimizer.state.get(param, {})
+            marks = tuple(
+                (k, id(v), v._version if isinstance(v, torch.Tensor) else v) for k, v in own.items()
+            )
+            seen[f"the optimizer's state of {name}"] = marks
+        return seen
+
+    def _start(self, batch: Batch, situation: Situation) -> None:
+        self.plan = self.plan or self._chosen_plan(batch)
+        if self.plan.num_chips != self.cluster.num_chips:
+            raise PlanError(f"the plan is for {self.plan.num_chips} chips, the cluster has {self.cluster.num_chips}",
+                            "plan", f"take chips={self.plan.num_chips}, or change a degree")  # fmt: skip
+        ages = self._ages()
+        key = (*situation, tuple(ages.items()))
+        if key not in self._programs:
+            self._programs[key] = self._program(batch, self.plan, ages)
+        program = self._programs[key]
+        settings = Settings(same_kind(self.optimizer), self.clip_norm, groups=())
+        runner = ChipSet(program, settings, num_workers(self.cluster))
+        values = module_values(self.model)
+        runner.load(values.__getitem__)
+        names = {id(p): name for name, p in self.model.named_parameters()}
+        own: dict[str, Any] = {
+            names[id(p)]: state for p, state in self.optimizer.state.items() if id(p) in names
+        }
+        for name, master in self._masters.items():  # unless the parameter was changed since
+            if torch.equal(master.to(values[f"params:{name}"].dtype), values[f"params:{name}"]):
+                own[name] = {**own.get(name, {}), MASTER: master}
+        if own:
+            runner.restore(chip_states(program, values.__getitem__, own, self._entries))
+        self.program, self._runner, self._situation = program, runner, situation
+        self._is_ahead, self._seen = False, self._values_seen()
+
+    def _chosen_plan(self, batch: Batch) -> Plan:
+        """A plan for all chips; samples are units of work, as nothing is known of tokens."""
+        lengths = Counter(v.shape[0] for v in tensors_of(batch).values() if v.dim())
+        samples = max(lengths, key=lambda n: (lengths[n], n), default=1)
+        job = load_job(None).model_copy(update={"global_batch": max(samples, 1), "seq": 1})
+        return choose_plan(job, self.cluster, sum(p.numel() for p in self.model.parameters()))
+
+    def _ages(self) -> dict[str, tuple[tuple[str, float], ...]]:
+        """How far each parameter's state has come: only parameters of one age can share a step."""
+        ages = {}
+        for name, param in self.model.named_parameters():
+            own = self.optimizer.state.get(param, {})
+            counts = {k: float(v) for k, v in own.items() if not isinstance(v, torch.Tensor) or v.dim() == 0}
+            ages[name] = (*sorted(counts.items()), ("states", float(len(own))))
+        return ages
+
+    def _program(self, batch: Batch, plan: Plan, ages: Mapping[str, object]) -> Program:
+        names = {id(p): name for name, p in self.model.named_parameters()}
+        groups = {
+            names[id(p)]: (index, ages[names[id(p)]])
+            for index, group in enumerate(self.optimizer.param_groups) for p in group["params"] if id(p) in names
+        }  # fmt: skip
+        apart = frozenset(names.values()) - set(groups)
+        free = [n for n, p in self.model.named_parameters() if n in apart and p.requires_grad]
+        if free and self.clip_norm is not None:
+            problem = f"{free[0]} has a gradient but is in no group of the optimizer: clip it with the others or not?"
+            raise PlanError(problem, "clip_norm", "freeze it (requires_grad_(False)), or add it to a group")
         shape = replace(
-            step_shape(self.model, batch, states_per_element(_factory(self.optimizer))),
-            undecayed=_undecayed(self.model, self.optimizer),
-        )
+            step_shape(self.model, batch, states_per_element(same_kind(self.optimizer))),
+            groups=groups, whole_tensors=self.scope is Scope.PARAMETER,
+        )  # fmt: skip
         graph = partial(
-            capture_graph, self.model, example, size,
-            loss_fn=self.loss_fn, frozen=frozenset(names), min_units=plan.pp,
+            capture_graph, self.model, batch, dp=plan.dp, microbatches=plan.microbatches,
+            loss_fn=self.loss_fn, frozen=apart, min_units=plan.pp,
         )  # fmt: skip
         return make_program(graph, plan, shape, quiet)
 
@@ -128,53 +218,41 @@ class DistributedStep:
 def distribute(
     model: nn.Module, optimizer: torch.optim.Optimizer, cluster: str | Path | Cluster, *, plan: Plan | None = None,
     chips: int | None = None, loss_fn: LossFunction | None = None, clip_norm: float | None = None,
+    seed: int = 0,
 ) -> DistributedStep:  # fmt: skip
-    """Train `model` with `optimizer`'s settings on the chips of `cluster` (a file, a shipped name, or a Cluster).
+    """Train `model` with `optimizer` on the chips of `cluster` (a file, a shipped name, or a Cluster).
 
-    `model(**batch)` returns the loss, or `loss_fn(output, **batch)` does. Without a `plan` one is chosen at the first
-    batch. Raises UserError.
+    `model(**batch)` returns the loss, or `loss_fn(output, **batch)` (or `loss_fn(output, batch)`) does. Without a
+    `plan` one is chosen at the first batch. Dropout and other random numbers follow from `seed`, the step
+    (`step.steps`, to be set by whoever resumes) and the sample, not from torch's generators. Raises UserError.
     """
-    hint = "use an elementwise optimizer (AdamW, SGD, Lion, ...)"
-    with located(type(optimizer).__name__, hint):
-        require_elementwise(_factory(optimizer))
-    if optimizer.state:
-        raise PlanError("the optimizer has stepped before: its state would be lost", type(optimizer).__name__,
-                        "give a new optimizer")  # fmt: skip
+    kind = type(optimizer).__name__
+    if clip_norm is not None and not (clip_norm > 0 and math.isfinite(clip_norm)):
+        raise PlanError(f"clip_norm is {clip_norm}", "distribute", "give a number above 0, or leave it out")
+    if any(getattr(optimizer, name, None) for name in HOOKS):
+        raise PlanError(
+            "hooks of the optimizer's steps would not run", kind, "remove them, or call them yourself"
+        )
+    with located(kind, "use an optimizer that steps on given gradients"):
+        scope = scope_of(same_kind(optimizer))
     found = cluster if isinstance(cluster, Cluster) else load_cluster(cluster_path(str(cluster)))
-    return DistributedStep(model, optimizer, found.take(chips), plan, loss_fn, clip_norm)
+    return DistributedStep(model, optimizer, found.take(chips), plan, loss_fn, clip_norm, scope, seed)
 
 
-def _num_samples(batch: object) -> int:
+def _require_batch(batch: object) -> None:
     if not isinstance(batch, Mapping) or not batch:
-        problem = "the batch is not a mapping of tensors"
-        raise PlanError(problem, "step(batch)", "pass {name: tensor}, as model(**batch)")
-    sizes = {name: value.shape[0] for name, value in batch.items()}
-    if len(set(sizes.values())) != 1:
-        problem = f"batch entries differ in their first dim: {sizes}"
-        raise PlanError(problem, "step(batch)", "make it the sample dim")
-    return next(iter(sizes.values()))
+        problem = "the batch is not a mapping of names to inputs"
+        raise PlanError(problem, "step(batch)", "pass {name: input}, as model(**batch)")
+    if any(v.numel() == 0 and v.dim() and not v.shape[0] for v in tensors_of(batch).values()):
+        raise PlanError("the batch has no samples", "step(batch)", "leave empty batches out")
 
 
-def _factory(optimizer: torch.optim.Optimizer) -> Callable[..., torch.optim.Optimizer]:
-    """The same optimizer over other tensors."""
-    kind, settings = type(optimizer), dict(optimizer.defaults)
-    accepted = kind.__init__.__code__.co_varnames
-    return lambda params: kind(params, **{k: v for k, v in settings.items() if k in accepted})
+def _checksum(value: torch.Tensor) -> tuple[float, float]:
+    """Two sums that a write through `.data`, which no version counts, changes too."""
+    flat = value.detach().reshape(-1).to(torch.float64)
+    return float(flat.sum()), float(flat.abs().sum())
 
 
-def _undecayed(model: nn.Module, optimizer: torch.optim.Optimizer) -> frozenset[str]:
-    """Parameters in groups without weight decay; groups may differ in nothing else."""
-    names = {id(p): name for name, p in model.named_parameters()}
-    usual = optimizer.defaults.get("weight_decay", 0.0)
-    lr, kind = optimizer.param_groups[0]["lr"], type(optimizer).__name__
-    undecayed: set[str] = set()
-    for group in optimizer.param_groups:
-        settings = [k for k in group if k in optimizer.defaults and k not in ("lr", "weight_decay")]
-        other = [k for k in settings if group[k] != optimizer.defaults[k]]
-        decay = group.get("weight_decay", usual)
-        if other or decay not in (0.0, usual) or group["lr"] != lr:
-            problem = f"parameter groups differ in {', '.join(other) or 'lr or weight_decay'}"
-            raise PlanError(problem, kind, "groups may only switch weight decay off")
-        if decay == 0.0:
-            undecayed |= {names[id(p)] for p in group["params"] if id(p) in names}
-    return frozenset(undecayed)
+def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
+    """A group's settings, without its parameters."""
+    return {name: value for name, value in group.items() if name not in ("params", "param_names")}

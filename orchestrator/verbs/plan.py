@@ -14,6 +14,7 @@ from orchestrator.verbs.inputs.options import PlanOptions
 from orchestrator.verbs.inputs.planned_inputs import prepare
 from orchestrator.verbs.simulate import require_fit, write_run
 from orchestrator.views.console import Console, Table
+from orchestrator.views.split_notes import say_split
 from partitioner.layout.parallel_plan import Plan, plan_to_yaml
 from partitioner.program.program import Program, Role, TensorKind
 
@@ -26,6 +27,7 @@ def partition(cluster: Cluster, job: Job, plan: Plan | None = None) -> Prepared:
 def main(options: PlanOptions, console: Console) -> int:
     """The `plan` verb."""
     prepared = prepare(options, console.phase)
+    say_split(prepared, console)
     result = simulate(prepared.program, prepared.cluster)
     console.results(document(prepared, result), [stage_table(prepared.program), fit_table(result)])
     if options.run_dir is not None:
@@ -69,6 +71,8 @@ def document(prepared: Prepared, result: SimulationResult) -> dict[str, object]:
         "plan": {"dp": plan.dp, "tp": plan.tp, "pp": plan.pp, "zero": plan.zero, "schedule": str(plan.schedule),
                  "microbatches": plan.microbatches},
         "num_chips": plan.num_chips, "units": program.facts["units"], "units_per_stage": program.facts["stages"],
+        "loss_rule": program.facts["loss"], "tp_cut_parameters": program.facts["tp_cut_parameters"],
+        "tp_cut_flops": program.facts["tp_cut_flops"],
         "parameters": program.facts["params"], "stages": stages, "was_cached": prepared.was_cached,
         **{k: v for k, v in result.document().items() if k in ("step_time_s", "peak_memory_bytes", "fits", "mfu")},
     }  # fmt: skip

@@ -25,6 +25,7 @@ from orchestrator.verbs.inputs.options import SimulateOptions
 from orchestrator.verbs.inputs.planned_inputs import prepare, write_prepared
 from orchestrator.views.console import Console, Table
 from orchestrator.views.perfetto import trace_gz
+from orchestrator.views.split_notes import say_split
 from partitioner.program.peak_memory import MemoryClass
 
 # What to turn when a class of memory is the largest of a stage that does not fit.
@@ -59,6 +60,7 @@ def main(options: SimulateOptions, console: Console) -> int:
 
 def answer(prepared: Prepared, options: SimulateOptions, console: Console) -> int:
     """Print the prediction and, with --run-dir, write plan, Program, timeline and trace. Raises FitError."""
+    say_split(prepared, console)
     asked = None if options.fidelity is None else Fidelity(options.fidelity)
     if chosen_fidelity(prepared.cluster, asked) is Fidelity.FULL:
         with console.phase(LOADING):

@@ -30,6 +30,7 @@ from orchestrator.verbs.inputs.planned_inputs import Inputs, from_config, read_p
 from orchestrator.verbs.simulate import answer
 from orchestrator.verbs.training_loop import Training, TrainResult, write_results
 from orchestrator.views.console import Console, Table
+from orchestrator.views.split_notes import say_split
 from partitioner.layout.parallel_plan import Plan
 
 if TYPE_CHECKING:
@@ -96,6 +97,7 @@ def _train(
     data = load_data(inputs.job.data, seq=inputs.job.seq, seed=inputs.job.seed)
     with closing(_launch(inputs.cluster, kind)) as launch:
         prepared = prepare(inputs.cluster, inputs.job, inputs.plan, progress=console.phase)
+        say_split(prepared, console)
         if not resume:
             folder.write_config(inputs.config(kind.value))
             write_prepared(folder, prepared)

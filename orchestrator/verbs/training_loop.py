@@ -21,7 +21,7 @@ from orchestrator.runners.timing.prediction import SimulationResult
 from orchestrator.runners.timing.step_costs import NS_PER_S
 from orchestrator.runs import checkpoint
 from orchestrator.runs.accuracy import Accuracy, Basis, Pair, compare
-from orchestrator.runs.data import TokenData, split_batch
+from orchestrator.runs.data import TokenData, split_batch, step_key
 from orchestrator.runs.disk import write_whole
 from orchestrator.runs.learning_rate import learning_rate
 from orchestrator.runs.metrics import eta_s, metrics_writer, read_metrics
@@ -76,7 +76,8 @@ class Training:
     def _step(self) -> StepLine:
         job, step = self.prepared.job, self.step
         first = step * job.global_batch
-        batches = split_batch(self.data.batch(range(first, first + job.global_batch)), self.prepared.plan)
+        samples = self.data.batch(range(first, first + job.global_batch))
+        batches = split_batch(samples, self.prepared.program, step_key(job.seed, step))
         measure = 1 <= len(self.step_seconds) <= MEASURED_STEPS
         result = self.runner.run(StepRequest("step", self._lr(step), batches, measure=measure))
         assert result.stats is not None
@@ -109,7 +110,7 @@ class Training:
         for batch in range(job.validation.batches):
             first = batch * job.global_batch
             samples = self.data.validation_batch(range(first, first + job.global_batch))
-            batches = split_batch(samples, self.prepared.plan)
+            batches = split_batch(samples, self.prepared.program)
             stats = self.runner.run(StepRequest("evaluate", batches=batches)).stats
             assert stats is not None
             total, count = total + stats.loss_sum, count + stats.count

@@ -6,7 +6,7 @@ the difference is held against the noise of one-chip runs whose samples are mere
 where it says it does is not accepted either. Where the runs differ, the first wrong instruction is named.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import astuple, dataclass
 
 import torch
@@ -29,6 +29,7 @@ from orchestrator.verbs.verify_runs import (
     relative,
 )
 from orchestrator.views.console import Console, Table
+from orchestrator.views.split_notes import say_split
 from partitioner.layout.parallel_plan import Plan
 from partitioner.program.program import Program
 
@@ -107,17 +108,29 @@ class VerifyResult:
 def main(options: VerifyOptions, console: Console) -> int:
     """The `verify` verb."""
     inputs = resolve(options)
-    result = verify(inputs.cluster, inputs.job, inputs.plan, progress=console.phase)
+    result = verify(
+        inputs.cluster,
+        inputs.job,
+        inputs.plan,
+        progress=console.phase,
+        show=lambda made: say_split(made, console),
+    )
     console.results(result.document(), [_table(result)])
     return 0 if result.equal else DIFFERS
 
 
 def verify(
-    cluster: Cluster, job: Job, plan: Plan | None = None, *, progress: Progress = quiet
-) -> VerifyResult:
-    """Compare `STEPS` steps of the plan with one chip. Raises UserError if there is nothing to compare."""
+    cluster: Cluster, job: Job, plan: Plan | None = None, *, progress: Progress = quiet,
+    show: Callable[[Prepared], None] | None = None,
+) -> VerifyResult:  # fmt: skip
+    """Compare `STEPS` steps of the plan with one chip; `show` is given what will run. Raises UserError.
+
+    There must be something to compare.
+    """
     exact = job.model_copy(update={"dtype": Dtype.FP64})
     prepared = prepare(cluster, exact, plan, progress=progress)
+    if show is not None:
+        show(prepared)
     alone = on_one_chip(prepared)
     nbytes, flops = _per_chip(prepared.program)
     (whole_bytes,), (whole_flops,) = _per_chip(alone.program)

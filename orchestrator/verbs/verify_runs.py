@@ -10,17 +10,20 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from comms.errors import CaptureError
 from kernels.reference import interpret_segment
 from orchestrator.config.job_file import Dtype, Job
 from orchestrator.models.builtin_gpt import IGNORED_LABEL
 from orchestrator.models.model_builder import BuiltModel
 from orchestrator.planning.preparation import Prepared, build_model, module_values, optimizer_factory, prepare
-from orchestrator.runners.executing.chip import ExecutingChip, op_codes, whole_tensors
+from orchestrator.runners.executing.chip import ExecutingChip, op_codes
 from orchestrator.runners.executing.chip_set import ChipSet, chip_settings
+from orchestrator.runners.executing.whole_state import whole_tensors
 from orchestrator.runners.runner import StepRequest
-from orchestrator.runs.data import split_batch
+from orchestrator.runs.data import split_batch, step_key
 from orchestrator.runs.learning_rate import learning_rate
 from partitioner.capture.exact_float64 import ExactFloat64
+from partitioner.capture.forwards.keyed_random import keyed_random
 from partitioner.capture.tracing import scalar_loss
 from partitioner.program.program import Compute, TensorKind
 
@@ -96,7 +99,8 @@ def reference_run(
     losses, gradients = [], {}
     for step, batch in enumerate(batches):
         inputs = batch if order is None else {k: v[order] for k, v in batch.items()}
-        with ExactFloat64() if job.dtype is Dtype.FP64 else nullcontext():
+        key, first = torch.tensor(step_key(job.seed, step)), torch.tensor(0)
+        with ExactFloat64() if job.dtype is Dtype.FP64 else nullcontext(), keyed_random(key, first):
             loss = scalar_loss(module(**inputs))
         module.zero_grad()
         loss.backward()
@@ -119,21 +123,31 @@ def planned_run(prepared: Prepared, values: Tensors, batches: Sequence[Tensors])
     losses, gradients = [], {}
     for step, batch in enumerate(batches):
         lr = learning_rate(step, peak=job.optimizer.lr, schedule=job.lr_schedule, steps=len(batches))
-        stats = runner.run(StepRequest("step", lr, split_batch(batch, prepared.plan))).stats
+        stats = runner.run(
+            StepRequest("step", lr, split_batch(batch, prepared.program, step_key(job.seed, step)))
+        ).stats
         assert stats is not None
         losses.append(stats.loss)
         if step == 0:
             gradients = whole_tensors(prepared.program, TensorKind.GRAD, runner.buffer)
-    parameters = whole_tensors(prepared.program, TensorKind.PARAM, runner.buffer)
+    untouched = {
+        name.partition(":")[2]: value for name, value in values.items() if name.startswith("params:")
+    }
+    parameters = untouched | whole_tensors(prepared.program, TensorKind.PARAM, runner.buffer)
     return Trajectory(tuple(losses), gradients, parameters)
 
 
 def on_one_chip(prepared: Prepared) -> Prepared:
-    """The same job on one chip, with the microbatches that the replicas of the plan see one after another."""
-    plan = prepared.plan
-    microbatches = plan.dp * plan.microbatches
-    one = replace(plan, dp=1, tp=1, pp=1, zero=0, stages=(), microbatches=microbatches)
-    return prepare(prepared.cluster.take(1), prepared.job, one)
+    """The same job on one chip, with the microbatches that the replicas of the plan see one after another.
+
+    A model that mixes samples has one microbatch there.
+    """
+    plan, cluster = prepared.plan, prepared.cluster.take(1)
+    one = replace(plan, dp=1, tp=1, pp=1, zero=0, stages=(), microbatches=plan.dp * plan.microbatches)
+    try:
+        return prepare(cluster, prepared.job, one)
+    except CaptureError:
+        return prepare(cluster, prepared.job, replace(one, microbatches=1))
 
 
 def loaded_runner(prepared: Prepared, values: Tensors) -> ChipSet:
@@ -170,7 +184,10 @@ def first_difference(
     for found in compared:
         if found.error > tolerance:
             return str(found)
-    _, alone = _observed(on_one_chip(prepared), values, batch, lr)
+    single = on_one_chip(prepared)
+    if single.plan.microbatches != prepared.plan.dp * prepared.plan.microbatches:
+        return None
+    _, alone = _observed(single, values, batch, lr)
     known = {(microbatch, source): value for (_, microbatch, source), (_, value) in alone.items()}
     for (replica, microbatch, source), (found, value) in seen.items():
         expected = known.get((replica * prepared.plan.microbatches + microbatch, source))
@@ -209,7 +226,7 @@ def _observed(
 
     for chip in runner.chips.values():
         chip.observer = observer
-    runner.run(StepRequest("step", lr, split_batch(batch, prepared.plan)))
+    runner.run(StepRequest("step", lr, split_batch(batch, prepared.program, step_key(prepared.job.seed, 0))))
     return compared, seen
 
 

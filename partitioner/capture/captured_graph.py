@@ -27,6 +27,7 @@ from partitioner.program.program import TensorSpec
 SHORT = {
     torch.float64: "f64", torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16", torch.int64: "i64",
     torch.int32: "i32", torch.int16: "i16", torch.int8: "i8", torch.uint8: "u8", torch.bool: "b8",
+    torch.complex64: "c64", torch.complex128: "c128",
 }  # fmt: skip
 TORCH = {short: dtype for dtype, short in SHORT.items()}
 VIEWS = {
@@ -55,13 +56,18 @@ class Unit:
 
 @dataclass(frozen=True)
 class Template:
-    """A unit's forward as a graph of pre-dispatch ATen ops on global shapes."""
+    """A unit's forward as a graph of pre-dispatch ATen ops on global shapes.
+
+    `live_inputs` get a gradient from the unit, `live_outputs` give it one.
+    """
 
     graph: torch.fx.GraphModule
     inputs: tuple[TensorSpec, ...]
     num_params: int
     num_frees: int
     outputs: tuple[TensorSpec, ...]
+    live_inputs: tuple[bool, ...]
+    live_outputs: tuple[bool, ...]
     flops: int
     tp_styles: tuple[str, ...]
 
@@ -75,22 +81,50 @@ class Side:
     outputs: tuple[str, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Known:
+    """A value of the whole batch that is known before the forward: `source` of all parts added up, or side by side.
+
+    `gathered`: (dim, outer, parts) where it is gathered, see `kernels.ops`.
+    """
+
+    name: str
+    source: str
+    gathered: tuple[int, int, int] | None
+
+
 @dataclass(frozen=True)
 class Graph:
-    """A whole model, captured for one microbatch of one data-parallel replica."""
+    """A whole model, captured for one microbatch of one data-parallel replica.
+
+    `totals` makes the sources of `known`. `tail` makes the loss of the sums of `summed` over all parts (which its first
+    inputs stand for); None where the parts' losses just add up.
+    `state`: buffers that the forward changes, with the values that they have after the step.
+    `live`: values on the way of a gradient; parameters that are not among them are `frozen`. `cut`: batch entries that
+    hold `samples` samples each. `is_counted`: the loss's count depends on the batch; else it is one.
+    """
 
     units: tuple[Unit, ...]
     templates: tuple[Template, ...]
     constants: Side
     inputs: Side
+    totals: Side
+    known: tuple[Known, ...]
+    tail: Side | None
+    summed: tuple[str, ...]
+    state: tuple[tuple[str, str], ...]
     specs: Mapping[str, TensorSpec]
     params: tuple[str, ...]
     frozen: frozenset[str]
+    live: frozenset[str]
     batch: tuple[str, ...]
     buffers: tuple[str, ...]
     loss: str
     count: str
     loss_rule: str
+    cut: frozenset[str]
+    samples: int
+    is_counted: bool
 
     def param_numel(self) -> int:
         """Number of parameters, tied ones counted once."""

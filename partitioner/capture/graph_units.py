@@ -7,130 +7,161 @@ too few pieces, at the borders of every top-level submodule. Equal slices share 
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
-from enum import IntEnum
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Node
 
-from comms.errors import CaptureError
-from partitioner.capture import loss
+from comms.errors import CaptureError, UserError
+from partitioner.capture.batch_inputs import Batch, require_plain
 from partitioner.capture.captured_graph import (
     Graph,
+    Known,
     Side,
     Template,
     Unit,
     ancestors,
+    op_name,
+    operand,
     reads_of,
     spec_of,
     template_flops,
 )
 from partitioner.capture.exact_float64 import ExactFloat64
+from partitioner.capture.forwards.keyed_random import RECURRENT
+from partitioner.capture.graph_pieces import Dependence, cut_into_pieces, dependences, piece_name
+from partitioner.capture.pure_graph import first_user_line, is_float, source_line, with_gradient
+from partitioner.capture.samples.batch_cut import cut_batch
+from partitioner.capture.samples.loss_form import FINAL, GATHERED, KNOWN, LossForm, whole_loss
 from partitioner.capture.tp_styles import param_styles
-from partitioner.capture.tracing import Captured, LossFunction, ModuleCall, trace_module
+from partitioner.capture.tracing import Captured, LossFunction, trace_module
 
-
-class Dependence(IntEnum):
-    """What a value depends on: nothing that changes, the batch, or a parameter."""
-
-    CONSTANT = 0
-    BATCH = 1
-    MODEL = 2
-
-
-SPACES = {"params": Dependence.MODEL, "batch": Dependence.BATCH, "buffers": Dependence.CONSTANT}
+aten = torch.ops.aten
 
 
 def capture_graph(
     module: nn.Module,
-    batch: Mapping[str, torch.Tensor],
-    num_samples: int,
+    batch: Batch,
     *,
+    dp: int = 1,
+    microbatches: int = 1,
     loss_fn: LossFunction | None = None,
     tp_plan: Mapping[str, str] | None = None,
     frozen: frozenset[str] = frozenset(),
     min_units: int = 1,
     exact: bool = False,
 ) -> Graph:
-    """The graph of `module(**batch)`, `batch` being one microbatch of one replica (only its shapes are used).
+    """The graph of one microbatch of one replica, where `module(**batch)` is a step (only shapes are used).
 
     `loss_fn`, `tp_plan`: see `trace_module`. `frozen`: parameters that are not trained though they have a gradient.
     `min_units`: at least so many units, if the model has that many pieces. `exact`: float64 stays wide through explicit
-    casts. Raises CaptureError.
+    casts. Raises CaptureError, and PlanError where the batch does not divide.
     """
-    with ExactFloat64() if exact else nullcontext():
-        captured = trace_module(module, batch, loss_fn, tp_plan)
-    captured.frozen |= frozen
-    return build_graph(captured, num_samples=num_samples, min_units=min_units)
+
+    def graph(has_lines: bool) -> Graph:
+        def trace(given: Batch, mode: FakeTensorMode) -> Captured:
+            with ExactFloat64() if exact else nullcontext():
+                captured = trace_module(module, given, loss_fn, tp_plan, mode, has_lines=has_lines)
+            captured.frozen |= frozen
+            return captured
+
+        if dp * microbatches == 1:
+            captured = trace(batch, FakeTensorMode(allow_non_fake_inputs=True))
+            return build_graph(captured, whole_loss(captured), frozenset(), min_units=min_units)
+        captured, form, cut = cut_batch(trace, batch, dp, microbatches)
+        return build_graph(captured, form, cut, min_units=min_units)
+
+    require_plain(batch)
+    try:
+        return graph(has_lines=False)
+    except CaptureError:
+        return graph(has_lines=True)  # source lines cost as much again: only to say what is wrong
+    except UserError:
+        raise
+    except Exception as error:
+        said = str(error).strip().split("\n")[0][:200]
+        problem = f"cannot capture {type(module).__name__}: {type(error).__name__}: {said}"
+        raise CaptureError(problem, first_user_line(error), "write this part with other operators") from error
 
 
-def build_graph(captured: Captured, *, num_samples: int, min_units: int = 1) -> Graph:
-    """Cut a capture of `num_samples` samples into at least `min_units` units, if the model has that many pieces."""
+def build_graph(captured: Captured, form: LossForm, cut: frozenset[str], *, min_units: int = 1) -> Graph:
+    """Cut a capture into at least `min_units` units, if the model has that many pieces. `cut`: entries with samples."""
     graph = captured.graph_module.graph
     for node in graph.nodes:
         _refuse_random(node)
-    total, count, rule = loss.rewrite(graph, num_samples)
-    depends = _dependences(captured)
-    pieces = _pieces(captured, depends, _borders(captured.calls, captured.containers))
-    if len(pieces) < min_units:  # finer cuts cost a segment border each, so only where stages need them
-        pieces = _pieces(captured, depends, _top_level_borders(captured.calls))
-    if depends[total] is not Dependence.MODEL:
-        raise CaptureError("the loss depends on no parameter", total.name, "check what the model returns")
-    return _Builder(captured, depends, pieces, (total, count), rule).build()
+        _refuse_sparse(node)
+    form = _with_count(captured, form)
+    depends = dependences(captured)
+    if depends[form.total] is not Dependence.MODEL:
+        raise CaptureError(
+            "the loss depends on no parameter", form.total.name, "check what the model returns"
+        )
+    live = _live(captured, form)
+    _refuse_complex_parameters(captured, live)
+    if not any(node.op == "placeholder" for node in live):
+        problem = "no parameter is trained: all are frozen, or no gradient reaches them"
+        raise CaptureError(problem, "the loss", "unfreeze some, or check detach and no_grad")
+    pieces = cut_into_pieces(captured, depends, form, min_units)
+    return _Builder(captured, depends, pieces, form, live, cut).build()
 
 
-def _dependences(captured: Captured) -> dict[Node, Dependence]:
-    depends: dict[Node, Dependence] = {}
-    for node in captured.graph_module.graph.nodes:
-        if node.op == "placeholder":
-            space = captured.names[node.name].split(":")[0]
-            depends[node] = SPACES[space]
-        elif node.op != "output":
-            depends[node] = max((depends[n] for n in node.all_input_nodes), default=Dependence.CONSTANT)
-    return depends
+def _with_count(captured: Captured, form: LossForm) -> LossForm:
+    """A loss that is not divided has a count of one, of which every part gives its share."""
+    if form.count is not None:
+        return form
+    graph, total = captured.graph_module.graph, form.total
+    output = next(iter(reversed(graph.nodes)))
+    with graph.inserting_before(output), total.meta["val"].fake_mode:
+        one = graph.call_function(aten.scalar_tensor.default, (1.0 / form.parts,), {"dtype": torch.float64})
+        one.meta = dict(total.meta) | {"val": torch.empty((), dtype=torch.float64)}
+    output.args = ((form.total, one, *output.args[0][1:]),)
+    return replace(form, count=one)
+
+
+def _live(captured: Captured, form: LossForm) -> set[Node]:
+    """The nodes that a gradient reaches, on its way from the loss to a parameter that is trained."""
+    graph = captured.graph_module.graph
+    placeholders = [n for n in graph.nodes if n.op == "placeholder"]
+    names = {n: captured.names[n.name].partition(":") for n in placeholders}
+    trained = [
+        n for n, (space, _, name) in names.items() if space == "params" and name not in captured.frozen
+    ]
+    differentiable = with_gradient(graph, [n for n in trained if is_float(n)])
+    return ancestors([form.total], lambda n: n in differentiable)
+
+
+def _refuse_sparse(node: Node) -> None:
+    if any(isinstance(arg, complex) for arg in node.args):
+        raise CaptureError(
+            "a complex number in the code of the forward", source_line(node), "make it a buffer"
+        )
+    is_sparse = node.target is aten.embedding.default and len(node.args) > 4 and bool(node.args[4])
+    if is_sparse or getattr(node.meta.get("val"), "layout", torch.strided) is not torch.strided:
+        raise CaptureError("sparse gradients are not supported", source_line(node), "use sparse=False")
+
+
+def _refuse_complex_parameters(captured: Captured, live: set[Node]) -> None:
+    for node in live:
+        if node.op == "placeholder" and node.meta["val"].is_complex():
+            problem = f"the parameter {captured.names[node.name].partition(':')[2]} is complex"
+            raise CaptureError(problem, "parameters", "keep its real and imaginary parts as two parameters")
 
 
 def _refuse_random(node: Node) -> None:
     target = node.target
     if not isinstance(target, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded not in target.tags:
         return
-    # attention counts as random to torch because it may drop out; with a probability of zero it does not
-    is_attention = "scaled_dot_product" in str(target)
-    if is_attention and (len(node.args) < 5 or node.args[4] == 0.0):
+    # attention and recurrent networks count as random to torch because they may drop out; what does is replaced before
+    if "scaled_dot_product" in str(target) or op_name(target) in RECURRENT:
         return
-    raise CaptureError(f"random operator {target}", node.name, "switch dropout off (p = 0 or model.eval())")
-
-
-def _borders(calls: Sequence[ModuleCall], candidates: frozenset[str]) -> list[int]:
-    """Starts and ends of the outermost calls of list-like containers' children."""
-    chosen: list[ModuleCall] = []
-    for call in sorted(calls, key=lambda c: (c.start, -c.stop)):  # outer calls come before those inside them
-        nested = any(c.start <= call.start and call.stop <= c.stop for c in chosen)
-        if call.path in candidates and not nested and call.stop > call.start:
-            chosen.append(call)
-    return sorted({edge for call in chosen for edge in (call.start, call.stop)})
-
-
-def _top_level_borders(calls: Sequence[ModuleCall]) -> list[int]:
-    return sorted({edge for call in calls if call.path for edge in (call.start, call.stop)})
-
-
-def _pieces(captured: Captured, depends: Mapping[Node, Dependence], borders: list[int]) -> list[list[Node]]:
-    """Model nodes grouped by the borders they lie between; groups without parameters join the one before."""
-    pieces: dict[int, list[Node]] = {}
-    for node in captured.graph_module.graph.nodes:
-        if node.op not in ("placeholder", "output") and depends[node] is Dependence.MODEL:
-            index = node.meta["index"]
-            pieces.setdefault(sum(edge <= index for edge in borders), []).append(node)
-    merged: list[list[Node]] = []
-    for _, nodes in sorted(pieces.items()):
-        read = (n for node in nodes for n in node.all_input_nodes if n.op == "placeholder")
-        if merged and not any(depends[n] is Dependence.MODEL for n in read):
-            merged[-1].extend(nodes)
-        else:
-            merged.append(nodes)
-    return merged
+    problem, hint = (
+        f"{target} draws random numbers in a way that cannot be split",
+        "use rand, randn or dropout",
+    )
+    raise CaptureError(problem, source_line(node), hint)
 
 
 @dataclass
@@ -140,33 +171,76 @@ class _Builder:
     captured: Captured
     depends: dict[Node, Dependence]
     pieces: list[list[Node]]
-    ends: tuple[Node, Node]
-    rule: str
+    form: LossForm
+    live: set[Node]
+    cut: frozenset[str]
     templates: list[Template] = field(default_factory=list)
     known: dict[object, int] = field(default_factory=dict)
     free_values: dict[Node, None] = field(default_factory=dict)
 
     def build(self) -> Graph:
         units = tuple(self._unit(piece) for piece in self.pieces)
-        total, count = self.ends
+        total, count = self.form.total, self.form.count
+        assert count is not None
         self.free_values[count] = None
+        tail, live = self._tail(), frozenset(self._names(self.live))
+        self.free_values |= dict.fromkeys(n for n in self._updated() if not self._is(n, Dependence.MODEL))
         batch_values = [n for n in self.free_values if self._is(n, Dependence.BATCH)]
+        known = self._known(batch_values)
+        sources = [operand(n, 0) for n in known]
         used = {name for unit in units for name in unit.params}
         tensors = [n for n in self.depends if isinstance(n.meta.get("val"), torch.Tensor)]
         return Graph(
             units=units,
             templates=tuple(self.templates),
-            constants=self._side(Dependence.CONSTANT, self._needed_constants(batch_values)),
+            constants=self._side(Dependence.CONSTANT, self._needed_constants([*batch_values, *sources])),
             inputs=self._side(Dependence.BATCH, batch_values),
+            totals=self._side(Dependence.BATCH, sources),
+            known=tuple(Known(self._name(n), self._name(operand(n, 0)), _gathering(n)) for n in known),
+            tail=tail,
+            summed=self._names(self.form.summed),
+            state=tuple(zip(self.captured.updated, self._names(self._updated()), strict=True)),
             specs={self._name(n): spec_of(n.meta["val"]) for n in tensors},
             params=tuple(name for name in self._placeholders("params") if name in used),
-            frozen=self.captured.frozen,
+            frozen=frozenset(self._placeholders("params")) - live,
+            live=live,
             batch=self._placeholders("batch"),
             buffers=self._placeholders("buffers"),
             loss=self._name(total),
             count=self._name(count),
-            loss_rule=self.rule,
+            loss_rule=self.form.rule,
+            cut=self.cut,
+            samples=self.form.samples,
+            is_counted=self.form.is_counted,
         )
+
+    def _tail(self) -> Side | None:
+        """The end of a loss that is a function of sums; what else it reads is read from the stage that runs it."""
+        if not self.form.tail:
+            return None
+        sums = [n for node in self.form.tail for n in node.all_input_nodes if n.target is FINAL]
+        outer = list(dict.fromkeys([*sums, *reads_of(self.form.tail)]))
+        others = [n for n in outer if n.target is not FINAL]
+        self.free_values |= dict.fromkeys(others)
+        graph = _extract(self.captured, list(self.form.tail), outer, [self.form.total])
+        return Side(
+            graph, (*self._names(self.form.summed), *self._names(others)), self._names([self.form.total])
+        )
+
+    def _updated(self) -> list[Node]:
+        """What changed buffers hold after the step."""
+        output = next(iter(reversed(self.captured.graph_module.graph.nodes)))
+        return list(output.args[0])[2:]
+
+    def _known(self, batch_values: Sequence[Node]) -> list[Node]:
+        """What batch values read of the whole batch. Raises CaptureError where that needs other such values first."""
+        read = [n for n in reads_of(self._made(batch_values, Dependence.BATCH)) if _is_known(n)]
+        found = list(dict.fromkeys([*(n for n in batch_values if _is_known(n)), *read]))
+        sources = [operand(n, 0) for n in found]
+        if any(_is_known(n) for n in (*sources, *reads_of(self._made(sources, Dependence.BATCH)))):
+            raise CaptureError("a sum over samples that needs another one first", source_line(found[0]),
+                               "compute one of them outside the model")  # fmt: skip
+        return found
 
     def _placeholders(self, space: str) -> tuple[str, ...]:
         found = (full.partition(":") for full in self.captured.names.values())
@@ -187,8 +261,9 @@ class _Builder:
         frees = [n for n in outer if not self._is(n, Dependence.MODEL)]
         activations = [n for n in outer if n not in params and n not in frees]
         self.free_values |= dict.fromkeys(frees)
+        ends = {self.form.total, *self.form.summed, *self._updated()}
         outputs = [
-            n for n in nodes if n in self.ends or any(u not in inside and u.op != "output" for u in n.users)
+            n for n in nodes if n in ends or any(u not in inside and u.op != "output" for u in n.users)
         ]
         names = self._names(params)
         styles = param_styles(
@@ -197,7 +272,7 @@ class _Builder:
         )  # fmt: skip
         template = self._template(nodes, [params, frees, activations], outputs, styles)
         return Unit(
-            name=_piece_name(self.captured.calls, nodes),
+            name=piece_name(self.captured.calls, nodes),
             template=template,
             params=names,
             frees=self._names(frees),
@@ -209,9 +284,9 @@ class _Builder:
         self, nodes: list[Node], inputs: list[list[Node]], outputs: list[Node], styles: tuple[str, ...]
     ) -> int:
         flat = [n for group in inputs for n in group]
-        frozen = tuple(self._name(n) in self.captured.frozen for n in inputs[0])
-        # frozen parameters get no gradient, and styles decide the cut: equal operations alone are not enough
-        key = (_structure(nodes, flat, outputs), tuple(map(len, inputs)), styles, frozen)
+        # where gradients go, and styles, which decide the cut: equal operations alone are not enough
+        live = tuple(n in self.live for n in (*flat, *outputs))
+        key = (_structure(nodes, flat, outputs), tuple(map(len, inputs)), styles, live)
         if key not in self.known:
             self.known[key] = len(self.templates)
             graph = _extract(self.captured, nodes, flat, outputs)
@@ -222,6 +297,8 @@ class _Builder:
                     num_params=len(inputs[0]),
                     num_frees=len(inputs[1]),
                     outputs=tuple(spec_of(n.meta["val"]) for n in outputs),
+                    live_inputs=live[: len(flat)],
+                    live_outputs=live[len(flat) :],
                     flops=template_flops(graph),
                     tp_styles=styles,
                 )
@@ -236,7 +313,7 @@ class _Builder:
 
     def _made(self, outputs: Sequence[Node], on: Dependence) -> list[Node]:
         """The operations that depend on `on` and that make `outputs`, in graph order."""
-        wanted = ancestors(outputs, lambda n: self._is(n, on))
+        wanted = ancestors(outputs, lambda n: self._is(n, on) and not _is_known(n))
         return [n for n in self.depends if n in wanted and n.op != "placeholder"]
 
     def _side(self, on: Dependence, outputs: list[Node]) -> Side:
@@ -247,15 +324,17 @@ class _Builder:
         return Side(graph, self._names(outer), self._names(outputs))
 
 
-def _piece_name(calls: Sequence[ModuleCall], nodes: list[Node]) -> str:
-    """The innermost module call that contains the first node, or the first call inside the slice."""
-    first = nodes[0].meta["index"]
-    # without what the loss's rewriting added
-    last = max(n.meta["index"] for n in nodes if n.meta["index"] < loss.END)
-    around = [c for c in calls if c.start <= first and last < c.stop and c.path]
-    inside = [c for c in calls if first <= c.start and c.stop <= last + 1 and c.path]
-    best = max(around, key=lambda c: c.path.count("."), default=None) or (inside[0] if inside else None)
-    return best.path if best else nodes[0].name
+def _is_known(node: Node) -> bool:
+    """Whether a value is of the whole batch (where it depends on the batch alone)."""
+    return node.target in (KNOWN, GATHERED)
+
+
+def _gathering(node: Node) -> tuple[int, int, int] | None:
+    if node.target is KNOWN:
+        return None
+    given: Any = node.args
+    _, dim, outer, parts = given
+    return int(dim), int(outer), int(parts)
 
 
 def _structure(nodes: list[Node], inputs: list[Node], outputs: list[Node]) -> object:
@@ -264,7 +343,7 @@ def _structure(nodes: list[Node], inputs: list[Node], outputs: list[Node]) -> ob
     lines = []
     for node in nodes:
         args = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: f"%{number[n]}")
-        lines.append(f"{node.op} {node.target} {args} {node.meta.get('no_grad')}")
+        lines.append(f"{node.op} {node.target} {args} {node.meta['no_grad']} {node.meta['autocast']}")
     specs = tuple(str(spec_of(n.meta["val"])) for n in inputs)
     return tuple(lines), specs, tuple(number[n] for n in outputs)
 

@@ -1,30 +1,42 @@
 """Capture: an `nn.Module` becomes one graph of pre-dispatch ATen ops with global shapes.
 
 The forward runs once on fake tensors under `make_fx(pre_dispatch=True)`: composite ops (linear, layer norm,
-attention) stay whole, and 96 layers take about a second where `torch.export` takes ten. Assumed: control flow does
-not depend on data, buffers are not updated in the forward, dropout is off. Each assumption that a model breaks is
-a `CaptureError` with the operator and the source line.
+attention) stay whole, and 96 layers take about a second where `torch.export` takes ten. The module is borrowed: it is
+afterwards what it was. Assumed: control flow does not depend on data. What breaks it is a `CaptureError` with the
+operator and the source line. A forward that writes into tensors is traced once more by torch's functionalization,
+which turns writes into values (`pure_graph` says which writes it cannot express).
 """
 
-import traceback
+import inspect
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.functional_tensor import FunctionalTensorMode, dispatch_functionalize
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
-from torch.nn.utils.stateless import _reparametrize_module
+from torch.utils import _pytree as trees
 
 from comms.errors import CaptureError
-from partitioner.capture.captured_graph import operand
+from partitioner.capture.batch_inputs import Batch, rebuilt, tensors_of
+from partitioner.capture.forwards.borrowed_module import Borrowed, borrowed
+from partitioner.capture.forwards.keyed_random import FIRST_SAMPLE, KEY, keyed_random
+from partitioner.capture.forwards.plain_forms import plain_forms
+from partitioner.capture.forwards.user_functions import recorded_functions
+from partitioner.capture.pure_graph import (
+    first_user_line,
+    is_pure,
+    make_pure,
+    mark_modes,
+    require_expressible,
+    same_value,
+)
 
 LossFunction = Callable[..., torch.Tensor]
-LARGEST_LITERAL = 64
-aten = torch.ops.aten
-NAMESPACES = ("params", "buffers", "batch")
 
 
 @dataclass
@@ -38,10 +50,14 @@ class ModuleCall:
 
 @dataclass
 class Captured:
-    """The raw capture: placeholders are named `params:<name>`, `buffers:<name>`, `batch:<name>` in `names`."""
+    """The raw capture: placeholders are named `params:<name>`, `buffers:<name>`, `batch:<name>` in `names`.
+
+    The graph returns the loss, then the new values of the buffers in `updated`, which the forward changes.
+    """
 
     graph_module: torch.fx.GraphModule
     names: dict[str, str]
+    updated: tuple[str, ...] = ()
     calls: list[ModuleCall] = field(default_factory=list)
     containers: frozenset[str] = frozenset()
     frozen: frozenset[str] = frozenset()
@@ -50,51 +66,168 @@ class Captured:
 
 def trace_module(
     module: nn.Module,
-    batch: Mapping[str, torch.Tensor],
+    batch: Batch,
     loss_fn: LossFunction | None,
     tp_plan: Mapping[str, str] | None = None,
+    fake_mode: FakeTensorMode | None = None,
+    *,
+    has_lines: bool = True,
 ) -> Captured:
     """Trace `module(**batch)` (then `loss_fn(output, **batch)`, if given) to a graph that returns a scalar.
 
     `batch` may hold real or meta tensors: only shapes and dtypes are used. `tp_plan` maps module-name patterns to
-    tensor-parallel styles (see `tp_styles.py`); without one the model's own is looked for. Raises CaptureError.
+    tensor-parallel styles (see `tp_styles.py`); without one the model's own is looked for. Graphs of one `fake_mode`
+    can be put together. Raises CaptureError.
     """
     _refuse_unsupported(module)
-    calls: list[ModuleCall] = []
-    values = _fake_inputs(module, batch)
-
-    def forward(*flat: torch.Tensor) -> torch.Tensor:
-        named = dict(zip(values, flat, strict=True))
-        groups = {
-            space: {k[len(space) + 1 :]: v for k, v in named.items() if k.startswith(space + ":")}
-            for space in NAMESPACES
-        }
-        with _reparametrize_module(module, groups["params"] | groups["buffers"], tie_weights=True):
-            output = module(**groups["batch"])
-            _require_same_buffers(module, groups["buffers"])
-        return scalar_loss(loss_fn(output, **groups["batch"]) if loss_fn else output)
-
-    with _recording(module, calls), torch.enable_grad(), _explaining(module):
-        traced = make_fx(
-            forward,
-            pre_dispatch=True,
-            tracing_mode="real",
-            _allow_non_fake_inputs=True,
-            _error_on_data_dependent_ops=False,
-        )(*values.values())
-    for index, node in enumerate(traced.graph.nodes):
-        node.meta["index"] = index
-    placeholders = [node.name for node in traced.graph.nodes if node.op == "placeholder"]
+    _require_known_inputs(module, batch)
+    frozen = frozenset(name for name, p in module.named_parameters() if not p.requires_grad)
+    with borrowed(module) as lent:
+        trace = _Trace(
+            lent, batch, loss_fn, fake_mode or FakeTensorMode(allow_non_fake_inputs=True), has_lines
+        )
+        graph_module = trace.run(functional=False)
+        if functional := not is_pure(graph_module.graph):
+            require_expressible(graph_module.graph, trace.names(graph_module), frozen)
+            graph_module = trace.run(functional=True)
+        _require_no_memory(trace, graph_module, functional)
     captured = Captured(
-        graph_module=traced,
-        names=dict(zip(placeholders, values, strict=True)),
-        calls=calls,
+        graph_module=graph_module,
+        names=trace.names(graph_module),
+        updated=trace.updated(graph_module),
+        calls=trace.calls,
         containers=_containers(module),
-        frozen=frozenset(name for name, p in module.named_parameters() if not p.requires_grad),
+        frozen=frozen,
         tp_plan=tp_plan or _tensor_parallel_plan(module),
     )
-    _normalise(captured)
+    make_pure(captured.graph_module, captured.names, trace.registered)
     return captured
+
+
+class _Trace:
+    """A borrowed module and the fake tensors that stand for its own and the batch's."""
+
+    def __init__(
+        self,
+        lent: Borrowed,
+        batch: Batch,
+        loss_fn: LossFunction | None,
+        fake_mode: FakeTensorMode,
+        has_lines: bool,
+    ) -> None:
+        self.lent, self.module, self.batch, self.loss_fn = lent, lent.module, batch, loss_fn
+        self.fake_mode, self.has_lines = fake_mode, has_lines
+        self.calls: list[ModuleCall] = []
+        params, buffers = dict(self.module.named_parameters()), dict(self.module.named_buffers())
+        self.registered = {id(v): f"params:{n}" for n, v in params.items()}
+        self.registered |= {id(v): f"buffers:{n}" for n, v in buffers.items()}
+        self.buffers = tuple(buffers)
+        self.sources: dict[str, torch.Tensor] = {f"params:{n}": v for n, v in params.items()}
+        self.sources |= {f"buffers:{n}": v for n, v in buffers.items()}
+        number = torch.zeros((), dtype=torch.int64)
+        self.sources |= {f"batch:{n}": v for n, v in tensors_of(batch).items()}
+        self.sources |= {f"batch:{KEY}": number, f"batch:{FIRST_SAMPLE}": number}
+
+    def run(self, *, functional: bool) -> torch.fx.GraphModule:
+        """The graph of a forward; `functional`: without writes into tensors."""
+        self.calls.clear()
+        values = self._fakes()
+        forward: Callable[..., Any] = self._forward
+        if functional:
+            forward = dispatch_functionalize(forward, FunctionalTensorMode(pre_dispatch=True, export=True))
+        # Code that asks whether it is traced knows fake tensors, but not the wrappers of functionalization.
+        is_traced = patch.object(torch.jit, "is_tracing", lambda: True) if functional else nullcontext()
+        with _recording(self.module, self.calls), torch.enable_grad(), _explaining(self.module), is_traced:
+            traced = make_fx(
+                forward, pre_dispatch=True, tracing_mode="real", record_stack_traces=self.has_lines,
+                _allow_non_fake_inputs=True, _error_on_data_dependent_ops=False,
+            )(*values)  # fmt: skip
+        for index, node in enumerate(traced.graph.nodes):
+            node.meta["index"] = index
+            node.meta["val"] = trees.tree_map_only(torch.Tensor, self._in_mode, node.meta.get("val"))
+        mark_modes(traced.graph)
+        return traced
+
+    def _in_mode(self, value: torch.Tensor) -> torch.Tensor:
+        """A value of the graph as a fake tensor of this trace: those made of numbers alone are real, or of no mode."""
+        if isinstance(value, FakeTensor) and value.fake_mode is self.fake_mode:
+            return value
+        with self.fake_mode:
+            return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="cpu")
+
+    def _fakes(self) -> list[torch.Tensor]:
+        with self.fake_mode:
+            return [
+                torch.empty_like(value, device="cpu").requires_grad_(
+                    name.startswith("params:") and value.requires_grad
+                )
+                for name, value in ((n, v.detach()) for n, v in self.sources.items())
+            ]
+
+    def _forward(self, *flat: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        named = dict(zip(self.sources, flat, strict=True))
+        self.lent.replace({identity: named[name] for identity, name in self.registered.items()})
+        inputs = rebuilt(
+            self.batch, {n.partition(":")[2]: v for n, v in named.items() if n.startswith("batch:")}
+        )
+        with (
+            recorded_functions(),
+            plain_forms(),
+            keyed_random(named[f"batch:{KEY}"], named[f"batch:{FIRST_SAMPLE}"]),
+        ):
+            output = self.module(**inputs)
+            loss = scalar_loss(loss_of(self.loss_fn, output, inputs) if self.loss_fn else output)
+        return loss, *(self.module.get_buffer(name) for name in self.buffers)
+
+    def names(self, traced: torch.fx.GraphModule) -> dict[str, str]:
+        """By the name of a placeholder, what it stands for."""
+        placeholders = (node.name for node in traced.graph.nodes if node.op == "placeholder")
+        return dict(zip(placeholders, self.sources, strict=True))
+
+    def updated(self, traced: torch.fx.GraphModule) -> tuple[str, ...]:
+        """Buffers that come out as other values than they went in; only these stay in the graph's output."""
+        names, output = self.names(traced), next(iter(reversed(traced.graph.nodes)))
+        loss, *after = output.args[0]
+        kept = {
+            name: node for name, node in zip(self.buffers, after, strict=True)
+            if names.get(same_value(node).name) != f"buffers:{name}"
+        }  # fmt: skip
+        output.args = ((loss, *kept.values()),)
+        return tuple(kept)
+
+
+def _require_no_memory(trace: _Trace, traced: torch.fx.GraphModule, functional: bool) -> None:
+    """Refuse a forward that depends on attributes that it changes: traced once more, it must do the same."""
+    changed = trace.lent.changed()
+    if not changed:
+        return
+    calls = list(trace.calls)
+    again = trace.run(functional=functional)
+    trace.calls = calls
+    if operations_of(again.graph) != operations_of(traced.graph):
+        raise CaptureError(
+            f"the forward depends on {changed[0]}, which it changes itself", type(trace.module).__name__,
+            "make it a buffer (a tensor), or an input of the model",
+        )  # fmt: skip
+
+
+def operations_of(graph: torch.fx.Graph) -> list[str]:
+    """The graph's operations as text: equal where the same is computed from the same places."""
+    number = {node: index for index, node in enumerate(graph.nodes)}
+    lines = []
+    for node in graph.nodes:
+        args = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: f"%{number[n]}")
+        lines.append(f"{node.op} {node.target if node.op != 'placeholder' else ''} {args}")
+    return lines
+
+
+def loss_of(loss_fn: LossFunction, output: object, batch: Batch) -> object:
+    """`loss_fn(output, **batch)` if it takes that, else `loss_fn(output, batch)`."""
+    try:
+        inspect.signature(loss_fn).bind(output, **batch)
+    except TypeError:
+        return loss_fn(output, batch)
+    return loss_fn(output, **batch)
 
 
 def scalar_loss(output: object) -> torch.Tensor:
@@ -119,31 +252,23 @@ def scalar_loss(output: object) -> torch.Tensor:
 def _refuse_unsupported(module: nn.Module) -> None:
     for name, child in module.named_modules():
         where = f"{name or type(module).__name__} ({type(child).__name__})"
-        if isinstance(child, nn.modules.dropout._DropoutNd) and child.p > 0 and module.training:
-            raise CaptureError("dropout is active", where, "set its probability to 0 (or call model.eval())")
-        tracks = isinstance(child, nn.modules.batchnorm._NormBase) and child.track_running_stats
-        if tracks and module.training:
-            raise CaptureError(
-                "batch norm updates running statistics in the forward", where,
-                "use group or layer norm, or put the model in eval mode",
-            )  # fmt: skip
+        if child._backward_hooks or child._backward_pre_hooks:
+            raise CaptureError("a backward hook would not run", where, "remove the hook")
+        for own, param in child.named_parameters(recurse=False):
+            if param._backward_hooks or getattr(param, "_post_accumulate_grad_hooks", None):
+                raise CaptureError("a gradient hook would not run", f"{where}: {own}", "remove the hook")
 
 
-def _require_same_buffers(module: nn.Module, given: Mapping[str, torch.Tensor]) -> None:
-    for name, value in given.items():
-        if module.get_buffer(name) is not value:
-            raise CaptureError("the forward replaces a buffer", name, "keep state out of the forward")
-
-
-def _fake_inputs(module: nn.Module, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    sources: dict[str, torch.Tensor] = {}
-    sources |= {f"params:{name}": value for name, value in module.named_parameters()}
-    sources |= {f"buffers:{name}": value for name, value in module.named_buffers()}
-    sources |= {f"batch:{name}": value for name, value in batch.items()}
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        return {
-            name: torch.empty(value.shape, dtype=value.dtype, device="cpu") for name, value in sources.items()
-        }
+def _require_known_inputs(module: nn.Module, batch: Batch) -> None:
+    """Refuse names that the forward does not take, or lacks."""
+    try:
+        inspect.signature(module.forward).bind(**batch)
+    except TypeError as error:
+        takes = ", ".join(map(str, inspect.signature(module.forward).parameters.values()))
+        raise CaptureError(
+            f"the batch does not fit the model: {error}", f"{type(module).__name__}.forward({takes})",
+            f"the batch has {', '.join(batch)}; name its entries as forward does",
+        ) from error  # fmt: skip
 
 
 def _containers(module: nn.Module) -> frozenset[str]:
@@ -208,104 +333,6 @@ def _explaining(module: nn.Module) -> Iterator[None]:
         operator = str(getattr(error, "func", "")) or str(error).strip().split("\n")[0][:200]
         raise CaptureError(
             f"cannot capture {type(module).__name__}: {type(error).__name__} at {operator}",
-            _user_line(error),
+            first_user_line(error),
             "shapes and branches must not depend on tensor values; move such code out of forward",
         ) from error
-
-
-def _user_line(error: BaseException) -> str:
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if "/torch/" not in f.filename]
-    frame = frames[-1]
-    return f"{frame.filename}:{frame.lineno} ({frame.line})"
-
-
-def _normalise(captured: Captured) -> None:
-    """Drop guards and mode switches, mark no-grad regions, turn in-place ops into pure ones."""
-    graph = captured.graph_module.graph
-    grad_enabled = True
-    for node in list(graph.nodes):
-        if node.target is torch._C._set_grad_enabled:
-            grad_enabled = bool(node.args[0])
-            graph.erase_node(node)
-            continue
-        node.meta["no_grad"] = not grad_enabled
-        if node.op == "call_function" and "_assert" in str(node.target):
-            graph.erase_node(node)
-        elif node.op == "get_attr":
-            _inline_literal(captured, node)
-        elif node.op == "call_function" and "autocast" in str(node.target):
-            _drop_autocast(node)
-        elif _is_idle_dropout(node):
-            node.replace_all_uses_with(operand(node, 0))
-            graph.erase_node(node)
-        elif isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
-            _make_pure(captured, node)
-    graph.eliminate_dead_code()
-
-
-def _shares_memory(node: torch.fx.Node) -> bool:
-    is_view = isinstance(node.target, torch._ops.OpOverload) and node.target.is_view
-    return is_view or getattr(node.target, "__name__", "") == "getitem"
-
-
-def _inline_literal(captured: Captured, node: torch.fx.Node) -> None:
-    """A small tensor made of Python numbers becomes operators; a large one must be a buffer."""
-    value = getattr(captured.graph_module, str(node.target))
-    if not isinstance(value, torch.Tensor) or value.numel() > LARGEST_LITERAL:
-        raise CaptureError("a tensor is created from Python numbers in the forward", node.name,
-                           "make it a buffer of the module")  # fmt: skip
-    graph = node.graph
-    with graph.inserting_before(node):
-        numbers = [_made(graph, node, aten.scalar_tensor.default, (n.item(),), {"dtype": value.dtype}, n)
-                   for n in value.flatten()]  # fmt: skip
-        whole = numbers[0]
-        if value.dim():
-            flat = _made(graph, node, aten.stack.default, (numbers,), {}, value.flatten())
-            whole = _made(graph, node, aten.view.default, (flat, list(value.shape)), {}, value)
-    node.replace_all_uses_with(whole)
-    graph.erase_node(node)
-
-
-def _made(
-    graph: torch.fx.Graph, origin: torch.fx.Node, target: Any, args: Any, kwargs: Any, value: torch.Tensor
-) -> torch.fx.Node:
-    made = graph.call_function(target, args, kwargs)
-    made.meta = dict(origin.meta) | {"val": value.clone()}
-    return made
-
-
-def _is_idle_dropout(node: torch.fx.Node) -> bool:
-    return node.target is torch.ops.aten.dropout.default and bool(node.args[1] == 0 or not node.args[2])
-
-
-def _drop_autocast(node: torch.fx.Node) -> None:
-    is_enter = "enter" in str(node.target)
-    if is_enter and len(node.args) > 2 and node.args[2]:
-        raise CaptureError("the model enables autocast itself", node.name, "set the job's dtype instead")
-    if is_enter:
-        for user in list(node.users):
-            user.graph.erase_node(user)
-        node.graph.erase_node(node)
-
-
-def _make_pure(captured: Captured, node: torch.fx.Node) -> None:
-    """`y = relu_(x)` becomes `y = relu(x)`, later uses of x see y; refused where x is an input or a view."""
-    target = node.args[0]
-    assert isinstance(target, torch.fx.Node) and isinstance(node.target, torch._ops.OpOverload)
-    name = node.target._schema.name.removeprefix("aten::")
-    pure = getattr(torch.ops.aten, name.removesuffix("_"), None) if name.endswith("_") else None
-    overload = getattr(pure, node.target._overloadname, None) if pure else None
-    # a write must not reach what shares the memory: neither what `target` views nor earlier views of it
-    is_view = _shares_memory(target) or any(_shares_memory(user) for user in target.users if user is not node)
-    if overload is None or target.op == "placeholder" or is_view:
-        source = captured.names.get(target.name, target.name)
-        raise CaptureError(
-            f"operator {node.target} changes {source} in place", str(node.meta.get("stack_trace", node.name)),
-            "use the out-of-place form of the operator",
-        )  # fmt: skip
-    node.target = overload
-    seen = False
-    for later in captured.graph_module.graph.nodes:
-        if seen:
-            later.replace_input_with(target, node)
-        seen = seen or later is node

@@ -8,8 +8,9 @@ the same interpreter runs on plain tensors.
 
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -17,13 +18,15 @@ import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._pytree import tree_map_only
 
 from comms.errors import PartitionError
 from partitioner.capture.captured_graph import TORCH, Template
+from partitioner.capture.fused_projections import project
+from partitioner.capture.pure_graph import trace_values
 from partitioner.capture.tp_styles import shard_dim
-from partitioner.layout import sharded_ops
+from partitioner.layout import part_ops, sharded_ops
 from partitioner.layout.sharded_ops import is_cut
 from partitioner.program.program import TensorSpec
 
@@ -36,7 +39,7 @@ class Joint:
     """A traced unit.
 
     Placeholders of `graph`, in order: params, frees, activations, the tp coordinate, one tangent per
-    differentiable output. Results: the unit's outputs, then one gradient per entry of `wanted`.
+    live output. Results: the unit's outputs, then one gradient per entry of `wanted`.
     """
 
     graph: torch.fx.Graph
@@ -75,22 +78,16 @@ def param_dims(template: Template) -> tuple[int | None, ...]:
     return tuple(dims)
 
 
-def trace_joint(
-    template: Template,
-    dims: Sequence[int | None],
-    mesh: DeviceMesh | None,
-    frozen: Sequence[bool],
-    first: bool,
-) -> Joint:
-    """Trace one template; `dims[i]` is where tp cuts parameter i, `first`: no gradient for the activations."""
+def trace_joint(template: Template, dims: Sequence[int | None], mesh: DeviceMesh | None) -> Joint:
+    """Trace one template; `dims[i]` is where tp cuts parameter i."""
     tp = mesh.size() if mesh else 1
     dims = [*dims, *[None] * (len(template.inputs) - len(dims))]  # what is no parameter is replicated
     with FakeTensorMode(allow_non_fake_inputs=True):
         locals_ = [_empty(spec, dim, tp) for spec, dim in zip(template.inputs, dims, strict=True)]
         coordinate = torch.zeros((), dtype=torch.int64)
-        differentiable = [i for i, spec in enumerate(template.outputs) if spec.is_float]
+        differentiable = [i for i, is_live in enumerate(template.live_outputs) if is_live]
         tangents = [_empty(template.outputs[i]) for i in differentiable]
-    wanted = _wanted(template, frozen, first)
+    wanted = [i for i, is_live in enumerate(template.live_inputs) if is_live]
 
     def joint(*flat: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         inputs, coordinate, seeds = list(flat[: len(locals_)]), flat[len(locals_)], flat[len(locals_) + 1 :]
@@ -105,12 +102,15 @@ def trace_joint(
                 if outputs[i].requires_grad
             ]
             grads = _gradients(with_grad, sources)
-        return (*(o.detach() for o in outputs), *grads)
+        # in order at the border: what reads them was traced so, and some operators ask for it
+        return (
+            *(o.detach().contiguous() for o in outputs),
+            *(g if g is None else g.contiguous() for g in grads),
+        )
 
     with _explained(tp):
-        traced = make_fx(joint, tracing_mode="real", _allow_non_fake_inputs=True)(
-            *locals_, coordinate, *tangents
-        )
+        values = (*locals_, coordinate, *tangents)
+        traced = trace_values(joint, values)
     return Joint(traced.graph, len(locals_), len(template.outputs), tuple(differentiable), tuple(wanted))
 
 
@@ -121,7 +121,7 @@ def _explained(tp: int) -> Iterator[None]:
         yield
     except PartitionError:
         raise
-    except RuntimeError as error:
+    except Exception as error:
         first = str(error).strip().split("\n")[0]
         raise PartitionError(
             f"cannot cut the model by tp {tp}: {first}",
@@ -145,15 +145,6 @@ def _empty(spec: TensorSpec, dim: int | None = None, tp: int = 1) -> torch.Tenso
     if dim is not None:
         shape[dim] //= tp
     return torch.empty(shape, dtype=TORCH[spec.dtype])
-
-
-def _wanted(template: Template, frozen: Sequence[bool], first: bool) -> list[int]:
-    """Inputs that need gradients: trainable parameters, and activations unless nothing comes before them."""
-    num_params, start = template.num_params, template.num_params + template.num_frees
-    floats = [spec.is_float for spec in template.inputs]
-    params = [i for i in range(num_params) if floats[i] and not frozen[i]]
-    activations = [] if first else [i for i in range(start, len(template.inputs)) if floats[i]]
-    return params + activations
 
 
 def _forward(
@@ -185,33 +176,56 @@ class _Sharded(torch.fx.Interpreter):
         self.entered: dict[int, torch.Tensor] = {}
 
     def run_node(self, n: torch.fx.Node) -> Any:
-        self._require_whole_heads(n)
-        if n.meta.get("no_grad"):
-            with torch.no_grad():
-                return super().run_node(n)
-        return super().run_node(n)
+        with ExitStack() as modes:
+            if n.meta.get("no_grad"):
+                modes.enter_context(torch.no_grad())
+            if autocast := n.meta.get("autocast"):
+                device, dtype, enabled = autocast
+                modes.enter_context(torch.autocast(device, dtype, enabled, cache_enabled=False))
+            if n.op == "call_function" and n.args and isinstance(n.args[0], torch.fx.Node):
+                source: Any = self.env.get(n.args[0])
+                if not self._may_split(n.target, source, n):
+                    self.env[n.args[0]] = self._everywhere(_whole(source))
+            return super().run_node(n)
 
-    def _require_whole_heads(self, node: torch.fx.Node) -> None:
-        """Refuse a view that splits a cut dim into (heads, width) where the heads do not divide."""
-        source = self.env.get(node.args[0]) if node.args and isinstance(node.args[0], torch.fx.Node) else None
+    def _may_split(self, target: Any, value: Any, node: torch.fx.Node) -> bool:
+        """Whether a view may split the dim that tp cuts: its outermost part must divide."""
         result = node.meta.get("val")
-        if self.mesh is None or node.target not in SPLITTING_VIEWS or not isinstance(source, DTensor):
-            return
-        if not isinstance(result, torch.Tensor):
-            return
-        last = source.dim() - 1
-        splits = result.dim() > source.dim() and result.shape[:last] == source.shape[:last]
-        if is_cut(source, last) and splits and result.shape[last] % self.mesh.size():
-            raise PartitionError(
-                f"{result.shape[last]} heads do not divide by tp {self.mesh.size()}", str(node.target),
-                f"use a tp that divides {result.shape[last]}",
-            )  # fmt: skip
+        if self.mesh is None or target not in SPLITTING_VIEWS or not isinstance(value, DTensor):
+            return True
+        placement = value.placements[0]
+        if not isinstance(placement, Shard) or not isinstance(result, torch.Tensor):
+            return True
+        before = prod(value.shape[: placement.dim])
+        for dim, size in enumerate(result.shape):
+            if prod(result.shape[:dim]) == before and size > 1:
+                return size % self.mesh.size() == 0
+        return False
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
         value = super().get_attr(target, args, kwargs)
-        return DTensor.from_local(value, self.mesh, [Replicate()], run_check=False) if self.mesh else value
+        return self._everywhere(value) if self.mesh else value
+
+    def _keyed(self, key: Any, first: Any, like: Any, *rest: Any) -> Any:
+        """Random numbers for `like`: all of them on every chip, which then takes its own."""
+        if self.mesh is None:
+            return torch.ops.orchestrate.keyed_uniform(key, first, None, *rest)
+        drawn = self._everywhere(torch.ops.orchestrate.keyed_uniform(_whole(key), _whole(first), None, *rest))
+        is_cut = isinstance(like, DTensor) and isinstance(like.placements[0], Shard)
+        return drawn.redistribute(placements=like.placements) if is_cut else drawn
+
+    def _everywhere(self, value: torch.Tensor) -> DTensor:
+        assert self.mesh is not None
+        return DTensor.from_local(value, self.mesh, [Replicate()], run_check=False)
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        between_parts = part_ops.BETWEEN_PARTS.get(target)
+        if between_parts is not None:
+            if self.mesh is None:
+                return between_parts(*args)
+            return self._everywhere(between_parts(_whole(args[0]), *args[1:]))
+        if target is torch.ops.orchestrate.keyed_uniform.default:
+            return self._keyed(*args)
         if self.mesh is not None:
             if target is aten.embedding.default and is_cut(args[0], 0):
                 return sharded_ops.vocab_embedding(args[0], args[1].to_local(), self.coordinate, *args[2:3])
@@ -221,10 +235,25 @@ class _Sharded(torch.fx.Interpreter):
                     return super().call_function(target, (whole, *args[1:]), kwargs)
                 ignore = args[4] if len(args) > 4 else -100
                 return sharded_ops.vocab_cross_entropy(args[0], _whole(args[1]), self.coordinate, ignore)
+            if target is project:
+                return sharded_ops.cut_projection(args, self.entered)
             matmul = sharded_ops.cut_matmul(target, args, self.entered) if not kwargs else None
             if matmul is not None:
                 return matmul
+            if not sharded_ops.may_be_cut(target) or not sharded_ops.any_cut((args, kwargs)):
+                return self._on_whole(target, args, kwargs)
+            try:
+                return super().call_function(target, args, kwargs)
+            except (
+                Exception
+            ):  # whatever DTensor cannot do with cut operands: nobody reads what was traced of it
+                return self._on_whole(target, args, kwargs)
         return super().call_function(target, args, kwargs)
+
+    def _on_whole(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """The operation on whole operands, on every chip."""
+        args, kwargs = tree_map_only(DTensor, _whole, (args, kwargs))
+        return tree_map_only(torch.Tensor, self._everywhere, super().call_function(target, args, kwargs))
 
 
 def _whole(value: DTensor) -> torch.Tensor:

@@ -4,7 +4,7 @@ Each takes the chip's coordinate as a tensor, so one trace serves every chip of 
 - embedding with the vocabulary cut (Shoeybi et al. 2019, section 3),
 - cross entropy over vocabulary-cut logits: three small all-reduces instead of gathering the logits,
 - the slice that turns a replicated tensor into a shard (patched into DTensor's placement while tracing).
-CPU flash attention has no DTensor rule; it gets one here: batch and heads may be cut.
+CPU flash attention has no DTensor rule; it gets one here: heads may be cut.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -15,8 +15,11 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.experimental import register_sharding
+from torch.utils._pytree import tree_leaves
 
 import kernels.ops  # noqa: F401  (registers orchestrate::shard_slice)
+from partitioner.capture.captured_graph import op_name
+from partitioner.capture.fused_projections import project
 
 aten = torch.ops.aten
 NO_PADDING = -1
@@ -44,6 +47,84 @@ def vocab_embedding(
     if padding_idx != NO_PADDING:
         rows = torch.where((ids == padding_idx).unsqueeze(-1), rows.detach(), rows)
     return DTensor.from_local(_SumForward.apply(rows, weight.device_mesh), weight.device_mesh, [Replicate()])
+
+
+# Operators that DTensor is known to carry out right on cut operands, besides pointwise ones. The others get whole ones:
+# of a mean, say, it would divide a shard's gradient by the shard's length.
+CUTTABLE = frozenset(
+    [
+        "view",
+        "reshape",
+        "_unsafe_view",
+        "flatten",
+        "unflatten",
+        "unsqueeze",
+        "squeeze",
+        "transpose",
+        "permute",
+        "t",
+        "expand",
+        "slice",
+        "select",
+        "split",
+        "split_with_sizes",
+        "chunk",
+        "unbind",
+        "getitem",
+        "cat",
+        "stack",
+        "contiguous",
+        "clone",
+        "to",
+        "_to_copy",
+        "alias",
+        "detach",
+        "where",
+        "masked_fill",
+        "dropout",
+        "matmul",
+        "mm",
+        "bmm",
+        "linear",
+        "addmm",
+        "softmax",
+        "log_softmax",
+        "scaled_dot_product_attention",
+        "layer_norm",
+        "sum",
+        "embedding",
+        "cross_entropy_loss",
+    ]
+)
+
+
+def may_be_cut(target: object) -> bool:
+    """Whether an operator's operands may stay cut along tp."""
+    if op_name(target) in CUTTABLE:
+        return True
+    is_pointwise = isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags
+    return is_pointwise and _has_rule(target) and _has_rule(f"{op_name(target)}_backward")
+
+
+def _has_rule(target: object) -> bool:
+    """Whether DTensor has a rule for an operator, or for all of that name, if there are any."""
+    known = DTensor._op_dispatcher.sharding_propagator
+    if isinstance(target, str):
+        packet = getattr(aten, target, None)
+        names = [] if packet is None else [n for n in packet.overloads() if n not in ("out", "grad_input")]
+        return all(_has_rule(getattr(packet, name)) for name in names)
+    rules = (
+        getattr(known, name, {})
+        for name in ("op_strategy_funcs", "op_to_rules", "op_single_dim_strategy_funcs")
+    )
+    return any(target in each for each in rules)
+
+
+def any_cut(arguments: Any) -> bool:
+    """Whether an argument is cut, or a sum that is not yet made."""
+    return any(
+        isinstance(leaf, DTensor) and leaf.placements[0] != Replicate() for leaf in tree_leaves(arguments)
+    )
 
 
 def is_cut(value: object, dim: int) -> bool:
@@ -84,6 +165,23 @@ def cut_matmul(target: object, args: Sequence[Any], entered: dict[int, torch.Ten
         partial = DTensor.from_local(_times(local, weight, out_dim), mesh, [Partial()], run_check=False)
         result = partial.redistribute(placements=[Replicate()])
     return result if bias is None else result + bias
+
+
+def cut_projection(args: Sequence[Any], entered: dict[int, torch.Tensor]) -> DTensor:
+    """`project` with a cut dim of features: each chip makes its own, from the whole input."""
+    x, weight, bias, is_out_first = args
+    mesh, placement = weight.device_mesh, weight.placements[0]
+    if id(x) not in entered:
+        entered[id(x)] = _SumBackward.apply(_placed(x, Replicate()).to_local(), mesh)
+    is_cut_here = isinstance(placement, Shard)
+    local = entered[id(x)] if is_cut_here else _placed(x, Replicate()).to_local()
+    own = weight.to_local(grad_placements=weight.placements)
+    added = None if bias is None else bias.to_local(grad_placements=bias.placements)
+    made = project(local, own, added, is_out_first)
+    if not isinstance(placement, Shard):
+        return DTensor.from_local(made, mesh, [Replicate()], run_check=False)
+    dim = x.dim() - 1 + placement.dim - (0 if is_out_first else 1)
+    return DTensor.from_local(made, mesh, [Shard(dim)], run_check=False)
 
 
 def _placed(x: DTensor, placement: Replicate | Shard) -> DTensor:
@@ -167,27 +265,37 @@ class _VocabCrossEntropy(torch.autograd.Function):
 
 @contextmanager
 def coordinate_slices(coordinate: torch.Tensor) -> Iterator[None]:
-    """While tracing, a replicated tensor becomes a shard through `shard_slice`, not at a constant offset."""
-    original = Shard._replicate_to_shard
+    """While tracing, a tensor becomes a shard through `shard_slice`, not at a constant offset."""
+    original, original_move = Shard._replicate_to_shard, Shard._to_new_shard_dim
 
     def replicate_to_shard(
         self: Shard, local: torch.Tensor, mesh: DeviceMesh, mesh_dim: int, _: object
     ) -> torch.Tensor:
+        if local.shape[self.dim] % mesh.size(mesh_dim=mesh_dim):
+            raise ValueError(f"{local.shape[self.dim]} does not divide by {mesh.size(mesh_dim=mesh_dim)}")
         return torch.ops.orchestrate.shard_slice(local, self.dim, coordinate, mesh.size(mesh_dim=mesh_dim))
 
+    def to_new_shard_dim(
+        self: Shard, local: torch.Tensor, mesh: DeviceMesh, mesh_dim: int, shape: Sequence[int], new_dim: int
+    ) -> torch.Tensor:
+        whole = self._to_replicate_tensor(local, mesh, mesh_dim, shape)
+        return replicate_to_shard(Shard(new_dim), whole, mesh, mesh_dim, None)
+
     Shard._replicate_to_shard = replicate_to_shard  # type: ignore[method-assign,assignment]
+    Shard._to_new_shard_dim = to_new_shard_dim  # type: ignore[method-assign,assignment]
     try:
         yield
     finally:
         Shard._replicate_to_shard = original  # type: ignore[method-assign]
+        Shard._to_new_shard_dim = original_move  # type: ignore[method-assign]
 
 
 def _attention_rule(num_results: int, num_tensors: int) -> Callable[..., list[Any]]:
-    """Batch and heads may be cut, alike in every result and in the tensors, which come first among the arguments."""
+    """Heads may be cut, alike in every result and in the tensors, which come first among the arguments."""
 
     def rule(*args: Any, **named: Any) -> list[Any]:
         rest = [None] * (len(args) + len(named) - num_tensors)
-        cuts = (Replicate(), Shard(0), Shard(1))
+        cuts = (Replicate(), Shard(1))
         return [([cut] * num_results, [cut] * num_tensors + rest) for cut in cuts]
 
     return rule

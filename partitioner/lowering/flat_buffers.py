@@ -1,6 +1,6 @@
 """Flat buffers: a role's parameters end to end, and the end of a step that reduces, measures and updates them.
 
-Parameters are grouped by what must be done to them: weight decay or not, replicated over tp or cut, tied across
+Parameters are grouped by what must be done to them: the optimizer's settings, replicated over tp or cut, tied across
 stages, and the bucket they fall in (filled in the order in which backward finishes them, so that reduction can start
 early). Each group gets one parameter buffer, one gradient buffer and, with ZeRO-1 (Rajbhandari et al. 2020), this
 chip's 1/dp of both. Low-precision parameters get a full-precision master copy that the optimizer updates.
@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from partitioner.layout.parallel_plan import Plan
-from partitioner.lowering.stage import SCALAR, Losses, RoleBuilder
+from partitioner.lowering.role_builder import SCALAR, RoleBuilder
+from partitioner.lowering.stage import Losses
 from partitioner.program.program import CollectiveOp, Group, Reduction, TensorKind, TensorSpec, Update
 
 LOW_PRECISION = ("bf16", "f16")
@@ -35,7 +36,8 @@ class Param:
     tied: tuple[int, ...]  # the stages that share it, empty if only one has it
     unit: int  # the earliest unit of the role that uses it: its gradient is complete when that unit's backward ends
     is_frozen: bool
-    decays: bool
+    group: int  # of optimizer settings
+    apart: object  # parameters are stepped on together where this is equal
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +45,7 @@ class FlatGroup:
     """Tensor ids of one flat group. `update` is what the optimizer steps on, `param_shard` what it is cast to."""
 
     params: tuple[Param, ...]
-    decay: bool
+    group: int
     tied: tuple[int, ...]
     replicated: bool
     ready: int  # the group's gradients are complete when this unit's backward ends
@@ -68,7 +70,7 @@ def _buckets(params: Iterable[Param], bucket_bytes: int) -> list[list[Param]]:
     """
     by_kind: dict[tuple[object, ...], list[Param]] = {}
     for param in sorted(params, key=lambda p: (p.tied, 0 if p.tied else -p.unit, p.name)):
-        kind = (param.is_frozen, param.decays, param.tied, param.dim is None, param.spec.dtype)
+        kind = (param.is_frozen, param.group, param.apart, param.tied, param.dim is None, param.spec.dtype)
         by_kind.setdefault(kind, []).append(param)
     buckets: list[list[Param]] = []
     for members in by_kind.values():
@@ -104,7 +106,7 @@ def _declare(role: RoleBuilder, name: str, members: list[Param], shards: int, st
         if states:
             role.tensor(f"{name}.states", TensorKind.STATE, TensorSpec((states, shard), wide))
     return FlatGroup(
-        params=tuple(members), decay=members[0].decays, tied=members[0].tied, replicated=members[0].dim is None,
+        params=tuple(members), group=members[0].group, tied=members[0].tied, replicated=members[0].dim is None,
         ready=min(p.unit for p in members), flat=flat, grad=grad, grad_shard=grad_shard, param_shard=param_shard,
         update=update,
     )  # fmt: skip
@@ -152,7 +154,7 @@ def emit_update(
     squares = [(_square(role, body, index, g), _weight(g, plan)) for index, g in enumerate(groups)]
     stats = emit_stats(role, body, squares, losses, plan)
     for group in groups:
-        role.emit(body, Update(0, group.update, group.grad_shard, stats, group.param_shard, group.decay))
+        role.emit(body, Update(0, group.update, group.grad_shard, stats, group.param_shard, group.group))
     if plan.zero and plan.dp > 1:
         for group in groups:
             role.collective(

@@ -8,18 +8,20 @@ lifetime. `Program.meta` gets the step's facts: `samples`, `tokens`, `model_flop
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TypeAlias
 
-import torch
 from torch import nn
 
 from comms.errors import PartitionError
+from partitioner.capture.batch_inputs import Batch, tensors_of
 from partitioner.capture.captured_graph import SHORT, Graph
+from partitioner.capture.fused_projections import unfuse
 from partitioner.capture.graph_units import capture_graph
-from partitioner.capture.tp_styles import unfuse
 from partitioner.capture.tracing import LossFunction
 from partitioner.layout.joint_trace import param_dims, tensor_parallel_mesh, trace_joint
 from partitioner.layout.parallel_plan import Plan, balance
-from partitioner.layout.pipeline_schedules import Task
+from partitioner.layout.pipeline_schedules import PipelineSchedule, Task
+from partitioner.lowering.cut_share import cut_share
 from partitioner.lowering.flat_buffers import (
     FlatGroup,
     Param,
@@ -29,7 +31,8 @@ from partitioner.lowering.flat_buffers import (
     reduce_gradients,
 )
 from partitioner.lowering.pieces import TracedUnit, split_joint
-from partitioner.lowering.stage import Losses, RoleBuilder, SegmentPool, StageContext, emit_stage
+from partitioner.lowering.role_builder import RoleBuilder, SegmentPool
+from partitioner.lowering.stage import Cut, Losses, StageContext, cut_of, emit_stage
 from partitioner.program.instructions import named
 from partitioner.program.program import Call, Free, Program, Role, TensorSpec
 from partitioner.program.static_check import require_valid
@@ -37,6 +40,7 @@ from partitioner.program.static_check import require_valid
 BACKWARD_FLOPS = 3  # forward + backward, as multiples of forward: two matmuls per matmul
 MATRIX = 2  # dims of a parameter that gets weight decay
 STEP_DTYPES = {"f64": "fp64", "bf16": "bf16"}  # all others are taken for fp32
+Groups: TypeAlias = Mapping[str, tuple[int, object]]
 CALLED_ONCE = 0  # microbatch number of bodies that run once per step
 
 
@@ -44,7 +48,9 @@ CALLED_ONCE = 0  # microbatch number of bodies that run once per step
 class StepShape:
     """What one step processes: `samples` per step over all replicas, `tokens` per sample (1 if no sequence).
 
-    `undecayed`: parameters without weight decay; None = all but matrices (biases and norms), the choice since GPT-2.
+    `groups`: of each parameter, its group of optimizer settings and what it must share with those that it is stepped on
+    together with; None = matrices in group 0, all others (biases and norms, which do not decay since GPT-2) in group 1.
+    `whole_tensors`: the optimizer steps on one parameter at a time.
     """
 
     samples: int
@@ -52,20 +58,25 @@ class StepShape:
     model: str
     dtype: str
     optimizer_states: int
-    undecayed: frozenset[str] | None = None
+    groups: Mapping[str, tuple[int, object]] | None = None
+    whole_tensors: bool = False
 
 
-def step_shape(module: nn.Module, batch: Mapping[str, torch.Tensor], optimizer_states: int) -> StepShape:
+def step_shape(module: nn.Module, batch: Batch, optimizer_states: int) -> StepShape:
     """What a step on `batch` (all its samples) processes; sequences are entries of whole numbers, [samples, tokens]."""
-    tokens = (v.shape[1] for v in batch.values() if v.dim() > 1 and not v.is_floating_point())
-    dtype = STEP_DTYPES.get(SHORT[next(module.parameters()).dtype], "fp32")
-    samples = next(iter(batch.values())).shape[0]
-    return StepShape(samples, max(tokens, default=1), type(module).__name__, dtype, optimizer_states)
+    tensors = tensors_of(batch).values()
+    tokens = (v.shape[1] for v in tensors if v.dim() > 1 and not v.is_floating_point())
+    dtypes = (SHORT[p.dtype] for p in module.parameters())
+    samples = next((v.shape[0] for v in tensors if v.dim()), 1)
+    return StepShape(
+        samples, max(tokens, default=1), type(module).__name__, STEP_DTYPES.get(next(dtypes, ""), "fp32"),
+        optimizer_states,
+    )  # fmt: skip
 
 
 def partition(
     module: nn.Module,
-    batch: Mapping[str, torch.Tensor],
+    batch: Batch,
     plan: Plan,
     *,
     loss_fn: LossFunction | None = None,
@@ -77,44 +88,58 @@ def partition(
     `module(**batch)` returns the loss, or `loss_fn(output, **batch)` does. `optimizer_states`: tensors that the
     optimizer keeps for each parameter (2: AdamW).
     """
-    shape, parts = step_shape(module, batch, optimizer_states), plan.dp * plan.microbatches
-    if shape.samples % parts:
-        raise PartitionError(f"{shape.samples} samples do not split into {parts} parts (dp x microbatches)",
-                             "batch", f"use a multiple of {parts}")  # fmt: skip
-    size = shape.samples // parts
-    microbatch = {name: value[:size] for name, value in batch.items()}
-    return lower(capture_graph(module, microbatch, size, loss_fn=loss_fn, min_units=plan.pp), plan, shape)
+    graph = capture_graph(
+        module, batch, dp=plan.dp, microbatches=plan.microbatches, loss_fn=loss_fn, min_units=plan.pp
+    )
+    return lower(graph, plan, step_shape(module, batch, optimizer_states))
 
 
 def lower(graph: Graph, plan: Plan, shape: StepShape) -> Program:
     """The Program of one training step (and of evaluation), checked. Raises PartitionError."""
-    undecayed = shape.undecayed
-    if undecayed is None:
-        undecayed = frozenset(name for name in graph.params if len(graph.specs[name].shape) < MATRIX)
-    graph = unfuse(graph) if plan.tp > 1 else graph
+    groups = shape.groups
+    if groups is None:
+        groups = {name: (int(len(graph.specs[name].shape) < MATRIX), None) for name in graph.params}
+    if shape.whole_tensors:
+        _require_whole_tensors(plan)
+        groups = {name: (group, name) for name, (group, _) in groups.items()}
+    graph = unfuse(graph, plan.tp) if plan.tp > 1 else graph
     sizes = plan.stages or balance([unit_cost(graph, i) for i in range(len(graph.units))], plan.pp)
     if sum(sizes) != len(graph.units):
         raise PartitionError(
             f"the plan places {sum(sizes)} units, the model has {len(graph.units)}", "plan: stages",
             f"make the counts add up to {len(graph.units)}",
         )  # fmt: skip
-    dims = _param_dims(graph, plan)
+    wanted = _wanted_dims(graph)
+    dims = _param_dims(graph, plan, wanted)
     stage_of = tuple(stage for stage, size in enumerate(sizes) for _ in range(size))
     # put into the gradients beforehand, as if all tokens of the step counted
-    count = shape.samples * shape.tokens
-    context = StageContext(graph, plan, _trace_templates(graph, plan, dims), stage_of, dims, count)
+    tokens = shape.samples * shape.tokens
+    count = tokens if graph.is_counted else 1
+    traced, dims = _traced(graph, plan, dims)
+    share = cut_share(graph, plan, dims, wanted, traced)
+    context = StageContext(graph, plan, traced, stage_of, dims, count)
     pool = SegmentPool()
-    roles = tuple(_role(context, stage, pool, undecayed, shape.optimizer_states) for stage in range(plan.pp))
+    roles = tuple(_role(context, stage, pool, groups, shape.optimizer_states) for stage in range(plan.pp))
     flops = BACKWARD_FLOPS * sum(graph.templates[u.template].flops for u in graph.units)
     meta: dict[str, str | int | float] = {
         "model": shape.model, "dtype": shape.dtype, "plan": str(plan), "samples": shape.samples,
-        "tokens": count, "params": graph.param_numel(), "units": len(graph.units),
-        "model_flops": flops * plan.microbatches * plan.dp, "nominal_count": count,
-        "zero": plan.zero, "loss": graph.loss_rule, "schedule": str(plan.schedule), "stages": "+".join(map(str, sizes)),
+        "tokens": tokens, "params": graph.param_numel(), "units": len(graph.units),
+        "samples_per_part": graph.samples, "model_flops": flops * plan.microbatches * plan.dp, "nominal_count": count,
+        "tp_cut_parameters": share.parameters, "tp_cut_flops": share.flops, "tp_copied": "; ".join(share.copied),
+        "zero": plan.zero, "whole_tensors": int(shape.whole_tensors), "loss": graph.loss_rule,
+        "schedule": str(schedule_of(plan, has_tail=graph.tail is not None)), "stages": "+".join(map(str, sizes)),
     }  # fmt: skip
     program = Program(plan.axes, plan.microbatches, tuple(pool.segments), roles, tuple(meta.items()))
     require_valid(program)
     return program
+
+
+def _require_whole_tensors(plan: Plan) -> None:
+    """Refuse a plan that cuts parameters which the optimizer must see whole."""
+    cuts = [f"tp {plan.tp}"] * (plan.tp > 1) + [f"zero {plan.zero}"] * (plan.zero > 0 and plan.dp > 1)
+    if cuts:
+        problem = f"the optimizer looks at whole parameters, which {' and '.join(cuts)} would cut"
+        raise PartitionError(problem, "optimizer", "use tp 1 and zero 0, or an elementwise optimizer")
 
 
 def unit_cost(graph: Graph, index: int) -> float:
@@ -123,53 +148,79 @@ def unit_cost(graph: Graph, index: int) -> float:
     return template.flops + sum(spec.nbytes for spec in template.outputs)
 
 
-def _param_dims(graph: Graph, plan: Plan) -> Mapping[str, int | None]:
-    """Where tp cuts each parameter; replicated where its uses disagree or the size does not divide."""
+def _wanted_dims(graph: Graph) -> Mapping[str, int | None]:
+    """Where tp would cut each parameter; None where its uses disagree."""
     found: dict[str, set[int | None]] = {}
     for unit in graph.units:
         template = graph.templates[unit.template]
         for name, dim in zip(unit.params, param_dims(template), strict=True):
             found.setdefault(name, set()).add(dim)
-    dims: dict[str, int | None] = {}
-    for name, choices in found.items():
-        dim = choices.pop() if len(choices) == 1 else None
-        fits = plan.tp > 1 and dim is not None and graph.specs[name].shape[dim] % plan.tp == 0
-        dims[name] = dim if fits else None
-    return dims
+    return {name: choices.pop() if len(choices) == 1 else None for name, choices in found.items()}
 
 
-def _trace_templates(
+def _param_dims(graph: Graph, plan: Plan, wanted: Mapping[str, int | None]) -> Mapping[str, int | None]:
+    """Where tp cuts each parameter; replicated where the size does not divide."""
+    return {
+        name: dim if plan.tp > 1 and dim is not None and graph.specs[name].shape[dim] % plan.tp == 0 else None
+        for name, dim in wanted.items()
+    }
+
+
+def _traced(
     graph: Graph, plan: Plan, dims: Mapping[str, int | None]
-) -> Mapping[tuple[int, bool], TracedUnit]:
-    """Trace every (template, is it first) once."""
-    traced: dict[tuple[int, bool], TracedUnit] = {}
-    with tensor_parallel_mesh(plan.tp) as mesh:
-        for unit in graph.units:
-            key = (unit.template, not unit.activations)
-            if key not in traced:
-                frozen = [name in graph.frozen for name in unit.params]
-                cuts = [dims[name] for name in unit.params]
-                joint = trace_joint(graph.templates[unit.template], cuts, mesh, frozen, first=key[1])
-                traced[key] = split_joint(joint)
-    return traced
+) -> tuple[Mapping[Cut, TracedUnit], Mapping[str, int | None]]:
+    """Every template traced once for every way in which its parameters are cut, and where they are cut in the end.
+
+    The parameters of a unit that cannot be traced on cut tensors are copied instead.
+    """
+    kept = dict(dims)
+    while True:
+        traced: dict[Cut, TracedUnit] = {}
+        with tensor_parallel_mesh(plan.tp) as mesh:
+            for unit in graph.units:
+                if (key := cut_of(unit, kept)) in traced:
+                    continue
+                try:
+                    traced[key] = split_joint(trace_joint(graph.templates[unit.template], key[1], mesh))
+                except PartitionError:
+                    if all(dim is None for dim in key[1]):
+                        raise
+                    kept |= dict.fromkeys(unit.params)
+                    break
+            else:
+                return traced, kept
 
 
-def _role(
-    context: StageContext, stage: int, pool: SegmentPool, undecayed: frozenset[str], states: int
-) -> Role:
+def _role(context: StageContext, stage: int, pool: SegmentPool, groups_of: Groups, states: int) -> Role:
     plan = context.plan
     role = RoleBuilder(stage, pool)
-    groups = make_groups(role, _params(context, stage, undecayed), plan, states)
+    groups = make_groups(role, _params(context, stage, groups_of), plan, states)
     trained = tuple(g for g in groups if not g.params[0].is_frozen)
     losses, unit_ends = emit_stage(role, context)
-    role.add_frees(("recv_forward", "forward", "send_forward", "recv_backward", "backward", "send_backward"))
+    role.add_frees(
+        (
+            "totals",
+            "known",
+            "recv_forward",
+            "forward",
+            "send_forward",
+            "recv_backward",
+            "backward",
+            "send_backward",
+        )
+    )
     started = _emit_last_backward(role, trained, plan, unit_ends)
     emit_update(role, trained, plan, losses, started)
     _emit_evaluation(role, plan, losses)
-    return Role(stage, tuple(role.tensors), role.finished_bodies(), _schedules(role, plan))
+    return Role(
+        stage,
+        tuple(role.tensors),
+        role.finished_bodies(),
+        _schedules(role, plan, has_tail=context.graph.tail is not None),
+    )
 
 
-def _params(context: StageContext, stage: int, undecayed: frozenset[str]) -> list[Param]:
+def _params(context: StageContext, stage: int, groups_of: Groups) -> list[Param]:
     graph = context.graph
     stages: dict[str, set[int]] = {}
     earliest: dict[str, int] = {}
@@ -186,7 +237,9 @@ def _params(context: StageContext, stage: int, undecayed: frozenset[str]) -> lis
             shape[dim] //= context.plan.tp
         tied = tuple(sorted(stages[name])) if len(stages[name]) > 1 else ()
         spec = TensorSpec(tuple(shape), graph.specs[name].dtype)
-        params.append(Param(name, spec, dim, tied, first, name in graph.frozen, name not in undecayed))
+        params.append(
+            Param(name, spec, dim, tied, first, name in graph.frozen, *groups_of.get(name, (0, None)))
+        )
     return params
 
 
@@ -222,17 +275,33 @@ def _emit_evaluation(role: RoleBuilder, plan: Plan, losses: Losses) -> None:
     emit_stats(role, "report", [], losses, plan)
 
 
-def _schedules(role: RoleBuilder, plan: Plan) -> tuple[tuple[str, tuple[Call, ...]], ...]:
+def schedule_of(plan: Plan, *, has_tail: bool) -> PipelineSchedule:
+    """The plan's schedule, or the one that runs all forwards first where the loss needs them."""
+    return PipelineSchedule.GPIPE if has_tail else plan.schedule
+
+
+def _schedules(role: RoleBuilder, plan: Plan, *, has_tail: bool) -> tuple[tuple[str, tuple[Call, ...]], ...]:
     bodies = frozenset(role.bodies)
-    tasks = plan.schedule.order(role.stage, plan.pp, plan.microbatches)
-    step = (*with_transfers(tasks, bodies, last="backward_last"), Call("update", CALLED_ONCE))
+    schedule = schedule_of(plan, has_tail=has_tail)
+    tasks = schedule.order(role.stage, plan.pp, plan.microbatches)
+    before = [Call("totals", mb) for mb in range(plan.microbatches) if "totals" in bodies]
+    before += [Call("known", CALLED_ONCE)] * ("known" in bodies)
+    loss = [Call("loss", CALLED_ONCE)] * ("loss" in bodies)
+    middle = with_transfers(tasks, bodies, last="backward_last")
+    turn = next((i for i, call in enumerate(middle) if "backward" in call.body), len(middle)) if loss else 0
+    step = (*before, *middle[:turn], *loss, *middle[turn:], Call("update", CALLED_ONCE),
+            *[Call("commit", CALLED_ONCE)] * ("commit" in bodies))  # fmt: skip
     evaluate = [
         call
         for microbatch in range(plan.microbatches)
         for call in (*with_transfers((("forward", microbatch),), bodies, last=""), Call("drop", microbatch))
     ]
     start = (Call("constants", CALLED_ONCE),) if "constants" in bodies else ()
-    return (("start", start), ("step", step), ("evaluate", (*evaluate, Call("report", CALLED_ONCE))))
+    return (
+        ("start", start),
+        ("step", step),
+        ("evaluate", (*before, *evaluate, *loss, Call("report", CALLED_ONCE))),
+    )
 
 
 def with_transfers(tasks: tuple[Task, ...], bodies: frozenset[str], last: str) -> tuple[Call, ...]:

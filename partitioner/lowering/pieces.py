@@ -34,7 +34,11 @@ COLLECTIVES = {
     "reduce_scatter_tensor": CollectiveOp.REDUCE_SCATTER,
     "all_to_all_single": CollectiveOp.ALL_TO_ALL,
     "broadcast": CollectiveOp.BROADCAST,
+    "sum_parts": CollectiveOp.ALL_REDUCE,
+    "all_gather_parts": CollectiveOp.ALL_GATHER,
+    "reduce_scatter_parts": CollectiveOp.REDUCE_SCATTER,
 }
+SUMS = {"sum_parts", "reduce_scatter_parts"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +54,9 @@ class SegmentPiece:
 
 @dataclass(frozen=True, slots=True)
 class CollectivePiece:
-    """A collective over the tp axis between two segments, from one slot to another."""
+    """A collective over an axis between two segments, from one slot to another."""
 
+    axis: str
     op: CollectiveOp
     reduction: Reduction
     reads: tuple[int]
@@ -81,7 +86,7 @@ class TracedUnit:
 
 def split_joint(joint: Joint) -> TracedUnit:
     """Cut a joint graph into the pieces of forward and backward."""
-    _clean(joint.graph)
+    clean(joint.graph)
     nodes = list(joint.graph.nodes)
     placeholders = [n for n in nodes if n.op == "placeholder"]
     results = nodes[-1].args[0]
@@ -130,7 +135,7 @@ class _Slots:
         return self.slots[node]
 
 
-def _clean(graph: torch.fx.Graph) -> None:
+def clean(graph: torch.fx.Graph) -> None:
     """Remove detaches and views that change nothing; make lifted scalars explicit."""
     for node in list(graph.nodes):
         if node.op == "get_attr":
@@ -146,8 +151,17 @@ def _clean(graph: torch.fx.Graph) -> None:
         )
         if name in ("detach", "alias") or same_shape:
             node.replace_all_uses_with(source)
+        if name == "as_strided" and _is_reshape(node):
+            node.target, node.args = aten.view.default, (source, list(node.meta["val"].shape))
     # placeholders stay, used or not: slots are numbered by them; torch would also keep collectives that nobody reads
     graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
+
+
+def _is_reshape(node: Node) -> bool:
+    """Whether strides only say again how the elements lie: in order, from the first on."""
+    value, source = node.meta["val"], operand(node, 0).meta["val"]
+    starts = value.storage_offset() == source.storage_offset() and value.numel() == source.numel()
+    return bool(starts and value.is_contiguous() and source.is_contiguous())
 
 
 def _inline_scalar(node: Node) -> None:
@@ -173,7 +187,14 @@ def _is_made_in_backward(node: Node, forward: set[Node]) -> bool:
 
 
 def _is_collective(node: Node) -> bool:
-    return "_c10d_functional" in str(node.target) and op_name(node.target) != "wait_tensor"
+    return _axis(node) != "" and op_name(node.target) != "wait_tensor"
+
+
+def _axis(node: Node) -> str:
+    """The axis that a node communicates over, if it does."""
+    if "_c10d_functional" in str(node.target):
+        return "tp"
+    return "dp" if "orchestrate" in str(node.target) and op_name(node.target) in COLLECTIVES else ""
 
 
 def _pieces(nodes: Sequence[Node], needed_later: set[Node], slots: _Slots) -> tuple[Piece, ...]:
@@ -209,11 +230,13 @@ def _source(node: Node) -> Node:
 def _collective(node: Node, slots: _Slots) -> CollectivePiece:
     op = COLLECTIVES[op_name(node.target)]
     named = (REDUCTIONS[a] for a in node.args[1:] if isinstance(a, str) and a in REDUCTIONS)
-    reduction, source = next(named, Reduction.NONE), operand(node, 0)
+    none = Reduction.SUM if op_name(node.target) in SUMS else Reduction.NONE
+    reduction, source = next(named, none), operand(node, 0)
     write = slots.of(node)
     for user in node.users:  # its waits: they are the same value
-        slots.slots[user] = write
-    return CollectivePiece(op, reduction, (slots.of(_source(source)),), (write,))
+        if op_name(user.target) == "wait_tensor":
+            slots.slots[user] = write
+    return CollectivePiece(_axis(node), op, reduction, (slots.of(_source(source)),), (write,))
 
 
 def _segment(run: Sequence[Node], later: set[Node], slots: _Slots) -> SegmentPiece:

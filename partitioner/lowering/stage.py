@@ -1,159 +1,33 @@
-"""One pipeline stage while it is lowered: its role's tables, its forward and backward bodies, what is freed where.
+"""One pipeline stage while it is lowered: its forward and backward bodies, from the stage's units.
 
-`RoleBuilder` takes tensors and instructions as they come. From the stage's units it gets forward and backward, with
-what crosses the stage's borders. Assumed: values cross from earlier to later stages only. A value used in several later
-stages is sent to each; its gradient comes back from each and is added. Batch entries are loaded by every stage that
-needs them, never sent.
+Assumed: values cross from earlier to later stages only. A value used in several later stages is sent to each; its
+gradient comes back from each and is added. Batch entries are loaded by every stage that needs them, never sent.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from itertools import count
-from typing import Any, TypeAlias
+from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 from torch.fx import Node
 
+from comms.errors import PartitionError
 from partitioner.capture.captured_graph import Graph, Side, Unit, ancestors
 from partitioner.layout.parallel_plan import Plan
-from partitioner.lowering.pieces import Piece, SegmentPiece, TracedUnit, make_op
-from partitioner.program.instructions import named
-from partitioner.program.program import (
-    Accumulate,
-    Body,
-    Collective,
-    CollectiveOp,
-    Compute,
-    Free,
-    Group,
-    Instruction,
-    Operation,
-    Recv,
-    Reduction,
-    Segment,
-    Send,
-    Tensor,
-    TensorKind,
-    TensorSpec,
-    Wait,
-)
+from partitioner.lowering.pieces import TracedUnit, make_op
+from partitioner.lowering.role_builder import SCALAR, RoleBuilder
+from partitioner.lowering.whole_batch import emit_known, emit_tail
+from partitioner.program.program import Accumulate, Operation, Recv, Send, TensorKind
 
-SCALAR = TensorSpec((), "f64")
 # the tensors in which a role sums loss and count, if it makes the loss
 Losses: TypeAlias = tuple[int, int] | None
 
-
-@dataclass
-class SegmentPool:
-    """All segments of a Program; equal ones are stored once."""
-
-    segments: list[Segment] = field(default_factory=list)
-    known: dict[object, int] = field(default_factory=dict)
-
-    def add(
-        self, name: str, inputs: Sequence[TensorSpec], ops: Sequence[Operation], outputs: Sequence[int]
-    ) -> int:
-        """The number of this segment, new or known."""
-        key = (tuple(inputs), tuple(ops), tuple(outputs))
-        if key not in self.known:
-            self.known[key] = len(self.segments)
-            self.segments.append(Segment(len(self.segments), name, *key))
-        return self.known[key]
+# a template, and the dims along which tp cuts its parameters
+Cut: TypeAlias = tuple[int, tuple[int | None, ...]]
 
 
-@dataclass
-class RoleBuilder:
-    """Tensors and bodies of one stage; ids are positions in these tables."""
-
-    stage: int
-    pool: SegmentPool
-    tensors: list[Tensor] = field(default_factory=list)
-    by_name: dict[str, int] = field(default_factory=dict)
-    bodies: dict[str, list[Instruction]] = field(default_factory=dict)
-    numbers: Iterator[int] = field(default_factory=count)
-
-    def tensor(self, name: str, kind: TensorKind, spec: TensorSpec, **more: Any) -> int:
-        """Declare a tensor once; later calls with the same name return it."""
-        if name not in self.by_name:
-            self.by_name[name] = len(self.tensors)
-            self.tensors.append(Tensor(len(self.tensors), name, kind, spec, **more))
-        return self.by_name[name]
-
-    def spec(self, tensor: int) -> TensorSpec:
-        """Shape and dtype of a tensor."""
-        return self.tensors[tensor].spec
-
-    def body(self, name: str) -> None:
-        """Declare a body, which may stay empty."""
-        self.bodies.setdefault(name, [])
-
-    def emit(self, body: str, instruction: Instruction) -> None:
-        """Append with a fresh id."""
-        self.bodies.setdefault(body, []).append(replace(instruction, id=next(self.numbers)))
-
-    def compute(self, body: str, segment: int, reads: Sequence[int], writes: Sequence[int]) -> None:
-        """Emit a Compute."""
-        self.emit(body, Compute(0, segment, tuple(reads), tuple(writes)))
-
-    def wait(self, body: str, *tensors: int) -> None:
-        """Emit a Wait, if there is anything to wait for."""
-        if tensors:
-            self.emit(body, Wait(0, tensors))
-
-    def collective(
-        self, body: str, op: CollectiveOp, reduction: Reduction, group: Group, read: int, write: int
-    ) -> None:
-        """Emit a Collective from one tensor to another."""
-        self.emit(body, Collective(0, op, reduction, group, 0, (read,), (write,)))
-
-    def pieces(
-        self,
-        body: str,
-        name: str,
-        pieces: Sequence[Piece],
-        slots: dict[int, int],
-        specs: Sequence[TensorSpec],
-        prefix: str,
-    ) -> None:
-        """Emit a unit's pieces; `slots` maps its slots to tensors and gains those the pieces make."""
-        for piece in pieces:
-            for slot in piece.writes:
-                slots[slot] = self.tensor(f"{prefix}.{slot}", TensorKind.ACTIVATION, specs[slot])
-            reads, writes = [slots[s] for s in piece.reads], [slots[s] for s in piece.writes]
-            if isinstance(piece, SegmentPiece):
-                segment = self.pool.add(name, piece.inputs, piece.ops, piece.outputs)
-                self.compute(body, segment, reads, writes)
-            else:
-                self.collective(body, piece.op, piece.reduction, Group(("tp",)), *reads, *writes)
-                self.wait(body, *writes)
-
-    def simple(self, body: str, name: str, code: str, reads: Sequence[int], write: int) -> int:
-        """Emit a one-op segment whose operands are v0.. in the order of `reads`; returns `write`."""
-        inputs, out = [self.spec(r) for r in reads], self.spec(write)
-        nbytes = sum(spec.nbytes for spec in inputs)
-        op = Operation(code, (out,), False, sum(spec.numel for spec in inputs), nbytes, out.nbytes)
-        self.compute(body, self.pool.add(name, inputs, [op], [len(inputs)]), reads, [write])
-        return write
-
-    def add_frees(self, order: Sequence[str]) -> None:
-        """Insert a Free after the last use of every per-microbatch tensor, bodies taken in `order`."""
-        used_later: set[int] = set()
-        for name in (name for name in reversed(order) if name in self.bodies):
-            backwards: list[Instruction] = []
-            for instruction in reversed(self.bodies[name]):
-                due = {t for t in named(instruction) if self.tensors[t].is_per_microbatch} - used_later
-                if due:
-                    backwards.append(Free(next(self.numbers), tuple(sorted(due))))
-                backwards.append(instruction)
-                used_later |= due
-            self.bodies[name] = backwards[::-1]
-
-    def finished_bodies(self) -> tuple[Body, ...]:
-        """Bodies with instruction ids renumbered in order, as the text form shows them."""
-        numbers = count()
-        return tuple(
-            Body(name, tuple(replace(ins, id=next(numbers)) for ins in instructions))
-            for name, instructions in self.bodies.items()
-        )
+def cut_of(unit: Unit, dims: Mapping[str, int | None]) -> Cut:
+    """What decides how a unit is traced."""
+    return unit.template, tuple(dims[name] for name in unit.params)
 
 
 @dataclass(frozen=True)
@@ -162,7 +36,7 @@ class StageContext:
 
     graph: Graph
     plan: Plan
-    traced: Mapping[tuple[int, bool], TracedUnit]
+    traced: Mapping[Cut, TracedUnit]
     stage_of: tuple[int, ...]
     dims: Mapping[str, int | None]
     nominal_count: int
@@ -173,9 +47,18 @@ class StageContext:
 
     def consumers(self, value: str) -> list[int]:
         """The stages that read an activation, in order."""
-        return sorted(
-            {self.stage_of[i] for i, unit in enumerate(self.graph.units) if value in unit.activations}
+        found = {self.stage_of[i] for i, unit in enumerate(self.graph.units) if value in unit.activations}
+        return sorted(found | ({self.last} if value in self.graph.summed else set()))
+
+    @property
+    def last(self) -> int:
+        """The stage that makes the loss."""
+        makers = (
+            stage
+            for stage, unit in zip(self.stage_of, self.graph.units, strict=True)
+            if self.graph.loss in unit.outputs
         )
+        return next(makers, self.stage_of[-1])
 
 
 def emit_stage(role: RoleBuilder, context: StageContext) -> tuple[Losses, Mapping[int, int]]:
@@ -193,7 +76,7 @@ class _StageEmitter:
     def __init__(self, role: RoleBuilder, context: StageContext) -> None:
         self.role, self.context, self.graph = role, context, context.graph
         self.units = [unit for unit, stage in enumerate(context.stage_of) if stage == role.stage]
-        self.makes_loss = any(self.graph.loss in self.graph.units[index].outputs for index in self.units)
+        self.makes_loss = role.stage == context.last
         self.values: dict[str, int] = {}
         self.slots: dict[int, dict[int, int]] = {}
         self.grads: dict[str, list[int]] = {}
@@ -211,14 +94,18 @@ class _StageEmitter:
         role.wait("forward", *(self.values[v] for v in arrivals))
         for index in self.units:
             self._unit_forward(index)
+        self._keep_state()
         for value, stage in self._departures():
             role.emit("send_forward", Send(0, self.values[value], stage))
-        if self.makes_loss:
+        if self.makes_loss and self.graph.tail is None:
             self._accumulate_loss()
+        elif self.makes_loss:
+            self.losses = emit_tail(role, self.graph, self.context.plan, self.values)
 
     def _arrivals(self) -> list[str]:
         """Values that come from earlier stages, in the order in which they are made (channels are FIFO)."""
         needed = {v for i in self.units for v in self.graph.units[i].activations}
+        needed |= set(self.graph.summed) if self.makes_loss else set()
         made = (v for unit in self.graph.units for v in unit.outputs)
         return [v for v in made if v in needed and self.context.producer(v) != self.role.stage]
 
@@ -234,32 +121,77 @@ class _StageEmitter:
         graph = self.graph
         needed = {v for i in self.units for v in graph.units[i].frees}
         if self.makes_loss:
-            needed.add(graph.count)
+            needed |= {graph.count, *(graph.tail.inputs[len(graph.summed) :] if graph.tail else ())}
+        needed |= {value for buffer, value in graph.state if self.makes_loss or self._reads(buffer, needed)}
         inputs = _NeededSide(graph.inputs, [v for v in graph.inputs.outputs if v in needed])
         needed |= set(inputs.reads)
+        known = [each for each in graph.known if each.name in needed]
+        sources = {each.source for each in known}
+        totals = _NeededSide(graph.totals, [v for v in graph.totals.outputs if v in sources])
+        needed |= set(totals.reads)
         constants = _NeededSide(graph.constants, [v for v in graph.constants.outputs if v in needed])
         self._side(constants, "constants", TensorKind.CONSTANT)
+        made = self._side(totals, "totals", TensorKind.ACTIVATION, "before.")
+        for name in sources - set(made):
+            self._declare_source(name)
+        emit_known(
+            self.role,
+            graph,
+            self.context.plan,
+            known,
+            {v: made.get(v, self.values.get(v, -1)) for v in sources},
+        )
+        self.values |= {each.name: self.role.by_name[each.name] for each in known}
         self._side(inputs, "forward", TensorKind.ACTIVATION)
 
-    def _side(self, side: "_NeededSide", body: str, kind: TensorKind) -> None:
+    def _reads(self, buffer: str, needed: set[str]) -> bool:
+        """Whether values of this stage depend on a buffer."""
+        inputs = _NeededSide(self.graph.inputs, [v for v in self.graph.inputs.outputs if v in needed])
+        return buffer in needed or buffer in inputs.reads
+
+    def _keep_state(self) -> None:
+        """What buffers hold after the step, kept aside until its end."""
+        role, graph = self.role, self.graph
+        unit_made = {v for unit in graph.units for v in unit.outputs}
+        for buffer, value in graph.state:
+            if value in unit_made and self.context.producer(value) != role.stage:
+                if buffer in self.values:
+                    problem = f"the buffer {buffer} is read in stage {role.stage}, and changed in another"
+                    raise PartitionError(problem, "pipeline stages", "use pp 1, or other stages")
+                continue
+            if value not in self.values:
+                continue
+            self._declare_source(buffer)
+            spec = graph.specs[buffer]
+            kept = role.tensor(f"next.{buffer}", TensorKind.SCALAR, spec)
+            made = f"aten._to_copy.default(v0, dtype=dtype.{spec.dtype})"
+            role.simple("forward", "keep", made, [self.values[value]], kept)
+            role.simple("commit", "copy", "aten.clone.default(v0)", [kept], self.values[buffer])
+
+    def _side(self, side: "_NeededSide", body: str, kind: TensorKind, prefix: str = "") -> dict[str, int]:
+        """Emit what makes a side's values; returns them by name. With a prefix they are another instance of each."""
         role, specs = self.role, self.graph.specs
         for name in side.reads:
             self._declare_source(name)
+        made = {n: role.tensor(f"{prefix}{n}", kind, specs[n]) for n in side.made}
+        if not prefix:
+            self.values |= made
         if side.ops:
-            writes = [self.values.setdefault(n, role.tensor(n, kind, specs[n])) for n in side.made]
             segment = role.pool.add(body, [specs[n] for n in side.reads], side.ops, side.outputs)
-            role.compute(body, segment, [self.values[n] for n in side.reads], writes)
+            role.compute(body, segment, [self.values[n] for n in side.reads], list(made.values()))
+        return made
 
     def _declare_source(self, name: str) -> None:
         if name in self.values:
             return
         graph = self.graph
-        kind = TensorKind.BATCH if name in graph.batch else TensorKind.CONSTANT
+        kept = TensorKind.BUFFER if name in dict(graph.state) else TensorKind.CONSTANT
+        kind = TensorKind.BATCH if name in graph.batch else kept
         space = "batch" if name in graph.batch else "buffer"
         self.values[name] = self.role.tensor(name, kind, graph.specs[name], source=f"{space}:{name}")
 
     def _traced(self, unit: Unit) -> TracedUnit:
-        return self.context.traced[unit.template, not unit.activations]
+        return self.context.traced[cut_of(unit, self.context.dims)]
 
     def _unit_forward(self, index: int) -> None:
         unit, role = self.graph.units[index], self.role
@@ -273,7 +205,7 @@ class _StageEmitter:
         role.pieces("forward", unit.name, traced.forward, slots, traced.specs, f"u{index}")
         for value, slot in zip(unit.outputs, traced.outputs, strict=True):
             self.values[value] = slots[slot]
-            role.tensors[slots[slot]] = replace(role.tensors[slots[slot]], source=f"value:{value}")
+            self._name(slots[slot], f"value:{value}")
         self.slots[index] = slots
 
     def _accumulate_loss(self) -> None:
@@ -290,13 +222,13 @@ class _StageEmitter:
         for index in reversed(self.units):
             self._unit_backward(index)
         for value in self._arrivals():
-            if self.graph.specs[value].is_float:
+            if value in self.graph.live:
                 role.emit("send_backward", Send(0, self._tangent(value), self.context.producer(value)))
 
     def _receive_gradients(self) -> None:
         role, received = self.role, []
         for value, stage in self._departures():
-            if self.graph.specs[value].is_float:
+            if value in self.graph.live:
                 name = f"grad.{value}.from{stage}"
                 tensor = role.tensor(name, TensorKind.ACTIVATION, self.graph.specs[value])
                 role.emit("recv_backward", Recv(0, tensor, stage))
@@ -320,13 +252,21 @@ class _StageEmitter:
             else:
                 value = unit.activations[source - len(unit.params) - len(unit.frees)]
                 self.grads.setdefault(value, []).append(slots[slot])
-                role.tensors[slots[slot]] = replace(role.tensors[slots[slot]], source=f"grad:{value}:{index}")
+                self._name(slots[slot], f"grad:{value}:{index}")
         role.emit("backward", Accumulate(0, tuple(reads), tuple(writes)))
         self.unit_ends[index] = role.bodies["backward"][-1].id
+
+    def _name(self, tensor: int, source: str) -> None:
+        """Say what a tensor is in the model, unless it is an input or a seed that was only passed on."""
+        made = self.role.tensors[tensor]
+        if made.kind is TensorKind.ACTIVATION:
+            self.role.tensors[tensor] = replace(made, source=source)
 
     def _tangent(self, value: str) -> int:
         """The gradient flowing into an output: the seed for the loss, else the sum of what its users sent."""
         role, spec = self.role, self.graph.specs[value]
+        if value in self.graph.summed and self.makes_loss:
+            self.grads.setdefault(value, []).append(role.by_name[f"seed.{value}"])
         if value == self.graph.loss:
             name, filler = "seed", repr(1.0 / self.context.nominal_count)
         elif value in self.grads:

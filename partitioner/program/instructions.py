@@ -22,7 +22,6 @@ from partitioner.program.program import (
 )
 
 NO_AXES = "-"
-DECAY = ("no_decay", "decay")  # False, True
 NOT_WRITTEN = {Holds.REDUCTION: Reduction.NONE, Holds.DIM: 0}  # values that leave no word behind
 WORDS: Mapping[Holds, Callable[[Any], str]] = {
     Holds.READ: "t{}".format,
@@ -35,7 +34,7 @@ WORDS: Mapping[Holds, Callable[[Any], str]] = {
     Holds.OP: str,
     Holds.REDUCTION: str,
     Holds.DIM: str,
-    Holds.DECAY: DECAY.__getitem__,
+    Holds.SETTINGS: str,
 }
 INSTRUCTIONS: tuple[type[Instruction], ...] = get_args(Instruction)
 

@@ -66,6 +66,7 @@ PERSISTENT = {
     TensorKind.MASTER: MemoryClass.OPTIMIZER,
     TensorKind.STATE: MemoryClass.OPTIMIZER,
     TensorKind.CONSTANT: MemoryClass.CONSTANTS,
+    TensorKind.BUFFER: MemoryClass.CONSTANTS,
     TensorKind.COORDINATE: MemoryClass.CONSTANTS,
     TensorKind.SCALAR: MemoryClass.CONSTANTS,
 }

@@ -20,12 +20,13 @@ from functools import cached_property
 from math import prod
 from typing import Annotated, ClassVar, TypeAlias
 
-VERSION = 1
+VERSION = 2
 VALUE = re.compile(r"\bv(\d+)\b")
 QUOTED = re.compile(r"'[^']*'|\"[^\"]*\"")
 
 DTYPE_BYTES: Mapping[str, int] = {
-    "f64": 8, "f32": 4, "f16": 2, "bf16": 2, "i64": 8, "i32": 4, "i16": 2, "i8": 1, "u8": 1, "b8": 1,
+    "f64": 8, "f32": 4, "f16": 2, "bf16": 2, "i64": 8, "i32": 4, "i16": 2, "i8": 1, "u8": 1, "b8": 1, "c64": 8,
+    "c128": 16,
 }  # fmt: skip
 
 
@@ -38,6 +39,7 @@ class TensorKind(StrEnum):
     GRAD = "grad"  # gradient accumulator, lives across the microbatches of a step
     STATE = "state"  # optimizer state, accounted for by element count
     CONSTANT = "constant"  # computed once before the first step (masks, rotary tables), or a model buffer
+    BUFFER = "buffer"  # a model buffer that the forward changes: the new value holds from the next step on
     COORDINATE = "coordinate"  # this chip's index along a mesh axis, a 0-dim integer
     BATCH = "batch"  # model input, one per microbatch
     ACTIVATION = "activation"  # anything computed in a microbatch
@@ -181,7 +183,7 @@ class Holds(StrEnum):
     OP = "op"  # the collective; stands for the verb in the text
     REDUCTION = "reduction"  # not written where there is none
     DIM = "dim"  # not written where it is 0
-    DECAY = "decay"  # whether weight decay applies
+    SETTINGS = "settings"  # the group of optimizer settings that apply
 
 
 Ids: TypeAlias = tuple[int, ...]
@@ -265,16 +267,16 @@ class Update:
     """Optimizer step on `param` (a flat buffer or this chip's shard of one), predicated on finite statistics.
 
     `stats` is the reduced vector (sum of squared gradients, loss sum, count); `target`, if not `param`, gets
-    `param` cast to its dtype afterwards. `decay` says whether weight decay applies.
+    `param` cast to its dtype afterwards. `group`: which of the optimizer's groups of settings applies.
     """
 
-    FORM: ClassVar = "update {param} grad={grad} stats={stats} target={target} {decay}"
+    FORM: ClassVar = "update {param} grad={grad} stats={stats} target={target} group={group}"
     id: int
     param: Annotated[int, Holds.CHANGED]
     grad: Annotated[int, Holds.READ]
     stats: Annotated[int, Holds.READ]
     target: Annotated[int, Holds.WRITTEN]
-    decay: Annotated[bool, Holds.DECAY]
+    group: Annotated[int, Holds.SETTINGS]
 
 
 # A new instruction: its class above, its name at the end here (the place is its code in the packed form). Text, codec,

@@ -198,7 +198,7 @@ class _BodyLifetimes:
         declared = self.role.tensors[tensor]
         if declared.kind in WRITTEN_EACH_STEP:
             return root in self.shared.status
-        if declared.kind is TensorKind.CONSTANT:
+        if declared.kind in (TensorKind.CONSTANT, TensorKind.BUFFER):
             return bool(declared.source) or tensor in self.along.made or root in self.shared.status
         return True
 

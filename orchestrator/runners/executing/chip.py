@@ -29,7 +29,6 @@ from partitioner.program.program import (
     Free,
     Program,
     Recv,
-    Role,
     Segment,
     Send,
     Tensor,
@@ -40,9 +39,7 @@ from partitioner.program.program import (
 
 Observer = Callable[["ExecutingChip", Compute, int, Sequence[torch.Tensor], Sequence[torch.Tensor]], None]
 State = Mapping[str, torch.Tensor]
-Flat = Callable[[int, str], torch.Tensor]  # a buffer of a chip, by name
 ZERO_FILLED = (TensorKind.FLAT, TensorKind.MASTER, TensorKind.GRAD)
-SCATTERED = ((0, "dp"),)  # a gradient that is another's shard
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +49,10 @@ class Settings:
     optimizer: Factory
     clip_norm: float | None
     device: str = "cpu"
+    groups: tuple[Mapping[str, object], ...] = (
+        {},
+        {"weight_decay": 0.0},
+    )  # settings of the optimizer's groups
 
 
 def op_codes(segment: Segment) -> list[OpCode]:
@@ -100,7 +101,7 @@ class ExecutingChip:
         self.resident: dict[int, int] | None = (
             None  # persistent storages and their bytes, while it is measured
         )
-        self.lr = 0.0
+        self.step_settings: Sequence[Mapping[str, object]] = ()
         self.batches: Mapping[tuple[int, str], torch.Tensor] = {}
         self.stats: StepStatistics | None = None
         self.checked = False
@@ -131,24 +132,13 @@ class ExecutingChip:
         for tensor in self.tensors:
             target = self.fixed[tensor.id]
             if tensor.kind is TensorKind.PARAM and target is not None:
-                target.copy_(self._cut(tensor, values(f"params:{tensor.source}")))
-            elif tensor.kind is TensorKind.CONSTANT and tensor.source:
+                target.copy_(cut(self.program, tensor, values(f"params:{tensor.source}"), self.coordinates))
+            elif tensor.kind in (TensorKind.CONSTANT, TensorKind.BUFFER) and tensor.source:
                 whole = values(tensor.source)
                 self.fixed[tensor.id] = whole.to(self.settings.device, TORCH[tensor.spec.dtype])
         for tensor in self.tensors:
             if tensor.kind is TensorKind.MASTER:
                 self.value(tensor.id).copy_(self.named(tensor.source))
-
-    def _cut(self, tensor: Tensor, whole: torch.Tensor) -> torch.Tensor:
-        """This chip's shard; the whole may have to be seen in another shape first (see `unfuse`)."""
-        shape = list(tensor.spec.shape)
-        for dim, axis in tensor.shards:
-            shape[dim] *= self.program.size(axis)
-        whole = whole.reshape(shape)
-        for dim, axis in tensor.shards:
-            length = tensor.spec.shape[dim]
-            whole = whole.narrow(dim, self.coordinates[axis] * length, length)
-        return whole
 
     def named(self, name: str) -> torch.Tensor:
         """A persistent tensor by name."""
@@ -166,7 +156,8 @@ class ExecutingChip:
         self.touched.clear()
         self.instances.clear()
         self.stats, self.first_bad, self.resident = None, None, None
-        self.lr, self.batches = request.lr, request.batches.get(self.coordinates["dp"], {})
+        self.step_settings = request.settings or ({"lr": request.lr},) * len(self.settings.groups)
+        self.batches = request.batches.get(self.coordinates["dp"], {})
         return Machine(self.program, self.index, request.schedule)
 
     def read(self, tensor: int, microbatch: int) -> torch.Tensor:
@@ -258,8 +249,9 @@ class ExecutingChip:
         for source, target in zip(instruction.reads, instruction.writes, strict=True):
             value = self.read(source, microbatch)
             if self.fixed[target] is None:
+                spec = self.tensors[target].spec
                 self.fixed[target] = torch.zeros(
-                    (), dtype=TORCH[self.tensors[target].spec.dtype], device=self.settings.device
+                    spec.shape, dtype=TORCH[spec.dtype], device=self.settings.device
                 )
             into = later if target in self.touched else first
             self.touched.add(target)
@@ -282,7 +274,7 @@ class ExecutingChip:
             return
         optimizer = self.optimizer(instruction)
         scale = self.stats.gradient_scale(self.settings.clip_norm)
-        optimizer.step(self.value(instruction.grad), scale, self.lr)
+        optimizer.step(self.value(instruction.grad), scale, self.step_settings[instruction.group])
         if instruction.target != instruction.param:
             self.value(instruction.target).copy_(self.value(instruction.param))
 
@@ -291,7 +283,13 @@ class ExecutingChip:
         found = self.optimizers.get(instruction.param)
         if found is None:
             flat = self.value(instruction.param)
-            found = FlatOptimizer(self.settings.optimizer, flat, decay=instruction.decay)
+            if self.program.facts["whole_tensors"]:
+                own = next(
+                    t for t in self.tensors if t.kind is TensorKind.PARAM and t.base == instruction.target
+                )
+                flat = flat.view(own.spec.shape)
+            settings = self.settings.groups[instruction.group] if self.settings.groups else {}
+            found = FlatOptimizer(self.settings.optimizer, flat, settings)
             self.resident = None
             self.optimizers[instruction.param] = found
         return found
@@ -302,13 +300,26 @@ def _storages(tensors: Iterable[torch.Tensor]) -> dict[int, int]:
     return {each.data_ptr(): each.nbytes() for each in storages}
 
 
+def cut(program: Program, tensor: Tensor, whole: torch.Tensor, at: Mapping[str, int]) -> torch.Tensor:
+    """A chip's shard; the whole may have to be seen in another shape first (see `unfuse`)."""
+    shape = list(tensor.spec.shape)
+    for dim, axis in tensor.shards:
+        shape[dim] *= program.size(axis)
+    whole = whole.reshape(shape)
+    for dim, axis in tensor.shards:
+        length = tensor.spec.shape[dim]
+        whole = whole.narrow(dim, at[axis] * length, length)
+    return whole
+
+
 def saved_state(chip: ExecutingChip) -> dict[str, torch.Tensor]:
     """The tensors this chip is responsible for, by name; empty if another replica saves them all."""
     state: dict[str, torch.Tensor] = {}
     if chip.coordinates["dp"] == 0:
         state |= {
-            t.name: chip.value(t.id) for t in chip.tensors if t.kind is TensorKind.FLAT and t.base is None
-        }
+            t.name: chip.value(t.id) for t in chip.tensors
+            if (t.kind is TensorKind.FLAT and t.base is None) or t.kind is TensorKind.BUFFER
+        }  # fmt: skip
     if chip.coordinates["dp"] == 0 or chip.program.facts["zero"]:
         state |= {t.name: chip.value(t.id) for t in chip.tensors if t.kind is TensorKind.MASTER}
         for param, optimizer in chip.optimizers.items():
@@ -327,44 +338,8 @@ def restore_state(chip: ExecutingChip, state_of: Callable[[int], State]) -> None
                 chip.value(tensor.id).copy_(shared[tensor.name])
             elif tensor.kind is TensorKind.MASTER:
                 chip.value(tensor.id).copy_(own[tensor.name])
+            elif tensor.kind is TensorKind.BUFFER:
+                chip.fixed[tensor.id] = shared[tensor.name].clone()
         for param, optimizer in chip.optimizers.items():
             prefix = f"{chip.tensors[param].name}.optimizer."
             optimizer.load({k.removeprefix(prefix): v for k, v in own.items() if k.startswith(prefix)})
-
-
-def whole_parameters(program: Program, state_of: Callable[[int], State]) -> dict[str, torch.Tensor]:
-    """Parameters by their global name, from the chips' saved states."""
-    return whole_tensors(program, TensorKind.PARAM, lambda chip, buffer: state_of(chip)[buffer])
-
-
-def whole_tensors(program: Program, kind: TensorKind, flat: Flat) -> dict[str, torch.Tensor]:
-    """Parameters or gradients by global name; `flat` gives the flat buffers that chips hold.
-
-    They are put together from the shards of replica 0; a buffer that ZeRO scattered, from those of all replicas.
-    """
-    found: dict[str, torch.Tensor] = {}
-    for role in program.roles:
-        shards_of = {t.source: t.shards for t in role.tensors if t.kind is TensorKind.PARAM}
-        buffers: dict[tuple[int, int], torch.Tensor] = {}
-        for tensor in role.tensors:
-            is_wanted = tensor.kind is kind and tensor.source in shards_of and tensor.shards != SCATTERED
-            if not is_wanted or tensor.base is None or tensor.source in found:
-                continue
-            shards, pieces = shards_of[tensor.source], []
-            for tp in range(program.size("tp") if shards else 1):
-                key = (tensor.base, tp)
-                if key not in buffers:
-                    buffers[key] = _whole_buffer(program, role, role.tensors[tensor.base].name, tp, flat)
-                piece = buffers[key].narrow(0, tensor.offset, tensor.spec.numel)
-                pieces.append(piece.view(tensor.spec.shape))
-            found[tensor.source] = torch.cat(pieces, shards[0][0]) if shards else pieces[0].clone()
-    return found
-
-
-def _whole_buffer(program: Program, role: Role, name: str, tp: int, flat: Flat) -> torch.Tensor:
-    scattered = name.replace(".grads", ".grad_shard")
-    if scattered == name or all(tensor.name != scattered for tensor in role.tensors):
-        return flat(program.chip_at({"pp": role.stage, "dp": 0, "tp": tp}), name)
-    replicas = range(program.size("dp"))
-    chips = [program.chip_at({"pp": role.stage, "dp": dp, "tp": tp}) for dp in replicas]
-    return torch.cat([flat(chip, scattered) for chip in chips])

@@ -53,7 +53,7 @@ class ChipActor:
     def warm_up(self) -> None:
         """Take a step of a small optimizer: the first one in a process imports for a second."""
         small = torch.zeros(1)
-        FlatOptimizer(OptimizerSpec(), small, decay=True).step(torch.zeros(1), 1.0, 0.0)
+        FlatOptimizer(OptimizerSpec(), small, {}).step(torch.zeros(1), 1.0, {"lr": 0.0})
 
     def connect(
         self, addresses: Mapping[int, Address], program: bytes, actor_of: Sequence[int], settings: Settings

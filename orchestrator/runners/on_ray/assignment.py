@@ -34,7 +34,7 @@ def needed_values(program: Program, chips: Sequence[int]) -> frozenset[str]:
         for role in roles.values()
         for tensor in role.tensors
         if (tensor.kind is TensorKind.PARAM and tensor.base is not None)
-        or (tensor.kind is TensorKind.CONSTANT and tensor.source)
+        or (tensor.kind in (TensorKind.CONSTANT, TensorKind.BUFFER) and tensor.source)
     )
 
 

@@ -1,0 +1,214 @@
+"""Whole tensors from what chips hold, and back: parameters, gradients and optimizer states by their global names.
+
+A chip holds its shards end to end in flat buffers. Optimizer states of an entry lie like the parameter; others (step
+counts, statistics of whole parameters) belong to every parameter that is stepped on together.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from orchestrator.runners.executing.chip import State, cut
+from orchestrator.runners.runner import States
+from partitioner.capture.captured_graph import TORCH
+from partitioner.program.program import Program, Role, Tensor, TensorKind, Update
+
+Flat = Callable[[int, str], torch.Tensor]  # a buffer of a chip, by name
+OwnState = Mapping[str, Mapping[str, torch.Tensor]]  # of parameters, by name and key
+MASTER = "master"  # the name of a full-precision copy among the states of a parameter
+SCATTERED = ((0, "dp"),)  # a gradient that is another's shard
+
+
+def whole_parameters(program: Program, state_of: Callable[[int], State]) -> dict[str, torch.Tensor]:
+    """Parameters by their global name, from the chips' saved states."""
+    return whole_tensors(program, TensorKind.PARAM, lambda chip, buffer: state_of(chip)[buffer])
+
+
+def whole_tensors(program: Program, kind: TensorKind, flat: Flat) -> dict[str, torch.Tensor]:
+    """Parameters or gradients by global name; `flat` gives the flat buffers that chips hold.
+
+    They are put together from the shards of replica 0; a buffer that ZeRO scattered, from those of all replicas.
+    """
+    found: dict[str, torch.Tensor] = {}
+    for role in program.roles:
+        shards_of = {t.source: t.shards for t in role.tensors if t.kind is TensorKind.PARAM}
+        buffers: dict[tuple[int, int], torch.Tensor] = {}
+        for tensor in role.tensors:
+            is_wanted = tensor.kind is kind and tensor.source in shards_of and tensor.shards != SCATTERED
+            if not is_wanted or tensor.base is None or tensor.source in found:
+                continue
+            shards, pieces = shards_of[tensor.source], []
+            for tp in range(program.size("tp") if shards else 1):
+                key = (tensor.base, tp)
+                if key not in buffers:
+                    buffers[key] = _whole_buffer(program, role, role.tensors[tensor.base].name, tp, flat)
+                piece = buffers[key].narrow(0, tensor.offset, tensor.spec.numel)
+                pieces.append(piece.view(tensor.spec.shape))
+            found[tensor.source] = torch.cat(pieces, shards[0][0]) if shards else pieces[0].clone()
+    return found
+
+
+def _whole_buffer(program: Program, role: Role, name: str, tp: int, flat: Flat) -> torch.Tensor:
+    scattered = name.replace(".grads", ".grad_shard")
+    if scattered == name or all(tensor.name != scattered for tensor in role.tensors):
+        return flat(program.chip_at({"pp": role.stage, "dp": 0, "tp": tp}), name)
+    replicas = range(program.size("dp"))
+    chips = [program.chip_at({"pp": role.stage, "dp": dp, "tp": tp}) for dp in replicas]
+    return torch.cat([flat(chip, scattered) for chip in chips])
+
+
+@dataclass(frozen=True, slots=True)
+class StepGroup:
+    """What one Update steps on: its tensor's name, the flat buffer behind it, and the parameters in that."""
+
+    name: str
+    flat: Tensor
+    shard: int  # entries of it that a chip steps on
+    is_sharded: bool
+    shape: tuple[int, ...]  # of the tensor that is stepped on
+    params: tuple[Tensor, ...]
+
+
+def step_groups(program: Program, role: Role) -> Iterator[StepGroup]:
+    """The groups of parameters that a role steps on."""
+    for body in role.bodies:
+        for instruction in body.instructions:
+            if isinstance(instruction, Update):
+                target = role.tensors[instruction.target]
+                flat = target if target.base is None else role.tensors[target.base]
+                params = tuple(t for t in role.tensors if t.kind is TensorKind.PARAM and t.base == flat.id)
+                name = role.tensors[instruction.param].name
+                shape = params[0].spec.shape if program.facts["whole_tensors"] else target.spec.shape
+                yield StepGroup(name, flat, target.spec.numel, target.base is not None, shape, params)
+
+
+def whole_states(program: Program, states: States) -> dict[str, dict[str, torch.Tensor]]:
+    """The optimizer's state of every parameter, as one chip would have it, and master copies.
+
+    A state with the shape of what is stepped on has a number for every entry; others are as they are.
+    """
+    found: dict[str, dict[str, torch.Tensor]] = {}
+    for role in program.roles:
+        for group in step_groups(program, role):
+            for key, name in _keys(program, role, group, states).items():
+                first = states[program.chip_at({"pp": role.stage, "dp": 0, "tp": 0})][name]
+                is_cut = key == MASTER or (first.dim() > 0 and tuple(first.shape) == group.shape)
+                whole = partial(_whole_flat, program, role, group, name, states, is_cut=is_cut)
+                flats = [whole(tp) for tp in range(program.size("tp"))]
+                for param in group.params:
+                    own = _own(param, flats) if is_cut else flats[0].clone()
+                    found.setdefault(param.source, {})[key] = own
+    return found
+
+
+def _keys(program: Program, role: Role, group: StepGroup, states: States) -> dict[str, str]:
+    """By the key of a state, its name in what a chip saves."""
+    prefix, saved = f"{group.name}.optimizer.", states[program.chip_at({"pp": role.stage, "dp": 0, "tp": 0})]
+    found = {name.removeprefix(prefix): name for name in saved if name.startswith(prefix)}
+    if any(t.name == group.name and t.kind is TensorKind.MASTER for t in role.tensors):
+        found[MASTER] = group.name
+    return found
+
+
+def _whole_flat(
+    program: Program, role: Role, group: StepGroup, name: str, states: States, tp: int, *, is_cut: bool
+) -> torch.Tensor:
+    """A state of a group, put together from the replicas' shards if it is cut."""
+    replicas = range(program.size("dp") if group.is_sharded and is_cut else 1)
+    parts = [states[program.chip_at({"pp": role.stage, "dp": dp, "tp": tp})][name] for dp in replicas]
+    return torch.cat([part.reshape(-1) for part in parts]) if is_cut else parts[0]
+
+
+def _own(param: Tensor, flats: list[torch.Tensor]) -> torch.Tensor:
+    pieces = [f.narrow(0, param.offset, param.spec.numel).view(param.spec.shape) for f in flats]
+    return torch.cat(pieces, param.shards[0][0]) if param.shards else pieces[0].clone()
+
+
+def whole_buffers(program: Program, states: States) -> dict[str, torch.Tensor]:
+    """What buffers that the model changes hold, by their global names."""
+    return {
+        tensor.source.partition(":")[2]: states[program.chip_at({"pp": role.stage, "dp": 0, "tp": 0})][
+            tensor.name
+        ]
+        for role in program.roles
+        for tensor in role.tensors
+        if tensor.kind is TensorKind.BUFFER
+    }
+
+
+def chip_states(
+    program: Program,
+    values: Callable[[str], torch.Tensor],
+    own: OwnState,
+    entries: frozenset[str] = frozenset(),
+) -> States:
+    """What a checkpoint of these parameters and states (see `whole_states`) would hold, by chip.
+
+    `entries`: names of states with a number for every entry, for parameters of no dims, where shapes do not tell.
+    """
+    return {chip: _chip_state(program, chip, values, own, entries) for chip in range(program.num_chips)}
+
+
+def _chip_state(
+    program: Program, chip: int, values: Callable[[str], torch.Tensor], own: OwnState, entries: frozenset[str]
+) -> State:
+    role, at = program.role_of(chip), program.coordinates(chip)
+    state: dict[str, torch.Tensor] = {}
+    by_flat: dict[int, list[Tensor]] = {}
+    for tensor in role.tensors:
+        if tensor.kind is TensorKind.PARAM and tensor.base is not None:
+            by_flat.setdefault(tensor.base, []).append(tensor)
+    for base, params in by_flat.items():
+        flat = role.tensors[base]
+        state[flat.name] = _end_to_end(program, flat, params, at, lambda p: values(f"params:{p.source}"))
+    state |= {t.name: values(t.source) for t in role.tensors if t.kind is TensorKind.BUFFER}
+    masters = {t.name: t for t in role.tensors if t.kind is TensorKind.MASTER}
+    for group in step_groups(program, role):
+        shard = partial(_shard, program, group, at)
+        if group.name in masters:
+            wide = TORCH[masters[group.name].spec.dtype]
+            state[group.name] = shard(
+                lambda p: own.get(p.source, {}).get(MASTER, values(f"params:{p.source}")), wide
+            )
+        for key, value in own.get(group.params[0].source, {}).items():
+            if key == MASTER:
+                continue
+            like = tuple(values(f"params:{group.params[0].source}").shape)
+            has_shape = tuple(value.shape) == like and (bool(like) or key in entries)
+            lies = has_shape and not program.facts["whole_tensors"]
+            made = shard(partial(_state_of, own, key), value.dtype) if lies else value.clone()
+            state[f"{group.name}.optimizer.{key}"] = made
+    return state
+
+
+def _state_of(own: OwnState, key: str, param: Tensor) -> torch.Tensor:
+    return own[param.source][key]
+
+
+def _shard(
+    program: Program,
+    group: StepGroup,
+    at: Mapping[str, int],
+    whole: Callable[[Tensor], torch.Tensor],
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    flat = _end_to_end(program, group.flat, list(group.params), at, whole, dtype)
+    return flat.narrow(0, at["dp"] * group.shard if group.is_sharded else 0, group.shard).clone()
+
+
+def _end_to_end(
+    program: Program,
+    flat: Tensor,
+    params: list[Tensor],
+    at: Mapping[str, int],
+    whole: Callable[[Tensor], torch.Tensor],
+    dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """A chip's shards of whole tensors, at their places in a flat buffer."""
+    filled = torch.zeros(flat.spec.numel, dtype=dtype or TORCH[flat.spec.dtype])
+    for param in params:
+        piece = cut(program, param, whole(param), at)
+        filled.narrow(0, param.offset, param.spec.numel).copy_(piece.reshape(-1))
+    return filled

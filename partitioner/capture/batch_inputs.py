@@ -1,0 +1,51 @@
+"""A batch as a model takes it: names with tensors, or with anything in which tensors stand.
+
+Every tensor has a name of its own: that of the entry, then the keys and positions that lead to it (`images.0`). All
+else (numbers, strings, None) is part of how the model is called, and thus of the captured graph.
+"""
+
+from collections.abc import Mapping
+from typing import Any, TypeAlias
+
+import torch
+from torch.utils import _pytree as trees
+
+from comms.errors import PlanError
+
+Batch: TypeAlias = Mapping[str, Any]
+
+
+def tensors_of(batch: Batch) -> dict[str, torch.Tensor]:
+    """The batch's tensors by name."""
+    leaves, _ = trees.tree_flatten_with_path(dict(batch))
+    return {_name(path): value for path, value in leaves if isinstance(value, torch.Tensor)}
+
+
+def rebuilt(batch: Batch, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    """The batch with other tensors in the places of its own."""
+    found: dict[str, Any] = trees.tree_map_with_path(
+        lambda path, value: tensors[_name(path)] if isinstance(value, torch.Tensor) else value, dict(batch)
+    )
+    return found
+
+
+PLAIN = (torch.Tensor, bool, int, float, complex, str, bytes, torch.dtype, torch.device, type(None))
+
+
+def require_plain(batch: Batch) -> None:
+    """Refuse what could hide tensors: objects that are neither tensors, numbers, text nor containers of them."""
+    for path, value in trees.tree_flatten_with_path(dict(batch))[0]:
+        if not isinstance(value, PLAIN):
+            raise PlanError(f"the batch's {_name(path)} is a {type(value).__name__}", "batch",
+                            "pass tensors, numbers, text, and lists or dicts of them")  # fmt: skip
+
+
+def settings_of(batch: Batch) -> tuple[tuple[str, str], ...]:
+    """What is no tensor, as text: another batch with the same is called by the same graph."""
+    leaves, _ = trees.tree_flatten_with_path(dict(batch))
+    return tuple((_name(path), repr(value)) for path, value in leaves if not isinstance(value, torch.Tensor))
+
+
+def _name(path: tuple[Any, ...]) -> str:
+    keys = (getattr(key, "key", getattr(key, "idx", getattr(key, "name", None))) for key in path)
+    return ".".join(map(str, keys))

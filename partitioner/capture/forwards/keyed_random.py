@@ -1,0 +1,257 @@
+"""Randomness by keys: what torch would draw from its global state is computed from counters instead.
+
+A number depends on (seed and step, the number of the call in the forward, its element in the whole batch's tensor)
+alone: the same under every plan, after a resume, and when it is computed again. While the mode is active the functions
+below draw this way, in a trace and on one chip alike. They draw other numbers than torch does, of the same
+distributions.
+
+What draws inside torch's own operators (dropout between layers of a recurrent network, sampling without replacement) is
+refused.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+import kernels.ops  # noqa: F401  (registers orchestrate::keyed_uniform)
+from comms.errors import CaptureError
+
+KEY, FIRST_SAMPLE = "random.key", "random.first_sample"  # names among a batch's entries
+ALPHA = -1.7580993408473766  # what SELU tends to: -scale * alpha (Klambauer et al. 2017)
+RRELU = (1 / 8, 1 / 3)
+ATTENTION = torch.nn.functional.scaled_dot_product_attention
+RECURRENT = {"lstm", "gru", "rnn_tanh", "rnn_relu"}
+REFUSED = {"multinomial", "poisson", "cauchy_", "log_normal_", "geometric_", "binomial"}
+
+
+@contextmanager
+def keyed_random(key: torch.Tensor, first: torch.Tensor) -> Iterator[None]:
+    """Draw by keys inside the block: in the user's calls, and in those of torch's own Python functions.
+
+    A function mode is off inside the functions that it sees; what they call is replaced by name.
+    """
+    mode = KeyedRandom(key, first)
+    with ExitStack() as stack:
+        for owner in (torch, torch._VF, torch.Tensor):
+            for name, drawn in DRAWN.items():
+                if hasattr(owner, name):
+                    made = partial(_drawn, mode, name, drawn)
+                    stack.enter_context(
+                        patch.object(owner, name, _method(made) if owner is torch.Tensor else made)
+                    )
+        stack.enter_context(
+            patch.object(torch.nn.functional, "scaled_dot_product_attention", partial(_any_attention, mode))
+        )
+        stack.enter_context(mode)
+        yield
+
+
+def _drawn(
+    mode: "KeyedRandom", name: str, function: Callable[..., torch.Tensor], *args: Any, **given: Any
+) -> torch.Tensor:
+    _require_no_generator(name, given)
+    return function(mode, *args, **given)
+
+
+def _require_no_generator(name: str, given: Mapping[str, Any]) -> None:
+    if given.get("generator") is not None:
+        raise CaptureError(f"{name} draws from a generator of its own", name, "leave the generator out")
+
+
+def _method(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    return lambda self, *args, **given: function(self, *args, **given)
+
+
+class KeyedRandom(TorchFunctionMode):
+    """Draws by `key` (of seed and step) for samples from `first` on; both are 0-dim tensors of whole numbers."""
+
+    def __init__(self, key: torch.Tensor, first: torch.Tensor) -> None:
+        super().__init__()
+        self.key, self.first, self.calls = key, first, 0
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        name, given = getattr(func, "__name__", ""), dict(kwargs or {})
+        drawn = DRAWN.get(name) if getattr(func, "__module__", "") != "torch.nn.init" else None
+        if drawn is not None:
+            _require_no_generator(name, given)
+            return drawn(self, *args, **given)
+        if name in REFUSED or (name == "normal" and args):
+            raise CaptureError(
+                f"{name} draws random numbers in a way that cannot be split", name, "use rand or randn"
+            )
+        if name in RECURRENT and _recurrent_dropout(args):
+            raise CaptureError("dropout between the layers of a recurrent network", name,
+                               "use one layer each, with nn.Dropout between them")  # fmt: skip
+        if name == "scaled_dot_product_attention":
+            return _any_attention(self, *args, **given)
+        return func(*args, **given)
+
+    def uniform(self, shape: Sequence[int], like: torch.Tensor | None = None) -> torch.Tensor:
+        """Numbers in [0, 1) as float64; samples lie where they lie in `like`, else in the dim that grows with them."""
+        self.calls += 1
+        drawn: torch.Tensor = torch.ops.orchestrate.keyed_uniform(
+            self.key, self.first, None if like is None else like.detach(), self.calls, list(shape), 0, 0, 0
+        )
+        return drawn
+
+    def normal(self, shape: Sequence[int], like: torch.Tensor | None = None) -> torch.Tensor:
+        """Standard normal numbers (Box and Muller 1958), as float64."""
+        radius = torch.sqrt(-2.0 * torch.log1p(-self.uniform(shape, like)))
+        return radius * torch.cos(2.0 * math.pi * self.uniform(shape, like))
+
+
+def _recurrent_dropout(args: Sequence[Any]) -> bool:
+    """Their arguments end with ..., number of layers, dropout, whether training, ..."""
+    place = next((i for i, a in enumerate(args) if isinstance(a, float)), None)
+    return place is not None and args[place] > 0 and bool(args[place + 1]) and args[place - 1] > 1
+
+
+def _dropout_of_attention(args: Sequence[Any], given: Mapping[str, Any]) -> float:
+    return float(given.get("dropout_p", args[4] if len(args) > 4 else 0.0))
+
+
+def _shape(size: Sequence[Any]) -> list[int]:
+    return list(size[0]) if len(size) == 1 and not isinstance(size[0], int) else list(size)
+
+
+def _made(value: torch.Tensor, like: torch.Tensor | None = None, **given: Any) -> torch.Tensor:
+    default = like.dtype if like is not None else torch.get_default_dtype()
+    return value.to(given.get("dtype") or default)
+
+
+def _mask(mode: KeyedRandom, x: torch.Tensor, p: float, shape: Sequence[int] | None = None) -> torch.Tensor:
+    """Ones where entries are kept."""
+    drawn = mode.uniform(x.shape if shape is None else shape, x if shape is None else None)
+    return (drawn >= p).to(x.dtype)
+
+
+def _dropout(mode: KeyedRandom, x: torch.Tensor, p: float = 0.5, train: bool = True) -> torch.Tensor:
+    if not train or p == 0:
+        return x
+    return x * _mask(mode, x, p) * (1.0 / (1.0 - p) if p < 1 else 0.0)
+
+
+def _feature_dropout(mode: KeyedRandom, x: torch.Tensor, p: float = 0.5, train: bool = True) -> torch.Tensor:
+    """Whole channels are dropped: [samples, channels, ...]."""
+    if not train or p == 0:
+        return x
+    mask = _mask(mode, x, p, [*x.shape[:2], *[1] * (x.dim() - 2)])
+    return x * mask * (1.0 / (1.0 - p) if p < 1 else 0.0)
+
+
+def _alpha_dropout(
+    mode: KeyedRandom, x: torch.Tensor, p: float = 0.5, train: bool = True, *, by_feature: bool = False
+) -> torch.Tensor:
+    if not train or p == 0:
+        return x
+    if p == 1:
+        return x * 0.0
+    mask = _mask(mode, x, p, [*x.shape[:2], *[1] * (x.dim() - 2)] if by_feature else None)
+    scale = (1.0 - p + ALPHA**2 * p * (1.0 - p)) ** -0.5
+    return (x * mask + ALPHA * (1.0 - mask)) * scale - scale * p * ALPHA
+
+
+def _rrelu(
+    mode: KeyedRandom, x: torch.Tensor, lower: float = RRELU[0], upper: float = RRELU[1], training: bool = False,
+    inplace: bool = False,
+) -> torch.Tensor:  # fmt: skip
+    del inplace
+    slope: Any = (lower + upper) / 2
+    if training:
+        slope = (lower + (upper - lower) * mode.uniform(x.shape, x)).to(x.dtype)
+    return torch.where(x >= 0, x, x * slope)
+
+
+def _attention(
+    mode: KeyedRandom, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0, is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
+) -> torch.Tensor:  # fmt: skip
+    """Attention written out, with dropout of its weights."""
+    if enable_gqa:
+        k, v = (t.repeat_interleave(q.shape[-3] // t.shape[-3], -3) for t in (k, v))
+    scores = q @ k.transpose(-2, -1) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    if is_causal:
+        seen = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()
+        scores = scores.masked_fill(~seen, float("-inf"))
+    if attn_mask is not None:
+        is_bool = attn_mask.dtype is torch.bool
+        scores = scores.masked_fill(~attn_mask, float("-inf")) if is_bool else scores + attn_mask
+    return _dropout(mode, torch.softmax(scores, -1), dropout_p, True) @ v
+
+
+def _any_attention(mode: KeyedRandom, *args: Any, **given: Any) -> torch.Tensor:
+    if _dropout_of_attention(args, given):
+        return _attention(mode, *args, **given)
+    return ATTENTION(*args, **given)
+
+
+def _bernoulli(mode: KeyedRandom, x: torch.Tensor, p: Any = None, **_: Any) -> torch.Tensor:
+    return (mode.uniform(x.shape, x) < (x if p is None else p)).to(x.dtype)
+
+
+def _randint(mode: KeyedRandom, *args: Any, **given: Any) -> torch.Tensor:
+    low, high, size = (0, *args) if len(args) == 2 else args
+    return (low + mode.uniform(size) * (high - low)).floor().to(given.get("dtype") or torch.int64)
+
+
+def _randint_like(mode: KeyedRandom, x: torch.Tensor, *bounds: int, **given: Any) -> torch.Tensor:
+    low, high = (0, *bounds) if len(bounds) == 1 else bounds
+    return (low + mode.uniform(x.shape, x) * (high - low)).floor().to(given.get("dtype") or x.dtype)
+
+
+def _exponential(mode: KeyedRandom, x: torch.Tensor, rate: float = 1.0, **_: Any) -> torch.Tensor:
+    return x.copy_(-torch.log1p(-mode.uniform(x.shape, x)) / rate)
+
+
+def _uniform(
+    mode: KeyedRandom, x: torch.Tensor, low: float = 0.0, high: float = 1.0, **_: Any
+) -> torch.Tensor:
+    return x.copy_(low + (high - low) * mode.uniform(x.shape, x))
+
+
+def _normal(
+    mode: KeyedRandom, x: torch.Tensor, mean: float = 0.0, std: float = 1.0, **_: Any
+) -> torch.Tensor:
+    return x.copy_(mean + std * mode.normal(x.shape, x))
+
+
+# By the names of torch's functions and methods.
+DRAWN: Mapping[str, Callable[..., torch.Tensor]] = {
+    "dropout": lambda mode, x, p=0.5, train=True, **_: _dropout(mode, x, p, _.get("training", train)),
+    "dropout_": lambda mode, x, p=0.5, train=True, **_: x.copy_(_dropout(mode, x, p, train)),
+    "feature_dropout": _feature_dropout,
+    "feature_dropout_": lambda mode, x, p=0.5, train=True: x.copy_(_feature_dropout(mode, x, p, train)),
+    "alpha_dropout": lambda mode, x, p=0.5, train=True, **_: _alpha_dropout(
+        mode, x, p, _.get("training", train)
+    ),
+    "alpha_dropout_": lambda mode, x, p=0.5, train=True: x.copy_(_alpha_dropout(mode, x, p, train)),
+    "feature_alpha_dropout": lambda mode, x, p=0.5, train=True, **_: _alpha_dropout(
+        mode, x, p, _.get("training", train), by_feature=True
+    ),
+    "rrelu": _rrelu,
+    "rrelu_": lambda mode, x, *rest, **given: x.copy_(_rrelu(mode, x, *rest, **given)),
+    "rand": lambda mode, *size, **given: _made(mode.uniform(_shape(size)), **given),
+    "randn": lambda mode, *size, **given: _made(mode.normal(_shape(size)), **given),
+    "rand_like": lambda mode, x, **given: _made(mode.uniform(x.shape, x), x, **given),
+    "randn_like": lambda mode, x, **given: _made(mode.normal(x.shape, x), x, **given),
+    "randint": _randint,
+    "randint_like": _randint_like,
+    "randperm": lambda mode, n, **given: mode.uniform([n]).argsort(),
+    "bernoulli": _bernoulli,
+    "bernoulli_": lambda mode, x, p=0.5, **_: x.copy_(mode.uniform(x.shape, x) < p),
+    "exponential_": _exponential,
+    "uniform_": _uniform,
+    "normal_": _normal,
+}

@@ -1,0 +1,96 @@
+"""Functions of torch that look at values on the way, or take their input apart, in operators that can be captured.
+
+Each computes what torch's own does, except for its complaints about values (a negative variance).
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch.nn import functional
+
+BATCHED = 2  # dims of indices that are bags of one length each
+originals: Mapping[str, Callable[..., torch.Tensor]] = {
+    name: getattr(functional, name) for name in ("cross_entropy", "gaussian_nll_loss", "embedding_bag")
+}
+
+
+def _reduced(value: torch.Tensor, reduction: str) -> torch.Tensor:
+    return value.mean() if reduction == "mean" else value.sum() if reduction == "sum" else value
+
+
+def gaussian_nll_loss(
+    input: torch.Tensor,  # noqa: A002  (torch's own name)
+    target: torch.Tensor,
+    var: Any,
+    full: bool = False,
+    eps: float = 1e-6,
+    reduction: str = "mean",
+) -> torch.Tensor:
+    """See torch; no gradient passes through the clamping of the variance."""
+    variance = torch.as_tensor(var, dtype=input.dtype) if not isinstance(var, torch.Tensor) else var
+    if variance.dim() and variance.shape != input.shape and variance.shape[-1] != 1:
+        variance = variance.unsqueeze(-1)
+    variance = variance + (variance.detach().clamp(min=eps) - variance.detach())
+    loss = 0.5 * (torch.log(variance) + (input - target) ** 2 / variance)
+    return _reduced(loss + 0.5 * math.log(2 * math.pi) if full else loss, reduction)
+
+
+def cross_entropy(
+    input: torch.Tensor,  # noqa: A002  (torch's own name)
+    target: torch.Tensor, weight: torch.Tensor | None = None, size_average: Any = None,
+    ignore_index: int = -100, reduce: Any = None, reduction: str = "mean", label_smoothing: float = 0.0,
+) -> torch.Tensor:  # fmt: skip
+    """See torch; classes with weights and smoothing are written out, all else is torch's."""
+    if weight is None or not label_smoothing or target.is_floating_point():
+        return originals["cross_entropy"](
+            input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing
+        )
+    classes = 0 if input.dim() == 1 else 1
+    logs = torch.log_softmax(input, classes)
+    valid = target != ignore_index
+    chosen = torch.where(valid, target, 0)
+    shape = [-1 if d == classes else 1 for d in range(input.dim())]
+    mass = torch.where(valid, functional.embedding(chosen, weight.unsqueeze(-1)).squeeze(-1), 0.0)
+    picked = -logs.gather(classes, chosen.unsqueeze(classes)).squeeze(classes) * mass
+    spread = torch.where(valid, -(logs * weight.view(shape)).sum(classes), 0.0)
+    each = picked * (1 - label_smoothing) + spread * (label_smoothing / input.shape[classes])
+    return each.sum() / mass.sum() if reduction == "mean" else _reduced(each, reduction)
+
+
+def embedding_bag(
+    input: torch.Tensor,  # noqa: A002  (torch's own name)
+    weight: torch.Tensor,
+    offsets: torch.Tensor | None = None,
+    *rest: Any,
+    **given: Any,
+) -> torch.Tensor:
+    """See torch; bags of one length that are added up or averaged are lookups and sums."""
+    names = ("max_norm", "norm_type", "scale_grad_by_freq", "mode", "sparse", "per_sample_weights",
+             "include_last_offset", "padding_idx")  # fmt: skip
+    said = {**dict(zip(names, rest, strict=False)), **given}
+    mode, weights = said.get("mode", "mean"), said.get("per_sample_weights")
+    unusual = ("max_norm", "scale_grad_by_freq", "sparse", "padding_idx")
+    if (
+        input.dim() != BATCHED
+        or mode == "max"
+        or any(said.get(name) is not None and said[name] is not False for name in unusual)
+    ):
+        return originals["embedding_bag"](input, weight, offsets, **said)
+    rows = functional.embedding(input.long(), weight)
+    rows = rows if weights is None else rows * weights.unsqueeze(-1)
+    return rows.sum(1) if mode == "sum" else rows.mean(1)
+
+
+@contextmanager
+def plain_forms() -> Iterator[None]:
+    """Inside the block torch's functions are these."""
+    with ExitStack() as stack:
+        for made in (gaussian_nll_loss, cross_entropy, embedding_bag):
+            stack.enter_context(patch.object(functional, made.__name__, made))
+        # Distributions look at their arguments' values.
+        stack.enter_context(patch.object(torch.distributions.Distribution, "_validate_args", False))
+        yield

@@ -1,0 +1,245 @@
+"""From what was traced to a graph of values: no writes, no mode switches, no tensors that hang in the air.
+
+Writes become values by torch's functionalization. It cannot express three of them, which are refused here: into a batch
+(the user's own tensors would stay as they are), into a parameter, and behind autograd's back (through `detach`, `.data`
+or under `no_grad`) into a value that has a gradient: autograd would pass the gradient on, a graph of values would not.
+
+What a node was under is kept in its `meta`: "no_grad", and "autocast" as (device type, dtype, is enabled).
+"""
+
+import traceback
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.func import functionalize
+from torch.fx import Node
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from comms.errors import CaptureError
+from partitioner.capture.captured_graph import op_name, operand
+
+LARGEST_LITERAL = 64
+aten = torch.ops.aten
+PLAIN_DTYPES = (
+    torch.float16,
+    torch.bfloat16,
+    torch.float32,
+    torch.float64,
+    torch.complex64,
+    torch.complex128,
+)
+# operators that return their operand where nothing is to be done
+MAYBE_VIEWS = {"reshape", "contiguous", "to", "flatten", "expand_as"}
+
+
+def mark_modes(graph: torch.fx.Graph) -> None:
+    """Note in every node's meta what it runs under, and drop what switches it."""
+    is_off, contexts, switches = False, dict[Node, Any](), list[Node]()
+    for node in graph.nodes:
+        name = getattr(node.target, "__name__", "")
+        switches.append(node)
+        if node.target is torch._C._set_grad_enabled:
+            is_off = not node.args[0]
+        elif name == "_enter_autocast":
+            contexts[node] = tuple(node.args[:3])
+        elif name == "_exit_autocast":
+            del contexts[operand(node, 0)]
+        else:
+            switches.pop()
+            node.meta |= {"no_grad": is_off, "autocast": next(reversed(contexts.values()), None)}
+    for node in reversed(switches):
+        graph.erase_node(node)
+
+
+def is_pure(graph: torch.fx.Graph) -> bool:
+    """Whether no operation writes into its operands."""
+    return not any(map(_is_write, graph.nodes))
+
+
+def _is_write(node: Node) -> bool:
+    if node.target in (
+        aten.batch_norm.default,
+        aten.instance_norm.default,
+    ):  # into running statistics, unsaid
+        return node.args[3] is not None and bool(node.args[5])
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+def trace_values(function: Callable[..., Any], values: Sequence[torch.Tensor]) -> torch.fx.GraphModule:
+    """A function of (fake) tensors as a graph below autograd, without the writes of operators into what they make."""
+    traced = make_fx(function, tracing_mode="real", _allow_non_fake_inputs=True)(*values)
+    if not is_pure(traced.graph):
+        traced = make_fx(functionalize(traced), tracing_mode="real", _allow_non_fake_inputs=True)(*values)
+    return traced
+
+
+def with_gradient(graph: torch.fx.Graph, trained: Collection[Node]) -> set[Node]:
+    """The nodes through which a gradient reaches one of the parameters `trained`, as autograd would record them."""
+    found: set[Node] = set(trained)
+    for node in graph.nodes:
+        stops = node.meta.get("no_grad") or op_name(node.target) in ("detach", "detach_")
+        reached = node.op == "call_function" and not stops and any(n in found for n in node.all_input_nodes)
+        if reached and is_float(node):
+            found.add(node)
+    return found
+
+
+def is_float(node: Node) -> bool:
+    """Whether a node's value (one of its values) is made of floating-point or complex numbers."""
+    value = node.meta.get("val")
+    values = value if isinstance(value, tuple | list) else [value]
+    return any(isinstance(v, torch.Tensor) and v.dtype in PLAIN_DTYPES for v in values)
+
+
+def same_value(node: Node) -> Node:
+    """What a node only passes on: an operator that had nothing to do returns its operand."""
+    while (
+        op_name(node.target) in ("to", "alias", "contiguous")
+        and node.meta["val"].dtype == operand(node, 0).meta["val"].dtype
+    ):
+        node = operand(node, 0)
+    return node
+
+
+def require_expressible(graph: torch.fx.Graph, names: Mapping[str, str], frozen: Collection[str]) -> None:
+    """Refuse the writes that values cannot express, in a graph as it was traced."""
+    sources = {node: names[node.name].partition(":") for node in graph.nodes if node.op == "placeholder"}
+    trained = [
+        n
+        for n, (space, _, name) in sources.items()
+        if space == "params" and name not in frozen and is_float(n)
+    ]
+    has_grad = with_gradient(graph, trained)
+    for node in filter(_is_write, graph.nodes):
+        if node.target is aten.instance_norm.default:
+            raise CaptureError(
+                "instance norm with running statistics", source_line(node), "use track_running_stats=False"
+            )
+        if node.target is aten.batch_norm.default:
+            continue
+        base = operand(node, 0)
+        is_hidden = bool(node.meta["no_grad"])
+        while base.op != "placeholder" and _shares_memory(base):
+            is_hidden = is_hidden or op_name(base.target) == "detach"
+            base = operand(base, 0)
+        space, _, name = sources.get(base, ("", "", ""))
+        if space in ("batch", "params"):
+            kind = {"batch": "input", "params": "parameter"}[space]
+            problem, hint = f"{node.target} writes into the {kind} {name}", "work on a clone of it"
+            raise CaptureError(problem, source_line(node), hint)
+        if is_hidden and base in has_grad:
+            problem = f"{node.target} changes a value behind autograd's back"
+            raise CaptureError(problem, source_line(node), "write into a clone, outside detach and no_grad")
+
+
+def _shares_memory(node: Node) -> bool:
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return getattr(node.target, "__name__", "") == "getitem"
+    return node.target.is_view or node.target._schema.is_mutable or op_name(node.target) in MAYBE_VIEWS
+
+
+def make_pure(module: torch.fx.GraphModule, names: dict[str, str], registered: Mapping[int, str]) -> None:
+    """Drop what only guards, and give tensors that the code holds a place: a parameter's or buffer's, or in the code.
+
+    `registered`: by the identity of a tensor that the module registers, what it is in `names`.
+    """
+    graph = module.graph
+    places = {name: node for node in graph.nodes if node.op == "placeholder" for name in (names[node.name],)}
+    for node in list(graph.nodes):
+        if node.op == "call_function" and "_assert" in str(node.target):
+            graph.erase_node(node)
+        elif node.op == "get_attr":
+            value = getattr(module, str(node.target))
+            known = places.get(registered.get(id(value), ""))
+            if known is None:
+                _inline_literal(node, value)
+            else:
+                node.replace_all_uses_with(known)
+                graph.erase_node(node)
+        elif node.target is aten.copy.default:
+            _write_out(node)
+        elif _is_idle_dropout(node):
+            node.replace_all_uses_with(operand(node, 0))
+            graph.erase_node(node)
+    graph.eliminate_dead_code()
+
+
+def inline_numbers(module: torch.fx.GraphModule) -> None:
+    """Small tensors that a graph holds become operators in it. Raises CaptureError for large ones."""
+    for node in list(module.graph.nodes):
+        if node.op == "get_attr":
+            _inline_literal(node, getattr(module, str(node.target)))
+
+
+def _inline_literal(node: Node, value: object) -> None:
+    """A small tensor made of Python numbers becomes operators; a large one must be a buffer."""
+    if not isinstance(value, torch.Tensor) or value.numel() > LARGEST_LITERAL:
+        raise CaptureError("the forward uses a tensor that is neither parameter nor buffer", source_line(node),
+                           "register it as a buffer of the module")  # fmt: skip
+    graph = node.graph
+    with graph.inserting_before(node):
+        numbers = [_made(node, aten.scalar_tensor.default, (n.item(),), {"dtype": value.dtype}, n)
+                   for n in value.flatten()]  # fmt: skip
+        whole = (
+            numbers[0]
+            if numbers
+            else _made(node, aten.zeros.default, ([0],), {"dtype": value.dtype}, value.flatten())
+        )
+        if value.dim() != 0:
+            flat = _made(node, aten.stack.default, (numbers,), {}, value.flatten()) if numbers else whole
+            whole = _made(node, aten.view.default, (flat, list(value.shape)), {}, value)
+    node.replace_all_uses_with(whole)
+    graph.erase_node(node)
+
+
+def _made(origin: Node, target: Any, args: Any, kwargs: Any, value: torch.Tensor) -> Node:
+    made = origin.graph.call_function(target, args, kwargs)
+    like = next(iter(origin.graph.nodes)).meta.get("val")  # of a placeholder
+    mode = like.fake_mode if isinstance(like, FakeTensor) else nullcontext()
+    with mode:
+        made.meta = dict(origin.meta) | {"val": torch.empty(value.shape, dtype=value.dtype)}
+    return made
+
+
+def _write_out(node: Node) -> None:
+    """What a tensor holds once another is copied into it: that one, in its shape and dtype (autograd has no rule)."""
+    target, source, graph = operand(node, 0), operand(node, 1), node.graph
+    like, value = target.meta["val"], source.meta["val"]
+    with graph.inserting_before(node), like.fake_mode:
+        if value.dtype != like.dtype:
+            source = graph.call_function(aten._to_copy.default, (source,), {"dtype": like.dtype})
+            source.meta = dict(node.meta) | {"val": value.to(like.dtype)}
+        if value.shape != like.shape:
+            source = graph.call_function(aten.expand.default, (source, list(like.shape)))
+            source.meta = dict(node.meta)
+    node.replace_all_uses_with(source)
+    graph.erase_node(node)
+
+
+def _is_idle_dropout(node: Node) -> bool:
+    return node.target is aten.dropout.default and bool(node.args[1] == 0 or not node.args[2])
+
+
+def source_line(node: Node) -> str:
+    """Where in the user's code a node comes from, as `file:line (code)`."""
+    entries = str(node.meta.get("stack_trace", "")).strip().split("File ")
+    for entry in reversed(entries):
+        place, _, code = entry.partition("\n")
+        file, _, rest = place.partition(", line ")
+        if rest and "/torch/" not in file:
+            line, path = rest.partition(",")[0], file.strip('"')
+            return f"{path}:{line} ({code.strip()})"
+    return node.name
+
+
+def first_user_line(error: BaseException) -> str:
+    """The innermost line outside torch that an error passed through."""
+    own = str(Path(__file__).parent)
+    frames = traceback.extract_tb(error.__traceback__)
+    outside = [f for f in frames if "/torch/" not in f.filename and not f.filename.startswith(own)]
+    frame = (outside or frames)[-1]
+    return f"{frame.filename}:{frame.lineno} ({frame.line})"

@@ -1,0 +1,84 @@
+"""How a batch is cut: which of its entries hold samples is found out by what the model does with them.
+
+An entry whose first dim is as long as the batch is tried as samples, and as something that all samples share where that
+does not work out. Either is right once the rules accept it: the parts then compute what the whole batch does.
+"""
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import combinations
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from comms.errors import CaptureError, PlanError
+from partitioner.capture.batch_inputs import Batch, rebuilt, tensors_of
+from partitioner.capture.samples.loss_form import LossForm, split_loss
+from partitioner.capture.samples.split_samples import Parts
+from partitioner.capture.tracing import Captured
+
+MAX_SHARED = 2  # entries as long as the batch that turn out to hold no samples
+Trace = Callable[[Batch, FakeTensorMode], Captured]
+
+
+def cut_batch(
+    trace: Trace, batch: Batch, dp: int, microbatches: int
+) -> tuple[Captured, LossForm, frozenset[str]]:
+    """The capture of one part, its loss, and the entries that hold samples. Raises CaptureError or PlanError."""
+    tensors = tensors_of(batch)
+    first: CaptureError | None = None
+    for size, split in _guesses(tensors, dp * microbatches):
+        try:
+            return (*_cut(trace, batch, split, Parts(dp, microbatches, size // (dp * microbatches))), split)
+        except CaptureError as error:
+            first = first or error
+    assert first is not None
+    raise first
+
+
+def _guesses(tensors: Mapping[str, torch.Tensor], parts: int) -> Iterator[tuple[int, frozenset[str]]]:
+    """(number of samples, entries that hold them), the likeliest first. Raises PlanError."""
+    lengths = Counter(v.shape[0] for v in tensors.values() if v.dim() and v.shape[0])
+    sizes = [size for size, _ in lengths.most_common()]
+    fitting = [size for size in sizes if size % parts == 0]
+    if not fitting:
+        shapes = ", ".join(f"{name} {list(v.shape)}" for name, v in tensors.items())
+        raise PlanError(f"the batch does not divide into {parts} parts (dp x microbatches): {shapes}", "batch",
+                        f"use a multiple of {parts} samples")  # fmt: skip
+    for size in fitting:
+        long = [name for name, v in tensors.items() if v.dim() and v.shape[0] == size]
+        for number in range(min(MAX_SHARED, len(long) - 1) + 1):
+            for shared in combinations(reversed(long), number):
+                yield size, frozenset(long) - set(shared)
+
+
+def _cut(trace: Trace, batch: Batch, split: frozenset[str], parts: Parts) -> tuple[Captured, LossForm]:
+    tensors = tensors_of(batch)
+    small = {name: v[: parts.samples] if name in split else v for name, v in tensors.items()}
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    whole = trace(batch, mode)
+    with _quiet():
+        part = trace(rebuilt(batch, small), mode)
+    read = {
+        part.names[n.name].partition(":")[2]
+        for n in part.graph_module.graph.nodes
+        if n.op == "placeholder" and n.users
+    }
+    if not read & split:
+        problem = "no input that the model reads holds samples in its first dim"
+        raise CaptureError(problem, ", ".join(sorted(tensors)), "use dp 1 and 1 microbatch")
+    return part, split_loss(part, whole, parts, split)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """What torch logs of a guess that does not work out is not the user's business."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
