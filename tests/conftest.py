@@ -122,14 +122,15 @@ def tiny_model(one_thread: None) -> Callable[..., Any]:
 @pytest.fixture(scope="session")
 def tiny_graph(tiny_model: Callable[..., Any]) -> Callable[..., Any]:
     """The captured graph of the two-layer GPT for `samples` samples."""
-    from partitioner.capture.graph_units import build_graph
-    from partitioner.capture.tracing import trace_module
+    from partitioner.capture.graph_units import capture_graph
 
     @functools.cache
-    def make(samples: int = 2, min_units: int = 1, **options: Any) -> Any:
+    def make(samples: int = 2, min_units: int = 1, dp: int = 1, microbatches: int = 1, **options: Any) -> Any:
         model = tiny_model(**options)
-        captured = trace_module(model.module, model.example_batch(samples, SEQ), None, model.tp_plan)
-        return build_graph(captured, num_samples=samples, min_units=min_units)
+        batch = model.example_batch(samples * dp * microbatches, SEQ)
+        return capture_graph(
+            model.module, batch, dp=dp, microbatches=microbatches, tp_plan=model.tp_plan, min_units=min_units
+        )
 
     return make
 
@@ -143,7 +144,7 @@ def tiny_program(tiny_graph: Callable[..., Any]) -> Callable[..., Any]:
     @functools.cache
     def make(options: tuple[tuple[str, Any], ...] = (), **degrees: Any) -> Any:
         plan = Plan(**degrees)
-        graph = tiny_graph(2, plan.pp, **dict(options))
+        graph = tiny_graph(2, plan.pp, plan.dp, plan.microbatches, **dict(options))
         dtype = str(next(iter(graph.specs.values())).dtype)
         return lower(graph, plan, StepShape(2 * plan.dp * plan.microbatches, SEQ, "tiny", dtype, 2))
 

@@ -66,7 +66,7 @@ def ran(
         assert launch is not None
         runner = loaded(launch, prepared)
     try:
-        batches = split_batch(batch_of(prepared), prepared.plan)
+        batches = split_batch(batch_of(prepared), prepared.program)
         result = runner.run(StepRequest("step", 1e-3, batches, measure=True))
         timeline = result.timeline()
         assert timeline is not None and result.step_ns > 0

@@ -12,8 +12,10 @@ from kernels.builtin_optimizers import BUILT_IN
 from kernels.optimizers import (
     FlatOptimizer,
     OptimizerSpec,
+    Scope,
     StepStatistics,
-    require_elementwise,
+    same_kind,
+    scope_of,
     states_per_element,
 )
 
@@ -48,13 +50,13 @@ def test_a_flat_step_equals_torchs_step_on_the_matrix(spec: OptimizerSpec, decay
     if not decay:
         optimizer.param_groups[0]["weight_decay"] = 0.0
     flat = start.clone().flatten()
-    ours = FlatOptimizer(spec, flat, decay=decay)
+    ours = FlatOptimizer(spec, flat, {} if decay else {"weight_decay": 0.0})
     for number, grad in enumerate(grads):
         lr = 0.01 * (number + 1)
         optimizer.param_groups[0]["lr"] = lr
         shaped.grad = 0.5 * grad
         optimizer.step()
-        ours.step(grad.clone().flatten(), 0.5, lr)
+        ours.step(grad.clone().flatten(), 0.5, {"lr": lr})
     torch.testing.assert_close(flat.reshape(4, 6), shaped.detach(), rtol=1e-12, atol=1e-12)
 
 
@@ -62,12 +64,12 @@ def test_a_flat_step_equals_torchs_step_on_the_matrix(spec: OptimizerSpec, decay
 def test_shards_step_like_the_whole(spec: OptimizerSpec) -> None:
     start, *grads = randoms(4)
     whole, parts = start.clone().flatten(), start.clone().flatten()
-    one = FlatOptimizer(spec, whole, decay=True)
-    several = [FlatOptimizer(spec, part, decay=True) for part in parts.chunk(3)]
+    one = FlatOptimizer(spec, whole, {})
+    several = [FlatOptimizer(spec, part, {}) for part in parts.chunk(3)]
     for grad in grads:
-        one.step(grad.clone().flatten(), 1.0, spec.lr)
+        one.step(grad.clone().flatten(), 1.0, {})
         for optimizer, part in zip(several, grad.clone().flatten().chunk(3), strict=True):
-            optimizer.step(part, 1.0, spec.lr)
+            optimizer.step(part, 1.0, {})
     torch.testing.assert_close(parts, whole, rtol=1e-14, atol=0)
 
 
@@ -75,25 +77,25 @@ def test_shards_step_like_the_whole(spec: OptimizerSpec) -> None:
 def test_state_comes_back_bit_for_bit(spec: OptimizerSpec) -> None:
     start, *grads = randoms(5)
     flats = [start.clone().flatten() for _ in range(2)]
-    first = FlatOptimizer(spec, flats[0], decay=True)
+    first = FlatOptimizer(spec, flats[0], {})
     for grad in grads[:2]:
-        first.step(grad.clone().flatten(), 1.0, spec.lr)
+        first.step(grad.clone().flatten(), 1.0, {})
     flats[1].copy_(flats[0])
-    second = FlatOptimizer(spec, flats[1], decay=True)
+    second = FlatOptimizer(spec, flats[1], {})
     second.load(first.state())
     for grad in grads[2:]:
-        first.step(grad.clone().flatten(), 1.0, spec.lr)
-        second.step(grad.clone().flatten(), 1.0, spec.lr)
+        first.step(grad.clone().flatten(), 1.0, {})
+        second.step(grad.clone().flatten(), 1.0, {})
     assert torch.equal(flats[0], flats[1])
     assert set(first.state()) == set(second.state())
 
 
 def test_loaded_state_is_a_copy() -> None:
-    first, second = (FlatOptimizer(SPECS[0], torch.ones(4), decay=True) for _ in range(2))
-    first.step(torch.ones(4), 1.0, 0.1)
+    first, second = (FlatOptimizer(SPECS[0], torch.ones(4), {}) for _ in range(2))
+    first.step(torch.ones(4), 1.0, {"lr": 0.1})
     second.load(first.state())
     before = {k: v.clone() for k, v in second.state().items()}
-    first.step(torch.ones(4), 1.0, 0.1)
+    first.step(torch.ones(4), 1.0, {"lr": 0.1})
     assert all(torch.equal(second.state()[k], v) for k, v in before.items())
 
 
@@ -104,27 +106,119 @@ def test_states_are_counted_by_taking_a_step(spec: OptimizerSpec, count: int) ->
     assert (known.states if spec.momentum else known.states_without_momentum) == count
 
 
+def test_settings_last_until_others_come_and_unknown_ones_are_passed_over() -> None:
+    flat = torch.zeros(3)
+    optimizer = FlatOptimizer(SPECS[1], flat, {"lr": 0.5, "weight_decay": 0.0, "no such": 1})
+    optimizer.step(torch.ones(3), 1.0, {"no such": 1})
+    assert flat.tolist() == [-0.5] * 3
+    optimizer.step(torch.ones(3), 1.0, {"lr": 0.25})
+    optimizer.step(torch.ones(3), 2.0, {})
+    assert flat.tolist() == [-1.25] * 3
+
+
 @pytest.mark.parametrize("factory", [*SPECS, torch.optim.RMSprop, torch.optim.Adagrad, torch.optim.Adamax])
-def test_elementwise_optimizers_are_accepted(factory: object) -> None:
-    require_elementwise(factory)  # type: ignore[arg-type]
+def test_elementwise_optimizers_look_at_entries(factory: object) -> None:
+    assert scope_of(factory) is Scope.ENTRY  # type: ignore[arg-type]
 
 
-class RowNormalised(torch.optim.Optimizer):
-    """Divides each gradient by the norm of its rows: no sense on a flat buffer."""
+class Stepping(torch.optim.Optimizer):
+    """Steps by what a subclass makes of a gradient."""
 
     def __init__(self, params: Sequence[torch.Tensor]) -> None:
         super().__init__(params, {"lr": 0.1})
 
     @torch.no_grad()
-    def step(self) -> None:
+    def step(self) -> None:  # type: ignore[override]
         for param in self.param_groups[0]["params"]:
-            param.sub_(0.1 * param.grad / param.grad.norm(dim=-1, keepdim=True))
+            param.sub_(0.1 * self.direction(param.grad))
+
+    def direction(self, grad: torch.Tensor) -> torch.Tensor:
+        return grad
 
 
-@pytest.mark.parametrize("factory", [RowNormalised, torch.optim.Adafactor])
-def test_optimizers_that_look_at_shapes_are_refused_by_name(factory: type) -> None:
-    with pytest.raises(OptimizerError, match=f"{factory.__name__} depends on the shape"):
-        require_elementwise(factory)
+class RowNormalised(Stepping):
+    def direction(self, grad: torch.Tensor) -> torch.Tensor:
+        return grad / grad.norm(dim=-1, keepdim=True)
+
+
+class ByRootMeanSquare(Stepping):
+    def direction(self, grad: torch.Tensor) -> torch.Tensor:
+        return grad / grad.square().mean().sqrt()
+
+
+class MatricesOnly(Stepping):
+    def direction(self, grad: torch.Tensor) -> torch.Tensor:
+        return grad @ grad.mT @ grad
+
+
+class BlackBox(Stepping):
+    """Elementwise, but takes nothing flat: it cannot be known to be."""
+
+    def direction(self, grad: torch.Tensor) -> torch.Tensor:
+        if grad.dim() != 2:
+            raise ValueError("matrices only")
+        return grad
+
+
+@pytest.mark.parametrize(
+    "factory",
+    [RowNormalised, ByRootMeanSquare, MatricesOnly, BlackBox, torch.optim.Adafactor, torch.optim.Muon],
+)
+def test_optimizers_that_look_at_shapes_are_found_to_need_whole_parameters(factory: type) -> None:
+    assert scope_of(factory) is Scope.PARAMETER
+
+
+class Coupled(Stepping):
+    """Divides by the norm of all gradients together."""
+
+    @torch.no_grad()
+    def step(self) -> None:  # type: ignore[override]
+        params = self.param_groups[0]["params"]
+        norm = sum(p.grad.square().sum() for p in params).sqrt()
+        for param in params:
+            param.sub_(param.grad / norm)
+
+
+class Drawing(Stepping):
+    def direction(self, grad: torch.Tensor) -> torch.Tensor:
+        return grad + torch.randn_like(grad)
+
+
+@pytest.mark.parametrize("factory", [Coupled, Drawing])
+def test_optimizers_that_couple_parameters_or_draw_are_refused(factory: type) -> None:
+    with pytest.raises(OptimizerError, match="couples parameters to each other, or draws random numbers"):
+        scope_of(factory)
+
+
+def test_an_optimizer_that_needs_a_closure_is_refused() -> None:
+    with pytest.raises(OptimizerError, match="cannot step on given gradients") as caught:
+        scope_of(torch.optim.LBFGS)
+    assert "closure" in caught.value.hint
+
+
+class Keywords(torch.optim.SGD):
+    """Takes nothing by position, and hands settings on."""
+
+    def __init__(self, *, params: Sequence[torch.Tensor], slow: float, **more: float) -> None:
+        super().__init__(params, lr=slow * 10, **more)
+        self.slow = slow
+
+    def step(self, closure: object = None) -> None:
+        assert self.slow == 0.05
+        super().step()
+
+
+def test_the_same_kind_is_made_without_asking_its_constructor() -> None:
+    original = torch.nn.Parameter(torch.zeros(2))
+    optimizer = Keywords(params=[original], slow=0.05, momentum=0.5)
+    torch.optim.lr_scheduler.StepLR(optimizer, 1)  # binds a `step` to the object
+    param = torch.nn.Parameter(torch.zeros(3))
+    made = same_kind(optimizer)([param])
+    param.grad = torch.ones(3)
+    made.step()
+    assert param.tolist() == [-0.5] * 3
+    assert original.tolist() == [0.0] * 2
+    assert made.param_groups[0]["params"] == [param] and made.state is not optimizer.state
 
 
 @pytest.mark.parametrize("clip", [0.1, 1.0, 1e6])

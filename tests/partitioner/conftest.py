@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from partitioner.layout.pipeline_schedules import PipelineSchedule
 from partitioner.lowering.lower import with_transfers
 from partitioner.program.program import (
+    VERSION,
     Accumulate,
     Body,
     Call,
@@ -104,7 +105,7 @@ def bodies(stage: int, last: bool, dp: int) -> dict[str, list[str]]:
         "update": [
             *(["wait t2"] if dp > 1 else []),
             *("compute s3 -> t4", "all_reduce sum pp*dp*tp t4 -> t5", "wait t5"),
-            "update t0 grad=t2 stats=t5 target=t0 decay",
+            "update t0 grad=t2 stats=t5 target=t0 group=0",
         ],
         "drop": ["free t6 t7 t9" if last else "free t6 t7"],
     }
@@ -142,7 +143,9 @@ def toy_text(
     schedule: PipelineSchedule = PipelineSchedule.ONE_F_ONE_B,
 ) -> str:
     """A whole toy Program as text."""
-    head = f'program v1\naxes pp={pp} dp={dp} tp={tp}\nmicrobatches {microbatches}\nmeta model = "toy"\n'
+    head = (
+        f'program v{VERSION}\naxes pp={pp} dp={dp} tp={tp}\nmicrobatches {microbatches}\nmeta model = "toy"\n'
+    )
     return head + SEGMENTS + "".join(role_text(s, pp, dp, microbatches, schedule) for s in range(pp))
 
 
@@ -159,7 +162,7 @@ COSTS = re.compile(r"(.*) : (.*) flops=(\d+) read=(\d+) written=(\d+)")
 def read_program(text: str) -> Program:
     """Inverse of `to_text`, for what it writes: text that is damaged fails somehow."""
     lines = deque(line.strip() for line in text.split("\n") if line.strip())
-    assert lines.popleft() == "program v1"
+    assert lines.popleft() == f"program v{VERSION}"
     axes = (word.split("=") for word in lines.popleft().split()[1:])
     microbatches = int(lines.popleft().split()[1])
     meta, segments, roles = [], [], []
@@ -249,7 +252,7 @@ def read_instruction(number: int, verb: str, *words: str) -> Instruction:
             return Free(number, ids(words))
         case "update":
             param, grad, stats, target = (number_in(word.rpartition("=")[2]) for word in words[:4])
-            return Update(number, param, grad, stats, target, words[4] == "decay")
+            return Update(number, param, grad, stats, target, int(words[4].partition("=")[2]))
     op, has_reduction = CollectiveOp(verb), words[0] in tuple(Reduction)
     reduction = Reduction(words[0]) if has_reduction else Reduction.NONE
     axes, _, stages = words[has_reduction].partition("@")

@@ -127,12 +127,12 @@ def test_where_every_split_was_refused_the_reasons_and_ways_out_are_told(asked: 
     assert hint in caught.value.hint
 
 
-def test_a_job_whose_heads_do_not_divide_gets_stages_instead(tiny_job: Any) -> None:
-    job = tiny_job("global_batch=1")
-    prepared = prepare(POD.take(8), job)
-    assert (prepared.plan.tp, prepared.plan.pp) == (4, 2)
-    with pytest.raises(PlanError, match="do not divide by tp 8"):  # what is asked for is never changed
-        prepare(POD.take(8), tiny_job("global_batch=1", "plan.tp=8", "plan.pp=1"))
+def test_a_job_whose_optimizer_must_see_whole_parameters_gets_stages_instead(tiny_job: Any) -> None:
+    whole = ("global_batch=1", "optimizer.name=torch.optim:Adafactor")
+    prepared = prepare(POD.take(4), tiny_job(*whole))
+    assert (prepared.plan.tp, prepared.plan.pp) == (1, 4)
+    with pytest.raises(PlanError, match="whole parameters"):  # what is asked for is never changed
+        prepare(POD.take(4), tiny_job(*whole, "plan.tp=4", "plan.pp=1"))
 
 
 def test_a_batch_that_does_not_split_moves_chips_to_model_parallelism() -> None:

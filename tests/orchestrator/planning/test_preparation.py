@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from comms.errors import CaptureError, ModelError, PlanError
+from comms.errors import CaptureError, ModelError, OptimizerError, PlanError
 from orchestrator.config.job_file import Dtype
 from orchestrator.planning import preparation
 from orchestrator.planning import preparation as cache
@@ -181,7 +181,6 @@ def test_a_model_that_cannot_be_captured_is_a_user_error_with_the_line(
         ((), Plan(dp=4), PlanError, "dp 4 x tp 1 x pp 1 = 4 chips, the cluster has 2"),
         ((), Plan(dp=2, microbatches=3), PlanError, "global_batch 8 does not split into dp 2 x 3"),
         ((), Plan(pp=2, stages=(1, 1)), PlanError, "places 2 units, the model has 4"),
-        (("model_args.heads=1",), Plan(tp=2), PlanError, "1 heads do not divide by tp 2"),
         (("model_args.layers=0",), Plan(dp=2), ModelError, "layers is 0"),
         (("seq=32",), Plan(dp=2), ModelError, "longer than the 16 positions"),
         (("plan.dp=3",), None, PlanError, "dp 3 does not multiply to 2"),
@@ -199,13 +198,26 @@ def test_an_optimizer_of_the_users_own_is_checked_and_its_state_counted(tiny_job
     assert preparation.optimizer_states(tiny_job("optimizer.name=sgd")) == 0
     assert preparation.optimizer_states(tiny_job("optimizer.name=sgd", "optimizer.momentum=0.9")) == 1
     assert preparation.optimizer_states(tiny_job("optimizer.name=torch.optim:Adagrad")) == 1
-    for name, said in (
-        ("torch.optim:NoSuch", "no NoSuch"),
-        ("no_such:thing", "no thing"),
-        ("torch.optim:Adafactor", "shape"),
-    ):
+    for name, said in (("torch.optim:NoSuch", "no NoSuch"), ("no_such:thing", "no thing")):
         with pytest.raises(PlanError, match=said):
             preparation.optimizer_factory(tiny_job(f"optimizer.name={name}"))
+
+
+@pytest.mark.parametrize(
+    ("name", "whole"), [("adamw", False), ("torch.optim:Adagrad", False), ("torch.optim:Adafactor", True)]
+)
+def test_what_an_optimizer_looks_at_is_found_by_trial(name: str, whole: bool, tiny_job: Make) -> None:
+    assert preparation.looks_at_parameters(tiny_job(f"optimizer.name={name}")) is whole
+
+
+def test_an_optimizer_that_cannot_serve_is_refused_with_its_name(tiny_job: Make) -> None:
+    with pytest.raises(OptimizerError, match="cannot step on given gradients") as caught:
+        preparation.looks_at_parameters(tiny_job("optimizer.name=torch.optim:LBFGS"))
+    assert "optimizer torch.optim:LBFGS" in caught.value.where
+
+
+def test_heads_that_do_not_divide_can_be_planned(tiny_job: Make, laptop: Any) -> None:
+    assert prepare(laptop.take(2), tiny_job("model_args.heads=1"), Plan(tp=2)).program.size("tp") == 2
 
 
 Make = Callable[..., Any]

@@ -12,8 +12,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from comms.errors import DataError
-from orchestrator.runs.data import PRIOR_STRENGTH, TokenData, baseline_losses, load_data, split, split_batch
+from orchestrator.runs.data import (
+    PRIOR_STRENGTH,
+    TokenData,
+    baseline_losses,
+    load_data,
+    split,
+    split_batch,
+    step_key,
+)
+from partitioner.capture.forwards.keyed_random import FIRST_SAMPLE, KEY
 from partitioner.layout.parallel_plan import Plan
+from partitioner.program.program import Program, Role, Tensor, TensorKind, TensorSpec
 
 
 def numbered(length: int, seq: int, seed: int = 0) -> TokenData:
@@ -154,10 +164,21 @@ def test_missing_paths_empty_folders_and_unknown_names_are_named(tmp_path: Path)
         load_data("builtin:french", seq=8, seed=0)
 
 
+def reading(plan: Plan, samples: int = 0, **shapes: tuple[int, ...]) -> Program:
+    """A Program whose parts read entries of these shapes."""
+    tensors = tuple(
+        Tensor(i, name, TensorKind.BATCH, TensorSpec(shape, "i64"), source=f"batch:{name}")
+        for i, (name, shape) in enumerate(shapes.items())
+    )
+    role = Role(0, tensors, (), ())
+    return Program(plan.axes, plan.microbatches, (), (role,), (("samples_per_part", samples),))
+
+
 @given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 3))
 def test_the_pieces_in_order_are_the_global_batch(dp: int, microbatches: int, size: int) -> None:
     samples = torch.arange(dp * microbatches * size * 2).reshape(-1, 2)
-    split = split_batch({"x": samples, "y": samples[:, 0]}, Plan(dp=dp, microbatches=microbatches))
+    program = reading(Plan(dp=dp, microbatches=microbatches), x=(size, 2), y=(size,))
+    split = split_batch({"x": samples, "y": samples[:, 0]}, program)
     assert set(split) == set(range(dp))
     for name, whole in (("x", samples), ("y", samples[:, 0])):
         pieces = [
@@ -169,8 +190,36 @@ def test_the_pieces_in_order_are_the_global_batch(dp: int, microbatches: int, si
 
 @pytest.mark.parametrize("plan", [Plan(dp=2), Plan(microbatches=2), Plan(tp=4, pp=2, dp=2)])
 def test_only_dp_and_microbatches_cut(plan: Plan) -> None:
-    split = split_batch({"x": torch.arange(4)}, plan)
+    split = split_batch({"x": torch.arange(4)}, reading(plan, x=(2,)))
     assert [len(v) for part in split.values() for v in part.values()] == [2, 2]
+
+
+def test_what_all_samples_share_goes_everywhere_and_what_nothing_reads_nowhere() -> None:
+    shared = torch.arange(3)
+    program = reading(Plan(dp=2, microbatches=2), x=(2,), shared=(3,), scale=())
+    batch = {"x": torch.arange(8), "shared": shared, "scale": torch.tensor(7), "other": torch.arange(5)}
+    split = split_batch(batch, program)
+    parts = [split[replica][microbatch, "shared"] for replica in (0, 1) for microbatch in (0, 1)]
+    assert all(torch.equal(part, shared) for part in parts)
+    assert {name for part in split.values() for _, name in part} == {"x", "shared", "scale"}
+
+
+def test_every_part_knows_the_number_of_its_first_sample_and_all_the_same_key() -> None:
+    plan = Plan(dp=2, microbatches=3)
+    program = reading(plan, 4, x=(4,), **{KEY: (), FIRST_SAMPLE: ()})
+    split = split_batch({"x": torch.arange(24)}, program, key=-5)
+    for replica, part in split.items():
+        for microbatch in range(3):
+            assert part[microbatch, FIRST_SAMPLE] == part[microbatch, "x"][0] == 12 * replica + 4 * microbatch
+            assert part[microbatch, KEY] == -5
+
+
+@given(st.integers(0, 2**70), st.integers(0, 2**40))
+def test_keys_differ_from_step_to_step_and_from_seed_to_seed(seed: int, step: int) -> None:
+    key = step_key(seed, step)
+    assert -(2**63) <= key < 2**63
+    assert key == step_key(seed, step)
+    assert len({key, step_key(seed, step + 1), step_key(seed + 1, step)}) == 3
 
 
 def as_bytes(text: bytes) -> np.ndarray:

@@ -21,8 +21,7 @@ from orchestrator.runs.timeline import Origin
 from orchestrator.verbs.inputs.options import SimulateOptions
 from orchestrator.verbs.simulate import answer, require_fit, tables
 from orchestrator.views.console import Console
-from partitioner.capture.graph_units import build_graph
-from partitioner.capture.tracing import trace_module
+from partitioner.capture.graph_units import capture_graph
 from partitioner.layout.parallel_plan import Plan, plan_from_yaml
 from partitioner.lowering.lower import StepShape, lower
 
@@ -34,9 +33,8 @@ PLAN = Plan(dp=2, tp=2, pp=2, zero=1, microbatches=4, bucket_bytes=100_000)
 @pytest.fixture(scope="module")
 def program():
     built = model_builder.build("builtin:gpt-nano", {}, device="meta", dtype=torch.float32, seed=0)
-    graph = build_graph(
-        trace_module(built.module, built.example_batch(2, 32), None, built.tp_plan), num_samples=2
-    )
+    batch = built.example_batch(16, 32)
+    graph = capture_graph(built.module, batch, dp=2, microbatches=4, tp_plan=built.tp_plan)
     return lower(graph, PLAN, StepShape(16, 32, "builtin:gpt-nano", "fp32", 2))
 
 

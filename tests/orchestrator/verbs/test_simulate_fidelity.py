@@ -23,8 +23,7 @@ from orchestrator.runners.timing.prediction import CONDITIONS, UNEVEN, chosen_fi
 from orchestrator.verbs.inputs.options import SimulateOptions
 from orchestrator.verbs.simulate import answer
 from orchestrator.views.console import Console
-from partitioner.capture.graph_units import build_graph
-from partitioner.capture.tracing import trace_module
+from partitioner.capture.graph_units import capture_graph
 from partitioner.layout.parallel_plan import Plan
 from partitioner.lowering.lower import StepShape, lower
 
@@ -39,8 +38,8 @@ SLOW_LINK = replace(LAPTOP, conditions=Described(links=(LinkFault(Reach((0,), "e
 @pytest.fixture(scope="module")
 def graph():
     built = model_builder.build("builtin:gpt-nano", {}, device="meta", dtype=torch.float32, seed=0)
-    traced = trace_module(built.module, built.example_batch(2, 32), None, built.tp_plan)
-    return build_graph(traced, num_samples=2)
+    batch = built.example_batch(16, 32)
+    return capture_graph(built.module, batch, dp=2, microbatches=4, tp_plan=built.tp_plan)
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +131,7 @@ def test_the_verb_takes_the_flag_and_warns_where_conditions_are_left_out(program
     prepared = Prepared(SLOW_CHIP, load_job(job_file), PLAN, program, was_cached=True)
     out, err = StringIO(), StringIO()
     assert answer(prepared, SimulateOptions(fidelity=flag), Console(out=out, err=err)) == 0
-    assert ("warning" in err.getvalue()) == warned
+    assert ("conditions" in err.getvalue()) == warned
 
 
 def test_groups_astride_hosts_are_priced_by_what_joins_the_hosts():
@@ -149,8 +148,7 @@ def test_a_step_says_where_groups_sit_unevenly():
     built = model_builder.build(
         "builtin:gpt-nano", {"heads": 3, "width": 96}, device="meta", dtype=torch.float32, seed=0
     )
-    traced = trace_module(built.module, built.example_batch(2, 32), None, built.tp_plan)
-    graph = build_graph(traced, num_samples=2)
+    graph = capture_graph(built.module, built.example_batch(16, 32), dp=8, tp_plan=built.tp_plan)
     split = lower(graph, Plan(dp=8, tp=3, pp=1), StepShape(16, 32, "builtin:gpt-nano", "fp32", 2))
     folded, moved = (simulate(split, DGX, fidelity=each) for each in (Fidelity.FOLDED, Fidelity.FULL))
     assert UNEVEN in folded.step.left_out

@@ -182,7 +182,7 @@ def test_a_plan_that_only_replicates_is_refused(
         preparation, "build_model", lambda job, device: replace(original(job, device), tp_plan=whole)
     )
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    with pytest.raises(PlanError, match="tp 2 only replicates"):
+    with pytest.raises(PlanError, match="tp 2 cuts nothing"):
         verify(
             laptop.take(2), tiny_job("dtype=fp64", "model_args.vocab=63", "model_args.max_seq=17"), Plan(tp=2)
         )
@@ -224,7 +224,7 @@ def test_relative_distance(value: torch.Tensor, expected: torch.Tensor, error: f
 
 def test_gradients_are_whole_on_the_planned_side(tiny_job: Make, laptop: Any) -> None:
     from orchestrator.planning.preparation import module_values
-    from orchestrator.runners.executing.chip import whole_tensors
+    from orchestrator.runners.executing.whole_state import whole_tensors
     from orchestrator.verbs.verify_runs import loaded_runner
 
     job = tiny_job("dtype=fp64")

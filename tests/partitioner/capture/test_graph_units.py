@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from partitioner.capture.graph_units import build_graph
-from partitioner.capture.tracing import scalar_loss, trace_module
+from partitioner.capture.graph_units import capture_graph
+from partitioner.capture.tracing import scalar_loss
 
 SEQ = 16
 MODELS = ["builtin:gpt-nano", "hf:gpt2-tiny", "hf:llama-tiny"]
@@ -37,7 +37,7 @@ def test_units_one_after_the_other_make_the_whole_model(name: str, tiny_model: C
     model = tiny_model("cpu", name=name)
     batch = model.example_batch(2, SEQ)
     batch["labels"][0, :3] = -100
-    graph = build_graph(trace_module(model.module, batch, None, model.tp_plan), num_samples=2)
+    graph = capture_graph(model.module, batch, tp_plan=model.tp_plan)
     total, count = run_graph(graph, model.module, batch)
     assert count == 2 * SEQ - 3
     assert total / count == pytest.approx(scalar_loss(model.module(**batch)).item(), rel=1e-5)
@@ -96,9 +96,7 @@ class Stack(nn.Module):
 
 def test_a_model_without_containers_is_one_unit_unless_more_are_needed() -> None:
     def graph(min_units: int) -> Any:
-        return build_graph(
-            trace_module(Stack(), {"x": torch.zeros(2, 4)}, None), num_samples=2, min_units=min_units
-        )
+        return capture_graph(Stack(), {"x": torch.zeros(2, 4)}, min_units=min_units)
 
     assert len(graph(1).units) == 1
     cut = graph(2)
@@ -113,6 +111,5 @@ def test_units_name_the_module_they_come_from(tiny_graph: Callable[..., Any]) ->
 def test_frozen_blocks_do_not_share_a_template_with_trained_ones(tiny_model: Callable[..., Any]) -> None:
     model = tiny_model()
     model.module.blocks[0].requires_grad_(False)
-    captured = trace_module(model.module, model.example_batch(1, 8), None, model.tp_plan)
-    graph = build_graph(captured, num_samples=1)
+    graph = capture_graph(model.module, model.example_batch(1, 8), tp_plan=model.tp_plan)
     assert graph.units[1].template != graph.units[2].template

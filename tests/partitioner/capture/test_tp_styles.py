@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from partitioner.capture.graph_units import build_graph
+from partitioner.capture.samples.loss_form import whole_loss
 from partitioner.capture.tp_styles import COLUMN, REPLICATE, ROW, VOCAB, shard_dim
 from partitioner.capture.tracing import trace_module
 from partitioner.layout.joint_trace import param_dims
@@ -20,7 +21,7 @@ def styles_of(
 ) -> dict[str, str]:
     captured = trace_module(module, batch, None, plan)
     captured.tp_plan = plan or {}
-    graph = build_graph(captured, num_samples=len(next(iter(batch.values()))))
+    graph = build_graph(captured, whole_loss(captured), frozenset())
     units = reversed(graph.units)  # of a tied parameter, the first use counts
     return {n: s for u in units for n, s in zip(u.params, graph.templates[u.template].tp_styles, strict=True)}
 
@@ -39,7 +40,7 @@ def test_the_colouring_finds_megatrons_pairing_in_blocks(name: str, tiny_model: 
 def test_the_head_and_the_embedding_are_cut_by_vocabulary(name: str, tiny_model: Callable[..., Any]) -> None:
     model = tiny_model(name=name)
     captured = trace_module(model.module, model.example_batch(2, 8), None, model.tp_plan)
-    graph = build_graph(captured, num_samples=2)
+    graph = build_graph(captured, whole_loss(captured), frozenset())
     dims = {
         n: d
         for u in graph.units
@@ -96,7 +97,7 @@ def test_a_star_matches_one_path_component_only() -> None:
     captured = trace_module(
         module, {"input": torch.zeros(2, 4)}, lambda o, **batch: o.mean(), {"0.*": "rowwise", "*": "colwise"}
     )
-    graph = build_graph(captured, num_samples=2)
+    graph = build_graph(captured, whole_loss(captured), frozenset())
     assert {s for t in graph.templates for s in t.tp_styles} == {ROW, REPLICATE}
 
 

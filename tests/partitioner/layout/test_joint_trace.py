@@ -11,6 +11,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from comms.errors import PartitionError
+from partitioner.capture.fused_projections import unfuse
+from partitioner.capture.graph_units import capture_graph
 from partitioner.layout.joint_trace import Joint, param_dims, tensor_parallel_mesh, trace_joint
 from partitioner.layout.sharded_ops import register_attention_rules
 
@@ -21,7 +23,7 @@ def trace_unit(graph: Any, index: int, mesh: DeviceMesh | None) -> Joint:
     unit = graph.units[index]
     template = graph.templates[unit.template]
     dims = param_dims(template) if mesh else [None] * len(unit.params)
-    return trace_joint(template, dims, mesh, [False] * len(unit.params), first=not unit.activations)
+    return trace_joint(template, dims, mesh)
 
 
 def text_of(joint: Joint) -> str:
@@ -137,15 +139,24 @@ def test_the_first_unit_has_no_gradient_for_its_input(
     assert joints[BLOCK].wanted[-1] == len(tiny_graph().units[BLOCK].params)
 
 
-def test_frozen_parameters_get_no_gradient(tiny_graph: Callable[..., Any]) -> None:
-    unit = tiny_graph().units[BLOCK]
-    template = tiny_graph().templates[unit.template]
-    frozen = [name.endswith("bias") for name in unit.params]
-    joint = trace_joint(template, [None] * len(frozen), None, frozen, first=False)
-    assert joint.wanted == (
-        *(i for i, name in enumerate(unit.params) if not name.endswith("bias")),
-        len(frozen),
-    )
+def test_frozen_parameters_get_no_gradient(tiny_model: Callable[..., Any]) -> None:
+    model = tiny_model()
+    biases = frozenset(name for name, _ in model.module.named_parameters() if name.endswith("bias"))
+    graph = capture_graph(model.module, model.example_batch(2, 16), tp_plan=model.tp_plan, frozen=biases)
+    unit, joint = graph.units[BLOCK], trace_unit(graph, BLOCK, None)
+    trained = [i for i, name in enumerate(unit.params) if not name.endswith("bias")]
+    assert joint.wanted == (*trained, len(unit.params))
+
+
+def test_nothing_is_differentiated_before_the_first_parameter_that_is_trained(
+    tiny_model: Callable[..., Any],
+) -> None:
+    model = tiny_model()
+    early = frozenset(n for n, _ in model.module.named_parameters() if not n.startswith(("norm", "head")))
+    graph = capture_graph(model.module, model.example_batch(2, 16), tp_plan=model.tp_plan, frozen=early)
+    assert [trace_unit(graph, index, None).wanted for index in (EMBED, BLOCK)] == [(), ()]
+    head = graph.units[HEAD]
+    assert trace_unit(graph, HEAD, None).wanted == tuple(range(len(head.params)))
 
 
 def test_one_chip_needs_no_process_group() -> None:
@@ -160,11 +171,12 @@ def test_a_process_group_of_the_users_own_is_left_alone() -> None:
         assert dist.is_initialized()
 
 
-def test_heads_that_do_not_divide_are_refused_with_the_number_of_heads(
-    tiny_program: Callable[..., Any],
-) -> None:
-    with pytest.raises(PartitionError, match="1 heads do not divide by tp 2"):
-        tiny_program((("heads", 1),), tp=2)
+def test_heads_that_do_not_divide_are_gathered_before_attention(tiny_graph: Callable[..., Any]) -> None:
+    graph = unfuse(tiny_graph(heads=1), 2)
+    with tensor_parallel_mesh(2) as mesh:
+        joint = trace_unit(graph, BLOCK, mesh)
+    (kernel, *_) = [n for n in joint.graph.nodes if "flash_attention_for_cpu" in str(n.target)]
+    assert kernel.args[0].meta["val"].shape == torch.Size([2, 1, 16, 32])
 
 
 def test_attention_on_half_of_the_heads_is_traced_locally(joints: dict[int, Joint]) -> None:

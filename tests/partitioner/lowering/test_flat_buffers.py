@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from partitioner.layout.parallel_plan import Plan
 from partitioner.lowering.flat_buffers import FlatGroup, Param, make_groups
-from partitioner.lowering.stage import RoleBuilder, SegmentPool
+from partitioner.lowering.role_builder import RoleBuilder, SegmentPool
 from partitioner.program.program import TensorKind, TensorSpec
 
 
@@ -24,7 +24,8 @@ def param_lists(draw: st.DrawFn) -> list[Param]:
             tied=draw(st.sampled_from([(), (0, 1)])),
             unit=draw(st.integers(0, 4)),
             is_frozen=draw(st.booleans()),
-            decays=draw(st.booleans()),
+            group=draw(st.integers(0, 1)),
+            apart=draw(st.sampled_from([None, "p0"])),
         )
         for index in range(count)
     ]
@@ -47,7 +48,9 @@ def test_every_parameter_is_in_one_group_with_others_of_its_kind(
     _, groups = grouped(params, dp, zero, bucket)
     assert Counter(p for g in groups for p in g.params) == Counter(params)
     for group in groups:
-        assert len({(p.is_frozen, p.decays, p.tied, p.dim is None, p.spec.dtype) for p in group.params}) == 1
+        kinds = {(p.is_frozen, p.group, p.apart, p.tied, p.dim is None, p.spec.dtype) for p in group.params}
+        assert len(kinds) == 1
+        assert group.group == group.params[0].group
         assert group.ready == min(p.unit for p in group.params)
 
 
@@ -111,7 +114,7 @@ def test_buckets_close_as_soon_as_they_are_full_and_follow_the_backward(
 
 
 def test_a_large_bucket_makes_one_group_per_kind_and_a_small_one_a_group_per_parameter() -> None:
-    params = [Param(f"p{i}", TensorSpec((4, 4), "f32"), None, (), i, False, True) for i in range(5)]
+    params = [Param(f"p{i}", TensorSpec((4, 4), "f32"), None, (), i, False, 0, None) for i in range(5)]
     assert len(grouped(params, 2, 0, 10**9)[1]) == 1
     assert len(grouped(params, 2, 0, 1)[1]) == 5
     assert [g.ready for g in grouped(params, 2, 0, 1)[1]] == [4, 3, 2, 1, 0]
@@ -119,7 +122,7 @@ def test_a_large_bucket_makes_one_group_per_kind_and_a_small_one_a_group_per_par
 
 @pytest.mark.parametrize("states", [0, 2])
 def test_optimizer_state_is_accounted_for_by_elements(states: int) -> None:
-    params = [Param("p", TensorSpec((6, 5), "f32"), None, (), 0, False, True)]
+    params = [Param("p", TensorSpec((6, 5), "f32"), None, (), 0, False, 0, None)]
     role, _ = grouped(params, 3, 1, 1, states)
     found = [t.spec.shape for t in role.tensors if t.kind is TensorKind.STATE]
     assert found == ([(states, 10)] if states else [])

@@ -21,8 +21,7 @@ def split_unit(graph: Any, index: int, tp: int = 1) -> TracedUnit:
     template = graph.templates[unit.template]
     with tensor_parallel_mesh(tp) as mesh:
         dims = param_dims(template) if mesh else [None] * len(unit.params)
-        frozen = [False] * len(unit.params)
-        return split_joint(trace_joint(template, dims, mesh, frozen, first=not unit.activations))
+        return split_joint(trace_joint(template, dims, mesh))
 
 
 def run(pieces: tuple[Any, ...], values: dict[int, torch.Tensor]) -> None:

@@ -45,8 +45,8 @@ KNOWN = [
     (Wait(7, (1, 2)), "wait t1 t2", (), ()),
     (Wait(7, ()), "wait", (), ()),
     (Free(7, (1, 2)), "free t1 t2", (), ()),
-    (Update(7, 1, 2, 3, 4, True), "update t1 grad=t2 stats=t3 target=t4 decay", (1, 2, 3), (1, 4)),
-    (Update(7, 1, 2, 3, 1, False), "update t1 grad=t2 stats=t3 target=t1 no_decay", (1, 2, 3), (1, 1)),
+    (Update(7, 1, 2, 3, 4, 0), "update t1 grad=t2 stats=t3 target=t4 group=0", (1, 2, 3), (1, 4)),
+    (Update(7, 1, 2, 3, 1, 1), "update t1 grad=t2 stats=t3 target=t1 group=1", (1, 2, 3), (1, 1)),
 ]  # fmt: skip
 
 

@@ -8,10 +8,12 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from comms.errors import ProgramError
-from partitioner.program.program import Accumulate, Collective, Program, Recv, Update
+from partitioner.program.program import VERSION, Accumulate, Collective, Program, Recv, Update
 from partitioner.program.static_check import MOST_FINDINGS, check_program, require_valid
 
-STEP_ONLY = """program v1
+STEP_ONLY = (
+    f"program v{VERSION}"
+    """
 axes pp=2 dp=1 tp=1
 microbatches 1
 segment s0 make
@@ -38,6 +40,7 @@ role 1
     4 free t0 t1
   schedule step: step(0)
 """
+)
 
 
 def filled(text: str, *lines: str) -> str:

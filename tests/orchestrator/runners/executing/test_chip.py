@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from orchestrator.runners.executing.chip import SegmentLibrary, saved_state, whole_parameters
+from orchestrator.runners.executing.chip import SegmentLibrary, saved_state
 from orchestrator.runners.executing.chip_set import ChipSet
+from orchestrator.runners.executing.whole_state import whole_parameters
 from orchestrator.runners.runner import StepRequest
 
 

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from orchestrator.runners.executing.chip import saved_state, whole_parameters
+from orchestrator.runners.executing.chip import saved_state
 from orchestrator.runners.executing.chip_set import ChipSet, Stuck
+from orchestrator.runners.executing.whole_state import whole_parameters
 from orchestrator.runners.runner import StepRequest
 from partitioner.program.program import Body, Compute, Program, Role, Send, TensorKind
 
@@ -25,6 +26,17 @@ def train(chips: ChipSet, batches_of: Make, steps: int = 3) -> tuple[list[float]
         losses.append(outcome.stats.loss)
     states = {index: saved_state(chip) for index, chip in chips.chips.items()}
     return losses, whole_parameters(chips.program, states.__getitem__)
+
+
+def test_one_head_on_two_chips_is_the_one_chip_result(
+    tiny_program: Make, running_chips: Make, batches_of: Make
+) -> None:
+    options = (("heads", 1), ("dtype", torch.float64))
+    programs = [tiny_program(options, **degrees) for degrees in ({}, {"tp": 2})]
+    (losses, one), (others, two) = (train(running_chips(p, dict(options)), batches_of) for p in programs)
+    assert others == pytest.approx(losses, rel=1e-12)
+    for name, value in one.items():
+        torch.testing.assert_close(two[name].view_as(value), value, rtol=1e-8, atol=1e-9)
 
 
 def same_bytes(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
@@ -189,4 +201,4 @@ def test_a_plan_gives_the_losses_of_one_chip_on_the_same_samples(
     expected, whole = train(running_chips(alone, options), batches_of)
     assert losses == pytest.approx(expected, rel=1e-12)
     for name, value in whole.items():
-        torch.testing.assert_close(parameters[name], value, rtol=1e-8, atol=1e-9)
+        torch.testing.assert_close(parameters[name].view_as(value), value, rtol=1e-8, atol=1e-9)

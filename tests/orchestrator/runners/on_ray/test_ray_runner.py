@@ -25,8 +25,7 @@ from orchestrator.runners.on_ray.ray_start import (
     require_resources,
 )
 from orchestrator.runners.runner import Batches, States, StepRequest, TensorRunner
-from partitioner.capture.graph_units import build_graph
-from partitioner.capture.tracing import trace_module
+from partitioner.capture.graph_units import capture_graph
 from partitioner.layout.parallel_plan import Plan
 from partitioner.lowering.lower import StepShape, lower
 from partitioner.program.program import Program
@@ -60,8 +59,9 @@ def case() -> Case:
     ids = torch.randint(0, 64, (SAMPLES, SEQ))
     batch = {"input_ids": ids, "labels": ids.roll(-1, 1)}
     per = SAMPLES // (PLAN.dp * PLAN.microbatches)
-    captured = trace_module(model, {k: v[:per] for k, v in batch.items()}, None, model.tp_plan)
-    graph = build_graph(captured, num_samples=per, min_units=PLAN.pp)
+    graph = capture_graph(
+        model, batch, dp=PLAN.dp, microbatches=PLAN.microbatches, tp_plan=model.tp_plan, min_units=PLAN.pp
+    )
     program = lower(graph, PLAN, StepShape(SAMPLES, SEQ, "gpt", "fp32", 2))
     values = {f"params:{k}": v.detach().clone() for k, v in model.named_parameters()}
     values |= {f"buffer:{k}": v for k, v in model.named_buffers()}

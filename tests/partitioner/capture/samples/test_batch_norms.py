@@ -1,0 +1,139 @@
+"""Batch norm over parts of a batch: statistics of all samples, forward, backward and kept, as on one chip."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from comms.errors import CaptureError
+from orchestrator.verbs.distribute import distribute
+from partitioner.layout.parallel_plan import Plan
+
+Check = Callable[..., Any]
+Doubles = Callable[..., torch.Tensor]
+
+LAYERS: dict[str, Callable[[], nn.Module]] = {
+    "plain": lambda: nn.BatchNorm1d(4),
+    "momentum": lambda: nn.BatchNorm1d(4, momentum=0.7, eps=1e-3),
+    "no weights": lambda: nn.BatchNorm1d(4, affine=False),
+    "no statistics": lambda: nn.BatchNorm1d(4, track_running_stats=False),
+    "neither": lambda: nn.BatchNorm1d(4, affine=False, track_running_stats=False),
+    "of sequences": lambda: nn.Sequential(nn.Unflatten(1, (2, 2)), nn.BatchNorm1d(2), nn.Flatten()),
+    "of images": lambda: nn.Sequential(nn.Unflatten(1, (2, 2, 1)), nn.BatchNorm2d(2), nn.Flatten()),
+    "two": lambda: nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 4), nn.BatchNorm1d(4)),
+}
+
+
+def forward(m: Any, x: torch.Tensor) -> torch.Tensor:
+    return m.made(m.lin(x)).tanh().square().mean()
+
+
+@pytest.mark.parametrize("dp", [2, 4])
+@pytest.mark.parametrize("name", LAYERS)
+def test_statistics_are_of_all_replicas(name: str, dp: int, check: Check, doubles: Doubles) -> None:
+    parted = check(forward, {"x": doubles(8, 4)}, dp=dp, microbatches=1, make=lambda: LAYERS[name]().double())
+    assert [target for target in parted.targets() if "sum_parts" in target]
+
+
+def test_several_microbatches_are_refused_by_line(parts_of: Check, doubles: Doubles) -> None:
+    def normed(m: Any, x: torch.Tensor) -> torch.Tensor:
+        return F.batch_norm(m.lin(x), None, None, training=True).tanh().mean()
+
+    with pytest.raises(CaptureError, match="mixes samples") as caught:
+        parts_of(normed, {"x": doubles(8, 4)})
+    assert "use 1 microbatch" in caught.value.hint
+
+
+def test_in_evaluation_every_image_is_normalised_by_itself(check: Check, doubles: Doubles) -> None:
+    parted = check(forward, {"x": doubles(8, 4)}, make=lambda: nn.BatchNorm1d(4).double().eval())
+    assert not [target for target in parted.targets() if target.startswith("orchestrate")]
+
+
+def counting(m: Any, x: torch.Tensor) -> torch.Tensor:
+    m.steps += 1
+    return m.lin(x).square().mean() / m.steps
+
+
+def averaging(m: Any, x: torch.Tensor) -> torch.Tensor:
+    h = m.lin(x)
+    with torch.no_grad():
+        m.mean.lerp_(h.mean(0), 0.1)
+    return (h - m.mean).square().mean()
+
+
+def averaging_inputs(m: Any, x: torch.Tensor) -> torch.Tensor:
+    m.mean = 0.9 * m.mean + 0.1 * x.mean(0)
+    return (m.lin(x) * m.mean).square().mean()
+
+
+def keeping_the_last(m: Any, x: torch.Tensor) -> torch.Tensor:
+    h = m.lin(x)
+    m.mean = h.detach().mean(0)
+    return h.square().mean()
+
+
+@pytest.mark.parametrize("script", [counting, averaging, averaging_inputs, keeping_the_last])
+def test_buffers_that_a_forward_keeps_are_of_the_whole_batch(
+    script: Any, check: Check, doubles: Doubles
+) -> None:
+    assert check(script, {"x": doubles(8, 4)}, dp=4, microbatches=1).captured.updated
+
+
+class Normed(nn.Module):
+    """Batch norm between two layers, as most networks for images have it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.layers = nn.Sequential(
+                nn.Linear(4, 6, bias=False), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 6), nn.BatchNorm1d(6),
+                nn.Tanh(), nn.Linear(6, 2),
+            ).double()  # fmt: skip
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return F.mse_loss(self.layers(x), y)
+
+
+@pytest.mark.parametrize(
+    "plan", [Plan(), Plan(dp=2), Plan(dp=4, zero=1), Plan(pp=2), Plan(tp=2), Plan(dp=2, pp=2)], ids=str
+)
+def test_training_is_that_of_one_chip_with_its_running_statistics(
+    plan: Plan, doubles: Doubles, laptop: Any, one_thread: None
+) -> None:
+    batches = [{"x": 1 + 3 * doubles(8, 4, seed=s), "y": doubles(8, 2, seed=s)} for s in range(3)]
+    module, plain = Normed(), Normed()
+    step = distribute(
+        module, torch.optim.SGD(module.parameters(), 0.2), laptop, plan=plan, chips=plan.num_chips
+    )
+    optimizer = torch.optim.SGD(plain.parameters(), 0.2)
+    for batch in batches:
+        optimizer.zero_grad()
+        loss = plain(**batch)
+        loss.backward()
+        optimizer.step()
+        assert step(batch) == pytest.approx(loss.item(), rel=1e-9)
+    step.sync()
+    for name, value in plain.state_dict().items():
+        torch.testing.assert_close(module.state_dict()[name], value, rtol=1e-8, atol=1e-10)
+    assert step.evaluate(batches[0]) == pytest.approx(plain(**batches[0]).item(), rel=1e-9)
+
+
+def test_evaluation_uses_running_statistics_and_changes_none(
+    doubles: Doubles, laptop: Any, one_thread: None
+) -> None:
+    batch = {"x": 1 + 3 * doubles(8, 4), "y": doubles(8, 2)}
+    module = Normed()
+    step = distribute(module, torch.optim.SGD(module.parameters(), 0.2), laptop, plan=Plan(dp=2), chips=2)
+    step(batch)
+    step.sync()
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    module.eval()
+    assert step.evaluate(batch) == pytest.approx(module(**batch).item(), rel=1e-9)
+    module.train()
+    step.evaluate(batch)
+    step.sync()
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
