@@ -93,7 +93,7 @@ def stepper(runner: TensorRunner, prepared: Prepared, batch: dict[str, torch.Ten
     values = {f"params:{k}": v.detach() for k, v in module.named_parameters()}
     values |= {f"buffer:{k}": v for k, v in module.named_buffers()}
     runner.load(values.__getitem__)
-    batches = split_batch(batch, prepared.plan)
+    batches = split_batch(batch, prepared.program)
     return lambda: runner.run(StepRequest("step", LR, batches))
 
 

@@ -1,0 +1,329 @@
+"""Random models, trained by random plans: each run equals a plain PyTorch loop, or is refused. Anything else is a bug.
+
+A case is `support/random_training.py`'s. Compared are the losses of all steps, parameters and buffers after `sync()`,
+and the parameters after one more plain step, which shows that the optimizer's states came back. Cases that the plain
+loop cannot run, whose values are not finite or too sensitive to rounding to be told apart, are skipped.
+
+    python benchmarks/equal_training.py [--cases 300] [--seed 0] [--first 0] [--show SEED]
+"""
+
+import argparse
+import copy
+import linecache
+import math
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+import torch
+from support.harness import report
+from support.random_training import Case, random_case
+from torch import nn
+
+from orchestrator.exceptions import UserError
+from orchestrator.verbs.distribute import distribute
+
+TOLERANCE = 1e-9
+FLOOR = 0.1  # smaller numbers are compared with this one: a gradient of nothing but rounding is no difference
+ROUNDING, AMPLIFIED = 1e-14, 100.0  # a plain run moved by so much may differ by a part of what ours does
+SEEDS_APART = 1_000_000
+C = 4  # features
+PRELUDE = """
+import torch
+from types import SimpleNamespace
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+C = 4
+CW = torch.linspace(0.5, 2.0, C, dtype=torch.float64)
+class Squash(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x): ctx.save_for_backward(x.tanh()); return x.tanh() * 2
+    @staticmethod
+    def backward(ctx, grad): return grad * 2 * (1 - ctx.saved_tensors[0] ** 2)
+class Straight(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x): return x.round()
+    @staticmethod
+    def backward(ctx, grad): return grad
+class OwnAdam(torch.optim.AdamW):
+    def __init__(self, params, **kw): super().__init__(params, **kw)
+class OwnStep(torch.optim.Optimizer):
+    def __init__(self, params, lr=0.1, decay=0.0): super().__init__(params, dict(lr=lr, decay=decay))
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    seen = self.state[p].setdefault("seen", torch.zeros_like(p))
+                    seen.mul_(0.9).add_(p.grad)
+                    p.mul_(1 - group["decay"] * group["lr"]).add_(seen / (1 + seen.norm()), alpha=-group["lr"])
+"""
+
+
+class Outcome(StrEnum):
+    """How a case ended."""
+
+    EQUAL = "equal"
+    REFUSED = "refused"
+    DIFFERS = "DIFFERS"
+    CRASH = "CRASH"
+    SKIPPED = "skipped"
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """A case that ran, and what there is to say of it."""
+
+    case: Case
+    outcome: Outcome
+    what: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """Losses of all steps, then values by name: after the last step, and after one more plain step."""
+
+    losses: list[float]
+    values: dict[str, torch.Tensor]
+    later: dict[str, torch.Tensor]
+
+
+def main() -> None:
+    """Run cases, and report."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--cases", type=int, default=300)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--first", type=int, default=0, help="the first case's number")
+    parser.add_argument("--show", type=int, help="print this case in full, and how it ends")
+    options = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    if options.show is not None:
+        show(random_case(options.show))
+        return
+    ended = []
+    for number in range(options.first, options.first + options.cases):
+        one = ended_as(random_case(options.seed * SEEDS_APART + number))
+        ended.append(one)
+        if one.outcome in (Outcome.DIFFERS, Outcome.CRASH):
+            print(f"{one.outcome} {one.case}\n    {one.what}", flush=True)
+    counted = [one for one in ended if one.outcome != Outcome.SKIPPED]
+    refusals = Counter(one.what.split("\n")[0] for one in counted if one.outcome == Outcome.REFUSED)
+    for message, times in refusals.most_common(40):
+        print(f"{times:4} refused: {message}")
+    report("equal_training", rows_of(counted))
+
+
+def show(case: Case) -> None:
+    """A case in full."""
+    one = ended_as(case, print_traceback=True)
+    print(f"{case}\n\n{case.source}\n{one.outcome}: {one.what}")
+
+
+def rows_of(ended: list[Ended]) -> list[Mapping[str, object]]:
+    """A row per kind of plan."""
+    kinds: dict[str, Callable[[Case], bool]] = {
+        "all": lambda case: True,
+        "one chip": lambda case: case.plan.num_chips == 1 and case.plan.microbatches == 1,
+        "dp": lambda case: case.plan.dp > 1,
+        "tp": lambda case: case.plan.tp > 1,
+        "pp": lambda case: case.plan.pp > 1,
+        "zero 1": lambda case: case.plan.zero == 1 and case.plan.dp > 1,
+        "microbatches": lambda case: case.plan.microbatches > 1,
+        "loss_fn": lambda case: bool(case.takes),
+    }
+    rows: list[Mapping[str, object]] = []
+    for kind, fits in kinds.items():
+        found = Counter(one.outcome for one in ended if fits(one.case))
+        counts = {str(o): found[o] for o in Outcome if o != Outcome.SKIPPED}
+        share = found[Outcome.EQUAL] / max(found.total(), 1)
+        rows.append({"plans": kind, "cases": found.total(), **counts, "equal_share": share})
+    return rows
+
+
+def names_of(case: Case) -> dict[str, Any]:
+    """The names that the text defines; tracebacks show its lines."""
+    names: dict[str, Any] = {}
+    for title, text in (("prelude", PRELUDE), (f"case {case.seed}", case.source)):
+        linecache.cache[title] = (len(text), None, text.splitlines(keepends=True), title)
+        exec(compile(text, title, "exec"), names)
+    return names
+
+
+def batch_of(case: Case, step: int) -> dict[str, Any]:
+    """The inputs of a step."""
+    size, time = case.sizes[step]
+    generator = torch.Generator().manual_seed(case.seed * 8 + step)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    shape, own_time = case.target
+    rows = (size,) if shape == "v" else (size, own_time or time)
+    labels = torch.randint(0, C, rows, generator=generator)
+    if case.seed % 2 and "ignore_index=0" not in case.loss:
+        labels[normal(*rows) > 0.7] = -100
+    weights = normal(*rows).abs() + 0.1
+    lengths = torch.randint(1, time + 1, (size, 1), generator=generator)
+    pixels = torch.randint(0, 9, (size, 2, time, 3), generator=generator)
+    is_whole = any("pix.to" in run for _, run in case.pieces)
+    known = {
+        "x0": normal(size, time, C), "v0": normal(size, C), "tgt": normal(*rows, C), "lab": labels,
+        "ids": torch.randint(0, 9, (size, time), generator=generator), "msk": torch.arange(time) < lengths,
+        "wgt": weights if case.seed % 3 else weights.round() + 0.0 * weights, "pos0": torch.arange(time),
+        "pos1": torch.arange(time)[None], "gain": torch.tensor(1.0 + step, dtype=torch.float64), "absent": None,
+        "temp": 1.0 + 0.5 * step, "cfg": {"a": normal(size, time, C), "b": [normal(C), 2.0]},
+        "strided": normal(size, C, time).transpose(1, 2), "spread": normal(size, 1, C).expand(-1, time, -1),
+        "pix": pixels if is_whole else pixels.double(),
+    }  # fmt: skip
+    return {name: known[name] for name in case.inputs}
+
+
+def ended_as(case: Case, *, print_traceback: bool = False) -> Ended:
+    """Train both ways, and compare."""
+    names = names_of(case)
+    torch.manual_seed(case.seed)
+    try:
+        base = names["M"]().double()
+        plain = trained_plainly(case, names, copy.deepcopy(base))
+    except Exception as error:
+        return Ended(case, Outcome.SKIPPED, f"{type(error).__name__}: {error}")
+    numbers = [
+        *plain.losses,
+        *(v.double().abs().sum().item() for v in (*plain.values.values(), *plain.later.values())),
+    ]
+    if not all(map(math.isfinite, numbers)):
+        return Ended(case, Outcome.SKIPPED, "not finite")
+    module = copy.deepcopy(base)
+    try:
+        ours = trained_by_plan(case, names, module)
+    except UserError as error:
+        whole = all(type(p) is nn.Parameter for p in module.parameters())
+        return Ended(
+            case, Outcome.REFUSED if whole else Outcome.DIFFERS, str(error) if whole else "weights are spoilt"
+        )
+    except Exception as error:
+        if print_traceback:
+            traceback.print_exc()
+        return Ended(case, Outcome.CRASH, f"{type(error).__name__}: {str(error)[:300]}")
+    worst, where = difference(ours, plain)
+    if worst <= TOLERANCE:
+        return Ended(case, Outcome.EQUAL)
+    if worst <= AMPLIFIED * difference(trained_plainly(case, names, moved(base)), plain)[0]:
+        return Ended(case, Outcome.SKIPPED, "too sensitive to rounding")
+    return Ended(case, Outcome.DIFFERS, f"{where} by {worst:.1e}; losses {ours.losses}, right {plain.losses}")
+
+
+def moved(base: nn.Module) -> nn.Module:
+    """The module with weights and gradients off by about a rounding."""
+    other = copy.deepcopy(base)
+    with torch.no_grad():
+        for param in other.parameters():
+            param.mul_(1 + ROUNDING * torch.randn(param.shape, dtype=param.dtype))
+            if param.requires_grad:  # a gradient that cancels to zero has the sign of its rounding
+                param.register_hook(
+                    lambda g: g + ROUNDING * g.abs().max() * torch.randn(g.shape, dtype=g.dtype)
+                )
+    return other
+
+
+def difference(ours: Trained, plain: Trained) -> tuple[float, str]:
+    """The largest relative difference, and where it is."""
+    losses = enumerate(zip(ours.losses, plain.losses, strict=True))
+    found = [(abs(a - b) / max(abs(b), FLOOR), f"loss {k}") for k, (a, b) in losses]
+    for when, mine, others in (("", ours.values, plain.values), (" a step later", ours.later, plain.later)):
+        for name, other in others.items():
+            apart = (mine[name].double() - other.double()).norm() / max(other.double().norm().item(), FLOOR)
+            found.append((apart.item(), name + when))
+    return max(((d if math.isfinite(d) else math.inf), where) for d, where in found)
+
+
+def values_of(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Copies of parameters and buffers."""
+    return {name: value.detach().clone() for name, value in module.state_dict().items()}
+
+
+def loss_of(
+    case: Case, names: Mapping[str, Any], module: nn.Module, batch: Mapping[str, Any]
+) -> torch.Tensor:
+    """The loss, as a plain loop computes it."""
+    output: Any = module(**batch)
+    if case.takes:
+        loss_fn = names["loss_fn"]
+        output = loss_fn(output, batch) if case.takes == "output, batch" else loss_fn(output, **batch)
+    elif isinstance(output, dict):
+        output = output["loss"]
+    elif isinstance(output, tuple):
+        output = output[0]
+    loss: torch.Tensor = output if isinstance(output, torch.Tensor) else output.loss
+    return loss
+
+
+def plain_step(
+    case: Case, names: Mapping[str, Any], module: nn.Module, optimizer: torch.optim.Optimizer, batch: Mapping[str, Any]
+) -> float:  # fmt: skip
+    """A step of a plain loop."""
+    optimizer.zero_grad()
+    loss = loss_of(case, names, module, batch)
+    loss.backward()  # type: ignore[no-untyped-call]
+    if case.clip_norm:
+        nn.utils.clip_grad_norm_(module.parameters(), case.clip_norm)
+    optimizer.step()
+    return loss.item()
+
+
+def trained_plainly(case: Case, names: Mapping[str, Any], module: nn.Module) -> Trained:
+    """The plain loop."""
+    scope = dict(names) | {"m": module}
+    optimizer = scope["o"] = eval(case.optimizer, scope)
+    schedule = eval(case.schedule, scope) if case.schedule else None
+    losses: list[float] = []
+    for k in range(len(case.sizes)):
+        batch = batch_of(case, k)
+
+        def evaluate(batch: Mapping[str, Any] = batch) -> None:
+            with torch.no_grad():
+                losses.append(loss_of(case, names, copy.deepcopy(module), batch).item())
+
+        eval(case.hooks[k] or "None", scope | {"k": k, "sync": lambda: None, "evaluate": evaluate})
+        losses.append(plain_step(case, names, module, optimizer, batch))
+        if schedule:
+            schedule.step()
+    values = values_of(module)
+    plain_step(case, names, module, optimizer, batch_of(case, 0))
+    return Trained(losses, values, values_of(module))
+
+
+def trained_by_plan(case: Case, names: Mapping[str, Any], module: nn.Module) -> Trained:
+    """The same through `distribute`."""
+    scope = dict(names) | {"m": module}
+    optimizer = scope["o"] = eval(case.optimizer, scope)
+    schedule = eval(case.schedule, scope) if case.schedule else None
+    step = distribute(
+        module, optimizer, "laptop", plan=case.plan, chips=case.plan.num_chips, loss_fn=names.get("loss_fn"),
+        clip_norm=case.clip_norm,
+    )  # fmt: skip
+    losses: list[float] = []
+    for k in range(len(case.sizes)):
+        batch = batch_of(case, k)
+
+        def evaluate(batch: Mapping[str, Any] = batch) -> None:
+            losses.append(step.evaluate(batch))
+
+        eval(case.hooks[k] or "None", scope | {"k": k, "sync": step.sync, "evaluate": evaluate})
+        losses.append(step(batch))
+        if schedule:
+            schedule.step()
+    step.sync()
+    values = values_of(module)
+    plain_step(case, names, module, optimizer, batch_of(case, 0))
+    return Trained(losses, values, values_of(module))
+
+
+if __name__ == "__main__":
+    main()
