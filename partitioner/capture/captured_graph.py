@@ -85,12 +85,14 @@ class Side:
 class Known:
     """A value of the whole batch that is known before the forward: `source` of all parts added up, or side by side.
 
-    `gathered`: (dim, outer, parts) where it is gathered, see `kernels.ops`.
+    `gathered`: (dim, outer, parts) where it is gathered, see `kernels.ops`. `turn`: its source needs those of earlier
+    turns.
     """
 
     name: str
     source: str
     gathered: tuple[int, int, int] | None
+    turn: int = 0
 
 
 @dataclass(frozen=True)

@@ -196,7 +196,9 @@ class _Builder:
             constants=self._side(Dependence.CONSTANT, self._needed_constants([*batch_values, *sources])),
             inputs=self._side(Dependence.BATCH, batch_values),
             totals=self._side(Dependence.BATCH, sources),
-            known=tuple(Known(self._name(n), self._name(operand(n, 0)), _gathering(n)) for n in known),
+            known=tuple(
+                Known(self._name(n), self._name(operand(n, 0)), _gathering(n), t) for n, t in known.items()
+            ),
             tail=tail,
             summed=self._names(self.form.summed),
             state=tuple(zip(self.captured.updated, self._names(self._updated()), strict=True)),
@@ -232,15 +234,19 @@ class _Builder:
         output = next(iter(reversed(self.captured.graph_module.graph.nodes)))
         return list(output.args[0])[2:]
 
-    def _known(self, batch_values: Sequence[Node]) -> list[Node]:
-        """What batch values read of the whole batch. Raises CaptureError where that needs other such values first."""
-        read = [n for n in reads_of(self._made(batch_values, Dependence.BATCH)) if _is_known(n)]
-        found = list(dict.fromkeys([*(n for n in batch_values if _is_known(n)), *read]))
-        sources = [operand(n, 0) for n in found]
-        if any(_is_known(n) for n in (*sources, *reads_of(self._made(sources, Dependence.BATCH)))):
-            raise CaptureError("a sum over samples that needs another one first", source_line(found[0]),
-                               "compute one of them outside the model")  # fmt: skip
-        return found
+    def _known(self, batch_values: Sequence[Node]) -> dict[Node, int]:
+        """What batch values read of the whole batch, and in which turn it can be had."""
+        turns: dict[Node, int] = {}
+
+        def turn(values: Sequence[Node]) -> int:
+            read = reads_of(self._made(values, Dependence.BATCH))
+            for node in dict.fromkeys(n for n in (*values, *read) if _is_known(n)):
+                if node not in turns:
+                    turns[node] = turn([operand(node, 0)])
+            return 1 + max((turns[n] for n in (*values, *read) if _is_known(n)), default=-1)
+
+        turn(batch_values)
+        return turns
 
     def _placeholders(self, space: str) -> tuple[str, ...]:
         found = (full.partition(":") for full in self.captured.names.values())

@@ -243,11 +243,12 @@ class _Sharded(torch.fx.Interpreter):
             if not sharded_ops.may_be_cut(target) or not sharded_ops.any_cut((args, kwargs)):
                 return self._on_whole(target, args, kwargs)
             try:
-                return super().call_function(target, args, kwargs)
+                result = super().call_function(target, args, kwargs)
             except (
                 Exception
             ):  # whatever DTensor cannot do with cut operands: nobody reads what was traced of it
                 return self._on_whole(target, args, kwargs)
+            return self._on_whole(target, args, kwargs) if sharded_ops.any_interleaved(result) else result
         return super().call_function(target, args, kwargs)
 
     def _on_whole(self, target: Any, args: Any, kwargs: Any) -> Any:

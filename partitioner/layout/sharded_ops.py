@@ -127,6 +127,14 @@ def any_cut(arguments: Any) -> bool:
     )
 
 
+def any_interleaved(results: Any) -> bool:
+    """Whether a result lies in pieces on a chip (a flattened inner dim): what slices it again takes one range."""
+    return any(
+        isinstance(leaf, DTensor) and not isinstance(leaf.placements[0], Replicate | Shard | Partial)
+        for leaf in tree_leaves(results)
+    )
+
+
 def is_cut(value: object, dim: int) -> bool:
     """True for a DTensor cut along `dim`."""
     return (

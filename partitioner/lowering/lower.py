@@ -33,6 +33,7 @@ from partitioner.lowering.flat_buffers import (
 from partitioner.lowering.pieces import TracedUnit, split_joint
 from partitioner.lowering.role_builder import RoleBuilder, SegmentPool
 from partitioner.lowering.stage import Cut, Losses, StageContext, cut_of, emit_stage
+from partitioner.lowering.whole_batch import turns_in
 from partitioner.program.instructions import named
 from partitioner.program.program import Call, Free, Program, Role, TensorSpec
 from partitioner.program.static_check import require_valid
@@ -199,8 +200,7 @@ def _role(context: StageContext, stage: int, pool: SegmentPool, groups_of: Group
     losses, unit_ends = emit_stage(role, context)
     role.add_frees(
         (
-            "totals",
-            "known",
+            *(body for turn in turns_in(role.bodies) for body in turn),
             "recv_forward",
             "forward",
             "send_forward",
@@ -284,8 +284,10 @@ def _schedules(role: RoleBuilder, plan: Plan, *, has_tail: bool) -> tuple[tuple[
     bodies = frozenset(role.bodies)
     schedule = schedule_of(plan, has_tail=has_tail)
     tasks = schedule.order(role.stage, plan.pp, plan.microbatches)
-    before = [Call("totals", mb) for mb in range(plan.microbatches) if "totals" in bodies]
-    before += [Call("known", CALLED_ONCE)] * ("known" in bodies)
+    before: list[Call] = []
+    for totals, known in turns_in(bodies):
+        before += [Call(totals, mb) for mb in range(plan.microbatches) if totals in bodies]
+        before += [Call(known, CALLED_ONCE)] * (known in bodies)
     loss = [Call("loss", CALLED_ONCE)] * ("loss" in bodies)
     middle = with_transfers(tasks, bodies, last="backward_last")
     turn = next((i for i, call in enumerate(middle) if "backward" in call.body), len(middle)) if loss else 0

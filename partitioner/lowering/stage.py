@@ -11,11 +11,11 @@ from typing import TypeAlias
 from torch.fx import Node
 
 from comms.errors import PartitionError
-from partitioner.capture.captured_graph import Graph, Side, Unit, ancestors
+from partitioner.capture.captured_graph import Graph, Known, Side, Unit, ancestors
 from partitioner.layout.parallel_plan import Plan
 from partitioner.lowering.pieces import TracedUnit, make_op
 from partitioner.lowering.role_builder import SCALAR, RoleBuilder
-from partitioner.lowering.whole_batch import emit_known, emit_tail
+from partitioner.lowering.whole_batch import bodies_of, emit_known, emit_tail
 from partitioner.program.program import Accumulate, Operation, Recv, Send, TensorKind
 
 # the tensors in which a role sums loss and count, if it makes the loss
@@ -125,24 +125,31 @@ class _StageEmitter:
         needed |= {value for buffer, value in graph.state if self.makes_loss or self._reads(buffer, needed)}
         inputs = _NeededSide(graph.inputs, [v for v in graph.inputs.outputs if v in needed])
         needed |= set(inputs.reads)
-        known = [each for each in graph.known if each.name in needed]
-        sources = {each.source for each in known}
-        totals = _NeededSide(graph.totals, [v for v in graph.totals.outputs if v in sources])
-        needed |= set(totals.reads)
+        turns: list[tuple[list[Known], _NeededSide]] = []
+        for turn in sorted({each.turn for each in graph.known}, reverse=True):
+            known = [each for each in graph.known if each.turn == turn and each.name in needed]
+            sources = {each.source for each in known}
+            totals = _NeededSide(graph.totals, [v for v in graph.totals.outputs if v in sources])
+            needed |= {*totals.reads, *(sources - set(totals.made))}
+            turns.append((known, totals))
         constants = _NeededSide(graph.constants, [v for v in graph.constants.outputs if v in needed])
         self._side(constants, "constants", TensorKind.CONSTANT)
-        made = self._side(totals, "totals", TensorKind.ACTIVATION, "before.")
-        for name in sources - set(made):
-            self._declare_source(name)
-        emit_known(
-            self.role,
-            graph,
-            self.context.plan,
-            known,
-            {v: made.get(v, self.values.get(v, -1)) for v in sources},
-        )
-        self.values |= {each.name: self.role.by_name[each.name] for each in known}
+        for known, totals in reversed(turns):
+            self._known(known, totals)
         self._side(inputs, "forward", TensorKind.ACTIVATION)
+
+    def _known(self, known: Sequence[Known], totals: "_NeededSide") -> None:
+        """Make the values of one turn."""
+        if not known:
+            return
+        body, _ = bodies_of(known[0].turn)
+        made = self._side(totals, body, TensorKind.ACTIVATION, f"before.{body}.")
+        sources = {each.source for each in known}
+        for name in sorted(sources - set(made)):
+            self._declare_source(name)
+        emit_known(self.role, self.graph, self.context.plan, known,
+                   {v: made.get(v, self.values.get(v, -1)) for v in sources})  # fmt: skip
+        self.values |= {each.name: self.role.by_name[each.name] for each in known}
 
     def _reads(self, buffer: str, needed: set[str]) -> bool:
         """Whether values of this stage depend on a buffer."""

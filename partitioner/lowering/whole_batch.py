@@ -1,10 +1,12 @@
 """Values of the whole batch in one stage: those known before the forward, and the loss that needs all forwards.
 
-`totals` runs once per microbatch and adds up, `known` once per step and finishes over the replicas. `loss` runs when
+`totals` runs once per microbatch and adds up, `known` once per step and finishes over the replicas (`totals2` and
+`known2` follow where a value needs such values first). `loss` runs when
 all forwards have ended: it sums over replicas, makes the loss of the sums and what each part's backward starts with.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from itertools import count, takewhile
 from math import prod
 
 import torch
@@ -28,19 +30,30 @@ from partitioner.program.program import (
 REPLICAS = Group(("dp",))
 
 
+def bodies_of(turn: int) -> tuple[str, str]:
+    """The body that makes a turn's sources, once per microbatch, and the one that makes values of them."""
+    return (f"totals{turn + 1}", f"known{turn + 1}") if turn else ("totals", "known")
+
+
+def turns_in(bodies: Collection[str]) -> list[tuple[str, str]]:
+    """The bodies that run before the first forward, in order."""
+    return list(takewhile(lambda names: any(name in bodies for name in names), map(bodies_of, count())))
+
+
 def emit_known(
     role: RoleBuilder, graph: Graph, plan: Plan, wanted: Sequence[Known], sources: Mapping[str, int]
 ) -> None:
-    """Make the values `wanted` of their `sources` (tensors of one microbatch, by name)."""
+    """Make the values `wanted`, of one turn, of their `sources` (tensors of one microbatch, by name)."""
     for known in wanted:
+        totals, body = bodies_of(known.turn)
         spec, source = graph.specs[known.name], sources[known.source]
         target = role.tensor(known.name, TensorKind.SCALAR, spec)
         if known.gathered is not None:
-            _emit_gathered(role, known, source, target)
+            _emit_gathered(role, body, known, source, target)
             continue
         added = role.tensor(f"{known.name}.parts", TensorKind.SCALAR, spec)
-        role.emit("totals", Accumulate(0, (source,), (added,)))
-        _emit_sum(role, "known", plan, added, target)
+        role.emit(totals, Accumulate(0, (source,), (added,)))
+        _emit_sum(role, body, plan, added, target)
 
 
 def _emit_sum(role: RoleBuilder, body: str, plan: Plan, added: int, target: int) -> None:
@@ -52,7 +65,7 @@ def _emit_sum(role: RoleBuilder, body: str, plan: Plan, added: int, target: int)
         role.simple(body, "copy", "aten.clone.default(v0)", [added], target)
 
 
-def _emit_gathered(role: RoleBuilder, known: Known, source: int, target: int) -> None:
+def _emit_gathered(role: RoleBuilder, body: str, known: Known, source: int, target: int) -> None:
     """The replicas' samples side by side (there is one microbatch)."""
     assert known.gathered is not None
     dim, outer, parts = known.gathered
@@ -64,18 +77,18 @@ def _emit_gathered(role: RoleBuilder, known: Known, source: int, target: int) ->
 
     def made(name: str, code: str, source: int, spec: TensorSpec) -> int:
         tensor = role.tensor(f"{known.name}.{name}", TensorKind.SCALAR, spec)
-        return role.simple("known", name, code, [source], tensor)
+        return role.simple(body, name, code, [source], tensor)
 
     cut = made("cut", f"aten.reshape.default(v0, {[before, outer, rows.shape[0], after]})", source,
                TensorSpec((before, outer, rows.shape[0], after), spec.dtype))  # fmt: skip
     turned = made("turned", "aten.permute.default(v0, [2, 0, 1, 3])", cut, rows)
     mine = made("rows", "aten.clone.default(v0, memory_format=torch.contiguous_format)", turned, rows)
     gathered = role.tensor(f"{known.name}.all_rows", TensorKind.SCALAR, all_rows)
-    role.collective("known", CollectiveOp.ALL_GATHER, Reduction.NONE, REPLICAS, mine, gathered)
-    role.wait("known", gathered)
+    role.collective(body, CollectiveOp.ALL_GATHER, Reduction.NONE, REPLICAS, mine, gathered)
+    role.wait(body, gathered)
     back = made("back", "aten.permute.default(v0, [1, 2, 0, 3])", gathered,
                 TensorSpec((before, outer, all_rows.shape[0], after), spec.dtype))  # fmt: skip
-    role.simple("known", "whole", f"aten.reshape.default(v0, {list(whole.shape)})", [back], target)
+    role.simple(body, "whole", f"aten.reshape.default(v0, {list(whole.shape)})", [back], target)
 
 
 def emit_tail(role: RoleBuilder, graph: Graph, plan: Plan, values: Mapping[str, int]) -> tuple[int, int]:
