@@ -8,7 +8,7 @@ which turns writes into values (`pure_graph` says which writes it cannot express
 """
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,6 +24,7 @@ from torch.utils import _pytree as trees
 from comms.errors import CaptureError
 from partitioner.capture.batch_inputs import Batch, rebuilt, tensors_of
 from partitioner.capture.forwards.borrowed_module import Borrowed, borrowed
+from partitioner.capture.forwards.host_values import CalledWith, constant_of, no_host_draws
 from partitioner.capture.forwards.keyed_random import FIRST_SAMPLE, KEY, keyed_random
 from partitioner.capture.forwards.plain_forms import plain_forms
 from partitioner.capture.forwards.user_functions import recorded_functions
@@ -82,15 +83,16 @@ def trace_module(
     _refuse_unsupported(module)
     _require_known_inputs(module, batch)
     frozen = frozenset(name for name, p in module.named_parameters() if not p.requires_grad)
-    with borrowed(module) as lent:
+    with borrowed(module) as lent, no_host_draws():
         trace = _Trace(
             lent, batch, loss_fn, fake_mode or FakeTensorMode(allow_non_fake_inputs=True), has_lines
         )
         graph_module = trace.run(functional=False)
+        noted = trace.called.noted if trace.called else ()
         if functional := not is_pure(graph_module.graph):
             require_expressible(graph_module.graph, trace.names(graph_module), frozen)
             graph_module = trace.run(functional=True)
-        _require_no_memory(trace, graph_module, functional)
+        _require_repeatable(trace, graph_module, functional, noted)
     captured = Captured(
         graph_module=graph_module,
         names=trace.names(graph_module),
@@ -118,6 +120,7 @@ class _Trace:
         self.lent, self.module, self.batch, self.loss_fn = lent, lent.module, batch, loss_fn
         self.fake_mode, self.has_lines = fake_mode, has_lines
         self.calls: list[ModuleCall] = []
+        self.called: CalledWith | None = None
         params, buffers = dict(self.module.named_parameters()), dict(self.module.named_buffers())
         self.registered = {id(v): f"params:{n}" for n, v in params.items()}
         self.registered |= {id(v): f"buffers:{n}" for n, v in buffers.items()}
@@ -131,6 +134,7 @@ class _Trace:
     def run(self, *, functional: bool) -> torch.fx.GraphModule:
         """The graph of a forward; `functional`: without writes into tensors."""
         self.calls.clear()
+        self.called = None if functional else CalledWith()
         values = self._fakes()
         forward: Callable[..., Any] = self._forward
         if functional:
@@ -171,6 +175,7 @@ class _Trace:
             self.batch, {n.partition(":")[2]: v for n, v in named.items() if n.startswith("batch:")}
         )
         with (
+            self.called or nullcontext(),
             recorded_functions(),
             plain_forms(),
             keyed_random(named[f"batch:{KEY}"], named[f"batch:{FIRST_SAMPLE}"]),
@@ -178,6 +183,13 @@ class _Trace:
             output = self.module(**inputs)
             loss = scalar_loss(loss_of(self.loss_fn, output, inputs) if self.loss_fn else output)
         return loss, *(self.module.get_buffer(name) for name in self.buffers)
+
+    def differs(self, noted: Sequence[object]) -> str:
+        """The first line that calls torch with other numbers when the forward runs once more, if any."""
+        self.called = CalledWith(noted)
+        with torch.enable_grad(), _explaining(self.module):
+            self._forward(*self._fakes())
+        return self.called.where
 
     def names(self, traced: torch.fx.GraphModule) -> dict[str, str]:
         """By the name of a placeholder, what it stands for."""
@@ -196,28 +208,35 @@ class _Trace:
         return tuple(kept)
 
 
-def _require_no_memory(trace: _Trace, traced: torch.fx.GraphModule, functional: bool) -> None:
-    """Refuse a forward that depends on attributes that it changes: traced once more, it must do the same."""
+def _require_repeatable(
+    trace: _Trace, traced: torch.fx.GraphModule, functional: bool, noted: Sequence[object]
+) -> None:
+    """Refuse a forward that depends on attributes that it changes, or on the host: once more, it must do the same."""
     changed = trace.lent.changed()
-    if not changed:
+    where = "" if changed else trace.differs(noted)
+    if not changed and not where:
         return
     calls = list(trace.calls)
     again = trace.run(functional=functional)
     trace.calls = calls
-    if operations_of(again.graph) != operations_of(traced.graph):
-        raise CaptureError(
-            f"the forward depends on {changed[0]}, which it changes itself", type(trace.module).__name__,
-            "make it a buffer (a tensor), or an input of the model",
-        )  # fmt: skip
+    if operations_of(again) == operations_of(traced):
+        return
+    problem = f"the forward depends on {changed[0]}, which it changes itself" if changed else (
+        "the forward computes with another number each time, of which all steps would get the first")  # fmt: skip
+    hint = "make it a buffer (a tensor), or an input of the model"
+    raise CaptureError(problem, where or type(trace.module).__name__, hint)
 
 
-def operations_of(graph: torch.fx.Graph) -> list[str]:
-    """The graph's operations as text: equal where the same is computed from the same places."""
-    number = {node: index for index, node in enumerate(graph.nodes)}
+def operations_of(traced: torch.fx.GraphModule) -> list[str]:
+    """The graph's operations as text: equal where the same is computed from the same places and constants."""
+    number = {node: index for index, node in enumerate(traced.graph.nodes)}
     lines = []
-    for node in graph.nodes:
+    for node in traced.graph.nodes:
         args = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: f"%{number[n]}")
-        lines.append(f"{node.op} {node.target if node.op != 'placeholder' else ''} {args}")
+        held: object = node.target if node.op != "placeholder" else ""
+        if node.op == "get_attr":
+            held = constant_of(getattr(traced, str(node.target)))
+        lines.append(f"{node.op} {held} {args}")
     return lines
 
 

@@ -1,0 +1,93 @@
+"""Host values: numbers that a forward takes from Python, of which a capture keeps those of one call.
+
+What the host draws (`random`, numpy), reads from a clock or counts outside the module would stay as it was at capture.
+A forward is run twice on the same tensors: it must call torch's functions in the same order with the same numbers.
+"""
+
+import random
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch._C._functorch import is_functorch_wrapped_tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as trees
+from torch.utils._python_dispatch import _disable_current_modes
+
+from comms.errors import CaptureError
+
+MAX_COMPARED = 4096  # elements of a constant: enough to tell what is drawn from what is stored
+OWN = str(Path(__file__).parent.parent)
+NUMBERS = bool | int | float | complex | str | torch.dtype | None
+
+
+@contextmanager
+def no_host_draws() -> Iterator[None]:
+    """Give the generators of Python and numpy back as they were. Raises CaptureError if the block drew from them."""
+    numpy: Any = sys.modules.get("numpy")
+    before, of_numpy = random.getstate(), numpy and numpy.random.get_state()
+    try:
+        yield
+    finally:
+        drew = "Python's random" if random.getstate() != before else ""
+        random.setstate(before)
+        if numpy and not all(map(numpy.array_equal, numpy.random.get_state(), of_numpy)):
+            drew = "numpy.random"
+            numpy.random.set_state(of_numpy)
+        if drew and not isinstance(sys.exception(), KeyboardInterrupt):
+            problem = f"the forward draws from {drew}: all steps would get what the first one draws"
+            raise CaptureError(
+                problem, "forward", "use torch.rand or dropout, or make it an input of the model"
+            ) from None
+
+
+class CalledWith(TorchFunctionMode):
+    """Notes each function that is called, and the numbers that it is called with.
+
+    `expected`: what an earlier run noted; `where` is then the first line that calls with something else.
+    """
+
+    def __init__(self, expected: Sequence[object] | None = None) -> None:
+        super().__init__()
+        self.expected, self.where = expected, ""
+        self.noted: list[object] = []
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        call = (getattr(func, "__name__", ""), *map(constant_of, trees.tree_leaves((args, kwargs or {}))))
+        if self.expected is not None and not self.where:
+            index = len(self.noted)
+            if index >= len(self.expected) or self.expected[index] != call:
+                self.where = _line()
+        self.noted.append(call)
+        return func(*args, **(kwargs or {}))
+
+
+def constant_of(value: object) -> object:
+    """What of an argument must be equal: a number, the first elements of a constant, the shape of what is given."""
+    if isinstance(value, NUMBERS):
+        return repr(value)
+    if not isinstance(value, torch.Tensor):
+        return repr(value) if type(value).__module__ == "numpy" else type(value).__name__
+    is_plain = type(value) is torch.Tensor and value.layout is torch.strided and value.device.type == "cpu"
+    if not is_plain or is_functorch_wrapped_tensor(value):
+        return tuple(value.shape)
+    with _disable_current_modes():
+        return tuple(value.shape), repr(value.detach().flatten()[:MAX_COMPARED].tolist())
+
+
+def _line() -> str:
+    """The line of the user's that is running."""
+    frames = [
+        f for f in traceback.extract_stack() if "/torch/" not in f.filename and not f.filename.startswith(OWN)
+    ]
+    return f"{frames[-1].filename}:{frames[-1].lineno} ({frames[-1].line})"

@@ -1,0 +1,66 @@
+"""Numbers that a forward takes from the host are refused: a capture would keep the first for all steps."""
+
+import itertools
+import os
+import random
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy
+import pytest
+import torch
+from torch import nn
+
+from comms.errors import CaptureError
+from partitioner.capture.graph_units import capture_graph
+
+COUNTER = itertools.count()
+TAKEN: dict[str, tuple[Callable[[], Any], str]] = {
+    "random": (random.random, "Python's random"),
+    "numpy": (numpy.random.rand, "numpy.random"),
+    "numpy array": (lambda: torch.from_numpy(numpy.random.rand(4)), "numpy.random"),
+    "fresh generator": (lambda: numpy.random.default_rng().random(), "another number each time"),
+    "clock": (time.perf_counter, "another number each time"),
+    "operating system": (lambda: int.from_bytes(os.urandom(8), "big"), "another number each time"),
+    "counter": (lambda: next(COUNTER), "another number each time"),
+    "constant tensor": (lambda: torch.tensor([next(COUNTER), 0, 0, 0]), "another number each time"),
+}
+
+
+class Scaled(nn.Module):
+    """Its loss depends on a number from the host."""
+
+    def __init__(self, taken: Callable[[], Any]) -> None:
+        super().__init__()
+        self.lin, self.taken = nn.Linear(4, 4), taken
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (self.lin(x) * self.taken()).mean()
+
+
+@pytest.mark.parametrize("dp", [1, 2])
+@pytest.mark.parametrize("name", TAKEN)
+def test_what_differs_from_call_to_call_is_refused(name: str, dp: int) -> None:
+    taken, why = TAKEN[name]
+    with pytest.raises(CaptureError, match=why):
+        capture_graph(Scaled(taken), {"x": torch.randn(4, 4)}, dp=dp)
+
+
+def test_the_line_is_named() -> None:
+    with pytest.raises(CaptureError, match="self.taken"):
+        capture_graph(Scaled(time.perf_counter), {"x": torch.randn(4, 4)})
+
+
+def test_generators_are_as_they_were() -> None:
+    before, of_numpy = random.getstate(), numpy.random.get_state()[1]
+    for taken in (random.random, numpy.random.rand):
+        with pytest.raises(CaptureError):
+            capture_graph(Scaled(taken), {"x": torch.randn(4, 4)})
+    assert random.getstate() == before
+    assert (numpy.random.get_state()[1] == of_numpy).all()
+
+
+@pytest.mark.parametrize("taken", [lambda: 0.5, lambda: numpy.float64(0.5), lambda: torch.linspace(0, 1, 4)])
+def test_what_is_always_the_same_may_be_taken(taken: Callable[[], Any]) -> None:
+    assert capture_graph(Scaled(taken), {"x": torch.randn(4, 4)}).units
