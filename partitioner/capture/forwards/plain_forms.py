@@ -68,21 +68,24 @@ def embedding_bag(
     *rest: Any,
     **given: Any,
 ) -> torch.Tensor:
-    """See torch; bags of one length that are added up or averaged are lookups and sums."""
+    """See torch; bags of one length are lookups, of which those that are no padding are reduced."""
     names = ("max_norm", "norm_type", "scale_grad_by_freq", "mode", "sparse", "per_sample_weights",
              "include_last_offset", "padding_idx")  # fmt: skip
     said = {**dict(zip(names, rest, strict=False)), **given}
-    mode, weights = said.get("mode", "mean"), said.get("per_sample_weights")
-    unusual = ("max_norm", "scale_grad_by_freq", "sparse", "padding_idx")
-    if (
-        input.dim() != BATCHED
-        or mode == "max"
-        or any(said.get(name) is not None and said[name] is not False for name in unusual)
-    ):
+    mode, weights, padding = (said.get(name) for name in ("mode", "per_sample_weights", "padding_idx"))
+    unusual = ("max_norm", "scale_grad_by_freq", "sparse")
+    if input.dim() != BATCHED or not input.shape[1] or any(said.get(n) not in (None, False) for n in unusual):
         return originals["embedding_bag"](input, weight, offsets, **said)
     rows = functional.embedding(input.long(), weight)
     rows = rows if weights is None else rows * weights.unsqueeze(-1)
-    return rows.sum(1) if mode == "sum" else rows.mean(1)
+    if padding is None:
+        return rows.sum(1) if mode == "sum" else rows.max(1).values if mode == "max" else rows.mean(1)
+    counts = (input != padding % weight.shape[0]).unsqueeze(-1)
+    if mode == "max":  # of nothing but padding it is zero
+        largest = rows.masked_fill(~counts, -math.inf).max(1).values
+        return torch.where(counts.any(1), largest, torch.zeros((), dtype=rows.dtype))
+    total = torch.where(counts, rows, 0.0).sum(1)
+    return total if mode == "sum" else total / counts.sum(1).clamp(min=1)
 
 
 @contextmanager

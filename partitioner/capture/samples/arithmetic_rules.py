@@ -219,6 +219,26 @@ def bilinear(call: OperatorCall) -> Spread:
     return split_at(place.dim, place.inner, call.out)
 
 
+def trilinear(call: OperatorCall) -> Spread:
+    """What a bilinear consists of: a sum of products of three tensors, each with new dims of one entry."""
+    expanded, sums = [set(dims) for dims in call.args[3:6]], call.args[6]
+    rank = len(call.shape(call.args[0])) + len(expanded[0])
+    found: set[tuple[int, int]] = set()
+    for node, new in zip(call.args[:3], expanded, strict=True):
+        old = [d for d in range(rank) if d not in new]
+        if isinstance(call.spread(node), Split):
+            found.add((old[call.place(node).dim], call.place(node).inner))
+    if len(found) != 1 or call.totals():
+        raise call.all_whole()
+    ((dim, inner),) = found
+    for node, new in zip(call.args[:3], expanded, strict=True):
+        if isinstance(call.spread(node), Same) and dim not in new:
+            raise call.all_whole()
+    if dim in sums:
+        raise call.all_whole()
+    return split_at(dim - sum(d < dim for d in sums), inner, call.out)
+
+
 def _letters(number: int) -> list[str]:
     return [f"d{i}" for i in range(max(number, 0))]
 

@@ -1,5 +1,6 @@
 """Rules for operations that look entries up."""
 
+from collections.abc import Sequence
 from math import prod
 from typing import Any
 
@@ -10,6 +11,7 @@ from partitioner.capture.samples.arithmetic_rules import aligned
 from partitioner.capture.samples.shape_rules import creation
 from partitioner.capture.samples.spread import (
     SAME,
+    TOTAL,
     NeedsWhole,
     OperatorCall,
     Place,
@@ -72,6 +74,28 @@ def scatter(call: OperatorCall) -> Spread:
     return split_at(place.dim, place.inner, call.out)
 
 
+def index_add(call: OperatorCall) -> Spread:
+    """Of every sample the same entries along one dim replaced (or added to) by its own."""
+    source, dim, ids, values = call.args[:4]
+    nodes = call.split()
+    if set(call.operands) - set(nodes) - {ids} or ids in nodes or call.totals() or source not in nodes:
+        raise call.all_whole()
+    if isinstance(values, Node) and (values not in nodes or call.place(values) != call.place(source)):
+        raise call.all_whole()
+    place = call.place(source)
+    if dim % len(call.shape(source)) == place.dim:
+        raise call.all_whole()
+    return split_at(place.dim, place.inner, call.out)
+
+
+def histogram(call: OperatorCall) -> Spread:
+    """Counts of values between bounds that are given add up."""
+    source, _, *bounds = call.args
+    if not isinstance(call.spread(source), Split) or len(set(bounds)) < 2:
+        raise call.all_whole()
+    return TOTAL
+
+
 def one_hot(call: OperatorCall) -> Spread:
     """A new last dim with a one at the class."""
     spread = call.spread(call.args[0])
@@ -132,13 +156,16 @@ def index(call: OperatorCall) -> Spread:
 
 
 def index_put(call: OperatorCall) -> Spread:
-    """Entries replaced by one value: where a mask of the same samples says, or in each sample its own."""
+    """Entries replaced, or added to: of every sample the same, where a mask of it says, or its own by one value."""
     source, given, values = call.args[:3]
     nodes = [n for n in given if n is not None]
+    source_is_split = isinstance(call.spread(source), Split)
+    if source_is_split and values in call.split() and all(isinstance(call.spread(n), Same) for n in nodes):
+        return _same_entries(call, source, [*given], values)
     one = not isinstance(values, Node) or (
         prod(call.shape(values)) == 1 and isinstance(call.spread(values), Same)
     )
-    if not one or not isinstance(call.spread(source), Split):
+    if not one or not source_is_split:
         raise call.all_whole()
     place = call.place(source)
     is_mask = len(given) == 1 and given[0].meta["val"].dtype is torch.bool
@@ -147,6 +174,23 @@ def index_put(call: OperatorCall) -> Spread:
     if is_mask or place.dim >= len(given) or len(nodes) != len(given):
         raise call.all_whole()
     _own_entries(call, place, given[place.dim], nodes, 0, max(len(call.shape(n)) for n in nodes))
+    return split_at(place.dim, place.inner, call.out)
+
+
+def _same_entries(call: OperatorCall, source: Node, given: Sequence[Node | None], values: Node) -> Spread:
+    """Entries at places that all samples share take values of the same samples."""
+    place, rank = call.place(source), len(call.shape(source))
+    used = [d for d, i in enumerate(given) if i is not None]
+    if place.dim in used or used != list(range(used[0], used[-1] + 1)) or call.totals():
+        raise call.all_whole()
+    if any(n is not None and n.meta["val"].dtype is torch.bool for n in given):
+        raise call.all_whole()
+    width = max(len(call.shape(n)) for n in given if n is not None)
+    dim = place.dim if place.dim < used[0] else place.dim - len(used) + width
+    from_end = dim - (rank - len(used) + width)
+    found = call.place(values)
+    if (found.dim - len(call.shape(values)), found.inner) != (from_end, place.inner):
+        raise call.all_whole()
     return split_at(place.dim, place.inner, call.out)
 
 

@@ -32,9 +32,10 @@ FAMILIES: Mapping[Rule, str] = {
         argmin nansum count_nonzero median""",
     arithmetic.along_dim: """
         softmax log_softmax _softmax _log_softmax cumsum cumprod cummax cummin logcumsumexp sort argsort topk kthvalue
-        mode flip roll glu""",
+        mode flip roll glu _fft_c2c _fft_r2c _fft_c2r""",
     arithmetic.over_trailing: "layer_norm native_layer_norm rms_norm",
     arithmetic.bilinear: "bilinear",
+    arithmetic.trilinear: "_trilinear",
     arithmetic.einsum: "einsum",
     arithmetic.batch_norm: "batch_norm",
     arithmetic.instance_norm: "instance_norm",
@@ -72,6 +73,8 @@ FAMILIES: Mapping[Rule, str] = {
     indexing.index_select: "index_select",
     indexing.gather: "gather",
     indexing.scatter: "scatter scatter_add scatter_reduce",
+    indexing.index_add: "index_add index_copy index_fill",
+    indexing.histogram: "histc",
     indexing.one_hot: "one_hot",
     indexing.keyed: "keyed_uniform",
     indexing.searching: "bucketize searchsorted",

@@ -87,6 +87,10 @@ SAMPLEWISE: dict[str, Callable[[torch.Tensor, Any], torch.Tensor]] = {
     "einsum": lambda h, m: torch.einsum("bsd,de->bse", h, m.lin.weight) + torch.einsum("bsd,btd,bte->bse", h, h, h),
     "einsum with dots": lambda h, m: torch.einsum("...d,de->...e", h, m.lin.weight) + torch.einsum(
         "b...,b...->b...", h, h.sin()),
+    "bilinear on views": lambda h, m: F.bilinear(h[:, None].expand(-1, 2, -1, -1), h[:, None].expand(-1, 2, -1, -1),
+                                                 torch.stack([m.lin.weight, m.lin.weight.t()])),
+    "fourier": lambda h, m: torch.fft.irfft(torch.fft.rfft(h, dim=1) * 0.5, dim=1, n=h.shape[1]),
+    "fourier of two dims": lambda h, m: torch.fft.fft2(h).real,
     "bilinear": lambda h, m: F.bilinear(h, h.sin(), torch.stack([m.lin.weight, m.lin.weight.t()])),
     "outer of each": lambda h, m: torch.einsum("bsd,bse->bde", h, h),
     "tensordot": lambda h, m: torch.tensordot(h, m.lin.weight, dims=([2], [1])),
@@ -155,7 +159,6 @@ def test_layers_of_torch_work_sample_by_sample(name: str, check: Check, sequence
 
 
 UNKNOWN: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], str]] = {
-    "fft": (lambda h: torch.fft.rfft(h, dim=-1).abs(), "_fft_r2c"),
     "cdist": (lambda h: torch.cdist(h + 0.1, h.sin()), "_cdist_forward"),
     "diagonal": (lambda h: h[:, :3, :3].diagonal(dim1=1, dim2=2), "diagonal"),
 }

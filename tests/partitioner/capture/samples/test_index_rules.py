@@ -56,6 +56,16 @@ SAMPLEWISE: dict[str, Lookup] = {
     "entries replaced": lambda m, h, ids, y: replaced(h, h > 0.3),
     "samples replaced": lambda m, h, ids, y: replaced(h, y == 1),
     "its own entry replaced": lambda m, h, ids, y: replaced(h, (torch.arange(len(h)), y)),
+    "added in places": lambda m, h, ids, y: torch.zeros_like(h).index_add(1, torch.tensor([2, 0, 2]), h.sin()),
+    "copied to places": lambda m, h, ids, y: h.index_copy(1, torch.tensor([1]), h[:, :1]),
+    "filled places": lambda m, h, ids, y: h.index_fill(1, torch.tensor([1, 0]), 0.5) * h,
+    "places put": lambda m, h, ids, y: put(h, (slice(None), torch.tensor([2, 0])), h[:, :2].sin()),
+    "places of two dims put": lambda m, h, ids, y: put(
+        h, (slice(None), torch.tensor([2, 0]), torch.tensor([1, 3])), h[:, :2, 0]),
+    "places behind put": lambda m, h, ids, y: put(h, (..., torch.tensor([1, 3])), h[..., 1:3]),
+    "bags": lambda m, h, ids, y: F.embedding_bag(ids, m.table.weight).unsqueeze(1) * h,
+    "bags with padding": lambda m, h, ids, y: h * torch.stack([
+        F.embedding_bag(ids, m.table.weight, mode=k, padding_idx=2) for k in ("sum", "mean", "max")], 1),
     "straight from logits": lambda m, h, ids, y: m.table(h.argmax(-1)) * h,
 }  # fmt: skip
 
@@ -69,10 +79,14 @@ def test_lookups_of_every_sample_exchange_nothing(name: str, check: Check, token
     assert not [target for target in parted.targets() if target.startswith("orchestrate")]
 
 
-def replaced(h: torch.Tensor, where: Any) -> torch.Tensor:
+def put(h: torch.Tensor, where: Any, values: torch.Tensor | float) -> torch.Tensor:
     copied = h.clone()
-    copied[where] = 0.25
+    copied[where] = values
     return copied
+
+
+def replaced(h: torch.Tensor, where: Any) -> torch.Tensor:
+    return put(h, where, 0.25)
 
 
 # what looks at other samples, the entries that it reads, and the operator that does: right on all samples, refused in
@@ -93,6 +107,7 @@ MIXING: dict[str, tuple[str, str, Callable[..., torch.Tensor]]] = {
     "classes added up": ("x y", "scatter_add", lambda m, h, y: h.new_zeros(3, 4).scatter_add(
         0, y[:, None].expand(-1, 4), h[:, 0])),
     "bins of samples": ("x", "sort", lambda m, h: h * torch.searchsorted(h[:, 0, 0].detach().sort()[0], h.detach())),
+    "places of all": ("x", "index_put", lambda m, h: h.index_put((torch.tensor([2, 0]),), h[:2].sin())),
     "frequencies": ("ids", "embedding", lambda m, ids: F.embedding(ids, m.table.weight, scale_grad_by_freq=True)),
 }  # fmt: skip
 

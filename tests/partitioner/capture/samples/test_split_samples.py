@@ -157,6 +157,7 @@ KNOWN: dict[str, Callable[..., torch.Tensor]] = {
     "both": lambda m, x, y: m.lin((x - x.mean(0)) / (x.square().mean(0) - x.mean(0) ** 2).sqrt()).sin().mean(),
     "class counts": lambda m, x, y: (m.lin(x).sum((1, 2)) / F.one_hot(y, 3).sum(0)[y]).sum(),
     "rarity": lambda m, x, y: (m.lin(x).sum((1, 2)) * (1 - F.one_hot(y, 3).double().mean(0))[y]).mean(),
+    "counts": lambda m, x, y: (m.lin(x) * torch.histc(y.double(), 4, 0, 3)).sin().mean(),
     "one needs another": lambda m, x, y: m.lin((x - x.mean(0)) / (x - x.mean(0)).square().mean().sqrt()).sin().mean(),
     "size of the batch": lambda m, x, y: m.lin(x * len(x)).sin().mean() / len(x),
 }  # fmt: skip
