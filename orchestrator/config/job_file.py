@@ -20,6 +20,7 @@ from comms.errors import ConfigError, combined
 from kernels.builtin_optimizers import BUILT_IN
 from orchestrator.config.schema import Section, count_or, field_error, section_at, validate, word_field
 from orchestrator.config.yaml_file import Document, Location, parse_scalar, read_yaml
+from partitioner.layout.parallel_plan import BatchNorms
 from partitioner.layout.pipeline_schedules import PipelineSchedule
 
 Degree = Annotated[int | None, count_or("auto")]
@@ -84,6 +85,8 @@ class PlanSection(Section):
     pp: Degree = None
     zero: Literal[0, 1] = 0  # 0: whole optimizer state on each chip; 1: sharded over dp
     schedule: Annotated[PipelineSchedule, word_field(PipelineSchedule)] = PipelineSchedule.ONE_F_ONE_B
+    # Statistics of the whole batch, or of each replica's microbatch: the only key here that changes what is trained.
+    batch_norm: Annotated[BatchNorms, word_field(BatchNorms)] = BatchNorms.SYNCHRONISED
 
 
 class ValidationSection(Section):

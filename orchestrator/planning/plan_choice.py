@@ -60,7 +60,7 @@ def choose_plan(job: Job, cluster: Cluster, num_params: int, refused: Sequence[R
     dp = chips // (tp * pp)
     return Plan(
         dp=dp, tp=tp, pp=pp, zero=job.plan.zero, schedule=job.plan.schedule,
-        microbatches=choose_microbatches(job, dp, pp),
+        microbatches=choose_microbatches(job, dp, pp), batch_norm=job.plan.batch_norm,
     )  # fmt: skip
 
 

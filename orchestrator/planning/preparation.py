@@ -26,7 +26,7 @@ from orchestrator.config.job_file import Dtype, Job
 from orchestrator.models.model_specs import SourceKind, parse_model
 from orchestrator.planning.plan_choice import Refusal, choose_plan
 from orchestrator.runs.disk import write_whole
-from partitioner.layout.parallel_plan import Plan
+from partitioner.layout.parallel_plan import BatchNorms, Plan
 from partitioner.program.program import Program
 from partitioner.program.program_codec import decode, encode
 
@@ -110,6 +110,7 @@ def _partitioned(job: Job, plan: Plan, progress: Progress) -> Program:
         return capture_graph(
             model.module, model.example_batch(job.global_batch, job.seq), dp=plan.dp, microbatches=plan.microbatches,
             tp_plan=model.tp_plan, min_units=plan.pp, exact=job.dtype is Dtype.FP64,
+            norms_per_part=plan.batch_norm is BatchNorms.PER_PART,
         )  # fmt: skip
 
     shape = StepShape(

@@ -43,7 +43,7 @@ from orchestrator.runs.data import split_batch, step_key
 from partitioner.capture.batch_inputs import Batch, settings_of, tensors_of
 from partitioner.capture.graph_units import capture_graph
 from partitioner.capture.tracing import LossFunction
-from partitioner.layout.parallel_plan import Plan
+from partitioner.layout.parallel_plan import BatchNorms, Plan
 from partitioner.lowering.lower import step_shape
 from partitioner.program.program import Program
 
@@ -211,6 +211,7 @@ class DistributedStep:
         graph = partial(
             capture_graph, self.model, batch, dp=plan.dp, microbatches=plan.microbatches,
             loss_fn=self.loss_fn, frozen=apart, min_units=plan.pp,
+            norms_per_part=plan.batch_norm is BatchNorms.PER_PART,
         )  # fmt: skip
         return make_program(graph, plan, shape, quiet)
 

@@ -69,7 +69,7 @@ def document(prepared: Prepared, result: SimulationResult) -> dict[str, object]:
     plan = prepared.plan
     return {
         "plan": {"dp": plan.dp, "tp": plan.tp, "pp": plan.pp, "zero": plan.zero, "schedule": str(plan.schedule),
-                 "microbatches": plan.microbatches},
+                 "microbatches": plan.microbatches, "batch_norm": str(plan.batch_norm)},
         "num_chips": plan.num_chips, "units": program.facts["units"], "units_per_stage": program.facts["stages"],
         "loss_rule": program.facts["loss"], "tp_cut_parameters": program.facts["tp_cut_parameters"],
         "tp_cut_flops": program.facts["tp_cut_flops"],

@@ -167,7 +167,7 @@ def _own_dtype(cluster: Cluster, job: Job, plan: Plan) -> tuple[RelativeErrors, 
     noises = [RelativeErrors(floor, floor, floor)]
     for number in range(NUM_REORDERED):
         order = torch.randperm(job.global_batch, generator=torch.Generator().manual_seed(number))
-        reordered = reference_run(build_model(job, "cpu"), job, runs.batches, order)
+        reordered = reference_run(build_model(job, "cpu"), job, runs.batches, plan.norm_parts, order)
         noises.append(compare(reordered, runs.plain, OWN_GRAD_FLOOR))
     largest = RelativeErrors(*(max(of_kind) for of_kind in zip(*map(astuple, noises), strict=True)))
     return compare(runs.planned, runs.plain, OWN_GRAD_FLOOR), largest

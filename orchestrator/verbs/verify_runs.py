@@ -24,6 +24,7 @@ from orchestrator.runs.data import split_batch, step_key
 from orchestrator.runs.learning_rate import learning_rate
 from partitioner.capture.exact_float64 import ExactFloat64
 from partitioner.capture.forwards.keyed_random import keyed_random
+from partitioner.capture.samples.batch_norms import normalised_per_part
 from partitioner.capture.tracing import scalar_loss
 from partitioner.program.program import Compute, TensorKind
 
@@ -58,7 +59,9 @@ def compared_runs(prepared: Prepared, steps: int) -> ComparedRuns:
     values = {name: value.clone() for name, value in module_values(model.module).items()}
     batches = make_batches(model, prepared.job, steps)
     planned = planned_run(prepared, values, batches)
-    return ComparedRuns(values, batches, planned, reference_run(model, prepared.job, batches))
+    return ComparedRuns(
+        values, batches, planned, reference_run(model, prepared.job, batches, prepared.plan.norm_parts)
+    )
 
 
 def make_batches(model: BuiltModel, job: Job, steps: int) -> list[dict[str, torch.Tensor]]:
@@ -85,9 +88,12 @@ def _random_like(value: torch.Tensor, model: BuiltModel, generator: torch.Genera
 
 
 def reference_run(
-    model: BuiltModel, job: Job, batches: Sequence[Tensors], order: torch.Tensor | None = None
+    model: BuiltModel, job: Job, batches: Sequence[Tensors], parts: int, order: torch.Tensor | None = None
 ) -> Trajectory:
-    """Train the module itself; `order` permutes the samples of every batch. The module's parameters change."""
+    """Train the module itself; its parameters change.
+
+    `parts`: into how many a batch norm cuts a batch. `order` permutes the samples of every batch.
+    """
     module, make = model.module, optimizer_factory(job)
     trained = [p for p in module.parameters() if p.requires_grad]
     optimizers = [
@@ -100,7 +106,8 @@ def reference_run(
     for step, batch in enumerate(batches):
         inputs = batch if order is None else {k: v[order] for k, v in batch.items()}
         key, first = torch.tensor(step_key(job.seed, step)), torch.tensor(0)
-        with ExactFloat64() if job.dtype is Dtype.FP64 else nullcontext(), keyed_random(key, first):
+        exact = ExactFloat64() if job.dtype is Dtype.FP64 else nullcontext()
+        with exact, keyed_random(key, first), normalised_per_part(parts):
             loss = scalar_loss(module(**inputs))
         module.zero_grad()
         loss.backward()

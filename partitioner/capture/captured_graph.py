@@ -101,7 +101,8 @@ class Graph:
 
     `totals` makes the sources of `known`. `tail` makes the loss of the sums of `summed` over all parts (which its first
     inputs stand for); None where the parts' losses just add up.
-    `state`: buffers that the forward changes, with the values that they have after the step.
+    `state`: buffers that the forward changes, with the values that they have after the step. `updates` makes those that
+    need sums of `kept` over all parts (which its first inputs stand for), at the end of the step.
     `live`: values on the way of a gradient; parameters that are not among them are `frozen`. `cut`: batch entries that
     hold `samples` samples each. `is_counted`: the loss's count depends on the batch; else it is one.
     """
@@ -114,6 +115,8 @@ class Graph:
     known: tuple[Known, ...]
     tail: Side | None
     summed: tuple[str, ...]
+    updates: Side | None
+    kept: tuple[str, ...]
     state: tuple[tuple[str, str], ...]
     specs: Mapping[str, TensorSpec]
     params: tuple[str, ...]

@@ -10,7 +10,7 @@ from enum import IntEnum
 from torch.fx import Node
 
 from partitioner.capture.captured_graph import op_name, operand
-from partitioner.capture.samples.loss_form import FINAL, LossForm
+from partitioner.capture.samples.loss_form import LossForm, finals_of
 from partitioner.capture.tracing import Captured, ModuleCall
 
 
@@ -76,13 +76,14 @@ def _pieces(
     is_merged: bool,
 ) -> list[list[Node]]:
     """Model nodes grouped by the borders they lie between; merged: groups without parameters join the one before."""
-    tail = {*form.tail, *(n for node in form.tail for n in node.all_input_nodes if n.target is FINAL)}
+    late = [*form.tail, *form.updates]
+    apart = {*late, *finals_of(late)}
     pieces: dict[int, list[Node]] = {}
     for node in captured.graph_module.graph.nodes:
         if (
             node.op not in ("placeholder", "output")
             and depends[node] is Dependence.MODEL
-            and node not in tail
+            and node not in apart
         ):
             maker = node
             while op_name(maker.target) == "getitem":  # stays with what made the tuple

@@ -35,7 +35,7 @@ from partitioner.capture.forwards.keyed_random import RECURRENT
 from partitioner.capture.graph_pieces import Dependence, cut_into_pieces, dependences, piece_name
 from partitioner.capture.pure_graph import first_user_line, is_float, source_line, with_gradient
 from partitioner.capture.samples.batch_cut import cut_batch
-from partitioner.capture.samples.loss_form import FINAL, GATHERED, KNOWN, LossForm, whole_loss
+from partitioner.capture.samples.loss_form import FINAL, GATHERED, KNOWN, LossForm, finals_of, whole_loss
 from partitioner.capture.tp_styles import param_styles
 from partitioner.capture.tracing import Captured, LossFunction, trace_module
 
@@ -53,12 +53,13 @@ def capture_graph(
     frozen: frozenset[str] = frozenset(),
     min_units: int = 1,
     exact: bool = False,
+    norms_per_part: bool = False,
 ) -> Graph:
     """The graph of one microbatch of one replica, where `module(**batch)` is a step (only shapes are used).
 
     `loss_fn`, `tp_plan`: see `trace_module`. `frozen`: parameters that are not trained though they have a gradient.
     `min_units`: at least so many units, if the model has that many pieces. `exact`: float64 stays wide through explicit
-    casts. Raises CaptureError, and PlanError where the batch does not divide.
+    casts. `norms_per_part`: see `batch_norms`. Raises CaptureError, and PlanError where the batch does not divide.
     """
 
     def graph(has_lines: bool) -> Graph:
@@ -71,7 +72,7 @@ def capture_graph(
         if dp * microbatches == 1:
             captured = trace(batch, FakeTensorMode(allow_non_fake_inputs=True))
             return build_graph(captured, whole_loss(captured), frozenset(), min_units=min_units)
-        captured, form, cut = cut_batch(trace, batch, dp, microbatches)
+        captured, form, cut = cut_batch(trace, batch, dp, microbatches, norms_per_part=norms_per_part)
         return build_graph(captured, form, cut, min_units=min_units)
 
     require_plain(batch)
@@ -183,8 +184,10 @@ class _Builder:
         total, count = self.form.total, self.form.count
         assert count is not None
         self.free_values[count] = None
-        tail, live = self._tail(), frozenset(self._names(self.live))
-        self.free_values |= dict.fromkeys(n for n in self._updated() if not self._is(n, Dependence.MODEL))
+        tail, live = self._late(self.form.tail, [total]), frozenset(self._names(self.live))
+        updates = self._late(self.form.updates, [n for n in self._updated() if n in self.form.updates])
+        made = (n for n in self._updated() if n not in self.form.updates)
+        self.free_values |= dict.fromkeys(n for n in made if not self._is(n, Dependence.MODEL))
         batch_values = [n for n in self.free_values if self._is(n, Dependence.BATCH)]
         known = self._known(batch_values)
         sources = [operand(n, 0) for n in known]
@@ -201,6 +204,8 @@ class _Builder:
             ),
             tail=tail,
             summed=self._names(self.form.summed),
+            updates=updates,
+            kept=self._names(self.form.kept),
             state=tuple(zip(self.captured.updated, self._names(self._updated()), strict=True)),
             specs={self._name(n): spec_of(n.meta["val"]) for n in tensors},
             params=tuple(name for name in self._placeholders("params") if name in used),
@@ -216,18 +221,16 @@ class _Builder:
             is_counted=self.form.is_counted,
         )
 
-    def _tail(self) -> Side | None:
-        """The end of a loss that is a function of sums; what else it reads is read from the stage that runs it."""
-        if not self.form.tail:
+    def _late(self, nodes: Sequence[Node], results: list[Node]) -> Side | None:
+        """What reads sums over samples when they are known; what else it reads is there where it runs."""
+        if not nodes:
             return None
-        sums = [n for node in self.form.tail for n in node.all_input_nodes if n.target is FINAL]
-        outer = list(dict.fromkeys([*sums, *reads_of(self.form.tail)]))
-        others = [n for n in outer if n.target is not FINAL]
+        sums = finals_of(nodes)
+        others = [n for n in reads_of(nodes) if n.target is not FINAL]
         self.free_values |= dict.fromkeys(others)
-        graph = _extract(self.captured, list(self.form.tail), outer, [self.form.total])
-        return Side(
-            graph, (*self._names(self.form.summed), *self._names(others)), self._names([self.form.total])
-        )
+        graph = _extract(self.captured, list(nodes), [*sums, *others], results)
+        inputs = (*self._names([operand(n, 0) for n in sums]), *self._names(others))
+        return Side(graph, inputs, self._names(results))
 
     def _updated(self) -> list[Node]:
         """What changed buffers hold after the step."""
@@ -267,7 +270,7 @@ class _Builder:
         frees = [n for n in outer if not self._is(n, Dependence.MODEL)]
         activations = [n for n in outer if n not in params and n not in frees]
         self.free_values |= dict.fromkeys(frees)
-        ends = {self.form.total, *self.form.summed, *self._updated()}
+        ends = {self.form.total, *self.form.summed, *self.form.kept, *self._updated()}
         outputs = [
             n for n in nodes if n in ends or any(u not in inside and u.op != "output" for u in n.users)
         ]

@@ -6,6 +6,7 @@ that the chips of a tensor-parallel group are neighbours on the fastest links.
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from enum import StrEnum
 
 import yaml
 
@@ -13,6 +14,15 @@ from comms.errors import PartitionError
 from partitioner.layout.pipeline_schedules import PipelineSchedule
 
 VERSION = 1
+
+
+class BatchNorms(StrEnum):
+    """By whose statistics a batch norm normalises: of the whole batch, or of each part (replica and microbatch)."""
+
+    SYNCHRONISED = "synchronised"
+    PER_PART = "per_part"
+
+
 DEFAULT_BUCKET_BYTES = 25_000_000  # gradient bucket, torch DDP's default
 
 
@@ -21,7 +31,8 @@ class Plan:
     """How a model is split over `dp * tp * pp` chips.
 
     `stages[s]` is the number of units in pipeline stage s; empty = balance them by FLOPs. `zero` 1 shards the
-    optimizer state over dp. `bucket_bytes`: gradients are reduced in buckets of at least this size.
+    optimizer state over dp. `bucket_bytes`: gradients are reduced in buckets of at least this size. `batch_norm` alone
+    changes what is trained.
     """
 
     dp: int = 1
@@ -32,6 +43,7 @@ class Plan:
     microbatches: int = 1
     stages: tuple[int, ...] = ()
     bucket_bytes: int = DEFAULT_BUCKET_BYTES
+    batch_norm: BatchNorms = BatchNorms.SYNCHRONISED
 
     def __post_init__(self) -> None:
         for name in ("dp", "tp", "pp", "microbatches"):
@@ -51,16 +63,25 @@ class Plan:
         return self.dp * self.tp * self.pp
 
     @property
+    def norm_parts(self) -> int:
+        """Into how many parts, each normalised by itself, a batch norm cuts the batch."""
+        return self.dp * self.microbatches if self.batch_norm is BatchNorms.PER_PART else 1
+
+    @property
     def axes(self) -> tuple[tuple[str, int], ...]:
         return (("pp", self.pp), ("dp", self.dp), ("tp", self.tp))
 
     def __str__(self) -> str:
-        return f"dp{self.dp} tp{self.tp} pp{self.pp} zero{self.zero} {self.schedule} x{self.microbatches}"
+        norms = "" if self.batch_norm is BatchNorms.SYNCHRONISED else f" batch norm {self.batch_norm}"
+        return (
+            f"dp{self.dp} tp{self.tp} pp{self.pp} zero{self.zero} {self.schedule} x{self.microbatches}{norms}"
+        )
 
 
 def plan_to_yaml(plan: Plan) -> str:
     """The plan as an editable file."""
-    fields = asdict(plan) | {"schedule": str(plan.schedule), "stages": list(plan.stages)}
+    words = {"schedule": str(plan.schedule), "batch_norm": str(plan.batch_norm)}
+    fields = asdict(plan) | words | {"stages": list(plan.stages)}
     return yaml.safe_dump(
         {"kind": "plan", "version": VERSION} | fields, sort_keys=False, default_flow_style=None
     )
@@ -79,8 +100,11 @@ def plan_from_yaml(text: str, where: str = "plan") -> Plan:
         raise PartitionError(f"unknown key {unknown[0]!r}", where, f"known keys: {', '.join(Plan.__slots__)}")
     try:
         raw["schedule"] = PipelineSchedule.named(raw.get("schedule", PipelineSchedule.ONE_F_ONE_B))
+        raw["batch_norm"] = BatchNorms(raw.get("batch_norm", BatchNorms.SYNCHRONISED))
         raw["stages"] = tuple(int(n) for n in raw.get("stages", ()))
-        numbers = {key: _whole(key, raw[key]) for key in raw if key not in ("schedule", "stages")}
+        numbers = {
+            key: _whole(key, raw[key]) for key in raw if key not in ("schedule", "stages", "batch_norm")
+        }
     except (TypeError, ValueError) as error:
         raise PartitionError(str(error), where, "see the plan.yaml of a run") from error
     return Plan(**{**raw, **numbers})

@@ -19,7 +19,7 @@ from partitioner.capture.fused_projections import unfuse
 from partitioner.capture.graph_units import capture_graph
 from partitioner.capture.tracing import LossFunction
 from partitioner.layout.joint_trace import param_dims, tensor_parallel_mesh, trace_joint
-from partitioner.layout.parallel_plan import Plan, balance
+from partitioner.layout.parallel_plan import BatchNorms, Plan, balance
 from partitioner.layout.pipeline_schedules import PipelineSchedule, Task
 from partitioner.lowering.cut_share import cut_share
 from partitioner.lowering.flat_buffers import (
@@ -90,8 +90,9 @@ def partition(
     optimizer keeps for each parameter (2: AdamW).
     """
     graph = capture_graph(
-        module, batch, dp=plan.dp, microbatches=plan.microbatches, loss_fn=loss_fn, min_units=plan.pp
-    )
+        module, batch, dp=plan.dp, microbatches=plan.microbatches, loss_fn=loss_fn, min_units=plan.pp,
+        norms_per_part=plan.batch_norm is BatchNorms.PER_PART,
+    )  # fmt: skip
     return lower(graph, plan, step_shape(module, batch, optimizer_states))
 
 

@@ -15,7 +15,7 @@ from partitioner.capture.captured_graph import Graph, Known, Side, Unit, ancesto
 from partitioner.layout.parallel_plan import Plan
 from partitioner.lowering.pieces import TracedUnit, make_op
 from partitioner.lowering.role_builder import SCALAR, RoleBuilder
-from partitioner.lowering.whole_batch import bodies_of, emit_known, emit_tail
+from partitioner.lowering.whole_batch import bodies_of, emit_known, emit_tail, emit_updates
 from partitioner.program.program import Accumulate, Operation, Recv, Send, TensorKind
 
 # the tensors in which a role sums loss and count, if it makes the loss
@@ -95,6 +95,7 @@ class _StageEmitter:
         for index in self.units:
             self._unit_forward(index)
         self._keep_state()
+        self._update_state()
         for value, stage in self._departures():
             role.emit("send_forward", Send(0, self.values[value], stage))
         if self.makes_loss and self.graph.tail is None:
@@ -174,6 +175,39 @@ class _StageEmitter:
             made = f"aten._to_copy.default(v0, dtype=dtype.{spec.dtype})"
             role.simple("forward", "keep", made, [self.values[value]], kept)
             role.simple("commit", "copy", "aten.clone.default(v0)", [kept], self.values[buffer])
+
+    def _update_state(self) -> None:
+        """New values of buffers that need sums over all parts: in the stage that makes what is summed."""
+        role, graph = self.role, self.graph
+        own = {v for index in self.units for v in graph.units[index].outputs}
+        for buffer, value in graph.state:
+            if graph.updates is None or value not in graph.updates.outputs:
+                continue
+            side = _NeededSide(graph.updates, [value])
+            sums = [name for name in side.reads if name in graph.kept]
+            if not own.issuperset(sums):
+                if not own.isdisjoint(sums) or buffer in self.values:
+                    problem = f"the buffer {buffer} depends on several pipeline stages"
+                    raise PartitionError(problem, "pipeline stages", "use pp 1, or other stages")
+                continue
+            totals = emit_updates(role, self.context.plan, {name: self.values[name] for name in sums})
+            for name in {buffer, *side.reads} - set(sums):
+                self._declare_source(name)
+            reads = [totals.get(n, self.values.get(n, -1)) for n in side.reads]
+            if any(role.tensors[t].is_per_microbatch for t in reads):
+                problem = f"the buffer {buffer} depends on an input that microbatches may differ in"
+                raise PartitionError(problem, "microbatches", "use 1 microbatch")
+            made = role.tensor(f"next.{buffer}", TensorKind.SCALAR, graph.specs[value])
+            segment = role.pool.add("commit", [role.spec(t) for t in reads], side.ops, side.outputs)
+            role.compute("commit", segment, reads, [made])
+            dtype = graph.specs[buffer].dtype
+            role.simple(
+                "commit",
+                "keep",
+                f"aten._to_copy.default(v0, dtype=dtype.{dtype})",
+                [made],
+                self.values[buffer],
+            )
 
     def _side(self, side: "_NeededSide", body: str, kind: TensorKind, prefix: str = "") -> dict[str, int]:
         """Emit what makes a side's values; returns them by name. With a prefix they are another instance of each."""

@@ -56,6 +56,18 @@ def emit_known(
         _emit_sum(role, body, plan, added, target)
 
 
+def emit_updates(role: RoleBuilder, plan: Plan, kept: Mapping[str, int]) -> dict[str, int]:
+    """Totals over all parts of what each made for buffers, by name, at the end of the step."""
+    totals: dict[str, int] = {}
+    for name, made in kept.items():
+        spec = role.spec(made)
+        added = role.tensor(f"{name}.kept", TensorKind.SCALAR, spec)
+        role.emit("forward", Accumulate(0, (made,), (added,)))
+        totals[name] = role.tensor(f"{name}.kept_total", TensorKind.SCALAR, spec)
+        _emit_sum(role, "commit", plan, added, totals[name])
+    return totals
+
+
 def _emit_sum(role: RoleBuilder, body: str, plan: Plan, added: int, target: int) -> None:
     """The sum over replicas of what each has added up."""
     if plan.dp > 1:

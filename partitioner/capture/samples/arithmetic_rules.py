@@ -7,6 +7,7 @@ import torch
 from torch.fx import Node
 
 from partitioner.capture.captured_graph import op_name
+from partitioner.capture.samples.batch_norms import PER_PART
 from partitioner.capture.samples.spread import (
     SAME,
     TOTAL,
@@ -116,6 +117,9 @@ def reduction(call: OperatorCall) -> Spread:
     if name in ("max", "min") and overload == "other":
         return pointwise(call)
     spread = call.spread(source)
+    if PER_PART in call.node.meta and isinstance(spread, Split):
+        call.is_mean = True
+        return TOTAL
     if isinstance(spread, Total) and name in ("sum", "mean", "nansum") and (name != "nansum"):
         return TOTAL
     if not isinstance(spread, Split):
@@ -313,7 +317,7 @@ def _first_dims(call: OperatorCall, inner: int) -> Spread:
 
 def batch_norm(call: OperatorCall) -> Spread:
     """With given statistics each image is normalised by itself."""
-    if call.argument("training", True):
+    if call.argument("training", True) and PER_PART not in call.node.meta:
         raise call.all_whole()
     return samples_first(call)
 

@@ -24,14 +24,16 @@ Trace = Callable[[Batch, FakeTensorMode], Captured]
 
 
 def cut_batch(
-    trace: Trace, batch: Batch, dp: int, microbatches: int
+    trace: Trace, batch: Batch, dp: int, microbatches: int, *, norms_per_part: bool
 ) -> tuple[Captured, LossForm, frozenset[str]]:
     """The capture of one part, its loss, and the entries that hold samples. Raises CaptureError or PlanError."""
     tensors = tensors_of(batch)
     first: CaptureError | None = None
     for size, split in _guesses(tensors, dp * microbatches):
         try:
-            return (*_cut(trace, batch, split, Parts(dp, microbatches, size // (dp * microbatches))), split)
+            parts = Parts(dp, microbatches, size // (dp * microbatches))
+            part, whole = _traces(trace, batch, split, parts)
+            return part, split_loss(part, whole, parts, split, norms_per_part=norms_per_part), split
         except CaptureError as error:
             first = first or error
     assert first is not None
@@ -54,7 +56,8 @@ def _guesses(tensors: Mapping[str, torch.Tensor], parts: int) -> Iterator[tuple[
                 yield size, frozenset(long) - set(shared)
 
 
-def _cut(trace: Trace, batch: Batch, split: frozenset[str], parts: Parts) -> tuple[Captured, LossForm]:
+def _traces(trace: Trace, batch: Batch, split: frozenset[str], parts: Parts) -> tuple[Captured, Captured]:
+    """The captures of a part, and of the whole batch."""
     tensors = tensors_of(batch)
     small = {name: v[: parts.samples] if name in split else v for name, v in tensors.items()}
     mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -69,7 +72,7 @@ def _cut(trace: Trace, batch: Batch, split: frozenset[str], parts: Parts) -> tup
     if not read & split:
         problem = "no input that the model reads holds samples in its first dim"
         raise CaptureError(problem, ", ".join(sorted(tensors)), "use dp 1 and 1 microbatch")
-    return part, split_loss(part, whole, parts, split)
+    return part, whole
 
 
 @contextmanager

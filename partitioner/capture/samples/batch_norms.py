@@ -1,54 +1,97 @@
-"""Batch norm with statistics of the batch, taken apart: means over samples, which then follow the rules for means.
+"""Batch norm with statistics of the batch, taken apart.
 
-Two passes, as torch does it: the mean, then the mean of squared distances. Running statistics move by `momentum`
-towards them, the variance with Bessel's correction.
+Synchronised: into means over samples, which then follow the rules for means. Two passes, as torch does it: the mean,
+then the mean of squared distances. Per part, a part is normalised by its own statistics (as by torch's
+DistributedDataParallel without SyncBatchNorm, and by GPipe per microbatch). Running statistics move by `momentum`
+towards those of the batch, or the mean of those of its parts; the variance with Bessel's correction.
 """
 
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch.fx import Node
+from torch.nn import functional
 
-from partitioner.capture.captured_graph import op_name
+from comms.errors import CaptureError
+from partitioner.capture.captured_graph import op_name, operand
 
 aten = torch.ops.aten
 FUNCTIONAL = (
     "_native_batch_norm_legit_functional"  # what functionalization makes of one with running statistics
 )
 WITHOUT_STATS = "batch_norm"
-FUNCTIONAL_ARGUMENTS = 8  # input, weight, bias, running mean, running variance, training, momentum, eps
+NUM_ARGUMENTS = 8
 
 
-def take_batch_norms_apart(graph: torch.fx.Graph) -> None:
-    """Replace every batch norm that uses the statistics of its batch."""
+BATCH_NORM = "batch_norm"  # marks operations that a batch norm consists of
+PER_PART = "per_part"  # marks operations whose results are of a part, by its own samples
+
+
+def take_batch_norms_apart(graph: torch.fx.Graph, *, per_part: bool) -> None:
+    """Replace every batch norm that uses the statistics of its batch. CaptureError if none is to be taken per part."""
+    taken = 0
     for node in list(graph.nodes):
-        name = op_name(node.target)
-        if node.op != "call_function" or name not in (FUNCTIONAL, WITHOUT_STATS) or not node.args[5]:
+        args = _arguments(node)
+        if args is None or not args[5]:
             continue
         with graph.inserting_before(node):
-            results = _results(node)
-        if name == WITHOUT_STATS:
+            results = (_results_per_part if per_part else _results)(_maker(node), args)
+        if op_name(node.target) == WITHOUT_STATS:
             node.replace_all_uses_with(results[0])
         else:
             for user in list(node.users):
                 user.replace_all_uses_with(results[user.args[1]])
                 graph.erase_node(user)
         graph.erase_node(node)
+        taken += 1
+    if per_part and not taken:
+        raise CaptureError("no batch norm uses statistics of its batch here", "batch_norm: per_part in the plan",
+                           "leave batch_norm out")  # fmt: skip
 
 
-def _results(node: Node) -> dict[int, Node]:
-    """By their places among the results: normalised values, mean, 1 / deviation, new running mean and variance."""
-    x, weight, bias, running_mean, running_var, _, momentum, eps = node.args[:FUNCTIONAL_ARGUMENTS]
+def _arguments(node: Node) -> Sequence[Any] | None:
+    """(input, weight, bias, running mean, running variance, training, momentum, eps) of a batch norm."""
+    if node.op != "call_function":
+        return None
+    if node.target is aten._native_batch_norm_legit.no_stats:
+        return (*node.args[:3], None, None, *node.args[3:])
+    return node.args[:NUM_ARGUMENTS] if op_name(node.target) in (FUNCTIONAL, WITHOUT_STATS) else None
 
-    def made(target: Any, *args: Any) -> Node:
+
+def _maker(node: Node) -> Callable[..., Node]:
+    """What makes nodes in the place of a batch norm."""
+
+    def made(target: Any, *args: Any, **meta: Any) -> Node:
         new = node.graph.call_function(target, args)
         values = torch.fx.node.map_arg(args, lambda n: n.meta["val"])
-        assert isinstance(x, Node)
-        with x.meta["val"].fake_mode:
-            new.meta = dict(node.meta) | {"val": target(*values)}
+        with operand(node, 0).meta["val"].fake_mode:
+            new.meta = dict(node.meta) | {"val": target(*values), BATCH_NORM: True} | meta
         return new
 
-    assert isinstance(x, Node)
+    return made
+
+
+def _results_per_part(made: Callable[..., Node], args: Sequence[Any]) -> dict[int, Node]:
+    """By their places among the results: normalised values, new running mean and variance."""
+    x, weight, bias, running_mean, running_var, _, momentum, eps = args
+    settings = (weight, bias, None, None, True, momentum, eps, False)
+    results = {0: made(aten.batch_norm.default, x, *settings, **{PER_PART: True})}
+    if running_mean is not None:
+        still, dims = made(aten.detach.default, x), [0, *range(2, x.meta["val"].dim())]
+        variance = made(aten.var.dim, still, dims, True, **{PER_PART: True})
+        results |= {
+            3: _moved(made, running_mean, made(aten.mean.dim, still, dims), momentum),
+            4: _moved(made, running_var, variance, momentum),
+        }
+    return results
+
+
+def _results(made: Callable[..., Node], args: Sequence[Any]) -> dict[int, Node]:
+    """By their places among the results: normalised values, mean, 1 / deviation, new running mean and variance."""
+    x, weight, bias, running_mean, running_var, _, momentum, eps = args
     shape = x.meta["val"].shape
     dims, count = [0, *range(2, len(shape))], shape.numel() // shape[1]
     mean = made(aten.mean.dim, x, dims, True)
@@ -69,6 +112,30 @@ def _results(node: Node) -> dict[int, Node]:
             4: _moved(made, running_var, unbiased, momentum),
         }
     return results
+
+
+@contextmanager
+def normalised_per_part(parts: int) -> Iterator[None]:
+    """Inside the block torch's batch norms do on one chip what those of `parts` parts do together."""
+
+    def batch_norm(
+        input: torch.Tensor,  # noqa: A002  (torch's own name)
+        running_mean: torch.Tensor | None, running_var: torch.Tensor | None, weight: torch.Tensor | None = None,
+        bias: torch.Tensor | None = None, training: bool = False, momentum: float = 0.1, eps: float = 1e-5,
+    ) -> torch.Tensor:  # fmt: skip
+        if not training or parts == 1:
+            return original(input, running_mean, running_var, weight, bias, training, momentum, eps)
+        pieces = input.chunk(parts)
+        if running_mean is not None and running_var is not None:
+            with torch.no_grad():
+                dims = [0, *range(2, input.dim())]
+                running_mean.lerp_(torch.stack([p.mean(dims) for p in pieces]).mean(0), momentum)
+                running_var.lerp_(torch.stack([p.var(dims) for p in pieces]).mean(0), momentum)
+        return torch.cat([original(p, None, None, weight, bias, True, momentum, eps) for p in pieces])
+
+    original = functional.batch_norm
+    with patch.object(functional, "batch_norm", batch_norm):
+        yield
 
 
 def _moved(made: Any, running: Any, found: Node, momentum: Any) -> Node:

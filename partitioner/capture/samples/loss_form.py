@@ -7,13 +7,13 @@ The optimizer divides by the count, so that no part need know it before its back
 the loss it is known before the forward (`known_total`).
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch.fx import Node
 
-from partitioner.capture.captured_graph import op_name, operand
+from partitioner.capture.captured_graph import ancestors, op_name, operand
 from partitioner.capture.forwards.user_functions import AppliedFunction
 from partitioner.capture.samples import loss_terms
 from partitioner.capture.samples.batch_norms import take_batch_norms_apart
@@ -33,6 +33,7 @@ class LossForm:
     `is_counted`: what it is divided by depends on the batch. `parts`: into how many the batch is cut, each of
     `samples` (0: it is not cut).
     `tail`: the nodes of f, which reads `final_total` nodes and gives `total`; empty if the loss is linear.
+    `updates`: the nodes that make new values of buffers of such totals, at the end of the step.
     """
 
     total: Node
@@ -42,12 +43,22 @@ class LossForm:
     samples: int = 0
     is_counted: bool = False
     tail: tuple[Node, ...] = ()
+    updates: tuple[Node, ...] = ()
 
     @property
     def summed(self) -> tuple[Node, ...]:
         """What the parts make for f: the totals of these are what the tail reads."""
-        reads = dict.fromkeys(n for node in self.tail for n in node.all_input_nodes if n.target is FINAL)
-        return tuple(operand(n, 0) for n in reads)
+        return tuple(operand(n, 0) for n in finals_of(self.tail))
+
+    @property
+    def kept(self) -> tuple[Node, ...]:
+        """What the parts make for buffers: the totals of these are what the updates read."""
+        return tuple(operand(n, 0) for n in finals_of(self.updates))
+
+
+def finals_of(nodes: Sequence[Node]) -> list[Node]:
+    """The totals, known when every forward has ended, that nodes read."""
+    return list(dict.fromkeys(n for node in nodes for n in node.all_input_nodes if n.target is FINAL))
 
 
 def whole_loss(captured: Captured) -> LossForm:
@@ -63,11 +74,13 @@ def whole_loss(captured: Captured) -> LossForm:
     return LossForm(*quotient, "of the whole batch: a sum / a number known from it", is_counted=True)
 
 
-def split_loss(part: Captured, whole: Captured, parts: Parts, split: Collection[str]) -> LossForm:
+def split_loss(
+    part: Captured, whole: Captured, parts: Parts, split: Collection[str], *, norms_per_part: bool = False
+) -> LossForm:
     """Make the part's graph what each part computes. `split`: the batch's entries that are cut. Raises CaptureError."""
     for captured in (part, whole):
         loss_terms.take_means_apart(captured.graph_module.graph)
-        take_batch_norms_apart(captured.graph_module.graph)
+        take_batch_norms_apart(captured.graph_module.graph, per_part=norms_per_part)
     graph = part.graph_module.graph
     inputs = {
         node
@@ -80,9 +93,25 @@ def split_loss(part: Captured, whole: Captured, parts: Parts, split: Collection[
     loss, *updated = _results(part)
     form = replace(_form(splitter, output, loss), samples=parts.samples)
     updated = [splitter.whole_value(node, output) for node in updated]
+    form = replace(form, updates=_updates(part, splitter, updated))
     output.args = ((form.total, *([form.count] if form.count else []), *updated),)
     graph.eliminate_dead_code()
     return form
+
+
+def _updates(part: Captured, splitter: Splitter, updated: Sequence[Node]) -> tuple[Node, ...]:
+    """What makes the values that are known at the end of the step only, from totals and what buffers held."""
+    held: dict[Node, bool] = {}  # by nodes: made of buffers and numbers alone
+    for node in splitter.graph.nodes:
+        is_buffer = node.op == "placeholder" and part.names[node.name].startswith("buffers:")
+        held[node] = is_buffer or (
+            node.op == "call_function" and all(held[n] or n.op == "get_attr" for n in node.all_input_nodes)
+        )
+    found = ancestors(
+        [n for n in updated if n in splitter.after],
+        lambda n: n.op == "call_function" and n.target is not FINAL and (n in splitter.after or held[n]),
+    )
+    return tuple(n for n in splitter.graph.nodes if n in found)
 
 
 def _results(captured: Captured) -> list[Node]:
@@ -94,7 +123,8 @@ def _form(splitter: Splitter, output: Node, loss: Node) -> LossForm:
     graph, number = splitter.graph, splitter.parts.number
     spread = splitter.spreads[loss]
     if loss in splitter.after:
-        tail = tuple(n for n in graph.nodes if n in splitter.after and n.target is not FINAL)
+        found = ancestors([loss], splitter.after.__contains__)
+        tail = tuple(n for n in graph.nodes if n in found and n.target is not FINAL)
         return LossForm(
             loss,
             None,

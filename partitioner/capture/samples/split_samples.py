@@ -21,6 +21,7 @@ from comms.errors import CaptureError
 from partitioner.capture.captured_graph import op_name
 from partitioner.capture.forwards.user_functions import AppliedFunction
 from partitioner.capture.pure_graph import source_line
+from partitioner.capture.samples.batch_norms import BATCH_NORM
 from partitioner.capture.samples.rules import rule_of, spread_of
 from partitioner.capture.samples.spread import (
     SAME,
@@ -302,10 +303,11 @@ class Splitter:
         return self._insert(aten.mul.Tensor, (value, 1.0 / self.parts.number), TOTAL, value)
 
     def whole_value(self, value: Node, user: Node) -> Node:
-        """A value that outlives the step, as of the whole batch. Raises CaptureError where it is known too late."""
+        """A value that outlives the step, as of the whole batch; known at its end if it is in `after`."""
         found = value if self.spreads[value] == SAME else self.made_whole_for(value, user)
-        if found in self.after:
-            raise self._refusal(value, "changes a buffer by all samples")
+        if found.target is own.final_total.default:
+            with self.graph.inserting_before(user):
+                return self._insert(aten.clone.default, (found,), SAME, found)
         return found
 
     def made_whole_for(self, operand: Node, user: Node) -> Node:
@@ -358,8 +360,11 @@ class Splitter:
         split = f"{number} parts (dp {self.parts.dp} x {self.parts.microbatches} microbatches)"
         hint = "use 1 microbatch" if self.parts.microbatches > 1 else "use dp 1"
         known = "" if rule_of(node.target) else ", for all that is known"
-        problem = f"{op_name(node.target)} {why}{known}: the batch cannot be cut into {split}"
-        return CaptureError(problem, source_line(node), f"{hint}, or compute it from sums over samples")
+        name, other = op_name(node.target), "compute it from sums over samples"
+        if BATCH_NORM in node.meta:
+            name, other = "batch_norm", "normalise each part by itself (batch_norm: per_part in the plan)"
+        problem = f"{name} {why}{known}: the batch cannot be cut into {split}"
+        return CaptureError(problem, source_line(node), f"{hint}, or {other}")
 
 
 def _with_numbers(mine: Any, other: Any) -> Any:

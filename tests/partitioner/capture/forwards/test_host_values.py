@@ -48,7 +48,7 @@ def test_what_differs_from_call_to_call_is_refused(name: str, dp: int) -> None:
 
 
 def test_the_line_is_named() -> None:
-    with pytest.raises(CaptureError, match="self.taken"):
+    with pytest.raises(CaptureError, match=r"self\.taken"):
         capture_graph(Scaled(time.perf_counter), {"x": torch.randn(4, 4)})
 
 

@@ -76,7 +76,7 @@ def capture_parts(module: nn.Module, batch: Batch, dp: int, microbatches: int) -
         return trace_module(module, given, None, fake_mode=mode)
 
     with patch.object(loss_form, "Splitter", Remembered):
-        captured, form, cut = cut_batch(trace, batch, dp, microbatches)
+        captured, form, cut = cut_batch(trace, batch, dp, microbatches, norms_per_part=False)
     return Parted(captured, form, cut, found[-1], dp * microbatches)
 
 

@@ -1,5 +1,6 @@
 """Batch norm over parts of a batch: statistics of all samples, forward, backward and kept, as on one chip."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,8 @@ from torch.nn import functional as F
 
 from comms.errors import CaptureError
 from orchestrator.verbs.distribute import distribute
-from partitioner.layout.parallel_plan import Plan
+from partitioner.capture.samples.batch_norms import normalised_per_part
+from partitioner.layout.parallel_plan import BatchNorms, Plan
 
 Check = Callable[..., Any]
 Doubles = Callable[..., torch.Tensor]
@@ -44,7 +46,7 @@ def test_several_microbatches_are_refused_by_line(parts_of: Check, doubles: Doub
 
     with pytest.raises(CaptureError, match="mixes samples") as caught:
         parts_of(normed, {"x": doubles(8, 4)})
-    assert "use 1 microbatch" in caught.value.hint
+    assert "use 1 microbatch" in caught.value.hint and "batch_norm: per_part" in caught.value.hint
 
 
 def test_in_evaluation_every_image_is_normalised_by_itself(check: Check, doubles: Doubles) -> None:
@@ -98,6 +100,26 @@ class Normed(nn.Module):
         return F.mse_loss(self.layers(x), y)
 
 
+def trained_alike(module: nn.Module, plan: Plan, batches: list[dict[str, torch.Tensor]], laptop: Any) -> Any:
+    """The distributed step, after it has trained `module` over the batches as plain PyTorch trains a copy."""
+    plain = copy.deepcopy(module)
+    step = distribute(
+        module, torch.optim.SGD(module.parameters(), 0.2), laptop, plan=plan, chips=plan.num_chips
+    )
+    optimizer = torch.optim.SGD(plain.parameters(), 0.2)
+    for batch in batches:
+        optimizer.zero_grad()
+        with normalised_per_part(plan.norm_parts):
+            loss = plain(**batch)
+        loss.backward()
+        optimizer.step()
+        assert step(batch) == pytest.approx(loss.item(), rel=1e-9)
+    step.sync()
+    for name, value in plain.state_dict().items():
+        torch.testing.assert_close(module.state_dict()[name], value, rtol=1e-8, atol=1e-10)
+    return step
+
+
 @pytest.mark.parametrize(
     "plan", [Plan(), Plan(dp=2), Plan(dp=4, zero=1), Plan(pp=2), Plan(tp=2), Plan(dp=2, pp=2)], ids=str
 )
@@ -105,21 +127,77 @@ def test_training_is_that_of_one_chip_with_its_running_statistics(
     plan: Plan, doubles: Doubles, laptop: Any, one_thread: None
 ) -> None:
     batches = [{"x": 1 + 3 * doubles(8, 4, seed=s), "y": doubles(8, 2, seed=s)} for s in range(3)]
-    module, plain = Normed(), Normed()
+    module = Normed()
+    step = trained_alike(module, plan, batches, laptop)
+    assert step.evaluate(batches[0]) == pytest.approx(module(**batches[0]).item(), rel=1e-9)
+
+
+PER_PART = BatchNorms.PER_PART
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [Plan(dp=2, batch_norm=PER_PART), Plan(microbatches=4, batch_norm=PER_PART), Plan(tp=2, batch_norm=PER_PART),
+     Plan(dp=2, zero=1, microbatches=2, batch_norm=PER_PART), Plan(dp=2, pp=2, microbatches=2, batch_norm=PER_PART)],
+    ids=str,
+)  # fmt: skip
+def test_normalised_per_part_is_what_each_part_does_alone(
+    plan: Plan, doubles: Doubles, laptop: Any, one_thread: None
+) -> None:
+    batches = [{"x": 1 + 3 * doubles(8, 4, seed=s), "y": doubles(8, 2, seed=s)} for s in range(3)]
+    trained_alike(Normed(), plan, batches, laptop)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_every_kind_of_batch_norm_is_normalised_per_part(
+    name: str, doubles: Doubles, laptop: Any, one_thread: None
+) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lin, self.made = nn.Linear(4, 4), LAYERS[name]()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return forward(self, x)
+
+    batches = [{"x": doubles(8, 4, seed=s)} for s in range(2)]
+    trained_alike(Net().double(), Plan(dp=2, microbatches=2, batch_norm=PER_PART), batches, laptop)
+
+
+def test_the_reference_is_torchs_own_on_each_piece(doubles: Doubles) -> None:
+    x, norm = doubles(8, 4), nn.BatchNorm1d(4).double()
+    with normalised_per_part(2):
+        out = norm(x)
+    torch.testing.assert_close(out, torch.cat([nn.BatchNorm1d(4).double()(half) for half in x.chunk(2)]))
+    half_means = torch.stack([half.mean(0) for half in x.chunk(2)])
+    torch.testing.assert_close(norm.running_mean, 0.1 * half_means.mean(0))
+
+
+def test_per_part_without_a_batch_norm_is_refused(doubles: Doubles, laptop: Any) -> None:
+    module = nn.Linear(4, 1).double()
     step = distribute(
-        module, torch.optim.SGD(module.parameters(), 0.2), laptop, plan=plan, chips=plan.num_chips
-    )
-    optimizer = torch.optim.SGD(plain.parameters(), 0.2)
-    for batch in batches:
-        optimizer.zero_grad()
-        loss = plain(**batch)
-        loss.backward()
-        optimizer.step()
-        assert step(batch) == pytest.approx(loss.item(), rel=1e-9)
-    step.sync()
-    for name, value in plain.state_dict().items():
-        torch.testing.assert_close(module.state_dict()[name], value, rtol=1e-8, atol=1e-10)
-    assert step.evaluate(batches[0]) == pytest.approx(plain(**batches[0]).item(), rel=1e-9)
+        module, torch.optim.SGD(module.parameters(), 0.2), laptop, chips=2, loss_fn=lambda out, batch: out.mean(),
+        plan=Plan(dp=2, batch_norm=PER_PART),
+    )  # fmt: skip
+    with pytest.raises(CaptureError, match="no batch norm uses statistics"):
+        step({"input": doubles(8, 4)})
+
+
+@pytest.mark.parametrize("script", [averaging_inputs, keeping_the_last])
+@pytest.mark.parametrize("plan", [Plan(microbatches=2), Plan(dp=2, microbatches=2), Plan(dp=4)], ids=str)
+def test_kept_means_do_not_depend_on_microbatches(
+    script: Any, plan: Plan, doubles: Doubles, laptop: Any, one_thread: None
+) -> None:
+    class Keeping(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lin = nn.Linear(4, 4)
+            self.register_buffer("mean", torch.zeros(4))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return script(self, x)
+
+    trained_alike(Keeping().double(), plan, [{"x": doubles(8, 4, seed=s)} for s in range(3)], laptop)
 
 
 def test_evaluation_uses_running_statistics_and_changes_none(

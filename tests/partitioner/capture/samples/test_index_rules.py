@@ -107,7 +107,7 @@ MIXING: dict[str, tuple[str, str, Callable[..., torch.Tensor]]] = {
     "classes added up": ("x y", "scatter_add", lambda m, h, y: h.new_zeros(3, 4).scatter_add(
         0, y[:, None].expand(-1, 4), h[:, 0])),
     "bins of samples": ("x", "sort", lambda m, h: h * torch.searchsorted(h[:, 0, 0].detach().sort()[0], h.detach())),
-    "places of all": ("x", "index_put", lambda m, h: h.index_put((torch.tensor([2, 0]),), h[:2].sin())),
+    "places of all": ("x", "index_put|slice", lambda m, h: h.index_put((torch.tensor([2, 0]),), h[:2].sin())),
     "frequencies": ("ids", "embedding", lambda m, ids: F.embedding(ids, m.table.weight, scale_grad_by_freq=True)),
 }  # fmt: skip
 
