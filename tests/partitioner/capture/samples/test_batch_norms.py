@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch.nn import functional as F
 
 from comms.errors import CaptureError
 from orchestrator.verbs.distribute import distribute
+from partitioner.capture.forwards.keyed_random import keyed_random
 from partitioner.capture.samples.batch_norms import normalised_per_part
 from partitioner.layout.parallel_plan import BatchNorms, Plan
 
@@ -164,9 +166,10 @@ def test_every_kind_of_batch_norm_is_normalised_per_part(
     trained_alike(Net().double(), Plan(dp=2, microbatches=2, batch_norm=PER_PART), batches, laptop)
 
 
-def test_the_reference_is_torchs_own_on_each_piece(doubles: Doubles) -> None:
+@pytest.mark.parametrize("keyed", [nullcontext(), keyed_random(torch.tensor(5), torch.tensor(0))])
+def test_the_reference_is_torchs_own_on_each_piece(keyed: Any, doubles: Doubles) -> None:
     x, norm = doubles(8, 4), nn.BatchNorm1d(4).double()
-    with normalised_per_part(2):
+    with keyed, normalised_per_part(2):
         out = norm(x)
     torch.testing.assert_close(out, torch.cat([nn.BatchNorm1d(4).double()(half) for half in x.chunk(2)]))
     half_means = torch.stack([half.mean(0) for half in x.chunk(2)])
