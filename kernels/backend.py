@@ -26,8 +26,11 @@ SCALAR_TYPES = {
 NAMED_CONSTANTS = {
     "torch.strided": 0, "torch.contiguous_format": 0, "torch.preserve_format": 1, "torch.channels_last": 2,
 }  # fmt: skip
-
-
+# Whoever traced them had operands that lie in order, where a chip may have transposed ones.
+NEED_ORDER = {
+    "aten::native_group_norm", "aten::native_group_norm_backward", "aten::_weight_norm_interface_backward",
+    "aten::_pdist_forward", "aten::_pdist_backward", "aten::view_as_complex",
+}  # fmt: skip
 OPERATOR_PARTS = 3
 
 
@@ -129,7 +132,8 @@ class _Writer:
                 raise SegmentError(f"{code}: argument {argument.name} is missing")
             return self._constant(argument.default_value, kind)
         if isinstance(given, ast.Name) and given.id[0] == "v" and given.id[1:].isdigit():
-            return self.values[int(given.id[1:])]
+            value = self.values[int(given.id[1:])]
+            return self._in_order(value) if operator(code)._schema.name in NEED_ORDER else value
         if isinstance(given, ast.List) and "Tensor" in kind:
             return self._tensor_list(given, kind)
         return self._constant(literal(given, self.device), kind)
@@ -142,6 +146,12 @@ class _Writer:
         tensor = torch._C.TensorType.get()
         is_optional = "Optional[Tensor]" in kind
         return self._list(items, torch._C.OptionalType(tensor) if is_optional else tensor)
+
+    def _in_order(self, value: Any) -> Any:
+        """The same elements, contiguous; nothing is copied where they are."""
+        node = self.graph.create("aten::contiguous", [value, self.graph.insertConstant(0)], 1)
+        self.graph.appendNode(node)
+        return node.output()
 
     def _list(self, items: list[Any], element: Any) -> Any:
         node = self.graph.create("prim::ListConstruct", items, 1)

@@ -11,7 +11,7 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
     from kernels.optimizers import Factory
     from orchestrator.models.model_builder import BuiltModel
     from partitioner.capture.captured_graph import Graph
-    from partitioner.lowering.lower import StepShape
 
 Made = TypeVar("Made")
 SHORT_DTYPES = {Dtype.FP32: "f32", Dtype.FP64: "f64", Dtype.BF16: "bf16"}  # as a Program names them
@@ -80,7 +79,7 @@ def _prepared(cluster: Cluster, job: Job, plan: Plan, progress: Progress, cachea
     entry = f"{key_of(_content(job, plan))}.program"
     made = partial(_partitioned, job, plan, progress)
     program, was_cached = remembered(entry if cacheable else None, decode, made, encode)
-    return Prepared(cluster, job, plan, program, was_cached)
+    return Prepared(cluster, job, replace(plan, microbatches=program.microbatches), program, was_cached)
 
 
 def build_model(job: Job, device: str) -> "BuiltModel":
@@ -102,13 +101,13 @@ def module_values(module: "nn.Module") -> "dict[str, Tensor]":
 def _partitioned(job: Job, plan: Plan, progress: Progress) -> Program:
     with progress("import torch"):
         from partitioner.capture.graph_units import capture_graph
-        from partitioner.lowering.lower import StepShape
+        from partitioner.lowering.lower import StepShape, capture_and_lower
     with progress("build model"):
         model = build_model(job, "meta")
 
-    def graph() -> "Graph":
+    def graph(microbatches: int) -> "Graph":
         return capture_graph(
-            model.module, model.example_batch(job.global_batch, job.seq), dp=plan.dp, microbatches=plan.microbatches,
+            model.module, model.example_batch(job.global_batch, job.seq), dp=plan.dp, microbatches=microbatches,
             tp_plan=model.tp_plan, min_units=plan.pp, exact=job.dtype is Dtype.FP64,
             norms_per_part=plan.batch_norm is BatchNorms.PER_PART,
         )  # fmt: skip
@@ -117,19 +116,7 @@ def _partitioned(job: Job, plan: Plan, progress: Progress) -> Program:
         job.global_batch, job.seq, job.model, str(job.dtype), optimizer_states(job),
         whole_tensors=looks_at_parameters(job),
     )  # fmt: skip
-    return make_program(graph, plan, shape, progress)
-
-
-def make_program(
-    capture: "Callable[[], Graph]", plan: Plan, shape: "StepShape", progress: Progress
-) -> Program:
-    """Capture, lower and check: the Program of one step. Raises CaptureError or PlanError."""
-    from partitioner.lowering.lower import lower
-
-    with located(shape.model, "simplify the model"), progress("capture"):
-        graph = capture()
-    with located("plan", "see the plan"), progress("partition"):
-        return lower(graph, plan, shape)
+    return capture_and_lower(graph, plan, shape, progress)
 
 
 def optimizer_states(job: Job) -> int:

@@ -11,10 +11,10 @@ that were changed are loaded, if they had been fetched before by `sync()`, and r
 """
 
 import math
+import warnings
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -22,13 +22,12 @@ import torch
 from torch import nn
 
 from comms.errors import PlanError, RunError, located
-from comms.selection.progress import quiet
 from kernels.optimizers import Scope, entry_states, same_kind, scope_of, states_per_element
 from orchestrator.config.hardware.cluster import Cluster
 from orchestrator.config.hardware.cluster_file import cluster_path, load_cluster
 from orchestrator.config.job_file import load_job
 from orchestrator.planning.plan_choice import choose_plan
-from orchestrator.planning.preparation import make_program, module_values
+from orchestrator.planning.preparation import module_values
 from orchestrator.runners.executing.chip import Settings
 from orchestrator.runners.executing.chip_set import ChipSet
 from orchestrator.runners.executing.whole_state import (
@@ -41,10 +40,11 @@ from orchestrator.runners.executing.whole_state import (
 from orchestrator.runners.runner import StepRequest, num_workers
 from orchestrator.runs.data import split_batch, step_key
 from partitioner.capture.batch_inputs import Batch, settings_of, tensors_of
+from partitioner.capture.captured_graph import Graph
 from partitioner.capture.graph_units import capture_graph
 from partitioner.capture.tracing import LossFunction
 from partitioner.layout.parallel_plan import BatchNorms, Plan
-from partitioner.lowering.lower import step_shape
+from partitioner.lowering.lower import capture_and_lower, step_shape
 from partitioner.program.program import Program
 
 HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
@@ -208,12 +208,17 @@ class DistributedStep:
             step_shape(self.model, batch, states_per_element(same_kind(self.optimizer))),
             groups=groups, whole_tensors=self.scope is Scope.PARAMETER,
         )  # fmt: skip
-        graph = partial(
-            capture_graph, self.model, batch, dp=plan.dp, microbatches=plan.microbatches,
-            loss_fn=self.loss_fn, frozen=apart, min_units=plan.pp,
-            norms_per_part=plan.batch_norm is BatchNorms.PER_PART,
-        )  # fmt: skip
-        return make_program(graph, plan, shape, quiet)
+
+        def graph(microbatches: int) -> Graph:
+            return capture_graph(
+                self.model, batch, dp=plan.dp, microbatches=microbatches, loss_fn=self.loss_fn, frozen=apart,
+                min_units=plan.pp, norms_per_part=plan.batch_norm is BatchNorms.PER_PART,
+            )  # fmt: skip
+
+        program = capture_and_lower(graph, plan, shape)
+        if "merged" in program.facts:
+            warnings.warn(str(program.facts["merged"]), stacklevel=5)
+        return program
 
 
 def distribute(

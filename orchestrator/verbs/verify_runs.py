@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from comms.errors import CaptureError
 from kernels.reference import interpret_segment
 from orchestrator.config.job_file import Dtype, Job
 from orchestrator.models.builtin_gpt import IGNORED_LABEL
@@ -145,16 +144,10 @@ def planned_run(prepared: Prepared, values: Tensors, batches: Sequence[Tensors])
 
 
 def on_one_chip(prepared: Prepared) -> Prepared:
-    """The same job on one chip, with the microbatches that the replicas of the plan see one after another.
-
-    A model that mixes samples has one microbatch there.
-    """
+    """The same job on one chip, with the microbatches that the replicas of the plan see one after another."""
     plan, cluster = prepared.plan, prepared.cluster.take(1)
     one = replace(plan, dp=1, tp=1, pp=1, zero=0, stages=(), microbatches=plan.dp * plan.microbatches)
-    try:
-        return prepare(cluster, prepared.job, one)
-    except CaptureError:
-        return prepare(cluster, prepared.job, replace(one, microbatches=1))
+    return prepare(cluster, prepared.job, one)
 
 
 def loaded_runner(prepared: Prepared, values: Tensors) -> ChipSet:

@@ -15,6 +15,8 @@ def say_split(prepared: Prepared, console: Console) -> None:
     )
     if plan.dp * plan.microbatches > 1:
         console.say(f"loss: {facts['loss']}{changed}")
+    if "merged" in facts:
+        console.warn(str(facts["merged"]))
     if plan.tp > 1:
         parameters, flops = float(facts["tp_cut_parameters"]), float(facts["tp_cut_flops"])
         said = f"tp {plan.tp} cuts {format_percent(parameters)} of the parameters, {format_percent(flops)} of the FLOPs"

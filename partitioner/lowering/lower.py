@@ -6,13 +6,14 @@ lifetime. `Program.meta` gets the step's facts: `samples`, `tokens`, `model_flop
 `params`, `nominal_count`, `dtype`, `plan`, `model`.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 from torch import nn
 
-from comms.errors import PartitionError
+from comms.errors import CaptureError, PartitionError, located
+from comms.selection.progress import Progress, quiet
 from partitioner.capture.batch_inputs import Batch, tensors_of
 from partitioner.capture.captured_graph import SHORT, Graph
 from partitioner.capture.fused_projections import unfuse
@@ -89,11 +90,41 @@ def partition(
     `module(**batch)` returns the loss, or `loss_fn(output, **batch)` does. `optimizer_states`: tensors that the
     optimizer keeps for each parameter (2: AdamW).
     """
-    graph = capture_graph(
-        module, batch, dp=plan.dp, microbatches=plan.microbatches, loss_fn=loss_fn, min_units=plan.pp,
-        norms_per_part=plan.batch_norm is BatchNorms.PER_PART,
-    )  # fmt: skip
-    return lower(graph, plan, step_shape(module, batch, optimizer_states))
+
+    def capture(microbatches: int) -> Graph:
+        return capture_graph(
+            module, batch, dp=plan.dp, microbatches=microbatches, loss_fn=loss_fn, min_units=plan.pp,
+            norms_per_part=plan.batch_norm is BatchNorms.PER_PART,
+        )  # fmt: skip
+
+    return capture_and_lower(capture, plan, step_shape(module, batch, optimizer_states))
+
+
+def capture_and_lower(
+    capture: Callable[[int], Graph], plan: Plan, shape: StepShape, progress: Progress = quiet
+) -> Program:
+    """The Program of the model that `capture` gives for a number of microbatches: one, where the plan's cannot be.
+
+    That trains the same, in more memory; `Program.facts["merged"]` says why. Raises PartitionError or CaptureError.
+    """
+
+    def made(plan: Plan) -> Program:
+        with located(shape.model, "simplify the model"), progress("capture"):
+            graph = capture(plan.microbatches)
+        with located("plan", "see the plan"), progress("partition"):
+            return lower(graph, plan, shape)
+
+    try:
+        return made(plan)
+    except CaptureError as refusal:
+        if (
+            plan.microbatches == 1 or plan.batch_norm is BatchNorms.PER_PART
+        ):  # whose parts are what is trained
+            raise
+        program = made(replace(plan, microbatches=1))
+        why = f"{refusal.problem} ({refusal.where})"
+        merged = ("merged", f"{plan.microbatches} microbatches run as one, in more memory: {why}")
+        return replace(program, meta=(*program.meta, merged))
 
 
 def lower(graph: Graph, plan: Plan, shape: StepShape) -> Program:

@@ -15,7 +15,7 @@ from partitioner.capture.captured_graph import Graph, Known, Side, Unit, ancesto
 from partitioner.layout.parallel_plan import Plan
 from partitioner.lowering.pieces import TracedUnit, make_op
 from partitioner.lowering.role_builder import SCALAR, RoleBuilder
-from partitioner.lowering.whole_batch import bodies_of, emit_known, emit_tail, emit_updates
+from partitioner.lowering.whole_batch import bodies_of, emit_known, emit_tail, emit_updates, keep
 from partitioner.program.program import Accumulate, Operation, Recv, Send, TensorKind
 
 # the tensors in which a role sums loss and count, if it makes the loss
@@ -193,10 +193,7 @@ class _StageEmitter:
             totals = emit_updates(role, self.context.plan, {name: self.values[name] for name in sums})
             for name in {buffer, *side.reads} - set(sums):
                 self._declare_source(name)
-            reads = [totals.get(n, self.values.get(n, -1)) for n in side.reads]
-            if any(role.tensors[t].is_per_microbatch for t in reads):
-                problem = f"the buffer {buffer} depends on an input that microbatches may differ in"
-                raise PartitionError(problem, "microbatches", "use 1 microbatch")
+            reads = [totals[n] if n in totals else keep(role, self.values[n]) for n in side.reads]
             made = role.tensor(f"next.{buffer}", TensorKind.SCALAR, graph.specs[value])
             segment = role.pool.add("commit", [role.spec(t) for t in reads], side.ops, side.outputs)
             role.compute("commit", segment, reads, [made])

@@ -68,6 +68,16 @@ def emit_updates(role: RoleBuilder, plan: Plan, kept: Mapping[str, int]) -> dict
     return totals
 
 
+def keep(role: RoleBuilder, value: int) -> int:
+    """A value that is the same in every microbatch, as one that is there when all of them have ended."""
+    if not role.tensors[value].is_per_microbatch:
+        return value
+    if (found := role.by_name.get(f"kept.{value}")) is not None:
+        return found
+    kept = role.tensor(f"kept.{value}", TensorKind.SCALAR, role.spec(value))
+    return role.simple("forward", "keep", "aten.clone.default(v0)", [value], kept)
+
+
 def _emit_sum(role: RoleBuilder, body: str, plan: Plan, added: int, target: int) -> None:
     """The sum over replicas of what each has added up."""
     if plan.dp > 1:
@@ -115,7 +125,7 @@ def emit_tail(role: RoleBuilder, graph: Graph, plan: Plan, values: Mapping[str, 
         _emit_sum(role, "loss", plan, added, sums[name])
     reads = [
         *(sums[name] for name in graph.summed),
-        *(values[n] for n in graph.tail.inputs[len(graph.summed) :]),
+        *(keep(role, values[n]) for n in graph.tail.inputs[len(graph.summed) :]),
     ]
     ops, outputs = _tail_ops(graph.tail, graph, plan)
     loss = role.tensor("tail.loss", TensorKind.SCALAR, graph.specs[graph.loss])
@@ -123,7 +133,7 @@ def emit_tail(role: RoleBuilder, graph: Graph, plan: Plan, values: Mapping[str, 
     segment = role.pool.add("loss", [role.spec(r) for r in reads], ops, outputs)
     role.compute("loss", segment, reads, [loss, *seeds])
     total, count = (role.tensor(f"step.{name}", TensorKind.SCALAR, SCALAR) for name in ("loss", "count"))
-    role.emit("loss", Accumulate(0, (loss, values[graph.count]), (total, count)))
+    role.emit("loss", Accumulate(0, (loss, keep(role, values[graph.count])), (total, count)))
     return total, count
 
 
