@@ -32,10 +32,12 @@ from partitioner.capture.captured_graph import (
 )
 from partitioner.capture.exact_float64 import ExactFloat64
 from partitioner.capture.forwards.keyed_random import RECURRENT
+from partitioner.capture.forwards.user_functions import AppliedFunction
 from partitioner.capture.graph_pieces import Dependence, cut_into_pieces, dependences, piece_name
 from partitioner.capture.pure_graph import first_user_line, is_float, source_line, with_gradient
 from partitioner.capture.samples.batch_cut import cut_batch
 from partitioner.capture.samples.loss_form import FINAL, GATHERED, KNOWN, LossForm, finals_of, whole_loss
+from partitioner.capture.samples.taking_apart import put_apart, replace_by
 from partitioner.capture.tp_styles import param_styles
 from partitioner.capture.tracing import Captured, LossFunction, trace_module
 
@@ -95,7 +97,7 @@ def build_graph(captured: Captured, form: LossForm, cut: frozenset[str], *, min_
         _refuse_random(node)
         _refuse_sparse(node)
     form = _with_count(captured, form)
-    depends = dependences(captured)
+    depends = _inline_functions(captured, dependences(captured))
     if depends[form.total] is not Dependence.MODEL:
         raise CaptureError(
             "the loss depends on no parameter", form.total.name, "check what the model returns"
@@ -107,6 +109,14 @@ def build_graph(captured: Captured, form: LossForm, cut: frozenset[str], *, min_
         raise CaptureError(problem, "the loss", "unfreeze some, or check detach and no_grad")
     pieces = cut_into_pieces(captured, depends, form, min_units)
     return _Builder(captured, depends, pieces, form, live, cut).build()
+
+
+def _inline_functions(captured: Captured, depends: Mapping[Node, Dependence]) -> dict[Node, Dependence]:
+    """Functions of the user's own that no parameter reaches become what they consist of: no backward is needed."""
+    for node in list(captured.graph_module.graph.nodes):
+        if isinstance(node.target, AppliedFunction) and depends[node] is not Dependence.MODEL:
+            replace_by(node, put_apart(node)[1])
+    return dependences(captured)
 
 
 def _with_count(captured: Captured, form: LossForm) -> LossForm:

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 from unittest.mock import patch
 
 import torch
-from torch._subclasses.functional_tensor import FunctionalTensor
+from torch._subclasses.functional_tensor import FunctionalTensor, disable_functional_mode
 from torch.fx.experimental.proxy_tensor import (
     PythonKeyTracer,
     disable_proxy_modes_tracing,
@@ -55,21 +55,45 @@ class AppliedFunction:
         return f"{self.function.__module__}.{self.__name__}{tuple(self.leaves)}"
 
 
-def _apply(cls: type[torch.autograd.Function], *args: Any, **kwargs: Any) -> Any:
+def _apply(
+    shared: list[tuple[str, torch.Tensor, int]], cls: type[torch.autograd.Function], *args: Any, **kwargs: Any
+) -> Any:
     mode = get_proxy_mode()
     if mode is None:
         return original(cls, *args, **kwargs)
     if cls is CheckpointFunction:  # (function, whether to keep random state, its arguments)
         return args[0](*args[2:])
-    if any(isinstance(leaf, FunctionalTensor) for leaf in trees.tree_leaves((args, kwargs))):
-        problem = f"the autograd function {cls.__qualname__} in a forward that writes into tensors"
-        raise CaptureError(problem, cls.__module__, "use operators out of place in this forward")
     leaves, spec = trees.tree_flatten((args, kwargs))
-    target, tracer = AppliedFunction(cls, leaves, spec), mode.tracer
+    if not any(isinstance(leaf, FunctionalTensor) for leaf in leaves):
+        result = _recorded(cls, leaves, spec, mode.tracer)
+        if _storages(result) & _storages(leaves):
+            involved = [v for v in trees.tree_leaves((leaves, result)) if isinstance(v, torch.Tensor)]
+            shared += [(cls.__qualname__, v, v._version) for v in involved]
+        return result
+    inner = [leaf.from_functional() if isinstance(leaf, FunctionalTensor) else leaf for leaf in leaves]
+    with disable_functional_mode():
+        result = _recorded(cls, inner, spec, mode.tracer)
+    return trees.tree_map_only(torch.Tensor, FunctionalTensor.to_functional, result)
+
+
+def _storages(values: Any) -> set[int]:
+    leaves = trees.tree_leaves(values)
+    return {leaf.untyped_storage()._cdata for leaf in leaves if isinstance(leaf, torch.Tensor)}
+
+
+def _recorded(
+    cls: type[torch.autograd.Function], leaves: Sequence[Any], spec: trees.TreeSpec, tracer: object
+) -> Any:
+    target = AppliedFunction(cls, leaves, spec)
     assert isinstance(tracer, PythonKeyTracer)
     tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+    before = [leaf._version for leaf in tensors]
     with disable_proxy_modes_tracing():
+        args, kwargs = trees.tree_unflatten(list(leaves), spec)
         result = original(cls, *args, **kwargs)
+    if before != [leaf._version for leaf in tensors]:
+        problem = f"the autograd function {cls.__qualname__} writes into its operands"
+        raise CaptureError(problem, cls.__module__, "let it return new tensors")
     proxy = tracer.create_proxy("call_function", target, tuple(map(tracer.unwrap_proxy, tensors)), {})
     track_tensor_tree(result, proxy, constant=None, tracer=tracer)
     return result
@@ -85,8 +109,18 @@ def _refusal(problem: str) -> Callable[..., NoReturn]:
 @contextmanager
 def recorded_functions() -> Iterator[None]:
     """While a forward is traced: its autograd functions are recorded, what no graph can hold is refused."""
+    shared: list[
+        tuple[str, torch.Tensor, int]
+    ] = []  # what may lie in one storage, and how often it was written
     with ExitStack() as stack:
-        stack.enter_context(patch.object(torch.autograd.Function, "apply", classmethod(_apply)))
+        apply = classmethod(lambda cls, *args, **kwargs: _apply(shared, cls, *args, **kwargs))
+        stack.enter_context(patch.object(torch.autograd.Function, "apply", apply))
         for name, (owner, problem) in REFUSED.items():
             stack.enter_context(patch.object(owner, name, _refusal(problem)))
         yield
+    for name, value, version in shared:
+        if value._version != version:
+            problem = (
+                f"what the autograd function {name} returns lies where its operand does, and is written later"
+            )
+            raise CaptureError(problem, name, "let it return new tensors, or write out of place")
