@@ -27,6 +27,7 @@ ALPHA = -1.7580993408473766  # what SELU tends to: -scale * alpha (Klambauer et 
 RRELU = (1 / 8, 1 / 3)
 ATTENTION = torch.nn.functional.scaled_dot_product_attention
 RECURRENT = {"lstm", "gru", "rnn_tanh", "rnn_relu"}
+INITIALISERS = [name for name in vars(torch.nn.init) if name.endswith("_") and name[0] != "_"]
 REFUSED = {"multinomial", "poisson", "cauchy_", "log_normal_", "geometric_", "binomial"}
 
 
@@ -48,8 +49,20 @@ def keyed_random(key: torch.Tensor, first: torch.Tensor) -> Iterator[None]:
         stack.enter_context(
             patch.object(torch.nn.functional, "scaled_dot_product_attention", partial(_any_attention, mode))
         )
+        for name in INITIALISERS:
+            made = partial(_uncounted, mode, getattr(torch.nn.init, name))
+            stack.enter_context(patch.object(torch.nn.init, name, made))
         stack.enter_context(mode)
         yield
+
+
+def _uncounted(mode: "KeyedRandom", function: Callable[..., Any], /, *args: Any, **given: Any) -> Any:
+    """Modules that a first forward makes, and later ones find, do not move the numbers of the calls after them."""
+    calls = mode.calls
+    try:
+        return function(*args, **given)
+    finally:
+        mode.calls = calls
 
 
 def _drawn(

@@ -306,3 +306,7 @@ def test_in_eval_mode_nothing_is_drawn(laptop: Any, one_thread: None) -> None:
         expected = module(**batch(0)).item()
         step = distribute(module, torch.optim.SGD(module.parameters(), 0.1), laptop, plan=Plan(dp=2), chips=2)
         assert step.evaluate(batch(0)) == pytest.approx(expected, rel=1e-12)
+
+
+def test_modules_that_a_first_forward_makes_leave_later_numbers_alone() -> None:
+    assert torch.equal(drawn(lambda: (nn.Linear(3, 3), torch.rand(4))[1]), drawn(lambda: torch.rand(4)))
