@@ -8,6 +8,7 @@ which turns writes into values (`pure_graph` says which writes it cannot express
 """
 
 import inspect
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ from torch.utils import _pytree as trees
 from comms.errors import CaptureError
 from partitioner.capture.batch_inputs import Batch, rebuilt, tensors_of
 from partitioner.capture.forwards.borrowed_module import Borrowed, borrowed
+from partitioner.capture.forwards.expert_forms import expert_forms
 from partitioner.capture.forwards.host_values import CalledWith, constant_of, no_host_draws
 from partitioner.capture.forwards.keyed_random import FIRST_SAMPLE, KEY, keyed_random
 from partitioner.capture.forwards.plain_forms import plain_forms
@@ -140,7 +142,7 @@ class _Trace:
         if functional:
             forward = dispatch_functionalize(forward, FunctionalTensorMode(pre_dispatch=True, export=True))
         # Code that asks whether it is traced knows fake tensors, but not the wrappers of functionalization.
-        is_traced = patch.object(torch.jit, "is_tracing", lambda: True) if functional else nullcontext()
+        is_traced = patch.object(torch.jit, "is_tracing", _is_traced) if functional else nullcontext()
         with _recording(self.module, self.calls), torch.enable_grad(), _explaining(self.module), is_traced:
             traced = make_fx(
                 forward, pre_dispatch=True, tracing_mode="real", record_stack_traces=self.has_lines,
@@ -178,6 +180,7 @@ class _Trace:
             self.called or nullcontext(),
             recorded_functions(),
             plain_forms(),
+            expert_forms(),
             keyed_random(named[f"batch:{KEY}"], named[f"batch:{FIRST_SAMPLE}"]),
         ):
             output = self.module(**inputs)
@@ -206,6 +209,11 @@ class _Trace:
         }  # fmt: skip
         output.args = ((loss, *kept.values()),)
         return tuple(kept)
+
+
+def _is_traced() -> bool:
+    """What code that asks is told; functional calls of modules would refuse to work."""
+    return sys._getframe(1).f_globals.get("__name__") != "torch.nn.utils.stateless"
 
 
 def _require_repeatable(

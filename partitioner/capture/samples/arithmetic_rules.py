@@ -315,6 +315,17 @@ def _first_dims(call: OperatorCall, inner: int) -> Spread:
     return split_at(0, inner, call.out)
 
 
+def expert_product(call: OperatorCall) -> Spread:
+    """Rows of samples, each with its own expert of matrices that all samples share."""
+    rows, matrices, expert = call.args[:3]
+    split = call.split()
+    if set(split) != {rows, expert} or not isinstance(call.spread(matrices), Same):
+        raise call.all_whole()
+    if len(places := {call.place(n) for n in split}) != 1 or (place := places.pop()).dim != 0:
+        raise call.all_whole()
+    return _first_dims(call, place.inner)
+
+
 def batch_norm(call: OperatorCall) -> Spread:
     """With given statistics each image is normalised by itself."""
     if call.argument("training", True) and PER_PART not in call.node.meta:

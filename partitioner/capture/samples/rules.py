@@ -50,6 +50,7 @@ FAMILIES: Mapping[Rule, str] = {
         reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d replication_pad3d channel_shuffle
         _adaptive_avg_pool2d _adaptive_avg_pool3d""",
     arithmetic.attention: "scaled_dot_product_attention",
+    arithmetic.expert_product: "expert_mm",
     arithmetic.recurrent: "lstm gru rnn_tanh rnn_relu",
     arithmetic.cross_entropy: "cross_entropy_loss nll_loss nll_loss_nd nll_loss2d",
     shapes.reshaping: "view reshape _unsafe_view flatten unflatten unsqueeze squeeze atleast_1d atleast_2d",
