@@ -12,11 +12,15 @@ from orchestrator.runners.timing.prediction import SimulationResult, simulate
 from orchestrator.runs import run_dir
 from orchestrator.verbs.inputs.options import PlanOptions
 from orchestrator.verbs.inputs.planned_inputs import prepare
-from orchestrator.verbs.simulate import require_fit, write_run
+from orchestrator.verbs.simulate import require_fit, work, write_run
 from orchestrator.views.console import Console, Table
 from orchestrator.views.split_notes import say_split
 from partitioner.layout.parallel_plan import Plan, plan_to_yaml
 from partitioner.program.program import Program, Role, TensorKind
+
+PREDICTED = (
+    "step_time_s", "peak_memory_bytes", "activation_bytes", "fits", "mfu", "model_flops", "hardware_flops",
+)  # fmt: skip
 
 
 def partition(cluster: Cluster, job: Job, plan: Plan | None = None) -> Prepared:
@@ -74,7 +78,7 @@ def document(prepared: Prepared, result: SimulationResult) -> dict[str, object]:
         "loss_rule": program.facts["loss"], "tp_cut_parameters": program.facts["tp_cut_parameters"],
         "tp_cut_flops": program.facts["tp_cut_flops"],
         "parameters": program.facts["params"], "stages": stages, "was_cached": prepared.was_cached,
-        **{k: v for k, v in result.document().items() if k in ("step_time_s", "peak_memory_bytes", "fits", "mfu")},
+        **{k: v for k, v in result.document().items() if k in PREDICTED},
     }  # fmt: skip
 
 
@@ -101,4 +105,5 @@ def fit_table(result: SimulationResult) -> Table:
         for role in result.memory
     ]  # fmt: skip
     rows.append(("step", format_seconds(result.step_time_s), f"MFU {format_percent(result.mfu)}"))
+    rows += [(f"work ({what})", value, "of the step") for what, value in work(result)]
     return Table("does it fit, how fast is it", rows, ("what", "value", "share"))

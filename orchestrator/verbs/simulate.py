@@ -31,7 +31,8 @@ from partitioner.program.peak_memory import MemoryClass
 # What to turn when a class of memory is the largest of a stage that does not fit.
 KNOBS: Mapping[MemoryClass, str] = {
     MemoryClass.OPTIMIZER: "set plan.zero to 1 (with dp > 1), or raise tp or pp",
-    MemoryClass.ACTIVATIONS: "raise microbatches (smaller ones), use the 1f1b schedule, or raise tp",
+    MemoryClass.ACTIVATIONS: "raise microbatches, use the 1f1b schedule, raise tp, or torch.utils.checkpoint blocks",
+    MemoryClass.BACKWARD: "raise microbatches (smaller ones), or raise tp or pp",
     MemoryClass.TEMPORARY: "raise microbatches (smaller ones), or raise tp",
     MemoryClass.BATCH: "raise microbatches (smaller ones), or shorten --seq",
 }
@@ -105,6 +106,7 @@ def tables(result: SimulationResult) -> tuple[Table, ...]:
             ("step", format_seconds(result.step_time_s)),
             ("throughput", format_scaled(result.tokens_per_s, "tok/s")),
             ("MFU", format_percent(result.mfu)),
+            *work(result),
             ("cost", f"{format_dollars(result.cost_usd_per_step)} per step"),
             ("energy", f"{format_scaled(result.energy_j_per_step, 'J')} per step"),
             ("fidelity", f"{result.step.fidelity}, made in {format_seconds(result.elapsed_s)}"),
@@ -112,6 +114,16 @@ def tables(result: SimulationResult) -> tuple[Table, ...]:
         ),
     )
     return head, _time_table(result), _memory_table(result)
+
+
+def work(result: SimulationResult) -> tuple[tuple[str, str], ...]:
+    """FLOPs of a step, and those with what checkpoints compute again if that is more."""
+    model, hardware = result.model_flops, result.hardware_flops
+    rows = (
+        ("model FLOPs", format_scaled(model, "FLOP")),
+        ("hardware FLOPs", format_scaled(hardware, "FLOP")),
+    )
+    return rows[: 1 + (hardware > model)]
 
 
 def _time_table(result: SimulationResult) -> Table:
@@ -133,5 +145,6 @@ def _memory_table(result: SimulationResult) -> Table:
     for role in result.memory:
         size = result.chip_of(role).memory_bytes
         share = format_percent(role.peak_bytes / size)
-        rows.append((f"stage {role.stage}", format_scaled(role.peak_bytes, "B"), share))
-    return Table("peak memory per chip", rows, ("stage", "peak", "of the chip"))
+        kept = format_scaled(role.activation_bytes, "B")
+        rows.append((f"stage {role.stage}", format_scaled(role.peak_bytes, "B"), share, kept))
+    return Table("peak memory per chip", rows, ("stage", "peak", "of the chip", "activations kept"))

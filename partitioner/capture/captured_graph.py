@@ -6,9 +6,9 @@ distinct block. Values that depend on no parameter are not part of any unit: the
 once, the *inputs* graph once per microbatch in every stage that needs it (labels shifted, masks built).
 
 What an operation costs is counted from shapes alone. FLOPs follow `torch.utils.flop_counter` (a multiply-add is 2) with
-the CPU attention kernels added; elementwise work counts one FLOP per output element, views nothing. Causal attention
-counts half. Bytes: every tensor operand read once and every result written once; no cache reuse between operations
-(fusion is the kernel model's business).
+the CPU attention kernels added and grouped convolutions' backward put right; elementwise work counts one FLOP per
+output element, views nothing. Causal attention counts half. Bytes: every tensor operand read once and every result
+written once; no cache reuse between operations (fusion is the kernel model's business).
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Node
-from torch.utils.flop_counter import FlopCounterMode, flop_registry
+from torch.utils.flop_counter import FlopCounterMode, conv_flop_count, flop_registry
 
 from partitioner.program.program import TensorSpec
 
@@ -33,7 +33,7 @@ TORCH = {short: dtype for dtype, short in SHORT.items()}
 VIEWS = {
     "view", "_unsafe_view", "reshape", "t", "transpose", "permute", "expand", "slice", "select", "split", "chunk",
     "split_with_sizes", "unsqueeze", "squeeze", "detach", "alias", "getitem", "as_strided", "unbind", "narrow",
-    "flatten", "expand_as", "unflatten", "view_as", "diagonal", "to", "wait_tensor",
+    "unsafe_chunk", "unsafe_split", "flatten", "expand_as", "unflatten", "view_as", "diagonal", "to", "wait_tensor",
 }  # fmt: skip
 FREE = VIEWS | {"empty", "empty_like", "zeros", "ones", "full", "arange", "scalar_tensor", "sym_size"}
 
@@ -58,7 +58,8 @@ class Unit:
 class Template:
     """A unit's forward as a graph of pre-dispatch ATen ops on global shapes.
 
-    `live_inputs` get a gradient from the unit, `live_outputs` give it one.
+    `live_inputs` get a gradient from the unit, `live_outputs` give it one. `flops`: of the forward; `model_flops`: of
+    forward and backward; `again_flops`: of what is checkpointed, when it is computed again.
     """
 
     graph: torch.fx.GraphModule
@@ -69,6 +70,8 @@ class Template:
     live_inputs: tuple[bool, ...]
     live_outputs: tuple[bool, ...]
     flops: int
+    model_flops: int
+    again_flops: int
     tp_styles: tuple[str, ...]
 
 
@@ -191,6 +194,9 @@ def op_flops(node: Node) -> int:
     if "scaled_dot_product" in name:
         return _attention_flops(name, args)
     packet = getattr(node.target, "overloadpacket", None)
+    if name == "convolution_backward":  # torch counts the weight's gradient once for each group
+        forward = conv_flop_count(args[1].shape, args[2].shape, args[0].shape, transposed=args[7])
+        return int(forward * sum(args[10][:2]))
     if packet in flop_registry:
         return int(flop_registry[packet](*args, **kwargs, out_val=result))
     return sum(r.numel() for r in _tensors(result)[:1])
@@ -235,7 +241,7 @@ def _tensors(value: object) -> list[torch.Tensor]:
 
 
 def template_flops(module: torch.fx.GraphModule) -> int:
-    """Model FLOPs of a captured slice: matrix multiplications and convolutions only (the convention of MFU).
+    """FLOPs of a captured slice's forward: matrix multiplications and convolutions only.
 
     Counted by torch below the composite operators, plus attention, whose CPU kernel torch does not count.
     """

@@ -1,7 +1,8 @@
 """Pieces: the model part of a captured graph, cut into slices of its order.
 
 Cuts are at the borders of repeated blocks; where that gives too few slices, at the borders of every submodule, and at
-last at every operation. What depends on no parameter belongs to no slice.
+last at every operation. What depends on no parameter belongs to no slice, and checkpointed regions stay whole if
+stages are not longer.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,6 +11,7 @@ from enum import IntEnum
 from torch.fx import Node
 
 from partitioner.capture.captured_graph import op_name, operand
+from partitioner.capture.forwards.checkpoints import Region, regions_of
 from partitioner.capture.samples.loss_form import LossForm, finals_of
 from partitioner.capture.tracing import Captured, ModuleCall
 
@@ -49,8 +51,26 @@ def cut_into_pieces(
     pieces: list[list[Node]] = []
     for edges, is_merged in ((blocks, True), (modules, True), (modules, False), (every, False)):
         if len(pieces) < min_units:  # finer cuts cost a segment border each, so only where stages need them
-            pieces = _pieces(captured, depends, form, edges, is_merged=is_merged)
+            kept = _outside_regions(captured, edges, min_units)
+            pieces = _pieces(captured, depends, form, kept, is_merged=is_merged)
     return pieces
+
+
+def _outside_regions(captured: Captured, edges: Sequence[int], min_units: int) -> list[int]:
+    """Without the borders in checkpointed regions, which are computed again as a whole.
+
+    A region that is longer than a stage's share of the slices is cut all the same, else stages would not balance.
+    """
+    spans: dict[Region, list[int]] = {}
+    for node in captured.graph_module.graph.nodes:
+        for region in regions_of(node):
+            spans.setdefault(region, []).append(node.meta["index"])
+    inside: set[int] = set()
+    for span in spans.values():
+        within = [edge for edge in edges if span[0] < edge <= span[-1]]
+        if (len(within) + 1) * min_units <= len(edges) + 1:
+            inside |= set(within)
+    return [edge for edge in edges if edge not in inside]
 
 
 def _borders(calls: Sequence[ModuleCall], candidates: frozenset[str]) -> list[int]:

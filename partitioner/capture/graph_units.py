@@ -31,6 +31,7 @@ from partitioner.capture.captured_graph import (
     template_flops,
 )
 from partitioner.capture.exact_float64 import ExactFloat64
+from partitioner.capture.forwards.checkpoints import Region, regions_of
 from partitioner.capture.forwards.keyed_random import RECURRENT
 from partitioner.capture.forwards.user_functions import AppliedFunction
 from partitioner.capture.graph_pieces import Dependence, cut_into_pieces, dependences, piece_name
@@ -40,6 +41,7 @@ from partitioner.capture.samples.loss_form import FINAL, GATHERED, KNOWN, LossFo
 from partitioner.capture.samples.taking_apart import put_apart, replace_by
 from partitioner.capture.tp_styles import param_styles
 from partitioner.capture.tracing import Captured, LossFunction, trace_module
+from partitioner.capture.training_flops import training_flops
 
 aten = torch.ops.aten
 
@@ -309,6 +311,7 @@ class _Builder:
         if key not in self.known:
             self.known[key] = len(self.templates)
             graph = _extract(self.captured, nodes, flat, outputs)
+            once, again = training_flops(graph, live[: len(flat)], live[len(flat) :])
             self.templates.append(
                 Template(
                     graph=graph,
@@ -319,6 +322,8 @@ class _Builder:
                     live_inputs=live[: len(flat)],
                     live_outputs=live[len(flat) :],
                     flops=template_flops(graph),
+                    model_flops=once,
+                    again_flops=again,
                     tp_styles=styles,
                 )
             )
@@ -359,10 +364,12 @@ def _gathering(node: Node) -> tuple[int, int, int] | None:
 def _structure(nodes: list[Node], inputs: list[Node], outputs: list[Node]) -> object:
     """A key equal for slices that compute the same thing on inputs of the same kind."""
     number = {n: i for i, n in enumerate([*inputs, *nodes])}
-    lines = []
+    regions: dict[Region, int] = {}
+    lines: list[object] = []
     for node in nodes:
         args = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: f"%{number[n]}")
         lines.append(f"{node.op} {node.target} {args} {node.meta['no_grad']} {node.meta['autocast']}")
+        lines += [(regions.setdefault(r, len(regions)), r.context_fn) for r in regions_of(node)]
     specs = tuple(str(spec_of(n.meta["val"])) for n in inputs)
     return tuple(lines), specs, tuple(number[n] for n in outputs)
 

@@ -3,6 +3,7 @@
 Writes become values by torch's functionalization. It cannot express three of them, which are refused here: into a batch
 (the user's own tensors would stay as they are), into a parameter, and behind autograd's back (through `detach`, `.data`
 or under `no_grad`) into a value that has a gradient: autograd would pass the gradient on, a graph of values would not.
+A fourth it can, but torch does it once more in the backward: out of a checkpointed part (running statistics too).
 
 What a node was under is kept in its `meta`: "no_grad", and "autocast" as (device type, dtype, is enabled).
 """
@@ -21,6 +22,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from comms.errors import CaptureError
 from partitioner.capture.captured_graph import op_name, operand
+from partitioner.capture.forwards.checkpoints import regions_of
 
 LARGEST_LITERAL = 64
 aten = torch.ops.aten
@@ -81,7 +83,9 @@ def with_gradient(graph: torch.fx.Graph, trained: Collection[Node]) -> set[Node]
     """The nodes through which a gradient reaches one of the parameters `trained`, as autograd would record them."""
     found: set[Node] = set(trained)
     for node in graph.nodes:
-        stops = node.meta.get("no_grad") or op_name(node.target) in ("detach", "detach_")
+        name = op_name(node.target)
+        stops = node.meta.get("no_grad") or name in ("detach", "detach_")
+        stops = stops or name.endswith("_like") or name.startswith("new_")  # only the shape is read
         reached = node.op == "call_function" and not stops and any(n in found for n in node.all_input_nodes)
         if reached and is_float(node):
             found.add(node)
@@ -119,9 +123,7 @@ def require_expressible(graph: torch.fx.Graph, names: Mapping[str, str], frozen:
             raise CaptureError(
                 "instance norm with running statistics", source_line(node), "use track_running_stats=False"
             )
-        if node.target is aten.batch_norm.default:
-            continue
-        base = operand(node, 0)
+        base = operand(node, 3 if node.target is aten.batch_norm.default else 0)
         is_hidden = bool(node.meta["no_grad"])
         while base.op != "placeholder" and _shares_memory(base):
             is_hidden = is_hidden or op_name(base.target) == "detach"
@@ -131,6 +133,11 @@ def require_expressible(graph: torch.fx.Graph, names: Mapping[str, str], frozen:
             kind = {"batch": "input", "params": "parameter"}[space]
             problem, hint = f"{node.target} writes into the {kind} {name}", "work on a clone of it"
             raise CaptureError(problem, source_line(node), hint)
+        if set(regions_of(node)) - set(regions_of(base)):
+            problem = (
+                f"{node.target} inside a checkpoint writes into what lies outside, which torch does twice"
+            )
+            raise CaptureError(problem, source_line(node), "write outside of the checkpoint, or into a clone")
         if is_hidden and base in has_grad:
             problem = f"{node.target} changes a value behind autograd's back"
             raise CaptureError(problem, source_line(node), "write into a clone, outside detach and no_grad")

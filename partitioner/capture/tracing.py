@@ -12,19 +12,24 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch._subclasses.functional_tensor import FunctionalTensorMode, dispatch_functionalize
-from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
+from torch._subclasses.functional_tensor import (
+    FunctionalTensorMode,
+    dispatch_functionalize,
+)
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as trees
 
 from comms.errors import CaptureError
 from partitioner.capture.batch_inputs import Batch, rebuilt, tensors_of
 from partitioner.capture.forwards.borrowed_module import Borrowed, borrowed
+from partitioner.capture.forwards.checkpoints import RECOMPUTE, Region, inlined_checkpoints, noted, num_nodes
 from partitioner.capture.forwards.expert_forms import expert_forms
 from partitioner.capture.forwards.host_values import CalledWith, constant_of, no_host_draws
 from partitioner.capture.forwards.keyed_random import FIRST_SAMPLE, KEY, keyed_random
@@ -32,11 +37,13 @@ from partitioner.capture.forwards.plain_forms import plain_forms
 from partitioner.capture.forwards.user_functions import recorded_functions
 from partitioner.capture.pure_graph import (
     first_user_line,
+    is_float,
     is_pure,
     make_pure,
     mark_modes,
     require_expressible,
     same_value,
+    with_gradient,
 )
 
 LossFunction = Callable[..., torch.Tensor]
@@ -123,10 +130,12 @@ class _Trace:
         self.fake_mode, self.has_lines = fake_mode, has_lines
         self.calls: list[ModuleCall] = []
         self.called: CalledWith | None = None
+        self.regions: list[tuple[Region, int, int]] = []  # with the nodes that they start and stop at
         params, buffers = dict(self.module.named_parameters()), dict(self.module.named_buffers())
         self.registered = {id(v): f"params:{n}" for n, v in params.items()}
         self.registered |= {id(v): f"buffers:{n}" for n, v in buffers.items()}
         self.buffers = tuple(buffers)
+        self.trained = {f"params:{n}" for n, v in params.items() if v.requires_grad}
         self.sources: dict[str, torch.Tensor] = {f"params:{n}": v for n, v in params.items()}
         self.sources |= {f"buffers:{n}": v for n, v in buffers.items()}
         number = torch.zeros((), dtype=torch.int64)
@@ -137,6 +146,7 @@ class _Trace:
         """The graph of a forward; `functional`: without writes into tensors."""
         self.calls.clear()
         self.called = None if functional else CalledWith()
+        self.regions.clear()
         values = self._fakes()
         forward: Callable[..., Any] = self._forward
         if functional:
@@ -148,11 +158,25 @@ class _Trace:
                 forward, pre_dispatch=True, tracing_mode="real", record_stack_traces=self.has_lines,
                 _allow_non_fake_inputs=True, _error_on_data_dependent_ops=False,
             )(*values)  # fmt: skip
+        outer_first = sorted(self.regions, key=lambda r: (r[1], -r[2]))
         for index, node in enumerate(traced.graph.nodes):
             node.meta["index"] = index
+            node.meta[RECOMPUTE] = tuple(r for r, start, stop in outer_first if start <= index < stop)
             node.meta["val"] = trees.tree_map_only(torch.Tensor, self._in_mode, node.meta.get("val"))
         mark_modes(traced.graph)
+        for region, start, stop in outer_first:
+            if region.sources is not None:
+                self._mark_reentrant(traced, region.sources, range(start, stop))
         return traced
+
+    def _mark_reentrant(self, traced: torch.fx.GraphModule, sources: Sequence[Any], inside: range) -> None:
+        """No gradient comes out of a reentrant checkpoint if none of its arguments has one."""
+        names = self.names(traced)
+        trained = [n for n in traced.graph.nodes if names.get(n.name) in self.trained and is_float(n)]
+        reached = with_gradient(traced.graph, trained)
+        if not any(n in reached for n in sources):
+            for node in traced.graph.nodes:
+                node.meta["no_grad"] |= node.meta["index"] in inside
 
     def _in_mode(self, value: torch.Tensor) -> torch.Tensor:
         """A value of the graph as a fake tensor of this trace: those made of numbers alone are real, or of no mode."""
@@ -182,6 +206,7 @@ class _Trace:
             plain_forms(),
             expert_forms(),
             keyed_random(named[f"batch:{KEY}"], named[f"batch:{FIRST_SAMPLE}"]),
+            inlined_checkpoints(partial(noted, self.regions)),
         ):
             output = self.module(**inputs)
             loss = scalar_loss(loss_of(self.loss_fn, output, inputs) if self.loss_fn else output)
@@ -321,11 +346,6 @@ def _tensor_parallel_plan(module: nn.Module) -> Mapping[str, str]:
 def _recording(module: nn.Module, calls: list[ModuleCall]) -> Iterator[None]:
     """Note which nodes each submodule call adds, through forward hooks."""
     open_calls: list[ModuleCall] = []
-
-    def num_nodes() -> int:
-        mode = get_proxy_mode()
-        assert mode is not None
-        return len(mode.tracer.graph.nodes)
 
     def enter(path: str) -> Callable[..., None]:
         def hook(*_: object) -> None:

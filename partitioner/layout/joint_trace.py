@@ -7,7 +7,7 @@ the same interpreter runs on plain tensors.
 """
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from math import prod
@@ -25,6 +25,7 @@ from comms.errors import PartitionError
 from partitioner.capture.captured_graph import TORCH, Template
 from partitioner.capture.fused_projections import project
 from partitioner.capture.pure_graph import trace_values
+from partitioner.capture.recomputing import Recomputing, as_when_run
 from partitioner.capture.tp_styles import shard_dim
 from partitioner.layout import part_ops, sharded_ops
 from partitioner.layout.sharded_ops import is_cut
@@ -93,7 +94,8 @@ def trace_joint(template: Template, dims: Sequence[int | None], mesh: DeviceMesh
         inputs, coordinate, seeds = list(flat[: len(locals_)]), flat[len(locals_)], flat[len(locals_) + 1 :]
         for index in wanted:  # leaves of their own: gradients end here, at the unit's border
             inputs[index] = inputs[index].detach().requires_grad_()
-        with torch.enable_grad(), sharded_ops.coordinate_slices(coordinate) if mesh else nullcontext():
+        slices = sharded_ops.coordinate_slices(coordinate) if mesh else nullcontext()
+        with torch.enable_grad(), as_when_run(), slices:
             outputs = _forward(template, inputs, dims, mesh, coordinate)
             sources = [inputs[i] for i in wanted]
             with_grad = [
@@ -165,15 +167,24 @@ def _forward(
     return [_whole(output) for output in interpreter.run(*placed)]
 
 
-class _Sharded(torch.fx.Interpreter):
+class _Sharded(Recomputing):
     """Runs a unit's graph; replaces what must not depend on the chip's own coordinate."""
 
     def __init__(
         self, module: torch.fx.GraphModule, mesh: DeviceMesh | None, coordinate: torch.Tensor
     ) -> None:
-        super().__init__(module, garbage_collect_values=False)
+        super().__init__(module)
         self.mesh, self.coordinate = mesh, coordinate
         self.entered: dict[int, torch.Tensor] = {}
+
+    @contextmanager
+    def _inside(self, values: Mapping[torch.fx.Node, Any]) -> Iterator[None]:
+        before, self.entered = self.entered, {}  # by identity: of values that live as long
+        try:
+            with super()._inside(values):
+                yield
+        finally:
+            self.entered = before
 
     def run_node(self, n: torch.fx.Node) -> Any:
         with ExitStack() as modes:
@@ -208,8 +219,6 @@ class _Sharded(torch.fx.Interpreter):
 
     def _keyed(self, key: Any, first: Any, like: Any, *rest: Any) -> Any:
         """Random numbers for `like`: all of them on every chip, which then takes its own."""
-        if self.mesh is None:
-            return torch.ops.orchestrate.keyed_uniform(key, first, None, *rest)
         drawn = self._everywhere(torch.ops.orchestrate.keyed_uniform(_whole(key), _whole(first), None, *rest))
         is_cut = isinstance(like, DTensor) and isinstance(like.placements[0], Shard)
         return drawn.redistribute(placements=like.placements) if is_cut else drawn
@@ -224,7 +233,7 @@ class _Sharded(torch.fx.Interpreter):
             if self.mesh is None:
                 return between_parts(*args)
             return self._everywhere(between_parts(_whole(args[0]), *args[1:]))
-        if target is torch.ops.orchestrate.keyed_uniform.default:
+        if target is torch.ops.orchestrate.keyed_uniform.default and self.mesh is not None:
             return self._keyed(*args)
         if self.mesh is not None:
             if target is aten.embedding.default and is_cut(args[0], 0):

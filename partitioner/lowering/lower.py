@@ -3,7 +3,7 @@
 Tensor parallelism is inside the traced units already. Here the stages are cut, activations and their gradients get
 their sends and receives, gradients their reduction over dp, the optimizer its (sharded) step, and every tensor its
 lifetime. `Program.meta` gets the step's facts: `samples`, `tokens`, `model_flops` (forward + backward, no recompute),
-`params`, `nominal_count`, `dtype`, `plan`, `model`.
+`recomputed_flops` (what checkpoints compute a second time), `params`, `nominal_count`, `dtype`, `plan`, `model`.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,7 +15,7 @@ from torch import nn
 from comms.errors import CaptureError, PartitionError, located
 from comms.selection.progress import Progress, quiet
 from partitioner.capture.batch_inputs import Batch, tensors_of
-from partitioner.capture.captured_graph import SHORT, Graph
+from partitioner.capture.captured_graph import SHORT, Graph, template_flops
 from partitioner.capture.fused_projections import unfuse
 from partitioner.capture.graph_units import capture_graph
 from partitioner.capture.tracing import LossFunction
@@ -39,7 +39,6 @@ from partitioner.program.instructions import named
 from partitioner.program.program import Call, Free, Program, Role, TensorSpec
 from partitioner.program.static_check import require_valid
 
-BACKWARD_FLOPS = 3  # forward + backward, as multiples of forward: two matmuls per matmul
 MATRIX = 2  # dims of a parameter that gets weight decay
 STEP_DTYPES = {"f64": "fp64", "bf16": "bf16"}  # all others are taken for fp32
 Groups: TypeAlias = Mapping[str, tuple[int, object]]
@@ -153,11 +152,13 @@ def lower(graph: Graph, plan: Plan, shape: StepShape) -> Program:
     context = StageContext(graph, plan, traced, stage_of, dims, count)
     pool = SegmentPool()
     roles = tuple(_role(context, stage, pool, groups, shape.optimizer_states) for stage in range(plan.pp))
-    flops = BACKWARD_FLOPS * sum(graph.templates[u.template].flops for u in graph.units)
+    templates, parts = [graph.templates[u.template] for u in graph.units], plan.microbatches * plan.dp
+    flops = sum(t.model_flops for t in templates) + template_flops(graph.inputs.graph)
     meta: dict[str, str | int | float] = {
         "model": shape.model, "dtype": shape.dtype, "plan": str(plan), "samples": shape.samples,
         "tokens": tokens, "params": graph.param_numel(), "units": len(graph.units),
-        "samples_per_part": graph.samples, "model_flops": flops * plan.microbatches * plan.dp, "nominal_count": count,
+        "samples_per_part": graph.samples, "model_flops": flops * parts + template_flops(graph.constants.graph),
+        "recomputed_flops": sum(t.again_flops for t in templates) * parts, "nominal_count": count,
         "tp_cut_parameters": share.parameters, "tp_cut_flops": share.flops, "tp_copied": "; ".join(share.copied),
         "zero": plan.zero, "whole_tensors": int(shape.whole_tensors), "loss": graph.loss_rule,
         "schedule": str(schedule_of(plan, has_tail=graph.tail is not None)), "stages": "+".join(map(str, sizes)),

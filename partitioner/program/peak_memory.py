@@ -48,7 +48,8 @@ class MemoryClass(StrEnum):
     PARAMS = "params"
     GRADS = "grads"
     OPTIMIZER = "optimizer"  # master copies and states
-    ACTIVATIONS = "activations"
+    ACTIVATIONS = "activations"  # what the forward makes, as far as it is kept
+    BACKWARD = "backward"  # what the backward makes: gradients on their way, and what is computed again
     BATCH = "batch"
     CONSTANTS = "constants"  # with scalars
     COMMUNICATION = "communication"  # being received or gathered, or freed while being sent
@@ -58,7 +59,9 @@ class MemoryClass(StrEnum):
 CLASSES = tuple(MemoryClass)
 INDEX = {name: index for index, name in enumerate(CLASSES)}
 ACTIVATIONS, BATCH = INDEX[MemoryClass.ACTIVATIONS], INDEX[MemoryClass.BATCH]
+BACKWARD = INDEX[MemoryClass.BACKWARD]
 COMMUNICATION, TEMPORARY = INDEX[MemoryClass.COMMUNICATION], INDEX[MemoryClass.TEMPORARY]
+BACKWARD_BODIES = ("backward", "backward_last")
 PERSISTENT = {
     TensorKind.PARAM: MemoryClass.PARAMS,
     TensorKind.FLAT: MemoryClass.PARAMS,
@@ -96,11 +99,13 @@ class Footprint:
 class RoleMemory:
     """One chip of a stage at its fullest: `classes` add up to `peak_bytes`.
 
-    `call` and `instruction` (its id) say what runs then; None: nothing yet.
+    `call` and `instruction` (its id) say what runs then; None: nothing yet. `activation_bytes`: the most that forwards
+    keep for their backwards (between two calls), some of which may be gone at the peak.
     """
 
     stage: int
     peak_bytes: int
+    activation_bytes: int
     classes: tuple[tuple[MemoryClass, int], ...]
     call: Call | None
     instruction: int | None
@@ -125,6 +130,7 @@ def _role_peak(role: Role, footprints: Sequence[Footprint], schedule: str) -> Ro
         if tensor.base is None and not tensor.is_per_microbatch:
             now[INDEX[PERSISTENT[tensor.kind]]] += tensor.spec.nbytes
     peak = total = sum(now)
+    kept = 0
     at_peak, place = list(now), (None, None)  # type: tuple[list[int], tuple[Call | None, int | None]]
     states = BodyStates(_Held())
     held: dict[int, _Held] = {}
@@ -140,9 +146,11 @@ def _role_peak(role: Role, footprints: Sequence[Footprint], schedule: str) -> Ro
             peak, place = total + ran.peak, (call, ran.instruction)
             at_peak = [a + b for a, b in zip(now, ran.at_peak, strict=True)]
         now = [a + b for a, b in zip(now, ran.now, strict=True)]
+        kept = max(kept, now[ACTIVATIONS])
         total += ran.total
         held[call.microbatch], lingering[call.body] = ran.held, ran.lingering
-    return RoleMemory(role.stage, peak, tuple(zip(CLASSES, at_peak, strict=True)), *place)
+    classes = tuple(zip(CLASSES, at_peak, strict=True))
+    return RoleMemory(role.stage, peak, kept, classes, *place)
 
 
 @dataclass(eq=False)
@@ -168,8 +176,10 @@ class _BodyMemory:
         self.instruction: int | None = None
         self.sent: set[int | None] = set()
         self.lingering = 0
+        self.made = ACTIVATIONS
 
     def body(self, body: Body) -> None:
+        self.made = BACKWARD if body.name in BACKWARD_BODIES else ACTIVATIONS
         for instruction in body.instructions:
             self._execute(instruction)
             if self.total > self.peak:
@@ -178,7 +188,7 @@ class _BodyMemory:
     def _record(self, instruction: Instruction, kept: int, temporary: int) -> None:
         self.peak, self.instruction = self.total + kept + temporary, instruction.id
         self.at_peak = list(self.now)
-        self.at_peak[ACTIVATIONS] += kept
+        self.at_peak[self.made] += kept
         self.at_peak[TEMPORARY] += temporary
 
     def _execute(self, ins: Instruction) -> None:
@@ -204,7 +214,7 @@ class _BodyMemory:
                 self._load(reads(ins))
                 for tensor in writes(ins):
                     if (declared := self.role.tensors[tensor]).is_per_microbatch:
-                        self._bind(tensor, self._make(tensor, declared.spec.nbytes, ACTIVATIONS))
+                        self._bind(tensor, self._make(tensor, declared.spec.nbytes, self.made))
 
     def _compute(self, ins: Compute) -> None:
         self._load(ins.reads)
@@ -217,7 +227,7 @@ class _BodyMemory:
             if not self.role.tensors[tensor].is_per_microbatch:
                 continue
             if output.storage not in made:
-                made[output.storage] = self._make(tensor, output.nbytes, ACTIVATIONS)
+                made[output.storage] = self._make(tensor, output.nbytes, self.made)
             self._bind(tensor, made[output.storage])
 
     def _load(self, reads: Sequence[int]) -> None:
@@ -242,9 +252,9 @@ class _BodyMemory:
             self._release(storage)
         arrived = self.held.storage_of.get(tensor)
         if arrived is not None and self.held.kind[arrived] == COMMUNICATION:
-            self.held.kind[arrived] = ACTIVATIONS
+            self.held.kind[arrived] = self.made
             self.now[COMMUNICATION] -= self.held.nbytes[arrived]
-            self.now[ACTIVATIONS] += self.held.nbytes[arrived]
+            self.now[self.made] += self.held.nbytes[arrived]
 
     def _make(self, tensor: int, nbytes: int, kind: int) -> int:
         storage = tensor

@@ -79,16 +79,25 @@ class SimulationResult:
         return int(self.program.facts["tokens"]) / self.step_time_s
 
     @property
+    def model_flops(self) -> int:
+        """What one step of the model needs, forward and backward, over the global batch."""
+        return int(self.program.facts["model_flops"])
+
+    @property
+    def hardware_flops(self) -> int:
+        """With what `torch.utils.checkpoint` computes a second time."""
+        return self.model_flops + int(self.program.facts.get("recomputed_flops", 0))
+
+    @property
     def mfu(self) -> float:
         """Model FLOPs utilisation, against the mean peak of the chips for the job's dtype.
 
-        `model_flops` is what one step of the model needs, forward and backward, over the global batch, without
-        recompute and without what tensor parallelism repeats (Chowdhery et al. 2022, PaLM, appendix B).
+        Without recompute and without what tensor parallelism repeats (Chowdhery et al. 2022, PaLM, appendix B).
         """
         dtype = str(self.program.facts.get("dtype", DEFAULT_DTYPE))
         peaks = [chip.peak(dtype) for host in self.cluster.unit for chip in host.chips]
         flops_per_s = sum(peaks) / len(peaks)
-        return float(self.program.facts["model_flops"]) / (flops_per_s * self.step_time_s * self.num_chips)
+        return self.model_flops / (flops_per_s * self.step_time_s * self.num_chips)
 
     @property
     def cost_usd_per_step(self) -> float | None:
@@ -137,7 +146,10 @@ class SimulationResult:
             "step_time_s": self.step_time_s,
             "tokens_per_s": self.tokens_per_s,
             "mfu": self.mfu,
+            "model_flops": self.model_flops,
+            "hardware_flops": self.hardware_flops,
             "peak_memory_bytes": [role.peak_bytes for role in self.memory],
+            "activation_bytes": [role.activation_bytes for role in self.memory],
             "fits": self.fits,
             "cost_usd_per_step": self.cost_usd_per_step,
             "energy_j_per_step": self.energy_j_per_step,

@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 import kernels.ops  # noqa: F401  (registers orchestrate::keyed_uniform)
 from comms.errors import CaptureError
+from partitioner.capture.forwards.checkpoints import inlined_checkpoints
 
 KEY, FIRST_SAMPLE = "random.key", "random.first_sample"  # names among a batch's entries
 ALPHA = -1.7580993408473766  # what SELU tends to: -scale * alpha (Klambauer et al. 2017)
@@ -35,10 +36,12 @@ REFUSED = {"multinomial", "poisson", "cauchy_", "log_normal_", "geometric_", "bi
 def keyed_random(key: torch.Tensor, first: torch.Tensor) -> Iterator[None]:
     """Draw by keys inside the block: in the user's calls, and in those of torch's own Python functions.
 
-    A function mode is off inside the functions that it sees; what they call is replaced by name.
+    A function mode is off inside the functions that it sees; what they call is replaced by name. What is checkpointed
+    runs once: a second time it would draw as another call.
     """
     mode = KeyedRandom(key, first)
     with ExitStack() as stack:
+        stack.enter_context(inlined_checkpoints())
         for owner in (torch, torch._VF, torch.Tensor):
             for name, drawn in DRAWN.items():
                 if hasattr(owner, name):
@@ -194,7 +197,9 @@ def _attention(
     """Attention written out, with dropout of its weights."""
     if enable_gqa:
         k, v = (t.repeat_interleave(q.shape[-3] // t.shape[-3], -3) for t in (k, v))
-    scores = q @ k.transpose(-2, -1) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    root = abs(scale) ** 0.5  # both operands are scaled, as torch does
+    scores = q * root @ (k * math.copysign(root, scale)).transpose(-2, -1)
     if is_causal:
         seen = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()
         scores = scores.masked_fill(~seen, float("-inf"))

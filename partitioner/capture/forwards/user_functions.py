@@ -20,12 +20,12 @@ from torch.fx.experimental.proxy_tensor import (
     track_tensor_tree,
 )
 from torch.utils import _pytree as trees
-from torch.utils.checkpoint import CheckpointFunction
 
 from comms.errors import CaptureError
 
 original: Callable[..., Any] = torch.autograd.Function.apply.__func__  # type: ignore[attr-defined]
 REFUSED = {
+    "__enter__": (torch.autograd.graph.saved_tensors_hooks, "hooks on what autograd saves would not run"),
     "register_hook": (torch.Tensor, "a hook on a value would not run"),
     "backward": (torch.autograd, "the forward computes gradients itself"),
     "grad": (torch.autograd, "the forward computes gradients itself"),
@@ -61,8 +61,6 @@ def _apply(
     mode = get_proxy_mode()
     if mode is None:
         return original(cls, *args, **kwargs)
-    if cls is CheckpointFunction:  # (function, whether to keep random state, its arguments)
-        return args[0](*args[2:])
     leaves, spec = trees.tree_flatten((args, kwargs))
     if not any(isinstance(leaf, FunctionalTensor) for leaf in leaves):
         result = _recorded(cls, leaves, spec, mode.tracer)

@@ -19,7 +19,7 @@ from orchestrator.runners.timing.step_costs import ClusterCosts
 from orchestrator.runs.run_dir import RunDir
 from orchestrator.runs.timeline import Origin
 from orchestrator.verbs.inputs.options import SimulateOptions
-from orchestrator.verbs.simulate import answer, require_fit, tables
+from orchestrator.verbs.simulate import answer, require_fit, tables, work
 from orchestrator.views.console import Console
 from partitioner.capture.graph_units import capture_graph
 from partitioner.layout.parallel_plan import Plan, plan_from_yaml
@@ -70,7 +70,7 @@ def test_rates_prices_and_energy_follow_from_the_step_time(result, program):
 def test_the_document_has_every_promised_key_and_is_json(result):
     document = result.document()
     promised = "step_time_s tokens_per_s mfu peak_memory_bytes cost_usd_per_step energy_j_per_step breakdown"
-    promised += " fidelity left_out elapsed_s num_chips plan fits"
+    promised += " model_flops hardware_flops activation_bytes fidelity left_out elapsed_s num_chips plan fits"
     assert set(promised.split()) <= document.keys()
     parts = "compute_s exposed_communication_s bubble_s host_s optimizer_s"
     assert set(parts.split()) == document["breakdown"].keys()
@@ -82,6 +82,15 @@ def test_tables_carry_units(result):
     cells = [cell for table in tables(result) for row in table.rows for cell in row]
     assert any(cell.endswith("tok/s") for cell in cells)
     assert any(cell.endswith("USD per step") for cell in cells)
+
+
+def test_flops_of_what_is_computed_twice_are_shown_beside_the_models(result, program):
+    assert "hardware FLOPs" not in dict(work(result))
+    facts = dict(program.meta) | {"recomputed_flops": 10**9}
+    again = simulate(replace(program, meta=tuple(facts.items())), LAPTOP)
+    assert again.hardware_flops == again.model_flops + 10**9 == result.model_flops + 10**9
+    assert again.mfu == result.mfu
+    assert dict(work(again)).keys() == {"model FLOPs", "hardware FLOPs"}
 
 
 def test_a_plan_that_does_not_fit_is_timed_and_then_refused_with_class_and_knob(result):

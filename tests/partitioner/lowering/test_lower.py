@@ -167,8 +167,8 @@ def test_facts_say_what_a_step_does(tiny_program: Make, tiny_graph: Callable[...
     facts, graph = tiny_program(dp=2, microbatches=3).facts, tiny_graph()
     assert (facts["samples"], facts["tokens"], facts["nominal_count"]) == (12, 12 * 16, 12 * 16)
     assert facts["params"] == graph.param_numel()
-    forward = sum(graph.templates[u.template].flops for u in graph.units)
-    assert facts["model_flops"] == 3 * forward * 6
+    assert facts["model_flops"] == sum(graph.templates[u.template].model_flops for u in graph.units) * 6
+    assert facts["recomputed_flops"] == 0
 
 
 def test_stages_of_the_plan_are_taken_or_refused_with_the_arithmetic(tiny_graph: Callable[..., Any]) -> None:
