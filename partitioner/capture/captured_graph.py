@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Node
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count, flop_registry
 
+from partitioner.capture.forwards.grouped_products import grouped_flops
 from partitioner.program.program import TensorSpec
 
 # the one place where torch's dtypes meet the Program's short names
@@ -193,6 +194,8 @@ def op_flops(node: Node) -> int:
         return 2 * result.numel() * args[0].shape[-1]
     if "scaled_dot_product" in name:
         return _attention_flops(name, args)
+    if name == "_grouped_mm":
+        return grouped_flops(args[0].shape, args[1].shape)
     packet = getattr(node.target, "overloadpacket", None)
     if name == "convolution_backward":  # torch counts the weight's gradient once for each group
         forward = conv_flop_count(args[1].shape, args[2].shape, args[0].shape, transposed=args[7])
@@ -243,14 +246,15 @@ def _tensors(value: object) -> list[torch.Tensor]:
 def template_flops(module: torch.fx.GraphModule) -> int:
     """FLOPs of a captured slice's forward: matrix multiplications and convolutions only.
 
-    Counted by torch below the composite operators, plus attention, whose CPU kernel torch does not count.
+    Counted by torch below the composite operators; beside it attention (its CPU kernel) and grouped products.
     """
     nodes = list(module.graph.nodes)
-    attention = sum(op_flops(n) for n in nodes if "scaled_dot_product" in op_name(n.target))
+    names = ("scaled_dot_product", "_grouped_mm")
+    uncounted = sum(op_flops(n) for n in nodes if any(name in op_name(n.target) for name in names))
     with (
         FakeTensorMode(allow_non_fake_inputs=True),
         FlopCounterMode(display=False) as counter,
         torch.no_grad(),
     ):
         module(*(torch.empty_like(n.meta["val"], device="cpu") for n in nodes if n.op == "placeholder"))
-    return int(counter.get_total_flops()) + attention
+    return int(counter.get_total_flops()) + uncounted

@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from partitioner.capture.forwards.checkpoints import regions_of
+from partitioner.capture.forwards.grouped_products import GROUPED, grouped_flops
 from partitioner.capture.pure_graph import trace_values
 from partitioner.capture.recomputing import Recomputing, as_when_run
 
@@ -27,8 +28,9 @@ def _attention_backward(_grad: Any, *args: Any, **_: Any) -> int:
     return 2 * _attention(*args)
 
 
-# the kernels of CPUs, which torch does not count
+# what torch does not count: the attention kernels of CPUs, and grouped products
 KERNELS = {
+    GROUPED: grouped_flops,
     aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
 }

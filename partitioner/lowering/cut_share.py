@@ -10,11 +10,12 @@ from torch.utils.flop_counter import flop_registry
 
 from comms.errors import PartitionError
 from partitioner.capture.captured_graph import Graph
+from partitioner.capture.forwards.grouped_products import GROUPED
 from partitioner.layout.parallel_plan import Plan
 from partitioner.lowering.pieces import SegmentPiece, TracedUnit
 from partitioner.lowering.stage import Cut, cut_of
 
-COUNTED = frozenset(str(packet).rpartition(".")[2] for packet in flop_registry)
+COUNTED = frozenset(str(packet).rpartition(".")[2] for packet in (*flop_registry, GROUPED))
 NAMED = 5  # of the copied parameters, the largest
 
 
