@@ -1,0 +1,129 @@
+"""FLOPs and saved activations of many models: what a Program counts on one chip against eager torch.
+
+python benchmarks/exactness/model_costs.py [--only llama]
+
+FLOPs: `model_flops` against `torch.utils.flop_counter` over an eager forward and backward with attention written out
+(and grouped products counted, which torch leaves out). Activations: the most that a Program's forward keeps, against
+the storages that eager autograd holds when its forward has ended, each counted once, without parameters, buffers and
+the batch. "again": the same with checkpointing, where a model offers it; "hardware": FLOPs with what is then computed
+twice, which is more in torch where the last value that is saved comes late.
+"""
+
+import argparse
+import gc
+import logging
+import warnings
+import weakref
+from typing import Any
+
+import torch
+from support.harness import report
+from support.model_list import model_cases
+from support.models.model_case import ModelCase
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from orchestrator.exceptions import UserError
+from partitioner.capture.batch_inputs import tensors_of
+from partitioner.capture.forwards.grouped_products import GROUPED, grouped_flops
+from partitioner.layout.parallel_plan import Plan
+from partitioner.lowering.lower import partition
+from partitioner.program.peak_memory import peak_memory
+
+SAMPLES = 4
+FLOPS, ACTIVATIONS = (0.98, 1.02), (0.95, 1.10)
+TARGETS = {"flops": FLOPS, "activations": ACTIVATIONS, "flops again": FLOPS, "activations again": ACTIVATIONS}
+
+
+def main() -> None:
+    """Run and report."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", action="append", default=[])
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore")
+    logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)
+    rows = []
+    for case in model_cases():
+        if not options.only or any(part in case.name for part in options.only):
+            rows.append(row_of(case))
+            print(rows[-1], flush=True)
+    report("model_costs", rows)
+    for name, (low, high) in TARGETS.items():
+        found = [row[name] for row in rows if isinstance(row.get(name), float)]
+        print(f"{name}: {sum(low <= x <= high for x in found)} of {len(found)} within {low} to {high}")
+
+
+def row_of(case: ModelCase) -> dict[str, object]:
+    """Of one model the ratios of ours to eager torch's."""
+    row: dict[str, object] = {"name": case.name, "kind": case.kind}
+    try:
+        flops = eager_flops(case, is_again=False)
+        row |= costs(case, flops, is_again=False)
+        if getattr(case.make(), "supports_gradient_checkpointing", False):
+            row |= {f"{name} again": value for name, value in costs(case, flops, is_again=True).items()}
+    except UserError as error:
+        row["refused"] = error.text[:100]
+    except Exception as error:  # whatever a model raises
+        row["fails"] = f"{type(error).__name__}: {error}"[:100]
+    return row
+
+
+def costs(case: ModelCase, flops: int, *, is_again: bool) -> dict[str, object]:
+    """FLOPs and bytes of activations of a Program, by those of an eager run; `flops`: of one without checkpoints."""
+    program = partition(made(case, is_again=is_again), case.batch(SAMPLES), Plan())
+    (memory,) = peak_memory(program)
+    saved = saved_nbytes(made(case, is_again=is_again), case.batch(SAMPLES))
+    model, twice = (int(program.facts[name]) for name in ("model_flops", "recomputed_flops"))
+    found: dict[str, object] = {
+        "flops": model / max(flops, 1), "activations": memory.activation_bytes / max(saved, 1), "saved bytes": saved,
+    }  # fmt: skip
+    if is_again:
+        found["hardware"] = (model + twice) / max(eager_flops(case, is_again=True), 1)
+    return found
+
+
+def made(case: ModelCase, *, is_again: bool) -> nn.Module:
+    """A new module, checkpointed or not."""
+    module = case.make()
+    if is_again:
+        module.gradient_checkpointing_enable({"use_reentrant": False})
+    return module
+
+
+def eager_flops(case: ModelCase, *, is_again: bool) -> int:
+    """FLOPs of a forward and backward as torch counts them."""
+    grouped = {GROUPED: grouped_flops}
+    with FlopCounterMode(display=False, custom_mapping=grouped) as counter, sdpa_kernel(SDPBackend.MATH):
+        made(case, is_again=is_again)(**case.batch(SAMPLES)).loss.backward()
+    return int(counter.get_total_flops())
+
+
+class Packed:
+    """A saved tensor, which lives as long as autograd holds it."""
+
+    def __init__(self, value: torch.Tensor) -> None:
+        self.value = value.detach()
+
+
+def saved_nbytes(model: nn.Module, batch: dict[str, Any]) -> int:
+    """The bytes of the distinct storages that autograd holds between forward and backward."""
+    held: weakref.WeakSet[Packed] = weakref.WeakSet()
+
+    def pack(value: torch.Tensor) -> Packed:
+        held.add(packed := Packed(value))
+        return packed
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda packed: packed.value):
+        loss = model(**batch).loss
+    gc.collect()  # branches that do not lead to the loss
+    given = (*model.parameters(), *model.buffers(), *tensors_of(batch).values())
+    apart = {value.untyped_storage().data_ptr() for value in given}
+    storages = {s.data_ptr(): s.nbytes() for s in (packed.value.untyped_storage() for packed in held)}
+    del loss
+    return sum(nbytes for place, nbytes in storages.items() if place not in apart)
+
+
+if __name__ == "__main__":
+    main()
