@@ -18,6 +18,7 @@
     +-- FitError                       does not fit in memory; exit code 3
     +-- RunError                       a run that ended early; exit code 1
     |   +-- TimelineFormatError        bytes that are no timeline
+    +-- DifferenceError                a split run that is not the same training as one chip's; exit code 5
     +-- HangError                      chips that wait for each other or went silent; exit code 4
 
 A user error is printed without a traceback; anything else is our bug. Who raises says what is known there, and
@@ -137,6 +138,12 @@ class RunError(UserError):
 
 class TimelineFormatError(RunError):
     """The bytes are not a timeline."""
+
+
+class DifferenceError(UserError):
+    """A split run that is not the same training as one chip's."""
+
+    exit_code: ClassVar[int] = 5
 
 
 class HangError(UserError):

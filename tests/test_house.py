@@ -26,7 +26,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
 MAX_FOLDER_FILES = 12
-MAX_LINES = 37_700  # of the four packages: more is a decision (32,500 before any model was split by proof)
+MAX_LINES = 42_000  # of the four packages: more is a decision (32,500 before any model was split by proof)
 MAX_DOOR_NAMES = 16
 MAX_CLUSTER_LINES = 40
 MAX_CONTRIBUTING_LINES = 80
@@ -63,6 +63,7 @@ FLAGS = frozenset(
         "--sweep",
         "--tiers",
         "--verbose",
+        "--verify-first",
         "-v",
     }
 )

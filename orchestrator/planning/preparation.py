@@ -95,7 +95,7 @@ def build_model(job: Job, device: str) -> "BuiltModel":
 def module_values(module: "nn.Module") -> "dict[str, Tensor]":
     """A module's parameters and buffers, under the names that chips ask for."""
     values = {f"params:{name}": value.detach() for name, value in module.named_parameters()}
-    return values | {f"buffer:{name}": value for name, value in module.named_buffers()}
+    return values | {f"buffer:{name}": value.detach() for name, value in module.named_buffers()}
 
 
 def _partitioned(job: Job, plan: Plan, progress: Progress) -> Program:

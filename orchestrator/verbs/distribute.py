@@ -39,6 +39,9 @@ from orchestrator.runners.executing.whole_state import (
 )
 from orchestrator.runners.runner import StepRequest, num_workers
 from orchestrator.runs.data import split_batch, step_key
+from orchestrator.verbs.verification.sides import PlannedSide
+from orchestrator.verbs.verification.step_check import STEPS, States, StepCheck
+from orchestrator.verbs.verification.verdict import TrainingVerdict
 from partitioner.capture.batch_inputs import Batch, settings_of, tensors_of
 from partitioner.capture.captured_graph import Graph
 from partitioner.capture.graph_units import capture_graph
@@ -94,6 +97,41 @@ class DistributedStep:
         stats = runner.run(StepRequest("evaluate", batches=batches)).stats
         assert stats is not None
         return stats.loss
+
+    def verify(self, batch: Batch) -> TrainingVerdict:
+        """Whether training on this batch now is the same as in plain PyTorch on one chip; `str` of it says where not.
+
+        Two steps from here are compared: losses, gradients, parameters and buffers, in float64 and in the model's
+        dtype. Nothing is trained by it, except that `sync()` is called.
+        """
+        self._ready(batch)
+        assert self.plan is not None
+        self.sync()
+        keys = tuple(step_key(self.seed, self.steps + k) for k in range(STEPS))
+        settings = tuple(_settings(group) for group in self.optimizer.param_groups)
+        check = StepCheck(
+            self.model,
+            self.optimizer,
+            self.loss_fn,
+            self.clip_norm,
+            self._own_states(),
+            keys,
+            settings,
+            self.plan.norm_parts,
+        )
+        found = check.verdict(batch, self._side)
+        self._seen = self._values_seen()
+        return found
+
+    def _side(self, batch: Batch, states: States, exact: bool) -> PlannedSide:
+        """All chips, given what the model holds now; `exact`: made anew, with float64 throughout."""
+        assert self.plan is not None and self.program is not None
+        program, ages = self.program, self._ages()
+        if exact:
+            key = ("exact", *self._situation, *ages.items())
+            program = self._programs.get(key) or self._program(batch, self.plan, ages, exact=True)
+            self._programs[key] = program
+        return PlannedSide(program, self._loaded(program, states), module_values(self.model))
 
     def sync(self) -> nn.Module:
         """Copy trained parameters and optimizer states back into the model and the optimizer; returns the model."""
@@ -161,10 +199,23 @@ class DistributedStep:
         if key not in self._programs:
             self._programs[key] = self._program(batch, self.plan, ages)
         program = self._programs[key]
+        runner = self._loaded(program, self._own_states())
+        self.program, self._runner, self._situation = program, runner, situation
+        self._is_ahead, self._seen = False, self._values_seen()
+
+    def _loaded(self, program: Program, states: States) -> ChipSet:
+        """The plan's chips, with what the model holds and these states of the optimizer."""
         settings = Settings(same_kind(self.optimizer), self.clip_norm, groups=())
         runner = ChipSet(program, settings, num_workers(self.cluster))
         values = module_values(self.model)
         runner.load(values.__getitem__)
+        if states:
+            runner.restore(chip_states(program, values.__getitem__, states, self._entries))
+        return runner
+
+    def _own_states(self) -> dict[str, dict[str, Any]]:
+        """The optimizer's states by parameter, and full-precision copies."""
+        values = module_values(self.model)
         names = {id(p): name for name, p in self.model.named_parameters()}
         own: dict[str, Any] = {
             names[id(p)]: state for p, state in self.optimizer.state.items() if id(p) in names
@@ -172,10 +223,7 @@ class DistributedStep:
         for name, master in self._masters.items():  # unless the parameter was changed since
             if torch.equal(master.to(values[f"params:{name}"].dtype), values[f"params:{name}"]):
                 own[name] = {**own.get(name, {}), MASTER: master}
-        if own:
-            runner.restore(chip_states(program, values.__getitem__, own, self._entries))
-        self.program, self._runner, self._situation = program, runner, situation
-        self._is_ahead, self._seen = False, self._values_seen()
+        return own
 
     def _chosen_plan(self, batch: Batch) -> Plan:
         """A plan for all chips; samples are units of work, as nothing is known of tokens."""
@@ -193,7 +241,9 @@ class DistributedStep:
             ages[name] = (*sorted(counts.items()), ("states", float(len(own))))
         return ages
 
-    def _program(self, batch: Batch, plan: Plan, ages: Mapping[str, object]) -> Program:
+    def _program(
+        self, batch: Batch, plan: Plan, ages: Mapping[str, object], *, exact: bool = False
+    ) -> Program:
         names = {id(p): name for name, p in self.model.named_parameters()}
         groups = {
             names[id(p)]: (index, ages[names[id(p)]])
@@ -212,7 +262,7 @@ class DistributedStep:
         def graph(microbatches: int) -> Graph:
             return capture_graph(
                 self.model, batch, dp=plan.dp, microbatches=microbatches, loss_fn=self.loss_fn, frozen=apart,
-                min_units=plan.pp, norms_per_part=plan.batch_norm is BatchNorms.PER_PART,
+                min_units=plan.pp, exact=exact, norms_per_part=plan.batch_norm is BatchNorms.PER_PART,
             )  # fmt: skip
 
         program = capture_and_lower(graph, plan, shape)

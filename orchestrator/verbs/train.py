@@ -53,22 +53,27 @@ def main(options: TrainOptions, console: Console) -> int:
     if options.dry_run or runner is RunnerKind.SIMULATED:
         prepared = prepare(inputs.cluster, inputs.job, inputs.plan, progress=console.phase)
         return answer(prepared, SimulateOptions(run_dir=options.run_dir), console)
-    result = _train(inputs, runner, folder, console, resume=options.resume is not None)
+    result = _train(
+        inputs, runner, folder, console, resume=options.resume is not None, verify_first=options.verify_first
+    )
     console.results(result.document(), result.tables())
     return INTERRUPTED if result.was_interrupted else 0
 
 
 def run(
     cluster: Cluster, job: Job, *, plan: Plan | None = None, runner: str = "inline", folder: str | Path | None = None,
-    document: Mapping[str, object] | None = None, console: Console | None = None,
+    document: Mapping[str, object] | None = None, console: Console | None = None, verify_first: bool = False,
 ) -> TrainResult:  # fmt: skip
     """Train `job` on `cluster`; the run directory is `folder`, or a new one below runs/.
 
     `document` is the cluster file's content, needed only to resume the run from its folder alone.
+    `verify_first`: the run ends with a DifferenceError if its first step is not the same as one chip's.
     """
     inputs = Inputs(cluster, job, plan, document or {})
     made = run_dir.create(Path(folder) if folder else None, job=_name(job))
-    return _train(inputs, RunnerKind(runner), made, console or Console(), resume=False)
+    return _train(
+        inputs, RunnerKind(runner), made, console or Console(), resume=False, verify_first=verify_first
+    )
 
 
 def _inputs(options: TrainOptions) -> tuple[Inputs, RunDir]:
@@ -91,7 +96,7 @@ def _name(job: Job) -> str:
 
 
 def _train(
-    inputs: Inputs, kind: RunnerKind, folder: RunDir, console: Console, *, resume: bool
+    inputs: Inputs, kind: RunnerKind, folder: RunDir, console: Console, *, resume: bool, verify_first: bool
 ) -> TrainResult:
     console.log_to(folder.log)
     data = load_data(inputs.job.data, seq=inputs.job.seq, seed=inputs.job.seed)
@@ -110,6 +115,8 @@ def _train(
                 training.restore()
                 metrics.rewind_metrics(folder.metrics, training.step)
                 console.say(f"resumed at step {training.step} of {prepared.job.steps}")
+            if verify_first:
+                training.verify_next(console.say)
             with console.phase("n-gram baselines"):
                 baselines = baseline_losses(data.train, data.validation)
             console.show([_facts(training, baselines), console.phase_table()])

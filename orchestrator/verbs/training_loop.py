@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from math import nan
 from pathlib import Path
 
+from torch import Tensor
+
 from comms.errors import RunError
 from comms.units import DASH, format_percent, format_scaled, format_seconds
 from kernels.optimizers import StepStatistics
@@ -27,6 +29,7 @@ from orchestrator.runs.learning_rate import learning_rate
 from orchestrator.runs.metrics import eta_s, metrics_writer, read_metrics
 from orchestrator.runs.run_dir import RunDir
 from orchestrator.runs.timeline import Origin, Timeline
+from orchestrator.verbs.verification.first_step import VerifiedRunner
 from orchestrator.views.console import Table
 from orchestrator.views.perfetto import trace_gz
 from orchestrator.views.plots import loss_png, timeline_png
@@ -74,10 +77,9 @@ class Training:
         self.save()
 
     def _step(self) -> StepLine:
-        job, step = self.prepared.job, self.step
-        first = step * job.global_batch
-        samples = self.data.batch(range(first, first + job.global_batch))
-        batches = split_batch(samples, self.prepared.program, step_key(job.seed, step))
+        step, (samples, key) = self.step, self._next()
+        job = self.prepared.job
+        batches = split_batch(samples, self.prepared.program, key)
         measure = 1 <= len(self.step_seconds) <= MEASURED_STEPS
         result = self.runner.run(StepRequest("step", self._lr(step), batches, measure=measure))
         assert result.stats is not None
@@ -93,6 +95,15 @@ class Training:
         is_last = self.step == job.steps and job.validation.every > 0
         is_validated = is_last or _is_due(self.step, job.validation.every)
         return self._line(result.stats, self.validate() if is_validated else None)
+
+    def _next(self) -> tuple[Mapping[str, Tensor], int]:
+        """Samples of the next step, and the key of its random numbers."""
+        job, first = self.prepared.job, self.step * self.prepared.job.global_batch
+        return self.data.batch(range(first, first + job.global_batch)), step_key(job.seed, self.step)
+
+    def verify_next(self, say: Callable[[str], None]) -> None:
+        """Hold the step that comes next against one chip's."""
+        self.runner = VerifiedRunner(self.runner, self.prepared, self._next, say)
 
     def _lr(self, step: int) -> float:
         job = self.prepared.job

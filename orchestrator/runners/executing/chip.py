@@ -321,10 +321,16 @@ def saved_state(chip: ExecutingChip) -> dict[str, torch.Tensor]:
             if (t.kind is TensorKind.FLAT and t.base is None) or t.kind is TensorKind.BUFFER
         }  # fmt: skip
     if chip.coordinates["dp"] == 0 or chip.program.facts["zero"]:
-        state |= {t.name: chip.value(t.id) for t in chip.tensors if t.kind is TensorKind.MASTER}
-        for param, optimizer in chip.optimizers.items():
-            name = chip.tensors[param].name
-            state |= {f"{name}.optimizer.{key}": value for key, value in optimizer.state().items()}
+        state |= optimizer_state(chip)
+    return state
+
+
+def optimizer_state(chip: ExecutingChip) -> dict[str, torch.Tensor]:
+    """What a chip's optimizers keep, and the full-precision copies that they step on, by name."""
+    state = {t.name: chip.value(t.id) for t in chip.tensors if t.kind is TensorKind.MASTER}
+    for param, optimizer in chip.optimizers.items():
+        name = chip.tensors[param].name
+        state |= {f"{name}.optimizer.{key}": value for key, value in optimizer.state().items()}
     return state
 
 

@@ -50,10 +50,16 @@ def whole_tensors(program: Program, kind: TensorKind, flat: Flat) -> dict[str, t
     return found
 
 
+def is_scattered(role: Role, buffer: str) -> bool:
+    """Whether a buffer of gradients holds a replica's own ones, which ZeRO reduces into shards beside it."""
+    scattered = buffer.replace(".grads", ".grad_shard")
+    return scattered != buffer and any(tensor.name == scattered for tensor in role.tensors)
+
+
 def _whole_buffer(program: Program, role: Role, name: str, tp: int, flat: Flat) -> torch.Tensor:
-    scattered = name.replace(".grads", ".grad_shard")
-    if scattered == name or all(tensor.name != scattered for tensor in role.tensors):
+    if not is_scattered(role, name):
         return flat(program.chip_at({"pp": role.stage, "dp": 0, "tp": tp}), name)
+    scattered = name.replace(".grads", ".grad_shard")
     replicas = range(program.size("dp"))
     chips = [program.chip_at({"pp": role.stage, "dp": dp, "tp": tp}) for dp in replicas]
     return torch.cat([flat(chip, scattered) for chip in chips])

@@ -105,6 +105,9 @@ class TrainOptions(PlannedOptions):
     steps: Annotated[int | None, Option(min=1, help="Optimizer steps.")] = None
     runner: Annotated[RunnerKind | None, Option(help="Who executes the plan.")] = None
     resume: Annotated[Path | None, Option(metavar="RUN_DIR", help="Continue the run in this folder.")] = None
+    verify_first: Annotated[
+        bool, Option("--verify-first", help="End at once if the first step differs from one chip's.")
+    ] = False
     dry_run: Annotated[bool, Option("--dry-run", help="Plan and simulate; start nothing.")] = False
 
 

@@ -13,13 +13,36 @@ import torch
 from comms.errors import PlanError
 from orchestrator.runners.executing.chip import ExecutingChip
 from orchestrator.verbs import verify as verb
-from orchestrator.verbs.verify import RelativeErrors, compare, verify
-from orchestrator.verbs.verify_runs import Trajectory, relative
-from partitioner.layout.parallel_plan import Plan
+from orchestrator.verbs.verification.job_sides import planned_side
+from orchestrator.verbs.verification.job_steps import job_steps
+from orchestrator.verbs.verify import verify
+from partitioner.layout.parallel_plan import BatchNorms, Plan
 from partitioner.layout.pipeline_schedules import PipelineSchedule
 from partitioner.program.program import Compute, Program, TensorKind
 
 Make = Callable[..., Any]
+DROPPING = """
+import torch
+from torch import nn
+class Net(nn.Sequential):
+    def forward(self, x):
+        return super().forward(x).square().mean()
+    def example_batch(self, batch, seq):
+        return {"x": torch.randn(batch, 6)}
+def model():
+    return Net(nn.Linear(6, 32), nn.Dropout(0.5), nn.Tanh(), nn.Linear(32, 32), nn.Dropout(0.5), nn.Linear(32, 2))
+"""
+NORMED = """
+import torch
+from torch import nn
+class Net(nn.Sequential):
+    def forward(self, x):
+        return super().forward(x).square().mean()
+    def example_batch(self, batch, seq):
+        return {"x": torch.randn(batch, 6)}
+def model():
+    return Net(nn.Linear(6, 32), nn.BatchNorm1d(32), nn.Dropout(0.2), nn.Linear(32, 2))
+"""
 DEGREES = [
     (dp, tp, pp, zero)
     for dp, tp, pp, zero in product((1, 2, 4, 8), (1, 2, 4), (1, 2, 4), (0, 1))
@@ -78,7 +101,12 @@ def test_in_the_jobs_own_dtype_the_difference_is_reordering_noise(
     assert result.equal
     assert result.own is not None and result.noise is not None
     assert 0 < result.own.worst <= 10 * result.noise.worst
-    own = {"loss_rel": result.own.loss, "grad_rel": result.own.grad, "param_rel": result.own.param}
+    own = {
+        "loss_rel": result.own.loss,
+        "grad_rel": result.own.grad,
+        "param_rel": result.own.param,
+        "state_rel": result.own.state,
+    }
     assert result.document()["own_dtype"] == own
 
 
@@ -167,7 +195,7 @@ def test_a_wrong_update_is_said_to_be_no_forward_or_backward_instruction(
     monkeypatch.setattr(ExecutingChip, "_update", twice)
     result = verify(laptop.take(2), tiny_job("dtype=fp64"), Plan(dp=2))
     assert not result.equal
-    assert result.errors.grad < 1e-10 < result.errors.param
+    assert result.differs is not None and result.differs.startswith("step 1: embed.weight, ")
     assert result.first_difference == "no forward or backward instruction; look at reductions and the update"
 
 
@@ -197,40 +225,108 @@ def test_the_result_says_what_each_chip_holds_and_does(tiny_job: Make, laptop: A
     assert document["equal"] and document["own_dtype"] is None
 
 
-def trajectory(loss: float, value: float, name: str = "w") -> Trajectory:
-    return Trajectory((loss,), {name: torch.full((4,), value)}, {name: torch.full((4,), value)})
-
-
-def test_differences_are_relative_and_missing_tensors_infinite() -> None:
-    assert compare(trajectory(2.0, 1.0), trajectory(2.0, 1.0), 1e-6) == RelativeErrors(0.0, 0.0, 0.0)
-    assert compare(trajectory(2.2, 1.1), trajectory(2.0, 1.0), 1e-6).loss == pytest.approx(0.1)
-    assert compare(trajectory(2.0, 1.1), trajectory(2.0, 1.0), 1e-6).grad == pytest.approx(0.1, rel=1e-5)
-    assert compare(trajectory(2.0, 1.0, "w"), trajectory(2.0, 1.0, "b"), 1e-6).worst == float("inf")
-
-
-@pytest.mark.parametrize(
-    ("value", "expected", "error"),
-    [
-        (torch.ones(2), torch.ones(3), float("inf")),
-        (torch.tensor([float("nan")]), torch.ones(1), float("inf")),
-        (torch.tensor([1]), torch.tensor([2]), float("inf")),
-        (torch.tensor([2]), torch.tensor([2]), 0.0),
-        (torch.full((1,), 1e-9), torch.zeros(1), 1e-3),
-    ],
-)
-def test_relative_distance(value: torch.Tensor, expected: torch.Tensor, error: float) -> None:
-    assert relative(value, expected, 1e-6) == pytest.approx(error)
-
-
 def test_gradients_are_whole_on_the_planned_side(tiny_job: Make, laptop: Any) -> None:
     from orchestrator.planning.preparation import module_values
     from orchestrator.runners.executing.whole_state import whole_tensors
-    from orchestrator.verbs.verify_runs import loaded_runner
 
     job = tiny_job("dtype=fp64")
     prepared = verb.prepare(laptop.take(4), job, Plan(dp=2, tp=2, zero=1))
     model = verb.build_model(job, "cpu")
-    runner = loaded_runner(prepared, module_values(model.module))
+    runner = planned_side(prepared, module_values(model.module)).runner
     found = whole_tensors(prepared.program, TensorKind.PARAM, runner.buffer)
     for name, param in model.module.named_parameters():
         assert torch.equal(found[name].reshape(param.shape), param)
+
+
+def test_as_many_steps_are_compared_as_are_said(tiny_job: Make, orchestrate_json: Make) -> None:
+    words = (
+        "verify",
+        "--cluster",
+        "laptop",
+        "--chips",
+        2,
+        "--model",
+        "builtin:gpt-nano",
+        "--global-batch",
+        4,
+    )
+    few = ("--seq", 8, "--set", "plan.dp=2", "--set", "dtype=fp64")
+    assert orchestrate_json(*words, *few, "--set", "steps=2")["steps"] == 2
+    assert orchestrate_json(*words, *few)["steps"] == verb.STEPS
+
+
+def test_a_job_of_fewer_steps_is_compared_to_its_end(tiny_job: Make, laptop: Any) -> None:
+    job = tiny_job("dtype=fp64", "steps=2")
+    assert verify(laptop.take(2), job, Plan(dp=2)).steps == 2
+    assert verify(laptop.take(2), job, Plan(dp=2), steps=1).steps == 1
+
+
+def test_batches_are_the_jobs_data_in_turn_with_irregular_ones(tiny_job: Make, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_bytes(b"abc" * 400)
+    job = tiny_job("model_args.vocab=256", f"data={text}")
+    steps = job_steps(job, verb.build_model(job, "cpu"), 4)
+    assert [set(step.batch["input_ids"].unique().tolist()) == set(b"abc") for step in steps] == [
+        True,
+        False,
+    ] * 2
+    ignored = [(step.batch["labels"] == -100).float().mean(1) for step in steps]
+    assert ignored[0].max() == 0.0 < ignored[1].max() < 1.0
+    assert ignored[3].tolist()[:4] == [1.0] * 4 and ignored[3].max() == 1.0 > ignored[3].min()
+    assert len({step.key for step in steps}) == 4
+
+
+def test_a_difference_of_a_later_step_is_found(
+    tiny_job: Make, laptop: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, seen = ExecutingChip._update, list[int]()
+
+    def late(self: ExecutingChip, instruction: Any) -> None:
+        original(self, instruction)
+        seen.append(self.index)
+        if self.index == 1 and seen.count(1) == len(self.optimizers) + 1:  # the first of the second step
+            self.value(instruction.param).mul_(1.001)
+
+    monkeypatch.setattr(ExecutingChip, "_update", late)
+    result = verify(laptop.take(2), tiny_job("dtype=fp64"), Plan(dp=2))
+    assert (
+        not result.equal
+        and result.differs is not None
+        and result.differs.startswith("step 2: embed.weight on chip 1, ")
+    )
+
+
+def test_dropout_is_equal_in_the_jobs_own_dtype(tmp_path: Path, laptop: Any, tiny_job: Make) -> None:
+    (tmp_path / "dropping.py").write_text(DROPPING)
+    job = tiny_job().model_copy(update={"model": f"{tmp_path}/dropping.py:model", "model_args": {}})
+    result = verify(laptop.take(4), job, Plan(dp=2, pp=2, microbatches=2))
+    assert result.equal and result.noise is not None
+    assert result.noise.grad < 1e-4, "masks are held while sums are re-ordered"
+
+
+def test_every_way_to_break_a_split_is_found(wrong: str, laptop: Any, tiny_job: Make) -> None:
+    for dtype in ("fp64", "fp32"):
+        result = verify(laptop.take(2), tiny_job(f"dtype={dtype}", "clip_norm=null"), Plan(dp=2))
+        assert not result.equal and result.differs is not None and result.differs.startswith(wrong)
+
+
+@pytest.mark.parametrize("dtype", ["fp64", "fp32"])
+@pytest.mark.parametrize("norms", BatchNorms)
+def test_batch_norm_is_held_against_one_chip_as_the_job_says(
+    norms: BatchNorms,
+    dtype: str,
+    tmp_path: Path,
+    laptop: Any,
+    tiny_job: Make,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "normed.py").write_text(NORMED)
+    job = tiny_job(f"dtype={dtype}").model_copy(
+        update={"model": f"{tmp_path}/normed.py:model", "model_args": {}}
+    )
+    plan = Plan(dp=2, microbatches=2 if norms is BatchNorms.PER_PART else 1, batch_norm=norms)
+    assert verify(laptop.take(2), job, plan).equal
+    parts = 1 if norms is BatchNorms.PER_PART else 2
+    monkeypatch.setattr(Plan, "norm_parts", parts)
+    other = verify(laptop.take(2), job, plan)
+    assert not other.equal, "the other way is another training run"
