@@ -1,6 +1,7 @@
 """Best paths over wires: the smallest latency, then the fewest wires, then the widest bottleneck.
 
-Among paths alike in all three a message takes one by a hash of its two ends (equal-cost multi-path). Nodes are
+Over paths alike in all three a message spreads (`ways`), up to MOST_WAYS of them, so that the busiest wire carries as
+little of it as may be; where one path is asked for (`routes`), it is one by a hash of its two ends. Nodes are
 told apart by where they first appear among the wires, never by their number: a network whose chips are
 relabelled, its wires in the same order, has the same paths over the same wires.
 
@@ -14,6 +15,7 @@ Not modelled: paths that change with load.
 """
 
 from collections import OrderedDict
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TypeAlias, TypeVar
 
@@ -26,17 +28,24 @@ from comms.networks.topology import (
     IntArray,
     Routes,
     Topology,
+    Ways,
     Wires,
     merged_routes,
+    merged_ways,
     ranges,
+    repeats_before,
     routes_of,
 )
 
 BoolArray: TypeAlias = NDArray[np.bool_]
 PathTree: TypeAlias = tuple[IntArray, FloatArray]  # [nodes] cost and width of the best path from one source
+# Trees, their roots, and of each message its tree and its two ends.
+_Ends: TypeAlias = tuple[PathTree, IntArray, IntArray, IntArray, IntArray]
 Value = TypeVar("Value", np.int64, np.float64)
 
 FAR = np.int64(2**62)  # cost of what cannot be reached; one wire more still fits into 64 bits
+MOST_WAYS = 16  # equal paths that one message spreads over
+BALANCING = 4  # times that what they carry is balanced
 BLOCK_CELLS = 2**21  # sources times wires (or nodes) that are worked on at once
 KEPT_CELLS = 2**22  # sources times nodes whose trees are kept: 64 MiB
 
@@ -59,19 +68,26 @@ class Paths:
 
     def routes(self, src: IntArray, dst: IntArray) -> Routes:
         """One path per pair; empty where both ends are the same."""
+        parts = [(of, self._traced(*ends)) for of, ends in self._blocks_of(src, dst)]
+        return merged_routes(len(src), parts)
+
+    def ways(self, src: IntArray, dst: IntArray) -> Ways:
+        """All equal paths of each pair, and what each carries; empty where both ends are the same."""
+        parts = [(of, self._spread(*ends)) for of, ends in self._blocks_of(src, dst)]
+        return merged_ways(len(src), parts)
+
+    def _blocks_of(self, src: IntArray, dst: IntArray) -> Iterator[tuple[IntArray, _Ends]]:
+        """Pairs that differ, by number, in blocks that fit."""
         src, dst = node_pairs(src, dst, self.num_nodes)
         roots, row = np.unique(self.root[src], return_inverse=True)
-        parts: list[tuple[IntArray, Routes]] = []
         for block in _blocks(len(roots), self.num_nodes):
             messages = np.flatnonzero((row >= block.start) & (row < block.stop) & (src != dst))
             if not len(messages):
                 continue
             trees = self._trees_of(roots[block])
-            for some in _blocks(len(messages), int(np.diff(self.first).max(initial=1))):
+            for some in _blocks(len(messages), MOST_WAYS * int(np.diff(self.first).max(initial=1))):
                 of = messages[some]
-                found = self._traced(trees, roots[block], row[of] - block.start, src[of], dst[of])
-                parts.append((of, found))
-        return merged_routes(len(src), parts)
+                yield of, (trees, roots[block], row[of] - block.start, src[of], dst[of])
 
     def latencies(self, sources: IntArray) -> FloatArray:
         """[sources, nodes] Smallest latency from each source to each node in seconds; inf where there is no way."""
@@ -166,20 +182,14 @@ class Paths:
         self, trees: PathTree, roots: IntArray, row: IntArray, src: IntArray, dst: IntArray
     ) -> Routes:
         """Paths from their ends back to their roots, one wire of all messages at a time."""
-        cost, width = trees
-        if (cost[row, dst] >= FAR).any():
-            lost = int(np.argmax(cost[row, dst] >= FAR))
-            raise _no_way(f"from node {src[lost]} to node {dst[lost]}")
-        rate = np.append(self.wires.bytes_per_s, np.inf)  # of no wire, number -1
-        needs, need = np.unique(np.minimum(width[row, dst], rate[self.start[src]]), return_inverse=True)
+        needs, need = self._needed(trees, row, src, dst)
         key = mixed(self.appearance[src] * self.num_nodes + self.appearance[dst])
         node, backwards = dst.copy(), list[IntArray]()
         active = np.flatnonzero(node != roots[row])
         while len(active):
-            place, cases = np.unique(row[active] * self.num_nodes + node[active], return_inverse=True)
-            cases, case = np.unique(cases * len(needs) + need[active], return_inverse=True)
-            at, level = place[cases // len(needs)], needs[cases % len(needs)]
-            wires, first = self._choices(trees, roots, at // self.num_nodes, at % self.num_nodes, level)
+            wires, first, case = self._last_wires(
+                trees, roots, row[active], node[active], needs, need[active]
+            )
             choices = np.diff(first)[case].astype(np.uint64)
             column = np.full(len(src), -1, dtype=np.int64)
             column[active] = wires[first[case] + (key[active] % choices).astype(np.int64)]
@@ -188,6 +198,54 @@ class Paths:
             key = mixed(key)
             active = active[node[active] != roots[row[active]]]
         return routes_of([self.start[src], *backwards[::-1]])
+
+    def _spread(self, trees: PathTree, roots: IntArray, row: IntArray, src: IntArray, dst: IntArray) -> Ways:
+        """All paths, from their ends back to their roots; where there are too many, some by a hash."""
+        needs, need = self._needed(trees, row, src, dst)
+        message, node, backwards = np.arange(len(src)), dst.copy(), list[IntArray]()
+        key = mixed(self.appearance[src] * self.num_nodes + self.appearance[dst])
+        while (is_active := node != roots[row[message]]).any():
+            of = message[is_active]
+            wires, first, case = self._last_wires(trees, roots, row[of], node[is_active], needs, need[of])
+            counts = np.ones(len(node), dtype=np.int64)
+            counts[is_active] = np.diff(first)[case]
+            origin = np.repeat(np.arange(len(node)), counts)
+            wire = np.full(len(origin), -1, dtype=np.int64)
+            wire[is_active[origin]] = wires[ranges(first[case], counts[is_active])]
+            key, message = mixed(key[origin] + wire.astype(np.uint64)), message[origin]
+            kept = _first_of_each(message, key, MOST_WAYS)
+            origin, wire, key, message = origin[kept], wire[kept], key[kept], message[kept]
+            node = np.where(wire >= 0, self.wires.tail[wire], node[origin])
+            backwards = [*(column[origin] for column in backwards), wire]
+        routes = routes_of([self.start[src[message]], *backwards[::-1]])
+        return Ways(routes, message, _balanced(routes, message, self.wires.bytes_per_s))
+
+    def _needed(
+        self, trees: PathTree, row: IntArray, src: IntArray, dst: IntArray
+    ) -> tuple[FloatArray, IntArray]:
+        """The widths that paths have, and which one each message's. Raises CommsError where there is no path."""
+        cost, width = trees
+        if (cost[row, dst] >= FAR).any():
+            lost = int(np.argmax(cost[row, dst] >= FAR))
+            raise _no_way(f"from node {src[lost]} to node {dst[lost]}")
+        rate = np.append(self.wires.bytes_per_s, np.inf)  # of no wire, number -1
+        return np.unique(np.minimum(width[row, dst], rate[self.start[src]]), return_inverse=True)
+
+    def _last_wires(
+        self,
+        trees: PathTree,
+        roots: IntArray,
+        row: IntArray,
+        node: IntArray,
+        needs: FloatArray,
+        need: IntArray,
+    ) -> tuple[IntArray, IntArray, IntArray]:
+        """As `_choices`, found once for what is alike: message i is case[i]."""
+        place, cases = np.unique(row * self.num_nodes + node, return_inverse=True)
+        cases, case = np.unique(cases * len(needs) + need, return_inverse=True)
+        at, level = place[cases // len(needs)], needs[cases % len(needs)]
+        wires, first = self._choices(trees, roots, at // self.num_nodes, at % self.num_nodes, level)
+        return wires, first, case
 
     def _choices(
         self, trees: PathTree, roots: IntArray, row: IntArray, node: IntArray, need: FloatArray
@@ -204,6 +262,29 @@ class Paths:
         fits &= self.passes[tail] | (tail == roots[of])
         first = np.concatenate([[0], np.cumsum(np.bincount(case[fits], minlength=len(node)))])
         return wire[fits], first
+
+
+def _first_of_each(message: IntArray, key: NDArray[np.uint64], most: int) -> IntArray:
+    """[kept] Rows, ascending: of each message at most so many, those with the smallest keys."""
+    if np.bincount(message).max(initial=0) <= most:
+        return np.arange(len(message))
+    order = np.lexsort((key, message))
+    return np.sort(order[repeats_before(message[order]) < most])
+
+
+def _balanced(routes: Routes, message: IntArray, bytes_per_s: FloatArray) -> FloatArray:
+    """What each route carries: from even shares on, less where a wire of it is busier than those of others."""
+    share = 1.0 / np.bincount(message)[message]
+    if (share == 1.0).all():
+        return share
+    lengths = np.diff(routes.offsets)
+    own = np.repeat(message, lengths)
+    _, used = np.unique(own * len(bytes_per_s) + routes.wires, return_inverse=True)
+    for _ in range(BALANCING):
+        carried = np.bincount(used, weights=np.repeat(share, lengths))[used]
+        share = share / np.maximum.reduceat(carried / bytes_per_s[routes.wires], routes.offsets[:-1])
+        share = share / np.bincount(message, weights=share)[message]
+    return share
 
 
 def paths_of(wires: Wires, topology: Topology, through_chips: bool) -> Paths:

@@ -20,7 +20,15 @@ from comms.errors import CommsError
 from comms.networks.fabrics.switch_tree import Tree, joined
 from comms.networks.fabrics.torus_mesh import FullMesh, Torus
 from comms.networks.shapes import Shape
-from comms.networks.topology import IntArray, Routes, Topology, Wires, merged_routes
+from comms.networks.topology import (
+    IntArray,
+    Routes,
+    Topology,
+    Ways,
+    Wires,
+    merged_routes,
+    merged_ways,
+)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -120,24 +128,38 @@ class TieredTopology:
 
     def routes(self, src: IntArray, dst: IntArray) -> Routes:
         """One route per pair of chips, or of a chip and a switch of a fabric's copy that holds the chip."""
+        parts: list[tuple[IntArray, Routes]] = []
+        for here, shape, local_src, local_dst, first in self._in_copies(src, dst):
+            routes = shape.routes(local_src, local_dst)
+            parts.append((here, _shifted(routes, first)))
+        return merged_routes(len(src), parts)
+
+    def ways(self, src: IntArray, dst: IntArray) -> Ways:
+        """As `routes`, with all that a fabric has."""
+        parts: list[tuple[IntArray, Ways]] = []
+        for here, shape, local_src, local_dst, first in self._in_copies(src, dst):
+            ways = shape.ways(local_src, local_dst)
+            parts.append((here, replace(ways, routes=_shifted(ways.routes, first[ways.message]))))
+        return merged_ways(len(src), parts)
+
+    def _in_copies(
+        self, src: IntArray, dst: IntArray
+    ) -> Iterator[tuple[IntArray, Shape, IntArray, IntArray, IntArray]]:
+        """Fabric by fabric the messages that use it: which, its shape, both ends in that, and their first wires."""
         src, dst = np.asarray(src, dtype=np.int64), np.asarray(dst, dtype=np.int64)
         waiting = np.ones(len(src), dtype=np.bool_)
         waiting[(src == dst) & (src >= 0) & (src < self.num_nodes)] = False
-        parts: list[tuple[IntArray, Routes]] = []
         for copies in self._copies:
             copy, local_src = copies.places(src, self.num_chips)
             copy_dst, local_dst = copies.places(dst, self.num_chips)
             here = np.flatnonzero(waiting & (copy == copy_dst) & (copy >= 0))
             if len(here):
                 waiting[here] = False
-                routes = copies.fabric.shape.routes(local_src[here], local_dst[here])
                 first = copies.first_wire + copy[here] * copies.num_wires
-                wires = routes.wires + np.repeat(first, np.diff(routes.offsets))
-                parts.append((here, Routes(routes.offsets, wires)))
+                yield here, copies.fabric.shape, local_src[here], local_dst[here], first
         if waiting.any():
             lost = int(np.flatnonzero(waiting)[0])
             raise CommsError(f"no route from node {src[lost]} to node {dst[lost]}", "network")
-        return merged_routes(len(src), parts)
 
     def switch_over(self, chips: Sequence[int]) -> int:
         """The node of the innermost switch over all of these chips. Raises CommsError where there is none."""
@@ -153,6 +175,11 @@ class TieredTopology:
         raise CommsError(
             "there is no switch over these chips", "network", "use an algorithm without switches"
         )
+
+
+def _shifted(routes: Routes, first: IntArray) -> Routes:
+    """Routes in copies of a shape whose wires start at `first`."""
+    return Routes(routes.offsets, routes.wires + np.repeat(first, np.diff(routes.offsets)))
 
 
 def sole_shape(topology: Topology) -> Topology:

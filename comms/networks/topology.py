@@ -64,6 +64,27 @@ class Routes:
         return Routes(np.concatenate([[0], np.cumsum(lengths)]), self.wires[rows])
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Ways:
+    """Routes that messages spread over: route i carries share[i] of message[i], whose shares sum to 1."""
+
+    routes: Routes
+    message: IntArray  # [routes] ascending
+    share: FloatArray
+
+    @classmethod
+    def single(cls, routes: Routes) -> "Ways":
+        """Each message on one route."""
+        return cls(routes, np.arange(routes.num_messages), np.ones(routes.num_messages))
+
+    def kept(self, keep: NDArray[np.bool_]) -> "Ways":
+        """Only some of the routes, each with as much more as its message has lost."""
+        which = np.flatnonzero(keep)
+        message, share = self.message[which], self.share[which]
+        sums = np.bincount(message, weights=share, minlength=int(self.message.max(initial=-1)) + 1)
+        return Ways(self.routes.take(which), message, share / sums[message])
+
+
 @dataclass(frozen=True, slots=True)
 class Change:
     """From `at_s` on, a wire runs at `factor` of the topology's rate: 0 is down. It takes the place of `factors`."""
@@ -111,6 +132,9 @@ class Topology(Protocol):
         Any two chips have one. A chip and a switch above it have one where the shape lets switches reduce.
         """
 
+    def ways(self, src: IntArray, dst: IntArray) -> Ways:
+        """All equal routes that a message between two nodes spreads over; `routes` has one of them."""
+
 
 def routes_of(columns: Sequence[IntArray]) -> Routes:
     """Routes from columns of wires, hop by hop: columns[h][i] is the h-th wire of message i, -1 for none."""
@@ -131,6 +155,22 @@ def merged_routes(num_messages: int, parts: Sequence[tuple[IntArray, Routes]]) -
     for which, routes in parts:
         wires[ranges(offsets[which], lengths[which])] = routes.wires
     return Routes(offsets, wires)
+
+
+def merged_ways(num_messages: int, parts: Sequence[tuple[IntArray, Ways]]) -> Ways:
+    """The ways of all messages, from those of some of them by number; messages in no part have an empty route."""
+    there = np.concatenate([np.zeros(0, dtype=np.int64), *(which for which, _ in parts)])
+    rest = np.setdiff1d(np.arange(num_messages), there)
+    none = Routes(np.zeros(len(rest) + 1, dtype=np.int64), np.zeros(0, dtype=np.int64))
+    every = [*parts, (rest, Ways.single(none))]
+    message = np.concatenate([which[ways.message] for which, ways in every])
+    lengths = np.concatenate([np.diff(ways.routes.offsets) for _, ways in every])
+    routes = Routes(
+        np.concatenate([[0], np.cumsum(lengths)]), np.concatenate([ways.routes.wires for _, ways in every])
+    )
+    order = np.argsort(message, kind="stable")
+    share = np.concatenate([ways.share for _, ways in every])
+    return Ways(routes.take(order), message[order], share[order])
 
 
 def route_latencies(wires: Wires, routes: Routes) -> FloatArray:

@@ -2,11 +2,12 @@
 
 A stream is one channel of one job, for all its groups; a run is one group of one job. Streams number their ranks,
 rounds, pieces and chunk groups from 0; the arrays of all streams are laid end to end. A chunk group is what waits
-together: all chunks of a channel, or each chunk in a channel `by_chunk`. A port is one wire by which one rank of
-one stream leaves: its messages go one after another, so a port has at most one message under way. A resource is
-a wire's capacity (`Wires.shares`).
+together: all chunks of a channel, or each chunk in a channel `by_chunk`. A port is one wire by which one rank of one
+stream leaves: its messages go one after another, one at a time. A message that spreads over several ways is as many
+messages, each with a part of its bytes and a port of its own. A resource is a wire's capacity (`Wires.shares`).
 """
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypeAlias
@@ -163,13 +164,39 @@ def _check_places(topology: Topology, job: CollectiveJob) -> None:
         raise CommsError(problem, where, "place ranks on nodes that there are")
     if not 0 <= job.nbytes < np.inf:
         raise CommsError(f"{job.nbytes} bytes", where, "give a size of zero or more")
-    for channel in job.schedule.channels:
-        if not 1 <= channel.pieces < MAX_PIECES:
-            raise CommsError(f"{channel.pieces} pieces", where, f"cut it into 1 to {MAX_PIECES - 1} pieces")
+    for pieces in (channel.pieces for channel in job.schedule.channels):
+        if not 1 <= pieces < MAX_PIECES:
+            raise CommsError(f"{pieces} pieces", where, f"cut it into 1 to {MAX_PIECES - 1} pieces")
 
 
 # A round, and its phase: the first round, the one after the last, and all of it.
 PhasedRound: TypeAlias = tuple[Round, tuple[int, int, tuple[Round, ...]]]
+
+
+@dataclass(slots=True, eq=False)
+class _Routed:
+    """A pattern on wires: one row for each way of each message."""
+
+    src: IntArray  # ranks in the stream
+    dst: IntArray
+    message: IntArray  # of the pattern, in all groups
+    part: FloatArray  # of its bytes
+    head: IntArray  # the resource by which it leaves, -1 for none
+    offsets: IntArray  # [rows + 1] of its resources
+    resources: IntArray
+    latency_s: FloatArray
+    rate_share: FloatArray  # that its protocol gets
+    edge0: int = -1  # its first row among the edges
+
+    def port_keys(self, num_wires: int) -> IntArray:
+        """[rows] One number per rank and resource by which it leaves; what has no wire has a port of its own."""
+        return self.src * (num_wires + 1) + self.head + 1
+
+    def lanes(self) -> IntArray:
+        """[rows] How many ways of the same message leave by the same resource before each."""
+        if (self.part == 1.0).all():  # the usual case, in no time
+            return np.zeros_like(self.message)
+        return repeats_before(self.message * (int(self.head.max(initial=-1)) + 2) + self.head + 1)
 
 
 class _Building:
@@ -181,7 +208,6 @@ class _Building:
         self.rounds: list[tuple[NDArray[np.generic], ...]] = []
         self.edges: list[tuple[NDArray[np.generic], ...]] = []
         self.sizes: list[FloatArray] = []
-        self.share: dict[int, FloatArray] = {}  # [messages] by pattern, of the channel that is being added
         self.chunks: list[tuple[IntArray, IntArray]] = []
         self.rank_node: list[IntArray] = []
         self.port_rank: list[IntArray] = []
@@ -191,16 +217,16 @@ class _Building:
 
     def add_job(self, job: CollectiveJob) -> None:
         """One more job: a stream per channel, a run per group."""
-        groups, stream0 = len(job.by_group), len(self.streams)
+        stream0, messages = len(self.streams), np.zeros(len(job.by_group), dtype=np.int64)
         for channel in job.schedule.channels:
-            self._add_channel(job, channel)
+            messages += self._add_channel(job, channel)
         self.num["jobs"] += 1
-        stream1, messages = len(self.streams), job.schedule.num_messages
-        for group in range(groups):
-            times = (messages, messages, job.start_s, job.start_s, job.repeats)
-            self.runs.append((self.num["jobs"] - 1, group, stream0, stream1, *times))
+        for group, number in enumerate(messages.tolist()):
+            times = (number, number, job.start_s, job.start_s, job.repeats)
+            self.runs.append((self.num["jobs"] - 1, group, stream0, len(self.streams), *times))
 
-    def _add_channel(self, job: CollectiveJob, channel: Channel) -> None:
+    def _add_channel(self, job: CollectiveJob, channel: Channel) -> IntArray:
+        """[groups] How many messages there are in each."""
         rounds = [(each, phase) for phase in _phase_bounds(channel) for each in phase[2]]
         num_groups, members = job.by_group.shape
         ranks, pieces = num_groups * members, channel.pieces
@@ -211,65 +237,67 @@ class _Building:
             + (self.num["ranks"], self.num["chains"], self.num["left"])
             + (channel.order is PieceOrder.SERIAL, channel.by_chunk)
         )
-        patterns = self._patterns(rounds, job, channel)
-        self._add_rounds(rounds, patterns, job, pieces)
+        routed = self._patterns(rounds, job, channel)
+        self._add_rounds(rounds, routed, job, pieces)
         self.rank_node.append(job.by_group.ravel())
         self.num["rounds"] += len(rounds)
         self.num["ranks"] += ranks
         self.num["chains"] += chains
         self.num["left"] += chains * len(rounds)
+        counts = np.zeros(num_groups, dtype=np.int64)
+        for key, times in Counter(id(each.pattern) for each, _ in rounds).items():
+            counts += times * np.bincount(routed[key].src // members, minlength=num_groups)
+        return counts * pieces
 
     def _patterns(
         self, rounds: Sequence[PhasedRound], job: CollectiveJob, channel: Channel
-    ) -> dict[int, int]:
-        """First row of each distinct pattern; ports are numbered per stream, over all its patterns."""
+    ) -> dict[int, _Routed]:
+        """Each distinct pattern on its wires; ports are numbered per stream, over all its patterns."""
         # By identity: a ring has one pattern for all its rounds, whose routes are then looked up once.
-        distinct = {id(each.pattern): _in_groups(each.pattern, job) for each, _ in rounds}
+        distinct = {id(each.pattern): each.pattern for each, _ in rounds}
         phase = {id(each.pattern): bounds[0] for each, bounds in rounds}
-        routed = {key: self._routed(pattern, job) for key, pattern in distinct.items()}
-        keys = [_port_keys(p, routed[key][0], self.wires.num_wires) for key, p in distinct.items()]
-        # Messages that need not wait for each other have ports of their own: lanes of the wire that they share.
-        lanes = 1
+        routed = {key: self._routed(_in_groups(pattern, job), job) for key, pattern in distinct.items()}
+        keys = [each.port_keys(self.wires.num_wires) for each in routed.values()]
+        # Ways of a message that leave by one wire share it: each has a lane of it.
+        numbers = [each.lanes() for each in routed.values()]
+        lanes = 1 + max((int(each.max(initial=0)) for each in numbers), default=0)
+        keys = [each * lanes + number for each, number in zip(keys, numbers, strict=True)]
+        # So have messages that need not wait for each other.
         if channel.at_once or channel.apart:
             numbers = [repeats_before(each) * channel.at_once for each in keys]
-            lanes += max(int(each.max(initial=0)) for each in numbers)
+            more = 1 + max(int(each.max(initial=0)) for each in numbers)
             if channel.apart:
-                numbers = [n + lanes * phase[key] for n, key in zip(numbers, distinct, strict=True)]
-                lanes *= len(rounds)
-            keys = [each * lanes + number for each, number in zip(keys, numbers, strict=True)]
+                numbers = [n + more * phase[key] for n, key in zip(numbers, distinct, strict=True)]
+                more *= len(rounds)
+            keys = [each * more + number for each, number in zip(keys, numbers, strict=True)]
+            lanes *= more
         every = np.unique(np.concatenate(keys)) if keys else np.zeros(0, dtype=np.int64)
-        rows: dict[int, int] = {}
-        for (key, pattern), wanted in zip(distinct.items(), keys, strict=True):
-            rows[key] = self.num["edges"]
-            _, offsets, resources, latency, share = routed[key]
+        for each, wanted in zip(routed.values(), keys, strict=True):
+            each.edge0 = self.num["edges"]
             port = np.searchsorted(every, wanted) + self.num["ports"]
-            route = offsets + self.num["route"]
-            self.edges.append(
-                (pattern.src, pattern.dst, port, latency, share, route[:-1], route[1:], resources)
-            )
-            self.share[key] = share
-            self.num["edges"] += len(pattern.src)
-            self.num["route"] += len(resources)
+            route = each.offsets + self.num["route"]
+            columns = (each.src, each.dst, port, each.latency_s, each.rate_share, route[:-1], route[1:])
+            self.edges.append((*columns, each.resources))
+            self.num["edges"] += len(each.src)
+            self.num["route"] += len(each.resources)
         self.port_rank.append(every // lanes // (self.wires.num_wires + 1) + self.num["ranks"])
         self.num["ports"] += len(every)
-        return rows
+        return routed
 
-    def _routed(
-        self, pattern: Pattern, job: CollectiveJob
-    ) -> tuple[IntArray, IntArray, IntArray, FloatArray, FloatArray]:
-        """Of each message the resource by which it leaves, and its route, latency and share."""
+    def _routed(self, pattern: Pattern, job: CollectiveJob) -> _Routed:
         places = job.by_group.ravel()
-        routes = self.topology.routes(places[pattern.src], places[pattern.dst])
+        ways = self.topology.ways(places[pattern.src], places[pattern.dst])
+        routes, src, dst = ways.routes, pattern.src[ways.message], pattern.dst[ways.message]
         resources = self.wires.shares[routes.wires]
         heads = np.full(routes.num_messages, -1, dtype=np.int64)
         taken = routes.offsets[1:] > routes.offsets[:-1]
         heads[taken] = resources[routes.offsets[:-1][taken]]
         members, chips = job.by_group.shape[1], job.schedule.num_ranks
         # A message up to a switch that reduces and the one down from it are one message to a library.
-        half = (pattern.src % members >= chips) | (pattern.dst % members >= chips)
+        stages = np.where((src % members >= chips) | (dst % members >= chips), 0.5, 1.0)
         stage_s, share = self._moved_by(job, routes)
-        latency = route_latencies(self.wires, routes) + stage_s * np.where(half, 0.5, 1.0)
-        return heads, routes.offsets, resources, latency, share
+        latency = route_latencies(self.wires, routes) + stage_s * stages
+        return _Routed(src, dst, ways.message, ways.share, heads, routes.offsets, resources, latency, share)
 
     def _moved_by(self, job: CollectiveJob, routes: Routes) -> tuple[FloatArray, FloatArray]:
         """[messages] What the protocol of the outermost tier of its route adds to each, and the share that it gets."""
@@ -284,26 +312,22 @@ class _Building:
         return columns[:, 0], columns[:, 1]
 
     def _add_rounds(
-        self,
-        rounds: Sequence[PhasedRound],
-        patterns: dict[int, int],
-        job: CollectiveJob,
-        pieces: int,
+        self, rounds: Sequence[PhasedRound], routed: dict[int, _Routed], job: CollectiveJob, pieces: int
     ) -> None:
         groups = len(job.by_group)
-        lengths = np.array([len(each.pattern.src) * groups for each, _ in rounds], dtype=np.int64)
+        on_wires = [routed[id(each.pattern)] for each, _ in rounds]
+        lengths = np.array([len(each.src) for each in on_wires], dtype=np.int64)
         first = np.cumsum(lengths) - lengths + self.num["messages"]
-        edge0 = np.array([patterns[id(each.pattern)] for each, _ in rounds], dtype=np.int64)
+        edge0 = np.array([each.edge0 for each in on_wires], dtype=np.int64)
         start = np.array([phase[0] for _, phase in rounds], dtype=np.int64)
         end = np.array([phase[1] for _, phase in rounds], dtype=np.int64)
         stream = np.full(len(rounds), len(self.streams) - 1, dtype=np.int64)
-        number = np.arange(len(rounds))
-        self.rounds.append((edge0, first, first + lengths, stream, number, start, end))
-        for each, _ in rounds:
+        self.rounds.append((edge0, first, first + lengths, stream, np.arange(len(rounds)), start, end))
+        for (each, _), way in zip(rounds, on_wires, strict=True):
+            of, shares = way.message, job.schedule.message_shares(each) * (job.nbytes / pieces)
             # A protocol that leaves a part of the rate unused keeps wires busy like a longer message.
-            sizes = np.tile(job.schedule.message_shares(each) * (job.nbytes / pieces), groups)
-            self.sizes.append(sizes / self.share[id(each.pattern)])
-            self.chunks.append((np.tile(each.first, groups), np.tile(each.count, groups)))
+            self.sizes.append(np.tile(shares, groups)[of] * way.part / way.rate_share)
+            self.chunks.append((np.tile(each.first, groups)[of], np.tile(each.count, groups)[of]))
         self.num["messages"] += int(lengths.sum())
 
     def done(self) -> Compiled:
@@ -362,12 +386,6 @@ def _crossings(work: MessageTable, runs: NDArray[np.void], num_resources: int) -
     lengths = work.edges["route1"] - work.edges["route0"]
     along = [np.repeat(each, lengths) for each in (totals * work.edges["share"], totals)]
     return np.array([np.bincount(work.route, weights=each, minlength=num_resources) for each in along])
-
-
-def _port_keys(pattern: Pattern, heads: IntArray, num_wires: int) -> IntArray:
-    """One number per (rank, resource by which it leaves); messages without a wire have a port of their own."""
-    keys: IntArray = np.asarray(pattern.src, dtype=np.int64) * (num_wires + 1) + heads + 1
-    return keys
 
 
 def _records(dtype: np.dtype[np.void], blocks: Sequence[tuple[NDArray[np.generic], ...]]) -> NDArray[np.void]:

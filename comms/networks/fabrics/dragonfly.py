@@ -27,7 +27,7 @@ from comms.errors import CommsError
 from comms.networks.links import Link
 from comms.networks.paths import mixed, node_pairs
 from comms.networks.shapes import RoutedShape
-from comms.networks.topology import IntArray, Routes, Wires, routes_of
+from comms.networks.topology import IntArray, Routes, Ways, Wires, routes_of
 
 
 class Arrangement(StrEnum):
@@ -139,6 +139,10 @@ class Dragonfly(RoutedShape):
         columns += [*through, self._local_wire(arrived, end)]
         columns.append(np.where(same, -1, self.num_chips + dst))
         return routes_of(columns)
+
+    def ways(self, src: IntArray, dst: IntArray) -> Ways:
+        """One for each message."""
+        return Ways.single(self.routes(src, dst))
 
     def _middle(self, start: IntArray, end: IntArray, key: IntArray) -> IntArray | None:
         """[messages] The group to go by, the group itself where there is none; None where no message needs one."""

@@ -1,13 +1,14 @@
 """Networks given edge by edge, and any network with some of its wires dead or slow.
 
-Messages take the best paths of `networks.paths`. Equal paths are told apart by where nodes first appear in the list of
-edges, so a network whose chips are relabelled, its edges in the same order, behaves the same.
+Messages spread over all equal best paths (`networks.paths`). Nodes are told apart by where they first appear in the
+list of edges, so a network whose chips are relabelled, its edges in the same order, behaves the same.
 
-Parallel edges carry every message together, and so do switches with the same links to the same nodes (the planes of
-NVSwitch, the spines of a leaf and spine network): they count as one wire, and one switch, of their summed rate.
+Parallel edges carry every message together, and so do switches with links to the same nodes whose rates are in the same
+proportions (the planes of NVSwitch, the spines of a leaf and spine network): they count as one wire, and one switch, of
+their summed rate.
 
-Not modelled: one message over several equal paths that do not run side by side, nor the unevenness of hashing flows
-onto parallel links; the time until a network has noticed a dead wire.
+Not modelled: longer or slower paths beside the best, the unevenness of hashing flows onto parallel links, the time
+until a network has noticed a dead wire.
 """
 
 from collections.abc import Mapping
@@ -20,7 +21,15 @@ from comms.errors import CommsError
 from comms.networks.links import Link
 from comms.networks.paths import Paths, paths_of
 from comms.networks.shapes import RoutedShape
-from comms.networks.topology import IntArray, Routes, Topology, Wires, merged_routes
+from comms.networks.topology import (
+    IntArray,
+    Routes,
+    Topology,
+    Ways,
+    Wires,
+    merged_routes,
+    merged_ways,
+)
 
 
 class Duplex(StrEnum):
@@ -71,8 +80,12 @@ class EdgeList(RoutedShape):
         return self._wires
 
     def routes(self, src: IntArray, dst: IntArray) -> Routes:
-        """The best paths; see the module. Raises CommsError where there is none."""
+        """One of the best paths each. Raises CommsError where there is none."""
         return self.paths.routes(src, dst)
+
+    def ways(self, src: IntArray, dst: IntArray) -> Ways:
+        """The best paths; see the module. Raises CommsError where there is none."""
+        return self.paths.ways(src, dst)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -138,6 +151,19 @@ class Rerouted:
         kept = Routes(usual.offsets, wires).take(same)
         return merged_routes(usual.num_messages, [(same, kept), (broken, around)])
 
+    def ways(self, src: IntArray, dst: IntArray) -> Ways:
+        """As `routes`: of a message's ways those that are left, and the best ones round where none is."""
+        usual = self.topology.ways(src, dst)
+        renumbered = replace(usual, routes=Routes(usual.routes.offsets, self.numbers[usual.routes.wires]))
+        lost = np.concatenate([[0], np.cumsum(renumbered.routes.wires < 0)])
+        is_whole = lost[usual.routes.offsets[1:]] == lost[usual.routes.offsets[:-1]]
+        if is_whole.all():
+            return renumbered
+        kept = renumbered.kept(is_whole)
+        broken = np.setdiff1d(usual.message, kept.message)
+        around = self.paths.ways(np.asarray(src)[broken], np.asarray(dst)[broken])
+        return merged_ways(len(src), [(np.arange(len(src)), kept), (broken, around)])
+
 
 def _wires_of(graph: EdgeList) -> Wires:
     numbers: dict[int | str, int] = {name: graph.num_chips + i for i, name in enumerate(graph.switches)}
@@ -191,7 +217,7 @@ def _without_parallels(wires: Wires) -> Wires:
 
 
 def _alike_switches(wires: Wires, num_chips: int, num_nodes: int) -> IntArray:
-    """[nodes] The first switch with the same wires to and from the same nodes; every other node is itself."""
+    """[nodes] The first switch with like wires to and from the same nodes; every other node is itself."""
     links: list[list[tuple[int, int, float, float]]] = [[] for _ in range(num_nodes)]
     shared = wires.shares != np.arange(wires.num_wires)
     shared |= np.bincount(wires.shares, minlength=wires.num_wires)[np.arange(wires.num_wires)] > 1
@@ -206,7 +232,9 @@ def _alike_switches(wires: Wires, num_chips: int, num_nodes: int) -> IntArray:
     alike = np.arange(num_nodes)
     for node in range(num_chips, num_nodes):
         if links[node]:
-            alike[node] = known.setdefault(tuple(sorted(links[node])), node)
+            top = max(rate for _, _, _, rate in links[node])
+            like = sorted((own, to, latency, round(rate / top, 9)) for own, to, latency, rate in links[node])
+            alike[node] = known.setdefault(tuple(like), node)
     return alike
 
 

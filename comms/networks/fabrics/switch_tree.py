@@ -27,7 +27,7 @@ from comms.networks.groups import Lattice, Level, Levels, Members, group_size
 from comms.networks.layers import SWITCH, Layer, Spread, Switch, Trunk, alone, folded, loaded
 from comms.networks.links import Link
 from comms.networks.paths import mixed
-from comms.networks.topology import IntArray, Routes, Wires, routes_of
+from comms.networks.topology import IntArray, Routes, Ways, Wires, routes_of
 
 IN_OUT = (False, True)  # the two nodes of a switch
 
@@ -202,6 +202,10 @@ class Tree:
     def routes(self, src: IntArray, dst: IntArray) -> Routes:
         """One route per pair of chips, or of a chip and a switch above it (any two switches of one plane)."""
         return _routes(_Numbers.of(self), self.spread, src, dst)
+
+    def ways(self, src: IntArray, dst: IntArray) -> Ways:
+        """One for each message."""
+        return Ways.single(self.routes(src, dst))
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,7 @@ from comms.networks.groups import Lattice, Level, Levels, Members, group_size, s
 from comms.networks.links import Link
 from comms.networks.paths import node_pairs
 from comms.networks.shapes import RoutedShape
-from comms.networks.topology import IntArray, Routes, Wires, ranges, routes_of
+from comms.networks.topology import IntArray, Routes, Ways, Wires, ranges, routes_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +145,10 @@ class Torus(RoutedShape):
         """Dimension by dimension, on the network with the fewest wires between the two; see the module."""
         src, dst = node_pairs(src, dst, self.num_chips)
         return self._routes_on(self._network(src, dst), src, dst)
+
+    def ways(self, src: IntArray, dst: IntArray) -> Ways:
+        """One for each message."""
+        return Ways.single(self.routes(src, dst))
 
     def levels(self, members: Members, inner: int = 1, aligned: bool = False) -> Levels | None:
         """One ring per dimension; None unless the group fills an aligned block, and `inner` whole dimensions of it."""
@@ -348,6 +352,10 @@ class FullMesh:
         """The one wire between the two."""
         src, dst = node_pairs(src, dst, self.num_chips)
         return routes_of([np.where(src == dst, -1, self._wire(src, dst))])
+
+    def ways(self, src: IntArray, dst: IntArray) -> Ways:
+        """One for each message."""
+        return Ways.single(self.routes(src, dst))
 
     def _wire(self, tail: IntArray, head: IntArray) -> IntArray:
         return tail * (self.num_chips - 1) + head - (head > tail)

@@ -189,7 +189,7 @@ class Scaled:
     def __init__(self, base, latency=1.0, rate=1.0):
         self.base, self.latency, self.rate = base, latency, rate
         self.num_chips, self.num_nodes, self.tiers = base.num_chips, base.num_nodes, base.tiers
-        self.routes = base.routes
+        self.ways = base.ways
 
     def wires(self):
         w = self.base.wires()

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from comms.collectives.schedule import Channel, Op, Pattern, PieceOrder, Round, Schedule
 from comms.errors import CommsError
-from comms.networks.topology import UNDISTURBED, Change, Conditions, Wires, routes_of
+from comms.networks.topology import UNDISTURBED, Change, Conditions, Ways, Wires, routes_of
 from comms.simulation.compiled import CollectiveJob, compile_jobs
 from comms.simulation.events import MOST_RESTARTS
 from comms.simulation.full import Method, simulate, simulate_within
@@ -43,6 +43,9 @@ class Table:
         longest = max((len(route) for route in found), default=1)
         padded = [list(route) + [-1] * (longest - len(route)) for route in found]
         return routes_of(list(np.array(padded, dtype=np.int64).reshape(len(found), longest).T))
+
+    def ways(self, src, dst):
+        return Ways.single(self.routes(src, dst))
 
 
 def filled(capacity, routes):
