@@ -23,7 +23,7 @@ from comms.errors import CommsError
 from comms.networks.fabrics.edge_list import EdgeList, Rerouted
 from comms.networks.paths import within_reach
 from comms.networks.tiered import TieredTopology
-from comms.networks.topology import Change, Conditions, IntArray, Topology, Wires
+from comms.networks.topology import Change, Conditions, FloatArray, IntArray, Topology, Wires
 
 HORIZON_S = 10.0  # how long flapping links are followed
 
@@ -108,6 +108,18 @@ class Background:
 
 
 @dataclass(frozen=True, slots=True)
+class OwnRates:
+    """Chips of several kinds, whose links in a tier are not all as slow as the network says, which is the slowest."""
+
+    tier: str
+    factors: tuple[float, ...]  # of chip i's wires: factors[i % len(factors)] times the rate
+
+    def differ(self, num_chips: int) -> bool:
+        """Whether any of the first chips has more."""
+        return any(factor != 1.0 for factor in self.factors[:num_chips])
+
+
+@dataclass(frozen=True, slots=True)
 class Described:
     """All that differs from a network in perfect order; nothing by default."""
 
@@ -116,6 +128,7 @@ class Described:
     jitter: Jitter = Jitter()
     seed: int = 0
     background: tuple[Background, ...] = ()
+    rates: tuple[OwnRates, ...] = ()
 
     @property
     def is_healthy(self) -> bool:
@@ -150,7 +163,7 @@ def resolve(described: Described, topology: Topology, horizon_s: float = HORIZON
         # Through chips too, as libraries relay for a chip whose card is down.
         left = Rerouted(topology, tuple(dead), chips_relay=may_relay(topology))
         numbers, now = left.numbers, left.wires()
-    factors = _factors(described, found, numbers, now)
+    factors = _factors(described, found, numbers, now, _own_rates(described, topology, wires))
     delays_s, work_factors = _of_chips(described)
     return Resolved(
         left,
@@ -282,16 +295,29 @@ def _capacities(which: tuple[int, ...], numbers: IntArray, now: Wires) -> list[i
     return [int(row) for row in np.unique(now.shares[alive[alive >= 0]])]
 
 
-def _factors(described: Described, found: FaultyWires, numbers: IntArray, now: Wires) -> dict[int, float]:
-    """Share of its rate for each capacity that has not all of it."""
+def _own_rates(described: Described, topology: Topology, wires: Wires) -> FloatArray:
+    """[wires] How many times its rate each has; between two chips it is as slow as the slower one's."""
+    factors = np.ones(wires.num_wires)
+    for rates in described.rates:
+        of_node = np.full(topology.num_nodes, np.inf)
+        of_node[: topology.num_chips] = np.resize(rates.factors, topology.num_chips)
+        own = np.minimum(of_node[wires.tail], of_node[wires.head])
+        is_own = np.isfinite(own) & (np.array(topology.tiers)[wires.tier] == rates.tier)
+        factors[is_own] = own[is_own]
+    return factors
+
+
+def _factors(
+    described: Described, found: FaultyWires, numbers: IntArray, now: Wires, own: FloatArray
+) -> dict[int, float]:
+    """Share of its rate for each capacity that has not just all of it."""
+    kept = numbers >= 0
     factors = np.ones(now.num_wires)
+    factors[numbers[kept]] = own[kept]
     if described.jitter.rate:
         drawn = np.random.default_rng(described.seed).uniform(-1.0, 1.0, len(numbers))
-        kept = numbers >= 0
-        own = np.zeros(now.num_wires)
-        own[numbers[kept]] = drawn[kept]
-        factors += described.jitter.rate * own
-        factors[now.shares != np.arange(now.num_wires)] = 1.0
+        factors[numbers[kept]] *= 1.0 + described.jitter.rate * drawn[kept]
+    factors[now.shares != np.arange(now.num_wires)] = 1.0
     for fault, which in found:
         if 0 < fault.factor < 1:
             factors[_capacities(which, numbers, now)] *= fault.factor

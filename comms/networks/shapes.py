@@ -61,8 +61,12 @@ class RoutedShape:
 
 
 def _seen(topology: Topology, src: IntArray, shared: bool) -> Link:
-    wires = topology.wires()
-    routes = topology.routes(src, np.arange(topology.num_chips))
-    users = np.bincount(wires.shares[routes.wires], minlength=wires.num_wires)
-    rates = wires.bytes_per_s / np.maximum(users[wires.shares] if shared else 1, 1)
-    return Link(float(route_latencies(wires, routes).max()), float(rates[routes.wires].min(initial=np.inf)))
+    wires, ways = topology.wires(), topology.ways(src, np.arange(topology.num_chips))
+    lengths = np.diff(ways.routes.offsets)
+    used = wires.shares[ways.routes.wires]
+    if not shared:  # each message has the wires to itself
+        used = used + np.repeat(ways.message, lengths) * wires.num_wires
+    numbers, place = np.unique(used, return_inverse=True)
+    carried = np.bincount(place, weights=np.repeat(ways.share, lengths), minlength=len(numbers))
+    rates = wires.bytes_per_s[ways.routes.wires] / carried[place]
+    return Link(float(route_latencies(wires, ways.routes).max()), float(rates.min(initial=np.inf)))

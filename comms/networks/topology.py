@@ -160,6 +160,8 @@ def merged_routes(num_messages: int, parts: Sequence[tuple[IntArray, Routes]]) -
 def merged_ways(num_messages: int, parts: Sequence[tuple[IntArray, Ways]]) -> Ways:
     """The ways of all messages, from those of some of them by number; messages in no part have an empty route."""
     there = np.concatenate([np.zeros(0, dtype=np.int64), *(which for which, _ in parts)])
+    if len(parts) == 1 and len(there) == num_messages:  # the usual case, in no time
+        return parts[0][1]
     rest = np.setdiff1d(np.arange(num_messages), there)
     none = Routes(np.zeros(len(rest) + 1, dtype=np.int64), np.zeros(0, dtype=np.int64))
     every = [*parts, (rest, Ways.single(none))]

@@ -174,4 +174,6 @@ def conditions_in_words(described: Described) -> str:
     parts = [f"{count} {one if count == 1 else many}" for count, one, many in counted if count]
     if described.jitter.rate or described.jitter.delay_s:
         parts.append("jitter")
+    if described.rates:
+        parts.append("chips of several kinds, with links of their own")
     return ", ".join(parts)

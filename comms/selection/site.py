@@ -42,10 +42,9 @@ class Site:
 
     @property
     def seen(self) -> Topology:
-        """The topology with what is slow as it is, for those who look at wires only."""
-        factors = self.resolved.conditions.factors
-        slow = {wire: factor for wire, factor in factors.items() if 0 < factor < 1}
-        return Rerouted(self.topology, (), slow, may_relay(self.whole)) if slow else self.topology
+        """The topology with rates as they are, for those who look at wires only."""
+        rates = {wire: factor for wire, factor in self.resolved.conditions.factors.items() if factor > 0}
+        return Rerouted(self.topology, (), rates, may_relay(self.whole)) if rates else self.topology
 
 
 @dataclass(frozen=True, slots=True, eq=False)

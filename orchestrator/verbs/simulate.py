@@ -13,6 +13,7 @@ from comms.units import format_dollars, format_percent, format_scaled, format_se
 from orchestrator.planning.preparation import Prepared
 from orchestrator.runners.timing.prediction import (
     CONDITIONS,
+    MIXED,
     UNEVEN,
     SimulationResult,
     chosen_fidelity,
@@ -70,7 +71,7 @@ def answer(prepared: Prepared, options: SimulateOptions, console: Console) -> in
             load_loops()
     with console.phase("simulate"):
         result = simulate(prepared.program, prepared.cluster, fidelity=asked)
-    for what in (CONDITIONS, UNEVEN):
+    for what in (CONDITIONS, UNEVEN, MIXED):
         if what in result.step.left_out:
             console.warn(f"folded fidelity leaves out {what}; --fidelity full has it")
     console.results(result.document(), tables(result))
@@ -113,7 +114,23 @@ def tables(result: SimulationResult) -> tuple[Table, ...]:
             ("left out", "; ".join(result.step.left_out)),
         ),
     )
-    return head, _time_table(result), _memory_table(result)
+    own = [_kinds_table(result)] if len(result.kinds) > 1 else []
+    return head, _time_table(result), *own, _memory_table(result)
+
+
+def _kinds_table(result: SimulationResult) -> Table:
+    """Chips of several kinds: how long each works, and waits."""
+    rows = []
+    for name, count, parts in result.kinds:
+        busy = parts.compute_s + parts.optimizer_s + parts.host_s
+        waits = sum(seconds for _, seconds in parts.exposed_communication_s)
+        shares = (
+            format_percent(seconds / (result.step_time_s or 1.0)) for seconds in (busy, waits, parts.bubble_s)
+        )
+        rows.append((f"{count} x {name}", *shares))
+    return Table(
+        "shares of the step by kind of chip", rows, ("chips", "works", "communicates", "waits for others")
+    )
 
 
 def work(result: SimulationResult) -> tuple[tuple[str, str], ...]:

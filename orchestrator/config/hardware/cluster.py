@@ -56,6 +56,7 @@ class Pcie:
     duplex: bool = True
     library: Library = PLAIN_LIBRARY
     source: str = ""
+    chip_bytes_per_s: tuple[float, ...] = ()  # each chip's own link, of which `link` has the slowest
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +116,11 @@ class Cluster:
         """Power of all hosts and chips at full load (TDP); None where a chip has no known TDP."""
         return self._sum(lambda host: (host.watts, *(chip.tdp_w for chip in host.chips)))
 
+    @property
+    def is_mixed(self) -> bool:
+        """Whether its chips are of several kinds."""
+        return len(self.chip_types) > 1
+
     def take(self, num_chips: int | None) -> "Cluster":
         """The cluster of the first `num_chips` chips: part of one host, or whole hosts. None takes all."""
         wanted = self.num_chips if num_chips is None else num_chips
@@ -129,7 +135,10 @@ class Cluster:
         if wanted < self.chips_per_host:
             unit = (replace(self.unit[0], chips=self.unit[0].chips[:wanted]),)
         hosts = wanted // per_host
-        return replace(self, unit=unit[:hosts], num_hosts=hosts, network=self.network.take(wanted))
+        rates = tuple(each for each in self.conditions.rates if each.differ(wanted))
+        conditions = replace(self.conditions, rates=rates)
+        network = self.network.take(wanted)
+        return replace(self, unit=unit[:hosts], num_hosts=hosts, network=network, conditions=conditions)
 
     def _check_take(self, wanted: int) -> None:
         size = self.chips_per_host

@@ -10,6 +10,7 @@ use.
 """
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -37,7 +38,7 @@ from orchestrator.config.hardware.network_sections import (
     PcieSection,
     ScaleUpSection,
 )
-from orchestrator.config.hardware.tiers import SwitchLevel, build_network
+from orchestrator.config.hardware.tiers import SwitchLevel, build_network, own_rates
 from orchestrator.config.schema import HourlyPrice, Power, Section, count_or, nearest, validate, word_field
 from orchestrator.config.yaml_file import Document, Location, read_yaml
 
@@ -128,6 +129,9 @@ def cluster_from(document: Document) -> Cluster:
     levels = _levels(document, file)
     network = build_network(unit, num_hosts, fabric, levels, document)
     _check_used(document, file, alone, meet_over_pcie=reach < len(unit[0].chips))
+    given = HEALTHY
+    if file.conditions is not None:
+        given = described(file.conditions, network, num_chips, document.inside("conditions"))
     return Cluster(
         name=file.name,
         device=file.device,
@@ -136,9 +140,7 @@ def cluster_from(document: Document) -> Cluster:
         network=network,
         actors=file.actors,
         origin=document.origin,
-        conditions=HEALTHY
-        if file.conditions is None
-        else described(file.conditions, network, num_chips, document.inside("conditions")),
+        conditions=replace(given, rates=own_rates(network, file.scale_up, levels, unit)),
     )
 
 
@@ -192,6 +194,12 @@ def _pcie(place: Document, section: PcieSection | None, chips: list[Chip]) -> Pc
         section.duplex == "full",
         library,
         section.source,
+        tuple(
+            port.bytes_per_s * (section.efficiency or port.efficiency) / (line * alone) * line * best
+            for port in ports
+        )
+        if section.bandwidth is None
+        else (line * best,) * len(chips),
     )
 
 

@@ -14,19 +14,24 @@ share when all send through it, 2 above that an eighth. At the first level it is
 
 Instead of levels of switches, one shape may join all chips by their cards: a torus, a dragonfly.
 
+Where the chips or hosts differ, rates here are those of the slowest, and full fidelity has what the others have more
+(`own_rates`): at the chips' own ports and cards, not at cards that chips share, and not in latencies.
+
 Not modelled: PCIe traffic and network traffic of one chip in each other's way where they have wires of their own.
 """
 
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from math import inf
 
+from comms.networks.conditions import OwnRates
 from comms.networks.fabrics.switch_tree import Tree
 from comms.networks.layers import Spread, Switch, Trunk, half_latencies
 from comms.networks.links import Link
 from comms.networks.network import UNBOUNDED, Network, Tier, TierKind, layered, switched
 from orchestrator.config.hardware.cluster import PLAIN_LIBRARY, Host, Library
 from orchestrator.config.hardware.network_links import ShapeDrawing, described
-from orchestrator.config.hardware.network_sections import LevelSection, NicSection
+from orchestrator.config.hardware.network_sections import LevelSection, NicSection, ScaleUpSection
 from orchestrator.config.yaml_file import Document
 
 
@@ -95,6 +100,43 @@ def build_network(
             _check_levels(levels, num_hosts, document)
             tiers += _leaving(unit, tiers, inside, levels, total)
         return Network(tuple(tiers or [_alone(unit[0])]))
+
+
+def own_rates(
+    network: Network, scale_up: ScaleUpSection | None, levels: tuple[SwitchLevel, ...], unit: tuple[Host, ...]
+) -> tuple[OwnRates, ...]:
+    """What chips and hosts that bring more than the slowest have more, where the file does not say rates itself."""
+    tiers = {tier.name for tier in network.tiers}
+    found: list[OwnRates] = []
+    ports = [chip.scaleup for host in unit for chip in host.chips]
+    if scale_up is not None and not _says_rates(scale_up):
+        rates = [port.bytes_per_s * (scale_up.efficiency or port.efficiency) for port in ports if port]
+        found.append(_over_slowest("scale-up", rates))
+    inside = [rate for host in unit for rate in _inside_rates(host, inf)]
+    found.append(_over_slowest(PCIE_SWITCH, inside))
+    at_root = [rate for host in unit if host.pcie for rate in _inside_rates(host, host.pcie.root.bytes_per_s)]
+    found.append(_over_slowest(PCIE_ROOT, at_root))
+    per_host = len(unit[0].chips)
+    if levels and all(host.nics and host.nics.count >= per_host for host in unit):
+        cards = [_card_rate(host.nics) * host.nics.count / per_host for host in unit if host.nics]
+        ways = [[min(card, rate) for rate in _inside_rates(host, inf) or [card] * per_host]
+                for host, card in zip(unit, cards, strict=True)]  # fmt: skip
+        found.append(_over_slowest(levels[0].section.name, [rate for way in ways for rate in way]))
+    return tuple(rates for rates in found if rates.tier in tiers and rates.differ(len(rates.factors)))
+
+
+def _says_rates(section: ScaleUpSection) -> bool:
+    links = (*(section.links or ()), *(section.edges or ()))
+    return section.bandwidth is not None or any(link.bandwidth is not None for link in links)
+
+
+def _inside_rates(host: Host, most: float) -> list[float]:
+    """Of each chip's PCIe link."""
+    return [min(rate, most) for rate in host.pcie.chip_bytes_per_s] if host.pcie else []
+
+
+def _over_slowest(tier: str, rates: list[float]) -> OwnRates:
+    return OwnRates(tier, tuple(rate / min(rates) for rate in rates))
 
 
 def _check_joined(reach: int, per_host: int, document: Document) -> None:

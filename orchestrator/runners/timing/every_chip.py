@@ -15,7 +15,7 @@ time to start a collective beyond the tier's setup, and a transfer at all (`Step
 """
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from heapq import heappop, heappush
 from math import ceil, inf
@@ -61,11 +61,15 @@ def simulate_every_chip(
     *,
     schedule: str = "step",
     slow: Mapping[int, float] | None = None,
+    own_costs: Sequence[StepCosts] | None = None,
 ) -> SimulatedStep:
-    """Time one execution of `schedule`; `slow` gives factors of chips' work. Raises ProgramError where it hangs."""
-    factors = slow or {}
+    """Time one execution of `schedule`. Raises ProgramError where it hangs.
+
+    `slow` gives factors of chips' work, `own_costs` each chip's, where they are of several kinds.
+    """
+    factors, own = slow or {}, own_costs or [costs] * program.num_chips
     chips = [
-        DrivenChip(number, Machine(program, number, schedule), factors.get(number, 1.0))
+        DrivenChip(number, Machine(program, number, schedule), factors.get(number, 1.0), own[number])
         for number in range(program.num_chips)
     ]
     loop = StepLoop(chips, costs, _MovedCommunications(program, costs, traffic))

@@ -7,6 +7,7 @@ chips of the job, whatever each of them does.
 """
 
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -26,6 +27,7 @@ from partitioner.program.program import Program
 AXES = ("tp", "dp", "pp", "all")  # always shown, zero or not; others only where a Program has them
 EVERY_CHIP = 2048  # up to so many are driven one by one
 CONDITIONS = "the conditions of the cluster file"
+MIXED = "what chips of a stage do that are of a faster kind than its slowest"
 UNEVEN = "how groups of chips sit that fill hosts or tiers unevenly"
 
 
@@ -124,6 +126,19 @@ class SimulationResult:
         """One per stage."""
         return tuple(_breakdown(tally, 1) for tally in self.step.tallies)
 
+    @cached_property
+    def kinds(self) -> tuple[tuple[str, int, StepBreakdown], ...]:
+        """Of each kind of chip its name, how many there are, and their mean, where every chip was driven."""
+        if not self.step.every_chip:
+            return ()
+        tallies, counts = dict[Chip, Tally](), Counter[Chip]()
+        for number, tally in enumerate(self.step.of_chips):
+            chip = self.cluster.chip(number)
+            tallies.setdefault(chip, Tally()).add(tally)
+            counts[chip] += 1
+        means = ((chip, _breakdown(tally, counts[chip])) for chip, tally in tallies.items())
+        return tuple((chip.name, counts[chip], mean) for chip, mean in means)
+
     @property
     def fits(self) -> bool:
         """Whether every stage's peak is within its chips' memory."""
@@ -155,6 +170,7 @@ class SimulationResult:
             "energy_j_per_step": self.energy_j_per_step,
             "breakdown": self.breakdown.document(),
             "roles": [role.document() for role in self.roles],
+            "kinds": [{"chip": n, "chips": count, **each.document()} for n, count, each in self.kinds],
             "num_chips": self.num_chips,
             "plan": self.plan,
             "fidelity": self.step.fidelity,
@@ -181,7 +197,8 @@ def simulate(
 class SimulatedRunner:
     """The runner that only tells the time: as many chips as the Program has, no tensors, and so no loss.
 
-    Folded unless `fidelity` says full, or the cluster is not in perfect order and has few enough chips for that.
+    Folded unless `fidelity` says full, or the cluster is not in perfect order, or its chips are of several kinds, and
+    there are few enough for that.
     """
 
     program: Program
@@ -199,7 +216,11 @@ class SimulatedRunner:
     def _folded(self, schedule: str) -> SimulatedStep:
         costs = ClusterCosts(self.program, self.cluster)
         step = simulate_step(self.program, costs, schedule=schedule)
-        found = ((CONDITIONS, not self.cluster.conditions.is_healthy), (UNEVEN, costs.sits_unevenly))
+        found = (
+            (CONDITIONS, not self.cluster.conditions.is_healthy),
+            (UNEVEN, costs.sits_unevenly),
+            (MIXED, self.cluster.is_mixed),
+        )
         return replace(step, left_out=(*step.left_out, *(what for what, is_so in found if is_so)))
 
     def _every_chip(self, schedule: str) -> SimulatedStep:
@@ -221,15 +242,17 @@ class SimulatedRunner:
             others, slow = tuple(background_jobs(site)), site.resolved.work_factors
             traffic = ProgramTraffic(program, site.network, site.resolved.conditions, site.topology, others)
             costs = ClusterCosts(program, cluster)
-            return simulate_every_chip(program, costs, traffic, schedule=schedule, slow=slow)
+            by_type = {chip: ClusterCosts(program, cluster, chip) for chip in cluster.chip_types}
+            own = [by_type[cluster.chip(i)] for i in range(program.num_chips)] if cluster.is_mixed else None
+            return simulate_every_chip(program, costs, traffic, schedule=schedule, slow=slow, own_costs=own)
 
 
 def chosen_fidelity(cluster: Cluster, asked: Fidelity | None) -> Fidelity:
     """How a step over all chips of a cluster is timed."""
     if asked is not None:
         return asked
-    few = cluster.num_chips <= EVERY_CHIP
-    return Fidelity.FOLDED if cluster.conditions.is_healthy or not few else Fidelity.FULL
+    is_plain = cluster.conditions.is_healthy and not cluster.is_mixed
+    return Fidelity.FOLDED if is_plain or cluster.num_chips > EVERY_CHIP else Fidelity.FULL
 
 
 def _breakdown(tally: Tally, num_stages: int) -> StepBreakdown:

@@ -83,6 +83,9 @@ class SimulatedStep:
     fidelity: str = FIDELITY
     left_out: tuple[str, ...] = LEFT_OUT
     stats: None = None  # there are no tensors
+    of_chips: tuple[Tally, ...] = field(
+        default=(), repr=False
+    )  # of what was driven, chips or representatives
     every_chip: bool = False  # `ran` and `communications` are of chips, not of one representative per stage
 
     @cached_property
@@ -189,12 +192,14 @@ class PricedCommunications:
 class DrivenChip:
     """A chip that is driven: its machine, since when it waits, what its work left in flight, its account.
 
-    `factor` multiplies the time of its work; `in_flight` is seen from `as_of`, a time and a microbatch.
+    `factor` multiplies the time of its work, which is priced by `costs` where the chip has its own. `in_flight` is seen
+    from `as_of`, a time and a microbatch.
     """
 
     number: int
     machine: Machine
     factor: float = 1.0
+    costs: StepCosts | None = None
     blocked_since: int | None = None
     end_ns: int = 0
     in_flight: InFlight = NOTHING
@@ -225,7 +230,7 @@ class StepLoop:
         self.wakes: list[tuple[int, int]] = []
         self.posts: dict[Key, dict[int, Post]] = {}
         self.ended: list[TimedCommunication] = []
-        self.timed: dict[tuple[int, str, int, int, InFlight, float], TimedSegment] = {}
+        self.timed: dict[tuple[int, str, int, int, InFlight, float, int], TimedSegment] = {}
 
     def run(self) -> None:
         """Drive all chips to their ends. Raises ProgramError where they wait for each other for ever."""
@@ -283,10 +288,11 @@ class StepLoop:
         if before is not NOTHING:
             elapsed, shift = at - chip.as_of[0], run.microbatch - chip.as_of[1]
             before = before.later(elapsed, shift, role)
-        key = (role.stage, run.body.name, run.start, run.stop, before, chip.factor)
+        costs = chip.costs or self.costs
+        key = (role.stage, run.body.name, run.start, run.stop, before, chip.factor, id(costs))
         segment = self.timed.get(key)
         if segment is None:
-            segment = time_segment(run.instructions, run.start, before, role, self.costs).slowed(chip.factor)
+            segment = time_segment(run.instructions, run.start, before, role, costs).slowed(chip.factor)
             self.timed[key] = segment
         chip.in_flight, chip.as_of = segment.after, (at + segment.duration_ns, run.microbatch)
         chip.tally.add(segment.tally)
@@ -319,6 +325,7 @@ class StepLoop:
             tallies=tuple(tally.times(1 / per_stage) for tally in tallies),
             ran=tuple(tuple(chip.ran) for chip in self.chips),
             communications=tuple(self.ended),
+            of_chips=tuple(chip.tally for chip in self.chips),
         )
 
 

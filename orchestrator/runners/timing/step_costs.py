@@ -74,10 +74,14 @@ class StepCosts(Protocol):
 
 @dataclass
 class ClusterCosts:
-    """The costs of `program` on the first `program.num_chips` chips of `cluster`."""
+    """The costs of `program` on the first `program.num_chips` chips of `cluster`.
+
+    `only`: work as that type of chip does it, whatever else a stage has.
+    """
 
     program: Program
     cluster: Cluster
+    only: Chip | None = None
     _segments: dict[tuple[int, int], SegmentTime] = field(default_factory=dict)
     _chips: dict[int, Chip] = field(default_factory=dict)
     _collectives: dict[tuple[str, Group, int], Choice] = field(default_factory=dict)
@@ -157,6 +161,8 @@ class ClusterCosts:
 
     def _chip(self, stage: int) -> Chip:
         """The slowest chip type of a stage. The unit repeats, so its length is as far as one has to look."""
+        if self.only is not None:
+            return self.only
         if stage not in self._chips:
             first = self._first_chip(stage)
             distinct = min(self._chips_per_stage, self.cluster.chips_per_host * len(self.cluster.unit))

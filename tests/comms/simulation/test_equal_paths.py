@@ -126,6 +126,14 @@ def test_a_collective_over_equal_switches_takes_what_one_wide_one_does():
         assert estimate(op, NBYTES, planes).seconds == pytest.approx(estimate(op, NBYTES, hub).seconds)
 
 
+def test_what_a_chip_has_of_a_shape_counts_all_paths():
+    ring = EdgeList(4, tuple(Edge(k, (k + 1) % 4, LINK) for k in range(4)))
+    for link in (ring.link, ring.loaded_link):
+        assert (link.latency_s, link.bytes_per_s) == pytest.approx((2e-6, 1e9))
+    far = EdgeList(2, tuple(Edge(end, f"s{k}", LINK) for k in range(3) for end in (0, 1)), ("s0", "s1", "s2"))
+    assert (far.link.latency_s, far.link.bytes_per_s) == pytest.approx((2e-6, 3e9))
+
+
 @st.composite
 def graphs(draw):
     """Chips and switches, with ties of latency and rate."""
