@@ -58,7 +58,7 @@ def test_chips_have_the_links_that_they_bring(cluster_of: Callable[..., Cluster]
     assert pair_s(cluster_of(f"{SLOW}, {FAST}")) == pytest.approx(alone[SLOW])
     assert alone[FAST] < 0.75 * alone[SLOW]
     every = pair_s(cluster_of(f"{FAST}, {SLOW}"), 4)
-    assert every == pytest.approx(pair_s(cluster_of(f"{SLOW}, {SLOW}"), 4)), (
+    assert every == pytest.approx(pair_s(cluster_of(f"{SLOW}, {SLOW}"), 4), rel=2e-3), (
         "a ring is as fast as its slowest"
     )
 
