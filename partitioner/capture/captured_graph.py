@@ -36,6 +36,7 @@ VIEWS = {
     "split_with_sizes", "unsqueeze", "squeeze", "detach", "alias", "getitem", "as_strided", "unbind", "narrow",
     "unsafe_chunk", "unsafe_split", "flatten", "expand_as", "unflatten", "view_as", "diagonal", "to", "wait_tensor",
 }  # fmt: skip
+GROUPED = "_grouped_mm"
 FREE = VIEWS | {"empty", "empty_like", "zeros", "ones", "full", "arange", "scalar_tensor", "sym_size"}
 
 
@@ -194,7 +195,7 @@ def op_flops(node: Node) -> int:
         return 2 * result.numel() * args[0].shape[-1]
     if "scaled_dot_product" in name:
         return _attention_flops(name, args)
-    if name == "_grouped_mm":
+    if name == GROUPED:
         return grouped_flops(args[0].shape, args[1].shape)
     packet = getattr(node.target, "overloadpacket", None)
     if name == "convolution_backward":  # torch counts the weight's gradient once for each group
@@ -243,18 +244,23 @@ def _tensors(value: object) -> list[torch.Tensor]:
     return [t for t in value if isinstance(t, torch.Tensor)] if isinstance(value, tuple | list) else []
 
 
+def is_counted_here(name: str) -> bool:
+    """Whether torch's counter leaves an operator's FLOPs out that are the model's."""
+    return "scaled_dot_product" in name or name == GROUPED
+
+
 def template_flops(module: torch.fx.GraphModule) -> int:
     """FLOPs of a captured slice's forward: matrix multiplications and convolutions only.
 
-    Counted by torch below the composite operators; beside it attention (its CPU kernel) and grouped products.
+    Counted by torch below the composite operators, plus attention, whose CPU kernel torch does not count, and products
+    of experts.
     """
     nodes = list(module.graph.nodes)
-    names = ("scaled_dot_product", "_grouped_mm")
-    uncounted = sum(op_flops(n) for n in nodes if any(name in op_name(n.target) for name in names))
+    own = sum(op_flops(n) for n in nodes if is_counted_here(op_name(n.target)))
     with (
         FakeTensorMode(allow_non_fake_inputs=True),
         FlopCounterMode(display=False) as counter,
         torch.no_grad(),
     ):
         module(*(torch.empty_like(n.meta["val"], device="cpu") for n in nodes if n.op == "placeholder"))
-    return int(counter.get_total_flops()) + uncounted
+    return int(counter.get_total_flops()) + own

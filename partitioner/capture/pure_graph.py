@@ -8,9 +8,10 @@ A fourth it can, but torch does it once more in the backward: out of a checkpoin
 What a node was under is kept in its `meta`: "no_grad", and "autocast" as (device type, dtype, is enabled).
 """
 
+import logging
 import traceback
-from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -229,6 +230,18 @@ def _write_out(node: Node) -> None:
 
 def _is_idle_dropout(node: Node) -> bool:
     return node.target is aten.dropout.default and bool(node.args[1] == 0 or not node.args[2])
+
+
+@contextmanager
+def quiet_torch() -> Iterator[None]:
+    """What torch logs of a guess that does not work out is not the user's business."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def source_line(node: Node) -> str:

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+import kernels.ops  # noqa: F401  (registers the operators below)
+
 own = torch.ops.orchestrate
 
 

@@ -3,25 +3,28 @@
 A share of 1 means that each of `tp` chips has 1/tp. What is not cut is copied: every chip holds and does all of it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from torch.utils.flop_counter import flop_registry
 
 from comms.errors import PartitionError
-from partitioner.capture.captured_graph import Graph
-from partitioner.capture.forwards.grouped_products import GROUPED
+from partitioner.capture.captured_graph import Graph, is_counted_here, op_name
+from partitioner.capture.tp_styles import REPLICATE
+from partitioner.layout.cut_products import PRODUCT_RULES
 from partitioner.layout.parallel_plan import Plan
+from partitioner.layout.param_cuts import Cuts, ParamCut
+from partitioner.layout.vocabulary import VOCABULARY_RULES
 from partitioner.lowering.pieces import SegmentPiece, TracedUnit
 from partitioner.lowering.stage import Cut, cut_of
 
-COUNTED = frozenset(str(packet).rpartition(".")[2] for packet in (*flop_registry, GROUPED))
+COUNTED = frozenset(str(packet).rpartition(".")[2] for packet in flop_registry)
 NAMED = 5  # of the copied parameters, the largest
 
 
 @dataclass(frozen=True, slots=True)
 class CutShare:
-    """Shares from 0 to 1, and the largest parameters that are copied, with the reason."""
+    """Shares from 0 to 1, and what is copied: the largest parameters, and products, with the reason."""
 
     parameters: float
     flops: float
@@ -29,22 +32,26 @@ class CutShare:
 
 
 def cut_share(
-    graph: Graph, plan: Plan, dims: Mapping[str, int | None], wanted: Mapping[str, int | None],
-    traced: Mapping[Cut, TracedUnit],
-) -> CutShare:  # fmt: skip
-    """What a plan cuts along tp. `wanted`: the dims before it is known whether they divide. Raises PartitionError."""
+    graph: Graph, plan: Plan, cuts: Cuts, wanted: Cuts, traced: Mapping[Cut, TracedUnit]
+) -> CutShare:
+    """What a plan cuts along tp. `wanted`: cuts before it is known what can be traced. Raises PartitionError."""
+    if plan.tp == 1:
+        return CutShare(0.0, 0.0, ())
     sizes = {name: graph.specs[name].numel for name in graph.params}
-    cut = sum(size for name, size in sizes.items() if dims[name] is not None)
+    cut = sum(size for name, size in sizes.items() if cuts[name] is not None)
     parameters = cut / max(sum(sizes.values()), 1)
     whole = sum(graph.templates[u.template].flops for u in graph.units)
-    local = sum(_flops(traced[cut_of(u, dims)]) for u in graph.units)
-    flops = (1.0 - local / whole) / (1.0 - 1.0 / plan.tp) if whole and plan.tp > 1 else 0.0
-    if plan.tp > 1 and not cut and flops <= 0:
+    local = sum(_flops(traced[cut_of(u, cuts)]) for u in graph.units)
+    flops = (1.0 - local / whole) / (1.0 - 1.0 / plan.tp) if whole else 0.0
+    if not cut and flops <= 0:
         raise PartitionError(f"tp {plan.tp} cuts nothing of this model", "tensor parallelism",
                              "use tp 1, or give the model a tp_plan")  # fmt: skip
-    copied = sorted((n for n in graph.params if dims[n] is None), key=lambda n: -sizes[n])[:NAMED]
-    reasons = (f"{n} ({_reason(graph, plan, n, wanted[n])})" for n in copied)
-    return CutShare(parameters, min(max(flops, 0.0), 1.0), tuple(reasons))
+    copied = sorted((n for n in graph.params if cuts[n] is None), key=lambda n: -sizes[n])[:NAMED]
+    reasons = [f"{n} ({_reason(graph, plan, n, wanted[n])})" for n in copied]
+    products = dict.fromkeys(
+        f"{what} ({u.name})" for u in graph.units for what in traced[cut_of(u, cuts)].whole
+    )
+    return CutShare(parameters, min(max(flops, 0.0), 1.0), (*reasons, *[*products][:NAMED]))
 
 
 def _flops(unit: TracedUnit) -> int:
@@ -54,10 +61,28 @@ def _flops(unit: TracedUnit) -> int:
 
 
 def _is_counted(name: str) -> bool:
-    return name in COUNTED or "scaled_dot_product" in name
+    return name in COUNTED or is_counted_here(name)
 
 
-def _reason(graph: Graph, plan: Plan, name: str, dim: int | None) -> str:
-    if dim is None:
-        return "its uses do not tell how to cut it"
-    return f"{graph.specs[name].shape[dim]} does not divide by {plan.tp}"
+def _reason(graph: Graph, plan: Plan, name: str, cut: ParamCut | None) -> str:
+    if cut is not None:
+        return "something in its block cannot be cut"
+    shape, uses = graph.specs[name].shape, dict.fromkeys(_uses(graph, name))
+    users = [*dict.fromkeys(user for user, _ in uses)]
+    if len(shape) > 1 and any(user in PRODUCT_RULES or user in VOCABULARY_RULES for user in users):
+        if all(style != REPLICATE for _, style in uses):
+            return f"no dim of {'x'.join(map(str, shape))} that can be cut divides by {plan.tp}"
+        if not any(user in VOCABULARY_RULES for user in users):
+            return "the tp_plan leaves it whole"
+    return f"used by {', '.join(users)}" if users else "used nowhere"
+
+
+def _uses(graph: Graph, name: str) -> Iterator[tuple[str, str]]:
+    """The operators that read a parameter, and its style there."""
+    for unit in graph.units:
+        template = graph.templates[unit.template]
+        for param, node, style in zip(
+            unit.params, template.graph.graph.nodes, template.tp_styles, strict=False
+        ):
+            if param == name:
+                yield from ((op_name(user.target), style) for user in node.users)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from partitioner.layout.parallel_plan import Plan
+from partitioner.layout.param_cuts import ParamCut
 from partitioner.lowering.role_builder import SCALAR, RoleBuilder
 from partitioner.lowering.stage import Losses
 from partitioner.program.program import CollectiveOp, Group, Reduction, TensorKind, TensorSpec, Update
@@ -32,7 +33,8 @@ class Param:
 
     name: str
     spec: TensorSpec
-    dim: int | None  # cut by tp, or replicated
+    cut: ParamCut | None  # by tp, or replicated
+    sections: tuple[int, ...]  # of the cut dim where one length does not tell
     tied: tuple[int, ...]  # the stages that share it, empty if only one has it
     unit: int  # the earliest unit of the role that uses it: its gradient is complete when that unit's backward ends
     is_frozen: bool
@@ -70,7 +72,7 @@ def _buckets(params: Iterable[Param], bucket_bytes: int) -> list[list[Param]]:
     """
     by_kind: dict[tuple[object, ...], list[Param]] = {}
     for param in sorted(params, key=lambda p: (p.tied, 0 if p.tied else -p.unit, p.name)):
-        kind = (param.is_frozen, param.group, param.apart, param.tied, param.dim is None, param.spec.dtype)
+        kind = (param.is_frozen, param.group, param.apart, param.tied, param.cut is None, param.spec.dtype)
         by_kind.setdefault(kind, []).append(param)
     buckets: list[list[Param]] = []
     for members in by_kind.values():
@@ -106,7 +108,7 @@ def _declare(role: RoleBuilder, name: str, members: list[Param], shards: int, st
         if states:
             role.tensor(f"{name}.states", TensorKind.STATE, TensorSpec((states, shard), wide))
     return FlatGroup(
-        params=tuple(members), group=members[0].group, tied=members[0].tied, replicated=members[0].dim is None,
+        params=tuple(members), group=members[0].group, tied=members[0].tied, replicated=members[0].cut is None,
         ready=min(p.unit for p in members), flat=flat, grad=grad, grad_shard=grad_shard, param_shard=param_shard,
         update=update,
     )  # fmt: skip
@@ -116,8 +118,9 @@ def _declare_views(role: RoleBuilder, members: list[Param], flat: int, grad: int
     """Parameters and their gradients, end to end in their buffers."""
     offset = 0
     for p in members:
-        cut = ((p.dim, "tp"),) if p.dim is not None else ()
-        role.tensor(p.name, TensorKind.PARAM, p.spec, shards=cut, base=flat, offset=offset, source=p.name)
+        shards = ((p.cut.dim, "tp"),) if p.cut is not None else ()
+        role.tensor(p.name, TensorKind.PARAM, p.spec, shards=shards, base=flat, offset=offset, source=p.name,
+                    sections=p.sections)  # fmt: skip
         if not p.is_frozen:
             spec = TensorSpec(p.spec.shape, wide)
             role.tensor(f"{p.name}.grad", TensorKind.GRAD, spec, base=grad, offset=offset, source=p.name)

@@ -16,11 +16,11 @@ from comms.errors import CaptureError, PartitionError, located
 from comms.selection.progress import Progress, quiet
 from partitioner.capture.batch_inputs import Batch, tensors_of
 from partitioner.capture.captured_graph import SHORT, Graph, template_flops
-from partitioner.capture.fused_projections import unfuse
 from partitioner.capture.graph_units import capture_graph
 from partitioner.capture.tracing import LossFunction
-from partitioner.layout.joint_trace import param_dims, tensor_parallel_mesh, trace_joint
+from partitioner.layout.joint_trace import trace_joint
 from partitioner.layout.parallel_plan import BatchNorms, Plan, balance
+from partitioner.layout.param_cuts import Cuts, param_cuts
 from partitioner.layout.pipeline_schedules import PipelineSchedule, Task
 from partitioner.lowering.cut_share import cut_share
 from partitioner.lowering.flat_buffers import (
@@ -36,7 +36,7 @@ from partitioner.lowering.role_builder import RoleBuilder, SegmentPool
 from partitioner.lowering.stage import Cut, Losses, StageContext, cut_of, emit_stage
 from partitioner.lowering.whole_batch import turns_in
 from partitioner.program.instructions import named
-from partitioner.program.program import Call, Free, Program, Role, TensorSpec
+from partitioner.program.program import Call, Free, Program, Role
 from partitioner.program.static_check import require_valid
 
 MATRIX = 2  # dims of a parameter that gets weight decay
@@ -134,22 +134,20 @@ def lower(graph: Graph, plan: Plan, shape: StepShape) -> Program:
     if shape.whole_tensors:
         _require_whole_tensors(plan)
         groups = {name: (group, name) for name, (group, _) in groups.items()}
-    graph = unfuse(graph, plan.tp) if plan.tp > 1 else graph
     sizes = plan.stages or balance([unit_cost(graph, i) for i in range(len(graph.units))], plan.pp)
     if sum(sizes) != len(graph.units):
         raise PartitionError(
             f"the plan places {sum(sizes)} units, the model has {len(graph.units)}", "plan: stages",
             f"make the counts add up to {len(graph.units)}",
         )  # fmt: skip
-    wanted = _wanted_dims(graph)
-    dims = _param_dims(graph, plan, wanted)
+    wanted = param_cuts(graph, plan.tp) if plan.tp > 1 else dict.fromkeys(graph.params)
     stage_of = tuple(stage for stage, size in enumerate(sizes) for _ in range(size))
     # put into the gradients beforehand, as if all tokens of the step counted
     tokens = shape.samples * shape.tokens
     count = tokens if graph.is_counted else 1
-    traced, dims = _traced(graph, plan, dims)
-    share = cut_share(graph, plan, dims, wanted, traced)
-    context = StageContext(graph, plan, traced, stage_of, dims, count)
+    traced, cuts = _traced(graph, plan, wanted)
+    share = cut_share(graph, plan, cuts, wanted, traced)
+    context = StageContext(graph, plan, traced, stage_of, cuts, count)
     pool = SegmentPool()
     roles = tuple(_role(context, stage, pool, groups, shape.optimizer_states) for stage in range(plan.pp))
     templates, parts = [graph.templates[u.template] for u in graph.units], plan.microbatches * plan.dp
@@ -182,47 +180,26 @@ def unit_cost(graph: Graph, index: int) -> float:
     return template.flops + sum(spec.nbytes for spec in template.outputs)
 
 
-def _wanted_dims(graph: Graph) -> Mapping[str, int | None]:
-    """Where tp would cut each parameter; None where its uses disagree."""
-    found: dict[str, set[int | None]] = {}
-    for unit in graph.units:
-        template = graph.templates[unit.template]
-        for name, dim in zip(unit.params, param_dims(template), strict=True):
-            found.setdefault(name, set()).add(dim)
-    return {name: choices.pop() if len(choices) == 1 else None for name, choices in found.items()}
-
-
-def _param_dims(graph: Graph, plan: Plan, wanted: Mapping[str, int | None]) -> Mapping[str, int | None]:
-    """Where tp cuts each parameter; replicated where the size does not divide."""
-    return {
-        name: dim if plan.tp > 1 and dim is not None and graph.specs[name].shape[dim] % plan.tp == 0 else None
-        for name, dim in wanted.items()
-    }
-
-
-def _traced(
-    graph: Graph, plan: Plan, dims: Mapping[str, int | None]
-) -> tuple[Mapping[Cut, TracedUnit], Mapping[str, int | None]]:
-    """Every template traced once for every way in which its parameters are cut, and where they are cut in the end.
+def _traced(graph: Graph, plan: Plan, wanted: Cuts) -> tuple[Mapping[Cut, TracedUnit], Cuts]:
+    """Every template traced once for every way in which its parameters are cut, and how they are cut in the end.
 
     The parameters of a unit that cannot be traced on cut tensors are copied instead.
     """
-    kept = dict(dims)
+    kept = dict(wanted)
     while True:
         traced: dict[Cut, TracedUnit] = {}
-        with tensor_parallel_mesh(plan.tp) as mesh:
-            for unit in graph.units:
-                if (key := cut_of(unit, kept)) in traced:
-                    continue
-                try:
-                    traced[key] = split_joint(trace_joint(graph.templates[unit.template], key[1], mesh))
-                except PartitionError:
-                    if all(dim is None for dim in key[1]):
-                        raise
-                    kept |= dict.fromkeys(unit.params)
-                    break
-            else:
-                return traced, kept
+        for unit in graph.units:
+            if (key := cut_of(unit, kept)) in traced:
+                continue
+            try:
+                traced[key] = split_joint(trace_joint(graph.templates[unit.template], key[1], plan.tp))
+            except PartitionError:
+                if all(cut is None for cut in key[1]):
+                    raise
+                kept |= dict.fromkeys(unit.params)
+                break
+        else:
+            return traced, kept
 
 
 def _role(context: StageContext, stage: int, pool: SegmentPool, groups_of: Groups, states: int) -> Role:
@@ -264,15 +241,12 @@ def _params(context: StageContext, stage: int, groups_of: Groups) -> list[Param]
                 earliest.setdefault(name, index)
     params = []
     for name, first in earliest.items():
-        dim = context.dims[name]
-        shape = list(graph.specs[name].shape)
-        if dim is not None:
-            shape[dim] //= context.plan.tp
+        cut, tp = context.cuts[name], context.plan.tp
+        spec = graph.specs[name] if cut is None else cut.local(graph.specs[name], tp)
+        sections = () if cut is None or (cut.divides(tp) and len(cut.sections) == 1) else cut.sections
         tied = tuple(sorted(stages[name])) if len(stages[name]) > 1 else ()
-        spec = TensorSpec(tuple(shape), graph.specs[name].dtype)
-        params.append(
-            Param(name, spec, dim, tied, first, name in graph.frozen, *groups_of.get(name, (0, None)))
-        )
+        groups = groups_of.get(name, (0, None))
+        params.append(Param(name, spec, cut, sections, tied, first, name in graph.frozen, *groups))
     return params
 
 

@@ -82,6 +82,7 @@ class TracedUnit:
     backward: tuple[Piece, ...]
     outputs: tuple[int, ...]
     grads: tuple[tuple[int, int | None], ...]
+    whole: tuple[str, ...]  # see `Joint`
 
 
 def split_joint(joint: Joint) -> TracedUnit:
@@ -120,6 +121,7 @@ def split_joint(joint: Joint) -> TracedUnit:
             (i, numbering.slots[g] if isinstance(g, Node) else None)
             for i, g in zip(joint.wanted, grads, strict=True)
         ),
+        whole=joint.whole,
     )
 
 

@@ -13,6 +13,7 @@ from torch.fx import Node
 from comms.errors import PartitionError
 from partitioner.capture.captured_graph import Graph, Known, Side, Unit, ancestors
 from partitioner.layout.parallel_plan import Plan
+from partitioner.layout.param_cuts import Cuts, ParamCut
 from partitioner.lowering.pieces import TracedUnit, make_op
 from partitioner.lowering.role_builder import SCALAR, RoleBuilder
 from partitioner.lowering.whole_batch import bodies_of, emit_known, emit_tail, emit_updates, keep
@@ -21,13 +22,13 @@ from partitioner.program.program import Accumulate, Operation, Recv, Send, Tenso
 # the tensors in which a role sums loss and count, if it makes the loss
 Losses: TypeAlias = tuple[int, int] | None
 
-# a template, and the dims along which tp cuts its parameters
-Cut: TypeAlias = tuple[int, tuple[int | None, ...]]
+# a template, and how tp cuts its parameters
+Cut: TypeAlias = tuple[int, tuple[ParamCut | None, ...]]
 
 
-def cut_of(unit: Unit, dims: Mapping[str, int | None]) -> Cut:
+def cut_of(unit: Unit, cuts: Cuts) -> Cut:
     """What decides how a unit is traced."""
-    return unit.template, tuple(dims[name] for name in unit.params)
+    return unit.template, tuple(cuts[name] for name in unit.params)
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class StageContext:
     plan: Plan
     traced: Mapping[Cut, TracedUnit]
     stage_of: tuple[int, ...]
-    dims: Mapping[str, int | None]
+    cuts: Cuts
     nominal_count: int
 
     def producer(self, value: str) -> int:
@@ -229,7 +230,7 @@ class _StageEmitter:
         self.values[name] = self.role.tensor(name, kind, graph.specs[name], source=f"{space}:{name}")
 
     def _traced(self, unit: Unit) -> TracedUnit:
-        return self.context.traced[cut_of(unit, self.context.dims)]
+        return self.context.traced[cut_of(unit, self.context.cuts)]
 
     def _unit_forward(self, index: int) -> None:
         unit, role = self.graph.units[index], self.role

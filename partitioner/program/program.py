@@ -20,7 +20,7 @@ from functools import cached_property
 from math import prod
 from typing import Annotated, ClassVar, TypeAlias
 
-VERSION = 2
+VERSION = 3
 VALUE = re.compile(r"\bv(\d+)\b")
 QUOTED = re.compile(r"'[^']*'|\"[^\"]*\"")
 
@@ -92,11 +92,18 @@ class TensorSpec:
         return f"{self.dtype}[{','.join(map(str, self.shape))}]"
 
 
+def local_length(sections: Sequence[int], parts: int) -> int:
+    """What one of `parts` chips holds of a dim whose sections are each cut by itself; rounded up."""
+    return sum(-(-length // parts) for length in sections)
+
+
 @dataclass(frozen=True, slots=True)
 class Tensor:
     """One tensor of a role.
 
-    `shards` says how the local tensor is cut from the global one: ((dim, axis), ...).
+    `shards` says how the local tensor is cut from the global one: ((dim, axis), ...). `sections`: lengths of the parts
+    that the global dim consists of where each is cut by itself (query, key and value in one weight), or where they do
+    not divide: slices are then padded with zeros at the end.
     `base`: the id of the buffer this one is a view of, at element `offset` (or, with `shards`, the slice that
     belongs to the chip's coordinate). `source`: global name of a parameter, buffer or batch entry.
     """
@@ -109,6 +116,7 @@ class Tensor:
     base: int | None = None
     offset: int = 0
     source: str = ""
+    sections: tuple[int, ...] = ()
 
     @property
     def is_per_microbatch(self) -> bool:

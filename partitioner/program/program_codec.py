@@ -131,6 +131,7 @@ class _Tables:
             [t.base for t in tensors],
             [t.offset for t in tensors],
             [SAME_AS_NAME if t.source == t.name else t.source for t in tensors],
+            [t.sections for t in tensors],
         ]
 
     def code(self, ins: Instruction) -> list[object]:
@@ -185,11 +186,12 @@ class _Unpacker:
         )
 
     def tensors(self, columns: Sequence[Any]) -> tuple[Tensor, ...]:
-        ids, names, kinds, specs, shards, bases, offsets, sources = columns
+        ids, names, kinds, specs, shards, bases, offsets, sources, sections = columns
         named = zip(names, sources, strict=True)
         origins = (name if source is SAME_AS_NAME else source for name, source in named)
         kind, spec = map(KINDS.__getitem__, kinds), map(self.specs.__getitem__, specs)
-        return tuple(map(Tensor, _ids(ids, len(names)), names, kind, spec, shards, bases, offsets, origins))
+        numbers = _ids(ids, len(names))
+        return tuple(map(Tensor, numbers, names, kind, spec, shards, bases, offsets, origins, sections))
 
     def body(self, name: str, ids: Sequence[int] | int, codes: Sequence[Sequence[Any]]) -> Body:
         readers, numbered = self.readers, zip(_ids(ids, len(codes)), codes, strict=True)

@@ -81,6 +81,8 @@ def _tensor_line(tensor: Tensor) -> str:
     parts = [f"t{tensor.id} = {tensor.kind} {_word(tensor.name)} : {tensor.spec}"]
     if tensor.shards:
         parts.append("shards=" + ",".join(f"{dim}:{axis}" for dim, axis in tensor.shards))
+    if tensor.sections:
+        parts.append("sections=" + "+".join(map(str, tensor.sections)))
     if tensor.base is not None:
         parts.append(f"base=t{tensor.base}")
     if tensor.offset:

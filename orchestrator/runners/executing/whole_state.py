@@ -10,7 +10,7 @@ from functools import partial
 
 import torch
 
-from orchestrator.runners.executing.chip import State, cut
+from orchestrator.runners.executing.chip import State, cut, joined
 from orchestrator.runners.runner import States
 from partitioner.capture.captured_graph import TORCH
 from partitioner.program.program import Program, Role, Tensor, TensorKind, Update
@@ -33,20 +33,20 @@ def whole_tensors(program: Program, kind: TensorKind, flat: Flat) -> dict[str, t
     """
     found: dict[str, torch.Tensor] = {}
     for role in program.roles:
-        shards_of = {t.source: t.shards for t in role.tensors if t.kind is TensorKind.PARAM}
+        param_of = {t.source: t for t in role.tensors if t.kind is TensorKind.PARAM}
         buffers: dict[tuple[int, int], torch.Tensor] = {}
         for tensor in role.tensors:
-            is_wanted = tensor.kind is kind and tensor.source in shards_of and tensor.shards != SCATTERED
+            is_wanted = tensor.kind is kind and tensor.source in param_of and tensor.shards != SCATTERED
             if not is_wanted or tensor.base is None or tensor.source in found:
                 continue
-            shards, pieces = shards_of[tensor.source], []
-            for tp in range(program.size("tp") if shards else 1):
+            param, pieces = param_of[tensor.source], []
+            for tp in range(program.size("tp") if param.shards else 1):
                 key = (tensor.base, tp)
                 if key not in buffers:
                     buffers[key] = _whole_buffer(program, role, role.tensors[tensor.base].name, tp, flat)
                 piece = buffers[key].narrow(0, tensor.offset, tensor.spec.numel)
                 pieces.append(piece.view(tensor.spec.shape))
-            found[tensor.source] = torch.cat(pieces, shards[0][0]) if shards else pieces[0].clone()
+            found[tensor.source] = joined(param, pieces) if param.shards else pieces[0].clone()
     return found
 
 
@@ -129,7 +129,7 @@ def _whole_flat(
 
 def _own(param: Tensor, flats: list[torch.Tensor]) -> torch.Tensor:
     pieces = [f.narrow(0, param.offset, param.spec.numel).view(param.spec.shape) for f in flats]
-    return torch.cat(pieces, param.shards[0][0]) if param.shards else pieces[0].clone()
+    return joined(param, pieces) if param.shards else pieces[0].clone()
 
 
 def whole_buffers(program: Program, states: States) -> dict[str, torch.Tensor]:

@@ -4,10 +4,8 @@ An entry whose first dim is as long as the batch is tried as samples, and as som
 does not work out. Either is right once the rules accept it: the parts then compute what the whole batch does.
 """
 
-import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from itertools import combinations
 
 import torch
@@ -15,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from comms.errors import CaptureError, PlanError
 from partitioner.capture.batch_inputs import Batch, rebuilt, tensors_of
+from partitioner.capture.pure_graph import quiet_torch
 from partitioner.capture.samples.loss_form import LossForm, split_loss
 from partitioner.capture.samples.split_samples import Parts
 from partitioner.capture.tracing import Captured
@@ -62,7 +61,7 @@ def _traces(trace: Trace, batch: Batch, split: frozenset[str], parts: Parts) -> 
     small = {name: v[: parts.samples] if name in split else v for name, v in tensors.items()}
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     whole = trace(batch, mode)
-    with _quiet():
+    with quiet_torch():
         part = trace(rebuilt(batch, small), mode)
     read = {
         part.names[n.name].partition(":")[2]
@@ -73,15 +72,3 @@ def _traces(trace: Trace, batch: Batch, split: frozenset[str], parts: Parts) -> 
         problem = "no input that the model reads holds samples in its first dim"
         raise CaptureError(problem, ", ".join(sorted(tensors)), "use dp 1 and 1 microbatch")
     return part, whole
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """What torch logs of a guess that does not work out is not the user's business."""
-    logger = logging.getLogger("torch._subclasses.fake_tensor")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)

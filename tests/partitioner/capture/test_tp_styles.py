@@ -9,9 +9,9 @@ from torch import nn
 
 from partitioner.capture.graph_units import build_graph
 from partitioner.capture.samples.loss_form import whole_loss
-from partitioner.capture.tp_styles import COLUMN, REPLICATE, ROW, VOCAB, shard_dim
+from partitioner.capture.tp_styles import COLUMN, REPLICATE, ROW, VOCAB
 from partitioner.capture.tracing import trace_module
-from partitioner.layout.joint_trace import param_dims
+from partitioner.layout.param_cuts import param_cuts
 
 NAMES = ["builtin:gpt-nano", "hf:gpt2-tiny", "hf:llama-tiny"]
 
@@ -41,13 +41,9 @@ def test_the_head_and_the_embedding_are_cut_by_vocabulary(name: str, tiny_model:
     model = tiny_model(name=name)
     captured = trace_module(model.module, model.example_batch(2, 8), None, model.tp_plan)
     graph = build_graph(captured, whole_loss(captured), frozenset())
-    dims = {
-        n: d
-        for u in graph.units
-        for n, d in zip(u.params, param_dims(graph.templates[u.template]), strict=True)
-    }
-    tables = [n for n in dims if any(word in n for word in ("embed", "wte", "head"))]
-    assert tables and {dims[n] for n in tables} == {0}
+    cuts = param_cuts(graph, 2)
+    tables = [cut for n, cut in cuts.items() if any(word in n for word in ("embed", "wte", "head"))]
+    assert tables and {cut.dim for cut in tables if cut is not None} == {0}
 
 
 class TwoLayers(nn.Module):
@@ -99,18 +95,3 @@ def test_a_star_matches_one_path_component_only() -> None:
     )
     graph = build_graph(captured, whole_loss(captured), frozenset())
     assert {s for t in graph.templates for s in t.tp_styles} == {ROW, REPLICATE}
-
-
-@pytest.mark.parametrize(
-    ("style", "dims"), [(COLUMN, (0, 0)), (ROW, (1, None)), (REPLICATE, (None, None)), (VOCAB, (0, None))]
-)
-def test_a_style_says_which_dim_of_weight_and_bias_is_cut(
-    style: str, dims: tuple[int | None, int | None]
-) -> None:
-    graph = torch.fx.Graph()
-    x, weight, bias = (graph.placeholder(n) for n in ("x", "weight", "bias"))
-    node = graph.call_function(torch.ops.aten.linear.default, (x, weight, bias))
-    assert (shard_dim(style, node, weight), shard_dim(style, node, bias)) == dims
-    assert shard_dim(style, node, x) is None
-    flipped = graph.call_function(torch.ops.aten.addmm.default, (bias, x, weight))
-    assert shard_dim(style, flipped, weight) == {0: 1, 1: 0, None: None}[dims[0]]

@@ -1,29 +1,22 @@
-"""Joint tracing: local graphs have Megatron's communication and shapes, and no chip's own offset in them."""
+"""Joint tracing: local graphs have Megatron's communication and shapes."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from comms.errors import PartitionError
-from partitioner.capture.fused_projections import unfuse
 from partitioner.capture.graph_units import capture_graph
-from partitioner.layout.joint_trace import Joint, param_dims, tensor_parallel_mesh, trace_joint
-from partitioner.layout.sharded_ops import register_attention_rules
+from partitioner.layout.joint_trace import Joint, trace_joint
+from partitioner.layout.param_cuts import param_cuts
 
 EMBED, BLOCK, HEAD = 0, 1, 3  # units of the tiny GPT
 
 
-def trace_unit(graph: Any, index: int, mesh: DeviceMesh | None) -> Joint:
+def trace_unit(graph: Any, index: int, tp: int) -> Joint:
     unit = graph.units[index]
-    template = graph.templates[unit.template]
-    dims = param_dims(template) if mesh else [None] * len(unit.params)
-    return trace_joint(template, dims, mesh)
+    cuts = param_cuts(graph, tp) if tp > 1 else dict.fromkeys(unit.params)
+    return trace_joint(graph.templates[unit.template], [cuts[name] for name in unit.params], tp)
 
 
 def text_of(joint: Joint) -> str:
@@ -48,17 +41,7 @@ def shapes(joint: Joint) -> list[tuple[int, ...]]:
 
 @pytest.fixture(scope="module")
 def joints(tiny_graph: Callable[..., Any]) -> dict[int, Joint]:
-    with tensor_parallel_mesh(2) as mesh:
-        return {index: trace_unit(tiny_graph(), index, mesh) for index in (EMBED, BLOCK, HEAD)}
-
-
-@contextmanager
-def process_group(rank: int, size: int) -> Iterator[None]:
-    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
+    return {index: trace_unit(tiny_graph(), index, 2) for index in (EMBED, BLOCK, HEAD)}
 
 
 def test_a_block_has_two_all_reduces_forward_and_two_backward(joints: dict[int, Joint]) -> None:
@@ -94,10 +77,10 @@ def test_local_parameters_are_halves_along_the_cut_dim(
 ) -> None:
     graph = tiny_graph()
     for index, joint in joints.items():
-        template = graph.templates[graph.units[index].template]
-        for local, spec, dim in zip(shapes(joint), template.inputs, param_dims(template), strict=False):
-            expected = tuple(n // 2 if i == dim else n for i, n in enumerate(spec.shape))
-            assert local == expected
+        cuts = param_cuts(graph, 2)
+        for local, name in zip(shapes(joint), graph.units[index].params, strict=False):
+            cut, whole = cuts[name], graph.specs[name].shape
+            assert local == tuple(n // 2 if cut and i == cut.dim else n for i, n in enumerate(whole))
 
 
 def test_gradients_have_the_shapes_of_what_they_are_gradients_of(joints: dict[int, Joint]) -> None:
@@ -117,18 +100,7 @@ def test_each_chip_does_its_share_of_the_matmuls(
         return sum(2 * n.meta["val"].numel() * n.args[-2].meta["val"].shape[-1] for n in nodes)
 
     for index in (BLOCK, HEAD):
-        assert 2 * matmul_flops(joints[index]) == matmul_flops(trace_unit(tiny_graph(), index, None))
-
-
-def test_nothing_in_the_graph_depends_on_the_chip(
-    joints: dict[int, Joint], tiny_graph: Callable[..., Any]
-) -> None:
-    expected = {index: text_of(joint) for index, joint in joints.items()}
-    with process_group(rank=1, size=2):
-        register_attention_rules()
-        mesh = DeviceMesh("cpu", [0, 1], mesh_dim_names=("tp",))
-        assert mesh.get_local_rank() == 1
-        assert {index: text_of(trace_unit(tiny_graph(), index, mesh)) for index in expected} == expected
+        assert 2 * matmul_flops(joints[index]) == matmul_flops(trace_unit(tiny_graph(), index, 1))
 
 
 def test_the_first_unit_has_no_gradient_for_its_input(
@@ -143,7 +115,7 @@ def test_frozen_parameters_get_no_gradient(tiny_model: Callable[..., Any]) -> No
     model = tiny_model()
     biases = frozenset(name for name, _ in model.module.named_parameters() if name.endswith("bias"))
     graph = capture_graph(model.module, model.example_batch(2, 16), tp_plan=model.tp_plan, frozen=biases)
-    unit, joint = graph.units[BLOCK], trace_unit(graph, BLOCK, None)
+    unit, joint = graph.units[BLOCK], trace_unit(graph, BLOCK, 1)
     trained = [i for i, name in enumerate(unit.params) if not name.endswith("bias")]
     assert joint.wanted == (*trained, len(unit.params))
 
@@ -154,27 +126,13 @@ def test_nothing_is_differentiated_before_the_first_parameter_that_is_trained(
     model = tiny_model()
     early = frozenset(n for n, _ in model.module.named_parameters() if not n.startswith(("norm", "head")))
     graph = capture_graph(model.module, model.example_batch(2, 16), tp_plan=model.tp_plan, frozen=early)
-    assert [trace_unit(graph, index, None).wanted for index in (EMBED, BLOCK)] == [(), ()]
+    assert [trace_unit(graph, index, 1).wanted for index in (EMBED, BLOCK)] == [(), ()]
     head = graph.units[HEAD]
-    assert trace_unit(graph, HEAD, None).wanted == tuple(range(len(head.params)))
-
-
-def test_one_chip_needs_no_process_group() -> None:
-    with tensor_parallel_mesh(1) as mesh:
-        assert mesh is None
-
-
-def test_a_process_group_of_the_users_own_is_left_alone() -> None:
-    with process_group(rank=0, size=1):
-        with pytest.raises(PartitionError, match="already initialised"), tensor_parallel_mesh(2):
-            pass
-        assert dist.is_initialized()
+    assert trace_unit(graph, HEAD, 1).wanted == tuple(range(len(head.params)))
 
 
 def test_heads_that_do_not_divide_are_gathered_before_attention(tiny_graph: Callable[..., Any]) -> None:
-    graph = unfuse(tiny_graph(heads=1), 2)
-    with tensor_parallel_mesh(2) as mesh:
-        joint = trace_unit(graph, BLOCK, mesh)
+    joint = trace_unit(tiny_graph(heads=1), BLOCK, 2)
     (kernel, *_) = [n for n in joint.graph.nodes if "flash_attention_for_cpu" in str(n.target)]
     assert kernel.args[0].meta["val"].shape == torch.Size([2, 1, 16, 32])
 

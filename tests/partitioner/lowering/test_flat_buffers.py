@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from partitioner.layout.parallel_plan import Plan
+from partitioner.layout.param_cuts import ParamCut
 from partitioner.lowering.flat_buffers import FlatGroup, Param, make_groups
 from partitioner.lowering.role_builder import RoleBuilder, SegmentPool
 from partitioner.program.program import TensorKind, TensorSpec
@@ -20,7 +21,8 @@ def param_lists(draw: st.DrawFn) -> list[Param]:
         Param(
             name=f"p{index}",
             spec=TensorSpec(draw(shapes), draw(st.sampled_from(["f32", "bf16"]))),
-            dim=draw(st.sampled_from([None, 0])),
+            cut=draw(st.sampled_from([None, ParamCut(0, (8,))])),
+            sections=(),
             tied=draw(st.sampled_from([(), (0, 1)])),
             unit=draw(st.integers(0, 4)),
             is_frozen=draw(st.booleans()),
@@ -48,7 +50,7 @@ def test_every_parameter_is_in_one_group_with_others_of_its_kind(
     _, groups = grouped(params, dp, zero, bucket)
     assert Counter(p for g in groups for p in g.params) == Counter(params)
     for group in groups:
-        kinds = {(p.is_frozen, p.group, p.apart, p.tied, p.dim is None, p.spec.dtype) for p in group.params}
+        kinds = {(p.is_frozen, p.group, p.apart, p.tied, p.cut is None, p.spec.dtype) for p in group.params}
         assert len(kinds) == 1
         assert group.group == group.params[0].group
         assert group.ready == min(p.unit for p in group.params)
@@ -114,7 +116,7 @@ def test_buckets_close_as_soon_as_they_are_full_and_follow_the_backward(
 
 
 def test_a_large_bucket_makes_one_group_per_kind_and_a_small_one_a_group_per_parameter() -> None:
-    params = [Param(f"p{i}", TensorSpec((4, 4), "f32"), None, (), i, False, 0, None) for i in range(5)]
+    params = [Param(f"p{i}", TensorSpec((4, 4), "f32"), None, (), (), i, False, 0, None) for i in range(5)]
     assert len(grouped(params, 2, 0, 10**9)[1]) == 1
     assert len(grouped(params, 2, 0, 1)[1]) == 5
     assert [g.ready for g in grouped(params, 2, 0, 1)[1]] == [4, 3, 2, 1, 0]
@@ -122,7 +124,7 @@ def test_a_large_bucket_makes_one_group_per_kind_and_a_small_one_a_group_per_par
 
 @pytest.mark.parametrize("states", [0, 2])
 def test_optimizer_state_is_accounted_for_by_elements(states: int) -> None:
-    params = [Param("p", TensorSpec((6, 5), "f32"), None, (), 0, False, 0, None)]
+    params = [Param("p", TensorSpec((6, 5), "f32"), None, (), (), 0, False, 0, None)]
     role, _ = grouped(params, 3, 1, 1, states)
     found = [t.spec.shape for t in role.tensors if t.kind is TensorKind.STATE]
     assert found == ([(states, 10)] if states else [])

@@ -10,7 +10,8 @@ import torch
 from kernels.backend import OpCode
 from kernels.reference import interpret_segment
 from partitioner.capture.captured_graph import TORCH
-from partitioner.layout.joint_trace import param_dims, tensor_parallel_mesh, trace_joint
+from partitioner.layout.joint_trace import trace_joint
+from partitioner.layout.param_cuts import param_cuts
 from partitioner.lowering.pieces import CollectivePiece, SegmentPiece, TracedUnit, split_joint
 
 EMBED, BLOCK, HEAD = 0, 1, 3
@@ -19,9 +20,8 @@ EMBED, BLOCK, HEAD = 0, 1, 3
 def split_unit(graph: Any, index: int, tp: int = 1) -> TracedUnit:
     unit = graph.units[index]
     template = graph.templates[unit.template]
-    with tensor_parallel_mesh(tp) as mesh:
-        dims = param_dims(template) if mesh else [None] * len(unit.params)
-        return split_joint(trace_joint(template, dims, mesh))
+    cuts = param_cuts(graph, tp) if tp > 1 else dict.fromkeys(unit.params)
+    return split_joint(trace_joint(template, [cuts[name] for name in unit.params], tp))
 
 
 def run(pieces: tuple[Any, ...], values: dict[int, torch.Tensor]) -> None:
