@@ -42,6 +42,7 @@ from orchestrator.runs.data import split_batch, step_key
 from orchestrator.verbs.verification.sides import PlannedSide
 from orchestrator.verbs.verification.step_check import STEPS, States, StepCheck
 from orchestrator.verbs.verification.verdict import TrainingVerdict
+from orchestrator.views.split_notes import warnings_of
 from partitioner.capture.batch_inputs import Batch, settings_of, tensors_of
 from partitioner.capture.captured_graph import Graph
 from partitioner.capture.graph_units import capture_graph
@@ -266,8 +267,8 @@ class DistributedStep:
             )  # fmt: skip
 
         program = capture_and_lower(graph, plan, shape)
-        if "merged" in program.facts:
-            warnings.warn(str(program.facts["merged"]), stacklevel=5)
+        for said in warnings_of(program):
+            warnings.warn(said, stacklevel=5)  # the line of step(batch)
         return program
 
 

@@ -75,8 +75,7 @@ def document(prepared: Prepared, result: SimulationResult) -> dict[str, object]:
         "plan": {"dp": plan.dp, "tp": plan.tp, "pp": plan.pp, "zero": plan.zero, "schedule": str(plan.schedule),
                  "microbatches": plan.microbatches, "batch_norm": str(plan.batch_norm)},
         "num_chips": plan.num_chips, "units": program.facts["units"], "units_per_stage": program.facts["stages"],
-        "loss_rule": program.facts["loss"], "tp_cut_parameters": program.facts["tp_cut_parameters"],
-        "tp_cut_flops": program.facts["tp_cut_flops"],
+        "loss_rule": program.facts["loss"],
         "parameters": program.facts["params"], "stages": stages, "was_cached": prepared.was_cached,
         **{k: v for k, v in result.document().items() if k in PREDICTED},
     }  # fmt: skip

@@ -64,6 +64,7 @@ class Console:
         self._err = sys.stderr if err is None else err
         self._clock = clock
         self._log: Path | None = None
+        self._notes: dict[str, object] = {}
         self._rich_err: RichConsole | None = None
         self._open: list[str] = []
         self._phases: list[Phase] = []
@@ -100,10 +101,16 @@ class Console:
         for finding in error.findings:
             self.say(f"error: {finding.text}")
 
+    def note(self, facts: Mapping[str, object]) -> None:
+        """What the answer's document is to have as well."""
+        self._notes |= facts
+
     def results(self, document: Mapping[str, object], tables: Sequence[Table] = ()) -> None:
         """The answer: `document` as JSON with `as_json`, otherwise the tables."""
         if self.as_json:
-            self._out.write(json.dumps(_strict(document), indent=2, allow_nan=False) + "\n")
+            self._out.write(
+                json.dumps(_strict({**document, **self._notes}), indent=2, allow_nan=False) + "\n"
+            )
         else:
             self._draw(tables, self._out)
         self._out.flush()

@@ -3,24 +3,41 @@
 from comms.units import format_percent
 from orchestrator.planning.preparation import Prepared
 from orchestrator.views.console import Console
+from partitioner.program.program import Program
 
 CUT_SHARE = 0.9  # below it a model counts as copied rather than cut
+FACTS = ("tp_cut_parameters", "tp_cut_flops", "tp_copied")
 
 
 def say_split(prepared: Prepared, console: Console) -> None:
-    """How samples and parameters are split, and a warning where much is only copied."""
+    """How samples and parameters are split, and a warning where much is only copied; `--json` has the shares too."""
     facts, plan = prepared.program.facts, prepared.plan
     changed = (
         "" if facts["schedule"] == str(plan.schedule) else f"; schedule {facts['schedule']}, which that needs"
     )
     if plan.dp * plan.microbatches > 1:
         console.say(f"loss: {facts['loss']}{changed}")
-    if "merged" in facts:
-        console.warn(str(facts["merged"]))
-    if plan.tp > 1:
-        parameters, flops = float(facts["tp_cut_parameters"]), float(facts["tp_cut_flops"])
-        said = f"tp {plan.tp} cuts {format_percent(parameters)} of the parameters, {format_percent(flops)} of the FLOPs"
-        if min(parameters, flops) < CUT_SHARE:
-            console.warn(f"{said}; on every chip: {facts['tp_copied'] or 'operators that are not cut'}")
-        else:
-            console.say(said)
+    console.note({name: facts[name] for name in FACTS})
+    for said in warnings_of(prepared.program):
+        console.warn(said)
+    if plan.tp > 1 and not _copied_by_tp(prepared.program):
+        console.say(_share(prepared.program))
+
+
+def warnings_of(program: Program) -> list[str]:
+    """What became of a plan otherwise than its maker may think."""
+    return [said for said in (str(program.facts.get("merged", "")), _copied_by_tp(program)) if said]
+
+
+def _copied_by_tp(program: Program) -> str:
+    """What tensor parallelism does not cut and why, or nothing where it cuts nearly all."""
+    facts = program.facts
+    is_little = min(float(facts["tp_cut_parameters"]), float(facts["tp_cut_flops"])) < CUT_SHARE
+    if program.size("tp") == 1 or not is_little:
+        return ""
+    return f"{_share(program)}; on every chip: {facts['tp_copied'] or 'operators that are not cut'}"
+
+
+def _share(program: Program) -> str:
+    parameters, flops = (format_percent(float(program.facts[name])) for name in FACTS[:2])
+    return f"tp {program.size('tp')} cuts {parameters} of the parameters, {flops} of the FLOPs"
