@@ -35,11 +35,11 @@ from partitioner.capture.forwards.checkpoints import Region, regions_of
 from partitioner.capture.forwards.keyed_random import RECURRENT
 from partitioner.capture.forwards.user_functions import AppliedFunction
 from partitioner.capture.graph_pieces import Dependence, cut_into_pieces, dependences, piece_name
+from partitioner.capture.products.tp_styles import param_styles
 from partitioner.capture.pure_graph import first_user_line, is_float, source_line, with_gradient
 from partitioner.capture.samples.batch_cut import cut_batch
 from partitioner.capture.samples.loss_form import FINAL, GATHERED, KNOWN, LossForm, finals_of, whole_loss
 from partitioner.capture.samples.taking_apart import put_apart, replace_by
-from partitioner.capture.tp_styles import param_styles
 from partitioner.capture.tracing import Captured, LossFunction, trace_module
 from partitioner.capture.training_flops import training_flops
 

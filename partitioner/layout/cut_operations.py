@@ -6,7 +6,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from partitioner.capture.captured_graph import op_name
-from partitioner.capture.dim_places import RESHAPES, is_pointwise
+from partitioner.capture.products.dim_places import RESHAPES, is_pointwise
 from partitioner.layout.cut_products import PRODUCT_RULES
 from partitioner.layout.cut_rules import RULES, CutCall, pointwise
 from partitioner.layout.cut_values import CutTensor, is_any_cut

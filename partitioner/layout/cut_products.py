@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from partitioner.capture.captured_graph import op_name
-from partitioner.capture.product_letters import GROUPS, Product, operands_of, product_of
+from partitioner.capture.products.product_letters import GROUPS, Product, operands_of, product_of
 from partitioner.layout.cut_rules import CutCall, Rule, added
 from partitioner.layout.cut_values import CutTensor, Value
 

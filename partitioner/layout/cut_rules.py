@@ -14,7 +14,7 @@ import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
 from partitioner.capture.captured_graph import op_name
-from partitioner.capture.dim_places import RESHAPES, STRIDED, indexed_place, place_in, strided_views
+from partitioner.capture.products.dim_places import RESHAPES, STRIDED, indexed_place, place_in, strided_views
 from partitioner.layout.cut_values import CutTensor, TpGroup, Value, is_any_cut
 from partitioner.program.program import local_length
 

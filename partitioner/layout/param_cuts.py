@@ -13,8 +13,8 @@ from typing import TypeAlias
 from torch.fx import Node
 
 from partitioner.capture.captured_graph import Graph, Template
-from partitioner.capture.param_uses import bias_of, lookups, product_uses, sections_of
-from partitioner.capture.tp_styles import REPLICATE, ROW, VOCAB
+from partitioner.capture.products.param_uses import bias_of, lookups, product_uses, sections_of
+from partitioner.capture.products.tp_styles import REPLICATE, ROW, VOCAB
 from partitioner.program.program import TensorSpec, local_length
 
 PADDING = 1 / 8  # of a dim: at most so much may be added to make it divide

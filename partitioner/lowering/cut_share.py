@@ -10,7 +10,7 @@ from torch.utils.flop_counter import flop_registry
 
 from comms.errors import PartitionError
 from partitioner.capture.captured_graph import Graph, is_counted_here, op_name
-from partitioner.capture.tp_styles import REPLICATE
+from partitioner.capture.products.tp_styles import REPLICATE
 from partitioner.layout.cut_products import PRODUCT_RULES
 from partitioner.layout.parallel_plan import Plan
 from partitioner.layout.param_cuts import Cuts, ParamCut

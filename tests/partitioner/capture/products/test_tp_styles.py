@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from partitioner.capture.graph_units import build_graph
+from partitioner.capture.products.tp_styles import COLUMN, REPLICATE, ROW, VOCAB
 from partitioner.capture.samples.loss_form import whole_loss
-from partitioner.capture.tp_styles import COLUMN, REPLICATE, ROW, VOCAB
 from partitioner.capture.tracing import trace_module
 from partitioner.layout.param_cuts import param_cuts
 

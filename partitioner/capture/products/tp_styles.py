@@ -13,7 +13,7 @@ from typing import TypeAlias
 from torch.fx import Node
 
 from partitioner.capture.captured_graph import op_name
-from partitioner.capture.param_uses import bias_of, lookups, product_uses
+from partitioner.capture.products.param_uses import bias_of, lookups, product_uses
 
 NodeTest: TypeAlias = Callable[[Node], bool]
 COLUMN, ROW, VOCAB, REPLICATE = "colwise", "rowwise", "vocab", "replicate"

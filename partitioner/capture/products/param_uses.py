@@ -13,7 +13,7 @@ import torch
 from torch.fx import Node
 
 from partitioner.capture.captured_graph import op_name, operand
-from partitioner.capture.dim_places import (
+from partitioner.capture.products.dim_places import (
     RESHAPES,
     SAME_PLACE,
     STRIDED,
@@ -21,7 +21,7 @@ from partitioner.capture.dim_places import (
     is_pointwise,
     strided_views,
 )
-from partitioner.capture.product_letters import GROUPS, Product, operands_of, product_of
+from partitioner.capture.products.product_letters import GROUPS, Product, operands_of, product_of
 
 Origins: TypeAlias = Mapping[Node, Mapping[int, int]]  # parameter -> (dim of a value -> dim of the parameter)
 Part: TypeAlias = tuple[Node | None, int, int, int]  # value to follow, its dim, first entry, entries
