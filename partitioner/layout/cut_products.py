@@ -98,7 +98,7 @@ def _compute(call: CutCall, found: Product, own: Sequence[torch.Tensor], bias: t
         return call.run(call.args[0], [one, other])
     if name in GENERAL:
         return one @ other
-    args = [one, other, *call.args[2:]]
+    args = [one, other, *map(call.group.whole, call.args[2:])]
     if found.bias is not None:
         args[2:3] = [bias]
     if found.groups > 1:
@@ -164,7 +164,7 @@ def attention(call: CutCall) -> Any:
 
 PRODUCT_RULES: Mapping[str, Rule] = {
     **dict.fromkeys(
-        ("linear", "mm", "matmul", "bmm", "mv", "addmm", "baddbmm", "einsum", "convolution", "_grouped_mm"),
+        ("linear", "mm", "matmul", "bmm", "mv", "addmm", "baddbmm", "einsum", "convolution", "expert_mm"),
         product,
     ),
     **{f"conv{d}d": product for d in (1, 2, 3)},

@@ -73,13 +73,9 @@ def _matmul(first: int, bias: int | None = None) -> Callable[..., Product]:
     return make
 
 
-def _grouped(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Product | None:
-    """Rows of experts, one after the other."""
-    x, weight = args[0], args[1]
-    bias = args[3] if len(args) > 3 else kwargs.get("bias")
-    if len(weight.shape) != 3 or len(x.shape) != 2 or bias is not None:
-        return None
-    return Product((0, 1), (("row", "in"), (None, "in", "out")), ("row", "out"))
+def _experts(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Product:
+    """Rows, each by the matrix of its expert (rows and their experts' numbers stay together, whole)."""
+    return Product((0, 1), ((None, "in"), (None, "in", "out")), (None, "out"))
 
 
 def _einsum(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Product | None:
@@ -133,6 +129,6 @@ def _either(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Product:
 _MAKERS: Mapping[str, Callable[..., Product | None]] = {
     "linear": _linear, "mm": _matmul(0), "matmul": _matmul(0), "bmm": _matmul(0),
     "mv": _matmul(0), "addmm": _matmul(1, 0), "baddbmm": _matmul(1, 0), "einsum": _einsum, "convolution": _either,
-    "_grouped_mm": _grouped,
+    "expert_mm": _experts,
     **{f"conv{d}d": _plain for d in (1, 2, 3)}, **{f"conv_transpose{d}d": _transposed for d in (1, 2, 3)},
 }  # fmt: skip

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from orchestrator.verbs.distribute import distribute
 from partitioner.layout.parallel_plan import Plan
 
-PLANS = [Plan(), Plan(dp=2, microbatches=2), Plan(pp=2, microbatches=2)]
+PLANS = [Plan(), Plan(dp=2, microbatches=2), Plan(pp=2, microbatches=2), Plan(tp=2)]
 
 
 def trained_alike(module: nn.Module, batch: dict[str, torch.Tensor], plan: Plan, laptop: Any) -> None:
