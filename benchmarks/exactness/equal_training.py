@@ -4,7 +4,7 @@ A case is `support/random_training.py`'s. Compared are the losses of all steps, 
 and the parameters after one more plain step, which shows that the optimizer's states came back. Cases that the plain
 loop cannot run, whose values are not finite or too sensitive to rounding to be told apart, are skipped.
 
-    python benchmarks/equal_training.py [--cases 300] [--seed 0] [--first 0] [--show SEED]
+    cd benchmarks; python -m exactness.equal_training [--cases 300] [--seed 0] [--first 0] [--jobs 2] [--show SEED]
 """
 
 import argparse
@@ -15,8 +15,10 @@ import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from enum import StrEnum
+from multiprocessing import get_context
 from typing import Any
 
 import torch
@@ -100,23 +102,35 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--first", type=int, default=0, help="the first case's number")
     parser.add_argument("--show", type=int, help="print this case in full, and how it ends")
+    parser.add_argument("--jobs", type=int, default=1, help="processes")
     options = parser.parse_args()
-    warnings.filterwarnings("ignore")
-    torch.set_num_threads(1)
+    settle()
     if options.show is not None:
         show(random_case(options.show))
         return
     ended = []
-    for number in range(options.first, options.first + options.cases):
-        one = ended_as(random_case(options.seed * SEEDS_APART + number))
-        ended.append(one)
-        if one.outcome in (Outcome.DIFFERS, Outcome.CRASH):
-            print(f"{one.outcome} {one.case}\n    {one.what}", flush=True)
+    start = options.seed * SEEDS_APART + options.first
+    with ProcessPoolExecutor(options.jobs, get_context("spawn"), settle, max_tasks_per_child=200) as pool:
+        for one in pool.map(ended_by_number, range(start, start + options.cases)):
+            ended.append(one)
+            if one.outcome in (Outcome.DIFFERS, Outcome.CRASH):
+                print(f"{one.outcome} {one.case}\n    {one.what}", flush=True)
     counted = [one for one in ended if one.outcome != Outcome.SKIPPED]
     refusals = Counter(one.what.split("\n")[0] for one in counted if one.outcome == Outcome.REFUSED)
     for message, times in refusals.most_common(40):
         print(f"{times:4} refused: {message}")
     report("equal_training", rows_of(counted))
+
+
+def settle() -> None:
+    """What every process begins with."""
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+
+
+def ended_by_number(number: int) -> Ended:
+    """A case, by the integer that it is drawn from."""
+    return ended_as(random_case(number))
 
 
 def show(case: Case) -> None:
