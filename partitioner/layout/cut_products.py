@@ -98,7 +98,8 @@ def _compute(call: CutCall, found: Product, own: Sequence[torch.Tensor], bias: t
         return call.run(call.args[0], [one, other])
     if name in GENERAL:
         return one @ other
-    args = [one, other, *map(call.group.whole, call.args[2:])]
+    rest = map(call.group.whole, call.args[2:]) if name == "expert_mm" else call.args[2:]
+    args = [one, other, *rest]
     if found.bias is not None:
         args[2:3] = [bias]
     if found.groups > 1:

@@ -28,6 +28,7 @@ from partitioner.layout.param_cuts import ParamCut
 from partitioner.program.program import TensorSpec
 
 VIEWS = ("view", "_unsafe_view")
+NEED_ORDER = ("pdist", "_pdist_forward", "view_as_complex")
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,9 @@ def _explained(tp: int) -> Iterator[None]:
         raise
     except Exception as error:
         first = str(error).strip().split("\n")[0]
+        if tp == 1:
+            problem = f"no backward could be traced: {first}"
+            raise PartitionError(problem, "the model", "write this part with other operators") from error
         raise PartitionError(
             f"cannot cut the model by tp {tp}: {first}",
             "tensor parallelism",
@@ -169,6 +173,11 @@ def _whole_result(target: Any, args: Any, kwargs: Any) -> Any:
         return between_parts(*args)
     if target is torch.ops.orchestrate.keyed_uniform.default:
         return target(args[0], args[1], None, *args[3:])
-    if op_name(target) in VIEWS:  # strides may differ from those when the model was captured
+    # Strides may differ from those when the model was captured.
+    if op_name(target) in VIEWS:
         return torch.reshape(*args, **kwargs)
+    if op_name(target) == "view_as":
+        return args[0].reshape(args[1].shape)
+    if op_name(target) in NEED_ORDER:
+        args = tree_map_only(torch.Tensor, torch.Tensor.contiguous, args)
     return target(*args, **kwargs)

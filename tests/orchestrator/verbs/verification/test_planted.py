@@ -229,7 +229,7 @@ PLANTED: list[tuple[str, Plan, Plant, str]] = [
     ("tied", BOTH, gradient_of(3), GRADIENT.format(r"\w+\.weight")),
     ("recurrent", DP, gradient_of(1), GRADIENT.format(r"net\.1\.inner\.\w+")),
     ("mlp", DP, no_reduction, LOSS),
-    ("mlp", TP, no_reduction, GRADIENT.format(r"net\.0\.weight")),
+    ("mlp", TP, no_reduction, LOSS),
     ("convolution", ZERO, no_reduction, LOSS),
     ("mlp", DP, own_reduction(1), GRADIENT.format(r"net\.0\.weight on chip 1")),
     ("tied", DP, own_reduction(1), GRADIENT.format(r"\w+\.weight on chip 1")),
