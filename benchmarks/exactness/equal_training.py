@@ -16,6 +16,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from enum import StrEnum
 from multiprocessing import get_context
@@ -27,7 +28,9 @@ from support.random_training import Case, random_case
 from torch import nn
 
 from orchestrator.exceptions import UserError
+from orchestrator.runs.data import step_key
 from orchestrator.verbs.distribute import distribute
+from partitioner.capture.forwards.keyed_random import keyed_random
 
 TOLERANCE = 1e-9
 FLOOR = 0.1  # smaller numbers are compared with this one: a gradient of nothing but rounding is no difference
@@ -262,6 +265,11 @@ def values_of(module: nn.Module) -> dict[str, torch.Tensor]:
     return {name: value.detach().clone() for name, value in module.state_dict().items()}
 
 
+def keyed(step: int) -> AbstractContextManager[None]:
+    """Random numbers of a step are drawn by its key, as on chips."""
+    return keyed_random(torch.tensor(step_key(0, step)), torch.tensor(0))
+
+
 def loss_of(
     case: Case, names: Mapping[str, Any], module: nn.Module, batch: Mapping[str, Any]
 ) -> torch.Tensor:
@@ -279,11 +287,13 @@ def loss_of(
 
 
 def plain_step(
-    case: Case, names: Mapping[str, Any], module: nn.Module, optimizer: torch.optim.Optimizer, batch: Mapping[str, Any]
+    case: Case, names: Mapping[str, Any], module: nn.Module, optimizer: torch.optim.Optimizer, batch: Mapping[str, Any],
+    number: int,
 ) -> float:  # fmt: skip
-    """A step of a plain loop."""
+    """Step `number` of a plain loop."""
     optimizer.zero_grad()
-    loss = loss_of(case, names, module, batch)
+    with keyed(number):
+        loss = loss_of(case, names, module, batch)
     loss.backward()  # type: ignore[no-untyped-call]
     if case.clip_norm:
         nn.utils.clip_grad_norm_(module.parameters(), case.clip_norm)
@@ -300,16 +310,16 @@ def trained_plainly(case: Case, names: Mapping[str, Any], module: nn.Module) -> 
     for k in range(len(case.sizes)):
         batch = batch_of(case, k)
 
-        def evaluate(batch: Mapping[str, Any] = batch) -> None:
-            with torch.no_grad():
+        def evaluate(batch: Mapping[str, Any] = batch, step: int = k) -> None:
+            with torch.no_grad(), keyed(step):
                 losses.append(loss_of(case, names, copy.deepcopy(module), batch).item())
 
         eval(case.hooks[k] or "None", scope | {"k": k, "sync": lambda: None, "evaluate": evaluate})
-        losses.append(plain_step(case, names, module, optimizer, batch))
+        losses.append(plain_step(case, names, module, optimizer, batch, k))
         if schedule:
             schedule.step()
     values = values_of(module)
-    plain_step(case, names, module, optimizer, batch_of(case, 0))
+    plain_step(case, names, module, optimizer, batch_of(case, 0), len(case.sizes))
     return Trained(losses, values, values_of(module))
 
 
@@ -335,7 +345,7 @@ def trained_by_plan(case: Case, names: Mapping[str, Any], module: nn.Module) -> 
             schedule.step()
     step.sync()
     values = values_of(module)
-    plain_step(case, names, module, optimizer, batch_of(case, 0))
+    plain_step(case, names, module, optimizer, batch_of(case, 0), len(case.sizes))
     return Trained(losses, values, values_of(module))
 
 

@@ -2,9 +2,7 @@
 
 A case is text: statements of a forward, drawn from tables by the shape of `x` that they take and give, and expressions
 for the loss, the optimizer and what happens between steps. Its `source` is a module for names of torch (`nn`, `F`, ..).
-Shapes: v [batch, C], s [batch, time, C], t [time, batch, C], f [batch * time, C], i [batch, C, time, 3].
-
-Not drawn: random numbers (ours are keyed by the sample), shapes that depend on values, optimizers with closures.
+Shapes: v [batch, C], s [batch, time, C], t [time, batch, C], f [batch * time, C], i [batch, C, time, 3].Not drawn: shapes that depend on values, optimizers with closures.
 """
 
 import random
@@ -12,6 +10,8 @@ import re
 from dataclasses import dataclass
 from itertools import product
 from math import prod
+
+from support.random_draws import DRAWS
 
 from partitioner.layout.parallel_plan import Plan
 from partitioner.layout.pipeline_schedules import PipelineSchedule
@@ -359,7 +359,7 @@ def _pieces(draw: random.Random) -> tuple[tuple[tuple[str, str], ...], tuple[str
             time = (2 if "2 * C" in text[0] else 3) if way == "v>s" else time
             shape = way[2]
         else:
-            _, *text = draw.choice([row for row in table(PIECES) if shape in row[0]])
+            _, *text = draw.choice([row for row in table(PIECES + DRAWS) if shape in row[0]])
         chosen.append((text[0], text[1]))
     if shape == "i":
         _, *text = draw.choice([row for row in turns if row[0] == "i>s"])
