@@ -2,7 +2,8 @@
 
 A case is text: statements of a forward, drawn from tables by the shape of `x` that they take and give, and expressions
 for the loss, the optimizer and what happens between steps. Its `source` is a module for names of torch (`nn`, `F`, ..).
-Shapes: v [batch, C], s [batch, time, C], t [time, batch, C], f [batch * time, C], i [batch, C, time, 3].Not drawn: shapes that depend on values, optimizers with closures.
+Shapes: v [batch, C], s [batch, time, C], t [time, batch, C], f [batch * time, C], i [batch, C, time, 3].
+Not drawn: shapes that depend on values, optimizers with closures.
 """
 
 import random
@@ -311,9 +312,8 @@ class Case:
         ]
         lines += [f"        {line}" for line in [*ran, *last]]
         if self.takes:
-            got = {"x": "output", "dict(x=x)": "output['x']", "(x, x.mean())": "output[0]"}.get(
-                self.output, "output.x"
-            )
+            known = {"x": "output", "dict(x=x)": "output['x']", "(x, x.mean())": "output[0]"}
+            got = known.get(self.output, "output.x")
             given = [f"{n} = batch['{n}']" for n in self.inputs] if self.takes == "output, batch" else []
             taken = self.takes.format(", ".join([*names, "**_"]))
             lines += [f"def loss_fn({taken}):", f"    x = {got}", *(f"    {k}" for k in [*given, *laid])]

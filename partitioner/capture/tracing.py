@@ -47,6 +47,7 @@ from partitioner.capture.pure_graph import (
 )
 
 LossFunction = Callable[..., torch.Tensor]
+NUM_MORE = 4  # forwards that must do the same
 
 
 @dataclass
@@ -92,7 +93,7 @@ def trace_module(
     _refuse_unsupported(module)
     _require_known_inputs(module, batch)
     frozen = frozenset(name for name, p in module.named_parameters() if not p.requires_grad)
-    with borrowed(module) as lent, no_host_draws():
+    with borrowed(module) as lent, no_host_draws(module):
         trace = _Trace(
             lent, batch, loss_fn, fake_mode or FakeTensorMode(allow_non_fake_inputs=True), has_lines
         )
@@ -219,6 +220,10 @@ class _Trace:
             self._forward(*self._fakes())
         return self.called.where
 
+    def repeats(self, noted: Sequence[object]) -> bool:
+        """Whether further forwards are what a later one was: only the first was different, as with caches."""
+        return not any(self.differs(noted) for _ in range(NUM_MORE))
+
     def names(self, traced: torch.fx.GraphModule) -> dict[str, str]:
         """By the name of a placeholder, what it stands for."""
         placeholders = (node.name for node in traced.graph.nodes if node.op == "placeholder")
@@ -250,9 +255,10 @@ def _require_repeatable(
     if not changed and not where:
         return
     calls = list(trace.calls)
+    later = trace.called.noted if trace.called else ()
     again = trace.run(functional=functional)
     trace.calls = calls
-    if operations_of(again) == operations_of(traced):
+    if operations_of(again) == operations_of(traced) and (changed or trace.repeats(later)):
         return
     problem = f"the forward depends on {changed[0]}, which it changes itself" if changed else (
         "the forward computes with another number each time, of which all steps would get the first")  # fmt: skip

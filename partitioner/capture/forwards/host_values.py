@@ -4,13 +4,17 @@ What the host draws (`random`, numpy), reads from a clock or counts outside the 
 A forward is run twice on the same tensors: it must call torch's functions in the same order with the same numbers.
 """
 
+import os
+import pickle
 import random
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch._C._functorch import is_functorch_wrapped_tensor
@@ -26,23 +30,50 @@ NUMBERS = bool | int | float | complex | str | torch.dtype | None
 
 
 @contextmanager
-def no_host_draws() -> Iterator[None]:
-    """Give the generators of Python and numpy back as they were. Raises CaptureError if the block drew from them."""
-    numpy: Any = sys.modules.get("numpy")
-    before, of_numpy = random.getstate(), numpy and numpy.random.get_state()
+def no_host_draws(module: torch.nn.Module) -> Iterator[None]:
+    """Give generators back as they were: of Python, of numpy, and those that `module` holds.
+
+    Raises CaptureError if the block drew from them, or from the system's. Generators elsewhere are not seen.
+    """
+    drawn: list[str] = []
+    held = list(_generators(module))
+    before = [pickle.dumps(get()) for _, get, _ in held]
+
+    def urandom(size: int) -> bytes:
+        drawn.append("the system's random numbers")
+        return os.urandom(size)
+
     try:
-        yield
+        with patch.object(random, "_urandom", urandom):
+            yield
     finally:
-        drew = "Python's random" if random.getstate() != before else ""
-        random.setstate(before)
-        if numpy and not all(map(numpy.array_equal, numpy.random.get_state(), of_numpy)):
-            drew = "numpy.random"
-            numpy.random.set_state(of_numpy)
+        for (name, get, put), state in zip(held, before, strict=True):
+            if pickle.dumps(get()) != state:
+                drawn.append(name)
+                put(pickle.loads(state))
+        drew = drawn[0] if drawn else ""
         if drew and not isinstance(sys.exception(), KeyboardInterrupt):
             problem = f"the forward draws from {drew}: all steps would get what the first one draws"
             raise CaptureError(
                 problem, "forward", "use torch.rand or dropout, or make it an input of the model"
             ) from None
+
+
+def _generators(module: torch.nn.Module) -> Iterator[tuple[str, Callable[[], Any], Callable[[Any], object]]]:
+    """Of every generator: its name, what reads its state, what puts a state back."""
+    yield "Python's random", random.getstate, random.setstate
+    numpy: Any = sys.modules.get("numpy")
+    if numpy:
+        yield "numpy.random", numpy.random.get_state, numpy.random.set_state
+    own = {id(v): (f"{n}.{k}".lstrip("."), v) for n, m in module.named_modules() for k, v in vars(m).items()}
+    for name, value in own.values():
+        bits = getattr(value, "bit_generator", None) if type(value).__module__.startswith("numpy") else None
+        if bits is not None:
+            yield name, partial(getattr, bits, "state"), partial(setattr, bits, "state")
+        elif isinstance(value, random.Random) and not isinstance(value, random.SystemRandom):
+            yield name, value.getstate, value.setstate
+        elif isinstance(value, torch.Generator) or (numpy and isinstance(value, numpy.random.RandomState)):
+            yield name, value.get_state, value.set_state
 
 
 class CalledWith(TorchFunctionMode):

@@ -85,7 +85,10 @@ def _linear(call: OperatorCall, name: str) -> Spread:
         if value.dtype.is_floating_point or value.dtype == call.whole.args[0].meta["val"].dtype:  # type: ignore[union-attr]
             return TOTAL
     if name in ADDITIVE:
-        call.shared = [i for i in (0, 1) if not isinstance(call.spread(call.args[i]), Total)]
+        shared = [i for i in (0, 1) if not isinstance(call.spread(call.args[i]), Total)]
+        if shared and not is_inexact(call.whole.meta["val"]):  # a share of a whole number may be none
+            raise NeedsWhole(totals)
+        call.shared = shared
         return TOTAL
     if name in ("mul", "multiply") and len(totals) == 1 and call.args[0] is not call.args[1]:
         return TOTAL
@@ -95,6 +98,11 @@ def _linear(call: OperatorCall, name: str) -> Spread:
     if is_quotient and totals == [call.args[0]]:
         return TOTAL
     raise NeedsWhole(totals)
+
+
+def is_inexact(value: torch.Tensor) -> bool:
+    """Whether a part of a number can be told in a value's dtype."""
+    return value.dtype.is_floating_point or value.dtype.is_complex
 
 
 def elementwise_loss(call: OperatorCall) -> Spread:

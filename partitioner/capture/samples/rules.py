@@ -14,7 +14,7 @@ from partitioner.capture.captured_graph import op_name
 from partitioner.capture.samples import arithmetic_rules as arithmetic
 from partitioner.capture.samples import index_rules as indexing
 from partitioner.capture.samples import shape_rules as shapes
-from partitioner.capture.samples.spread import SAME, NeedsWhole, OperatorCall, Same, Spread, Total
+from partitioner.capture.samples.spread import SAME, NeedsWhole, OperatorCall, Same, Spread
 
 Rule: TypeAlias = Callable[[OperatorCall], Spread]
 
@@ -105,7 +105,7 @@ def spread_of(call: OperatorCall) -> Spread:
     if rule is None:
         raise call.all_whole()
     result = rule(call)
-    if not isinstance(result, Same | Total) and not shapes.has_parts(call, result):
+    if not isinstance(result, Same) and not shapes.has_parts(call, result):
         raise call.all_whole()
     if isinstance(result, Same) and not _same_shape(call):
         raise call.all_whole()

@@ -120,10 +120,13 @@ def _unless_longer(call: OperatorCall) -> Spread:
 def slicing(call: OperatorCall) -> Spread:
     """Some entries along a dim, or all of them in several tensors."""
     source, name = _only(call), op_name(call.node.target)
-    spread = call.spread(source)
+    spread, shape = call.spread(source), call.shape(source)
     if isinstance(spread, Total):
+        size = shape[call.argument("dim", 0) % len(shape)] if name == "slice" else 0
+        if _bounds(call.args, name, size) != _bounds(call.whole.args, name, size):
+            raise NeedsWhole([source])
         return TOTAL
-    place, shape = call.place(source), call.shape(source)
+    place = call.place(source)
     if name == "diagonal":
         raise NeedsWhole([source])
     dim = call.argument("dim", call.argument("dimension", 0)) % len(shape)

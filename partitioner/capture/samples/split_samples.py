@@ -21,6 +21,7 @@ from comms.errors import CaptureError
 from partitioner.capture.captured_graph import op_name
 from partitioner.capture.forwards.user_functions import AppliedFunction
 from partitioner.capture.pure_graph import source_line
+from partitioner.capture.samples.arithmetic_rules import is_inexact
 from partitioner.capture.samples.batch_norms import BATCH_NORM
 from partitioner.capture.samples.rules import rule_of, spread_of
 from partitioner.capture.samples.spread import (
@@ -33,14 +34,14 @@ from partitioner.capture.samples.spread import (
     Spread,
     Total,
     place_of,
-)
+)  # fmt: skip
 from partitioner.capture.samples.taking_apart import (
     consists_of_others,
     put_apart,
     put_backward_apart,
     replace_by,
 )
-from partitioner.capture.samples.two_traces import paired
+from partitioner.capture.samples.two_traces import paired, with_numbers
 
 aten, own = torch.ops.aten, torch.ops.orchestrate
 # operators whose whole-number arguments are sizes, which grow with the batch as their results do
@@ -201,6 +202,8 @@ class Splitter:
         node.meta["val"] = whole.meta["val"]
 
     def _settle(self, node: Node, whole: Node, call: OperatorCall, spread: Any) -> None:
+        if node in self.after:  # it runs once, not once per part
+            spread, call.shared, call.is_mean = SAME, [], False
         is_same = spread == SAME
         self._take_numbers(node, whole, all_of_them=is_same)
         if is_same:
@@ -219,6 +222,8 @@ class Splitter:
         for operand in [n for n in node.all_input_nodes if n not in self.after]:
             summed = operand
             if self.spreads[operand] == SAME and self.depends_on_model(operand):
+                if not is_inexact(operand.meta["val"]):
+                    raise self._refusal(node)
                 with self.graph.inserting_before(node):
                     summed = self.share_of(operand)
             if self.spreads[summed] == TOTAL:
@@ -241,7 +246,7 @@ class Splitter:
         args = list(node.args)
         for index, (mine, other) in enumerate(zip(node.args, whole.args, strict=True)):
             kind = str(schema.arguments[index].type) if schema else ""
-            merged = _with_numbers(mine, other)
+            merged = with_numbers(mine, other)
             if merged == mine:
                 continue
             if all_of_them or (kind in NUMBERS and op_name(node.target) != "arange"):
@@ -251,7 +256,7 @@ class Splitter:
         node.args = tuple(args)
         kwargs = dict(node.kwargs)
         for name, mine in node.kwargs.items():
-            merged = _with_numbers(mine, whole.kwargs[name])
+            merged = with_numbers(mine, whole.kwargs[name])
             if merged != mine:
                 kwargs[name] = merged
         node.kwargs = kwargs
@@ -365,15 +370,6 @@ class Splitter:
             name, other = "batch_norm", "normalise each part by itself (batch_norm: per_part in the plan)"
         problem = f"{name} {why}{known}: the batch cannot be cut into {split}"
         return CaptureError(problem, source_line(node), f"{hint}, or {other}")
-
-
-def _with_numbers(mine: Any, other: Any) -> Any:
-    """An argument with the other's numbers in the places of its own."""
-    if isinstance(mine, Node):
-        return mine
-    if isinstance(mine, tuple | list) and isinstance(other, tuple | list):
-        return type(mine)(_with_numbers(a, b) for a, b in zip(mine, other, strict=True))
-    return other
 
 
 def _sources(node: Node) -> bool:

@@ -1,5 +1,7 @@
 """The trace of a part and of the whole batch, side by side."""
 
+from typing import Any
+
 import torch
 from torch.fx import Node
 
@@ -20,3 +22,12 @@ def paired(graph: torch.fx.Graph, whole: torch.fx.Graph) -> list[tuple[Node, Nod
         raise CaptureError("a part of the batch is computed differently than the whole", "forward",
                            "use dp 1 and 1 microbatch, or other sizes")  # fmt: skip
     return list(zip(mine, others, strict=True))
+
+
+def with_numbers(mine: Any, other: Any) -> Any:
+    """An argument with the other's numbers in the places of its own."""
+    if isinstance(mine, Node):
+        return mine
+    if isinstance(mine, tuple | list) and isinstance(other, tuple | list):
+        return type(mine)(with_numbers(a, b) for a, b in zip(mine, other, strict=True))
+    return other

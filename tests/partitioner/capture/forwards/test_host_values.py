@@ -20,7 +20,7 @@ TAKEN: dict[str, tuple[Callable[[], Any], str]] = {
     "random": (random.random, "Python's random"),
     "numpy": (numpy.random.rand, "numpy.random"),
     "numpy array": (lambda: torch.from_numpy(numpy.random.rand(4)), "numpy.random"),
-    "fresh generator": (lambda: numpy.random.default_rng().random(), "another number each time"),
+    "fresh generator": (lambda: numpy.random.default_rng().random(), "the system's random numbers"),
     "clock": (time.perf_counter, "another number each time"),
     "operating system": (lambda: int.from_bytes(os.urandom(8), "big"), "another number each time"),
     "counter": (lambda: next(COUNTER), "another number each time"),
@@ -45,6 +45,29 @@ def test_what_differs_from_call_to_call_is_refused(name: str, dp: int) -> None:
     taken, why = TAKEN[name]
     with pytest.raises(CaptureError, match=why):
         capture_graph(Scaled(taken), {"x": torch.randn(4, 4)}, dp=dp)
+
+
+class Skipping(nn.Module):
+    """A layer that is left out at random, by a generator of its own."""
+
+    def __init__(self, made: Callable[[], Any]) -> None:
+        super().__init__()
+        self.lin, self.made = nn.Linear(4, 1), made
+        self.rng = made()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (self.lin(x) if self.rng.random() < 0.1 else self.lin(2 * x)).sum()
+
+
+@pytest.mark.parametrize(
+    "made",
+    [lambda: numpy.random.default_rng(0), lambda: random.Random(0), random.SystemRandom,
+     lambda: numpy.random.RandomState(0)],
+    ids=["numpy's", "Python's", "the system's", "an old one of numpy"],
+)  # fmt: skip
+def test_generators_of_the_module_itself_are_seen(made: Callable[[], Any]) -> None:
+    with pytest.raises(CaptureError, match="the forward draws from"):
+        capture_graph(Skipping(made), {"x": torch.randn(4, 4)})
 
 
 def test_the_line_is_named() -> None:

@@ -77,6 +77,15 @@ def valid(y: torch.Tensor) -> torch.Tensor:
 LOSSES: dict[str, Loss] = {
     "ignored labels": lambda m, made, y: F.cross_entropy(made[-1], y),
     "class weights": lambda m, made, y: F.cross_entropy(made[-1], y, m.weights),
+    "counts and numbers": lambda m, made, y: made[-1].sum() / ((y != 1).sum() + 1).clamp(min=1),
+    "counts less one": lambda m, made, y: made[-1].square().sum() / ((y != 1).sum() - 1).clamp(min=1),
+    "counts from a number": lambda m, made, y: made[-1].sum() * (3 - (y == 1).sum()) / 7,
+    "totals spread out": lambda m, made, y: made[-1].sum(0).expand(len(y), 4).sum() / 9,
+    "totals repeated": lambda m, made, y: made[-1].mean(0).repeat(len(y), 1).sum(),
+    "totals cut": lambda m, made, y: made[-1].sum(0)[: len(y) // 4].sum(),
+    "totals cut elsewhere": lambda m, made, y: made[-1].sum(0)[len(y) // 8 : len(y) // 8 + 2].sum(),
+    "totals viewed": lambda m, made, y: made[-1].mean(0).view(len(y) // 4, -1).sum(0)[0],
+    "spread at the end": lambda m, made, y: made[-1].square().mean().sqrt().expand(len(y)).sum() / 10,
     "weights and smoothing": lambda m, made, y: F.cross_entropy(made[-1], y, m.weights, label_smoothing=0.1),
     "two counts": lambda m, made, y: F.cross_entropy(made[-1], y) + (
         made[0].square().mean(-1) * (y == 1)).sum() / (y == 1).sum().clamp(min=1),
