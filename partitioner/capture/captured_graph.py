@@ -37,6 +37,7 @@ VIEWS = {
     "unsafe_chunk", "unsafe_split", "flatten", "expand_as", "unflatten", "view_as", "diagonal", "to", "wait_tensor",
 }  # fmt: skip
 GROUPED = "_grouped_mm"
+BATCH_NAME = "batch:"  # before an entry of the batch that is called like a parameter or buffer
 FREE = VIEWS | {"empty", "empty_like", "zeros", "ones", "full", "arange", "scalar_tensor", "sym_size"}
 
 

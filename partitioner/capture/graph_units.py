@@ -18,6 +18,7 @@ from torch.fx import Node
 from comms.errors import CaptureError, UserError
 from partitioner.capture.batch_inputs import Batch, require_plain
 from partitioner.capture.captured_graph import (
+    BATCH_NAME,
     Graph,
     Known,
     Side,
@@ -191,6 +192,10 @@ class _Builder:
     known: dict[object, int] = field(default_factory=dict)
     free_values: dict[Node, None] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        names = [full.partition(":")[::2] for full in self.captured.names.values()]
+        self.own, self.taken = {n for space, n in names if space != "batch"}, {n for _, n in names}
+
     def build(self) -> Graph:
         units = tuple(self._unit(piece) for piece in self.pieces)
         total, count = self.form.total, self.form.count
@@ -264,14 +269,20 @@ class _Builder:
         return turns
 
     def _placeholders(self, space: str) -> tuple[str, ...]:
-        found = (full.partition(":") for full in self.captured.names.values())
-        return tuple(name for of, _, name in found if of == space)
+        found = (full for full in self.captured.names.values() if full.startswith(f"{space}:"))
+        return tuple(map(self._called, found))
 
     def _is(self, node: Node, on: Dependence) -> bool:
         return self.depends[node] is on
 
     def _name(self, node: Node) -> str:
-        return self.captured.names.get(node.name, f":{node.name}").partition(":")[2]
+        full = self.captured.names.get(node.name)
+        return self._called(full) if full else f"%{node.name}" if node.name in self.taken else node.name
+
+    def _called(self, full: str) -> str:
+        """What an input is called among all values: as the user calls it, unless two are called so."""
+        space, _, name = full.partition(":")
+        return f"{BATCH_NAME}{name}" if space == "batch" and name in self.own else name
 
     def _names(self, nodes: Iterable[Node]) -> tuple[str, ...]:
         return tuple(map(self._name, nodes))

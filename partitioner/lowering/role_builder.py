@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import Any
 
+from comms.errors import PartitionError
 from partitioner.lowering.pieces import Piece, SegmentPiece
 from partitioner.program.instructions import named
 from partitioner.program.program import (
@@ -57,11 +58,15 @@ class RoleBuilder:
     numbers: Iterator[int] = field(default_factory=count)
 
     def tensor(self, name: str, kind: TensorKind, spec: TensorSpec, **more: Any) -> int:
-        """Declare a tensor once; later calls with the same name return it."""
+        """Declare a tensor once; later calls with the same name return it. Raises PartitionError if it is another."""
         if name not in self.by_name:
             self.by_name[name] = len(self.tensors)
             self.tensors.append(Tensor(len(self.tensors), name, kind, spec, **more))
-        return self.by_name[name]
+        found = self.tensors[self.by_name[name]]
+        if (found.kind, found.spec) != (kind, spec):
+            problem = f"a {found.kind} and a {kind} are both called {name}"
+            raise PartitionError(problem, name, "give the parameter, buffer or input another name")
+        return found.id
 
     def spec(self, tensor: int) -> TensorSpec:
         """Shape and dtype of a tensor."""

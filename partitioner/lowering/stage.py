@@ -11,7 +11,7 @@ from typing import TypeAlias
 from torch.fx import Node
 
 from comms.errors import PartitionError
-from partitioner.capture.captured_graph import Graph, Known, Side, Unit, ancestors
+from partitioner.capture.captured_graph import BATCH_NAME, Graph, Known, Side, Unit, ancestors
 from partitioner.layout.parallel_plan import Plan
 from partitioner.layout.param_cuts import Cuts, ParamCut
 from partitioner.lowering.pieces import TracedUnit, make_op
@@ -82,6 +82,7 @@ class _StageEmitter:
         self.slots: dict[int, dict[int, int]] = {}
         self.grads: dict[str, list[int]] = {}
         self.losses: Losses = None
+        self.constants: set[str] = set()
         self.unit_ends: dict[int, int] = {}
 
     def forward(self) -> None:
@@ -227,7 +228,8 @@ class _StageEmitter:
         kept = TensorKind.BUFFER if name in dict(graph.state) else TensorKind.CONSTANT
         kind = TensorKind.BATCH if name in graph.batch else kept
         space = "batch" if name in graph.batch else "buffer"
-        self.values[name] = self.role.tensor(name, kind, graph.specs[name], source=f"{space}:{name}")
+        source = f"{space}:{name.removeprefix(BATCH_NAME)}"
+        self.values[name] = self.role.tensor(name, kind, graph.specs[name], source=source)
 
     def _traced(self, unit: Unit) -> TracedUnit:
         return self.context.traced[cut_of(unit, self.context.cuts)]
@@ -312,7 +314,8 @@ class _StageEmitter:
             return self._grad(value)
         else:
             name, filler = f"zero.{spec}", "0.0"
-        if name not in role.by_name:
+        if name not in self.constants:
+            self.constants.add(name)
             seed = role.tensor(name, TensorKind.CONSTANT, spec)
             made = f"{list(spec.shape)!r}, {filler}, dtype=dtype.{spec.dtype}, device=device"
             role.simple("constants", "fill", f"aten.full.default({made})", [], seed)

@@ -13,6 +13,7 @@ from unittest.mock import patch
 
 import torch
 from torch._subclasses.functional_tensor import FunctionalTensor, disable_functional_mode
+from torch.autograd.function import _SingleLevelFunction
 from torch.fx.experimental.proxy_tensor import (
     PythonKeyTracer,
     disable_proxy_modes_tracing,
@@ -30,6 +31,10 @@ REFUSED = {
     "backward": (torch.autograd, "the forward computes gradients itself"),
     "grad": (torch.autograd, "the forward computes gradients itself"),
 }
+
+
+def _run(cls: type[torch.autograd.Function], *args: Any) -> Any:
+    return torch._C._FunctionBase.__dict__["apply"].__get__(None, cls)(*args)
 
 
 class AppliedFunction:
@@ -113,6 +118,11 @@ def recorded_functions() -> Iterator[None]:
     with ExitStack() as stack:
         apply = classmethod(lambda cls, *args, **kwargs: _apply(shared, cls, *args, **kwargs))
         stack.enter_context(patch.object(torch.autograd.Function, "apply", apply))
+        # What was bound before (`f = MyFunction.apply`) is torch's own, which calls that of its base.
+        below = classmethod(
+            lambda cls, *args: _apply(shared, cls, *args) if get_proxy_mode() else _run(cls, *args)
+        )
+        stack.enter_context(patch.object(_SingleLevelFunction, "apply", below, create=True))
         for name, (owner, problem) in REFUSED.items():
             stack.enter_context(patch.object(owner, name, _refusal(problem)))
         yield

@@ -100,11 +100,28 @@ def beside_a_write(m: Any, x: torch.Tensor) -> torch.Tensor:
     return (Reversed.apply(table, 2.0) * m.seen).square().sum()
 
 
+alias = Reversed.apply  # as torch's documentation has it
+
+
+def by_another_name(m: Any, x: torch.Tensor) -> torch.Tensor:
+    return alias(m.lin(x), 0.3).square().mean()
+
+
 def of_the_batch(m: Any, x: torch.Tensor) -> torch.Tensor:
     return m.lin(StraightThrough.apply(x * 2) + Reversed.apply(x, 1.0)).square().sum()
 
 
-FORWARDS = [reversing, rounding, both, twice, checkpointed, checkpointed_anew, beside_a_write, of_the_batch]
+FORWARDS = [
+    reversing,
+    rounding,
+    both,
+    twice,
+    checkpointed,
+    checkpointed_anew,
+    beside_a_write,
+    by_another_name,
+    of_the_batch,
+]
 
 
 @pytest.mark.parametrize("forward", FORWARDS)
