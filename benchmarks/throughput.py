@@ -12,11 +12,13 @@ import torch
 from support.harness import median, report, seconds_of
 
 from comms.selection.progress import quiet
+from kernels.optimizers import same_kind
 from orchestrator.config.hardware.cluster_file import cluster_path, load_cluster
 from orchestrator.config.job_file import load_job
-from orchestrator.planning.preparation import Prepared, build_model, prepare
+from orchestrator.planning.job_parts import build_model, job_optimizer
+from orchestrator.planning.preparation import Prepared, prepare
 from orchestrator.runners.executing.chip_set import InlineLaunch
-from orchestrator.runners.runner import StepRequest, TensorRunner
+from orchestrator.runners.runner import Settings, StepRequest, TensorRunner
 from orchestrator.runs.data import split_batch
 
 JOB = (
@@ -40,11 +42,12 @@ def main() -> None:
     cluster = load_cluster(cluster_path("laptop"))
     prepared = prepare(cluster, load_job(None, JOB))
     batch = random_batch(prepared)
-    runners: dict[str, TensorRunner] = {"inline": InlineLaunch(cluster).connect(prepared, quiet)}
+    program, settings = prepared.program, settings_of(prepared)
+    runners: dict[str, TensorRunner] = {"inline": InlineLaunch(cluster).connect(program, settings, quiet)}
     if not options.no_ray:
         from orchestrator.runners.on_ray.ray_launch import RayLaunch
 
-        runners["ray, 2 actors"] = RayLaunch(cluster).connect(prepared, quiet)
+        runners["ray, 2 actors"] = RayLaunch(cluster).connect(program, settings, quiet)
     candidates: dict[str, Callable[[], object]] = {"plain PyTorch": plain_loop(prepared, batch)}
     for name, runner in runners.items():
         candidates[name] = stepper(runner, prepared, batch)
@@ -63,6 +66,12 @@ def main() -> None:
         rows.append({"runner": name, "tokens_per_s": tokens / median(seconds), "over_plain": median(ratios),
                      "worst_round": min(ratios), "best_round": max(ratios), "rounds": len(seconds)})  # fmt: skip
     report("throughput", rows)
+
+
+def settings_of(prepared: Prepared) -> Settings:
+    """The job's optimizer and clipping."""
+    optimizer = job_optimizer(prepared.job, build_model(prepared.job, "cpu").module)
+    return Settings(same_kind(optimizer), prepared.job.clip_norm)
 
 
 def random_batch(prepared: Prepared) -> dict[str, torch.Tensor]:

@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 
@@ -85,7 +85,8 @@ def scope_of(factory: Factory) -> Scope:
         return Scope.ENTRY if _close(together, joined) else Scope.PARAMETER
     said = str(found).strip().split("\n")[0]
     raise OptimizerError(
-        f"the optimizer cannot step on given gradients: {said}", hint="use one without closures"
+        f"the optimizer cannot step on given gradients: {said}",
+        hint="use one whose step needs nothing but gradients",
     )
 
 
@@ -123,7 +124,7 @@ def same_kind(optimizer: torch.optim.Optimizer) -> Factory:
     kind = type(optimizer)
     # a scheduler puts a `step` into the object that is bound to it
     shared = {k: v for k, v in optimizer.__dict__.items() if k not in ("state", "param_groups", "step")}
-    settings = {k: v for k, v in optimizer.param_groups[0].items() if k not in ("params", "param_names")}
+    settings = group_settings(optimizer)[0]
 
     def make(params: Sequence[torch.Tensor]) -> torch.optim.Optimizer:
         made: torch.optim.Optimizer = object.__new__(kind)
@@ -133,6 +134,14 @@ def same_kind(optimizer: torch.optim.Optimizer) -> Factory:
         return made
 
     return make
+
+
+def group_settings(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Any], ...]:
+    """The settings of every group, without its parameters."""
+    return tuple(
+        {name: value for name, value in group.items() if name not in ("params", "param_names")}
+        for group in optimizer.param_groups
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -183,8 +183,8 @@ def running_chips(tiny_model: Callable[..., Any]) -> Callable[..., Any]:
     """All chips of a Program made by `tiny_program`, with the model's start values."""
     from kernels.optimizers import OptimizerSpec
     from orchestrator.planning.preparation import module_values
-    from orchestrator.runners.executing.chip import Settings
     from orchestrator.runners.executing.chip_set import ChipSet
+    from orchestrator.runners.runner import Settings
 
     def make(
         program: Any, options: Mapping[str, Any] | None = None, workers: int = 1, clip: float | None = 1.0

@@ -9,16 +9,35 @@ planner).
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, ConfigDict, Field, GetPydanticSchema, PlainSerializer
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetPydanticSchema,
+    PlainSerializer,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 from comms.errors import ConfigError, combined
 from kernels.builtin_optimizers import BUILT_IN
-from orchestrator.config.schema import Section, count_or, field_error, section_at, validate, word_field
+from orchestrator.config.schema import (
+    FieldType,
+    Section,
+    count_or,
+    field_error,
+    nearest,
+    section_at,
+    validate,
+    word_field,
+)
 from orchestrator.config.yaml_file import Document, Location, parse_scalar, read_yaml
 from partitioner.layout.parallel_plan import BatchNorms
 from partitioner.layout.pipeline_schedules import PipelineSchedule
@@ -49,17 +68,43 @@ class LrShape(StrEnum):
     LINEAR = "linear"
 
 
+_REFERENCE = re.compile(r"([^:]+\.py|[A-Za-z_][\w.]*):([A-Za-z_][\w.]*)")
+
+
+def is_reference(text: str) -> bool:
+    """Whether a name stands for an object in Python code: `file.py:name` or `pkg.module:name`."""
+    return _REFERENCE.fullmatch(text) is not None and not text.startswith(("builtin:", "hf:"))
+
+
 def _optimizer_name(name: str) -> str:
-    if name not in BUILT_IN and re.fullmatch(r"[\w.]+:\w+", name) is None:
-        hint = f"write {', '.join(BUILT_IN)} or pkg.module:factory"
+    if name not in BUILT_IN and not is_reference(name):
+        hint = f"write {', '.join(BUILT_IN)}, file.py:name or pkg.module:name"
         raise field_error(f"{name!r} is not an optimizer", hint)
     return name
 
 
+def _require_reference(text: str) -> str:
+    if not is_reference(text):
+        raise field_error(f"{text!r} names no Python object", "write file.py:name or pkg.module:name")
+    return text
+
+
+_Reference = Annotated[str, AfterValidator(_require_reference)]
+
+
+def _named(value: object) -> object:
+    """A section that is a name alone."""
+    return {"name": value} if isinstance(value, str) else value
+
+
 class OptimizerSection(Section):
-    """adamw, sgd, or a factory that is given the parameters; its own settings apply, with the lr of here."""
+    """adamw, sgd, or your own: a class of optimizers, or a function that returns one; it is given the parameters.
+
+    What is written here goes to yours as keyword arguments, `args` too; what is not stays as your code has it.
+    """
 
     name: Annotated[str, AfterValidator(_optimizer_name)] = "adamw"
+    args: dict[str, Any] = Field(default_factory=dict)
     lr: Annotated[float, Field(gt=0)] = 3e-3
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     betas: Annotated[tuple[float, float], GetPydanticSchema(lambda _, read: read(_Betas))] = Field(
@@ -68,13 +113,71 @@ class OptimizerSection(Section):
     eps: Annotated[float, Field(gt=0)] = 1e-8
     momentum: Beta = 0.0
 
+    @property
+    def is_own(self) -> bool:
+        """Whether it is made by the user's code."""
+        return self.name not in BUILT_IN
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """The keyword arguments for an optimizer of the user's."""
+        return {n: getattr(self, n) for n in self.model_fields_set - {"name", "args"}} | self.args
+
+    @model_validator(mode="after")
+    def _args_reach_someone(self) -> "OptimizerSection":
+        if self.args and not self.is_own:
+            raise field_error(
+                f"{self.name} takes no args", "write its settings beside its name: lr, betas, ..."
+            )
+        return self
+
+    @model_serializer(mode="wrap")
+    def _written(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {k: v for k, v in write(self).items() if not self.is_own or k in self.model_fields_set}
+
+
+def _schedule_name(name: object) -> LrShape | str:
+    if isinstance(name, str) and name in list(LrShape):
+        return LrShape(name)
+    if isinstance(name, str) and is_reference(name):
+        return name
+    hint = "file.py:name or pkg.module:name"
+    raise field_error(
+        f"{name!r} is no schedule", f"{nearest(name, tuple(map(str, LrShape)))}; yours is {hint}"
+    )
+
 
 class LrScheduleSection(Section):
-    """Linear warm-up, then this shape down to `min_lr_ratio` of the peak."""
+    """Linear warm-up, then this shape down to `min_lr_ratio` of the peak; or a function of yours.
 
-    name: Annotated[LrShape, word_field(LrShape)] = LrShape.COSINE
+    Yours is given the optimizer (and `args`) and returns a scheduler of torch, which is stepped after every step.
+    """
+
+    name: Annotated[
+        LrShape | str, FieldType(_schedule_name, {"type": "string", "examples": list(map(str, LrShape))}, str)
+    ] = LrShape.COSINE
+    args: dict[str, Any] = Field(default_factory=dict)
     warmup_steps: Natural = 20
     min_lr_ratio: Ratio = 0.1
+
+    @property
+    def is_own(self) -> bool:
+        """Whether it is a scheduler of the user's."""
+        return not isinstance(self.name, LrShape)
+
+    @model_validator(mode="after")
+    def _all_reaches_someone(self) -> "LrScheduleSection":
+        if not self.is_own and self.args:
+            raise field_error(f"{self.name} takes no args", "they are for a scheduler of yours")
+        if self.is_own and self.model_fields_set & {"warmup_steps", "min_lr_ratio"}:
+            raise field_error(
+                "a scheduler of yours has its own warm-up and end", "leave them out, or use args"
+            )
+        return self
+
+    @model_serializer(mode="wrap")
+    def _written(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {k: v for k, v in write(self).items() if not self.is_own or k in self.model_fields_set}
 
 
 class PlanSection(Section):
@@ -90,8 +193,9 @@ class PlanSection(Section):
 
 
 class ValidationSection(Section):
-    """Every how many steps (0: never), on how many global batches."""
+    """Every how many steps (0: never), on how many global batches; of text a tenth is held out, else of `data`."""
 
+    data: _Reference | None = None
     every: Natural = 100
     batches: Positive = 4
 
@@ -111,21 +215,79 @@ class Job(Section):
     kind: Literal["job"]
     version: Literal[1]
     # What `train` runs when nothing is said: a small GPT on the text that comes with the interpreter.
-    model: str = "builtin:gpt-mini"  # builtin:NAME, hf:NAME, path.py:factory, pkg.module:factory
+    # builtin:NAME, hf:NAME, a folder with weights, path.py:factory, pkg.module:factory
+    model: str = "builtin:gpt-mini"
     model_args: dict[str, Any] = Field(default_factory=dict)
-    data: str = "builtin:english"  # builtin:NAME, or a file or folder
+    # builtin:NAME, a file or folder of text, or path.py:name or pkg.module:name of datasets and loaders
+    data: str = "builtin:english"
+    data_args: dict[str, Any] = Field(default_factory=dict)
+    shuffle: bool = True  # datasets of yours, by the seed
+    drop_last: bool = False  # of data of yours: a last batch that is smaller
+    loss: _Reference | None = None
+    loss_args: dict[str, Any] = Field(default_factory=dict)
     seq: Positive = 128
     global_batch: Positive = 32
     microbatches: Degree = None  # per step and data-parallel replica
     steps: Positive = 200
     seed: Natural = 0
     dtype: Annotated[Dtype, word_field(Dtype)] = Dtype.FP32
-    optimizer: OptimizerSection = Field(default_factory=OptimizerSection)
+    optimizer: Annotated[OptimizerSection, BeforeValidator(_named, str | OptimizerSection)] = Field(
+        default_factory=OptimizerSection
+    )
     clip_norm: Annotated[float, Field(gt=0)] | None = 1.0  # None: gradients are not clipped
-    lr_schedule: LrScheduleSection = Field(default_factory=LrScheduleSection)
+    lr_schedule: Annotated[LrScheduleSection, BeforeValidator(_named, str | LrScheduleSection)] = Field(
+        default_factory=LrScheduleSection
+    )
     plan: PlanSection = Field(default_factory=PlanSection)
     validation: ValidationSection = Field(default_factory=ValidationSection)
     checkpoints: CheckpointsSection = Field(default_factory=CheckpointsSection)
+
+    @property
+    def has_own_data(self) -> bool:
+        """Whether batches come from the user's code."""
+        return is_reference(self.data)
+
+    @property
+    def has_own_parts(self) -> bool:
+        """Whether the step depends on code besides the model's."""
+        return self.has_own_data or self.optimizer.is_own or self.loss is not None
+
+    @property
+    def shape_of_lr(self) -> LrScheduleSection | None:
+        """How the learning rate moves by a shape of ours; an optimizer of the user's is left alone unless asked."""
+        is_moved = not self.optimizer.is_own or "lr_schedule" in self.model_fields_set
+        return self.lr_schedule if is_moved and not self.lr_schedule.is_own else None
+
+    @property
+    def clip_limit(self) -> float | None:
+        """What gradients are clipped to; with an optimizer of the user's they are not unless asked."""
+        is_clipped = not self.optimizer.is_own or "clip_norm" in self.model_fields_set
+        return self.clip_norm if is_clipped else None
+
+    @model_validator(mode="after")
+    def _all_reaches_someone(self) -> "Job":
+        if not self.has_own_data:
+            for name in sorted(self.model_fields_set & OF_OWN_DATA):
+                raise field_error(f"{name} has no effect on text", "leave it out, or name data of your own")
+            if self.validation.data is not None:
+                raise field_error(
+                    "validation.data beside text, of which a tenth is held out", "leave one out"
+                )
+        if self.loss_args and self.loss is None:
+            raise field_error("loss_args without a loss", "name one: loss: file.py:name")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _written(self, write: SerializerFunctionWrapHandler) -> Mapping[str, Any]:
+        """All keys that mean something, so that a reader of the document means the same."""
+        unset = set(Job.model_fields) - self.model_fields_set
+        moot = unset & (OF_OWN_DATA | {"loss", "loss_args"})
+        moot |= unset & {"lr_schedule", "clip_norm"} if self.optimizer.is_own else set()
+        moot |= unset & {"seq"} if self.has_own_data else set()
+        return {name: value for name, value in write(self).items() if name not in moot}
+
+
+OF_OWN_DATA = frozenset({"data_args", "shuffle", "drop_last"})
 
 
 def load_job(path: str | Path | None, overrides: Sequence[str] = ()) -> Job:

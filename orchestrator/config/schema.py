@@ -176,7 +176,8 @@ def _finding(details: ErrorDetails, document: Document, model: type[Section]) ->
             f"the key {name!r} is missing", document.where(*location[:-1]), f"add `{location[-1]}:`"
         )
     if kind == "field":
-        return ConfigError(f"{name}: {context['problem']}", where, str(context["hint"]))
+        prefix = f"{name}: " if name else ""
+        return ConfigError(f"{prefix}{context['problem']}", where, str(context["hint"]))
     if kind == "literal_error":
         known = tuple(str(context["expected"]).replace(" or ", ", ").replace("'", "").split(", "))
         return ConfigError(f"{name} cannot be {given!r}", where, nearest(given, known))

@@ -1,13 +1,14 @@
 """Model specs: what a model name in a job means, before any tensor exists.
 
-`builtin:gpt-SIZE` names a row of GPT_PRESETS, `hf:NAME` a row of HF_CONFIGS, `hf:PATH.json` a configuration
-file, `PATH.py:FACTORY` and `PACKAGE.MODULE:FACTORY` a function that returns a module. Torch-free, so that a
+`builtin:gpt-SIZE` names a row of GPT_PRESETS, `hf:NAME` a model of transformers (`hf_models` says which names), a
+folder with a config.json one with weights, `PATH.py:FACTORY` and `PACKAGE.MODULE:FACTORY` a function that returns a
+module. Torch-free, so that a
 job file can be checked without loading a framework; `model_builder` builds what is described here.
 
 Sizes `small` to `175b` follow Brown et al., "Language Models are Few-Shot Learners" (2020), table 2.1, with
 the vocabulary padded to a multiple of 128; 13b uses width 5120 (its heads of 128 do not divide the printed
 5140), and 30b and 66b are the sizes of Zhang et al., "OPT" (2022), table 1, as that table has no GPT-3 of
-those sizes. Not modelled: pretrained weights and tokenizers. Every model starts from a seed.
+those sizes. Not modelled: tokenizers.
 """
 
 import dataclasses
@@ -16,6 +17,7 @@ import types
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from comms.errors import ModelError, located
@@ -47,14 +49,15 @@ class Activation(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
-    """A parsed model name: `target` is a preset, configuration, file or module, `factory` its function."""
+    """A parsed model name: a preset, configuration, folder, file or module, and its function or head."""
 
     kind: SourceKind
     target: str
     factory: str | None = None
 
     def __str__(self) -> str:
-        return f"{self.target}:{self.factory}" if self.factory else f"{self.kind}:{self.target}"
+        named = f"{self.target}:{self.factory}" if self.factory else self.target
+        return f"{self.kind}:{named}" if self.kind in (SourceKind.BUILTIN, SourceKind.HF) else named
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,12 +182,14 @@ def parse_model(text: str) -> ModelSpec:
             _require_known(target, GPT_PRESETS, "built-in model")
             return ModelSpec(SourceKind.BUILTIN, target)
         if prefix == SourceKind.HF:
-            if not rest.endswith(".json"):
-                _require_known(rest, HF_CONFIGS, "bundled Hugging Face configuration")
-            return ModelSpec(SourceKind.HF, rest)
+            target, _, head = rest.partition(":")
+            return ModelSpec(SourceKind.HF, target, head or None)
     target, _, factory = text.rpartition(":")
-    if not factory.isidentifier() or not target:
-        hint = "use builtin:gpt-SIZE, hf:NAME, hf:config.json, file.py:factory or package.module:factory"
+    for folder, head in ((text, ""), (target, factory)):
+        if folder and (Path(folder) / "config.json").is_file():
+            return ModelSpec(SourceKind.HF, folder, head or None)
+    if not all(part.isidentifier() for part in factory.split(".")) or not target:
+        hint = "use builtin:gpt-SIZE, hf:NAME, hf:FOLDER, file.py:factory or package.module:factory"
         raise ModelError(problem=f"cannot tell what model {text!r} is", where="model", hint=hint)
     return ModelSpec(SourceKind.FILE if target.endswith(".py") else SourceKind.MODULE, target, factory)
 

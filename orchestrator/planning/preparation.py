@@ -13,12 +13,11 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from comms.errors import PartitionError, PlanError, ProgramError, UserError, located
+from comms.errors import PartitionError, PlanError, ProgramError, UserError
 from comms.selection.progress import Progress, quiet
 from kernels.builtin_optimizers import BUILT_IN
 from orchestrator.config.hardware.cluster import Cluster
@@ -33,12 +32,10 @@ from partitioner.program.program_codec import decode, encode
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from kernels.optimizers import Factory
-    from orchestrator.models.model_builder import BuiltModel
+    from orchestrator.planning.job_parts import JobParts
     from partitioner.capture.captured_graph import Graph
 
 Made = TypeVar("Made")
-SHORT_DTYPES = {Dtype.FP32: "f32", Dtype.FP64: "f64", Dtype.BF16: "bf16"}  # as a Program names them
 # what turns a description into a Program: packages, and rooms of this one
 CODE = ("partitioner", "kernels", "orchestrator/models", "orchestrator/planning")
 
@@ -54,19 +51,30 @@ class Prepared:
     was_cached: bool
 
 
-def prepare(cluster: Cluster, job: Job, plan: Plan | None = None, *, progress: Progress = quiet) -> Prepared:
-    """Make the Program of `job` on all chips of `cluster`. Raises PlanError, ModelError or CaptureError."""
+def prepare(
+    cluster: Cluster,
+    job: Job,
+    plan: Plan | None = None,
+    *,
+    progress: Progress = quiet,
+    parts: "JobParts | None" = None,
+) -> Prepared:
+    """Make the Program of `job` on all chips of `cluster`. Raises PlanError, ModelError or CaptureError.
+
+    `parts`: those of the job, if they are there already.
+    """
     spec = parse_model(job.model)
     is_known = spec.kind in (SourceKind.BUILTIN, SourceKind.HF)
-    cacheable = is_known and not (spec.target.endswith(".json") or Path(spec.target).exists())
+    is_stable = is_known and not (spec.target.endswith(".json") or Path(spec.target).exists())
+    cacheable = is_stable and not job.has_own_parts
     if plan is not None:
-        return _prepared(cluster, job, plan, progress, cacheable)
-    num_params = _num_params(job, progress, cacheable)
+        return _prepared(cluster, job, plan, progress, cacheable, parts)
+    num_params = _num_params(job, progress, is_stable, parts)
     refused: list[Refusal] = []
     while True:
         plan = choose_plan(job, cluster, num_params, refused)
         try:
-            return _prepared(cluster, job, plan, progress, cacheable)
+            return _prepared(cluster, job, plan, progress, cacheable, parts)
         except PartitionError as error:
             is_open = job.plan.tp is None or job.plan.pp is None
             if not is_open or isinstance(error, ProgramError):  # which is no refusal, but our bug
@@ -74,22 +82,14 @@ def prepare(cluster: Cluster, job: Job, plan: Plan | None = None, *, progress: P
             refused.append(Refusal(plan.tp, plan.pp, error.problem))
 
 
-def _prepared(cluster: Cluster, job: Job, plan: Plan, progress: Progress, cacheable: bool) -> Prepared:
+def _prepared(
+    cluster: Cluster, job: Job, plan: Plan, progress: Progress, cacheable: bool, parts: "JobParts | None"
+) -> Prepared:
     _check(plan, job, cluster)
-    entry = f"{key_of(_content(job, plan))}.program"
-    made = partial(_partitioned, job, plan, progress)
-    program, was_cached = remembered(entry if cacheable else None, decode, made, encode)
+    entry = f"{key_of(_content(job, plan))}.program" if cacheable else None
+    made = partial(_partitioned, job, plan, progress, parts)
+    program, was_cached = remembered(entry, decode, made, encode)
     return Prepared(cluster, job, replace(plan, microbatches=program.microbatches), program, was_cached)
-
-
-def build_model(job: Job, device: str) -> "BuiltModel":
-    """The job's model; "meta" for shapes only."""
-    from orchestrator.models.model_builder import build
-    from partitioner.capture.captured_graph import TORCH
-
-    return build(
-        job.model, job.model_args, device=device, dtype=TORCH[SHORT_DTYPES[job.dtype]], seed=job.seed
-    )
 
 
 def module_values(module: "nn.Module") -> "dict[str, Tensor]":
@@ -98,63 +98,39 @@ def module_values(module: "nn.Module") -> "dict[str, Tensor]":
     return values | {f"buffer:{name}": value.detach() for name, value in module.named_buffers()}
 
 
-def _partitioned(job: Job, plan: Plan, progress: Progress) -> Program:
+def _partitioned(job: Job, plan: Plan, progress: Progress, parts: "JobParts | None") -> Program:
     with progress("import torch"):
+        from orchestrator.planning.job_parts import checked_scope, job_optimizer, job_parts, optimized_shape
         from partitioner.capture.graph_units import capture_graph
-        from partitioner.lowering.lower import StepShape, capture_and_lower
+        from partitioner.lowering.lower import StepShape, capture_and_lower, step_shape
     with progress("build model"):
-        model = build_model(job, "meta")
+        parts = parts or job_parts(job, "meta")
+    model, frozen = parts.model, frozenset[str]()
+    batch = parts.example_batch()
+    if job.optimizer.is_own:
+        optimizer = job_optimizer(job, model.module)
+        scope = checked_scope(optimizer)
+        shape, frozen = optimized_shape(model.module, batch, optimizer, scope, job.clip_limit, {})
+    else:
+        states = optimizer_states(job)
+        own = step_shape(model.module, batch, states) if job.has_own_data else None
+        shape = own or StepShape(job.global_batch, job.seq, job.model, str(job.dtype), states)
+    shape = replace(shape, model=job.model, dtype=str(job.dtype))
 
     def graph(microbatches: int) -> "Graph":
         return capture_graph(
-            model.module, model.example_batch(job.global_batch, job.seq), dp=plan.dp, microbatches=microbatches,
-            tp_plan=model.tp_plan, min_units=plan.pp, exact=job.dtype is Dtype.FP64,
+            model.module, batch, dp=plan.dp, microbatches=microbatches, loss_fn=parts.loss_fn,
+            tp_plan=model.tp_plan, frozen=frozen, min_units=plan.pp, exact=job.dtype is Dtype.FP64,
             norms_per_part=plan.batch_norm is BatchNorms.PER_PART,
         )  # fmt: skip
 
-    shape = StepShape(
-        job.global_batch, job.seq, job.model, str(job.dtype), optimizer_states(job),
-        whole_tensors=looks_at_parameters(job),
-    )  # fmt: skip
     return capture_and_lower(graph, plan, shape, progress)
 
 
 def optimizer_states(job: Job) -> int:
-    """State tensors per parameter that the job's optimizer keeps."""
-    known = BUILT_IN.get(job.optimizer.name)
-    if known is None:
-        from kernels.optimizers import states_per_element
-
-        return states_per_element(optimizer_factory(job))
+    """State tensors per parameter that the job's optimizer, a built-in one, keeps."""
+    known = BUILT_IN[job.optimizer.name]
     return known.states if job.optimizer.momentum else known.states_without_momentum
-
-
-def optimizer_factory(job: Job) -> "Factory":
-    """What makes the job's optimizer from a list of tensors."""
-    from kernels.optimizers import OptimizerSpec
-
-    wanted = job.optimizer
-    if wanted.name in BUILT_IN:
-        return OptimizerSpec(
-            wanted.name, wanted.lr, wanted.weight_decay, wanted.betas, wanted.eps, wanted.momentum
-        )
-    module, _, name = wanted.name.partition(":")
-    try:
-        factory: Factory = getattr(import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        problem = f"there is no {name} in {module}"
-        raise PlanError(problem, "optimizer.name", "write pkg.module:factory") from error
-    return factory
-
-
-def looks_at_parameters(job: Job) -> bool:
-    """Whether the job's optimizer must step on whole parameters. Raises OptimizerError."""
-    if job.optimizer.name in BUILT_IN:
-        return False
-    from kernels.optimizers import Scope, scope_of
-
-    with located(f"optimizer {job.optimizer.name}"):
-        return scope_of(optimizer_factory(job)) is Scope.PARAMETER
 
 
 def _content(job: Job, plan: Plan) -> dict[str, object]:
@@ -165,13 +141,17 @@ def _content(job: Job, plan: Plan) -> dict[str, object]:
     }  # fmt: skip
 
 
-def _num_params(job: Job, progress: Progress, cacheable: bool) -> int:
+def _num_params(job: Job, progress: Progress, cacheable: bool, parts: "JobParts | None") -> int:
     arguments = {k: repr(v) for k, v in sorted(job.model_args.items())}
     entry = f"{key_of({'params': job.model, 'args': arguments})}.number"
 
     def counted() -> int:
         with progress("count parameters"):
-            return sum(p.numel() for p in build_model(job, "meta").module.parameters())
+            if parts is None:
+                from orchestrator.planning.job_parts import build_model
+
+            model = build_model(job, "meta") if parts is None else parts.model
+            return sum(p.numel() for p in model.module.parameters())
 
     return remembered(entry if cacheable else None, int, counted, lambda count: str(count).encode())[0]
 

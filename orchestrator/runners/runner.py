@@ -34,8 +34,7 @@ if TYPE_CHECKING:
     import torch
 
     from comms.selection.progress import Progress
-    from kernels.optimizers import StepStatistics
-    from orchestrator.planning.preparation import Prepared
+    from kernels.optimizers import Factory, StepStatistics
 
 # Causes before effects: forward 0, backward 1, later 2; microbatch; stage along the flow; chip.
 BadOrder: TypeAlias = tuple[int, int, int, int]
@@ -118,14 +117,27 @@ class TensorRunner(Runner, Protocol):
         """Put a checkpoint back."""
 
 
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What every chip needs besides the Program: optimizer, clipping, where tensors live."""
+
+    optimizer: "Factory"
+    clip_norm: float | None
+    device: str = "cpu"
+    groups: tuple[Mapping[str, object], ...] = (
+        {},
+        {"weight_decay": 0.0},
+    )  # settings of the optimizer's groups
+
+
 class Launch(Protocol):
     """A runner that is coming up: what can begin before there is a Program has begun."""
 
-    def connect(self, prepared: "Prepared", progress: "Progress") -> TensorRunner:
-        """The runner of `prepared`; waits for what is still starting, showing its phases."""
+    def connect(self, program: Program, settings: Settings, progress: "Progress") -> TensorRunner:
+        """A runner of `program`, in place of any other of this launch, once what is starting is there."""
 
     def close(self) -> None:
-        """Give up what was started, if `connect` was never reached."""
+        """Give back all that was started."""
 
 
 def num_workers(cluster: Cluster) -> int:

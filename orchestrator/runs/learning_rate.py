@@ -17,7 +17,8 @@ def learning_rate(step: int, *, peak: float, schedule: LrScheduleSection, steps:
         return peak * (step + 1) / schedule.warmup_steps
     progress = min((step - schedule.warmup_steps) / max(steps - 1 - schedule.warmup_steps, 1), 1.0)
     floor = peak * schedule.min_lr_ratio
-    match schedule.name:
+    shape = LrShape(schedule.name)
+    match shape:
         case LrShape.CONSTANT:
             return peak
         case LrShape.LINEAR:
@@ -25,4 +26,4 @@ def learning_rate(step: int, *, peak: float, schedule: LrScheduleSection, steps:
         case LrShape.COSINE:
             return floor + (peak - floor) * (1 + math.cos(math.pi * progress)) / 2
         case _:
-            assert_never(schedule.name)
+            assert_never(shape)

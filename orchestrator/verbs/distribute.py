@@ -3,55 +3,68 @@
     step = orchestrator.distribute(model, optimizer, cluster="cluster.yaml")
     loss = step(batch)
 
-The model is captured at the first batch, split over the cluster's chips and trained there, in this process. Settings of
-the optimizer's groups (learning rates, betas, decay) are read at every step, so schedulers keep working. `step.sync()`
-copies trained parameters and optimizer states back. What changes between steps is seen: another kind of batch,
-frozen or unfrozen parameters, new groups and `train()` or `eval()` lead to another Program; weights, buffers and states
-that were changed are loaded, if they had been fetched before by `sync()`, and refused otherwise.
+The model is captured at the first batch, split over the cluster's chips and trained there, in this process or by Ray
+actors. Settings of the optimizer's groups (learning rates, betas, decay) are read at every step, so schedulers keep
+working. `step.sync()` copies trained parameters and optimizer states back. What changes between steps is seen: another
+kind of batch, frozen or unfrozen parameters, new groups and `train()` or `eval()` lead to another Program; weights,
+buffers and states that were changed are loaded, if they had been fetched before by `sync()`, and refused otherwise.
 """
 
 import math
+import sys
 import warnings
+import weakref
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
 from torch import nn
 
-from comms.errors import PlanError, RunError, located
-from kernels.optimizers import Scope, entry_states, same_kind, scope_of, states_per_element
+from comms.errors import PlanError, RunError
+from comms.selection.progress import Progress, quiet
+from kernels.optimizers import entry_states, group_settings, same_kind
 from orchestrator.config.hardware.cluster import Cluster
 from orchestrator.config.hardware.cluster_file import cluster_path, load_cluster
-from orchestrator.config.job_file import load_job
+from orchestrator.config.job_file import Dtype, load_job
+from orchestrator.planning.job_parts import JobParts, checked_scope, optimized_shape
 from orchestrator.planning.plan_choice import choose_plan
-from orchestrator.planning.preparation import module_values
-from orchestrator.runners.executing.chip import Settings
-from orchestrator.runners.executing.chip_set import ChipSet
+from orchestrator.planning.preparation import Prepared, module_values
+from orchestrator.runners.executing.chip_set import ChipSet, InlineLaunch
 from orchestrator.runners.executing.whole_state import (
     MASTER,
+    OwnState,
     chip_states,
     whole_buffers,
     whole_parameters,
     whole_states,
 )
-from orchestrator.runners.runner import StepRequest, num_workers
+from orchestrator.runners.on_ray.ray_launch import RayLaunch
+from orchestrator.runners.runner import (
+    ExecutedStep,
+    Launch,
+    Settings,
+    States,
+    StepRequest,
+    TensorRunner,
+    num_workers,
+)
 from orchestrator.runs.data import split_batch, step_key
+from orchestrator.verbs.inputs.options import RunnerKind
+from orchestrator.verbs.verification.one_chip import OneChip
 from orchestrator.verbs.verification.sides import PlannedSide
-from orchestrator.verbs.verification.step_check import STEPS, States, StepCheck
+from orchestrator.verbs.verification.step_check import STEPS, StepCheck
 from orchestrator.verbs.verification.verdict import TrainingVerdict
 from orchestrator.views.split_notes import warnings_of
 from partitioner.capture.batch_inputs import Batch, settings_of, tensors_of
 from partitioner.capture.captured_graph import Graph
+from partitioner.capture.forwards.step_loss import LossFunction
 from partitioner.capture.graph_units import capture_graph
-from partitioner.capture.tracing import LossFunction
 from partitioner.layout.parallel_plan import BatchNorms, Plan
-from partitioner.lowering.lower import capture_and_lower, step_shape
+from partitioner.lowering.lower import capture_and_lower
 from partitioner.program.program import Program
 
-HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
 Situation: TypeAlias = tuple[object, ...]  # what a Program is made for
 
 
@@ -60,79 +73,109 @@ class DistributedStep:
 
     def __init__(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, cluster: Cluster, plan: Plan | None,
-        loss_fn: LossFunction | None, clip_norm: float | None, scope: Scope, seed: int,
+        loss_fn: LossFunction | None, clip_norm: float | None, seed: int, launch: Launch, *, is_watched: bool = True,
+        exact: bool = False, tp_plan: Mapping[str, str] | None = None, progress: Progress = quiet,
     ) -> None:  # fmt: skip
+        """`is_watched`: others may write to the model and the optimizer. `exact`, `tp_plan`: see `capture_graph`."""
         self.model, self.optimizer, self.cluster = model, optimizer, cluster
-        self.plan, self.loss_fn, self.clip_norm, self.scope = plan, loss_fn, clip_norm, scope
-        self.seed, self.steps = seed, 0
+        self.plan, self.loss_fn, self.clip_norm, self.tp_plan = plan, loss_fn, clip_norm, tp_plan
+        self.scope, self.seed, self.steps = checked_scope(optimizer), seed, 0
         self.program: Program | None = None
-        self._runner: ChipSet | None = None
+        self.launch, self.is_watched, self.exact, self.progress = launch, is_watched, exact, progress
+        self._runner: TensorRunner | None = None
         self._situation: Situation = ()
         self._programs: dict[Situation, Program] = {}
         self._entries = entry_states(same_kind(optimizer))
         self._masters: dict[str, torch.Tensor] = {}  # full-precision copies of parameters that have less
         self._is_ahead = False  # the chips have trained since their values were last fetched
         self._seen: Mapping[str, object] = {}
+        self._said: set[str] = set()  # what is not warned of again
 
     def __call__(self, batch: Batch) -> float:
         """One optimizer step on a whole global batch; returns its loss. Raises UserError."""
-        runner, program = self._ready(batch)
-        settings = tuple(_settings(group) for group in self.optimizer.param_groups)
-        batches = split_batch(tensors_of(batch), program, step_key(self.seed, self.steps))
-        stats = runner.run(StepRequest("step", batches=batches, settings=settings)).stats
+        stats = self.execute(batch).stats
         assert stats is not None
         if not stats.is_finite:
             problem = "the loss or a gradient is not finite; the step was skipped"
             raise RunError(
                 problem, "step", "lower the learning rate, or look for a batch without valid targets"
             )
-        self._is_ahead = True
-        self.steps += 1
-        self.optimizer._opt_called = True  # type: ignore[attr-defined]  # what schedulers ask for
         return stats.loss
 
     def evaluate(self, batch: Batch) -> float:
-        """The loss of a batch, without training."""
-        runner, program = self._ready(batch)
-        batches = split_batch(tensors_of(batch), program, step_key(self.seed, self.steps))
-        stats = runner.run(StepRequest("evaluate", batches=batches)).stats
+        """The loss of a batch, without training; the model's `train()` or `eval()` says how."""
+        stats = self.execute(batch, "evaluate").stats
         assert stats is not None
         return stats.loss
+
+    def execute(
+        self, batch: Batch, schedule: str = "step", *, measure: bool = False, check: bool = False
+    ) -> ExecutedStep:
+        """Carry out a schedule on a whole global batch; a step that is not finite has changed nothing."""
+        runner, program = self.ready(batch)
+        settings = group_settings(self.optimizer)
+        batches = split_batch(tensors_of(batch), program, step_key(self.seed, self.steps))
+        request = StepRequest(schedule, 0.0, batches, measure=measure, check=check, settings=settings)
+        result = runner.run(request)
+        if schedule == "step" and result.stats is not None and result.stats.is_finite:
+            self._is_ahead = True
+            self.steps += 1
+            self.optimizer._opt_called = True  # type: ignore[attr-defined]  # what schedulers ask for
+        return result
+
+    def adopt(self, program: Program, batch: Batch) -> None:
+        """Take a Program that was made before for batches like this one, and start it."""
+        situation = self._situation_of(batch)
+        self._programs[*situation, self._ages()] = program
+        self._said |= set(warnings_of(program))
+        self._start(batch, situation)
+
+    def states(self) -> States:
+        """What a checkpoint holds, by chip; a batch has been seen."""
+        assert self._runner is not None
+        return self._runner.states()
+
+    def restore(self, states: States, steps: int) -> None:
+        """Go on from a checkpoint of the Program that runs."""
+        assert self._runner is not None
+        self._runner.restore(states)
+        self._is_ahead, self.steps = True, steps
+
+    def close(self) -> None:
+        """Give back processes and memory; nothing is run after that."""
+        self.launch.close()
 
     def verify(self, batch: Batch) -> TrainingVerdict:
         """Whether training on this batch now is the same as in plain PyTorch on one chip; `str` of it says where not.
 
         Two steps from here are compared: losses, gradients, parameters and buffers, in float64 and in the model's
-        dtype. Nothing is trained by it, except that `sync()` is called.
+        dtype, with the plan's chips in this process whatever the runner. Nothing is trained by it, except that `sync()`
+        is called.
         """
-        self._ready(batch)
-        assert self.plan is not None
-        self.sync()
-        keys = tuple(step_key(self.seed, self.steps + k) for k in range(STEPS))
-        settings = tuple(_settings(group) for group in self.optimizer.param_groups)
-        check = StepCheck(
-            self.model,
-            self.optimizer,
-            self.loss_fn,
-            self.clip_norm,
-            self._own_states(),
-            keys,
-            settings,
-            self.plan.norm_parts,
-        )
-        found = check.verdict(batch, self._side)
+        found = self.check(batch, STEPS).verdict(batch, self.side)
         self._seen = self._values_seen()
         return found
 
-    def _side(self, batch: Batch, states: States, exact: bool) -> PlannedSide:
-        """All chips, given what the model holds now; `exact`: made anew, with float64 throughout."""
+    def check(self, batch: Batch, num_steps: int) -> StepCheck:
+        """A comparison of the steps to come, all on this batch, with one chip's; calls `sync()`."""
+        self.ready(batch)
+        assert self.plan is not None
+        module = self.sync()
+        keys = tuple(step_key(self.seed, self.steps + k) for k in range(num_steps))
+        chip = OneChip(module, self.optimizer, self.loss_fn, self.clip_norm, self.plan.norm_parts)
+        return StepCheck(chip, module_values(module), self.own_states(), keys, group_settings(self.optimizer))
+
+    def side(self, batch: Batch, states: OwnState, exact: bool) -> PlannedSide:
+        """All chips in this process, given what the model holds now; `exact`: made anew, with float64 throughout."""
         assert self.plan is not None and self.program is not None
         program, ages = self.program, self._ages()
         if exact:
-            key = ("exact", *self._situation, *ages.items())
-            program = self._programs.get(key) or self._program(batch, self.plan, ages, exact=True)
+            key = ("exact", *self._situation, ages)
+            program = self._programs.get(key) or self._program(batch, self.plan, dict(ages), exact=True)
             self._programs[key] = program
-        return PlannedSide(program, self._loaded(program, states), module_values(self.model))
+        chips = ChipSet(program, self._settings(), num_workers(self.cluster))
+        self._fill(chips, program, states)
+        return PlannedSide(program, chips, module_values(self.model))
 
     def sync(self) -> nn.Module:
         """Copy trained parameters and optimizer states back into the model and the optimizer; returns the model."""
@@ -156,7 +199,7 @@ class DistributedStep:
             self._is_ahead, self._seen = False, self._values_seen()
         return self.model
 
-    def _ready(self, batch: Batch) -> tuple[ChipSet, Program]:
+    def ready(self, batch: Batch) -> tuple[TensorRunner, Program]:
         """The runner for this batch and what the model and the optimizer are now."""
         _require_batch(batch)
         situation = self._situation_of(batch)
@@ -166,9 +209,19 @@ class DistributedStep:
                             "step(batch)", "call step.sync(), then change it")  # fmt: skip
         if self._runner is None or situation != self._situation or changed:
             self.sync()
-            self._start(batch, situation)
+            if not self._is_same(batch, situation) or changed:
+                self._start(batch, situation)
         assert self._runner is not None and self.program is not None
         return self._runner, self.program
+
+    def _is_same(self, batch: Batch, situation: Situation) -> bool:
+        """Whether the Program that runs serves another situation too, as where `eval()` changes nothing."""
+        if self._runner is None or self.plan is None:
+            return False
+        if self._program_of(batch, self.plan, situation) != self.program:
+            return False
+        self._situation = situation
+        return True
 
     def _situation_of(self, batch: Batch) -> Situation:
         """All that a Program depends on besides the code of the model."""
@@ -180,6 +233,8 @@ class DistributedStep:
 
     def _values_seen(self) -> dict[str, object]:
         """Marks of all values that live on the chips: they differ once something else writes to them."""
+        if not self.is_watched:
+            return {}
         named = [*self.model.named_parameters(), *self.model.named_buffers()]
         seen: dict[str, object] = {name: (id(v), v.data_ptr(), v._version, _checksum(v)) for name, v in named}
         for name, param in self.model.named_parameters():
@@ -191,30 +246,28 @@ class DistributedStep:
         return seen
 
     def _start(self, batch: Batch, situation: Situation) -> None:
+        """Run the Program for a situation, from what the model and the optimizer hold."""
         self.plan = self.plan or self._chosen_plan(batch)
         if self.plan.num_chips != self.cluster.num_chips:
             raise PlanError(f"the plan is for {self.plan.num_chips} chips, the cluster has {self.cluster.num_chips}",
                             "plan", f"take chips={self.plan.num_chips}, or change a degree")  # fmt: skip
-        ages = self._ages()
-        key = (*situation, tuple(ages.items()))
-        if key not in self._programs:
-            self._programs[key] = self._program(batch, self.plan, ages)
-        program = self._programs[key]
-        runner = self._loaded(program, self._own_states())
+        program = self._program_of(batch, self.plan, situation)
+        runner = self.launch.connect(program, self._settings(), self.progress)
+        self._fill(runner, program, self.own_states())
         self.program, self._runner, self._situation = program, runner, situation
         self._is_ahead, self._seen = False, self._values_seen()
 
-    def _loaded(self, program: Program, states: States) -> ChipSet:
-        """The plan's chips, with what the model holds and these states of the optimizer."""
-        settings = Settings(same_kind(self.optimizer), self.clip_norm, groups=())
-        runner = ChipSet(program, settings, num_workers(self.cluster))
+    def _settings(self) -> Settings:
+        return Settings(same_kind(self.optimizer), self.clip_norm, groups=())
+
+    def _fill(self, runner: TensorRunner, program: Program, states: OwnState) -> None:
+        """Give the chips what the model holds, and these states of the optimizer."""
         values = module_values(self.model)
         runner.load(values.__getitem__)
         if states:
             runner.restore(chip_states(program, values.__getitem__, states, self._entries))
-        return runner
 
-    def _own_states(self) -> dict[str, dict[str, Any]]:
+    def own_states(self) -> dict[str, dict[str, Any]]:
         """The optimizer's states by parameter, and full-precision copies."""
         values = module_values(self.model)
         names = {id(p): name for name, p in self.model.named_parameters()}
@@ -233,67 +286,99 @@ class DistributedStep:
         job = load_job(None).model_copy(update={"global_batch": max(samples, 1), "seq": 1})
         return choose_plan(job, self.cluster, sum(p.numel() for p in self.model.parameters()))
 
-    def _ages(self) -> dict[str, tuple[tuple[str, float], ...]]:
-        """How far each parameter's state has come: only parameters of one age can share a step."""
-        ages = {}
+    def _ages(self) -> tuple[tuple[str, int], ...]:
+        """A number for each parameter, equal where states have come equally far: only such can share a step."""
+        numbers: dict[object, int] = {}
+        ages = []
         for name, param in self.model.named_parameters():
             own = self.optimizer.state.get(param, {})
             counts = {k: float(v) for k, v in own.items() if not isinstance(v, torch.Tensor) or v.dim() == 0}
-            ages[name] = (*sorted(counts.items()), ("states", float(len(own))))
-        return ages
+            age = (*sorted(counts.items()), ("states", float(len(own))))
+            ages.append((name, numbers.setdefault(age, len(numbers))))
+        return tuple(ages)
+
+    def _program_of(self, batch: Batch, plan: Plan, situation: Situation) -> Program:
+        """The Program for a situation, made once."""
+        ages = self._ages()
+        if (key := (*situation, ages)) not in self._programs:
+            self._programs[key] = self._program(batch, plan, dict(ages))
+        return self._programs[key]
 
     def _program(
         self, batch: Batch, plan: Plan, ages: Mapping[str, object], *, exact: bool = False
     ) -> Program:
-        names = {id(p): name for name, p in self.model.named_parameters()}
-        groups = {
-            names[id(p)]: (index, ages[names[id(p)]])
-            for index, group in enumerate(self.optimizer.param_groups) for p in group["params"] if id(p) in names
-        }  # fmt: skip
-        apart = frozenset(names.values()) - set(groups)
-        free = [n for n, p in self.model.named_parameters() if n in apart and p.requires_grad]
-        if free and self.clip_norm is not None:
-            problem = f"{free[0]} has a gradient but is in no group of the optimizer: clip it with the others or not?"
-            raise PlanError(problem, "clip_norm", "freeze it (requires_grad_(False)), or add it to a group")
-        shape = replace(
-            step_shape(self.model, batch, states_per_element(same_kind(self.optimizer))),
-            groups=groups, whole_tensors=self.scope is Scope.PARAMETER,
-        )  # fmt: skip
+        shape, apart = optimized_shape(self.model, batch, self.optimizer, self.scope, self.clip_norm, ages)
 
         def graph(microbatches: int) -> Graph:
             return capture_graph(
-                self.model, batch, dp=plan.dp, microbatches=microbatches, loss_fn=self.loss_fn, frozen=apart,
-                min_units=plan.pp, exact=exact, norms_per_part=plan.batch_norm is BatchNorms.PER_PART,
+                self.model, batch, dp=plan.dp, microbatches=microbatches, loss_fn=self.loss_fn, tp_plan=self.tp_plan,
+                frozen=apart, min_units=plan.pp, exact=exact or self.exact,
+                norms_per_part=plan.batch_norm is BatchNorms.PER_PART,
             )  # fmt: skip
 
-        program = capture_and_lower(graph, plan, shape)
+        program = capture_and_lower(graph, plan, shape, self.progress)
         for said in warnings_of(program):
-            warnings.warn(said, stacklevel=5)  # the line of step(batch)
+            if said not in self._said:
+                warnings.warn(said, stacklevel=_depth())
+        self._said |= set(warnings_of(program))
         return program
+
+
+def _depth() -> int:
+    """How many calls above the one that asks the user's line `step(batch)` is."""
+    depth = 1
+    while sys._getframe(depth).f_code.co_filename == __file__:
+        depth += 1
+    return depth
 
 
 def distribute(
     model: nn.Module, optimizer: torch.optim.Optimizer, cluster: str | Path | Cluster, *, plan: Plan | None = None,
     chips: int | None = None, loss_fn: LossFunction | None = None, clip_norm: float | None = None,
-    seed: int = 0,
+    seed: int = 0, runner: str = "inline",
 ) -> DistributedStep:  # fmt: skip
     """Train `model` with `optimizer` on the chips of `cluster` (a file, a shipped name, or a Cluster).
 
-    `model(**batch)` returns the loss, or `loss_fn(output, **batch)` (or `loss_fn(output, batch)`) does. Without a
-    `plan` one is chosen at the first batch. Dropout and other random numbers follow from `seed`, the step
-    (`step.steps`, to be set by whoever resumes) and the sample, not from torch's generators. Raises UserError.
+    `model(**batch)` returns the loss, or `loss_fn` makes it of the output: `loss_fn(output, **batch)`, with those
+    entries that it names, or `loss_fn(output, batch)`. Without a `plan` one is chosen at the first batch. `runner`:
+    "inline", in this process, or "ray", by actors, which end with `step.close()` or this process. Dropout and other
+    random numbers follow from `seed`, the step (`step.steps`, to be set by whoever resumes) and the sample, not from
+    torch's generators. Raises UserError.
     """
-    kind = type(optimizer).__name__
     if clip_norm is not None and not (clip_norm > 0 and math.isfinite(clip_norm)):
         raise PlanError(f"clip_norm is {clip_norm}", "distribute", "give a number above 0, or leave it out")
-    if any(getattr(optimizer, name, None) for name in HOOKS):
-        raise PlanError(
-            "hooks of the optimizer's steps would not run", kind, "remove them, or call them yourself"
-        )
-    with located(kind, "use an optimizer that steps on given gradients"):
-        scope = scope_of(same_kind(optimizer))
     found = cluster if isinstance(cluster, Cluster) else load_cluster(cluster_path(str(cluster)))
-    return DistributedStep(model, optimizer, found.take(chips), plan, loss_fn, clip_norm, scope, seed)
+    found = found.take(chips)
+    launch = launch_of(found, runner)
+    try:
+        step = DistributedStep(model, optimizer, found, plan, loss_fn, clip_norm, seed, launch)
+    except BaseException:
+        launch.close()
+        raise
+    weakref.finalize(step, launch.close)
+    return step
+
+
+def step_of_job(
+    prepared: Prepared, parts: JobParts, optimizer: torch.optim.Optimizer, launch: Launch, progress: Progress = quiet
+) -> DistributedStep:  # fmt: skip
+    """The step of a job, by the Program that was prepared; `optimizer` is over the parameters of its model."""
+    job, model = prepared.job, parts.model
+    step = DistributedStep(
+        model.module, optimizer, prepared.cluster, prepared.plan, parts.loss_fn, job.clip_limit, job.seed, launch,
+        is_watched=False, exact=job.dtype is Dtype.FP64, tp_plan=model.tp_plan, progress=progress,
+    )  # fmt: skip
+    step.adopt(prepared.program, parts.example_batch())
+    return step
+
+
+def launch_of(cluster: Cluster, runner: str) -> Launch:
+    """What carries out Programs on a cluster: this process, or Ray's actors, which begin to start. Raises PlanError."""
+    if runner == RunnerKind.INLINE:
+        return InlineLaunch(cluster)
+    if runner == RunnerKind.RAY:
+        return RayLaunch(cluster)
+    raise PlanError(f"no runner {runner!r}", "runner", "write inline or ray")
 
 
 def _require_batch(batch: object) -> None:
@@ -308,8 +393,3 @@ def _checksum(value: torch.Tensor) -> tuple[float, float]:
     """Two sums that a write through `.data`, which no version counts, changes too."""
     flat = value.detach().reshape(-1).to(torch.float64)
     return float(flat.sum()), float(flat.abs().sum())
-
-
-def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
-    """A group's settings, without its parameters."""
-    return {name: value for name, value in group.items() if name not in ("params", "param_names")}

@@ -19,11 +19,12 @@ from comms.errors import ConfigError, ModelError
 from comms.units import format_scaled, format_seconds
 from orchestrator.config.hardware.cluster import Cluster, Device
 from orchestrator.config.job_file import Job
-from orchestrator.planning.preparation import build_model, module_values, prepare
+from orchestrator.planning.preparation import Prepared, prepare
 from orchestrator.runners.failure import RunEnd, interrupted
-from orchestrator.runners.timing.prediction import simulate
+from orchestrator.runners.timing.prediction import SimulationResult, simulate
 from orchestrator.runs import metrics, run_dir
-from orchestrator.runs.data import NUM_BYTES, baseline_losses, load_data
+from orchestrator.runs.data import NUM_BYTES, TokenData, baseline_losses, load_data
+from orchestrator.runs.own_data import OwnData
 from orchestrator.runs.run_dir import RunDir
 from orchestrator.verbs.inputs.options import INTERRUPTED, RunnerKind, SimulateOptions, TrainOptions
 from orchestrator.verbs.inputs.planned_inputs import Inputs, from_config, read_plan, resolve, write_prepared
@@ -35,6 +36,7 @@ from partitioner.layout.parallel_plan import Plan
 
 if TYPE_CHECKING:
     from orchestrator.models.model_builder import BuiltModel
+    from orchestrator.planning.job_parts import JobParts
     from orchestrator.runners.runner import Launch
 
 FIXED_BY_RUN = (
@@ -99,31 +101,35 @@ def _train(
     inputs: Inputs, kind: RunnerKind, folder: RunDir, console: Console, *, resume: bool, verify_first: bool
 ) -> TrainResult:
     console.log_to(folder.log)
-    data = load_data(inputs.job.data, seq=inputs.job.seq, seed=inputs.job.seed)
+    job = inputs.job
+    text = None if job.has_own_data else load_data(job.data, seq=job.seq, seed=job.seed)
     with closing(_launch(inputs.cluster, kind)) as launch:
-        prepared = prepare(inputs.cluster, inputs.job, inputs.plan, progress=console.phase)
+        parts = None
+        if job.has_own_parts:
+            with console.phase("load what the job names"):
+                parts = _parts(job)
+        prepared = prepare(inputs.cluster, job, inputs.plan, progress=console.phase, parts=parts)
         say_split(prepared, console)
         if not resume:
             folder.write_config(inputs.config(kind.value))
             write_prepared(folder, prepared)
         with console.phase("simulate"):
             predicted = simulate(prepared.program, prepared.cluster)
-        with closing(launch.connect(prepared, console.phase)) as runner:
-            training = Training(prepared, runner, data, folder, predicted, console.warn)
-            _load_parameters(training, console)
-            if resume:
-                training.restore()
-                metrics.rewind_metrics(folder.metrics, training.step)
-                console.say(f"resumed at step {training.step} of {prepared.job.steps}")
-            if verify_first:
-                training.verify_next(console.say)
+        training = _training(prepared, parts, text, launch, folder, predicted, console)
+        if resume:
+            training.restore()
+            metrics.rewind_metrics(folder.metrics, training.step)
+            console.say(f"resumed at step {training.step} of {job.steps}")
+        if verify_first:
+            training.verify_next = console.say
+        baselines: Mapping[str, float] = {}
+        if text is not None:
             with console.phase("n-gram baselines"):
-                baselines = baseline_losses(data.train, data.validation)
-            console.show([_facts(training, baselines), console.phase_table()])
-            job = prepared.job
-            with console.training(job.model, job.steps, every=PLAIN_LINES) as show, _stopping() as stop:
-                training.run(show, stop.is_set)  # steps, validates, saves
-            return write_results(training, baselines)
+                baselines = baseline_losses(text.train, text.validation)
+        console.show([_facts(training, baselines), console.phase_table()])
+        with console.training(job.model, job.steps, every=PLAIN_LINES) as show, _stopping() as stop:
+            training.run(show, stop.is_set)  # steps, validates, saves
+        return write_results(training, baselines)
 
 
 def _launch(cluster: Cluster, kind: RunnerKind) -> "Launch":
@@ -136,21 +142,44 @@ def _launch(cluster: Cluster, kind: RunnerKind) -> "Launch":
     return InlineLaunch(cluster)
 
 
-def _load_parameters(training: Training, console: Console) -> None:
-    job = training.prepared.job
+def _parts(job: Job) -> "JobParts":
+    from orchestrator.planning.job_parts import job_parts
+
+    return job_parts(job, "cpu")
+
+
+def _training(
+    prepared: Prepared, parts: "JobParts | None", text: TokenData | None, launch: "Launch", folder: RunDir,
+    predicted: SimulationResult, console: Console,
+) -> Training:  # fmt: skip
+    """The loop, with parameters on the chips."""
+    from orchestrator.planning.job_parts import LrSchedule, job_optimizer, validation_data
+    from orchestrator.verbs.distribute import step_of_job
+
+    job, plan = prepared.job, prepared.plan
     with console.phase("load parameters"):
-        model = build_model(job, "cpu")
-        _require_bytes(model, job)
-        training.runner.load(module_values(model.module).__getitem__)
+        parts = parts or _parts(job)
+        data = parts.data or text
+        assert data is not None, "there is text where there is no data of the user's"
+        if text is not None:
+            _require_bytes(parts.model, job)
+        held_out = text or validation_data(parts)
+        for own in (parts.data, held_out):
+            if isinstance(own, OwnData):
+                own.require_parts(plan.dp * plan.microbatches)
+        optimizer = job_optimizer(job, parts.model.module)
+        schedule = LrSchedule(job, optimizer)
+    step = step_of_job(prepared, parts, optimizer, launch, console.phase)
+    return Training(prepared, step, schedule, data, held_out, folder, predicted, console.warn)
 
 
 def _require_bytes(model: "BuiltModel", job: Job) -> None:
     """Training feeds text: the model must take it."""
     inputs = sorted(model.example_batch(1, job.seq))
-    if inputs != sorted(TEXT_INPUTS):
-        problem = f"the model takes {', '.join(inputs)}, but train feeds text as {', '.join(TEXT_INPUTS)}"
-        raise ModelError(problem, job.model,
-                         "use orchestrator.distribute(model, optimizer, cluster) with batches of your own")  # fmt: skip
+    if inputs != sorted(TEXT_INPUTS) or not model.takes_text:
+        what = f"takes {', '.join(inputs)}" if model.takes_text else "predicts something else"
+        problem = f"the model {what}, but text is fed as {', '.join(TEXT_INPUTS)}: bytes and the next ones"
+        raise ModelError(problem, job.model, "give batches of your own: --data file.py:name")
     if model.vocab_size is not None and model.vocab_size < NUM_BYTES:
         raise ModelError(f"a vocabulary of {model.vocab_size} is too small for bytes", job.model,
                          f"give it at least {NUM_BYTES} entries")  # fmt: skip
@@ -181,11 +210,10 @@ def _facts(training: Training, baselines: Mapping[str, float]) -> Table:
     prepared, data = training.prepared, training.data
     program, cluster = prepared.program, prepared.cluster
     chip = "simulated " if cluster.device is Device.SIMULATED else ""
-    sizes = [format_scaled(len(part), "B") for part in (data.train, data.validation)]
     rows = [
         ("model", f"{prepared.job.model}, {format_scaled(float(program.facts['params']), '')} parameters"),
         ("plan", f"{prepared.plan} on {cluster.num_chips} {chip}{cluster.chip(0).name}"),
-        ("data", f"{data.name}: {sizes[0]} to train on, {sizes[1]} held out"),
+        ("data", _data_words(data, training)),
         (
             "predicted step on these chips",
             f"{format_seconds(training.predicted.step_time_s)} (fidelity folded)",
@@ -194,3 +222,12 @@ def _facts(training: Training, baselines: Mapping[str, float]) -> Table:
         ("run directory", str(training.run_dir.root)),
     ]
     return Table("training", rows)
+
+
+def _data_words(data: TokenData | OwnData, training: Training) -> str:
+    if isinstance(data, TokenData):
+        sizes = [format_scaled(len(part), "B") for part in (data.train, data.validation)]
+        return f"{data.name}: {sizes[0]} to train on, {sizes[1]} held out"
+    size = f"{len(data.source)} samples" if data.is_indexed else "a loader" if data.is_loader else "a stream"
+    held_out = training.prepared.job.validation.data
+    return f"{data.name}: {size}, as {', '.join(data.batch(training.step))}; validated on {held_out or 'nothing'}"

@@ -10,30 +10,32 @@ from dataclasses import dataclass, field
 from math import nan
 from pathlib import Path
 
-from torch import Tensor
-
-from comms.errors import RunError
+from comms.errors import DataError, ModelError, RunError
 from comms.units import DASH, format_percent, format_scaled, format_seconds
 from kernels.optimizers import StepStatistics
 from orchestrator.config.hardware.cluster import Device
+from orchestrator.models.model_specs import SourceKind, parse_model
+from orchestrator.planning.job_parts import LrSchedule
 from orchestrator.planning.preparation import Prepared
 from orchestrator.runners.failure import not_finite
-from orchestrator.runners.runner import Batches, ExecutedStep, StepRequest, TensorRunner, measured_timeline
+from orchestrator.runners.runner import ExecutedStep, measured_timeline
 from orchestrator.runners.timing.prediction import SimulationResult
 from orchestrator.runners.timing.step_costs import NS_PER_S
 from orchestrator.runs import checkpoint
 from orchestrator.runs.accuracy import Accuracy, Basis, Pair, compare
-from orchestrator.runs.data import TokenData, split_batch, step_key
+from orchestrator.runs.data import TokenData
 from orchestrator.runs.disk import write_whole
-from orchestrator.runs.learning_rate import learning_rate
 from orchestrator.runs.metrics import eta_s, metrics_writer, read_metrics
+from orchestrator.runs.own_data import OwnData, num_samples
 from orchestrator.runs.run_dir import RunDir
 from orchestrator.runs.timeline import Origin, Timeline
-from orchestrator.verbs.verification.first_step import VerifiedRunner
+from orchestrator.verbs.distribute import DistributedStep
+from orchestrator.verbs.verification.first_step import verified_step
 from orchestrator.views.console import Table
 from orchestrator.views.perfetto import trace_gz
 from orchestrator.views.plots import loss_png, timeline_png
 from orchestrator.views.training_view import StepLine
+from partitioner.capture.batch_inputs import Batch
 from partitioner.program.peak_memory import MemoryClass
 
 RECENT_STEPS = 20  # step times that the throughput and the ETA are taken from
@@ -46,8 +48,10 @@ class Training:
     """Everything a loop needs, put together by `verbs.train`, and how far it is."""
 
     prepared: Prepared
-    runner: TensorRunner
-    data: TokenData
+    one_step: DistributedStep
+    schedule: LrSchedule
+    data: TokenData | OwnData
+    validation: TokenData | OwnData | None
     run_dir: RunDir
     predicted: SimulationResult
     warn: Callable[[str], None]
@@ -57,6 +61,7 @@ class Training:
     measured: dict[int, ExecutedStep] = field(default_factory=dict)  # by step
     was_interrupted: bool = False
     saved: set[int] = field(default_factory=set)  # steps that this process has written
+    verify_next: Callable[[str], None] | None = None  # is told that the step that comes next is one chip's
 
     def recent_step_seconds(self) -> float:
         """Median of the last step times: the first ones include warm-up."""
@@ -68,64 +73,66 @@ class Training:
         job = self.prepared.job
         with metrics_writer(self.run_dir.metrics) as write:
             while self.step < job.steps and not self.was_interrupted:
-                line = self._step()
-                write(self._record(line))
+                try:
+                    line, rate = self._step()
+                except (DataError, ModelError):  # the chips are well
+                    self.save()
+                    raise
+                write(self._record(line, rate))
                 show(line)
                 if _is_due(self.step, job.checkpoints.every):
                     self.save()
                 self.was_interrupted = is_stopping() and self.step < job.steps
         self.save()
 
-    def _step(self) -> StepLine:
-        step, (samples, key) = self.step, self._next()
-        job = self.prepared.job
-        batches = split_batch(samples, self.prepared.program, key)
+    def _step(self) -> tuple[StepLine, float]:
+        """One step, and the learning rate that it had."""
+        job, step = self.prepared.job, self.step
+        batch = _batch(self.data, step, job.global_batch)
+        self.schedule.before(step)
+        rate = self.schedule.rates[0]
         measure = 1 <= len(self.step_seconds) <= MEASURED_STEPS
-        result = self.runner.run(StepRequest("step", self._lr(step), batches, measure=measure))
+        if self.verify_next is None:
+            result = self.one_step.execute(batch, measure=measure)
+        else:
+            say, self.verify_next = self.verify_next, None
+            result = verified_step(self.one_step, batch, say)
         assert result.stats is not None
         if not result.stats.is_finite:
-            error = not_finite(step + 1, self._cause(step, batches))
+            # The same once more, looking at every result: the optimizer has skipped it, so nothing has changed.
+            found = self.one_step.execute(batch, check=True).first_bad
+            error = not_finite(step + 1, found[1] if found else None)
             self.save()
             raise error
         self.step = step + 1
+        self.schedule.after()
         self.loss = result.stats.loss
         self.step_seconds.append(result.step_ns / NS_PER_S)
-        if measure:
+        if measure and result.program is self.prepared.program:
             self.measured[self.step] = result
         is_last = self.step == job.steps and job.validation.every > 0
-        is_validated = is_last or _is_due(self.step, job.validation.every)
-        return self._line(result.stats, self.validate() if is_validated else None)
-
-    def _next(self) -> tuple[Mapping[str, Tensor], int]:
-        """Samples of the next step, and the key of its random numbers."""
-        job, first = self.prepared.job, self.step * self.prepared.job.global_batch
-        return self.data.batch(range(first, first + job.global_batch)), step_key(job.seed, self.step)
-
-    def verify_next(self, say: Callable[[str], None]) -> None:
-        """Hold the step that comes next against one chip's."""
-        self.runner = VerifiedRunner(self.runner, self.prepared, self._next, say)
-
-    def _lr(self, step: int) -> float:
-        job = self.prepared.job
-        return learning_rate(step, peak=job.optimizer.lr, schedule=job.lr_schedule, steps=job.steps)
-
-    def _cause(self, step: int, batches: Batches) -> str | None:
-        """Run the same step again looking at every result: the optimizer has skipped it, so nothing has changed."""
-        found = self.runner.run(StepRequest("step", self._lr(step), batches, check=True)).first_bad
-        return found[1] if found else None
+        is_validated = self.validation is not None and (is_last or _is_due(self.step, job.validation.every))
+        return self._line(result.stats, self.validate() if is_validated else None), rate
 
     def validate(self) -> float:
-        """Mean loss per token over the job's validation batches."""
-        job = self.prepared.job
+        """Mean loss over what is validated on, of the model as it is in use."""
+        job, model = self.prepared.job, self.one_step.model
+        assert self.validation is not None
+        modes = {module: module.training for module in model.modules()}
+        if parse_model(job.model).kind is not SourceKind.BUILTIN:  # which are the same in use
+            model.eval()
         total, count = 0.0, 0.0
-        for batch in range(job.validation.batches):
-            first = batch * job.global_batch
-            samples = self.data.validation_batch(range(first, first + job.global_batch))
-            batches = split_batch(samples, self.prepared.program)
-            stats = self.runner.run(StepRequest("evaluate", batches=batches)).stats
+        per_pass = self.validation.batches_per_pass if isinstance(self.validation, OwnData) else None
+        for number in range(min(job.validation.batches, per_pass or job.validation.batches)):
+            batch = _batch(self.validation, number, job.global_batch, held_out=True)
+            stats = self.one_step.execute(batch, "evaluate").stats
             assert stats is not None
-            total, count = total + stats.loss_sum, count + stats.count
-        return total / count
+            # what is not counted is a mean, and the last batch may be smaller
+            weight = num_samples(batch) if stats.nominal_count == 1 else 1
+            total, count = total + weight * stats.loss_sum, count + weight * stats.count
+        for module, is_training in modes.items():
+            module.training = is_training
+        return total / count if count else nan
 
     def _line(self, stats: StepStatistics, validation: float | None) -> StepLine:
         job, predicted, seconds = self.prepared.job, self.predicted, self.step_seconds[-1]
@@ -133,7 +140,7 @@ class Training:
         cost = predicted.cost_usd_per_step
         return StepLine(
             step=self.step, loss=stats.loss, grad_norm=stats.grad_norm, step_seconds=seconds,
-            tokens_per_s=job.global_batch * job.seq / seconds, mfu=predicted.mfu,
+            tokens_per_s=tokens_of(self.prepared) / seconds, mfu=predicted.mfu,
             memory_bytes=max(role.peak_bytes for role in predicted.memory),
             predicted_seconds=predicted.step_time_s, exposed_communication=exposed / predicted.step_time_s,
             cost_usd=None if cost is None else cost * self.step,
@@ -141,9 +148,9 @@ class Training:
             validation_loss=validation,
         )  # fmt: skip
 
-    def _record(self, line: StepLine) -> dict[str, float | int | str | None]:
+    def _record(self, line: StepLine, rate: float) -> dict[str, float | int | str | None]:
         return {
-            "step": line.step, "loss": line.loss, "grad_norm": line.grad_norm, "lr": self._lr(line.step - 1),
+            "step": line.step, "loss": line.loss, "grad_norm": line.grad_norm, "lr": rate,
             "step_time_s": line.step_seconds, "tokens_per_s": line.tokens_per_s, "val_loss": line.validation_loss,
             "predicted_step_time_s": line.predicted_seconds, "predicted_mfu": line.mfu,
             "predicted_cost_usd": line.cost_usd,
@@ -155,12 +162,14 @@ class Training:
         if step in self.saved:
             return
         self.saved.add(step)
+        own = self.data if isinstance(self.data, OwnData) else None
         manifest = checkpoint.Manifest(
-            step=step, sample=step * job.global_batch, seed=job.seed,
+            step=step, sample=own.position(step) if own else step * job.global_batch, seed=job.seed,
             layout={"plan": str(self.prepared.plan), "stages": str(self.prepared.program.facts["stages"])},
-            extra={"data": self.data.digest},
+            extra={"data": self.data.digest, "rates": self.schedule.rates},
         )  # fmt: skip
-        states = {f"chip-{chip:05d}": dict(state) for chip, state in self.runner.states().items() if state}
+        shards = self.one_step.states()
+        states = {f"chip-{chip:05d}": dict(state) for chip, state in shards.items() if state}
         checkpoint.save(self.run_dir.checkpoints, manifest, states)
         checkpoint.prune(self.run_dir.root, job.checkpoints.keep)
 
@@ -180,8 +189,23 @@ class Training:
             int(name.rsplit("-", 1)[1]): tensors
             for name, tensors in checkpoint.load(found.checkpoint).items()
         }
-        self.runner.restore({chip: shards.get(chip, {}) for chip in range(self.prepared.program.num_chips)})
+        whole = {chip: shards.get(chip, {}) for chip in range(self.prepared.program.num_chips)}
+        self.one_step.restore(whole, manifest.step)
+        self.schedule.resume(manifest.step, manifest.extra.get("rates", self.schedule.rates))
         self.step = manifest.step
+
+
+def tokens_of(prepared: Prepared) -> int:
+    """What a step processes, over all chips: tokens, or samples of what has none."""
+    return int(prepared.program.facts["tokens"])
+
+
+def _batch(data: TokenData | OwnData, number: int, samples: int, *, held_out: bool = False) -> Batch:
+    """The batch of a step, or the one of so many on which is validated."""
+    if isinstance(data, OwnData):
+        return data.batch(number)
+    wanted = range(number * samples, (number + 1) * samples)
+    return data.validation_batch(wanted) if held_out else data.batch(wanted)
 
 
 def _is_due(step: int, every: int) -> bool:
@@ -219,7 +243,7 @@ class TrainResult:
 
 def write_results(training: Training, baselines: Mapping[str, float]) -> TrainResult:
     """Timelines, trace and plots; of a run that was resumed the curves are whole, from its metrics."""
-    folder, predicted, job = training.run_dir, training.predicted, training.prepared.job
+    folder, predicted = training.run_dir, training.predicted
     records = read_metrics(folder.metrics)
     curve, points = (
         tuple((int(str(r["step"])), float(str(r[key]))) for r in records if r.get(key) is not None)
@@ -232,7 +256,7 @@ def write_results(training: Training, baselines: Mapping[str, float]) -> TrainRe
     return TrainResult(
         final_loss=training.loss,
         val_loss=points[-1][1] if points else None,
-        tokens_per_s=job.global_batch * job.seq / step_s if step_s else 0.0,
+        tokens_per_s=tokens_of(training.prepared) / step_s if step_s else 0.0,
         predicted_step_time_s=predicted.step_time_s, run_dir=folder.root, steps=training.step,
         was_interrupted=training.was_interrupted, baselines=baselines, accuracy=accuracy,
     )  # fmt: skip
@@ -297,9 +321,10 @@ def _accuracy_table(accuracy: Accuracy) -> Table:
 
 
 def _rows(result: TrainResult) -> list[tuple[str, str]]:
-    validation = "not measured" if result.val_loss is None else f"{result.val_loss:.4f} nats/byte"
+    unit = " nats/byte" if result.baselines else ""  # known of text only
+    validation = "not measured" if result.val_loss is None else f"{result.val_loss:.4f}{unit}"
     return [
-        ("final loss", f"{result.final_loss:.4f} nats/byte"),
+        ("final loss", f"{result.final_loss:.4f}{unit}"),
         ("validation loss", validation),
         *((f"  {name} baseline", f"{loss:.4f} nats/byte") for name, loss in result.baselines.items()),
         ("tokens/s on this machine", format_scaled(result.tokens_per_s, "")),

@@ -18,17 +18,13 @@ from comms.selection.progress import Progress, quiet
 from comms.units import format_scaled
 from orchestrator.config.hardware.cluster import Cluster
 from orchestrator.config.job_file import Dtype, Job
-from orchestrator.planning.preparation import (
-    Prepared,
-    build_model,
-    module_values,
-    prepare,
-)
+from orchestrator.planning.job_parts import JobParts, job_parts
+from orchestrator.planning.preparation import Prepared, module_values, prepare
 from orchestrator.verbs.inputs.options import VerifyOptions
 from orchestrator.verbs.inputs.planned_inputs import resolve
 from orchestrator.verbs.plan import parameter_bytes, step_flops
 from orchestrator.verbs.verification.first_instruction import first_difference, on_one_chip
-from orchestrator.verbs.verification.job_sides import plain_side, planned_side
+from orchestrator.verbs.verification.job_sides import PlannedJob, plain_job
 from orchestrator.verbs.verification.job_steps import job_steps
 from orchestrator.verbs.verification.verdict import (
     TOLERANCE,
@@ -95,20 +91,22 @@ def verify(
     """
     number = steps or min(job.steps, STEPS)
     exact = job.model_copy(update={"dtype": Dtype.FP64})
-    prepared = prepare(cluster, exact, plan, progress=progress)
+    parts = job_parts(exact, "cpu")
+    prepared = prepare(cluster, exact, plan, progress=progress, parts=parts)
     if show is not None:
         show(prepared)
-    alone = on_one_chip(prepared)
+    alone = on_one_chip(prepared, parts)
     nbytes, flops = _per_chip(prepared.program)
     (whole_bytes,), (whole_flops,) = _per_chip(alone.program)
     plan, chips = prepared.plan, prepared.plan.dp * prepared.plan.tp
     _require_cut(plan, sum(nbytes) * plan.tp, sum(flops) * chips, whole_bytes, whole_flops)
     with progress("compare in fp64"):
-        proved, instruction = _proof(prepared, number)
+        proved, instruction = _proof(prepared, parts, number)
     own = None
     if job.dtype is not Dtype.FP64:
         with progress(f"compare in {job.dtype}"):
-            own = _own_dtype(prepare(cluster, job, prepared.plan), number)
+            parts = job_parts(job, "cpu")
+            own = _own_dtype(prepare(cluster, job, prepared.plan, parts=parts), parts, number)
     found = verdict(proved, own, number)
     return VerifyResult(
         **{name: getattr(found, name) for name in TrainingVerdict.__dataclass_fields__}, first_difference=instruction,
@@ -117,23 +115,23 @@ def verify(
     )  # fmt: skip
 
 
-def _proof(prepared: Prepared, number: int) -> tuple[Lockstep, str | None]:
-    model = build_model(prepared.job, "cpu")
-    steps, values = job_steps(prepared.job, model, number), module_values(model.module)
-    planned, plain = partial(planned_side, prepared, values), partial(plain_side, prepared, model, values)
-    found = proof(planned, plain, steps)
+def _proof(prepared: Prepared, parts: JobParts, number: int) -> tuple[Lockstep, str | None]:
+    steps, values = job_steps(parts, number), _values(parts)
+    found = proof(partial(PlannedJob, prepared, parts, values), plain_job(prepared, parts, values), steps)
     if found.at is None:
         return found, None
-    return found, first_difference(prepared, values, steps[found.at], TOLERANCE) or NO_INSTRUCTION
+    return found, first_difference(prepared, parts, values, steps[found.at], TOLERANCE) or NO_INSTRUCTION
 
 
-def _own_dtype(prepared: Prepared, number: int) -> Lockstep:
-    job, model = prepared.job, build_model(prepared.job, "cpu")
-    eps = torch.finfo(model.dtype).eps
-    steps, values = job_steps(job, model, number), module_values(model.module)
-    return within_noise(
-        partial(planned_side, prepared, values), partial(plain_side, prepared, model, values), steps, eps
-    )
+def _own_dtype(prepared: Prepared, parts: JobParts, number: int) -> Lockstep:
+    steps, values = job_steps(parts, number), _values(parts)
+    planned, plain = partial(PlannedJob, prepared, parts, values), plain_job(prepared, parts, values)
+    return within_noise(planned, plain, steps, torch.finfo(parts.model.dtype).eps)
+
+
+def _values(parts: JobParts) -> dict[str, torch.Tensor]:
+    """Copies, as the planned side trains the module itself."""
+    return {name: value.clone() for name, value in module_values(parts.model.module).items()}
 
 
 def _per_chip(program: Program) -> tuple[tuple[int, ...], tuple[int, ...]]:

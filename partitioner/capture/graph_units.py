@@ -5,8 +5,8 @@ microbatch, in every stage that needs it). What is left is cut at the borders of
 too few pieces, at the borders of every top-level submodule. Equal slices share one template.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -34,19 +34,21 @@ from partitioner.capture.captured_graph import (
 from partitioner.capture.exact_float64 import ExactFloat64
 from partitioner.capture.forwards.checkpoints import Region, regions_of
 from partitioner.capture.forwards.keyed_random import RECURRENT
+from partitioner.capture.forwards.step_loss import LossFunction
 from partitioner.capture.forwards.user_functions import AppliedFunction
 from partitioner.capture.graph_pieces import Dependence, cut_into_pieces, dependences, piece_name
 from partitioner.capture.products.tp_styles import param_styles
-from partitioner.capture.pure_graph import first_user_line, is_float, source_line, with_gradient
+from partitioner.capture.pure_graph import first_user_line, is_float, quiet_torch, source_line, with_gradient
 from partitioner.capture.samples.batch_cut import cut_batch
 from partitioner.capture.samples.loss_form import FINAL, GATHERED, KNOWN, LossForm, finals_of, whole_loss
 from partitioner.capture.samples.taking_apart import put_apart, replace_by
-from partitioner.capture.tracing import Captured, LossFunction, trace_module
+from partitioner.capture.tracing import Captured, trace_module
 from partitioner.capture.training_flops import training_flops
 
 aten = torch.ops.aten
 
 
+@quiet_torch()
 def capture_graph(
     module: nn.Module,
     batch: Batch,
@@ -83,13 +85,20 @@ def capture_graph(
     require_plain(batch)
     try:
         return graph(has_lines=False)
-    except CaptureError:
-        return graph(has_lines=True)  # source lines cost as much again: only to say what is wrong
+    except Exception:
+        with _explaining(type(module).__name__):
+            return graph(has_lines=True)  # source lines cost as much again: only to say what is wrong
+
+
+@contextmanager
+def _explaining(name: str) -> Iterator[None]:
+    try:
+        yield
     except UserError:
         raise
     except Exception as error:
         said = str(error).strip().split("\n")[0][:200]
-        problem = f"cannot capture {type(module).__name__}: {type(error).__name__}: {said}"
+        problem = f"cannot capture {name}: {type(error).__name__}: {said}"
         raise CaptureError(problem, first_user_line(error), "write this part with other operators") from error
 
 

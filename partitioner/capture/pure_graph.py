@@ -246,20 +246,26 @@ def quiet_torch() -> Iterator[None]:
 
 def source_line(node: Node) -> str:
     """Where in the user's code a node comes from, as `file:line (code)`."""
-    entries = str(node.meta.get("stack_trace", "")).strip().split("File ")
-    for entry in reversed(entries):
+    return _line_in(str(node.meta.get("stack_trace", ""))) or node.name
+
+
+def _line_in(trace: str) -> str:
+    """The innermost line outside torch of a traceback's text, if there is one."""
+    for entry in reversed(trace.strip().split("File ")):
         place, _, code = entry.partition("\n")
         file, _, rest = place.partition(", line ")
         if rest and "/torch/" not in file:
             line, path = rest.partition(",")[0], file.strip('"')
-            return f"{path}:{line} ({code.strip()})"
-    return node.name
+            return f"{path}:{line} ({code.strip().partition(chr(10))[0]})"
+    return ""
 
 
 def first_user_line(error: BaseException) -> str:
-    """The innermost line outside torch that an error passed through."""
+    """The innermost line outside torch that an error passed through, or that an operator of the graph comes from."""
     own = str(Path(__file__).parent)
     frames = traceback.extract_tb(error.__traceback__)
-    outside = [f for f in frames if "/torch/" not in f.filename and not f.filename.startswith(own)]
-    frame = (outside or frames)[-1]
-    return f"{frame.filename}:{frame.lineno} ({frame.line})"
+    outside = [f for f in frames if not f.filename.startswith((own, "<")) and "/torch/" not in f.filename]
+    of_operator = str(error).partition("Original traceback:")[2]  # which torch adds as it runs a graph
+    if not outside or of_operator:
+        return _line_in(of_operator) or "the model or its loss"
+    return f"{outside[-1].filename}:{outside[-1].lineno} ({outside[-1].line})"

@@ -18,12 +18,15 @@ from unittest.mock import patch
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch._subclasses.functional_tensor import (
-    FunctionalTensorMode,
-    dispatch_functionalize,
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
 )
+from torch._subclasses.functional_tensor import FunctionalTensorMode, dispatch_functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils import _pytree as trees
 
 from comms.errors import CaptureError
@@ -34,6 +37,7 @@ from partitioner.capture.forwards.expert_forms import expert_forms
 from partitioner.capture.forwards.host_values import CalledWith, constant_of, no_host_draws
 from partitioner.capture.forwards.keyed_random import FIRST_SAMPLE, KEY, keyed_random
 from partitioner.capture.forwards.plain_forms import plain_forms
+from partitioner.capture.forwards.step_loss import LossFunction, loss_of_step, parameters_of, taken_by
 from partitioner.capture.forwards.user_functions import recorded_functions
 from partitioner.capture.pure_graph import (
     first_user_line,
@@ -46,8 +50,9 @@ from partitioner.capture.pure_graph import (
     with_gradient,
 )
 
-LossFunction = Callable[..., torch.Tensor]
 NUM_MORE = 4  # forwards that must do the same
+# what torch raises where code asks for the value of a tensor
+OF_VALUES = (DataDependentOutputException, DynamicOutputShapeException, GuardOnDataDependentSymNode)
 
 
 @dataclass
@@ -84,14 +89,14 @@ def trace_module(
     *,
     has_lines: bool = True,
 ) -> Captured:
-    """Trace `module(**batch)` (then `loss_fn(output, **batch)`, if given) to a graph that returns a scalar.
+    """Trace a step's loss (see `loss_of_step`) to a graph that returns a scalar.
 
     `batch` may hold real or meta tensors: only shapes and dtypes are used. `tp_plan` maps module-name patterns to
     tensor-parallel styles (see `tp_styles.py`); without one the model's own is looked for. Graphs of one `fake_mode`
     can be put together. Raises CaptureError.
     """
     _refuse_unsupported(module)
-    _require_known_inputs(module, batch)
+    _require_known_inputs(module, batch, loss_fn)
     frozen = frozenset(name for name, p in module.named_parameters() if not p.requires_grad)
     with borrowed(module) as lent, no_host_draws(module):
         trace = _Trace(
@@ -103,6 +108,7 @@ def trace_module(
             require_expressible(graph_module.graph, trace.names(graph_module), frozen)
             graph_module = trace.run(functional=True)
         _require_repeatable(trace, graph_module, functional, noted)
+        _require_read(trace, graph_module)
     captured = Captured(
         graph_module=graph_module,
         names=trace.names(graph_module),
@@ -209,8 +215,7 @@ class _Trace:
             keyed_random(named[f"batch:{KEY}"], named[f"batch:{FIRST_SAMPLE}"]),
             inlined_checkpoints(partial(noted, self.regions)),
         ):
-            output = self.module(**inputs)
-            loss = scalar_loss(loss_of(self.loss_fn, output, inputs) if self.loss_fn else output)
+            loss = loss_of_step(self.module, self.loss_fn, inputs)
         return loss, *(self.module.get_buffer(name) for name in self.buffers)
 
     def differs(self, noted: Sequence[object]) -> str:
@@ -279,34 +284,6 @@ def operations_of(traced: torch.fx.GraphModule) -> list[str]:
     return lines
 
 
-def loss_of(loss_fn: LossFunction, output: object, batch: Batch) -> object:
-    """`loss_fn(output, **batch)` if it takes that, else `loss_fn(output, batch)`."""
-    try:
-        inspect.signature(loss_fn).bind(output, **batch)
-    except TypeError:
-        return loss_fn(output, batch)
-    return loss_fn(output, **batch)
-
-
-def scalar_loss(output: object) -> torch.Tensor:
-    """The scalar a model returns: a tensor, `.loss`, `["loss"]` or the first of a tuple."""
-    found: object = output
-    if isinstance(output, Mapping) and "loss" in output:
-        found = output["loss"]
-    elif isinstance(loss := getattr(output, "loss", None), torch.Tensor):
-        found = loss
-    elif isinstance(output, tuple | list) and output:
-        found = output[0]
-    if not isinstance(found, torch.Tensor) or found.numel() != 1:
-        got = tuple(found.shape) if isinstance(found, torch.Tensor) else type(found).__name__
-        raise CaptureError(
-            f"the model returns {got}, not a scalar loss",
-            type(output).__name__,
-            "return the loss (or an object with .loss), or give loss_fn",
-        )
-    return found.reshape(())
-
-
 def _refuse_unsupported(module: nn.Module) -> None:
     for name, child in module.named_modules():
         where = f"{name or type(module).__name__} ({type(child).__name__})"
@@ -317,16 +294,30 @@ def _refuse_unsupported(module: nn.Module) -> None:
                 raise CaptureError("a gradient hook would not run", f"{where}: {own}", "remove the hook")
 
 
-def _require_known_inputs(module: nn.Module, batch: Batch) -> None:
-    """Refuse names that the forward does not take, or lacks."""
+def _require_known_inputs(module: nn.Module, batch: Batch, loss_fn: LossFunction | None) -> None:
+    """Refuse names that neither the forward nor the loss takes, or that they lack."""
+    taken = taken_by(module.forward, batch) if loss_fn else frozenset(batch)
+    takes = ", ".join(map(str, parameters_of(module.forward)))
+    where = f"{type(module).__name__}.forward({takes})"
     try:
-        inspect.signature(module.forward).bind(**batch)
+        inspect.signature(module.forward).bind(**{name: batch[name] for name in taken})
     except TypeError as error:
-        takes = ", ".join(map(str, inspect.signature(module.forward).parameters.values()))
-        raise CaptureError(
-            f"the batch does not fit the model: {error}", f"{type(module).__name__}.forward({takes})",
-            f"the batch has {', '.join(batch)}; name its entries as forward does",
-        ) from error  # fmt: skip
+        hint = f"the batch has {', '.join(batch)}; name its entries as forward does"
+        raise CaptureError(f"the batch does not fit the model: {error}", where, hint) from error
+
+
+def _require_read(trace: _Trace, traced: torch.fx.GraphModule) -> None:
+    """Refuse entries that only the loss function could read, and that it does not."""
+    taken = taken_by(trace.module.forward, trace.batch)
+    names = trace.names(traced)
+    for node in traced.graph.nodes:
+        space, _, name = names.get(node.name, "").partition(":")
+        root = name.partition(".")[0]
+        if space == "batch" and root in trace.batch and root not in taken and not node.users:
+            takes = ", ".join(p.name for p in parameters_of(trace.module.forward))
+            raise CaptureError(f"the batch's {name} is read by neither the model nor the loss",
+                               f"{type(trace.module).__name__}.forward({takes})",
+                               f"the batch has {', '.join(trace.batch)}; leave out what is not used")  # fmt: skip
 
 
 def _containers(module: nn.Module) -> frozenset[str]:
@@ -384,8 +375,10 @@ def _explaining(module: nn.Module) -> Iterator[None]:
         raise
     except Exception as error:
         operator = str(getattr(error, "func", "")) or str(error).strip().split("\n")[0][:200]
-        raise CaptureError(
-            f"cannot capture {type(module).__name__}: {type(error).__name__} at {operator}",
-            first_user_line(error),
-            "shapes and branches must not depend on tensor values; move such code out of forward",
-        ) from error
+        problem = f"cannot capture {type(module).__name__}: {type(error).__name__} at {operator}"
+        hint = "shapes and branches must not depend on tensor values; move such code out of forward"
+        if not isinstance(error, OF_VALUES):
+            hint = (
+                "see whether model and loss take such a batch by themselves; if so, write this line otherwise"
+            )
+        raise CaptureError(problem, first_user_line(error), hint) from error

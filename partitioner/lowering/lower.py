@@ -16,8 +16,8 @@ from comms.errors import CaptureError, PartitionError, located
 from comms.selection.progress import Progress, quiet
 from partitioner.capture.batch_inputs import Batch, tensors_of
 from partitioner.capture.captured_graph import SHORT, Graph, template_flops
+from partitioner.capture.forwards.step_loss import LossFunction
 from partitioner.capture.graph_units import capture_graph
-from partitioner.capture.tracing import LossFunction
 from partitioner.layout.joint_trace import trace_joint
 from partitioner.layout.parallel_plan import BatchNorms, Plan, balance
 from partitioner.layout.param_cuts import Cuts, param_cuts

@@ -8,11 +8,13 @@ import pytest
 import torch
 
 from comms.selection.progress import quiet
+from kernels.optimizers import same_kind
 from orchestrator.config.hardware.cluster_file import cluster_path, load_cluster
 from orchestrator.config.job_file import load_job
-from orchestrator.planning.preparation import Prepared, build_model, prepare
+from orchestrator.planning.job_parts import build_model, job_optimizer
+from orchestrator.planning.preparation import Prepared, prepare
 from orchestrator.runners.executing.chip_set import InlineLaunch
-from orchestrator.runners.runner import Launch, Runner, StepRequest, TensorRunner
+from orchestrator.runners.runner import Launch, Runner, Settings, StepRequest, TensorRunner
 from orchestrator.runners.timing.prediction import SimulatedRunner
 from orchestrator.runs.data import split_batch
 from orchestrator.runs.timeline import Timeline
@@ -45,8 +47,9 @@ def prepared(ray_launch: Launch | None) -> Prepared:
 
 
 def loaded(launch: Launch, prepared: Prepared) -> TensorRunner:
-    runner = launch.connect(prepared, quiet)
     model = build_model(prepared.job, "cpu")
+    settings = Settings(same_kind(job_optimizer(prepared.job, model.module)), prepared.job.clip_norm)
+    runner = launch.connect(prepared.program, settings, quiet)
     values = {f"params:{k}": v.detach() for k, v in model.module.named_parameters()}
     values |= {f"buffer:{k}": v for k, v in model.module.named_buffers()}
     runner.load(values.__getitem__)

@@ -193,7 +193,7 @@ def test_optimizers_that_couple_parameters_or_draw_are_refused(factory: type) ->
 def test_an_optimizer_that_needs_a_closure_is_refused() -> None:
     with pytest.raises(OptimizerError, match="cannot step on given gradients") as caught:
         scope_of(torch.optim.LBFGS)
-    assert "closure" in caught.value.hint
+    assert "closure" in caught.value.problem and "nothing but gradients" in caught.value.hint
 
 
 class Keywords(torch.optim.SGD):

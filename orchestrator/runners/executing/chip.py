@@ -11,14 +11,15 @@ likewise, unless ZeRO shards it, in which case every chip saves its own.
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import assert_never
 
 import torch
 
+from comms.errors import RunError, UserError
 from kernels.backend import OpCode, SegmentFunction, compile_segment
-from kernels.optimizers import Factory, FlatOptimizer, StepStatistics
-from orchestrator.runners.runner import BadOrder, StepRequest
+from kernels.optimizers import FlatOptimizer, StepStatistics
+from orchestrator.models.user_code import own_frames
+from orchestrator.runners.runner import BadOrder, Settings, StepRequest
 from orchestrator.runs.timeline import Mark
 from partitioner.capture.captured_graph import TORCH
 from partitioner.program.machine import Machine, Run
@@ -41,19 +42,6 @@ from partitioner.program.program import (
 Observer = Callable[["ExecutingChip", Compute, int, Sequence[torch.Tensor], Sequence[torch.Tensor]], None]
 State = Mapping[str, torch.Tensor]
 ZERO_FILLED = (TensorKind.FLAT, TensorKind.MASTER, TensorKind.GRAD)
-
-
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """What every chip needs besides the Program: optimizer, clipping, where tensors live."""
-
-    optimizer: Factory
-    clip_norm: float | None
-    device: str = "cpu"
-    groups: tuple[Mapping[str, object], ...] = (
-        {},
-        {"weight_decay": 0.0},
-    )  # settings of the optimizer's groups
 
 
 def op_codes(segment: Segment) -> list[OpCode]:
@@ -275,7 +263,16 @@ class ExecutingChip:
             return
         optimizer = self.optimizer(instruction)
         scale = self.stats.gradient_scale(self.settings.clip_norm)
-        optimizer.step(self.value(instruction.grad), scale, self.step_settings[instruction.group])
+        try:
+            optimizer.step(self.value(instruction.grad), scale, self.step_settings[instruction.group])
+        except UserError:
+            raise
+        except Exception as error:  # whatever an optimizer of the user's raises
+            kind = type(optimizer.optimizer).__name__
+            hint = "mend the optimizer, and go on from the last checkpoint"
+            raise RunError(
+                f"{kind}.step raised {type(error).__name__}: {error}", own_frames(error) or kind, hint
+            ) from error
         if instruction.target != instruction.param:
             self.value(instruction.target).copy_(self.value(instruction.param))
 

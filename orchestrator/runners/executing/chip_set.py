@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 
@@ -24,18 +24,14 @@ from orchestrator.config.hardware.cluster import Cluster, Device
 from orchestrator.runners.executing.chip import (
     ExecutingChip,
     SegmentLibrary,
-    Settings,
     restore_state,
     saved_state,
 )
 from orchestrator.runners.executing.pending_communications import PendingCommunications
-from orchestrator.runners.runner import ExecutedStep, States, StepRequest, num_workers
+from orchestrator.runners.runner import ExecutedStep, Settings, States, StepRequest, num_workers
 from orchestrator.runs.timeline import Mark
 from partitioner.program.machine import Key, Machine, Post
 from partitioner.program.program import Program, Update
-
-if TYPE_CHECKING:
-    from orchestrator.planning.preparation import Prepared
 
 STATS = {"step": "update.stats", "evaluate": "report.stats"}  # where a schedule leaves its reduced statistics
 
@@ -274,20 +270,13 @@ class InlineLaunch:
     def __init__(self, cluster: Cluster) -> None:
         self.cluster = cluster
 
-    def connect(self, prepared: "Prepared", progress: Progress) -> ChipSet:
+    def connect(self, program: Program, settings: Settings, progress: Progress) -> ChipSet:
         """See `Launch`."""
         if self.cluster.device is Device.CUDA:
             raise ClusterError("CUDA chips need a process each", self.cluster.origin, "use --runner ray")
 
         with progress("start chips"):
-            return ChipSet(prepared.program, chip_settings(prepared), num_workers(self.cluster))
+            return ChipSet(program, settings, num_workers(self.cluster))
 
     def close(self) -> None:
         """Nothing was started."""
-
-
-def chip_settings(prepared: "Prepared", device: str = "cpu") -> Settings:
-    """What every chip of the run needs to know."""
-    from orchestrator.planning.preparation import optimizer_factory  # actors do without
-
-    return Settings(optimizer_factory(prepared.job), prepared.job.clip_norm, device)

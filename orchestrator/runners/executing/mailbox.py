@@ -49,6 +49,11 @@ class Mailbox:
             self.items[epoch, key] = tensor
             self.changed.notify_all()
 
+    def clear(self) -> None:
+        """Forget what nobody took."""
+        with self.changed:
+            self.items.clear()
+
     def take(self, epoch: int, key: Key) -> torch.Tensor:
         """Wait for a tensor and take it out. Missing: nothing at all arrived for `patience_s`."""
         with self.changed:

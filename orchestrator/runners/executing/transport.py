@@ -89,8 +89,10 @@ class Transport:
         self._thread.start()
 
     def connect(self, addresses: Mapping[int, Address]) -> None:
-        """Open sockets to peers; where they can be read, memory is shared."""
+        """Open sockets to peers that are new; where they can be read, memory is shared."""
         for actor, address in addresses.items():
+            if actor in self._peers:
+                continue
             socket = self._socket(zmq.PUSH)
             socket.connect(address.endpoint)
             shares = self._proof is not None and can_read(address.process, address.block, address.proof)

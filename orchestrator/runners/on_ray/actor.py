@@ -12,12 +12,11 @@ from dataclasses import astuple, dataclass, fields, replace
 import torch
 
 from kernels.optimizers import FlatOptimizer, OptimizerSpec, StepStatistics
-from orchestrator.runners.executing.chip import Settings
 from orchestrator.runners.executing.chip_set import ChipSet
 from orchestrator.runners.executing.mailbox import Mailbox, batch_key, marks_key, state_key, value_key
 from orchestrator.runners.executing.transport import Address, Transport
 from orchestrator.runners.failure import ActorStatus
-from orchestrator.runners.runner import BadOrder, StepRequest
+from orchestrator.runners.runner import BadOrder, Settings, StepRequest
 from orchestrator.runs.timeline import Mark
 from partitioner.program.machine import Key
 from partitioner.program.program_codec import decode
@@ -58,7 +57,8 @@ class ChipActor:
     def connect(
         self, addresses: Mapping[int, Address], program: bytes, actor_of: Sequence[int], settings: Settings
     ) -> None:
-        """Get to know the peers and take the chips of a Program."""
+        """Get to know the peers and take the chips of a Program, in place of those of another."""
+        self.mailbox.clear()
         self.transport.connect({a: address for a, address in addresses.items() if a != self.actor})
         self._chip_set = ChipSet(
             decode(program), settings, actor_of=actor_of, actor=self.actor, mail=self.transport

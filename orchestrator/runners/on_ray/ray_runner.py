@@ -5,6 +5,8 @@ error comes out of one, or no chip moves for `TIMEOUT_S`, is decided by `failure
 ended: nobody is left waiting.
 """
 
+import sys
+import sysconfig
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -15,7 +17,6 @@ import torch
 from ray.exceptions import RayActorError, RayTaskError
 
 from comms.errors import RunError
-from orchestrator.runners.executing.chip import Settings
 from orchestrator.runners.executing.mailbox import Mailbox, batch_key, marks_key, state_key, value_key
 from orchestrator.runners.executing.transport import Transport
 from orchestrator.runners.failure import (
@@ -35,7 +36,7 @@ from orchestrator.runners.on_ray.assignment import (
     needed_values,
 )
 from orchestrator.runners.on_ray.ray_start import RayStart
-from orchestrator.runners.runner import Batches, ExecutedStep, States, StepRequest
+from orchestrator.runners.runner import Batches, ExecutedStep, Settings, States, StepRequest
 from orchestrator.runs.timeline import Mark
 from partitioner.program.machine import Key
 from partitioner.program.program import Program
@@ -43,6 +44,7 @@ from partitioner.program.program_codec import encode
 
 LOOK_S = 2.0  # how often the driver asks actors for their status while it waits
 ANSWER_S = 2.0  # how long an actor may take to tell it
+INSTALLED = tuple(sysconfig.get_paths()[kind] for kind in ("purelib", "platlib", "stdlib"))
 TIMEOUT_S = 300.0  # without any movement
 
 
@@ -51,21 +53,24 @@ class RayRunner:
 
     def __init__(self, start: RayStart, program: Program, settings: Settings) -> None:
         start.wait()
-        self.start, self.program = start, program
-        self.actor_of = assign(program, min(start.plan.num_actors, program.num_chips))
-        self.actors = start.actors[: max(self.actor_of) + 1]
-        self.chips = [chips_of(self.actor_of, actor) for actor in range(len(self.actors))]
+        self.start = start
         self.mailbox = Mailbox(TIMEOUT_S)
         self.transport = Transport(
             DRIVER,
             start.secret,
             lambda epoch, key, _, tensor: self.mailbox.put(epoch, key, tensor),
         )
-        self.epoch = 0
         self._is_ended = False
-        self._connect(settings)
+        self.become(program, settings)
 
-    def _connect(self, settings: Settings) -> None:
+    def become(self, program: Program, settings: Settings) -> None:
+        """Take another Program; values are to be loaded anew."""
+        self.program, self.epoch = program, 0
+        self.actor_of = assign(program, min(self.start.plan.num_actors, program.num_chips))
+        self.actors = self.start.actors[: max(self.actor_of) + 1]
+        self.chips = [chips_of(self.actor_of, actor) for actor in range(len(self.actors))]
+        _ship_by_value(settings)
+        self._require_running()
         addresses = {a: self.start.addresses[a] for a in range(len(self.actors))}
         self.transport.connect(addresses)
         everyone = {**addresses, DRIVER: self.transport.address}
@@ -188,6 +193,16 @@ class RayRunner:
                 ray.kill(actor)
             raise decision.error from decision.cause
         return decision
+
+
+def _ship_by_value(settings: Settings) -> None:
+    """The user's own optimizer goes to the actors whole: they may not find the file or module that it is from."""
+    kind = type(settings.optimizer([torch.zeros(1, requires_grad=True)]))
+    for each in kind.__mro__:
+        module = sys.modules.get(each.__module__)
+        file = getattr(module, "__file__", None)
+        if module is not None and file and not file.startswith(INSTALLED) and each.__module__ != "__main__":
+            ray.cloudpickle.register_pickle_by_value(module)
 
 
 def _decision(state: CallState, actor: int, error: Exception) -> EndActors:

@@ -55,20 +55,27 @@ class PlannedOptions(Options):
 
     cluster: ClusterFlag = None
     job: Annotated[
-        Path | None, Option(metavar="FILE", help="Job file: model, data, optimizer, plan, steps.")
+        Path | None, Option(metavar="FILE", help="Job file: model, data, loss, optimizer, plan, steps.")
     ] = None
     model: Annotated[
         str | None,
-        Option(metavar="MODEL", help="builtin:NAME, hf:NAME, path.py:factory or pkg.module:factory."),
+        Option(
+            metavar="MODEL", help="builtin:NAME, hf:NAME[:HEAD], hf:FOLDER, file.py:name or pkg.module:name."
+        ),
+    ] = None
+    data: Annotated[
+        str | None,
+        Option(metavar="DATA", help="A text file, a folder of them, or file.py:name of a dataset or loader."),
     ] = None
     plan: Annotated[Path | None, Option(metavar="FILE", help="A saved plan to use instead of a new one.")] = (
         None
     )
     chips: ChipsFlag = None
-    global_batch: Annotated[int | None, Option(min=1, help="Sequences per step, over all chips.")] = None
+    global_batch: Annotated[int | None, Option(min=1, help="Samples per step, over all chips.")] = None
     seq: Annotated[int | None, Option(min=1, help="Tokens per sequence.")] = None
     overrides: Annotated[
-        tuple[str, ...], Option("--set", metavar="A.B=C", help="Override one key; may be repeated.")
+        tuple[str, ...],
+        Option("--set", metavar="A.B=C", help="Override a key of the job, as in loss=file.py:name."),
     ] = ()  # in the order given
 
 
@@ -101,7 +108,6 @@ class TrainOptions(PlannedOptions):
     """Train with real tensors, prediction beside measurement."""
 
     run_dir: RunDirFlag = None
-    data: Annotated[str | None, Option(metavar="PATH", help="A text file or a folder of them.")] = None
     steps: Annotated[int | None, Option(min=1, help="Optimizer steps.")] = None
     runner: Annotated[RunnerKind | None, Option(help="Who executes the plan.")] = None
     resume: Annotated[Path | None, Option(metavar="RUN_DIR", help="Continue the run in this folder.")] = None

@@ -11,18 +11,19 @@ import torch
 
 from comms.errors import CaptureError
 from kernels.reference import interpret_segment
+from orchestrator.planning.job_parts import JobParts
 from orchestrator.planning.preparation import Prepared, prepare
 from orchestrator.runners.executing.chip import ExecutingChip, op_codes
 from orchestrator.runners.runner import StepRequest
 from orchestrator.runs.data import split_batch
-from orchestrator.verbs.verification.job_sides import planned_side
+from orchestrator.verbs.verification.job_sides import PlannedJob
 from orchestrator.verbs.verification.outcome import Tensors
 from orchestrator.verbs.verification.verdict import Step, relative
 from partitioner.capture.batch_inputs import tensors_of
 from partitioner.program.program import Compute
 
 
-def on_one_chip(prepared: Prepared) -> Prepared:
+def on_one_chip(prepared: Prepared, parts: JobParts) -> Prepared:
     """The same job on one chip, with the microbatches that the replicas of the plan see one after another.
 
     A model that mixes samples has one microbatch there.
@@ -30,9 +31,9 @@ def on_one_chip(prepared: Prepared) -> Prepared:
     plan, cluster = prepared.plan, prepared.cluster.take(1)
     one = replace(plan, dp=1, tp=1, pp=1, zero=0, stages=(), microbatches=plan.dp * plan.microbatches)
     try:
-        return prepare(cluster, prepared.job, one)
+        return prepare(cluster, prepared.job, one, parts=parts)
     except CaptureError:
-        return prepare(cluster, prepared.job, replace(one, microbatches=1))
+        return prepare(cluster, prepared.job, replace(one, microbatches=1), parts=parts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,32 +51,33 @@ class ComparedResult:
         return f"{where} ({self.name}): off by {self.error:.1e}"
 
 
-def first_difference(prepared: Prepared, values: Tensors, step: Step, tolerance: float) -> str | None:
+def first_difference(
+    prepared: Prepared, parts: JobParts, values: Tensors, step: Step, tolerance: float
+) -> str | None:
     """The first instruction whose result is wrong in a step that starts from `values`, or None."""
-    compared, seen = _observed(prepared, values, step)
+    compared, seen, microbatches = _observed(prepared, parts, values, step)
     for found in compared:
         if found.error > tolerance:
             return str(found)
-    single = on_one_chip(prepared)
-    if single.plan.microbatches != prepared.plan.dp * prepared.plan.microbatches:
+    _, alone, of_one = _observed(on_one_chip(prepared, parts), parts, values, step)
+    if of_one != prepared.plan.dp * microbatches:
         return None
-    _, alone = _observed(single, values, step)
     known = {(microbatch, source): value for (_, microbatch, source), (_, value) in alone.items()}
     for (replica, microbatch, source), (found, value) in seen.items():
-        expected = known.get((replica * prepared.plan.microbatches + microbatch, source))
+        expected = known.get((replica * microbatches + microbatch, source))
         if expected is not None and (error := relative(value, expected, 1e-30)) > tolerance:
             return str(replace(found, error=error))
     return None
 
 
 def _observed(
-    prepared: Prepared, values: Tensors, step: Step
-) -> tuple[list[ComparedResult], dict[tuple[int, int, str], tuple[ComparedResult, torch.Tensor]]]:
-    """Of one step: every Compute held against its operators one by one, and every unit's results.
+    prepared: Prepared, parts: JobParts, values: Tensors, step: Step
+) -> tuple[list[ComparedResult], dict[tuple[int, int, str], tuple[ComparedResult, torch.Tensor]], int]:
+    """Of one step: every Compute held against its operators one by one, and every unit's results; microbatches.
 
-    Those are by (replica, microbatch, source).
+    Results are by (replica, microbatch, source).
     """
-    runner = planned_side(prepared, values).runner
+    side = PlannedJob(prepared, parts, values).side(step.batch)
     compared: list[ComparedResult] = []
     seen: dict[tuple[int, int, str], tuple[ComparedResult, torch.Tensor]] = {}
 
@@ -96,8 +98,8 @@ def _observed(
             if source.startswith(("value:", "grad:")) and chip.coordinates["tp"] == 0:
                 seen[chip.coordinates["dp"], microbatch, source] = (found, value.clone())
 
-    for chip in runner.chips.values():
+    for chip in side.runner.chips.values():
         chip.observer = observer
-    batches = split_batch(tensors_of(step.batch), prepared.program, step.key)
-    runner.run(StepRequest("step", batches=batches, settings=step.settings))
-    return compared, seen
+    batches = split_batch(tensors_of(step.batch), side.program, step.key)
+    side.runner.run(StepRequest("step", batches=batches, settings=step.settings))
+    return compared, seen, side.program.microbatches

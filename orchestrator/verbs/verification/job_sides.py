@@ -1,74 +1,72 @@
-"""The two sides of a job: its model and optimizer in plain PyTorch, and its Program on all chips of the plan.
+"""The two sides of a job: its model and optimizer in plain PyTorch, and its step as `train` takes it, in this process.
 
-Both start from given values (see `module_values`), and from states of the optimizer where a run goes on.
+Both start from given values (see `module_values`). They share the job's module, which the plain side only borrows.
 """
 
-from collections.abc import Mapping
+from functools import partial
 
 import torch
-from torch import nn
 
-from kernels.optimizers import entry_states
+from comms.selection.progress import Progress
 from orchestrator.config.job_file import Dtype
-from orchestrator.models.model_builder import BuiltModel
-from orchestrator.planning.preparation import Prepared, optimizer_factory
-from orchestrator.runners.executing.chip_set import ChipSet, chip_settings
-from orchestrator.runners.executing.whole_state import MASTER, OwnState, chip_states
-from orchestrator.verbs.verification.outcome import Tensors
-from orchestrator.verbs.verification.sides import PlainSide, PlannedSide
+from orchestrator.planning.job_parts import JobParts, job_optimizer
+from orchestrator.planning.preparation import Prepared, module_values
+from orchestrator.runners.executing.chip_set import ChipSet
+from orchestrator.runners.runner import Settings
+from orchestrator.verbs.distribute import step_of_job
+from orchestrator.verbs.verification.one_chip import OneChip
+from orchestrator.verbs.verification.outcome import Outcome, Tensors
+from orchestrator.verbs.verification.sides import GroupSettings, PlannedSide
+from orchestrator.verbs.verification.verdict import MakePlain
+from partitioner.capture.batch_inputs import Batch
+from partitioner.program.program import Program
 
 
-def planned_side(prepared: Prepared, values: Tensors, states: OwnState | None = None) -> PlannedSide:
-    """All chips of the plan, in this process."""
-    runner = ChipSet(prepared.program, chip_settings(prepared))
-    runner.load(values.__getitem__)
-    if states:
-        entries = entry_states(optimizer_factory(prepared.job))
-        runner.restore(chip_states(prepared.program, values.__getitem__, states, entries))
-    return PlannedSide(prepared.program, runner, values)
+def plain_job(prepared: Prepared, parts: JobParts, values: Tensors) -> MakePlain:
+    """One chip that trains the job, with batch norms as the plan has them."""
+    module, job = parts.model.module, prepared.job
+    optimizer, norm_parts = job_optimizer(job, module), prepared.plan.norm_parts
+    chip = OneChip(module, optimizer, parts.loss_fn, job.clip_limit, norm_parts)
+    return partial(chip.side, values, {}, job.dtype is Dtype.FP64)
 
 
-def plain_side(
-    prepared: Prepared,
-    model: BuiltModel,
-    values: Tensors,
-    order: int | None = None,
-    states: OwnState | None = None,
-) -> PlainSide:
-    """One chip; `order`: see `PlainSide`."""
-    job, make = prepared.job, optimizer_factory(prepared.job)
+class KeptChips:
+    """A launch in this process and thread that keeps the chips at hand."""
 
-    def optimizers(params: Mapping[str, nn.Parameter]) -> list[torch.optim.Optimizer]:
-        """Matrices decay, vectors do not."""
-        trained = [p for p in params.values() if p.requires_grad]
-        matrices, rest = ([p for p in trained if (p.dim() >= 2) is is_one] for is_one in (True, False))
-        made = [make(group or [torch.zeros(1, requires_grad=True)]) for group in (matrices, rest)]
-        for group in made[1].param_groups:
-            group["weight_decay"] = 0.0
-        for name, own in (states or {}).items():
-            _load(made[0 if params[name].dim() >= 2 else 1], params[name], own)
-        return made
+    chips: ChipSet
 
-    return PlainSide(
-        model.module,
-        values,
-        optimizers,
-        clip_norm=job.clip_norm,
-        norm_parts=prepared.plan.norm_parts,
-        exact=job.dtype is Dtype.FP64,
-        order=order,
-    )
+    def connect(self, program: Program, settings: Settings, progress: Progress) -> ChipSet:
+        """See `Launch`."""
+        del progress
+        self.chips = ChipSet(program, settings)
+        return self.chips
+
+    def close(self) -> None:
+        """Nothing was started."""
 
 
-def _load(optimizer: torch.optim.Optimizer, param: nn.Parameter, own: Mapping[str, torch.Tensor]) -> None:
-    """A parameter's state, as `whole_states` has it: end to end, or in the parameter's shape."""
-    with torch.no_grad():
-        if MASTER in own:
-            param.copy_(own[MASTER].view(param.shape))
-    optimizer.state[param] = {
-        key: value.clone().view(param.shape)
-        if value.dim() and value.numel() == param.numel()
-        else value.clone()
-        for key, value in own.items()
-        if key != MASTER
-    }
+class PlannedJob:
+    """All chips of the plan train the job's module, from `values` on; batches may differ in size, as in `train`."""
+
+    def __init__(self, prepared: Prepared, parts: JobParts, values: Tensors) -> None:
+        module = parts.model.module
+        with torch.no_grad():
+            for name, own in module_values(module).items():
+                if not torch.equal(own, values[name]):
+                    own.copy_(values[name])
+        self.values, self.launch = values, KeptChips()
+        self.optimizer = job_optimizer(prepared.job, module)
+        self.one_step = step_of_job(prepared, parts, self.optimizer, self.launch)
+
+    def step(self, batch: Batch, key: int, settings: GroupSettings) -> Outcome:
+        """See `ComparedSide`; the key is that of the job's next step."""
+        for group, own in zip(self.optimizer.param_groups, settings, strict=True):
+            group.update(own)
+        stats = self.one_step.execute(batch).stats
+        assert stats is not None
+        return self.side(batch).outcome(stats.loss)
+
+    def side(self, batch: Batch) -> PlannedSide:
+        """The chips that such a batch is for."""
+        _, program = self.one_step.ready(batch)
+        return PlannedSide(program, self.launch.chips, self.values)

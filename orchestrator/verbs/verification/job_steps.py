@@ -1,49 +1,49 @@
-"""The steps of a job that are verified: the batches that `train` would feed, in turn with irregular ones.
+"""The steps of a job that are verified: the batches that `train` would feed, text in turn with irregular ones.
 
 Irregular are values and counts: entries drawn anew from those of the model's example, numbers of very different size
 from sample to sample, labels that are ignored here and there, or for whole samples. A split that only averages well
 does not stand that.
 """
 
-from collections.abc import Mapping
+import copy
 
 import torch
 
-from orchestrator.config.job_file import Job
+from kernels.optimizers import group_settings
 from orchestrator.models.builtin_gpt import IGNORED_LABEL
 from orchestrator.models.model_builder import BuiltModel
+from orchestrator.planning.job_parts import JobParts, LrSchedule, job_optimizer
 from orchestrator.runs.data import NUM_BYTES, load_data, step_key
-from orchestrator.runs.learning_rate import learning_rate
 from orchestrator.verbs.verification.verdict import Step
+from partitioner.capture.batch_inputs import Batch
 
 IGNORED_SHARE = 0.1  # of the labels: makes the counts of microbatches differ
 LARGEST = 3.0  # what numbers of the last sample are multiplied by
 TEXT_INPUTS = ("input_ids", "labels")
-NUM_GROUPS = 2  # of the job's optimizers: matrices, and the rest
-
-Tensors = Mapping[str, torch.Tensor]
 
 
-def job_steps(job: Job, model: BuiltModel, number: int) -> list[Step]:
-    """The first `number` steps of the job, from its first learning rate and random numbers on."""
-    batches = make_batches(job, model, number)
-    rates = [
-        learning_rate(k, peak=job.optimizer.lr, schedule=job.lr_schedule, steps=job.steps)
-        for k in range(number)
-    ]
-    return [
-        Step(batch, step_key(job.seed, k), ({"lr": rate},) * NUM_GROUPS)
-        for k, (batch, rate) in enumerate(zip(batches, rates, strict=True))
-    ]
+def job_steps(parts: JobParts, number: int) -> list[Step]:
+    """The first `number` steps of the job, from its first settings of the optimizer and random numbers on."""
+    job, optimizer = parts.job, job_optimizer(parts.job, parts.model.module)
+    schedule, steps = LrSchedule(job, optimizer), list[Step]()
+    optimizer._opt_called = True  # type: ignore[attr-defined]  # what schedulers ask for
+    for k, batch in enumerate(make_batches(parts, number)):
+        schedule.before(k)
+        steps.append(Step(batch, step_key(job.seed, k), copy.deepcopy(group_settings(optimizer))))
+        schedule.after()
+    return steps
 
 
-def make_batches(job: Job, model: BuiltModel, number: int) -> list[Tensors]:
-    """Every second one is the job's own data, if the model takes text."""
-    example, size = model.example_batch(job.global_batch, job.seq), job.global_batch
-    generator = torch.Generator().manual_seed(job.seed)
-    takes_text = sorted(example) == sorted(TEXT_INPUTS) and (model.vocab_size or 0) >= NUM_BYTES
-    data = load_data(job.data, seq=job.seq, seed=job.seed) if takes_text else None
-    batches: list[Tensors] = []
+def make_batches(parts: JobParts, number: int) -> list[Batch]:
+    """Batches of the user's data; else every second one is the job's text, if the model takes that."""
+    if parts.data is not None:
+        return [parts.data.batch(step) for step in range(number)]
+    job, model, size = parts.job, parts.model, parts.job.global_batch
+    example, generator = parts.example_batch(), torch.Generator().manual_seed(job.seed)
+    takes_text = model.takes_text and sorted(example) == sorted(TEXT_INPUTS)
+    takes_bytes = takes_text and (model.vocab_size or 0) >= NUM_BYTES
+    data = load_data(job.data, seq=job.seq, seed=job.seed) if takes_bytes else None
+    batches: list[Batch] = []
     for step in range(number):
         if data is not None and step % 2 == 0:
             batches.append(data.batch(range(step * size, (step + 1) * size)))
@@ -52,8 +52,9 @@ def make_batches(job: Job, model: BuiltModel, number: int) -> list[Tensors]:
     return batches
 
 
-def _irregular(example: Tensors, model: BuiltModel, step: int, generator: torch.Generator) -> Tensors:
-    batch = {name: _drawn(value, generator) for name, value in example.items()}
+def _irregular(example: Batch, model: BuiltModel, step: int, generator: torch.Generator) -> Batch:
+    batch = dict(example)
+    batch |= {n: _drawn(v, generator) for n, v in example.items() if isinstance(v, torch.Tensor)}
     labels = batch.get("labels")
     if model.vocab_size is not None and labels is not None and not labels.is_floating_point():
         ignored = torch.rand(labels.shape, generator=generator) < IGNORED_SHARE

@@ -1,6 +1,6 @@
 """The two sides of a verification, a step at a time: plain PyTorch on one chip, and a Program on all chips of a plan.
 
-The plain side is the caller's own module: eager autograd, the whole batch at once, its own optimizers, random numbers
+The plain side is the caller's own module: eager autograd, the whole batch at once, its own optimizer, random numbers
 by the same keys. Its tensors are exchanged for the side's for the length of a step, so what closes over the module sees
 them too; afterwards it is what it was, after an exception too. Parameters of less than float32 are trained by float32
 copies, as on chips.
@@ -16,7 +16,6 @@ import torch
 from torch import nn
 from torch.utils import checkpoint
 
-from orchestrator.planning.preparation import module_values
 from orchestrator.runners.executing.chip_set import ChipSet
 from orchestrator.runners.executing.whole_state import (
     MASTER,
@@ -33,12 +32,13 @@ from partitioner.capture.batch_inputs import Batch, rebuilt, tensors_of
 from partitioner.capture.exact_float64 import ExactFloat64
 from partitioner.capture.forwards.borrowed_module import borrowed
 from partitioner.capture.forwards.keyed_random import keyed_random
+from partitioner.capture.forwards.step_loss import LossFunction, loss_of_step
 from partitioner.capture.samples.batch_norms import normalised_per_part
-from partitioner.capture.tracing import LossFunction, loss_of, scalar_loss
 from partitioner.program.program import Program, TensorKind
 
-GroupSettings: TypeAlias = Sequence[Mapping[str, Any]]  # of the groups of all optimizers, in order
-MakeOptimizers: TypeAlias = Callable[[Mapping[str, nn.Parameter]], Sequence[torch.optim.Optimizer]]
+GroupSettings: TypeAlias = Sequence[Mapping[str, Any]]  # of the optimizer's groups
+States: TypeAlias = Mapping[str, Mapping[str, Any]]  # of the optimizer, by parameter and key
+MakeOptimizer: TypeAlias = Callable[[Mapping[str, nn.Parameter]], torch.optim.Optimizer]
 
 
 class ComparedSide(Protocol):
@@ -52,7 +52,7 @@ class PlainSide:
     """One chip in plain PyTorch, starting from `values` (see `module_values`) of any floating dtype."""
 
     def __init__(
-        self, module: nn.Module, values: Tensors, optimizers: MakeOptimizers, loss_fn: LossFunction | None = None,
+        self, module: nn.Module, values: Tensors, optimizer: MakeOptimizer, loss_fn: LossFunction | None = None,
         *, clip_norm: float | None = None, norm_parts: int = 1, exact: bool = False, order: int | None = None,
     ) -> None:  # fmt: skip
         """`norm_parts`: see `Plan`. `exact`: see `ExactFloat64`. `order`: the number of a re-ordering of all sums (see
@@ -65,11 +65,11 @@ class PlainSide:
         }
         self.dtypes = {name: values[f"params:{name}"].dtype for name in self.params}
         self.buffers = {name: values[f"buffer:{name}"].clone() for name, _ in module.named_buffers()}
-        self.optimizers = optimizers(self.params)
+        self.optimizer = optimizer(self.params)
 
     def step(self, batch: Batch, key: int, settings: GroupSettings) -> Outcome:
         """See `ComparedSide`."""
-        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+        groups = self.optimizer.param_groups
         for group, own in zip(groups, settings, strict=True):
             group.update({name: value for name, value in own.items() if name in group})
         loss, gradients = self._backward(batch, key)
@@ -79,18 +79,15 @@ class PlainSide:
         trained = {n: p for n, p in self.params.items() if id(p) in stepped and p.grad is not None}
         if self.clip_norm is not None:
             nn.utils.clip_grad_norm_(trained.values(), self.clip_norm)
-        for optimizer in self.optimizers:
-            optimizer.step()
+        self.optimizer.step()
         after = {name: param.detach().to(self.dtypes[name]) for name, param in self.params.items()}
         own_gradients = {name: p.grad for name, p in trained.items() if p.grad is not None}
         return Outcome(loss, own_gradients, after | self.buffers, self._states(trained))
 
     def _states(self, trained: Tensors) -> dict[str, torch.Tensor]:
         """Copied, as the next step writes into them."""
-        states = {
-            name: dict(optimizer.state[param])
-            for optimizer in self.optimizers for name, param in trained.items() if param in optimizer.state
-        }  # fmt: skip
+        held = self.optimizer.state
+        states = {name: dict(held[param]) for name, param in trained.items() if param in held}
         for name, own in states.items():
             if self.dtypes[name] is not self.params[name].dtype:
                 own[MASTER] = self.params[name].detach()
@@ -105,8 +102,7 @@ class PlainSide:
             modes.enter_context(_without_recompute())
             modes.enter_context(normalised_per_part(self.norm_parts))
             with ExactFloat64() if self.exact else nullcontext(), keyed_random(*numbers):
-                output = self.module(**batch)
-                loss = scalar_loss(loss_of(self.loss_fn, output, batch) if self.loss_fn else output)
+                loss = loss_of_step(self.module, self.loss_fn, batch)
             loss.backward()
             self.buffers = {name: b.detach() for name, b in self.module.named_buffers()}
             self.buffers = {name: b.clone() for name, b in self.buffers.items()}
@@ -166,11 +162,15 @@ class PlannedSide:
         batches = split_batch(tensors_of(batch), self.program, key)
         stats = self.runner.run(StepRequest("step", batches=batches, settings=settings)).stats
         assert stats is not None
+        return self.outcome(stats.loss)
+
+    def outcome(self, loss: float) -> Outcome:
+        """What the last step left."""
         gradients = whole_tensors(self.program, TensorKind.GRAD, self.runner.buffer)
         values = self.untouched | whole_tensors(self.program, TensorKind.PARAM, self.runner.buffer)
         held = self.runner.states()
         values |= whole_buffers(self.program, held)
-        outcome = Outcome(stats.loss, gradients, values, named_states(whole_states(self.program, held)))
+        outcome = Outcome(loss, gradients, values, named_states(whole_states(self.program, held)))
         return replace(outcome, copies=differing_copies(self.program, self.runner.chips, outcome))
 
 
@@ -183,8 +183,3 @@ def widened(value: torch.Tensor) -> torch.Tensor:
 def widened_batch(batch: Batch) -> dict[str, Any]:
     """The batch with all its tensors widened."""
     return rebuilt(batch, {name: widened(value) for name, value in tensors_of(batch).items()})
-
-
-def wide_values(module: nn.Module) -> dict[str, torch.Tensor]:
-    """A module's parameters and buffers, widened."""
-    return {name: widened(value) for name, value in module_values(module).items()}

@@ -5,26 +5,22 @@ values are widened for as long as that takes; where it cannot run so (an operato
 within the noise of its own dtype stands alone, and the verdict says so.
 """
 
-from collections import defaultdict
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import torch
-from torch import nn
 
 from comms.errors import RunError, UserError
-from kernels.optimizers import same_kind
-from orchestrator.planning.preparation import module_values
 from orchestrator.runners.executing.whole_state import MASTER
+from orchestrator.verbs.verification.one_chip import OneChip
 from orchestrator.verbs.verification.outcome import Tensors
 from orchestrator.verbs.verification.sides import (
+    ComparedSide,
     GroupSettings,
-    PlainSide,
     PlannedSide,
+    States,
     placed,
-    wide_values,
     widened,
     widened_batch,
 )
@@ -32,32 +28,43 @@ from orchestrator.verbs.verification.verdict import (
     Lockstep,
     Step,
     TrainingVerdict,
+    exactly,
     proof,
     verdict,
     within_noise,
 )
 from partitioner.capture.batch_inputs import Batch, tensors_of
-from partitioner.capture.tracing import LossFunction
 
 STEPS = 2
-States = Mapping[str, Mapping[str, Any]]  # of the optimizer, by parameter and key
+MakeSide = Callable[[Batch, States, bool], PlannedSide]
 
 
 @dataclass(frozen=True, slots=True)
 class StepCheck:
-    """What is trained, from where on. `states` may hold full-precision copies of parameters, as `MASTER`."""
+    """What is trained, and from where on: values, and states of the optimizer (see `OneChip`)."""
 
-    module: nn.Module
-    optimizer: torch.optim.Optimizer
-    loss_fn: LossFunction | None
-    clip_norm: float | None
+    chip: OneChip
+    values: Tensors
     states: States
     keys: tuple[int, ...]  # of the steps' random numbers
     settings: GroupSettings
-    norm_parts: int  # see `Plan`
 
-    def verdict(self, batch: Batch, planned: Callable[[Batch, States, bool], PlannedSide]) -> TrainingVerdict:
-        """`planned(batch, states, exact)` is the plan's side of the module as it is then, which may be widened."""
+    def kept(self) -> "StepCheck":
+        """The same, whatever becomes of the module and the optimizer."""
+        values = {name: value.clone() for name, value in self.values.items()}
+        return replace(self, values=values, states={
+            name: {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in own.items()}
+            for name, own in self.states.items()
+        })  # fmt: skip
+
+    def verdict(self, batch: Batch, planned: MakeSide, taken: ComparedSide | None = None) -> TrainingVerdict:
+        """`planned(batch, states, exact)` is the plan's side of the module as it is then, which may be widened.
+
+        `taken`: what the steps left, if they were taken already, by whatever holds the module's own dtype.
+        """
+        plain, steps = partial(self.chip.side, self.values, self.states), self._steps(batch)
+        if taken is not None and self._is_wide(batch):
+            return verdict(exactly(lambda: taken, partial(plain, True), steps), None, len(steps))
         exact, unproved = None, None
         try:
             exact = self._proof(batch, planned)
@@ -66,14 +73,17 @@ class StepCheck:
         except (UserError, RuntimeError) as error:
             unproved = str(error).strip().split("\n")[0]
         if exact is not None and self._is_wide(batch):
-            return verdict(exact, None, STEPS)
-        plain = partial(self._plain, module_values(self.module), self.states, False)
-        ours = partial(planned, batch, self.states, False)
-        own = within_noise(ours, plain, self._steps(batch), self._eps(batch))
-        return verdict(exact, own, STEPS, unproved)
+            return verdict(exact, None, len(steps))
 
-    def _proof(self, batch: Batch, planned: Callable[[Batch, States, bool], PlannedSide]) -> Lockstep:
-        values, wide = wide_values(self.module), widened_batch(batch)
+        def ours() -> ComparedSide:
+            return taken or planned(batch, self.states, False)
+
+        own = within_noise(ours, partial(plain, False), steps, self._eps(batch))
+        return verdict(exact, own, len(steps), unproved)
+
+    def _proof(self, batch: Batch, planned: MakeSide) -> Lockstep:
+        values = {name: widened(value) for name, value in self.values.items()}
+        wide = widened_batch(batch)
         states = {
             name: {
                 k: widened(v) if isinstance(v, torch.Tensor) and v.dim() else v
@@ -84,31 +94,16 @@ class StepCheck:
         }
 
         def ours() -> PlannedSide:
-            with placed(self.module, values):
+            with placed(self.chip.module, values):
                 return planned(wide, states, True)
 
-        return proof(ours, partial(self._plain, values, states, True), self._steps(wide))
+        return proof(ours, partial(self.chip.side, values, states, True), self._steps(wide))
 
     def _steps(self, batch: Batch) -> list[Step]:
         return [Step(batch, key, self.settings) for key in self.keys]
 
-    def _plain(self, values: Tensors, states: States, exact: bool, order: int | None) -> PlainSide:
-        def optimizers(params: Mapping[str, nn.Parameter]) -> list[torch.optim.Optimizer]:
-            return [_twin(self.optimizer, self.module, params, states)]
-
-        return PlainSide(
-            self.module,
-            values,
-            optimizers,
-            self.loss_fn,
-            clip_norm=self.clip_norm,
-            norm_parts=self.norm_parts,
-            exact=exact,
-            order=order,
-        )
-
     def _dtypes(self, batch: Batch) -> set[torch.dtype]:
-        held = (*module_values(self.module).values(), *tensors_of(batch).values())
+        held = (*self.values.values(), *tensors_of(batch).values())
         return {value.dtype for value in held if value.is_floating_point() or value.is_complex()}
 
     def _is_wide(self, batch: Batch) -> bool:
@@ -116,24 +111,3 @@ class StepCheck:
 
     def _eps(self, batch: Batch) -> float:
         return max((torch.finfo(dtype).eps for dtype in self._dtypes(batch)), default=0.0)
-
-
-def _twin(
-    optimizer: torch.optim.Optimizer, module: nn.Module, params: Mapping[str, nn.Parameter], states: States
-) -> torch.optim.Optimizer:
-    """The optimizer over other parameters: its groups, and copies of its states."""
-    names = {id(param): name for name, param in module.named_parameters()}
-    made = same_kind(optimizer)([])
-    made.param_groups = [
-        {**group, "params": [params[names[id(p)]] for p in group["params"] if id(p) in names]}
-        for group in optimizer.param_groups
-    ]
-    made.state = defaultdict(dict)
-    with torch.no_grad():
-        for name, own in states.items():
-            if MASTER in own:
-                params[name].copy_(own[MASTER])
-            made.state[params[name]] = {
-                k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in own.items() if k != MASTER
-            }
-    return made

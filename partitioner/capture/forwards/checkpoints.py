@@ -36,7 +36,7 @@ class Region:
     sources: tuple[Any, ...] | None = None
 
 
-RECOMPUTE = "recompute"  # in a node's meta: the regions that it lies in, the outermost first
+RECOMPUTE = "recompute_regions"  # in a node's meta: the regions that it lies in, the outermost first
 Span: TypeAlias = tuple[Region, int, int]  # with the nodes that it starts and stops at
 Note: TypeAlias = Callable[[Region], AbstractContextManager[None]]
 

@@ -13,7 +13,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from comms.errors import CaptureError, PlanError
 from partitioner.capture.batch_inputs import Batch, rebuilt, tensors_of
-from partitioner.capture.pure_graph import quiet_torch
 from partitioner.capture.samples.loss_form import LossForm, split_loss
 from partitioner.capture.samples.split_samples import Parts
 from partitioner.capture.tracing import Captured
@@ -61,8 +60,7 @@ def _traces(trace: Trace, batch: Batch, split: frozenset[str], parts: Parts) -> 
     small = {name: v[: parts.samples] if name in split else v for name, v in tensors.items()}
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     whole = trace(batch, mode)
-    with quiet_torch():
-        part = trace(rebuilt(batch, small), mode)
+    part = trace(rebuilt(batch, small), mode)
     read = {
         part.names[n.name].partition(":")[2]
         for n in part.graph_module.graph.nodes

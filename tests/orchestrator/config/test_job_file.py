@@ -79,7 +79,7 @@ def test_overrides_are_typed_by_the_schema(override, read):
         ("steps=1.5", "steps should be a valid integer", "whole number"),
         ("steps=true", "steps should be a valid integer", "whole number"),
         ("optimizer.lr=-1", "optimizer.lr should be greater than 0", "inside the bounds"),
-        ("optimizer.name=adam", "is not an optimizer", "adamw, sgd or pkg.module:factory"),
+        ("optimizer.name=adam", "is not an optimizer", "adamw, sgd, file.py:name or pkg.module:name"),
         ("plan.zero=3", "plan.zero cannot be 3", "known here: 0, 1"),
         ("steps", "cannot read the override", "plan.dp=2"),
         ("plan..dp=2", "cannot read the override", "plan.dp=2"),

@@ -18,7 +18,7 @@ from orchestrator.planning import preparation as cache
 from orchestrator.planning.preparation import prepare
 from partitioner.layout.parallel_plan import Plan
 from partitioner.layout.pipeline_schedules import PipelineSchedule
-from partitioner.program.program import Program
+from partitioner.program.program import Program, TensorKind
 
 Make = Callable[..., Any]
 ROOT = Path(__file__).parents[3]
@@ -193,27 +193,34 @@ def test_what_does_not_fit_together_is_a_user_error(
         prepare(laptop.take(2), tiny_job(*overrides), plan)
 
 
-def test_an_optimizer_of_the_users_own_is_checked_and_its_state_counted(tiny_job: Make) -> None:
+def test_an_optimizer_of_the_users_own_is_checked_and_its_state_counted(tiny_job: Make, laptop: Any) -> None:
     assert preparation.optimizer_states(tiny_job()) == 2
     assert preparation.optimizer_states(tiny_job("optimizer.name=sgd")) == 0
     assert preparation.optimizer_states(tiny_job("optimizer.name=sgd", "optimizer.momentum=0.9")) == 1
-    assert preparation.optimizer_states(tiny_job("optimizer.name=torch.optim:Adagrad")) == 1
-    for name, said in (("torch.optim:NoSuch", "no NoSuch"), ("no_such:thing", "no thing")):
-        with pytest.raises(PlanError, match=said):
-            preparation.optimizer_factory(tiny_job(f"optimizer.name={name}"))
+    program = prepare(laptop.take(1), tiny_job("optimizer.name=torch.optim:Adagrad")).program
+    assert {t.kind for role in program.roles for t in role.tensors} >= {TensorKind.FLAT}
+    for name, said in (("torch.optim:NoSuch", "no 'NoSuch'"), ("no_such:thing", "no module 'no_such'")):
+        with pytest.raises(ModelError, match=said):
+            prepare(laptop.take(1), tiny_job(f"optimizer.name={name}"))
 
 
 @pytest.mark.parametrize(
-    ("name", "whole"), [("adamw", False), ("torch.optim:Adagrad", False), ("torch.optim:Adafactor", True)]
+    ("name", "whole"), [("adamw", 0), ("torch.optim:Adagrad", 0), ("torch.optim:Adafactor", 1)]
 )
-def test_what_an_optimizer_looks_at_is_found_by_trial(name: str, whole: bool, tiny_job: Make) -> None:
-    assert preparation.looks_at_parameters(tiny_job(f"optimizer.name={name}")) is whole
+def test_what_an_optimizer_looks_at_is_found_by_trial(
+    name: str, whole: int, tiny_job: Make, laptop: Any
+) -> None:
+    program = prepare(laptop.take(1), tiny_job(f"optimizer.name={name}")).program
+    assert program.facts["whole_tensors"] == whole
 
 
-def test_an_optimizer_that_cannot_serve_is_refused_with_its_name(tiny_job: Make) -> None:
+def test_an_optimizer_that_cannot_serve_is_refused_with_its_name(tiny_job: Make, laptop: Any) -> None:
     with pytest.raises(OptimizerError, match="cannot step on given gradients") as caught:
-        preparation.looks_at_parameters(tiny_job("optimizer.name=torch.optim:LBFGS"))
-    assert "optimizer torch.optim:LBFGS" in caught.value.where
+        prepare(laptop.take(1), tiny_job("optimizer.name=torch.optim:LBFGS"))
+    assert (caught.value.where, caught.value.hint) == (
+        "LBFGS",
+        "use one whose step needs nothing but gradients",
+    )
 
 
 def test_heads_that_do_not_divide_can_be_planned(tiny_job: Make, laptop: Any) -> None:

@@ -118,10 +118,10 @@ def stopping_after(steps: int) -> Iterator[None]:
     event, original = threading.Event(), training_loop.Training._step
 
     def step(self: training_loop.Training, *rest: Any) -> Any:
-        line = original(self, *rest)
-        if line.step == steps:
+        found = original(self, *rest)
+        if self.step == steps:
             event.set()
-        return line
+        return found
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training_loop.Training, "_step", step)

@@ -13,9 +13,10 @@ from torch.utils import _pytree as trees
 from comms.errors import CaptureError
 from partitioner.capture.batch_inputs import tensors_of
 from partitioner.capture.forwards.keyed_random import FIRST_SAMPLE, KEY, keyed_random
+from partitioner.capture.forwards.step_loss import loss_of_step
 from partitioner.capture.graph_units import build_graph
 from partitioner.capture.samples.loss_form import whole_loss
-from partitioner.capture.tracing import Captured, loss_of, scalar_loss, trace_module
+from partitioner.capture.tracing import Captured, trace_module
 
 Forward = Callable[..., Any]
 X = torch.randn(2, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -77,8 +78,7 @@ def check_against_eager(
     plain = copy.deepcopy(module)
     inputs = trees.tree_map_only(torch.Tensor, torch.Tensor.clone, dict(batch))
     with keyed_random(torch.tensor(NUMBER), torch.tensor(0)) if keyed else nullcontext():
-        output = plain(**inputs)
-        expected = scalar_loss(output if loss_fn is None else loss_of(loss_fn, output, inputs))
+        expected = loss_of_step(plain, loss_fn, inputs)
     torch.testing.assert_close(loss, expected)
     for mine, theirs in zip(gradients(loss, module), gradients(expected, plain), strict=True):
         torch.testing.assert_close(mine, theirs)

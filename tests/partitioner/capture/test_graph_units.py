@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
+from partitioner.capture.forwards.step_loss import scalar_loss
 from partitioner.capture.graph_units import capture_graph
-from partitioner.capture.tracing import scalar_loss
 
 SEQ = 16
 MODELS = ["builtin:gpt-nano", "hf:gpt2-tiny", "hf:llama-tiny"]

@@ -11,7 +11,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from comms.errors import CaptureError
-from partitioner.capture.tracing import scalar_loss, trace_module
+from partitioner.capture.forwards.step_loss import scalar_loss
+from partitioner.capture.tracing import trace_module
 
 X = torch.randn(2, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 Forward = Callable[[Any, torch.Tensor], Any]
@@ -57,7 +58,7 @@ def test_what_is_no_scalar_is_refused_with_what_it_is(output: object) -> None:
 
 @pytest.mark.parametrize("batch", [{"x": X}, {"input": X, "labels": X}, {}], ids=["other", "more", "none"])
 def test_a_batch_that_the_forward_does_not_take_is_refused_with_what_it_takes(batch: Any) -> None:
-    with pytest.raises(CaptureError, match="does not fit the model") as caught:
+    with pytest.raises(CaptureError, match=r"does not fit the model|labels is read by neither") as caught:
         trace_module(nn.Linear(4, 3), batch, by_names)
     assert caught.value.where.startswith("Linear.forward(input")
 

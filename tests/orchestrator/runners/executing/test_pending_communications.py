@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kernels.optimizers import OptimizerSpec
-from orchestrator.runners.executing.chip import ExecutingChip, SegmentLibrary, Settings
+from orchestrator.runners.executing.chip import ExecutingChip, SegmentLibrary
 from orchestrator.runners.executing.pending_communications import PendingCommunications, combine
+from orchestrator.runners.runner import Settings
 from partitioner.program.machine import Key, Post
 from partitioner.program.program import (
     Body,

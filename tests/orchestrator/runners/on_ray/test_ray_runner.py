@@ -14,7 +14,6 @@ from comms.errors import ClusterError, HangError, RunError
 from kernels.optimizers import OptimizerSpec
 from orchestrator.models.builtin_gpt import GPT
 from orchestrator.models.model_specs import GPTOptions
-from orchestrator.runners.executing.chip import Settings
 from orchestrator.runners.executing.chip_set import ChipSet
 from orchestrator.runners.on_ray import ray_runner
 from orchestrator.runners.on_ray.ray_runner import RayRunner
@@ -24,7 +23,7 @@ from orchestrator.runners.on_ray.ray_start import (
     raise_busy,
     require_resources,
 )
-from orchestrator.runners.runner import Batches, States, StepRequest, TensorRunner
+from orchestrator.runners.runner import Batches, Settings, States, StepRequest, TensorRunner
 from partitioner.capture.graph_units import capture_graph
 from partitioner.layout.parallel_plan import Plan
 from partitioner.lowering.lower import StepShape, lower

@@ -10,13 +10,13 @@ import pytest
 from comms.errors import DifferenceError
 from orchestrator.config.hardware.cluster_file import cluster_path
 from orchestrator.config.yaml_file import read_yaml
-from orchestrator.planning.preparation import build_model, module_values, prepare
-from orchestrator.runners.executing.chip_set import ChipSet, chip_settings
-from orchestrator.runners.runner import StepRequest
-from orchestrator.runs.data import split_batch
+from orchestrator.planning.job_parts import job_optimizer, job_parts
+from orchestrator.planning.preparation import prepare
+from orchestrator.runners.executing.chip_set import InlineLaunch
 from orchestrator.runs.metrics import read_metrics
 from orchestrator.verbs import train
-from orchestrator.verbs.verification.first_step import VerifiedRunner
+from orchestrator.verbs.distribute import step_of_job
+from orchestrator.verbs.verification.first_step import verified_step
 from orchestrator.verbs.verification.job_steps import job_steps
 from partitioner.layout.parallel_plan import Plan
 
@@ -28,16 +28,12 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def losses_of(job: Any, plan: Plan, cluster: Any, said: list[str] | None) -> list[float]:
     """Of two steps, the first one verified if there is somewhere to say so."""
-    prepared, model = prepare(cluster.take(plan.num_chips), job, plan), build_model(job, "cpu")
-    runner: Any = ChipSet(prepared.program, chip_settings(prepared))
-    runner.load(module_values(model.module).__getitem__)
-    steps = job_steps(job, model, 2)
-    if said is not None:
-        runner = VerifiedRunner(runner, prepared, lambda: (steps[0].batch, steps[0].key), said.append)
-    requests = [
-        StepRequest("step", 0.01, split_batch(step.batch, prepared.program, step.key)) for step in steps
-    ]
-    return [runner.run(request).stats.loss for request in requests]
+    prepared, parts = prepare(cluster.take(plan.num_chips), job, plan), job_parts(job, "cpu")
+    optimizer = job_optimizer(job, parts.model.module)
+    step = step_of_job(prepared, parts, optimizer, InlineLaunch(prepared.cluster))
+    first, second = (each.batch for each in job_steps(parts, 2))
+    ran = step.execute(first) if said is None else verified_step(step, first, said.append)
+    return [each.stats.loss for each in (ran, step.execute(second)) if each.stats is not None]
 
 
 @pytest.mark.parametrize("dtype", ["fp64", "fp32", "bf16"])

@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from comms.errors import PlanError
+from orchestrator.planning.job_parts import job_parts
 from orchestrator.runners.executing.chip import ExecutingChip
 from orchestrator.verbs import verify as verb
-from orchestrator.verbs.verification.job_sides import planned_side
+from orchestrator.verbs.verification.job_sides import PlannedJob
 from orchestrator.verbs.verification.job_steps import job_steps
 from orchestrator.verbs.verify import verify
 from partitioner.layout.parallel_plan import BatchNorms, Plan
@@ -202,12 +203,12 @@ def test_a_wrong_update_is_said_to_be_no_forward_or_backward_instruction(
 def test_a_plan_that_only_replicates_is_refused(
     tiny_job: Make, laptop: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    from orchestrator.planning import preparation
+    from orchestrator.planning import job_parts
 
-    original = preparation.build_model
+    original = job_parts.build_model
     whole = {"*": "replicate", "blocks.*.attention.*": "replicate", "blocks.*.mlp.*": "replicate"}
     monkeypatch.setattr(
-        preparation, "build_model", lambda job, device: replace(original(job, device), tp_plan=whole)
+        job_parts, "build_model", lambda job, device: replace(original(job, device), tp_plan=whole)
     )
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     with pytest.raises(PlanError, match="tp 2 cuts nothing"):
@@ -231,8 +232,9 @@ def test_gradients_are_whole_on_the_planned_side(tiny_job: Make, laptop: Any) ->
 
     job = tiny_job("dtype=fp64")
     prepared = verb.prepare(laptop.take(4), job, Plan(dp=2, tp=2, zero=1))
-    model = verb.build_model(job, "cpu")
-    runner = planned_side(prepared, module_values(model.module)).runner
+    parts = job_parts(job, "cpu")
+    values = {name: value.clone() for name, value in module_values(parts.model.module).items()}
+    model, runner = parts.model, PlannedJob(prepared, parts, values).launch.chips
     found = whole_tensors(prepared.program, TensorKind.PARAM, runner.buffer)
     for name, param in model.module.named_parameters():
         assert torch.equal(found[name].reshape(param.shape), param)
@@ -265,7 +267,7 @@ def test_batches_are_the_jobs_data_in_turn_with_irregular_ones(tiny_job: Make, t
     text = tmp_path / "text.txt"
     text.write_bytes(b"abc" * 400)
     job = tiny_job("model_args.vocab=256", f"data={text}")
-    steps = job_steps(job, verb.build_model(job, "cpu"), 4)
+    steps = job_steps(job_parts(job, "cpu"), 4)
     assert [set(step.batch["input_ids"].unique().tolist()) == set(b"abc") for step in steps] == [
         True,
         False,

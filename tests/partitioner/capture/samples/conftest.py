@@ -19,12 +19,13 @@ from torch.utils import _pytree as trees
 
 from partitioner.capture.batch_inputs import tensors_of
 from partitioner.capture.forwards.keyed_random import FIRST_SAMPLE, KEY, keyed_random
+from partitioner.capture.forwards.step_loss import scalar_loss
 from partitioner.capture.samples import loss_form
 from partitioner.capture.samples.batch_cut import cut_batch
 from partitioner.capture.samples.loss_form import LossForm
 from partitioner.capture.samples.split_samples import Splitter
 from partitioner.capture.samples.spread import Position, Same, Split, Total, place_of
-from partitioner.capture.tracing import Captured, scalar_loss, trace_module
+from partitioner.capture.tracing import Captured, trace_module
 
 own = torch.ops.orchestrate
 Forward = Callable[..., torch.Tensor]

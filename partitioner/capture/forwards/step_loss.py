@@ -1,0 +1,97 @@
+"""A step's loss: which entries of a batch the forward and the loss function are given, and where the loss is found.
+
+By name: the forward is given those that it names, a loss function likewise after the model's output.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from comms.errors import CaptureError
+from partitioner.capture.batch_inputs import Batch
+
+LossFunction = Callable[..., torch.Tensor]
+
+
+def loss_of_step(module: nn.Module, loss_fn: LossFunction | None, batch: Batch) -> torch.Tensor:
+    """The loss of a batch: of its entries the forward is given those that it names, the loss function likewise.
+
+    A loss function that needs one that is not there (or has a parameter `batch`) is given the batch.
+    """
+    taken = taken_by(module.forward, batch)
+    output = module(**{name: value for name, value in batch.items() if name in taken})
+    if loss_fn is None:
+        return scalar_loss(output, type(module).__name__)
+    named = _given(loss_fn, batch)
+    if named is not None:
+        return scalar_loss(loss_fn(output, **named), "loss_fn")
+    try:
+        return scalar_loss(loss_fn(output, batch), "loss_fn")
+    except (AttributeError, KeyError, TypeError) as error:  # as where it meant an entry by another name
+        problem = (
+            f"the loss was given the whole batch, as no entry is called {parameters_of(loss_fn)[1].name}"
+        )
+        raise CaptureError(f"{problem}, and raised {type(error).__name__}: {error}", "loss_fn",
+                           f"the batch has {', '.join(batch)}; name what is meant as there") from error  # fmt: skip
+
+
+def _given(loss_fn: LossFunction, batch: Batch) -> Batch | None:
+    """The entries that a loss function is given by name; None: it is given the batch. Raises CaptureError."""
+    others = parameters_of(loss_fn)[1:]  # after the output
+    given = {p.name: batch[p.name] for p in others if p.name in batch and p.kind is not p.POSITIONAL_ONLY}
+    if any(p.kind is p.VAR_KEYWORD for p in others):
+        given = dict(batch)
+    missing = [
+        p for p in others
+        if p.name not in given and p.kind is not p.VAR_KEYWORD and (p.default is p.empty or p.name == "batch")
+    ]  # fmt: skip
+    if not missing:
+        return given
+    takes = ", ".join(map(str, others))
+    is_torchs = str(getattr(loss_fn, "__module__", "")).startswith("torch.")  # which knows no batches
+    if len(missing) > 1 or missing[0].kind is missing[0].KEYWORD_ONLY or is_torchs:
+        raise CaptureError(f"after the output the loss takes {takes}, the batch has {', '.join(batch)}", "loss_fn",
+                           "give a function that names them, or takes (output, batch)")  # fmt: skip
+    return None
+
+
+def parameters_of(function: Callable[..., Any]) -> list[inspect.Parameter]:
+    """What a function or a module's forward takes. Raises CaptureError where that cannot be told."""
+    called = function.forward if isinstance(function, nn.Module) else function
+    if not callable(called):
+        raise CaptureError(
+            f"{called!r} is no function", "loss_fn", "give one of the output and entries of the batch"
+        )
+    try:
+        return list(inspect.signature(called).parameters.values())
+    except (ValueError, TypeError) as error:  # some builtins have no signature
+        name = getattr(function, "__name__", type(function).__name__)
+        raise CaptureError(
+            f"{name} does not say what it takes", name, "wrap it in a function of yours"
+        ) from error
+
+
+def taken_by(forward: Callable[..., Any], batch: Batch) -> frozenset[str]:
+    """The entries of a batch that a forward takes."""
+    parameters = parameters_of(forward)
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    return frozenset(batch) if takes_all else frozenset(p.name for p in parameters) & frozenset(batch)
+
+
+def scalar_loss(output: object, where: str = "the model") -> torch.Tensor:
+    """The scalar a model returns: a tensor, `.loss`, `["loss"]` or the first of a tuple."""
+    found: object = output
+    if isinstance(output, Mapping) and "loss" in output:
+        found = output["loss"]
+    elif isinstance(loss := getattr(output, "loss", None), torch.Tensor):
+        found = loss
+    elif isinstance(output, tuple | list) and output:
+        found = output[0]
+    if not isinstance(found, torch.Tensor) or found.numel() != 1:
+        got = f"shape {tuple(found.shape)}" if isinstance(found, torch.Tensor) else type(found).__name__
+        hint = "return the loss (or an object with .loss), or give loss_fn"
+        raise CaptureError(f"{where} returns {got}, not a scalar loss", where, hint)
+    return found.reshape(())

@@ -1,0 +1,96 @@
+"""User code: objects by file and module, and errors with the user's own lines."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from comms.errors import ModelError
+from orchestrator.models.user_code import called, named_object
+
+SOURCE = """
+import beside
+class Box:
+    class Inner: value = 5
+def deep(n):
+    if n: return deep(n - 1)
+    raise ValueError("my own\\ntrouble")
+def needs(width, *, depth=2): return width * depth
+"""
+
+
+@pytest.fixture
+def mine(tmp_path: Path) -> Path:
+    (tmp_path / "beside.py").write_text("there = True")
+    path = tmp_path / "mine.py"
+    path.write_text(SOURCE)
+    return path
+
+
+def test_objects_are_found_in_files_and_modules(
+    mine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert named_object(f"{mine}:Box.Inner.value", "data") == 5
+    assert named_object("math:pi", "data") == __import__("math").pi
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "package_of_mine").mkdir()
+    (tmp_path / "package_of_mine" / "part.py").write_text("found = 7")
+    assert named_object("package_of_mine.part:found", "data") == 7
+
+
+def test_a_file_is_read_once_and_again_when_it_has_changed(mine: Path) -> None:
+    first = named_object(f"{mine}:Box", "model")
+    assert named_object(f"{mine}:Box", "data") is first
+    mine.write_text(SOURCE + "\nmore = 1\n")
+    assert named_object(f"{mine}:Box", "data") is not first
+
+
+def test_what_a_factory_raises_has_its_own_frames_innermost_first(mine: Path) -> None:
+    with pytest.raises(ModelError) as caught:
+        called(named_object(f"{mine}:deep", "model"), "mine.py:deep", "model", 1)  # type: ignore[arg-type]
+    error = caught.value
+    assert error.problem == "mine.py:deep raised ValueError: my own trouble"
+    assert error.where == ", from ".join(
+        (
+            f'{mine}:7 in deep (raise ValueError("my own\\ntrouble"))',
+            f"{mine}:6 in deep (if n: return deep(n - 1))",
+        )
+    )
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "said"),
+    [({}, "missing a required argument: 'width'"), ({"width": 1, "hight": 2}, "unexpected keyword argument 'hight'")],
+)  # fmt: skip
+def test_a_call_that_cannot_be_says_what_is_taken(mine: Path, kwargs: dict[str, object], said: str) -> None:
+    with pytest.raises(ModelError, match=said) as caught:
+        called(named_object(f"{mine}:needs", "data"), "mine.py:needs", "data", **kwargs)  # type: ignore[arg-type]
+    assert (caught.value.where, caught.value.hint) == ("data", "it is mine.py:needs(width, *, depth=2)")
+
+
+@pytest.mark.parametrize(
+    ("source", "said", "line"),
+    [("def net(:", "SyntaxError", "broken.py"), ("import no_such_thing", "ModuleNotFoundError: No module", ":1 in"),
+     ("def f():\n    raise OSError('gone')\nf()", "OSError: gone", ":2 in f (raise OSError('gone')), from ")],
+)  # fmt: skip
+def test_a_file_that_cannot_be_read_says_why_and_where(
+    tmp_path: Path, source: str, said: str, line: str
+) -> None:
+    path = tmp_path / "broken.py"
+    path.write_text(source)
+    before = set(sys.modules)
+    with pytest.raises(ModelError, match=said) as caught:
+        named_object(f"{path}:net", "model")
+    assert line in caught.value.where and "orchestrator/" not in caught.value.where
+    assert set(sys.modules) == before
+
+
+@pytest.mark.parametrize(
+    ("text", "said", "hint"),
+    [("no_file.py:net", "no file no_file.py", "path"), ("no.such.module:net", "no module 'no.such.module'", "install"),
+     ("math:net", "math has no 'net'", "it defines acos"), ("json.decoder:Net", "no 'Net'", "it defines JSON")],
+)  # fmt: skip
+def test_a_name_that_is_not_there_is_refused_with_those_that_are(text: str, said: str, hint: str) -> None:
+    with pytest.raises(ModelError, match=said) as caught:
+        named_object(text, "loss")
+    assert caught.value.where == "loss" and hint in caught.value.hint
