@@ -8,9 +8,10 @@ stages are not longer.
 from collections.abc import Mapping, Sequence
 from enum import IntEnum
 
+import torch
 from torch.fx import Node
 
-from partitioner.capture.captured_graph import op_name, operand
+from partitioner.capture.captured_graph import op_name, operand, spec_of
 from partitioner.capture.forwards.checkpoints import Region, regions_of
 from partitioner.capture.samples.loss_form import LossForm, finals_of
 from partitioner.capture.tracing import Captured, ModuleCall
@@ -128,3 +129,31 @@ def piece_name(calls: Sequence[ModuleCall], nodes: list[Node]) -> str:
     inside = [c for c in calls if first <= c.start and c.stop <= last + 1 and c.path]
     best = max(around, key=lambda c: c.path.count("."), default=None) or (inside[0] if inside else None)
     return best.path if best else nodes[0].name
+
+
+def structure_of(nodes: list[Node], inputs: list[Node], outputs: list[Node]) -> object:
+    """A key equal for slices that compute the same thing on inputs of the same kind."""
+    number = {n: i for i, n in enumerate([*inputs, *nodes])}
+    regions: dict[Region, int] = {}
+    lines: list[object] = []
+    for node in nodes:
+        args = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: f"%{number[n]}")
+        lines.append(f"{node.op} {node.target} {args} {node.meta['no_grad']} {node.meta['autocast']}")
+        lines += [(regions.setdefault(r, len(regions)), r.context_fn) for r in regions_of(node)]
+    specs = tuple(str(spec_of(n.meta["val"])) for n in inputs)
+    return tuple(lines), specs, tuple(number[n] for n in outputs)
+
+
+def extracted(
+    captured: Captured, nodes: list[Node], inputs: list[Node], outputs: list[Node]
+) -> torch.fx.GraphModule:
+    """Copy `nodes` into a graph of their own with `inputs` as placeholders."""
+    graph = torch.fx.Graph()
+    copies: dict[Node, Node] = {}
+    for index, node in enumerate(inputs):
+        copies[node] = graph.placeholder(f"in_{index}")
+        copies[node].meta = dict(node.meta)
+    for node in nodes:
+        copies[node] = graph.node_copy(node, lambda n: copies[n])
+    graph.output(tuple(copies[n] for n in outputs))
+    return torch.fx.GraphModule(captured.graph_module, graph)

@@ -32,11 +32,17 @@ from partitioner.capture.captured_graph import (
     template_flops,
 )
 from partitioner.capture.exact_float64 import ExactFloat64
-from partitioner.capture.forwards.checkpoints import Region, regions_of
 from partitioner.capture.forwards.keyed_random import RECURRENT
 from partitioner.capture.forwards.step_loss import LossFunction
 from partitioner.capture.forwards.user_functions import AppliedFunction
-from partitioner.capture.graph_pieces import Dependence, cut_into_pieces, dependences, piece_name
+from partitioner.capture.graph_pieces import (
+    Dependence,
+    cut_into_pieces,
+    dependences,
+    extracted,
+    piece_name,
+    structure_of,
+)
 from partitioner.capture.products.tp_styles import param_styles
 from partitioner.capture.pure_graph import first_user_line, is_float, quiet_torch, source_line, with_gradient
 from partitioner.capture.samples.batch_cut import cut_batch
@@ -254,7 +260,7 @@ class _Builder:
         sums = finals_of(nodes)
         others = [n for n in reads_of(nodes) if n.target is not FINAL]
         self.free_values |= dict.fromkeys(others)
-        graph = _extract(self.captured, list(nodes), [*sums, *others], results)
+        graph = extracted(self.captured, list(nodes), [*sums, *others], results)
         inputs = (*self._names([operand(n, 0) for n in sums]), *self._names(others))
         return Side(graph, inputs, self._names(results))
 
@@ -327,10 +333,10 @@ class _Builder:
         flat = [n for group in inputs for n in group]
         # where gradients go, and styles, which decide the cut: equal operations alone are not enough
         live = tuple(n in self.live for n in (*flat, *outputs))
-        key = (_structure(nodes, flat, outputs), tuple(map(len, inputs)), styles, live)
+        key = (structure_of(nodes, flat, outputs), tuple(map(len, inputs)), styles, live)
         if key not in self.known:
             self.known[key] = len(self.templates)
-            graph = _extract(self.captured, nodes, flat, outputs)
+            graph = extracted(self.captured, nodes, flat, outputs)
             once, again = training_flops(graph, live[: len(flat)], live[len(flat) :])
             self.templates.append(
                 Template(
@@ -364,7 +370,7 @@ class _Builder:
         nodes = self._made(outputs, on)
         inside = set(nodes)
         outer = list(dict.fromkeys((*reads_of(nodes), *(n for n in outputs if n not in inside))))
-        graph = _extract(self.captured, nodes, outer, outputs)
+        graph = extracted(self.captured, nodes, outer, outputs)
         return Side(graph, self._names(outer), self._names(outputs))
 
 
@@ -379,31 +385,3 @@ def _gathering(node: Node) -> tuple[int, int, int] | None:
     given: Any = node.args
     _, dim, outer, parts = given
     return int(dim), int(outer), int(parts)
-
-
-def _structure(nodes: list[Node], inputs: list[Node], outputs: list[Node]) -> object:
-    """A key equal for slices that compute the same thing on inputs of the same kind."""
-    number = {n: i for i, n in enumerate([*inputs, *nodes])}
-    regions: dict[Region, int] = {}
-    lines: list[object] = []
-    for node in nodes:
-        args = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: f"%{number[n]}")
-        lines.append(f"{node.op} {node.target} {args} {node.meta['no_grad']} {node.meta['autocast']}")
-        lines += [(regions.setdefault(r, len(regions)), r.context_fn) for r in regions_of(node)]
-    specs = tuple(str(spec_of(n.meta["val"])) for n in inputs)
-    return tuple(lines), specs, tuple(number[n] for n in outputs)
-
-
-def _extract(
-    captured: Captured, nodes: list[Node], inputs: list[Node], outputs: list[Node]
-) -> torch.fx.GraphModule:
-    """Copy `nodes` into a graph of their own with `inputs` as placeholders."""
-    graph = torch.fx.Graph()
-    copies: dict[Node, Node] = {}
-    for index, node in enumerate(inputs):
-        copies[node] = graph.placeholder(f"in_{index}")
-        copies[node].meta = dict(node.meta)
-    for node in nodes:
-        copies[node] = graph.node_copy(node, lambda n: copies[n])
-    graph.output(tuple(copies[n] for n in outputs))
-    return torch.fx.GraphModule(captured.graph_module, graph)
