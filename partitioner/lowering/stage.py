@@ -17,7 +17,7 @@ from partitioner.layout.param_cuts import Cuts, ParamCut
 from partitioner.lowering.pieces import TracedUnit, make_op
 from partitioner.lowering.role_builder import SCALAR, RoleBuilder
 from partitioner.lowering.whole_batch import bodies_of, emit_known, emit_tail, emit_updates, keep
-from partitioner.program.program import Accumulate, Operation, Recv, Send, TensorKind
+from partitioner.program.program import Accumulate, Operation, Recv, Send, TensorKind, TensorSpec
 
 # the tensors in which a role sums loss and count, if it makes the loss
 Losses: TypeAlias = tuple[int, int] | None
@@ -83,6 +83,14 @@ class _StageEmitter:
         self.grads: dict[str, list[int]] = {}
         self.losses: Losses = None
         self.constants: set[str] = set()
+        traced = [(self.graph.units[index], self._traced(self.graph.units[index])) for index in self.units]
+        # parameters whose gradient is made here
+        self.reached = {
+            u.params[source]
+            for u, t in traced
+            for source, slot in t.grads
+            if slot is not None and source < len(u.params)
+        }
         self.unit_ends: dict[int, int] = {}
 
     def forward(self) -> None:
@@ -96,8 +104,11 @@ class _StageEmitter:
         role.wait("forward", *(self.values[v] for v in arrivals))
         for index in self.units:
             self._unit_forward(index)
+        updated = self._updated_state()
         self._keep_state()
-        self._update_state()
+        for buffer, made in updated:
+            copied = f"aten._to_copy.default(v0, dtype=dtype.{self.graph.specs[buffer].dtype})"
+            role.simple("commit", "keep", copied, [made], self.values[buffer])
         for value, stage in self._departures():
             role.emit("send_forward", Send(0, self.values[value], stage))
         if self.makes_loss and self.graph.tail is None:
@@ -125,7 +136,23 @@ class _StageEmitter:
         needed = {v for i in self.units for v in graph.units[i].frees}
         if self.makes_loss:
             needed |= {graph.count, *(graph.tail.inputs[len(graph.summed) :] if graph.tail else ())}
-        needed |= {value for buffer, value in graph.state if self.makes_loss or self._reads(buffer, needed)}
+        while True:  # what is kept reads more, which is kept then
+            before = len(needed)
+            inputs, turns = self._inputs_and_turns(needed)
+            needed |= {value for buffer, value in graph.state if self.makes_loss or buffer in needed}
+            if len(needed) == before:
+                break
+        constants = _NeededSide(graph.constants, [v for v in graph.constants.outputs if v in needed])
+        self._side(constants, "constants", TensorKind.CONSTANT)
+        for known, totals in reversed(turns):
+            self._known(known, totals)
+        self._side(inputs, "forward", TensorKind.ACTIVATION)
+
+    def _inputs_and_turns(
+        self, needed: set[str]
+    ) -> tuple["_NeededSide", list[tuple[list[Known], "_NeededSide"]]]:
+        """What makes the values `needed`, once per microbatch and before the forward; what that reads is added."""
+        graph = self.graph
         inputs = _NeededSide(graph.inputs, [v for v in graph.inputs.outputs if v in needed])
         needed |= set(inputs.reads)
         turns: list[tuple[list[Known], _NeededSide]] = []
@@ -135,11 +162,7 @@ class _StageEmitter:
             totals = _NeededSide(graph.totals, [v for v in graph.totals.outputs if v in sources])
             needed |= {*totals.reads, *(sources - set(totals.made))}
             turns.append((known, totals))
-        constants = _NeededSide(graph.constants, [v for v in graph.constants.outputs if v in needed])
-        self._side(constants, "constants", TensorKind.CONSTANT)
-        for known, totals in reversed(turns):
-            self._known(known, totals)
-        self._side(inputs, "forward", TensorKind.ACTIVATION)
+        return inputs, turns
 
     def _known(self, known: Sequence[Known], totals: "_NeededSide") -> None:
         """Make the values of one turn."""
@@ -153,11 +176,6 @@ class _StageEmitter:
         emit_known(self.role, self.graph, self.context.plan, known,
                    {v: made.get(v, self.values.get(v, -1)) for v in sources})  # fmt: skip
         self.values |= {each.name: self.role.by_name[each.name] for each in known}
-
-    def _reads(self, buffer: str, needed: set[str]) -> bool:
-        """Whether values of this stage depend on a buffer."""
-        inputs = _NeededSide(self.graph.inputs, [v for v in self.graph.inputs.outputs if v in needed])
-        return buffer in needed or buffer in inputs.reads
 
     def _keep_state(self) -> None:
         """What buffers hold after the step, kept aside until its end."""
@@ -178,9 +196,9 @@ class _StageEmitter:
             role.simple("forward", "keep", made, [self.values[value]], kept)
             role.simple("commit", "copy", "aten.clone.default(v0)", [kept], self.values[buffer])
 
-    def _update_state(self) -> None:
-        """New values of buffers that need sums over all parts: in the stage that makes what is summed."""
-        role, graph = self.role, self.graph
+    def _updated_state(self) -> list[tuple[str, int]]:
+        """New values of buffers that need sums over all parts: made of the old ones, where what is summed is made."""
+        role, graph, found = self.role, self.graph, list[tuple[str, int]]()
         own = {v for index in self.units for v in graph.units[index].outputs}
         for buffer, value in graph.state:
             if graph.updates is None or value not in graph.updates.outputs:
@@ -199,14 +217,8 @@ class _StageEmitter:
             made = role.tensor(f"next.{buffer}", TensorKind.SCALAR, graph.specs[value])
             segment = role.pool.add("commit", [role.spec(t) for t in reads], side.ops, side.outputs)
             role.compute("commit", segment, reads, [made])
-            dtype = graph.specs[buffer].dtype
-            role.simple(
-                "commit",
-                "keep",
-                f"aten._to_copy.default(v0, dtype=dtype.{dtype})",
-                [made],
-                self.values[buffer],
-            )
+            found.append((buffer, made))
+        return found
 
     def _side(self, side: "_NeededSide", body: str, kind: TensorKind, prefix: str = "") -> dict[str, int]:
         """Emit what makes a side's values; returns them by name. With a prefix they are another instance of each."""
@@ -294,6 +306,11 @@ class _StageEmitter:
                 value = unit.activations[source - len(unit.params) - len(unit.frees)]
                 self.grads.setdefault(value, []).append(slots[slot])
                 self._name(slots[slot], f"grad:{value}:{index}")
+        for name in unit.params:  # trained elsewhere: here it is only read
+            grad = role.by_name.get(f"{name}.grad")
+            if grad is not None and grad not in writes and name not in self.reached:
+                reads.append(self._filled(f"zero.{role.spec(grad)}", role.spec(grad), "0.0"))
+                writes.append(grad)
         role.emit("backward", Accumulate(0, tuple(reads), tuple(writes)))
         self.unit_ends[index] = role.bodies["backward"][-1].id
 
@@ -314,12 +331,16 @@ class _StageEmitter:
             return self._grad(value)
         else:
             name, filler = f"zero.{spec}", "0.0"
+        return self._filled(name, spec, filler)
+
+    def _filled(self, name: str, spec: TensorSpec, filler: str) -> int:
+        """A constant whose entries are all the same."""
+        filled = self.role.tensor(name, TensorKind.CONSTANT, spec)
         if name not in self.constants:
             self.constants.add(name)
-            seed = role.tensor(name, TensorKind.CONSTANT, spec)
             made = f"{list(spec.shape)!r}, {filler}, dtype=dtype.{spec.dtype}, device=device"
-            role.simple("constants", "fill", f"aten.full.default({made})", [], seed)
-        return role.by_name[name]
+            self.role.simple("constants", "fill", f"aten.full.default({made})", [], filled)
+        return filled
 
     def _grad(self, value: str) -> int:
         terms = self.grads[value]

@@ -1,0 +1,68 @@
+"""Buffers and parameters that several stages read: kept and stepped on as on one chip."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from orchestrator.verbs.distribute import distribute
+from partitioner.layout.parallel_plan import Plan
+
+PLANS = [Plan(microbatches=2), Plan(pp=2), Plan(pp=2, microbatches=2), Plan(dp=2, pp=2, microbatches=2)]
+
+
+def buffer_of_a_buffer(m: Any, x: torch.Tensor) -> torch.Tensor:
+    m.mean.add_(x.mean(0) * (m.count + 1))
+    m.count.add_(1)
+    return m.second(m.first(x - m.mean))
+
+
+def running_mean_of_a_layer(m: Any, x: torch.Tensor) -> torch.Tensor:
+    hidden = m.first(x)
+    m.mean.mul_(m.count + 1).add_(hidden.detach().mean(0))
+    m.count.add_(1)
+    return m.second(hidden)
+
+
+def read_without_a_gradient(m: Any, x: torch.Tensor) -> torch.Tensor:
+    return m.second(m.first(x)) + m.first.weight.detach().sum()
+
+
+class Two(nn.Module):
+    """Two layers and two buffers."""
+
+    def __init__(self, script: Callable[..., torch.Tensor]) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.register_buffer("count", torch.zeros(()))
+        self.register_buffer("mean", torch.zeros(4))
+        self.script = script
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.script(self, x).square().mean()
+
+
+@pytest.mark.parametrize("plan", PLANS, ids=str)
+@pytest.mark.parametrize("script", [buffer_of_a_buffer, running_mean_of_a_layer, read_without_a_gradient])
+def test_stages_keep_what_they_read(script: Any, plan: Plan, laptop: Any, one_thread: None) -> None:
+    module = Two(script).double()
+    plain = copy.deepcopy(module)
+    step = distribute(
+        module, torch.optim.SGD(module.parameters(), 0.1), laptop, plan=plan, chips=plan.num_chips
+    )
+    optimizer = torch.optim.SGD(plain.parameters(), 0.1)
+    for seed in range(3):
+        x = torch.randn(8, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        optimizer.zero_grad()
+        loss = plain(x)
+        loss.backward()
+        optimizer.step()
+        assert step({"x": x}) == pytest.approx(loss.item(), rel=1e-9)
+    step.sync()
+    for name, value in plain.state_dict().items():
+        torch.testing.assert_close(module.state_dict()[name], value, rtol=1e-8, atol=1e-10)
