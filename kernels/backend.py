@@ -168,6 +168,12 @@ class _Writer:
                 value = float(value)
             elif isinstance(value, list):
                 value = [float(v) for v in value]
+        if (
+            isinstance(value, bool) and kind == "Tensor"
+        ):  # promoted as a number of that kind, which no schema takes
+            value = torch.tensor(value)
+        elif isinstance(value, bool) and kind in ("number", "Optional[number]"):
+            value = int(value)
         if kind in ("List[int]", "Optional[List[int]]") and isinstance(value, int):
             value = [value]
         return self.graph.insertConstant(value)

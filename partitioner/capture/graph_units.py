@@ -25,14 +25,13 @@ from partitioner.capture.captured_graph import (
     Template,
     Unit,
     ancestors,
-    op_name,
     operand,
     reads_of,
     spec_of,
     template_flops,
 )
 from partitioner.capture.exact_float64 import ExactFloat64
-from partitioner.capture.forwards.keyed_random import RECURRENT
+from partitioner.capture.forwards.keyed_random import draws
 from partitioner.capture.forwards.step_loss import LossFunction
 from partitioner.capture.forwards.user_functions import AppliedFunction
 from partitioner.capture.graph_pieces import (
@@ -180,17 +179,9 @@ def _refuse_complex_parameters(captured: Captured, live: set[Node]) -> None:
 
 
 def _refuse_random(node: Node) -> None:
-    target = node.target
-    if not isinstance(target, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded not in target.tags:
-        return
-    # attention and recurrent networks count as random to torch because they may drop out; what does is replaced before
-    if "scaled_dot_product" in str(target) or op_name(target) in RECURRENT:
-        return
-    problem, hint = (
-        f"{target} draws random numbers in a way that cannot be split",
-        "use rand, randn or dropout",
-    )
-    raise CaptureError(problem, source_line(node), hint)
+    if draws(node):
+        problem = f"{node.target} draws random numbers in a way that cannot be split"
+        raise CaptureError(problem, source_line(node), "use rand, randn or dropout")
 
 
 @dataclass

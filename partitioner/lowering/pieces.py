@@ -23,6 +23,7 @@ from partitioner.capture.captured_graph import (
     reads_of,
     spec_of,
 )
+from partitioner.capture.forwards.keyed_random import draws
 from partitioner.layout.joint_trace import Joint
 from partitioner.program.program import CollectiveOp, Operation, Reduction, TensorSpec
 
@@ -257,6 +258,11 @@ def _segment(run: Sequence[Node], later: set[Node], slots: _Slots) -> SegmentPie
 
 def make_op(node: Node, number: Mapping[Node, int]) -> Operation:
     """One node as an Operation whose operands are `v<number>`."""
+    if draws(node):
+        problem = f"{op_name(node.target)} draws random numbers that no key decides"
+        raise PartitionError(
+            problem, "an autograd function of the model's own", "draw with rand_like in the forward"
+        )
     value = node.meta["val"]
     is_tuple = isinstance(value, tuple | list)
     outs = tuple(spec_of(v) for v in (value if is_tuple else [value]) if isinstance(v, torch.Tensor))

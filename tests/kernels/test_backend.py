@@ -99,6 +99,18 @@ def test_literals_of_the_op_language(code: str, expected: torch.Tensor | None) -
     assert torch.equal(found, expected) and found.dtype == expected.dtype
 
 
+@pytest.mark.parametrize(
+    ("code", "operand"),
+    [("aten.mul.Tensor(v0, True)", [2.0, 3.0]), ("aten.add.Tensor(v0, True)", [True, False]),
+     ("aten.mul.Tensor(v0, False)", [2, 3]), ("aten.scalar_tensor.default(True, dtype=dtype.f64)", [1.0])],
+)  # fmt: skip
+def test_truth_values_are_promoted_as_torch_does(code: str, operand: list[Any]) -> None:
+    x, call = torch.tensor(operand), code.replace("v0", "x").replace("dtype.f64", "torch.float64")
+    expected = eval(call.replace("aten.", "torch.ops.aten."), {"torch": torch, "x": x})
+    (found,) = compile_segment("truth", 1, [OpCode(code, 1, False)], [1], "cpu")(x)
+    assert torch.equal(found, expected) and found.dtype == expected.dtype
+
+
 def test_results_of_tuples_and_lists_are_taken_out_by_number() -> None:
     norm = "aten.native_layer_norm.default(v0, [3], None, None, 1e-05)"
     mean = run([norm, "getitem(v1, 1)"], A, num_outs=3, is_tuple=True)

@@ -100,7 +100,8 @@ class PlainSide:
         with placed(self.module, values), ExitStack() as modes:
             modes.enter_context(Reordered(self.order) if self.order is not None else nullcontext())
             modes.enter_context(_without_recompute())
-            modes.enter_context(normalised_per_part(self.norm_parts))
+            samples = {v.shape[0] for v in tensors_of(batch).values() if v.dim()}
+            modes.enter_context(normalised_per_part(self.norm_parts, samples))
             with ExactFloat64() if self.exact else nullcontext(), keyed_random(*numbers):
                 loss = loss_of_step(self.module, self.loss_fn, batch)
             loss.backward()

@@ -32,6 +32,16 @@ INITIALISERS = [name for name in vars(torch.nn.init) if name.endswith("_") and n
 REFUSED = {"multinomial", "poisson", "cauchy_", "log_normal_", "geometric_", "binomial"}
 
 
+def draws(node: torch.fx.Node) -> bool:
+    """Whether an operation draws from torch's own generators."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded not in target.tags:
+        return False
+    # attention and recurrent networks count as random to torch because they may drop out; what does is replaced before
+    name = target._schema.name.split("::")[1]
+    return "scaled_dot_product" not in name and name not in RECURRENT
+
+
 @contextmanager
 def keyed_random(key: torch.Tensor, first: torch.Tensor) -> Iterator[None]:
     """Draw by keys inside the block: in the user's calls, and in those of torch's own Python functions.

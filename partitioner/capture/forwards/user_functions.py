@@ -25,6 +25,7 @@ from torch.utils import _pytree as trees
 from comms.errors import CaptureError
 
 original: Callable[..., Any] = torch.autograd.Function.apply.__func__  # type: ignore[attr-defined]
+SETS_DATA = ("the forward sets .data, which leaves no trace", "write buffers with copy_(), or assign them")
 REFUSED = {
     "__enter__": (torch.autograd.graph.saved_tensors_hooks, "hooks on what autograd saves would not run"),
     "register_hook": (torch.Tensor, "a hook on a value would not run"),
@@ -102,9 +103,9 @@ def _recorded(
     return result
 
 
-def _refusal(problem: str) -> Callable[..., NoReturn]:
+def _refusal(problem: str, hint: str = "move it out of the forward") -> Callable[..., NoReturn]:
     def refuse(*_: Any, **__: Any) -> NoReturn:
-        raise CaptureError(problem, hint="move it out of the forward")
+        raise CaptureError(problem, hint=hint)
 
     return refuse
 
@@ -123,6 +124,8 @@ def recorded_functions() -> Iterator[None]:
             lambda cls, *args: _apply(shared, cls, *args) if get_proxy_mode() else _run(cls, *args)
         )
         stack.enter_context(patch.object(_SingleLevelFunction, "apply", below, create=True))
+        data = property(torch._C.TensorBase.__dict__["data"].__get__, _refusal(SETS_DATA[0], SETS_DATA[1]))
+        stack.enter_context(patch.object(torch.Tensor, "data", data, create=True))
         for name, (owner, problem) in REFUSED.items():
             stack.enter_context(patch.object(owner, name, _refusal(problem)))
         yield

@@ -6,7 +6,7 @@ DistributedDataParallel without SyncBatchNorm, and by GPipe per microbatch). Run
 towards those of the batch, or the mean of those of its parts; the variance with Bessel's correction.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -33,10 +33,13 @@ PER_PART = "per_part"  # marks operations whose results are of a part, by its ow
 
 def take_batch_norms_apart(graph: torch.fx.Graph, *, per_part: bool) -> None:
     """Replace every batch norm that uses the statistics of its batch. CaptureError if none is to be taken per part."""
-    taken = 0
+    found = 0
     for node in list(graph.nodes):
         args = _arguments(node)
-        if args is None or not args[5]:
+        if args is None:
+            continue
+        found += 1
+        if not args[5]:
             continue
         with graph.inserting_before(node):
             results = (_results_per_part if per_part else _results)(_maker(node), args)
@@ -47,9 +50,8 @@ def take_batch_norms_apart(graph: torch.fx.Graph, *, per_part: bool) -> None:
                 user.replace_all_uses_with(results[user.args[1]])
                 graph.erase_node(user)
         graph.erase_node(node)
-        taken += 1
-    if per_part and not taken:
-        raise CaptureError("no batch norm uses statistics of its batch here", "batch_norm: per_part in the plan",
+    if per_part and not found:
+        raise CaptureError("the model has no batch norm", "batch_norm: per_part in the plan",
                            "leave batch_norm out")  # fmt: skip
 
 
@@ -65,11 +67,12 @@ def _arguments(node: Node) -> Sequence[Any] | None:
 def _maker(node: Node) -> Callable[..., Node]:
     """What makes nodes in the place of a batch norm."""
 
-    def made(target: Any, *args: Any, **meta: Any) -> Node:
-        new = node.graph.call_function(target, args)
+    def made(target: Any, *args: Any, dtype: torch.dtype | None = None, **meta: Any) -> Node:
+        given = {"dtype": dtype} if dtype else {}
+        new = node.graph.call_function(target, args, dict(given))
         values = torch.fx.node.map_arg(args, lambda n: n.meta["val"])
         with operand(node, 0).meta["val"].fake_mode:
-            new.meta = dict(node.meta) | {"val": target(*values), BATCH_NORM: True} | meta
+            new.meta = dict(node.meta) | {"val": target(*values, **given), BATCH_NORM: True} | meta
         return new
 
     return made
@@ -81,7 +84,7 @@ def _results_per_part(made: Callable[..., Node], args: Sequence[Any]) -> dict[in
     settings = (weight, bias, None, None, True, momentum, eps, False)
     results = {0: made(aten.batch_norm.default, x, *settings, **{PER_PART: True})}
     if running_mean is not None:
-        still, dims = made(aten.detach.default, x), [0, *range(2, x.meta["val"].dim())]
+        still, dims = _wide(made, made(aten.detach.default, x)), [0, *range(2, x.meta["val"].dim())]
         variance = made(aten.var.dim, still, dims, True, **{PER_PART: True})
         results |= {
             3: _moved(made, running_mean, made(aten.mean.dim, still, dims), momentum),
@@ -92,7 +95,8 @@ def _results_per_part(made: Callable[..., Node], args: Sequence[Any]) -> dict[in
 
 def _results(made: Callable[..., Node], args: Sequence[Any]) -> dict[int, Node]:
     """By their places among the results: normalised values, mean, 1 / deviation, new running mean and variance."""
-    x, weight, bias, running_mean, running_var, _, momentum, eps = args
+    given, weight, bias, running_mean, running_var, _, momentum, eps = args
+    x = _wide(made, given)
     shape = x.meta["val"].shape
     dims, count = [0, *range(2, len(shape))], shape.numel() // shape[1]
     mean = made(aten.mean.dim, x, dims, True)
@@ -105,6 +109,8 @@ def _results(made: Callable[..., Node], args: Sequence[Any]) -> dict[int, Node]:
         out = made(aten.mul.Tensor, out, made(aten.view.default, weight, column))
     if bias is not None:
         out = made(aten.add.Tensor, out, made(aten.view.default, bias, column))
+    if out.meta["val"].dtype != given.meta["val"].dtype:
+        out = made(aten._to_copy.default, out, dtype=given.meta["val"].dtype)
     results = {0: out, 1: made(aten.view.default, mean, [-1]), 2: made(aten.view.default, inverse, [-1])}
     if running_mean is not None:
         unbiased = made(aten.mul.Tensor, made(aten.view.default, variance, [-1]), count / max(count - 1, 1))
@@ -115,9 +121,18 @@ def _results(made: Callable[..., Node], args: Sequence[Any]) -> dict[int, Node]:
     return results
 
 
+def _wide(made: Callable[..., Node], x: Node) -> Node:
+    """The input in the dtype that torch sums up in."""
+    narrow = (torch.float16, torch.bfloat16)
+    return made(aten._to_copy.default, x, dtype=torch.float32) if x.meta["val"].dtype in narrow else x
+
+
 @contextmanager
-def normalised_per_part(parts: int) -> Iterator[None]:
-    """Inside the block torch's batch norms do on one chip what those of `parts` parts do together."""
+def normalised_per_part(parts: int, samples: Collection[int] = ()) -> Iterator[None]:
+    """Inside the block torch's batch norms do on one chip what those of `parts` parts do together.
+
+    The first dim of what they normalise holds the batch; where it is as long as none of `samples`, CaptureError.
+    """
 
     def batch_norm(
         input: torch.Tensor,  # noqa: A002  (torch's own name)
@@ -126,6 +141,11 @@ def normalised_per_part(parts: int) -> Iterator[None]:
     ) -> torch.Tensor:  # fmt: skip
         if not training or parts == 1:
             return original(input, running_mean, running_var, weight, bias, training, momentum, eps)
+        if samples and input.shape[0] not in samples:
+            problem = f"a batch norm of {list(input.shape)} cannot be taken apart on one chip"
+            raise CaptureError(
+                problem, "batch_norm: per_part in the plan", "compare with batch_norm: synchronised"
+            )
         pieces = input.chunk(parts)
         if running_mean is not None and running_var is not None:
             with torch.no_grad():

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from comms.errors import CaptureError
+from comms.errors import CaptureError, PartitionError
 from orchestrator.runs.data import step_key
 from orchestrator.verbs.distribute import distribute
 from partitioner.capture.forwards.keyed_random import keyed_random
@@ -310,3 +310,18 @@ def test_in_eval_mode_nothing_is_drawn(laptop: Any, one_thread: None) -> None:
 
 def test_modules_that_a_first_forward_makes_leave_later_numbers_alone() -> None:
     assert torch.equal(drawn(lambda: (nn.Linear(3, 3), torch.rand(4))[1]), drawn(lambda: torch.rand(4)))
+
+
+def test_draws_that_no_key_decides_are_refused_wherever_they_are(laptop: Any) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lin = nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.distributions.Dirichlet(self.lin(x).exp()).rsample().square().mean()
+
+    module = Model()
+    step = distribute(module, torch.optim.SGD(module.parameters(), 0.1), laptop, plan=Plan(), chips=1)
+    with pytest.raises(PartitionError, match="no key decides"):
+        step({"x": torch.ones(4, 4)})

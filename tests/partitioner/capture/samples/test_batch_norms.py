@@ -134,6 +134,25 @@ def test_training_is_that_of_one_chip_with_its_running_statistics(
     assert step.evaluate(batches[0]) == pytest.approx(module(**batches[0]).item(), rel=1e-9)
 
 
+def test_half_precision_is_summed_up_in_float32(laptop: Any, one_thread: None) -> None:
+    class Large(Normed):
+        def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            with torch.autocast("cpu", torch.float16):
+                hidden = self.layers[1](self.layers[0](x) * 300)
+            return F.mse_loss(hidden.float()[:, :2], y)
+
+    draw = torch.Generator().manual_seed(0)
+    batch = {"x": torch.randn(8, 4, generator=draw), "y": torch.randn(8, 2, generator=draw)}
+    module = Large().float()
+    plain = copy.deepcopy(module)
+    step = distribute(module, torch.optim.SGD(module.parameters(), 0.1), laptop, plan=Plan(dp=2), chips=2)
+    assert step(batch) == pytest.approx(
+        plain(**batch).item(), rel=1e-2
+    )  # means of squares of 300 have left float16
+    step.sync()
+    torch.testing.assert_close(module.layers[1].running_var, plain.layers[1].running_var, rtol=1e-2, atol=0)
+
+
 PER_PART = BatchNorms.PER_PART
 
 
@@ -182,7 +201,7 @@ def test_per_part_without_a_batch_norm_is_refused(doubles: Doubles, laptop: Any)
         module, torch.optim.SGD(module.parameters(), 0.2), laptop, chips=2, loss_fn=lambda out, batch: out.mean(),
         plan=Plan(dp=2, batch_norm=PER_PART),
     )  # fmt: skip
-    with pytest.raises(CaptureError, match="no batch norm uses statistics"):
+    with pytest.raises(CaptureError, match="the model has no batch norm"):
         step({"input": doubles(8, 4)})
 
 
