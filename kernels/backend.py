@@ -168,10 +168,8 @@ class _Writer:
                 value = float(value)
             elif isinstance(value, list):
                 value = [float(v) for v in value]
-        if (
-            isinstance(value, bool) and kind == "Tensor"
-        ):  # promoted as a number of that kind, which no schema takes
-            value = torch.tensor(value)
+        if isinstance(value, bool) and kind == "Tensor":
+            value = torch.tensor(value)  # promoted as a truth value, which no schema takes
         elif isinstance(value, bool) and kind in ("number", "Optional[number]"):
             value = int(value)
         if kind in ("List[int]", "Optional[List[int]]") and isinstance(value, int):

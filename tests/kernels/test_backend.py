@@ -107,7 +107,7 @@ def test_literals_of_the_op_language(code: str, expected: torch.Tensor | None) -
 def test_truth_values_are_promoted_as_torch_does(code: str, operand: list[Any]) -> None:
     x, call = torch.tensor(operand), code.replace("v0", "x").replace("dtype.f64", "torch.float64")
     expected = eval(call.replace("aten.", "torch.ops.aten."), {"torch": torch, "x": x})
-    (found,) = compile_segment("truth", 1, [OpCode(code, 1, False)], [1], "cpu")(x)
+    found = run(code, x)
     assert torch.equal(found, expected) and found.dtype == expected.dtype
 
 

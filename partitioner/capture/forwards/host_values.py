@@ -26,6 +26,7 @@ from comms.errors import CaptureError
 
 MAX_COMPARED = 4096  # elements of a constant: enough to tell what is drawn from what is stored
 OWN = str(Path(__file__).parent.parent)
+EMPTY = ("empty", "empty_like", "new_empty", "empty_strided")
 NUMBERS = bool | int | float | complex | str | torch.dtype | None
 
 
@@ -100,7 +101,10 @@ class CalledWith(TorchFunctionMode):
             if index >= len(self.expected) or self.expected[index] != call:
                 self.where = _line()
         self.noted.append(call)
-        return func(*args, **(kwargs or {}))
+        made = func(*args, **(kwargs or {}))
+        if call[0] in EMPTY and type(made) is torch.Tensor:  # memory as it was found tells runs apart
+            made.zero_()
+        return made
 
 
 def constant_of(value: object) -> object:
