@@ -15,7 +15,8 @@ from partitioner.layout.vocabulary import VOCABULARY_RULES
 
 own = torch.ops.orchestrate
 ALL_RULES = {**RULES, **PRODUCT_RULES, **VOCABULARY_RULES}
-# What may see the entries beyond the end of a padded slice: it neither mixes them in nor makes more than zeros of them.
+# What may see the entries beyond the end of a padded slice: it does not mix them in, and of a weight's, which are zeros,
+# makes zeros. (What sums or differences make is no weight then, see `pointwise`.)
 PADDED = frozenset(
     ("to", "_to_copy", "clone", "contiguous", "alias", "detach", "add", "sub", "mul", "neg", "tanh", "slice", "select",
      "unsqueeze", "transpose", "permute", "embedding", "cross_entropy_loss")

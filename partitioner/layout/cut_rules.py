@@ -67,7 +67,8 @@ def pointwise(call: CutCall) -> Any:
     place = leader.dim + rank - len(leader.shape)
     if call.out.shape[place] != sum(leader.sections):
         return None
-    if op_name(call.target) in ("add", "sub") and any(_is_bigger_whole(o, call.out) for o in operands):
+    is_sum = op_name(call.target) in ("add", "sub")
+    if is_sum and any(_is_bigger_whole(o, call.out) for o in operands):
         return None
 
     def own(operand: Any) -> Any:
@@ -80,6 +81,7 @@ def pointwise(call: CutCall) -> Any:
 
     args, kwargs = tree_map(own, (call.args, dict(call.kwargs)))
     is_weight = all(isinstance(o, CutTensor) and o.is_weight for o in operands)
+    is_weight &= not is_sum or call.group.is_even(leader.sections)  # what fills up is no longer zeros
     return CutTensor(call.target(*args, **kwargs), place, leader.sections, is_weight)
 
 

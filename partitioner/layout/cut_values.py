@@ -24,7 +24,8 @@ Memory: TypeAlias = dict[tuple[object, ...], tuple[object, torch.Tensor]]
 class CutTensor:
     """A chip's slice of a value along `dim`, which consists of `sections`, each cut by itself (see `Tensor`).
 
-    `is_weight`: it is a parameter, perhaps seen otherwise; what it is multiplied with adapts to it.
+    `is_weight`: it is a parameter, perhaps seen otherwise; what it is multiplied with adapts to it. What fills a slice
+    of it up is zeros; of others it is anything.
     """
 
     local: torch.Tensor

@@ -142,6 +142,12 @@ def tied(m: Any, x: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(logits.flatten(0, 1), (x.flatten() + 1) % 13)
 
 
+def shifted(m: Any, x: torch.Tensor) -> torch.Tensor:
+    """Rows that fill a slice up are zeros no longer."""
+    rows = m.head.weight + 1
+    return m.head(m.table(x)).square().mean() + (rows.transpose(0, 1) @ rows).square().mean() / 100
+
+
 def fused(width: int, **more: Any) -> Callable[[], Layers]:
     return lambda: {"qkv": nn.Linear(WIDTH, width, **more), "out": nn.Linear(WIDTH, WIDTH)}
 
@@ -286,6 +292,12 @@ def test_logits_of_a_padded_vocabulary_are_never_gathered(laptop: Any, one_threa
     program = partition(Net(*WORDS["padded vocabulary"]), words(0), Plan(tp=2))
     sizes = [t.spec.shape for role in program.roles for t in role.tensors]
     assert (4 * TIME, 7) in sizes and (4 * TIME, 13) not in sizes
+
+
+@pytest.mark.parametrize(("tp", "rows"), [(2, 13), (2, 15), (4, 15), (4, 29)])
+def test_what_fills_a_slice_up_is_not_summed(tp: int, rows: int, laptop: Any, one_thread: None) -> None:
+    layers = lambda: {"table": nn.Embedding(13, 8), "head": nn.Linear(8, rows)}  # noqa: E731
+    require_same((layers, shifted), words, tp, laptop)
 
 
 @pytest.mark.parametrize("wrong", [-1, 13, 14, 99])
