@@ -11,7 +11,7 @@ What a node was under is kept in its `meta`: "no_grad", and "autocast" as (devic
 import logging
 import traceback
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,18 @@ def mark_modes(graph: torch.fx.Graph) -> None:
             node.meta |= {"no_grad": is_off, "autocast": next(reversed(contexts.values()), None)}
     for node in reversed(switches):
         graph.erase_node(node)
+
+
+@contextmanager
+def modes_of(node: Node) -> Iterator[None]:
+    """What a node is under (see `mark_modes`), for computing it or its likes."""
+    with ExitStack() as modes:
+        if node.meta.get("no_grad"):
+            modes.enter_context(torch.no_grad())
+        if autocast := node.meta.get("autocast"):
+            device, dtype, enabled = autocast
+            modes.enter_context(torch.autocast(device, dtype, enabled, cache_enabled=False))
+        yield
 
 
 def is_pure(graph: torch.fx.Graph) -> bool:

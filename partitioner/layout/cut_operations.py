@@ -15,8 +15,8 @@ from partitioner.layout.vocabulary import VOCABULARY_RULES
 
 own = torch.ops.orchestrate
 ALL_RULES = {**RULES, **PRODUCT_RULES, **VOCABULARY_RULES}
-# What may see the entries beyond the end of a padded slice: it does not mix them in, and of a weight's, which are zeros,
-# makes zeros. (What sums or differences make is no weight then, see `pointwise`.)
+# What may see the entries beyond the end of a padded slice: it does not mix them in, and makes zeros of zeros.
+# (Sums of weights may not: they are no weights then, see `pointwise`.)
 PADDED = frozenset(
     ("to", "_to_copy", "clone", "contiguous", "alias", "detach", "add", "sub", "mul", "neg", "tanh", "slice", "select",
      "unsqueeze", "transpose", "permute", "embedding", "cross_entropy_loss")
@@ -25,6 +25,19 @@ PADDED = frozenset(
 
 def cut_result(call: CutCall) -> Any:
     """What an operation with cut operands gives on one chip, or None: it is to get whole ones."""
+    return _of_dtypes(_by_rule(call), call.out)
+
+
+def _of_dtypes(result: Any, like: Any) -> Any:
+    """Autocast chooses by the operator, and rules compute with others, such as a sum for a bias."""
+    if isinstance(result, CutTensor):
+        return result.with_local(_of_dtypes(result.local, like))
+    if isinstance(result, tuple | list):
+        return type(result)(_of_dtypes(r, one) for r, one in zip(result, like, strict=True))
+    return result.to(like.dtype) if isinstance(result, torch.Tensor) else result
+
+
+def _by_rule(call: CutCall) -> Any:
     name = op_name(call.target)
     if call.target is own.keyed_uniform.default:
         return _drawn(call)

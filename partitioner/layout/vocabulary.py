@@ -68,7 +68,9 @@ def cross_entropy(call: CutCall) -> Any:
     ignore = call.get(4, "ignore_index", IGNORED)
     (classes,) = logits.sections
     is_padded = not call.group.is_even(logits.sections)
-    return _VocabCrossEntropy.apply(logits.local, target, call.group.coordinate, ignore, classes, is_padded)
+    # as exactly as torch, which rounds to a narrow dtype only the result
+    local = logits.local.to(torch.promote_types(logits.local.dtype, torch.float32))
+    return _VocabCrossEntropy.apply(local, target, call.group.coordinate, ignore, classes, is_padded)
 
 
 def _own_places(

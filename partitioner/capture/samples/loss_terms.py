@@ -11,6 +11,7 @@ import torch
 from torch.fx import Node
 
 from partitioner.capture.captured_graph import op_name, operand
+from partitioner.capture.pure_graph import modes_of
 
 aten = torch.ops.aten
 MEAN, SUM = 1, 2
@@ -57,6 +58,6 @@ def _made(like: Node, target: Any, *args: Any) -> Node:
     """A node where `like` is, with its value's shape."""
     made = like.graph.call_function(target, args)
     values = torch.fx.node.map_arg(args, lambda n: n.meta["val"])
-    with like.meta["val"].fake_mode:
+    with like.meta["val"].fake_mode, modes_of(like):
         made.meta = dict(like.meta) | {"val": target(*values)}
     return made

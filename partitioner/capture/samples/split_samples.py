@@ -20,8 +20,12 @@ import kernels.ops  # noqa: F401  (registers the operators between parts)
 from comms.errors import CaptureError
 from partitioner.capture.captured_graph import op_name
 from partitioner.capture.forwards.user_functions import AppliedFunction
+<<<<<<< HEAD
 from partitioner.capture.pure_graph import source_line
 from partitioner.capture.samples.arithmetic_rules import is_inexact
+=======
+from partitioner.capture.pure_graph import modes_of, source_line
+>>>>>>> 51ef0cf (x)
 from partitioner.capture.samples.batch_norms import BATCH_NORM
 from partitioner.capture.samples.rules import rule_of, spread_of
 from partitioner.capture.samples.spread import (
@@ -296,7 +300,7 @@ class Splitter:
         self.num_changes += 1
         made = self.graph.call_function(target, args)
         values = torch.fx.node.map_arg(args, lambda n: n.meta["val"])
-        with like.meta["val"].fake_mode:
+        with like.meta["val"].fake_mode, modes_of(like):
             made.meta = dict(like.meta) | {"val": target(*values)}
         self.spreads[made], self.wholes[made] = spread, self.wholes[like]
         if like in self.after:

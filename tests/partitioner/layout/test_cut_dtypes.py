@@ -1,0 +1,72 @@
+"""Under autocast and in narrow dtypes, cut by tensor parallelism: every operator makes the dtype it makes in torch.
+
+The losses of two steps are those of plain torch up to the rounding of partial sums.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from orchestrator.verbs.distribute import distribute
+from partitioner.layout.parallel_plan import Plan
+
+Layers = dict[str, nn.Module | nn.Parameter]
+Case = tuple[Callable[[], Layers], Callable[[Any, torch.Tensor], torch.Tensor], float]
+ROUNDED = 1e-2  # relative, of losses: bfloat16 has 8 bits
+TOKENS, WIDTH = 8, 16
+
+
+class Narrow(nn.Module):
+    def __init__(
+        self, layers: Callable[[], Layers], forward: Callable[[Any, torch.Tensor], torch.Tensor]
+    ) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            for name, layer in layers().items():
+                setattr(self, name, layer)
+        self.run = forward
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            made = self.run(self, x)
+        return made if made.dim() == 0 else made.float().square().mean()
+
+
+def pair() -> Layers:
+    return {"up": nn.Linear(WIDTH, 64), "down": nn.Linear(64, WIDTH)}
+
+
+def counted_classes(m: Any, x: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(m.up(x), torch.arange(TOKENS))
+
+
+def of_one_dtype(m: Any, x: torch.Tensor) -> torch.Tensor:
+    """`index_add` asks for the same dtype."""
+    y = m.down(F.gelu(m.up(x)))
+    return torch.zeros(TOKENS, WIDTH, dtype=y.dtype).index_add(0, torch.arange(TOKENS), y)
+
+
+CASES: dict[str, Case] = {
+    "cross entropy, in float32": (pair, counted_classes, 1e-5),
+    "bias of rows": (pair, of_one_dtype, ROUNDED),
+}
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, id=name) for name, case in CASES.items()])
+def test_under_autocast_losses_are_those_of_torch(case: Case, laptop: Any, one_thread: None) -> None:
+    *what, tolerance = case
+    plain, module = Narrow(*what), Narrow(*what)
+    optimizer = torch.optim.SGD(plain.parameters(), 0.1)
+    step = distribute(module, torch.optim.SGD(module.parameters(), 0.1), laptop, plan=Plan(tp=2), chips=2)
+    for index in range(2):
+        x = torch.randn(TOKENS, WIDTH, generator=torch.Generator().manual_seed(index))
+        optimizer.zero_grad()
+        loss = plain(x)
+        loss.backward()
+        optimizer.step()
+        assert step({"x": x}) == pytest.approx(loss.item(), rel=tolerance)
