@@ -72,8 +72,9 @@ def _along(
         is_wide = letter == GROUPS and len(sections) == 1
         own.append(group.at(operand, dim, (int(operand.shape[dim]),) if is_wide else sections))
     place = found.out.index(letter) if letter in found.out else None
-    if letter == GROUPS and place is not None and len(sections) == 1:
-        sections = (int(call.out.shape[place]),)
+    if letter == GROUPS and place is not None:
+        width, channels = int(call.out.shape[place]), sum(sections)
+        sections = tuple(section * width // channels for section in sections)
     bias = call.get(found.bias, "bias") if found.bias is not None else None
     if place is not None and bias is not None and op_name(call.target) not in GENERAL:
         at = place - _first_of_bias(found, bias)

@@ -144,10 +144,13 @@ def _parts(user: Node, value: Node, dim: int, tp: int) -> Iterator[Part]:
     elif (product := letters_at(user)) is not None:
         for own, letters in zip(operands_of(product, user.args), product.letters, strict=True):
             letter = letters[dim] if own is value else None
-            if letter is not None and letter in product.out:
-                yield user, product.out.index(letter), 0, size
-    elif (place := followed(user, value, dim)) is not None:
-        yield user, place, 0, size
+            place = product.out.index(letter) if letter is not None and letter in product.out else None
+            if (
+                place is not None and user.meta["val"].shape[place] == size
+            ):  # groups may get wider or narrower
+                yield user, place, 0, size
+    elif (moved := followed(user, value, dim)) is not None:
+        yield user, moved, 0, size
 
 
 def _taken(user: Node, value: Node, dim: int) -> Iterator[Part]:

@@ -52,7 +52,8 @@ def _rows(x: Any) -> Letters:
 
 def _linear(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Product:
     rows = _rows(args[0])
-    return Product((0, 1), ((*rows, "in"), ("out", "in")), (*rows, "out"), 2)
+    out = ("out",) if len(args[1].shape) > 1 else ()
+    return Product((0, 1), ((*rows, "in"), (*out, "in")), (*rows, *out), 2)
 
 
 def _matmul(first: int, bias: int | None = None) -> Callable[..., Product]:

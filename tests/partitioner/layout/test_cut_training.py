@@ -168,6 +168,12 @@ def mixed_sections(m: Any, x: torch.Tensor) -> torch.Tensor:
     return m.down(y * heads(keys * values, 4).repeat_interleave(2, 1).transpose(1, 2).flatten(2))
 
 
+def wider_sections(m: Any, x: torch.Tensor) -> torch.Tensor:
+    one, other = m.up(x).split([32, 16], -1)
+    one, other = m.each(torch.cat([one.tanh(), other], -1).mT).mT.split([64, 32], -1)
+    return m.down(one[..., ::2] * other)
+
+
 SEQUENCES: dict[str, Case] = {
     "pair": (lambda: {"up": nn.Linear(WIDTH, 40), "down": nn.Linear(40, WIDTH)},
              lambda m, x: m.down(F.gelu(m.up(x)))),
@@ -201,6 +207,18 @@ SEQUENCES: dict[str, Case] = {
         },
         mixed_sections,
     ),
+    **{
+        f"{groups} groups, wider": (
+            lambda groups=groups: {"up": nn.Conv1d(WIDTH, 32, 1), "down": nn.Linear(64, WIDTH),
+                                   "each": nn.ConvTranspose1d(32, 64, 3, groups=groups)},
+            lambda m, x: m.down(m.each(m.up(x.mT)).mT)) for groups in (4, 32)
+    },
+    "sections, wider": (
+        lambda: {"up": nn.Linear(WIDTH, 48), "each": nn.ConvTranspose1d(48, 96, 3, groups=48),
+                 "down": nn.Linear(32, WIDTH)}, wider_sections),
+    "a weight of one row": (
+        lambda: {"up": nn.Linear(WIDTH, 32), "row": nn.Linear(32, 1), "at": nn.Parameter(torch.randn(()))},
+        lambda m, x: F.linear(m.up(x).tanh(), m.row.weight[0], m.at).mT + m.up(x)[..., :1]),
     "times": (lambda: {"up": nn.Conv1d(WIDTH, 32, 3, padding=1), "down": nn.Conv1d(32, WIDTH, 1)},
               lambda m, x: m.down(m.up(x.mT).relu()).mT),
     "one entry per chip": (
