@@ -11,17 +11,16 @@ output element, views nothing. Causal attention counts half. Bytes: every tensor
 written once; no cache reuse between operations (fusion is the kernel model's business).
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Node
-from torch.utils.flop_counter import FlopCounterMode, conv_flop_count, flop_registry
+from torch.utils.flop_counter import conv_flop_count, flop_registry, sdpa_flop_count, shape_wrapper
 
-from partitioner.capture.forwards.grouped_products import grouped_flops
+from partitioner.capture.forwards.grouped_products import GROUPED, grouped_flops
 from partitioner.program.program import TensorSpec
 
 # the one place where torch's dtypes meet the Program's short names
@@ -36,9 +35,25 @@ VIEWS = {
     "split_with_sizes", "unsqueeze", "squeeze", "detach", "alias", "getitem", "as_strided", "unbind", "narrow",
     "unsafe_chunk", "unsafe_split", "flatten", "expand_as", "unflatten", "view_as", "diagonal", "to", "wait_tensor",
 }  # fmt: skip
-GROUPED = "_grouped_mm"
 BATCH_NAME = "batch:"  # before an entry of the batch that is called like a parameter or buffer
 FREE = VIEWS | {"empty", "empty_like", "zeros", "ones", "full", "arange", "scalar_tensor", "sym_size"}
+
+
+def _attention(q: Sequence[int], k: Sequence[int], v: Sequence[int], *_: Any, **__: Any) -> int:
+    return int(sdpa_flop_count(q, k, v))
+
+
+def _attention_backward(_grad: Any, *args: Any, **_: Any) -> int:
+    return 2 * _attention(*args)
+
+
+aten = torch.ops.aten
+# what torch does not count: the attention kernels of CPUs, and grouped products
+KERNELS = {
+    GROUPED: grouped_flops,
+    aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,22 +204,30 @@ def op_flops(node: Node) -> int:
     name = op_name(node.target)
     if node.op != "call_function" or name in FREE:
         return 0
-    values: Any = torch.fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: n.meta.get("val"))
-    args, kwargs = values
+    args, _ = _operands(node)
     result: Any = node.meta.get("val")
     if name in ("linear", "matmul"):
         return 2 * result.numel() * args[0].shape[-1]
     if "scaled_dot_product" in name:
         return _attention_flops(name, args)
-    if name == GROUPED:
-        return grouped_flops(args[0].shape, args[1].shape)
-    packet = getattr(node.target, "overloadpacket", None)
     if name == "convolution_backward":  # torch counts the weight's gradient once for each group
         forward = conv_flop_count(args[1].shape, args[2].shape, args[0].shape, transposed=args[7])
         return int(forward * sum(args[10][:2]))
-    if packet in flop_registry:
-        return int(flop_registry[packet](*args, **kwargs, out_val=result))
-    return sum(r.numel() for r in _tensors(result)[:1])
+    products = product_flops(node)
+    return sum(r.numel() for r in _tensors(result)[:1]) if products is None else products
+
+
+def product_flops(node: Node) -> int | None:
+    """FLOPs of one node of an ATen graph as torch counts a model's; None of what is no product."""
+    packet = getattr(node.target, "overloadpacket", None)
+    formula = shape_wrapper(KERNELS[packet]) if packet in KERNELS else flop_registry.get(packet)
+    args, kwargs = _operands(node)
+    return None if formula is None else int(formula(*args, **kwargs, out_val=node.meta.get("val")))
+
+
+def _operands(node: Node) -> tuple[Any, Any]:
+    values: Any = torch.fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: n.meta.get("val"))
+    return values
 
 
 def _attention_flops(name: str, args: Any) -> int:
@@ -243,25 +266,3 @@ def _tensors(value: object) -> list[torch.Tensor]:
     if isinstance(value, torch.Tensor):
         return [value]
     return [t for t in value if isinstance(t, torch.Tensor)] if isinstance(value, tuple | list) else []
-
-
-def is_counted_here(name: str) -> bool:
-    """Whether torch's counter leaves an operator's FLOPs out that are the model's."""
-    return "scaled_dot_product" in name or name == GROUPED
-
-
-def template_flops(module: torch.fx.GraphModule) -> int:
-    """FLOPs of a captured slice's forward: matrix multiplications and convolutions only.
-
-    Counted by torch below the composite operators, plus attention, whose CPU kernel torch does not count, and products
-    of experts.
-    """
-    nodes = list(module.graph.nodes)
-    own = sum(op_flops(n) for n in nodes if is_counted_here(op_name(n.target)))
-    with (
-        FakeTensorMode(allow_non_fake_inputs=True),
-        FlopCounterMode(display=False) as counter,
-        torch.no_grad(),
-    ):
-        module(*(torch.empty_like(n.meta["val"], device="cpu") for n in nodes if n.op == "placeholder"))
-    return int(counter.get_total_flops()) + own

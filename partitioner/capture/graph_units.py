@@ -28,7 +28,6 @@ from partitioner.capture.captured_graph import (
     operand,
     reads_of,
     spec_of,
-    template_flops,
 )
 from partitioner.capture.exact_float64 import ExactFloat64
 from partitioner.capture.forwards.keyed_random import draws
@@ -48,7 +47,7 @@ from partitioner.capture.samples.batch_cut import cut_batch
 from partitioner.capture.samples.loss_form import FINAL, GATHERED, KNOWN, LossForm, finals_of, whole_loss
 from partitioner.capture.samples.taking_apart import put_apart, replace_by
 from partitioner.capture.tracing import Captured, trace_module
-from partitioner.capture.training_flops import training_flops
+from partitioner.capture.training_flops import forward_flops, training_flops
 
 aten = torch.ops.aten
 
@@ -338,7 +337,7 @@ class _Builder:
                     outputs=tuple(spec_of(n.meta["val"]) for n in outputs),
                     live_inputs=live[: len(flat)],
                     live_outputs=live[len(flat) :],
-                    flops=template_flops(graph),
+                    flops=forward_flops(graph),
                     model_flops=once,
                     again_flops=again,
                     tp_styles=styles,

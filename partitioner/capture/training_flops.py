@@ -1,8 +1,8 @@
 """FLOPs of training a slice of a model once, as `torch.utils.flop_counter` counts them in an eager run.
 
 Products of matrices and convolutions only (the convention of MFU), forward and backward as far as gradients flow.
-Attention counts as if written out: two products forward and four backward, causal or not. What operators really do is
-counted beside it (`captured_graph.op_flops`).
+Attention counts as if written out: two products forward and four backward, causal or not. Of a graph below autograd
+`captured_graph.product_flops` counts the same, and `op_flops` what operators really do.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,30 +10,20 @@ from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from torch.utils.flop_counter import FlopCounterMode
 
+from partitioner.capture.captured_graph import KERNELS
 from partitioner.capture.forwards.checkpoints import regions_of
-from partitioner.capture.forwards.grouped_products import GROUPED, grouped_flops
 from partitioner.capture.pure_graph import trace_values
 from partitioner.capture.recomputing import Recomputing, as_when_run
 
-aten = torch.ops.aten
 
-
-def _attention(q: Sequence[int], k: Sequence[int], v: Sequence[int], *_: Any, **__: Any) -> int:
-    return int(sdpa_flop_count(q, k, v))
-
-
-def _attention_backward(_grad: Any, *args: Any, **_: Any) -> int:
-    return 2 * _attention(*args)
-
-
-# what torch does not count: the attention kernels of CPUs, and grouped products
-KERNELS = {
-    GROUPED: grouped_flops,
-    aten._scaled_dot_product_flash_attention_for_cpu: _attention,
-    aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
-}
+def forward_flops(module: torch.fx.GraphModule) -> int:
+    """FLOPs of a forward."""
+    with (mode := FakeTensorMode(allow_non_fake_inputs=True)), torch.no_grad():
+        places = [n for n in module.graph.nodes if n.op == "placeholder"]
+        values = [torch.empty_like(n.meta["val"], device="cpu") for n in places]
+        return _counted(module, values, mode)
 
 
 def training_flops(

@@ -6,19 +6,16 @@ A share of 1 means that each of `tp` chips has 1/tp. What is not cut is copied: 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from torch.utils.flop_counter import flop_registry
-
 from comms.errors import PartitionError
-from partitioner.capture.captured_graph import Graph, is_counted_here, op_name
+from partitioner.capture.captured_graph import Graph, op_name
 from partitioner.capture.products.tp_styles import REPLICATE
 from partitioner.layout.cut_products import PRODUCT_RULES
 from partitioner.layout.parallel_plan import Plan
 from partitioner.layout.param_cuts import Cuts, ParamCut
 from partitioner.layout.vocabulary import VOCABULARY_RULES
-from partitioner.lowering.pieces import SegmentPiece, TracedUnit
+from partitioner.lowering.pieces import TracedUnit
 from partitioner.lowering.stage import Cut, cut_of
 
-COUNTED = frozenset(str(packet).rpartition(".")[2] for packet in flop_registry)
 NAMED = 5  # of the copied parameters, the largest
 
 
@@ -41,7 +38,7 @@ def cut_share(
     cut = sum(size for name, size in sizes.items() if cuts[name] is not None)
     parameters = cut / max(sum(sizes.values()), 1)
     whole = sum(graph.templates[u.template].flops for u in graph.units)
-    local = sum(_flops(traced[cut_of(u, cuts)]) for u in graph.units)
+    local = sum(traced[cut_of(u, cuts)].flops for u in graph.units)
     flops = (1.0 - local / whole) / (1.0 - 1.0 / plan.tp) if whole else 0.0
     if not cut and flops <= 0:
         raise PartitionError(f"tp {plan.tp} cuts nothing of this model", "tensor parallelism",
@@ -52,16 +49,6 @@ def cut_share(
         f"{what} ({u.name})" for u in graph.units for what in traced[cut_of(u, cuts)].whole
     )
     return CutShare(parameters, min(max(flops, 0.0), 1.0), (*reasons, *[*products][:NAMED]))
-
-
-def _flops(unit: TracedUnit) -> int:
-    """FLOPs of what is counted in a unit's forward on one chip."""
-    ops = (op for piece in unit.forward if isinstance(piece, SegmentPiece) for op in piece.ops)
-    return sum(op.flops for op in ops if op.target.split(".")[1:2] and _is_counted(op.target.split(".")[1]))
-
-
-def _is_counted(name: str) -> bool:
-    return name in COUNTED or is_counted_here(name)
 
 
 def _reason(graph: Graph, plan: Plan, name: str, cut: ParamCut | None) -> str:

@@ -15,9 +15,10 @@ from torch import nn
 from comms.errors import CaptureError, PartitionError, located
 from comms.selection.progress import Progress, quiet
 from partitioner.capture.batch_inputs import Batch, tensors_of
-from partitioner.capture.captured_graph import SHORT, Graph, template_flops
+from partitioner.capture.captured_graph import SHORT, Graph
 from partitioner.capture.forwards.step_loss import LossFunction
 from partitioner.capture.graph_units import capture_graph
+from partitioner.capture.training_flops import forward_flops
 from partitioner.layout.joint_trace import trace_joint
 from partitioner.layout.parallel_plan import BatchNorms, Plan, balance
 from partitioner.layout.param_cuts import Cuts, param_cuts
@@ -151,11 +152,11 @@ def lower(graph: Graph, plan: Plan, shape: StepShape) -> Program:
     pool = SegmentPool()
     roles = tuple(_role(context, stage, pool, groups, shape.optimizer_states) for stage in range(plan.pp))
     templates, parts = [graph.templates[u.template] for u in graph.units], plan.microbatches * plan.dp
-    flops = sum(t.model_flops for t in templates) + template_flops(graph.inputs.graph)
+    flops = sum(t.model_flops for t in templates) + forward_flops(graph.inputs.graph)
     meta: dict[str, str | int | float] = {
         "model": shape.model, "dtype": shape.dtype, "plan": str(plan), "samples": shape.samples,
         "tokens": tokens, "params": graph.param_numel(), "units": len(graph.units),
-        "samples_per_part": graph.samples, "model_flops": flops * parts + template_flops(graph.constants.graph),
+        "samples_per_part": graph.samples, "model_flops": flops * parts + forward_flops(graph.constants.graph),
         "recomputed_flops": sum(t.again_flops for t in templates) * parts, "nominal_count": count,
         "tp_cut_parameters": share.parameters, "tp_cut_flops": share.flops, "tp_copied": "; ".join(share.copied),
         "zero": plan.zero, "whole_tensors": int(shape.whole_tensors), "loss": graph.loss_rule,

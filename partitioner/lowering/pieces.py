@@ -20,6 +20,7 @@ from partitioner.capture.captured_graph import (
     op_flops,
     op_name,
     operand,
+    product_flops,
     reads_of,
     spec_of,
 )
@@ -84,6 +85,7 @@ class TracedUnit:
     outputs: tuple[int, ...]
     grads: tuple[tuple[int, int | None], ...]
     whole: tuple[str, ...]  # see `Joint`
+    flops: int  # of the forward, see `product_flops`
 
 
 def split_joint(joint: Joint) -> TracedUnit:
@@ -123,6 +125,7 @@ def split_joint(joint: Joint) -> TracedUnit:
             for i, g in zip(joint.wanted, grads, strict=True)
         ),
         whole=joint.whole,
+        flops=sum(product_flops(n) or 0 for n in forward_nodes),
     )
 
 

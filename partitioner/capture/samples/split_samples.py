@@ -20,12 +20,8 @@ import kernels.ops  # noqa: F401  (registers the operators between parts)
 from comms.errors import CaptureError
 from partitioner.capture.captured_graph import op_name
 from partitioner.capture.forwards.user_functions import AppliedFunction
-<<<<<<< HEAD
-from partitioner.capture.pure_graph import source_line
-from partitioner.capture.samples.arithmetic_rules import is_inexact
-=======
 from partitioner.capture.pure_graph import modes_of, source_line
->>>>>>> 51ef0cf (x)
+from partitioner.capture.samples.arithmetic_rules import is_inexact
 from partitioner.capture.samples.batch_norms import BATCH_NORM
 from partitioner.capture.samples.rules import rule_of, spread_of
 from partitioner.capture.samples.spread import (

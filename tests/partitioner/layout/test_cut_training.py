@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from comms.errors import PartitionError
 from orchestrator.verbs.distribute import distribute
@@ -344,6 +345,19 @@ def test_what_is_not_cut_is_named_with_the_reason(laptop: Any, one_thread: None)
         UserWarning, match="tp 2 cuts .* net.weight_ih_l0 .used by lstm.; .* matmul, of whole operands"
     ):
         step(sequences(0))
+
+
+def test_attention_without_heads_counts_once_and_is_whole_on_every_chip(
+    laptop: Any, one_thread: None
+) -> None:
+    """Below autograd it is the products that it consists of."""
+    case = fused(3 * WIDTH), lambda m, x: m.out(F.scaled_dot_product_attention(*m.qkv(x).chunk(3, -1)))
+    with FlopCounterMode(display=False) as counter:
+        Net(*case)(**sequences(0)).backward()
+    assert partition(Net(*case), sequences(0), Plan()).facts["model_flops"] == counter.get_total_flops()
+    weights, attention = 2 * 4 * TIME * WIDTH * 4 * WIDTH, 2 * 2 * 4 * TIME * TIME * WIDTH
+    cut = partition(Net(*case), sequences(0), Plan(tp=2)).facts["tp_cut_flops"]
+    assert cut == pytest.approx(weights / (weights + attention))
 
 
 def test_a_model_of_which_nothing_can_be_cut_is_refused(laptop: Any, one_thread: None) -> None:

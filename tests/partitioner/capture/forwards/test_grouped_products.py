@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from orchestrator.verbs.distribute import distribute
-from partitioner.capture.training_flops import KERNELS
+from partitioner.capture.captured_graph import KERNELS
 from partitioner.layout.parallel_plan import Plan
 from partitioner.lowering.lower import partition
 
