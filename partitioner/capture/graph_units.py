@@ -42,7 +42,14 @@ from partitioner.capture.graph_pieces import (
     structure_of,
 )
 from partitioner.capture.products.tp_styles import param_styles
-from partitioner.capture.pure_graph import first_user_line, is_float, quiet_torch, source_line, with_gradient
+from partitioner.capture.pure_graph import (
+    autocast_written_out,
+    first_user_line,
+    is_float,
+    quiet_torch,
+    source_line,
+    with_gradient,
+)
 from partitioner.capture.samples.batch_cut import cut_batch
 from partitioner.capture.samples.loss_form import FINAL, GATHERED, KNOWN, LossForm, finals_of, whole_loss
 from partitioner.capture.samples.taking_apart import put_apart, replace_by
@@ -252,7 +259,7 @@ class _Builder:
         self.free_values |= dict.fromkeys(others)
         graph = extracted(self.captured, list(nodes), [*sums, *others], results)
         inputs = (*self._names([operand(n, 0) for n in sums]), *self._names(others))
-        return Side(graph, inputs, self._names(results))
+        return Side(autocast_written_out(graph), inputs, self._names(results))
 
     def _updated(self) -> list[Node]:
         """What changed buffers hold after the step."""
@@ -361,7 +368,7 @@ class _Builder:
         inside = set(nodes)
         outer = list(dict.fromkeys((*reads_of(nodes), *(n for n in outputs if n not in inside))))
         graph = extracted(self.captured, nodes, outer, outputs)
-        return Side(graph, self._names(outer), self._names(outputs))
+        return Side(autocast_written_out(graph), self._names(outer), self._names(outputs))
 
 
 def _is_known(node: Node) -> bool:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.func import functionalize
 from torch.fx import Node
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -68,6 +68,22 @@ def modes_of(node: Node) -> Iterator[None]:
             device, dtype, enabled = autocast
             modes.enter_context(torch.autocast(device, dtype, enabled, cache_enabled=False))
         yield
+
+
+class _UnderModes(torch.fx.Interpreter):
+    def run_node(self, n: Node) -> Any:
+        with modes_of(n):
+            return super().run_node(n)
+
+
+def autocast_written_out(module: torch.fx.GraphModule) -> torch.fx.GraphModule:
+    """The graph with the casts that autocast makes, for where operations run without it."""
+    if not any((node.meta.get("autocast") or [False])[-1] for node in module.graph.nodes):
+        return module
+    places = [n.meta["val"] for n in module.graph.nodes if n.op == "placeholder"]
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        values = [torch.empty_like(value, device="cpu") for value in places]
+    return trace_values(_UnderModes(module).run, values)
 
 
 def is_pure(graph: torch.fx.Graph) -> bool:

@@ -51,8 +51,15 @@ def of_one_dtype(m: Any, x: torch.Tensor) -> torch.Tensor:
     return torch.zeros(TOKENS, WIDTH, dtype=y.dtype).index_add(0, torch.arange(TOKENS), y)
 
 
+def of_the_batch_alone(m: Any, x: torch.Tensor) -> torch.Tensor:
+    """Products without parameters, and of constants, which are made once."""
+    angles = torch.arange(300.0)[-TOKENS:, None] @ torch.tensor([[0.1, 0.37, 0.7, 0.9]])
+    return m.down(m.up(x @ x.T @ x).tanh()) + angles.cos().repeat(1, 4)
+
+
 CASES: dict[str, Case] = {
     "cross entropy, in float32": (pair, counted_classes, 1e-5),
+    "without parameters": (pair, of_the_batch_alone, ROUNDED),
     "bias of rows": (pair, of_one_dtype, ROUNDED),
 }
 
