@@ -70,8 +70,11 @@ def modes_of(node: Node) -> Iterator[None]:
         yield
 
 
-class _UnderModes(torch.fx.Interpreter):
+class UnderModes(torch.fx.Interpreter):
+    """Runs each operation under what it was captured under."""
+
     def run_node(self, n: Node) -> Any:
+        """A node's result."""
         with modes_of(n):
             return super().run_node(n)
 
@@ -83,7 +86,7 @@ def autocast_written_out(module: torch.fx.GraphModule) -> torch.fx.GraphModule:
     places = [n.meta["val"] for n in module.graph.nodes if n.op == "placeholder"]
     with FakeTensorMode(allow_non_fake_inputs=True):
         values = [torch.empty_like(value, device="cpu") for value in places]
-    return trace_values(_UnderModes(module).run, values)
+    return trace_values(UnderModes(module).run, values)
 
 
 def is_pure(graph: torch.fx.Graph) -> bool:

@@ -17,6 +17,7 @@ from torch.utils import checkpoint
 
 from partitioner.capture.captured_graph import reads_of
 from partitioner.capture.forwards.checkpoints import Region, regions_of
+from partitioner.capture.pure_graph import UnderModes
 
 Step: TypeAlias = "Node | Part"
 
@@ -51,7 +52,7 @@ def parts(nodes: Sequence[Node], depth: int = 0) -> tuple[Step, ...]:
     return tuple(steps)
 
 
-class Recomputing(torch.fx.Interpreter):
+class Recomputing(UnderModes):
     """Runs a graph's checkpointed parts by `torch.utils.checkpoint`; all values stay, as a later part may read them."""
 
     def __init__(self, module: torch.fx.GraphModule) -> None:

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from partitioner.capture.captured_graph import KERNELS
 from partitioner.capture.forwards.checkpoints import regions_of
-from partitioner.capture.pure_graph import trace_values
+from partitioner.capture.pure_graph import UnderModes, trace_values
 from partitioner.capture.recomputing import Recomputing, as_when_run
 
 
@@ -23,7 +23,7 @@ def forward_flops(module: torch.fx.GraphModule) -> int:
     with (mode := FakeTensorMode(allow_non_fake_inputs=True)), torch.no_grad():
         places = [n for n in module.graph.nodes if n.op == "placeholder"]
         values = [torch.empty_like(n.meta["val"], device="cpu") for n in places]
-        return _counted(module, values, mode)
+        return _counted(UnderModes(module).run, values, mode)
 
 
 def training_flops(
@@ -35,7 +35,7 @@ def training_flops(
         values = [torch.empty_like(v, device="cpu", requires_grad=False) for v in shapes]
 
     def once(*values: torch.Tensor) -> list[torch.Tensor]:
-        return _trained(torch.fx.Interpreter(module, garbage_collect_values=False), values)
+        return _trained(UnderModes(module, garbage_collect_values=False), values)
 
     def recomputing(*values: torch.Tensor) -> list[torch.Tensor]:
         with as_when_run():

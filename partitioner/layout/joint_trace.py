@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_map_only
 
 from comms.errors import PartitionError
 from partitioner.capture.captured_graph import TORCH, Template, op_name
-from partitioner.capture.pure_graph import modes_of, quiet_torch, trace_values
+from partitioner.capture.pure_graph import quiet_torch, trace_values
 from partitioner.capture.recomputing import Recomputing, as_when_run
 from partitioner.layout import part_ops
 from partitioner.layout.cut_operations import cut_result
@@ -144,8 +144,7 @@ class _Local(Recomputing):
 
     def run_node(self, n: torch.fx.Node) -> Any:
         self.node = n
-        with modes_of(n):
-            return super().run_node(n)
+        return super().run_node(n)
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         if target is operator.getitem:

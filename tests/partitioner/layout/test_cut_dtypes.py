@@ -51,6 +51,13 @@ def of_one_dtype(m: Any, x: torch.Tensor) -> torch.Tensor:
     return torch.zeros(TOKENS, WIDTH, dtype=y.dtype).index_add(0, torch.arange(TOKENS), y)
 
 
+def asking_for_a_dtype(m: Any, x: torch.Tensor) -> torch.Tensor:
+    y = m.up(x)
+    return torch.zeros(TOKENS, 64, dtype=y.dtype).scatter_add(
+        0, torch.arange(TOKENS)[:, None].expand(-1, 64), y
+    )
+
+
 def of_the_batch_alone(m: Any, x: torch.Tensor) -> torch.Tensor:
     """Products without parameters, and of constants, which are made once."""
     angles = torch.arange(300.0)[-TOKENS:, None] @ torch.tensor([[0.1, 0.37, 0.7, 0.9]])
@@ -60,6 +67,7 @@ def of_the_batch_alone(m: Any, x: torch.Tensor) -> torch.Tensor:
 CASES: dict[str, Case] = {
     "cross entropy, in float32": (pair, counted_classes, 1e-5),
     "without parameters": (pair, of_the_batch_alone, ROUNDED),
+    "scattered": (pair, asking_for_a_dtype, ROUNDED),
     "bias of rows": (pair, of_one_dtype, ROUNDED),
 }
 
