@@ -148,6 +148,13 @@ class _Writer:
         is_optional = "Optional[Tensor]" in kind
         return self._list(items, torch._C.OptionalType(tensor) if is_optional else tensor)
 
+    def _truth(self, value: bool) -> Any:
+        """A truth value as a tensor of no dims, which is promoted as one: no schema takes it as a number."""
+        given = (int(value), SCALAR_TYPES["b8"], None, torch.device(self.device), None)
+        node = self.graph.create("aten::scalar_tensor", [self.graph.insertConstant(v) for v in given], 1)
+        self.graph.appendNode(node)
+        return node.output()
+
     def _in_order(self, value: Any) -> Any:
         """The same elements, contiguous; nothing is copied where they are."""
         node = self.graph.create("aten::contiguous", [value, self.graph.insertConstant(0)], 1)
@@ -169,7 +176,7 @@ class _Writer:
             elif isinstance(value, list):
                 value = [float(v) for v in value]
         if isinstance(value, bool) and kind == "Tensor":
-            value = torch.tensor(value)  # promoted as a truth value, which no schema takes
+            return self._truth(value)
         elif isinstance(value, bool) and kind in ("number", "Optional[number]"):
             value = int(value)
         if kind in ("List[int]", "Optional[List[int]]") and isinstance(value, int):

@@ -70,6 +70,17 @@ def modes_of(node: Node) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def unfused() -> Iterator[None]:
+    """Recurrent layers as products: oneDNN's kernel is not counted nor cut, and fails where a state is unused."""
+    before = torch._C._get_mkldnn_enabled()
+    torch._C._set_mkldnn_enabled(False)
+    try:
+        yield
+    finally:
+        torch._C._set_mkldnn_enabled(before)
+
+
 class UnderModes(torch.fx.Interpreter):
     """Runs each operation under what it was captured under."""
 

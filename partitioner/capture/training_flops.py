@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from partitioner.capture.captured_graph import KERNELS
 from partitioner.capture.forwards.checkpoints import regions_of
-from partitioner.capture.pure_graph import UnderModes, trace_values
+from partitioner.capture.pure_graph import UnderModes, trace_values, unfused
 from partitioner.capture.recomputing import Recomputing, as_when_run
 
 
@@ -63,6 +63,6 @@ def training_flops(
 
 
 def _counted(run: Callable[..., Any], values: Sequence[torch.Tensor], mode: FakeTensorMode) -> int:
-    with mode, FlopCounterMode(display=False, custom_mapping=KERNELS) as counter:
+    with mode, unfused(), FlopCounterMode(display=False, custom_mapping=KERNELS) as counter:
         run(*values)
     return int(counter.get_total_flops())

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_map_only
 
 from comms.errors import PartitionError
 from partitioner.capture.captured_graph import TORCH, Template, op_name
-from partitioner.capture.pure_graph import quiet_torch, trace_values
+from partitioner.capture.pure_graph import quiet_torch, trace_values, unfused
 from partitioner.capture.recomputing import Recomputing, as_when_run
 from partitioner.layout import part_ops
 from partitioner.layout.cut_operations import cut_result
@@ -81,7 +81,7 @@ def trace_joint(template: Template, cuts: Sequence[ParamCut | None], tp: int) ->
             *(g if g is None else g.contiguous() for g in grads),
         )
 
-    with _explained(tp), quiet_torch():
+    with _explained(tp), quiet_torch(), unfused():
         values = (*locals_, coordinate, *tangents)
         traced = trace_values(joint, values)
     return Joint(

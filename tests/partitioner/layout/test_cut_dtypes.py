@@ -58,6 +58,11 @@ def asking_for_a_dtype(m: Any, x: torch.Tensor) -> torch.Tensor:
     )
 
 
+def recurrent(m: Any, x: torch.Tensor) -> torch.Tensor:
+    """Nobody reads the last state."""
+    return m.down(m.net(m.up(x))[0])
+
+
 def of_the_batch_alone(m: Any, x: torch.Tensor) -> torch.Tensor:
     """Products without parameters, and of constants, which are made once."""
     angles = torch.arange(300.0)[-TOKENS:, None] @ torch.tensor([[0.1, 0.37, 0.7, 0.9]])
@@ -68,6 +73,7 @@ CASES: dict[str, Case] = {
     "cross entropy, in float32": (pair, counted_classes, 1e-5),
     "without parameters": (pair, of_the_batch_alone, ROUNDED),
     "scattered": (pair, asking_for_a_dtype, ROUNDED),
+    "recurrent": (lambda: {**pair(), "net": nn.LSTM(64, 64)}, recurrent, ROUNDED),
     "bias of rows": (pair, of_one_dtype, ROUNDED),
 }
 
