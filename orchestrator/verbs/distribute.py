@@ -6,8 +6,9 @@
 The model is captured at the first batch, split over the cluster's chips and trained there, in this process or by Ray
 actors. Settings of the optimizer's groups (learning rates, betas, decay) are read at every step, so schedulers keep
 working. `step.sync()` copies trained parameters and optimizer states back. What changes between steps is seen: another
-kind of batch, frozen or unfrozen parameters, new groups and `train()` or `eval()` lead to another Program; weights,
-buffers and states that were changed are loaded, if they had been fetched before by `sync()`, and refused otherwise.
+kind of batch, frozen or unfrozen parameters, new groups, `train()` or `eval()`, hooks, and numbers that code reads (see
+`python_state`) lead to another Program; weights, buffers and states that were changed are loaded, if they had been
+fetched before by `sync()`, and refused otherwise.
 """
 
 import math
@@ -52,6 +53,7 @@ from orchestrator.runners.runner import (
 )
 from orchestrator.runs.data import split_batch, step_key
 from orchestrator.verbs.inputs.options import RunnerKind
+from orchestrator.verbs.python_state import PythonState, checksum
 from orchestrator.verbs.verification.one_chip import OneChip
 from orchestrator.verbs.verification.sides import PlannedSide
 from orchestrator.verbs.verification.step_check import STEPS, StepCheck
@@ -66,6 +68,7 @@ from partitioner.lowering.lower import capture_and_lower
 from partitioner.program.program import Program
 
 Situation: TypeAlias = tuple[object, ...]  # what a Program is made for
+MAX_PROGRAMS = 64  # a value that is annealed leads to another one at every step
 
 
 class DistributedStep:
@@ -90,6 +93,7 @@ class DistributedStep:
         self._is_ahead = False  # the chips have trained since their values were last fetched
         self._seen: Mapping[str, object] = {}
         self._said: set[str] = set()  # what is not warned of again
+        self._python = PythonState()
 
     def __call__(self, batch: Batch) -> float:
         """One optimizer step on a whole global batch; returns its loss. Raises UserError."""
@@ -224,23 +228,25 @@ class DistributedStep:
         return True
 
     def _situation_of(self, batch: Batch) -> Situation:
-        """All that a Program depends on besides the code of the model."""
+        """All that a Program depends on besides values."""
         tensors = tuple((n, tuple(v.shape), v.dtype) for n, v in tensors_of(batch).items())
         modes = tuple(module.training for module in self.model.modules())
         trained = tuple(p.requires_grad for p in self.model.parameters())
         groups = tuple(tuple(id(p) for p in group["params"]) for group in self.optimizer.param_groups)
-        return tensors, settings_of(batch), modes, trained, groups
+        code = self._python.marks(self.model, self.loss_fn) if self.is_watched else ()
+        return tensors, settings_of(batch), modes, trained, groups, code
 
     def _values_seen(self) -> dict[str, object]:
         """Marks of all values that live on the chips: they differ once something else writes to them."""
         if not self.is_watched:
             return {}
         named = [*self.model.named_parameters(), *self.model.named_buffers()]
-        seen: dict[str, object] = {name: (id(v), v.data_ptr(), v._version, _checksum(v)) for name, v in named}
+        seen: dict[str, object] = {name: (id(v), v.data_ptr(), v._version, checksum(v)) for name, v in named}
         for name, param in self.model.named_parameters():
             own = self.optimizer.state.get(param, {})
             marks = tuple(
-                (k, id(v), v._version if isinstance(v, torch.Tensor) else v) for k, v in own.items()
+                (k, id(v), v._version, checksum(v)) if isinstance(v, torch.Tensor) else (k, v)
+                for k, v in own.items()
             )
             seen[f"the optimizer's state of {name}"] = marks
         return seen
@@ -301,6 +307,8 @@ class DistributedStep:
         """The Program for a situation, made once."""
         ages = self._ages()
         if (key := (*situation, ages)) not in self._programs:
+            if len(self._programs) >= MAX_PROGRAMS:
+                del self._programs[next(iter(self._programs))]
             self._programs[key] = self._program(batch, plan, dict(ages))
         return self._programs[key]
 
@@ -387,9 +395,3 @@ def _require_batch(batch: object) -> None:
         raise PlanError(problem, "step(batch)", "pass {name: input}, as model(**batch)")
     if any(v.numel() == 0 and v.dim() and not v.shape[0] for v in tensors_of(batch).values()):
         raise PlanError("the batch has no samples", "step(batch)", "leave empty batches out")
-
-
-def _checksum(value: torch.Tensor) -> tuple[float, float]:
-    """Two sums that a write through `.data`, which no version counts, changes too."""
-    flat = value.detach().reshape(-1).to(torch.float64)
-    return float(flat.sum()), float(flat.abs().sum())
