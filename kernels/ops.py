@@ -14,6 +14,9 @@ the batch, known before the forward; `final_total(x)`, the sum over all parts, k
 traced ones: `all_gather_parts(x, parts)` and `reduce_scatter_parts(x, parts)`, along the first dim.
 """
 
+import math
+from typing import Any
+
 import torch
 
 GOLDEN = -0x61C8864680B583EB  # 2^64 / the golden ratio, as a signed number
@@ -97,3 +100,28 @@ torch.library.register_fake("orchestrate::all_gather_parts", _all_gathered, lib=
 torch.library.register_fake("orchestrate::reduce_scatter_parts", _scattered, lib=_LIBRARY)
 for _name in ("sum_parts", "known_total", "final_total"):
     torch.library.register_fake(f"orchestrate::{_name}", torch.empty_like, lib=_LIBRARY)
+
+
+def _keep_layout(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    del output
+    ctx.shape, ctx.layout = inputs[0].shape, inputs[1:]
+
+
+def _sum_backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+    del ctx
+    return torch.ops.orchestrate.sum_parts(grad)
+
+
+def _gather_backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+    """The sum over replicas of what each has for this one's samples."""
+    dim, outer, parts = ctx.layout
+    before, after = math.prod(ctx.shape[:dim]), math.prod(ctx.shape[dim + 1 :])
+    rows = grad.reshape(before, outer, grad.shape[dim] // outer, after).permute(2, 0, 1, 3).contiguous()
+    own = torch.ops.orchestrate.reduce_scatter_parts(rows, parts)
+    return own.permute(1, 2, 0, 3).reshape(ctx.shape), None, None, None
+
+
+torch.library.register_autograd("orchestrate::sum_parts", _sum_backward, lib=_LIBRARY)
+torch.library.register_autograd(
+    "orchestrate::gather_parts", _gather_backward, setup_context=_keep_layout, lib=_LIBRARY
+)
