@@ -6,11 +6,14 @@ that parameters may be stepped on end to end and in shards, or whole parameters 
 then has a step of its own. What couples parameters to each other, or draws random numbers, is refused.
 """
 
+import copy
+import inspect
 import math
-from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from types import FunctionType, MethodType
 from typing import Any, TypeAlias
 
 import torch
@@ -19,8 +22,17 @@ from comms.errors import OptimizerError
 from kernels.builtin_optimizers import BUILT_IN
 
 Factory: TypeAlias = Callable[[Sequence[torch.Tensor]], torch.optim.Optimizer]
-PROBES = (((4, 6), (5,)), ((4, 6), (3, 5)))  # shapes of parameters
+PROBES = (((4, 6), (5,), (70, 61)), ((4, 6), (3, 5), (70, 61)))  # shapes of parameters
 PROBE_STEPS = 3
+SIZES = frozenset({"numel", "nelement", "shape", "size", "ndim", "dim"})
+TORCH_OWN = (
+    "state",
+    "param_groups",
+    "step",
+    *torch.optim.SGD([torch.zeros(1)], lr=0.0).__dict__,
+    "_opt_called",
+)
+MAX_DEPTH = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +84,8 @@ def scope_of(factory: Factory) -> Scope:
     for shapes in PROBES:  # some optimizers take matrices only
         try:
             together, apart = _trial(factory, shapes, "together"), _trial(factory, shapes, "apart")
+        except OptimizerError:
+            raise
         except Exception as error:  # whatever the user's code raises
             found = found or error
             continue
@@ -82,7 +96,9 @@ def scope_of(factory: Factory) -> Scope:
             joined = _trial(factory, shapes, "end to end")
         except Exception:  # an optimizer that only takes matrices looks at them
             return Scope.PARAMETER
-        return Scope.ENTRY if _close(together, joined) else Scope.PARAMETER
+        if not _close(together, joined) or _names_sizes(factory):
+            return Scope.PARAMETER
+        return Scope.ENTRY
     said = str(found).strip().split("\n")[0]
     raise OptimizerError(
         f"the optimizer cannot step on given gradients: {said}",
@@ -105,17 +121,102 @@ def _trial(factory: Factory, shapes: Sequence[tuple[int, ...]], how: str) -> tor
         starts = [torch.cat([s.reshape(-1) for s in starts])]
         sets = [[torch.cat([g.reshape(-1) for g in grads])] for grads in sets]
     params = [torch.nn.Parameter(start) for start in starts]
-    optimizers = [factory([p]) for p in params] if how == "apart" else [factory(params)]
+    made = [factory([p]) for p in params] if how == "apart" else [factory(params)]
+    optimizers = [_apart_from_users(optimizer) for optimizer in made]
+    held = [own_attributes(optimizer) for optimizer in optimizers]
+    before = [_marks(own) for own in held]
     for grads in sets:
         for param, grad in zip(params, grads, strict=True):
             param.grad = grad.clone()
         for optimizer in optimizers:
             optimizer.step()
+    for optimizer, own, marks in zip(optimizers, held, before, strict=True):
+        _require_unchanged(marks, _marks(own | own_attributes(optimizer)))
     return torch.cat([p.detach().reshape(-1) for p in params])
 
 
 def _close(one: torch.Tensor, other: torch.Tensor) -> bool:
     return torch.allclose(one, other, rtol=1e-9, atol=1e-12)
+
+
+def own_attributes(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """What an optimizer of the user's holds besides states and groups."""
+    if type(optimizer).__module__.partition(".")[0] == "torch":
+        return {}
+    return {name: value for name, value in optimizer.__dict__.items() if name not in TORCH_OWN}
+
+
+def require_no_parameters(optimizer: torch.optim.Optimizer) -> None:
+    """Where shards are stepped on, what goes by a parameter itself finds nothing. Raises OptimizerError."""
+    params = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for name, marks in _marks(own_attributes(optimizer)).items():
+        if params & set(_numbers(marks)):
+            problem = (
+                f"the optimizer's {name} holds parameters, or ids of them, but chips step on other tensors"
+            )
+            raise OptimizerError(problem, hint="let groups of the optimizer say what is special")
+
+
+def _numbers(marks: object) -> Iterator[int]:
+    if isinstance(marks, int):
+        yield marks
+    elif isinstance(marks, list | tuple):
+        for each in marks:
+            yield from _numbers(each)
+
+
+def _apart_from_users(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """The optimizer with copies of what it shares with the user's, which a trial must not change."""
+    memo: dict[int, Any] = {id(p): p for group in optimizer.param_groups for p in group["params"]}
+    for name, value in own_attributes(optimizer).items():
+        try:
+            optimizer.__dict__[name] = copy.deepcopy(value, memo)
+        except Exception as error:  # whatever the user's objects raise
+            problem = f"what the optimizer holds as {name} cannot be copied, so its steps cannot be tried"
+            raise OptimizerError(problem, hint=f"keep {name} outside of the optimizer") from error
+    return optimizer
+
+
+def _require_unchanged(before: Mapping[str, object], after: Mapping[str, object]) -> None:
+    changed = [name for name, marks in after.items() if before.get(name, after) != marks]
+    if changed:
+        problem = f"a step of the optimizer changes its {changed[0]}, which is neither state nor setting"
+        hint = "keep it in self.state[p], and step on the parameters of self.param_groups"
+        raise OptimizerError(problem, hint=hint)
+
+
+def _marks(held: Mapping[str, object]) -> dict[str, object]:
+    return {name: _mark(value, 0, set()) for name, value in held.items()}
+
+
+def _mark(value: Any, depth: int, seen: set[int]) -> object:
+    """Something that differs once the value, or what it holds, is written to."""
+    if isinstance(value, int | float | str | bytes | complex | None):
+        return value
+    if isinstance(value, torch.Tensor):
+        return id(value), value.detach().reshape(-1).contiguous().view(torch.uint8).numpy(
+            force=True
+        ).tobytes()
+    if id(value) in seen or depth > MAX_DEPTH:
+        return id(value)
+    seen.add(id(value))
+    if isinstance(value, Mapping):
+        return [(_mark(k, depth + 1, seen), _mark(v, depth + 1, seen)) for k, v in value.items()]
+    if isinstance(value, list | tuple | set | frozenset | deque):
+        return [_mark(each, depth + 1, seen) for each in value]
+    if isinstance(value, FunctionType):
+        cells = [c.cell_contents for c in value.__closure__ or ()]
+        return id(value), [_mark(c, depth + 1, seen) for c in cells]
+    held = value.__self__ if isinstance(value, MethodType) else getattr(value, "__dict__", {})
+    return id(value), _mark(held, depth + 1, seen)
+
+
+def _names_sizes(factory: Factory) -> bool:
+    """Whether code of a class that is not torch's asks how large tensors are: no trial knows where it changes."""
+    kinds = [k for k in type(factory([torch.zeros(1, requires_grad=True)])).__mro__ if k is not object]
+    own = [f for k in kinds if k.__module__.partition(".")[0] != "torch" for f in vars(k).values()]
+    codes = [inspect.unwrap(f).__code__ for f in own if isinstance(f, FunctionType)]
+    return any(SIZES & set(code.co_names) for code in codes)
 
 
 def same_kind(optimizer: torch.optim.Optimizer) -> Factory:

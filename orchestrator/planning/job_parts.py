@@ -15,7 +15,14 @@ from torch import nn
 from torch.utils.data import RandomSampler
 
 from comms.errors import ConfigError, DataError, ModelError, PlanError, RunError, located
-from kernels.optimizers import OptimizerSpec, Scope, same_kind, scope_of, states_per_element
+from kernels.optimizers import (
+    OptimizerSpec,
+    Scope,
+    require_no_parameters,
+    same_kind,
+    scope_of,
+    states_per_element,
+)
 from orchestrator.config.job_file import Dtype, Job
 from orchestrator.models.model_builder import BuiltModel, build
 from orchestrator.models.user_code import called, first_parameter, named_object, raised
@@ -185,6 +192,7 @@ def checked_scope(optimizer: torch.optim.Optimizer) -> Scope:
             "hooks of the optimizer's steps would not run", kind, "remove them, or call them yourself"
         )
     with located(kind, "use an optimizer that steps on given gradients"):
+        require_no_parameters(optimizer)
         return scope_of(same_kind(optimizer))
 
 

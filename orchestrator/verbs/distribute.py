@@ -53,7 +53,7 @@ from orchestrator.runners.runner import (
 )
 from orchestrator.runs.data import split_batch, step_key
 from orchestrator.verbs.inputs.options import RunnerKind
-from orchestrator.verbs.python_state import PythonState, checksum
+from orchestrator.verbs.python_state import PythonState
 from orchestrator.verbs.verification.one_chip import OneChip
 from orchestrator.verbs.verification.sides import PlannedSide
 from orchestrator.verbs.verification.step_check import STEPS, StepCheck
@@ -93,7 +93,7 @@ class DistributedStep:
         self._is_ahead = False  # the chips have trained since their values were last fetched
         self._seen: Mapping[str, object] = {}
         self._said: set[str] = set()  # what is not warned of again
-        self._python = PythonState()
+        self._code, self._held = PythonState(), PythonState()
 
     def __call__(self, batch: Batch) -> float:
         """One optimizer step on a whole global batch; returns its loss. Raises UserError."""
@@ -189,8 +189,10 @@ class DistributedStep:
             with torch.no_grad():
                 for name, value in whole_parameters(self.program, states.__getitem__).items():
                     params[name].copy_(value.view(params[name].shape))
+                buffers = dict(self.model.named_buffers())
                 for name, value in whole_buffers(self.program, states).items():
-                    self.model.get_buffer(name).copy_(value)
+                    if name in buffers:  # unless it was taken away since
+                        buffers[name].copy_(value)
             for name, own in whole_states(self.program, states).items():
                 like = params[name]
                 made = {
@@ -233,26 +235,18 @@ class DistributedStep:
         modes = tuple(module.training for module in self.model.modules())
         trained = tuple(p.requires_grad for p in self.model.parameters())
         groups = tuple(tuple(id(p) for p in group["params"]) for group in self.optimizer.param_groups)
-        code = self._python.marks(self.model, self.loss_fn) if self.is_watched else ()
+        code = self._code.marks(self.model, self.loss_fn) if self.is_watched else ()
         return tensors, settings_of(batch), modes, trained, groups, code
 
     def _values_seen(self) -> dict[str, object]:
         """Marks of all values that live on the chips: they differ once something else writes to them."""
         if not self.is_watched:
             return {}
-        named = [*self.model.named_parameters(), *self.model.named_buffers()]
-        seen: dict[str, object] = {name: (id(v), v.data_ptr(), v._version, checksum(v)) for name, v in named}
-        for name, param in self.model.named_parameters():
-            own = self.optimizer.state.get(param, {})
-            marks = tuple(
-                (k, id(v), v._version, checksum(v)) if isinstance(v, torch.Tensor) else (k, v)
-                for k, v in own.items()
-            )
-            seen[f"the optimizer's state of {name}"] = marks
-        return seen
+        return self._held.values(self.model, self.optimizer)
 
     def _start(self, batch: Batch, situation: Situation) -> None:
         """Run the Program for a situation, from what the model and the optimizer hold."""
+        self.scope = checked_scope(self.optimizer)  # it may have been given hooks or attributes
         self.plan = self.plan or self._chosen_plan(batch)
         if self.plan.num_chips != self.cluster.num_chips:
             raise PlanError(f"the plan is for {self.plan.num_chips} chips, the cluster has {self.cluster.num_chips}",

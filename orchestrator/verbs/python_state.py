@@ -13,6 +13,11 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
+
+from comms.errors import PlanError
+from kernels.optimizers import own_attributes
+from orchestrator.planning.job_parts import HOOKS
 
 Place: TypeAlias = tuple[Mapping[str, Any], str]  # a namespace and a name in it
 
@@ -28,25 +33,54 @@ NAMESPACES = frozenset(
 
 
 class PythonState:
-    """Marks what code reads; it keeps what it has marked alive, so that no address is used twice."""
+    """Marks what code reads: of a model and its loss, or of an optimizer. What was marked is kept alive, so that no
+    address is used twice."""
 
     def __init__(self) -> None:
         self._kept: dict[int, object] = {}
         self._turns: dict[int, int] = {}
         self._own: set[int] = set()
-        self._names = {"forward", "__call__"}  # attributes that code names: others are not read
+        self._names = {"forward", "__call__", "step"}  # attributes that code names: others are not read
         self._places: dict[object, tuple[int, list[Place]]] = {}
 
     def marks(self, model: nn.Module, loss_fn: Callable[..., Any] | None) -> tuple[object, ...]:
         """Equal (and hashable) while everything that is read is the same."""
         self._own = {id(v) for v in (*model.parameters(), *model.buffers())}
+        modules = list(model.modules())
+
+        def walk() -> tuple[object, ...]:
+            self._turns = {id(module): turn for turn, module in enumerate(modules)}
+            return *(self._module(module, ELSEWHERE) for module in modules), self._mark(loss_fn, 0)
+
+        return self._settled(walk)
+
+    def _settled(self, walk: Callable[[], tuple[object, ...]]) -> tuple[object, ...]:
+        """What a walk finds once it meets no code that names more."""
         while True:
             known = len(self._names)
-            modules = list(model.modules())
-            self._turns = {id(module): turn for turn, module in enumerate(modules)}
-            found = *(self._module(module, ELSEWHERE) for module in modules), self._mark(loss_fn, 0)
+            found = walk()
             if known == len(self._names):
                 return found
+
+    def values(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, object]:
+        """Marks of parameters, buffers, states and of what the optimizer holds besides. Raises PlanError."""
+        named = [*model.named_parameters(), *model.named_buffers()]
+        if lazy := [name for name, value in named if is_lazy(value)]:
+            problem = f"{lazy[0]} has no shape before the model's first forward"
+            raise PlanError(problem, type(model).__name__, "call model(**batch) once, then distribute")
+        seen: dict[str, object] = {name: _written(value) for name, value in named}
+        for name, param in model.named_parameters():
+            own = optimizer.state.get(param, {})
+            marks = tuple((k, _written(v) if isinstance(v, torch.Tensor) else v) for k, v in own.items())
+            seen[f"the optimizer's state of {name}"] = marks
+        held = own_attributes(optimizer), *(optimizer.__dict__.get(name) for name in HOOKS)
+
+        def walk() -> tuple[object, ...]:
+            self._turns = {}
+            return self._class(type(optimizer)), *(self._mark(value, 0) for value in held)
+
+        seen["what the optimizer holds"] = self._settled(walk)
+        return seen
 
     def _module(self, module: nn.Module, skipped: frozenset[str]) -> tuple[object, ...]:
         found: list[object] = [self._class(type(module))]
@@ -130,8 +164,10 @@ def checksum(value: torch.Tensor) -> int:
     flat = value.detach().reshape(-1)
     if flat.is_complex():
         flat = torch.view_as_real(flat).reshape(-1)
-    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()]
-    flat = flat.view(bits)
+    size = flat.element_size()
+    if flat.numel() > 1 and not (flat.numel() * size % 8 or flat.storage_offset() * size % 8):
+        size = 8  # several numbers at once
+    flat = flat.contiguous().view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[size])
     rows, rest = divmod(flat.numel(), CHUNK)
     factors = _factors(max(rows, CHUNK), flat.device)
     total = (flat[rows * CHUNK :] * factors[:rest]).sum()
@@ -141,11 +177,15 @@ def checksum(value: torch.Tensor) -> int:
     return int(total)
 
 
-@functools.lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=64)
 def _factors(count: int, device: torch.device) -> torch.Tensor:
     """Odd numbers; products and sums of whole numbers wrap around."""
     generator = torch.Generator().manual_seed(0)
     return (torch.randint(-(2**62), 2**62, (count,), generator=generator) * 2 + 1).to(device)
+
+
+def _written(value: torch.Tensor) -> tuple[object, ...]:
+    return id(value), value.data_ptr(), value._version, checksum(value)
 
 
 def _tensor_mark(value: torch.Tensor) -> object:

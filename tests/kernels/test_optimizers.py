@@ -14,6 +14,7 @@ from kernels.optimizers import (
     OptimizerSpec,
     Scope,
     StepStatistics,
+    require_no_parameters,
     same_kind,
     scope_of,
     states_per_element,
@@ -182,6 +183,84 @@ class Coupled(Stepping):
 class Drawing(Stepping):
     def direction(self, grad: torch.Tensor) -> torch.Tensor:
         return grad + torch.randn_like(grad)
+
+
+class Momentum(Stepping):
+    """Keeps what it needs at the next step where neither `state_dict` nor a checkpoint finds it."""
+
+    def __init__(self, params: Sequence[torch.Tensor]) -> None:
+        super().__init__(params)
+        self.moments: dict[torch.Tensor, torch.Tensor] = {}
+
+    @torch.no_grad()
+    def step(self) -> None:  # type: ignore[override]
+        for param in self.param_groups[0]["params"]:
+            moment = self.moments.setdefault(param, torch.zeros_like(param)).data
+            param.sub_(moment.mul_(0.9).add_(param.grad), alpha=0.1)
+
+
+class Counting(Stepping):
+    def direction(self, grad: torch.Tensor) -> torch.Tensor:
+        self.count = getattr(self, "count", 0) + 1
+        return grad
+
+
+@pytest.mark.parametrize(("kind", "name"), [(Momentum, "moments"), (Counting, "count")])
+def test_what_an_optimizer_keeps_besides_its_state_is_refused(kind: type[Stepping], name: str) -> None:
+    optimizer = kind([torch.nn.Parameter(torch.ones(3))])
+    with pytest.raises(OptimizerError, match=f"changes its {name}, which is neither state nor setting"):
+        scope_of(same_kind(optimizer))
+    assert getattr(optimizer, name, None) in (None, {})
+
+
+class OfModel(Stepping):
+    """Steps on the parameters of a model that it holds."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        super().__init__(list(module.parameters()))
+        self.module = module
+
+    @torch.no_grad()
+    def step(self) -> None:  # type: ignore[override]
+        for param in self.module.parameters():
+            param.mul_(0.9)
+
+
+class ById(Stepping):
+    def __init__(self, module: torch.nn.Module) -> None:
+        super().__init__(list(module.parameters()))
+        self.slow = {id(next(module.parameters()))}
+
+
+def test_trials_leave_alone_what_an_optimizer_holds() -> None:
+    module = torch.nn.Linear(3, 3)
+    before = [p.clone() for p in module.parameters()]
+    optimizer = OfModel(module)
+    with pytest.raises(OptimizerError, match="changes its module"):
+        scope_of(same_kind(optimizer))
+    assert all(torch.equal(p, was) for p, was in zip(module.parameters(), before, strict=True))
+    with pytest.raises(OptimizerError, match="module holds parameters"):
+        require_no_parameters(optimizer)
+    with pytest.raises(OptimizerError, match="slow holds parameters, or ids of them"):
+        require_no_parameters(ById(module))
+
+
+class LargeOtherwise(Stepping):
+    """As 8-bit optimizers, which keep full precision for what is small."""
+
+    def direction(self, grad: torch.Tensor) -> torch.Tensor:
+        return grad if grad.numel() > self.limit else grad / 10
+
+    limit = 4096
+
+
+class VeryLargeOtherwise(LargeOtherwise):
+    limit = 10**6
+
+
+@pytest.mark.parametrize("kind", [LargeOtherwise, VeryLargeOtherwise])
+def test_optimizers_that_ask_how_large_a_parameter_is_need_whole_ones(kind: type[Stepping]) -> None:
+    assert scope_of(kind) is Scope.PARAMETER
 
 
 @pytest.mark.parametrize("factory", [Coupled, Drawing])

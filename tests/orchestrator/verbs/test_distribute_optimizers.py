@@ -160,11 +160,9 @@ class Lion(torch.optim.Optimizer):
 
     def __init__(self, params: Any, *, lr: float = 0.01, **more: float) -> None:
         super().__init__(params, {"lr": lr, "momentum": 0.9, **more})
-        self.calls = 0
 
     @torch.no_grad()
     def step(self, closure: object = None) -> None:  # type: ignore[override]
-        self.calls += 1
         for group in self.param_groups:
             for param in group["params"]:
                 if param.grad is not None:
@@ -306,7 +304,7 @@ def test_what_the_user_gave_to_the_optimizer_stays_the_users(laptop: Any, one_th
     step = distribute(module, optimizer, laptop, plan=Plan(dp=2), chips=2)
     step(batch(0))
     step.sync()
-    assert optimizer.calls == 0 and len(optimizer.param_groups) == 1
+    assert len(optimizer.param_groups) == 1
     assert all(p is q for p, q in zip(before[0], optimizer.param_groups[0]["params"], strict=True))
     assert set(optimizer.state) == set(module.parameters())
 

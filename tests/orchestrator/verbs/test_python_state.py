@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from comms.errors import PlanError
 from orchestrator.verbs.distribute import distribute
 from orchestrator.verbs.python_state import PythonState, checksum
 from partitioner.layout.parallel_plan import Plan
@@ -33,7 +34,8 @@ class Annealed(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         found = self.act(self.norm(self.first(x))) * self.factor + self.shifted()
-        return found.pow(self.config.powers[0]).mean() + self.beta * self.first.weight.square().sum()
+        powers: list[int] = self.config.powers
+        return found.pow(powers[0]).mean() + self.beta * self.first.weight.square().sum()
 
     def shifted(self) -> torch.Tensor:
         return SHIFT * getattr(self, "scale", 1.0) + WEIGHTS["global"]
@@ -48,11 +50,11 @@ CHANGES: dict[str, Callable[[Any], object]] = {
     "a number of a layer": lambda m: setattr(m.norm, "momentum", 0.5),
     "another function": lambda m: setattr(m, "act", nn.ReLU()),
     "a hook": lambda m: m.first.register_forward_hook(doubled),
-    "a configuration": lambda m: m.config.powers.__setitem__(0, 4),
+    "a configuration": lambda m: m.config.powers.reverse(),
     "a class": lambda m: setattr(type(m), "factor", 2.0),
     "a new attribute": lambda m: setattr(m, "scale", 3.0),
-    "a global": lambda _: WEIGHTS.__setitem__("global", 0.25),
-    "a global tensor": lambda _: SHIFT.data.add_(1.0),
+    "a global": lambda m: WEIGHTS.update([("global", 0.25)]),
+    "a global tensor": lambda m: SHIFT.data.add_(1.0),
 }
 
 
@@ -196,4 +198,57 @@ def test_writes_that_no_version_counts_are_loaded(write: Callable[..., None], la
     optimizers[1].zero_grad()
     plain(**batch(2)).backward()
     optimizers[1].step()
+    require_same(step.sync(), plain)
+
+
+class Scaled(torch.optim.SGD):
+    """Reads an attribute of its own."""
+
+    scale = 1.0
+
+    @torch.no_grad()
+    def step(self, closure: object = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for param in group["params"]:
+                param.sub_(param.grad, alpha=self.scale * group["lr"])
+
+
+def test_attributes_and_hooks_of_an_optimizer_are_seen(laptop: Any) -> None:
+    mine, plain = Annealed(), Annealed()
+    optimizers = Scaled(mine.parameters(), lr=0.1), Scaled(plain.parameters(), lr=0.1)
+    step = distribute(mine, optimizers[0], laptop, plan=Plan(), chips=1)
+    for number in range(3):
+        step.sync()
+        for optimizer in optimizers:
+            optimizer.scale = 1.0 + number // 2
+        step(batch(number))
+        optimizers[1].zero_grad()
+        plain(**batch(number)).backward()
+        optimizers[1].step()
+    optimizers[0].scale = 5.0
+    with pytest.raises(PlanError, match="what the optimizer holds was changed between steps"):
+        step(batch(3))
+    optimizers[0].scale = 2.0
+    require_same(step.sync(), plain)
+    optimizers[0].register_step_post_hook(lambda *_: None)
+    with pytest.raises(PlanError, match="hooks of the optimizer's steps would not run"):
+        step(batch(3))
+
+
+def test_parameters_without_a_shape_are_refused_and_a_buffer_may_be_taken_away(laptop: Any) -> None:
+    lazy = nn.LazyLinear(3)
+    step = distribute(lazy, sgd(lazy), laptop, plan=Plan(), chips=1, loss_fn=lambda output: output.mean())
+    with pytest.raises(PlanError, match="has no shape before the model's first forward"):
+        step({"input": torch.ones(2, 2)})
+    mine, plain = Annealed(), Annealed()
+    optimizer = sgd(plain)
+    step = distribute(mine, sgd(mine), laptop, plan=Plan(), chips=1)
+    for number in range(2):
+        step(batch(number))
+        optimizer.zero_grad()
+        plain(**batch(number)).backward()
+        optimizer.step()
+        for module in (mine, plain):
+            module.norm.track_running_stats = False
+            module.norm.running_mean = module.norm.running_var = None
     require_same(step.sync(), plain)
