@@ -146,6 +146,8 @@ def clean(graph: torch.fx.Graph) -> None:
     for node in list(graph.nodes):
         if node.op == "get_attr":
             _inline_scalar(node)
+        if node.op == "call_function":
+            _take_number_apart(node)
         if node.op != "call_function" or not node.args or not isinstance(node.args[0], Node):
             continue
         source = node.args[0]
@@ -161,6 +163,19 @@ def clean(graph: torch.fx.Graph) -> None:
             node.target, node.args = aten.view.default, (source, list(node.meta["val"].shape))
     # placeholders stay, used or not: slots are numbered by them; torch would also keep collectives that nobody reads
     graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
+
+
+def _take_number_apart(node: Node) -> None:
+    """A number as the first operand (`torch.sub(1.0, x)`) becomes a tensor: no schema of a segment takes it there."""
+    schema = getattr(node.target, "_schema", None)
+    number = node.args[0] if node.args else None
+    if schema is None or not isinstance(number, int | float) or str(schema.arguments[0].type) != "Tensor":
+        return
+    dtype = torch.result_type(number, node.all_input_nodes[0].meta["val"])
+    with node.graph.inserting_before(node):
+        made = node.graph.call_function(aten.full.default, ([], number), {"dtype": dtype})
+    made.meta = dict(node.meta) | {"val": torch.empty((), dtype=dtype)}
+    node.args = (made, *node.args[1:])
 
 
 def _is_reshape(node: Node) -> bool:
