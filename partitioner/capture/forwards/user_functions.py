@@ -1,9 +1,9 @@
 """The user's own autograd functions: each call becomes one operation of the captured graph.
 
-Traced like other code, a `torch.autograd.Function` would leave its forward behind and lose its backward. Here `apply`
-records one node whose target, an `AppliedFunction`, applies the function again when the node is interpreted: where
-gradients are traced, the user's backward is what gets traced. What a graph cannot hold (hooks on values, gradients
-taken inside a forward) is refused.
+Traced like other code, a `torch.autograd.Function` would leave its forward behind and lose its backward. Here what
+every `apply` ends in, also one that was bound before (`f = MyFunction.apply`), records one node whose target, an
+`AppliedFunction`, applies the function again when the node is interpreted: where gradients are traced, the user's
+backward is what gets traced. What a graph cannot hold (hooks on values, gradients taken inside a forward) is refused.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -34,10 +34,6 @@ REFUSED = {
 }
 
 
-def _run(cls: type[torch.autograd.Function], *args: Any) -> Any:
-    return torch._C._FunctionBase.__dict__["apply"].__get__(None, cls)(*args)
-
-
 class AppliedFunction:
     """A call of an autograd function with all arguments but its tensors."""
 
@@ -54,20 +50,19 @@ class AppliedFunction:
         leaves = list(self.leaves)
         for place, tensor in zip(self.places, tensors, strict=True):
             leaves[place] = tensor
-        args, kwargs = trees.tree_unflatten(leaves, self.spec)
-        return original(self.function, *args, **kwargs)
+        return original(self.function, *trees.tree_unflatten(leaves, self.spec))
 
     def __repr__(self) -> str:
         return f"{self.function.__module__}.{self.__name__}{tuple(self.leaves)}"
 
 
 def _apply(
-    shared: list[tuple[str, torch.Tensor, int]], cls: type[torch.autograd.Function], *args: Any, **kwargs: Any
+    shared: list[tuple[str, torch.Tensor, int]], cls: type[torch.autograd.Function], *args: Any
 ) -> Any:
     mode = get_proxy_mode()
     if mode is None:
-        return original(cls, *args, **kwargs)
-    leaves, spec = trees.tree_flatten((args, kwargs))
+        return torch._C._FunctionBase.__dict__["apply"].__get__(None, cls)(*args)
+    leaves, spec = trees.tree_flatten(args)
     if not any(isinstance(leaf, FunctionalTensor) for leaf in leaves):
         result = _recorded(cls, leaves, spec, mode.tracer)
         if _storages(result) & _storages(leaves):
@@ -93,8 +88,7 @@ def _recorded(
     tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
     before = [leaf._version for leaf in tensors]
     with disable_proxy_modes_tracing():
-        args, kwargs = trees.tree_unflatten(list(leaves), spec)
-        result = original(cls, *args, **kwargs)
+        result = original(cls, *trees.tree_unflatten(list(leaves), spec))
     if before != [leaf._version for leaf in tensors]:
         problem = f"the autograd function {cls.__qualname__} writes into its operands"
         raise CaptureError(problem, cls.__module__, "let it return new tensors")
@@ -113,18 +107,12 @@ def _refusal(problem: str, hint: str = "move it out of the forward") -> Callable
 @contextmanager
 def recorded_functions() -> Iterator[None]:
     """While a forward is traced: its autograd functions are recorded, what no graph can hold is refused."""
-    shared: list[
-        tuple[str, torch.Tensor, int]
-    ] = []  # what may lie in one storage, and how often it was written
+    # what may lie in one storage, and how often it was written
+    shared: list[tuple[str, torch.Tensor, int]] = []
     with ExitStack() as stack:
-        apply = classmethod(lambda cls, *args, **kwargs: _apply(shared, cls, *args, **kwargs))
-        stack.enter_context(patch.object(torch.autograd.Function, "apply", apply))
-        # What was bound before (`f = MyFunction.apply`) is torch's own, which calls that of its base.
-        below = classmethod(
-            lambda cls, *args: _apply(shared, cls, *args) if get_proxy_mode() else _run(cls, *args)
-        )
-        stack.enter_context(patch.object(_SingleLevelFunction, "apply", below, create=True))
-        data = property(torch._C.TensorBase.__dict__["data"].__get__, _refusal(SETS_DATA[0], SETS_DATA[1]))
+        apply = classmethod(lambda cls, *args: _apply(shared, cls, *args))
+        stack.enter_context(patch.object(_SingleLevelFunction, "apply", apply, create=True))
+        data = property(torch._C.TensorBase.__dict__["data"].__get__, _refusal(*SETS_DATA))
         stack.enter_context(patch.object(torch.Tensor, "data", data, create=True))
         for name, (owner, problem) in REFUSED.items():
             stack.enter_context(patch.object(owner, name, _refusal(problem)))

@@ -111,6 +111,18 @@ def of_the_batch(m: Any, x: torch.Tensor) -> torch.Tensor:
     return m.lin(StraightThrough.apply(x * 2) + Reversed.apply(x, 1.0)).square().sum()
 
 
+class Doubled(Reversed):
+    """Its own `apply` changes what it is given."""
+
+    @classmethod
+    def apply(cls, x: torch.Tensor, scale: float) -> torch.Tensor:
+        return super().apply(2 * x, scale)
+
+
+def with_its_own_apply(m: Any, x: torch.Tensor) -> torch.Tensor:
+    return Doubled.apply(m.lin(x), 0.3).square().mean()
+
+
 FORWARDS = [
     reversing,
     rounding,
@@ -121,6 +133,7 @@ FORWARDS = [
     beside_a_write,
     by_another_name,
     of_the_batch,
+    with_its_own_apply,
 ]
 
 
