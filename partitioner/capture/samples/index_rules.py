@@ -56,10 +56,7 @@ def gather(call: OperatorCall) -> Spread:
     source, dim, ids = call.args[:3]
     if set(call.split()) != {source, ids} or call.place(source) != call.place(ids):
         raise call.all_whole()
-    place = call.place(source)
-    if dim % len(call.shape(source)) == place.dim:
-        raise call.all_whole()
-    return split_at(place.dim, place.inner, call.out)
+    return _beside(call, source, dim)
 
 
 def scatter(call: OperatorCall) -> Spread:
@@ -68,10 +65,7 @@ def scatter(call: OperatorCall) -> Spread:
     nodes = call.split()
     if len(nodes) != len(call.operands) or len({call.place(n) for n in nodes}) != 1:
         raise call.all_whole()
-    place = call.place(source)
-    if dim % len(call.shape(source)) == place.dim:
-        raise call.all_whole()
-    return split_at(place.dim, place.inner, call.out)
+    return _beside(call, source, dim)
 
 
 def index_add(call: OperatorCall) -> Spread:
@@ -82,6 +76,11 @@ def index_add(call: OperatorCall) -> Spread:
         raise call.all_whole()
     if isinstance(values, Node) and (values not in nodes or call.place(values) != call.place(source)):
         raise call.all_whole()
+    return _beside(call, source, dim)
+
+
+def _beside(call: OperatorCall, source: Node, dim: int) -> Spread:
+    """What works along a dim leaves samples where they are in another."""
     place = call.place(source)
     if dim % len(call.shape(source)) == place.dim:
         raise call.all_whole()
