@@ -29,8 +29,8 @@ NAMED_CONSTANTS = {
 }  # fmt: skip
 # Whoever traced them had operands that lie in order, where a chip may have transposed ones.
 NEED_ORDER = {
-    "aten::native_group_norm", "aten::native_group_norm_backward", "aten::_weight_norm_interface_backward",
-    "aten::_pdist_forward", "aten::_pdist_backward", "aten::view_as_complex",
+    "native_group_norm", "native_group_norm_backward", "_weight_norm_interface_backward",
+    "pdist", "_pdist_forward", "_pdist_backward", "view_as_complex",
 }  # fmt: skip
 OPERATOR_PARTS = 3
 
@@ -134,7 +134,8 @@ class _Writer:
             return self._constant(argument.default_value, kind)
         if isinstance(given, ast.Name) and given.id[0] == "v" and given.id[1:].isdigit():
             value = self.values[int(given.id[1:])]
-            return self._in_order(value) if operator(code)._schema.name in NEED_ORDER else value
+            name = operator(code)._schema.name.removeprefix("aten::")
+            return self._in_order(value) if name in NEED_ORDER else value
         if isinstance(given, ast.List) and "Tensor" in kind:
             return self._tensor_list(given, kind)
         return self._constant(literal(given, self.device), kind)

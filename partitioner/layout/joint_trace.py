@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
 from comms.errors import PartitionError
+from kernels.backend import NEED_ORDER
 from partitioner.capture.captured_graph import TORCH, Template, op_name
 from partitioner.capture.pure_graph import quiet_torch, trace_values, unfused
 from partitioner.capture.recomputing import Recomputing, as_when_run
@@ -28,7 +29,6 @@ from partitioner.layout.param_cuts import ParamCut
 from partitioner.program.program import TensorSpec
 
 VIEWS = ("view", "_unsafe_view")
-NEED_ORDER = ("pdist", "_pdist_forward", "view_as_complex")
 
 
 @dataclass(frozen=True)
