@@ -321,8 +321,8 @@ class DistributedStep:
         program = capture_and_lower(graph, plan, shape, self.progress)
         for said in warnings_of(program):
             if said not in self._said:
+                self._said.add(said)
                 warnings.warn(said, stacklevel=_depth())
-        self._said |= set(warnings_of(program))
         return program
 
 
