@@ -294,9 +294,9 @@ class FlatOptimizer:
             group.update({name: value for name, value in settings.items() if name in group})
 
     def step(self, grad: torch.Tensor, scale: float, settings: Mapping[str, object]) -> None:
-        """Scale `grad` in place and step with these settings (as long as the parameter, in its own shape)."""
+        """Scale `grad` in place and step with these settings (as long as the parameter; rounded to its dtype)."""
         grad.mul_(scale)
-        self.param.grad = grad.view(self.param.shape)
+        self.param.grad = grad.view(self.param.shape).to(self.param.dtype)
         self._set(settings)
         self.optimizer.step()
         self.param.grad = None

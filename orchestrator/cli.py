@@ -10,6 +10,7 @@ import importlib
 import sys
 import traceback
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import MISSING, Field, fields
 from inspect import Parameter, Signature
 from typing import Annotated, get_args, get_origin
@@ -32,11 +33,18 @@ def run(verb: str, given: Mapping[str, object]) -> int:
     try:
         options = _options(VERBS[verb], given)
         answer: Callable[[Options, Console], int] = importlib.import_module(f"orchestrator.verbs.{verb}").main
-        return answer(options, console)
+        # What the user's code prints is no part of the document.
+        with redirect_stdout(sys.stderr) if console.as_json else nullcontext():
+            return answer(options, console)
     except UserError as error:
         console.detail(traceback.format_exc().rstrip())
         console.error(error)
         return error.exit_code
+    except SystemExit as end:  # of code of the user's that runs in a step
+        from orchestrator.models.user_code import raised
+
+        console.error(raised(end, "a step", "the code that ends the process"))
+        return UserError.exit_code
     except KeyboardInterrupt:
         console.say("interrupted")
         return INTERRUPTED

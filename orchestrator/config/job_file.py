@@ -60,6 +60,13 @@ class Dtype(StrEnum):
     FP64 = "fp64"
 
 
+class Gives(StrEnum):
+    """What data of the user's own gives one by one."""
+
+    SAMPLES = "samples"
+    BATCHES = "batches"
+
+
 class LrShape(StrEnum):
     """How the learning rate moves after the warm-up."""
 
@@ -221,6 +228,7 @@ class Job(Section):
     # builtin:NAME, a file or folder of text, or path.py:name or pkg.module:name of datasets and loaders
     data: str = "builtin:english"
     data_args: dict[str, Any] = Field(default_factory=dict)
+    data_gives: Annotated[Gives, word_field(Gives)] | None = None  # None: loaders batches, all else samples
     shuffle: bool = True  # datasets of yours, by the seed
     drop_last: bool = False  # of data of yours: a last batch that is smaller
     loss: _Reference | None = None
@@ -246,6 +254,11 @@ class Job(Section):
     def has_own_data(self) -> bool:
         """Whether batches come from the user's code."""
         return is_reference(self.data)
+
+    @property
+    def has_own_model(self) -> bool:
+        """Whether the model is made by the user's code."""
+        return is_reference(self.model)
 
     @property
     def has_own_parts(self) -> bool:
@@ -287,7 +300,7 @@ class Job(Section):
         return {name: value for name, value in write(self).items() if name not in moot}
 
 
-OF_OWN_DATA = frozenset({"data_args", "shuffle", "drop_last"})
+OF_OWN_DATA = frozenset({"data_args", "data_gives", "shuffle", "drop_last"})
 
 
 def load_job(path: str | Path | None, overrides: Sequence[str] = ()) -> Job:

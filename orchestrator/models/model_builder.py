@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from comms.errors import ModelError, located
 from orchestrator.models.builtin_gpt import TP_PLAN, build_gpt
@@ -121,10 +122,12 @@ def _build_from_factory(
             f"{name} is a module, which takes no model_args", "model", "name a function that makes it"
         )
     module = copy.deepcopy(module) if module is factory else module
-    own = getattr(module, "example_batch", None)
+    if any(is_lazy(value) for value in (*module.parameters(), *module.buffers())):
+        problem = f"{name} gives a module with parameters that have no shape before its first forward"
+        raise ModelError(problem, "model", "call it once on a batch before it is returned")
+    own = _attribute(module, "example_batch")
     vocab, longest = (_int_attribute(module, n) for n in ("vocab_size", "max_seq"))
-    plan = dict(getattr(module, "tp_plan", None) or {})
-    return BuiltModel(name, module.to(dtype), device, dtype, vocab, longest, plan, own)
+    return BuiltModel(name, module.to(dtype), device, dtype, vocab, longest, {}, own)
 
 
 @contextmanager
@@ -136,5 +139,12 @@ def _seeded(device: str, seed: int) -> Iterator[None]:
 
 
 def _int_attribute(module: nn.Module, name: str) -> int | None:
-    value = getattr(module, name, None)
+    value = _attribute(module, name)
     return value if isinstance(value, int) else None
+
+
+def _attribute(module: nn.Module, name: str) -> Any:
+    try:
+        return getattr(module, name, None)
+    except Exception:  # the module's own way to find attributes need not know ours
+        return None

@@ -20,6 +20,10 @@ PREFIX = "orchestrate_user_"  # of the modules that files become
 OURS = tuple(
     str(Path(__file__).parents[2] / name) for name in ("orchestrator", "partitioner", "kernels", "comms")
 )
+RAISED = (
+    Exception,
+    SystemExit,
+)  # what code of the user's may end with, as a script without a main guard does
 MAX_FRAMES = 3
 MAX_NAMES = 12
 
@@ -49,7 +53,7 @@ def called(function: Callable[..., object], text: str, key: str, *args: object, 
         return function(*args, **kwargs)
     except UserError:
         raise
-    except Exception as error:  # whatever the user's code raises
+    except RAISED as error:
         raise raised(error, text, key) from error
 
 
@@ -100,7 +104,7 @@ def _from_file(path: Path, key: str) -> ModuleType:
     _look_in(str(whole.parent))
     try:
         found.loader.exec_module(module)
-    except Exception as error:  # whatever the user's file raises
+    except RAISED as error:
         del sys.modules[name]
         said = " ".join(str(error).split()) or type(error).__name__
         raise ModelError(f"{type(error).__name__}: {said}", own_frames(error) or str(path),
@@ -117,7 +121,7 @@ def _from_module(target: str, key: str) -> ModuleType:
             raise raised(error, target, key) from error
         hint = "install the package, or give the path of a .py file"
         raise ModelError(f"no module {target!r}", key, hint) from error
-    except Exception as error:  # whatever the user's module raises
+    except RAISED as error:
         raise raised(error, target, key) from error
 
 

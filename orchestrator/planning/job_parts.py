@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.utils.data import RandomSampler
 
-from comms.errors import ConfigError, DataError, ModelError, PlanError, RunError, located
+from comms.errors import ConfigError, DataError, ModelError, PlanError, RunError, UserError, located
 from kernels.optimizers import (
     OptimizerSpec,
     Scope,
@@ -25,12 +25,13 @@ from kernels.optimizers import (
 )
 from orchestrator.config.job_file import Dtype, Job
 from orchestrator.models.model_builder import BuiltModel, build
-from orchestrator.models.user_code import called, first_parameter, named_object, raised
+from orchestrator.models.user_code import RAISED, called, first_parameter, named_object, raised
+from orchestrator.planning.weights_elsewhere import WeightsElsewhere
 from orchestrator.runs.learning_rate import learning_rate
 from orchestrator.runs.own_data import Named, OwnData, Reading
 from partitioner.capture.batch_inputs import Batch, tensors_of
 from partitioner.capture.captured_graph import TORCH
-from partitioner.capture.forwards.step_loss import LossFunction, parameters_of
+from partitioner.capture.forwards.step_loss import LossFunction, keeping, parameters_of
 from partitioner.lowering.lower import MATRIX, StepShape, step_shape
 
 SHORT_DTYPES = {Dtype.FP32: "f32", Dtype.FP64: "f64", Dtype.BF16: "bf16"}  # as a Program names them
@@ -82,7 +83,7 @@ def validation_data(parts: JobParts) -> OwnData | None:
     job = parts.job
     if job.validation.data is None:
         return None
-    quiet = job.model_copy(update={"shuffle": False, "drop_last": False, "data_args": {}})
+    quiet = job.model_copy(update={"shuffle": False, "drop_last": False, "data_args": {}, "data_gives": None})
     return _own_data(quiet, job.validation.data, parts.model.module, job_loss(job))[1]
 
 
@@ -124,6 +125,12 @@ def job_optimizer(job: Job, module: nn.Module) -> torch.optim.Optimizer:
     return made
 
 
+def _needs_arguments(step: object) -> bool:
+    return callable(step) and any(
+        p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters_of(step)
+    )
+
+
 def _takes_module(make: Callable[..., object]) -> bool:
     first = first_parameter(make)
     if isinstance(make, type) or first is None:
@@ -147,7 +154,7 @@ class LrSchedule:
             self._require_scheduler(text)
 
     def _require_scheduler(self, text: str) -> None:
-        if isinstance(self.own, PLATEAU):
+        if isinstance(self.own, PLATEAU) or _needs_arguments(getattr(self.own, "step", None)):
             hint = "take one that counts steps, or step it yourself beside orchestrator.distribute"
             raise ModelError(f"{text} steps on a metric", "lr_schedule", hint)
         if not all(hasattr(self.own, name) for name in ("step", "state_dict", "load_state_dict")):
@@ -178,10 +185,15 @@ class LrSchedule:
     def after(self) -> None:
         """A step has been taken."""
         if self.own is not None:
+            params = (p for group in self.optimizer.param_groups for p in group["params"])
+            name = type(self.own).__name__
             try:
-                self.own.step()
-            except Exception as error:  # whatever the user's code raises
-                raise raised(error, type(self.own).__name__, "lr_schedule") from error
+                with WeightsElsewhere(params, name):
+                    self.own.step()
+            except UserError:
+                raise
+            except RAISED as error:
+                raise raised(error, name, "lr_schedule") from error
 
 
 def checked_scope(optimizer: torch.optim.Optimizer) -> Scope:
@@ -237,7 +249,7 @@ def _own_data(
         source = found
     inputs = PositionalInputs(module, loss_fn, text)
     dtype = TORCH[SHORT_DTYPES[job.dtype]]
-    reading = Reading(job.global_batch, job.seed, dtype, job.shuffle, job.drop_last)
+    reading = Reading(job.global_batch, job.seed, dtype, job.shuffle, job.drop_last, job.data_gives)
     data = OwnData(text, source, reading, inputs.named)
     return inputs.loss_fn, data
 
@@ -246,12 +258,20 @@ class PositionalInputs:
     """Names for batches that have none: a tuple is forward's arguments in order, and then those of the loss."""
 
     def __init__(self, module: nn.Module, loss_fn: LossFunction | None, text: str) -> None:
-        self.text, self._loss, self._names = text, loss_fn, tuple[str, ...]()
+        self.text, self._loss = text, loss_fn
+        self._names, self._num_forward = tuple[str, ...](), 0
         self.forward = _positional(module.forward)
         targets = _positional(loss_fn)[1:] if loss_fn is not None else []
         self.reads_batch = any(p.name == "batch" for p in targets)
         self.targets = [p for p in targets if p.name != "batch"]
-        self.loss_fn = self._on_tuple if loss_fn is not None and self.reads_batch else loss_fn
+
+    @property
+    def loss_fn(self) -> LossFunction | None:
+        """The loss as it reads batches of the kind seen."""
+        if self._loss is None:
+            return None
+        given = self._on_tuple if self.reads_batch else self._loss
+        return given if not self._names else keeping(given, frozenset(self._names[self._num_forward :]))
 
     def _on_tuple(self, output: object, batch: Batch) -> Any:
         """A loss that takes the batch gets what the data gives: a tuple where that has no names."""
@@ -282,7 +302,7 @@ class PositionalInputs:
             raise DataError(f"which of {count} entries are for forward({', '.join(names)})?", self.text,
                             "give dicts with the names of its arguments")  # fmt: skip
         num = min(len(names), max(len(required), count - wanted))
-        rest = count - num
+        rest, self._num_forward = count - num, min(num, count)
         more = (
             [f"entry_{i}" for i in range(rest)]
             if self.reads_batch
@@ -290,10 +310,12 @@ class PositionalInputs:
         )
         found = (*names[: min(num, count)], *more)
         if len(found) != count or len(set(found)) != count:
-            takes = f"forward takes {', '.join(names)}"
-            takes += f"; the loss takes {', '.join(p.name for p in self.targets)}" * bool(self.targets)
-            raise DataError(f"a batch has {count} entries without names; {takes}", self.text,
-                            "give dicts, with the names of forward's arguments")  # fmt: skip
+            takes = f"forward takes ({', '.join(names)})"
+            takes += f"; after the output the loss takes ({', '.join(p.name for p in self.targets)})" * (
+                self._loss is not None
+            )
+            raise DataError(f"a batch has {count} entries without names; by name {takes}", self.text,
+                            "name as many arguments there, or give dicts with these names")  # fmt: skip
         return found
 
 

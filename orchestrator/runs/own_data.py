@@ -22,10 +22,11 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils import _pytree as trees
-from torch.utils.data import DataLoader, IterableDataset, default_collate
+from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
 from comms.errors import DataError
-from orchestrator.models.user_code import raised
+from orchestrator.config.job_file import Gives
+from orchestrator.models.user_code import RAISED, raised
 from orchestrator.runs.data import step_key
 from partitioner.capture.batch_inputs import tensors_of
 
@@ -44,6 +45,7 @@ class Reading:
     dtype: torch.dtype  # of what is no whole number
     shuffle: bool = True
     drop_last: bool = False
+    gives: Gives | None = None  # None: loaders batches, all else samples
 
 
 @dataclass(eq=False)
@@ -84,6 +86,8 @@ class OwnData:
     @property
     def is_loader(self) -> bool:
         """Whether batches come as they are."""
+        if self.reading.gives is not None:
+            return self.reading.gives is Gives.BATCHES
         return isinstance(self.source, DataLoader) or all(
             hasattr(self.source, n) for n in ("dataset", "batch_size")
         )
@@ -107,7 +111,7 @@ class OwnData:
         if self._kept is not None and self._kept[0] == step:
             return self._kept[1]
         made = self._indexed(step) if self.is_indexed else self._streamed(step)
-        found = _placed(made, self.reading.dtype)
+        found = _placed(made, self.reading.dtype, self.name)
         self._require_fit(found, step)
         self._kept = (step, found)
         return found
@@ -125,7 +129,8 @@ class OwnData:
         """Refuse, before anything is trained, a last batch that does not divide into so many."""
         self.parts = parts
         counted = self.source if self.is_indexed else getattr(self.source, "sampler", None)
-        is_cut = self.is_indexed or (self.is_loader and self.source.batch_size and not self.source.drop_last)
+        is_sized = self.is_loader and getattr(self.source, "batch_size", None)
+        is_cut = self.is_indexed or (is_sized and not getattr(self.source, "drop_last", False))
         rest = (_length(counted) or 0) % self.reading.samples if is_cut else 0
         if rest % parts and not self.reading.drop_last:
             raise self._unfit(rest)
@@ -176,14 +181,16 @@ class OwnData:
         """Batches, pass after pass."""
         number = 0
         while True:
-            count = 0
+            begun = self._read
+            smaller: list[Named] = []  # held back, as nothing may follow it
             for value in self._pass(number):
+                yield from smaller
                 found = self.named(value)
-                if self.reading.drop_last and num_samples(found) < self.reading.samples:
-                    continue
-                count += 1
-                yield found
-            if not count:
+                is_smaller = num_samples(found) < self.reading.samples
+                smaller = [found] if is_smaller and self.reading.drop_last else []
+                if not smaller:
+                    yield found
+            if self._read == begun:
                 problem = (
                     f"the data ended after {self._read} batches" if self._read else "there are no samples"
                 )
@@ -202,7 +209,19 @@ class OwnData:
                 taken = list(islice(values, 1 if self.is_loader else self.reading.samples))
             if not taken:
                 return
+            if not self.is_loader:
+                self._require_samples(taken[0])
             yield taken[0] if self.is_loader else _collated(taken, self.name)
+
+    def _require_samples(self, value: object) -> None:
+        """Refuse what an iterable gives if it may as well be a batch: nothing else tells them apart."""
+        if self.reading.gives or isinstance(self.source, Dataset) or hasattr(self.source, "with_format"):
+            return
+        lengths = [v.shape[0] if v.dim() else 0 for v in trees.tree_leaves(value) if isinstance(v, Tensor)]
+        if lengths and set(lengths) == {self.reading.samples}:
+            problem = f"all that {self.name} gives one by one has {lengths[0]} rows, as many as global_batch"
+            hint = "say whether these are batches or samples: data_gives=batches or data_gives=samples"
+            raise DataError(problem, "data", hint)
 
     @contextmanager
     def _explaining(self) -> Iterator[None]:
@@ -210,7 +229,7 @@ class OwnData:
             yield
         except DataError:
             raise
-        except Exception as error:  # whatever the user's code raises
+        except RAISED as error:
             raise raised(error, self.name, "data") from error
 
     def _digest(self, first: Named) -> str:
@@ -257,8 +276,13 @@ def _collated(samples: Sequence[object], name: str) -> object:
                         "make them alike, or give a DataLoader with a collate_fn") from error  # fmt: skip
 
 
-def _placed(batch: Named, dtype: torch.dtype) -> Named:
-    """The batch with its floating-point numbers in the job's dtype."""
+def _placed(batch: Named, dtype: torch.dtype, name: str) -> Named:
+    """The batch with its floating-point numbers in the job's dtype. Raises DataError for arrays."""
+    for path, value in trees.tree_flatten_with_path(batch)[0]:
+        if isinstance(value, np.ndarray | np.generic):
+            entry = trees.keystr(path).strip("[']")
+            raise DataError(f"entry {entry} of a batch is of numpy, which PyTorch's operations do not take", name,
+                            "give tensors: torch.from_numpy in the collate_fn")  # fmt: skip
     found: Named = trees.tree_map_only(
         Tensor, lambda t: t.detach().to("cpu", dtype if t.is_floating_point() else t.dtype), batch
     )

@@ -17,6 +17,7 @@ import warnings
 import weakref
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -77,14 +78,17 @@ class DistributedStep:
     def __init__(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, cluster: Cluster, plan: Plan | None,
         loss_fn: LossFunction | None, clip_norm: float | None, seed: int, launch: Launch, *, is_watched: bool = True,
-        exact: bool = False, tp_plan: Mapping[str, str] | None = None, progress: Progress = quiet,
+        exact: bool = False, has_masters: bool = False, tp_plan: Mapping[str, str] | None = None,
+        progress: Progress = quiet,
     ) -> None:  # fmt: skip
-        """`is_watched`: others may write to the model and the optimizer. `exact`, `tp_plan`: see `capture_graph`."""
+        """`is_watched`: others may write to the model and the optimizer. `exact`, `tp_plan`: see `capture_graph`,
+        `has_masters`: see `StepShape`."""
         self.model, self.optimizer, self.cluster = model, optimizer, cluster
         self.plan, self.loss_fn, self.clip_norm, self.tp_plan = plan, loss_fn, clip_norm, tp_plan
         self.scope, self.seed, self.steps = checked_scope(optimizer), seed, 0
         self.program: Program | None = None
-        self.launch, self.is_watched, self.exact, self.progress = launch, is_watched, exact, progress
+        self.launch, self.is_watched, self.progress = launch, is_watched, progress
+        self.exact, self.has_masters = exact, has_masters
         self._runner: TensorRunner | None = None
         self._situation: Situation = ()
         self._programs: dict[Situation, Program] = {}
@@ -156,9 +160,7 @@ class DistributedStep:
         dtype, with the plan's chips in this process whatever the runner. Nothing is trained by it, except that `sync()`
         is called.
         """
-        found = self.check(batch, STEPS).verdict(batch, self.side)
-        self._seen = self._values_seen()
-        return found
+        return self.check(batch, STEPS).verdict(batch, self.side)
 
     def check(self, batch: Batch, num_steps: int) -> StepCheck:
         """A comparison of the steps to come, all on this batch, with one chip's; calls `sync()`."""
@@ -166,7 +168,8 @@ class DistributedStep:
         assert self.plan is not None
         module = self.sync()
         keys = tuple(step_key(self.seed, self.steps + k) for k in range(num_steps))
-        chip = OneChip(module, self.optimizer, self.loss_fn, self.clip_norm, self.plan.norm_parts)
+        parts, masters = self.plan.norm_parts, self.has_masters
+        chip = OneChip(module, self.optimizer, self.loss_fn, self.clip_norm, parts, masters)
         return StepCheck(chip, module_values(module), self.own_states(), keys, group_settings(self.optimizer))
 
     def side(self, batch: Batch, states: OwnState, exact: bool) -> PlannedSide:
@@ -212,7 +215,7 @@ class DistributedStep:
         changed = [name for name, value in self._values_seen().items() if self._seen.get(name) != value]
         if self._runner is not None and changed and self._is_ahead:
             raise PlanError(f"{changed[0]} was changed between steps, but trained values were not fetched before",
-                            "step(batch)", "call step.sync(), then change it")  # fmt: skip
+                            "step(batch)", "in a loop of your own (distribute), call step.sync() before")  # fmt: skip
         if self._runner is None or situation != self._situation or changed:
             self.sync()
             if not self._is_same(batch, situation) or changed:
@@ -310,6 +313,7 @@ class DistributedStep:
         self, batch: Batch, plan: Plan, ages: Mapping[str, object], *, exact: bool = False
     ) -> Program:
         shape, apart = optimized_shape(self.model, batch, self.optimizer, self.scope, self.clip_norm, ages)
+        shape = replace(shape, has_masters=self.has_masters)
 
         def graph(microbatches: int) -> Graph:
             return capture_graph(
@@ -366,9 +370,11 @@ def step_of_job(
 ) -> DistributedStep:  # fmt: skip
     """The step of a job, by the Program that was prepared; `optimizer` is over the parameters of its model."""
     job, model = prepared.job, parts.model
+    is_watched = job.has_own_parts or job.has_own_model or job.lr_schedule.is_own
     step = DistributedStep(
         model.module, optimizer, prepared.cluster, prepared.plan, parts.loss_fn, job.clip_limit, job.seed, launch,
-        is_watched=False, exact=job.dtype is Dtype.FP64, tp_plan=model.tp_plan, progress=progress,
+        is_watched=is_watched, exact=job.dtype is Dtype.FP64, has_masters=True, tp_plan=model.tp_plan,
+        progress=progress,
     )  # fmt: skip
     step.adopt(prepared.program, parts.example_batch())
     return step

@@ -27,6 +27,7 @@ from torch._subclasses.fake_tensor import (
 from torch._subclasses.functional_tensor import FunctionalTensorMode, dispatch_functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as trees
 
 from comms.errors import CaptureError
@@ -37,8 +38,15 @@ from partitioner.capture.forwards.expert_forms import expert_forms
 from partitioner.capture.forwards.host_values import CalledWith, constant_of, no_host_draws
 from partitioner.capture.forwards.keyed_random import FIRST_SAMPLE, KEY, keyed_random
 from partitioner.capture.forwards.plain_forms import plain_forms
-from partitioner.capture.forwards.step_loss import LossFunction, loss_of_step, parameters_of, taken_by
+from partitioner.capture.forwards.step_loss import (
+    LossFunction,
+    is_read,
+    loss_of_step,
+    parameters_of,
+    taken_by,
+)
 from partitioner.capture.forwards.user_functions import recorded_functions
+from partitioner.capture.products.tp_styles import own_plan
 from partitioner.capture.pure_graph import (
     first_user_line,
     is_float,
@@ -116,7 +124,7 @@ def trace_module(
         calls=trace.calls,
         containers=_containers(module),
         frozen=frozen,
-        tp_plan=tp_plan or _tensor_parallel_plan(module),
+        tp_plan=tp_plan or own_plan(module),
     )
     make_pure(captured.graph_module, captured.names, trace.registered)
     return captured
@@ -290,15 +298,22 @@ def _refuse_unsupported(module: nn.Module) -> None:
         if child._backward_hooks or child._backward_pre_hooks:
             raise CaptureError("a backward hook would not run", where, "remove the hook")
         for own, param in child.named_parameters(recurse=False):
+            if is_lazy(param):
+                raise CaptureError(
+                    f"{own} has no shape before the first forward", where, "call the model once before"
+                )
             if param._backward_hooks or getattr(param, "_post_accumulate_grad_hooks", None):
                 raise CaptureError("a gradient hook would not run", f"{where}: {own}", "remove the hook")
 
 
 def _require_known_inputs(module: nn.Module, batch: Batch, loss_fn: LossFunction | None) -> None:
     """Refuse names that neither the forward nor the loss takes, or that they lack."""
-    taken = taken_by(module.forward, batch) if loss_fn else frozenset(batch)
+    taken = taken_by(module.forward, batch, loss_fn) if loss_fn else frozenset(batch)
     takes = ", ".join(map(str, parameters_of(module.forward)))
     where = f"{type(module).__name__}.forward({takes})"
+    for name in batch:
+        if not is_read(name, module.forward, batch, loss_fn):
+            raise _unread(name, batch, where)
     try:
         inspect.signature(module.forward).bind(**{name: batch[name] for name in taken})
     except TypeError as error:
@@ -308,16 +323,19 @@ def _require_known_inputs(module: nn.Module, batch: Batch, loss_fn: LossFunction
 
 def _require_read(trace: _Trace, traced: torch.fx.GraphModule) -> None:
     """Refuse entries that only the loss function could read, and that it does not."""
-    taken = taken_by(trace.module.forward, trace.batch)
+    taken = taken_by(trace.module.forward, trace.batch, trace.loss_fn)
     names = trace.names(traced)
     for node in traced.graph.nodes:
         space, _, name = names.get(node.name, "").partition(":")
         root = name.partition(".")[0]
         if space == "batch" and root in trace.batch and root not in taken and not node.users:
             takes = ", ".join(p.name for p in parameters_of(trace.module.forward))
-            raise CaptureError(f"the batch's {name} is read by neither the model nor the loss",
-                               f"{type(trace.module).__name__}.forward({takes})",
-                               f"the batch has {', '.join(trace.batch)}; leave out what is not used")  # fmt: skip
+            raise _unread(name, trace.batch, f"{type(trace.module).__name__}.forward({takes})")
+
+
+def _unread(name: str, batch: Batch, where: str) -> CaptureError:
+    hint = f"the batch has {', '.join(batch)}; leave out what is not used"
+    return CaptureError(f"the batch's {name} is read by neither the model nor the loss", where, hint)
 
 
 def _containers(module: nn.Module) -> frozenset[str]:
@@ -328,15 +346,6 @@ def _containers(module: nn.Module) -> frozenset[str]:
         if isinstance(child, nn.ModuleList | nn.Sequential)
         for name, _ in child.named_children()
     )
-
-
-def _tensor_parallel_plan(module: nn.Module) -> Mapping[str, str]:
-    """The model's own plan, module-name pattern to style: ours (`tp_plan`) or Hugging Face's."""
-    for name in ("_tp_plan", "tp_plan"):
-        plan = getattr(module, name, None)
-        if isinstance(plan, Mapping) and plan:
-            return dict(plan)
-    return {}
 
 
 @contextmanager

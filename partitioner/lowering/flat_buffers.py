@@ -3,7 +3,8 @@
 Parameters are grouped by what must be done to them: the optimizer's settings, replicated over tp or cut, tied across
 stages, and the bucket they fall in (filled in the order in which backward finishes them, so that reduction can start
 early). Each group gets one parameter buffer, one gradient buffer and, with ZeRO-1 (Rajbhandari et al. 2020), this
-chip's 1/dp of both. Low-precision parameters get a full-precision master copy that the optimizer updates.
+chip's 1/dp of both. Low-precision parameters may get a full-precision master copy that the optimizer updates; their
+gradients are added up in full precision in any case.
 
 One all-reduce of three numbers over every chip carries (sum of squared gradients, loss sum, count), each weighted by
 1 / replication, so that clipping and the loss are right across every shard. Gradients are of the loss *sum* divided
@@ -58,11 +59,19 @@ class FlatGroup:
     update: int
 
 
-def make_groups(role: RoleBuilder, params: Iterable[Param], plan: Plan, states: int) -> tuple[FlatGroup, ...]:
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """What the optimizer has for each parameter: states, and float32 masters where the parameter has less."""
+
+    states: int
+    masters: bool
+
+
+def make_groups(role: RoleBuilder, params: Iterable[Param], plan: Plan, kept: Kept) -> tuple[FlatGroup, ...]:
     """Declare buffers for `params` and the parameter tensors as views into them; frozen ones get no gradient."""
     shards = plan.dp if plan.zero else 1
     buckets = enumerate(_buckets(params, plan.bucket_bytes))
-    return tuple(_declare(role, f"flat{index}", members, shards, states) for index, members in buckets)
+    return tuple(_declare(role, f"flat{index}", members, shards, kept) for index, members in buckets)
 
 
 def _buckets(params: Iterable[Param], bucket_bytes: int) -> list[list[Param]]:
@@ -87,7 +96,7 @@ def _buckets(params: Iterable[Param], bucket_bytes: int) -> list[list[Param]]:
     return buckets
 
 
-def _declare(role: RoleBuilder, name: str, members: list[Param], shards: int, states: int) -> FlatGroup:
+def _declare(role: RoleBuilder, name: str, members: list[Param], shards: int, kept: Kept) -> FlatGroup:
     def buffer(suffix: str, kind: TensorKind, length: int, dtype: str, **more: Any) -> int:
         return role.tensor(f"{name}.{suffix}", kind, TensorSpec((length,), dtype), **more)
 
@@ -103,10 +112,11 @@ def _declare(role: RoleBuilder, name: str, members: list[Param], shards: int, st
             grad_shard = buffer("grad_shard", TensorKind.GRAD, shard, wide)
             param_shard = buffer("param_shard", TensorKind.FLAT, shard, dtype, shards=((0, "dp"),), base=flat)
         update = param_shard
-        if wide != dtype:
+        if kept.masters and wide != dtype:
             update = buffer("master", TensorKind.MASTER, shard, wide, source=role.tensors[param_shard].name)
-        if states:
-            role.tensor(f"{name}.states", TensorKind.STATE, TensorSpec((states, shard), wide))
+        if kept.states:
+            states = TensorSpec((kept.states, shard), role.tensors[update].spec.dtype)
+            role.tensor(f"{name}.states", TensorKind.STATE, states)
     return FlatGroup(
         params=tuple(members), group=members[0].group, tied=members[0].tied, replicated=members[0].cut is None,
         ready=min(p.unit for p in members), flat=flat, grad=grad, grad_shard=grad_shard, param_shard=param_shard,

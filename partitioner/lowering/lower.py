@@ -26,6 +26,7 @@ from partitioner.layout.pipeline_schedules import PipelineSchedule, Task
 from partitioner.lowering.cut_share import cut_share
 from partitioner.lowering.flat_buffers import (
     FlatGroup,
+    Kept,
     Param,
     emit_stats,
     emit_update,
@@ -52,7 +53,8 @@ class StepShape:
 
     `groups`: of each parameter, its group of optimizer settings and what it must share with those that it is stepped on
     together with; None = matrices in group 0, all others (biases and norms, which do not decay since GPT-2) in group 1.
-    `whole_tensors`: the optimizer steps on one parameter at a time.
+    `whole_tensors`: the optimizer steps on one parameter at a time. `has_masters`: low-precision parameters have
+    float32 copies for it, with states as wide; else it steps on them as they are, as torch does.
     """
 
     samples: int
@@ -62,6 +64,7 @@ class StepShape:
     optimizer_states: int
     groups: Mapping[str, tuple[int, object]] | None = None
     whole_tensors: bool = False
+    has_masters: bool = True
 
 
 def step_shape(module: nn.Module, batch: Batch, optimizer_states: int) -> StepShape:
@@ -150,7 +153,7 @@ def lower(graph: Graph, plan: Plan, shape: StepShape) -> Program:
     share = cut_share(graph, plan, cuts, wanted, traced)
     context = StageContext(graph, plan, traced, stage_of, cuts, count)
     pool = SegmentPool()
-    roles = tuple(_role(context, stage, pool, groups, shape.optimizer_states) for stage in range(plan.pp))
+    roles = tuple(_role(context, stage, pool, groups, shape) for stage in range(plan.pp))
     templates, parts = [graph.templates[u.template] for u in graph.units], plan.microbatches * plan.dp
     flops = sum(t.model_flops for t in templates) + forward_flops(graph.inputs.graph)
     meta: dict[str, str | int | float] = {
@@ -203,10 +206,11 @@ def _traced(graph: Graph, plan: Plan, wanted: Cuts) -> tuple[Mapping[Cut, Traced
             return traced, kept
 
 
-def _role(context: StageContext, stage: int, pool: SegmentPool, groups_of: Groups, states: int) -> Role:
+def _role(context: StageContext, stage: int, pool: SegmentPool, groups_of: Groups, shape: StepShape) -> Role:
     plan = context.plan
     role = RoleBuilder(stage, pool)
-    groups = make_groups(role, _params(context, stage, groups_of), plan, states)
+    kept = Kept(shape.optimizer_states, shape.has_masters)
+    groups = make_groups(role, _params(context, stage, groups_of), plan, kept)
     trained = tuple(g for g in groups if not g.params[0].is_frozen)
     losses, unit_ends = emit_stage(role, context)
     role.add_frees(

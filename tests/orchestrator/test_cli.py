@@ -187,3 +187,15 @@ def test_check_of_a_missing_file_is_an_input_error(orchestrate, tmp_path):
     ran = orchestrate("check", str(tmp_path / "nothing.yaml"))
     assert ran.code == 2
     assert "nothing.yaml" in ran.err
+
+
+def test_with_json_what_others_print_is_talk(orchestrate, verb):
+    verb("train", lambda: sys.stdout.write("printed by a model") and 0)
+    told = orchestrate("train", "--json")
+    assert told.code == 0 and told.out == "" and "printed by a model" in told.err
+
+
+def test_code_that_ends_the_process_is_an_error(orchestrate, verb):
+    verb("train", raising(SystemExit(0)))
+    told = orchestrate("train")
+    assert told.code == 2 and "a step raised SystemExit: 0" in told.err

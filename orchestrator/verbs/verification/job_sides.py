@@ -26,7 +26,7 @@ def plain_job(prepared: Prepared, parts: JobParts, values: Tensors) -> MakePlain
     """One chip that trains the job, with batch norms as the plan has them."""
     module, job = parts.model.module, prepared.job
     optimizer, norm_parts = job_optimizer(job, module), prepared.plan.norm_parts
-    chip = OneChip(module, optimizer, parts.loss_fn, job.clip_limit, norm_parts)
+    chip = OneChip(module, optimizer, parts.loss_fn, job.clip_limit, norm_parts, has_masters=True)
     return partial(chip.side, values, {}, job.dtype is Dtype.FP64)
 
 

@@ -16,13 +16,17 @@ from partitioner.capture.forwards.step_loss import LossFunction
 
 @dataclass(frozen=True, slots=True)
 class OneChip:
-    """What is trained and how; the optimizer is over the module's parameters. `norm_parts`: see `Plan`."""
+    """What is trained and how; the optimizer is over the module's parameters. `norm_parts`: see `Plan`.
+
+    `has_masters`: parameters of less than float32 are trained by float32 copies.
+    """
 
     module: nn.Module
     optimizer: torch.optim.Optimizer
     loss_fn: LossFunction | None
     clip_norm: float | None
     norm_parts: int
+    has_masters: bool
 
     def side(self, values: Tensors, states: States, exact: bool, order: int | None) -> PlainSide:
         """A run from `values` (see `module_values`); states may hold full-precision copies of parameters, as `MASTER`.
@@ -35,7 +39,7 @@ class OneChip:
 
         return PlainSide(
             self.module, values, twin, self.loss_fn, clip_norm=self.clip_norm, norm_parts=self.norm_parts,
-            exact=exact, order=order,
+            has_masters=self.has_masters, exact=exact, order=order,
         )  # fmt: skip
 
 

@@ -2,8 +2,7 @@
 
 The plain side is the caller's own module: eager autograd, the whole batch at once, its own optimizer, random numbers
 by the same keys. Its tensors are exchanged for the side's for the length of a step, so what closes over the module sees
-them too; afterwards it is what it was, after an exception too. Parameters of less than float32 are trained by float32
-copies, as on chips.
+them too; afterwards it is what it was, after an exception too.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -53,14 +52,18 @@ class PlainSide:
 
     def __init__(
         self, module: nn.Module, values: Tensors, optimizer: MakeOptimizer, loss_fn: LossFunction | None = None,
-        *, clip_norm: float | None = None, norm_parts: int = 1, exact: bool = False, order: int | None = None,
+        *, clip_norm: float | None = None, norm_parts: int = 1, has_masters: bool = False,
+        exact: bool = False, order: int | None = None,
     ) -> None:  # fmt: skip
-        """`norm_parts`: see `Plan`. `exact`: see `ExactFloat64`. `order`: the number of a re-ordering of all sums (see
-        `Reordered`)."""
+        """`norm_parts`: see `Plan`, `has_masters`: `OneChip`, `exact`: `ExactFloat64`.
+
+        `order`: the number of a re-ordering of all sums (see `Reordered`).
+        """
         self.module, self.loss_fn, self.clip_norm = module, loss_fn, clip_norm
         self.norm_parts, self.exact, self.order = norm_parts, exact, order
+        held = _at_least_float32 if has_masters else _copied
         self.params = {
-            name: nn.Parameter(_at_least_float32(values[f"params:{name}"]), requires_grad=own.requires_grad)
+            name: nn.Parameter(held(values[f"params:{name}"]), requires_grad=own.requires_grad)
             for name, own in module.named_parameters()
         }
         self.dtypes = {name: values[f"params:{name}"].dtype for name in self.params}
@@ -111,6 +114,10 @@ class PlainSide:
         return loss.item(), found
 
 
+def _copied(value: torch.Tensor) -> torch.Tensor:
+    return value.detach().clone()
+
+
 def _at_least_float32(value: torch.Tensor) -> torch.Tensor:
     return value.detach().to(torch.promote_types(value.dtype, torch.float32), copy=True)
 
@@ -134,10 +141,11 @@ def _without_recompute() -> Iterator[None]:
 
 @contextmanager
 def placed(module: nn.Module, values: Tensors) -> Iterator[None]:
-    """Inside the block the module's tensors hold these values, of other dtypes if need be."""
+    """Inside the block the module's tensors hold these values, of other dtypes if need be; no trace is left."""
     own: list[tuple[str, torch.Tensor]] = [(f"params:{n}", p) for n, p in module.named_parameters()]
     own += [(f"buffer:{n}", b) for n, b in module.named_buffers()]
     before = [(tensor, tensor.data, tensor.grad) for _, tensor in own]
+    tensors, versions = tuple(t for _, t in own), tuple(t._version for _, t in own)
     with borrowed(module):
         try:
             for name, tensor in own:
@@ -149,6 +157,7 @@ def placed(module: nn.Module, values: Tensors) -> Iterator[None]:
                 tensor.grad = None
                 tensor.data = data
                 tensor.grad = grad
+            torch._C._autograd._unsafe_set_version_counter(tensors, versions)  # by which writes are seen
 
 
 class PlannedSide:

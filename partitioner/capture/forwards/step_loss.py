@@ -5,6 +5,7 @@ By name: the forward is given those that it names, a loss function likewise afte
 
 import inspect
 from collections.abc import Callable, Mapping
+from functools import wraps
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from comms.errors import CaptureError
 from partitioner.capture.batch_inputs import Batch
 
 LossFunction = Callable[..., torch.Tensor]
+KEPT = "kept_entries"
 
 
 def loss_of_step(module: nn.Module, loss_fn: LossFunction | None, batch: Batch) -> torch.Tensor:
@@ -21,7 +23,7 @@ def loss_of_step(module: nn.Module, loss_fn: LossFunction | None, batch: Batch) 
 
     A loss function that needs one that is not there (or has a parameter `batch`) is given the batch.
     """
-    taken = taken_by(module.forward, batch)
+    taken = taken_by(module.forward, batch, loss_fn)
     output = module(**{name: value for name, value in batch.items() if name in taken})
     if loss_fn is None:
         return scalar_loss(output, type(module).__name__)
@@ -74,11 +76,32 @@ def parameters_of(function: Callable[..., Any]) -> list[inspect.Parameter]:
         ) from error
 
 
-def taken_by(forward: Callable[..., Any], batch: Batch) -> frozenset[str]:
-    """The entries of a batch that a forward takes."""
+def taken_by(forward: Callable[..., Any], batch: Batch, loss_fn: LossFunction | None) -> frozenset[str]:
+    """The entries of a batch that a forward takes, but those that a loss function keeps to itself."""
     parameters = parameters_of(forward)
     takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
-    return frozenset(batch) if takes_all else frozenset(p.name for p in parameters) & frozenset(batch)
+    taken = frozenset(batch) if takes_all else frozenset(p.name for p in parameters) & frozenset(batch)
+    return taken - getattr(loss_fn, KEPT, frozenset())
+
+
+def keeping(loss_fn: LossFunction, entries: frozenset[str]) -> LossFunction:
+    """The loss function, with entries that the forward is not given though it may take such names."""
+
+    @wraps(loss_fn, updated=())
+    def loss(*args: Any, **kwargs: Any) -> torch.Tensor:
+        return loss_fn(*args, **kwargs)
+
+    setattr(loss, KEPT, entries)
+    loss.__signature__ = inspect.Signature(parameters_of(loss_fn))  # type: ignore[attr-defined]
+    return loss
+
+
+def is_read(name: str, forward: Callable[..., Any], batch: Batch, loss_fn: LossFunction | None) -> bool:
+    """Whether the forward or the loss may read an entry: it is named, or given with the whole batch."""
+    if loss_fn is None or name in taken_by(forward, batch, loss_fn):
+        return True
+    named = _given(loss_fn, batch)
+    return named is None or name in named
 
 
 def scalar_loss(output: object, where: str = "the model") -> torch.Tensor:

@@ -10,13 +10,16 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import TypeAlias
 
+from torch import nn
 from torch.fx import Node
 
+from comms.errors import CaptureError
 from partitioner.capture.captured_graph import op_name
 from partitioner.capture.products.param_uses import bias_of, lookups, product_uses
 
 NodeTest: TypeAlias = Callable[[Node], bool]
 COLUMN, ROW, VOCAB, REPLICATE = "colwise", "rowwise", "vocab", "replicate"
+STYLES = (COLUMN, ROW, VOCAB, "fused_qkv", REPLICATE)
 # these need all features of an entry: what comes before is made whole, so that nothing after it can stay cut
 WHOLE_FEATURES = frozenset(("layer_norm", "rms_norm"))
 
@@ -51,10 +54,34 @@ def param_styles(
     return tuple(found.get(param, REPLICATE) for param in params)
 
 
+def own_plan(module: nn.Module) -> Mapping[str, str]:
+    """What a module says of itself: `_tp_plan` (Hugging Face's) or `tp_plan`. Raises CaptureError for unknown names."""
+    if isinstance(plan := getattr(module, "_tp_plan", None), Mapping) and plan:
+        return dict(plan)
+    plan = getattr(module, "tp_plan", None)
+    where, hint = (
+        f"{type(module).__name__}.tp_plan",
+        f"map names of modules (* for a part) to {', '.join(STYLES)}",
+    )
+    if plan is not None and not isinstance(plan, Mapping):
+        raise CaptureError(f"tp_plan is a {type(plan).__name__}", where, hint)
+    paths = [path for path, _ in module.named_modules()]
+    for pattern, style in (plan or {}).items():
+        if not isinstance(style, str) or _known(style) is None:
+            raise CaptureError(f"{style!r} is no tensor-parallel style", where, hint)
+        if not any(_fits(str(pattern), path) for path in paths):
+            raise CaptureError(f"no module is called {pattern}", where, hint)
+    return dict(plan or {})
+
+
+def _fits(pattern: str, path: str) -> bool:
+    return re.fullmatch(re.escape(pattern).replace(r"\*", r"[^.]+"), path) is not None
+
+
 def _planned(name: str, plan: Mapping[str, str]) -> str | None:
     module = name.rsplit(".", 1)[0]
     for pattern, style in plan.items():
-        if re.fullmatch(re.escape(pattern).replace(r"\*", r"[^.]+"), module):
+        if _fits(pattern, module):
             return _known(style)
     return None
 

@@ -168,7 +168,7 @@ def test_factories_are_called_with_args_from_files_and_modules(
     from_file = cpu(f"{path}:net", {"width": 5}, dtype=torch.float64)
     from_module = cpu("my_factory_model:net", {"width": 5}, dtype=torch.float64)
     for model in (from_file, from_module):
-        assert (model.vocab_size, model.max_seq, model.tp_plan) == (10, 4, {"first": "colwise"})
+        assert (model.vocab_size, model.max_seq, model.tp_plan) == (10, 4, {})
     assert torch.equal(from_file.module.first.weight, from_module.module.first.weight)
     assert num_parameters(cpu("my_factory_model:net", {"shared": True}, dtype=torch.bfloat16)) == 12
     assert build(f"{path}:net", {}, device="meta", dtype=torch.float32, seed=0).module.first.weight.is_meta

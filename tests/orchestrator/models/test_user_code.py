@@ -94,3 +94,14 @@ def test_a_name_that_is_not_there_is_refused_with_those_that_are(text: str, said
     with pytest.raises(ModelError, match=said) as caught:
         named_object(text, "loss")
     assert caught.value.where == "loss" and hint in caught.value.hint
+
+
+def test_code_that_ends_the_process_is_an_error_with_its_line(tmp_path: Path) -> None:
+    path = tmp_path / "script.py"
+    path.write_text("import sys\ndef make(): sys.exit(0)\n")
+    with pytest.raises(ModelError, match="raised SystemExit: 0") as caught:
+        called(named_object(f"{path}:make", "model"), "script.py:make", "model")  # type: ignore[arg-type]
+    assert "script.py:2 in make" in caught.value.where
+    path.write_text("import sys\nsys.exit(3)\n")
+    with pytest.raises(ModelError, match="SystemExit: 3"):
+        named_object(f"{path}:make", "model")

@@ -68,8 +68,8 @@ def test_entries_without_names_are_forwards_arguments_and_then_the_losss(
 @pytest.mark.parametrize(
     ("module", "loss_fn", "value", "said"),
     [
-        (One(), None, (A, B), "2 entries without names; forward takes x"),
-        (One(), loss, (A,), ""), (One(), loss, (A, B, C), "forward takes x; the loss takes y"),
+        (One(), None, (A, B), "2 entries without names; by name forward takes"),
+        (One(), loss, (A,), ""), (One(), loss, (A, B, C), "after the output the loss takes .y."),
         (Two(), of_batch, (A, B), r"which of 2 entries are for forward\(x, mask\)"),
         (One(), None, 5, "a batch is a int"), (One(), None, None, "a batch is a NoneType"),
     ],

@@ -197,3 +197,14 @@ def test_what_the_users_code_raises_has_the_users_lines_alone(source: Any) -> No
         caught.value.where.startswith(__file__) and "in __getitem__ (return {}[index]" in caught.value.where
     )
     assert "own_data" not in caught.value.where.replace("test_own_data", "")
+
+
+def test_only_the_last_batch_of_a_pass_is_left_out() -> None:
+    loader: DataLoader[Any] = DataLoader(SET, batch_sampler=[[*range(8)], [8, 9], [*range(10, 18)], [18, 19]])
+    assert [len(batch) for batch in rows(read(loader, drop_last=True), 6)] == [8, 2, 8, 8, 2, 8]
+    assert [len(batch) for batch in rows(read(loader), 5)] == [8, 2, 8, 2, 8]
+
+
+def test_arrays_of_numpy_are_refused_by_name() -> None:
+    with pytest.raises(DataError, match="entry x of a batch is of numpy"):
+        read(DataLoader(SET, batch_size=8, collate_fn=lambda s: {"x": np.zeros((8, 1)), "y": X[:8]}))

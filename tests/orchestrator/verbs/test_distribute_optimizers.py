@@ -330,3 +330,25 @@ def test_a_checkpoint_of_torchs_own_resumes(plan: Plan, laptop: Any, one_thread:
     require_same_values(later.sync(), step.sync())
     require_same_states(resumed_optimizer, optimizer)
     assert module is step.model
+
+
+@pytest.mark.parametrize("lr", [1e-2, 1e-7], ids=["seen", "below rounding"])
+@pytest.mark.parametrize("plan", [Plan(), Plan(dp=2, zero=1)], ids=str)
+def test_a_half_precision_module_is_stepped_on_as_it_is(plan: Plan, lr: float, laptop: Any) -> None:
+    """Steps below its rounding are lost, as in torch: there is no wider copy that would add them up."""
+    module, plain = Perceptron().bfloat16(), Perceptron().bfloat16()
+    optimizers = [torch.optim.AdamW(each.parameters(), lr=lr, weight_decay=0.0) for each in (module, plain)]
+    step = distribute(module, optimizers[0], laptop, plan=plan, chips=plan.num_chips)
+    inputs = {name: value.bfloat16() for name, value in batch(0).items()}
+    for _ in range(3):
+        found = step(inputs)
+        optimizers[1].zero_grad()
+        (loss := plain(**inputs)).backward()
+        optimizers[1].step()
+        assert found == pytest.approx(loss.item(), rel=0.02)
+    step.sync()
+    rounding = 0.0 if lr < 1e-6 or plan == Plan() else 0.01
+    for mine, theirs in zip(module.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=rounding, atol=rounding)
+        kept = [optimizer.state[p] for optimizer, p in zip(optimizers, (mine, theirs), strict=True)]
+        assert {k: v.dtype for k, v in kept[0].items()} == {k: v.dtype for k, v in kept[1].items()}
