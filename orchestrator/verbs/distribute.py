@@ -19,7 +19,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import nn
@@ -55,12 +55,13 @@ from orchestrator.runners.runner import (
 from orchestrator.runs.data import split_batch, step_key
 from orchestrator.verbs.inputs.options import RunnerKind
 from orchestrator.verbs.python_state import PythonState
+from orchestrator.verbs.situation import Situation, require_batch, require_newest, set_newest, situation_of
 from orchestrator.verbs.verification.one_chip import OneChip
 from orchestrator.verbs.verification.sides import PlannedSide
 from orchestrator.verbs.verification.step_check import STEPS, StepCheck
 from orchestrator.verbs.verification.verdict import TrainingVerdict
 from orchestrator.views.split_notes import warnings_of
-from partitioner.capture.batch_inputs import Batch, settings_of, tensors_of
+from partitioner.capture.batch_inputs import Batch, tensors_of
 from partitioner.capture.captured_graph import Graph
 from partitioner.capture.forwards.step_loss import LossFunction
 from partitioner.capture.graph_units import capture_graph
@@ -68,7 +69,6 @@ from partitioner.layout.parallel_plan import BatchNorms, Plan
 from partitioner.lowering.lower import capture_and_lower
 from partitioner.program.program import Program
 
-Situation: TypeAlias = tuple[object, ...]  # what a Program is made for
 MAX_PROGRAMS = 64  # a value that is annealed leads to another one at every step
 
 
@@ -126,7 +126,7 @@ class DistributedStep:
         request = StepRequest(schedule, 0.0, batches, measure=measure, check=check, settings=settings)
         result = runner.run(request)
         if schedule == "step" and result.stats is not None and result.stats.is_finite:
-            self._is_ahead = True
+            self._set_ahead(is_ahead=True)
             self.steps += 1
             self.optimizer._opt_called = True  # type: ignore[attr-defined]  # what schedulers ask for
         return result
@@ -147,10 +147,12 @@ class DistributedStep:
         """Go on from a checkpoint of the Program that runs."""
         assert self._runner is not None
         self._runner.restore(states)
-        self._is_ahead, self.steps = True, steps
+        self._set_ahead(is_ahead=True)
+        self.steps = steps
 
     def close(self) -> None:
         """Give back processes and memory; nothing is run after that."""
+        set_newest(self, self.model.parameters(), is_newest=False)
         self.launch.close()
 
     def verify(self, batch: Batch) -> TrainingVerdict:
@@ -205,12 +207,19 @@ class DistributedStep:
                 if MASTER in made:
                     self._masters[name] = made.pop(MASTER)
                 self.optimizer.state[like] = made
-            self._is_ahead, self._seen = False, self._values_seen()
+            self._set_ahead(is_ahead=False)
+            self._seen = self._values_seen()
         return self.model
+
+    def _set_ahead(self, *, is_ahead: bool) -> None:
+        if is_ahead is not self._is_ahead:
+            set_newest(self, self.model.parameters(), is_newest=is_ahead)
+        self._is_ahead = is_ahead
 
     def ready(self, batch: Batch) -> tuple[TensorRunner, Program]:
         """The runner for this batch and what the model and the optimizer are now."""
-        _require_batch(batch)
+        require_batch(batch)
+        require_newest(self, self.model.parameters())
         situation = self._situation_of(batch)
         changed = [name for name, value in self._values_seen().items() if self._seen.get(name) != value]
         if self._runner is not None and changed and self._is_ahead:
@@ -234,12 +243,8 @@ class DistributedStep:
 
     def _situation_of(self, batch: Batch) -> Situation:
         """All that a Program depends on besides values."""
-        tensors = tuple((n, tuple(v.shape), v.dtype) for n, v in tensors_of(batch).items())
-        modes = tuple(module.training for module in self.model.modules())
-        trained = tuple(p.requires_grad for p in self.model.parameters())
-        groups = tuple(tuple(id(p) for p in group["params"]) for group in self.optimizer.param_groups)
         code = self._code.marks(self.model, self.loss_fn) if self.is_watched else ()
-        return tensors, settings_of(batch), modes, trained, groups, code
+        return *situation_of(self.model, self.optimizer, batch), code
 
     def _values_seen(self) -> dict[str, object]:
         """Marks of all values that live on the chips: they differ once something else writes to them."""
@@ -258,7 +263,8 @@ class DistributedStep:
         runner = self.launch.connect(program, self._settings(), self.progress)
         self._fill(runner, program, self.own_states())
         self.program, self._runner, self._situation = program, runner, situation
-        self._is_ahead, self._seen = False, self._values_seen()
+        self._set_ahead(is_ahead=False)
+        self._seen = self._values_seen()
 
     def _settings(self) -> Settings:
         return Settings(same_kind(self.optimizer), self.clip_norm, groups=())
@@ -387,11 +393,3 @@ def launch_of(cluster: Cluster, runner: str) -> Launch:
     if runner == RunnerKind.RAY:
         return RayLaunch(cluster)
     raise PlanError(f"no runner {runner!r}", "runner", "write inline or ray")
-
-
-def _require_batch(batch: object) -> None:
-    if not isinstance(batch, Mapping) or not batch:
-        problem = "the batch is not a mapping of names to inputs"
-        raise PlanError(problem, "step(batch)", "pass {name: input}, as model(**batch)")
-    if any(v.numel() == 0 and v.dim() and not v.shape[0] for v in tensors_of(batch).values()):
-        raise PlanError("the batch has no samples", "step(batch)", "leave empty batches out")

@@ -102,7 +102,11 @@ class ChipSet:
             self.execution = execution
             for key, source, tensor in self.early.pop(self.epoch, ()):
                 self.communications.deliver(key, source, tensor)
-        with one_thread_per_chip():
+        with (
+            one_thread_per_chip(),
+            torch.autocast("cpu", enabled=False),
+            torch.autocast("cuda", enabled=False),
+        ):
             self._run_workers(execution)
         if execution.error is not None:
             self.communications.open.clear()  # keys start again at the next execution

@@ -1,0 +1,87 @@
+"""Situations: all that a Program depends on besides values and code, and which step has a module's newest values.
+
+What surrounds a step counts too: autocast, the default dtype and hooks on all modules hold for the forward as they do
+in plain PyTorch; a Program runs with the casts that it was captured with.
+"""
+
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeAlias
+
+import torch
+from torch import nn
+from torch.nn.modules import module as modules
+from torch.utils.weak import WeakIdKeyDictionary
+
+from comms.errors import PlanError
+from partitioner.capture.batch_inputs import Batch, settings_of, tensors_of
+
+Situation: TypeAlias = tuple[object, ...]
+FORWARD_HOOKS: tuple[Mapping[int, Any], ...] = (
+    modules._global_forward_pre_hooks,
+    modules._global_forward_hooks,
+)
+BACKWARD_HOOKS: tuple[Mapping[int, Any], ...] = (
+    modules._global_backward_pre_hooks,
+    modules._global_backward_hooks,
+)
+_newest = WeakIdKeyDictionary()  # by parameter: the step whose chips have trained it since it was fetched
+
+
+def situation_of(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch) -> Situation:
+    """Equal for steps that one Program serves. Raises PlanError for what plain PyTorch would train and we would not."""
+    params = dict(model.named_parameters())
+    own = {id(p) for p in params.values()}
+    if any(id(p) not in own for group in optimizer.param_groups for p in group["params"]):
+        problem = "the optimizer has a parameter that is not the model's"
+        hint = (
+            "register it in the model (a loss with parameters as a submodule), or take it out of the groups"
+        )
+        raise PlanError(problem, type(optimizer).__name__, hint)
+    if any(BACKWARD_HOOKS):
+        raise PlanError(
+            "a backward hook on all modules would not run", "torch.nn.modules.module", "remove the hook"
+        )
+    tensors = tuple((n, tuple(v.shape), v.dtype) for n, v in tensors_of(batch).items())
+    held = tuple((n, id(p), p.requires_grad, p.shape, p.dtype) for n, p in params.items())
+    kept = tuple((n, b.shape, b.dtype) for n, b in model.named_buffers())
+    modes = tuple(module.training for module in model.modules())
+    groups = tuple(tuple(id(p) for p in group["params"]) for group in optimizer.param_groups)
+    return tensors, settings_of(batch), held, kept, modes, groups, _surroundings()
+
+
+def require_batch(batch: object) -> None:
+    """Refuse what is no batch. Raises PlanError."""
+    if not isinstance(batch, Mapping) or not batch:
+        problem = "the batch is not a mapping of names to inputs"
+        raise PlanError(problem, "step(batch)", "pass {name: input}, as model(**batch)")
+    if any(v.numel() == 0 and v.dim() and not v.shape[0] for v in tensors_of(batch).values()):
+        raise PlanError("the batch has no samples", "step(batch)", "leave empty batches out")
+
+
+def _surroundings() -> Situation:
+    kinds = ("cpu", "cuda")
+    casts = tuple(torch.get_autocast_dtype(k) if torch.is_autocast_enabled(k) else None for k in kinds)
+    return casts, torch.get_default_dtype(), tuple(tuple(hooks.values()) for hooks in FORWARD_HOOKS)
+
+
+def require_newest(step: object, params: Iterable[nn.Parameter]) -> None:
+    """Refuse to train on from values that another step has trained since. Raises PlanError."""
+    for param in params:
+        reference: Callable[[], object] = _newest.get(param, _nobody)
+        if (other := reference()) is not None and other is not step:
+            problem = "another step has trained this model, and its values were not fetched"
+            raise PlanError(problem, "step(batch)", "call sync() of the other step before")
+
+
+def set_newest(step: object, params: Iterable[nn.Parameter], *, is_newest: bool) -> None:
+    """Note that a step's chips have newer values than the module, or no longer."""
+    for param in params:
+        if is_newest:
+            _newest[param] = weakref.ref(step)
+        elif _newest.get(param, _nobody)() is step:
+            del _newest[param]
+
+
+def _nobody() -> None:
+    return None

@@ -1,0 +1,129 @@
+"""What surrounds a step, what shares its parameters, and what is not the model's: as in plain PyTorch, or refused."""
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.modules import module as modules
+
+from comms.errors import PlanError
+from orchestrator.verbs.distribute import DistributedStep, distribute
+from partitioner.layout.parallel_plan import Plan
+
+PLANS = [Plan(), Plan(dp=2), Plan(tp=2)]
+X = torch.randn(8, 6, generator=torch.Generator().manual_seed(0))
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.first, self.last = nn.Linear(6, 8), nn.Linear(8, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.first(x).tanh()).float().square().mean()
+
+
+def step_of(module: nn.Module, laptop: Any, plan: Plan, **more: Any) -> DistributedStep:
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.5)
+    return distribute(module, optimizer, laptop, plan=plan, chips=plan.num_chips, **more)
+
+
+@pytest.mark.parametrize("plan", PLANS, ids=str)
+@pytest.mark.parametrize("first", [True, False], ids=["on then off", "off then on"])
+def test_autocast_around_a_step_holds_for_that_step(first: bool, plan: Plan, laptop: Any) -> None:
+    module, plain = Net(), Net()
+    step, optimizer = step_of(module, laptop, plan), torch.optim.SGD(plain.parameters(), lr=0.5)
+    found, expected = [], []
+    for number in range(4):
+        is_on = (number < 2) is first
+        with torch.autocast("cpu", torch.bfloat16) if is_on else nullcontext():
+            found.append(step({"x": X}))
+            optimizer.zero_grad()
+            loss = plain(X)
+        loss.backward()
+        optimizer.step()
+        expected.append(loss.item())
+    off = [k for k in range(4) if (k < 2) is not first]
+    assert found == pytest.approx(expected, rel=0.02)
+    if first is False:  # before anything was rounded
+        assert [found[k] for k in off] == pytest.approx([expected[k] for k in off], rel=1e-6)
+
+
+@pytest.fixture
+def hook() -> Iterator[Callable[..., Any]]:
+    handles: list[Any] = []
+    yield lambda register, function: handles.append(register(function))
+    for handle in handles:
+        handle.remove()
+
+
+def test_hooks_on_all_modules_are_seen(hook: Callable[..., Any], laptop: Any) -> None:
+    module, plain = Net(), Net()
+    step = step_of(module, laptop, Plan(dp=2))
+    assert step({"x": X}) == pytest.approx(plain(X).item(), rel=1e-6)
+    step.sync()
+    hook(
+        modules.register_module_forward_hook, lambda m, a, out: out * 2 if isinstance(m, nn.Linear) else None
+    )
+    assert step({"x": X}) == pytest.approx(module(X).item(), rel=1e-6)
+    hook(modules.register_module_full_backward_hook, lambda m, g, h: None)
+    with pytest.raises(PlanError, match="backward hook on all modules"):
+        step({"x": X})
+
+
+def test_two_steps_of_one_model_need_sync_between(laptop: Any) -> None:
+    module, plain = Net(), Net()
+    steps = [step_of(module, laptop, Plan(dp=2)) for _ in range(2)]
+    optimizer = torch.optim.SGD(plain.parameters(), lr=0.5)
+    for step in (*steps, *steps):
+        optimizer.zero_grad()
+        (loss := plain(X)).backward()
+        optimizer.step()
+        assert step({"x": X}) == pytest.approx(loss.item(), rel=1e-5)
+        with pytest.raises(PlanError, match="another step has trained this model"):
+            steps[step is steps[0]]({"x": X})
+        step.sync()
+    steps[0]({"x": X})
+    del step, steps[0]  # what is gone holds nothing back
+    assert steps[0]({"x": X}) == pytest.approx(plain(X).item(), rel=1e-5)
+
+
+def test_parameters_that_are_not_the_models_are_refused(laptop: Any) -> None:
+    module, other = Net(), nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.SGD([*module.parameters(), other], lr=0.5)
+    step = distribute(
+        module, optimizer, laptop, plan=Plan(dp=2), chips=2, loss_fn=lambda output: output * other.sum()
+    )
+    with pytest.raises(PlanError, match="a parameter that is not the model's"):
+        step({"x": X})
+
+
+def test_other_parameters_in_the_place_of_those_that_are_trained_are_refused(laptop: Any) -> None:
+    module = Net()
+    step = step_of(module, laptop, Plan(dp=2))
+    step({"x": X})
+    step.sync()
+    module.load_state_dict(copy.deepcopy(module.state_dict()), assign=True)
+    with pytest.raises(PlanError, match="a parameter that is not the model's"):
+        step({"x": X})
+
+
+def test_a_parameter_of_another_shape_leads_to_another_program(laptop: Any) -> None:
+    module, plain = Net(), Net()
+    step = step_of(module, laptop, Plan(dp=2))
+    step({"x": X})
+    step.sync()
+    plain.load_state_dict(module.state_dict())
+    for each in (module, plain):
+        each.first.weight.data, each.first.bias.data = each.first.weight.data[:4], each.first.bias.data[:4]
+        each.last.weight.data = each.last.weight.data[:, :4]
+    assert step({"x": X}) == pytest.approx(plain(X).item(), rel=1e-6)
+    (plain(X) + 0).backward()
+    expected = plain.first.weight - 0.5 * plain.first.weight.grad
+    torch.testing.assert_close(step.sync().get_parameter("first.weight"), expected)
