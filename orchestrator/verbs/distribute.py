@@ -120,11 +120,14 @@ class DistributedStep:
         self, batch: Batch, schedule: str = "step", *, measure: bool = False, check: bool = False
     ) -> ExecutedStep:
         """Carry out a schedule on a whole global batch; a step that is not finite has changed nothing."""
-        runner, program = self.ready(batch)
-        settings = group_settings(self.optimizer)
-        batches = split_batch(tensors_of(batch), program, step_key(self.seed, self.steps))
-        request = StepRequest(schedule, 0.0, batches, measure=measure, check=check, settings=settings)
-        result = runner.run(request)
+        with torch.inference_mode(
+            mode=False
+        ):  # others may evaluate in it; what is kept here is written to later
+            runner, program = self.ready(batch)
+            settings = group_settings(self.optimizer)
+            batches = split_batch(tensors_of(batch), program, step_key(self.seed, self.steps))
+            request = StepRequest(schedule, 0.0, batches, measure=measure, check=check, settings=settings)
+            result = runner.run(request)
         if schedule == "step" and result.stats is not None and result.stats.is_finite:
             self._set_ahead(is_ahead=True)
             self.steps += 1

@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 from torch.nn.modules import module as modules
+from torch.nn.parameter import is_lazy
 from torch.utils.weak import WeakIdKeyDictionary
 
 from comms.errors import PlanError
@@ -30,19 +31,20 @@ _newest = WeakIdKeyDictionary()  # by parameter: the step whose chips have train
 
 def situation_of(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch) -> Situation:
     """Equal for steps that one Program serves. Raises PlanError for what plain PyTorch would train and we would not."""
-    params = dict(model.named_parameters())
-    own = {id(p) for p in params.values()}
-    if any(id(p) not in own for group in optimizer.param_groups for p in group["params"]):
-        problem = "the optimizer has a parameter that is not the model's"
-        hint = (
-            "register it in the model (a loss with parameters as a submodule), or take it out of the groups"
-        )
-        raise PlanError(problem, type(optimizer).__name__, hint)
+    params, given = dict(model.named_parameters()), tensors_of(batch)
+    optimized = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    if entries := [name for name, value in given.items() if id(value) in optimized]:
+        problem = f"the batch's {entries[0]} is a parameter that the optimizer has"
+        hint = "register it in the model, or take it out of the optimizer's groups"
+        raise PlanError(problem, "step(batch)", hint)
+    if lazy := [name for name, p in params.items() if is_lazy(p)]:
+        problem = f"{lazy[0]} has no shape before the model's first forward"
+        raise PlanError(problem, type(model).__name__, "call model(**batch) once, then distribute")
     if any(BACKWARD_HOOKS):
         raise PlanError(
             "a backward hook on all modules would not run", "torch.nn.modules.module", "remove the hook"
         )
-    tensors = tuple((n, tuple(v.shape), v.dtype) for n, v in tensors_of(batch).items())
+    tensors = tuple((n, tuple(v.shape), v.dtype) for n, v in given.items())
     held = tuple((n, id(p), p.requires_grad, p.shape, p.dtype) for n, p in params.items())
     kept = tuple((n, b.shape, b.dtype) for n, b in model.named_buffers())
     modes = tuple(module.training for module in model.modules())

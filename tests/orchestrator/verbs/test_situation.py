@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn.modules import module as modules
 
-from comms.errors import PlanError
+from comms.errors import PlanError, UserError
 from orchestrator.verbs.distribute import DistributedStep, distribute
 from partitioner.layout.parallel_plan import Plan
 
@@ -94,24 +94,32 @@ def test_two_steps_of_one_model_need_sync_between(laptop: Any) -> None:
     assert steps[0]({"x": X}) == pytest.approx(plain(X).item(), rel=1e-5)
 
 
-def test_parameters_that_are_not_the_models_are_refused(laptop: Any) -> None:
-    module, other = Net(), nn.Parameter(torch.ones(2))
-    optimizer = torch.optim.SGD([*module.parameters(), other], lr=0.5)
-    step = distribute(
-        module, optimizer, laptop, plan=Plan(dp=2), chips=2, loss_fn=lambda output: output * other.sum()
-    )
-    with pytest.raises(PlanError, match="a parameter that is not the model's"):
-        step({"x": X})
+def test_an_entry_that_the_optimizer_trains_is_refused(laptop: Any) -> None:
+    module, entry = Net(), nn.Parameter(X.clone())
+    optimizer = torch.optim.SGD([*module.parameters(), entry], lr=0.5)
+    step = distribute(module, optimizer, laptop, plan=Plan(dp=2), chips=2)
+    with pytest.raises(PlanError, match="the batch's x is a parameter that the optimizer has"):
+        step({"x": entry})
 
 
-def test_other_parameters_in_the_place_of_those_that_are_trained_are_refused(laptop: Any) -> None:
+def test_other_parameters_in_the_place_of_those_that_are_trained_stay_as_they_are(laptop: Any) -> None:
     module = Net()
     step = step_of(module, laptop, Plan(dp=2))
     step({"x": X})
     step.sync()
-    module.load_state_dict(copy.deepcopy(module.state_dict()), assign=True)
-    with pytest.raises(PlanError, match="a parameter that is not the model's"):
+    before = copy.deepcopy(module.state_dict())
+    module.load_state_dict(copy.deepcopy(before), assign=True)  # the optimizer has the former ones
+    with pytest.raises(UserError, match="no parameter is trained"):
         step({"x": X})
+    assert all(torch.equal(before[name], value) for name, value in module.state_dict().items())
+
+
+def test_a_first_evaluation_in_inference_mode_leaves_training_as_it_is(laptop: Any) -> None:
+    module, plain = Net(), Net()
+    step = step_of(module, laptop, Plan(dp=2))
+    with torch.inference_mode():
+        assert step.evaluate({"x": X.clone()}) == pytest.approx(plain(X).item(), rel=1e-6)
+    assert step({"x": X}) == pytest.approx(plain(X).item(), rel=1e-6)
 
 
 def test_a_parameter_of_another_shape_leads_to_another_program(laptop: Any) -> None:
