@@ -37,7 +37,8 @@ def situation_of(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batc
         problem = f"the batch's {entries[0]} is a parameter that the optimizer has"
         hint = "register it in the model, or take it out of the optimizer's groups"
         raise PlanError(problem, "step(batch)", hint)
-    if lazy := [name for name, p in params.items() if is_lazy(p)]:
+    named: list[tuple[str, torch.Tensor]] = [*params.items(), *model.named_buffers()]
+    if lazy := [name for name, value in named if is_lazy(value)]:
         problem = f"{lazy[0]} has no shape before the model's first forward"
         raise PlanError(problem, type(model).__name__, "call model(**batch) once, then distribute")
     if any(BACKWARD_HOOKS):
