@@ -18,7 +18,9 @@ import weakref
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
+from numbers import Integral, Real
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import torch
@@ -29,10 +31,10 @@ from comms.selection.progress import Progress, quiet
 from kernels.optimizers import entry_states, group_settings, same_kind
 from orchestrator.config.hardware.cluster import Cluster
 from orchestrator.config.hardware.cluster_file import cluster_path, load_cluster
-from orchestrator.config.job_file import Dtype, load_job
-from orchestrator.planning.job_parts import JobParts, checked_scope, optimized_shape
+from orchestrator.config.job_file import load_job
+from orchestrator.planning.job_parts import checked_scope, optimized_shape
 from orchestrator.planning.plan_choice import choose_plan
-from orchestrator.planning.preparation import Prepared, module_values
+from orchestrator.planning.preparation import module_values
 from orchestrator.runners.executing.chip_set import ChipSet, InlineLaunch
 from orchestrator.runners.executing.whole_state import (
     MASTER,
@@ -55,7 +57,14 @@ from orchestrator.runners.runner import (
 from orchestrator.runs.data import split_batch, step_key
 from orchestrator.verbs.inputs.options import RunnerKind
 from orchestrator.verbs.python_state import PythonState
-from orchestrator.verbs.situation import Situation, require_batch, require_newest, set_newest, situation_of
+from orchestrator.verbs.situation import (
+    Situation,
+    require_batch,
+    require_kinds,
+    require_newest,
+    set_newest,
+    situation_of,
+)
 from orchestrator.verbs.verification.one_chip import OneChip
 from orchestrator.verbs.verification.sides import PlannedSide
 from orchestrator.verbs.verification.step_check import STEPS, StepCheck
@@ -360,6 +369,10 @@ def distribute(
     random numbers follow from `seed`, the step (`step.steps`, to be set by whoever resumes) and the sample, not from
     torch's generators. Raises UserError.
     """
+    require_kinds(
+        model=(model, nn.Module), optimizer=(optimizer, torch.optim.Optimizer), plan=(plan, (Plan, NoneType)),
+        chips=(chips, (Integral, NoneType)), clip_norm=(clip_norm, (Real, NoneType)), seed=(seed, Integral),
+    )  # fmt: skip
     if clip_norm is not None and not (clip_norm > 0 and math.isfinite(clip_norm)):
         raise PlanError(f"clip_norm is {clip_norm}", "distribute", "give a number above 0, or leave it out")
     found = cluster if isinstance(cluster, Cluster) else load_cluster(cluster_path(str(cluster)))
@@ -371,21 +384,6 @@ def distribute(
         launch.close()
         raise
     weakref.finalize(step, launch.close)
-    return step
-
-
-def step_of_job(
-    prepared: Prepared, parts: JobParts, optimizer: torch.optim.Optimizer, launch: Launch, progress: Progress = quiet
-) -> DistributedStep:  # fmt: skip
-    """The step of a job, by the Program that was prepared; `optimizer` is over the parameters of its model."""
-    job, model = prepared.job, parts.model
-    is_watched = job.has_own_parts or job.has_own_model or job.lr_schedule.is_own
-    step = DistributedStep(
-        model.module, optimizer, prepared.cluster, prepared.plan, parts.loss_fn, job.clip_limit, job.seed, launch,
-        is_watched=is_watched, exact=job.dtype is Dtype.FP64, has_masters=True, tp_plan=model.tp_plan,
-        progress=progress,
-    )  # fmt: skip
-    step.adopt(prepared.program, parts.example_batch())
     return step
 
 

@@ -53,6 +53,17 @@ def situation_of(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batc
     return tensors, settings_of(batch), held, kept, modes, groups, _surroundings()
 
 
+def require_kinds(**given: tuple[object, type | tuple[type, ...]]) -> None:
+    """Refuse arguments of other kinds, by their names; None where it is one of them. Raises PlanError."""
+    for name, (value, kinds) in given.items():
+        if isinstance(value, bool) or not isinstance(value, kinds):
+            wanted = kinds[0] if isinstance(kinds, tuple) else kinds
+            what = f"the class {value.__name__}" if isinstance(value, type) else f"a {type(value).__name__}"
+            raise PlanError(
+                f"{name} is {what}", "distribute", f"give a {wanted.__module__}.{wanted.__qualname__}"
+            )
+
+
 def require_batch(batch: object) -> None:
     """Refuse what is no batch. Raises PlanError."""
     if not isinstance(batch, Mapping) or not batch:

@@ -154,7 +154,7 @@ def _training(
 ) -> Training:  # fmt: skip
     """The loop, with parameters on the chips."""
     from orchestrator.planning.job_parts import LrSchedule, job_optimizer, validation_data
-    from orchestrator.verbs.distribute import step_of_job
+    from orchestrator.verbs.job_step import step_of_job
 
     job, plan = prepared.job, prepared.plan
     with console.phase("load parameters"):

@@ -152,11 +152,16 @@ def _require_cut(plan: Plan, held: int, work: int, whole_bytes: int, whole_work:
 def _table(result: VerifyResult) -> Table:
     rows = [
         ("equal", "yes" if result.equal else "NO"),
-        ("fp64: loss, gradients, parameters, states differ by", f"{result.errors} (limit {TOLERANCE:.0e})"),
+        (
+            "fp64: loss, gradients, parameters, states differ by",
+            f"{result.errors} (limit {TOLERANCE:.0e}, or ten times the noise of re-ordered sums)",
+        ),
         ("differs first", result.differs or "nothing"),
     ]
     if result.own is not None and result.noise is not None:
-        rows += [("job's dtype: the same", str(result.own)), ("noise of re-ordered sums", str(result.noise))]
+        rows += [("the job's dtype: plan against one chip", str(result.own)),
+                 ("the job's dtype: one chip against itself with sums re-ordered", str(result.noise)),
+                 ("beyond ten times that, by rounding that grows", result.grown or "nothing")]  # fmt: skip
     rows.append(("first wrong instruction", result.first_difference or "none"))
     for stage, (nbytes, flops) in enumerate(
         zip(result.parameter_bytes_per_chip, result.flops_per_chip, strict=True)

@@ -38,6 +38,7 @@ from partitioner.capture.forwards.expert_forms import expert_forms
 from partitioner.capture.forwards.host_values import CalledWith, constant_of, no_host_draws
 from partitioner.capture.forwards.keyed_random import FIRST_SAMPLE, KEY, keyed_random
 from partitioner.capture.forwards.plain_forms import plain_forms
+from partitioner.capture.forwards.shared_memory import require_own_memory
 from partitioner.capture.forwards.step_loss import (
     LossFunction,
     is_read,
@@ -126,6 +127,7 @@ def trace_module(
         frozen=frozen,
         tp_plan=tp_plan or own_plan(module),
     )
+    require_own_memory(module, graph_module, captured.updated)
     make_pure(captured.graph_module, captured.names, trace.registered)
     return captured
 

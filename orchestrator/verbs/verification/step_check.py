@@ -12,6 +12,7 @@ from functools import partial
 import torch
 
 from comms.errors import RunError, UserError
+from kernels.optimizers import entry_states, same_kind
 from orchestrator.runners.executing.whole_state import MASTER
 from orchestrator.verbs.verification.one_chip import OneChip
 from orchestrator.verbs.verification.outcome import Tensors
@@ -84,9 +85,10 @@ class StepCheck:
     def _proof(self, batch: Batch, planned: MakeSide) -> Lockstep:
         values = {name: widened(value) for name, value in self.values.items()}
         wide = widened_batch(batch)
+        entries = entry_states(same_kind(self.chip.optimizer))  # of parameters without dims too
         states = {
             name: {
-                k: widened(v) if isinstance(v, torch.Tensor) and v.dim() else v
+                k: widened(v) if isinstance(v, torch.Tensor) and (v.dim() or k in entries) else v
                 for k, v in own.items()
                 if k != MASTER
             }

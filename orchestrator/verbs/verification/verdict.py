@@ -2,7 +2,8 @@
 
 In float64 rounding differences are near 1e-15, so equality within 1e-10 (per tensor, L2, against the larger of its norm
 and a floor) is a proof. In the job's own dtype the difference is held against the noise of one-chip runs whose sums are
-merely re-ordered.
+merely re-ordered. What is proved, and within that noise at the first step, is equal: later a branch that rounding turns
+(a clipped unit, the largest of a pool) may part two runs by more.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -303,7 +304,8 @@ class TrainingVerdict:
     """Whether two runs are the same training.
 
     `errors` are of the float64 proof (None: there could be none, `unproved` says why); `own` and `noise` of the job's
-    dtype (None if that is float64). `differs`: the first step, tensor and entry that does.
+    dtype (None if that is float64). `differs`: the first step, tensor and entry that does. `grown`: the first that is
+    beyond the noise in the job's dtype, at a later step of a run that is proved.
     """
 
     equal: bool
@@ -312,13 +314,15 @@ class TrainingVerdict:
     noise: RelativeErrors | None = None
     differs: str | None = None
     unproved: str | None = None
+    grown: str | None = None
     steps: int = field(default=1)
 
     def document(self) -> dict[str, object]:
         """As JSON values."""
         return {
             "equal": self.equal, **(self.errors.document() if self.errors else {}), "differs": self.differs,
-            "unproved": self.unproved, "tolerance": TOLERANCE, "grad_floor": GRAD_FLOOR, "param_floor": PARAM_FLOOR,
+            "grown": self.grown, "unproved": self.unproved,
+            "tolerance": TOLERANCE, "grad_floor": GRAD_FLOOR, "param_floor": PARAM_FLOOR,
             "steps": self.steps, "own_dtype": None if self.own is None else self.own.document(),
             "reordering_noise": None if self.noise is None else self.noise.document(),
         }  # fmt: skip
@@ -328,15 +332,21 @@ class TrainingVerdict:
             return f"differs from one chip: {self.differs}"
         if self.errors is None:
             return f"within the noise of one chip's re-ordered sums ({self.own}); no proof: {self.unproved}"
-        return f"equal to one chip (float64: loss, gradients, parameters, states differ by {self.errors})"
+        grown = f"; in its own dtype rounding grows beyond the noise seen: {self.grown}" if self.grown else ""
+        return (
+            f"equal to one chip (float64: loss, gradients, parameters, states differ by {self.errors}){grown}"
+        )
 
 
 def verdict(
     exact: Lockstep | None, own: Lockstep | None, steps: int, unproved: str | None = None
 ) -> TrainingVerdict:
     """Of a proof and of a comparison in the job's dtype, as far as there are any."""
-    found = next((each.first for each in (exact, own) if each is not None and each.first is not None), None)
+    first = None if own is None else own.first
+    is_grown = exact is not None and exact.first is None and own is not None and bool(own.at)
+    found = (exact and exact.first) or (None if is_grown else first)
     return TrainingVerdict(
         equal=found is None, errors=exact.errors if exact else None, own=own.errors if own else None,
-        noise=own.noise if own else None, differs=found, unproved=unproved, steps=steps,
+        noise=own.noise if own else None, differs=found, unproved=unproved, grown=first if is_grown else None,
+        steps=steps,
     )  # fmt: skip

@@ -66,11 +66,11 @@ def own_plan(module: nn.Module) -> Mapping[str, str]:
     if plan is not None and not isinstance(plan, Mapping):
         raise CaptureError(f"tp_plan is a {type(plan).__name__}", where, hint)
     paths = [path for path, _ in module.named_modules()]
-    for pattern, style in (plan or {}).items():
+    for style in (plan or {}).values():
         if not isinstance(style, str) or _known(style) is None:
             raise CaptureError(f"{style!r} is no tensor-parallel style", where, hint)
-        if not any(_fits(str(pattern), path) for path in paths):
-            raise CaptureError(f"no module is called {pattern}", where, hint)
+    if plan and not any(_fits(str(pattern), path) for pattern in plan for path in paths):
+        raise CaptureError(f"no module is called {', '.join(map(str, plan))}", where, hint)
     return dict(plan or {})
 
 

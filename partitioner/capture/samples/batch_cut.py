@@ -6,7 +6,7 @@ does not work out. Either is right once the rules accept it: the parts then comp
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from itertools import combinations
+from itertools import combinations, islice
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -17,6 +17,7 @@ from partitioner.capture.samples.loss_form import LossForm, split_loss
 from partitioner.capture.samples.split_samples import Parts
 from partitioner.capture.tracing import Captured
 
+MAX_GUESSES = 40
 MAX_SHARED = 2  # entries as long as the batch that turn out to hold no samples
 Trace = Callable[[Batch, FakeTensorMode], Captured]
 
@@ -27,10 +28,14 @@ def cut_batch(
     """The capture of one part, its loss, and the entries that hold samples. Raises CaptureError or PlanError."""
     tensors = tensors_of(batch)
     first: CaptureError | None = None
-    for size, split in _guesses(tensors, dp * microbatches):
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    whole = trace(batch, mode)  # raises what no guess would mend
+    for size, split in islice(_guesses(tensors, dp * microbatches), MAX_GUESSES):
         try:
             parts = Parts(dp, microbatches, size // (dp * microbatches))
-            part, whole = _traces(trace, batch, split, parts)
+            whole = whole if first is None else trace(batch, mode)  # a try changes it
+            part = trace(_part(batch, split, parts), mode)
+            _require_samples(part, split, tensors)
             return part, split_loss(part, whole, parts, split, norms_per_part=norms_per_part), split
         except CaptureError as error:
             first = first or error
@@ -54,19 +59,14 @@ def _guesses(tensors: Mapping[str, torch.Tensor], parts: int) -> Iterator[tuple[
                 yield size, frozenset(long) - set(shared)
 
 
-def _traces(trace: Trace, batch: Batch, split: frozenset[str], parts: Parts) -> tuple[Captured, Captured]:
-    """The captures of a part, and of the whole batch."""
-    tensors = tensors_of(batch)
-    small = {name: v[: parts.samples] if name in split else v for name, v in tensors.items()}
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    whole = trace(batch, mode)
-    part = trace(rebuilt(batch, small), mode)
-    read = {
-        part.names[n.name].partition(":")[2]
-        for n in part.graph_module.graph.nodes
-        if n.op == "placeholder" and n.users
-    }
-    if not read & split:
+def _part(batch: Batch, split: frozenset[str], parts: Parts) -> Batch:
+    """The batch of a part."""
+    small = {n: v[: parts.samples] if n in split else v for n, v in tensors_of(batch).items()}
+    return rebuilt(batch, small)
+
+
+def _require_samples(part: Captured, split: frozenset[str], tensors: Mapping[str, torch.Tensor]) -> None:
+    placeholders = [n for n in part.graph_module.graph.nodes if n.op == "placeholder" and n.users]
+    if not {part.names[n.name].partition(":")[2] for n in placeholders} & split:
         problem = "no input that the model reads holds samples in its first dim"
         raise CaptureError(problem, ", ".join(sorted(tensors)), "use dp 1 and 1 microbatch")
-    return part, whole

@@ -135,3 +135,58 @@ def test_a_parameter_of_another_shape_leads_to_another_program(laptop: Any) -> N
     (plain(X) + 0).backward()
     expected = plain.first.weight - 0.5 * plain.first.weight.grad
     torch.testing.assert_close(step.sync().get_parameter("first.weight"), expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [({"model": Net}, "model is the class Net"), ({"optimizer": None}, "optimizer is a NoneType"),
+     ({"optimizer": torch.optim.SGD}, "optimizer is the class SGD"), ({"plan": "dp2"}, "plan is a str"),
+     ({"chips": "2"}, "chips is a str"), ({"chips": True}, "chips is a bool"),
+     ({"clip_norm": "1"}, "clip_norm is a str"),
+     ({"seed": None}, "seed is a NoneType"), ({"seed": 0.5}, "seed is a float")],
+)  # fmt: skip
+def test_arguments_of_other_kinds_are_refused_by_name(change: dict[str, Any], said: str, laptop: Any) -> None:
+    module = Net()
+    given = {"model": module, "optimizer": torch.optim.SGD(module.parameters(), lr=0.1), "cluster": laptop}
+    with pytest.raises(PlanError, match=said):
+        distribute(**(given | change))
+
+
+class Sharing(Net):
+    """Tensors that lie in the memory of others."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, data = kind, self.first.weight.data
+        self.plain = data.clone() if kind == "apart" else data
+        self.register_buffer("kept", self.last.weight.data if kind == "buffer" else torch.zeros(8))
+        self.register_buffer("part", self.kept[:4])
+        if kind == "parameter":
+            self.other = nn.Parameter(self.last.weight.data)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.kind == "buffers":
+            self.kept += 1
+        more = {
+            "attribute": self.plain,
+            "view": self.plain.detach().t(),
+            "buffers": self.part,
+            "apart": self.plain.clone(),
+        }
+        return super().forward(x) * more.get(self.kind, self.last.weight).square().mean()
+
+
+@pytest.mark.parametrize("kind", ["attribute", "view", "buffer", "buffers", "parameter"])
+def test_memory_that_training_changes_is_not_read_by_another_name(kind: str, laptop: Any) -> None:
+    step = step_of(Sharing(kind), laptop, Plan(dp=2))
+    with pytest.raises(UserError, match="lies in the memory of") as caught:
+        step({"x": X})
+    assert caught.value.where == "Sharing" and "a clone" in caught.value.hint
+
+
+def test_a_clone_has_memory_of_its_own(laptop: Any) -> None:
+    module = Sharing("apart")
+    module.part = module.part.clone()
+    assert step_of(module, laptop, Plan(dp=2))({"x": X}) == pytest.approx(
+        Sharing("apart")(X).item(), rel=1e-6
+    )
