@@ -221,9 +221,9 @@ def _names_sizes(factory: Factory) -> bool:
 
 def same_kind(optimizer: torch.optim.Optimizer) -> Factory:
     """What makes the optimizer anew over other tensors, whatever its class takes; settings are those of its first
-    group."""
+    group. Raises OptimizerError."""
+    require_own_step(optimizer)
     kind = type(optimizer)
-    # a scheduler puts a `step` into the object that is bound to it
     shared = {k: v for k, v in optimizer.__dict__.items() if k not in ("state", "param_groups", "step")}
     settings = group_settings(optimizer)[0]
 
@@ -235,6 +235,15 @@ def same_kind(optimizer: torch.optim.Optimizer) -> Factory:
         return made
 
     return make
+
+
+def require_own_step(optimizer: torch.optim.Optimizer) -> None:
+    """Chips take the step of the optimizer's class: only a scheduler may put one into the object, which calls that."""
+    own: Any = optimizer.__dict__.get("step")
+    is_counted = hasattr(own, "_wrapped_by_lr_sched") and own.__wrapped__ is type(optimizer).step
+    if own is not None and not is_counted:
+        problem = "the optimizer's step was replaced on the object, and would not run"
+        raise OptimizerError(problem, hint="define step in a class of your own")
 
 
 def group_settings(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Any], ...]:

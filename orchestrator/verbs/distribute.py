@@ -56,7 +56,6 @@ from orchestrator.runners.runner import (
 )
 from orchestrator.runs.data import split_batch, step_key
 from orchestrator.verbs.inputs.options import RunnerKind
-from orchestrator.verbs.python_state import PythonState
 from orchestrator.verbs.situation import (
     Situation,
     require_batch,
@@ -65,6 +64,8 @@ from orchestrator.verbs.situation import (
     set_newest,
     situation_of,
 )
+from orchestrator.verbs.state.later_forwards import LaterForwards
+from orchestrator.verbs.state.python_state import PythonState
 from orchestrator.verbs.verification.one_chip import OneChip
 from orchestrator.verbs.verification.sides import PlannedSide
 from orchestrator.verbs.verification.step_check import STEPS, StepCheck
@@ -106,7 +107,7 @@ class DistributedStep:
         self._is_ahead = False  # the chips have trained since their values were last fetched
         self._seen: Mapping[str, object] = {}
         self._said: set[str] = set()  # what is not warned of again
-        self._code, self._held = PythonState(), PythonState()
+        self._code, self._held, self._later = PythonState(), PythonState(), LaterForwards(model, loss_fn)
 
     def __call__(self, batch: Batch) -> float:
         """One optimizer step on a whole global batch; returns its loss. Raises UserError."""
@@ -242,6 +243,8 @@ class DistributedStep:
             if not self._is_same(batch, situation) or changed:
                 self._start(batch, situation)
         assert self._runner is not None and self.program is not None
+        if self.is_watched:
+            self._later.require_same(self.program, situation, batch)
         return self._runner, self.program
 
     def _is_same(self, batch: Batch, situation: Situation) -> bool:
@@ -260,9 +263,7 @@ class DistributedStep:
 
     def _values_seen(self) -> dict[str, object]:
         """Marks of all values that live on the chips: they differ once something else writes to them."""
-        if not self.is_watched:
-            return {}
-        return self._held.values(self.model, self.optimizer)
+        return self._held.values(self.model, self.optimizer) if self.is_watched else {}
 
     def _start(self, batch: Batch, situation: Situation) -> None:
         """Run the Program for a situation, from what the model and the optimizer hold."""

@@ -96,9 +96,10 @@ def capture_graph(
     require_plain(batch)
     try:
         return graph(has_lines=False)
-    except Exception:
+    except Exception as error:
         with _explaining(type(module).__name__):
-            return graph(has_lines=True)  # source lines cost as much again: only to say what is wrong
+            graph(has_lines=True)  # source lines cost as much again: only to say what is wrong
+            raise error  # now it is right: then it depends on what the first forward did
 
 
 @contextmanager

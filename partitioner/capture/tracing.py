@@ -35,7 +35,7 @@ from partitioner.capture.batch_inputs import Batch, rebuilt, tensors_of
 from partitioner.capture.forwards.borrowed_module import Borrowed, borrowed
 from partitioner.capture.forwards.checkpoints import RECOMPUTE, Region, inlined_checkpoints, noted, num_nodes
 from partitioner.capture.forwards.expert_forms import expert_forms
-from partitioner.capture.forwards.host_values import CalledWith, constant_of, no_host_draws
+from partitioner.capture.forwards.host_values import CalledWith, no_host_draws, operations_of
 from partitioner.capture.forwards.keyed_random import FIRST_SAMPLE, KEY, keyed_random
 from partitioner.capture.forwards.plain_forms import plain_forms
 from partitioner.capture.forwards.shared_memory import require_own_memory
@@ -132,6 +132,18 @@ def trace_module(
     return captured
 
 
+def calls_of(
+    module: nn.Module, batch: Batch, loss_fn: LossFunction | None, expected: Sequence[object] | None = None
+) -> CalledWith:
+    """What a forward of a borrowed module calls, on fake tensors, and where not `expected`. Raises CaptureError."""
+    with borrowed(module) as lent, no_host_draws(module):
+        trace = _Trace(lent, batch, loss_fn, FakeTensorMode(allow_non_fake_inputs=True), has_lines=False)
+        called = CalledWith(expected, follows=True)
+        trace.differs(called)
+    called.require_end(type(module).__name__)
+    return called
+
+
 class _Trace:
     """A borrowed module and the fake tensors that stand for its own and the batch's."""
 
@@ -203,16 +215,20 @@ class _Trace:
             return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="cpu")
 
     def _fakes(self) -> list[torch.Tensor]:
+        """Stand-ins; from shapes, as torch takes ten times as long to make them from values."""
+        like = {n: torch.empty_like(v.detach(), device="meta") for n, v in self.sources.items()}
         with self.fake_mode:
             return [
-                torch.empty_like(value, device="cpu").requires_grad_(
-                    name.startswith("params:") and value.requires_grad
+                torch.empty_strided(v.shape, v.stride(), dtype=v.dtype, device="cpu").requires_grad_(
+                    name.startswith("params:") and self.sources[name].requires_grad
                 )
-                for name, value in ((n, v.detach()) for n, v in self.sources.items())
+                for name, v in like.items()
             ]
 
     def _forward(self, *flat: torch.Tensor) -> tuple[torch.Tensor, ...]:
         named = dict(zip(self.sources, flat, strict=True))
+        if self.called:
+            self.called.number(flat)
         self.lent.replace({identity: named[name] for identity, name in self.registered.items()})
         inputs = rebuilt(
             self.batch, {n.partition(":")[2]: v for n, v in named.items() if n.startswith("batch:")}
@@ -228,16 +244,16 @@ class _Trace:
             loss = loss_of_step(self.module, self.loss_fn, inputs)
         return loss, *(self.module.get_buffer(name) for name in self.buffers)
 
-    def differs(self, noted: Sequence[object]) -> str:
+    def differs(self, called: CalledWith) -> str:
         """The first line that calls torch with other numbers when the forward runs once more, if any."""
-        self.called = CalledWith(noted)
+        self.called = called
         with torch.enable_grad(), _explaining(self.module):
             self._forward(*self._fakes())
         return self.called.where
 
     def repeats(self, noted: Sequence[object]) -> bool:
         """Whether further forwards are what a later one was: only the first was different, as with caches."""
-        return not any(self.differs(noted) for _ in range(NUM_MORE))
+        return not any(self.differs(CalledWith(noted)) for _ in range(NUM_MORE))
 
     def names(self, traced: torch.fx.GraphModule) -> dict[str, str]:
         """By the name of a placeholder, what it stands for."""
@@ -266,7 +282,7 @@ def _require_repeatable(
 ) -> None:
     """Refuse a forward that depends on attributes that it changes, or on the host: once more, it must do the same."""
     changed = trace.lent.changed()
-    where = "" if changed else trace.differs(noted)
+    where = "" if changed else trace.differs(CalledWith(noted))
     if not changed and not where:
         return
     calls = list(trace.calls)
@@ -279,19 +295,6 @@ def _require_repeatable(
         "the forward computes with another number each time, of which all steps would get the first")  # fmt: skip
     hint = "make it a buffer (a tensor), or an input of the model"
     raise CaptureError(problem, where or type(trace.module).__name__, hint)
-
-
-def operations_of(traced: torch.fx.GraphModule) -> list[str]:
-    """The graph's operations as text: equal where the same is computed from the same places and constants."""
-    number = {node: index for index, node in enumerate(traced.graph.nodes)}
-    lines = []
-    for node in traced.graph.nodes:
-        args = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: f"%{number[n]}")
-        held: object = node.target if node.op != "placeholder" else ""
-        if node.op == "get_attr":
-            held = constant_of(getattr(traced, str(node.target)))
-        lines.append(f"{node.op} {held} {args}")
-    return lines
 
 
 def _refuse_unsupported(module: nn.Module) -> None:

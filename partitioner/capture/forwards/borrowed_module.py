@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 REGISTERED = ("_parameters", "_buffers")  # where a module keeps the tensors that it registers
+NUMBERS = (int, float)  # arrays make new ones each time
 CONTAINERS = (MutableMapping, MutableSequence, MutableSet)
 
 
@@ -79,7 +80,10 @@ class Borrowed:
         for _, container, before in self.contents.values():
             if not _differs(container, before):
                 continue
-            container.clear()
+            if hasattr(container, "clear"):
+                container.clear()
+            else:  # an array of numbers
+                del container[:]
             if isinstance(container, MutableMapping):
                 container.update(before)
             elif isinstance(container, MutableSequence):
@@ -97,7 +101,7 @@ def _differs(container: Any, before: Any) -> bool:
     pairs = zip(now, then, strict=True)
     if isinstance(before, dict):
         return any(a[0] != b[0] or a[1] is not b[1] for a, b in pairs)
-    return any(a is not b for a, b in pairs)
+    return any(a is not b and (type(a) not in NUMBERS or type(a) is not type(b) or a != b) for a, b in pairs)
 
 
 @contextmanager

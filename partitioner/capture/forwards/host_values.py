@@ -4,6 +4,7 @@ What the host draws (`random`, numpy), reads from a clock or counts outside the 
 A forward is run twice on the same tensors: it must call torch's functions in the same order with the same numbers.
 """
 
+import hashlib
 import os
 import pickle
 import random
@@ -24,7 +25,6 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from comms.errors import CaptureError
 
-MAX_COMPARED = 4096  # elements of a constant: enough to tell what is drawn from what is stored
 OWN = str(Path(__file__).parent.parent)
 EMPTY = ("empty", "empty_like", "new_empty", "empty_strided")
 NUMBERS = bool | int | float | complex | str | torch.dtype | None
@@ -80,13 +80,17 @@ def _generators(module: torch.nn.Module) -> Iterator[tuple[str, Callable[[], Any
 class CalledWith(TorchFunctionMode):
     """Notes each function that is called, and the numbers that it is called with.
 
-    `expected`: what an earlier run noted; `where` is then the first line that calls with something else.
+    `expected`: what an earlier run noted; `where` is then the first line that calls with something else, and `change`
+    says what. `follows`: tensors are told apart by where they come from.
     """
 
-    def __init__(self, expected: Sequence[object] | None = None) -> None:
+    def __init__(self, expected: Sequence[object] | None = None, *, follows: bool = False) -> None:
         super().__init__()
-        self.expected, self.where = expected, ""
-        self.noted: list[object] = []
+        self.expected, self.follows = expected, follows
+        self.where = self.change = ""
+        self.noted: list[tuple[object, ...]] = []
+        self._alive: list[torch.Tensor] = []  # no other tensor gets the address of one that was seen
+        self._turns: dict[int, int] = {}
 
     def __torch_function__(
         self,
@@ -95,29 +99,77 @@ class CalledWith(TorchFunctionMode):
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        call = (getattr(func, "__name__", ""), *map(constant_of, trees.tree_leaves((args, kwargs or {}))))
+        given = trees.tree_leaves((args, kwargs or {}))
+        call = (getattr(func, "__name__", ""), *map(constant_of, given))
+        if self.follows:
+            call += torch.is_grad_enabled(), *(self._turn(v) for v in given if isinstance(v, torch.Tensor))
         if self.expected is not None and not self.where:
             index = len(self.noted)
-            if index >= len(self.expected) or self.expected[index] != call:
-                self.where = _line()
+            was = self.expected[index] if index < len(self.expected) else ()
+            if was != call:
+                self.where, self.change = _line(), _change(was, call)
         self.noted.append(call)
         made = func(*args, **(kwargs or {}))
         if call[0] in EMPTY and type(made) is torch.Tensor:  # memory as it was found tells runs apart
             made.zero_()
+        if self.follows:
+            self.number(trees.tree_leaves(made))
         return made
+
+    def number(self, values: Sequence[object]) -> None:
+        """Tell these tensors apart by their turn."""
+        for value in values:
+            if isinstance(value, torch.Tensor):
+                self._turn(value)
+
+    def require_end(self, where: str) -> None:
+        """A run that stops early is another one too."""
+        if self.expected is not None and not self.where and len(self.noted) < len(self.expected):
+            self.where, self.change = where, _change(self.expected[len(self.noted)], ())
+
+    def _turn(self, value: torch.Tensor) -> int:
+        if id(value) not in self._turns:
+            self._turns[id(value)] = len(self._turns)
+            self._alive.append(value)
+        return self._turns[id(value)]
+
+
+def _change(was: Any, now: Sequence[object]) -> str:
+    if not was or not now or was[0] != now[0]:
+        return f"it calls {now[0] if now else 'nothing more'} where it called {was[0] if was else 'nothing more'}"
+    pairs = [(a, b) for a, b in zip(was, now, strict=False) if a != b]
+    if pairs and all(isinstance(each, str) for each in pairs[0]):
+        return f"it calls {now[0]} with {pairs[0][1]}, and did with {pairs[0][0]}"
+    return f"it calls {now[0]} with other tensors"
 
 
 def constant_of(value: object) -> object:
-    """What of an argument must be equal: a number, the first elements of a constant, the shape of what is given."""
+    """What of an argument must be equal: a number, the bytes of a constant, the shape of what is given."""
     if isinstance(value, NUMBERS):
         return repr(value)
     if not isinstance(value, torch.Tensor):
         return repr(value) if type(value).__module__ == "numpy" else type(value).__name__
     is_plain = type(value) is torch.Tensor and value.layout is torch.strided and value.device.type == "cpu"
-    if not is_plain or is_functorch_wrapped_tensor(value):
+    if not is_plain or value.is_quantized or is_functorch_wrapped_tensor(value):
         return tuple(value.shape)
     with _disable_current_modes():
-        return tuple(value.shape), repr(value.detach().flatten()[:MAX_COMPARED].tolist())
+        raw: Any = (
+            value.detach().resolve_conj().resolve_neg().reshape(-1).contiguous().view(torch.uint8).numpy()
+        )
+        return tuple(value.shape), str(value.dtype), hashlib.blake2b(raw, digest_size=16).hexdigest()
+
+
+def operations_of(traced: torch.fx.GraphModule) -> list[str]:
+    """The graph's operations as text: equal where the same is computed from the same places and constants."""
+    number = {node: index for index, node in enumerate(traced.graph.nodes)}
+    lines = []
+    for node in traced.graph.nodes:
+        args = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: f"%{number[n]}")
+        held: object = node.target if node.op != "placeholder" else ""
+        if node.op == "get_attr":
+            held = constant_of(getattr(traced, str(node.target)))
+        lines.append(f"{node.op} {held} {args}")
+    return lines
 
 
 def _line() -> str:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from comms.errors import CaptureError
 from partitioner.capture.forwards.step_loss import scalar_loss
 from partitioner.capture.graph_units import capture_graph
 
@@ -113,3 +114,18 @@ def test_frozen_blocks_do_not_share_a_template_with_trained_ones(tiny_model: Cal
     model.module.blocks[0].requires_grad_(False)
     graph = capture_graph(model.module, model.example_batch(1, 8), tp_plan=model.tp_plan)
     assert graph.units[1].template != graph.units[2].template
+
+
+NUMBERS = [2.0]
+
+
+class UsedUp(nn.Linear):
+    """Its first forward is another one than all that follow."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x).square().mean() * (NUMBERS.pop() if NUMBERS else 1.0)
+
+
+def test_what_only_the_first_forward_finds_is_refused_though_a_second_capture_would_pass() -> None:
+    with pytest.raises(CaptureError, match="another number each time"):
+        capture_graph(UsedUp(2, 2), {"x": torch.ones(2, 2)})

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-from comms.errors import PlanError
+from comms.errors import OptimizerError, PlanError
 from orchestrator.verbs.distribute import distribute
-from orchestrator.verbs.python_state import PythonState, checksum
+from orchestrator.verbs.state.python_state import PythonState, checksum
 from partitioner.layout.parallel_plan import Plan
 
 WEIGHTS = {"global": 0.5}
@@ -252,3 +252,16 @@ def test_parameters_without_a_shape_are_refused_and_a_buffer_may_be_taken_away(l
             module.norm.track_running_stats = False
             module.norm.running_mean = module.norm.running_var = None
     require_same(step.sync(), plain)
+
+
+def test_a_step_that_was_put_into_the_optimizer_is_refused_unless_it_is_a_schedulers(laptop: Any) -> None:
+    mine = Annealed()
+    optimizer = sgd(mine)
+    step = distribute(mine, optimizer, laptop, plan=Plan(), chips=1)
+    torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+    step(batch(0))
+    optimizer.step = lambda: None  # type: ignore[method-assign]
+    with pytest.raises(OptimizerError, match="step was replaced on the object"):
+        step(batch(1))
+    with pytest.raises(OptimizerError, match="step was replaced on the object"):
+        distribute(mine, optimizer, laptop, plan=Plan(), chips=1)
