@@ -29,6 +29,7 @@ from pydantic import (
 from comms.errors import ConfigError, combined
 from kernels.builtin_optimizers import BUILT_IN
 from orchestrator.config.schema import (
+    WHOLE,
     FieldType,
     Section,
     count_or,
@@ -133,9 +134,10 @@ class OptimizerSection(Section):
     @model_validator(mode="after")
     def _args_reach_someone(self) -> "OptimizerSection":
         if self.args and not self.is_own:
-            raise field_error(
-                f"{self.name} takes no args", "write its settings beside its name: lr, betas, ..."
-            )
+            hint = "write its settings beside its name: lr, betas, ..."
+            raise field_error(f"{self.name} takes no args", hint, "args")
+        for name in sorted(set(self.args) & (self.model_fields_set - {"name", "args"})):
+            raise field_error(f"{name} stands twice, in args too", "leave one out", "args")
         return self
 
     @model_serializer(mode="wrap")
@@ -175,11 +177,10 @@ class LrScheduleSection(Section):
     @model_validator(mode="after")
     def _all_reaches_someone(self) -> "LrScheduleSection":
         if not self.is_own and self.args:
-            raise field_error(f"{self.name} takes no args", "they are for a scheduler of yours")
-        if self.is_own and self.model_fields_set & {"warmup_steps", "min_lr_ratio"}:
-            raise field_error(
-                "a scheduler of yours has its own warm-up and end", "leave them out, or use args"
-            )
+            raise field_error(f"{self.name} takes no args", "they are for a scheduler of yours", "args")
+        for name in sorted(self.model_fields_set & {"warmup_steps", "min_lr_ratio"}) if self.is_own else ():
+            problem = f"{name} beside a scheduler of yours, which has its own warm-up and end"
+            raise field_error(problem, "leave it out, or use args", name)
         return self
 
     @model_serializer(mode="wrap")
@@ -193,7 +194,7 @@ class PlanSection(Section):
     dp: Degree = None
     tp: Degree = None
     pp: Degree = None
-    zero: Literal[0, 1] = 0  # 0: whole optimizer state on each chip; 1: sharded over dp
+    zero: Annotated[Literal[0, 1], WHOLE] = 0  # 0: whole optimizer state on each chip; 1: sharded over dp
     schedule: Annotated[PipelineSchedule, word_field(PipelineSchedule)] = PipelineSchedule.ONE_F_ONE_B
     # Statistics of the whole batch, or of each replica's microbatch: the only key here that changes what is trained.
     batch_norm: Annotated[BatchNorms, word_field(BatchNorms)] = BatchNorms.SYNCHRONISED
@@ -220,7 +221,7 @@ class Job(Section):
     model_config = ConfigDict(title="JobFile")
 
     kind: Literal["job"]
-    version: Literal[1]
+    version: Annotated[Literal[1], WHOLE]
     # What `train` runs when nothing is said: a small GPT on the text that comes with the interpreter.
     # builtin:NAME, hf:NAME, a folder with weights, path.py:factory, pkg.module:factory
     model: str = "builtin:gpt-mini"
@@ -281,13 +282,13 @@ class Job(Section):
     def _all_reaches_someone(self) -> "Job":
         if not self.has_own_data:
             for name in sorted(self.model_fields_set & OF_OWN_DATA):
-                raise field_error(f"{name} has no effect on text", "leave it out, or name data of your own")
+                hint = "leave it out, or name data of your own"
+                raise field_error(f"{name} has no effect on text", hint, name)
             if self.validation.data is not None:
-                raise field_error(
-                    "validation.data beside text, of which a tenth is held out", "leave one out"
-                )
+                problem = "validation.data beside text, of which a tenth is held out"
+                raise field_error(problem, "leave one out", "validation", "data")
         if self.loss_args and self.loss is None:
-            raise field_error("loss_args without a loss", "name one: loss: file.py:name")
+            raise field_error("loss_args without a loss", "name one: loss: file.py:name", "loss_args")
         return self
 
     @model_serializer(mode="wrap")
@@ -329,7 +330,8 @@ def overridden(document: Document, overrides: Sequence[str]) -> Document:
             )
             continue
         try:
-            root = _with(root, location, _typed(location, value, origin))
+            root = _with(root, location, _typed(location, value, origin), origin)
+            places = {at: place for at, place in places.items() if at[: len(location)] != location}
             places[location] = origin
         except ConfigError as error:
             errors.append(error)
@@ -344,9 +346,11 @@ def _typed(location: Location, value: str, origin: str) -> object:
     return value if field is not None and field.annotation is str else parse_scalar(value, origin)
 
 
-def _with(root: object, location: Location, value: object) -> dict[str, object]:
-    """`root` with `value` at `location`; what is not a mapping on the way is replaced."""
-    found = dict(root) if isinstance(root, dict) else {}
+def _with(root: object, location: Location, value: object, origin: str) -> dict[str, object]:
+    """`root` with `value` at `location`. Raises ConfigError where that is inside of what has no keys."""
+    found = {} if root is None else _named(root)
+    if not isinstance(found, dict):
+        raise ConfigError(f"{root!r} has no key {location[0]!r}", origin, "write a mapping, or leave one out")
     key = str(location[0])
-    found[key] = _with(found.get(key), location[1:], value) if len(location) > 1 else value
-    return found
+    inner = _with(found.get(key), location[1:], value, origin) if len(location) > 1 else value
+    return found | {key: inner}

@@ -15,7 +15,7 @@ from enum import StrEnum
 from functools import partial
 from typing import Annotated, Any, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, GetJsonSchemaHandler, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, GetCoreSchemaHandler, GetJsonSchemaHandler, ValidationError
 from pydantic_core import CoreSchema, ErrorDetails, PydanticCustomError, PydanticKnownError, core_schema
 
 from comms.errors import ConfigError, UnitError, combined
@@ -35,7 +35,9 @@ _LIMITS: Mapping[Quantity, tuple[float, float]] = {
 class Section(BaseModel):
     """One mapping of a file."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, hide_input_in_errors=True)
+    model_config = ConfigDict(
+        extra="forbid", strict=True, frozen=True, hide_input_in_errors=True, allow_inf_nan=False
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,6 +110,14 @@ def word_field(known: Iterable[StrEnum]) -> FieldType:
     return FieldType(read, {"type": "string", "enum": list(map(str, known))}, str)
 
 
+def _whole(value: object) -> object:
+    """A whole number: to Python true is 1 and so is 1.0."""
+    if type(value) is not int:
+        raise PydanticKnownError("int_type")
+    return value
+
+
+WHOLE = BeforeValidator(_whole)  # before literal numbers
 Size = Annotated[float, quantity_field(Quantity.SIZE)]
 DataRate = Annotated[float, quantity_field(Quantity.DATA_RATE)]
 Time = Annotated[float, quantity_field(Quantity.TIME)]
@@ -117,9 +127,9 @@ HourlyPrice = Annotated[float, quantity_field(Quantity.HOURLY_PRICE)]
 SectionT = TypeVar("SectionT", bound=Section)
 
 
-def field_error(problem: str, hint: str) -> PydanticCustomError:
-    """What a field's reader raises, so that both parts reach the user."""
-    return PydanticCustomError("field", "{problem}", {"problem": problem, "hint": hint})
+def field_error(problem: str, hint: str, *at: str) -> PydanticCustomError:
+    """What a field's reader raises, so that both parts reach the user; `at`: the keys inside of the field."""
+    return PydanticCustomError("field", "{problem}", {"problem": problem, "hint": hint, "at": at})
 
 
 def validate(document: Document, model: type[SectionT]) -> SectionT:
@@ -150,6 +160,7 @@ _HINTS = {
     "int_type": "write a whole number",
     "int_from_float": "write a whole number",
     "float_type": "write a number without quotes",
+    "finite_number": "write a number that is not infinite",
     "string_type": "write text (in quotes if it looks like a number)",
     "bool_type": "write true or false",
     "list_type": "write a list, `- item` lines",
@@ -177,7 +188,8 @@ def _finding(details: ErrorDetails, document: Document, model: type[Section]) ->
         )
     if kind == "field":
         prefix = f"{name}: " if name else ""
-        return ConfigError(f"{prefix}{context['problem']}", where, str(context["hint"]))
+        place = document.where(*location, *context["at"])
+        return ConfigError(f"{prefix}{context['problem']}", place, str(context["hint"]))
     if kind == "literal_error":
         known = tuple(str(context["expected"]).replace(" or ", ", ").replace("'", "").split(", "))
         return ConfigError(f"{name} cannot be {given!r}", where, nearest(given, known))

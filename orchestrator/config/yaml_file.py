@@ -29,6 +29,8 @@ MAX_NUMBER = 4300
 
 _LOADER: type[yaml.SafeLoader] = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _FLOAT = re.compile(r"[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?")
+# What YAML 1.1 alone takes for other numbers than are written: 010 is 8 there, 1:30 is 90.
+_MISREAD = re.compile(r"[-+]?0[0-9_]+(?:\.[0-9_]*)?(?:[eE][-+]?[0-9]+)?|[-+]?[0-9][0-9_]*(?::[0-9]+)+(?:\.[0-9_]*)?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,11 +47,13 @@ class Document:
         return replace(self, at=(*self.at, *keys))
 
     def where(self, *keys: str | int) -> str:
-        """The place of the part, or of those keys within it, or of the nearest key around it."""
+        """The place of the part, or of those keys within it; else of the nearest key inside of it, or around it."""
         location = (*self.at, *keys)
         for length in range(len(location), 0, -1):
-            if location[:length] in self.places:
-                return self.places[location[:length]]
+            if (part := location[:length]) in self.places:
+                return self.places[part]
+            if inside := [at for at in self.places if at[:length] == part]:  # `a`, of which only `a.b` was given
+                return self.places[inside[-1]]
         return self.origin
 
     def error(self, problem: str, hint: str, *keys: str | int) -> ClusterError:
@@ -97,8 +101,13 @@ def parse_yaml(text: str, origin: str) -> Document:
 
 
 def parse_scalar(text: str, origin: str) -> object:
-    """One YAML value, such as the right side of an override."""
-    return parse_yaml(f"value: {text}", origin).root["value"]
+    """One YAML value, such as the right side of an override; `origin` says all of its place."""
+    try:
+        return parse_yaml(f"value: {text}", origin).root["value"]
+    except ConfigError as error:
+        for each in error.findings:
+            each.where = origin
+        raise
 
 
 @dataclass(slots=True)
@@ -173,6 +182,8 @@ class _NodeReader:
         is_text = node.tag.endswith(":str")
         if len(node.value) > MAX_NUMBER and not is_text:
             problem = f"cannot read a value of {len(node.value)} characters that is not text"
+        elif not node.style and _MISREAD.fullmatch(node.value) and not (is_text and ":" in node.value):
+            problem = f"cannot read {node.value!r} as a number: it begins with 0, or has a colon"
         else:
             is_number = is_text and not node.style and _FLOAT.fullmatch(node.value)
             try:

@@ -17,7 +17,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from comms.errors import PartitionError, PlanError, ProgramError, UserError
+from comms.errors import DataError, PartitionError, PlanError, ProgramError, UserError
 from comms.selection.progress import Progress, quiet
 from kernels.builtin_optimizers import BUILT_IN
 from orchestrator.config.hardware.cluster import Cluster
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from partitioner.capture.captured_graph import Graph
 
 Made = TypeVar("Made")
+PLANNED = ("plan", "microbatches")  # keys of a job that a plan stands for
 # what turns a description into a Program: packages, and rooms of this one
 CODE = ("partitioner", "kernels", "orchestrator/models", "orchestrator/planning")
 
@@ -63,11 +64,13 @@ def prepare(
 
     `parts`: those of the job, if they are there already.
     """
+    _require_text(job)
     spec = parse_model(job.model)
     is_known = spec.kind in (SourceKind.BUILTIN, SourceKind.HF)
     is_stable = is_known and not (spec.target.endswith(".json") or Path(spec.target).exists())
     cacheable = is_stable and not job.has_own_parts
     if plan is not None:
+        _require_same(job, plan)
         return _prepared(cluster, job, plan, progress, cacheable, parts)
     num_params = _num_params(job, progress, is_stable, parts)
     refused: list[Refusal] = []
@@ -169,6 +172,23 @@ def _check(plan: Plan, job: Job, cluster: Cluster) -> None:
             "plan",
             f"use a multiple of {parts}",
         )
+
+
+def _require_same(job: Job, plan: Plan) -> None:
+    """What the job asks for itself must be what a plan that is given has."""
+    asked = {f"plan.{name}": getattr(job.plan, name) for name in sorted(job.plan.model_fields_set)}
+    for key, wanted in {**asked, "microbatches": job.microbatches}.items():
+        held = getattr(plan, key.removeprefix("plan."))
+        if wanted not in (None, held):
+            raise PlanError(f"{key} is {wanted} in the job, {held} in the plan", key, "leave one out")
+
+
+def _require_text(job: Job) -> None:
+    """Text is read by `train` and `verify` only, but must be there."""
+    default = Job.model_fields["data"].default
+    if not (job.has_own_data or job.data == default or Path(job.data).exists()):
+        hint = f"give {default}, a text file or a folder of them, or file.py:name of a dataset or loader"
+        raise DataError(f"there is no data {job.data!r}", "data", hint)
 
 
 @cache

@@ -109,7 +109,7 @@ def _train(
             with console.phase("load what the job names"):
                 parts = _parts(job)
         prepared = prepare(inputs.cluster, job, inputs.plan, progress=console.phase, parts=parts)
-        say_split(prepared, console)
+        say_split(prepared, console, resumed=resume)
         if not resume:
             folder.write_config(inputs.config(kind.value))
             write_prepared(folder, prepared)

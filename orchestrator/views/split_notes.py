@@ -1,6 +1,7 @@
-"""What is said of a split before anything is timed or run: the rule for the loss, and what tensor parallelism cuts."""
+"""What is said of a split before anything is timed or run: keys without effect, the rule for the loss, what tp cuts."""
 
 from comms.units import format_percent
+from orchestrator.planning.idle_keys import idle_keys
 from orchestrator.planning.preparation import Prepared
 from orchestrator.views.console import Console
 from partitioner.program.program import Program
@@ -9,9 +10,14 @@ CUT_SHARE = 0.9  # below it a model counts as copied rather than cut
 FACTS = ("tp_cut_parameters", "tp_cut_flops", "tp_copied")
 
 
-def say_split(prepared: Prepared, console: Console) -> None:
-    """How samples and parameters are split, and a warning where much is only copied; `--json` has the shares too."""
+def say_split(prepared: Prepared, console: Console, *, resumed: bool = False) -> None:
+    """How samples and parameters are split, and a warning where much is only copied; `--json` has the shares too.
+
+    `resumed`: the job is that of a run, which has all keys.
+    """
     facts, plan = prepared.program.facts, prepared.plan
+    for said in () if resumed else idle_keys(prepared.job, plan):
+        console.warn(said)
     changed = (
         "" if facts["schedule"] == str(plan.schedule) else f"; schedule {facts['schedule']}, which that needs"
     )

@@ -14,6 +14,7 @@ from comms.errors import ConfigError, located
 from comms.units import Quantity
 from kernels.chips import Chip, ChipKind, chip_document, chip_keys, parse_chip
 from orchestrator.config.schema import (
+    WHOLE,
     FieldType,
     Section,
     field_error,
@@ -146,7 +147,7 @@ class ChipFile(ChipFigures):
     """One file of the catalog."""
 
     kind: Literal["chip"]
-    version: Literal[1]
+    version: Annotated[Literal[1], WHOLE]
     key: str
 
 

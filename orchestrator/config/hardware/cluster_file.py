@@ -39,7 +39,16 @@ from orchestrator.config.hardware.network_sections import (
     ScaleUpSection,
 )
 from orchestrator.config.hardware.tiers import SwitchLevel, build_network, own_rates
-from orchestrator.config.schema import HourlyPrice, Power, Section, count_or, nearest, validate, word_field
+from orchestrator.config.schema import (
+    WHOLE,
+    HourlyPrice,
+    Power,
+    Section,
+    count_or,
+    nearest,
+    validate,
+    word_field,
+)
 from orchestrator.config.yaml_file import Document, Location, read_yaml
 
 FRAME_NBYTES = 1500.0  # of a packet where switches store and forward: the payload of an Ethernet frame
@@ -72,7 +81,7 @@ class ClusterFile(Section):
     """One cluster file."""
 
     kind: Literal["cluster"]
-    version: Literal[1]
+    version: Annotated[Literal[1], WHOLE]
     name: str
     device: Annotated[Device, word_field(Device)]
     actors: int | None = Field(None, ge=1)

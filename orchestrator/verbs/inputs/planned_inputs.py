@@ -14,7 +14,7 @@ from orchestrator.config.hardware.cluster_file import DEFAULT_CLUSTER, cluster_f
 from orchestrator.config.job_file import Job, job_from, load_job
 from orchestrator.config.yaml_file import Document, read_yaml
 from orchestrator.planning import preparation
-from orchestrator.planning.preparation import Prepared
+from orchestrator.planning.preparation import PLANNED, Prepared
 from orchestrator.runs.run_dir import RunDir
 from orchestrator.verbs.inputs.options import PlannedOptions
 from partitioner.layout.parallel_plan import Plan, plan_from_yaml, plan_to_yaml
@@ -94,4 +94,6 @@ def from_config(config: Mapping[str, object], plan: Plan | None, origin: str) ->
     if not isinstance(cluster, dict) or not isinstance(job, dict) or not isinstance(chips, int):
         raise ConfigError("not the configuration of a run", origin, "resume a folder that `train` made")
     known = cluster_from(Document(origin, cluster, {})).take(chips)
+    if plan is not None:  # which says more than what was asked for when it was chosen
+        job = {key: value for key, value in job.items() if key not in PLANNED}
     return Inputs(known, job_from(Document(origin, job, {})), plan, cluster)
