@@ -30,7 +30,9 @@ MAX_NUMBER = 4300
 _LOADER: type[yaml.SafeLoader] = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _FLOAT = re.compile(r"[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?")
 # What YAML 1.1 alone takes for other numbers than are written: 010 is 8 there, 1:30 is 90.
-_MISREAD = re.compile(r"[-+]?0[0-9_]+(?:\.[0-9_]*)?(?:[eE][-+]?[0-9]+)?|[-+]?[0-9][0-9_]*(?::[0-9]+)+(?:\.[0-9_]*)?")
+_MISREAD = re.compile(
+    r"[-+]?0[0-9_]+(?:\.[0-9_]*)?(?:[eE][-+]?[0-9]+)?|[-+]?[0-9][0-9_]*(?::[0-9]+)+(?:\.[0-9_]*)?"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +54,9 @@ class Document:
         for length in range(len(location), 0, -1):
             if (part := location[:length]) in self.places:
                 return self.places[part]
-            if inside := [at for at in self.places if at[:length] == part]:  # `a`, of which only `a.b` was given
+            if inside := [
+                at for at in self.places if at[:length] == part
+            ]:  # `a`, of which only `a.b` was given
                 return self.places[inside[-1]]
         return self.origin
 

@@ -12,11 +12,13 @@ random state is left as it was. Nothing is ever downloaded.
 
 import copy
 import dataclasses
+import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -133,9 +135,16 @@ def _build_from_factory(
 @contextmanager
 def _seeded(device: str, seed: int) -> Iterator[None]:
     """New tensors lie on `device` and random numbers come from `seed`; afterwards nothing has changed."""
+    before = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=[]), torch.device(device):
         torch.manual_seed(seed % 2**64)
-        yield
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        try:
+            yield
+        finally:
+            random.setstate(before[0])
+            np.random.set_state(before[1])
 
 
 def _int_attribute(module: nn.Module, name: str) -> int | None:

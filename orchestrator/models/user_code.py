@@ -5,6 +5,7 @@ read once a process (again when it has changed), so that classes of one file are
 its folder is where it finds its neighbours, and modules are found in the current folder too, as `python` does.
 """
 
+import hashlib
 import importlib
 import importlib.util
 import inspect
@@ -71,6 +72,19 @@ def own_frames(error: BaseException) -> str:
            and not f.filename.startswith(str(Path(importlib.__file__).parent.parent))]  # fmt: skip
     lines = [f"{f.filename}:{f.lineno} in {f.name} ({f.line})" for f in reversed(own)]
     return ", from ".join(lines[:MAX_FRAMES])
+
+
+def own_sources() -> dict[str, str]:
+    """Digests of the user's files that have been imported, by the names of their modules."""
+    library = str(Path(importlib.__file__).parent.parent)
+    found: dict[str, str] = {}
+    for name, module in sorted(sys.modules.items()):
+        path = str(getattr(module, "__dict__", {}).get("__file__") or "")
+        is_own = path.endswith(".py") and not path.startswith((*OURS, library)) and "-packages" not in path
+        if is_own and Path(path).is_file():
+            known = Path(path).name if name.startswith(PREFIX) else f"{name.replace('.', '/')}.py"
+            found[known] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    return found
 
 
 def first_parameter(function: Callable[..., object]) -> inspect.Parameter | None:

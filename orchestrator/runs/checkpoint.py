@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from comms.errors import RunError
 from orchestrator.runs.disk import explained, sync, write_whole
 
-VERSION = 1
+VERSION = 2
 MANIFEST = "manifest.json"
 SUFFIX = ".safetensors"
 # A folder that is being replaced keeps its content under a hidden name until the new one is in place.

@@ -28,7 +28,7 @@ from comms.errors import DataError
 from orchestrator.config.job_file import Gives
 from orchestrator.models.user_code import RAISED, raised
 from orchestrator.runs.data import step_key
-from partitioner.capture.batch_inputs import tensors_of
+from partitioner.capture.batch_inputs import settings_of, tensors_of
 
 Named: TypeAlias = dict[str, Any]
 Namer: TypeAlias = Callable[[object], Named]  # of what a dataset or loader gives, the model's entries by name
@@ -233,12 +233,19 @@ class OwnData:
             raise raised(error, self.name, "data") from error
 
     def _digest(self, first: Named) -> str:
-        digest = hashlib.sha256(f"{self.name} {self.reading} {self.batches_per_pass}".encode())
-        for name, value in tensors_of(first).items():
-            digest.update(
-                name.encode() + value.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-            )
-        return digest.hexdigest()
+        said = f"{self.name} {self.reading} {self.batches_per_pass} {digest_of(first)}"
+        return hashlib.sha256(said.encode()).hexdigest()
+
+
+def digest_of(*batches: Mapping[str, Any]) -> str:
+    """Of all that batches hold, bit for bit."""
+    digest = hashlib.sha256()
+    for batch in batches:
+        digest.update(repr(settings_of(batch)).encode())
+        for name, value in tensors_of(batch).items():
+            digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def num_samples(batch: Mapping[str, Any]) -> int:

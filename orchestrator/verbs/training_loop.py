@@ -5,7 +5,7 @@ checkpoints whole or not at all; what becomes of an interrupt and of a step that
 end the prediction stands beside the measurement, in the timelines, in the picture, and in numbers (`runs.accuracy`).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from math import nan
 from pathlib import Path
@@ -15,6 +15,7 @@ from comms.units import DASH, format_percent, format_scaled, format_seconds
 from kernels.optimizers import StepStatistics
 from orchestrator.config.hardware.cluster import Device
 from orchestrator.models.model_specs import SourceKind, parse_model
+from orchestrator.models.user_code import own_sources
 from orchestrator.planning.job_parts import LrSchedule
 from orchestrator.planning.preparation import Prepared
 from orchestrator.runners.failure import not_finite
@@ -26,10 +27,11 @@ from orchestrator.runs.accuracy import Accuracy, Basis, Pair, compare
 from orchestrator.runs.data import TokenData
 from orchestrator.runs.disk import write_whole
 from orchestrator.runs.metrics import eta_s, metrics_writer, read_metrics
-from orchestrator.runs.own_data import OwnData, num_samples
+from orchestrator.runs.own_data import OwnData, digest_of, num_samples
 from orchestrator.runs.run_dir import RunDir
 from orchestrator.runs.timeline import Origin, Timeline
 from orchestrator.verbs.distribute import DistributedStep
+from orchestrator.verbs.resumed_run import HeldOut, evidence, require_made, require_seen
 from orchestrator.verbs.verification.first_step import verified_step
 from orchestrator.views.console import Table
 from orchestrator.views.perfetto import trace_gz
@@ -37,6 +39,7 @@ from orchestrator.views.plots import loss_png, timeline_png
 from orchestrator.views.training_view import StepLine
 from partitioner.capture.batch_inputs import Batch
 from partitioner.program.peak_memory import MemoryClass
+from partitioner.program.program import Program
 
 RECENT_STEPS = 20  # step times that the throughput and the ETA are taken from
 MEASURED_STEPS = 2  # steps after the first whose intervals are recorded for the timeline
@@ -62,6 +65,13 @@ class Training:
     was_interrupted: bool = False
     saved: set[int] = field(default_factory=set)  # steps that this process has written
     verify_next: Callable[[str], None] | None = None  # is told that the step that comes next is one chip's
+    # what a resumed run must find again
+    last_batch: Batch | None = None
+    last_program: Program | None = None
+    held_out: HeldOut = field(default_factory=HeldOut)
+    sources: Mapping[str, str] = field(
+        default_factory=own_sources
+    )  # as they were read: they may change meanwhile
 
     def recent_step_seconds(self) -> float:
         """Median of the last step times: the first ones include warm-up."""
@@ -88,7 +98,7 @@ class Training:
     def _step(self) -> tuple[StepLine, float]:
         """One step, and the learning rate that it had."""
         job, step = self.prepared.job, self.step
-        batch = _batch(self.data, step, job.global_batch)
+        batch = self.batch(step)
         self.schedule.before(step)
         rate = self.schedule.rates[0]
         measure = 1 <= len(self.step_seconds) <= MEASURED_STEPS
@@ -104,7 +114,7 @@ class Training:
             error = not_finite(step + 1, found[1] if found else None)
             self.save()
             raise error
-        self.step = step + 1
+        self.step, self.last_batch, self.last_program = step + 1, batch, result.program
         self.schedule.after()
         self.loss = result.stats.loss
         self.step_seconds.append(result.step_ns / NS_PER_S)
@@ -114,17 +124,27 @@ class Training:
         is_validated = self.validation is not None and (is_last or _is_due(self.step, job.validation.every))
         return self._line(result.stats, self.validate() if is_validated else None), rate
 
+    def batch(self, step: int) -> Batch:
+        """What step `step` (from 0) trains on."""
+        return _batch(self.data, step, self.prepared.job.global_batch)
+
+    def held_out_batches(self) -> Iterator[Batch]:
+        """What is validated on each time."""
+        job, data = self.prepared.job, self.validation
+        assert data is not None
+        per_pass = data.batches_per_pass if isinstance(data, OwnData) else None
+        for number in range(min(job.validation.batches, per_pass or job.validation.batches)):
+            yield _batch(data, number, job.global_batch, held_out=True)
+
     def validate(self) -> float:
         """Mean loss over what is validated on, of the model as it is in use."""
         job, model = self.prepared.job, self.one_step.model
-        assert self.validation is not None
         modes = {module: module.training for module in model.modules()}
         if parse_model(job.model).kind is not SourceKind.BUILTIN:  # which are the same in use
             model.eval()
-        total, count = 0.0, 0.0
-        per_pass = self.validation.batches_per_pass if isinstance(self.validation, OwnData) else None
-        for number in range(min(job.validation.batches, per_pass or job.validation.batches)):
-            batch = _batch(self.validation, number, job.global_batch, held_out=True)
+        total, count, seen = 0.0, 0.0, []
+        for batch in self.held_out_batches():
+            seen.append(digest_of(batch))
             stats = self.one_step.execute(batch, "evaluate").stats
             assert stats is not None
             # what is not counted is a mean, and the last batch may be smaller
@@ -132,6 +152,7 @@ class Training:
             total, count = total + weight * stats.loss_sum, count + weight * stats.count
         for module, is_training in modes.items():
             module.training = is_training
+        self.held_out.add(" ".join(seen))
         return total / count if count else nan
 
     def _line(self, stats: StepStatistics, validation: float | None) -> StepLine:
@@ -166,7 +187,7 @@ class Training:
         manifest = checkpoint.Manifest(
             step=step, sample=own.position(step) if own else step * job.global_batch, seed=job.seed,
             layout={"plan": str(self.prepared.plan), "stages": str(self.prepared.program.facts["stages"])},
-            extra={"data": self.data.digest, "rates": self.schedule.rates},
+            extra={"data": self.data.digest, "rates": self.schedule.rates, **evidence(self)},
         )  # fmt: skip
         shards = self.one_step.states()
         states = {f"chip-{chip:05d}": dict(state) for chip, state in shards.items() if state}
@@ -185,6 +206,7 @@ class Training:
         if manifest.extra.get("data") != self.data.digest:
             problem = "the data is not what the run was trained on"
             raise RunError(problem, self.data.name, "give the same data")
+        require_made(self, manifest.extra)
         shards = {
             int(name.rsplit("-", 1)[1]): tensors
             for name, tensors in checkpoint.load(found.checkpoint).items()
@@ -193,6 +215,7 @@ class Training:
         self.one_step.restore(whole, manifest.step)
         self.schedule.resume(manifest.step, manifest.extra.get("rates", self.schedule.rates))
         self.step = manifest.step
+        require_seen(self, manifest.extra)
 
 
 def tokens_of(prepared: Prepared) -> int:

@@ -1,0 +1,203 @@
+"""Resumed runs of the user's own code: the same bits as a run that was never stopped, or an error that says what is not."""
+
+import io
+import re
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext, redirect_stderr
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from comms.errors import UserError
+from orchestrator.config.hardware.cluster_file import cluster_path
+from orchestrator.config.job_file import Job, load_job
+from orchestrator.config.yaml_file import read_yaml
+from orchestrator.models.user_code import PREFIX
+from orchestrator.runs import checkpoint
+from orchestrator.runs.metrics import read_metrics
+from orchestrator.verbs import train, training_loop
+from orchestrator.verbs.inputs.options import RunnerKind, TrainOptions
+from orchestrator.views.console import Console
+from partitioner.layout.parallel_plan import Plan
+
+MINE = """
+import os, random, numpy as np, torch
+from torch import nn
+from torch.nn.functional import mse_loss
+from torch.utils.data import DataLoader, TensorDataset
+def values(seed, *shape): return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+X, Y = values(0, 20, 4), values(1, 20, 2)
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
+    def forward(self, x): return self.layers(x)
+class Drawn(Net):  # all that is not trained is drawn as it is made
+    def __init__(self):
+        super().__init__()
+        with torch.no_grad(): self.layers[0].bias.copy_(torch.from_numpy(np.random.randn(8)))
+        self.frozen = nn.Parameter(torch.from_numpy(np.random.randn(2)), requires_grad=False)
+        self.register_buffer("kept", torch.from_numpy(np.random.randn(2)))
+        self.register_buffer("lost", torch.rand(2), persistent=False)
+        self.plain, self.number = torch.from_numpy(np.random.randn(2)), random.random()
+    def forward(self, x): return self.layers(x) * self.frozen * self.plain + self.kept + self.lost + self.number
+class Unseeded(Net):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("shift", torch.tensor(list(os.urandom(2))) / 256.0)
+    def forward(self, x): return self.layers(x) + self.shift
+class Norm(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 2))
+    def forward(self, x): return self.layers(x)
+FACTOR = {"value": 1.0}
+def by_factor(output, y): return FACTOR["value"] * mse_loss(output, y)
+def loss(output, y): return mse_loss(output, y)
+def sgd(params): return torch.optim.SGD(params, lr=0.1, momentum=0.9)
+def pairs(): return TensorDataset(X, Y)
+GENERATOR = torch.Generator().manual_seed(3)
+def loader(): return DataLoader(pairs(), batch_size=8, shuffle=True, generator=GENERATOR)
+class Pairs:
+    def __len__(self): return 20
+    def __getitem__(self, i): return self.moved(X[i]), Y[i]
+class Drawing(Pairs):
+    def moved(self, x): return x + torch.rand(4) + random.random() + np.random.rand()
+OWN = np.random.default_rng(0)
+class Elsewhere(Pairs):
+    def moved(self, x): return x + torch.from_numpy(OWN.normal(size=4))
+class Annealing(Pairs):
+    def moved(self, x):
+        FACTOR["value"] *= 0.99
+        return x
+"""
+BASE = ("model=mine.py:Net", "data=mine.py:pairs", "loss=mine.py:loss", "optimizer=mine.py:sgd", "dtype=fp64", "steps=5",
+        "global_batch=8", "checkpoints.every=3")  # fmt: skip
+DP = Plan(dp=2)
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None) -> Iterator[Path]:
+    """mine.py in the current folder; no module of it is left from another process, as it were."""
+    (tmp_path / "mine.py").write_text(MINE)
+    monkeypatch.chdir(tmp_path)
+    yield tmp_path
+    forget()
+
+
+def forget() -> None:
+    for name in [name for name in sys.modules if name.startswith(PREFIX)]:
+        del sys.modules[name]
+
+
+def job(*overrides: str) -> Job:
+    return load_job(None, [*BASE, *overrides])
+
+
+def stopped(given: Job, laptop: Any, plan: Plan = DP, at: int = 3) -> Path:
+    """A run that was interrupted after so many steps."""
+    stop, original = threading.Event(), training_loop.Training._step
+
+    def step(self: training_loop.Training) -> Any:
+        found = original(self)
+        if self.step == at:
+            stop.set()
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training_loop.Training, "_step", step)
+        patch.setattr(train, "_stopping", lambda: nullcontext(stop))
+        forget()
+        document = dict(read_yaml(cluster_path("laptop")).root)
+        train.run(laptop.take(plan.num_chips), given, plan=plan, folder="stopped", document=document)
+    return Path("stopped")
+
+
+def resumed(folder: Path) -> str:
+    """What is said while the run is brought to its end."""
+    forget()
+    with redirect_stderr(io.StringIO()) as said:
+        train.main(TrainOptions(resume=folder, runner=RunnerKind.INLINE), Console())
+    return said.getvalue()
+
+
+def left(folder: Path) -> tuple[list[Any], dict[str, torch.Tensor]]:
+    records = [[r[key] for key in ("loss", "val_loss", "lr")] for r in read_metrics(folder / "metrics.jsonl")]
+    newest = checkpoint.latest(folder).checkpoint
+    assert newest is not None and newest.manifest.step == 5
+    return records, {f"{c}.{n}": v for c, of in checkpoint.load(newest).items() for n, v in of.items()}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "plan"),
+    [(["model=mine.py:Drawn"], DP), (["data=mine.py:loader"], DP), (["data=mine.py:Drawing"], DP),
+     (["validation={data: mine.py:loader, every: 1, batches: 2}"], DP),
+     (["validation={data: mine.py:pairs, every: 1, batches: 2}"], DP),
+     (["model=mine.py:Norm", "global_batch=4"], Plan(pp=2, microbatches=2))],
+    ids=["drawn model", "generator", "drawn samples", "generator of validation", "validation", "merged microbatches"],
+)  # fmt: skip
+def test_what_follows_from_the_seed_or_can_be_read_again_goes_on_bit_for_bit(
+    overrides: list[str], plan: Plan, laptop: Any
+) -> None:
+    forget()
+    whole = train.run(laptop.take(plan.num_chips), job(*overrides), plan=plan, folder="whole").run_dir
+    resumed(stopped(job(*overrides), laptop, plan))
+    (records, states), (others, found) = left(whole), left(Path("stopped"))
+    assert records == others and states.keys() == found.keys()
+    assert all(torch.equal(states[name], found[name]) for name in states)
+
+
+def edited(old: str, new: str, name: str = "mine.py") -> Callable[[], object]:
+    def edit() -> None:
+        text = Path(name).read_text()
+        assert old in text
+        Path(name).write_text(text.replace(old, new))
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    ("overrides", "between", "said", "where"),
+    [
+        ([], edited("nn.Tanh()", "nn.ReLU()"), "tanh.default(v4) : f64[4,8]", "program.txt:"),
+        ([], edited("return mse_loss", "return 2 * mse_loss"), "the Program is another", "program.txt:"),
+        ([], edited("momentum=0.9", "momentum=0.5"), "momentum of group 0 was 0.9, is 0.5", "optimizer"),
+        (["clip_norm=1.0"], edited("clip_norm: 1.0", "clip_norm: 0.5", "stopped/run.yaml"), "clip_norm was 1.0, is 0.5", "optimizer"),
+        ([], edited("seed: 0", "seed: 1", "stopped/run.yaml"), "the data is not what", "mine.py:pairs"),
+        (["shuffle=false"], edited("X, Y =", "X, Y = values(0, 20, 4), values(2, 20, 2)\nY[:8] = values(1, 20, 2)[:8]#"),
+         "the last batch before the checkpoint", "mine.py:pairs"),
+        (["model=mine.py:Unseeded"], forget, "a buffer of the model does not begin as it did: shift", "mine.py:Unseeded"),
+        (["data=mine.py:Elsewhere", "drop_last=true"], forget, "the last batch before the checkpoint", "Elsewhere"),
+        (["data=mine.py:Annealing", "drop_last=true", "loss=mine.py:by_factor"], forget, "numbers that the model's",
+         "mine.py:Net"),
+        (["validation={data: mine.py:pairs, every: 1, batches: 2}"], edited("def pairs(): return", "def pairs():\n"
+         "    global Y\n    Y = Y * 2; return"), "the data is not", "mine.py:pairs"),
+        (["validation={data: mine.py:Elsewhere, every: 1, batches: 2}"], edited("default_rng(0)", "default_rng(1)"),
+         "what is validated on is read as something else", "mine.py:Elsewhere"),
+    ],
+    ids=["model", "loss", "optimizer", "job", "seed", "labels", "buffer", "generator", "numbers", "data", "held out"],
+)  # fmt: skip
+def test_what_is_not_the_same_any_more_is_refused_and_named(
+    overrides: list[str], between: Callable[[], object], said: str, where: str, laptop: Any
+) -> None:
+    folder = stopped(job(*overrides), laptop)
+    before = {
+        path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != "log.txt"
+    }
+    between()
+    with pytest.raises(UserError, match=re.escape(said)) as caught:
+        resumed(folder)
+    assert where in caught.value.where and caught.value.hint
+    kept = {path: path.read_bytes() for path in before if path.name != "run.yaml"}
+    assert kept == {path: data for path, data in before.items() if path.name != "run.yaml"}
+
+
+def test_an_edit_that_changes_nothing_so_far_is_told(laptop: Any) -> None:
+    folder = stopped(job(), laptop)
+    edited("def sgd", "# its end is near\ndef sgd")()
+    assert "warning: mine.py was edited since the run was started" in resumed(folder)
+    assert "was edited" not in resumed(folder)
