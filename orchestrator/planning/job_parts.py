@@ -53,7 +53,10 @@ class JobParts:
         """A batch of the kind that a step takes."""
         if self.data is not None:
             return self.data.batch(0)
-        return self.model.example_batch(self.job.global_batch, self.job.seq)
+        batch = self.model.example_batch(self.job.global_batch, self.job.seq)
+        if self.job.has_own_model and self.model.example is not None:
+            _require_example(self.job, batch)
+        return batch
 
 
 def job_parts(job: Job, device: str) -> JobParts:
@@ -63,7 +66,7 @@ def job_parts(job: Job, device: str) -> JobParts:
     if job.has_own_data:
         loss_fn, data = _own_data(job, job.data, model.module, loss_fn)
         _require_order(job, data)
-        _require_seq(job, data.batch(0))
+        _require_seq(job, data.batch(0), job.data)
     return JobParts(job, model, loss_fn, data)
 
 
@@ -331,9 +334,18 @@ def _require_order(job: Job, data: OwnData) -> None:
         raise ConfigError(problem, "shuffle", "leave it out, or give the dataset itself")
 
 
-def _require_seq(job: Job, batch: Batch) -> None:
+def _require_example(job: Job, batch: Batch) -> None:
+    """An example has the sizes that it was asked for: times and memory are taken from it."""
+    found = sorted({value.shape[0] for value in tensors_of(batch).values() if value.dim()})
+    if found and job.global_batch not in found:
+        problem = f"example_batch gives {', '.join(map(str, found))} samples, not {job.global_batch}"
+        raise ModelError(problem, job.model, "give as many samples as it is called with")
+    _require_seq(job, batch, "example_batch")
+
+
+def _require_seq(job: Job, batch: Batch, name: str) -> None:
     """A length that was asked for must be that of the data."""
     lengths = {v.shape[1] for v in tensors_of(batch).values() if v.dim() > 1}
     if "seq" in job.model_fields_set and lengths and job.seq not in lengths:
         found = ", ".join(map(str, sorted(lengths)))
-        raise ConfigError(f"seq is {job.seq}, the samples of {job.data} have {found}", "seq", "leave it out")
+        raise ConfigError(f"seq is {job.seq}, the samples of {name} have {found}", "seq", "leave it out")

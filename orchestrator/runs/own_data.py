@@ -244,7 +244,7 @@ def digest_of(*batches: Mapping[str, Any]) -> str:
         digest.update(repr(settings_of(batch)).encode())
         for name, value in tensors_of(batch).items():
             digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

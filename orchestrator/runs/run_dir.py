@@ -32,7 +32,7 @@ import msgpack
 import numpy as np
 import yaml
 
-from comms.errors import RunError, TimelineFormatError
+from comms.errors import ConfigError, RunError, TimelineFormatError
 from orchestrator.runs.disk import explained, write_whole
 from orchestrator.runs.timeline import COUNTER_ROW, FLOW_ROW, LANES, SPAN_ROW, Lane, Origin, Rows, Timeline
 
@@ -177,7 +177,7 @@ class RunDir:
 def create(root: Path | None = None, *, job: str = "run", parent: Path = PARENT) -> RunDir:
     """Make a new run directory: `root`, or the next free `parent/job-0001`.
 
-    Raises RunError if `root` exists.
+    Raises ConfigError if `root` exists, or cannot be.
     """
     if root is None:
         return _create_numbered(parent, _safe_name(job))
@@ -185,21 +185,24 @@ def create(root: Path | None = None, *, job: str = "run", parent: Path = PARENT)
         try:
             root.mkdir(parents=True)
         except (FileExistsError, NotADirectoryError) as error:
-            raise RunError(
+            raise ConfigError(
                 problem="the run directory exists, and a run never overwrites another",
                 where=str(root),
                 hint=f"give another --run-dir, or continue that run with --resume {root}",
             ) from error
+        except FileNotFoundError as error:
+            problem = "the run directory cannot be made"
+            raise ConfigError(problem, str(root), "give another --run-dir") from error
         (root / "checkpoints").mkdir()
     return RunDir(root)
 
 
 def resume(root: Path) -> RunDir:
-    """An existing run directory. Raises RunError where there is none."""
+    """An existing run directory. Raises ConfigError where there is none."""
     if not (root / CONFIG).is_file():
         near = sorted(path.parent.name for path in root.parent.glob(f"*/{CONFIG}"))[-3:] if root.name else []
         known = f"; here are {', '.join(near)}" if near else ""
-        raise RunError(
+        raise ConfigError(
             problem=f"there is no run to resume: {CONFIG} is missing",
             where=str(root),
             hint=f"give the folder that `orchestrate train` printed{known}",
@@ -227,7 +230,7 @@ def _create_numbered(parent: Path, job: str) -> RunDir:
         if not root.exists():
             try:
                 return create(root)
-            except RunError as error:
+            except ConfigError as error:
                 if not isinstance(error.__cause__, FileExistsError):
                     raise
         number += 1

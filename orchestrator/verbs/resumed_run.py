@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from comms.errors import RunError
 from kernels.optimizers import group_settings
-from orchestrator.runs.own_data import OwnData, digest_of
+from orchestrator.runs.own_data import digest_of
 from orchestrator.runs.run_dir import versions
 from partitioner.program.program import Program, TensorKind
 from partitioner.program.program_codec import encode
@@ -58,7 +58,7 @@ def evidence(training: "Training") -> dict[str, Any]:
     program, batch = training.prepared.program, training.last_batch
     return {
         "program": _digest(program),
-        "buffers": _buffers(training.one_step.model, program),
+        "buffers": _buffers(training),
         "settings": _settings(training),
         "batch": digest_of(batch) if batch else "",
         "last_program": _digest(training.last_program or program),
@@ -135,10 +135,11 @@ def _of_plan(program: Program) -> Program:
     return replace(program, meta=tuple((name, fact) for name, fact in program.meta if name != MERGED))
 
 
-def _buffers(model: Any, program: Program) -> dict[str, str]:
+def _buffers(training: "Training") -> dict[str, str]:
     """Digests of those that no checkpoint holds, as the forward does not change them."""
-    held = {t.source for role in program.roles for t in role.tensors if t.kind is TensorKind.BUFFER}
-    return {n: digest_of({n: b}) for n, b in model.named_buffers() if f"buffer:{n}" not in held}
+    roles, model = training.prepared.program.roles, training.one_step.model
+    held = {tensor.source for role in roles for tensor in role.tensors if tensor.kind is TensorKind.BUFFER}
+    return {n: digest_of({n: value}) for n, value in model.named_buffers() if f"buffer:{n}" not in held}
 
 
 def _settings(training: "Training") -> dict[str, str]:

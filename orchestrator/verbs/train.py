@@ -19,6 +19,7 @@ from comms.errors import ConfigError, ModelError
 from comms.units import format_scaled, format_seconds
 from orchestrator.config.hardware.cluster import Cluster, Device
 from orchestrator.config.job_file import Job
+from orchestrator.config.schema import nearest
 from orchestrator.planning.preparation import Prepared, prepare
 from orchestrator.runners.failure import RunEnd, interrupted
 from orchestrator.runners.timing.prediction import SimulationResult, simulate
@@ -49,10 +50,10 @@ PLAIN_LINES = 10  # a line for every so many steps, off a terminal
 def main(options: TrainOptions, console: Console) -> int:
     """The `train` verb. The simulated runner has no tensors to train: its answer is that of `simulate`."""
     inputs, folder = _inputs(options)
-    # Ray, or what the run that is resumed was started with.
-    usual = RunnerKind.RAY if options.resume is None else folder.read_config().get("runner", RunnerKind.RAY)
-    runner = options.runner or RunnerKind(str(usual))
+    runner = options.runner or (RunnerKind.RAY if options.resume is None else _runner_of(folder))
     if options.dry_run or runner is RunnerKind.SIMULATED:
+        if options.verify_first:
+            raise ConfigError("nothing is trained that could be verified", "--verify-first", "leave it out")
         prepared = prepare(inputs.cluster, inputs.job, inputs.plan, progress=console.phase)
         return answer(prepared, SimulateOptions(run_dir=options.run_dir), console)
     result = _train(
@@ -93,6 +94,16 @@ def _inputs(options: TrainOptions) -> tuple[Inputs, RunDir]:
     return from_config(folder.read_config(), read_plan(folder.plan), str(folder.config)), folder
 
 
+def _runner_of(folder: RunDir) -> RunnerKind:
+    """What the run that is resumed was started with."""
+    usual = str(folder.read_config().get("runner", RunnerKind.RAY))
+    if usual not in list(RunnerKind):
+        raise ConfigError(
+            f"there is no runner {usual!r}", str(folder.config), nearest(usual, tuple(RunnerKind))
+        )
+    return RunnerKind(usual)
+
+
 def _name(job: Job) -> str:
     return job.model.rpartition(":")[2] if job.model.startswith(("builtin:", "hf:")) else "run"
 
@@ -120,6 +131,8 @@ def _train(
             training.restore()
             metrics.rewind_metrics(folder.metrics, training.step)
             console.say(f"resumed at step {training.step} of {job.steps}")
+            if verify_first and training.step >= job.steps:
+                raise ConfigError("no step is left that could be verified", "--verify-first", "leave it out")
         if verify_first:
             training.verify_next = console.say
         baselines: Mapping[str, float] = {}

@@ -277,7 +277,7 @@ def write_results(training: Training, baselines: Mapping[str, float]) -> TrainRe
     accuracy = _write_timelines(training)
     step_s = training.recent_step_seconds()
     return TrainResult(
-        final_loss=training.loss,
+        final_loss=curve[-1][1] if curve else training.loss,
         val_loss=points[-1][1] if points else None,
         tokens_per_s=tokens_of(training.prepared) / step_s if step_s else 0.0,
         predicted_step_time_s=predicted.step_time_s, run_dir=folder.root, steps=training.step,

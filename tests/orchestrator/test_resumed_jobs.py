@@ -1,4 +1,4 @@
-"""Resumed runs of the user's own code: the same bits as a run that was never stopped, or an error that says what is not."""
+"""Resumed runs of the user's own code: the same bits as a run that was never stopped, or an error that says why."""
 
 import io
 import re
@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from comms.errors import UserError
+from comms.errors import ConfigError, UserError
 from orchestrator.config.hardware.cluster_file import cluster_path
 from orchestrator.config.job_file import Job, load_job
 from orchestrator.config.yaml_file import read_yaml
@@ -20,7 +20,7 @@ from orchestrator.models.user_code import PREFIX
 from orchestrator.runs import checkpoint
 from orchestrator.runs.metrics import read_metrics
 from orchestrator.verbs import train, training_loop
-from orchestrator.verbs.inputs.options import RunnerKind, TrainOptions
+from orchestrator.verbs.inputs.options import TrainOptions
 from orchestrator.views.console import Console
 from partitioner.layout.parallel_plan import Plan
 
@@ -75,8 +75,8 @@ class Annealing(Pairs):
         FACTOR["value"] *= 0.99
         return x
 """
-BASE = ("model=mine.py:Net", "data=mine.py:pairs", "loss=mine.py:loss", "optimizer=mine.py:sgd", "dtype=fp64", "steps=5",
-        "global_batch=8", "checkpoints.every=3")  # fmt: skip
+BASE = ("model=mine.py:Net", "data=mine.py:pairs", "loss=mine.py:loss", "optimizer=mine.py:sgd", "dtype=fp64",
+        "steps=5", "global_batch=8", "checkpoints.every=3")  # fmt: skip
 DP = Plan(dp=2)
 
 
@@ -117,11 +117,11 @@ def stopped(given: Job, laptop: Any, plan: Plan = DP, at: int = 3) -> Path:
     return Path("stopped")
 
 
-def resumed(folder: Path) -> str:
+def resumed(folder: Path, *, verify_first: bool = False) -> str:
     """What is said while the run is brought to its end."""
     forget()
     with redirect_stderr(io.StringIO()) as said:
-        train.main(TrainOptions(resume=folder, runner=RunnerKind.INLINE), Console())
+        train.main(TrainOptions(resume=folder, verify_first=verify_first), Console())
     return said.getvalue()
 
 
@@ -166,11 +166,14 @@ def edited(old: str, new: str, name: str = "mine.py") -> Callable[[], object]:
         ([], edited("nn.Tanh()", "nn.ReLU()"), "tanh.default(v4) : f64[4,8]", "program.txt:"),
         ([], edited("return mse_loss", "return 2 * mse_loss"), "the Program is another", "program.txt:"),
         ([], edited("momentum=0.9", "momentum=0.5"), "momentum of group 0 was 0.9, is 0.5", "optimizer"),
-        (["clip_norm=1.0"], edited("clip_norm: 1.0", "clip_norm: 0.5", "stopped/run.yaml"), "clip_norm was 1.0, is 0.5", "optimizer"),
+        (["clip_norm=1.0"], edited("clip_norm: 1.0", "clip_norm: 0.5", "stopped/run.yaml"), "clip_norm was 1.0, is 0.5",
+         "optimizer"),
+        ([], edited("dp: 2", "pp: 2", "stopped/plan.yaml"), "`axes pp=1 dp=2 tp=1` has become", "program.txt:2"),
+        ([], edited("runner: inline", "runner: inlin", "stopped/run.yaml"), "there is no runner 'inlin'", "run.yaml"),
         ([], edited("seed: 0", "seed: 1", "stopped/run.yaml"), "the data is not what", "mine.py:pairs"),
-        (["shuffle=false"], edited("X, Y =", "X, Y = values(0, 20, 4), values(2, 20, 2)\nY[:8] = values(1, 20, 2)[:8]#"),
-         "the last batch before the checkpoint", "mine.py:pairs"),
-        (["model=mine.py:Unseeded"], forget, "a buffer of the model does not begin as it did: shift", "mine.py:Unseeded"),
+        (["shuffle=false"], edited("def pairs():", "Y[8:] = 0\ndef pairs():"), "the last batch before",
+         "mine.py:pairs"),
+        (["model=mine.py:Unseeded"], forget, "a buffer of the model does not begin as it did: shift", "Unseeded"),
         (["data=mine.py:Elsewhere", "drop_last=true"], forget, "the last batch before the checkpoint", "Elsewhere"),
         (["data=mine.py:Annealing", "drop_last=true", "loss=mine.py:by_factor"], forget, "numbers that the model's",
          "mine.py:Net"),
@@ -179,7 +182,8 @@ def edited(old: str, new: str, name: str = "mine.py") -> Callable[[], object]:
         (["validation={data: mine.py:Elsewhere, every: 1, batches: 2}"], edited("default_rng(0)", "default_rng(1)"),
          "what is validated on is read as something else", "mine.py:Elsewhere"),
     ],
-    ids=["model", "loss", "optimizer", "job", "seed", "labels", "buffer", "generator", "numbers", "data", "held out"],
+    ids=["model", "loss", "optimizer", "job", "plan", "runner", "seed", "labels", "buffer", "generator", "numbers",
+         "data", "held out"],
 )  # fmt: skip
 def test_what_is_not_the_same_any_more_is_refused_and_named(
     overrides: list[str], between: Callable[[], object], said: str, where: str, laptop: Any
@@ -192,8 +196,8 @@ def test_what_is_not_the_same_any_more_is_refused_and_named(
     with pytest.raises(UserError, match=re.escape(said)) as caught:
         resumed(folder)
     assert where in caught.value.where and caught.value.hint
-    kept = {path: path.read_bytes() for path in before if path.name != "run.yaml"}
-    assert kept == {path: data for path, data in before.items() if path.name != "run.yaml"}
+    kept = {path: path.read_bytes() for path in before if path.suffix != ".yaml"}
+    assert all(data == before[path] for path, data in kept.items())
 
 
 def test_an_edit_that_changes_nothing_so_far_is_told(laptop: Any) -> None:
@@ -201,3 +205,12 @@ def test_an_edit_that_changes_nothing_so_far_is_told(laptop: Any) -> None:
     edited("def sgd", "# its end is near\ndef sgd")()
     assert "warning: mine.py was edited since the run was started" in resumed(folder)
     assert "was edited" not in resumed(folder)
+
+
+def test_a_run_that_has_no_step_left_verifies_none(laptop: Any) -> None:
+    folder = stopped(job(), laptop)
+    resumed(folder)
+    with pytest.raises(ConfigError, match="no step is left"):
+        resumed(folder, verify_first=True)
+    with pytest.raises(ConfigError, match="nothing is trained"):
+        train.main(TrainOptions(dry_run=True, verify_first=True), Console())

@@ -84,14 +84,51 @@ def test_overrides_are_typed_by_the_schema(override, read):
         ("steps", "cannot read the override", "plan.dp=2"),
         ("plan..dp=2", "cannot read the override", "plan.dp=2"),
         ("plan=[", "not valid YAML", "brackets"),
+        ("plam.dp=2", "unknown key 'plam'", "did you mean 'plan'?"),
+        ("a.b.c=1", "unknown key 'a'", "known here"),
+        ("plan.dp.x=2", "plan.dp: {'x': 2} is not a count", "'auto'"),
+        ("steps.x=2", "steps should be a valid integer", "whole number"),
+        ("data_args={a: 1}", "data_args has no effect on text", "data of your own"),
+        ("lr_schedule.args={a: 1}", "lr_schedule: cosine takes no args", "scheduler of yours"),
+        ("optimizer.args={a: 1}", "optimizer: adamw takes no args", "beside its name"),
+        (
+            "optimizer={name: torch.optim:SGD, lr: 1, args: {lr: 2}}",
+            "optimizer: lr stands twice",
+            "leave one out",
+        ),
+        ("version='1'", "version should be a valid integer, got '1'", "write a whole number"),
+        ("version=true", "version should be a valid integer, got True", "write a whole number"),
+        ("plan.zero=true", "plan.zero should be a valid integer, got True", "write a whole number"),
+        ("plan.zero=1.0", "plan.zero should be a valid integer, got 1.0", "write a whole number"),
+        ("clip_norm=.inf", "clip_norm should be a finite number", "not infinite"),
+        ("optimizer.lr=1e400", "optimizer.lr should be a finite number", "not infinite"),
+        ("optimizer.weight_decay=.nan", "optimizer.weight_decay should be a finite number", "not infinite"),
+        ("steps=010", "cannot read '010' as a number", "quotes"),
+        ("seed=1:30", "cannot read '1:30' as a number", "quotes"),
     ],
 )
 def test_a_bad_override_is_named_in_the_error(override, problem, hint):
     with pytest.raises(ConfigError) as error:
         load_job(None, [override])
     assert problem in error.value.problem
-    assert override in error.value.where
+    assert error.value.where == f"--set {override}"
     assert hint in error.value.hint
+
+
+def test_an_override_inside_of_a_name_keeps_the_name(tmp_path):
+    file = tmp_path / "job.yaml"
+    file.write_text("kind: job\nversion: 1\nsteps: 5\noptimizer: sgd\nlr_schedule: constant\n")
+    job = load_job(file, ["optimizer.lr=0.5", "lr_schedule.warmup_steps=3"])
+    assert (job.optimizer.name, job.optimizer.lr) == ("sgd", 0.5)
+    assert (job.lr_schedule.name, job.lr_schedule.warmup_steps) == (LrShape.CONSTANT, 3)
+    with pytest.raises(ConfigError, match="5 has no key 'x'"):
+        load_job(file, ["steps.x=1"])
+
+
+def test_what_an_override_replaces_is_no_place_any_more(path):
+    with pytest.raises(ConfigError) as error:
+        load_job(path, ["optimizer=adam"])
+    assert error.value.where == "--set optimizer=adam"
 
 
 def test_errors_of_file_and_overrides_come_together(tmp_path):

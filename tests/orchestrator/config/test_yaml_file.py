@@ -174,6 +174,25 @@ def test_what_only_looks_like_a_number_or_date_is_refused_with_its_line(value):
     assert error.where == "c.yaml:2"
 
 
+@pytest.mark.parametrize(
+    "value", ["010", "-012", "08", "0_1", "00.5", "012e3", "1:30", "2:1", "-1:30:15", "190:20.5"]
+)
+def test_a_number_that_yaml_1_1_reads_as_another_is_refused_with_its_line(value):
+    error = refusal_of(f"a: 1\nb: {value}\n")
+    assert (error.problem, error.where) == (
+        f"cannot read {value!r} as a number: it begins with 0, or has a colon", "c.yaml:2",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("text", "read"),
+    [("0", 0), ("-0", 0), ("0.5", 0.5), ("0e3", 0.0), ("10_0", 100), ("0x10", 16), ("'010'", "010"), ("'1:30'", "1:30"),
+     ("a:1", "a:1"), ("25 GB/s", "25 GB/s"), ("0-63", "0-63"), ("3e-4", 3e-4)],
+)  # fmt: skip
+def test_a_number_that_can_be_read_in_one_way_is_read(text, read):
+    assert parse_yaml(f"a: {text}", "c.yaml").root["a"] == read
+
+
 def test_a_key_that_is_not_text_is_refused_with_its_line():
     error = refusal_of("a: 1\n? [b, c]\n: 2\n")
     assert (error.problem, error.where) == ("a key that is a list or a mapping", "c.yaml:2")

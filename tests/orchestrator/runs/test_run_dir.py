@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from comms.errors import RunError
+from comms.errors import ConfigError, RunError
 from orchestrator.runs import disk, run_dir
 from orchestrator.runs.run_dir import RunDir, create, resume, versions
 from orchestrator.runs.timeline import Lane, Origin, Span, Timeline
@@ -24,15 +24,17 @@ def run(tmp_path: Path) -> RunDir:
 
 
 def test_a_new_run_never_takes_an_existing_directory(run: RunDir) -> None:
-    with pytest.raises(RunError, match="exists") as caught:
+    with pytest.raises(ConfigError, match="exists") as caught:
         create(run.root)
     assert "--resume" in caught.value.hint
 
 
 def test_a_file_in_the_way_is_a_user_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(RunError):
+    with pytest.raises(ConfigError):
         create(tmp_path / "file" / "run")
+    with pytest.raises(ConfigError, match="cannot be made"):
+        create(Path("/proc/run"))
 
 
 def test_default_names_count_up_per_job_and_skip_what_is_there(tmp_path: Path) -> None:
@@ -68,7 +70,7 @@ def test_nothing_written_holds_the_absolute_path(run: RunDir) -> None:
 
 def test_resume_needs_a_run_and_names_those_nearby(run: RunDir) -> None:
     run.write_config({})
-    with pytest.raises(RunError, match="no run to resume") as caught:
+    with pytest.raises(ConfigError, match="no run to resume") as caught:
         resume(run.root.parent / "typo")
     assert "run" in caught.value.hint
 
