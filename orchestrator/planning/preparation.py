@@ -23,6 +23,7 @@ from kernels.builtin_optimizers import BUILT_IN
 from orchestrator.config.hardware.cluster import Cluster
 from orchestrator.config.job_file import Dtype, Job
 from orchestrator.models.model_specs import SourceKind, parse_model
+from orchestrator.models.user_code import named_object
 from orchestrator.planning.plan_choice import Refusal, choose_plan
 from orchestrator.runs.disk import write_whole
 from partitioner.layout.parallel_plan import BatchNorms, Plan
@@ -65,6 +66,7 @@ def prepare(
     `parts`: those of the job, if they are there already.
     """
     _require_text(job)
+    _require_named(job)
     spec = parse_model(job.model)
     is_known = spec.kind in (SourceKind.BUILTIN, SourceKind.HF)
     is_stable = is_known and not (spec.target.endswith(".json") or Path(spec.target).exists())
@@ -181,6 +183,14 @@ def _require_same(job: Job, plan: Plan) -> None:
         held = getattr(plan, key.removeprefix("plan."))
         if wanted not in (None, held):
             raise PlanError(f"{key} is {wanted} in the job, {held} in the plan", key, "leave one out")
+
+
+def _require_named(job: Job) -> None:
+    """What only `train` calls must be there too."""
+    schedule = str(job.lr_schedule.name) if job.lr_schedule.is_own else None
+    for key, text in (("lr_schedule", schedule), ("validation.data", job.validation.data)):
+        if text is not None:
+            named_object(text, key)
 
 
 def _require_text(job: Job) -> None:

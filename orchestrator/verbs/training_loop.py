@@ -31,8 +31,8 @@ from orchestrator.runs.own_data import OwnData, digest_of, num_samples
 from orchestrator.runs.run_dir import RunDir
 from orchestrator.runs.timeline import Origin, Timeline
 from orchestrator.verbs.distribute import DistributedStep
-from orchestrator.verbs.resumed_run import HeldOut, evidence, require_made, require_seen
 from orchestrator.verbs.verification.first_step import verified_step
+from orchestrator.verbs.verification.resumed_run import HeldOut, evidence, require_made, require_seen
 from orchestrator.views.console import Table
 from orchestrator.views.perfetto import trace_gz
 from orchestrator.views.plots import loss_png, timeline_png

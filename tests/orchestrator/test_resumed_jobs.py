@@ -168,7 +168,7 @@ def edited(old: str, new: str, name: str = "mine.py") -> Callable[[], object]:
         ([], edited("momentum=0.9", "momentum=0.5"), "momentum of group 0 was 0.9, is 0.5", "optimizer"),
         (["clip_norm=1.0"], edited("clip_norm: 1.0", "clip_norm: 0.5", "stopped/run.yaml"), "clip_norm was 1.0, is 0.5",
          "optimizer"),
-        ([], edited("dp: 2", "pp: 2", "stopped/plan.yaml"), "`axes pp=1 dp=2 tp=1` has become", "program.txt:2"),
+        ([], edited("zero: 0", "zero: 1", "stopped/plan.yaml"), "zero0 1f1b x1\"` has become", "program.txt:"),
         ([], edited("runner: inline", "runner: inlin", "stopped/run.yaml"), "there is no runner 'inlin'", "run.yaml"),
         ([], edited("seed: 0", "seed: 1", "stopped/run.yaml"), "the data is not what", "mine.py:pairs"),
         (["shuffle=false"], edited("def pairs():", "Y[8:] = 0\ndef pairs():"), "the last batch before",

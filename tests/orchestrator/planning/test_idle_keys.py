@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
-from comms.errors import DataError, PlanError, UserError
+from comms.errors import DataError, ModelError, PlanError, UserError
 from orchestrator.config.job_file import Job, load_job
 from orchestrator.planning.idle_keys import idle_keys
 from orchestrator.planning.preparation import prepare
@@ -164,6 +164,15 @@ def test_what_a_job_asks_for_is_what_a_plan_beside_it_has(
     name = key.partition("=")[0]
     with pytest.raises(PlanError, match=rf"{name} is \d in the job, \d in the plan"):
         prepare(laptop.take(plan.num_chips), load_job(None, [*TEXT, key]), plan)
+
+
+@pytest.mark.parametrize("key", ["lr_schedule", "validation.data"])
+def test_a_name_that_only_training_reads_must_be_there(
+    key: str, folder: Path, laptop: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    with pytest.raises(ModelError, match=r"mine\.py has no 'nothere'"):
+        prepare(laptop.take(1), load_job(None, [*OWN, f"{key}=mine.py:nothere"]))
 
 
 def test_data_that_is_not_there_is_refused_before_it_is_read(laptop: Any) -> None:

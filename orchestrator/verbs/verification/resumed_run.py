@@ -7,20 +7,21 @@ that were edited since, and of other versions of libraries, there is a warning.
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from comms.errors import RunError
 from kernels.optimizers import group_settings
-from orchestrator.runs.own_data import digest_of
-from orchestrator.runs.run_dir import versions
+from orchestrator.planning.preparation import Prepared
+from orchestrator.runs.data import TokenData
+from orchestrator.runs.own_data import OwnData, digest_of
+from orchestrator.runs.run_dir import RunDir, versions
+from orchestrator.verbs.distribute import DistributedStep
+from partitioner.capture.batch_inputs import Batch
 from partitioner.program.program import Program, TensorKind
 from partitioner.program.program_codec import encode
 from partitioner.program.program_text import to_text
-
-if TYPE_CHECKING:
-    from orchestrator.verbs.training_loop import Training
 
 MERGED = "merged"  # a fact of Programs: microbatches that could not be kept apart
 # By key of what is compared: what is not the same, and what to do. First what the states are loaded into.
@@ -53,7 +54,28 @@ class HeldOut:
         self.count, self.digest = self.count + 1, digest
 
 
-def evidence(training: "Training") -> dict[str, Any]:
+class Resumable(Protocol):
+    """What a training loop is, as far as it is compared (see `training_loop.Training`)."""
+
+    prepared: Prepared
+    one_step: DistributedStep
+    data: TokenData | OwnData
+    run_dir: RunDir
+    step: int
+    last_batch: Batch | None
+    last_program: Program | None
+    held_out: HeldOut
+    sources: Mapping[str, str]
+
+    @property
+    def warn(self) -> Callable[[str], None]: ...
+
+    def batch(self, step: int) -> Batch: ...
+
+    def held_out_batches(self) -> Iterator[Batch]: ...
+
+
+def evidence(training: Resumable) -> dict[str, Any]:
     """What is kept beside a checkpoint, as JSON values."""
     program, batch = training.prepared.program, training.last_batch
     return {
@@ -67,12 +89,12 @@ def evidence(training: "Training") -> dict[str, Any]:
     }  # fmt: skip
 
 
-def require_made(training: "Training", extra: Mapping[str, Any]) -> None:
+def require_made(training: Resumable, extra: Mapping[str, Any]) -> None:
     """Raise RunError where what states are to be loaded into is not what it was."""
     _require(training, extra, MADE)
 
 
-def require_seen(training: "Training", extra: Mapping[str, Any]) -> None:
+def require_seen(training: Resumable, extra: Mapping[str, Any]) -> None:
     """Go through what was read last, and raise RunError where anything is not what it was; then warn."""
     job, step = training.prepared.job, training.step
     if step:
@@ -94,7 +116,7 @@ def require_seen(training: "Training", extra: Mapping[str, Any]) -> None:
             training.warn(f"{name} is {version}, the run of {job.model} was trained by {before} until now")
 
 
-def _require(training: "Training", extra: Mapping[str, Any], keys: Mapping[str, tuple[str, str]]) -> None:
+def _require(training: Resumable, extra: Mapping[str, Any], keys: Mapping[str, tuple[str, str]]) -> None:
     found = evidence(training)
     for key, (problem, hint) in keys.items():
         if found[key] != extra.get(key):
@@ -102,7 +124,7 @@ def _require(training: "Training", extra: Mapping[str, Any], keys: Mapping[str, 
             raise RunError(f"{problem}{more}", where, hint)
 
 
-def _difference(training: "Training", key: str, was: object, now: object) -> tuple[str, str]:
+def _difference(training: Resumable, key: str, was: object, now: object) -> tuple[str, str]:
     """Which part of it differs, if that can be told, and where."""
     if key == "program":
         return _first_line(training)
@@ -114,7 +136,7 @@ def _difference(training: "Training", key: str, was: object, now: object) -> tup
     return "", places.get(key, training.prepared.job.model)
 
 
-def _first_line(training: "Training") -> tuple[str, str]:
+def _first_line(training: Resumable) -> tuple[str, str]:
     """Where the text of the Program first differs from what the run directory has."""
     path = training.run_dir.program_text
     before = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
@@ -135,14 +157,14 @@ def _of_plan(program: Program) -> Program:
     return replace(program, meta=tuple((name, fact) for name, fact in program.meta if name != MERGED))
 
 
-def _buffers(training: "Training") -> dict[str, str]:
+def _buffers(training: Resumable) -> dict[str, str]:
     """Digests of those that no checkpoint holds, as the forward does not change them."""
     roles, model = training.prepared.program.roles, training.one_step.model
     held = {tensor.source for role in roles for tensor in role.tensors if tensor.kind is TensorKind.BUFFER}
     return {n: digest_of({n: value}) for n, value in model.named_buffers() if f"buffer:{n}" not in held}
 
 
-def _settings(training: "Training") -> dict[str, str]:
+def _settings(training: Resumable) -> dict[str, str]:
     """By name, as text: repr of a number is exact."""
     step, optimizer = training.one_step, training.one_step.optimizer
     groups = enumerate(group_settings(optimizer))
