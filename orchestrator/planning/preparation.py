@@ -72,7 +72,6 @@ def prepare(
     is_stable = is_known and not (spec.target.endswith(".json") or Path(spec.target).exists())
     cacheable = is_stable and not job.has_own_parts
     if plan is not None:
-        _require_same(job, plan)
         return _prepared(cluster, job, plan, progress, cacheable, parts)
     num_params = _num_params(job, progress, is_stable, parts)
     refused: list[Refusal] = []
@@ -176,8 +175,10 @@ def _check(plan: Plan, job: Job, cluster: Cluster) -> None:
         )
 
 
-def _require_same(job: Job, plan: Plan) -> None:
-    """What the job asks for itself must be what a plan that is given has."""
+def require_same(job: Job, plan: Plan | None) -> None:
+    """What the job asks for itself must be what a plan has that is given beside it. Raises PlanError."""
+    if plan is None:
+        return
     asked = {f"plan.{name}": getattr(job.plan, name) for name in sorted(job.plan.model_fields_set)}
     for key, wanted in {**asked, "microbatches": job.microbatches}.items():
         held = getattr(plan, key.removeprefix("plan."))

@@ -25,6 +25,7 @@ PREDICTED = (
 
 def partition(cluster: Cluster, job: Job, plan: Plan | None = None) -> Prepared:
     """Split `job`'s model over all chips of `cluster`, as `plan` says or by the default rule. Raises UserError."""
+    preparation.require_same(job, plan)
     return preparation.prepare(cluster, job, plan)
 
 

@@ -19,7 +19,7 @@ from comms.units import format_scaled
 from orchestrator.config.hardware.cluster import Cluster
 from orchestrator.config.job_file import Dtype, Job
 from orchestrator.planning.job_parts import JobParts, job_parts
-from orchestrator.planning.preparation import Prepared, module_values, prepare
+from orchestrator.planning.preparation import Prepared, module_values, prepare, require_same
 from orchestrator.verbs.inputs.options import VerifyOptions
 from orchestrator.verbs.inputs.planned_inputs import resolve
 from orchestrator.verbs.plan import parameter_bytes, step_flops
@@ -89,6 +89,7 @@ def verify(
 
     `show` is given what will run. There must be something to compare.
     """
+    require_same(job, plan)
     number = steps or min(job.steps, STEPS)
     exact = job.model_copy(update={"dtype": Dtype.FP64})
     parts = job_parts(exact, "cpu")

@@ -37,6 +37,9 @@ class Inputs:
     plan: Plan | None
     document: Mapping[str, object]
 
+    def __post_init__(self) -> None:
+        preparation.require_same(self.job, self.plan)
+
     def config(self, runner: str) -> dict[str, object]:
         """The effective configuration, from which `from_config` makes the same inputs."""
         return {

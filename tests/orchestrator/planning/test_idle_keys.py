@@ -17,6 +17,7 @@ from orchestrator.planning.preparation import prepare
 from orchestrator.runs import checkpoint
 from orchestrator.runs.metrics import read_metrics
 from orchestrator.verbs import train
+from orchestrator.verbs.plan import partition
 from partitioner.layout.parallel_plan import Plan
 from partitioner.program.program_text import to_text
 
@@ -163,7 +164,7 @@ def test_what_a_job_asks_for_is_what_a_plan_beside_it_has(
     monkeypatch.chdir(folder)
     name = key.partition("=")[0]
     with pytest.raises(PlanError, match=rf"{name} is \d in the job, \d in the plan"):
-        prepare(laptop.take(plan.num_chips), load_job(None, [*TEXT, key]), plan)
+        partition(laptop.take(plan.num_chips), load_job(None, [*TEXT, key]), plan)
 
 
 @pytest.mark.parametrize("key", ["lr_schedule", "validation.data"])
