@@ -28,9 +28,10 @@ def cut_batch(
     """The capture of one part, its loss, and the entries that hold samples. Raises CaptureError or PlanError."""
     tensors = tensors_of(batch)
     first: CaptureError | None = None
+    guesses = list(islice(_guesses(tensors, dp * microbatches), MAX_GUESSES))
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     whole = trace(batch, mode)  # raises what no guess would mend
-    for size, split in islice(_guesses(tensors, dp * microbatches), MAX_GUESSES):
+    for size, split in guesses:
         try:
             parts = Parts(dp, microbatches, size // (dp * microbatches))
             whole = whole if first is None else trace(batch, mode)  # a try changes it
