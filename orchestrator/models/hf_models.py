@@ -2,21 +2,19 @@
 
 `hf:NAME` is a row of HF_CONFIGS or a kind of model that transformers knows (`hf:bert`, with the sizes of its
 configuration class; `model_args` changes them), `hf:FILE.json` a configuration, `hf:FOLDER` (or `./FOLDER`) one with
-weights beside it (`*.safetensors`). A head follows after a colon: a word of HEADS, or a class of transformers;
+weights beside it (`hf_weights`). Where a folder has the name of a row or kind, `hf:NAME` is refused and `hf:./NAME` is
+the folder. A head follows after a colon: a word of HEADS, or a class of transformers;
 without one the configuration's `architectures` say it, else the first head that the kind of model has.
 
 Models are as transformers makes them for training: with their own loss and dropout, attention by sdpa where they have
 it, else eager; caches off. Only a causal head that is fed text (`shifted`) gets labels that are already shifted: its
-loss is then that of builtin_gpt. What a folder lacks is drawn from the seed if the head was asked for by name, as that
-is how a new head is trained; else it is an error. Nothing is ever downloaded.
+loss is then that of builtin_gpt. Nothing is ever downloaded.
 """
 
 import importlib
 import inspect
 import json
-import logging
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +24,7 @@ from torch import Tensor, nn
 
 from comms.errors import ModelError, located
 from orchestrator.models.builtin_gpt import next_token_loss
+from orchestrator.models.hf_weights import holds_model, load_folder, one_line
 from orchestrator.models.model_specs import HF_CONFIGS, ModelSpec, nearest
 
 STRIDE = 7919  # a prime: example tokens walk over the whole vocabulary
@@ -74,6 +73,15 @@ LABELS = frozenset(
 )  # ask for a loss
 SECOND = 1600  # samples of sound in an example, a tenth of a second
 START = "decoder_start_token_id"
+# What transformers makes of values that do not go together.
+MISFITS = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError)
+# Options of configurations that something else decides here, and what.
+WITHOUT_EFFECT: Mapping[str, str] = {
+    "dtype": "set the job's dtype", "torch_dtype": "set the job's dtype",
+    "architectures": "name the class after a colon, hf:NAME:CLASS", "model_type": "name it, hf:KIND",
+    "attn_implementation": "remove it: attention is by sdpa, or else eager",
+    "name_or_path": "remove it", "transformers_version": "remove it",
+}  # fmt: skip
 CTC_LABELS = 2  # few, as sound is short
 
 
@@ -87,6 +95,7 @@ class HfModel:
     max_seq: int | None
     tp_plan: Mapping[str, str]
     example: Callable[[int, int], Mapping[str, Any]]
+    said: tuple[str, ...]  # what became of a folder's weights otherwise than their owner may think
 
 
 def build_hf(
@@ -94,10 +103,12 @@ def build_hf(
 ) -> HfModel:
     """The model of a name, its start values drawn by torch's generator. Raises ModelError."""
     transformers = _import_transformers()
-    values = _values(transformers, spec)
+    folder = _folder(transformers, spec)
+    values = _values(transformers, spec, folder)
     config = _config(transformers, spec, args, values)
     kind, head = _class_of(transformers, spec, config, values)
-    module = _made(kind, config, Path(spec.target), device, is_new_head=spec.factory is not None).train()
+    module, said = _made(kind, config, folder, device, is_new_head=spec.factory is not None)
+    module.train()
     if head == "causal" and shifted:
         module.loss_function = lambda logits, labels, **_: next_token_loss(logits, labels)
     for tensor in module.state_dict(keep_vars=True).values():
@@ -106,7 +117,7 @@ def build_hf(
     vocab = _first(config, "vocab_size")
     example = _example(module, config, head, device)
     longest = _first(config, "max_position_embeddings")
-    return HfModel(module, head, vocab, longest, _plan(module, config.model_type), example)
+    return HfModel(module, head, vocab, longest, _plan(module, config.model_type), example, said)
 
 
 def _import_transformers() -> Any:
@@ -120,19 +131,31 @@ def _import_transformers() -> Any:
         raise ModelError(problem=problem, where="model", hint=hint) from error
 
 
-def _values(transformers: Any, spec: ModelSpec) -> dict[str, Any]:
+def _folder(transformers: Any, spec: ModelSpec) -> Path | None:
+    """The folder that a name means, if it does. Raises ModelError where it could mean something else as well."""
+    path = Path(spec.target)
+    if spec.target not in HF_CONFIGS and spec.target not in transformers.CONFIG_MAPPING:
+        return path if path.is_dir() else None
+    if holds_model(path):
+        problem = f"{spec.target} is a known configuration and a folder here"
+        hint = f"hf:./{spec.target} is the folder; for the other one rename it"
+        raise ModelError(problem, f"hf:{spec.target}", hint)
+    return None
+
+
+def _values(transformers: Any, spec: ModelSpec, folder: Path | None) -> dict[str, Any]:
     """What the configuration says, `model_type` included."""
     if spec.target in HF_CONFIGS:
         return dict(HF_CONFIGS[spec.target])
     path = Path(spec.target)
-    if path.suffix != ".json" and not path.is_dir():
+    if path.suffix != ".json" and folder is None:
         if spec.target in transformers.CONFIG_MAPPING:
             return {"model_type": spec.target}
         hint = nearest(spec.target, HF_CONFIGS)
         raise ModelError(
             f"no configuration {spec.target!r}", hint=f"{hint} (or a model_type of transformers)"
         )
-    path = path / "config.json" if path.is_dir() else path
+    path = folder / "config.json" if folder else path
     with located("model", "give the path of a config.json, or of a folder that has one"):
         try:
             values = json.loads(path.read_text())
@@ -142,6 +165,9 @@ def _values(transformers: Any, spec: ModelSpec) -> dict[str, Any]:
             raise ModelError(f"{path} is not JSON: {error}") from error
         if not isinstance(values, dict):
             raise ModelError(f"{path} does not hold a JSON object")
+        named = values.get("architectures") or []
+        if not isinstance(named, list) or not all(isinstance(each, str) for each in named):
+            raise ModelError(f"architectures of {path} is {named!r}, no list of names")
     return values
 
 
@@ -156,16 +182,31 @@ def _config(transformers: Any, spec: ModelSpec, args: Mapping[str, object], give
     if getattr(usual, "is_encoder_decoder", False) and getattr(usual, START, None) is None:
         values.setdefault(START, usual.pad_token_id)  # as T5 starts its decoders
     values |= {"use_cache": False} if hasattr(usual, "use_cache") else {}
-    for name in args:
-        # Configurations take any keyword and ignore what they do not know: a typo must not pass.
-        if not hasattr(usual, name) and name != START:
-            hint = f"use an attribute of {config_class.__name__}"
-            raise ModelError(f"unknown option {name!r}", where=f"model_args of {spec}", hint=hint)
+    _check_args(spec, args, usual)
     invalid = importlib.import_module("huggingface_hub.errors").StrictDataclassError
     try:
-        return config_class(**values)
-    except (invalid, ValueError, TypeError) as error:
-        raise ModelError(_one_line(error), hint="mend the configuration") from error
+        config = config_class(**values)
+    except (invalid, *MISFITS) as error:
+        raise ModelError(one_line(error), hint="mend the configuration") from error
+    for name, value in args.items():
+        if isinstance(value, int | float | str) and getattr(config, name, value) != value:
+            problem = f"{name} has no effect: it stays {getattr(config, name)!r}"
+            raise ModelError(problem, f"model_args of {spec}", "remove it, or change what decides it")
+    return config
+
+
+def _check_args(spec: ModelSpec, args: Mapping[str, object], usual: Any) -> None:
+    """Configurations take any keyword and ignore what they do not know: raises ModelError for such ones."""
+    for name, value in args.items():
+        if name in WITHOUT_EFFECT:
+            raise ModelError(f"{name} has no effect", f"model_args of {spec}", WITHOUT_EFFECT[name])
+        known = name == START or (not name.startswith("_") and hasattr(usual, name))
+        own = getattr(usual, name, None)
+        if not known or callable(own):
+            hint = f"use an attribute of {type(usual).__name__}"
+            raise ModelError(f"unknown option {name!r}", f"model_args of {spec}", hint)
+        if isinstance(value, Mapping) and hasattr(own, "to_diff_dict"):
+            _check_args(spec, value, own)
 
 
 def _class_of(transformers: Any, spec: ModelSpec, config: Any, values: Mapping[str, Any]) -> tuple[Any, str]:
@@ -179,6 +220,9 @@ def _class_of(transformers: Any, spec: ModelSpec, config: Any, values: Mapping[s
             raise ModelError(
                 f"{wanted} has no loss", f"hf:{spec.target}", f"name a head: {_heads(spec, has)}"
             )
+        if not issubclass(type(config), getattr(kind, "config_class", None) or object):
+            raise ModelError(f"{wanted} is no model of kind {config.model_type}", f"hf:{spec.target}",
+                             f"name one of: {_heads(spec, has)}")  # fmt: skip
         return kind, next((word for word, each in has.items() if each is kind), wanted)
     if wanted is not None:
         problem = f"{config.model_type} has no head {wanted!r}"
@@ -203,49 +247,22 @@ def _auto(transformers: Any, auto: str, config: Any) -> Any:
     return found[0] if isinstance(found, tuple | list) else found
 
 
-def _made(kind: Any, config: Any, folder: Path, device: str, *, is_new_head: bool) -> Any:
+def _made(
+    kind: Any, config: Any, folder: Path | None, device: str, *, is_new_head: bool
+) -> tuple[Any, tuple[str, ...]]:
     """An instance, with the folder's weights if there are any to hold; attention as it can be had."""
     refused: Exception | None = None
     for attention in ("sdpa", "eager"):
         try:
-            if not folder.is_dir() or device == "meta":
-                return kind._from_config(config, attn_implementation=attention, dtype=torch.float32)
-            return _loaded(kind, config, folder, attention, is_new_head=is_new_head)
-        except (ValueError, TypeError, ImportError) as error:
+            if folder is None or device == "meta":
+                return kind._from_config(config, attn_implementation=attention, dtype=torch.float32), ()
+            with torch.device("meta"):  # what is wrong with the configuration is not the weights' fault
+                kind._from_config(config, attn_implementation=attention)
+            return load_folder(kind, config, folder, attention, is_new_head=is_new_head)
+        except (ImportError, *MISFITS) as error:
             refused = error
     assert refused is not None
-    raise ModelError(_one_line(refused), hint="mend the configuration, or name another head") from refused
-
-
-def _loaded(kind: Any, config: Any, folder: Path, attention: str, *, is_new_head: bool) -> Any:
-    if not any(folder.glob("*.safetensors")):
-        raise ModelError(f"{folder} has no weights (*.safetensors)", "model",
-                         f"save them there, or start from the seed: hf:{folder}/config.json")  # fmt: skip
-    try:
-        with _quiet(), torch.device("cpu"):
-            module, report = kind.from_pretrained(
-                str(folder), config=config, attn_implementation=attention, dtype=torch.float32,
-                local_files_only=True, use_safetensors=True, output_loading_info=True,
-            )  # fmt: skip
-    except (OSError, RuntimeError) as error:
-        raise ModelError(_one_line(error), str(folder), "give a folder that save_pretrained wrote") from error
-    if report["missing_keys"] and not is_new_head:
-        name = sorted(report["missing_keys"])[0]
-        raise ModelError(f"the weights lack {name} ({len(report['missing_keys'])} tensors)", str(folder),
-                         "name the head that is to be trained anew, after a colon")  # fmt: skip
-    return module
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """transformers prints what it loads; what matters of it is an error here."""
-    logger = logging.getLogger("transformers")
-    before = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)
+    raise ModelError(one_line(refused), hint="mend the configuration, or name another head") from refused
 
 
 def _plan(module: Any, model_type: str) -> dict[str, str]:
@@ -306,7 +323,3 @@ def walk(shape: Any, high: int, device: str, start: int = 0) -> Tensor:
     """Whole numbers below `high`, all of them if there is room."""
     total = int(torch.Size(shape).numel())
     return ((torch.arange(total, device=device) + start) * STRIDE % high).view(*shape)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

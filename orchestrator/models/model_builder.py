@@ -44,6 +44,7 @@ class BuiltModel:
     max_seq: int | None  # None: any length
     tp_plan: Mapping[str, str]  # module name pattern -> colwise | rowwise | vocab | fused_qkv; may be empty
     example: Callable[[int, int], Mapping[str, Any]] | None = None  # the module's own example batches
+    said: tuple[str, ...] = ()  # of its weights, to be told
     takes_text: bool = True  # as `input_ids`, and `labels` that are the next token of each
 
     def example_batch(self, batch: int, seq: int) -> dict[str, Any]:
@@ -97,7 +98,7 @@ def _build_hf(
         made = build_hf(spec, args, device, dtype, shifted=shifted)
     takes_text = made.head == "causal" and shifted
     return BuiltModel(str(spec), made.module, device, dtype, made.vocab_size, made.max_seq, made.tp_plan,
-                      made.example, takes_text)  # fmt: skip
+                      made.example, made.said, takes_text)  # fmt: skip
 
 
 def _build_from_factory(

@@ -187,7 +187,8 @@ def parse_model(text: str) -> ModelSpec:
     target, _, factory = text.rpartition(":")
     for folder, head in ((text, ""), (target, factory)):
         if folder and (Path(folder) / "config.json").is_file():
-            return ModelSpec(SourceKind.HF, folder, head or None)
+            path = folder if "/" in folder else f"./{folder}"  # a bare name may be that of a row, too
+            return ModelSpec(SourceKind.HF, path, head or None)
     if not all(part.isidentifier() for part in factory.split(".")) or not target:
         hint = "use builtin:gpt-SIZE, hf:NAME, hf:FOLDER, file.py:factory or package.module:factory"
         raise ModelError(problem=f"cannot tell what model {text!r} is", where="model", hint=hint)

@@ -172,6 +172,8 @@ def _training(
     job, plan = prepared.job, prepared.plan
     with console.phase("load parameters"):
         parts = parts or _parts(job)
+        for said in parts.model.said:
+            console.warn(said)
         data = parts.data or text
         assert data is not None, "there is text where there is no data of the user's"
         if text is not None:
