@@ -6,6 +6,7 @@ differ, 130 interrupted. Flags are few on purpose (`verbs.inputs.options` has th
 a.b=c`, typed by the job's schema.
 """
 
+import errno
 import importlib
 import sys
 import traceback
@@ -19,12 +20,19 @@ import typer
 
 from comms.errors import UserError
 from orchestrator.verbs.inputs.options import INTERRUPTED, LAST, VERBS, Options
-from orchestrator.views.console import Console
+from orchestrator.views.console import Console, give_up
 
 
 def main() -> None:
     """The entry point `orchestrate`."""
-    build()()
+    try:
+        build()()
+    except OSError as error:
+        if error.errno != errno.ENOSPC or error.filename is not None:
+            raise
+        give_up(sys.stdout)  # a help text had no room
+        Console().say(f"error: stdout cannot be written: {error.strerror}")
+        sys.exit(1)
 
 
 def run(verb: str, given: Mapping[str, object]) -> int:

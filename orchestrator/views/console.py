@@ -4,21 +4,25 @@ On a terminal: spinners for phases that last, a live panel for training. Elsewhe
 words. With `as_json` stdout carries exactly one JSON document. rich and units are imported when first needed,
 so that a help text costs nothing; rich honours NO_COLOR by itself. What is said is also kept in the
 run's log file once `log_to` names it.
+
+Results that cannot be written are an error, whose end is the command's; talk that cannot be is left unsaid. What a
+stream's encoding lacks is written as ASCII.
 """
 
 import json
 import math
+import os
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TextIO
 
-from comms.errors import UserError
+from comms.errors import RunError, UserError
 
 if TYPE_CHECKING:
     from rich.console import Console as RichConsole
@@ -28,6 +32,7 @@ if TYPE_CHECKING:
 
 PATIENCE_S = 2.0  # a phase shorter than this is nobody's business
 PIPE_WIDTH = 1000  # a table in a pipe is as wide as its content
+RULE = "\N{BOX DRAWINGS LIGHT HORIZONTAL}"  # what tables are ruled with
 
 
 class Table(NamedTuple):
@@ -61,7 +66,7 @@ class Console:
     ) -> None:
         self.as_json, self.verbose = as_json, verbose
         self._out = sys.stdout if out is None else out
-        self._err = sys.stderr if err is None else err
+        self._err = err or sys.stderr or StringIO()  # either stream may be closed
         self._clock = clock
         self._log: Path | None = None
         self._notes: dict[str, object] = {}
@@ -106,18 +111,31 @@ class Console:
         self._notes |= facts
 
     def results(self, document: Mapping[str, object], tables: Sequence[Table] = ()) -> None:
-        """The answer: `document` as JSON with `as_json`, otherwise the tables."""
-        if self.as_json:
-            self._out.write(
-                json.dumps(_strict({**document, **self._notes}), indent=2, allow_nan=False) + "\n"
-            )
-        else:
-            self._draw(tables, self._out)
-        self._out.flush()
+        """The answer: `document` as JSON with `as_json`, otherwise the tables. Raises RunError if it is not taken.
+
+        A reader that has gone is no error: BrokenPipeError ends a command quietly.
+        """
+        hint = "give it a file with room, or a pipe"
+        if self._out is None:
+            raise RunError("the answer cannot be written: it is closed", "stdout", hint)
+        try:
+            if self.as_json:
+                self._out.write(
+                    json.dumps(_strict({**document, **self._notes}), indent=2, allow_nan=False) + "\n"
+                )
+            else:
+                self._draw(tables, self._out)
+            self._out.flush()
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            give_up(self._out)
+            raise RunError(f"the answer cannot be written: {error.strerror}", "stdout", hint) from error
 
     def show(self, tables: Sequence[Table]) -> None:
         """Tables that are talk, not results: on stderr."""
-        self._draw(tables, self._err)
+        with suppress(OSError):
+            self._draw(tables, self._err)
         for table in tables:
             self._keep("\n".join((table.title, *("  ".join(row) for row in table.rows))))
 
@@ -227,11 +245,12 @@ class Console:
             self._print(f"warning: the log ends here: {error}")
 
     def _print(self, text: str) -> None:
-        if self._rich_err is not None:  # a live display may be up: only rich can print above it
-            self._rich_err.print(text, markup=False, highlight=False, soft_wrap=True)
-        else:
-            self._err.write(text + "\n")
-            self._err.flush()
+        with suppress(OSError):
+            if self._rich_err is not None:  # a live display may be up: only rich can print above it
+                self._rich_err.print(text, markup=False, highlight=False, soft_wrap=True)
+            else:
+                self._err.write(_as_taken(text + "\n", self._err))
+                self._err.flush()
 
     def _rich_stderr(self) -> "RichConsole":
         if self._rich_err is None:
@@ -243,14 +262,31 @@ class Console:
     def _draw(self, tables: Sequence[Table], file: TextIO) -> None:
         from rich.console import Console as RichConsole
 
-        if file.isatty():
+        if file.isatty() and _as_taken(RULE, file) == RULE:
             for table in tables:
                 _draw_table(RichConsole(file=file), table)
             return
         plain = StringIO()  # rich fills lines with blanks, which a pipe has no use for
         for table in tables:
             _draw_table(RichConsole(file=plain, width=PIPE_WIDTH), table)
-        file.writelines(f"{line.rstrip()}\n" for line in plain.getvalue().splitlines())
+        lines = (f"{line.rstrip()}\n" for line in plain.getvalue().splitlines())
+        file.write(_as_taken("".join(lines), file))
+
+
+def give_up(stream: TextIO) -> None:
+    """Let what a stream still holds go nowhere, so that the interpreter does not try once more as it ends."""
+    with suppress(OSError), Path(os.devnull).open("w") as nowhere:
+        os.dup2(nowhere.fileno(), stream.fileno())
+
+
+def _as_taken(text: str, stream: TextIO) -> str:
+    """The text with what the stream's encoding has."""
+    encoding = stream.encoding or "utf-8"
+    try:
+        text.encode(encoding)
+    except UnicodeEncodeError:
+        return text.replace(RULE, "-").encode(encoding, "backslashreplace").decode(encoding)
+    return text
 
 
 def _draw_table(rich: "RichConsole", table: Table) -> None:

@@ -277,3 +277,44 @@ def test_importing_the_console_imports_neither_rich_nor_torch() -> None:
     code = f"import sys, orchestrator.views.console as c; c.Console().say('x'); print({heavy} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"
+
+
+@pytest.mark.parametrize("as_json", [True, False])
+@pytest.mark.parametrize("where", ["> /dev/full", ">&-"])
+def test_an_answer_that_cannot_be_written_is_one_error_and_no_more(as_json: bool, where: str) -> None:
+    code = (
+        "import sys; from comms.errors import RunError; from orchestrator.views.console import Console, Table\n"
+        f"try: Console(as_json={as_json}).results({{'n': 1}}, [Table('t', [('a', 'b')] * 999)])\n"
+        "except RunError as error: sys.exit(str(error))"
+    )
+    words = ["/bin/sh", "-c", f'"$0" -c "$1" {where}', sys.executable, code]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert re.fullmatch(r"the answer cannot be written: .+\n  at: stdout\n  do: .+\n", done.stderr)
+
+
+@pytest.mark.parametrize(
+    ("words", "where"), [("--help", "> /dev/full"), ("comms --cluster laptop", "| true")]
+)
+def test_a_help_text_without_room_and_a_reader_that_has_gone_end_without_a_traceback(
+    words: str, where: str
+) -> None:
+    code = "from orchestrator.cli import main; main()"
+    shell = ["/bin/sh", "-c", f'"$0" -c "$1" {words} {where}', sys.executable, code]
+    done = subprocess.run(shell, capture_output=True, text=True, check=False)
+    room = "error: stdout cannot be written: No space left on device\n"
+    assert (done.returncode, done.stderr) == ((1, room) if "full" in where else (0, ""))
+
+
+def test_talk_that_cannot_be_written_is_left_unsaid_and_what_an_encoding_lacks_is_spelled_in_ascii() -> None:
+    class Full(io.StringIO):
+        def write(self, _: str, /) -> int:
+            raise OSError(errno.ENOSPC, "full")
+
+    Console(out=io.StringIO(), err=Full()).say("words")
+    Console(out=io.StringIO(), err=Full()).show([Table("title", [("a", "b")])])
+    taken = io.BytesIO()
+    with io.TextIOWrapper(taken, encoding="ascii") as out:
+        Console(out=out).results({}, [Table("caf\u00e9", [("1", "2")], ("a", "b"))])
+        lines = taken.getvalue().decode("ascii").splitlines()
+    assert lines[0] == "caf\\xe9" and any(set(line.strip()) == {"-"} for line in lines)
