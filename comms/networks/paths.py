@@ -1,7 +1,8 @@
 """Best paths over wires: the smallest latency, then the fewest wires, then the widest bottleneck.
 
-Over paths alike in all three a message spreads (`ways`), up to MOST_WAYS of them, so that the busiest wire carries as
-little of it as may be; where one path is asked for (`routes`), it is one by a hash of its two ends. Nodes are
+Over paths alike in the first two a message spreads (`ways`), up to MOST_WAYS of them, the widest, so that the busiest
+wire carries as little of it as may be (`spreading`); among up to EXACT_NODES nodes it has all that the wires of these
+paths can carry. Where one path is asked for (`routes`), it is one of the widest, by a hash of its two ends. Nodes are
 told apart by where they first appear among the wires, never by their number: a network whose chips are
 relabelled, its wires in the same order, has the same paths over the same wires.
 
@@ -23,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from comms.errors import CommsError
+from comms.networks.spreading import spread
 from comms.networks.topology import (
     FloatArray,
     IntArray,
@@ -45,7 +47,7 @@ Value = TypeVar("Value", np.int64, np.float64)
 
 FAR = np.int64(2**62)  # cost of what cannot be reached; one wire more still fits into 64 bits
 MOST_WAYS = 16  # equal paths that one message spreads over
-BALANCING = 4  # times that what they carry is balanced
+EXACT_NODES = 32  # of more the ways of a pair may carry less than their wires could
 BLOCK_CELLS = 2**21  # sources times wires (or nodes) that are worked on at once
 KEPT_CELLS = 2**22  # sources times nodes whose trees are kept: 64 MiB
 
@@ -72,7 +74,7 @@ class Paths:
         return merged_routes(len(src), parts)
 
     def ways(self, src: IntArray, dst: IntArray) -> Ways:
-        """All equal paths of each pair, and what each carries; empty where both ends are the same."""
+        """All paths of the smallest cost of each pair, and what each carries; empty where both ends are the same."""
         parts = [(of, self._spread(*ends)) for of, ends in self._blocks_of(src, dst)]
         return merged_ways(len(src), parts)
 
@@ -201,35 +203,42 @@ class Paths:
 
     def _spread(self, trees: PathTree, roots: IntArray, row: IntArray, src: IntArray, dst: IntArray) -> Ways:
         """All paths, from their ends back to their roots; where there are too many, some by a hash."""
-        needs, need = self._needed(trees, row, src, dst)
+        self._check_reached(trees, row, src, dst)
+        none, need = np.zeros(1), np.zeros(len(src), dtype=np.int64)  # any width
         message, node, backwards = np.arange(len(src)), dst.copy(), list[IntArray]()
+        width = np.full(len(src), np.inf)
         key = mixed(self.appearance[src] * self.num_nodes + self.appearance[dst])
         while (is_active := node != roots[row[message]]).any():
             of = message[is_active]
-            wires, first, case = self._last_wires(trees, roots, row[of], node[is_active], needs, need[of])
+            wires, first, case = self._last_wires(trees, roots, row[of], node[is_active], none, need[of])
             counts = np.ones(len(node), dtype=np.int64)
             counts[is_active] = np.diff(first)[case]
             origin = np.repeat(np.arange(len(node)), counts)
             wire = np.full(len(origin), -1, dtype=np.int64)
             wire[is_active[origin]] = wires[ranges(first[case], counts[is_active])]
             key, message = mixed(key[origin] + wire.astype(np.uint64)), message[origin]
-            kept = _first_of_each(message, key, MOST_WAYS)
-            origin, wire, key, message = origin[kept], wire[kept], key[kept], message[kept]
             node = np.where(wire >= 0, self.wires.tail[wire], node[origin])
+            width = np.minimum(width[origin], np.append(self.wires.bytes_per_s, np.inf)[wire])
+            kept = _first_of_each(message, np.minimum(width, trees[1][row[message], node]), key, MOST_WAYS)
+            origin, wire, key, message = origin[kept], wire[kept], key[kept], message[kept]
+            node, width = node[kept], width[kept]
             backwards = [*(column[origin] for column in backwards), wire]
         routes = routes_of([self.start[src[message]], *backwards[::-1]])
-        return Ways(routes, message, _balanced(routes, message, self.wires.bytes_per_s))
+        return spread(routes, message, self.wires, exact=self.num_nodes <= EXACT_NODES)
 
     def _needed(
         self, trees: PathTree, row: IntArray, src: IntArray, dst: IntArray
     ) -> tuple[FloatArray, IntArray]:
         """The widths that paths have, and which one each message's. Raises CommsError where there is no path."""
-        cost, width = trees
-        if (cost[row, dst] >= FAR).any():
-            lost = int(np.argmax(cost[row, dst] >= FAR))
-            raise _no_way(f"from node {src[lost]} to node {dst[lost]}")
+        self._check_reached(trees, row, src, dst)
         rate = np.append(self.wires.bytes_per_s, np.inf)  # of no wire, number -1
-        return np.unique(np.minimum(width[row, dst], rate[self.start[src]]), return_inverse=True)
+        return np.unique(np.minimum(trees[1][row, dst], rate[self.start[src]]), return_inverse=True)
+
+    def _check_reached(self, trees: PathTree, row: IntArray, src: IntArray, dst: IntArray) -> None:
+        far = trees[0][row, dst] >= FAR
+        if far.any():
+            lost = int(np.argmax(far))
+            raise _no_way(f"from node {src[lost]} to node {dst[lost]}")
 
     def _last_wires(
         self,
@@ -264,27 +273,12 @@ class Paths:
         return wire[fits], first
 
 
-def _first_of_each(message: IntArray, key: NDArray[np.uint64], most: int) -> IntArray:
-    """[kept] Rows, ascending: of each message at most so many, those with the smallest keys."""
+def _first_of_each(message: IntArray, width: FloatArray, key: NDArray[np.uint64], most: int) -> IntArray:
+    """[kept] Rows, ascending: of each message at most so many, the widest, of these those with the smallest keys."""
     if np.bincount(message).max(initial=0) <= most:
         return np.arange(len(message))
-    order = np.lexsort((key, message))
+    order = np.lexsort((key, -width, message))
     return np.sort(order[repeats_before(message[order]) < most])
-
-
-def _balanced(routes: Routes, message: IntArray, bytes_per_s: FloatArray) -> FloatArray:
-    """What each route carries: from even shares on, less where a wire of it is busier than those of others."""
-    share = 1.0 / np.bincount(message)[message]
-    if (share == 1.0).all():
-        return share
-    lengths = np.diff(routes.offsets)
-    own = np.repeat(message, lengths)
-    _, used = np.unique(own * len(bytes_per_s) + routes.wires, return_inverse=True)
-    for _ in range(BALANCING):
-        carried = np.bincount(used, weights=np.repeat(share, lengths))[used]
-        share = share / np.maximum.reduceat(carried / bytes_per_s[routes.wires], routes.offsets[:-1])
-        share = share / np.bincount(message, weights=share)[message]
-    return share
 
 
 def paths_of(wires: Wires, topology: Topology, through_chips: bool) -> Paths:

@@ -1,11 +1,11 @@
 """Networks given edge by edge, and any network with some of its wires dead or slow.
 
-Messages spread over all equal best paths (`networks.paths`). Nodes are told apart by where they first appear in the
-list of edges, so a network whose chips are relabelled, its edges in the same order, behaves the same.
+Messages spread over all equal best paths (`networks.paths`). Wires are in an order that does not depend on how edges
+are listed, turned round and switches named (`edge_order`): same network, same times, bit for bit.
 
 Parallel edges carry every message together, and so do switches with links to the same nodes whose rates are in the same
 proportions (the planes of NVSwitch, the spines of a leaf and spine network): they count as one wire, and one switch, of
-their summed rate.
+their summed rate. Half-duplex edges side by side are one medium.
 
 Not modelled: longer or slower paths beside the best, the unevenness of hashing flows onto parallel links, the time
 until a network has noticed a dead wire.
@@ -18,6 +18,7 @@ from enum import StrEnum
 import numpy as np
 
 from comms.errors import CommsError
+from comms.networks.fabrics.edge_order import edge_order
 from comms.networks.links import Link
 from comms.networks.paths import Paths, paths_of
 from comms.networks.shapes import RoutedShape
@@ -76,7 +77,7 @@ class EdgeList(RoutedShape):
         return ("link",)
 
     def wires(self) -> Wires:
-        """Edge by edge: first a to b, then b to a where there is a way back; what runs side by side as its first."""
+        """Edge by edge in their order, there and back; what runs side by side as its first."""
         return self._wires
 
     def routes(self, src: IntArray, dst: IntArray) -> Routes:
@@ -166,25 +167,51 @@ class Rerouted:
 
 
 def _wires_of(graph: EdgeList) -> Wires:
-    numbers: dict[int | str, int] = {name: graph.num_chips + i for i, name in enumerate(graph.switches)}
-    numbers |= {node: node for node in range(graph.num_nodes)}
     ends: list[tuple[int, int, int]] = []  # tail, head, and the wire whose capacity it uses
     figures: list[tuple[float, float]] = []
+    media: dict[tuple[int, int, float], int] = {}
+    for a, b, there, back, duplex in _in_order(graph):
+        owner = len(ends)
+        first = media.setdefault((a, b, there.latency_s), owner) if duplex is Duplex.HALF else owner
+        if first != owner:
+            figures[first] = there.latency_s, figures[first][1] + there.bytes_per_s
+            figures[first + 1] = figures[first]
+            continue
+        for tail, head, link in ((a, b, there), (b, a, back)):
+            if link is not None:
+                ends.append((tail, head, owner if duplex is Duplex.HALF else len(ends)))
+                figures.append((link.latency_s, link.bytes_per_s))
+    # No edges at all make columns too, and each column is in one piece.
+    tails, heads, shares = np.array(ends, dtype=np.int64).reshape(-1, 3).T.copy()
+    latency_s, bytes_per_s = np.array(figures, dtype=np.float64).reshape(-1, 2).T.copy()
+    return Wires(tails, heads, latency_s, bytes_per_s, np.zeros(len(tails)), np.zeros_like(tails), shares)
+
+
+def _in_order(graph: EdgeList) -> list[tuple[int, int, Link, Link | None, Duplex]]:
+    """The ends by number, what there is from the first to the second and back; see `edge_order`."""
+    numbers: dict[int | str, int] = {name: graph.num_chips + i for i, name in enumerate(graph.switches)}
+    numbers |= {node: node for node in range(graph.num_nodes)}
+    rows: list[tuple[int, int, Link, Link | None, Duplex]] = []
     for index, edge in enumerate(graph.edges):
         if edge.duplex is not Duplex.FULL and edge.back is not None:
             where = f"edge {index} ({edge.a} - {edge.b})"
             raise CommsError(f"a {edge.duplex} link has no other rate back", where, "leave the way back out")
-        ways = [(edge.a, edge.b, edge.link)]
-        if edge.duplex is not Duplex.ONE_WAY:
-            ways.append((edge.b, edge.a, edge.back or edge.link))
-        owner = len(ends)
-        for a, b, link in ways:
-            ends.append((numbers[a], numbers[b], owner if edge.duplex is Duplex.HALF else len(ends)))
-            figures.append((link.latency_s, link.bytes_per_s))
-    # No edges at all make columns too, and each column is in one piece.
-    tail, head, shares = np.array(ends, dtype=np.int64).reshape(-1, 3).T.copy()
-    latency_s, bytes_per_s = np.array(figures, dtype=np.float64).reshape(-1, 2).T.copy()
-    return Wires(tail, head, latency_s, bytes_per_s, np.zeros(len(tail)), np.zeros_like(tail), shares)
+        back = None if edge.duplex is Duplex.ONE_WAY else edge.back or edge.link
+        rows.append((numbers[edge.a], numbers[edge.b], edge.link, back, edge.duplex))
+    kinds = [*Duplex]
+    figures = [
+        (link.latency_s, link.bytes_per_s, kinds.index(duplex)) if link else (-1.0, -1.0, -1)
+        for _, _, there, back, duplex in rows
+        for link in (there, back)
+    ]
+    ends = np.array([(a, b) for a, b, *_ in rows], dtype=np.int64).reshape(-1, 2)
+    table = np.array(figures, dtype=np.float64).reshape(-1, 6)
+    order, rank = edge_order(ends, table, graph.num_chips, graph.num_nodes)
+    ordered = [rows[edge] for edge in order.tolist()]
+    return [
+        (b, a, back, there, duplex) if back and rank[a] > rank[b] else (a, b, there, back, duplex)
+        for a, b, there, back, duplex in ordered
+    ]
 
 
 def _bundled(wires: Wires, num_chips: int, num_nodes: int) -> Wires:

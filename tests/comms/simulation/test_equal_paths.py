@@ -1,6 +1,7 @@
 """Equal paths: a message uses all of them, so k that share nothing carry it k times as fast."""
 
-from itertools import combinations
+from dataclasses import replace
+from itertools import combinations, pairwise, permutations
 
 import networkx as nx
 import numpy as np
@@ -12,7 +13,7 @@ from comms.collectives.schedule import Channel, Op, Pattern, Round, Schedule
 from comms.networks.fabrics.edge_list import Edge, EdgeList, Rerouted
 from comms.networks.links import Link
 from comms.networks.network import Network, Tier, TierKind, switched
-from comms.networks.paths import MOST_WAYS
+from comms.networks.paths import EXACT_NODES, MOST_WAYS
 from comms.selection.collective import estimate
 from comms.selection.collective import simulate as move
 from comms.simulation.full import CollectiveJob, simulate
@@ -146,18 +147,69 @@ def graphs(draw):
     return EdgeList(num_chips, edges, tuple(f"switch {k}" for k in range(num_switches)))
 
 
+def best_flow(graph, source, target):
+    """Of a pair alone: the maximum flow over its paths of the fewest wires (all have one latency here)."""
+    wires, passes = graph.wires(), nx.DiGraph()
+    for tail, head, rate in zip(
+        wires.tail.tolist(), wires.head.tolist(), wires.bytes_per_s.tolist(), strict=True
+    ):
+        passes.add_edge(tail, head, capacity=rate)
+    best = nx.DiGraph()
+    for path in nx.all_shortest_paths(passes, source, target):
+        best.add_edges_from((a, b, passes[a][b]) for a, b in pairwise(path))
+    return nx.maximum_flow_value(best, source, target), nx.maximum_flow_value(passes, source, target)
+
+
 @given(graphs())
+@settings(max_examples=80)
+def test_a_pair_has_all_that_its_shortest_paths_can_carry_and_no_more_than_a_cut(graph):
+    wires = graph.wires()
+    for pair in permutations(range(graph.num_chips), 2):
+        ways = graph.ways(*(np.array([end]) for end in pair))
+        load = np.bincount(ways.routes.wires, weights=np.repeat(ways.share, np.diff(ways.routes.offsets)))
+        rate = 1 / (load / wires.bytes_per_s[: len(load)]).max()
+        over_the_best, over_all = best_flow(graph, *pair)
+        assert ways.share.sum() == pytest.approx(1) and rate == pytest.approx(over_the_best)
+        assert rate <= over_all * (1 + 1e-9)
+
+
+@given(graphs(), st.data())
 @settings(max_examples=60)
-def test_ways_are_all_best_paths_and_their_shares_are_whole(graph):
-    ends = np.meshgrid(np.arange(graph.num_chips), np.arange(graph.num_chips))
-    src, dst = (each.ravel() for each in ends)
-    wires, ways = graph.wires(), graph.ways(src, dst)
-    assert np.bincount(ways.message, weights=ways.share) == pytest.approx(np.ones(len(src)))
-    net = nx.MultiDiGraph()
-    for wire in range(wires.num_wires):
-        net.add_edge(int(wires.tail[wire]), int(wires.head[wire]), key=wire)
-    for number, (s, d) in enumerate(zip(src.tolist(), dst.tolist(), strict=True)):
-        found = sorted(ways.routes.of(i).tolist() for i in np.flatnonzero(ways.message == number))
-        paths = [[w for _, _, w in path] for path in nx.all_simple_edge_paths(net, s, d)] if s != d else [[]]
-        cost = {tuple(p): (len(p), -min((wires.bytes_per_s[w] for w in p), default=0.0)) for p in paths}
-        assert found == sorted(list(p) for p in cost if cost[p] == min(cost.values()))
+def test_a_wider_link_or_one_more_beside_it_makes_no_pair_slower(graph, data):
+    at = data.draw(st.integers(0, len(graph.edges) - 1))
+    edge = graph.edges[at]
+    wider = replace(edge, link=Link(edge.link.latency_s, edge.link.bytes_per_s * data.draw(st.floats(1, 9))))
+    for edges in ((*graph.edges[:at], wider, *graph.edges[at + 1 :]), (*graph.edges, edge)):
+        better = replace(graph, edges=edges)
+        for pair in permutations(range(graph.num_chips), 2):
+            assert seconds(better, [pair]) <= seconds(graph, [pair]) * (1 + 1e-9)
+
+
+@given(st.lists(st.tuples(*[st.sampled_from([1e9, 3e9, 7e9, 2e10])] * 2), min_size=1, max_size=MOST_WAYS + 4))
+@settings(max_examples=60)
+def test_planes_that_share_nothing_carry_in_proportion_to_their_rates(planes):
+    edges = [
+        Edge(end, f"s{k}", Link(1e-6, rate)) for k, pair in enumerate(planes) for end, rate in enumerate(pair)
+    ]
+    edges += [Edge(2 + k, f"s{k}", LINK) for k in range(len(planes))]  # so that no two are alike
+    graph = EdgeList(2 + len(planes), tuple(edges), tuple(f"s{k}" for k in range(len(planes))))
+    best = sorted((min(pair) for pair in planes), reverse=True)[:MOST_WAYS]
+    shares = sorted(graph.ways(*PAIR).share.tolist(), reverse=True)
+    assert shares == pytest.approx([rate / sum(best) for rate in best])
+    assert seconds(graph) == pytest.approx(2e-6 + NBYTES / sum(best))
+
+
+def test_a_way_that_crosses_two_others_takes_nothing_from_them():
+    pairs = [(0, 2), (0, 3), (2, 4), (3, 5), (4, 1), (5, 1)]
+    apart = EdgeList(6, tuple(Edge(a, b, LINK) for a, b in pairs))
+    crossed = EdgeList(6, tuple(Edge(a, b, LINK) for a, b in [*pairs, (2, 5)]))
+    assert seconds(crossed) == pytest.approx(seconds(apart)) == pytest.approx(3e-6 + NBYTES / 2e9)
+
+
+def test_where_nodes_are_too_many_for_all_that_wires_can_carry_it_is_no_less_than_the_widest_path():
+    pairs = [(0, 2), (0, 3), (2, 4), (3, 5), (4, 1), (5, 1), (2, 5)]
+    tail = [(k, k + 1) for k in range(5, 5 + EXACT_NODES)]
+    wide = Link(1e-6, 9e9)
+    edges = [Edge(a, b, wide if (a, b) in ((0, 2), (2, 4), (4, 1)) else LINK) for a, b in [*pairs, *tail]]
+    graph = EdgeList(6 + EXACT_NODES, tuple(edges))
+    assert 1e-6 + NBYTES / 1e10 <= seconds(graph) <= (3e-6 + NBYTES / 9e9) * (1 + 1e-9)
