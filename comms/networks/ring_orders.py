@@ -7,9 +7,10 @@ do). Where a shape says what its best rings are, they are constructed:
     torus, mesh     one snake each way round; one per dimension and way where it is a torus (`hamiltonian_cycles`)
     full mesh       steps of 1, of 2, ... chips, each that is prime to their number
 
-Networks given edge by edge are searched, ring after ring on what rate the rings before have left: up to
-EXACT_CHIPS chips the order with the widest bottleneck, then the shortest lap, among all orders (Held and Karp, J. SIAM
-10, 1962); more by nearest neighbours and 2-opt exchange (Croes, Operations Research 6, 1958). Taking the widest ring
+Networks given edge by edge are searched, ring after ring on what rate the rings before have left: up to ALL_CHIPS chips
+every order with all its hops at once; up to EXACT_CHIPS the order with the widest bottleneck, then the shortest lap,
+among all orders (Held and Karp, J. SIAM 10, 1962); more by nearest neighbours and 2-opt exchange (Croes, Operations
+Research 6, 1958). Taking the widest ring
 first need not make the sum of several the largest. All else is taken in its natural order, which trees are numbered
 for.
 
@@ -19,6 +20,7 @@ byte, so that either one sets a tier apart.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import permutations
 from math import gcd
 from typing import TypeAlias
 
@@ -33,7 +35,9 @@ from comms.networks.topology import FloatArray, IntArray, Routes, Topology, Wire
 
 Subgroups: TypeAlias = tuple[tuple[int, ...], ...]
 
+ALL_CHIPS = 6
 EXACT_CHIPS = 16
+TINY = 1e-30  # what a ring carries over a wire that it does not use
 SEARCHED_CHIPS = 512  # more are left in their natural order: the search needs tables of pairs
 REFERENCE_NBYTES = 2**20  # message by which hops are compared where all orders are too many to try
 LEAST_SHARE = 1 / 16  # of the first ring's rate: slower rings are not worth a channel
@@ -111,11 +115,16 @@ def _proposals(topology: Topology, wires: Wires, most: int) -> Proposals:
     is_known = isinstance(sole_shape(topology), Torus | FullMesh)
     is_searched = not is_known and 2 < topology.num_chips <= SEARCHED_CHIPS
     pairs = _pairs(topology, wires) if is_searched else None
+    every = _every_order(topology, wires) if is_searched and topology.num_chips <= ALL_CHIPS else None
 
     def propose(rings: list[RingOrder], left: FloatArray) -> Iterator[IntArray]:
         if rings:
             yield np.roll(rings[-1].chips[::-1], 1)
         yield from fixed
+        if every is not None:
+            orders, loads, laps = every
+            rates = np.min(left / np.maximum(loads, TINY), axis=1)
+            yield orders[np.lexsort((laps, -rates))[0]]
         if pairs is not None:
             rate = _rates(pairs, left[wires.shares])
             yield (
@@ -123,6 +132,26 @@ def _proposals(topology: Topology, wires: Wires, most: int) -> Proposals:
             )
 
     return propose
+
+
+def _every_order(topology: Topology, wires: Wires) -> tuple[IntArray, FloatArray, FloatArray]:
+    """All rings, how often each uses each wire, and the latency of a lap."""
+    n = topology.num_chips
+    orders = np.array([(0, *rest) for rest in permutations(range(1, n))], dtype=np.int64)
+    loads, latency = _loads(topology, wires, *np.divmod(np.arange(n * n), n))
+    hops = orders * n + np.roll(orders, -1, axis=1)
+    return orders, loads[hops].sum(axis=1), latency[hops].sum(axis=1)
+
+
+def _loads(topology: Topology, wires: Wires, src: IntArray, dst: IntArray) -> tuple[FloatArray, FloatArray]:
+    """[messages, wires] What each message carries over each capacity, and [messages] its latency."""
+    ways = topology.ways(src, dst)
+    lengths, loads = np.diff(ways.routes.offsets), np.zeros((len(src), wires.num_wires))
+    at = np.repeat(ways.message, lengths), wires.shares[ways.routes.wires]
+    np.add.at(loads, at, np.repeat(ways.share, lengths))
+    latency = np.zeros(len(src))
+    np.add.at(latency, ways.message, ways.share * route_latencies(wires, ways.routes))
+    return loads, latency
 
 
 def _constructed(topology: Topology, most: int) -> list[IntArray]:
@@ -144,11 +173,16 @@ def _ring(
     topology: Topology, wires: Wires, order: IntArray, left: FloatArray
 ) -> tuple[RingOrder, FloatArray]:
     """A ring on what rate is left, and how often it uses each wire."""
-    routes = topology.routes(order, np.roll(order, -1))
-    load = np.bincount(wires.shares[routes.wires], minlength=wires.num_wires).astype(np.float64)
+    if len(order) <= ALL_CHIPS:
+        each, latency = _loads(topology, wires, order, np.roll(order, -1))
+        load, lap = each.sum(axis=0), float(latency.sum())
+    else:
+        routes = topology.routes(order, np.roll(order, -1))
+        load = np.bincount(wires.shares[routes.wires], minlength=wires.num_wires).astype(np.float64)
+        lap = float(route_latencies(wires, routes).sum())
     used = load > 0
     rate = float((left[used] / load[used]).min(initial=np.inf))
-    return RingOrder(order, rate, float(route_latencies(wires, routes).sum())), load
+    return RingOrder(order, rate, lap), load
 
 
 def _pairs(topology: Topology, wires: Wires) -> _PairTables:

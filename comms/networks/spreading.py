@@ -33,10 +33,11 @@ def spread(routes: Routes, message: IntArray, wires: Wires, *, exact: bool) -> W
         return ways
     others = np.setdiff1d(message, lacking)
     parts = [(others, _of(ways, others))]
+    if not exact:
+        return merged_ways(len(busiest), [*parts, (lacking, _widest(_of(ways, lacking), rates))])
     for number in lacking.tolist():
         which = np.array([number])
-        alone = _of(ways, which)
-        parts.append((which, _filled(alone, wires, busiest[number]) if exact else _widest(alone, rates)))
+        parts.append((which, _filled(_of(ways, which), wires, busiest[number])))
     return merged_ways(len(busiest), parts)
 
 
@@ -73,11 +74,13 @@ def _slower_than_one(ways: Ways, rates: FloatArray, busiest: FloatArray) -> IntA
 
 
 def _widest(ways: Ways, rates: FloatArray) -> Ways:
-    """Only the widest ways of one message."""
+    """Only the widest ways of each message."""
     widths = _widths(ways, rates)
-    kept = ways.routes.take(np.flatnonzero(widths == widths.max()))
-    message = np.zeros(kept.num_messages, dtype=np.int64)
-    return Ways(kept, message, _balanced(kept, message, rates))
+    most = np.zeros(int(ways.message[-1]) + 1)
+    np.maximum.at(most, ways.message, widths)
+    kept = np.flatnonzero(widths == most[ways.message])
+    routes, message = ways.routes.take(kept), ways.message[kept]
+    return Ways(routes, message, _balanced(routes, message, rates))
 
 
 def _filled(ways: Ways, wires: Wires, busiest: float) -> Ways:
