@@ -3,13 +3,16 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 from comms.errors import ModelError
+from orchestrator.config.job_file import load_job
 from orchestrator.models.model_builder import BuiltModel, build
+from orchestrator.verbs import train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SIZES = {
@@ -180,3 +183,14 @@ def test_options_of_parts_are_checked_as_those_of_the_whole() -> None:
 )  # fmt: skip
 def test_configurations_without_sense_are_refused(copy: Path, values: dict[str, object], said: str) -> None:
     assert said in refusal(configured(copy, **values)).problem
+
+
+def test_train_warns_of_a_head_that_is_new(
+    bert: Path, laptop: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = "import torch\nrows = [{'input_ids': torch.arange(4), 'labels': torch.arange(4) % 2}] * 2\n"
+    (tmp_path / "mine.py").write_text(rows)
+    own = [f"model={bert}:masked", f"data={tmp_path}/mine.py:rows"]
+    given = [*own, "steps=1", "global_batch=2", "validation.every=0"]
+    train.run(laptop.take(1), load_job(None, given), folder=tmp_path / "run")
+    assert f"warning: {bert}: drawn from the seed: cls.predictions.bias (6 tensors)" in capsys.readouterr().err
