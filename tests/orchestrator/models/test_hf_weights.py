@@ -193,4 +193,6 @@ def test_train_warns_of_a_head_that_is_new(
     own = [f"model={bert}:masked", f"data={tmp_path}/mine.py:rows"]
     given = [*own, "steps=1", "global_batch=2", "validation.every=0"]
     train.run(laptop.take(1), load_job(None, given), folder=tmp_path / "run")
-    assert f"warning: {bert}: drawn from the seed: cls.predictions.bias (6 tensors)" in capsys.readouterr().err
+    assert (
+        f"warning: {bert}: drawn from the seed: cls.predictions.bias (6 tensors)" in capsys.readouterr().err
+    )
