@@ -1,17 +1,20 @@
 """User code: objects that a job names by `file.py:name` or `pkg.module:name`, and calls of them.
 
 What the user's code raises becomes an error with the user's own lines, innermost first, and none of ours. A file is
-read once a process (again when it has changed), so that classes of one file are the same for the model and its data;
-its folder is where it finds its neighbours, and modules are found in the current folder too, as `python` does.
+read once a process (again when it has changed), also where another file imports it, so that its classes and globals
+are the same for the model and its data. Neighbours are found in its folder, modules in the current folder too, as
+`python` does; a name that would find another module than the file that lies there is refused.
 """
 
+import ast
 import hashlib
 import importlib
 import importlib.util
 import inspect
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
@@ -111,23 +114,67 @@ def _from_file(path: Path, key: str) -> ModuleType:
     name = f"{PREFIX}{path.stem}_{mark}"
     if name in sys.modules:
         return sys.modules[name]
+    if (imported := sys.modules.get(path.stem)) is not None and _lies_at(imported, whole):
+        if imported.__name__ == path.stem:  # a neighbour has imported it: one file is one module
+            sys.modules[name] = imported
+            return imported
+        del sys.modules[path.stem]  # it has changed since
     found = importlib.util.spec_from_file_location(name, whole)
     assert found is not None and found.loader is not None, "a .py file always has a loader"
     module = importlib.util.module_from_spec(found)
+    _require_own_neighbours(whole, key, set())
     sys.modules[name] = module  # dataclasses and pickling look their module up by name
-    _look_in(str(whole.parent))
+    aliases = [name]
+    if path.stem not in sys.modules and importlib.util.find_spec(path.stem) is None:
+        aliases.append(path.stem)  # as its neighbours import it
+        sys.modules[path.stem] = module
     try:
-        found.loader.exec_module(module)
+        with _looking_first_in(str(whole.parent)):
+            found.loader.exec_module(module)
     except RAISED as error:
-        del sys.modules[name]
+        for alias in aliases:
+            del sys.modules[alias]
         said = " ".join(str(error).split()) or type(error).__name__
         raise ModelError(f"{type(error).__name__}: {said}", own_frames(error) or str(path),
                          "make the file importable on its own") from error  # fmt: skip
     return module
 
 
+def _lies_at(module: ModuleType, path: Path) -> bool:
+    held = getattr(module, "__file__", None)
+    return held is not None and Path(held).resolve() == path
+
+
+def _require_own_neighbours(path: Path, key: str, seen: set[Path]) -> None:
+    """Refuse imports that would find another module than the file of that name beside them."""
+    seen.add(path)
+    try:
+        tree = ast.parse(path.read_bytes())
+    except (SyntaxError, ValueError):  # running it says so
+        return
+    names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    names |= {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.module and not n.level}
+    for root in sorted({name.partition(".")[0] for name in names}):
+        for beside in (path.parent / root / "__init__.py", path.parent / f"{root}.py"):
+            if not beside.is_file() or beside in seen:
+                continue
+            if (other := sys.modules.get(root)) is not None and not _lies_at(other, beside.resolve()):
+                there = getattr(other, "__file__", None) or "Python's own"
+                raise ModelError(f"{path} imports {root}, which is {there} here, not the one beside it", key,
+                                 f"rename {beside.name}")  # fmt: skip
+            _require_own_neighbours(beside, key, seen)
+
+
 def _from_module(target: str, key: str) -> ModuleType:
     _look_in(str(Path.cwd()))
+    root = target.partition(".")[0]
+    spec = importlib.util.find_spec(root) if root else None
+    for local in (Path(root, "__init__.py"), Path(f"{root}.py")):
+        if local.is_file() and (spec is None or spec.origin != str(local.resolve())):
+            there = spec.origin if spec is not None else "another"
+            raise ModelError(
+                f"{root} is {there}, not {local} in this folder", key, "give the path of the .py file"
+            )
     try:
         return importlib.import_module(target)
     except ModuleNotFoundError as error:
@@ -137,6 +184,17 @@ def _from_module(target: str, key: str) -> ModuleType:
         raise ModelError(f"no module {target!r}", key, hint) from error
     except RAISED as error:
         raise raised(error, target, key) from error
+
+
+@contextmanager
+def _looking_first_in(folder: str) -> Iterator[None]:
+    """As Python does for a script; afterwards the folder comes last, so that nothing else finds its files first."""
+    sys.path.insert(0, folder)
+    try:
+        yield
+    finally:
+        sys.path.remove(folder)
+        _look_in(folder)
 
 
 def _look_in(folder: str) -> None:

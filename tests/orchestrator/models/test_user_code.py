@@ -20,7 +20,8 @@ def needs(width, *, depth=2): return width * depth
 
 
 @pytest.fixture
-def mine(tmp_path: Path) -> Path:
+def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.delitem(sys.modules, "beside", raising=False)  # another test's
     (tmp_path / "beside.py").write_text("there = True")
     path = tmp_path / "mine.py"
     path.write_text(SOURCE)
@@ -105,3 +106,40 @@ def test_code_that_ends_the_process_is_an_error_with_its_line(tmp_path: Path) ->
     path.write_text("import sys\nsys.exit(3)\n")
     with pytest.raises(ModelError, match="SystemExit: 3"):
         named_object(f"{path}:make", "model")
+
+
+def test_one_file_is_one_module_whoever_imports_it(tmp_path: Path) -> None:
+    (tmp_path / "one_model.py").write_text("class CFG: scale = 1\n")
+    (tmp_path / "one_data.py").write_text("import one_model\none_model.CFG.scale = 3\nCFG = one_model.CFG\n")
+    first = named_object(f"{tmp_path}/one_model.py:CFG", "model")
+    assert named_object(f"{tmp_path}/one_data.py:CFG", "data") is first and first.scale == 3  # type: ignore[attr-defined]
+
+
+def test_a_file_that_was_imported_before_it_is_named_is_the_same(tmp_path: Path) -> None:
+    (tmp_path / "two_model.py").write_text("class CFG: pass\n")
+    (tmp_path / "two_data.py").write_text("from two_model import CFG\n")
+    first = named_object(f"{tmp_path}/two_data.py:CFG", "data")
+    assert named_object(f"{tmp_path}/two_model.py:CFG", "model") is first
+
+
+def test_neighbours_of_one_name_in_two_folders_are_refused(tmp_path: Path) -> None:
+    for folder, value in (("a", 2), ("b", 5)):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "helping_hands.py").write_text(f"scale = {value}\n")
+        (tmp_path / folder / f"of_{folder}.py").write_text("from helping_hands import scale\n")
+    assert named_object(f"{tmp_path}/a/of_a.py:scale", "model") == 2
+    with pytest.raises(
+        ModelError, match=r"imports helping_hands, which is .*not the one beside it"
+    ) as caught:
+        named_object(f"{tmp_path}/b/of_b.py:scale", "data")
+    assert caught.value.hint == "rename helping_hands.py"
+
+
+def test_a_module_of_this_folder_is_not_taken_for_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "statistics.py").write_text("found = 7\n")
+    with pytest.raises(ModelError, match=r"statistics is .*, not statistics.py in this folder"):
+        named_object("statistics:found", "model")
+    assert named_object("statistics.py:found", "model") == 7
