@@ -176,6 +176,9 @@ def require_expressible(graph: torch.fx.Graph, names: Mapping[str, str], frozen:
             kind = {"batch": "input", "params": "parameter"}[space]
             problem, hint = f"{node.target} writes into the {kind} {name}", "work on a clone of it"
             raise CaptureError(problem, source_line(node), hint)
+        if base.op == "get_attr":
+            problem = f"{node.target} writes into a tensor that is neither parameter nor buffer of the model"
+            raise CaptureError(problem, source_line(node), "register it as a buffer of the model")
         if set(regions_of(node)) - set(regions_of(base)):
             problem = (
                 f"{node.target} inside a checkpoint writes into what lies outside, which torch does twice"

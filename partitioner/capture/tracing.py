@@ -12,7 +12,6 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -32,7 +31,13 @@ from torch.utils import _pytree as trees
 
 from comms.errors import CaptureError
 from partitioner.capture.batch_inputs import Batch, rebuilt, tensors_of
-from partitioner.capture.forwards.borrowed_module import Borrowed, borrowed
+from partitioner.capture.forwards.autograd_questions import (
+    Answer,
+    AutogradQuestions,
+    require_own,
+    stand_in_for,
+)
+from partitioner.capture.forwards.borrowed_module import REGISTERED, Borrowed, borrowed
 from partitioner.capture.forwards.checkpoints import RECOMPUTE, Region, inlined_checkpoints, noted, num_nodes
 from partitioner.capture.forwards.expert_forms import expert_forms
 from partitioner.capture.forwards.host_values import CalledWith, no_host_draws, operations_of
@@ -50,13 +55,11 @@ from partitioner.capture.forwards.user_functions import recorded_functions
 from partitioner.capture.products.tp_styles import own_plan
 from partitioner.capture.pure_graph import (
     first_user_line,
-    is_float,
     is_pure,
     make_pure,
     mark_modes,
     require_expressible,
     same_value,
-    with_gradient,
 )
 
 NUM_MORE = 4  # forwards that must do the same
@@ -113,6 +116,8 @@ def trace_module(
         )
         graph_module = trace.run(functional=False)
         noted = trace.called.noted if trace.called else ()
+        lent.require_known("_parameters")
+        require_own(graph_module, trace.registered)
         if functional := not is_pure(graph_module.graph):
             require_expressible(graph_module.graph, trace.names(graph_module), frozen)
             graph_module = trace.run(functional=True)
@@ -159,6 +164,9 @@ class _Trace:
         self.fake_mode, self.has_lines = fake_mode, has_lines
         self.calls: list[ModuleCall] = []
         self.called: CalledWith | None = None
+        self.modules = frozenset(self.module.modules())
+        self.questions = AutogradQuestions({}, self.modules)
+        self.told: Sequence[Answer] | None = None  # what an earlier forward was told of autograd
         self.regions: list[tuple[Region, int, int]] = []  # with the nodes that they start and stop at
         params, buffers = dict(self.module.named_parameters()), dict(self.module.named_buffers())
         self.registered = {id(v): f"params:{n}" for n, v in params.items()}
@@ -175,6 +183,7 @@ class _Trace:
         """The graph of a forward; `functional`: without writes into tensors."""
         self.calls.clear()
         self.called = None if functional else CalledWith()
+        self.told = self.questions.answers if functional else None
         self.regions.clear()
         values = self._fakes()
         forward: Callable[..., Any] = self._forward
@@ -193,19 +202,7 @@ class _Trace:
             node.meta[RECOMPUTE] = tuple(r for r, start, stop in outer_first if start <= index < stop)
             node.meta["val"] = trees.tree_map_only(torch.Tensor, self._in_mode, node.meta.get("val"))
         mark_modes(traced.graph)
-        for region, start, stop in outer_first:
-            if region.sources is not None:
-                self._mark_reentrant(traced, region.sources, range(start, stop))
         return traced
-
-    def _mark_reentrant(self, traced: torch.fx.GraphModule, sources: Sequence[Any], inside: range) -> None:
-        """No gradient comes out of a reentrant checkpoint if none of its arguments has one."""
-        names = self.names(traced)
-        trained = [n for n in traced.graph.nodes if names.get(n.name) in self.trained and is_float(n)]
-        reached = with_gradient(traced.graph, trained)
-        if not any(n in reached for n in sources):
-            for node in traced.graph.nodes:
-                node.meta["no_grad"] |= node.meta["index"] in inside
 
     def _in_mode(self, value: torch.Tensor) -> torch.Tensor:
         """A value of the graph as a fake tensor of this trace: those made of numbers alone are real, or of no mode."""
@@ -218,18 +215,20 @@ class _Trace:
         """Stand-ins; from shapes, as torch takes ten times as long to make them from values."""
         like = {n: torch.empty_like(v.detach(), device="meta") for n, v in self.sources.items()}
         with self.fake_mode:
-            return [
-                torch.empty_strided(v.shape, v.stride(), dtype=v.dtype, device="cpu").requires_grad_(
-                    name.startswith("params:") and self.sources[name].requires_grad
-                )
-                for name, v in like.items()
-            ]
+            made = {
+                n: torch.empty_strided(v.shape, v.stride(), dtype=v.dtype, device="cpu") for n, v in like.items()
+            }
+        return [value.requires_grad_(name in self.trained) for name, value in made.items()]
 
     def _forward(self, *flat: torch.Tensor) -> tuple[torch.Tensor, ...]:
         named = dict(zip(self.sources, flat, strict=True))
         if self.called:
             self.called.number(flat)
+        for name, value in named.items():
+            stand_in_for(self.sources[name], value, name.startswith("params:"))
         self.lent.replace({identity: named[name] for identity, name in self.registered.items()})
+        stand_ins = {id(named[n]): n for n in self.registered.values()}
+        self.questions = AutogradQuestions(stand_ins, self.modules, self.told)
         inputs = rebuilt(
             self.batch, {n.partition(":")[2]: v for n, v in named.items() if n.startswith("batch:")}
         )
@@ -239,14 +238,21 @@ class _Trace:
             plain_forms(),
             expert_forms(),
             keyed_random(named[f"batch:{KEY}"], named[f"batch:{FIRST_SAMPLE}"]),
-            inlined_checkpoints(partial(noted, self.regions)),
+            inlined_checkpoints(self._noted),
+            self.questions.asked(),
         ):
             loss = loss_of_step(self.module, self.loss_fn, inputs)
         return loss, *(self.module.get_buffer(name) for name in self.buffers)
 
+    @contextmanager
+    def _noted(self, region: Region) -> Iterator[None]:
+        twice = self.questions.computed_twice() if region.is_reentrant else nullcontext()
+        with twice, noted(self.regions, region):
+            yield
+
     def differs(self, called: CalledWith) -> str:
         """The first line that calls torch with other numbers when the forward runs once more, if any."""
-        self.called = called
+        self.called, self.told = called, None
         with torch.enable_grad(), _explaining(self.module):
             self._forward(*self._fakes())
         return self.called.where
@@ -273,8 +279,8 @@ class _Trace:
 
 
 def _is_traced() -> bool:
-    """What code that asks is told; functional calls of modules would refuse to work."""
-    return sys._getframe(1).f_globals.get("__name__") != "torch.nn.utils.stateless"
+    """What code that asks is told: the truth, but for libraries that ask whether values are fake."""
+    return str(sys._getframe(1).f_globals.get("__name__")).startswith("transformers.")
 
 
 def _require_repeatable(
@@ -282,6 +288,7 @@ def _require_repeatable(
 ) -> None:
     """Refuse a forward that depends on attributes that it changes, or on the host: once more, it must do the same."""
     changed = trace.lent.changed()
+    trace.lent.require_known(*(REGISTERED if changed else ()))
     where = "" if changed else trace.differs(CalledWith(noted))
     if not changed and not where:
         return

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from comms.errors import CaptureError
+
 REGISTERED = ("_parameters", "_buffers")  # where a module keeps the tensors that it registers
 NUMBERS = (int, float)  # arrays make new ones each time
 CONTAINERS = (MutableMapping, MutableSequence, MutableSet)
@@ -71,6 +73,16 @@ class Borrowed:
             if name.rpartition(".")[2] not in REGISTERED and _differs(container, before):
                 found.append(name)
         return list(dict.fromkeys(found))
+
+    def require_known(self, *kinds: str) -> None:
+        """Refuse that the first forward registers tensors, of these kinds, that were not there before."""
+        for path, child, held in self.attributes:
+            for kind in kinds:
+                new = [name for name in held[kind] if name not in self.contents[id(held[kind])][2]]
+                if new:
+                    where = path or type(child).__name__
+                    problem = f"the first forward makes {new[0]}, which no optimizer knows"
+                    raise CaptureError(problem, where, "call the model once before")
 
     def restore(self) -> None:
         """Give everything back."""

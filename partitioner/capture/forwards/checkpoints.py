@@ -7,14 +7,13 @@ A trace notes which operations lie in which part, and whoever differentiates the
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 from unittest.mock import patch
 
 import torch
-from torch._subclasses.functional_tensor import FunctionalTensor
-from torch.fx import Node, Proxy
-from torch.fx.experimental.proxy_tensor import PythonKeyTracer, get_proxy_mode
+from torch.fx import Node
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.utils import _pytree as trees
 from torch.utils import checkpoint
 from torch.utils.checkpoint import CheckpointFunction, noop_context_fn
@@ -29,11 +28,11 @@ USERS = ("torch.utils.checkpoint", "torch.distributed._composable.checkpoint_act
 class Region:
     """One call of `torch.utils.checkpoint`; `context_fn` makes the contexts that choose what is saved all the same.
 
-    `sources`: of the reentrant form its arguments; where none of these tensors has a gradient, its results have none.
+    A reentrant one runs its function twice: without gradients, and in the backward with them.
     """
 
     context_fn: Callable[[], Any] = noop_context_fn
-    sources: tuple[Any, ...] | None = None
+    is_reentrant: bool = False
 
 
 RECOMPUTE = "recompute_regions"  # in a node's meta: the regions that it lies in, the outermost first
@@ -41,11 +40,8 @@ Span: TypeAlias = tuple[Region, int, int]  # with the nodes that it starts and s
 Note: TypeAlias = Callable[[Region], AbstractContextManager[None]]
 
 
-def _unnoted(region: Region) -> AbstractContextManager[None]:
-    sources = region.sources
-    if sources is None or any(isinstance(s, torch.Tensor) and s.requires_grad for s in sources):
-        return nullcontext()
-    return torch.no_grad()
+def _unnoted(_: Region) -> AbstractContextManager[None]:
+    return nullcontext()
 
 
 @contextmanager
@@ -53,7 +49,8 @@ def inlined_checkpoints(note: Note = _unnoted) -> Iterator[None]:
     """Inside the block a checkpointed function runs once, within `note(region)`."""
 
     def of_function(function: Any, _preserves: bool, *args: Any) -> Any:
-        with note(Region(sources=args)):
+        has_gradient = any(isinstance(a, torch.Tensor) and a.requires_grad for a in args)
+        with nullcontext() if has_gradient else torch.no_grad(), note(Region(is_reentrant=True)):
             return _without_inner_gradients(function(*args))
 
     def around(
@@ -78,8 +75,6 @@ def noted(regions: list[Span], region: Region) -> Iterator[None]:
         yield
         return
     start = num_nodes()
-    if region.sources is not None:
-        region = replace(region, sources=tuple(map(_node_of, region.sources)))
     yield
     regions.insert(0, (region, start, num_nodes()))
 
@@ -89,15 +84,6 @@ def num_nodes() -> int:
     mode = get_proxy_mode()
     assert mode is not None
     return len(mode.tracer.graph.nodes)
-
-
-def _node_of(value: object) -> Node | None:
-    mode = get_proxy_mode()
-    assert mode is not None and isinstance(mode.tracer, PythonKeyTracer)
-    if isinstance(value, FunctionalTensor):
-        value = torch._from_functional_tensor(value.elem)
-    found = mode.tracer.unwrap_proxy(value) if isinstance(value, torch.Tensor) else None
-    return found.node if isinstance(found, Proxy) else None
 
 
 def regions_of(node: Node) -> tuple[Region, ...]:

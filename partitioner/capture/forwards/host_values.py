@@ -107,7 +107,7 @@ class CalledWith(TorchFunctionMode):
             index = len(self.noted)
             was = self.expected[index] if index < len(self.expected) else ()
             if was != call:
-                self.where, self.change = _line(), _change(was, call)
+                self.where, self.change = runningrunning_line(), _change(was, call)
         self.noted.append(call)
         made = func(*args, **(kwargs or {}))
         if call[0] in EMPTY and type(made) is torch.Tensor:  # memory as it was found tells runs apart
@@ -172,7 +172,7 @@ def operations_of(traced: torch.fx.GraphModule) -> list[str]:
     return lines
 
 
-def _line() -> str:
+def running_line() -> str:
     """The line of the user's that is running."""
     frames = [
         f for f in traceback.extract_stack() if "/torch/" not in f.filename and not f.filename.startswith(OWN)
