@@ -165,7 +165,7 @@ class _Trace:
         self.calls: list[ModuleCall] = []
         self.called: CalledWith | None = None
         self.modules = frozenset(self.module.modules())
-        self.questions = AutogradQuestions({}, self.modules)
+        self.questions = AutogradQuestions({}, self.modules, self.fake_mode)
         self.told: Sequence[Answer] | None = None  # what an earlier forward was told of autograd
         self.regions: list[tuple[Region, int, int]] = []  # with the nodes that they start and stop at
         params, buffers = dict(self.module.named_parameters()), dict(self.module.named_buffers())
@@ -228,7 +228,7 @@ class _Trace:
             stand_in_for(self.sources[name], value, name.startswith("params:"))
         self.lent.replace({identity: named[name] for identity, name in self.registered.items()})
         stand_ins = {id(named[n]): n for n in self.registered.values()}
-        self.questions = AutogradQuestions(stand_ins, self.modules, self.told)
+        self.questions = AutogradQuestions(stand_ins, self.modules, self.fake_mode, self.told)
         inputs = rebuilt(
             self.batch, {n.partition(":")[2]: v for n, v in named.items() if n.startswith("batch:")}
         )

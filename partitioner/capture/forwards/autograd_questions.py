@@ -16,6 +16,8 @@ from unittest.mock import patch
 
 import torch
 from torch import nn
+from torch._subclasses import meta_utils
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
 from comms.errors import CaptureError
@@ -48,10 +50,11 @@ class AutogradQuestions(TorchFunctionMode):
         self,
         registered: Mapping[int, str],
         modules: Collection[nn.Module],
+        fake_mode: FakeTensorMode,
         told: Sequence[Answer] | None = None,
     ) -> None:
         super().__init__()
-        self.registered, self.modules, self.told = registered, modules, told
+        self.registered, self.modules, self.fake_mode, self.told = registered, modules, fake_mode, told
         self.answers: list[Answer] = []
         self.num_reentrant = 0  # how many reentrant checkpoints it is inside
         self.inference: list[
@@ -73,16 +76,16 @@ class AutogradQuestions(TorchFunctionMode):
                                "leave _version and data_ptr() to torch")  # fmt: skip
         attribute = QUESTIONS.get(descriptor, "")
         if attribute and name != "__set__":
-            return self._answer(attribute, args[0], lambda: func(*args, **(kwargs or {})))
+            return self._answer(attribute, args[0], func)
         if attribute == "requires_grad" or func in (torch.Tensor.requires_grad_, torch.Tensor.detach_):
             flag = False if name == "detach_" else (*args, *(kwargs or {}).values(), True)[1]
             self._require_unchanged(args[0], bool(flag))
         return func(*args, **(kwargs or {}))
 
-    def _answer(self, question: str, value: torch.Tensor, ask: Callable[[], Any]) -> Any:
+    def _answer(self, question: str, value: torch.Tensor, ask: Callable[..., Any]) -> Any:
         asking = _asking_module()
         if asking.startswith(TRACING):
-            return ask()
+            return ask(value)
         is_own = asking.startswith(OWN)
         if question == "is_inference" and self.infers and not is_own:
             raise CaptureError("the forward asks is_inference() after inference_mode", running_line(),
@@ -91,7 +94,8 @@ class AutogradQuestions(TorchFunctionMode):
             raise CaptureError(f"the forward asks for {question} {ASKED_TWICE}", running_line(),
                                "use checkpoint(..., use_reentrant=False)")  # fmt: skip
         if self.told is None:
-            self.answers.append((question, ask()))
+            is_real = type(value) is torch.Tensor  # made of numbers; what is written into it, its fake knows
+            self.answers.append((question, ask(self.fake_mode.from_tensor(value) if is_real else value)))
         elif len(self.answers) < len(self.told) and self.told[len(self.answers)][0] == question:
             self.answers.append(self.told[len(self.answers)])
         else:
@@ -138,6 +142,11 @@ class AutogradQuestions(TorchFunctionMode):
                 (torch.inference_mode, "__exit__", leave),
                 (torch, "is_inference_mode_enabled", lambda: bool(self.inference and self.inference[-1][0])),
                 (torch, "is_grad_enabled", self._is_grad_enabled),
+                (
+                    meta_utils,
+                    "assert_metadata_eq",
+                    lambda *_, **__: None,
+                ),  # a fake that was written requires gradients
                 (nn.Module, "__setattr__", lambda *given: self._set(*given)),
             ):
                 stack.enter_context(patch.object(owner, name, instead))
