@@ -108,7 +108,7 @@ class AutogradQuestions(TorchFunctionMode):
         place = self.registered.get(id(value), "")
         if not place and type(value) is nn.Parameter:
             place = "params:of another module"
-        if self.told is not None or not place or torch._C.TensorBase.requires_grad.__get__(value) == flag:
+        if self.told is not None or not place or value.requires_grad == flag:
             return
         space, _, name = place.partition(":")
         kind = {"params": "parameter", "buffers": "buffer"}[space]
@@ -152,7 +152,7 @@ class AutogradQuestions(TorchFunctionMode):
                 stack.enter_context(patch.object(owner, name, instead))
             yield stack.enter_context(self)
 
-    def _set(self, module: nn.Module, name: str, value: object) -> None:
+    def _set(self, module: nn.Module, name: str, value: Any) -> None:
         """Modules of the loss, or that the model does not register, are not borrowed: no step could change them."""
         is_foreign = module not in self.modules and isinstance(value, torch.Tensor)
         if is_foreign and isinstance(getattr(module, name, None), torch.Tensor):
@@ -197,4 +197,4 @@ def stand_in_for(source: torch.Tensor, value: torch.Tensor, is_parameter: bool) 
         if name not in vars(value):
             setattr(value, name, attribute)
     if is_parameter:
-        value._is_param = True  # type: ignore[attr-defined]  # what torch.nn.Parameter's isinstance looks at
+        value._is_param = True  # what torch.nn.Parameter's isinstance looks at
