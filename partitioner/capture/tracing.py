@@ -31,12 +31,7 @@ from torch.utils import _pytree as trees
 
 from comms.errors import CaptureError
 from partitioner.capture.batch_inputs import Batch, rebuilt, tensors_of
-from partitioner.capture.forwards.autograd_questions import (
-    Answer,
-    AutogradQuestions,
-    require_own,
-    stand_in_for,
-)
+from partitioner.capture.forwards.autograd_questions import AutogradQuestions, require_own, stand_in_for
 from partitioner.capture.forwards.borrowed_module import REGISTERED, Borrowed, borrowed
 from partitioner.capture.forwards.checkpoints import RECOMPUTE, Region, inlined_checkpoints, noted, num_nodes
 from partitioner.capture.forwards.expert_forms import expert_forms
@@ -166,7 +161,7 @@ class _Trace:
         self.called: CalledWith | None = None
         self.modules = frozenset(self.module.modules())
         self.questions = AutogradQuestions({}, self.modules, self.fake_mode)
-        self.told: Sequence[Answer] | None = None  # what an earlier forward was told of autograd
+        self.told: Sequence[Any] | None = None  # what an earlier forward was told of autograd
         self.regions: list[tuple[Region, int, int]] = []  # with the nodes that they start and stop at
         params, buffers = dict(self.module.named_parameters()), dict(self.module.named_buffers())
         self.registered = {id(v): f"params:{n}" for n, v in params.items()}
@@ -216,7 +211,8 @@ class _Trace:
         like = {n: torch.empty_like(v.detach(), device="meta") for n, v in self.sources.items()}
         with self.fake_mode:
             made = {
-                n: torch.empty_strided(v.shape, v.stride(), dtype=v.dtype, device="cpu") for n, v in like.items()
+                n: torch.empty_strided(v.shape, v.stride(), dtype=v.dtype, device="cpu")
+                for n, v in like.items()
             }
         return [value.requires_grad_(name in self.trained) for name, value in made.items()]
 
@@ -246,8 +242,7 @@ class _Trace:
 
     @contextmanager
     def _noted(self, region: Region) -> Iterator[None]:
-        twice = self.questions.computed_twice() if region.is_reentrant else nullcontext()
-        with twice, noted(self.regions, region):
+        with self.questions.computed_again(region.is_reentrant), noted(self.regions, region):
             yield
 
     def differs(self, called: CalledWith) -> str:

@@ -107,7 +107,7 @@ class CalledWith(TorchFunctionMode):
             index = len(self.noted)
             was = self.expected[index] if index < len(self.expected) else ()
             if was != call:
-                self.where, self.change = runningrunning_line(), _change(was, call)
+                self.where, self.change = running_line(), _change(was, call)
         self.noted.append(call)
         made = func(*args, **(kwargs or {}))
         if call[0] in EMPTY and type(made) is torch.Tensor:  # memory as it was found tells runs apart
