@@ -62,7 +62,13 @@ def compile_segment(
     graph.appendNode(result)
     result.output().setType(torch._C.TupleType([tensor] * len(outputs)))
     graph.registerOutput(result.output())
-    return torch._C._create_function_from_graph("".join(c if c.isalnum() else "_" for c in name), graph)
+    try:
+        return torch._C._create_function_from_graph("".join(c if c.isalnum() else "_" for c in name), graph)
+    except RuntimeError as error:
+        lines = str(error).strip().partition("candidates were")[0].split("\n")
+        said = " ".join(line.strip() for line in lines if line.strip())
+        hint = "write this part with other operators"
+        raise SegmentError(f"TorchScript cannot compile {name}: {said}", name, hint) from error
 
 
 @contextmanager
@@ -209,7 +215,7 @@ def operator(code: str) -> Any:
 
 
 def literal(node: ast.expr, device: str) -> object:
-    """A literal of the op language: numbers, strings, lists, `dtype.f32`, `device`, `inf`."""
+    """A literal of the op language: numbers, strings, lists, `dtype.f32`, `device`, `inf`, `nan`, `complex(0, 1)`."""
     match node:
         case ast.Constant(value=value):
             return value
@@ -219,8 +225,10 @@ def literal(node: ast.expr, device: str) -> object:
             return [literal(e, device) for e in elts]
         case ast.Name(id="device"):
             return torch.device(device)
-        case ast.Name(id="inf"):
-            return float("inf")
+        case ast.Name(id="inf" | "nan" as number):
+            return float(number)
+        case ast.Call(func=ast.Name(id="complex"), args=[real, imag], keywords=[]):
+            return complex(*(float(literal(part, device)) for part in (real, imag)))  # type: ignore[arg-type]
         case ast.Attribute(value=ast.Name(id="dtype"), attr=short):
             return SCALAR_TYPES[short]
         case ast.Attribute(value=ast.Name(id="torch"), attr=attr):

@@ -10,7 +10,7 @@ from kernels.backend import OpCode, literal, operator, parse
 
 DTYPE_BY_SCALAR_TYPE = {
     0: torch.uint8, 1: torch.int8, 2: torch.int16, 3: torch.int32, 4: torch.int64, 5: torch.float16,
-    6: torch.float32, 7: torch.float64, 11: torch.bool, 15: torch.bfloat16,
+    6: torch.float32, 7: torch.float64, 9: torch.complex64, 10: torch.complex128, 11: torch.bool, 15: torch.bfloat16,
 }  # fmt: skip
 
 
@@ -20,15 +20,29 @@ def interpret_segment(
     """The segment's results for `inputs`."""
     values: list[object] = list(inputs)
     for op in ops:
-        call = parse(op.code)
-        args = [_value(arg, values, device) for arg in call.args]
-        named = {k.arg: _value(k.value, values, device) for k in call.keywords if k.arg}
-        if isinstance(call.func, ast.Name):
-            source, index = args
-            values.append(source[index])  # type: ignore[index]
-        else:
-            values.append(operator(op.code)(*args, **named))
+        values.append(_result(op, values, device))
     return tuple(values[i] for i in outputs)  # type: ignore[misc]
+
+
+def failing_operator(ops: Sequence[OpCode], device: str, inputs: Sequence[torch.Tensor]) -> tuple[str, str]:
+    """The first operator that raises for `inputs`, and what it says; empty where none does."""
+    values: list[object] = list(inputs)
+    for op in ops:
+        try:
+            values.append(_result(op, values, device))
+        except (RuntimeError, IndexError, ValueError) as error:
+            return op.code.partition("(")[0], str(error).strip().partition("\n")[0]
+    return "", ""
+
+
+def _result(op: OpCode, values: Sequence[object], device: str) -> object:
+    call = parse(op.code)
+    args = [_value(arg, values, device) for arg in call.args]
+    named = {k.arg: _value(k.value, values, device) for k in call.keywords if k.arg}
+    if isinstance(call.func, ast.Name):
+        source, index = args
+        return source[index]  # type: ignore[index]
+    return operator(op.code)(*args, **named)
 
 
 def _value(node: ast.expr, values: Sequence[object], device: str) -> object:

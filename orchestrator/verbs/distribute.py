@@ -4,11 +4,10 @@
     loss = step(batch)
 
 The model is captured at the first batch, split over the cluster's chips and trained there, in this process or by Ray
-actors. Settings of the optimizer's groups (learning rates, betas, decay) are read at every step, so schedulers keep
-working. `step.sync()` copies trained parameters and optimizer states back. What changes between steps is seen: another
-kind of batch, frozen or unfrozen parameters, new groups, `train()` or `eval()`, hooks, and numbers that code reads (see
-`python_state`) lead to another Program; weights, buffers and states that were changed are loaded, if they had been
-fetched before by `sync()`, and refused otherwise.
+actors. Settings of the optimizer's groups are read at every step, so schedulers keep working. `step.sync()` copies
+trained parameters and optimizer states back. What changes between steps is seen: another kind of batch, frozen or
+unfrozen parameters, new groups, `train()` or `eval()`, hooks, and numbers that code reads (see `python_state`) lead to
+another Program; changed weights, buffers and states are loaded if fetched before by `sync()`, and refused otherwise.
 """
 
 import math
@@ -75,6 +74,7 @@ from partitioner.capture.batch_inputs import Batch, tensors_of
 from partitioner.capture.captured_graph import Graph
 from partitioner.capture.forwards.step_loss import LossFunction
 from partitioner.capture.graph_units import capture_graph
+from partitioner.capture.refused.refusals import refuse_unsupported
 from partitioner.layout.parallel_plan import BatchNorms, Plan
 from partitioner.lowering.lower import capture_and_lower
 from partitioner.program.program import Program
@@ -233,6 +233,8 @@ class DistributedStep:
         """The runner for this batch and what the model and the optimizer are now."""
         require_batch(batch)
         require_newest(self, self.model.parameters())
+        if self._runner is None:
+            refuse_unsupported(self.model)
         situation = self._situation_of(batch)
         changed = [name for name, value in self._values_seen().items() if self._seen.get(name) != value]
         if self._runner is not None and changed and self._is_ahead:

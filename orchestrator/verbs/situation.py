@@ -15,7 +15,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils.weak import WeakIdKeyDictionary
 
 from comms.errors import PlanError
-from partitioner.capture.batch_inputs import Batch, settings_of, tensors_of
+from partitioner.capture.batch_inputs import Batch, require_plain, settings_of, tensors_of
 
 Situation: TypeAlias = tuple[object, ...]
 FORWARD_HOOKS: tuple[Mapping[int, Any], ...] = (
@@ -69,6 +69,7 @@ def require_batch(batch: object) -> None:
     if not isinstance(batch, Mapping) or not batch:
         problem = "the batch is not a mapping of names to inputs"
         raise PlanError(problem, "step(batch)", "pass {name: input}, as model(**batch)")
+    require_plain(batch)
     if any(v.numel() == 0 and v.dim() and not v.shape[0] for v in tensors_of(batch).values()):
         raise PlanError("the batch has no samples", "step(batch)", "leave empty batches out")
 

@@ -33,11 +33,16 @@ PLAIN = (torch.Tensor, bool, int, float, complex, str, bytes, torch.dtype, torch
 
 
 def require_plain(batch: Batch) -> None:
-    """Refuse what could hide tensors: objects that are neither tensors, numbers, text nor containers of them."""
+    """Refuse what could hide tensors, objects that are neither tensors, numbers, text nor containers of them, and
+    tensors that are not stored entry by entry."""
     for path, value in trees.tree_flatten_with_path(dict(batch))[0]:
         if not isinstance(value, PLAIN):
             raise PlanError(f"the batch's {_name(path)} is a {type(value).__name__}", "batch",
                             "pass tensors, numbers, text, and lists or dicts of them")  # fmt: skip
+        if isinstance(value, torch.Tensor) and (value.is_nested or value.layout is not torch.strided):
+            hint = "pass to_padded_tensor(0.0), and a mask" if value.is_nested else "pass to_dense()"
+            kind = "nested" if value.is_nested else "sparse"
+            raise PlanError(f"the batch's {_name(path)} is a {kind} tensor", "batch", hint)
 
 
 def settings_of(batch: Batch) -> tuple[tuple[str, str], ...]:

@@ -7,6 +7,7 @@ too few pieces, at the borders of every top-level submodule. Equal slices share 
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -50,6 +51,7 @@ from partitioner.capture.pure_graph import (
     source_line,
     with_gradient,
 )
+from partitioner.capture.refused.refusals import users_warnings
 from partitioner.capture.samples.batch_cut import cut_batch
 from partitioner.capture.samples.loss_form import FINAL, GATHERED, KNOWN, LossForm, finals_of, whole_loss
 from partitioner.capture.samples.taking_apart import put_apart, replace_by
@@ -57,6 +59,7 @@ from partitioner.capture.tracing import Captured, trace_module
 from partitioner.capture.training_flops import forward_flops, training_flops
 
 aten = torch.ops.aten
+HAS_LINES = ContextVar("HAS_LINES", default=False)
 
 
 @quiet_torch()
@@ -80,9 +83,11 @@ def capture_graph(
     casts. `norms_per_part`: see `batch_norms`. Raises CaptureError, and PlanError where the batch does not divide.
     """
 
+    said: set[str] = set()
+
     def graph(has_lines: bool) -> Graph:
         def trace(given: Batch, mode: FakeTensorMode) -> Captured:
-            with ExactFloat64() if exact else nullcontext():
+            with ExactFloat64() if exact else nullcontext(), users_warnings(said, given is batch):
                 captured = trace_module(module, given, loss_fn, tp_plan, mode, has_lines=has_lines)
             captured.frozen |= frozen
             return captured
@@ -95,11 +100,21 @@ def capture_graph(
 
     require_plain(batch)
     try:
-        return graph(has_lines=False)
+        return graph(has_lines=HAS_LINES.get())
     except Exception as error:
         with _explaining(type(module).__name__):
             graph(has_lines=True)  # source lines cost as much again: only to say what is wrong
             raise error  # now it is right: then it depends on what the first forward did
+
+
+@contextmanager
+def source_lines() -> Iterator[None]:
+    """Inside the block captures note source lines, which cost as much again."""
+    token = HAS_LINES.set(True)
+    try:
+        yield
+    finally:
+        HAS_LINES.reset(token)
 
 
 @contextmanager
@@ -119,7 +134,6 @@ def build_graph(captured: Captured, form: LossForm, cut: frozenset[str], *, min_
     graph = captured.graph_module.graph
     for node in graph.nodes:
         _refuse_random(node)
-        _refuse_sparse(node)
     form = _with_count(captured, form)
     depends = _inline_functions(captured, dependences(captured))
     if depends[form.total] is not Dependence.MODEL:
@@ -166,16 +180,6 @@ def _live(captured: Captured, form: LossForm) -> set[Node]:
     ]
     differentiable = with_gradient(graph, [n for n in trained if is_float(n)])
     return ancestors([form.total], lambda n: n in differentiable)
-
-
-def _refuse_sparse(node: Node) -> None:
-    if any(isinstance(arg, complex) for arg in node.args):
-        raise CaptureError(
-            "a complex number in the code of the forward", source_line(node), "make it a buffer"
-        )
-    is_sparse = node.target is aten.embedding.default and len(node.args) > 4 and bool(node.args[4])
-    if is_sparse or getattr(node.meta.get("val"), "layout", torch.strided) is not torch.strided:
-        raise CaptureError("sparse gradients are not supported", source_line(node), "use sparse=False")
 
 
 def _refuse_complex_parameters(captured: Captured, live: set[Node]) -> None:

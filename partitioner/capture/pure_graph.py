@@ -12,14 +12,17 @@ import logging
 import traceback
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.func import functionalize
 from torch.fx import Node
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.proxy import TracerBase
 
 from comms.errors import CaptureError
 from partitioner.capture.captured_graph import op_name, operand
@@ -39,8 +42,17 @@ PLAIN_DTYPES = (
 MAYBE_VIEWS = {"reshape", "contiguous", "to", "flatten", "expand_as"}
 
 
+NORMS = (aten.batch_norm.default, aten.instance_norm.default)  # write into running statistics, unsaid
+
+
 def mark_modes(graph: torch.fx.Graph) -> None:
     """Note in every node's meta what it runs under, and drop what switches it."""
+    for node in reversed(note_modes(graph)):
+        graph.erase_node(node)
+
+
+def note_modes(graph: torch.fx.Graph) -> list[Node]:
+    """Note in every node's meta what it runs under; the nodes that switch it."""
     is_off, contexts, switches = False, dict[Node, Any](), list[Node]()
     for node in graph.nodes:
         name = getattr(node.target, "__name__", "")
@@ -54,8 +66,7 @@ def mark_modes(graph: torch.fx.Graph) -> None:
         else:
             switches.pop()
             node.meta |= {"no_grad": is_off, "autocast": next(reversed(contexts.values()), None)}
-    for node in reversed(switches):
-        graph.erase_node(node)
+    return switches
 
 
 @contextmanager
@@ -106,10 +117,7 @@ def is_pure(graph: torch.fx.Graph) -> bool:
 
 
 def _is_write(node: Node) -> bool:
-    if node.target in (
-        aten.batch_norm.default,
-        aten.instance_norm.default,
-    ):  # into running statistics, unsaid
+    if node.target in NORMS:
         return node.args[3] is not None and bool(node.args[5])
     return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
@@ -119,7 +127,24 @@ def trace_values(function: Callable[..., Any], values: Sequence[torch.Tensor]) -
     traced = make_fx(function, tracing_mode="real", _allow_non_fake_inputs=True)(*values)
     if not is_pure(traced.graph):
         traced = make_fx(functionalize(traced), tracing_mode="real", _allow_non_fake_inputs=True)(*values)
+    _conjugate_numbers(traced.graph)
     return traced
+
+
+def _conjugate_numbers(graph: torch.fx.Graph) -> None:
+    """Gradients conjugate the numbers of the forward as if they were tensors."""
+    for node in list(graph.nodes):
+        if op_name(node.target) in ("_conj", "clone") and isinstance(number := node.args[0], complex):
+            new = number if op_name(node.target) == "clone" else number.conjugate()
+            for user in list(node.users):
+                user.args, user.kwargs = torch.fx.node.map_arg(
+                    (user.args, user.kwargs), partial(_instead, old=node, new=new)
+                )
+            graph.erase_node(node)
+
+
+def _instead(node: Node, *, old: Node, new: object) -> Any:
+    return new if node is old else node
 
 
 def with_gradient(graph: torch.fx.Graph, trained: Collection[Node]) -> set[Node]:
@@ -162,31 +187,45 @@ def require_expressible(graph: torch.fx.Graph, names: Mapping[str, str], frozen:
     ]
     has_grad = with_gradient(graph, trained)
     for node in filter(_is_write, graph.nodes):
-        if node.target is aten.instance_norm.default:
-            raise CaptureError(
-                "instance norm with running statistics", source_line(node), "use track_running_stats=False"
-            )
-        base = operand(node, 3 if node.target is aten.batch_norm.default else 0)
-        is_hidden = bool(node.meta["no_grad"])
-        while base.op != "placeholder" and _shares_memory(base):
-            is_hidden = is_hidden or op_name(base.target) == "detach"
-            base = operand(base, 0)
-        space, _, name = sources.get(base, ("", "", ""))
-        if space in ("batch", "params"):
-            kind = {"batch": "input", "params": "parameter"}[space]
-            problem, hint = f"{node.target} writes into the {kind} {name}", "work on a clone of it"
-            raise CaptureError(problem, source_line(node), hint)
-        if base.op == "get_attr":
-            problem = f"{node.target} writes into a tensor that is neither parameter nor buffer of the model"
-            raise CaptureError(problem, source_line(node), "register it as a buffer of the model")
-        if set(regions_of(node)) - set(regions_of(base)):
-            problem = (
-                f"{node.target} inside a checkpoint writes into what lies outside, which torch does twice"
-            )
-            raise CaptureError(problem, source_line(node), "write outside of the checkpoint, or into a clone")
-        if is_hidden and base in has_grad:
-            problem = f"{node.target} changes a value behind autograd's back"
-            raise CaptureError(problem, source_line(node), "write into a clone, outside detach and no_grad")
+        for base in _written(node):
+            _require_expressible(node, base, sources, has_grad)
+
+
+def _written(node: Node) -> list[Node]:
+    """The operands that an operation writes into."""
+    if node.target in NORMS:
+        return [operand(node, 3)]  # the running mean; the variance goes with it
+    arguments = node.target._schema.arguments  # type: ignore[union-attr]
+    given = dict(zip((a.name for a in arguments), node.args, strict=False)) | node.kwargs
+    written = [given.get(a.name) for a in arguments if a.alias_info is not None and a.alias_info.is_write]
+    flat = (v for value in written for v in (value if isinstance(value, list | tuple) else [value]))
+    return [v for v in flat if isinstance(v, Node)]
+
+
+def _require_expressible(
+    node: Node, base: Node, sources: Mapping[Node, tuple[str, str, str]], has_grad: Collection[Node]
+) -> None:
+    """Refuse the write of `node` into `base` where values cannot express it."""
+    is_hidden = bool(node.meta["no_grad"])
+    while base.op != "placeholder" and _shares_memory(base):
+        is_hidden = is_hidden or op_name(base.target) == "detach"
+        base = operand(base, 0)
+    space, _, name = sources.get(base, ("", "", ""))
+    if space in ("batch", "params"):
+        kind = {"batch": "input", "params": "parameter"}[space]
+        problem, hint = f"{node.target} writes into the {kind} {name}", "work on a clone of it"
+        if op_name(node.target) == "embedding_renorm_":
+            hint = "leave max_norm out of the embedding, or scale the rows that are looked up"
+        raise CaptureError(problem, source_line(node), hint)
+    if base.op == "get_attr":
+        problem = f"{node.target} writes into a tensor that is neither parameter nor buffer of the model"
+        raise CaptureError(problem, source_line(node), "register it as a buffer of the model")
+    if set(regions_of(node)) - set(regions_of(base)):
+        problem = f"{node.target} inside a checkpoint writes into what lies outside, which torch does twice"
+        raise CaptureError(problem, source_line(node), "write outside of the checkpoint, or into a clone")
+    if is_hidden and base in has_grad:
+        problem = f"{node.target} changes a value behind autograd's back"
+        raise CaptureError(problem, source_line(node), "write into a clone, outside detach and no_grad")
 
 
 def _shares_memory(node: Node) -> bool:
@@ -207,6 +246,10 @@ def make_pure(module: torch.fx.GraphModule, names: dict[str, str], registered: M
             graph.erase_node(node)
         elif node.op == "get_attr":
             value = getattr(module, str(node.target))
+            if getattr(value, "layout", torch.strided) is not torch.strided:
+                raise CaptureError(
+                    "the forward holds a sparse tensor", source_line(node), "make it dense: to_dense()"
+                )
             known = places.get(registered.get(id(value), ""))
             if known is None:
                 _inline_literal(node, value)
@@ -290,8 +333,30 @@ def quiet_torch() -> Iterator[None]:
 
 
 def source_line(node: Node) -> str:
-    """Where in the user's code a node comes from, as `file:line (code)`."""
-    return _line_in(str(node.meta.get("stack_trace", ""))) or node.name
+    """Where in the user's code a node comes from, as `file:line (code), in module`."""
+    return in_module(
+        _line_in(str(node.meta.get("stack_trace", ""))) or node.name, str(node.meta.get("module", ""))
+    )
+
+
+def in_module(line: str, path: str) -> str:
+    """A line of the user's with the submodule that runs it."""
+    return f"{line}, in {path}" if path else line
+
+
+@contextmanager
+def users_frames() -> Iterator[None]:
+    """Traces note all lines of the user's, where torch would note those of functions called forward alone."""
+
+    def outside(_: object, summary: traceback.StackSummary) -> traceback.StackSummary:
+        return traceback.StackSummary.from_list([f for f in summary if _is_users(f.filename)])
+
+    with patch.object(TracerBase, "_filter_traceback_frames", outside):
+        yield
+
+
+def _is_users(file: str) -> bool:
+    return not file.startswith((str(Path(__file__).parent), "<")) and "/torch/" not in file
 
 
 def _line_in(trace: str) -> str:
@@ -307,9 +372,7 @@ def _line_in(trace: str) -> str:
 
 def first_user_line(error: BaseException) -> str:
     """The innermost line outside torch that an error passed through, or that an operator of the graph comes from."""
-    own = str(Path(__file__).parent)
-    frames = traceback.extract_tb(error.__traceback__)
-    outside = [f for f in frames if not f.filename.startswith((own, "<")) and "/torch/" not in f.filename]
+    outside = [f for f in traceback.extract_tb(error.__traceback__) if _is_users(f.filename)]
     of_operator = str(error).partition("Original traceback:")[2]  # which torch adds as it runs a graph
     if not outside or of_operator:
         return _line_in(of_operator) or "the model or its loss"

@@ -17,16 +17,9 @@ from unittest.mock import patch
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    FakeTensor,
-    FakeTensorMode,
-)
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch._subclasses.functional_tensor import FunctionalTensorMode, dispatch_functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
-from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as trees
 
 from comms.errors import CaptureError
@@ -38,7 +31,6 @@ from partitioner.capture.forwards.expert_forms import expert_forms
 from partitioner.capture.forwards.host_values import CalledWith, no_host_draws, operations_of
 from partitioner.capture.forwards.keyed_random import FIRST_SAMPLE, KEY, keyed_random
 from partitioner.capture.forwards.plain_forms import plain_forms
-from partitioner.capture.forwards.shared_memory import require_own_memory
 from partitioner.capture.forwards.step_loss import (
     LossFunction,
     is_read,
@@ -47,19 +39,20 @@ from partitioner.capture.forwards.step_loss import (
     taken_by,
 )
 from partitioner.capture.forwards.user_functions import recorded_functions
+from partitioner.capture.forwards.viewed import Viewed
 from partitioner.capture.products.tp_styles import own_plan
 from partitioner.capture.pure_graph import (
-    first_user_line,
     is_pure,
     make_pure,
     mark_modes,
     require_expressible,
     same_value,
+    users_frames,
 )
+from partitioner.capture.refused.refusals import explaining, refuse_sparse, refuse_unsupported, refused_calls
+from partitioner.capture.refused.shared_memory import require_own_memory
 
 NUM_MORE = 4  # forwards that must do the same
-# what torch raises where code asks for the value of a tensor
-OF_VALUES = (DataDependentOutputException, DynamicOutputShapeException, GuardOnDataDependentSymNode)
 
 
 @dataclass
@@ -102,7 +95,7 @@ def trace_module(
     tensor-parallel styles (see `tp_styles.py`); without one the model's own is looked for. Graphs of one `fake_mode`
     can be put together. Raises CaptureError.
     """
-    _refuse_unsupported(module)
+    refuse_unsupported(module)
     _require_known_inputs(module, batch, loss_fn)
     frozen = frozenset(name for name, p in module.named_parameters() if not p.requires_grad)
     with borrowed(module) as lent, no_host_draws(module):
@@ -113,6 +106,8 @@ def trace_module(
         noted = trace.called.noted if trace.called else ()
         lent.require_known("_parameters")
         require_own(graph_module, trace.registered)
+        for node in graph_module.graph.nodes:
+            refuse_sparse(node)
         if functional := not is_pure(graph_module.graph):
             require_expressible(graph_module.graph, trace.names(graph_module), frozen)
             graph_module = trace.run(functional=True)
@@ -158,6 +153,8 @@ class _Trace:
         self.lent, self.module, self.batch, self.loss_fn = lent, lent.module, batch, loss_fn
         self.fake_mode, self.has_lines = fake_mode, has_lines
         self.calls: list[ModuleCall] = []
+        self.open_calls: list[ModuleCall] = []
+        self.viewed = Viewed()
         self.called: CalledWith | None = None
         self.modules = frozenset(self.module.modules())
         self.questions = AutogradQuestions({}, self.modules, self.fake_mode)
@@ -177,6 +174,7 @@ class _Trace:
     def run(self, *, functional: bool) -> torch.fx.GraphModule:
         """The graph of a forward; `functional`: without writes into tensors."""
         self.calls.clear()
+        self.open_calls.clear()
         self.called = None if functional else CalledWith()
         self.told = self.questions.answers if functional else None
         self.regions.clear()
@@ -186,7 +184,14 @@ class _Trace:
             forward = dispatch_functionalize(forward, FunctionalTensorMode(pre_dispatch=True, export=True))
         # Code that asks whether it is traced knows fake tensors, but not the wrappers of functionalization.
         is_traced = patch.object(torch.jit, "is_tracing", _is_traced) if functional else nullcontext()
-        with _recording(self.module, self.calls), torch.enable_grad(), _explaining(self.module), is_traced:
+        with (
+            explaining(self.module, self.open_calls),
+            _recording(self.module, self.calls, self.open_calls),
+            torch.enable_grad(),
+            self.viewed.reshaped() if functional else self.viewed.noted(),
+            users_frames() if self.has_lines else nullcontext(),
+            is_traced,
+        ):
             traced = make_fx(
                 forward, pre_dispatch=True, tracing_mode="real", record_stack_traces=self.has_lines,
                 _allow_non_fake_inputs=True, _error_on_data_dependent_ops=False,
@@ -194,10 +199,19 @@ class _Trace:
         outer_first = sorted(self.regions, key=lambda r: (r[1], -r[2]))
         for index, node in enumerate(traced.graph.nodes):
             node.meta["index"] = index
+            if functional and node.target is torch.ops.aten.view.default:
+                node.target = torch.ops.aten.reshape.default  # of what may lie in another order by now
             node.meta[RECOMPUTE] = tuple(r for r, start, stop in outer_first if start <= index < stop)
             node.meta["val"] = trees.tree_map_only(torch.Tensor, self._in_mode, node.meta.get("val"))
+        if self.has_lines:
+            self._mark_modules(list(traced.graph.nodes))
         mark_modes(traced.graph)
         return traced
+
+    def _mark_modules(self, nodes: Sequence[torch.fx.Node]) -> None:
+        for call in reversed(self.calls):  # inner ones end first
+            for node in nodes[call.start : call.stop]:
+                node.meta["module"] = call.path
 
     def _in_mode(self, value: torch.Tensor) -> torch.Tensor:
         """A value of the graph as a fake tensor of this trace: those made of numbers alone are real, or of no mode."""
@@ -231,6 +245,7 @@ class _Trace:
         with (
             self.called or nullcontext(),
             recorded_functions(),
+            refused_calls(),
             plain_forms(),
             expert_forms(),
             keyed_random(named[f"batch:{KEY}"], named[f"batch:{FIRST_SAMPLE}"]),
@@ -248,7 +263,7 @@ class _Trace:
     def differs(self, called: CalledWith) -> str:
         """The first line that calls torch with other numbers when the forward runs once more, if any."""
         self.called, self.told = called, None
-        with torch.enable_grad(), _explaining(self.module):
+        with explaining(self.module, ()), torch.enable_grad():
             self._forward(*self._fakes())
         return self.called.where
 
@@ -299,20 +314,6 @@ def _require_repeatable(
     raise CaptureError(problem, where or type(trace.module).__name__, hint)
 
 
-def _refuse_unsupported(module: nn.Module) -> None:
-    for name, child in module.named_modules():
-        where = f"{name or type(module).__name__} ({type(child).__name__})"
-        if child._backward_hooks or child._backward_pre_hooks:
-            raise CaptureError("a backward hook would not run", where, "remove the hook")
-        for own, param in child.named_parameters(recurse=False):
-            if is_lazy(param):
-                raise CaptureError(
-                    f"{own} has no shape before the first forward", where, "call the model once before"
-                )
-            if param._backward_hooks or getattr(param, "_post_accumulate_grad_hooks", None):
-                raise CaptureError("a gradient hook would not run", f"{where}: {own}", "remove the hook")
-
-
 def _require_known_inputs(module: nn.Module, batch: Batch, loss_fn: LossFunction | None) -> None:
     """Refuse names that neither the forward nor the loss takes, or that they lack."""
     taken = taken_by(module.forward, batch, loss_fn) if loss_fn else frozenset(batch)
@@ -356,9 +357,8 @@ def _containers(module: nn.Module) -> frozenset[str]:
 
 
 @contextmanager
-def _recording(module: nn.Module, calls: list[ModuleCall]) -> Iterator[None]:
-    """Note which nodes each submodule call adds, through forward hooks."""
-    open_calls: list[ModuleCall] = []
+def _recording(module: nn.Module, calls: list[ModuleCall], open_calls: list[ModuleCall]) -> Iterator[None]:
+    """Note which nodes each submodule call adds, through forward hooks; `open_calls`: those that have not ended."""
 
     def enter(path: str) -> Callable[..., None]:
         def hook(*_: object) -> None:
@@ -380,21 +380,3 @@ def _recording(module: nn.Module, calls: list[ModuleCall]) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-@contextmanager
-def _explaining(module: nn.Module) -> Iterator[None]:
-    """Turn a failure inside the trace into a CaptureError that names the operator and the user's line."""
-    try:
-        yield
-    except CaptureError:
-        raise
-    except Exception as error:
-        operator = str(getattr(error, "func", "")) or str(error).strip().split("\n")[0][:200]
-        problem = f"cannot capture {type(module).__name__}: {type(error).__name__} at {operator}"
-        hint = "shapes and branches must not depend on tensor values; move such code out of forward"
-        if not isinstance(error, OF_VALUES):
-            hint = (
-                "see whether model and loss take such a batch by themselves; if so, write this line otherwise"
-            )
-        raise CaptureError(problem, first_user_line(error), hint) from error

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_map_only
 from comms.errors import PartitionError
 from kernels.backend import NEED_ORDER
 from partitioner.capture.captured_graph import TORCH, Template, op_name
-from partitioner.capture.pure_graph import quiet_torch, trace_values, unfused
+from partitioner.capture.pure_graph import quiet_torch, source_line, trace_values, unfused
 from partitioner.capture.recomputing import Recomputing, as_when_run
 from partitioner.layout import part_ops
 from partitioner.layout.cut_operations import cut_result
@@ -81,7 +81,7 @@ def trace_joint(template: Template, cuts: Sequence[ParamCut | None], tp: int) ->
             *(g if g is None else g.contiguous() for g in grads),
         )
 
-    with _explained(tp), quiet_torch(), unfused():
+    with _explained(tp, template), quiet_torch(), unfused():
         values = (*locals_, coordinate, *tangents)
         traced = trace_values(joint, values)
     return Joint(
@@ -90,22 +90,25 @@ def trace_joint(template: Template, cuts: Sequence[ParamCut | None], tp: int) ->
 
 
 @contextmanager
-def _explained(tp: int) -> Iterator[None]:
-    """Turn a failure inside the trace into a PartitionError that names the operator."""
+def _explained(tp: int, template: Template) -> Iterator[None]:
+    """Turn a failure inside the trace into a PartitionError that says which lines of the user's it is about."""
     try:
         yield
     except PartitionError:
         raise
     except Exception as error:
         first = str(error).strip().split("\n")[0]
-        if tp == 1:
-            problem = f"no backward could be traced: {first}"
-            raise PartitionError(problem, "the model", "write this part with other operators") from error
-        raise PartitionError(
-            f"cannot cut the model by tp {tp}: {first}",
-            "tensor parallelism",
-            "use another tp, or give the model a tp_plan that replicates this part",
-        ) from error
+        problem, hint = f"no backward could be traced: {first}", "write this part with other operators"
+        if tp > 1:
+            problem = f"cannot cut the model by tp {tp}: {first}"
+            hint = "use another tp, or give the model a tp_plan that replicates this part"
+        raise PartitionError(problem, _lines(template), hint) from error
+
+
+def _lines(template: Template) -> str:
+    """The lines of the user's that a unit comes from, if they are known."""
+    found = [source_line(n) for n in template.graph.graph.nodes if n.meta.get("stack_trace")]
+    return " to ".join(dict.fromkeys(found[:1] + found[-1:]))
 
 
 def _gradients(

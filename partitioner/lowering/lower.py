@@ -17,7 +17,7 @@ from comms.selection.progress import Progress, quiet
 from partitioner.capture.batch_inputs import Batch, tensors_of
 from partitioner.capture.captured_graph import SHORT, Graph
 from partitioner.capture.forwards.step_loss import LossFunction
-from partitioner.capture.graph_units import capture_graph
+from partitioner.capture.graph_units import capture_graph, source_lines
 from partitioner.capture.training_flops import forward_flops
 from partitioner.layout.joint_trace import trace_joint
 from partitioner.layout.parallel_plan import BatchNorms, Plan, balance
@@ -115,7 +115,13 @@ def capture_and_lower(
         with located(shape.model, "simplify the model"), progress("capture"):
             graph = capture(plan.microbatches)
         with located("plan", "see the plan"), progress("partition"):
-            return lower(graph, plan, shape)
+            try:
+                return lower(graph, plan, shape)
+            except PartitionError as error:
+                if error.where:
+                    raise
+            with source_lines():  # which tell where it is
+                return lower(capture(plan.microbatches), plan, shape)
 
     try:
         return made(plan)

@@ -313,7 +313,7 @@ def _literal(arg: object, number: Mapping[Node, int]) -> str:
         return "device"
     if isinstance(arg, torch.layout | torch.memory_format):
         return str(arg)
-    if isinstance(arg, float) and arg in (float("inf"), float("-inf")):
-        return "inf" if arg > 0 else "-inf"
+    if isinstance(arg, complex):
+        return f"complex({arg.real!r}, {arg.imag!r})"  # which keeps nan, inf and the sign of zero
     assert arg is None or isinstance(arg, bool | int | float | str), f"{arg!r} cannot be written down"
     return repr(arg)

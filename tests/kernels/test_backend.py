@@ -64,7 +64,7 @@ def run(
     last = len(inputs) + len(ops) - 1 if output < 0 else output
     (found,) = compile_segment("test", len(inputs), ops, [last], "cpu")(*inputs)
     (expected,) = interpret_segment(ops, [last], "cpu", inputs)
-    assert found.dtype == expected.dtype and torch.equal(found, expected)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
     return found
 
 
@@ -83,6 +83,8 @@ A = torch.arange(6.0).reshape(2, 3)
         ("aten.cat.default([v0, v0], 1)", torch.cat([A, A], 1)),
         ("aten.full.default([2, 2], inf, dtype=dtype.f32, device=device)", torch.full((2, 2), float("inf"))),
         ("aten.full.default([2], -inf, device=device)", torch.full((2,), float("-inf"))),
+        ("aten.full.default([2], nan, device=device)", torch.full((2,), float("nan"))),
+        ("aten.mul.Tensor(v0, complex(0.0, -1.5))", A * -1.5j),
         ("aten.clone.default(v0, memory_format=torch.contiguous_format)", A),
         ("aten.sum.dim_IntList(v0, [0], True)", A.sum(0, True)),
         ("aten.index.Tensor(v0, [None, v1])", A[:, [2, 0]]),
@@ -96,7 +98,7 @@ def test_literals_of_the_op_language(code: str, expected: torch.Tensor | None) -
         assert run(code, torch.ones(1)).shape == ()
         return
     found = run(code, A, torch.tensor([2, 0]), A > 2)
-    assert torch.equal(found, expected) and found.dtype == expected.dtype
+    torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize(

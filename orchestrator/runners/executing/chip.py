@@ -19,6 +19,7 @@ from comms.errors import RunError, UserError
 from kernels.backend import OpCode, SegmentFunction, compile_segment
 from kernels.optimizers import FlatOptimizer, StepStatistics
 from orchestrator.models.user_code import own_frames
+from orchestrator.runners.executing.failed_segment import failed_segment
 from orchestrator.runners.runner import BadOrder, Settings, StepRequest
 from orchestrator.runs.timeline import Mark
 from partitioner.capture.captured_graph import TORCH
@@ -214,7 +215,14 @@ class ExecutingChip:
     def _compute(self, instruction: Compute, microbatch: int) -> None:
         function = self.library.function(instruction.segment)
         operands = [self.read(t, microbatch) for t in instruction.reads]
-        results = function(*operands)
+        try:
+            results = function(*operands)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            segment = self.program.segments[instruction.segment]
+            place = f"{segment.name}, on chip {self.index} ({self.role.name}), microbatch {microbatch}"
+            raise failed_segment(op_codes(segment), operands, self.tensors, place, error) from error
         if self.observer is not None:
             self.observer(self, instruction, microbatch, operands, results)
         for tensor, value in zip(instruction.writes, results, strict=True):

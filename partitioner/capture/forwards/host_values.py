@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from comms.errors import CaptureError
 
 OWN = str(Path(__file__).parent.parent)
-EMPTY = ("empty", "empty_like", "new_empty", "empty_strided")
+EMPTY = ("empty", "empty_like", "new_empty", "empty_strided", "new")
 NUMBERS = bool | int | float | complex | str | torch.dtype | None
 
 

@@ -5,8 +5,7 @@ alone: the same under every plan, after a resume, and when it is computed again.
 below draw this way, in a trace and on one chip alike. They draw other numbers than torch does, of the same
 distributions.
 
-What draws inside torch's own operators (dropout between layers of a recurrent network, sampling without replacement) is
-refused.
+What draws inside torch's own operators in other ways (gamma and Poisson numbers, say) is refused.
 """
 
 import math
@@ -29,7 +28,9 @@ RRELU = (1 / 8, 1 / 3)
 ATTENTION = torch.nn.functional.scaled_dot_product_attention
 RECURRENT = {"lstm", "gru", "rnn_tanh", "rnn_relu"}
 INITIALISERS = [name for name in vars(torch.nn.init) if name.endswith("_") and name[0] != "_"]
-REFUSED = {"multinomial", "poisson", "cauchy_", "log_normal_", "geometric_", "binomial"}
+REFUSED = {"poisson", "binomial", "_standard_gamma", "_sample_dirichlet"}
+INSTEAD = "draw with rand, randn, bernoulli or multinomial (as Normal, LogNormal, Laplace, Categorical do)"
+MANTISSAS = {torch.float64: 53, torch.float32: 24, torch.float16: 11, torch.bfloat16: 8}
 
 
 def draws(node: torch.fx.Node) -> bool:
@@ -87,7 +88,7 @@ def _drawn(
 
 def _require_no_generator(name: str, given: Mapping[str, Any]) -> None:
     if given.get("generator") is not None:
-        raise CaptureError(f"{name} draws from a generator of its own", name, "leave the generator out")
+        raise CaptureError(f"{name} draws from a generator of its own", hint="leave the generator out")
 
 
 def _method(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
@@ -113,13 +114,13 @@ class KeyedRandom(TorchFunctionMode):
         if drawn is not None:
             _require_no_generator(name, given)
             return drawn(self, *args, **given)
-        if name in REFUSED or (name == "normal" and args):
-            raise CaptureError(
-                f"{name} draws random numbers in a way that cannot be split", name, "use rand or randn"
-            )
+        if name in REFUSED:
+            raise CaptureError(f"{name} draws random numbers in a way that cannot be split", hint=INSTEAD)
         if name in RECURRENT and _recurrent_dropout(args):
-            raise CaptureError("dropout between the layers of a recurrent network", name,
-                               "use one layer each, with nn.Dropout between them")  # fmt: skip
+            if isinstance(args[2], torch.Tensor):
+                problem = "dropout between the layers of a recurrent network over packed sequences"
+                raise CaptureError(problem, hint="use one layer each, with nn.Dropout between them")
+            return _recurrent(self, func, *args)
         if name == "scaled_dot_product_attention":
             return _any_attention(self, *args, **given)
         return func(*args, **given)
@@ -142,6 +143,22 @@ def _recurrent_dropout(args: Sequence[Any]) -> bool:
     """Their arguments end with ..., number of layers, dropout, whether training, ..."""
     place = next((i for i, a in enumerate(args) if isinstance(a, float)), None)
     return place is not None and args[place] > 0 and bool(args[place + 1]) and args[place - 1] > 1
+
+
+def _recurrent(
+    mode: KeyedRandom, layer: Callable[..., Any], x: torch.Tensor, start: Any, weights: Sequence[torch.Tensor],
+    has_biases: bool, num_layers: int, p: float, train: bool, *rest: bool,
+) -> tuple[torch.Tensor, ...]:  # fmt: skip
+    """A recurrent network layer by layer, with dropout between them. `start`: hidden states (and cells) of all."""
+    states, each = ([start] if isinstance(start, torch.Tensor) else list(start)), len(weights) // num_layers
+    ends: list[list[torch.Tensor]] = []
+    for index, own in enumerate(zip(*(s.chunk(num_layers) for s in states), strict=True)):
+        given = own[0] if isinstance(start, torch.Tensor) else own
+        taken = weights[index * each : (index + 1) * each]
+        x, *end = layer(x, given, taken, has_biases, 1, 0.0, train, *rest)
+        ends.append(end)
+        x = _dropout(mode, x, p) if index < num_layers - 1 else x
+    return x, *map(torch.cat, zip(*ends, strict=True))
 
 
 def _dropout_of_attention(args: Sequence[Any], given: Mapping[str, Any]) -> float:
@@ -255,6 +272,57 @@ def _normal(
     return x.copy_(mean + std * mode.normal(x.shape, x))
 
 
+def _normal_around(
+    mode: KeyedRandom, mean: Any = 0.0, std: Any = 1.0, size: Sequence[int] | None = None, **given: Any
+) -> torch.Tensor:
+    if size is not None:
+        return _made(mean + std * mode.normal(list(size)), **given)
+    like, other = (mean, std) if isinstance(mean, torch.Tensor) else (std, mean)
+    if isinstance(other, torch.Tensor) and other.dim() > like.dim():
+        like, other = other, like
+    mean, std = (v.detach() if isinstance(v, torch.Tensor) else v for v in (mean, std))
+    return (mean + std * mode.normal(like.shape, like)).to(like.dtype)
+
+
+def _multinomial(
+    mode: KeyedRandom, x: torch.Tensor, num_samples: int, replacement: bool = False, **_: Any
+) -> torch.Tensor:
+    """Without replacement the first arrivals, at rates x; with it, where numbers fall among sums of x."""
+    rates = x.detach().double()
+    if num_samples == 1 or not replacement:
+        waits = -torch.log1p(-mode.uniform(x.shape, x)).clamp(max=-torch.finfo(rates.dtype).tiny)
+        return (rates / waits).topk(num_samples).indices
+    shape = [*x.shape[:-1], num_samples]
+    drawn = mode.uniform(shape, x[..., :1].expand(shape)) * rates.sum(-1, keepdim=True)
+    below = rates.cumsum(-1).unsqueeze(-2) <= drawn.unsqueeze(-1)
+    return below.sum(-1).clamp(max=x.shape[-1] - 1)
+
+
+def _random(mode: KeyedRandom, x: torch.Tensor, *bounds: int, **given: Any) -> torch.Tensor:
+    """Whole numbers: between bounds, or all that the dtype has."""
+    low, high = (0, *bounds) if len(bounds) == 1 else bounds or (given.get("from", 0), given.get("to"))
+    if high is None:
+        mantissa = MANTISSAS.get(x.dtype)
+        high = 2**mantissa + 1 if mantissa else 2 if x.dtype is torch.bool else torch.iinfo(x.dtype).max + 1
+    return x.copy_((low + mode.uniform(x.shape, x) * (high - low)).floor())
+
+
+def _cauchy(
+    mode: KeyedRandom, x: torch.Tensor, median: float = 0.0, sigma: float = 1.0, **_: Any
+) -> torch.Tensor:
+    return x.copy_(median + sigma * torch.tan(math.pi * (mode.uniform(x.shape, x) - 0.5)))
+
+
+def _log_normal(
+    mode: KeyedRandom, x: torch.Tensor, mean: float = 1.0, std: float = 2.0, **_: Any
+) -> torch.Tensor:
+    return x.copy_((mean + std * mode.normal(x.shape, x)).exp())
+
+
+def _geometric(mode: KeyedRandom, x: torch.Tensor, p: float, **_: Any) -> torch.Tensor:
+    return x.copy_((torch.log1p(-mode.uniform(x.shape, x)) / math.log1p(-p)).floor() + 1)
+
+
 # By the names of torch's functions and methods.
 DRAWN: Mapping[str, Callable[..., torch.Tensor]] = {
     "dropout": lambda mode, x, p=0.5, train=True, **_: _dropout(mode, x, p, _.get("training", train)),
@@ -282,4 +350,10 @@ DRAWN: Mapping[str, Callable[..., torch.Tensor]] = {
     "exponential_": _exponential,
     "uniform_": _uniform,
     "normal_": _normal,
+    "normal": _normal_around,
+    "multinomial": _multinomial,
+    "random_": _random,
+    "cauchy_": _cauchy,
+    "log_normal_": _log_normal,
+    "geometric_": _geometric,
 }

@@ -13,8 +13,9 @@ import torch
 from torch.nn import functional
 
 BATCHED = 2  # dims of indices that are bags of one length each
-originals: Mapping[str, Callable[..., torch.Tensor]] = {
-    name: getattr(functional, name) for name in ("cross_entropy", "gaussian_nll_loss", "embedding_bag")
+FORMS = ("cross_entropy", "gaussian_nll_loss", "embedding_bag", "instance_norm")
+originals: Mapping[str, Callable[..., torch.Tensor]] = {name: getattr(functional, name) for name in FORMS} | {
+    "cov": torch.cov
 }
 
 
@@ -88,12 +89,57 @@ def embedding_bag(
     return total if mode == "sum" else total / counts.sum(1).clamp(min=1)
 
 
+def instance_norm(
+    input: torch.Tensor,  # noqa: A002  (torch's own name)
+    running_mean: torch.Tensor | None = None, running_var: torch.Tensor | None = None,
+    weight: torch.Tensor | None = None, bias: torch.Tensor | None = None,
+    use_input_stats: bool = True, momentum: float = 0.1, eps: float = 1e-5,
+) -> torch.Tensor:  # fmt: skip
+    """See torch; running statistics move towards the means of those of all samples."""
+    if running_mean is None or running_var is None or not use_input_stats:
+        return originals["instance_norm"](
+            input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps
+        )
+    with torch.no_grad():
+        dims = list(range(2, input.dim()))
+        for running, found in ((running_mean, input.mean(dims)), (running_var, input.var(dims))):
+            running.mul_(1 - momentum).add_(found.mean(0), alpha=momentum)
+    return originals["instance_norm"](input, None, None, weight, bias, True, momentum, eps)
+
+
+def cov(
+    input: torch.Tensor,  # noqa: A002  (torch's own name)
+    *, correction: int = 1, fweights: torch.Tensor | None = None, aweights: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """See torch, whose own compares values; with weights it is torch's."""
+    if fweights is not None or aweights is not None:
+        return originals["cov"](input, correction=correction, fweights=fweights, aweights=aweights)
+    rows = input if input.dim() > 1 else input.reshape(1, -1)
+    centred = rows - rows.mean(1, keepdim=True)
+    return (centred @ centred.t().conj() / max(rows.shape[1] - correction, 0)).squeeze()
+
+
+def corrcoef(input: torch.Tensor) -> torch.Tensor:  # noqa: A002  (torch's own name)
+    """See torch."""
+    covariances = cov(input)
+    if covariances.dim() == 0:
+        return covariances / covariances
+    spread = covariances.diagonal().real.sqrt()
+    found = covariances / spread.unsqueeze(1) / spread
+    if found.is_complex():
+        return torch.complex(found.real.clamp(-1, 1), found.imag.clamp(-1, 1))
+    return found.clamp(-1, 1)
+
+
 @contextmanager
 def plain_forms() -> Iterator[None]:
     """Inside the block torch's functions are these."""
     with ExitStack() as stack:
-        for made in (gaussian_nll_loss, cross_entropy, embedding_bag):
+        for made in (gaussian_nll_loss, cross_entropy, embedding_bag, instance_norm):
             stack.enter_context(patch.object(functional, made.__name__, made))
+        for name, form in (("cov", cov), ("corrcoef", corrcoef)):
+            stack.enter_context(patch.object(torch, name, form))
+            stack.enter_context(patch.object(torch.Tensor, name, form))
         # Distributions look at their arguments' values.
         stack.enter_context(patch.object(torch.distributions.Distribution, "_validate_args", False))
         yield

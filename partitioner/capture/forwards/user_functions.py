@@ -3,12 +3,12 @@
 Traced like other code, a `torch.autograd.Function` would leave its forward behind and lose its backward. Here what
 every `apply` ends in, also one that was bound before (`f = MyFunction.apply`), records one node whose target, an
 `AppliedFunction`, applies the function again when the node is interpreted: where gradients are traced, the user's
-backward is what gets traced. What a graph cannot hold (hooks on values, gradients taken inside a forward) is refused.
+backward is what gets traced.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, NoReturn
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -23,15 +23,10 @@ from torch.fx.experimental.proxy_tensor import (
 from torch.utils import _pytree as trees
 
 from comms.errors import CaptureError
+from partitioner.capture.refused.refusals import refusing
 
 original: Callable[..., Any] = torch.autograd.Function.apply.__func__  # type: ignore[attr-defined]
 SETS_DATA = ("the forward sets .data, which leaves no trace", "write buffers with copy_(), or assign them")
-REFUSED = {
-    "__enter__": (torch.autograd.graph.saved_tensors_hooks, "hooks on what autograd saves would not run"),
-    "register_hook": (torch.Tensor, "a hook on a value would not run"),
-    "backward": (torch.autograd, "the forward computes gradients itself"),
-    "grad": (torch.autograd, "the forward computes gradients itself"),
-}
 
 
 class AppliedFunction:
@@ -97,25 +92,16 @@ def _recorded(
     return result
 
 
-def _refusal(problem: str, hint: str = "move it out of the forward") -> Callable[..., NoReturn]:
-    def refuse(*_: Any, **__: Any) -> NoReturn:
-        raise CaptureError(problem, hint=hint)
-
-    return refuse
-
-
 @contextmanager
 def recorded_functions() -> Iterator[None]:
-    """While a forward is traced: its autograd functions are recorded, what no graph can hold is refused."""
+    """While a forward is traced, its autograd functions are recorded; sets of `.data` are refused."""
     # what may lie in one storage, and how often it was written
     shared: list[tuple[str, torch.Tensor, int]] = []
     with ExitStack() as stack:
         apply = classmethod(lambda cls, *args: _apply(shared, cls, *args))
         stack.enter_context(patch.object(_SingleLevelFunction, "apply", apply, create=True))
-        data = property(torch._C.TensorBase.__dict__["data"].__get__, _refusal(*SETS_DATA))
+        data = property(torch._C.TensorBase.__dict__["data"].__get__, refusing(*SETS_DATA))
         stack.enter_context(patch.object(torch.Tensor, "data", data, create=True))
-        for name, (owner, problem) in REFUSED.items():
-            stack.enter_context(patch.object(owner, name, _refusal(problem)))
         yield
     for name, value, version in shared:
         if value._version != version:

@@ -342,8 +342,8 @@ def batch_norm(call: OperatorCall) -> Spread:
 
 
 def instance_norm(call: OperatorCall) -> Spread:
-    """Each image has statistics of its own, unless running ones are kept."""
-    if call.argument("running_mean") is not None:
+    """Each image has statistics of its own, or all have running ones."""
+    if call.argument("running_mean") is not None and call.argument("use_input_stats"):
         raise call.all_whole()
     return samples_first(call)
 

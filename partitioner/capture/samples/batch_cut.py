@@ -35,7 +35,7 @@ def cut_batch(
         try:
             parts = Parts(dp, microbatches, size // (dp * microbatches))
             whole = whole if first is None else trace(batch, mode)  # a try changes it
-            part = trace(_part(batch, split, parts), mode)
+            part = _part(trace, batch, split, parts, mode)
             _require_samples(part, split, tensors)
             return part, split_loss(part, whole, parts, split, norms_per_part=norms_per_part), split
         except CaptureError as error:
@@ -51,8 +51,10 @@ def _guesses(tensors: Mapping[str, torch.Tensor], parts: int) -> Iterator[tuple[
     fitting = [size for size in sizes if size % parts == 0]
     if not fitting:
         shapes = ", ".join(f"{name} {list(v.shape)}" for name, v in tensors.items())
+        later = {size for v in tensors.values() for size in v.shape[1:2] if size % parts == 0}
+        hint = next((h for size in sorted(later) if (h := _samples_first(tensors, size))), "")
         raise PlanError(f"the batch does not divide into {parts} parts (dp x microbatches): {shapes}", "batch",
-                        f"use a multiple of {parts} samples")  # fmt: skip
+                        f"use a multiple of {parts} samples{', ' * bool(hint)}{hint}")  # fmt: skip
     for size in fitting:
         long = [name for name, v in tensors.items() if v.dim() and v.shape[0] == size]
         for number in range(min(MAX_SHARED, len(long) - 1) + 1):
@@ -60,10 +62,24 @@ def _guesses(tensors: Mapping[str, torch.Tensor], parts: int) -> Iterator[tuple[
                 yield size, frozenset(long) - set(shared)
 
 
-def _part(batch: Batch, split: frozenset[str], parts: Parts) -> Batch:
-    """The batch of a part."""
-    small = {n: v[: parts.samples] if n in split else v for n, v in tensors_of(batch).items()}
-    return rebuilt(batch, small)
+def _samples_first(tensors: Mapping[str, torch.Tensor], size: int) -> str:
+    """What to do if samples lie in the second dim of an entry."""
+    names = [n for n, v in tensors.items() if v.dim() > 1 and v.shape[1] == size != v.shape[0]]
+    return (
+        f"with samples in the first dim of {', '.join(names)} (transpose it in the forward)" if names else ""
+    )
+
+
+def _part(trace: Trace, batch: Batch, split: frozenset[str], parts: Parts, mode: FakeTensorMode) -> Captured:
+    """The capture of a part."""
+    tensors, size = tensors_of(batch), parts.samples * parts.number
+    small = {n: v[: parts.samples] if n in split else v for n, v in tensors.items()}
+    try:
+        return trace(rebuilt(batch, small), mode)
+    except CaptureError as error:
+        problem = f"{parts.samples} of {size} samples cannot be run by themselves: {error.problem}"
+        other = "take sizes from the inputs (x.shape[0]), or use dp 1 and 1 microbatch"
+        raise CaptureError(problem, error.where, _samples_first(tensors, size) or other) from error
 
 
 def _require_samples(part: Captured, split: frozenset[str], tensors: Mapping[str, torch.Tensor]) -> None:

@@ -53,6 +53,13 @@ FAMILIES: Mapping[Rule, str] = {
     arithmetic.expert_product: "expert_mm",
     arithmetic.recurrent: "lstm gru rnn_tanh rnn_relu",
     arithmetic.cross_entropy: "cross_entropy_loss nll_loss nll_loss_nd nll_loss2d",
+    shapes.matrices: """
+        inverse linalg_inv linalg_inv_ex linalg_det det logdet _linalg_det linalg_slogdet slogdet _linalg_slogdet
+        cholesky linalg_cholesky linalg_cholesky_ex cholesky_inverse cholesky_solve linalg_eigh linalg_eigvalsh
+        _linalg_eigh linalg_eig linalg_eigvals linalg_svd linalg_svdvals _linalg_svd svd linalg_qr qr linalg_pinv
+        pinverse linalg_matrix_exp matrix_exp linalg_lu linalg_lu_factor linalg_lu_factor_ex linalg_lu_solve
+        linalg_solve linalg_solve_ex _linalg_solve_ex linalg_solve_triangular triangular_solve linalg_matrix_power
+        matrix_power linalg_householder_product linalg_ldl_factor""",
     shapes.reshaping: "view reshape _unsafe_view flatten unflatten unsqueeze squeeze atleast_1d atleast_2d",
     shapes.permuting: "transpose permute t swapaxes swapdims",
     shapes.expanding: "expand broadcast_to repeat repeat_interleave",

@@ -1,4 +1,4 @@
-"""Rules for operations that move entries without computing, and for those that make tensors from numbers."""
+"""Rules by shapes: operations that move entries, make tensors from numbers, or work on matrices in the last dims."""
 
 from collections.abc import Sequence
 from math import prod
@@ -22,6 +22,10 @@ from partitioner.capture.samples.spread import (
     place_of,
     split_at,
 )
+
+MATRIX, VECTOR = 2, 1  # dims that an operand's entries of one sample have
+VECTORS = {"linalg_lu_solve": 1, "linalg_householder_product": 1, "ormqr": 1}  # operands that are so
+SOLVES = {"linalg_solve": 1, "linalg_solve_ex": 1, "_linalg_solve_ex": 1}  # operands that may be so
 
 
 def has_parts(call: OperatorCall, spread: Any) -> bool:
@@ -258,3 +262,40 @@ def creation(call: OperatorCall) -> Spread:
     if large[dim] != call.samples * call.parts or not counts_samples:
         raise call.all_whole()
     return Position(found.weight)
+
+
+def matrices(call: OperatorCall) -> Spread:
+    """Inverses, determinants, solutions, decompositions: samples lie before the matrices' dims, alike in all."""
+    if call.totals():
+        raise call.all_whole()
+    found, fronts = set[tuple[int, int]](), list[tuple[int, ...]]()
+    for node in call.operands:
+        front = call.shape(node)[: len(call.shape(node)) - _core(call, node)]
+        fronts.append(front)
+        if isinstance(call.spread(node), Split):
+            place = call.place(node)
+            found.add((place.dim - len(front), place.inner))
+    if len(found) != 1:
+        raise call.all_whole()
+    ((dim, inner),) = found
+    for node, front in zip(call.operands, fronts, strict=True):
+        is_shared = isinstance(call.spread(node), Same)
+        if dim >= 0 or (is_shared and -dim <= len(front) and front[dim] != 1):
+            raise call.all_whole()
+    at = max(map(len, fronts)) + dim
+    values = call.whole.meta["val"]
+    if not isinstance(values, tuple | list):
+        return split_at(at, inner, values.shape)
+    # what is not asked for comes back empty
+    return tuple(split_at(at, inner, v.shape) if v.numel() else SAME for v in values)
+
+
+def _core(call: OperatorCall, node: Node) -> int:
+    name, shape = op_name(call.node.target), call.shape(node)
+    place: Any = VECTORS.get(name)
+    if place is not None and call.args[place] is node:
+        return VECTOR
+    if (place := SOLVES.get(name)) is not None and call.args[place] is node:
+        matrix = call.shape(call.args[0])
+        return VECTOR if len(shape) == 1 or shape == matrix[:-1] else MATRIX
+    return MATRIX

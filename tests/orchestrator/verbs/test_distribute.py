@@ -180,6 +180,44 @@ def test_what_cannot_be_captured_or_cut_is_a_user_error(laptop: Any) -> None:
         distribute(module, adamw(module), laptop, chips=2, plan=Plan(pp=2, stages=(4, 5)))(batch(0))
 
 
+class Classes(Perceptron):
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return nn.functional.cross_entropy(self.layers(x), y)
+
+
+@pytest.mark.parametrize("plan", [Plan(), Plan(dp=2, microbatches=2), Plan(tp=2)], ids=str)
+def test_labels_that_are_no_class_are_told_with_operator_and_entry(plan: Plan, laptop: Any) -> None:
+    module = Classes().double()
+    step = distribute(module, adamw(module), laptop, plan=plan, chips=plan.num_chips)
+    with pytest.raises(RunError, match=r"aten\..* failed: .*out of bounds") as caught:
+        step({"x": batch(0)["x"], "y": torch.arange(8)})
+    assert "numbers in y name classes" in caught.value.hint and "on chip" in caught.value.where
+
+
+class Complex(Perceptron):
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        turned = torch.fft.fft(self.layers(x)) * (1 + 2j) + torch.tensor([1j, 2.0])
+        missing = torch.where(y > 9, torch.tensor(float("nan"), dtype=y.dtype), y)
+        return (turned * torch.exp(1j * missing)).abs().square().mean()
+
+
+@each_plan
+def test_complex_numbers_and_nan_in_the_code_are_carried_out(
+    plan: Plan, laptop: Any, one_thread: None
+) -> None:
+    module, plain = Complex().double(), Complex().double()
+    plain.load_state_dict(module.state_dict())
+    step = distribute(
+        module, torch.optim.SGD(module.parameters(), 0.1), laptop, plan=plan, chips=plan.num_chips
+    )
+    optimizer = torch.optim.SGD(plain.parameters(), 0.1)
+    loss = plain(**batch(0))
+    loss.backward()
+    assert step(batch(0)) == pytest.approx(loss.item(), rel=1e-12)
+    optimizer.step()
+    close(step.sync(), plain)
+
+
 def test_a_step_that_is_not_finite_is_skipped_and_said(laptop: Any, one_thread: None) -> None:
     module = model()
     step = distribute(module, adamw(module), laptop, plan=Plan(dp=2), chips=2)

@@ -153,6 +153,50 @@ def writing_through_data_of_a_value(m: Any, x: torch.Tensor) -> torch.Tensor:
     return hidden.sum()
 
 
+def viewing_what_was_copied(m: Any, x: torch.Tensor) -> torch.Tensor:
+    hidden = torch.zeros(2, 2, 2, dtype=x.dtype).transpose(1, 2)
+    hidden.copy_(m.lin(x).view(2, 2, 2))
+    return hidden.transpose(1, 2).view(2, 4).sin().sum()
+
+
+def viewing_what_was_masked(m: Any, x: torch.Tensor) -> torch.Tensor:
+    hidden = m.lin(x).view(2, 2, 2).transpose(1, 2) * 2
+    hidden.masked_fill_(hidden.detach() > 1, 0.0)
+    return hidden.transpose(1, 2).view(2, 4).sin().sum()
+
+
+def writing_through_a_later_view(m: Any, x: torch.Tensor) -> torch.Tensor:
+    hidden = m.lin(x).view(2, 2, 2).transpose(1, 2) * 2
+    hidden.add_(1)
+    flat = hidden.transpose(1, 2).view(2, 4)
+    flat[0].mul_(3)
+    return hidden.sin().sum()
+
+
+def writing_into_out(m: Any, x: torch.Tensor) -> torch.Tensor:
+    scale, largest, place = (
+        torch.empty(2, 4, dtype=x.dtype),
+        x.new_empty(0),
+        torch.empty(0, dtype=torch.int64),
+    )
+    torch.mul(m.lin(x).detach(), 2.0, out=scale)
+    torch.max(m.lin(x).detach(), 1, out=(largest, place))
+    return (m.lin(x) * scale).sum() + (m.lin(x)[:, 0] * largest).sum()
+
+
+OUT_OF_ORDER = [
+    viewing_what_was_copied,
+    viewing_what_was_masked,
+    writing_through_a_later_view,
+    writing_into_out,
+]
+
+
+@pytest.mark.parametrize("forward", OUT_OF_ORDER)
+def test_writes_are_seen_through_views_and_other_arguments(forward: Forward, same_as_eager: Same) -> None:
+    same_as_eager(forward)
+
+
 HIDDEN = [writing_what_was_detached, writing_under_no_grad, writing_through_data_of_a_value]
 
 

@@ -18,7 +18,6 @@ QUESTIONS: dict[str, Callable[[Tensor], bool]] = {
     "grad_fn": lambda v: v.grad_fn is not None,
     "is_leaf": lambda v: v.is_leaf,
     "parameter": lambda v: isinstance(v, nn.Parameter),
-    "grad": lambda v: v.grad is None,
     "tracing": lambda v: torch.jit.is_tracing() or torch.compiler.is_compiling(),
     "modes": lambda v: torch.is_grad_enabled() and not torch.is_inference_mode_enabled(),
 }

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from comms.errors import CaptureError, PartitionError
+from comms.errors import CaptureError
 from orchestrator.runs.data import step_key
 from orchestrator.verbs.distribute import distribute
 from partitioner.capture.forwards.keyed_random import keyed_random
@@ -19,6 +19,7 @@ from partitioner.layout.parallel_plan import Plan
 
 PLANS = [Plan(), Plan(dp=2), Plan(microbatches=2), Plan(pp=2, microbatches=2)]
 BOTH_WAYS = [Plan(dp=2, microbatches=2, zero=1), Plan(tp=2)]
+THREE = torch.tensor([[2.0, 5.0, 3.0]]).expand(20_000, 3)
 NUMBERS = torch.full((200, 100), 2.0, dtype=torch.float64)
 SEED = 5
 
@@ -76,6 +77,23 @@ KINDS: dict[str, tuple[Callable[[], torch.Tensor], float, float]] = {
     "dropout of a layer": (lambda: nn.Dropout(0.75)(NUMBERS), 2, 4 / 0.25 - 4),
     "dropout in place": (lambda: F.dropout(NUMBERS.clone(), 0.5, inplace=True), 2, 4),
     "dropout2d": (lambda: F.dropout2d(NUMBERS[:, :, None, None], 0.5), 2, 4),
+    "log_normal_": (
+        lambda: torch.empty(200, 100).log_normal_(0, 0.5),
+        math.exp(1 / 8),
+        math.exp(1 / 2) - math.exp(1 / 4),
+    ),
+    "geometric_": (lambda: torch.empty(200, 100).geometric_(0.4), 2.5, 0.6 / 0.16),
+    "random_": (lambda: torch.empty(200, 100).random_(2, 12), 6.5, (10**2 - 1) / 12),
+    "normal around": (lambda: torch.normal(NUMBERS, 3.0), 2, 9),
+    "normal of a size": (lambda: torch.normal(1.0, 2.0, (200, 100)), 1, 4),
+    "one of three": (lambda: torch.multinomial(THREE, 1).double(), 1.1, 1.7 - 1.1**2),
+    "some of three": (
+        lambda: torch.multinomial(THREE[:200], 100, replacement=True).double(),
+        1.1,
+        1.7 - 1.1**2,
+    ),
+    "two of three": (lambda: torch.multinomial(THREE[:, 1:], 2).sum(1) + torch.rand(20_000), 1.5, 1 / 12),
+    "Laplace": (lambda: torch.distributions.Laplace(NUMBERS, 1.0).rsample(), 2, 2),
     "rrelu": (lambda: -F.rrelu(-NUMBERS, 0.2, 0.4, training=True), 0.6, 4 * 0.04 / 12),
 }
 
@@ -269,8 +287,8 @@ def test_a_resumed_run_draws_on(laptop: Any, one_thread: None) -> None:
     assert other(batch(0)) != found[0]
 
 
-def multinomial(x: torch.Tensor) -> torch.Tensor:
-    return x * torch.multinomial(x.detach().exp().flatten(0, 1), 1).view(*x.shape[:2], 1)
+def gamma(x: torch.Tensor) -> torch.Tensor:
+    return x * torch.distributions.Gamma(x.detach().exp(), 1.0).sample()
 
 
 def generated(x: torch.Tensor) -> torch.Tensor:
@@ -289,15 +307,16 @@ class TwoLayersOfMemory(nn.Module):
 @pytest.mark.parametrize(
     ("layer", "said"),
     [
-        (multinomial, "multinomial"),
+        (gamma, "_standard_gamma"),
+        (lambda x: x * torch.poisson(x.detach().exp()), "poisson"),
         (generated, "rand draws from a generator of its own"),
-        (TwoLayersOfMemory(), "recurrent network"),
     ],
 )
 def test_what_draws_in_other_ways_is_refused_by_name(layer: Any, said: str, laptop: Any) -> None:
     module = Noisy(layer)
-    with pytest.raises(CaptureError, match=said):
+    with pytest.raises(CaptureError, match=said) as caught:
         distribute(module, torch.optim.SGD(module.parameters(), 0.1), laptop, chips=1)(batch(0))
+    assert caught.value.where.startswith(f"{__file__}:")
 
 
 def test_in_eval_mode_nothing_is_drawn(laptop: Any, one_thread: None) -> None:
@@ -323,5 +342,5 @@ def test_draws_that_no_key_decides_are_refused_wherever_they_are(laptop: Any) ->
 
     module = Model()
     step = distribute(module, torch.optim.SGD(module.parameters(), 0.1), laptop, plan=Plan(), chips=1)
-    with pytest.raises(PartitionError, match="no key decides"):
+    with pytest.raises(CaptureError, match="_sample_dirichlet draws"):
         step({"x": torch.ones(4, 4)})

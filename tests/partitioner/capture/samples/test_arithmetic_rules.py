@@ -158,6 +158,55 @@ def test_layers_of_torch_work_sample_by_sample(name: str, check: Check, sequence
     assert not [target for target in parted.targets() if target.startswith("orchestrate")]
 
 
+def square(h: torch.Tensor) -> torch.Tensor:
+    """Of every sample a matrix that can be inverted."""
+    return h @ h.transpose(-1, -2) + 2 * torch.eye(3, dtype=h.dtype)
+
+
+MATRICES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "inverse": lambda h: torch.linalg.inv(square(h)),
+    "determinant": lambda h: torch.linalg.det(square(h)),
+    "logarithm of it": lambda h: torch.logdet(square(h)),
+    "sign and logarithm": lambda h: torch.linalg.slogdet(square(h))[1],
+    "vectors solved for": lambda h: torch.linalg.solve(square(h), h[..., 0]),
+    "matrices solved for": lambda h: torch.linalg.solve(square(h), h),
+    "a matrix of all": lambda h: torch.linalg.solve(2 * torch.eye(3, dtype=h.dtype), h),
+    "triangular": lambda h: torch.linalg.solve_triangular(square(h), h, upper=True),
+    "Cholesky": lambda h: torch.cholesky_solve(h, torch.linalg.cholesky(square(h))),
+    "eigenvalues": lambda h: torch.linalg.eigvalsh(square(h)),
+    "singular values": lambda h: torch.linalg.svdvals(h),
+    "QR": lambda h: torch.linalg.qr(square(h))[1].abs(),
+    "exponential": lambda h: torch.linalg.matrix_exp(square(h) / 9),
+    "power": lambda h: torch.linalg.matrix_power(square(h), 2) / 9,
+}
+
+
+@pytest.mark.parametrize("name", MATRICES)
+def test_every_sample_has_matrices_of_its_own(name: str, check: Check, sequences: Batch) -> None:
+    def forward(m: Any, x: torch.Tensor) -> torch.Tensor:
+        return MATRICES[name](m.lin(x)).sin().square().mean()
+
+    assert not [target for target in check(forward, sequences).targets() if target.startswith("orchestrate")]
+
+
+@pytest.mark.parametrize("name", ["cov", "corrcoef"])
+def test_covariances_are_those_of_all_samples(name: str, check: Check, sequences: Batch) -> None:
+    def forward(m: Any, x: torch.Tensor) -> torch.Tensor:
+        covariances: torch.Tensor = getattr(torch, name)(m.lin(x).sum(1).t())
+        return covariances.square().sum()
+
+    check(forward, sequences, dp=4, microbatches=1)
+
+
+def test_running_statistics_of_instance_norm_are_means_over_all_samples(
+    check: Check, sequences: Batch
+) -> None:
+    def forward(m: Any, x: torch.Tensor) -> torch.Tensor:
+        return m.made(m.lin(x)).sin().square().mean()
+
+    check(forward, sequences, make=lambda: nn.InstanceNorm1d(3, track_running_stats=True).double())
+
+
 UNKNOWN: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], str]] = {
     "cdist": (lambda h: torch.cdist(h + 0.1, h.sin()), "_cdist_forward"),
     "diagonal": (lambda h: h[:, :3, :3].diagonal(dim1=1, dim2=2), "diagonal"),

@@ -1,0 +1,1 @@
+"""What of a forward cannot be captured, and how that is said."""
