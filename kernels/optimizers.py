@@ -1,18 +1,14 @@
 """Optimizers on flat shards: real `torch.optim` classes stepping on one tensor per flat group.
 
 AdamW uses torch's fused kernel, SGD its foreach one; any other class comes from a factory
-`factory(params) -> torch.optim.Optimizer`. `scope_of` finds by trial what an optimizer looks at: entries one by one, so
-that parameters may be stepped on end to end and in shards, or whole parameters (LAMB, Adafactor, Muon), each of which
-then has a step of its own. What couples parameters to each other, or draws random numbers, is refused.
+`factory(params) -> torch.optim.Optimizer`. What such a class looks at is found by trial (`trials`).
 """
 
 import copy
-import inspect
 import math
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 from types import FunctionType, MethodType
 from typing import Any, TypeAlias
 
@@ -22,16 +18,12 @@ from comms.errors import OptimizerError
 from kernels.builtin_optimizers import BUILT_IN
 
 Factory: TypeAlias = Callable[[Sequence[torch.Tensor]], torch.optim.Optimizer]
-PROBES = (((4, 6), (5,), (70, 61)), ((4, 6), (3, 5), (70, 61)))  # shapes of parameters
-PROBE_STEPS = 3
-SIZES = frozenset({"numel", "nelement", "shape", "size", "ndim", "dim"})
-TORCH_OWN = (
-    "state",
-    "param_groups",
-    "step",
-    *torch.optim.SGD([torch.zeros(1)], lr=0.0).__dict__,
-    "_opt_called",
-)
+TORCH_OWN = frozenset(
+    {"state", "param_groups", "step", "_opt_called", *torch.optim.SGD([torch.zeros(1)], lr=0.0).__dict__}
+) - {"defaults"}
+LATE_STEPS = 11  # more than the usual "every tenth step"
+AS = ": "  # between the name of a state and its type
+NUMBERS = {bool: torch.bool, int: torch.int64, float: torch.float64}
 MAX_DEPTH = 6
 
 
@@ -62,86 +54,39 @@ def states_per_element(factory: Factory) -> int:
 
 
 def entry_states(factory: Factory) -> frozenset[str]:
-    """The names of states that hold a number for every entry of a parameter, found by taking one step."""
+    """The names of states that hold a number for every entry of a parameter, found by taking a few steps."""
     param = torch.ones(2, 3, requires_grad=True)
     optimizer = factory([param])
-    param.grad = torch.ones(2, 3)
-    optimizer.step()
+    for _ in range(1 if is_torchs(type(optimizer)) else LATE_STEPS):
+        param.grad = torch.ones(2, 3)
+        optimizer.step()
     own = optimizer.state[param]
     return frozenset(k for k, v in own.items() if isinstance(v, torch.Tensor) and v.shape == param.shape)
 
 
-class Scope(StrEnum):
-    """What an optimizer's step on an entry depends on."""
-
-    ENTRY = "entry"
-    PARAMETER = "parameter"
-
-
-def scope_of(factory: Factory) -> Scope:
-    """Steps on parameters together, apart and end to end tell. Raises OptimizerError."""
-    found = None
-    for shapes in PROBES:  # some optimizers take matrices only
-        try:
-            together, apart = _trial(factory, shapes, "together"), _trial(factory, shapes, "apart")
-        except OptimizerError:
-            raise
-        except Exception as error:  # whatever the user's code raises
-            found = found or error
-            continue
-        if not _close(together, apart):
-            problem = "the optimizer couples parameters to each other, or draws random numbers"
-            raise OptimizerError(problem, hint="use one that steps on each parameter by itself")
-        try:
-            joined = _trial(factory, shapes, "end to end")
-        except Exception:  # an optimizer that only takes matrices looks at them
-            return Scope.PARAMETER
-        if not _close(together, joined) or _names_sizes(factory):
-            return Scope.PARAMETER
-        return Scope.ENTRY
-    said = str(found).strip().split("\n")[0]
-    raise OptimizerError(
-        f"the optimizer cannot step on given gradients: {said}",
-        hint="use one whose step needs nothing but gradients",
-    )
+def as_tensors(state: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """States with plain numbers as 0-dim tensors, exactly, under names that tell their type; None, as torch's SGD once
+    saved it, is no state."""
+    numbers = {f"{k}{AS}{type(v).__name__}": torch.tensor(v, dtype=NUMBERS[type(v)])
+               for k, v in state.items() if type(v) in NUMBERS}  # fmt: skip
+    return {k: v for k, v in state.items() if isinstance(v, torch.Tensor)} | numbers
 
 
-def _trial(factory: Factory, shapes: Sequence[tuple[int, ...]], how: str) -> torch.Tensor:
-    """All entries after some steps, in the order of `shapes`."""
-    generator = torch.Generator().manual_seed(0)
-    starts = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
-    sets = [
-        [
-            torch.randn(shape, generator=generator, dtype=torch.float64) * 10.0**i
-            for i, shape in enumerate(shapes)
-        ]
-        for _ in range(PROBE_STEPS)
-    ]
-    if how == "end to end":
-        starts = [torch.cat([s.reshape(-1) for s in starts])]
-        sets = [[torch.cat([g.reshape(-1) for g in grads])] for grads in sets]
-    params = [torch.nn.Parameter(start) for start in starts]
-    made = [factory([p]) for p in params] if how == "apart" else [factory(params)]
-    optimizers = [_apart_from_users(optimizer) for optimizer in made]
-    held = [own_attributes(optimizer) for optimizer in optimizers]
-    before = [_marks(own) for own in held]
-    for grads in sets:
-        for param, grad in zip(params, grads, strict=True):
-            param.grad = grad.clone()
-        for optimizer in optimizers:
-            optimizer.step()
-    for optimizer, own, marks in zip(optimizers, held, before, strict=True):
-        _require_unchanged(marks, _marks(own | own_attributes(optimizer)))
-    return torch.cat([p.detach().reshape(-1) for p in params])
+def as_kept(state: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    """What `as_tensors` was given."""
+    kinds = {kind.__name__: kind for kind in NUMBERS}
+    parts = {k: k.rpartition(AS) for k in state}
+    return {parts[k][0] or k: kinds[parts[k][2]](v.item()) if parts[k][0] else v for k, v in state.items()}
 
 
-def _close(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return torch.allclose(one, other, rtol=1e-9, atol=1e-12)
+def is_torchs(what: object) -> bool:
+    """Whether a class or function is of torch (or of Python itself)."""
+    return str(getattr(what, "__module__", "")).partition(".")[0] in ("torch", "builtins")
 
 
 def own_attributes(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """What an optimizer of the user's holds besides states and groups."""
-    if type(optimizer).__module__.partition(".")[0] == "torch":
+    if is_torchs(type(optimizer)):
         return {}
     return {name: value for name, value in optimizer.__dict__.items() if name not in TORCH_OWN}
 
@@ -149,7 +94,8 @@ def own_attributes(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
 def require_no_parameters(optimizer: torch.optim.Optimizer) -> None:
     """Where shards are stepped on, what goes by a parameter itself finds nothing. Raises OptimizerError."""
     params = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    for name, marks in _marks(own_attributes(optimizer)).items():
+    held = {k: v for own in group_settings(optimizer) for k, v in own.items()}
+    for name, marks in marks_of(held | own_attributes(optimizer)).items():
         if params & set(_numbers(marks)):
             problem = (
                 f"the optimizer's {name} holds parameters, or ids of them, but chips step on other tensors"
@@ -165,27 +111,8 @@ def _numbers(marks: object) -> Iterator[int]:
             yield from _numbers(each)
 
 
-def _apart_from_users(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """The optimizer with copies of what it shares with the user's, which a trial must not change."""
-    memo: dict[int, Any] = {id(p): p for group in optimizer.param_groups for p in group["params"]}
-    for name, value in own_attributes(optimizer).items():
-        try:
-            optimizer.__dict__[name] = copy.deepcopy(value, memo)
-        except Exception as error:  # whatever the user's objects raise
-            problem = f"what the optimizer holds as {name} cannot be copied, so its steps cannot be tried"
-            raise OptimizerError(problem, hint=f"keep {name} outside of the optimizer") from error
-    return optimizer
-
-
-def _require_unchanged(before: Mapping[str, object], after: Mapping[str, object]) -> None:
-    changed = [name for name, marks in after.items() if before.get(name, after) != marks]
-    if changed:
-        problem = f"a step of the optimizer changes its {changed[0]}, which is neither state nor setting"
-        hint = "keep it in self.state[p], and step on the parameters of self.param_groups"
-        raise OptimizerError(problem, hint=hint)
-
-
-def _marks(held: Mapping[str, object]) -> dict[str, object]:
+def marks_of(held: Mapping[str, object]) -> dict[str, object]:
+    """By name something that differs once the value, or what it holds, is written to."""
     return {name: _mark(value, 0, set()) for name, value in held.items()}
 
 
@@ -211,27 +138,20 @@ def _mark(value: Any, depth: int, seen: set[int]) -> object:
     return id(value), _mark(held, depth + 1, seen)
 
 
-def _names_sizes(factory: Factory) -> bool:
-    """Whether code of a class that is not torch's asks how large tensors are: no trial knows where it changes."""
-    kinds = [k for k in type(factory([torch.zeros(1, requires_grad=True)])).__mro__ if k is not object]
-    own = [f for k in kinds if k.__module__.partition(".")[0] != "torch" for f in vars(k).values()]
-    codes = [inspect.unwrap(f).__code__ for f in own if isinstance(f, FunctionType)]
-    return any(SIZES & set(code.co_names) for code in codes)
-
-
 def same_kind(optimizer: torch.optim.Optimizer) -> Factory:
-    """What makes the optimizer anew over other tensors, whatever its class takes; settings are those of its first
-    group. Raises OptimizerError."""
+    """What makes the optimizer anew over other tensors, whatever its class takes; settings are those that all
+    groups have, as in the first. Raises OptimizerError."""
     require_own_step(optimizer)
     kind = type(optimizer)
     shared = {k: v for k, v in optimizer.__dict__.items() if k not in ("state", "param_groups", "step")}
-    settings = group_settings(optimizer)[0]
+    first, *others = group_settings(optimizer)
+    settings = {k: v for k, v in first.items() if all(k in own for own in others)}
 
     def make(params: Sequence[torch.Tensor]) -> torch.optim.Optimizer:
         made: torch.optim.Optimizer = object.__new__(kind)
         made.__dict__.update(shared)
         made.state = defaultdict(dict)
-        made.param_groups = [{**settings, "params": list(params)}]
+        made.param_groups = [{**copy.deepcopy(settings), "params": list(params)}]
         return made
 
     return make
@@ -296,25 +216,32 @@ class FlatOptimizer:
     def __init__(self, factory: Factory, flat: torch.Tensor, settings: Mapping[str, object]) -> None:
         self.param = torch.nn.Parameter(flat, requires_grad=True)
         self.optimizer = factory([self.param])
+        self.given: set[str] = set()
         self._set(settings)
 
     def _set(self, settings: Mapping[str, object]) -> None:
+        """Copies, as a step may write into them."""
         for group in self.optimizer.param_groups:
-            group.update({name: value for name, value in settings.items() if name in group})
+            group.update(copy.deepcopy(dict(settings)))
 
     def step(self, grad: torch.Tensor, scale: float, settings: Mapping[str, object]) -> None:
-        """Scale `grad` in place and step with these settings (as long as the parameter; rounded to its dtype)."""
+        """Scale `grad` in place and step with these settings (as long as the parameter; rounded to its dtype).
+
+        Settings that are no longer given are taken away.
+        """
         grad.mul_(scale)
         self.param.grad = grad.view(self.param.shape).to(self.param.dtype)
+        for name in self.given - settings.keys() if settings else ():
+            self.optimizer.param_groups[0].pop(name, None)
+        self.given |= settings.keys()
         self._set(settings)
         self.optimizer.step()
         self.param.grad = None
 
     def state(self) -> dict[str, torch.Tensor]:
         """State tensors by name (numbers as 0-dim tensors), for a checkpoint."""
-        found = self.optimizer.state.get(self.param, {})
-        return {k: v if isinstance(v, torch.Tensor) else torch.tensor(v) for k, v in found.items()}
+        return as_tensors(self.optimizer.state.get(self.param, {}))
 
     def load(self, state: dict[str, torch.Tensor]) -> None:
         """Put back what `state` gave, bit for bit."""
-        self.optimizer.state[self.param] = {k: v.clone() for k, v in state.items()}
+        self.optimizer.state[self.param] = as_kept({k: v.clone() for k, v in state.items()})

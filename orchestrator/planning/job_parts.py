@@ -14,15 +14,20 @@ import torch
 from torch import nn
 from torch.utils.data import RandomSampler
 
-from comms.errors import ConfigError, DataError, ModelError, PlanError, RunError, UserError, located
+from comms.errors import (
+    ConfigError,
+    DataError,
+    ModelError,
+    PlanError,
+    RunError,
+    UserError,
+)
 from kernels.optimizers import (
     OptimizerSpec,
-    Scope,
-    require_no_parameters,
     same_kind,
-    scope_of,
     states_per_element,
 )
+from kernels.trials.optimizer_trials import Scope, advance
 from orchestrator.config.job_file import Dtype, Job
 from orchestrator.models.model_builder import BuiltModel, build
 from orchestrator.models.user_code import RAISED, called, first_parameter, named_object, raised
@@ -35,7 +40,6 @@ from partitioner.capture.forwards.step_loss import LossFunction, keeping, parame
 from partitioner.lowering.lower import MATRIX, StepShape, step_shape
 
 SHORT_DTYPES = {Dtype.FP32: "f32", Dtype.FP64: "f64", Dtype.BF16: "bf16"}  # as a Program names them
-HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
 MODULE_NAMES = ("model", "module", "net", "network")
 PLATEAU = torch.optim.lr_scheduler.ReduceLROnPlateau
 
@@ -170,10 +174,13 @@ class LrSchedule:
             for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
                 group["lr"] = learning_rate(step, peak=peak, schedule=self.shape, steps=self.steps)
 
-    def resume(self, step: int, rates: Sequence[float]) -> None:
+    def resume(self, step: int, rates: Sequence[float], *, moves_groups: bool = False) -> None:
         """Go through the steps before `step`; they must end where the run that is resumed was. Raises RunError."""
         self.optimizer._opt_called = True  # type: ignore[attr-defined]  # what schedulers ask for
-        for _ in range(step):
+        for number in range(step):
+            if moves_groups:
+                self.before(number)
+                advance(self.optimizer)
             self.after()
         self.before(max(step - 1, 0))
         if self.rates != list(rates):
@@ -197,18 +204,6 @@ class LrSchedule:
                 raise
             except RAISED as error:
                 raise raised(error, name, "lr_schedule") from error
-
-
-def checked_scope(optimizer: torch.optim.Optimizer) -> Scope:
-    """What the optimizer's step on an entry depends on. Raises PlanError for what cannot step on given gradients."""
-    kind = type(optimizer).__name__
-    if any(getattr(optimizer, name, None) for name in HOOKS):
-        raise PlanError(
-            "hooks of the optimizer's steps would not run", kind, "remove them, or call them yourself"
-        )
-    with located(kind, "use an optimizer that steps on given gradients"):
-        require_no_parameters(optimizer)
-        return scope_of(same_kind(optimizer))
 
 
 def optimized_shape(

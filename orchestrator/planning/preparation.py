@@ -104,7 +104,8 @@ def module_values(module: "nn.Module") -> "dict[str, Tensor]":
 
 def _partitioned(job: Job, plan: Plan, progress: Progress, parts: "JobParts | None") -> Program:
     with progress("import torch"):
-        from orchestrator.planning.job_parts import checked_scope, job_optimizer, job_parts, optimized_shape
+        from orchestrator.planning.job_parts import job_optimizer, job_parts, optimized_shape
+        from orchestrator.planning.optimizer_checks import checked_traits
         from partitioner.capture.graph_units import capture_graph
         from partitioner.lowering.lower import StepShape, capture_and_lower, step_shape
     with progress("build model"):
@@ -113,7 +114,7 @@ def _partitioned(job: Job, plan: Plan, progress: Progress, parts: "JobParts | No
     batch = parts.example_batch()
     if job.optimizer.is_own:
         optimizer = job_optimizer(job, model.module)
-        scope = checked_scope(optimizer)
+        scope = checked_traits(optimizer).scope
         shape, frozen = optimized_shape(model.module, batch, optimizer, scope, job.clip_limit, {})
     else:
         states = optimizer_states(job)

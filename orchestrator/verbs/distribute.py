@@ -27,11 +27,13 @@ from torch import nn
 
 from comms.errors import PlanError, RunError
 from comms.selection.progress import Progress, quiet
-from kernels.optimizers import entry_states, group_settings, same_kind
+from kernels.optimizers import as_kept, as_tensors, entry_states, group_settings, same_kind
+from kernels.trials.optimizer_trials import advance, modes_of
 from orchestrator.config.hardware.cluster import Cluster
 from orchestrator.config.hardware.cluster_file import cluster_path, load_cluster
 from orchestrator.config.job_file import load_job
-from orchestrator.planning.job_parts import checked_scope, optimized_shape
+from orchestrator.planning.job_parts import optimized_shape
+from orchestrator.planning.optimizer_checks import checked_traits
 from orchestrator.planning.plan_choice import choose_plan
 from orchestrator.planning.preparation import module_values
 from orchestrator.runners.executing.chip_set import ChipSet, InlineLaunch
@@ -57,6 +59,7 @@ from orchestrator.runs.data import split_batch, step_key
 from orchestrator.verbs.inputs.options import RunnerKind
 from orchestrator.verbs.situation import (
     Situation,
+    ages_of,
     require_batch,
     require_kinds,
     require_newest,
@@ -95,7 +98,8 @@ class DistributedStep:
         `has_masters`: see `StepShape`."""
         self.model, self.optimizer, self.cluster = model, optimizer, cluster
         self.plan, self.loss_fn, self.clip_norm, self.tp_plan = plan, loss_fn, clip_norm, tp_plan
-        self.scope, self.seed, self.steps = checked_scope(optimizer), seed, 0
+        self.traits, self._modes = checked_traits(optimizer), modes_of(optimizer)
+        self.seed, self.steps = seed, 0
         self.program: Program | None = None
         self.launch, self.is_watched, self.progress = launch, is_watched, progress
         self.exact, self.has_masters = exact, has_masters
@@ -141,13 +145,15 @@ class DistributedStep:
         if schedule == "step" and result.stats is not None and result.stats.is_finite:
             self._set_ahead(is_ahead=True)
             self.steps += 1
+            if self.traits.moves_groups:
+                advance(self.optimizer)
             self.optimizer._opt_called = True  # type: ignore[attr-defined]  # what schedulers ask for
         return result
 
     def adopt(self, program: Program, batch: Batch) -> None:
         """Take a Program that was made before for batches like this one, and start it."""
         situation = self._situation_of(batch)
-        self._programs[*situation, self._ages()] = program
+        self._programs[*situation, ages_of(self.model, self.optimizer, self._entries)] = program
         self._said |= set(warnings_of(program))
         self._start(batch, situation)
 
@@ -190,7 +196,7 @@ class DistributedStep:
     def side(self, batch: Batch, states: OwnState, exact: bool) -> PlannedSide:
         """All chips in this process, given what the model holds now; `exact`: made anew, with float64 throughout."""
         assert self.plan is not None and self.program is not None
-        program, ages = self.program, self._ages()
+        program, ages = self.program, ages_of(self.model, self.optimizer, self._entries)
         if exact:
             key = ("exact", *self._situation, ages)
             program = self._programs.get(key) or self._program(batch, self.plan, dict(ages), exact=True)
@@ -212,14 +218,9 @@ class DistributedStep:
                     if name in buffers:  # unless it was taken away since
                         buffers[name].copy_(value)
             for name, own in whole_states(self.program, states).items():
-                like = params[name]
-                made = {
-                    k: v.view(like.shape) if v.dim() and v.numel() == like.numel() else v
-                    for k, v in own.items()
-                }
-                if MASTER in made:
-                    self._masters[name] = made.pop(MASTER)
-                self.optimizer.state[like] = made
+                if MASTER in own:
+                    self._masters[name] = own.pop(MASTER)
+                self.optimizer.state[params[name]] = as_kept(own)
             self._set_ahead(is_ahead=False)
             self._seen = self._values_seen()
         return self.model
@@ -261,7 +262,9 @@ class DistributedStep:
     def _situation_of(self, batch: Batch) -> Situation:
         """All that a Program depends on besides values."""
         code = self._code.marks(self.model, self.loss_fn) if self.is_watched else ()
-        return *situation_of(self.model, self.optimizer, batch), code
+        if (modes := modes_of(self.optimizer)) != self._modes:
+            self.traits, self._modes = checked_traits(self.optimizer), modes
+        return *situation_of(self.model, self.optimizer, batch), code, self.traits.scope
 
     def _values_seen(self) -> dict[str, object]:
         """Marks of all values that live on the chips: they differ once something else writes to them."""
@@ -269,7 +272,7 @@ class DistributedStep:
 
     def _start(self, batch: Batch, situation: Situation) -> None:
         """Run the Program for a situation, from what the model and the optimizer hold."""
-        self.scope = checked_scope(self.optimizer)  # it may have been given hooks or attributes
+        self.traits = checked_traits(self.optimizer)  # it may have been given hooks or attributes
         self.plan = self.plan or self._chosen_plan(batch)
         if self.plan.num_chips != self.cluster.num_chips:
             raise PlanError(f"the plan is for {self.plan.num_chips} chips, the cluster has {self.cluster.num_chips}",
@@ -296,7 +299,7 @@ class DistributedStep:
         values = module_values(self.model)
         names = {id(p): name for name, p in self.model.named_parameters()}
         own: dict[str, Any] = {
-            names[id(p)]: state for p, state in self.optimizer.state.items() if id(p) in names
+            names[id(p)]: as_tensors(own) for p, own in self.optimizer.state.items() if id(p) in names
         }
         for name, master in self._masters.items():  # unless the parameter was changed since
             if torch.equal(master.to(values[f"params:{name}"].dtype), values[f"params:{name}"]):
@@ -310,20 +313,9 @@ class DistributedStep:
         job = load_job(None).model_copy(update={"global_batch": max(samples, 1), "seq": 1})
         return choose_plan(job, self.cluster, sum(p.numel() for p in self.model.parameters()))
 
-    def _ages(self) -> tuple[tuple[str, int], ...]:
-        """A number for each parameter, equal where states have come equally far: only such can share a step."""
-        numbers: dict[object, int] = {}
-        ages = []
-        for name, param in self.model.named_parameters():
-            own = self.optimizer.state.get(param, {})
-            counts = {k: float(v) for k, v in own.items() if not isinstance(v, torch.Tensor) or v.dim() == 0}
-            age = (*sorted(counts.items()), ("states", float(len(own))))
-            ages.append((name, numbers.setdefault(age, len(numbers))))
-        return tuple(ages)
-
     def _program_of(self, batch: Batch, plan: Plan, situation: Situation) -> Program:
         """The Program for a situation, made once."""
-        ages = self._ages()
+        ages = ages_of(self.model, self.optimizer, self._entries)
         if (key := (*situation, ages)) not in self._programs:
             if len(self._programs) >= MAX_PROGRAMS:
                 del self._programs[next(iter(self._programs))]
@@ -333,7 +325,9 @@ class DistributedStep:
     def _program(
         self, batch: Batch, plan: Plan, ages: Mapping[str, object], *, exact: bool = False
     ) -> Program:
-        shape, apart = optimized_shape(self.model, batch, self.optimizer, self.scope, self.clip_norm, ages)
+        shape, apart = optimized_shape(
+            self.model, batch, self.optimizer, self.traits.scope, self.clip_norm, ages
+        )
         shape = replace(shape, has_masters=self.has_masters)
 
         def graph(microbatches: int) -> Graph:

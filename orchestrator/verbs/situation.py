@@ -15,6 +15,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils.weak import WeakIdKeyDictionary
 
 from comms.errors import PlanError
+from orchestrator.verbs.state.python_state import checksum
 from partitioner.capture.batch_inputs import Batch, require_plain, settings_of, tensors_of
 
 Situation: TypeAlias = tuple[object, ...]
@@ -62,6 +63,28 @@ def require_kinds(**given: tuple[object, type | tuple[type, ...]]) -> None:
             raise PlanError(
                 f"{name} is {what}", "distribute", f"give a {wanted.__module__}.{wanted.__qualname__}"
             )
+
+
+def ages_of(
+    model: nn.Module, optimizer: torch.optim.Optimizer, entries: frozenset[str]
+) -> tuple[tuple[str, int], ...]:
+    """A number for each parameter, equal where states have come equally far: only such can share a step. `entries`:
+    names of states that lie as the parameter does."""
+    numbers: dict[object, int] = {}
+    ages = []
+    for name, param in model.named_parameters():
+        own = optimizer.state.get(param, {})
+        age = tuple(sorted((str(k), _age(v, param, is_entry=k in entries)) for k, v in own.items()))
+        ages.append((name, numbers.setdefault(age, len(numbers))))
+    return tuple(ages)
+
+
+def _age(value: object, param: torch.Tensor, *, is_entry: bool) -> str:
+    if not isinstance(value, torch.Tensor):
+        return repr(value)
+    if value.shape == param.shape and (is_entry or value.numel() > 1):
+        return ""
+    return repr(value.tolist()) if value.numel() == 1 else f"{tuple(value.shape)} {checksum(value)}"
 
 
 def require_batch(batch: object) -> None:

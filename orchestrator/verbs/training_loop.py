@@ -213,7 +213,8 @@ class Training:
         }
         whole = {chip: shards.get(chip, {}) for chip in range(self.prepared.program.num_chips)}
         self.one_step.restore(whole, manifest.step)
-        self.schedule.resume(manifest.step, manifest.extra.get("rates", self.schedule.rates))
+        rates, moves = manifest.extra.get("rates", self.schedule.rates), self.one_step.traits.moves_groups
+        self.schedule.resume(manifest.step, rates, moves_groups=moves)
         self.step = manifest.step
         require_seen(self, manifest.extra)
 

@@ -12,13 +12,12 @@ from kernels.builtin_optimizers import BUILT_IN
 from kernels.optimizers import (
     FlatOptimizer,
     OptimizerSpec,
-    Scope,
     StepStatistics,
     require_no_parameters,
     same_kind,
-    scope_of,
     states_per_element,
 )
+from kernels.trials.optimizer_trials import Scope, scope_of
 
 SPECS = [
     OptimizerSpec("adamw", lr=0.01, weight_decay=0.1),

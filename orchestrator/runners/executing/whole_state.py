@@ -4,6 +4,7 @@ A chip holds its shards end to end in flat buffers. Optimizer states of an entry
 counts, statistics of whole parameters) belong to every parameter that is stepped on together.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +18,7 @@ from partitioner.program.program import Program, Role, Tensor, TensorKind, Updat
 
 Flat = Callable[[int, str], torch.Tensor]  # a buffer of a chip, by name
 OwnState = Mapping[str, Mapping[str, torch.Tensor]]  # of parameters, by name and key
-MASTER = "master"  # the name of a full-precision copy among the states of a parameter
+MASTER = "float32 copy"  # the name of a full-precision copy among the states of a parameter
 SCATTERED = ((0, "dp"),)  # a gradient that is another's shard
 
 
@@ -152,7 +153,7 @@ def chip_states(
 ) -> States:
     """What a checkpoint of these parameters and states (see `whole_states`) would hold, by chip.
 
-    `entries`: names of states with a number for every entry, for parameters of no dims, where shapes do not tell.
+    `entries`: names of states with a number for every entry, for parameters of one, where shapes do not tell.
     """
     return {chip: _chip_state(program, chip, values, own, entries) for chip in range(program.num_chips)}
 
@@ -181,8 +182,10 @@ def _chip_state(
         for key, value in own.get(group.params[0].source, {}).items():
             if key == MASTER:
                 continue
+            shapes = {tuple(values(f"params:{p.source}").shape) for p in group.params}
             like = tuple(values(f"params:{group.params[0].source}").shape)
-            has_shape = tuple(value.shape) == like and (bool(like) or key in entries)
+            is_told = any(math.prod(shape) > 1 for shape in shapes) and value.numel() > 1
+            has_shape = tuple(value.shape) == like and (is_told or key in entries)
             lies = has_shape and not program.facts["whole_tensors"]
             made = shard(partial(_state_of, own, key), value.dtype) if lies else value.clone()
             state[f"{group.name}.optimizer.{key}"] = made

@@ -20,7 +20,7 @@ from torch.nn.parameter import is_lazy
 
 from comms.errors import PlanError
 from kernels.optimizers import own_attributes, require_own_step
-from orchestrator.planning.job_parts import HOOKS
+from orchestrator.planning.optimizer_checks import HOOKS
 from orchestrator.verbs.state.code_reads import CodeReads, Place, reads_of
 from orchestrator.verbs.state.object_parts import (
     LIBRARIES,

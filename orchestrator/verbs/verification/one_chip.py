@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from kernels.optimizers import same_kind
+from kernels.optimizers import as_kept, same_kind
 from orchestrator.runners.executing.whole_state import MASTER
 from orchestrator.verbs.verification.outcome import Tensors
 from orchestrator.verbs.verification.sides import PlainSide, States
@@ -58,7 +58,6 @@ def _twin(
         for name, own in states.items():
             if MASTER in own:
                 params[name].copy_(own[MASTER])
-            made.state[params[name]] = {
-                k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in own.items() if k != MASTER
-            }
+            copied = {k: v.clone() for k, v in own.items() if k != MASTER}
+            made.state[params[name]] = as_kept(copied)
     return made

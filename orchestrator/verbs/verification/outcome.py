@@ -6,6 +6,8 @@ from typing import Any, TypeAlias
 
 import torch
 
+from kernels.optimizers import AS
+
 Tensors: TypeAlias = Mapping[str, torch.Tensor]
 
 
@@ -31,5 +33,5 @@ def named_states(states: Mapping[str, Mapping[str, Any]]) -> dict[str, torch.Ten
             has_dims = isinstance(value, torch.Tensor) and value.dim()
             if value is not None:
                 made = value if has_dims else torch.tensor(float(value), dtype=torch.float64)
-                found[f"{key} of {name}"] = made
+                found[f"{key.partition(AS)[0]} of {name}"] = made
     return found

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from comms.errors import DataError, PlanError, RunError
 from orchestrator.config.job_file import load_job
-from orchestrator.planning.job_parts import LrSchedule, PositionalInputs, checked_scope, job_optimizer
+from orchestrator.planning.job_parts import LrSchedule, PositionalInputs, job_optimizer
+from orchestrator.planning.optimizer_checks import checked_traits
 
 A, B, C = (torch.full((4, 2), float(n)) for n in range(3))
 
@@ -139,4 +140,4 @@ def test_hooks_of_an_optimizer_are_refused() -> None:
     optimizer = torch.optim.SGD(net().parameters(), lr=1.0)
     optimizer.register_step_post_hook(lambda *_: None)
     with pytest.raises(PlanError, match="hooks of the optimizer's steps would not run"):
-        checked_scope(optimizer)
+        checked_traits(optimizer)

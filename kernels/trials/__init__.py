@@ -1,0 +1,1 @@
+"""What optimizers of users look at, read and keep, found by trial."""
