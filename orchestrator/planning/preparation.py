@@ -118,7 +118,8 @@ def _partitioned(job: Job, plan: Plan, progress: Progress, parts: "JobParts | No
         shape, frozen = optimized_shape(model.module, batch, optimizer, scope, job.clip_limit, {})
     else:
         states = optimizer_states(job)
-        own = step_shape(model.module, batch, states) if job.has_own_data else None
+        is_text = not job.has_own_data and model.example is None
+        own = None if is_text else step_shape(model.module, batch, states)
         shape = own or StepShape(job.global_batch, job.seq, job.model, str(job.dtype), states)
     shape = replace(shape, model=job.model, dtype=str(job.dtype))
 

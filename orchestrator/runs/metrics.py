@@ -10,7 +10,6 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from statistics import median
 from typing import TypeAlias
 
 from comms.errors import RunError
@@ -21,12 +20,13 @@ Record: TypeAlias = Mapping[str, Value]
 _NOT_FINITE = ("NaN", "Infinity", "-Infinity")
 
 
-def eta_s(recent_step_seconds: Sequence[float], steps_left: int) -> float | None:
-    """Steps left x median of the recent step times; None before the first.
+def eta_s(step_ends_s: Sequence[float], steps_left: int) -> float:
+    """Steps left x mean time from one step's end to the next, with all that lies between them.
 
-    The median forgives a slow first step.
+    The first of `step_ends_s` is the start; a slow first step counts only while there is no other.
     """
-    return steps_left * median(recent_step_seconds) if recent_step_seconds else None
+    first = min(1, len(step_ends_s) - 2)
+    return steps_left * (step_ends_s[-1] - step_ends_s[first]) / (len(step_ends_s) - 1 - first)
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from comms.units import Quantity, format_quantity
 from orchestrator.config.hardware.chip_file import ChipFile, described_chip
 from orchestrator.config.hardware.cluster import Cluster
 from orchestrator.config.hardware.cluster_file import cluster_from
-from orchestrator.config.job_file import job_from
+from orchestrator.config.job_file import is_reference, job_from
 from orchestrator.config.schema import nearest, validate
 from orchestrator.config.yaml_file import Document, read_yaml
 from orchestrator.verbs.inputs.options import CheckOptions
@@ -133,9 +133,12 @@ def _check_job(document: Document) -> tuple[str, ...]:
         f"{axis} {'auto' if degree is None else degree}"
         for axis, degree in (("dp", job.plan.dp), ("tp", job.plan.tp), ("pp", job.plan.pp))
     )
+    names_code = any(map(is_reference, (job.model, job.data, job.loss or "", job.optimizer.name)))
+    size = "samples" if job.has_own_data else f"x {job.seq} tokens"
     return (
         f"{job.model} on {job.data}, {job.dtype}, {job.optimizer.name}",
-        f"{job.steps} steps of {job.global_batch} x {job.seq} tokens",
+        *(["names of your code are not looked up here, but by plan and train"] if names_code else []),
+        f"{job.steps} steps of {job.global_batch} {size}",
         f"plan: {degrees}, zero {job.plan.zero}, {job.plan.schedule}",
     )
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from comms.errors import FitError
 from comms.selection.progress import LOADING
 from comms.selection.question import Fidelity
-from comms.units import format_dollars, format_percent, format_scaled, format_seconds
+from comms.units import DASH, format_dollars, format_percent, format_scaled, format_seconds
 from orchestrator.planning.preparation import Prepared
 from orchestrator.runners.timing.prediction import (
     CONDITIONS,
@@ -105,10 +105,10 @@ def tables(result: SimulationResult) -> tuple[Table, ...]:
         f"{result.plan} on {result.num_chips} chips of {result.cluster.name}",
         (
             ("step", format_seconds(result.step_time_s)),
-            ("throughput", format_scaled(result.tokens_per_s, "tok/s")),
+            ("throughput", format_scaled(result.tokens_per_s, result.rate_unit)),
             ("MFU", format_percent(result.mfu)),
             *work(result),
-            ("cost", f"{format_dollars(result.cost_usd_per_step)} per step"),
+            ("cost", _cost(result)),
             ("energy", f"{format_scaled(result.energy_j_per_step, 'J')} per step"),
             ("fidelity", f"{result.step.fidelity}, made in {format_seconds(result.elapsed_s)}"),
             ("left out", "; ".join(result.step.left_out)),
@@ -116,6 +116,11 @@ def tables(result: SimulationResult) -> tuple[Table, ...]:
     )
     own = [_kinds_table(result)] if len(result.kinds) > 1 else []
     return head, _time_table(result), *own, _memory_table(result)
+
+
+def _cost(result: SimulationResult) -> str:
+    step, hour = result.cost_usd_per_step, result.cluster.usd_per_hour
+    return DASH if step is None else f"{format_dollars(step)} per step, {format_dollars(hour)} per hour"
 
 
 def _kinds_table(result: SimulationResult) -> Table:

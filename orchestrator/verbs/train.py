@@ -16,7 +16,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from comms.errors import ConfigError, ModelError
-from comms.units import format_scaled, format_seconds
+from comms.units import format_dollars, format_percent, format_scaled, format_seconds
 from orchestrator.config.hardware.cluster import Cluster, Device
 from orchestrator.config.job_file import Job
 from orchestrator.config.schema import nearest
@@ -142,7 +142,11 @@ def _train(
         console.show([_facts(training, baselines), console.phase_table()])
         with console.training(job.model, job.steps, every=PLAIN_LINES) as show, _stopping() as stop:
             training.run(show, stop.is_set)  # steps, validates, saves
-        return write_results(training, baselines)
+        result = write_results(training, baselines)
+        if result.was_interrupted:
+            console.say(f"interrupted at step {result.steps} of {result.job_steps}; saved; "
+                        f"go on with `orchestrate train --resume {folder.root}`")  # fmt: skip
+        return result
 
 
 def _launch(cluster: Cluster, kind: RunnerKind) -> "Launch":
@@ -229,14 +233,25 @@ def _facts(training: Training, baselines: Mapping[str, float]) -> Table:
         ("model", f"{prepared.job.model}, {format_scaled(float(program.facts['params']), '')} parameters"),
         ("plan", f"{prepared.plan} on {cluster.num_chips} {chip}{cluster.chip(0).name}"),
         ("data", _data_words(data, training)),
-        (
-            "predicted step on these chips",
-            f"{format_seconds(training.predicted.step_time_s)} (fidelity folded)",
-        ),
+        ("predicted step on these chips", _predicted_words(training.predicted, prepared.job.steps)),
+        ("measured on this machine", f"step time, {training.predicted.rate_unit} and ETA of the lines below"),
         *((f"validation loss of a {name}", f"{loss:.3f} nats/byte") for name, loss in baselines.items()),
         ("run directory", str(training.run_dir.root)),
     ]
     return Table("training", rows)
+
+
+def _predicted_words(predicted: SimulationResult, steps: int) -> str:
+    """What is the same for every step."""
+    exposed = sum(seconds for _, seconds in predicted.breakdown.exposed_communication_s)
+    cost = predicted.cost_usd_per_step
+    words = [
+        format_seconds(predicted.step_time_s), f"MFU {format_percent(predicted.mfu)}",
+        f"exposed comm {format_percent(exposed / (predicted.step_time_s or 1.0))}",
+        f"peak memory {format_scaled(max(role.peak_bytes for role in predicted.memory), 'B')}",
+        *([] if cost is None else [f"{format_dollars(cost)} per step, {format_dollars(cost * steps)} in all"]),
+    ]  # fmt: skip
+    return f"{', '.join(words)} (fidelity {predicted.step.fidelity})"
 
 
 def _data_words(data: TokenData | OwnData, training: Training) -> str:

@@ -5,6 +5,7 @@ checkpoints whole or not at all; what becomes of an interrupt and of a step that
 end the prediction stands beside the measurement, in the timelines, in the picture, and in numbers (`runs.accuracy`).
 """
 
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from math import nan
@@ -41,7 +42,7 @@ from partitioner.capture.batch_inputs import Batch
 from partitioner.program.peak_memory import MemoryClass
 from partitioner.program.program import Program
 
-RECENT_STEPS = 20  # step times that the throughput and the ETA are taken from
+RECENT_STEPS = 20  # step times that the throughput is taken from
 MEASURED_STEPS = 2  # steps after the first whose intervals are recorded for the timeline
 OTHER_MACHINE = "shares of time, as the chips are simulated on this machine"
 
@@ -73,6 +74,8 @@ class Training:
         default_factory=own_sources
     )  # as they were read: they may change meanwhile
 
+    ends_s: list[float] = field(default_factory=list)  # of steps that this process made, after its start
+
     def recent_step_seconds(self) -> float:
         """Median of the last step times: the first ones include warm-up."""
         recent = sorted(self.step_seconds[-RECENT_STEPS:])
@@ -81,6 +84,7 @@ class Training:
     def run(self, show: Callable[[StepLine], None], is_stopping: Callable[[], bool]) -> None:
         """Train from `step` to the job's last step, or to the step at whose end `is_stopping()`; then save."""
         job = self.prepared.job
+        self.ends_s.append(time.monotonic())
         with metrics_writer(self.run_dir.metrics) as write:
             while self.step < job.steps and not self.was_interrupted:
                 try:
@@ -156,25 +160,22 @@ class Training:
         return total / count if count else nan
 
     def _line(self, stats: StepStatistics, validation: float | None) -> StepLine:
-        job, predicted, seconds = self.prepared.job, self.predicted, self.step_seconds[-1]
-        exposed = sum(s for _, s in predicted.breakdown.exposed_communication_s)
-        cost = predicted.cost_usd_per_step
+        seconds = self.step_seconds[-1]
+        self.ends_s.append(time.monotonic())
         return StepLine(
             step=self.step, loss=stats.loss, grad_norm=stats.grad_norm, step_seconds=seconds,
-            tokens_per_s=tokens_of(self.prepared) / seconds, mfu=predicted.mfu,
-            memory_bytes=max(role.peak_bytes for role in predicted.memory),
-            predicted_seconds=predicted.step_time_s, exposed_communication=exposed / predicted.step_time_s,
-            cost_usd=None if cost is None else cost * self.step,
-            eta_seconds=eta_s(self.step_seconds[-RECENT_STEPS:], job.steps - self.step),
-            validation_loss=validation,
+            rate=tokens_of(self.prepared) / seconds, rate_unit=self.predicted.rate_unit,
+            eta_seconds=eta_s(self.ends_s, self.prepared.job.steps - self.step), validation_loss=validation,
         )  # fmt: skip
 
     def _record(self, line: StepLine, rate: float) -> dict[str, float | int | str | None]:
+        predicted = self.predicted
+        cost = predicted.cost_usd_per_step
         return {
             "step": line.step, "loss": line.loss, "grad_norm": line.grad_norm, "lr": rate,
-            "step_time_s": line.step_seconds, "tokens_per_s": line.tokens_per_s, "val_loss": line.validation_loss,
-            "predicted_step_time_s": line.predicted_seconds, "predicted_mfu": line.mfu,
-            "predicted_cost_usd": line.cost_usd,
+            "step_time_s": line.step_seconds, "tokens_per_s": line.rate, "val_loss": line.validation_loss,
+            "predicted_step_time_s": predicted.step_time_s, "predicted_mfu": predicted.mfu,
+            "predicted_cost_usd": None if cost is None else cost * self.step,
         }  # fmt: skip
 
     def save(self) -> None:
@@ -246,7 +247,9 @@ class TrainResult:
     predicted_step_time_s: float
     run_dir: Path
     steps: int
+    job_steps: int
     was_interrupted: bool
+    rate_unit: str  # of `tokens_per_s`
     baselines: Mapping[str, float]
     accuracy: Accuracy | None
 
@@ -254,6 +257,7 @@ class TrainResult:
         """As JSON values."""
         return {
             "final_loss": self.final_loss, "val_loss": self.val_loss, "tokens_per_s": self.tokens_per_s,
+            "rate_unit": self.rate_unit,
             "predicted_step_time_s": self.predicted_step_time_s, "run_dir": str(self.run_dir), "steps": self.steps,
             "was_interrupted": self.was_interrupted, "baselines": dict(self.baselines),
             "accuracy": self.accuracy.document() if self.accuracy else None,
@@ -261,7 +265,8 @@ class TrainResult:
 
     def tables(self) -> list[Table]:
         """The same to read."""
-        tables = [Table("trained", _rows(self))]
+        title = f"interrupted at step {self.steps} of {self.job_steps}" if self.was_interrupted else "trained"
+        tables = [Table(title, _rows(self))]
         return [*tables, _accuracy_table(self.accuracy)] if self.accuracy else tables
 
 
@@ -282,7 +287,8 @@ def write_results(training: Training, baselines: Mapping[str, float]) -> TrainRe
         val_loss=points[-1][1] if points else None,
         tokens_per_s=tokens_of(training.prepared) / step_s if step_s else 0.0,
         predicted_step_time_s=predicted.step_time_s, run_dir=folder.root, steps=training.step,
-        was_interrupted=training.was_interrupted, baselines=baselines, accuracy=accuracy,
+        job_steps=training.prepared.job.steps, was_interrupted=training.was_interrupted,
+        rate_unit=predicted.rate_unit, baselines=baselines, accuracy=accuracy,
     )  # fmt: skip
 
 
@@ -351,7 +357,7 @@ def _rows(result: TrainResult) -> list[tuple[str, str]]:
         ("final loss", f"{result.final_loss:.4f}{unit}"),
         ("validation loss", validation),
         *((f"  {name} baseline", f"{loss:.4f} nats/byte") for name, loss in result.baselines.items()),
-        ("tokens/s on this machine", format_scaled(result.tokens_per_s, "")),
+        ("measured on this machine", format_scaled(result.tokens_per_s, result.rate_unit)),
         ("predicted step on the chips", format_seconds(result.predicted_step_time_s)),
         ("run directory", str(result.run_dir)),
     ]

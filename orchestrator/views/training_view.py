@@ -1,7 +1,7 @@
 """Training view: one step as a line of text, and the live panel that shows the last ones.
 
-Field order is that of the field (step, loss, grad norm, step time, tokens/s, MFU, memory) followed by ours:
-predicted chip time, exposed communication, cost so far, ETA. The panel needs rich, imported when it is drawn.
+All of it is measured on this machine; what is predicted for the chips is the same for every step, and is told before
+the first one. The panel needs rich, imported when it is drawn.
 """
 
 from collections import deque
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from math import isfinite
 from typing import TYPE_CHECKING
 
-from comms.units import DASH, format_dollars, format_duration, format_percent, format_scaled, format_seconds
+from comms.units import DASH, format_duration, format_scaled, format_seconds
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
@@ -17,29 +17,21 @@ if TYPE_CHECKING:
 
 NUM_ROWS = 10
 CURVE_WIDTH = 48  # with its numbers it fits a terminal of 80 columns
-_COLUMN, _FRAME = 9, 6  # a typical cell, and what the panel and the table's edges take
 _BLOCKS = "\u2581\u2582\u2583\u2584\u2585\u2586\u2587\u2588"  # eighths of a cell, low to high
 
 
 @dataclass(frozen=True, slots=True)
 class StepLine:
-    """What is shown of one step; None is a dash.
-
-    `predicted_seconds` is chip time, not time on this machine.
-    """
+    """What is shown of one step; None is a dash. `rate` is in `rate_unit`, of this machine as the times are."""
 
     step: int
     loss: float
     grad_norm: float | None = None
     step_seconds: float | None = None
-    tokens_per_s: float | None = None
-    mfu: float | None = None
-    memory_bytes: int | None = None
-    predicted_seconds: float | None = None
-    exposed_communication: float | None = None
-    cost_usd: float | None = None
+    rate: float | None = None
     eta_seconds: float | None = None
     validation_loss: float | None = None
+    rate_unit: str = "tok/s"
 
 
 def fields(line: StepLine) -> tuple[tuple[str, str], ...]:
@@ -49,12 +41,7 @@ def fields(line: StepLine) -> tuple[tuple[str, str], ...]:
         ("loss", f"{line.loss:.4f}"),
         ("grad_norm", DASH if line.grad_norm is None else f"{line.grad_norm:.3f}"),
         ("step time", format_seconds(line.step_seconds)),
-        ("tok/s", format_scaled(line.tokens_per_s, "")),
-        ("MFU", format_percent(line.mfu)),
-        ("mem", format_scaled(line.memory_bytes, "B")),
-        ("predicted", format_seconds(line.predicted_seconds)),
-        ("exposed comm", format_percent(line.exposed_communication)),
-        ("cost", format_dollars(line.cost_usd)),
+        (line.rate_unit, format_scaled(line.rate, "")),
         ("ETA", format_duration(line.eta_seconds)),
     )
 
@@ -63,7 +50,7 @@ def plain_line(line: StepLine, num_steps: int) -> str:
     """One line for a log or a pipe; columns align from line to line."""
     (_, step), *others = fields(line)
     parts = [f"step {step:>{len(str(num_steps))}}/{num_steps}"]
-    widths = {"loss": 7, "grad_norm": 6, "step time": 7, "tok/s": 6, "mem": 7, "predicted": 7}
+    widths = {"loss": 7, "step time": 7}
     parts += [f"{head} {text:>{widths.get(head, 6)}}" for head, text in others]
     if line.validation_loss is not None:
         parts.append(f"val_loss {line.validation_loss:.4f}")
@@ -102,35 +89,24 @@ class TrainingView:
         eta = format_duration(last.eta_seconds) if last else DASH
         head.add_row(f"step {done}/{self._num_steps}", ProgressBar(self._num_steps, done), f"ETA {eta}")
         curve = Text.assemble(("loss ", "dim"), (self._curve.drawn(), "cyan"), f"  {self._curve.span()}")
-        parts: list[RenderableType] = [head, curve, self._table(options.max_width)]
+        parts: list[RenderableType] = [head, curve, self._table()]
         if self._validation:
             step, loss = self._validation
             said = Text.assemble(("validation ", "dim"), (f"{loss:.4f}", "bold green"), f" at step {step}")
             parts.insert(2, said)
         yield Panel(Group(*parts), title=self._title, title_align="left", border_style="dim")
 
-    def _table(self, width: int) -> "Table":
+    def _table(self) -> "Table":
         from rich import box
         from rich.table import Table
 
         table = Table(box=box.SIMPLE_HEAD, expand=True, padding=(0, 1))
-        styles = {"loss": "bold", "predicted": "magenta", "exposed comm": "magenta", "cost": "magenta"}
-        heads = _fitting(width)
-        for head in heads:
-            table.add_column(head, justify="right", no_wrap=True, style=styles.get(head))
-        for line in self._recent:
-            table.add_row(*(text for head, text in fields(line) if head in heads))
+        columns = [fields(line)[:-1] for line in self._recent]  # the ETA is in the head
+        for head, _ in columns[0] if columns else ():
+            table.add_column(head, justify="right", no_wrap=True, style="bold" if head == "loss" else None)
+        for column in columns:
+            table.add_row(*(text for _, text in column))
         return table
-
-
-def _fitting(width: int) -> list[str]:
-    """Heads of the columns that fit, in order; the first to go are those shown elsewhere or least watched."""
-    heads = [head for head, _ in fields(StepLine(0, 0.0))]
-    for dropped in ("ETA", "mem", "grad_norm", "exposed comm"):
-        if sum(max(len(head), _COLUMN) + 2 for head in heads) + _FRAME <= width:
-            break
-        heads.remove(dropped)
-    return heads
 
 
 class LossCurve:

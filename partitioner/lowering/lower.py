@@ -70,7 +70,7 @@ class StepShape:
 def step_shape(module: nn.Module, batch: Batch, optimizer_states: int) -> StepShape:
     """What a step on `batch` (all its samples) processes; sequences are entries of whole numbers, [samples, tokens]."""
     tensors = tensors_of(batch).values()
-    tokens = (v.shape[1] for v in tensors if v.dim() > 1 and not v.is_floating_point())
+    tokens = (v.shape[1] for v in tensors if v.dim() == 2 and not v.is_floating_point())
     dtypes = (SHORT[p.dtype] for p in module.parameters())
     samples = next((v.shape[0] for v in tensors if v.dim()), 1)
     return StepShape(

@@ -77,8 +77,14 @@ class SimulationResult:
 
     @property
     def tokens_per_s(self) -> float:
-        """Every token of the global batch counts once, whatever the parallelism."""
+        """Every token of the global batch (or sample of what has none) counts once, whatever the parallelism."""
         return int(self.program.facts["tokens"]) / self.step_time_s
+
+    @property
+    def rate_unit(self) -> str:
+        """What `tokens_per_s` counts."""
+        facts = self.program.facts
+        return "tok/s" if int(facts["tokens"]) > int(facts["samples"]) else "samples/s"
 
     @property
     def model_flops(self) -> int:
@@ -160,6 +166,7 @@ class SimulationResult:
         return {
             "step_time_s": self.step_time_s,
             "tokens_per_s": self.tokens_per_s,
+            "rate_unit": self.rate_unit,
             "mfu": self.mfu,
             "model_flops": self.model_flops,
             "hardware_flops": self.hardware_flops,

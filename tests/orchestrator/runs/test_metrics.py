@@ -17,9 +17,9 @@ records = st.lists(st.dictionaries(st.text(max_size=5), values, max_size=4), max
 UNREADABLE_AS_TEXT = {"NaN", "Infinity", "-Infinity"}
 
 
-def test_the_time_left_is_that_of_the_recent_steps() -> None:
-    assert metrics.eta_s([9.0, 1.0, 1.0], steps_left=10) == 10
-    assert metrics.eta_s([], steps_left=10) is None
+def test_the_time_left_counts_what_lies_between_steps_but_not_the_first() -> None:
+    assert metrics.eta_s([0.0, 9.0, 10.0, 11.0], steps_left=10) == 10
+    assert metrics.eta_s([5.0, 9.0], steps_left=3) == 12
 
 
 @given(records)

@@ -112,3 +112,14 @@ def test_a_file_of_no_known_kind_is_told_how(tmp_path, text, problem, hint):
         check(write(tmp_path, text))
     assert problem in error.value.problem
     assert hint in error.value.hint
+
+
+def test_a_job_report_counts_tokens_of_text_only_and_says_what_it_does_not_look_up(tmp_path):
+    text = "kind: job\nversion: 1\nsteps: 12\nglobal_batch: 64\n"
+    lines = check(write(tmp_path, text)).lines
+    assert "12 steps of 64 x 128 tokens" in lines and not any("looked up" in line for line in lines)
+    lines = check(
+        write(tmp_path, f"{text}model: mine.py:Net\ndata: mine.py:cifar\nloss: mine.py:loss\n")
+    ).lines
+    assert "12 steps of 64 samples" in lines
+    assert "names of your code are not looked up here, but by plan and train" in lines

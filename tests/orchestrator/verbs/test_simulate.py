@@ -69,7 +69,7 @@ def test_rates_prices_and_energy_follow_from_the_step_time(result, program):
 
 def test_the_document_has_every_promised_key_and_is_json(result):
     document = result.document()
-    promised = "step_time_s tokens_per_s mfu peak_memory_bytes cost_usd_per_step energy_j_per_step breakdown"
+    promised = "step_time_s tokens_per_s rate_unit mfu peak_memory_bytes cost_usd_per_step energy_j_per_step breakdown"
     promised += " model_flops hardware_flops activation_bytes fidelity left_out elapsed_s num_chips plan fits"
     assert set(promised.split()) <= document.keys()
     parts = "compute_s exposed_communication_s bubble_s host_s optimizer_s"
@@ -81,7 +81,7 @@ def test_the_document_has_every_promised_key_and_is_json(result):
 def test_tables_carry_units(result):
     cells = [cell for table in tables(result) for row in table.rows for cell in row]
     assert any(cell.endswith("tok/s") for cell in cells)
-    assert any(cell.endswith("USD per step") for cell in cells)
+    assert any("USD per step, " in cell and cell.endswith("USD per hour") for cell in cells)
 
 
 def test_flops_of_what_is_computed_twice_are_shown_beside_the_models(result, program):

@@ -137,6 +137,9 @@ def test_a_resumed_run_goes_on_bit_for_bit(
     with stopping_after(2):
         interrupted = train.run(laptop.take(4), job, plan=PLAN, folder=folder, document=document)
     assert interrupted.was_interrupted and interrupted.steps == 2
+    assert interrupted.tables()[0].title == "interrupted at step 2 of 4"
+    said = f"interrupted at step 2 of 4; saved; go on with `orchestrate train --resume {folder}`"
+    assert said in (folder / "log.txt").read_text().splitlines()
     result = train.main(
         TrainOptions(resume=folder, runner=RunnerKind.INLINE), Console(out=io.StringIO(), err=io.StringIO())
     )
