@@ -9,6 +9,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
+from zlib import crc32
 
 import torch
 from torch import nn
@@ -32,8 +33,9 @@ from orchestrator.config.job_file import Dtype, Job
 from orchestrator.models.model_builder import BuiltModel, build
 from orchestrator.models.user_code import RAISED, called, first_parameter, named_object, raised
 from orchestrator.planning.weights_elsewhere import WeightsElsewhere
+from orchestrator.runs.data import step_key
 from orchestrator.runs.learning_rate import learning_rate
-from orchestrator.runs.own_data import Named, OwnData, Reading
+from orchestrator.runs.own_data import Named, OwnData, Reading, drawing
 from partitioner.capture.batch_inputs import Batch, tensors_of
 from partitioner.capture.captured_graph import TORCH
 from partitioner.capture.forwards.step_loss import LossFunction, keeping, parameters_of
@@ -57,6 +59,8 @@ class JobParts:
         """A batch of the kind that a step takes."""
         if self.data is not None:
             return self.data.batch(0)
+        if self.job.has_own_model and self.model.example is None:
+            _require_text_inputs(self.job, self.model.module)
         batch = self.model.example_batch(self.job.global_batch, self.job.seq)
         if self.job.has_own_model and self.model.example is not None:
             _require_example(self.job, batch)
@@ -91,7 +95,7 @@ def validation_data(parts: JobParts) -> OwnData | None:
     if job.validation.data is None:
         return None
     quiet = job.model_copy(update={"shuffle": False, "drop_last": False, "data_args": {}, "data_gives": None})
-    return _own_data(quiet, job.validation.data, parts.model.module, job_loss(job))[1]
+    return _own_data(quiet, job.validation.data, parts.model.module, job_loss(job), "validation.data")[1]
 
 
 def job_loss(job: Job) -> LossFunction | None:
@@ -100,8 +104,14 @@ def job_loss(job: Job) -> LossFunction | None:
         return None
     found = named_object(job.loss, "loss")
     if isinstance(found, type) or job.loss_args:
-        found = called(_function(found, job.loss, "loss"), job.loss, "loss", **job.loss_args)
+        found = _made(job, found, job.loss, "loss", **job.loss_args)
     return _function(found, job.loss, "loss")
+
+
+def _made(job: Job, found: object, text: str, key: str, *args: object, **kwargs: object) -> Any:
+    """What a function of the user's returns; random numbers that it draws follow from the job's seed and the key."""
+    with drawing(step_key(job.seed, crc32(key.encode()))):
+        return called(_function(found, text, key), text, key, *args, **kwargs)
 
 
 def _function(found: object, text: str, key: str) -> Callable[..., Any]:
@@ -121,7 +131,7 @@ def job_optimizer(job: Job, module: nn.Module) -> torch.optim.Optimizer:
             groups)  # fmt: skip
     make = _function(named_object(wanted.name, "optimizer"), wanted.name, "optimizer")
     given = module if _takes_module(make) else list(module.parameters())
-    made = called(make, wanted.name, "optimizer", given, **wanted.given)
+    made = _made(job, make, wanted.name, "optimizer", given, **wanted.given)
     if not isinstance(made, torch.optim.Optimizer):
         problem = f"{wanted.name} returned a {type(made).__name__}"
         raise ModelError(problem, "optimizer", "return a torch.optim.Optimizer")
@@ -156,8 +166,8 @@ class LrSchedule:
         self.own: Any = None
         if job.lr_schedule.is_own:
             text = str(job.lr_schedule.name)
-            make = _function(named_object(text, "lr_schedule"), text, "lr_schedule")
-            self.own = called(make, text, "lr_schedule", optimizer, **job.lr_schedule.args)
+            make = named_object(text, "lr_schedule")
+            self.own = _made(job, make, text, "lr_schedule", optimizer, **job.lr_schedule.args)
             self._require_scheduler(text)
 
     def _require_scheduler(self, text: str) -> None:
@@ -231,14 +241,14 @@ def optimized_shape(
 
 
 def _own_data(
-    job: Job, text: str, module: nn.Module, loss_fn: LossFunction | None
+    job: Job, text: str, module: nn.Module, loss_fn: LossFunction | None, key: str = "data"
 ) -> tuple[LossFunction | None, OwnData]:
     """The data of a name, and the loss as it reads that."""
     found = named_object(text, "data")
     is_made = callable(found) and not hasattr(found, "__getitem__") and not hasattr(found, "__iter__")
     is_made |= isinstance(found, type)
     if is_made:
-        source = called(_function(found, text, "data"), text, "data", **job.data_args)
+        source = _made(job, found, text, key, **job.data_args)
     elif job.data_args:
         raise ModelError(f"{text} takes no data_args", "data", "name a function that makes the data")
     elif isinstance(found, Iterator):
@@ -299,6 +309,10 @@ class PositionalInputs:
         if self.reads_batch and count > len(required) and len(names) > len(required):
             raise DataError(f"which of {count} entries are for forward({', '.join(names)})?", self.text,
                             "give dicts with the names of its arguments")  # fmt: skip
+        if self._loss is None and (rest := count - len(names)) > 0:
+            left = "1 entry is" if rest == 1 else f"{rest} entries are"
+            raise DataError(f"{left} left over for the loss, and the job has none; forward takes ({', '.join(names)})",
+                            self.text, "--set loss=file.py:name; or give dicts with the names of forward")  # fmt: skip
         num = min(len(names), max(len(required), count - wanted))
         rest, self._num_forward = count - num, min(num, count)
         more = (
@@ -315,6 +329,19 @@ class PositionalInputs:
             raise DataError(f"a batch has {count} entries without names; by name {takes}", self.text,
                             "name as many arguments there, or give dicts with these names")  # fmt: skip
         return found
+
+
+def _require_text_inputs(job: Job, module: nn.Module) -> None:
+    """A model of the user's that is given no data must take text."""
+    taken = parameters_of(module.forward)
+    if not any(p.name == "input_ids" or p.kind is p.VAR_KEYWORD for p in taken):
+        names = ", ".join(p.name for p in taken)
+        problem = (
+            f"no data was given, so a batch of text was made (input_ids, labels), but forward takes ({names})"
+        )
+        raise ModelError(
+            problem, job.model, "give --data file.py:name, or example_batch(samples, seq) in the module"
+        )
 
 
 def _positional(function: Callable[..., object]) -> list[inspect.Parameter]:

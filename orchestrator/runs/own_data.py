@@ -155,7 +155,7 @@ class OwnData:
         per_pass, size = self.batches_per_pass or 1, self.reading.samples
         number, place = divmod(step, per_pass)
         order = self._order(number)[place * size : (place + 1) * size]
-        with _drawing(step_key(self.reading.seed, step)), self._explaining():
+        with drawing(step_key(self.reading.seed, step)), self._explaining():
             samples = [self.source[int(index)] for index in order]
         return self.named(_collated(samples, self.name))
 
@@ -198,7 +198,7 @@ class OwnData:
             number += 1
 
     def _pass(self, number: int) -> Iterator[object]:
-        with _drawing(step_key(self.reading.seed, number)) as state, self._explaining():
+        with drawing(step_key(self.reading.seed, number)) as state, self._explaining():
             values = iter(self.source)
             _keep(state)
         if values is self.source and self._is_begun:
@@ -297,7 +297,7 @@ def _placed(batch: Named, dtype: torch.dtype, name: str) -> Named:
 
 
 @contextmanager
-def _drawing(seed: int) -> Iterator[list[RandomState]]:
+def drawing(seed: int) -> Iterator[list[RandomState]]:
     """Random numbers follow from a seed inside the block; gives a place for the state that they are left in."""
     before = _random_state()
     torch.manual_seed(seed % 2**63)

@@ -2,15 +2,16 @@
 
 from collections.abc import Callable
 from dataclasses import make_dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from comms.errors import DataError, PlanError, RunError
+from comms.errors import DataError, ModelError, PlanError, RunError
 from orchestrator.config.job_file import load_job
-from orchestrator.planning.job_parts import LrSchedule, PositionalInputs, job_optimizer
+from orchestrator.planning.job_parts import LrSchedule, PositionalInputs, job_optimizer, job_parts
 from orchestrator.planning.optimizer_checks import checked_traits
 
 A, B, C = (torch.full((4, 2), float(n)) for n in range(3))
@@ -69,7 +70,7 @@ def test_entries_without_names_are_forwards_arguments_and_then_the_losss(
 @pytest.mark.parametrize(
     ("module", "loss_fn", "value", "said"),
     [
-        (One(), None, (A, B), "2 entries without names; by name forward takes"),
+        (One(), None, (A, B), r"1 entry is left over for the loss, and the job has none; forward takes \(x\)"),
         (One(), loss, (A,), ""), (One(), loss, (A, B, C), "after the output the loss takes .y."),
         (Two(), of_batch, (A, B), r"which of 2 entries are for forward\(x, mask\)"),
         (One(), None, 5, "a batch is a int"), (One(), None, None, "a batch is a NoneType"),
@@ -91,6 +92,35 @@ def test_a_loss_of_the_batch_gets_the_tuple_that_the_data_gave() -> None:
     batch = inputs.named((A, B))
     assert inputs.loss_fn is not None
     assert [v is w for v, w in zip(inputs.loss_fn(A, batch), (A, B), strict=True)] == [True, True]
+
+
+RANDOM = """
+import numpy, random, torch
+from torch.utils.data import TensorDataset
+def data(): return TensorDataset(torch.randn(8, 2) * random.random() * numpy.random.rand(), torch.randn(8, 1))
+"""
+
+
+def test_what_a_data_function_draws_follows_from_the_seed_alone(tmp_path: Path) -> None:
+    (tmp_path / "drawn.py").write_text(RANDOM)
+    found = []
+    for seed in (1, 1, 2):
+        given = [f"data={tmp_path}/drawn.py:data", f"seed={seed}", "global_batch=4", "model=torch.nn:Linear",
+                 "model_args={in_features: 2, out_features: 1}", "loss=torch.nn:MSELoss"]  # fmt: skip
+        before = torch.get_rng_state()
+        data = job_parts(load_job(None, given), "cpu").data
+        assert data is not None and torch.equal(before, torch.get_rng_state())
+        found.append(torch.cat(list(data.source.tensors), dim=1))
+    assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
+
+
+def test_a_model_of_ones_own_without_data_is_told_what_to_give() -> None:
+    given = ["model=torch.nn:Linear", "model_args={in_features: 2, out_features: 1}"]
+    with pytest.raises(
+        ModelError, match=r"no data was given, so a batch of text .* takes \(input\)"
+    ) as caught:
+        job_parts(load_job(None, given), "cpu").example_batch()
+    assert caught.value.hint.startswith("give --data file.py:name, or example_batch")
 
 
 def net() -> nn.Module:
