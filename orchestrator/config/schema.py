@@ -190,9 +190,9 @@ def _finding(details: ErrorDetails, document: Document, model: type[Section]) ->
             f"unknown key {name!r}", where, nearest(location[-1], _keys_at(model, location[:-1]))
         )
     if kind == "missing":
-        return ConfigError(
-            f"the key {name!r} is missing", document.where(*location[:-1]), f"add `{location[-1]}:`"
-        )
+        first, *others = _words_for(model, location) or [""]
+        hint = f"add `{location[-1]}:{first and ' '}{first}`" + f" (or {', '.join(others)})" * bool(others)
+        return ConfigError(f"the key {name!r} is missing", document.where(*location[:-1]), hint)
     if kind == "field":
         prefix = f"{name}: " if name else ""
         place = document.where(*location, *context["at"])
@@ -202,6 +202,18 @@ def _finding(details: ErrorDetails, document: Document, model: type[Section]) ->
         return ConfigError(f"{name} cannot be {given!r}", where, nearest(given, known))
     message = details["msg"].removeprefix("Input ").removeprefix("Value error, ")
     return ConfigError(f"{name} {message}, got {_short(given)}", where, _HINTS.get(kind, "change the value"))
+
+
+def _words_for(model: type[Section], location: Location) -> list[str]:
+    """What a key may be, where that is one of a few words or numbers."""
+    section = section_at(model, location[:-1])
+    fields = section.model_fields.items() if section else ()
+    field = next((field for name, field in fields if location[-1] in (name, field.alias)), None)
+    if field is None:
+        return []
+    rules = (rule for rule in field.metadata if isinstance(rule, FieldType))
+    words = next((rule.json_schema.get("enum", ()) for rule in rules), None) or get_args(field.annotation)
+    return [str(word) for word in words if isinstance(word, str | int)]
 
 
 def _dotted(location: Location) -> str:

@@ -7,15 +7,17 @@ says if it fits. What a model cannot be split by is not known here either: degre
 others are chosen. What `train` shows with nothing given is `verbs.inputs.planned_inputs.DEMONSTRATION`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import ceil
+from typing import TypeVar
 
-from comms.errors import PlanError
+from comms.errors import PartitionError, PlanError, ProgramError
 from orchestrator.config.hardware.cluster import Cluster
 from orchestrator.config.job_file import Dtype, Job
 from partitioner.layout.parallel_plan import Plan
 
+Made = TypeVar("Made")
 STATE_SHARE = 0.6  # of a chip's memory; the rest is for activations and buffers
 MICROBATCHES_PER_STAGE = 2  # at least: a bubble (p-1)/(m+p-1) of about a third
 # tokens of one microbatch: enough for efficient matrix multiplications, few enough for activations
@@ -36,6 +38,20 @@ class Refusal:
         return tp >= self.tp and pp >= self.pp
 
 
+def first_that_splits(job: Job, cluster: Cluster, num_params: int, made: Callable[[Plan], Made]) -> Made:
+    """What `made` makes of the first chosen plan that it does not refuse. Raises PlanError where none is left."""
+    refused: list[Refusal] = []
+    while True:
+        plan = choose_plan(job, cluster, num_params, refused)
+        try:
+            return made(plan)
+        except PartitionError as error:
+            is_open = job.plan.tp is None or job.plan.pp is None
+            if not is_open or isinstance(error, ProgramError):  # which is no refusal, but our bug
+                raise
+            refused.append(Refusal(plan.tp, plan.pp, error.problem))
+
+
 def choose_plan(job: Job, cluster: Cluster, num_params: int, refused: Sequence[Refusal] = ()) -> Plan:
     """The plan of a job for all chips of `cluster`, by none of the degrees that were refused.
 
@@ -43,13 +59,17 @@ def choose_plan(job: Job, cluster: Cluster, num_params: int, refused: Sequence[R
     """
     chips = cluster.num_chips
     given = {"dp": job.plan.dp, "tp": job.plan.tp, "pp": job.plan.pp}
-    candidates = [(tp, pp) for tp in _choices(given["tp"], chips) for pp in _choices(given["pp"], chips)
-                  if chips % (tp * pp) == 0 and given["dp"] in (None, chips // (tp * pp))]  # fmt: skip
+    for sizes in _sizes(chips):
+        tps, pps = (sizes if given[axis] is None else [given[axis]] for axis in ("tp", "pp"))
+        candidates = [(tp, pp) for tp in tps for pp in pps
+                      if chips % (tp * pp) == 0 and given["dp"] in (None, chips // (tp * pp))]  # fmt: skip
+        splitting = [c for c in candidates if job.global_batch % (chips // (c[0] * c[1])) == 0]
+        if splitting:
+            break
     if not candidates:
         known = " x ".join(f"{axis} {size}" for axis, size in given.items() if size)
         raise PlanError(f"{known} does not multiply to {chips} chips", "plan",
                         "change a degree, leave one out (auto), or take other --chips")  # fmt: skip
-    splitting = [c for c in candidates if job.global_batch % (chips // (c[0] * c[1])) == 0]
     if not splitting:
         dp = chips // max(tp * pp for tp, pp in candidates)
         raise PlanError(f"global_batch {job.global_batch} is not a multiple of dp {dp}", "plan",
@@ -74,8 +94,8 @@ def _not_refused(
         least = min(refused, key=lambda each: each.tp), min(refused, key=lambda each: each.pp)
         chips, why = cluster.num_chips, "; ".join(dict.fromkeys(each.problem for each in least))
         given = "change the degrees that are asked for, " if job.plan.tp or job.plan.pp or job.plan.dp else ""
-        hint = f"{given}take fewer chips, or more than {job.global_batch} sequences a step (--global-batch)"
-        raise PlanError(f"the model cannot be split over {chips} chips: {why}", f"--chips {chips}", hint)
+        hint = f"{given}take fewer chips, or a batch of more than {job.global_batch}"
+        raise PlanError(f"the model cannot be split over {chips} chips: {why}", f"{chips} chips", hint)
     return left
 
 
@@ -95,11 +115,10 @@ def choose_microbatches(job: Job, dp: int, pp: int) -> int:
     return next((m for m in divisors if m >= wanted), divisors[-1])
 
 
-def _choices(given: int | None, chips: int) -> list[int]:
-    """The degree asked for, or every power of two up to the number of chips."""
-    if given is not None:
-        return [given]
-    return [1 << k for k in range(chips.bit_length()) if 1 << k <= chips]
+def _sizes(chips: int) -> Iterator[list[int]]:
+    """Degrees to choose from: powers of two, and where none of these do whatever divides the number of chips."""
+    yield [1 << k for k in range(chips.bit_length())]
+    yield [size for size in range(1, chips + 1) if chips % size == 0]
 
 
 def _rank(

@@ -17,14 +17,14 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from comms.errors import DataError, PartitionError, PlanError, ProgramError, UserError
+from comms.errors import DataError, PartitionError, PlanError, UserError
 from comms.selection.progress import Progress, quiet
 from kernels.builtin_optimizers import BUILT_IN
 from orchestrator.config.hardware.cluster import Cluster
 from orchestrator.config.job_file import Dtype, Job
 from orchestrator.models.model_specs import SourceKind, parse_model
 from orchestrator.models.user_code import named_object
-from orchestrator.planning.plan_choice import Refusal, choose_plan
+from orchestrator.planning.plan_choice import first_that_splits
 from orchestrator.runs.disk import write_whole
 from partitioner.layout.parallel_plan import BatchNorms, Plan
 from partitioner.program.program import Program
@@ -73,17 +73,10 @@ def prepare(
     cacheable = is_stable and not job.has_own_parts
     if plan is not None:
         return _prepared(cluster, job, plan, progress, cacheable, parts)
-    num_params = _num_params(job, progress, is_stable, parts)
-    refused: list[Refusal] = []
-    while True:
-        plan = choose_plan(job, cluster, num_params, refused)
-        try:
-            return _prepared(cluster, job, plan, progress, cacheable, parts)
-        except PartitionError as error:
-            is_open = job.plan.tp is None or job.plan.pp is None
-            if not is_open or isinstance(error, ProgramError):  # which is no refusal, but our bug
-                raise
-            refused.append(Refusal(plan.tp, plan.pp, error.problem))
+    return first_that_splits(
+        job, cluster, _num_params(job, progress, is_stable, parts),
+        lambda plan: _prepared(cluster, job, plan, progress, cacheable, parts),
+    )  # fmt: skip
 
 
 def _prepared(

@@ -34,7 +34,7 @@ from orchestrator.config.hardware.cluster_file import cluster_path, load_cluster
 from orchestrator.config.job_file import load_job
 from orchestrator.planning.job_parts import optimized_shape
 from orchestrator.planning.optimizer_checks import checked_traits
-from orchestrator.planning.plan_choice import choose_plan
+from orchestrator.planning.plan_choice import first_that_splits
 from orchestrator.planning.preparation import module_values
 from orchestrator.runners.executing.chip_set import ChipSet, InlineLaunch
 from orchestrator.runners.executing.whole_state import (
@@ -118,10 +118,8 @@ class DistributedStep:
         stats = self.execute(batch).stats
         assert stats is not None
         if not stats.is_finite:
-            problem = "the loss or a gradient is not finite; the step was skipped"
-            raise RunError(
-                problem, "step", "lower the learning rate, or look for a batch without valid targets"
-            )
+            hint = "lower the learning rate, or look for a batch without valid targets"
+            raise RunError("the loss or a gradient is not finite; the step was skipped", "step", hint)
         return stats.loss
 
     def evaluate(self, batch: Batch) -> float:
@@ -134,9 +132,7 @@ class DistributedStep:
         self, batch: Batch, schedule: str = "step", *, measure: bool = False, check: bool = False
     ) -> ExecutedStep:
         """Carry out a schedule on a whole global batch; a step that is not finite has changed nothing."""
-        with torch.inference_mode(
-            mode=False
-        ):  # others may evaluate in it; what is kept here is written to later
+        with torch.inference_mode(mode=False):  # others may evaluate in it; what is kept is written to later
             runner, program = self.ready(batch)
             settings = group_settings(self.optimizer)
             batches = split_batch(tensors_of(batch), program, step_key(self.seed, self.steps))
@@ -273,7 +269,7 @@ class DistributedStep:
     def _start(self, batch: Batch, situation: Situation) -> None:
         """Run the Program for a situation, from what the model and the optimizer hold."""
         self.traits = checked_traits(self.optimizer)  # it may have been given hooks or attributes
-        self.plan = self.plan or self._chosen_plan(batch)
+        self.plan = self.plan or self._chosen_plan(batch, situation)
         if self.plan.num_chips != self.cluster.num_chips:
             raise PlanError(f"the plan is for {self.plan.num_chips} chips, the cluster has {self.cluster.num_chips}",
                             "plan", f"take chips={self.plan.num_chips}, or change a degree")  # fmt: skip
@@ -306,12 +302,18 @@ class DistributedStep:
                 own[name] = {**own.get(name, {}), MASTER: master}
         return own
 
-    def _chosen_plan(self, batch: Batch) -> Plan:
-        """A plan for all chips; samples are units of work, as nothing is known of tokens."""
+    def _chosen_plan(self, batch: Batch, situation: Situation) -> Plan:
+        """A plan that splits the model over all chips; samples are units of work, as nothing is known of tokens."""
         lengths = Counter(v.shape[0] for v in tensors_of(batch).values() if v.dim())
         samples = max(lengths, key=lambda n: (lengths[n], n), default=1)
         job = load_job(None).model_copy(update={"global_batch": max(samples, 1), "seq": 1})
-        return choose_plan(job, self.cluster, sum(p.numel() for p in self.model.parameters()))
+        num_params = sum(p.numel() for p in self.model.parameters())
+
+        def made(plan: Plan) -> Plan:
+            self._program_of(batch, plan, situation)
+            return plan
+
+        return first_that_splits(job, self.cluster, num_params, made)
 
     def _program_of(self, batch: Batch, plan: Plan, situation: Situation) -> Program:
         """The Program for a situation, made once."""

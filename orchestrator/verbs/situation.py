@@ -38,6 +38,9 @@ def situation_of(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batc
         problem = f"the batch's {entries[0]} is a parameter that the optimizer has"
         hint = "register it in the model, or take it out of the optimizer's groups"
         raise PlanError(problem, "step(batch)", hint)
+    if params and not optimized & set(map(id, params.values())):
+        problem = "the optimizer holds none of the model's parameters"
+        raise PlanError(problem, type(optimizer).__name__, "make it of this model's parameters()")
     named: list[tuple[str, torch.Tensor]] = [*params.items(), *model.named_buffers()]
     if lazy := [name for name, value in named if is_lazy(value)]:
         problem = f"{lazy[0]} has no shape before the model's first forward"

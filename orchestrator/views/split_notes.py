@@ -21,6 +21,8 @@ def say_split(prepared: Prepared, console: Console, *, resumed: bool = False) ->
     changed = (
         "" if facts["schedule"] == str(plan.schedule) else f"; schedule {facts['schedule']}, which that needs"
     )
+    if said := _odd_batch(prepared):
+        console.say(said)
     if plan.dp * plan.microbatches > 1:
         console.say(f"loss: {facts['loss']}{changed}")
     console.note({name: facts[name] for name in FACTS})
@@ -28,6 +30,14 @@ def say_split(prepared: Prepared, console: Console, *, resumed: bool = False) ->
         console.warn(said)
     if plan.tp > 1 and not _copied_by_tp(prepared.program):
         console.say(_share(prepared.program))
+
+
+def _odd_batch(prepared: Prepared) -> str:
+    """Why a plan that was left open has no more replicas, where that is the batch."""
+    chips, batch, plan = prepared.cluster.num_chips, prepared.job.global_batch, prepared.plan
+    if prepared.job.plan.dp is not None or plan.dp == chips or batch % chips == 0:
+        return ""
+    return f"plan: {plan}, as a batch of {batch} does not divide by dp {chips}"
 
 
 def warnings_of(program: Program) -> list[str]:

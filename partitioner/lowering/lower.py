@@ -132,7 +132,8 @@ def capture_and_lower(
             raise
         program = made(replace(plan, microbatches=1))
         why = f"{refusal.problem} ({refusal.where})"
-        merged = ("merged", f"{plan.microbatches} microbatches run as one, in more memory: {why}")
+        other = "; or plan.batch_norm=per_part" * ("per_part" in refusal.hint)
+        merged = ("merged", f"{plan.microbatches} microbatches run as one, in more memory: {why}{other}")
         return replace(program, meta=(*program.meta, merged))
 
 

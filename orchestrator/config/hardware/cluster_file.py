@@ -53,6 +53,7 @@ from orchestrator.config.yaml_file import Document, Location, read_yaml
 
 FRAME_NBYTES = 1500.0  # of a packet where switches store and forward: the payload of an Ethernet frame
 MOST_CHIPS_OF_HOST = 2**16
+FROM_FILE = "the cluster file"  # a source, in words
 DEFAULT_CLUSTER = "laptop"  # where no command line says another
 # Of the clusters that come with us: inside an installed package, or beside the packages in a checkout.
 _PACKAGE = Path(__file__).parents[2]
@@ -305,8 +306,19 @@ def _fabric(
     library = library_of(section, latency, alone, best, place)
     each = line * best / (1 if own_rates else drawing.links_per_chip(domain))
     shape = drawing.shape(domain, Link(latency - library.issue_s, each), best, "scale-up", library.issue_s)
-    source = section.source or chips[0].sources.get("scale_up.bandwidth", "")
+    source = _fabric_source(section, chips[0], own_rates=own_rates)
     return library.on(Tier("scale-up", TierKind.SCALE_UP, domain, shape, source))
+
+
+def _fabric_source(section: ScaleUpSection, chip: Chip, *, own_rates: bool) -> str:
+    """Where the figures of a fabric come from: its words for it, this file, the chip."""
+    sources = {
+        "bandwidth": FROM_FILE if own_rates else chip.sources.get("scale_up.bandwidth", ""),
+        "latency": FROM_FILE if section.latency is not None else chip.sources.get("scale_up.latency", ""),
+    }
+    rate, latency = sources.values()
+    is_mixed = rate != latency and FROM_FILE in (rate, latency)
+    return section.source or (f"{rate}; latency: {latency}" if is_mixed else rate)
 
 
 def _check_domain(drawing: ShapeDrawing, domain: int, per_host: int, num_hosts: int | None) -> None:

@@ -11,6 +11,7 @@ import logging
 import os
 import secrets
 import threading
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -21,7 +22,8 @@ if TYPE_CHECKING:
     from orchestrator.runners.executing.transport import Address
 
 OBJECT_STORE_BYTES = 80 << 20  # Ray's least: tensors do not go through its store
-PATIENCE_S = 60.0  # for free resources and for actors to come up
+PATIENCE_S = 60.0  # for free resources, and for one more actor to come up
+LONGEST_S = 600.0  # for all of them, as long as they do
 PHASES = ("start Ray", "start actors")
 
 
@@ -116,15 +118,20 @@ class RayStart:
         self._get_addresses(ray)
 
     def _get_addresses(self, ray: Any) -> None:
+        asked, num_up, ends = [actor.address.remote() for actor in self.actors], 0, time.monotonic() + LONGEST_S
+        while num_up < len(asked):  # on a machine that is busy elsewhere the processes come up one by one
+            done, _ = ray.wait(asked, num_returns=num_up + 1, timeout=PATIENCE_S)
+            if len(done) <= num_up or time.monotonic() > ends:
+                raise_slow(len(done), len(asked), os.getloadavg()[0], len(os.sched_getaffinity(0)))
+            num_up = len(done)
         try:
-            found = ray.get([actor.address.remote() for actor in self.actors], timeout=PATIENCE_S)
+            self.addresses = dict(enumerate(ray.get(asked)))
         except ray.exceptions.RayError as error:
             raise RunError(
                 f"the actors did not start: {error}",
                 f"{self.plan.num_actors} Ray actors",
                 "look into Ray's logs (/tmp/ray/session_latest/logs), or train with --runner inline",
             ) from error
-        self.addresses = dict(enumerate(found))
         for actor in self.actors:
             actor.warm_up.remote()  # nobody waits for it
 
@@ -152,6 +159,15 @@ def require_resources(plan: ActorPlan, total: Mapping[str, float]) -> None:
                 "Ray at this machine",
                 f"ask for at most {int(found // each)} actors" if found >= each else f"add {name}s to Ray",
             )
+
+
+def raise_slow(num_up: int, num_actors: int, load: float, num_cores: int) -> NoReturn:
+    """Processes of actors did not come up in time, most often as the machine is busy."""
+    raise RunError(
+        f"{num_up} of {num_actors} actors came up, and no other one in {PATIENCE_S:g} s",
+        f"Ray at this machine: load {load:.1f} on {num_cores} cores",
+        "try again when less else runs, or train with --runner inline",
+    )
 
 
 def raise_busy(plan: ActorPlan, free: Mapping[str, float]) -> NoReturn:

@@ -123,7 +123,7 @@ def test_where_every_split_was_refused_the_reasons_and_ways_out_are_told(asked: 
     refused = [Refusal(8, 1, "4 heads do not divide by tp 8"), Refusal(1, 8, "4 pieces for 8 stages")]
     with pytest.raises(PlanError, match=r"over 1024 chips: .*4 heads do not divide by tp 8") as caught:
         choose_plan(asked, POD.take(1024), 10**6, refused)
-    assert caught.value.where == "--chips 1024"
+    assert caught.value.where == "1024 chips"
     assert hint in caught.value.hint
 
 
@@ -133,6 +133,15 @@ def test_a_job_whose_optimizer_must_see_whole_parameters_gets_stages_instead(tin
     assert (prepared.plan.tp, prepared.plan.pp) == (1, 4)
     with pytest.raises(PlanError, match="whole parameters"):  # what is asked for is never changed
         prepare(POD.take(4), tiny_job(*whole, "plan.tp=4", "plan.pp=1"))
+
+
+def test_degrees_that_are_no_powers_of_two_are_taken_where_no_other_works() -> None:
+    plan = choose_plan(asking(8), POD.take(3), 10**6)
+    assert (plan.dp, plan.tp, plan.pp) == (1, 3, 1)
+    plan = choose_plan(asking(8, dp=2), POD.take(6), 10**6)
+    assert (plan.dp, plan.tp * plan.pp) == (2, 3)
+    plan = choose_plan(asking(8), POD.take(6), 10**6)
+    assert (plan.dp, plan.tp, plan.pp) == (2, 3, 1)
 
 
 def test_a_batch_that_does_not_split_moves_chips_to_model_parallelism() -> None:

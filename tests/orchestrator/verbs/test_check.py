@@ -105,6 +105,12 @@ def test_a_chip_file_with_a_wrong_unit_is_refused(tmp_path):
         ("kind: clutser\n", "kind cannot be 'clutser'", "did you mean 'cluster'?"),
         ("kind: 3\n", "kind cannot be 3", "cluster or job or chip"),
         ("", "'kind' is missing", "add `kind:`"),
+        (
+            "kind: cluster\nversion: 1\nname: a\nhosts: [{count: 1, chips: [{like: nvidia_l4, count: 1}]}]\n",
+            "'device' is missing",
+            "add `device: simulated` (or cpu, cuda)",
+        ),
+        ("kind: job\n", "'version' is missing", "add `version: 1`"),
     ],
 )
 def test_a_file_of_no_known_kind_is_told_how(tmp_path, text, problem, hint):

@@ -365,3 +365,16 @@ def test_several_weights_tied_across_stages_each_get_their_own_gradient(
         loss.backward()
         optimizer.step()
         assert step({"x": x}) == pytest.approx(loss.item(), rel=1e-12)
+
+
+def test_a_number_of_chips_that_does_not_divide_the_batch_splits_the_model() -> None:
+    module = model()
+    step = distribute(module, adamw(module), "laptop", chips=3)
+    assert step(batch(0)) == pytest.approx(eager(adamw, 1)[0][0], rel=1e-12)
+    assert step.plan is not None and (step.plan.dp, step.plan.num_chips) == (1, 3)
+
+
+def test_an_optimizer_of_another_model_is_refused() -> None:
+    step = distribute(model(), adamw(model()), "laptop", chips=2)
+    with pytest.raises(PlanError, match="the optimizer holds none of the model's parameters"):
+        step(batch(0))

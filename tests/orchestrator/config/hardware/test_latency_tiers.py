@@ -138,6 +138,27 @@ def test_every_row_has_a_source_and_loaded_is_never_faster(name):
             assert each.loaded_bytes_per_s <= each.bytes_per_s * (1 + 1e-9)
 
 
+@pytest.mark.parametrize(
+    ("own", "source"),
+    [
+        ("bandwidth: 50 GB/s, latency: 1 us", "the cluster file"),
+        ("latency: 1 us", "CHIP; latency: the cluster file"),
+        ("bandwidth: 50 GB/s", "the cluster file; latency: CHIP"),
+        ("bandwidth: 50 GB/s, source: our test bench", "our test bench"),
+    ],
+)
+def test_a_figure_of_the_cluster_file_is_credited_to_it(own, source, tmp_path):
+    path = tmp_path / "own.yaml"
+    path.write_text(
+        "kind: cluster\nversion: 1\nname: own\ndevice: simulated\n"
+        f"hosts: [{{count: 1, chips: [{{like: nvidia_h100_sxm, count: 2}}]}}]\nscale_up: {{{own}}}\n"
+    )
+    cluster = load_cluster(path)
+    found = next(r.source for r in latency_tiers(cluster.network, cluster.chip_types) if r.tier == "scale-up")
+    figure = "latency" if source.endswith("CHIP") else "bandwidth"
+    assert found == source.replace("CHIP", cluster.chip(0).sources[f"scale_up.{figure}"])
+
+
 @pytest.mark.parametrize("name", SHIPPED)
 def test_a_chip_without_a_published_on_chip_latency_says_so(name):
     chip = load_cluster(ROOT / f"cluster_configs/{name}.yaml").chip(0)
