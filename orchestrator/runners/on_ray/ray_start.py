@@ -11,7 +11,6 @@ import logging
 import os
 import secrets
 import threading
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
 
 OBJECT_STORE_BYTES = 80 << 20  # Ray's least: tensors do not go through its store
 PATIENCE_S = 60.0  # for free resources, and for one more actor to come up
-LONGEST_S = 600.0  # for all of them, as long as they do
+LONGEST_S = 600.0  # for that on a busy machine
 PHASES = ("start Ray", "start actors")
 
 
@@ -118,11 +117,12 @@ class RayStart:
         self._get_addresses(ray)
 
     def _get_addresses(self, ray: Any) -> None:
-        asked, num_up, ends = [actor.address.remote() for actor in self.actors], 0, time.monotonic() + LONGEST_S
+        asked, num_up = [actor.address.remote() for actor in self.actors], 0
         while num_up < len(asked):  # on a machine that is busy elsewhere the processes come up one by one
-            done, _ = ray.wait(asked, num_returns=num_up + 1, timeout=PATIENCE_S)
-            if len(done) <= num_up or time.monotonic() > ends:
-                raise_slow(len(done), len(asked), os.getloadavg()[0], len(os.sched_getaffinity(0)))
+            load, cores = os.getloadavg()[0], len(os.sched_getaffinity(0))
+            done, _ = ray.wait(asked, num_returns=num_up + 1, timeout=start_patience_s(load, cores))
+            if len(done) <= num_up:
+                raise_slow(len(done), len(asked), load, cores)
             num_up = len(done)
         try:
             self.addresses = dict(enumerate(ray.get(asked)))
@@ -161,10 +161,15 @@ def require_resources(plan: ActorPlan, total: Mapping[str, float]) -> None:
             )
 
 
+def start_patience_s(load: float, num_cores: int) -> float:
+    """How long one more process may take to start: longer on a machine that has more to do than cores."""
+    return min(PATIENCE_S * max(1.0, load / num_cores), LONGEST_S)
+
+
 def raise_slow(num_up: int, num_actors: int, load: float, num_cores: int) -> NoReturn:
     """Processes of actors did not come up in time, most often as the machine is busy."""
     raise RunError(
-        f"{num_up} of {num_actors} actors came up, and no other one in {PATIENCE_S:g} s",
+        f"{num_up} of {num_actors} actors came up, and no other one in {start_patience_s(load, num_cores):.0f} s",
         f"Ray at this machine: load {load:.1f} on {num_cores} cores",
         "try again when less else runs, or train with --runner inline",
     )

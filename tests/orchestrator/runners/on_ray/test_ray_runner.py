@@ -21,7 +21,9 @@ from orchestrator.runners.on_ray.ray_start import (
     ActorPlan,
     RayStart,
     raise_busy,
+    raise_slow,
     require_resources,
+    start_patience_s,
 )
 from orchestrator.runners.runner import Batches, Settings, States, StepRequest, TensorRunner
 from partitioner.capture.graph_units import capture_graph
@@ -240,3 +242,11 @@ def test_what_is_short_is_named():
     require_resources(plan, {"CPU": 4.0, "GPU": 4.0})
     with pytest.raises(ClusterError, match="4 CPUs needed, 1 free"):
         raise_busy(plan, {"CPU": 1.0, "GPU": 4.0})
+
+
+def test_actors_that_do_not_start_in_time_are_told_with_the_machines_load() -> None:
+    assert [start_patience_s(load, 2) for load in (0.5, 2.0, 8.0, 1000.0)] == [60, 60, 240, 600]
+    with pytest.raises(RunError, match="1 of 2 actors came up, and no other one in 240 s") as caught:
+        raise_slow(1, 2, 8.0, 2)
+    assert caught.value.where == "Ray at this machine: load 8.0 on 2 cores"
+    assert caught.value.hint.startswith("try again") and "--runner inline" in caught.value.hint
