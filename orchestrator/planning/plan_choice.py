@@ -60,7 +60,7 @@ def choose_plan(job: Job, cluster: Cluster, num_params: int, refused: Sequence[R
     chips = cluster.num_chips
     given = {"dp": job.plan.dp, "tp": job.plan.tp, "pp": job.plan.pp}
     for sizes in _sizes(chips):
-        tps, pps = (sizes if given[axis] is None else [given[axis]] for axis in ("tp", "pp"))
+        tps, pps = ([degree] if (degree := given[axis]) else sizes for axis in ("tp", "pp"))
         candidates = [(tp, pp) for tp in tps for pp in pps
                       if chips % (tp * pp) == 0 and given["dp"] in (None, chips // (tp * pp))]  # fmt: skip
         splitting = [c for c in candidates if job.global_batch % (chips // (c[0] * c[1])) == 0]

@@ -145,12 +145,12 @@ def _num_params(job: Job, progress: Progress, cacheable: bool, parts: "JobParts 
     entry = f"{key_of({'params': job.model, 'args': arguments})}.number"
 
     def counted() -> int:
-        with progress("count parameters"):
-            if parts is None:
-                from orchestrator.planning.job_parts import build_model
+        if parts is not None:
+            return sum(p.numel() for p in parts.model.module.parameters())
+        with progress("import torch, count parameters"):
+            from orchestrator.planning.job_parts import build_model
 
-            model = build_model(job, "meta") if parts is None else parts.model
-            return sum(p.numel() for p in model.module.parameters())
+            return sum(p.numel() for p in build_model(job, "meta").module.parameters())
 
     return remembered(entry if cacheable else None, int, counted, lambda count: str(count).encode())[0]
 

@@ -105,7 +105,9 @@ def _runner_of(folder: RunDir) -> RunnerKind:
 
 
 def _name(job: Job) -> str:
-    return job.model.rpartition(":")[2] if job.model.startswith(("builtin:", "hf:")) else "run"
+    """What the run's folder is called after: a model, class or file."""
+    words = job.model.split(":")
+    return Path(words[1 if words[0] == "hf" else -1]).name
 
 
 def _train(

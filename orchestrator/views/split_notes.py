@@ -4,6 +4,7 @@ from comms.units import format_percent
 from orchestrator.planning.idle_keys import idle_keys
 from orchestrator.planning.preparation import Prepared
 from orchestrator.views.console import Console
+from partitioner.layout.parallel_plan import BatchNorms
 from partitioner.program.program import Program
 
 CUT_SHARE = 0.9  # below it a model counts as copied rather than cut
@@ -23,8 +24,11 @@ def say_split(prepared: Prepared, console: Console, *, resumed: bool = False) ->
     )
     if said := _odd_batch(prepared):
         console.say(said)
-    if plan.dp * plan.microbatches > 1:
-        console.say(f"loss: {facts['loss']}{changed}")
+    if plan.dp * plan.microbatches == 1:
+        console.say(f"the batch is not split: loss {facts['loss']}{changed}")
+    else:
+        apart = "batch norm by parts, else " * (plan.batch_norm is BatchNorms.PER_PART)
+        console.say(f"{apart}the split is exact: loss = {facts['loss']}{changed}")
     console.note({name: facts[name] for name in FACTS})
     for said in warnings_of(prepared.program):
         console.warn(said)

@@ -112,7 +112,10 @@ def capture_and_lower(
     """
 
     def made(plan: Plan) -> Program:
-        with located(shape.model, "simplify the model"), progress("capture"):
+        parts = (
+            f"{plan.dp} x {plan.microbatches} parts" if plan.dp * plan.microbatches > 1 else "the whole batch"
+        )
+        with located(shape.model, "simplify the model"), progress(f"capture for {parts}"):
             graph = capture(plan.microbatches)
         with located("plan", "see the plan"), progress("partition"):
             try:

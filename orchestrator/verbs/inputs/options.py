@@ -31,9 +31,10 @@ class Subject(StrEnum):
 
 # Flags of several verbs.
 ClusterFlag = Annotated[
-    Path | None, Option(metavar="FILE|NAME", help="Cluster file, or a shipped one by its bare name.")
+    Path | None,
+    Option(metavar="FILE|NAME", help="Cluster file, or a shipped one by its bare name; default: laptop."),
 ]
-ChipsFlag = Annotated[int | None, Option(min=1, help="Take this many chips of the cluster.")]
+ChipsFlag = Annotated[int | None, Option(min=1, help="Take this many chips of the cluster; default: all.")]
 RunDirFlag = Annotated[Path | None, Option(metavar="FOLDER", help="Write results here; must not exist yet.")]
 PlotFlag = Annotated[Path | None, Option(metavar="FILE.png", help="Draw a picture into this file.")]
 INTERRUPTED = 130  # exit code
@@ -60,19 +61,25 @@ class PlannedOptions(Options):
     model: Annotated[
         str | None,
         Option(
-            metavar="MODEL", help="builtin:NAME, hf:NAME[:HEAD], hf:FOLDER, file.py:name or pkg.module:name."
+            metavar="MODEL",
+            help="builtin:NAME (default: gpt-mini), hf:NAME[:HEAD], hf:FOLDER, file.py:name or pkg.module:name.",
         ),
     ] = None
     data: Annotated[
         str | None,
-        Option(metavar="DATA", help="A text file, a folder of them, or file.py:name of a dataset or loader."),
+        Option(
+            metavar="DATA",
+            help="A text file, a folder of them, or file.py:name of a dataset or loader; default: text.",
+        ),
     ] = None
     plan: Annotated[Path | None, Option(metavar="FILE", help="A saved plan to use instead of a new one.")] = (
         None
     )
     chips: ChipsFlag = None
-    global_batch: Annotated[int | None, Option(min=1, help="Samples per step, over all chips.")] = None
-    seq: Annotated[int | None, Option(min=1, help="Tokens per sequence.")] = None
+    global_batch: Annotated[
+        int | None, Option(min=1, help="Samples per step, over all chips; default: 32.")
+    ] = None
+    seq: Annotated[int | None, Option(min=1, help="Tokens per sequence; default: 128.")] = None
     overrides: Annotated[
         tuple[str, ...],
         Option("--set", metavar="A.B=C", help="Override a key of the job, as in loss=file.py:name."),
@@ -108,8 +115,8 @@ class TrainOptions(PlannedOptions):
     """Train with real tensors, prediction beside measurement."""
 
     run_dir: RunDirFlag = None
-    steps: Annotated[int | None, Option(min=1, help="Optimizer steps.")] = None
-    runner: Annotated[RunnerKind | None, Option(help="Who executes the plan.")] = None
+    steps: Annotated[int | None, Option(min=1, help="Optimizer steps; default: 200.")] = None
+    runner: Annotated[RunnerKind | None, Option(help="Who executes the plan; default: ray.")] = None
     resume: Annotated[Path | None, Option(metavar="RUN_DIR", help="Continue the run in this folder.")] = None
     verify_first: Annotated[
         bool, Option("--verify-first", help="End at once if the first step differs from one chip's.")
