@@ -7,6 +7,7 @@ out, one that only the model has is drawn from the seed if a head was asked for 
 are said. A part that both have must have the same tensors, of the same shapes, in both.
 """
 
+import importlib
 import logging
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -102,7 +103,12 @@ def _quiet() -> Iterator[None]:
     logger = logging.getLogger("transformers")
     before = logger.level
     logger.setLevel(logging.CRITICAL)
+    bars = importlib.import_module("transformers.utils.logging")
+    has_bars = bars.is_progress_bar_enabled()
+    bars.disable_progress_bar()
     try:
         yield
     finally:
         logger.setLevel(before)
+        if has_bars:
+            bars.enable_progress_bar()

@@ -9,6 +9,7 @@ from pathlib import Path
 from comms.algorithms.direct import all_to_allv
 from comms.collectives.schedule import Op, Schedule
 from comms.errors import ConfigError, located
+from comms.networks.fabrics.edge_list import EdgeList
 from comms.selection.choice import AUTO
 from comms.selection.collective import answer_to
 from comms.selection.question import Answer, Fidelity, Question
@@ -34,6 +35,7 @@ from orchestrator.views.console import Console
 from orchestrator.views.network import comms_report
 
 DEFAULT_SIZE = "64 MiB"
+MAX_NAMED = 4
 
 
 def main(options: CommsOptions, console: Console) -> int:
@@ -46,6 +48,7 @@ def main(options: CommsOptions, console: Console) -> int:
         cluster = whole.take(options.chips)
         if any(fault.slowdown > 1 for fault in cluster.conditions.chips):
             console.warn("`slowdown` of chips has no effect here, where nothing computes: simulate counts it")
+        _warn_of_idle(cluster, console)
         question = (_uneven if is_uneven(options.op) else _even)(cluster, options, console)
         found: Answer | SizeSweep
         if options.sweep is None:
@@ -54,6 +57,16 @@ def main(options: CommsOptions, console: Console) -> int:
             found = sweep_sizes(question, read_sizes(options.sweep), console.phase)
         _show(found, cluster.name, options.plot, console)
     return 0
+
+
+def _warn_of_idle(cluster: Cluster, console: Console) -> None:
+    """What the cluster file has and no message uses."""
+    for tier in cluster.network.tiers:
+        if isinstance(tier.shape, EdgeList) and (idle := tier.shape.idle_edges):
+            named = ", ".join(f"{edge.a} - {edge.b}" for edge in idle[:MAX_NAMED]) + ", ..." * (
+                len(idle) > MAX_NAMED
+            )
+            console.warn(f"links that carry nothing, as others beside them have less latency: {named}")
 
 
 def _even(cluster: Cluster, options: CommsOptions, console: Console) -> Question:

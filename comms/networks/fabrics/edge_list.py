@@ -73,6 +73,15 @@ class EdgeList(RoutedShape):
         return self.num_chips + len(self.switches)
 
     @property
+    def idle_edges(self) -> tuple[Edge, ...]:
+        """Those beside one of less latency: as messages take the best paths only, none goes over them."""
+        least: dict[tuple[int | str, int | str], float] = {}
+        for edge in self.edges:
+            for ends, latency_s in _latencies(edge):
+                least[ends] = min(latency_s, least.get(ends, latency_s))
+        return tuple(e for e in self.edges if all(s > least[ends] for ends, s in _latencies(e)))
+
+    @property
     def tiers(self) -> tuple[str, ...]:
         return ("link",)
 
@@ -87,6 +96,13 @@ class EdgeList(RoutedShape):
     def ways(self, src: IntArray, dst: IntArray) -> Ways:
         """The best paths; see the module. Raises CommsError where there is none."""
         return self.paths.ways(src, dst)
+
+
+def _latencies(edge: Edge) -> list[tuple[tuple[int | str, int | str], float]]:
+    """Of each direction that an edge has."""
+    there = ((edge.a, edge.b), edge.link.latency_s)
+    back = ((edge.b, edge.a), (edge.back or edge.link).latency_s)
+    return [there] if edge.duplex is Duplex.ONE_WAY else [there, back]
 
 
 @dataclass(frozen=True, slots=True, eq=False)

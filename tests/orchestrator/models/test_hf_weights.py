@@ -102,6 +102,11 @@ def test_a_folder_named_like_a_configuration_is_its_own_or_refused(
         assert "is a known configuration and a folder here" in error.problem and f"hf:./{name}" in error.hint
 
 
+def test_nothing_is_drawn_while_weights_are_loaded(bert: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    built(f"hf:{bert}")
+    assert capfd.readouterr() == ("", "")
+
+
 def test_a_new_head_and_an_old_one_are_said(bert: Path) -> None:
     assert built(str(bert)).said == ()
     new, old = built(f"{bert}:masked").said

@@ -236,3 +236,18 @@ def test_switches_side_by_side_do_not_stand_on_each_others_letters():
         assert sum(xs) / 8 == pytest.approx(sum(node.x for node in row) / 8)
         assert min(b - a for a, b in pairwise(xs)) > 0.1
         assert (moved[7].text == row[7].text) == is_whole
+
+
+@pytest.mark.parametrize(("latency", "is_idle"), [("1 us", False), ("1.1 us", True)])
+def test_a_parallel_link_that_carries_nothing_is_warned_of(comms, latency, is_idle, tmp_path):
+    path = tmp_path / "par.yaml"
+    path.write_text(
+        "kind: cluster\nversion: 1\nname: par\ndevice: simulated\n"
+        "hosts: [{count: 1, chips: [{like: nvidia_l4, count: 2}]}]\n"
+        "scale_up:\n  domain: 2\n  bandwidth: 50 GB/s\n  latency: 1 us\n"
+        f"  edges: [{{a: 0, b: 1}}, {{a: 0, b: 1, bandwidth: 30 GB/s, latency: {latency}}}]\n"
+    )
+    code, _, err = comms("--cluster", str(path), "--op", "all_to_all", "--size", "1MiB")
+    assert code == 0
+    said = "links that carry nothing, as others beside them have less latency: 0 - 1"
+    assert (said in err) == is_idle
