@@ -280,9 +280,11 @@ def test_a_resumed_run_draws_on(laptop: Any, one_thread: None) -> None:
     step = distribute(module, frozen, laptop, plan=Plan(dp=2), chips=2, seed=SEED)
     found = [step(batch(0)) for _ in range(3)]
     assert len(set(found)) == 3
+    step.sync()
     again = distribute(module, frozen, laptop, plan=Plan(dp=2), chips=2, seed=SEED)
     again.steps = 2
     assert again(batch(0)) == found[2]
+    again.sync()
     other = distribute(module, frozen, laptop, plan=Plan(dp=2), chips=2, seed=SEED + 1)
     assert other(batch(0)) != found[0]
 
