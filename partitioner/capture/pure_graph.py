@@ -189,6 +189,16 @@ def require_expressible(graph: torch.fx.Graph, names: Mapping[str, str], frozen:
     for node in filter(_is_write, graph.nodes):
         for base in _written(node):
             _require_expressible(node, base, sources, has_grad)
+            if node.target in NORMS:
+                _require_one_mode(node, base)
+
+
+def _require_one_mode(norm: Node, mean: Node) -> None:
+    """Refuse statistics that another norm read before this one changes them: torch's backward reads them afterwards."""
+    for other in mean.users:
+        if other.target in NORMS and not _is_write(other) and other.meta["index"] < norm.meta["index"]:
+            problem = "a norm is used in eval mode, and then in train mode, in one forward"
+            raise CaptureError(problem, source_line(norm), "use it in one mode, or the other way round")
 
 
 def _written(node: Node) -> list[Node]:

@@ -21,6 +21,7 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.fx.experimental.proxy_tensor import PythonKeyTracer, get_proxy_mode
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.nn.parameter import is_lazy
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from comms.errors import CaptureError
 from partitioner.capture.captured_graph import op_name
@@ -149,7 +150,16 @@ def refused_calls() -> Iterator[None]:
         for owner, name, problem, hint in CALLS:
             stack.enter_context(patch.object(owner, name, refusing(problem, hint)))
         stack.enter_context(_gradients_refused())
+        stack.enter_context(patch.object(TorchDispatchMode, "__enter__", _entered))
         yield
+
+
+def _entered(mode: TorchDispatchMode, own: Callable[..., Any] = TorchDispatchMode.__enter__) -> Any:
+    """Modes of torch are its own business; what those of others do to operators is not seen in a graph."""
+    if type(mode).__module__.partition(".")[0] not in ("torch", "partitioner", "orchestrator"):
+        problem = f"{type(mode).__name__} changes what operators do, which would not be seen"
+        raise CaptureError(problem, hint="take a TorchFunctionMode, or call what it does")
+    return own(mode)
 
 
 @contextmanager

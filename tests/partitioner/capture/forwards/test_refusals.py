@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.autograd import forward_ad, graph
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from comms.errors import CaptureError, PlanError
 from partitioner.capture.batch_inputs import require_plain
@@ -24,6 +25,22 @@ def as_a_dual(h: torch.Tensor) -> torch.Tensor:
         return forward_ad.unpack_dual(forward_ad.make_dual(h, h)).primal
 
 
+class Doubling(TorchDispatchMode):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {})) * 2
+
+
+def in_a_mode(hidden: torch.Tensor) -> torch.Tensor:
+    with Doubling():
+        return hidden.sin()
+
+
+def in_two_modes(hidden: torch.Tensor) -> torch.Tensor:
+    norm = nn.functional.batch_norm
+    mean, var = torch.zeros(4, dtype=hidden.dtype), torch.ones(4, dtype=hidden.dtype)
+    return norm(norm(hidden, mean, var), mean, var, training=True)
+
+
 REFUSED: dict[str, tuple[Loss, str, str]] = {
     "vmap": (lambda h: torch.vmap(torch.sin)(h), "vmap cannot be captured", "batch dim"),
     "grad": (lambda h: torch.func.grad(lambda v: v.sum())(h), "computes gradients itself", "as a formula"),
@@ -31,6 +48,8 @@ REFUSED: dict[str, tuple[Loss, str, str]] = {
     "duals": (as_a_dual, "computes derivatives itself", "as a formula"),
     "retain_grad": (lambda h: (h.retain_grad(), h)[1], "nothing to keep", "leave it out"),
     "its gradient": (lambda h: h if h.grad is None else h * 2, "reads .grad", "in the optimizer"),
+    "a mode": (in_a_mode, "Doubling changes what operators do", "TorchFunctionMode"),
+    "two modes": (in_two_modes, "in eval mode, and then in train mode", "in one mode"),
     "hooks": (lambda h: (graph.register_multi_grad_hook((h,), print), h)[1], "hook on gradients", "leave"),
     "counts": (lambda h: h * torch.bincount(h.argmax(1)).sum(), "aten.bincount", "one_hot"),
     "values": (lambda h: h if h.sum() > 0 else -h, "_local_scalar_dense", "must not depend on tensor values"),
