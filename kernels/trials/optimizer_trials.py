@@ -240,7 +240,7 @@ def require_kept(state: Mapping[str, Any], param: torch.Tensor) -> None:
         if type(key) is not str or not (is_dense or type(value) in NUMBERS):
             about = f"{key!r} is a {_called(value)}" if type(key) is str else f"has the key {key!r}"
             raise OptimizerError(f"the optimizer's state {about}, which chips cannot keep", hint=KEEP)
-        if isinstance(value, torch.Tensor) and value.numel():
+        if isinstance(value, torch.Tensor) and value.numel() and not value.is_meta:
             place = value.untyped_storage().data_ptr()
             if place in storages:
                 problem = f"the optimizer's state {key!r} shares its memory with {storages[place]}"
