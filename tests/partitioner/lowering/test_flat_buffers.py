@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from partitioner.layout.parallel_plan import Plan
 from partitioner.layout.param_cuts import ParamCut
-from partitioner.lowering.flat_buffers import FlatGroup, Param, make_groups
+from partitioner.lowering.flat_buffers import FlatGroup, Kept, Param, make_groups
 from partitioner.lowering.role_builder import RoleBuilder, SegmentPool
 from partitioner.program.program import TensorKind, TensorSpec
 
@@ -34,10 +34,10 @@ def param_lists(draw: st.DrawFn) -> list[Param]:
 
 
 def grouped(
-    params: list[Param], dp: int, zero: int, bucket: int, states: int = 2
+    params: list[Param], dp: int, zero: int, bucket: int, states: int = 2, masters: bool = True
 ) -> tuple[RoleBuilder, tuple[FlatGroup, ...]]:
     role = RoleBuilder(0, SegmentPool())
-    return role, make_groups(role, params, Plan(dp=dp, zero=zero, bucket_bytes=bucket), states)
+    return role, make_groups(role, params, Plan(dp=dp, zero=zero, bucket_bytes=bucket), Kept(states, masters))
 
 
 cases = given(param_lists(), st.integers(1, 5), st.sampled_from([0, 1]), st.sampled_from([1, 64, 10**6]))
@@ -99,6 +99,20 @@ def test_low_precision_is_updated_in_full_precision(
     masters = [t for t in role.tensors if t.kind is TensorKind.MASTER]
     assert len(masters) == sum(g.params[0].spec.dtype == "bf16" for g in trained)
     assert all(role.tensors[role.by_name[m.source]].kind is TensorKind.FLAT for m in masters)
+
+
+@cases
+def test_without_masters_parameters_are_stepped_on_as_they_are(
+    params: list[Param], dp: int, zero: int, bucket: int
+) -> None:
+    role, groups = grouped(params, dp, zero, bucket, masters=False)
+    assert not any(t.kind is TensorKind.MASTER for t in role.tensors)
+    for group in groups:
+        assert (
+            role.spec(group.update).dtype == group.params[0].spec.dtype and group.update == group.param_shard
+        )
+    states = [t.spec.dtype for t in role.tensors if t.kind is TensorKind.STATE]
+    assert states == [g.params[0].spec.dtype for g in groups if not g.params[0].is_frozen]
 
 
 @cases
