@@ -232,6 +232,8 @@ class _Trials:
 
 def require_kept(state: Mapping[str, Any], param: torch.Tensor) -> None:
     """Refuse what chips cannot keep of a parameter's state. Raises OptimizerError."""
+    if not state:  # as of parameters that have no shape yet
+        return
     storages = {param.untyped_storage().data_ptr(): "the parameter"}
     if param.grad is not None:
         storages[param.grad.untyped_storage().data_ptr()] = "the gradient"
