@@ -11,7 +11,6 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 from torch.nn.modules import module as modules
-from torch.nn.parameter import is_lazy
 from torch.utils.weak import WeakIdKeyDictionary
 
 from comms.errors import PlanError
@@ -41,10 +40,6 @@ def situation_of(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batc
     if params and not optimized & set(map(id, params.values())):
         problem = "the optimizer holds none of the model's parameters"
         raise PlanError(problem, type(optimizer).__name__, "make it of this model's parameters()")
-    named: list[tuple[str, torch.Tensor]] = [*params.items(), *model.named_buffers()]
-    if lazy := [name for name, value in named if is_lazy(value)]:
-        problem = f"{lazy[0]} has no shape before the model's first forward"
-        raise PlanError(problem, type(model).__name__, "call model(**batch) once, then distribute")
     if any(BACKWARD_HOOKS):
         raise PlanError(
             "a backward hook on all modules would not run", "torch.nn.modules.module", "remove the hook"

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from comms.errors import OptimizerError, PlanError
+from comms.errors import OptimizerError, PlanError, UserError
 from orchestrator.verbs.distribute import distribute
 from orchestrator.verbs.state.python_state import PythonState, checksum
 from partitioner.layout.parallel_plan import Plan
@@ -238,7 +238,7 @@ def test_attributes_and_hooks_of_an_optimizer_are_seen(laptop: Any) -> None:
 def test_parameters_without_a_shape_are_refused_and_a_buffer_may_be_taken_away(laptop: Any) -> None:
     lazy = nn.LazyLinear(3)
     step = distribute(lazy, sgd(lazy), laptop, plan=Plan(), chips=1, loss_fn=lambda output: output.mean())
-    with pytest.raises(PlanError, match="has no shape before the model's first forward"):
+    with pytest.raises(UserError, match="has no shape before the"):
         step({"input": torch.ones(2, 2)})
     mine, plain = Annealed(), Annealed()
     optimizer = sgd(plain)
