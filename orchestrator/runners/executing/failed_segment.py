@@ -17,13 +17,17 @@ OUTSIDE = (
 WHOLE_NUMBERS = "iu"
 
 
+class FailedOperationError(RunError):
+    """An operation that raised."""
+
+
 def failed_segment(
     ops: Sequence[OpCode],
     operands: Sequence[torch.Tensor],
     tensors: Sequence[Tensor],
     place: str,
     error: Exception,
-) -> RunError:
+) -> FailedOperationError:
     """What to raise for a segment of `ops` that raised `error`; `tensors`: the chip's, `place`: where it is."""
     device = str(operands[0].device) if operands else "cpu"
     name, said = failing_operator(ops, device, operands)
@@ -38,4 +42,4 @@ def failed_segment(
     hint = "see whether plain PyTorch takes this batch"
     if any(words in said for words in OUTSIDE) and entries:
         hint = f"see whether all numbers in {' or '.join(entries)} name classes or rows that the model has"
-    return RunError(f"{name or 'an operation'} failed: {said}", place, hint)
+    return FailedOperationError(f"{name or 'an operation'} failed: {said}", place, hint)

@@ -13,6 +13,7 @@ import torch
 
 from comms.errors import RunError, UserError
 from kernels.optimizers import entry_states, same_kind
+from orchestrator.runners.executing.failed_segment import FailedOperationError
 from orchestrator.runners.executing.whole_state import MASTER
 from orchestrator.verbs.verification.one_chip import OneChip
 from orchestrator.verbs.verification.outcome import Tensors
@@ -69,9 +70,9 @@ class StepCheck:
         exact, unproved = None, None
         try:
             exact = self._proof(batch, planned)
-        except RunError:
-            raise
         except (UserError, RuntimeError) as error:
+            if isinstance(error, RunError) and not isinstance(error, FailedOperationError):
+                raise  # not even one chip has a verdict
             unproved = str(error).strip().split("\n")[0]
         if exact is not None and self._is_wide(batch):
             return verdict(exact, None, len(steps))
