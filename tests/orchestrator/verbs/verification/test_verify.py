@@ -300,7 +300,7 @@ def test_a_difference_of_a_later_step_is_found(
 
 def test_dropout_is_equal_in_the_jobs_own_dtype(tmp_path: Path, laptop: Any, tiny_job: Make) -> None:
     (tmp_path / "dropping.py").write_text(DROPPING)
-    job = tiny_job().model_copy(update={"model": f"{tmp_path}/dropping.py:model", "model_args": {}})
+    job = tiny_job().model_copy(update={"model": f"{tmp_path}/dropping.py:model", "model_args": {}, "seq": 6})
     result = verify(laptop.take(4), job, Plan(dp=2, pp=2, microbatches=2))
     assert result.equal and result.noise is not None
     assert result.noise.grad < 1e-4, "masks are held while sums are re-ordered"
@@ -324,7 +324,7 @@ def test_batch_norm_is_held_against_one_chip_as_the_job_says(
 ) -> None:
     (tmp_path / "normed.py").write_text(NORMED)
     job = tiny_job(f"dtype={dtype}").model_copy(
-        update={"model": f"{tmp_path}/normed.py:model", "model_args": {}}
+        update={"model": f"{tmp_path}/normed.py:model", "model_args": {}, "seq": 6}
     )
     plan = Plan(dp=2, microbatches=2 if norms is BatchNorms.PER_PART else 1, batch_norm=norms)
     assert verify(laptop.take(2), job, plan).equal
