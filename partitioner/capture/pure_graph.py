@@ -227,7 +227,7 @@ def _require_expressible(
         if op_name(node.target) == "embedding_renorm_":
             hint = "leave max_norm out of the embedding, or scale the rows that are looked up"
         raise CaptureError(problem, source_line(node), hint)
-    if base.op == "get_attr":
+    if base.op == "get_attr" and not _is_made_inside(base):
         problem = f"{node.target} writes into a tensor that is neither parameter nor buffer of the model"
         raise CaptureError(problem, source_line(node), "register it as a buffer of the model")
     if set(regions_of(node)) - set(regions_of(base)):
@@ -236,6 +236,12 @@ def _require_expressible(
     if is_hidden and base in has_grad:
         problem = f"{node.target} changes a value behind autograd's back"
         raise CaptureError(problem, source_line(node), "write into a clone, outside detach and no_grad")
+
+
+def _is_made_inside(constant: Node) -> bool:
+    """Whether it can only be a parameter that the forward makes and starts, as where it makes a module."""
+    value = getattr(constant.graph.owning_module, str(constant.target), None)
+    return isinstance(value, torch.nn.Parameter) and not any(user.users for user in constant.users)
 
 
 def _shares_memory(node: Node) -> bool:

@@ -190,3 +190,17 @@ def test_a_clone_has_memory_of_its_own(laptop: Any) -> None:
     assert step_of(module, laptop, Plan(dp=2))({"x": X}) == pytest.approx(
         Sharing("apart")(X).item(), rel=1e-6
     )
+
+
+class Renewing(Net):
+    """Makes a module in the forward, as models do that change their kind of attention; it has the weights it had."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        made = nn.Linear(6, 8)
+        made.weight, made.bias = self.first.weight, self.first.bias
+        self.first = made
+        return super().forward(x)
+
+
+def test_a_module_that_the_forward_makes_of_known_weights_is_trained(laptop: Any) -> None:
+    assert step_of(Renewing(), laptop, Plan(dp=2))({"x": X}) == pytest.approx(Net()(X).item(), rel=1e-6)
