@@ -193,7 +193,7 @@ def test_a_clone_has_memory_of_its_own(laptop: Any) -> None:
 
 
 class Renewing(Net):
-    """Makes a module in the forward, as models do that change their kind of attention; its own parts take the places of new ones."""
+    """Makes a module in the forward, as models do that change their kind of attention, around parts that it has."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         made = nn.Sequential(nn.Linear(6, 8))
