@@ -253,8 +253,9 @@ PLANTED: list[tuple[str, Plan, Plant, str]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-@pytest.mark.parametrize("number", range(len(PLANTED)))
+@pytest.mark.parametrize(
+    ("number", "dtype"), [(n, (torch.float64, torch.float32)[n % 2]) for n in range(len(PLANTED))], ids=str
+)
 def test_what_is_planted_is_named(
     number: int, dtype: torch.dtype, laptop: Any, one_thread: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -47,7 +47,7 @@ def model():
 DEGREES = [
     (dp, tp, pp, zero)
     for dp, tp, pp, zero in product((1, 2, 4, 8), (1, 2, 4), (1, 2, 4), (0, 1))
-    if 1 < dp * tp * pp <= 8 and (dp > 1 or not zero)
+    if dp * tp * pp in (2, 8) and (dp > 1 or not zero)
 ]
 
 
