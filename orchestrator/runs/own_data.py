@@ -72,7 +72,9 @@ class OwnData:
         if size is not None and size != self.reading.samples:
             raise DataError(f"the batches of {self.name} have {size} samples, global_batch is {self.reading.samples}",
                             "data", f"take --global-batch {size}, or another batch_size")  # fmt: skip
-        if self.is_indexed and (held := len(self.source)) < self.reading.samples:
+        with self._explaining():
+            held = len(self.source) if self.is_indexed else self.reading.samples
+        if held < self.reading.samples:
             hint = f"take --global-batch {held}, or give more" if held else "give samples to train on"
             problem = f"{self.name} has {held} samples, global_batch is {self.reading.samples}"
             raise DataError(problem, "data", hint)
@@ -284,10 +286,12 @@ def _collated(samples: Sequence[object], name: str) -> object:
 
 
 def _placed(batch: Named, dtype: torch.dtype, name: str) -> Named:
-    """The batch with its floating-point numbers in the job's dtype. Raises DataError for arrays."""
+    """The batch with its floating-point numbers in the job's dtype. Raises DataError for arrays and sparse tensors."""
     for path, value in trees.tree_flatten_with_path(batch)[0]:
+        entry = trees.keystr(path).strip("[']")
+        if isinstance(value, Tensor) and value.layout is not torch.strided:
+            raise DataError(f"entry {entry} of a batch is sparse", name, "make it dense: to_dense()")
         if isinstance(value, np.ndarray | np.generic):
-            entry = trees.keystr(path).strip("[']")
             raise DataError(f"entry {entry} of a batch is of numpy, which PyTorch's operations do not take", name,
                             "give tensors: torch.from_numpy in the collate_fn")  # fmt: skip
     found: Named = trees.tree_map_only(

@@ -208,3 +208,14 @@ def test_only_the_last_batch_of_a_pass_is_left_out() -> None:
 def test_arrays_of_numpy_are_refused_by_name() -> None:
     with pytest.raises(DataError, match="entry x of a batch is of numpy"):
         read(DataLoader(SET, batch_size=8, collate_fn=lambda s: {"x": np.zeros((8, 1)), "y": X[:8]}))
+
+
+def test_sparse_entries_and_lengths_that_cannot_be_told_are_refused() -> None:
+    class Broken(Noisy):
+        def __len__(self) -> int:
+            raise OSError("no index")
+
+    with pytest.raises(DataError, match="entry x of a batch is sparse"):
+        read(DataLoader(SET, batch_size=8, collate_fn=lambda s: {"x": torch.eye(8).to_sparse(), "y": X[:8]}))
+    with pytest.raises(ModelError, match="raised OSError: no index"):
+        read(Broken())
