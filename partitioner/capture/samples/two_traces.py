@@ -13,7 +13,7 @@ from partitioner.capture.pure_graph import source_line
 COPIES = frozenset(
     {"clone", "contiguous"}
 )  # which torch leaves out where one sample lies in memory as its copy would
-VIEWS = frozenset({"view", "_unsafe_view"})
+VIEWS = frozenset({"view", "_unsafe_view", "reshape"})
 
 
 def paired(graph: torch.fx.Graph, whole: torch.fx.Graph) -> list[tuple[Node, Node]]:
