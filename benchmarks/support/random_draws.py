@@ -1,6 +1,6 @@
 """Rows for `random_training.PIECES`: statements that draw random numbers, and those that leave float64."""
 
-DRAWS = """ ;;
+DRAWS = """ ;; \
 vstfi |  | x = F.dropout(x, 0.3, self.training) ;; vstf | $l = nn.Dropout(0.4) | x = $l(x) + x ;; vstfi |  | x = x + \
 0.1 * torch.rand_like(x) ;; vstf |  | x = x * torch.bernoulli(torch.full_like(x, 0.7)) ;; vstf |  | x = x + 0.1 * \
 torch.randn(x.shape, dtype=x.dtype) ;; v |  | x = x * (torch.rand(x.shape[0], 1) < 0.8) / 0.8 ;; s |  | x = x * \

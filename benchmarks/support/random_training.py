@@ -325,8 +325,7 @@ def table(text: str) -> list[list[str]]:
     """Rows of columns."""
     for short, meant in MEANING.items():
         text = text.replace(short, meant)
-    rows = re.split(r"\s;;\s", re.sub(r"\$([a-z])", r"self.\1{i}", text).strip("\n"))
-    return [row.split(" | ") for row in rows]
+    return [row.split(" | ") for row in re.sub(r"\$([a-z])", r"self.\1{i}", text).strip("\n").split(" ;; ")]
 
 
 def texts(table_of_one: str) -> list[str]:
