@@ -3,7 +3,7 @@
 On chips every tensor has memory of its own, so those are refused. The same object under several names is one tensor.
 """
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 
 import torch
 from torch import nn
@@ -14,28 +14,36 @@ from comms.errors import CaptureError
 def require_own_memory(module: nn.Module, traced: torch.fx.GraphModule, updated: Collection[str]) -> None:
     """Refuse what training would change unseen. `updated`: buffers that the forward changes. Raises CaptureError."""
     named: list[tuple[str, torch.Tensor]] = [*module.named_parameters(), *module.named_buffers()]
-    moving = [(n, t) for n, t in named if t.requires_grad or n in updated]
-    read = [*named, *((n, t) for n, t in _constants(traced))]
-    spans = [(name, value, span) for name, value in read if (span := _span(value)) is not None]
-    for name, value in moving:
-        span = _span(value)
-        for other, held, theirs in spans:
-            if span is not None and held is not value and span[0] < theirs[1] and theirs[0] < span[1]:
-                unnamed = f"a tensor of shape {tuple(held.shape)} that the forward reads"
-                problem = f"{unnamed if _is_constant(other) else other} lies in the memory of {name}"
-                raise CaptureError(f"{problem}, which training changes", type(module).__name__,
-                                   f"use {name} itself in the forward, or a clone")  # fmt: skip
+    moving = {id(t): place for place, (n, t) in enumerate(named) if t.requires_grad or n in updated}
+    read = [*named, *(("", value) for value in _constants(traced))]
+    found = [(moving[id(read[one][1])], other, one) for one, other in _overlapping([v for _, v in read])
+             if id(read[one][1]) in moving]  # fmt: skip
+    if found:
+        _, other, one = min(found)
+        name, (known, held) = read[one][0], read[other]
+        what = known or f"a tensor of shape {tuple(held.shape)} that the forward reads"
+        raise CaptureError(f"{what} lies in the memory of {name}, which training changes", type(module).__name__,
+                           f"use {name} itself in the forward, or a clone")  # fmt: skip
 
 
-def _constants(traced: torch.fx.GraphModule) -> Iterator[tuple[str, torch.Tensor]]:
+def _constants(traced: torch.fx.GraphModule) -> Iterator[torch.Tensor]:
     for node in traced.graph.nodes:
         value = getattr(traced, str(node.target), None) if node.op == "get_attr" else None
         if isinstance(value, torch.Tensor):
-            yield f"<{node.target}>", value
+            yield value
 
 
-def _is_constant(name: str) -> bool:
-    return name.startswith("<")
+def _overlapping(values: Sequence[torch.Tensor]) -> Iterator[tuple[int, int]]:
+    """Places of different tensors that share bytes, each pair both ways; by where they begin, as most share none."""
+    spans = sorted((*span, place) for place, value in enumerate(values) if (span := _span(value)) is not None)
+    for at, (_, stop, one) in enumerate(spans):
+        for later in range(at + 1, len(spans)):
+            start, _, other = spans[later]
+            if start >= stop:
+                break
+            if values[one] is not values[other]:
+                yield one, other
+                yield other, one
 
 
 def _span(value: torch.Tensor) -> tuple[int, int] | None:
