@@ -27,6 +27,7 @@ from comms.errors import ModelError, located
 from orchestrator.models.builtin_gpt import TP_PLAN, build_gpt
 from orchestrator.models.hf_models import build_hf, walk
 from orchestrator.models.model_specs import ModelSpec, SourceKind, gpt_options, parse_model
+from orchestrator.models.random_state import random_state_restored
 from orchestrator.models.user_code import called, named_object
 
 NUM_BYTES = 256  # the alphabet of a model that does not say how many tokens it knows
@@ -136,16 +137,11 @@ def _build_from_factory(
 @contextmanager
 def _seeded(device: str, seed: int) -> Iterator[None]:
     """New tensors lie on `device` and random numbers come from `seed`; afterwards nothing has changed."""
-    before = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=[]), torch.device(device):
+    with random_state_restored(), torch.device(device):
         torch.manual_seed(seed % 2**64)
         random.seed(seed)
         np.random.seed(seed % 2**32)
-        try:
-            yield
-        finally:
-            random.setstate(before[0])
-            np.random.set_state(before[1])
+        yield
 
 
 def _int_attribute(module: nn.Module, name: str) -> int | None:

@@ -26,13 +26,18 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, default_colla
 
 from comms.errors import DataError
 from orchestrator.config.job_file import Gives
+from orchestrator.models.random_state import (
+    RandomState,
+    random_state,
+    random_state_restored,
+    set_random_state,
+)
 from orchestrator.models.user_code import RAISED, raised
 from orchestrator.runs.data import step_key
 from partitioner.capture.batch_inputs import settings_of, tensors_of
 
 Named: TypeAlias = dict[str, Any]
 Namer: TypeAlias = Callable[[object], Named]  # of what a dataset or loader gives, the model's entries by name
-RandomState: TypeAlias = tuple[Tensor, Any, Any]
 ANEW = "give an iterable that starts anew each time, or fewer steps"
 
 
@@ -303,37 +308,21 @@ def _placed(batch: Named, dtype: torch.dtype, name: str) -> Named:
 @contextmanager
 def drawing(seed: int) -> Iterator[list[RandomState]]:
     """Random numbers follow from a seed inside the block; gives a place for the state that they are left in."""
-    before = _random_state()
-    torch.manual_seed(seed % 2**63)
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    try:
+    with random_state_restored():
+        torch.manual_seed(seed % 2**63)
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
         yield []
-    finally:
-        _set_random_state(before)
 
 
 def _keep(state: list[RandomState]) -> None:
-    state[:] = [_random_state()]
+    state[:] = [random_state()]
 
 
 @contextmanager
 def _resumed(state: list[RandomState]) -> Iterator[None]:
     """Random numbers go on from a state, which is left where they end."""
-    before = _random_state()
-    _set_random_state(state[0])
-    try:
+    with random_state_restored():
+        set_random_state(state[0])
         yield
         _keep(state)
-    finally:
-        _set_random_state(before)
-
-
-def _random_state() -> RandomState:
-    return torch.get_rng_state(), random.getstate(), np.random.get_state()
-
-
-def _set_random_state(state: RandomState) -> None:
-    torch.set_rng_state(state[0])
-    random.setstate(state[1])
-    np.random.set_state(state[2])
