@@ -11,7 +11,7 @@ output element, views nothing. Causal attention counts half. Bytes: every tensor
 written once; no cache reuse between operations (fusion is the kernel model's business).
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -192,6 +192,14 @@ def op_name(target: Any) -> str:
     if isinstance(target, torch._ops.OpOverload):
         return target._schema.name.split("::")[1]
     return getattr(target, "__name__", str(target))
+
+
+def constants_of(traced: torch.fx.GraphModule) -> Iterator[tuple[Node, torch.Tensor]]:
+    """The tensors that a graph holds, each with its node."""
+    for node in traced.graph.nodes:
+        value = getattr(traced, str(node.target), None) if node.op == "get_attr" else None
+        if isinstance(value, torch.Tensor):
+            yield node, value
 
 
 def is_view(target: Any) -> bool:

@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
 from comms.errors import CaptureError
+from partitioner.capture.captured_graph import constants_of
 from partitioner.capture.forwards.host_values import running_line
 from partitioner.capture.pure_graph import source_line, with_gradient
 
@@ -181,9 +182,8 @@ def require_own(traced: torch.fx.GraphModule, registered: Container[int]) -> Non
     """Refuse tensors that are trained in plain torch, but are not the model's. `registered`: identities of those."""
     graph = traced.graph
     loss = next(iter(reversed(graph.nodes))).args[0][0]
-    for node in graph.nodes:
-        value = getattr(traced, str(node.target)) if node.op == "get_attr" else None
-        if not isinstance(value, torch.Tensor) or id(value) in registered or not value.requires_grad:
+    for node, value in constants_of(traced):
+        if id(value) in registered or not value.requires_grad:
             continue
         if loss in with_gradient(graph, [node]):
             problem = f"a tensor of shape {tuple(value.shape)} is trained in plain PyTorch, but is no parameter here"

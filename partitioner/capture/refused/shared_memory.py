@@ -9,13 +9,14 @@ import torch
 from torch import nn
 
 from comms.errors import CaptureError
+from partitioner.capture.captured_graph import constants_of
 
 
 def require_own_memory(module: nn.Module, traced: torch.fx.GraphModule, updated: Collection[str]) -> None:
     """Refuse what training would change unseen. `updated`: buffers that the forward changes. Raises CaptureError."""
     named: list[tuple[str, torch.Tensor]] = [*module.named_parameters(), *module.named_buffers()]
     moving = {id(t): place for place, (n, t) in enumerate(named) if t.requires_grad or n in updated}
-    read = [*named, *(("", value) for value in _constants(traced))]
+    read = [*named, *(("", value) for _, value in constants_of(traced))]
     found = [(moving[id(read[one][1])], other, one) for one, other in _overlapping([v for _, v in read])
              if id(read[one][1]) in moving]  # fmt: skip
     if found:
@@ -24,13 +25,6 @@ def require_own_memory(module: nn.Module, traced: torch.fx.GraphModule, updated:
         what = known or f"a tensor of shape {tuple(held.shape)} that the forward reads"
         raise CaptureError(f"{what} lies in the memory of {name}, which training changes", type(module).__name__,
                            f"use {name} itself in the forward, or a clone")  # fmt: skip
-
-
-def _constants(traced: torch.fx.GraphModule) -> Iterator[torch.Tensor]:
-    for node in traced.graph.nodes:
-        value = getattr(traced, str(node.target), None) if node.op == "get_attr" else None
-        if isinstance(value, torch.Tensor):
-            yield value
 
 
 def _overlapping(values: Sequence[torch.Tensor]) -> Iterator[tuple[int, int]]:
