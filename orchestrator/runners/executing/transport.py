@@ -13,6 +13,7 @@ import os
 import secrets
 import threading
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypeAlias
 
@@ -116,7 +117,8 @@ class Transport:
         self._is_closing = True
         stop = self._socket(zmq.PUSH)
         stop.connect("inproc://inbox")
-        stop.send(b"")
+        with suppress(zmq.Again):  # a message on its way, or a failure, has ended the thread: nobody listens
+            stop.send(b"", zmq.DONTWAIT)
         self._thread.join()
         stop.close()
         for peer in self._peers.values():

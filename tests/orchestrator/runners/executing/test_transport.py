@@ -1,11 +1,13 @@
 import queue
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import msgpack
 import pytest
 import torch
+import zmq
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -151,6 +153,35 @@ def test_closing_gives_back_all_descriptors_and_threads():
         second.transport.close()
         second.transport.close()  # twice does no harm
     assert descriptors() <= before
+
+
+class _Late:
+    """A socket that sends when `before` has been called and nobody reads the other end any more."""
+
+    def __init__(self, socket: zmq.Socket[bytes], before: Callable[[], None]) -> None:
+        self.socket, self.before = socket, before
+
+    def send(self, *given: Any) -> None:
+        self.before()
+        while self.socket.poll(0, zmq.POLLOUT):
+            pass
+        self.socket.send(*given)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.socket, name)
+
+
+def test_a_message_that_arrives_while_an_end_closes_does_not_hold_it(monkeypatch):
+    with two_ends(True) as (first, second):
+        closing, make_socket = first.transport, first.transport._socket
+
+        def message() -> None:
+            second.transport.send(0, 0, KEY, 0, torch.ones(3))
+            closing._thread.join()
+
+        monkeypatch.setattr(closing, "_socket", lambda kind: _Late(make_socket(kind), message))
+        closing.close()
+        assert closing.failure is None
 
 
 def test_what_ends_the_receiving_thread_is_kept():
