@@ -9,9 +9,10 @@ import os
 import pickle
 import random
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from comms.errors import CaptureError
 
 OWN = str(Path(__file__).parent.parent)
+KEEPING = {"getstate", "setstate"}  # of the functions of `random`, those that draw nothing
 EMPTY = ("empty", "empty_like", "new_empty", "empty_strided", "new")
 NUMBERS = bool | int | float | complex | str | torch.dtype | None
 
@@ -34,22 +36,25 @@ NUMBERS = bool | int | float | complex | str | torch.dtype | None
 def no_host_draws(module: torch.nn.Module) -> Iterator[None]:
     """Give generators back as they were: of Python, of numpy, and those that `module` holds.
 
-    Raises CaptureError if the block drew from them, or from the system's. Generators elsewhere are not seen.
+    Raises CaptureError if the block drew from them, or from the system's. Generators elsewhere are not seen. What
+    other threads draw meanwhile from Python's stays drawn, and is none of the block's.
     """
     drawn: list[str] = []
-    held = list(_generators(module))
+    own, threads, held = threading.get_ident(), set[int](), list(_generators(module))
     before = [pickle.dumps(get()) for _, get, _ in held]
 
     def urandom(size: int) -> bytes:
-        drawn.append("the system's random numbers")
+        if threading.get_ident() == own:
+            drawn.append("the system's random numbers")
         return os.urandom(size)
 
     try:
-        with patch.object(random, "_urandom", urandom):
+        with patch.object(random, "_urandom", urandom), _noting_threads(threads):
             yield
     finally:
         for (name, get, put), state in zip(held, before, strict=True):
-            if pickle.dumps(get()) != state:
+            is_elsewhere = get == random.getstate and threads and own not in threads
+            if pickle.dumps(get()) != state and not is_elsewhere:
                 drawn.append(name)
                 put(pickle.loads(state))
         drew = drawn[0] if drawn else ""
@@ -58,6 +63,24 @@ def no_host_draws(module: torch.nn.Module) -> Iterator[None]:
             raise CaptureError(
                 problem, "forward", "use torch.rand or dropout, or make it an input of the model"
             ) from None
+
+
+@contextmanager
+def _noting_threads(threads: set[int]) -> Iterator[None]:
+    """Note which threads call the functions of `random` (a library's, such as Ray's, draw names while we capture)."""
+
+    def noting(function: Callable[..., Any]) -> Callable[..., Any]:
+        def called(*args: Any, **kwargs: Any) -> Any:
+            threads.add(threading.get_ident())
+            return function(*args, **kwargs)
+
+        return called
+
+    found = {n: f for n, f in vars(random).items() if isinstance(getattr(f, "__self__", None), random.Random)}
+    with ExitStack() as noted:
+        for name in found.keys() - KEEPING:
+            noted.enter_context(patch.object(random, name, noting(found[name])))
+        yield
 
 
 def _generators(module: torch.nn.Module) -> Iterator[tuple[str, Callable[[], Any], Callable[[Any], object]]]:

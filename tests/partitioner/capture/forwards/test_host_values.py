@@ -3,6 +3,7 @@
 import itertools
 import os
 import random
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -68,6 +69,22 @@ class Skipping(nn.Module):
 def test_generators_of_the_module_itself_are_seen(made: Callable[[], Any]) -> None:
     with pytest.raises(CaptureError, match="the forward draws from"):
         capture_graph(Skipping(made), {"x": torch.randn(4, 4)})
+
+
+@pytest.mark.parametrize(
+    "taken", [random.random, random.SystemRandom().random], ids=["Python's", "the system's"]
+)
+def test_what_other_threads_draw_is_none_of_the_forwards(taken: Callable[[], float]) -> None:
+    def elsewhere() -> float:
+        drawn: list[float] = []
+        thread = threading.Thread(target=lambda: drawn.append(random.random() + taken()))
+        thread.start()
+        thread.join()
+        return 2.0
+
+    before = random.getstate()
+    capture_graph(Scaled(elsewhere), {"x": torch.randn(4, 4)})
+    assert random.getstate() != before, "what they drew stays drawn"
 
 
 def test_the_line_is_named() -> None:
