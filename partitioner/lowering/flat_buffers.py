@@ -6,6 +6,9 @@ early). Each group gets one parameter buffer, one gradient buffer and, with ZeRO
 chip's 1/dp of both. Low-precision parameters may get a full-precision master copy that the optimizer updates; their
 gradients are added up in full precision in any case.
 
+Where the optimizer looks at whole parameters, a group is one of them, or with ZeRO-1 one for each of the dp shards.
+What tp cuts of them is gathered for the step, which all chips of the tp group take alike.
+
 One all-reduce of three numbers over every chip carries (sum of squared gradients, loss sum, count), each weighted by
 1 / replication, so that clipping and the loss are right across every shard. Gradients are of the loss *sum* divided
 by a nominal count; the optimizer step multiplies by nominal / count.
@@ -19,7 +22,15 @@ from partitioner.layout.parallel_plan import Plan
 from partitioner.layout.param_cuts import ParamCut
 from partitioner.lowering.role_builder import SCALAR, RoleBuilder
 from partitioner.lowering.stage import Losses
-from partitioner.program.program import CollectiveOp, Group, Reduction, TensorKind, TensorSpec, Update
+from partitioner.program.program import (
+    CollectiveOp,
+    Free,
+    Group,
+    Reduction,
+    TensorKind,
+    TensorSpec,
+    Update,
+)
 
 LOW_PRECISION = ("bf16", "f16")
 STATS = TensorSpec((3,), "f64")
@@ -57,25 +68,28 @@ class FlatGroup:
     grad_shard: int
     param_shard: int
     update: int
+    gathered: tuple[int, ...]  # `update` and `grad_shard` of the whole tp group, where they must be whole
 
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """What the optimizer has for each parameter: states, and float32 masters where the parameter has less."""
+    """What the optimizer has for each parameter: states, float32 masters where that has less, and a step of its own."""
 
     states: int
     masters: bool
+    whole: bool
 
 
 def make_groups(role: RoleBuilder, params: Iterable[Param], plan: Plan, kept: Kept) -> tuple[FlatGroup, ...]:
     """Declare buffers for `params` and the parameter tensors as views into them; frozen ones get no gradient."""
     shards = plan.dp if plan.zero else 1
-    buckets = enumerate(_buckets(params, plan.bucket_bytes))
-    return tuple(_declare(role, f"flat{index}", members, shards, kept) for index, members in buckets)
+    buckets = enumerate(_buckets(params, plan.bucket_bytes, shards if kept.whole else None))
+    tp = plan.tp if kept.whole else 1
+    return tuple(_declare(role, f"flat{index}", members, shards, tp, kept) for index, members in buckets)
 
 
-def _buckets(params: Iterable[Param], bucket_bytes: int) -> list[list[Param]]:
-    """Split by kind, then fill buckets from the last unit to the first.
+def _buckets(params: Iterable[Param], bucket_bytes: int, most: int | None) -> list[list[Param]]:
+    """Split by kind, then fill buckets from the last unit to the first; with `most` parameters, by size.
 
     Tied parameters come last and in the order of their names: the same in every stage that shares them.
     """
@@ -85,10 +99,12 @@ def _buckets(params: Iterable[Param], bucket_bytes: int) -> list[list[Param]]:
         by_kind.setdefault(kind, []).append(param)
     buckets: list[list[Param]] = []
     for members in by_kind.values():
+        if most:
+            members.sort(key=lambda p: p.spec.numel)  # those of a bucket get shards of one length
         current: list[Param] = []
         for param in members:
             current.append(param)
-            if sum(p.spec.nbytes for p in current) >= bucket_bytes:
+            if len(current) == most or (not most and sum(p.spec.nbytes for p in current) >= bucket_bytes):
                 buckets.append(current)
                 current = []
         if current:
@@ -96,17 +112,22 @@ def _buckets(params: Iterable[Param], bucket_bytes: int) -> list[list[Param]]:
     return buckets
 
 
-def _declare(role: RoleBuilder, name: str, members: list[Param], shards: int, kept: Kept) -> FlatGroup:
+def _declare(
+    role: RoleBuilder, name: str, members: list[Param], shards: int, tp: int, kept: Kept
+) -> FlatGroup:
     def buffer(suffix: str, kind: TensorKind, length: int, dtype: str, **more: Any) -> int:
         return role.tensor(f"{name}.{suffix}", kind, TensorSpec((length,), dtype), **more)
 
     frozen, dtype = members[0].is_frozen, members[0].spec.dtype
     wide = "f32" if dtype in LOW_PRECISION else dtype
     shard = -(-sum(p.spec.numel for p in members) // shards)  # rounded up: the last one may be padded
+    if kept.whole:
+        shard = max(p.spec.numel for p in members)
     flat = buffer("params", TensorKind.FLAT, shard * shards, dtype)
     grad = flat if frozen else buffer("grads", TensorKind.GRAD, shard * shards, wide)
-    _declare_views(role, members, flat, grad, wide)
+    _declare_views(role, members, flat, grad, wide, shard if kept.whole else None)
     grad_shard, param_shard, update = grad, flat, flat
+    gathered: tuple[int, ...] = ()
     if not frozen:
         if shards > 1:
             grad_shard = buffer("grad_shard", TensorKind.GRAD, shard, wide)
@@ -114,18 +135,26 @@ def _declare(role: RoleBuilder, name: str, members: list[Param], shards: int, ke
         update = param_shard
         if kept.masters and wide != dtype:
             update = buffer("master", TensorKind.MASTER, shard, wide, source=role.tensors[param_shard].name)
+        parts = 1 if members[0].cut is None else tp
         if kept.states:
-            states = TensorSpec((kept.states, shard), role.tensors[update].spec.dtype)
+            states = TensorSpec((kept.states, shard * parts), role.tensors[update].spec.dtype)
             role.tensor(f"{name}.states", TensorKind.STATE, states)
+        if parts > 1:
+            gathered = (
+                buffer("whole_params", TensorKind.ACTIVATION, shard * parts, role.spec(update).dtype),
+                buffer("whole_grads", TensorKind.ACTIVATION, shard * parts, wide),
+            )
     return FlatGroup(
         params=tuple(members), group=members[0].group, tied=members[0].tied, replicated=members[0].cut is None,
         ready=min(p.unit for p in members), flat=flat, grad=grad, grad_shard=grad_shard, param_shard=param_shard,
-        update=update,
+        update=update, gathered=gathered,
     )  # fmt: skip
 
 
-def _declare_views(role: RoleBuilder, members: list[Param], flat: int, grad: int, wide: str) -> None:
-    """Parameters and their gradients, end to end in their buffers."""
+def _declare_views(
+    role: RoleBuilder, members: list[Param], flat: int, grad: int, wide: str, apart: int | None
+) -> None:
+    """Parameters and their gradients in their buffers, end to end or each at its multiple of `apart` entries."""
     offset = 0
     for p in members:
         shards = ((p.cut.dim, "tp"),) if p.cut is not None else ()
@@ -134,7 +163,7 @@ def _declare_views(role: RoleBuilder, members: list[Param], flat: int, grad: int
         if not p.is_frozen:
             spec = TensorSpec(p.spec.shape, wide)
             role.tensor(f"{p.name}.grad", TensorKind.GRAD, spec, base=grad, offset=offset, source=p.name)
-        offset += p.spec.numel
+        offset += apart or p.spec.numel
 
 
 def reduce_gradients(role: RoleBuilder, body: str, group: FlatGroup, plan: Plan) -> None:
@@ -167,13 +196,25 @@ def emit_update(
     squares = [(_square(role, body, index, g), _weight(g, plan)) for index, g in enumerate(groups)]
     stats = emit_stats(role, body, squares, losses, plan)
     for group in groups:
-        role.emit(body, Update(0, group.update, group.grad_shard, stats, group.param_shard, group.group))
+        _step(role, body, group, stats)
     if plan.zero and plan.dp > 1:
         for group in groups:
             role.collective(
                 body, CollectiveOp.ALL_GATHER, Reduction.NONE, Group(("dp",)), group.param_shard, group.flat
             )
         role.wait(body, *(g.flat for g in groups))
+
+
+def _step(role: RoleBuilder, body: str, group: FlatGroup, stats: int) -> None:
+    for own, gathered in zip((group.update, group.grad_shard), group.gathered, strict=False):
+        role.collective(body, CollectiveOp.ALL_GATHER, Reduction.NONE, Group(("tp",)), own, gathered)
+    role.wait(body, *group.gathered)
+    role.emit(
+        body,
+        Update(0, group.update, group.grad_shard, stats, group.param_shard, group.group, group.gathered),
+    )
+    if group.gathered:
+        role.emit(body, Free(0, group.gathered))
 
 
 def emit_stats(role: RoleBuilder, body: str, squares: Terms, losses: Losses, plan: Plan) -> int:

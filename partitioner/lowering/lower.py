@@ -145,9 +145,6 @@ def lower(graph: Graph, plan: Plan, shape: StepShape) -> Program:
     groups = shape.groups
     if groups is None:
         groups = {name: (int(len(graph.specs[name].shape) < MATRIX), None) for name in graph.params}
-    if shape.whole_tensors:
-        _require_whole_tensors(plan)
-        groups = {name: (group, name) for name, (group, _) in groups.items()}
     sizes = plan.stages or balance([unit_cost(graph, i) for i in range(len(graph.units))], plan.pp)
     if sum(sizes) != len(graph.units):
         raise PartitionError(
@@ -178,14 +175,6 @@ def lower(graph: Graph, plan: Plan, shape: StepShape) -> Program:
     program = Program(plan.axes, plan.microbatches, tuple(pool.segments), roles, tuple(meta.items()))
     require_valid(program)
     return program
-
-
-def _require_whole_tensors(plan: Plan) -> None:
-    """Refuse a plan that cuts parameters which the optimizer must see whole."""
-    cuts = [f"tp {plan.tp}"] * (plan.tp > 1) + [f"zero {plan.zero}"] * (plan.zero > 0 and plan.dp > 1)
-    if cuts:
-        problem = f"the optimizer looks at whole parameters, which {' and '.join(cuts)} would cut"
-        raise PartitionError(problem, "optimizer", "use tp 1 and zero 0, or an elementwise optimizer")
 
 
 def unit_cost(graph: Graph, index: int) -> float:
@@ -219,7 +208,7 @@ def _traced(graph: Graph, plan: Plan, wanted: Cuts) -> tuple[Mapping[Cut, Traced
 def _role(context: StageContext, stage: int, pool: SegmentPool, groups_of: Groups, shape: StepShape) -> Role:
     plan = context.plan
     role = RoleBuilder(stage, pool)
-    kept = Kept(shape.optimizer_states, shape.has_masters)
+    kept = Kept(shape.optimizer_states, shape.has_masters, shape.whole_tensors)
     groups = make_groups(role, _params(context, stage, groups_of), plan, kept)
     trained = tuple(g for g in groups if not g.params[0].is_frozen)
     losses, unit_ends = emit_stage(role, context)

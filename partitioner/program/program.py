@@ -20,7 +20,7 @@ from functools import cached_property
 from math import prod
 from typing import Annotated, ClassVar, TypeAlias
 
-VERSION = 3
+VERSION = 4
 VALUE = re.compile(r"\bv(\d+)\b")
 QUOTED = re.compile(r"'[^']*'|\"[^\"]*\"")
 
@@ -275,16 +275,18 @@ class Update:
     """Optimizer step on `param` (a flat buffer or this chip's shard of one), predicated on finite statistics.
 
     `stats` is the reduced vector (sum of squared gradients, loss sum, count); `target`, if not `param`, gets
-    `param` cast to its dtype afterwards. `group`: which of the optimizer's groups of settings applies.
+    `param` cast to its dtype afterwards. `group`: which of the optimizer's groups of settings applies. `whole`, where
+    the optimizer looks at whole parameters that tp cuts: `param` and `grad` of all chips of the tp group, end to end.
     """
 
-    FORM: ClassVar = "update {param} grad={grad} stats={stats} target={target} group={group}"
+    FORM: ClassVar = "update {param} grad={grad} stats={stats} target={target} group={group} {whole}"
     id: int
     param: Annotated[int, Holds.CHANGED]
     grad: Annotated[int, Holds.READ]
     stats: Annotated[int, Holds.READ]
     target: Annotated[int, Holds.WRITTEN]
     group: Annotated[int, Holds.SETTINGS]
+    whole: Annotated[Ids, Holds.READ] = ()
 
 
 # A new instruction: its class above, its name at the end here (the place is its code in the packed form). Text, codec,

@@ -253,6 +253,10 @@ class _Checked:
         for name, tensor in (("gradient", ins.grad), ("target", ins.target)):
             if self._spec(tensor).shape != self._spec(ins.param).shape:
                 yield f"t{ins.param} is {self._spec(ins.param)}, its {name} t{tensor} is {self._spec(tensor)}"
+        gathered = (self._spec(ins.param).numel * self.program.size("tp"),)
+        for tensor in ins.whole:
+            if self._spec(tensor).shape != gathered:
+                yield f"t{ins.param} of all tp chips is {list(gathered)}, t{tensor} is {self._spec(tensor)}"
         if self._spec(ins.stats).shape != STATS_SHAPE:
             yield f"the statistics t{ins.stats} are {self._spec(ins.stats)}, not three numbers"
 

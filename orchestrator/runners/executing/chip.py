@@ -20,6 +20,7 @@ from kernels.backend import OpCode, SegmentFunction, compile_segment
 from kernels.optimizers import FlatOptimizer, StepStatistics
 from orchestrator.models.user_code import own_frames
 from orchestrator.runners.executing.failed_segment import failed_segment
+from orchestrator.runners.executing.slices import cut, joined
 from orchestrator.runners.runner import BadOrder, Settings, StepRequest
 from orchestrator.runs.timeline import Mark
 from partitioner.capture.captured_graph import TORCH
@@ -37,7 +38,6 @@ from partitioner.program.program import (
     TensorKind,
     Update,
     Wait,
-    local_length,
 )
 
 Observer = Callable[["ExecutingChip", Compute, int, Sequence[torch.Tensor], Sequence[torch.Tensor]], None]
@@ -194,7 +194,7 @@ class ExecutingChip:
                 case Accumulate():
                     self._accumulate(instruction, run.microbatch)
                 case Update():
-                    self._update(instruction)
+                    self._update(instruction, run.microbatch)
                 case Collective() | Send() | Recv() | Wait():
                     continue  # what goes between chips is carried out where they meet
                 case _:
@@ -264,15 +264,14 @@ class ExecutingChip:
         squares, loss, count = stats.tolist()
         return StepStatistics(squares, loss, count, float(self.program.facts["nominal_count"]))
 
-    def _update(self, instruction: Update) -> None:
+    def _update(self, instruction: Update, microbatch: int) -> None:
         if self.stats is None:
             self.stats = self.statistics(self.value(instruction.stats))
-        if not self.stats.is_finite:
+        optimizer = self.optimizer(instruction) if self.stats.is_finite else None
+        if optimizer is None:
             return
-        optimizer = self.optimizer(instruction)
-        scale = self.stats.gradient_scale(self.settings.clip_norm)
         try:
-            optimizer.step(self.value(instruction.grad), scale, self.step_settings[instruction.group])
+            self._step(instruction, optimizer, microbatch)
         except UserError:
             raise
         except Exception as error:  # whatever an optimizer of the user's raises
@@ -284,16 +283,47 @@ class ExecutingChip:
         if instruction.target != instruction.param:
             self.value(instruction.target).copy_(self.value(instruction.param))
 
-    def optimizer(self, instruction: Update) -> FlatOptimizer:
-        """The optimizer of one flat group, made when first needed."""
+    def _step(self, instruction: Update, optimizer: FlatOptimizer, microbatch: int) -> None:
+        assert self.stats is not None
+        scale, settings = (
+            self.stats.gradient_scale(self.settings.clip_norm),
+            self.step_settings[instruction.group],
+        )
+        grad, own = self.value(instruction.grad), self._stepped(instruction)
+        if own is None or not instruction.whole:
+            optimizer.step(grad if own is None else grad[: own.spec.numel], scale, settings)
+            return
+        pieces = [self.read(t, microbatch).split(grad.numel()) for t in instruction.whole]
+        whole, gradient = (
+            joined(own, [p[: own.spec.numel].view(own.spec.shape) for p in ps]) for ps in pieces
+        )
+        optimizer.param.data = whole.contiguous()
+        optimizer.step(gradient.contiguous(), scale, settings)
+        stepped = cut(self.program, own, optimizer.param.detach(), self.coordinates)
+        self.value(instruction.param)[: own.spec.numel].copy_(stepped.reshape(-1))
+        optimizer.param.data = grad.new_empty(0)  # until it is gathered again
+        grad.mul_(scale)  # as a step leaves them
+
+    def _stepped(self, instruction: Update) -> Tensor | None:
+        """The parameter that must be stepped on by itself: the one whose place this chip's shard is, if any."""
+        target = self.tensors[instruction.target]
+        base, shard = (target.id, 0) if target.base is None else (target.base, self.coordinates["dp"])
+        place = shard * target.spec.numel
+        is_own = (
+            t for t in self.tensors if t.kind is TensorKind.PARAM and (t.base, t.offset) == (base, place)
+        )
+        return next(is_own, None) if self.program.facts["whole_tensors"] else None
+
+    def optimizer(self, instruction: Update) -> FlatOptimizer | None:
+        """The optimizer of one flat group, made when first needed; None if the group has no parameter for this chip."""
         found = self.optimizers.get(instruction.param)
         if found is None:
             flat = self.value(instruction.param)
             if self.program.facts["whole_tensors"]:
-                own = next(
-                    t for t in self.tensors if t.kind is TensorKind.PARAM and t.base == instruction.target
-                )
-                flat = flat.view(own.spec.shape)
+                own = self._stepped(instruction)
+                if own is None:
+                    return None
+                flat = flat.new_empty(0) if instruction.whole else flat[: own.spec.numel].view(own.spec.shape)
             settings = self.settings.groups[instruction.group] if self.settings.groups else {}
             found = FlatOptimizer(self.settings.optimizer, flat, settings)
             self.resident = None
@@ -304,36 +334,6 @@ class ExecutingChip:
 def _storages(tensors: Iterable[torch.Tensor]) -> dict[int, int]:
     storages = (tensor.untyped_storage() for tensor in tensors)
     return {each.data_ptr(): each.nbytes() for each in storages}
-
-
-def cut(program: Program, tensor: Tensor, whole: torch.Tensor, at: Mapping[str, int]) -> torch.Tensor:
-    """A chip's shard: its slice of every section."""
-    for dim, axis in tensor.shards:
-        sections = tensor.sections or (whole.shape[dim],)
-        parts = [_own(part, dim, program.size(axis), at[axis]) for part in whole.split(list(sections), dim)]
-        whole = torch.cat(parts, dim) if len(parts) > 1 else parts[0]
-    return whole
-
-
-def _own(part: torch.Tensor, dim: int, parts: int, at: int) -> torch.Tensor:
-    """Slice `at` of a section; zeros stand for what is missing at the end."""
-    length = local_length((part.shape[dim],), parts)
-    first = min(at * length, part.shape[dim])
-    found = part.narrow(dim, first, min(length, part.shape[dim] - first))
-    missing = list(part.shape)
-    missing[dim] = length - found.shape[dim]
-    return torch.cat([found, part.new_zeros(missing)], dim) if missing[dim] else found
-
-
-def joined(tensor: Tensor, pieces: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The whole of what chips hold, in the order of their coordinates (inverse of `cut`, along one axis)."""
-    dim = tensor.shards[0][0]
-    if not tensor.sections:
-        return torch.cat(list(pieces), dim)
-    lengths = [local_length((section,), len(pieces)) for section in tensor.sections]
-    by_section = zip(*(piece.split(lengths, dim) for piece in pieces), strict=True)
-    wholes = (torch.cat(own, dim) for own in by_section)
-    return torch.cat([w.narrow(dim, 0, n) for w, n in zip(wholes, tensor.sections, strict=True)], dim)
 
 
 def saved_state(chip: ExecutingChip) -> dict[str, torch.Tensor]:

@@ -11,13 +11,15 @@ from functools import partial
 
 import torch
 
-from orchestrator.runners.executing.chip import State, cut, joined
+from orchestrator.runners.executing.chip import State
+from orchestrator.runners.executing.slices import cut, joined
 from orchestrator.runners.runner import States
 from partitioner.capture.captured_graph import TORCH
 from partitioner.program.program import Program, Role, Tensor, TensorKind, Update
 
 Flat = Callable[[int, str], torch.Tensor]  # a buffer of a chip, by name
 OwnState = Mapping[str, Mapping[str, torch.Tensor]]  # of parameters, by name and key
+STATES = ".optimizer."  # between the name of what is stepped on and that of a state of it
 MASTER = "float32 copy"  # the name of a full-precision copy among the states of a parameter
 SCATTERED = ((0, "dp"),)  # a gradient that is another's shard
 
@@ -68,14 +70,21 @@ def _whole_buffer(program: Program, role: Role, name: str, tp: int, flat: Flat) 
 
 @dataclass(frozen=True, slots=True)
 class StepGroup:
-    """What one Update steps on: its tensor's name, the flat buffer behind it, and the parameters in that."""
+    """What one Update steps on: its tensor's name, the flat buffer behind it, and the parameters in that.
+
+    `is_whole`: every parameter is stepped on by itself, by the replica in whose shard it lies.
+    """
 
     name: str
     flat: Tensor
     shard: int  # entries of it that a chip steps on
     is_sharded: bool
-    shape: tuple[int, ...]  # of the tensor that is stepped on
+    is_whole: bool
     params: tuple[Tensor, ...]
+
+    def owner(self, param: Tensor) -> int:
+        """The replica that steps on a whole parameter."""
+        return param.offset // self.shard if self.is_sharded else 0
 
 
 def step_groups(program: Program, role: Role) -> Iterator[StepGroup]:
@@ -87,21 +96,28 @@ def step_groups(program: Program, role: Role) -> Iterator[StepGroup]:
                 flat = target if target.base is None else role.tensors[target.base]
                 params = tuple(t for t in role.tensors if t.kind is TensorKind.PARAM and t.base == flat.id)
                 name = role.tensors[instruction.param].name
-                shape = params[0].spec.shape if program.facts["whole_tensors"] else target.spec.shape
-                yield StepGroup(name, flat, target.spec.numel, target.base is not None, shape, params)
+                is_sharded, is_whole = target.base is not None, bool(program.facts["whole_tensors"])
+                yield StepGroup(name, flat, target.spec.numel, is_sharded, is_whole, params)
 
 
 def whole_states(program: Program, states: States) -> dict[str, dict[str, torch.Tensor]]:
     """The optimizer's state of every parameter, as one chip would have it, and master copies.
 
-    A state with the shape of what is stepped on has a number for every entry; others are as they are.
+    A state with the shape of what is stepped on has a number for every entry; others are as they are, and so are all
+    of a parameter that is stepped on whole.
     """
     found: dict[str, dict[str, torch.Tensor]] = {}
     for role in program.roles:
         for group in step_groups(program, role):
-            for key, name in _keys(program, role, group, states).items():
-                first = states[program.chip_at({"pp": role.stage, "dp": 0, "tp": 0})][name]
-                is_cut = key == MASTER or (first.dim() > 0 and tuple(first.shape) == group.shape)
+            if group.is_whole:
+                for param in group.params:
+                    at = {"pp": role.stage, "dp": group.owner(param), "tp": 0}
+                    found[param.source] = _own_states(group.name, states[program.chip_at(at)])
+            first_chip = states[program.chip_at({"pp": role.stage, "dp": 0, "tp": 0})]
+            for key in _keys(role, group, first_chip):
+                name = group.name if key == MASTER else f"{group.name}{STATES}{key}"
+                first = first_chip[name]
+                is_cut = key == MASTER or tuple(first.shape) == (group.shard,)
                 whole = partial(_whole_flat, program, role, group, name, states, is_cut=is_cut)
                 flats = [whole(tp) for tp in range(program.size("tp"))]
                 for param in group.params:
@@ -110,13 +126,16 @@ def whole_states(program: Program, states: States) -> dict[str, dict[str, torch.
     return found
 
 
-def _keys(program: Program, role: Role, group: StepGroup, states: States) -> dict[str, str]:
-    """By the key of a state, its name in what a chip saves."""
-    prefix, saved = f"{group.name}.optimizer.", states[program.chip_at({"pp": role.stage, "dp": 0, "tp": 0})]
-    found = {name.removeprefix(prefix): name for name in saved if name.startswith(prefix)}
-    if any(t.name == group.name and t.kind is TensorKind.MASTER for t in role.tensors):
-        found[MASTER] = group.name
-    return found
+def _own_states(name: str, saved: State) -> dict[str, torch.Tensor]:
+    """The states that a chip saved of a group, by their keys."""
+    prefix = f"{name}{STATES}"
+    return {key.removeprefix(prefix): value.clone() for key, value in saved.items() if key.startswith(prefix)}
+
+
+def _keys(role: Role, group: StepGroup, saved: State) -> list[str]:
+    """The keys of what lies in a group's shards, or belongs to all that it steps on together."""
+    has_master = any(t.name == group.name and t.kind is TensorKind.MASTER for t in role.tensors)
+    return [*([] if group.is_whole else _own_states(group.name, saved)), *[MASTER] * has_master]
 
 
 def _whole_flat(
@@ -179,16 +198,20 @@ def _chip_state(
             state[group.name] = shard(
                 lambda p: own.get(p.source, {}).get(MASTER, values(f"params:{p.source}")), wide
             )
+        if group.is_whole:
+            mine = next((p for p in group.params if group.owner(p) == at["dp"] * group.is_sharded), None)
+            held = own.get(mine.source, {}) if mine else {}
+            state |= {f"{group.name}{STATES}{k}": v.clone() for k, v in held.items() if k != MASTER}
+            continue
         for key, value in own.get(group.params[0].source, {}).items():
             if key == MASTER:
                 continue
             shapes = {tuple(values(f"params:{p.source}").shape) for p in group.params}
             like = tuple(values(f"params:{group.params[0].source}").shape)
             is_told = any(math.prod(shape) > 1 for shape in shapes) and value.numel() > 1
-            has_shape = tuple(value.shape) == like and (is_told or key in entries)
-            lies = has_shape and not program.facts["whole_tensors"]
+            lies = tuple(value.shape) == like and (is_told or key in entries)
             made = shard(partial(_state_of, own, key), value.dtype) if lies else value.clone()
-            state[f"{group.name}.optimizer.{key}"] = made
+            state[f"{group.name}{STATES}{key}"] = made
     return state
 
 

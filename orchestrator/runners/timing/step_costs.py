@@ -180,7 +180,7 @@ class ClusterCosts:
 
     def _update_nbytes(self, role: Role, update: Update) -> float:
         """Parameter and states are read and written, the gradient is read, the copy for `target` is written."""
-        param, grad = role.tensors[update.param].spec, role.tensors[update.grad].spec
+        param, grad = (role.tensors[t].spec for t in update.whole or (update.param, update.grad))
         copied = role.tensors[update.target].spec.nbytes if update.target != update.param else 0
         return 2 * param.nbytes + grad.nbytes + copied + 2 * param.nbytes * self._states_per_byte(role)
 
@@ -188,9 +188,8 @@ class ClusterCosts:
         """Bytes of optimizer state for each byte of parameters that the role's updates step on."""
         if role.stage not in self._state_share:
             instructions = (ins for body in role.bodies for ins in body.instructions)
-            stepped = sum(
-                role.tensors[ins.param].spec.nbytes for ins in instructions if isinstance(ins, Update)
-            )
+            updates = [ins for ins in instructions if isinstance(ins, Update)]
+            stepped = sum(role.tensors[(ins.whole or (ins.param,))[0]].spec.nbytes for ins in updates)
             states = sum(tensor.spec.nbytes for tensor in role.tensors if tensor.kind is TensorKind.STATE)
             self._state_share[role.stage] = states / stepped if stepped else 0.0
         return self._state_share[role.stage]

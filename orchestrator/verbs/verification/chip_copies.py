@@ -10,7 +10,8 @@ from collections.abc import Mapping
 
 import torch
 
-from orchestrator.runners.executing.chip import ExecutingChip, cut, optimizer_state
+from orchestrator.runners.executing.chip import ExecutingChip, optimizer_state
+from orchestrator.runners.executing.slices import cut
 from orchestrator.runners.executing.whole_state import SCATTERED, is_scattered, whole_states
 from orchestrator.verbs.verification.outcome import Outcome, Tensors, named_states
 from partitioner.program.program import Program, TensorKind

@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import nn
 
-from comms import UserError
 from comms.errors import OptimizerError
 from orchestrator.verbs.distribute import distribute
 from partitioner.layout.parallel_plan import Plan
@@ -133,7 +132,7 @@ def trained(make: Make, plan: Plan | None, laptop: Any, between: Callable[..., o
     """Losses, parameters, states and settings after five steps, the last ones plain."""
     module = Tanh()
     optimizer = make(module)
-    step: Any = distribute(module, optimizer, laptop, plan=plan, chips=2) if plan else None
+    step: Any = distribute(module, optimizer, laptop, plan=plan, chips=plan.num_chips) if plan else None
     losses = []
     for number in range(5):
         between(number, module, optimizer)
@@ -184,12 +183,11 @@ def test_settings_that_some_groups_have_come_and_go(make: Make, laptop: Any, one
     require_plain_loop(make, Plan(dp=2), laptop, between)
 
 
-def test_states_that_do_not_lie_as_the_parameter_keep_their_shapes(laptop: Any, one_thread: None) -> None:
-    require_plain_loop(in_groups(Stacked), Plan(dp=2), laptop)
-    module = Tanh()
-    step = distribute(module, Stacked(module.parameters()), laptop, plan=Plan(dp=2, zero=1), chips=2)
-    with pytest.raises(UserError, match="looks at whole parameters"):
-        step(batch(0))
+@pytest.mark.parametrize("plan", [Plan(dp=2), Plan(dp=2, zero=1), Plan(dp=2, tp=2, zero=1)], ids=str)
+def test_states_that_do_not_lie_as_the_parameter_keep_their_shapes(
+    plan: Plan, laptop: Any, one_thread: None
+) -> None:
+    require_plain_loop(in_groups(Stacked), plan, laptop)
 
 
 class Normed(Own):

@@ -15,7 +15,6 @@ from orchestrator.planning.plan_choice import (
     Refusal,
     choose_plan,
 )
-from orchestrator.planning.preparation import prepare
 from partitioner.layout.pipeline_schedules import PipelineSchedule
 
 POD = load_cluster(cluster_path("dgx-h100-superpod"))
@@ -125,14 +124,6 @@ def test_where_every_split_was_refused_the_reasons_and_ways_out_are_told(asked: 
         choose_plan(asked, POD.take(1024), 10**6, refused)
     assert caught.value.where == "1024 chips"
     assert hint in caught.value.hint
-
-
-def test_a_job_whose_optimizer_must_see_whole_parameters_gets_stages_instead(tiny_job: Any) -> None:
-    whole = ("global_batch=1", "optimizer.name=torch.optim:Adafactor")
-    prepared = prepare(POD.take(4), tiny_job(*whole))
-    assert (prepared.plan.tp, prepared.plan.pp) == (1, 4)
-    with pytest.raises(PlanError, match="whole parameters"):  # what is asked for is never changed
-        prepare(POD.take(4), tiny_job(*whole, "plan.tp=4", "plan.pp=1"))
 
 
 def test_degrees_that_are_no_powers_of_two_are_taken_where_no_other_works() -> None:

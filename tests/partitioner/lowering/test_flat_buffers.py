@@ -1,6 +1,7 @@
 """Flat buffers: every parameter lies in exactly one, alone in its place, with others of its kind."""
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -11,6 +12,8 @@ from partitioner.layout.param_cuts import ParamCut
 from partitioner.lowering.flat_buffers import FlatGroup, Kept, Param, make_groups
 from partitioner.lowering.role_builder import RoleBuilder, SegmentPool
 from partitioner.program.program import TensorKind, TensorSpec
+
+STATES = Kept(2, masters=True, whole=False)
 
 
 @st.composite
@@ -34,10 +37,10 @@ def param_lists(draw: st.DrawFn) -> list[Param]:
 
 
 def grouped(
-    params: list[Param], dp: int, zero: int, bucket: int, states: int = 2, masters: bool = True
+    params: list[Param], dp: int, zero: int, bucket: int, kept: Kept = STATES, tp: int = 2
 ) -> tuple[RoleBuilder, tuple[FlatGroup, ...]]:
     role = RoleBuilder(0, SegmentPool())
-    return role, make_groups(role, params, Plan(dp=dp, zero=zero, bucket_bytes=bucket), Kept(states, masters))
+    return role, make_groups(role, params, Plan(dp=dp, tp=tp, zero=zero, bucket_bytes=bucket), kept)
 
 
 cases = given(param_lists(), st.integers(1, 5), st.sampled_from([0, 1]), st.sampled_from([1, 64, 10**6]))
@@ -105,7 +108,7 @@ def test_low_precision_is_updated_in_full_precision(
 def test_without_masters_parameters_are_stepped_on_as_they_are(
     params: list[Param], dp: int, zero: int, bucket: int
 ) -> None:
-    role, groups = grouped(params, dp, zero, bucket, masters=False)
+    role, groups = grouped(params, dp, zero, bucket, replace(STATES, masters=False))
     assert not any(t.kind is TensorKind.MASTER for t in role.tensors)
     for group in groups:
         assert (
@@ -129,6 +132,24 @@ def test_buckets_close_as_soon_as_they_are_full_and_follow_the_backward(
             assert units == sorted(units, reverse=True)
 
 
+@cases
+def test_what_must_be_whole_lies_in_one_shard_and_is_gathered_where_it_is_cut(
+    params: list[Param], dp: int, zero: int, bucket: int
+) -> None:
+    role, groups = grouped(params, dp, zero, bucket, replace(STATES, whole=True), tp=3)
+    assert Counter(p for g in groups for p in g.params) == Counter(params)
+    for group in groups:
+        views = [role.tensors[role.by_name[p.name]] for p in group.params]
+        shard = role.spec(group.flat).numel // (dp if zero else 1)
+        assert [v.offset for v in views] == [i * shard for i in range(len(views))]
+        assert max(v.spec.numel for v in views) == shard
+        is_gathered = not group.replicated and not group.params[0].is_frozen
+        assert [role.spec(t).numel for t in group.gathered] == [3 * shard, 3 * shard] * is_gathered
+    found = [t.spec.shape for t in role.tensors if t.kind is TensorKind.STATE]
+    trained = [g for g in groups if not g.params[0].is_frozen]
+    assert found == [(2, role.spec(g.update).numel * (1 if g.replicated else 3)) for g in trained]
+
+
 def test_a_large_bucket_makes_one_group_per_kind_and_a_small_one_a_group_per_parameter() -> None:
     params = [Param(f"p{i}", TensorSpec((4, 4), "f32"), None, (), (), i, False, 0, None) for i in range(5)]
     assert len(grouped(params, 2, 0, 10**9)[1]) == 1
@@ -139,6 +160,6 @@ def test_a_large_bucket_makes_one_group_per_kind_and_a_small_one_a_group_per_par
 @pytest.mark.parametrize("states", [0, 2])
 def test_optimizer_state_is_accounted_for_by_elements(states: int) -> None:
     params = [Param("p", TensorSpec((6, 5), "f32"), None, (), (), 0, False, 0, None)]
-    role, _ = grouped(params, 3, 1, 1, states)
+    role, _ = grouped(params, 3, 1, 1, replace(STATES, states=states))
     found = [t.spec.shape for t in role.tensors if t.kind is TensorKind.STATE]
     assert found == ([(states, 10)] if states else [])
