@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from support.harness import report
+from support.random_steps import OWN
 from support.random_training import Case, random_case
 from torch import nn
 
@@ -55,18 +56,6 @@ class Straight(torch.autograd.Function):
     def forward(ctx, x): return x.round()
     @staticmethod
     def backward(ctx, grad): return grad
-class OwnAdam(torch.optim.AdamW):
-    def __init__(self, params, **kw): super().__init__(params, **kw)
-class OwnStep(torch.optim.Optimizer):
-    def __init__(self, params, lr=0.1, decay=0.0): super().__init__(params, dict(lr=lr, decay=decay))
-    @torch.no_grad()
-    def step(self, closure=None):
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    seen = self.state[p].setdefault("seen", torch.zeros_like(p))
-                    seen.mul_(0.9).add_(p.grad)
-                    p.mul_(1 - group["decay"] * group["lr"]).add_(seen / (1 + seen.norm()), alpha=-group["lr"])
 """
 
 
@@ -166,7 +155,7 @@ def rows_of(ended: list[Ended]) -> list[Mapping[str, object]]:
 def names_of(case: Case) -> dict[str, Any]:
     """The names that the text defines; tracebacks show its lines."""
     names: dict[str, Any] = {}
-    for title, text in (("prelude", PRELUDE), (f"case {case.seed}", case.source)):
+    for title, text in (("prelude", PRELUDE + OWN), (f"case {case.seed}", case.source)):
         linecache.cache[title] = (len(text), None, text.splitlines(keepends=True), title)
         exec(compile(text, title, "exec"), names)
     return names

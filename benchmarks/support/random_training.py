@@ -13,6 +13,8 @@ from itertools import product
 from math import prod
 
 from support.random_draws import DRAWS
+from support.random_papers import PAPERS
+from support.random_steps import GROUPS, HOOKS, OPTIMIZERS, SCHEDULES
 
 from partitioner.layout.parallel_plan import Plan
 from partitioner.layout.pipeline_schedules import PipelineSchedule
@@ -229,32 +231,6 @@ RETURNS = """
 OUTPUTS = """
 x ;; x ;; dict(x=x) ;; (x, x.mean()) ;; SimpleNamespace(x=x)
 """
-OPTIMIZERS = """
-torch.optim.SGD({}, lr=0.05) ;; torch.optim.SGD({}, lr=0.05, momentum=0.9, nesterov=True) ;; torch.optim.SGD({}, \
-lr=0.05, momentum=0.9, dampening=0.1, weight_decay=0.01) ;; torch.optim.SGD({}, lr=0.01, maximize=True) ;; \
-torch.optim.Adam({}, lr=0.01) ;; torch.optim.Adam({}, lr=0.01, amsgrad=True, weight_decay=0.1) ;; \
-torch.optim.AdamW({}, lr=0.01, betas=(0.8, 0.95)) ;; torch.optim.AdamW({}, lr=0.01, weight_decay=0.2, foreach=False) \
-;; torch.optim.Adagrad({}, lr=0.05, lr_decay=0.1) ;; torch.optim.RMSprop({}, lr=0.01, centered=True, momentum=0.5) ;; \
-torch.optim.Rprop({}, lr=0.01) ;; torch.optim.Adadelta({}, lr=1.0) ;; torch.optim.NAdam({}, lr=0.01) ;; \
-torch.optim.RAdam({}, lr=0.01) ;; torch.optim.Adamax({}, lr=0.01) ;; torch.optim.ASGD({}, lr=0.01) ;; OwnAdam({}, \
-lr=0.01) ;; OwnStep({}, lr=0.05) ;; torch.optim.Adafactor({}, lr=0.01)
-"""
-GROUPS = """
-m.parameters() ;; m.parameters() ;; m.parameters() ;; [p for p in m.parameters() if p.requires_grad] ;; \
-m.named_parameters() ;; [dict(params=[p for p in m.parameters() if p.dim() > 1]), dict(params=[p for p in \
-m.parameters() if p.dim() <= 1], lr=0.02)] ;; [dict(params=[p]) for p in m.parameters()] ;; list(m.parameters())[:-1] \
-or list(m.parameters()) ;; list(m.parameters())[::-1]
-"""
-SCHEDULES = """
-torch.optim.lr_scheduler.StepLR(o, 1, 0.5) ;; torch.optim.lr_scheduler.LambdaLR(o, lambda k: 1 / (k + 1)) ;; \
-torch.optim.lr_scheduler.OneCycleLR(o, 0.1, total_steps=8)
-"""
-HOOKS = """
-[g.update(lr=g['lr'] * 0.5) for g in o.param_groups] ;; [g.update(weight_decay=0.3) for g in o.param_groups] ;; \
-next(m.parameters()).requires_grad_(False) ;; [p.requires_grad_(k != 1) for p in list(m.parameters())[:2]] ;; sync(); \
-next(m.parameters()).data.mul_(0.9) ;; sync(); [b.zero_() for b in m.buffers()] ;; m.eval() ;; sync() ;; sync(); \
-torch.nn.init.ones_(list(m.parameters())[-1]) ;; evaluate()
-"""
 STEPS = (2, 2, 3)
 MEANING = {"LIN": "$l = nn.Linear(C, C)", "PAR(": "nn.Parameter(torch.randn("}
 INPUTS = (
@@ -359,7 +335,7 @@ def _pieces(draw: random.Random) -> tuple[tuple[tuple[str, str], ...], tuple[str
             time = (2 if "2 * C" in text[0] else 3) if way == "v>s" else time
             shape = way[2]
         else:
-            _, *text = draw.choice([row for row in table(PIECES + DRAWS) if shape in row[0]])
+            _, *text = draw.choice([row for row in table(PIECES + DRAWS + PAPERS) if shape in row[0]])
         chosen.append((text[0], text[1]))
     if shape == "i":
         _, *text = draw.choice([row for row in turns if row[0] == "i>s"])
