@@ -154,9 +154,12 @@ def _declare(
 def _declare_views(
     role: RoleBuilder, members: list[Param], flat: int, grad: int, wide: str, apart: int | None
 ) -> None:
-    """Parameters and their gradients in their buffers, end to end or each at its multiple of `apart` entries."""
+    """Parameters and their gradients in their buffers, end to end or each at its multiple of `apart` entries.
+
+    End to end those of an odd length come last: pairs of numbers are only seen as complex ones from an even place on.
+    """
     offset = 0
-    for p in members:
+    for p in members if apart else sorted(members, key=lambda p: p.spec.numel % 2):
         shards = ((p.cut.dim, "tp"),) if p.cut is not None else ()
         role.tensor(p.name, TensorKind.PARAM, p.spec, shards=shards, base=flat, offset=offset, source=p.name,
                     sections=p.sections)  # fmt: skip

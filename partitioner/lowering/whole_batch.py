@@ -60,6 +60,9 @@ def emit_updates(role: RoleBuilder, plan: Plan, kept: Mapping[str, int]) -> dict
     """Totals over all parts of what each made for buffers, by name, at the end of the step."""
     totals: dict[str, int] = {}
     for name, made in kept.items():
+        if (found := role.by_name.get(f"{name}.kept_total")) is not None:  # another buffer needs it too
+            totals[name] = found
+            continue
         spec = role.spec(made)
         added = role.tensor(f"{name}.kept", TensorKind.SCALAR, spec)
         role.emit("forward", Accumulate(0, (made,), (added,)))

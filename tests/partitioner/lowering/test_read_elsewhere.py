@@ -31,14 +31,27 @@ def read_without_a_gradient(m: Any, x: torch.Tensor) -> torch.Tensor:
     return m.second(m.first(x)) + m.first.weight.detach().sum()
 
 
+def buffers_of_one_total(m: Any, x: torch.Tensor) -> torch.Tensor:
+    hidden = m.first(x)
+    m.mean.mul_(0.5).add_(hidden.detach().mean(0))
+    m.count.copy_(m.mean.exp().sum())
+    return m.second(hidden)
+
+
+def weight_seen_as_complex(m: Any, x: torch.Tensor) -> torch.Tensor:
+    pairs = torch.view_as_complex(m.second.weight.view(4, 2, 2)).abs()
+    return m.second(m.first(x)) * m.scale + pairs.sum()
+
+
 class Two(nn.Module):
-    """Two layers and two buffers."""
+    """Two layers, a number and two buffers."""
 
     def __init__(self, script: Callable[..., torch.Tensor]) -> None:
         super().__init__()
         with torch.random.fork_rng():
             torch.manual_seed(0)
             self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.scale = nn.Parameter(torch.tensor(2.0))
         self.register_buffer("count", torch.zeros(()))
         self.register_buffer("mean", torch.zeros(4))
         self.script = script
@@ -48,7 +61,11 @@ class Two(nn.Module):
 
 
 @pytest.mark.parametrize("plan", PLANS, ids=str)
-@pytest.mark.parametrize("script", [buffer_of_a_buffer, running_mean_of_a_layer, read_without_a_gradient])
+@pytest.mark.parametrize(
+    "script",
+    [buffer_of_a_buffer, running_mean_of_a_layer, read_without_a_gradient, buffers_of_one_total,
+     weight_seen_as_complex],
+)  # fmt: skip
 def test_stages_keep_what_they_read(script: Any, plan: Plan, laptop: Any, one_thread: None) -> None:
     module = Two(script).double()
     plain = copy.deepcopy(module)
