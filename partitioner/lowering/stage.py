@@ -136,6 +136,7 @@ class _StageEmitter:
         needed = {v for i in self.units for v in graph.units[i].frees}
         if self.makes_loss:
             needed |= {graph.count, *(graph.tail.inputs[len(graph.summed) :] if graph.tail else ())}
+        needed |= {name for update in self._updates() if update.is_own for name in update.reads}
         while True:  # what is kept reads more, which is kept then
             before = len(needed)
             inputs, turns = self._inputs_and_turns(needed)
@@ -199,26 +200,32 @@ class _StageEmitter:
     def _updated_state(self) -> list[tuple[str, int]]:
         """New values of buffers that need sums over all parts: made of the old ones, where what is summed is made."""
         role, graph, found = self.role, self.graph, list[tuple[str, int]]()
-        own = {v for index in self.units for v in graph.units[index].outputs}
-        for buffer, value in graph.state:
-            if graph.updates is None or value not in graph.updates.outputs:
-                continue
-            side = _NeededSide(graph.updates, [value])
-            sums = [name for name in side.reads if name in graph.kept]
-            if not own.issuperset(sums):
-                if not own.isdisjoint(sums) or buffer in self.values:
-                    problem = f"the buffer {buffer} depends on several pipeline stages"
+        for name in (name for update in self._updates() if update.is_own for name in update.reads):
+            self._declare_source(name)
+        for update in self._updates():
+            if not update.is_own:
+                if update.is_partly_own or update.buffer in self.values:
+                    problem = f"the buffer {update.buffer} depends on several pipeline stages"
                     raise PartitionError(problem, "pipeline stages", "use pp 1, or other stages")
                 continue
-            totals = emit_updates(role, self.context.plan, {name: self.values[name] for name in sums})
-            for name in {buffer, *side.reads} - set(sums):
-                self._declare_source(name)
+            side = update.side
+            self._declare_source(update.buffer)
+            totals = emit_updates(role, self.context.plan, {n: self.values[n] for n in update.sums})
             reads = [totals[n] if n in totals else keep(role, self.values[n]) for n in side.reads]
-            made = role.tensor(f"next.{buffer}", TensorKind.SCALAR, graph.specs[value])
+            made = role.tensor(f"next.{update.buffer}", TensorKind.SCALAR, graph.specs[update.value])
             segment = role.pool.add("commit", [role.spec(t) for t in reads], side.ops, side.outputs)
             role.compute("commit", segment, reads, [made])
-            found.append((buffer, made))
+            found.append((update.buffer, made))
         return found
+
+    def _updates(self) -> Iterator["_BufferUpdate"]:
+        graph = self.graph
+        own = {v for index in self.units for v in graph.units[index].outputs}
+        for buffer, value in graph.state:
+            if graph.updates is not None and value in graph.updates.outputs:
+                side = _NeededSide(graph.updates, [value])
+                sums = [name for name in side.reads if name in graph.kept]
+                yield _BufferUpdate(buffer, value, side, sums, own.issuperset(sums), not own.isdisjoint(sums))
 
     def _side(self, side: "_NeededSide", body: str, kind: TensorKind, prefix: str = "") -> dict[str, int]:
         """Emit what makes a side's values; returns them by name. With a prefix they are another instance of each."""
@@ -369,3 +376,20 @@ class _NeededSide:
         self.ops: tuple[Operation, ...] = tuple(make_op(n, number) for n in calls)
         self.made: tuple[str, ...] = tuple(made)
         self.outputs: tuple[int, ...] = tuple(number[results[v]] for v in made)
+
+
+@dataclass(frozen=True)
+class _BufferUpdate:
+    """A buffer's new value at the end of a step: the `sums` that it needs, of which this stage makes all or some."""
+
+    buffer: str
+    value: str
+    side: _NeededSide
+    sums: list[str]
+    is_own: bool
+    is_partly_own: bool
+
+    @property
+    def reads(self) -> list[str]:
+        """What else it reads."""
+        return [name for name in self.side.reads if name not in self.sums]

@@ -38,19 +38,33 @@ def buffers_of_one_total(m: Any, x: torch.Tensor) -> torch.Tensor:
     return m.second(hidden)
 
 
+def total_beside_what_the_batch_tells(m: Any, x: torch.Tensor) -> torch.Tensor:
+    hidden = m.first(x)
+    m.mean.copy_(torch.where((x > 0).sum(0) > 3, hidden.detach().sum(0).exp(), m.mean))
+    return m.second(hidden)
+
+
+def total_beside_a_buffer_that_changes(m: Any, x: torch.Tensor) -> torch.Tensor:
+    hidden = m.first(x)
+    m.mean.copy_(hidden.detach().mean(0).exp() * m.count)
+    hidden = m.third(m.second(hidden).tanh())
+    m.count.copy_(x.sum(0).exp().sum())
+    return hidden
+
+
 def weight_seen_as_complex(m: Any, x: torch.Tensor) -> torch.Tensor:
     pairs = torch.view_as_complex(m.second.weight.view(4, 2, 2)).abs()
     return m.second(m.first(x)) * m.scale + pairs.sum()
 
 
-class Two(nn.Module):
-    """Two layers, a number and two buffers."""
+class Layers(nn.Module):
+    """Three layers, a number and two buffers."""
 
     def __init__(self, script: Callable[..., torch.Tensor]) -> None:
         super().__init__()
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+            self.first, self.second, self.third = (nn.Linear(4, 4) for _ in range(3))
         self.scale = nn.Parameter(torch.tensor(2.0))
         self.register_buffer("count", torch.zeros(()))
         self.register_buffer("mean", torch.zeros(4))
@@ -63,11 +77,11 @@ class Two(nn.Module):
 @pytest.mark.parametrize("plan", PLANS, ids=str)
 @pytest.mark.parametrize(
     "script",
-    [buffer_of_a_buffer, running_mean_of_a_layer, read_without_a_gradient, buffers_of_one_total,
-     weight_seen_as_complex],
+    [buffer_of_a_buffer, running_mean_of_a_layer, read_without_a_gradient, buffers_of_one_total, weight_seen_as_complex,
+     total_beside_what_the_batch_tells, total_beside_a_buffer_that_changes],
 )  # fmt: skip
 def test_stages_keep_what_they_read(script: Any, plan: Plan, laptop: Any, one_thread: None) -> None:
-    module = Two(script).double()
+    module = Layers(script).double()
     plain = copy.deepcopy(module)
     step = distribute(
         module, torch.optim.SGD(module.parameters(), 0.1), laptop, plan=plan, chips=plan.num_chips
