@@ -226,7 +226,7 @@ class _Trials:
         except Exception:  # what needs gradients says so
             return
         if not torch.equal(still.detach(), torch.ones_like(still)) or made.state.get(still):
-            problem = "a step of the optimizer changes parameters that have no gradient"
+            problem = "a step of the optimizer changes parameters that have no gradient, or their states"
             raise OptimizerError(problem, hint="skip those whose grad is None, as torch's do")
 
 

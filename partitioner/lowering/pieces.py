@@ -25,6 +25,7 @@ from partitioner.capture.captured_graph import (
     spec_of,
 )
 from partitioner.capture.forwards.keyed_random import draws
+from partitioner.capture.pure_graph import source_line
 from partitioner.layout.joint_trace import Joint
 from partitioner.program.program import CollectiveOp, Operation, Reduction, TensorSpec
 
@@ -295,7 +296,8 @@ def _code(node: Node, number: Mapping[Node, int]) -> str:
     if op_name(target) in ("view", "_unsafe_view"):  # traced on contiguous operands; real ones may be strided
         target = aten.reshape.default
     if op_name(target) == "as_strided":
-        raise PartitionError("as_strided depends on memory layout", node.name, "use view, narrow or unfold")
+        problem = "as_strided depends on memory layout"
+        raise PartitionError(problem, source_line(node), "use view, narrow or unfold")
     if isinstance(target, torch._ops.OpOverload):
         space, name = target._schema.name.split("::")
         return f"{space}.{name}.{target._overloadname}({', '.join(parts)})"

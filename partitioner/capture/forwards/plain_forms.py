@@ -15,8 +15,8 @@ from torch.nn import functional
 BATCHED = 2  # dims of indices that are bags of one length each
 FORMS = ("cross_entropy", "gaussian_nll_loss", "embedding_bag", "instance_norm")
 originals: Mapping[str, Callable[..., torch.Tensor]] = {name: getattr(functional, name) for name in FORMS} | {
-    "cov": torch.cov
-}
+    "cov": torch.cov, "stft": torch.stft, "istft": torch.istft,
+}  # fmt: skip
 
 
 def _reduced(value: torch.Tensor, reduction: str) -> torch.Tensor:
@@ -131,15 +131,77 @@ def corrcoef(input: torch.Tensor) -> torch.Tensor:  # noqa: A002  (torch's own n
     return found.clamp(-1, 1)
 
 
+def stft(
+    input: torch.Tensor,  # noqa: A002  (torch's own name)
+    n_fft: int, hop_length: int | None = None, win_length: int | None = None, window: torch.Tensor | None = None,
+    center: bool = True, pad_mode: str = "reflect", normalized: bool = False, onesided: bool | None = None,
+    return_complex: bool | None = None, align_to_window: bool | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """See torch, whose own takes frames by their place in memory."""
+    if return_complex is None or align_to_window is not None:
+        return originals["stft"](
+            input, n_fft, hop_length, win_length, window, center, pad_mode, normalized, onesided, return_complex,
+            align_to_window,
+        )  # fmt: skip
+    signal = input.reshape(1, -1, input.shape[-1])
+    if center:
+        signal = functional.pad(signal, [n_fft // 2] * 2, pad_mode)
+    frames = signal.reshape(*input.shape[:-1], signal.shape[-1]).unfold(-1, n_fft, hop_length or n_fft // 4)
+    frames = frames * _filled(window, win_length or n_fft, n_fft, input)
+    is_half = onesided is not False and not frames.is_complex()
+    made = (torch.fft.rfft if is_half else torch.fft.fft)(frames, norm="ortho" if normalized else None)
+    made = made.transpose(-1, -2)
+    return made if return_complex else torch.view_as_real(made)
+
+
+def istft(
+    input: torch.Tensor,  # noqa: A002  (torch's own name)
+    n_fft: int, hop_length: int | None = None, win_length: int | None = None, window: torch.Tensor | None = None,
+    center: bool = True, normalized: bool = False, onesided: bool | None = None, length: int | None = None,
+    return_complex: bool = False,
+) -> torch.Tensor:  # fmt: skip
+    """See torch, whose own looks whether the windows leave gaps."""
+    if return_complex or onesided is False or (onesided is None and input.shape[-2] == n_fft):
+        return originals["istft"](
+            input, n_fft, hop_length, win_length, window, center, normalized, onesided, length, return_complex
+        )
+    hop, count = hop_length or n_fft // 4, input.shape[-1]
+    frames = torch.fft.irfft(input.transpose(-1, -2), n_fft, norm="ortho" if normalized else None)
+    shape = _filled(window, win_length or n_fft, n_fft, frames)
+
+    def overlapped(parts: torch.Tensor) -> torch.Tensor:
+        columns = parts.reshape(-1, count, n_fft).transpose(1, 2)
+        return functional.fold(columns, (1, n_fft + hop * (count - 1)), (1, n_fft), stride=(1, hop)).flatten(
+            1
+        )
+
+    start = n_fft // 2 if center else 0
+    end = n_fft + hop * (count - 1) - start if length is None else start + length
+    weights = overlapped((shape**2).expand(count, n_fft))[:, start:end]
+    found = overlapped(frames * shape)[:, start:end] / weights
+    found = functional.pad(found, [0, end - start - found.shape[1]])
+    return found.reshape(*input.shape[:-2], end - start)
+
+
+def _filled(window: torch.Tensor | None, length: int, n_fft: int, like: torch.Tensor) -> torch.Tensor:
+    """A window of `length` amid `n_fft` places."""
+    made = like.real.new_ones(length) if window is None else window
+    left = (n_fft - length) // 2
+    return functional.pad(made, [left, n_fft - length - left])
+
+
 @contextmanager
 def plain_forms() -> Iterator[None]:
     """Inside the block torch's functions are these."""
     with ExitStack() as stack:
+        made: Callable[..., torch.Tensor]
         for made in (gaussian_nll_loss, cross_entropy, embedding_bag, instance_norm):
             stack.enter_context(patch.object(functional, made.__name__, made))
         for name, form in (("cov", cov), ("corrcoef", corrcoef)):
             stack.enter_context(patch.object(torch, name, form))
             stack.enter_context(patch.object(torch.Tensor, name, form))
+        for made in (stft, istft):  # which the methods of tensors ask for
+            stack.enter_context(patch.object(torch, made.__name__, made))
         # Distributions look at their arguments' values.
         stack.enter_context(patch.object(torch.distributions.Distribution, "_validate_args", False))
         yield

@@ -13,12 +13,17 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from partitioner.capture.forwards.user_functions import AppliedFunction
 from partitioner.capture.pure_graph import inline_numbers, trace_values
 
+# What these consist of has no backward where no gradient is asked for, as in traces of them.
+WITHOUT_BACKWARD = {torch.ops.aten.embedding_bag.default, torch.ops.aten.embedding_bag.padding_idx}
+
 
 def consists_of_others(node: Node) -> bool:
     """Whether torch can say what an operator consists of."""
     target = node.target
     if isinstance(target, AppliedFunction):
         return True
+    if target in WITHOUT_BACKWARD:
+        return False
     return isinstance(target, torch._ops.OpOverload) and (
         target._can_decompose() or target in decomposition_table
     )

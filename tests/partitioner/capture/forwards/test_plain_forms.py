@@ -1,0 +1,95 @@
+"""Plain forms of torch's functions: the same values, gradients and training runs."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from orchestrator.verbs.distribute import distribute
+from partitioner.capture.forwards.plain_forms import plain_forms
+from partitioner.layout.parallel_plan import Plan
+
+WINDOW = torch.hann_window(8, dtype=torch.float64)
+
+
+def doubles(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)), dtype=torch.float64)
+
+
+SPECTRA: dict[str, Any] = {
+    "as given": {"window": WINDOW},
+    "short window": {"window": WINDOW[1:7], "win_length": 6, "hop_length": 3},
+    "normalized, not centred": {"window": WINDOW + 1, "center": False, "normalized": True, "hop_length": 2},
+    "rectangular": {"window": None, "hop_length": 4},
+}
+
+
+@pytest.mark.filterwarnings("ignore:A window was not provided")
+@pytest.mark.parametrize("shape", [(40,), (3, 40)], ids=str)
+@pytest.mark.parametrize("name", SPECTRA)
+def test_spectra_and_signals_are_those_of_torch(name: str, shape: tuple[int, ...]) -> None:
+    signal, said = doubles(*shape).requires_grad_(), SPECTRA[name]
+
+    def made() -> tuple[torch.Tensor, ...]:
+        spectrum = torch.stft(signal, 8, return_complex=True, **said)
+        pairs = torch.view_as_real(signal.stft(8, return_complex=True, pad_mode="constant", **said))
+        whole = torch.stft(signal, 8, return_complex=True, onesided=False, **said)
+        back = [torch.istft(spectrum.abs() * spectrum, 8, length=n, **said) for n in (None, 30)]
+        total = sum(v.abs().square().sum() for v in (spectrum, pairs, whole, *back))
+        return spectrum, pairs, whole, *back, *torch.autograd.grad(total, signal)
+
+    expected = made()
+    with plain_forms():
+        found = made()
+    for mine, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+class Denoiser(nn.Module):
+    """Masks a spectrogram; its loss compares spectrograms of two lengths."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mask = nn.Linear(5, 5)
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        spectrum = torch.stft(x, 8, 4, window=WINDOW, return_complex=True)
+        gain = self.mask(spectrum.abs().mT).sigmoid().mT
+        found = torch.istft(spectrum * gain, 8, 4, window=WINDOW, length=x.shape[-1])
+        sizes = [torch.stft(v, 6, 3, window=WINDOW[:6], return_complex=True).abs() for v in (found, y)]
+        return nn.functional.mse_loss(found, y) + nn.functional.l1_loss(*sizes)
+
+
+class Bags(nn.Module):
+    """Mean embeddings of bags of several lengths."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.last = nn.EmbeddingBag(12, 6), nn.Linear(6, 40)
+
+    def forward(self, x: torch.Tensor, starts: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return nn.functional.mse_loss(self.last(self.table(x, starts)), y)
+
+
+@pytest.mark.parametrize("plan", [Plan(dp=2), Plan(microbatches=2)], ids=str)
+@pytest.mark.parametrize("make", [Denoiser, Bags])
+@pytest.mark.filterwarnings("ignore:.* run as one")
+def test_models_of_them_train_as_in_torch(make: Any, plan: Plan, laptop: Any, one_thread: None) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        module = make().double()
+    plain = copy.deepcopy(module)
+    step = distribute(
+        module, torch.optim.SGD(module.parameters(), 0.1), laptop, plan=plan, chips=plan.num_chips
+    )
+    optimizer = torch.optim.SGD(plain.parameters(), 0.1)
+    ids = {"x": torch.arange(24) % 11, "starts": torch.tensor([0, 1, 4, 9, 12, 12, 20, 22])}
+    batch = {**({"x": doubles(8, 40)} if make is Denoiser else ids), "y": doubles(8, 40) * 2}
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss = plain(**batch)
+        loss.backward()
+        optimizer.step()
+        assert step(batch) == pytest.approx(loss.item(), rel=1e-9)
