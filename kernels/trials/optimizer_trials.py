@@ -7,10 +7,11 @@ or keeps what chips cannot hold is refused.
 """
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, TypeAlias
+from itertools import product
+from typing import Any
 
 import torch
 
@@ -26,12 +27,15 @@ from kernels.optimizers import (
     same_kind,
 )
 from kernels.trials.optimizer_reads import names_of, recording
+from kernels.trials.setting_modes import Groups, move_counters, of_each_mode, plain, tried
 
-Groups: TypeAlias = Sequence[Mapping[str, Any]]  # settings of every group
 PROBES = (((4, 6), (5,), (70, 61)), ((4, 6), (3, 5), (70, 61)))  # shapes of a group's parameters
 PROBE_STEPS = {True: 3, False: LATE_STEPS}  # of torch's own, and of others
-PROBE_LR = 1e-2  # at least: under a rate of nothing all optimizers are the same
-SIZES = frozenset({"numel", "nelement", "shape", "size", "ndim", "dim"})
+EXTREMES = (1.0, 1e-6, 1e6)  # factors of gradients in steps after that, for what begins at a threshold
+WHOLE = frozenset({
+    "numel", "nelement", "shape", "size", "ndim", "dim", "norm", "vector_norm", "matrix_norm", "_foreach_norm", "mean",
+    "std", "var", "amax", "amin", "median", "count_nonzero",
+})  # fmt: skip
 KEEP = "keep tensors and numbers in self.state[p], and settings in self.param_groups"
 GIVEN = "use one whose step needs nothing but gradients"
 
@@ -57,11 +61,13 @@ def scope_of(factory: Factory) -> Scope:
     return traits_of(factory).scope
 
 
-def traits_of(factory: Factory, groups: Groups = ()) -> StepTraits:
-    """By steps with these settings of groups (else the factory's own). Raises OptimizerError."""
+def traits_of(factory: Factory, groups: Groups = (), sizes: Sequence[int] = ()) -> StepTraits:
+    """By steps with these settings of groups (else the factory's own), of so many parameters. Raises OptimizerError."""
     found: Exception | None = None
-    for shapes in PROBES:  # some optimizers take matrices only
-        trial = _Trials(factory, groups, shapes)
+    for extremes, shapes in product(
+        (EXTREMES, ()), PROBES
+    ):  # some take matrices only, some no such gradients
+        trial = _Trials(factory, groups, shapes, extremes)
         try:
             together, apart = trial.run("together"), trial.run("apart")
         except OptimizerError:
@@ -71,6 +77,7 @@ def traits_of(factory: Factory, groups: Groups = ()) -> StepTraits:
             continue
         _require_same(together, apart)
         trial.require_plain_loop(together)
+        trial.require_uncounted(together, sizes)
         return StepTraits(_scope(trial, together), together.moved, frozenset(trial.reads) | trial.names)
     said = str(found).strip().split("\n")[0]
     raise OptimizerError(f"the optimizer cannot step on given gradients: {said}", hint=GIVEN)
@@ -88,45 +95,15 @@ def advance(optimizer: torch.optim.Optimizer) -> None:
     for group, own, after in zip(optimizer.param_groups, before, group_settings(made), strict=True):
         for name in own.keys() - after.keys():
             del group[name]
-        group.update({k: v for k, v in after.items() if k not in own or _plain(v) != _plain(own[k])})
-
-
-def modes_of(optimizer: torch.optim.Optimizer) -> tuple[object, ...]:
-    """What groups are besides the sizes of numbers, and what parameters hold: as long as it is equal, so are traits."""
-    settings = tuple(_mode(own) for own in group_settings(optimizer))
-    if is_torchs(type(optimizer)):
-        return settings
-    return settings, tuple((id(p), *vars(p)) for group in optimizer.param_groups for p in group["params"])
-
-
-def _mode(value: Any) -> object:
-    if isinstance(value, torch.Tensor):
-        return torch.Tensor
-    return _walked(value, _mode) if not isinstance(value, int | float) else (type(value), bool(value))
-
-
-def _plain(value: Any) -> object:
-    """Equal for equal settings, whichever objects they are."""
-    if isinstance(value, torch.Tensor):
-        return value.dtype, repr(value.detach().tolist())
-    return _walked(value, _plain)
-
-
-def _walked(value: Any, inner: Callable[[Any], object]) -> object:
-    if isinstance(value, Mapping):
-        return tuple((k, inner(v)) for k, v in sorted(value.items(), key=lambda item: repr(item[0])))
-    if isinstance(value, list | tuple):
-        return type(value), tuple(inner(each) for each in value)
-    if isinstance(value, type) or callable(value):
-        return id(value)
-    held = getattr(value, "__dict__", None)
-    return (type(value), inner(held)) if held else (type(value), repr(value))
+        group.update({k: v for k, v in after.items() if k not in own or plain(v) != plain(own[k])})
 
 
 @dataclass(frozen=True, slots=True)
 class _Stepped:
-    """Values by parameter, their states, and what the groups' settings became; in the order of groups and shapes."""
+    """Values by parameter, their states, and what the groups' settings became; in the order of groups and shapes.
+    `early`: the values before counters were moved."""
 
+    early: list[torch.Tensor]
     values: list[torch.Tensor]
     states: list[dict[str, Any]]
     groups: list[object]
@@ -134,19 +111,21 @@ class _Stepped:
 
     @property
     def flat(self) -> torch.Tensor:
-        return torch.cat([value.reshape(-1) for value in self.values])
+        return torch.cat([value.reshape(-1) for value in (*self.early, *self.values)])
 
 
 class _Trials:
     """Steps on the same values and gradients, with parameters together, apart or end to end."""
 
-    def __init__(self, factory: Factory, groups: Groups, shapes: Sequence[tuple[int, ...]]) -> None:
+    def __init__(
+        self, factory: Factory, groups: Groups, shapes: Sequence[tuple[int, ...]], extremes: Sequence[float] = ()
+    ) -> None:  # fmt: skip
         made = factory([torch.zeros(4, 6, requires_grad=True)])
         self.factory, self.shapes, self.reads = factory, shapes, set[str]()
         self.is_torchs, self.names = is_torchs(type(made)), names_of(type(made))
         self.zeroes = type(made).zero_grad is not torch.optim.Optimizer.zero_grad
         self.kind = recording(self.reads) if not self.is_torchs else torch.nn.Parameter
-        self.groups = _of_each_mode(groups or group_settings(made))
+        self.groups = of_each_mode(groups or group_settings(made))
         generator = torch.Generator().manual_seed(0)
 
         def drawn() -> list[list[torch.Tensor]]:
@@ -155,28 +134,57 @@ class _Trials:
 
         self.starts = [[start / 10.0**i for i, start in enumerate(own)] for own in drawn()]
         self.grads = [drawn() for _ in range(PROBE_STEPS[self.is_torchs])]
+        self.extremes = () if self.is_torchs else extremes
 
-    def run(self, how: str, *, loop: bool = False, afresh: bool = False) -> _Stepped:
-        """`loop`: gradients are added up after the optimizer's own `zero_grad`; `afresh`: states are forgotten."""
+    def run(
+        self, how: str, *, loop: bool = False, afresh: bool = False, crowd: Sequence[int] = ()
+    ) -> _Stepped:
+        """`loop`: gradients are added up after the optimizer's own `zero_grad`; `afresh`: states are forgotten;
+        `crowd`: how many parameters more each group has, and groups more."""
         join = _joined if how == "end to end" else list
         params = [[self.kind(start.clone()) for start in join(own)] for own in self.starts]
         optimizers = self._made(params, is_apart=how == "apart")
+        others = self._add(crowd, optimizers[0])
         held = [own_attributes(optimizer) for optimizer in optimizers]
-        before = [marks_of(own) for own in held]
-        settings = [[_plain(own) for own in group_settings(each)] for each in optimizers]
-        for grads in self.grads:
-            for optimizer in optimizers:
-                if loop:
-                    optimizer.zero_grad()
-                if afresh:
-                    optimizer.state.clear()
+        marks = [marks_of(own) for own in held]
+        first = [group_settings(optimizer) for optimizer in optimizers]
+        before = [[plain(own) for own in each] for each in first]
+
+        def step(grads: Sequence[Sequence[torch.Tensor]], scale: float = 1.0) -> None:
+            for optimizer in optimizers if loop else ():
+                optimizer.zero_grad()
+            for optimizer in optimizers if afresh else ():
+                optimizer.state.clear()
             for param, grad in zip(_flat(params), _flat([join(own) for own in grads]), strict=True):
-                param.grad = grad.clone() if not loop or param.grad is None else param.grad + grad
+                param.grad = grad * scale + (param.grad if loop and param.grad is not None else 0.0)
+            for param in others:
+                param.grad = torch.ones_like(param)
             for optimizer in optimizers:
                 optimizer.step()
-        for optimizer, own, marks in zip(optimizers, held, before, strict=True):
-            _require_unchanged(marks, marks_of(own | own_attributes(optimizer)))
-        return self._outcome(params, optimizers, settings)
+
+        for grads in self.grads:
+            step(grads)
+        early = [p.detach().clone() for p in _flat(params)]
+        if self.extremes:
+            move_counters(optimizers, first)
+        for grads, scale in zip(self.grads, self.extremes, strict=False):
+            step(grads, scale)
+        for optimizer, kept, own in zip(optimizers, held, marks, strict=True):
+            _require_unchanged(own, marks_of(kept | own_attributes(optimizer)))
+        return self._outcome(early, params, optimizers, before)
+
+    def _add(self, crowd: Sequence[int], optimizer: torch.optim.Optimizer) -> list[torch.nn.Parameter]:
+        """More parameters in each group of an optimizer, and more groups of one."""
+        if not crowd:
+            return []
+        optimizer.param_groups += [{**tried(self.groups[-1], i), "params": []} for i in range(crowd[1])]
+        added = []
+        for group in optimizer.param_groups:
+            count = max(crowd[0], not group["params"])
+            own = [self.kind(torch.ones(self.shapes[0], dtype=torch.float64)) for _ in range(count)]
+            group["params"] = [*group["params"], *own]
+            added += own
+        return added
 
     def _made(self, params: list[list[torch.nn.Parameter]], *, is_apart: bool) -> list[torch.optim.Optimizer]:
         """One optimizer with all groups, or one for each parameter with its group's settings."""
@@ -185,22 +193,23 @@ class _Trials:
         found = []
         for groups in chosen:
             made = _apart_from_users(self.factory([p for _, own in groups for p in own]))
-            made.param_groups = [{**_moved(self.groups[i], i), "params": own} for i, own in groups]
+            made.param_groups = [{**tried(self.groups[i], i), "params": own} for i, own in groups]
             found.append(made)
         return found
 
     def _outcome(
-        self, params: list[list[torch.nn.Parameter]], optimizers: list[torch.optim.Optimizer],
-        before: list[list[object]],
+        self, early: list[torch.Tensor], params: list[list[torch.nn.Parameter]],
+        optimizers: list[torch.optim.Optimizer], before: list[list[object]],
     ) -> _Stepped:  # fmt: skip
-        known, states = {id(p) for p in _flat(params)}, {}
+        known = {id(p) for each in optimizers for group in each.param_groups for p in group["params"]}
+        states: dict[int, Any] = {}
         for optimizer in optimizers:
             for key, own in optimizer.state.items():
                 if id(key) not in known and own not in ({}, None):
                     problem = f"a step of the optimizer keeps a state under {key!r}, which is no parameter"
                     raise OptimizerError(problem[:200], hint=KEEP)
                 states[id(key)] = own
-        after = [[_plain(own) for own in group_settings(each)] for each in optimizers]
+        after = [[plain(own) for own in group_settings(each)] for each in optimizers]
         values, found = (
             [p.detach().clone() for p in _flat(params)],
             [states.get(id(p), {}) for p in _flat(params)],
@@ -208,7 +217,19 @@ class _Trials:
         if not self.is_torchs:
             for param, own in zip(_flat(params), found, strict=True):
                 require_kept(own, param)
-        return _Stepped(values, found, [own for each in after for own in each], after != before)
+        return _Stepped(early, values, found, [own for each in after for own in each], after != before)
+
+    def require_uncounted(self, together: _Stepped, sizes: Sequence[int]) -> None:
+        """Nothing may follow from how many parameters or groups there are: chips have a tensor of each group."""
+        more = max(sizes, default=0) - len(self.shapes), len(sizes) - len(self.groups)
+        if self.is_torchs or max(more) <= 0:
+            return
+        crowded = self.run("together", crowd=[max(0, number) for number in more])
+        if not (
+            _close(crowded.flat, together.flat) and crowded.groups[: len(self.groups)] == together.groups
+        ):
+            problem = "the optimizer's step goes by how many parameters or groups there are"
+            raise OptimizerError(problem, hint="use one that steps on each parameter by itself")
 
     def require_plain_loop(self, together: _Stepped) -> None:
         """What a plain loop does besides steps on gradients must change nothing that would be missed."""
@@ -261,7 +282,7 @@ def _scope(trial: _Trials, together: _Stepped) -> Scope:
         raise
     except Exception:  # an optimizer that only takes matrices looks at them
         return Scope.PARAMETER
-    if not _close(together.flat, joined.flat) or SIZES & (trial.names | trial.reads):
+    if not _close(together.flat, joined.flat) or WHOLE & (trial.names | trial.reads):
         return Scope.PARAMETER
     count = len(trial.shapes)
     for turn, (value, own) in enumerate(zip(joined.values, joined.states, strict=True)):
@@ -320,27 +341,6 @@ def _flat(groups: Sequence[Sequence[Any]]) -> list[Any]:
 
 def _joined(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     return [torch.cat([t.reshape(-1) for t in tensors])]
-
-
-def _of_each_mode(groups: Groups) -> Groups:
-    """One group of each kind, and two at least where there are: groups of many layers need not all be tried."""
-    found = {repr(_mode(own)): own for own in reversed(groups)}
-    others = [own for own in groups if all(own is not each for each in found.values())]
-    return [*found.values(), *others[: max(0, 2 - len(found))]]
-
-
-def _moved(settings: Mapping[str, Any], turn: int) -> dict[str, Any]:
-    """Copies, with rates that tell: above nothing, and different from group to group."""
-    try:
-        made = copy.deepcopy(dict(settings))
-    except Exception as error:  # whatever the user's objects raise
-        problem = "settings of the optimizer's groups cannot be copied, so its steps cannot be tried"
-        raise OptimizerError(problem, hint="keep numbers there") from error
-    lr = made.get("lr")
-    if isinstance(lr, float | int | torch.Tensor) and not isinstance(lr, bool):
-        rate = max(float(lr), PROBE_LR) * (1 + turn / 4)
-        made["lr"] = torch.full_like(lr, rate) if isinstance(lr, torch.Tensor) else rate
-    return made
 
 
 def _apart_from_users(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:

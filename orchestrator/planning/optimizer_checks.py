@@ -21,7 +21,8 @@ def checked_traits(optimizer: torch.optim.Optimizer) -> StepTraits:
         )
     with located(kind, "use an optimizer that steps on given gradients"):
         require_no_parameters(optimizer)
-        found = traits_of(same_kind(optimizer), group_settings(optimizer))
+        sizes = [len(group["params"]) for group in optimizer.param_groups]
+        found = traits_of(same_kind(optimizer), group_settings(optimizer), sizes)
         _require_seen(optimizer, found.reads)
     return found
 

@@ -262,6 +262,64 @@ def test_optimizers_that_ask_how_large_a_parameter_is_need_whole_ones(kind: type
     assert scope_of(kind) is Scope.PARAMETER
 
 
+class Late(Stepping):
+    """By entries for a thousand steps, or while gradients are small."""
+
+    @torch.no_grad()
+    def step(self) -> None:  # type: ignore[override]
+        for param in self.param_groups[0]["params"]:
+            own = self.state[param]
+            own["n"] = own.get("n", 0) + 1
+            param.sub_(0.1 * (self.direction(param.grad) if own["n"] > 1000 else param.grad))
+
+
+class LateNormalised(Late):
+    def direction(self, grad: torch.Tensor) -> torch.Tensor:
+        return grad / grad.abs().max()
+
+
+class LateDrawing(Late):
+    def direction(self, grad: torch.Tensor) -> torch.Tensor:
+        return grad * torch.rand(())
+
+
+class LateCoupled(Late):
+    def direction(self, grad: torch.Tensor) -> torch.Tensor:
+        return grad / len(self.param_groups[0]["params"])
+
+
+class LateCounting(Late):
+    calls = 0
+
+    def direction(self, grad: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        return grad / self.calls
+
+
+class LargeNormalised(Stepping):
+    def direction(self, grad: torch.Tensor) -> torch.Tensor:
+        largest = grad.abs().max()
+        return grad / largest if largest > 1e6 else grad
+
+
+@pytest.mark.parametrize("kind", [LateNormalised, LargeNormalised])
+def test_optimizers_that_look_at_whole_parameters_later_need_whole_ones(kind: type[Stepping]) -> None:
+    assert scope_of(kind) is Scope.PARAMETER
+
+
+def test_late_steps_by_entries_are_by_entries() -> None:
+    assert scope_of(Late) is Scope.ENTRY
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [(LateDrawing, "draws random"), (LateCoupled, "couples"), (LateCounting, "changes its calls")],
+)
+def test_optimizers_that_couple_draw_or_count_later_are_refused(kind: type[Stepping], said: str) -> None:
+    with pytest.raises(OptimizerError, match=said):
+        scope_of(kind)
+
+
 @pytest.mark.parametrize("factory", [Coupled, Drawing])
 def test_optimizers_that_couple_parameters_or_draw_are_refused(factory: type) -> None:
     with pytest.raises(OptimizerError, match="couples parameters to each other, or draws random numbers"):

@@ -278,6 +278,27 @@ class Largest(Own):
         return 1.0
 
 
+class ManyParameters(Own):
+    def by_group(self, group: dict[str, Any]) -> float:
+        return 0.5 if len(group["params"]) > 4 else 1.0
+
+
+class ManyGroups(Own):
+    def by_group(self, group: dict[str, Any]) -> float:
+        return 0.5 if len(self.param_groups) > 4 else 1.0
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda module: ManyParameters(module.parameters()),
+        lambda module: ManyGroups([{"params": [param]} for param in module.parameters()]),
+    ],
+)
+def test_steps_that_go_by_numbers_of_parameters_or_groups_are_refused(make: Make, laptop: Any) -> None:
+    assert "goes by how many parameters or groups there are" in refused(make, laptop)
+
+
 class FirstRate(Own):
     def by_group(self, group: dict[str, Any]) -> float:
         return float(self.param_groups[0]["lr"])
