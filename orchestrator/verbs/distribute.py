@@ -28,7 +28,8 @@ from torch import nn
 from comms.errors import PlanError, RunError
 from comms.selection.progress import Progress, quiet
 from kernels.optimizers import as_kept, as_tensors, entry_states, group_settings, same_kind
-from kernels.trials.optimizer_trials import advance, modes_of
+from kernels.trials.optimizer_trials import advance
+from kernels.trials.setting_modes import modes_of
 from orchestrator.config.hardware.cluster import Cluster
 from orchestrator.config.hardware.cluster_file import cluster_path, load_cluster
 from orchestrator.config.job_file import load_job
@@ -66,6 +67,7 @@ from orchestrator.verbs.situation import (
     set_newest,
     situation_of,
 )
+from orchestrator.verbs.state.empty_states import EmptyStates
 from orchestrator.verbs.state.later_forwards import LaterForwards
 from orchestrator.verbs.state.python_state import PythonState
 from orchestrator.verbs.verification.one_chip import OneChip
@@ -106,7 +108,7 @@ class DistributedStep:
         self._runner: TensorRunner | None = None
         self._situation: Situation = ()
         self._programs: dict[Situation, Program] = {}
-        self._entries = entry_states(same_kind(optimizer))
+        self._entries, self._empty = entry_states(same_kind(optimizer)), EmptyStates(optimizer)
         self._masters: dict[str, torch.Tensor] = {}  # full-precision copies of parameters that have less
         self._is_ahead = False  # the chips have trained since their values were last fetched
         self._seen: Mapping[str, object] = {}
@@ -224,6 +226,7 @@ class DistributedStep:
     def _set_ahead(self, *, is_ahead: bool) -> None:
         if is_ahead is not self._is_ahead:
             set_newest(self, self.model.parameters(), is_newest=is_ahead)
+            self._empty.set(self.model, is_held=is_ahead)
         self._is_ahead = is_ahead
 
     def ready(self, batch: Batch) -> tuple[TensorRunner, Program]:
@@ -234,6 +237,7 @@ class DistributedStep:
             refuse_unsupported(self.model)
         situation = self._situation_of(batch)
         changed = [name for name, value in self._values_seen().items() if self._seen.get(name) != value]
+        changed += [f"the optimizer's state of {name}" for name in self._empty.lost()]
         if self._runner is not None and changed and self._is_ahead:
             raise PlanError(f"{changed[0]} was changed between steps, but trained values were not fetched before",
                             "step(batch)", "in a loop of your own (distribute), call step.sync() before")  # fmt: skip

@@ -91,6 +91,9 @@ def require_batch(batch: object) -> None:
         problem = "the batch is not a mapping of names to inputs"
         raise PlanError(problem, "step(batch)", "pass {name: input}, as model(**batch)")
     require_plain(batch)
+    if meta := [name for name, value in tensors_of(batch).items() if value.is_meta]:
+        problem = f"the batch's {meta[0]} is on the meta device, without numbers"
+        raise PlanError(problem, "step(batch)", "make it on the CPU")
     if any(v.numel() == 0 and v.dim() and not v.shape[0] for v in tensors_of(batch).values()):
         raise PlanError("the batch has no samples", "step(batch)", "leave empty batches out")
 
