@@ -7,9 +7,12 @@ Assumes one process per actor, all on this host, and Ray's own process placement
 short is named.
 """
 
+import importlib.util
 import logging
 import os
+import random
 import secrets
+import sys
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -87,6 +90,7 @@ class RayStart:
                 "Ray is not installed", "--runner ray", "pip install 'ray>=2.60', or use --runner inline"
             ) from error
 
+        _draw_apart()
         if not ray.is_initialized():
             logging.getLogger("ray").setLevel(logging.CRITICAL)  # what goes wrong is told by our own errors
             self._owns_ray = True  # also of one that came up halfway
@@ -147,6 +151,17 @@ class RayStart:
                 ray.util.remove_placement_group(self._group)
         if self._owns_ray:
             ray.shutdown()
+
+
+def _draw_apart() -> None:
+    """Give Ray's modules a `random` of their own: what users' code draws meanwhile follows from a seed."""
+    spec = importlib.util.find_spec("random")
+    assert spec is not None and spec.loader is not None
+    own = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(own)
+    for name, module in list(sys.modules.items()):
+        if name.partition(".")[0] == "ray" and vars(module).get("random") is random:
+            vars(module)["random"] = own
 
 
 def require_resources(plan: ActorPlan, total: Mapping[str, float]) -> None:

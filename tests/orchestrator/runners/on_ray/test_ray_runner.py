@@ -1,4 +1,5 @@
 import os
+import random
 import signal
 import sys
 import threading
@@ -7,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -129,6 +131,17 @@ def test_a_missing_ray_is_named_before_anything_starts(monkeypatch):
     with pytest.raises(RunError, match="not installed"):
         start.wait()
     start.close()
+
+
+@pytest.mark.ray
+def test_ray_starts_without_drawing_from_what_users_code_draws_from():
+    before = random.getstate(), np.random.get_state()[1].tobytes()
+    start = RayStart(ActorPlan(1))
+    try:
+        start.wait()
+        assert before == (random.getstate(), np.random.get_state()[1].tobytes())
+    finally:
+        start.close()
 
 
 @pytest.mark.ray
