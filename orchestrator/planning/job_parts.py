@@ -5,9 +5,11 @@ the parameters, as a list, or the module if its first argument is called model, 
 optimizers. A loss may be a class. With the built-in optimizers matrices decay and all else does not.
 """
 
+import copy
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import cached_property
 from typing import Any
 from zlib import crc32
 
@@ -25,6 +27,7 @@ from comms.errors import (
 )
 from kernels.optimizers import (
     OptimizerSpec,
+    group_settings,
     same_kind,
     states_per_element,
 )
@@ -48,12 +51,26 @@ PLATEAU = torch.optim.lr_scheduler.ReduceLROnPlateau
 
 @dataclass(frozen=True)
 class JobParts:
-    """What a job names, without its optimizer, which is made of the model when it is needed."""
+    """What a job names; its optimizer is made of the model when it is needed."""
 
     job: Job
     model: BuiltModel
     loss_fn: LossFunction | None
     data: OwnData | None  # None: text, or example batches
+
+    @cached_property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """Made once, as a function of the user's may do something to the model besides. Raises ModelError."""
+        return job_optimizer(self.job, self.model.module)
+
+    def optimizer_anew(self) -> torch.optim.Optimizer:
+        """Another one of the same settings, over the same parameters."""
+        made = same_kind(self.optimizer)([])
+        made.param_groups = [
+            {**copy.deepcopy(own), "params": list(group["params"])}
+            for own, group in zip(group_settings(self.optimizer), self.optimizer.param_groups, strict=True)
+        ]
+        return made
 
     def example_batch(self) -> Batch:
         """A batch of the kind that a step takes."""
@@ -174,6 +191,9 @@ class LrSchedule:
         if isinstance(self.own, PLATEAU) or _needs_arguments(getattr(self.own, "step", None)):
             hint = "take one that counts steps, or step it yourself beside orchestrator.distribute"
             raise ModelError(f"{text} steps on a metric", "lr_schedule", hint)
+        if getattr(self.own, "optimizer", self.optimizer) is not self.optimizer:
+            problem = f"{text} returned a scheduler of another optimizer"
+            raise ModelError(problem, "lr_schedule", "make it of the optimizer that it is called with")
         if not all(hasattr(self.own, name) for name in ("step", "state_dict", "load_state_dict")):
             problem = f"{text} returned a {type(self.own).__name__}"
             raise ModelError(problem, "lr_schedule", "return a scheduler of torch.optim.lr_scheduler")
@@ -289,6 +309,9 @@ class PositionalInputs:
     def named(self, value: object) -> Named:
         """The entries of what the data gives, by name. Raises DataError."""
         if isinstance(value, Mapping):
+            if odd := [key for key in value if not isinstance(key, str)]:
+                hint = "name entries by the arguments of forward and loss"
+                raise DataError(f"an entry of a batch is called {odd[0]!r}", self.text, hint)
             return dict(value)
         if hasattr(value, "_asdict"):
             return dict(value._asdict())

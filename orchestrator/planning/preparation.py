@@ -97,7 +97,7 @@ def module_values(module: "nn.Module") -> "dict[str, Tensor]":
 
 def _partitioned(job: Job, plan: Plan, progress: Progress, parts: "JobParts | None") -> Program:
     with progress("import torch"):
-        from orchestrator.planning.job_parts import job_optimizer, job_parts, optimized_shape
+        from orchestrator.planning.job_parts import job_parts, optimized_shape
         from orchestrator.planning.optimizer_checks import checked_traits
         from partitioner.capture.graph_units import capture_graph
         from partitioner.lowering.lower import StepShape, capture_and_lower, step_shape
@@ -106,9 +106,8 @@ def _partitioned(job: Job, plan: Plan, progress: Progress, parts: "JobParts | No
     model, frozen = parts.model, frozenset[str]()
     batch = parts.example_batch()
     if job.optimizer.is_own:
-        optimizer = job_optimizer(job, model.module)
-        scope = checked_traits(optimizer).scope
-        shape, frozen = optimized_shape(model.module, batch, optimizer, scope, job.clip_limit, {})
+        scope = checked_traits(parts.optimizer).scope
+        shape, frozen = optimized_shape(model.module, batch, parts.optimizer, scope, job.clip_limit, {})
     else:
         states = optimizer_states(job)
         is_text = not job.has_own_data and model.example is None

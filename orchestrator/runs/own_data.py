@@ -84,7 +84,10 @@ class OwnData:
             problem = f"{self.name} has {held} samples, global_batch is {self.reading.samples}"
             raise DataError(problem, "data", hint)
         first = self.batch(0)
-        if (found := num_samples(first)) != self.reading.samples:
+        if not (found := num_samples(first)):
+            hint = "give tensors with a row per sample"
+            raise DataError(f"the first batch of {self.name} holds no samples", "data", hint)
+        if found != self.reading.samples:
             problem = f"the first batch of {self.name} has {found} samples"
             raise DataError(f"{problem}, global_batch is {self.reading.samples}", "data",
                             f"take --global-batch {found}, or batches of {self.reading.samples}")  # fmt: skip
@@ -163,7 +166,9 @@ class OwnData:
         number, place = divmod(step, per_pass)
         order = self._order(number)[place * size : (place + 1) * size]
         with drawing(step_key(self.reading.seed, step)), self._explaining():
-            samples = [self.source[int(index)] for index in order]
+            numbers = [int(index) for index in order]
+            at_once = getattr(self.source, "__getitems__", None)  # as a DataLoader does
+            samples = at_once(numbers) if at_once else [self.source[number] for number in numbers]
         return self.named(_collated(samples, self.name))
 
     def _order(self, number: int) -> Sequence[int]:
@@ -296,6 +301,10 @@ def _placed(batch: Named, dtype: torch.dtype, name: str) -> Named:
         entry = trees.keystr(path).strip("[']")
         if isinstance(value, Tensor) and value.layout is not torch.strided:
             raise DataError(f"entry {entry} of a batch is sparse", name, "make it dense: to_dense()")
+        if isinstance(value, Tensor) and value.is_meta:
+            raise DataError(
+                f"entry {entry} of a batch is on the meta device, without numbers", name, "make it on the CPU"
+            )
         if isinstance(value, np.ndarray | np.generic):
             raise DataError(f"entry {entry} of a batch is of numpy, which PyTorch's operations do not take", name,
                             "give tensors: torch.from_numpy in the collate_fn")  # fmt: skip

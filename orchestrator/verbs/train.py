@@ -172,7 +172,7 @@ def _training(
     predicted: SimulationResult, console: Console,
 ) -> Training:  # fmt: skip
     """The loop, with parameters on the chips."""
-    from orchestrator.planning.job_parts import LrSchedule, job_optimizer, validation_data
+    from orchestrator.planning.job_parts import LrSchedule, validation_data
     from orchestrator.verbs.job_step import step_of_job
 
     job, plan = prepared.job, prepared.plan
@@ -188,9 +188,8 @@ def _training(
         for own in (parts.data, held_out):
             if isinstance(own, OwnData):
                 own.require_parts(plan.dp * plan.microbatches)
-        optimizer = job_optimizer(job, parts.model.module)
-        schedule = LrSchedule(job, optimizer)
-    step = step_of_job(prepared, parts, optimizer, launch, console.phase)
+        schedule = LrSchedule(job, parts.optimizer)
+    step = step_of_job(prepared, parts, parts.optimizer, launch, console.phase)
     return Training(prepared, step, schedule, data, held_out, folder, predicted, console.warn)
 
 

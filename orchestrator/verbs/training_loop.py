@@ -157,6 +157,10 @@ class Training:
         for module, is_training in modes.items():
             module.training = is_training
         self.held_out.add(" ".join(seen))
+        if (
+            self.last_batch is not None
+        ):  # a checkpoint holds what a step changes, not what an evaluation reads
+            self.one_step.ready(self.last_batch)
         return total / count if count else nan
 
     def _line(self, stats: StepStatistics, validation: float | None) -> StepLine:

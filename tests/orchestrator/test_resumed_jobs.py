@@ -137,8 +137,10 @@ def left(folder: Path) -> tuple[list[Any], dict[str, torch.Tensor]]:
     [(["model=mine.py:Drawn"], DP), (["data=mine.py:loader"], DP), (["data=mine.py:Drawing"], DP),
      (["validation={data: mine.py:loader, every: 1, batches: 2}"], DP),
      (["validation={data: mine.py:pairs, every: 1, batches: 2}"], DP),
+     (["model=mine.py:Norm", "validation={data: mine.py:pairs, every: 1, batches: 1}"], DP),
      (["model=mine.py:Norm", "global_batch=4"], Plan(pp=2, microbatches=2))],
-    ids=["drawn model", "generator", "drawn samples", "generator of validation", "validation", "merged microbatches"],
+    ids=["drawn model", "generator", "drawn samples", "generator of validation", "validation",
+         "buffers and validation", "merged microbatches"],
 )  # fmt: skip
 def test_what_follows_from_the_seed_or_can_be_read_again_goes_on_bit_for_bit(
     overrides: list[str], plan: Plan, laptop: Any

@@ -9,7 +9,7 @@ import torch
 
 from comms.selection.progress import Progress
 from orchestrator.config.job_file import Dtype
-from orchestrator.planning.job_parts import JobParts, job_optimizer
+from orchestrator.planning.job_parts import JobParts
 from orchestrator.planning.preparation import Prepared, module_values
 from orchestrator.runners.executing.chip_set import ChipSet
 from orchestrator.runners.runner import Settings
@@ -25,7 +25,7 @@ from partitioner.program.program import Program
 def plain_job(prepared: Prepared, parts: JobParts, values: Tensors) -> MakePlain:
     """One chip that trains the job, with batch norms as the plan has them."""
     module, job = parts.model.module, prepared.job
-    optimizer, norm_parts = job_optimizer(job, module), prepared.plan.norm_parts
+    optimizer, norm_parts = parts.optimizer_anew(), prepared.plan.norm_parts
     chip = OneChip(module, optimizer, parts.loss_fn, job.clip_limit, norm_parts, has_masters=True)
     return partial(chip.side, values, {}, job.dtype is Dtype.FP64)
 
@@ -55,7 +55,7 @@ class PlannedJob:
                 if not torch.equal(own, values[name]):
                     own.copy_(values[name])
         self.values, self.launch = values, KeptChips()
-        self.optimizer = job_optimizer(prepared.job, module)
+        self.optimizer = parts.optimizer_anew()
         self.one_step = step_of_job(prepared, parts, self.optimizer, self.launch)
 
     def step(self, batch: Batch, key: int, settings: GroupSettings) -> Outcome:

@@ -12,7 +12,7 @@ import torch
 from kernels.optimizers import group_settings
 from orchestrator.models.builtin_gpt import IGNORED_LABEL
 from orchestrator.models.model_builder import BuiltModel
-from orchestrator.planning.job_parts import JobParts, LrSchedule, job_optimizer
+from orchestrator.planning.job_parts import JobParts, LrSchedule
 from orchestrator.runs.data import NUM_BYTES, load_data, step_key
 from orchestrator.verbs.verification.verdict import Step
 from partitioner.capture.batch_inputs import Batch
@@ -24,7 +24,7 @@ TEXT_INPUTS = ("input_ids", "labels")
 
 def job_steps(parts: JobParts, number: int) -> list[Step]:
     """The first `number` steps of the job, from its first settings of the optimizer and random numbers on."""
-    job, optimizer = parts.job, job_optimizer(parts.job, parts.model.module)
+    job, optimizer = parts.job, parts.optimizer_anew()
     schedule, steps = LrSchedule(job, optimizer), list[Step]()
     optimizer._opt_called = True  # type: ignore[attr-defined]  # what schedulers ask for
     for k, batch in enumerate(make_batches(parts, number)):

@@ -23,7 +23,10 @@ from partitioner.program.program import Program, TensorKind
 from partitioner.program.program_codec import encode
 from partitioner.program.program_text import to_text
 
-MERGED = "merged"  # a fact of Programs: microbatches that could not be kept apart
+SAID = (
+    "merged",
+    "model",
+)  # facts of Programs: microbatches that could not be kept apart, and what the model is called
 # By key of what is compared: what is not the same, and what to do. First what the states are loaded into.
 MADE = {
     "program": ("the Program is another than the run was started with",
@@ -140,7 +143,8 @@ def _first_line(training: Resumable) -> tuple[str, str]:
     """Where the text of the Program first differs from what the run directory has."""
     path = training.run_dir.program_text
     before = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    numbered = [(number, line) for number, line in enumerate(before, 1) if f"meta {MERGED}" not in line]
+    lines = tuple(f"meta {name} " for name in SAID)
+    numbered = [(number, line) for number, line in enumerate(before, 1) if not line.strip().startswith(lines)]
     now = to_text(_of_plan(training.prepared.program)).splitlines()
     for (number, old), new in zip([*numbered, (len(before), "")], [*now, ""], strict=False):
         if old != new and before:
@@ -154,7 +158,7 @@ def _digest(program: Program) -> str:
 
 def _of_plan(program: Program) -> Program:
     """As it is made from the plan that was kept, which says nothing of the one that was asked for."""
-    return replace(program, meta=tuple((name, fact) for name, fact in program.meta if name != MERGED))
+    return replace(program, meta=tuple((name, fact) for name, fact in program.meta if name not in SAID))
 
 
 def _buffers(training: Resumable) -> dict[str, str]:

@@ -54,7 +54,9 @@ def _given(loss_fn: LossFunction, batch: Batch) -> Batch | None:
         return given
     takes = ", ".join(map(str, others))
     is_torchs = str(getattr(loss_fn, "__module__", "")).startswith("torch.")  # which knows no batches
-    if len(missing) > 1 or missing[0].kind is missing[0].KEYWORD_ONLY or is_torchs:
+    others_needed = [p for p in others if p.default is p.empty and p.name in given]
+    is_named = others_needed or missing[0].name in batch or missing[0].kind is missing[0].KEYWORD_ONLY
+    if len(missing) > 1 or is_named or is_torchs:
         raise CaptureError(f"after the output the loss takes {takes}, the batch has {', '.join(batch)}", "loss_fn",
                            "give a function that names them, or takes (output, batch)")  # fmt: skip
     return None
@@ -113,8 +115,9 @@ def scalar_loss(output: object, where: str = "the model") -> torch.Tensor:
         found = loss
     elif isinstance(output, tuple | list) and output:
         found = output[0]
-    if not isinstance(found, torch.Tensor) or found.numel() != 1:
+    if not isinstance(found, torch.Tensor) or found.numel() != 1 or found.is_complex():
         got = f"shape {tuple(found.shape)}" if isinstance(found, torch.Tensor) else type(found).__name__
+        got = f"a complex number ({got})" if isinstance(found, torch.Tensor) and found.is_complex() else got
         hint = "return the loss (or an object with .loss), or give loss_fn"
         raise CaptureError(f"{where} returns {got}, not a scalar loss", where, hint)
     return found.reshape(())

@@ -27,9 +27,9 @@ def broken(monkeypatch: pytest.MonkeyPatch) -> Break:
             if self.tensors[tensor].kind is TensorKind.GRAD:
                 self.value(tensor).mul_(1.01)
 
-    def smaller(self: ExecutingChip, instruction: Any) -> None:
+    def smaller(self: ExecutingChip, instruction: Any, *others: Any) -> None:
         before = self.value(instruction.param).clone()
-        update(self, instruction)
+        update(self, instruction, *others)
         self.value(instruction.param).lerp_(before, 0.01)
 
     def apply(how: str) -> None:

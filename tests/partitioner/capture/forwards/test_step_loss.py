@@ -104,15 +104,27 @@ def only_by_name(output: Tensor, *, target: Tensor) -> Tensor:
     return mse(output, target)
 
 
+def another(output: Tensor, y: Tensor, target: Tensor) -> Tensor:
+    return mse(output, y) * target
+
+
+def only_by_place(output: Tensor, y: Tensor, /, target: float = 1.0) -> Tensor:
+    return mse(output, y) * target
+
+
 @pytest.mark.parametrize(
-    "loss_fn", [two, only_by_name, nn.MSELoss(), mse], ids=["two", "name", "class", "function"]
+    "loss_fn",
+    [two, only_by_name, another, only_by_place, nn.MSELoss(), mse],
+    ids=["two", "name", "one of two", "place", "class", "function"],
 )
 def test_a_loss_whose_entries_are_not_there_is_refused_with_both_lists(loss_fn: Callable[..., Any]) -> None:
     with pytest.raises(CaptureError, match=r"the loss takes .*target.*, the batch has x, y"):
         loss_of_step(Net(), loss_fn, BATCH)
 
 
-@pytest.mark.parametrize("value", [0.5, None, torch.ones(2), {"total": torch.ones(())}, ()])
+@pytest.mark.parametrize(
+    "value", [0.5, None, torch.ones(2), torch.ones((), dtype=torch.complex64), {"total": torch.ones(())}, ()]
+)
 def test_what_is_no_scalar_is_said_of_the_loss_and_not_of_the_model(value: Any) -> None:
     with pytest.raises(CaptureError, match=r"loss_fn returns .*, not a scalar loss"):
         loss_of_step(Net(), lambda out, y: value, BATCH)
