@@ -8,6 +8,7 @@ import copy
 import math
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from types import FunctionType, MethodType
 from typing import Any, TypeAlias
@@ -16,11 +17,13 @@ import torch
 
 from comms.errors import OptimizerError
 from kernels.builtin_optimizers import BUILT_IN
+from kernels.trials.entry_operations import StepWatch
 
 Factory: TypeAlias = Callable[[Sequence[torch.Tensor]], torch.optim.Optimizer]
 TORCH_OWN = frozenset(
     {"state", "param_groups", "step", "_opt_called", *torch.optim.SGD([torch.zeros(1)], lr=0.0).__dict__}
 ) - {"defaults"}
+LATE = "do so from the first step on, so that it is seen before; go on from the last checkpoint"
 LATE_STEPS = 11  # more than the usual "every tenth step"
 AS = ": "  # between the name of a state and its type
 NUMBERS = {bool: torch.bool, int: torch.int64, float: torch.float64}
@@ -211,11 +214,17 @@ class StepStatistics:
 
 
 class FlatOptimizer:
-    """One optimizer over one flat tensor."""
+    """One optimizer over one flat tensor, or over a parameter as it is (`is_whole`).
 
-    def __init__(self, factory: Factory, flat: torch.Tensor, settings: Mapping[str, object]) -> None:
+    What a class of the user's does is watched: trials (`trials`) see a few steps, later ones may do more.
+    """
+
+    def __init__(
+        self, factory: Factory, flat: torch.Tensor, settings: Mapping[str, object], *, is_whole: bool = False
+    ) -> None:
         self.param = torch.nn.Parameter(flat, requires_grad=True)
-        self.optimizer = factory([self.param])
+        self.optimizer, self.is_whole = factory([self.param]), is_whole
+        self.watch = None if is_torchs(type(self.optimizer)) else StepWatch()
         self.given: set[str] = set()
         self._set(settings)
 
@@ -227,7 +236,8 @@ class FlatOptimizer:
     def step(self, grad: torch.Tensor, scale: float, settings: Mapping[str, object]) -> None:
         """Scale `grad` in place and step with these settings (as long as the parameter; rounded to its dtype).
 
-        Settings that are no longer given are taken away.
+        Settings that are no longer given are taken away. Raises OptimizerError where a class of the user's starts to
+        look at whole parameters, which a shard is not, or to draw random numbers.
         """
         grad.mul_(scale)
         self.param.grad = grad.view(self.param.shape).to(self.param.dtype)
@@ -235,8 +245,15 @@ class FlatOptimizer:
             self.optimizer.param_groups[0].pop(name, None)
         self.given |= settings.keys()
         self._set(settings)
-        self.optimizer.step()
+        with self.watch or nullcontext():
+            self.optimizer.step()
         self.param.grad = None
+        if self.watch and (self.watch.drawing or (self.watch.mixing and not self.is_whole)):
+            drawn, mixing = sorted(self.watch.drawing), sorted(self.watch.mixing)
+            what = (
+                f"draws random numbers ({drawn[0]})" if drawn else f"looks at whole parameters ({mixing[0]})"
+            )
+            raise OptimizerError(f"in this step the optimizer first {what}", hint=LATE)
 
     def state(self) -> dict[str, torch.Tensor]:
         """State tensors by name (numbers as 0-dim tensors), for a checkpoint."""

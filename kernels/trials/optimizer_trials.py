@@ -8,6 +8,7 @@ or keeps what chips cannot hold is refused.
 
 import copy
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from enum import StrEnum
 from itertools import product
@@ -26,16 +27,14 @@ from kernels.optimizers import (
     own_attributes,
     same_kind,
 )
+from kernels.trials.entry_operations import StepWatch
 from kernels.trials.optimizer_reads import names_of, recording
 from kernels.trials.setting_modes import Groups, move_counters, of_each_mode, plain, tried
 
 PROBES = (((4, 6), (5,), (70, 61)), ((4, 6), (3, 5), (70, 61)))  # shapes of a group's parameters
 PROBE_STEPS = {True: 3, False: LATE_STEPS}  # of torch's own, and of others
 EXTREMES = (1.0, 1e-6, 1e6)  # factors of gradients in steps after that, for what begins at a threshold
-WHOLE = frozenset({
-    "numel", "nelement", "shape", "size", "ndim", "dim", "norm", "vector_norm", "matrix_norm", "_foreach_norm", "mean",
-    "std", "var", "amax", "amin", "median", "count_nonzero",
-})  # fmt: skip
+SIZES = frozenset({"numel", "nelement", "shape", "size", "ndim", "dim"})
 KEEP = "keep tensors and numbers in self.state[p], and settings in self.param_groups"
 GIVEN = "use one whose step needs nothing but gradients"
 
@@ -123,6 +122,7 @@ class _Trials:
         made = factory([torch.zeros(4, 6, requires_grad=True)])
         self.factory, self.shapes, self.reads = factory, shapes, set[str]()
         self.is_torchs, self.names = is_torchs(type(made)), names_of(type(made))
+        self.watch = StepWatch()
         self.zeroes = type(made).zero_grad is not torch.optim.Optimizer.zero_grad
         self.kind = recording(self.reads) if not self.is_torchs else torch.nn.Parameter
         self.groups = of_each_mode(groups or group_settings(made))
@@ -160,7 +160,8 @@ class _Trials:
             for param in others:
                 param.grad = torch.ones_like(param)
             for optimizer in optimizers:
-                optimizer.step()
+                with nullcontext() if self.is_torchs else self.watch:
+                    optimizer.step()
 
         for grads in self.grads:
             step(grads)
@@ -282,7 +283,7 @@ def _scope(trial: _Trials, together: _Stepped) -> Scope:
         raise
     except Exception:  # an optimizer that only takes matrices looks at them
         return Scope.PARAMETER
-    if not _close(together.flat, joined.flat) or WHOLE & (trial.names | trial.reads):
+    if not _close(together.flat, joined.flat) or trial.watch.mixing or SIZES & (trial.names | trial.reads):
         return Scope.PARAMETER
     count = len(trial.shapes)
     for turn, (value, own) in enumerate(zip(joined.values, joined.states, strict=True)):

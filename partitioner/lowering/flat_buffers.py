@@ -123,6 +123,7 @@ def _declare(
     shard = -(-sum(p.spec.numel for p in members) // shards)  # rounded up: the last one may be padded
     if kept.whole:
         shard = max(p.spec.numel for p in members)
+        shard += shard % 2 if len(members) > 1 else 0  # pairs of entries may be seen as complex numbers
     flat = buffer("params", TensorKind.FLAT, shard * shards, dtype)
     grad = flat if frozen else buffer("grads", TensorKind.GRAD, shard * shards, wide)
     _declare_views(role, members, flat, grad, wide, shard if kept.whole else None)

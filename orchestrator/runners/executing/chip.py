@@ -318,14 +318,14 @@ class ExecutingChip:
         """The optimizer of one flat group, made when first needed; None if the group has no parameter for this chip."""
         found = self.optimizers.get(instruction.param)
         if found is None:
-            flat = self.value(instruction.param)
-            if self.program.facts["whole_tensors"]:
+            flat, is_whole = self.value(instruction.param), bool(self.program.facts["whole_tensors"])
+            if is_whole:
                 own = self._stepped(instruction)
                 if own is None:
                     return None
                 flat = flat.new_empty(0) if instruction.whole else flat[: own.spec.numel].view(own.spec.shape)
             settings = self.settings.groups[instruction.group] if self.settings.groups else {}
-            found = FlatOptimizer(self.settings.optimizer, flat, settings)
+            found = FlatOptimizer(self.settings.optimizer, flat, settings, is_whole=is_whole)
             self.resident = None
             self.optimizers[instruction.param] = found
         return found

@@ -201,6 +201,56 @@ class Normed(Own):
                 param.sub_(param.grad / whole, alpha=group["lr"])
 
 
+class Guarded(Own):
+    """Leaves a parameter out while its largest entry is in a narrow window, which no trial may meet."""
+
+    @torch.no_grad()
+    def step(self, closure: object = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for param in group["params"]:
+                if not 0.4 < param.abs().max() < 0.45:
+                    param.sub_(param.grad, alpha=group["lr"])
+
+
+class Slowed(Own):
+    """Does something else once its rate is small."""
+
+    @torch.no_grad()
+    def step(self, closure: object = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for param in group["params"]:
+                scale = 1.0 if group["lr"] > 1e-3 else self.of(param.grad)
+                param.sub_(param.grad * scale, alpha=group["lr"])
+
+    def of(self, grad: torch.Tensor) -> torch.Tensor:
+        return 1 / grad.norm()
+
+
+class SlowedByDraws(Slowed):
+    def of(self, grad: torch.Tensor) -> torch.Tensor:
+        return torch.rand_like(grad)
+
+
+def test_a_guard_on_whole_parameters_sees_them(laptop: Any, one_thread: None) -> None:
+    require_plain_loop(in_groups(Guarded), Plan(dp=2, zero=1), laptop)
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [(Slowed, "first looks at whole parameters"), (SlowedByDraws, "first draws random numbers")],
+)
+def test_what_a_step_does_later_is_seen_when_it_does(
+    kind: type[Slowed], said: str, laptop: Any, one_thread: None
+) -> None:
+    module = Tanh()
+    optimizer = kind(module.parameters())
+    step = distribute(module, optimizer, laptop, plan=Plan(dp=2), chips=2)
+    step(batch(0))
+    optimizer.param_groups[0]["lr"] = 1e-4
+    with pytest.raises(OptimizerError, match=said):
+        step(batch(1))
+
+
 def test_a_group_that_needs_whole_parameters_is_not_the_first(laptop: Any, one_thread: None) -> None:
     require_plain_loop(in_groups(Normed, whole=True), Plan(dp=2), laptop)
 

@@ -143,7 +143,8 @@ def test_what_must_be_whole_lies_in_one_shard_and_is_gathered_where_it_is_cut(
         views = [role.tensors[role.by_name[p.name]] for p in group.params]
         shard = role.spec(group.flat).numel // (dp if zero else 1)
         assert [v.offset for v in views] == [i * shard for i in range(len(views))]
-        assert max(v.spec.numel for v in views) == shard
+        assert shard - max(v.spec.numel for v in views) in ({0, 1} if len(views) > 1 else {0})
+        assert len(views) == 1 or shard % 2 == 0
         is_gathered = not group.replicated and not group.params[0].is_frozen
         assert [role.spec(t).numel for t in group.gathered] == [3 * shard, 3 * shard] * is_gathered
     found = [t.spec.shape for t in role.tensors if t.kind is TensorKind.STATE]
