@@ -136,7 +136,8 @@ def _inside_rates(host: Host, most: float) -> list[float]:
 
 
 def _over_slowest(tier: str, rates: list[float]) -> OwnRates:
-    return OwnRates(tier, tuple(rate / min(rates) for rate in rates))
+    slowest = min(rates, default=1.0)
+    return OwnRates(tier, tuple(rate / slowest for rate in rates))
 
 
 def _check_joined(reach: int, per_host: int, document: Document) -> None:
