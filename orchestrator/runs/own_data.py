@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, TypeAlias
+from weakref import proxy
 
 import numpy as np
 import torch
@@ -182,7 +183,7 @@ class OwnData:
 
     def _streamed(self, step: int) -> Named:
         if self._stream is None or step < self._read:
-            self._read, self._stream = 0, self._passes()
+            self._read, self._stream = 0, OwnData._passes(proxy(self))
         while True:
             found = next(self._stream)
             self._read += 1
@@ -190,12 +191,12 @@ class OwnData:
                 return found
 
     def _passes(self) -> Iterator[Named]:
-        """Batches, pass after pass."""
+        """Batches, pass after pass. `self` is a proxy: a loader's workers end with who reads, not with cycles."""
         number = 0
         while True:
             begun = self._read
             smaller: list[Named] = []  # held back, as nothing may follow it
-            for value in self._pass(number):
+            for value in OwnData._pass(self, number):
                 yield from smaller
                 found = self.named(value)
                 is_smaller = num_samples(found) < self.reading.samples

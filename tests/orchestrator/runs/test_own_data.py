@@ -1,6 +1,8 @@
 """Own data: the batches are those of torch's loaders, any step can be asked for, and what is not fit is named."""
 
+import gc
 import itertools
+import multiprocessing
 import random
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -80,6 +82,17 @@ class Columns:
 def test_batches_are_those_of_a_loader_pass_after_pass(source: Any, drop_last: bool) -> None:
     expected = of_torch(DataLoader(SET, batch_size=8, drop_last=drop_last), 7)
     assert rows(read(source, drop_last=drop_last), 7) == expected
+
+
+def test_the_workers_of_a_loader_end_with_who_reads_them() -> None:
+    data = read(DataLoader(SET, batch_size=8, num_workers=1))
+    assert multiprocessing.active_children()
+    gc.disable()  # cycles, where torch gives workers up after five seconds only
+    try:
+        del data
+        assert not multiprocessing.active_children()
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize(
