@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import pytest
@@ -48,6 +48,17 @@ def orchestrate_json(orchestrate: Callable[..., Ran]) -> Callable[..., Mapping[s
         return document
 
     return run
+
+
+@pytest.fixture(scope="module")
+def undrawn() -> Iterator[None]:
+    """Runs without pictures, which are a quarter of the time of a short one: for tests that do not look at them."""
+    from orchestrator.verbs import training_loop
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("loss_png", "timeline_png"):
+            patch.setattr(training_loop, name, lambda *_, **__: b"")
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -78,6 +78,7 @@ def other(params): return torch.optim.SGD([torch.zeros(2, requires_grad=True)], 
 PLANS = [Plan(dp=2, zero=1), Plan(pp=2, microbatches=2)]
 STEPS = 5
 Make = Callable[..., Any]
+pytestmark = pytest.mark.usefixtures("undrawn")
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import io
 import re
+import shutil
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -78,6 +79,7 @@ class Annealing(Pairs):
 BASE = ("model=mine.py:Net", "data=mine.py:pairs", "loss=mine.py:loss", "optimizer=mine.py:sgd", "dtype=fp64",
         "steps=5", "global_batch=8", "checkpoints.every=3")  # fmt: skip
 DP = Plan(dp=2)
+pytestmark = pytest.mark.usefixtures("undrawn")
 
 
 @pytest.fixture(autouse=True)
@@ -115,6 +117,15 @@ def stopped(given: Job, laptop: Any, plan: Plan = DP, at: int = 3) -> Path:
         document = dict(read_yaml(cluster_path("laptop")).root)
         train.run(laptop.take(plan.num_chips), given, plan=plan, folder="stopped", document=document)
     return Path("stopped")
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory: pytest.TempPathFactory, laptop: Any) -> Path:
+    """The folder of a stopped run of the job as it is, to be copied."""
+    (made := tmp_path_factory.mktemp("begun")).joinpath("mine.py").write_text(MINE)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(made)
+        return made / stopped(job(), laptop)
 
 
 def resumed(folder: Path, *, verify_first: bool = False) -> str:
@@ -188,9 +199,10 @@ def edited(old: str, new: str, name: str = "mine.py") -> Callable[[], object]:
          "data", "held out"],
 )  # fmt: skip
 def test_what_is_not_the_same_any_more_is_refused_and_named(
-    overrides: list[str], between: Callable[[], object], said: str, where: str, laptop: Any
-) -> None:
-    folder = stopped(job(*overrides), laptop)
+    overrides: list[str], between: Callable[[], object], said: str, where: str, laptop: Any,
+    begun: Path,
+) -> None:  # fmt: skip
+    folder = stopped(job(*overrides), laptop) if overrides else Path(shutil.copytree(begun, "stopped"))
     before = {
         path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != "log.txt"
     }
@@ -202,15 +214,15 @@ def test_what_is_not_the_same_any_more_is_refused_and_named(
     assert all(data == before[path] for path, data in kept.items())
 
 
-def test_an_edit_that_changes_nothing_so_far_is_told(laptop: Any) -> None:
-    folder = stopped(job(), laptop)
+def test_an_edit_that_changes_nothing_so_far_is_told(begun: Path) -> None:
+    folder = Path(shutil.copytree(begun, "stopped"))
     edited("def sgd", "# its end is near\ndef sgd")()
     assert "warning: mine.py was edited since the run was started" in resumed(folder)
     assert "was edited" not in resumed(folder)
 
 
-def test_a_run_that_has_no_step_left_verifies_none(laptop: Any) -> None:
-    folder = stopped(job(), laptop)
+def test_a_run_that_has_no_step_left_verifies_none(begun: Path) -> None:
+    folder = Path(shutil.copytree(begun, "stopped"))
     resumed(folder)
     with pytest.raises(ConfigError, match="no step is left"):
         resumed(folder, verify_first=True)

@@ -78,6 +78,7 @@ OTHER = {
 NEEDS = {"checkpoints.keep": ("checkpoints.every=1",)}  # to have an effect at all
 IN_PLAN = {"plan.zero": "zero", "plan.schedule": "schedule"}
 numbers = itertools.count()
+pytestmark = pytest.mark.usefixtures("undrawn")
 
 
 def keys_of(section: type[BaseModel], before: str = "") -> Iterator[str]:

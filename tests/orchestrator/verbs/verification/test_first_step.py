@@ -23,7 +23,7 @@ from partitioner.layout.parallel_plan import Plan
 Make = Callable[..., Any]
 PLAN = Plan(dp=2, pp=2, zero=1, microbatches=2)
 SMALL = ("validation.every=0", "lr_schedule.warmup_steps=1", "model_args.vocab=256", "steps=2")
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "undrawn")
 
 
 def losses_of(job: Any, plan: Plan, cluster: Any, said: list[str] | None) -> list[float]:

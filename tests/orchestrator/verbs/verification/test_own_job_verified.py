@@ -43,7 +43,7 @@ def groups(model):
 def one_cycle(optimizer): return torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=12)
 """
 PLANS = [Plan(dp=2, zero=1), Plan(pp=2, microbatches=2), Plan(tp=2)]
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "undrawn")
 
 
 @pytest.fixture
