@@ -14,7 +14,7 @@ from pydantic import BaseModel
 from comms.errors import DataError, ModelError, PlanError, UserError
 from orchestrator.config.job_file import Job, load_job
 from orchestrator.planning.idle_keys import idle_keys
-from orchestrator.planning.preparation import prepare
+from orchestrator.planning.preparation import Prepared, prepare
 from orchestrator.runs import checkpoint
 from orchestrator.runs.metrics import read_metrics
 from orchestrator.verbs import train
@@ -79,6 +79,7 @@ NEEDS = {"checkpoints.keep": ("checkpoints.every=1",)}  # to have an effect at a
 IN_PLAN = {"plan.zero": "zero", "plan.schedule": "schedule"}
 numbers = itertools.count()
 pytestmark = pytest.mark.usefixtures("undrawn")
+once: dict[str, Prepared] = {}  # a run takes the Program that was looked at before
 
 
 def keys_of(section: type[BaseModel], before: str = "") -> Iterator[str]:
@@ -110,14 +111,16 @@ def known() -> dict[object, object]:
 
 def split(given: Job, plan: Plan, laptop: Any) -> object:
     """The Program, without the words of its plan."""
-    program = prepare(laptop.take(plan.num_chips), given, plan).program
-    lines = to_text(program).splitlines()
+    once[f"{given} {plan}"] = prepared = prepare(laptop.take(plan.num_chips), given, plan)
+    lines = to_text(prepared.program).splitlines()
     return [line for line in lines if not line.startswith(("meta plan", "meta schedule", "meta zero"))]
 
 
 def trained(given: Job, plan: Plan, laptop: Any) -> object:
     """All that a run leaves of its steps: what they were, and what is saved."""
-    run = train.run(laptop.take(plan.num_chips), given, plan=plan, folder=f"run-{next(numbers)}").run_dir
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "prepare", lambda *_, **__: once[f"{given} {plan}"])
+        run = train.run(laptop.take(plan.num_chips), given, plan=plan, folder=f"run-{next(numbers)}").run_dir
     newest = checkpoint.latest(run).checkpoint
     assert newest is not None
     steps = [(r["loss"], r["val_loss"], r["lr"]) for r in read_metrics(run / "metrics.jsonl")]
