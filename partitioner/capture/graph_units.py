@@ -56,7 +56,7 @@ from partitioner.capture.samples.batch_cut import cut_batch
 from partitioner.capture.samples.loss_form import FINAL, GATHERED, KNOWN, LossForm, finals_of, whole_loss
 from partitioner.capture.samples.taking_apart import put_apart, replace_by
 from partitioner.capture.tracing import Captured, trace_module
-from partitioner.capture.training_flops import forward_flops, training_flops
+from partitioner.capture.training_flops import training_flops
 
 aten = torch.ops.aten
 HAS_LINES = ContextVar("HAS_LINES", default=False)
@@ -339,7 +339,7 @@ class _Builder:
         if key not in self.known:
             self.known[key] = len(self.templates)
             graph = extracted(self.captured, nodes, flat, outputs)
-            once, again = training_flops(graph, live[: len(flat)], live[len(flat) :])
+            forward, once, again = training_flops(graph, live[: len(flat)], live[len(flat) :])
             self.templates.append(
                 Template(
                     graph=graph,
@@ -349,7 +349,7 @@ class _Builder:
                     outputs=tuple(spec_of(n.meta["val"]) for n in outputs),
                     live_inputs=live[: len(flat)],
                     live_outputs=live[len(flat) :],
-                    flops=forward_flops(graph),
+                    flops=forward,
                     model_flops=once,
                     again_flops=again,
                     tp_styles=styles,
