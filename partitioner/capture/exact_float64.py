@@ -24,11 +24,12 @@ class ExactFloat64(TorchFunctionMode):
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        named = dict(kwargs or {})
-        if args and isinstance(args[0], torch.Tensor) and args[0].dtype is torch.float64:
+        named = kwargs or {}
+        is_cast = func in SHORTHANDS or "dtype" in named or any(type(a) is torch.dtype for a in args)
+        if is_cast and args and isinstance(args[0], torch.Tensor) and args[0].dtype is torch.float64:
             if func in SHORTHANDS:
                 return args[0]
             args = tuple(torch.float64 if isinstance(a, torch.dtype) and a in NARROWER else a for a in args)
             if named.get("dtype") in NARROWER:
-                named["dtype"] = torch.float64
+                named = {**named, "dtype": torch.float64}
         return func(*args, **named)

@@ -170,6 +170,8 @@ class _Trace:
         number = torch.zeros((), dtype=torch.int64)
         self.sources |= {f"batch:{n}": v for n, v in tensors_of(batch).items()}
         self.sources |= {f"batch:{KEY}": number, f"batch:{FIRST_SAMPLE}": number}
+        like = {n: torch.empty_like(v.detach(), device="meta") for n, v in self.sources.items()}
+        self.shapes = {n: (v.shape, v.stride(), v.dtype) for n, v in like.items()}
 
     def run(self, *, functional: bool) -> torch.fx.GraphModule:
         """The graph of a forward; `functional`: without writes into tensors."""
@@ -222,11 +224,10 @@ class _Trace:
 
     def _fakes(self) -> list[torch.Tensor]:
         """Stand-ins; from shapes, as torch takes ten times as long to make them from values."""
-        like = {n: torch.empty_like(v.detach(), device="meta") for n, v in self.sources.items()}
         with self.fake_mode:
             made = {
-                n: torch.empty_strided(v.shape, v.stride(), dtype=v.dtype, device="cpu")
-                for n, v in like.items()
+                n: torch.empty_strided(shape, stride, dtype=dtype, device="cpu")
+                for n, (shape, stride, dtype) in self.shapes.items()
             }
         return [value.requires_grad_(name in self.trained) for name, value in made.items()]
 
