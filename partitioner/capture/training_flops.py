@@ -13,7 +13,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from partitioner.capture.captured_graph import KERNELS
+from partitioner.capture.captured_graph import KERNELS, product_flops
 from partitioner.capture.forwards.checkpoints import regions_of
 from partitioner.capture.pure_graph import UnderModes, trace_values, unfused
 from partitioner.capture.recomputing import Recomputing, as_when_run
@@ -66,9 +66,7 @@ def training_flops(
         return once, flops, 0
     traced = trace_values(recomputing, values)
     traced.graph.eliminate_dead_code()  # what a second run computes and nobody reads, as lowering does
-    with _counting(mode) as counter:
-        torch.fx.Interpreter(traced).run(*values)
-    return once, flops, int(counter.get_total_flops()) - flops
+    return once, flops, sum(product_flops(n) or 0 for n in traced.graph.nodes) - flops
 
 
 def _stand_ins(module: torch.fx.GraphModule) -> tuple[list[torch.Tensor], FakeTensorMode]:
