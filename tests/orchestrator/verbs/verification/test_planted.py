@@ -105,11 +105,11 @@ def update_of(chip: int, spoil: Callable[[dict[str, Any]], Any]) -> Plant:
     """A chip steps with other settings."""
     update = ExecutingChip._update
 
-    def other(self: ExecutingChip, instruction: Any) -> None:
+    def other(self: ExecutingChip, instruction: Any, microbatch: int) -> None:
         before = self.step_settings
         if self.index == chip:
             self.step_settings = [spoil(dict(each)) for each in before]
-        update(self, instruction)
+        update(self, instruction, microbatch)
         self.step_settings = before
 
     return lambda patch: patch.setattr(ExecutingChip, "_update", other)
@@ -119,9 +119,9 @@ def no_update(chip: int) -> Plant:
     """A chip leaves its last update out."""
     update = ExecutingChip._update
 
-    def left_out(self: ExecutingChip, instruction: Any) -> None:
+    def left_out(self: ExecutingChip, instruction: Any, microbatch: int) -> None:
         if self.index != chip or instruction.param not in self.optimizers:
-            update(self, instruction)
+            update(self, instruction, microbatch)
 
     return lambda patch: patch.setattr(ExecutingChip, "_update", left_out)
 
@@ -196,8 +196,8 @@ def state_of(chip: int) -> Plant:
     """After its step a chip's second moments are 1 % too large: parameters do not show it yet."""
     update = ExecutingChip._update
 
-    def larger(self: ExecutingChip, instruction: Any) -> None:
-        update(self, instruction)
+    def larger(self: ExecutingChip, instruction: Any, microbatch: int) -> None:
+        update(self, instruction, microbatch)
         if self.index == chip:
             self.optimizer(instruction).state()["exp_avg_sq"].mul_(1.01)
 

@@ -188,8 +188,8 @@ def test_a_wrong_update_is_said_to_be_no_forward_or_backward_instruction(
 ) -> None:
     original = ExecutingChip._update
 
-    def twice(self: ExecutingChip, instruction: Any) -> None:
-        original(self, instruction)
+    def twice(self: ExecutingChip, instruction: Any, microbatch: int) -> None:
+        original(self, instruction, microbatch)
         if len(self.coordinates) and self.program.num_chips > 1:
             self.fixed[instruction.param].mul_(1.001)
 
@@ -283,8 +283,8 @@ def test_a_difference_of_a_later_step_is_found(
 ) -> None:
     original, seen = ExecutingChip._update, list[int]()
 
-    def late(self: ExecutingChip, instruction: Any) -> None:
-        original(self, instruction)
+    def late(self: ExecutingChip, instruction: Any, microbatch: int) -> None:
+        original(self, instruction, microbatch)
         seen.append(self.index)
         if self.index == 1 and seen.count(1) == len(self.optimizers) + 1:  # the first of the second step
             self.value(instruction.param).mul_(1.001)
