@@ -64,7 +64,8 @@ def training_flops(
     flops = int(counter.get_total_flops())
     if not any(map(regions_of, module.graph.nodes)):
         return once, flops, 0
-    traced = trace_values(recomputing, values)
+    with unfused():
+        traced = trace_values(recomputing, values)
     traced.graph.eliminate_dead_code()  # what a second run computes and nobody reads, as lowering does
     return once, flops, sum(product_flops(n) or 0 for n in traced.graph.nodes) - flops
 

@@ -281,3 +281,20 @@ def test_afterwards_checkpoints_are_torchs(scripted: Any) -> None:
     runs.clear()
     module(torch.zeros(2, 4, dtype=torch.float64)).backward()
     assert len(runs) == 2
+
+
+class BesideRecurrent(nn.Module):
+    """A checkpointed layer behind a recurrent one."""
+
+    def __init__(self, kind: type[nn.RNNBase]) -> None:
+        super().__init__()
+        self.recurrent, self.layer = kind(8, 8, batch_first=True), nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return again(lambda h: self.layer(h).tanh(), self.recurrent(x)[0]).mean()
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_only_what_is_checkpointed_counts_as_computed_again(kind: type[nn.RNNBase]) -> None:
+    program = partition(BesideRecurrent(kind), {"x": torch.randn(4, 5, 8)}, Plan())
+    assert program.facts["recomputed_flops"] == 2 * 4 * 5 * 8 * 8
