@@ -4,6 +4,7 @@ AdamW uses torch's fused kernel, SGD its foreach one; any other class comes from
 `factory(params) -> torch.optim.Optimizer`. What such a class looks at is found by trial (`trials`).
 """
 
+import builtins
 import copy
 import math
 from collections import defaultdict, deque
@@ -84,7 +85,11 @@ def as_kept(state: Mapping[str, torch.Tensor]) -> dict[str, Any]:
 
 def is_torchs(what: object) -> bool:
     """Whether a class or function is of torch (or of Python itself)."""
-    return str(getattr(what, "__module__", "")).partition(".")[0] in ("torch", "builtins")
+    home = str(getattr(what, "__module__", "")).partition(".")[0]
+    # a class that was made by exec says that it is of "builtins", too
+    return home == "torch" or (
+        home == "builtins" and vars(builtins).get(getattr(what, "__name__", "")) is what
+    )
 
 
 def own_attributes(optimizer: torch.optim.Optimizer) -> dict[str, Any]:

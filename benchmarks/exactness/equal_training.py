@@ -154,7 +154,7 @@ def rows_of(ended: list[Ended]) -> list[Mapping[str, object]]:
 
 def names_of(case: Case) -> dict[str, Any]:
     """The names that the text defines; tracebacks show its lines."""
-    names: dict[str, Any] = {}
+    names: dict[str, Any] = {"__name__": "random_case"}
     for title, text in (("prelude", PRELUDE + OWN), (f"case {case.seed}", case.source)):
         linecache.cache[title] = (len(text), None, text.splitlines(keepends=True), title)
         exec(compile(text, title, "exec"), names)
