@@ -51,6 +51,7 @@ from partitioner.capture.pure_graph import (
 )
 from partitioner.capture.refused.refusals import explaining, refuse_sparse, refuse_unsupported, refused_calls
 from partitioner.capture.refused.shared_memory import require_own_memory
+from partitioner.capture.type_questions import types_as_in_training
 
 NUM_MORE = 4  # forwards that must do the same
 
@@ -252,6 +253,7 @@ class _Trace:
             keyed_random(named[f"batch:{KEY}"], named[f"batch:{FIRST_SAMPLE}"]),
             inlined_checkpoints(self._noted),
             self.questions.asked(),
+            types_as_in_training(self.module, self.loss_fn),
         ):
             loss = loss_of_step(self.module, self.loss_fn, inputs)
         return loss, *(self.module.get_buffer(name) for name in self.buffers)
