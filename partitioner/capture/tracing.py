@@ -49,6 +49,7 @@ from partitioner.capture.pure_graph import (
     same_value,
     users_frames,
 )
+from partitioner.capture.refused.caught_errors import no_error_caught
 from partitioner.capture.refused.refusals import explaining, refuse_sparse, refuse_unsupported, refused_calls
 from partitioner.capture.refused.shared_memory import require_own_memory
 from partitioner.capture.type_questions import types_as_in_training
@@ -254,6 +255,7 @@ class _Trace:
             inlined_checkpoints(self._noted),
             self.questions.asked(),
             types_as_in_training(self.module, self.loss_fn),
+            no_error_caught(),
         ):
             loss = loss_of_step(self.module, self.loss_fn, inputs)
         return loss, *(self.module.get_buffer(name) for name in self.buffers)

@@ -66,6 +66,48 @@ def test_a_refusal_says_what_and_on_which_line_and_what_to_do(name: str, refusal
         assert error.where.startswith(f"{__file__}:")
 
 
+def tried(read: Callable[[torch.Tensor], Any]) -> Loss:
+    """What reads a value in training, and is content with another number where that fails."""
+
+    def function(hidden: torch.Tensor) -> torch.Tensor:
+        try:
+            read(hidden)
+        except Exception:
+            return hidden
+        return hidden * 2
+
+    return function
+
+
+CAUGHT: dict[str, Callable[[torch.Tensor], Any]] = {
+    "item": lambda h: h.sum().item(),
+    "truth": lambda h: bool((h > 0).all()),
+    "array": lambda h: h.detach().numpy(),
+    "list": lambda h: h.tolist(),
+    "places": lambda h: len(h.nonzero()),
+    "memory": lambda h: h.data_ptr(),
+    "derivative": lambda h: torch.autograd.grad(h.sum(), h),
+    "shapes": lambda h: h + torch.ones(3, 5),
+}
+
+
+@pytest.mark.parametrize("name", CAUGHT)
+def test_errors_that_the_forward_catches_do_not_decide_what_is_trained(name: str, refusal: Any) -> None:
+    error = refusal(lambda m, x: tried(CAUGHT[name])(m.lin(x)).sum())
+    assert "the forward catches an error that may not come in training" in error.problem
+    assert error.where.startswith(f"{__file__}:") and "try" in error.hint
+
+
+def test_errors_of_pythons_may_be_caught() -> None:
+    def function(hidden: torch.Tensor) -> torch.Tensor:
+        try:
+            return hidden * hidden.no_such_thing
+        except AttributeError:
+            return hidden * 2
+
+    capture_graph(Inner(lambda h: function(h).sum()), {"x": X})
+
+
 class Inner(nn.Module):
     def __init__(self, function: Loss) -> None:
         super().__init__()
