@@ -8,7 +8,7 @@ optimizers. A loss may be a class. With the built-in optimizers matrices decay a
 import copy
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cached_property
 from typing import Any
 from zlib import crc32
@@ -40,8 +40,9 @@ from orchestrator.runs.data import step_key
 from orchestrator.runs.learning_rate import learning_rate
 from orchestrator.runs.own_data import Named, OwnData, Reading, drawing
 from partitioner.capture.batch_inputs import Batch, tensors_of
-from partitioner.capture.captured_graph import TORCH
+from partitioner.capture.captured_graph import TORCH, Graph
 from partitioner.capture.forwards.step_loss import LossFunction, keeping, parameters_of
+from partitioner.layout.parallel_plan import Plan
 from partitioner.lowering.lower import MATRIX, StepShape, step_shape
 
 SHORT_DTYPES = {Dtype.FP32: "f32", Dtype.FP64: "f64", Dtype.BF16: "bf16"}  # as a Program names them
@@ -57,6 +58,7 @@ class JobParts:
     model: BuiltModel
     loss_fn: LossFunction | None
     data: OwnData | None  # None: text, or example batches
+    graphs: dict[tuple[Plan, int], Graph] = field(default_factory=dict)  # by plan and microbatches
 
     @cached_property
     def optimizer(self) -> torch.optim.Optimizer:

@@ -116,13 +116,27 @@ def _partitioned(job: Job, plan: Plan, progress: Progress, parts: "JobParts | No
     shape = replace(shape, model=job.model, dtype=str(job.dtype))
 
     def graph(microbatches: int) -> "Graph":
-        return capture_graph(
+        if (found := _of_one_chip(parts.graphs, plan, microbatches)) is not None:
+            return found
+        made = parts.graphs[plan, microbatches] = capture_graph(
             model.module, batch, dp=plan.dp, microbatches=microbatches, loss_fn=parts.loss_fn,
             tp_plan=model.tp_plan, frozen=frozen, min_units=plan.pp, exact=job.dtype is Dtype.FP64,
             norms_per_part=plan.batch_norm is BatchNorms.PER_PART,
         )  # fmt: skip
+        return made
 
     return capture_and_lower(graph, plan, shape, progress)
+
+
+def _of_one_chip(graphs: "Mapping[tuple[Plan, int], Graph]", plan: Plan, microbatches: int) -> "Graph | None":
+    """What was captured for several chips, where one chip sees the same parts one after another."""
+    if plan.num_chips > 1:
+        return None
+    for (other, others), graph in graphs.items():
+        is_same = other.dp == 1 or not graph.needs_whole_batch
+        if is_same and other.dp * others == microbatches and other.batch_norm is plan.batch_norm:
+            return graph
+    return None
 
 
 def optimizer_states(job: Job) -> int:

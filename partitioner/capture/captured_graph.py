@@ -12,7 +12,7 @@ written once; no cache reuse between operations (fusion is the kernel model's bu
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
@@ -125,7 +125,8 @@ class Graph:
     `state`: buffers that the forward changes, with the values that they have after the step. `updates` makes those that
     need sums of `kept` over all parts (which its first inputs stand for), at the end of the step.
     `live`: values on the way of a gradient; parameters that are not among them are `frozen`. `cut`: batch entries that
-    hold `samples` samples each. `is_counted`: the loss's count depends on the batch; else it is one.
+    hold `samples` samples each. `is_counted`: the loss's count depends on the batch; else it is one. `traced`: what
+    lowering keeps, for other plans of the same parts.
     """
 
     units: tuple[Unit, ...]
@@ -151,6 +152,14 @@ class Graph:
     cut: frozenset[str]
     samples: int
     is_counted: bool
+    traced: dict[object, Any] = field(default_factory=dict, compare=False)
+
+    @property
+    def needs_whole_batch(self) -> bool:
+        """Whether a part needs values of all others, which replicas and microbatches give one another differently."""
+        calls = {op_name(node.target) for each in self.templates for node in each.graph.graph.nodes}
+        is_gathered = any(known.gathered for known in self.known)
+        return is_gathered or bool(self.tail or self.updates or calls & {"sum_parts", "gather_parts"})
 
     def param_numel(self) -> int:
         """Number of parameters, tied ones counted once."""

@@ -195,7 +195,10 @@ def _traced(graph: Graph, plan: Plan, wanted: Cuts) -> tuple[Mapping[Cut, Traced
             if (key := cut_of(unit, kept)) in traced:
                 continue
             try:
-                traced[key] = split_joint(trace_joint(graph.templates[unit.template], key[1], plan.tp))
+                if (known := (*key, plan.tp)) not in graph.traced:
+                    joint = trace_joint(graph.templates[unit.template], key[1], plan.tp)
+                    graph.traced[known] = split_joint(joint)
+                traced[key] = graph.traced[known]
             except PartitionError:
                 if all(cut is None for cut in key[1]):
                     raise
