@@ -78,6 +78,23 @@ def compiled_loops() -> None:
     compile_loops()
 
 
+@pytest.fixture(scope="session")
+def local_ray() -> None:
+    """A Ray of two cores, for all tests with actors that need not start it themselves; see below for its end."""
+    import ray
+
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=80 << 20)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> Iterator[None]:
+    """Ends the shared Ray after the last test with actors: idle, it would take its share of the cores."""
+    yield
+    if starts_ray(item.path) and (nextitem is None or not starts_ray(nextitem.path)):
+        if (ray := sys.modules.get("ray")) is not None:
+            ray.shutdown()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def private_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Programs made here are kept for this run only, never in the user's cache; compiled loops are the user's."""

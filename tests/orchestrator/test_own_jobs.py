@@ -364,6 +364,7 @@ def test_a_folder_with_weights_trains_on_own_data_as_in_a_plain_loop(
 
 
 @pytest.mark.ray
+@pytest.mark.usefixtures("local_ray")
 def test_rays_actors_train_jobs_of_own_objects_to_the_same_bits(
     mine: dict[str, Any], laptop: Any, one_thread: None
 ) -> None:
@@ -374,6 +375,7 @@ def test_rays_actors_train_jobs_of_own_objects_to_the_same_bits(
 
 
 @pytest.mark.ray
+@pytest.mark.usefixtures("local_ray")
 def test_distribute_on_ray_goes_through_changes_to_the_same_bits(
     mine: dict[str, Any], laptop: Any, one_thread: None
 ) -> None:

@@ -82,15 +82,6 @@ def expected(case) -> tuple[list[float], States]:
     return case.train(inline, 3), inline.states()
 
 
-@pytest.fixture(scope="module")
-def local_ray() -> Iterator[None]:
-    import ray
-
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=80 << 20)
-    yield
-    ray.shutdown()
-
-
 def connected(case: Case, num_actors: int) -> RayRunner:
     start = RayStart(ActorPlan(num_actors))
     try:

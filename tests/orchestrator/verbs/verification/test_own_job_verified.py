@@ -172,6 +172,7 @@ def test_a_step_with_own_loss_groups_and_scheduler_is_verified_between_steps(
 
 
 @pytest.mark.ray
+@pytest.mark.usefixtures("local_ray")
 def test_steps_that_rays_actors_take_are_verified(own: dict[str, Any], laptop: Any) -> None:
     step, said = step_of(own, laptop, Plan(dp=2), runner="ray"), list[str]()
     try:
