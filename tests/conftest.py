@@ -90,9 +90,9 @@ def local_ray() -> None:
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> Iterator[None]:
     """Ends the shared Ray after the last test with actors: idle, it would take its share of the cores."""
     yield
-    if starts_ray(item.path) and (nextitem is None or not starts_ray(nextitem.path)):
-        if (ray := sys.modules.get("ray")) is not None:
-            ray.shutdown()
+    is_last = starts_ray(item.path) and (nextitem is None or not starts_ray(nextitem.path))
+    if is_last and (ray := sys.modules.get("ray")) is not None:
+        ray.shutdown()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -77,7 +77,7 @@ class Template:
     """A unit's forward as a graph of pre-dispatch ATen ops on global shapes.
 
     `live_inputs` get a gradient from the unit, `live_outputs` give it one. `flops`: of the forward; `model_flops`: of
-    forward and backward; `again_flops`: of what is checkpointed, when it is computed again.
+    forward and backward, each operation once.
     """
 
     graph: torch.fx.GraphModule
@@ -89,7 +89,6 @@ class Template:
     live_outputs: tuple[bool, ...]
     flops: int
     model_flops: int
-    again_flops: int
     tp_styles: tuple[str, ...]
 
 

@@ -339,7 +339,7 @@ class _Builder:
         if key not in self.known:
             self.known[key] = len(self.templates)
             graph = extracted(self.captured, nodes, flat, outputs)
-            forward, once, again = training_flops(graph, live[: len(flat)], live[len(flat) :])
+            forward, once = training_flops(graph, live[: len(flat)], live[len(flat) :])
             self.templates.append(
                 Template(
                     graph=graph,
@@ -351,7 +351,6 @@ class _Builder:
                     live_outputs=live[len(flat) :],
                     flops=forward,
                     model_flops=once,
-                    again_flops=again,
                     tp_styles=styles,
                 )
             )

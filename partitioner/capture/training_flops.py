@@ -7,18 +7,13 @@ Attention counts as if written out: two products forward and four backward, caus
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TypeAlias
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from partitioner.capture.captured_graph import KERNELS, product_flops
-from partitioner.capture.forwards.checkpoints import regions_of
-from partitioner.capture.pure_graph import UnderModes, trace_values, unfused
-from partitioner.capture.recomputing import Recomputing, as_when_run
-
-Tensors: TypeAlias = Sequence[torch.Tensor]
+from partitioner.capture.captured_graph import KERNELS
+from partitioner.capture.pure_graph import UnderModes, unfused
 
 
 def forward_flops(module: torch.fx.GraphModule) -> int:
@@ -33,41 +28,19 @@ def forward_flops(module: torch.fx.GraphModule) -> int:
 
 def training_flops(
     module: torch.fx.GraphModule, live_inputs: Sequence[bool], live_outputs: Sequence[bool]
-) -> tuple[int, int, int]:
-    """(forward, forward and backward, computed a second time in the backward); live: on the way of a gradient."""
+) -> tuple[int, int]:
+    """(forward, forward and backward), each operation once; live: on the way of a gradient."""
     values, mode = _stand_ins(module)
-
-    def recomputing(*values: torch.Tensor) -> list[torch.Tensor]:
-        with as_when_run():
-            leaves, outputs = forward(Recomputing(module), values)
-            return [*outputs, *backward(leaves, outputs)]
-
-    def forward(run: torch.fx.Interpreter, values: Sequence[torch.Tensor]) -> tuple[Tensors, Tensors]:
+    with _counting(mode) as counter:
         leaves = [v.detach().requires_grad_(is_live) for v, is_live in zip(values, live_inputs, strict=True)]
         with torch.enable_grad():
-            return leaves, run.run(*leaves)
-
-    def backward(leaves: Tensors, outputs: Tensors) -> Tensors:
+            outputs = UnderModes(module, garbage_collect_values=False).run(*leaves)
+        once = int(counter.get_total_flops())
         ends = [o for o, is_live in zip(outputs, live_outputs, strict=True) if is_live and o.requires_grad]
         sources = [v for v in leaves if v.requires_grad]
-        if not ends or not sources:
-            return []
-        grads: Sequence[torch.Tensor | None] = torch.autograd.grad(
-            ends, sources, [torch.ones_like(e) for e in ends], allow_unused=True
-        )
-        return [g for g in grads if g is not None]
-
-    with _counting(mode) as counter:
-        made = forward(UnderModes(module, garbage_collect_values=False), values)
-        once = int(counter.get_total_flops())
-        backward(*made)
-    flops = int(counter.get_total_flops())
-    if not any(map(regions_of, module.graph.nodes)):
-        return once, flops, 0
-    with unfused():
-        traced = trace_values(recomputing, values)
-    traced.graph.eliminate_dead_code()  # what a second run computes and nobody reads, as lowering does
-    return once, flops, sum(product_flops(n) or 0 for n in traced.graph.nodes) - flops
+        if ends and sources:
+            torch.autograd.grad(ends, sources, [torch.ones_like(e) for e in ends], allow_unused=True)
+    return once, int(counter.get_total_flops())
 
 
 def _stand_ins(module: torch.fx.GraphModule) -> tuple[list[torch.Tensor], FakeTensorMode]:

@@ -15,7 +15,8 @@ from torch import nn
 from comms.errors import CaptureError, PartitionError, located
 from comms.selection.progress import Progress, quiet
 from partitioner.capture.batch_inputs import Batch, tensors_of
-from partitioner.capture.captured_graph import SHORT, Graph
+from partitioner.capture.captured_graph import SHORT, Graph, Unit
+from partitioner.capture.forwards.checkpoints import regions_of
 from partitioner.capture.forwards.step_loss import LossFunction
 from partitioner.capture.graph_units import capture_graph, source_lines
 from partitioner.capture.training_flops import forward_flops
@@ -167,7 +168,7 @@ def lower(graph: Graph, plan: Plan, shape: StepShape) -> Program:
         "model": shape.model, "dtype": shape.dtype, "plan": str(plan), "samples": shape.samples,
         "tokens": tokens, "params": graph.param_numel(), "units": len(graph.units),
         "samples_per_part": graph.samples, "model_flops": flops * parts + forward_flops(graph.constants.graph),
-        "recomputed_flops": sum(t.again_flops for t in templates) * parts, "nominal_count": count,
+        "recomputed_flops": sum(_again_flops(graph, u) for u in graph.units) * parts, "nominal_count": count,
         "tp_cut_parameters": share.parameters, "tp_cut_flops": share.flops, "tp_copied": "; ".join(share.copied),
         "zero": plan.zero, "whole_tensors": int(shape.whole_tensors), "loss": graph.loss_rule,
         "schedule": str(schedule_of(plan, has_tail=graph.tail is not None)), "stages": "+".join(map(str, sizes)),
@@ -195,10 +196,7 @@ def _traced(graph: Graph, plan: Plan, wanted: Cuts) -> tuple[Mapping[Cut, Traced
             if (key := cut_of(unit, kept)) in traced:
                 continue
             try:
-                if (known := (*key, plan.tp)) not in graph.traced:
-                    joint = trace_joint(graph.templates[unit.template], key[1], plan.tp)
-                    graph.traced[known] = split_joint(joint)
-                traced[key] = graph.traced[known]
+                traced[key] = _traced_unit(graph, key, plan.tp)
             except PartitionError:
                 if all(cut is None for cut in key[1]):
                     raise
@@ -206,6 +204,22 @@ def _traced(graph: Graph, plan: Plan, wanted: Cuts) -> tuple[Mapping[Cut, Traced
                 break
         else:
             return traced, kept
+
+
+def _traced_unit(graph: Graph, key: Cut, tp: int) -> TracedUnit:
+    if (known := (key, tp)) not in graph.traced:
+        graph.traced[known] = split_joint(trace_joint(graph.templates[key[0]], key[1], tp))
+    made: TracedUnit = graph.traced[known]
+    return made
+
+
+def _again_flops(graph: Graph, unit: Unit) -> int:
+    """FLOPs of what is checkpointed, when it is computed again: what one chip does beyond the model's own."""
+    template = graph.templates[unit.template]
+    if not any(map(regions_of, template.graph.graph.nodes)):
+        return 0
+    alone = _traced_unit(graph, cut_of(unit, dict.fromkeys(unit.params)), 1)
+    return alone.training_flops - template.model_flops
 
 
 def _role(context: StageContext, stage: int, pool: SegmentPool, groups_of: Groups, shape: StepShape) -> Role:

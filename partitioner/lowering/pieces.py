@@ -87,6 +87,7 @@ class TracedUnit:
     grads: tuple[tuple[int, int | None], ...]
     whole: tuple[str, ...]  # see `Joint`
     flops: int  # of the forward, see `product_flops`
+    training_flops: int  # of the backward, too
 
 
 def split_joint(joint: Joint) -> TracedUnit:
@@ -127,6 +128,7 @@ def split_joint(joint: Joint) -> TracedUnit:
         ),
         whole=joint.whole,
         flops=sum(product_flops(n) or 0 for n in forward_nodes),
+        training_flops=sum(product_flops(n) or 0 for n in (*forward_nodes, *backward_nodes)),
     )
 
 
