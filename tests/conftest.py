@@ -24,6 +24,7 @@ BATCH = 8
 LOOPS = "compiled_loops"
 RAY = "@pytest.mark.ray"
 MOVING = {"benchmarks", "comms", "orchestrator"}  # folders of tests that move messages
+LONG = "verification"  # the folder whose files take longest
 COMPILER = Path(__file__).parents[1] / "benchmarks" / "tools" / "compile_loops.py"
 compiling: list[subprocess.Popen[bytes]] = []
 
@@ -31,16 +32,21 @@ compiling: list[subprocess.Popen[bytes]] = []
 def pytest_collection_modifyitems(config: pytest.Config, items: list[Any]) -> None:
     """What moves messages waits for the compiled loops and comes last; a process of its own compiles meanwhile.
 
-    Ray, which starts many processes, comes in between.
+    Ray, which starts many processes, comes in between. Long files come before short ones: all workers end together.
     """
     here = Path(__file__).parent
     moving = [item for item in items if item.path.relative_to(here).parts[0] in MOVING]
     for item in moving:
         item.fixturenames.insert(0, LOOPS)
-    items.sort(key=lambda item: 1 if starts_ray(item.path) else 2 * (LOOPS in item.fixturenames))
+    items.sort(key=lambda item: turn(item.path, LOOPS in item.fixturenames))
     worker = getattr(config, "workerinput", {"workerid": "gw0"})["workerid"]
     if moving and worker == "gw0" and not config.option.collectonly:
         compiling.append(subprocess.Popen([sys.executable, COMPILER]))
+
+
+def turn(file: Path, moves: bool) -> tuple[int, bool]:
+    """When a file comes: first what needs no loops, then Ray, then what is long, then the rest."""
+    return (1, False) if starts_ray(file) else (2 * moves, file.parent.name != LONG)
 
 
 @functools.cache
