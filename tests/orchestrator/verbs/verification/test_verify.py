@@ -306,6 +306,19 @@ def test_dropout_is_equal_in_the_jobs_own_dtype(tmp_path: Path, laptop: Any, tin
     assert result.noise.grad < 1e-4, "masks are held while sums are re-ordered"
 
 
+@pytest.mark.parametrize(("text", "graphs"), [(DROPPING, 1), (NORMED, 2)], ids=["each part alone", "mixed"])
+def test_one_chip_takes_what_was_captured_for_a_plan_if_its_parts_are_the_same(
+    text: str, graphs: int, tmp_path: Path, laptop: Any, tiny_job: Make
+) -> None:
+    (tmp_path / "net.py").write_text(text)
+    job = tiny_job().model_copy(update={"model": f"{tmp_path}/net.py:model", "model_args": {}, "seq": 6})
+    parts = job_parts(job, "cpu")
+    prepared = verb.prepare(laptop.take(2), job, Plan(dp=2), parts=parts)
+    alone = verb.on_one_chip(prepared, parts).program
+    assert len(parts.graphs) == graphs
+    assert alone == verb.on_one_chip(prepared, job_parts(job, "cpu")).program
+
+
 def test_every_way_to_break_a_split_is_found(wrong: str, laptop: Any, tiny_job: Make) -> None:
     for dtype in ("fp64", "fp32"):
         result = verify(laptop.take(2), tiny_job(f"dtype={dtype}", "clip_norm=null"), Plan(dp=2))
