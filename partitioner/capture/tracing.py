@@ -49,6 +49,7 @@ from partitioner.capture.pure_graph import (
     same_value,
     users_frames,
 )
+from partitioner.capture.refused.buffer_forms import require_own_values, require_same_form
 from partitioner.capture.refused.caught_errors import no_error_caught
 from partitioner.capture.refused.refusals import explaining, refuse_sparse, refuse_unsupported, refused_calls
 from partitioner.capture.refused.shared_memory import require_own_memory
@@ -107,6 +108,7 @@ def trace_module(
         graph_module = trace.run(functional=False)
         noted = trace.called.noted if trace.called else ()
         lent.require_known("_parameters")
+        require_own_values(lent)
         require_own(graph_module, trace.registered)
         for node in graph_module.graph.nodes:
             refuse_sparse(node)
@@ -289,6 +291,8 @@ class _Trace:
             name: node for name, node in zip(self.buffers, after, strict=True)
             if names.get(same_value(node).name) != f"buffers:{name}"
         }  # fmt: skip
+        for name, node in kept.items():
+            require_same_form(name, self.shapes[f"buffers:{name}"], node)
         output.args = ((loss, *kept.values()),)
         return tuple(kept)
 

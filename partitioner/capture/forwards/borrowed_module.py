@@ -29,6 +29,7 @@ class Borrowed:
     module: nn.Module
     attributes: list[tuple[str, nn.Module, dict[str, Any]]] = field(default_factory=list)
     contents: dict[int, tuple[str, Any, Any]] = field(default_factory=dict)  # by identity of a container
+    stand_ins: Mapping[int, torch.Tensor] = field(default_factory=dict)  # by identity of registered tensors
 
     def __post_init__(self) -> None:
         for path, child in self.module.named_modules():
@@ -53,6 +54,7 @@ class Borrowed:
 
     def replace(self, stand_ins: Mapping[int, torch.Tensor]) -> None:
         """Put other tensors, by identity of the registered ones, in the place of all that are registered."""
+        self.stand_ins = stand_ins
         for _, _, held in self.attributes:
             for kind in REGISTERED:
                 for name, value in self.contents[id(held[kind])][2].items():

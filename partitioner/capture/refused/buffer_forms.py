@@ -1,0 +1,59 @@
+"""What a forward leaves in buffers: values of their own, with the dtype and the shape of what it found there.
+
+Else the next forward would be another one: whole numbers that became fractions would be cut off, queues would grow, and
+a view of a parameter would follow what training makes of that.
+"""
+
+from typing import Any
+
+import torch
+from torch.overrides import _get_current_function_mode_stack
+
+from comms.errors import CaptureError
+from partitioner.capture.exact_float64 import NARROWER, ExactFloat64
+from partitioner.capture.forwards.borrowed_module import Borrowed
+from partitioner.capture.pure_graph import source_line
+
+
+def require_same_form(name: str, held: tuple[Any, ...], made: torch.fx.Node) -> None:
+    """Refuse that a buffer of a (shape, strides, dtype) becomes another. Raises CaptureError."""
+    shape, dtype, value = held[0], held[-1], made.meta["val"]
+    if value.shape == shape and (value.dtype == dtype or (value.dtype in NARROWER and _is_widened())):
+        return
+    before, after = (f"{str(d).removeprefix('torch.')} of shape {list(s)}"
+                     for d, s in ((dtype, shape), (value.dtype, value.shape)))  # fmt: skip
+    raise CaptureError(f"the forward makes the buffer {name}, {before}, one of {after}", source_line(made),
+                       "register it as what it becomes")  # fmt: skip
+
+
+def require_own_values(lent: Borrowed) -> None:
+    """Refuse buffers that after a forward follow other tensors, or no longer each other. Raises CaptureError."""
+    left: dict[int, tuple[str, torch.Tensor]] = {}  # by what was registered before
+    for path, child, held in lent.attributes:
+        for name, before in lent.contents[id(held["_buffers"])][2].items():
+            now, full = child._buffers.get(name), f"{path}.{name}" if path else name
+            if before is None or now is None:
+                continue
+            first, value = left.setdefault(id(before), (full, now))
+            if value is not now:
+                problem = (
+                    f"the buffers {first} and {full} are one tensor, and the forward assigns one of them"
+                )
+                raise CaptureError(problem, path or type(child).__name__, "write it in place, with copy_()")
+    sharing: dict[int, list[str]] = {}  # by memory
+    params = [(f"the parameter {n}", p, True) for n, p in lent.module.named_parameters()]
+    buffers = [(f"the buffer {n}", v, lent.stand_ins[i]._version > 0) for i, (n, v) in left.items()]
+    moving = {value.untyped_storage()._cdata for _, value, moves in (*params, *buffers) if moves}
+    for name, value, _ in (*params, *buffers):
+        sharing.setdefault(value.untyped_storage()._cdata, []).append(name)
+    for memory, (first, *others) in sharing.items():
+        if others and memory in moving:
+            problem = (
+                f"the forward leaves {others[0]} in the memory of {first}, whose changes it would follow"
+            )
+            raise CaptureError(problem, type(lent.module).__name__, "assign a clone")
+
+
+def _is_widened() -> bool:
+    """Whether the model is a float64 copy: narrower numbers that it makes are narrower for that reason alone."""
+    return any(isinstance(mode, ExactFloat64) for mode in _get_current_function_mode_stack())
