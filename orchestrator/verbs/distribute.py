@@ -69,6 +69,7 @@ from orchestrator.verbs.situation import (
 )
 from orchestrator.verbs.state.empty_states import EmptyStates
 from orchestrator.verbs.state.later_forwards import LaterForwards
+from orchestrator.verbs.state.own_buffers import OwnBuffers
 from orchestrator.verbs.state.python_state import PythonState
 from orchestrator.verbs.verification.one_chip import OneChip
 from orchestrator.verbs.verification.sides import PlannedSide
@@ -110,6 +111,7 @@ class DistributedStep:
         self._programs: dict[Situation, Program] = {}
         self._entries, self._empty = entry_states(same_kind(optimizer)), EmptyStates(optimizer)
         self._masters: dict[str, torch.Tensor] = {}  # full-precision copies of parameters that have less
+        self._buffers = OwnBuffers(model)
         self._is_ahead = False  # the chips have trained since their values were last fetched
         self._seen: Mapping[str, object] = {}
         self._said: set[str] = set()  # what is not warned of again
@@ -211,10 +213,7 @@ class DistributedStep:
             with torch.no_grad():
                 for name, value in whole_parameters(self.program, states.__getitem__).items():
                     params[name].copy_(value.view(params[name].shape))
-                buffers = dict(self.model.named_buffers())
-                for name, value in whole_buffers(self.program, states).items():
-                    if name in buffers:  # unless it was taken away since
-                        buffers[name].copy_(value)
+                self._buffers.put(whole_buffers(self.program, states))
             for name, own in whole_states(self.program, states).items():
                 if MASTER in own:
                     self._masters[name] = own.pop(MASTER)
