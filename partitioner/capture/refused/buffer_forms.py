@@ -36,21 +36,17 @@ def require_own_values(lent: Borrowed) -> None:
                 continue
             first, value = left.setdefault(id(before), (full, now))
             if value is not now:
-                problem = (
-                    f"the buffers {first} and {full} are one tensor, and the forward assigns one of them"
-                )
+                problem = f"{first} and {full} are one buffer, and the forward assigns one of them"
                 raise CaptureError(problem, path or type(child).__name__, "write it in place, with copy_()")
-    sharing: dict[int, list[str]] = {}  # by memory
-    params = [(f"the parameter {n}", p, True) for n, p in lent.module.named_parameters()]
-    buffers = [(f"the buffer {n}", v, lent.stand_ins[i]._version > 0) for i, (n, v) in left.items()]
-    moving = {value.untyped_storage()._cdata for _, value, moves in (*params, *buffers) if moves}
-    for name, value, _ in (*params, *buffers):
-        sharing.setdefault(value.untyped_storage()._cdata, []).append(name)
-    for memory, (first, *others) in sharing.items():
-        if others and memory in moving:
-            problem = (
-                f"the forward leaves {others[0]} in the memory of {first}, whose changes it would follow"
-            )
+    named = [(f"the parameter {n}", p, p.requires_grad) for n, p in lent.module.named_parameters()]
+    named += [(f"the buffer {n}", v, lent.stand_ins[i]._version > 0) for i, (n, v) in left.items()]
+    sharing: dict[int, list[tuple[str, bool]]] = {}  # by memory
+    for name, value, moves in named:
+        if value.layout is torch.strided:
+            sharing.setdefault(value.untyped_storage()._cdata, []).append((name, moves))
+    for one, *others in sharing.values():
+        if others and any(moves for _, moves in (one, *others)):
+            problem = f"the forward leaves {others[0][0]} in the memory of {one[0]}, which changes"
             raise CaptureError(problem, type(lent.module).__name__, "assign a clone")
 
 

@@ -68,7 +68,7 @@ def of_one_value(m: Any, made: torch.Tensor) -> None:
     [
         (fraction, "makes the buffer count, int64 of shape [], one of float32 of shape []"),
         (longer, "makes the buffer last, float32 of shape [4], one of float32 of shape [8]"),
-        (one_of_two, "mean and inner.twin are one tensor, and the forward assigns one of them"),
+        (one_of_two, "mean and inner.twin are one buffer, and the forward assigns one of them"),
         (of_a_parameter, "leaves the buffer last in the memory of the parameter layer.bias"),
         (of_a_buffer_that_moves, "leaves the buffer last in the memory of the buffer mean"),
     ],
