@@ -18,11 +18,10 @@ class OwnBuffers:
     def put(self, values: Mapping[str, torch.Tensor]) -> None:
         """Give buffers, by name, new values; those that were taken away since stay away."""
         buffers = dict(self.model.named_buffers(remove_duplicate=False))
-        for name, value in values.items():
-            if (now := buffers.get(name)) is None:
-                continue
+        for name in (name for name in values if name in buffers):
+            now = buffers[name]
             own = self._own.setdefault(name, now)
-            if now is not own or _repeats_itself(now):
+            if now is not own or 0 in now.stride():  # entries in one place, as of an expanded one
                 fresh = torch.empty_like(now, memory_format=torch.contiguous_format)
                 names = [
                     n
@@ -32,9 +31,4 @@ class OwnBuffers:
                 for each in names:
                     path, _, key = each.rpartition(".")
                     self.model.get_submodule(path)._buffers[key] = self._own[each] = fresh
-            self._own[name].copy_(value)
-
-
-def _repeats_itself(value: torch.Tensor) -> bool:
-    """Whether entries lie in one place, as those of an expanded tensor."""
-    return any(n > 1 and not stride for n, stride in zip(value.shape, value.stride(), strict=True))
+            self._own[name].copy_(values[name])

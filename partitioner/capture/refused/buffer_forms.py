@@ -1,7 +1,6 @@
 """What a forward leaves in buffers: values of their own, with the dtype and the shape of what it found there.
 
-Else the next forward would be another one: whole numbers that became fractions would be cut off, queues would grow, and
-a view of a parameter would follow what training makes of that.
+Else whole numbers that became fractions would be cut off, and what is a view of a parameter would not follow it.
 """
 
 from typing import Any
@@ -18,7 +17,9 @@ from partitioner.capture.pure_graph import source_line
 def require_same_form(name: str, held: tuple[Any, ...], made: torch.fx.Node) -> None:
     """Refuse that a buffer of a (shape, strides, dtype) becomes another. Raises CaptureError."""
     shape, dtype, value = held[0], held[-1], made.meta["val"]
-    if value.shape == shape and (value.dtype == dtype or (value.dtype in NARROWER and _is_widened())):
+    # numbers that a float64 copy makes are narrower for being a copy alone
+    is_copy = any(isinstance(mode, ExactFloat64) for mode in _get_current_function_mode_stack())
+    if value.shape == shape and (value.dtype == dtype or (value.dtype in NARROWER and is_copy)):
         return
     before, after = (f"{str(d).removeprefix('torch.')} of shape {list(s)}"
                      for d, s in ((dtype, shape), (value.dtype, value.shape)))  # fmt: skip
@@ -48,8 +49,3 @@ def require_own_values(lent: Borrowed) -> None:
         if others and any(moves for _, moves in (one, *others)):
             problem = f"the forward leaves {others[0][0]} in the memory of {one[0]}, which changes"
             raise CaptureError(problem, type(lent.module).__name__, "assign a clone")
-
-
-def _is_widened() -> bool:
-    """Whether the model is a float64 copy: narrower numbers that it makes are narrower for that reason alone."""
-    return any(isinstance(mode, ExactFloat64) for mode in _get_current_function_mode_stack())
