@@ -39,10 +39,10 @@ def require_own_values(lent: Borrowed) -> None:
             if value is not now:
                 problem = f"{first} and {full} are one buffer, and the forward assigns one of them"
                 raise CaptureError(problem, path or type(child).__name__, "write it in place, with copy_()")
-    named = [(f"the parameter {n}", p, p.requires_grad) for n, p in lent.module.named_parameters()]
-    named += [(f"the buffer {n}", v, lent.stand_ins[i]._version > 0) for i, (n, v) in left.items()]
+    params = [(f"the parameter {n}", p, p.requires_grad) for n, p in lent.module.named_parameters()]
+    buffers = [(f"the buffer {n}", v, lent.stand_ins[i]._version > 0) for i, (n, v) in left.items()]
     sharing: dict[int, list[tuple[str, bool]]] = {}  # by memory
-    for name, value, moves in named:
+    for name, value, moves in (*params, *buffers):
         if value.layout is torch.strided:
             sharing.setdefault(value.untyped_storage()._cdata, []).append((name, moves))
     for one, *others in sharing.values():
