@@ -328,6 +328,9 @@ def _write_out(node: Node) -> None:
         if value.shape != like.shape:
             source = graph.call_function(aten.expand.default, (source, list(like.shape)))
             source.meta = dict(node.meta)
+        if node.meta["no_grad"]:  # else a gradient would go to what was copied there
+            source = graph.call_function(aten.detach.default, (source,))
+            source.meta = dict(node.meta)
     node.replace_all_uses_with(source)
     graph.erase_node(node)
 

@@ -23,12 +23,9 @@ class OwnBuffers:
             own = self._own.setdefault(name, now)
             if now is not own or 0 in now.stride():  # entries in one place, as of an expanded one
                 fresh = torch.empty_like(now, memory_format=torch.contiguous_format)
-                names = [
-                    n
-                    for n, held in buffers.items()
-                    if self._own.get(n) is own or (held is now and n not in values)
-                ]
-                for each in names:
+                for each, held in buffers.items():
+                    if self._own.get(each) is not own and (held is not now or each in values):
+                        continue
                     path, _, key = each.rpartition(".")
                     self.model.get_submodule(path)._buffers[key] = self._own[each] = fresh
             self._own[name].copy_(values[name])

@@ -30,7 +30,7 @@ class Kept(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         hidden = self.layer(x) * self.inner.twin + self.mean.sin() + self.last + self.count * 0.1
         self.script(self, hidden.detach().mean(0))
-        return hidden.square().mean()
+        return (hidden + self.last[:4]).square().mean()
 
 
 def fraction(m: Any, _: torch.Tensor) -> None:
@@ -63,6 +63,12 @@ def of_one_value(m: Any, made: torch.Tensor) -> None:
     m.last = m.mean = m.inner.twin = made
 
 
+def copied_without_a_gradient(m: Any, _: torch.Tensor) -> None:
+    averaged = m.layer.weight.mean(0)
+    with torch.no_grad():
+        m.last.copy_(averaged)
+
+
 @pytest.mark.parametrize(
     ("script", "problem"),
     [
@@ -87,7 +93,7 @@ def test_narrow_numbers_made_by_a_float64_copy_are_none_of_the_users() -> None:
         assert "last" in trace_module(Kept(zeroed).double(), {"x": torch.randn(8, 4).double()}, None).updated
 
 
-@pytest.mark.parametrize("script", [swapped, of_one_value])
+@pytest.mark.parametrize("script", [swapped, of_one_value, copied_without_a_gradient])
 def test_assigned_buffers_train_as_in_plain_torch(script: Any, laptop: Any, one_thread: None) -> None:
     module, plain = Kept(script), Kept(script)
     step = distribute(module, torch.optim.SGD(module.parameters(), 0.1), laptop, chips=2)
