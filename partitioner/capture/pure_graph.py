@@ -325,11 +325,11 @@ def _write_out(node: Node) -> None:
         if value.dtype != like.dtype:
             source = graph.call_function(aten._to_copy.default, (source,), {"dtype": like.dtype})
             source.meta = dict(node.meta) | {"val": value.to(like.dtype)}
-        if value.shape != like.shape:
-            source = graph.call_function(aten.expand.default, (source, list(like.shape)))
-            source.meta = dict(node.meta)
-        if node.meta["no_grad"]:  # else a gradient would go to what was copied there
-            source = graph.call_function(aten.detach.default, (source,))
+        if value.shape != like.shape or node.meta["no_grad"]:  # which keeps gradients from what was copied
+            shape = () if value.shape == like.shape else (list(like.shape),)
+            source = graph.call_function(
+                aten.expand.default if shape else aten.detach.default, (source, *shape)
+            )
             source.meta = dict(node.meta)
     node.replace_all_uses_with(source)
     graph.erase_node(node)

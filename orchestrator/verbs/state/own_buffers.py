@@ -1,7 +1,4 @@
-"""A model's own buffers: what was registered is written in place, so that all who hold it see what was trained.
-
-What a forward of the user's has assigned since may be anybody's memory (a batch of theirs, a view): that is replaced.
-"""
+"""A model's own buffers: written in place, unless a forward of the user's left memory of others (a batch) in them."""
 
 from collections.abc import Mapping
 
@@ -19,13 +16,11 @@ class OwnBuffers:
         """Give buffers, by name, new values; those that were taken away since stay away."""
         buffers = dict(self.model.named_buffers(remove_duplicate=False))
         for name in (name for name in values if name in buffers):
-            now = buffers[name]
-            own = self._own.setdefault(name, now)
+            now, own = buffers[name], self._own.setdefault(name, buffers[name])
             if now is not own or 0 in now.stride():  # entries in one place, as of an expanded one
                 fresh = torch.empty_like(now, memory_format=torch.contiguous_format)
                 for each, held in buffers.items():
-                    if self._own.get(each) is not own and (held is not now or each in values):
-                        continue
-                    path, _, key = each.rpartition(".")
-                    self.model.get_submodule(path)._buffers[key] = self._own[each] = fresh
+                    if self._own.get(each) is own or (held is now and each not in values):
+                        path, _, key = each.rpartition(".")
+                        self.model.get_submodule(path)._buffers[key] = self._own[each] = fresh
             self._own[name].copy_(values[name])

@@ -1,7 +1,4 @@
-"""What a forward leaves in buffers: values of their own, with the dtype and the shape of what it found there.
-
-Else whole numbers that became fractions would be cut off, and what is a view of a parameter would not follow it.
-"""
+"""What a forward leaves in buffers: values of their own, with the dtype and the shape of what it found there."""
 
 from typing import Any
 
@@ -16,15 +13,11 @@ from partitioner.capture.pure_graph import source_line
 
 def require_same_form(name: str, held: tuple[Any, ...], made: torch.fx.Node) -> None:
     """Refuse that a buffer of a (shape, strides, dtype) becomes another. Raises CaptureError."""
-    shape, dtype, value = held[0], held[-1], made.meta["val"]
-    # numbers that a float64 copy makes are narrower for being a copy alone
-    is_copy = any(isinstance(mode, ExactFloat64) for mode in _get_current_function_mode_stack())
-    if value.shape == shape and (value.dtype == dtype or (value.dtype in NARROWER and is_copy)):
-        return
-    before, after = (f"{str(d).removeprefix('torch.')} of shape {list(s)}"
-                     for d, s in ((dtype, shape), (value.dtype, value.shape)))  # fmt: skip
-    raise CaptureError(f"the forward makes the buffer {name}, {before}, one of {after}", source_line(made),
-                       "register it as what it becomes")  # fmt: skip
+    shape, dtype, value = list(held[0]), held[-1], made.meta["val"]
+    is_copy = any(isinstance(mode, ExactFloat64) for mode in _get_current_function_mode_stack())  # in float64
+    if list(value.shape) != shape or (value.dtype != dtype and not (is_copy and value.dtype in NARROWER)):
+        problem = f"the forward makes the buffer {name}, {dtype} {shape}, {value.dtype} {list(value.shape)}"
+        raise CaptureError(problem, source_line(made), "register it as what it becomes")
 
 
 def require_own_values(lent: Borrowed) -> None:
@@ -35,17 +28,14 @@ def require_own_values(lent: Borrowed) -> None:
             now, full = child._buffers.get(name), f"{path}.{name}" if path else name
             if before is None or now is None:
                 continue
-            first, value = left.setdefault(id(before), (full, now))
-            if value is not now:
-                problem = f"{first} and {full} are one buffer, and the forward assigns one of them"
+            if left.setdefault(id(before), (full, now))[1] is not now:
+                problem = f"{left[id(before)][0]} and {full} are one buffer, of which the forward assigns one"
                 raise CaptureError(problem, path or type(child).__name__, "write it in place, with copy_()")
     params = [(f"the parameter {n}", p, p.requires_grad) for n, p in lent.module.named_parameters()]
     buffers = [(f"the buffer {n}", v, lent.stand_ins[i]._version > 0) for i, (n, v) in left.items()]
-    sharing: dict[int, list[tuple[str, bool]]] = {}  # by memory
-    for name, value, moves in (*params, *buffers):
-        if value.layout is torch.strided:
-            sharing.setdefault(value.untyped_storage()._cdata, []).append((name, moves))
-    for one, *others in sharing.values():
-        if others and any(moves for _, moves in (one, *others)):
-            problem = f"the forward leaves {others[0][0]} in the memory of {one[0]}, which changes"
+    places: dict[int, tuple[str, bool]] = {}  # by memory
+    for name, value, moves in (each for each in (*params, *buffers) if each[1].layout is torch.strided):
+        first, moved = places.setdefault(value.untyped_storage()._cdata, (name, moves))
+        if first != name and (moves or moved):
+            problem = f"the forward leaves {name} in the memory of {first}, which changes"
             raise CaptureError(problem, type(lent.module).__name__, "assign a clone")

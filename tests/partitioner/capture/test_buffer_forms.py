@@ -72,9 +72,9 @@ def copied_without_a_gradient(m: Any, _: torch.Tensor) -> None:
 @pytest.mark.parametrize(
     ("script", "problem"),
     [
-        (fraction, "makes the buffer count, int64 of shape [], one of float32 of shape []"),
-        (longer, "makes the buffer last, float32 of shape [4], one of float32 of shape [8]"),
-        (one_of_two, "mean and inner.twin are one buffer, and the forward assigns one of them"),
+        (fraction, "makes the buffer count, torch.int64 [], torch.float32 []"),
+        (longer, "makes the buffer last, torch.float32 [4], torch.float32 [8]"),
+        (one_of_two, "mean and inner.twin are one buffer, of which the forward assigns one"),
         (of_a_parameter, "leaves the buffer last in the memory of the parameter layer.bias"),
         (of_a_buffer_that_moves, "leaves the buffer last in the memory of the buffer mean"),
     ],
