@@ -53,7 +53,7 @@ from partitioner.capture.refused.buffer_forms import require_own_values, require
 from partitioner.capture.refused.caught_errors import no_error_caught
 from partitioner.capture.refused.refusals import explaining, refuse_sparse, refuse_unsupported, refused_calls
 from partitioner.capture.refused.shared_memory import require_own_memory
-from partitioner.capture.type_questions import types_as_in_training
+from partitioner.capture.type_questions import spaces_of, types_as_in_training
 
 NUM_MORE = 4  # forwards that must do the same
 
@@ -156,6 +156,7 @@ class _Trace:
     ) -> None:
         self.lent, self.module, self.batch, self.loss_fn = lent, lent.module, batch, loss_fn
         self.fake_mode, self.has_lines = fake_mode, has_lines
+        self.spaces = spaces_of(self.module, loss_fn)
         self.calls: list[ModuleCall] = []
         self.open_calls: list[ModuleCall] = []
         self.viewed = Viewed()
@@ -256,7 +257,7 @@ class _Trace:
             keyed_random(named[f"batch:{KEY}"], named[f"batch:{FIRST_SAMPLE}"]),
             inlined_checkpoints(self._noted),
             self.questions.asked(),
-            types_as_in_training(self.module, self.loss_fn),
+            types_as_in_training(self.spaces),
             no_error_caught(),
         ):
             loss = loss_of_step(self.module, self.loss_fn, inputs)

@@ -6,16 +6,17 @@ answer while a forward is traced; torch's own, which must tell stand-ins apart, 
 
 import builtins
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from types import FunctionType
-from typing import Any
+from types import FunctionType, ModuleType
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
 from torch._subclasses import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
+Space: TypeAlias = dict[str, Any]
 STAND_INS = (FakeTensor, FunctionalTensor)
 OWN = frozenset({"torch", "partitioner", "kernels", "comms", "orchestrator"}) | sys.stdlib_module_names
 
@@ -51,26 +52,38 @@ def told_type(value: object) -> type:
 
 
 @contextmanager
-def types_as_in_training(module: nn.Module, loss_fn: Callable[..., Any] | None) -> Iterator[None]:
-    """Inside the block code that is not torch's is told the types of what stand-ins stand for."""
-    spaces = {id(space): space for space in _spaces(module, loss_fn) if "type" not in space}
+def types_as_in_training(spaces: Collection[Space]) -> Iterator[None]:
+    """Inside the block code of these namespaces (see `spaces_of`) is told the types of what stand-ins stand for."""
     try:
-        for space in spaces.values():
+        for space in spaces:
             space["type"] = _Told
         yield
     finally:
-        for space in spaces.values():
+        for space in spaces:
             space.pop("type", None)
 
 
-def _spaces(module: nn.Module, loss_fn: Callable[..., Any] | None) -> Iterator[dict[str, Any]]:
-    """The namespaces of modules, and those of the model's own functions, which may be of none."""
-    for name, loaded in list(sys.modules.items()):
-        if name.partition(".")[0] not in OWN and isinstance(getattr(loaded, "__dict__", None), dict):
-            yield vars(loaded)
+def spaces_of(module: nn.Module, loss_fn: Callable[..., Any] | None) -> list[Space]:
+    """The namespaces of a model's own classes and loss, and of what they name, as far as that is of no package."""
     kinds = {kind for part in module.modules() for kind in builtins.type(part).__mro__}
-    functions = [f for kind in kinds for f in vars(kind).values()] + [loss_fn]
-    for function in functions:
-        space = getattr(function, "__globals__", {}) if isinstance(function, FunctionType) else {}
-        if str(space.get("__name__", "torch")).partition(".")[0] not in OWN:
-            yield space
+    pending = [space for value in (*kinds, loss_fn) for space in _homes(value)]
+    found: dict[int, Space] = {}
+    while pending:
+        space = pending.pop()
+        if id(space) in found or str(space.get("__name__", "")).partition(".")[0] in OWN:
+            continue
+        found[id(space)] = space
+        if "site-packages" not in str(space.get("__file__", "")):
+            named = [home for value in list(space.values()) for home in _homes(value)]
+            pending += [home for home in named if "site-packages" not in str(home.get("__file__", ""))]
+    return [space for space in found.values() if "type" not in space]
+
+
+def _homes(value: object) -> Iterator[Space]:
+    """The namespaces that a function, a class or a module looks names up in."""
+    if isinstance(value, FunctionType):
+        yield value.__globals__
+    elif isinstance(value, builtins.type):
+        yield from (f.__globals__ for f in vars(value).values() if isinstance(f, FunctionType))
+    elif isinstance(value, ModuleType):
+        yield vars(value)
