@@ -11,17 +11,11 @@ import torch
 from torch.utils import _pytree as trees
 from torch.utils._python_dispatch import TorchDispatchMode
 
-MADE = (
-    "zeros",
-    "ones",
-    "full",
-    "empty",
-    "new_",
-    "scalar_tensor",
-    "lift_fresh",
-    "arange",
-)  # with no entry read
-KEPT = ("copy", "clone", "_to_copy", "detach", "alias", "fill", "zero", "masked_fill", "_conj", "resolve_")
+BY_ENTRIES = (  # beginnings of names, of operations that torch does not mark so
+    "zeros", "ones", "full", "empty", "new_", "scalar_tensor", "lift_fresh", "arange",  # with no entry read
+    "copy", "clone", "_to_copy", "detach", "alias", "fill", "zero", "masked_fill", "_conj", "resolve_",
+    "_foreach_", "_fused_",
+)  # fmt: skip
 REDUCING = ("_foreach_norm", "_foreach_max")
 
 
@@ -49,11 +43,8 @@ class StepWatch(TorchDispatchMode):
 
 
 def _is_by_entries(func: Any, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    if torch.Tag.pointwise in func.tags or name.startswith((*MADE, "_fused_")):
-        return True
-    if name.startswith("_foreach_"):
-        return not name.startswith(REDUCING)
-    if name.startswith(KEPT):
+    is_known = name.startswith(BY_ENTRIES) and not name.startswith(REDUCING)
+    if torch.Tag.pointwise in func.tags or is_known:
         return True
     values = (v for v in trees.tree_leaves((args, kwargs)) if isinstance(v, torch.Tensor))
     return all(value.numel() <= 1 for value in values)  # counts and the like

@@ -13,7 +13,6 @@ from kernels.optimizers import LATE_STEPS, group_settings, is_torchs
 Groups: TypeAlias = Sequence[Mapping[str, Any]]  # settings of every group
 PROBE_LR = 1e-2  # at least: under a rate of nothing all optimizers are the same
 LATER = 9_009_000 - LATE_STEPS - 2  # steps, for what begins late or at multiples; 32-bit floats have them
-# for what begins late, or at multiples; floats have it
 
 
 def modes_of(optimizer: torch.optim.Optimizer) -> tuple[object, ...]:

@@ -100,6 +100,9 @@ class ExecutingChip:
         self.first_bad: tuple[BadOrder, str] | None = None
         for tensor in self.tensors:
             self.fixed[tensor.id] = self._allocate(tensor)
+        self.whole_at = {  # parameters that must be stepped on by themselves, by the place where they begin
+            (t.base, t.offset): t for t in self.tensors if t.kind is TensorKind.PARAM and program.facts["whole_tensors"]
+        }  # fmt: skip
 
     def _allocate(self, tensor: Tensor) -> torch.Tensor | None:
         dtype, device = TORCH[tensor.spec.dtype], self.settings.device
@@ -285,10 +288,8 @@ class ExecutingChip:
 
     def _step(self, instruction: Update, optimizer: FlatOptimizer, microbatch: int) -> None:
         assert self.stats is not None
-        scale, settings = (
-            self.stats.gradient_scale(self.settings.clip_norm),
-            self.step_settings[instruction.group],
-        )
+        scale = self.stats.gradient_scale(self.settings.clip_norm)
+        settings = self.step_settings[instruction.group]
         grad, own = self.value(instruction.grad), self._stepped(instruction)
         if own is None or not instruction.whole:
             optimizer.step(grad if own is None else grad[: own.spec.numel], scale, settings)
@@ -308,11 +309,7 @@ class ExecutingChip:
         """The parameter that must be stepped on by itself: the one whose place this chip's shard is, if any."""
         target = self.tensors[instruction.target]
         base, shard = (target.id, 0) if target.base is None else (target.base, self.coordinates["dp"])
-        place = shard * target.spec.numel
-        is_own = (
-            t for t in self.tensors if t.kind is TensorKind.PARAM and (t.base, t.offset) == (base, place)
-        )
-        return next(is_own, None) if self.program.facts["whole_tensors"] else None
+        return self.whole_at.get((base, shard * target.spec.numel))
 
     def optimizer(self, instruction: Update) -> FlatOptimizer | None:
         """The optimizer of one flat group, made when first needed; None if the group has no parameter for this chip."""
