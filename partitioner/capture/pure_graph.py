@@ -28,6 +28,7 @@ from comms.errors import CaptureError
 from partitioner.capture.captured_graph import op_name, operand
 from partitioner.capture.forwards.checkpoints import regions_of
 
+HERE = str(Path(__file__).parent)
 LARGEST_LITERAL = 64
 aten = torch.ops.aten
 PLAIN_DTYPES = (
@@ -365,17 +366,18 @@ def in_module(line: str, path: str) -> str:
 
 @contextmanager
 def users_frames() -> Iterator[None]:
-    """Traces note all lines of the user's, where torch would note those of functions called forward alone."""
+    """Traces note the innermost line of the user's, where torch would note those of functions called forward alone."""
 
-    def outside(_: object, summary: traceback.StackSummary) -> traceback.StackSummary:
-        return traceback.StackSummary.from_list([f for f in summary if _is_users(f.filename)])
+    def innermost(_: object, summary: traceback.StackSummary) -> traceback.StackSummary:
+        found = next((f for f in reversed(summary) if _is_users(f.filename)), None)
+        return traceback.StackSummary.from_list([found] if found else [])
 
-    with patch.object(TracerBase, "_filter_traceback_frames", outside):
+    with patch.object(TracerBase, "_filter_traceback_frames", innermost):
         yield
 
 
 def _is_users(file: str) -> bool:
-    return not file.startswith((str(Path(__file__).parent), "<")) and "/torch/" not in file
+    return not file.startswith((HERE, "<")) and "/torch/" not in file
 
 
 def _line_in(trace: str) -> str:
