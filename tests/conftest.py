@@ -1,6 +1,7 @@
 """What every package's tests share: tiny models, Programs made from them, a cache folder of our own, one thread."""
 
 import functools
+import gc
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -42,6 +43,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[Any]) -> No
     worker = getattr(config, "workerinput", {"workerid": "gw0"})["workerid"]
     if moving and worker == "gw0" and not config.option.collectonly:
         compiling.append(subprocess.Popen([sys.executable, COMPILER]))
+
+
+def pytest_collection_finish() -> None:
+    """What is imported stays: looking through it for garbage again and again takes a tenth of the time."""
+    gc.collect()
+    gc.freeze()
 
 
 def turn(file: Path, moves: bool) -> tuple[int, bool]:
