@@ -13,7 +13,6 @@ import traceback
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -28,7 +27,7 @@ from comms.errors import CaptureError
 from partitioner.capture.captured_graph import op_name, operand
 from partitioner.capture.forwards.checkpoints import regions_of
 
-HERE = str(Path(__file__).parent)
+HERE = __file__.rpartition("/")[0]
 LARGEST_LITERAL = 64
 aten = torch.ops.aten
 PLAIN_DTYPES = (
@@ -369,14 +368,15 @@ def users_frames() -> Iterator[None]:
     """Traces note the innermost line of the user's, where torch would note those of functions called forward alone."""
 
     def innermost(_: object, summary: traceback.StackSummary) -> traceback.StackSummary:
-        found = next((f for f in reversed(summary) if _is_users(f.filename)), None)
+        found = next((f for f in reversed(summary) if is_users(f.filename)), None)
         return traceback.StackSummary.from_list([found] if found else [])
 
     with patch.object(TracerBase, "_filter_traceback_frames", innermost):
         yield
 
 
-def _is_users(file: str) -> bool:
+def is_users(file: str) -> bool:
+    """Whether code of this file is of the user's or of a library's, neither ours here nor torch's."""
     return not file.startswith((HERE, "<")) and "/torch/" not in file
 
 
@@ -393,7 +393,7 @@ def _line_in(trace: str) -> str:
 
 def first_user_line(error: BaseException) -> str:
     """The innermost line outside torch that an error passed through, or that an operator of the graph comes from."""
-    outside = [f for f in traceback.extract_tb(error.__traceback__) if _is_users(f.filename)]
+    outside = [f for f in traceback.extract_tb(error.__traceback__) if is_users(f.filename)]
     of_operator = str(error).partition("Original traceback:")[2]  # which torch adds as it runs a graph
     if not outside or of_operator:
         return _line_in(of_operator) or "the model or its loss"

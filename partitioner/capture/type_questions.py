@@ -1,23 +1,28 @@
 """Questions about types that a forward asks: `type(x)` of a stand-in is what it is in training.
 
 `isinstance` is right by itself. `type` is a name that code looks up in its module, so modules get one that knows the
-answer while a forward is traced; torch's own, which must tell stand-ins apart, keep Python's. Not here: `x.__class__`.
+answer while a forward is traced; torch's own, which must tell stand-ins apart, keep Python's. So it is with attributes:
+`x.__class__` and what stand-ins alone have.
 """
 
 import builtins
 import sys
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from types import FunctionType, ModuleType
 from typing import Any, TypeAlias
+from unittest.mock import patch
 
 import torch
 from torch import nn
 from torch._subclasses import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
+from partitioner.capture.pure_graph import is_users
+
 Space: TypeAlias = dict[str, Any]
 STAND_INS = (FakeTensor, FunctionalTensor)
+UNLIKE = frozenset({"__class__", "fake_mode", "fake_device"})  # attributes that tell a stand-in by
 OWN = frozenset({"torch", "partitioner", "kernels", "comms", "orchestrator"}) | sys.stdlib_module_names
 
 
@@ -54,13 +59,27 @@ def told_type(value: object) -> type:
 @contextmanager
 def types_as_in_training(spaces: Collection[Space]) -> Iterator[None]:
     """Inside the block code of these namespaces (see `spaces_of`) is told the types of what stand-ins stand for."""
-    try:
+    with ExitStack() as stack:
         for space in spaces:
             space["type"] = _Told
+            stack.callback(space.pop, "type", None)
+        for kind in STAND_INS:
+            read = _as_in_training(kind.__getattribute__)
+            stack.enter_context(patch.object(kind, "__getattribute__", read))
         yield
-    finally:
-        for space in spaces:
-            space.pop("type", None)
+
+
+def _as_in_training(own: Callable[[Any, str], Any]) -> Callable[[Any, str], Any]:
+    """Reads an attribute of a stand-in: for code outside of torch that of what it stands for."""
+
+    def attribute_in_training(value: torch.Tensor, name: str) -> Any:  # by this name others pass it by
+        if name not in UNLIKE or not is_users(sys._getframe(1).f_code.co_filename):
+            return own(value, name)
+        if name == "__class__":
+            return told_type(value)
+        raise AttributeError(f"'Tensor' object has no attribute '{name}'")
+
+    return attribute_in_training
 
 
 def spaces_of(module: nn.Module, loss_fn: Callable[..., Any] | None) -> list[Space]:

@@ -172,7 +172,8 @@ def _asking_module() -> str:
     """The name of the module whose code asks."""
     frame: FrameType | None = sys._getframe(2)
     while frame is not None and (
-        frame.f_code.co_name == "__torch_function__" or frame.f_code.co_filename == __file__
+        frame.f_code.co_name in ("__torch_function__", "attribute_in_training")
+        or frame.f_code.co_filename == __file__
     ):
         frame = frame.f_back
     return str(frame.f_globals.get("__name__", "")) if frame else ""

@@ -23,6 +23,11 @@ QUESTIONS: dict[str, Question] = {
     "a type": lambda m, x, y: isinstance(Tensor, type) and issubclass(type, type) and not isinstance(3, type),
     "made": lambda m, x, y: type("Made", (MADE,), {})().there,
     "type itself": lambda m, x, y: type(Tensor) is type(x).__class__ and {type: True}[type],
+    "class": lambda m, x, y: x.__class__ is Tensor and y.__class__ in (Tensor, list),
+    "class of a parameter": lambda m, x, y: m.weight.__class__ is nn.Parameter is not m.kept.__class__,
+    "stand-in": lambda m, x, y: (
+        not hasattr(y, "fake_mode") and getattr(m.weight, "fake_device", None) is None
+    ),
     "isinstance": lambda m, x, y: isinstance(x, Tensor) and isinstance(m.weight, nn.Parameter),
 }
 
