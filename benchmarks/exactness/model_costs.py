@@ -5,8 +5,9 @@ python benchmarks/exactness/model_costs.py [--only llama]
 FLOPs: `model_flops` against `torch.utils.flop_counter` over an eager forward and backward with attention written out
 (and grouped products counted, which torch leaves out). Activations: the most that a Program's forward keeps, against
 the storages that eager autograd holds when its forward has ended, each counted once, without parameters, buffers and
-the batch. "again": the same with checkpointing, where a model offers it; "hardware": FLOPs with what is then computed
-twice, which is more in torch where the last value that is saved comes late.
+the batch. "read": without what torch's gather keeps of its operand, of which its backward asks the size alone (see
+`docs/limits.md`). "again": the same with checkpointing, where a model offers it; "hardware": FLOPs with what is then
+computed twice, which is more in torch where the last value that is saved comes late.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import gc
 import logging
 import warnings
 import weakref
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +24,7 @@ from support.model_list import model_cases
 from support.models.model_case import ModelCase
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from orchestrator.exceptions import UserError
@@ -74,10 +77,11 @@ def costs(case: ModelCase, flops: int, *, is_again: bool) -> dict[str, object]:
     """FLOPs and bytes of activations of a Program, by those of an eager run; `flops`: of one without checkpoints."""
     program = partition(made(case, is_again=is_again), case.batch(SAMPLES), Plan())
     (memory,) = peak_memory(program)
-    saved = saved_nbytes(made(case, is_again=is_again), case.batch(SAMPLES))
+    saved, read = saved_nbytes(made(case, is_again=is_again), case.batch(SAMPLES))
     model, twice = (int(program.facts[name]) for name in ("model_flops", "recomputed_flops"))
     found: dict[str, object] = {
         "flops": model / max(flops, 1), "activations": memory.activation_bytes / max(saved, 1), "saved bytes": saved,
+        "read": memory.activation_bytes / max(read, 1),
     }  # fmt: skip
     if is_again:
         found["hardware"] = (model + twice) / max(eager_flops(case, is_again=True), 1)
@@ -101,28 +105,55 @@ def eager_flops(case: ModelCase, *, is_again: bool) -> int:
 
 
 class Packed:
-    """A saved tensor, which lives as long as autograd holds it."""
+    """A saved tensor, which lives as long as autograd holds it; `is_read`: by the backward, not its size alone."""
 
-    def __init__(self, value: torch.Tensor) -> None:
-        self.value = value.detach()
+    def __init__(self, value: torch.Tensor, *, is_read: bool) -> None:
+        self.value, self.is_read = value.detach(), is_read
 
 
-def saved_nbytes(model: nn.Module, batch: dict[str, Any]) -> int:
-    """The bytes of the distinct storages that autograd holds between forward and backward."""
+class Gathers(TorchFunctionMode):
+    """Knows the operand of the gather that runs."""
+
+    operand: torch.Tensor | None = None
+
+    def __torch_function__(
+        self, func: Callable[..., object], _types: object, args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> object:  # fmt: skip
+        if func in (torch.gather, torch.Tensor.gather):
+            self.operand = args[0] if args else (kwargs or {})["input"]
+        try:
+            return func(*args, **(kwargs or {}))
+        finally:
+            self.operand = None
+
+    def reads(self, value: torch.Tensor) -> bool:
+        """Whether the backward of what runs reads `value`, which it saves."""
+        return self.operand is None or not torch._C._is_alias_of(value, self.operand)
+
+
+def saved_nbytes(model: nn.Module, batch: dict[str, Any]) -> tuple[int, int]:
+    """The bytes of the distinct storages that autograd holds between forward and backward; of these, what it reads."""
     held: weakref.WeakSet[Packed] = weakref.WeakSet()
+    gathers = Gathers()
 
     def pack(value: torch.Tensor) -> Packed:
-        held.add(packed := Packed(value))
+        held.add(packed := Packed(value, is_read=gathers.reads(value)))
         return packed
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda packed: packed.value):
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda packed: packed.value), gathers:
         loss = model(**batch).loss
     gc.collect()  # branches that do not lead to the loss
     given = (*model.parameters(), *model.buffers(), *tensors_of(batch).values())
     apart = {value.untyped_storage().data_ptr() for value in given}
-    storages = {s.data_ptr(): s.nbytes() for s in (packed.value.untyped_storage() for packed in held)}
+    storages: dict[int, tuple[int, bool]] = {}
+    for packed in held:
+        storage = packed.value.untyped_storage()
+        _, is_read = storages.get(storage.data_ptr(), (0, False))
+        storages[storage.data_ptr()] = storage.nbytes(), is_read or packed.is_read
     del loss
-    return sum(nbytes for place, nbytes in storages.items() if place not in apart)
+    found = [sizes for place, sizes in storages.items() if place not in apart]
+    return sum(nbytes for nbytes, _ in found), sum(nbytes for nbytes, is_read in found if is_read)
 
 
 if __name__ == "__main__":
