@@ -23,6 +23,7 @@ from partitioner.capture.pure_graph import is_users
 Space: TypeAlias = dict[str, Any]
 STAND_INS = (FakeTensor, FunctionalTensor)
 UNLIKE = frozenset({"__class__", "fake_mode", "fake_device"})  # attributes that tell a stand-in by
+READER = "attribute_in_training"  # a function that stands between who asks for an attribute and what answers
 OWN = frozenset({"torch", "partitioner", "kernels", "comms", "orchestrator"}) | sys.stdlib_module_names
 
 
@@ -72,7 +73,7 @@ def types_as_in_training(spaces: Collection[Space]) -> Iterator[None]:
 def _as_in_training(own: Callable[[Any, str], Any]) -> Callable[[Any, str], Any]:
     """Reads an attribute of a stand-in: for code outside of torch that of what it stands for."""
 
-    def attribute_in_training(value: torch.Tensor, name: str) -> Any:  # by this name others pass it by
+    def attribute_in_training(value: torch.Tensor, name: str) -> Any:
         if name not in UNLIKE or not is_users(sys._getframe(1).f_code.co_filename):
             return own(value, name)
         if name == "__class__":

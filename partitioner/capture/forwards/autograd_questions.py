@@ -24,6 +24,7 @@ from comms.errors import CaptureError
 from partitioner.capture.captured_graph import constants_of
 from partitioner.capture.forwards.host_values import running_line
 from partitioner.capture.pure_graph import source_line, with_gradient
+from partitioner.capture.type_questions import READER
 
 original = nn.Module.__setattr__
 Answer = tuple[str, object]
@@ -172,8 +173,7 @@ def _asking_module() -> str:
     """The name of the module whose code asks."""
     frame: FrameType | None = sys._getframe(2)
     while frame is not None and (
-        frame.f_code.co_name in ("__torch_function__", "attribute_in_training")
-        or frame.f_code.co_filename == __file__
+        frame.f_code.co_name in ("__torch_function__", READER) or frame.f_code.co_filename == __file__
     ):
         frame = frame.f_back
     return str(frame.f_globals.get("__name__", "")) if frame else ""

@@ -16,7 +16,9 @@ def require_same_form(name: str, held: tuple[Any, ...], made: torch.fx.Node) -> 
     shape, dtype, value = list(held[0]), held[-1], made.meta["val"]
     is_copy = any(isinstance(mode, ExactFloat64) for mode in _get_current_function_mode_stack())  # in float64
     if list(value.shape) != shape or (value.dtype != dtype and not (is_copy and value.dtype in NARROWER)):
-        problem = f"the forward makes the buffer {name}, {dtype} {shape}, {value.dtype} {list(value.shape)}"
+        before, after = (f"{str(d).removeprefix('torch.')} of shape {list(s)}"
+                         for d, s in ((dtype, shape), (value.dtype, value.shape)))  # fmt: skip
+        problem = f"the forward makes the buffer {name}, {before}, one of {after}"
         raise CaptureError(problem, source_line(made), "register it as what it becomes")
 
 

@@ -26,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from comms.errors import CaptureError
 from partitioner.capture.captured_graph import op_name
 from partitioner.capture.pure_graph import first_user_line, in_module, source_line
+from partitioner.capture.type_questions import READER
 
 # what torch raises where code asks for the value of a tensor
 OF_VALUES = (DataDependentOutputException, DynamicOutputShapeException, GuardOnDataDependentSymNode)
@@ -170,7 +171,7 @@ def _gradients_refused() -> Iterator[None]:
 
     def read(value: torch.Tensor) -> Any:
         frame: Any = sys._getframe(1)
-        asks = (frame.f_back if frame.f_code.co_name == "attribute_in_training" else frame).f_code.co_filename
+        asks = (frame.f_back if frame.f_code.co_name == READER else frame).f_code.co_filename
         is_users = "/torch/" not in asks and not asks.startswith(OURS)
         return refuse() if is_users and _node_of(value) is not None else own.__get__(value)
 

@@ -69,11 +69,17 @@ def copied_without_a_gradient(m: Any, _: torch.Tensor) -> None:
         m.last.copy_(averaged)
 
 
+def spread_without_a_gradient(m: Any, _: torch.Tensor) -> None:
+    averaged = m.layer.weight.mean()
+    with torch.no_grad():
+        m.last.copy_(averaged)
+
+
 @pytest.mark.parametrize(
     ("script", "problem"),
     [
-        (fraction, "makes the buffer count, torch.int64 [], torch.float32 []"),
-        (longer, "makes the buffer last, torch.float32 [4], torch.float32 [8]"),
+        (fraction, "makes the buffer count, int64 of shape [], one of float32 of shape []"),
+        (longer, "makes the buffer last, float32 of shape [4], one of float32 of shape [8]"),
         (one_of_two, "mean and inner.twin are one buffer, of which the forward assigns one"),
         (of_a_parameter, "leaves the buffer last in the memory of the parameter layer.bias"),
         (of_a_buffer_that_moves, "leaves the buffer last in the memory of the buffer mean"),
@@ -93,7 +99,9 @@ def test_narrow_numbers_made_by_a_float64_copy_are_none_of_the_users() -> None:
         assert "last" in trace_module(Kept(zeroed).double(), {"x": torch.randn(8, 4).double()}, None).updated
 
 
-@pytest.mark.parametrize("script", [swapped, of_one_value, copied_without_a_gradient])
+@pytest.mark.parametrize(
+    "script", [swapped, of_one_value, copied_without_a_gradient, spread_without_a_gradient]
+)
 def test_assigned_buffers_train_as_in_plain_torch(script: Any, laptop: Any, one_thread: None) -> None:
     module, plain = Kept(script), Kept(script)
     step = distribute(module, torch.optim.SGD(module.parameters(), 0.1), laptop, chips=2)
