@@ -25,6 +25,8 @@ A user error is printed without a traceback; anything else is our bug. Who raise
 `located` adds the rest on the way up: where a deeper error knows no place in a file, or nothing to do about it.
 """
 
+import inspect
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import ClassVar, TypeVar
@@ -170,3 +172,15 @@ def located(where: str = "", hint: str = "", words: Mapping[str, str] | None = N
         own = (words or {}).get(error.where, error.where)
         error.where, error.hint = own or where, error.hint or hint
         raise
+
+
+def method_line(kind: type, name: str) -> str:
+    """Where a class defines a method, as `Kind.name (file:line)`; without the line where Python keeps none."""
+    code = getattr(inspect.unwrap(getattr(kind, name, None) or (lambda: None)), "__code__", None)
+    at = f" ({code.co_filename}:{code.co_firstlineno})" if code and code.co_name == name else ""
+    return f"{kind.__name__}.{name}{at}"
+
+
+def has_line(where: str) -> bool:
+    """Whether a place names a line of a file."""
+    return re.search(r":\d+\b", where) is not None

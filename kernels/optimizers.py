@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 
 import torch
 
-from comms.errors import OptimizerError
+from comms.errors import OptimizerError, method_line
 from kernels.builtin_optimizers import BUILT_IN
 from kernels.trials.entry_operations import StepWatch
 
@@ -258,7 +258,8 @@ class FlatOptimizer:
             what = (
                 f"draws random numbers ({drawn[0]})" if drawn else f"looks at whole parameters ({mixing[0]})"
             )
-            raise OptimizerError(f"in this step the optimizer first {what}", hint=LATE)
+            where = method_line(type(self.optimizer), "step")
+            raise OptimizerError(f"in this step the optimizer first {what}", where, LATE)
 
     def state(self) -> dict[str, torch.Tensor]:
         """State tensors by name (numbers as 0-dim tensors), for a checkpoint."""

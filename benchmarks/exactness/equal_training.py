@@ -1,8 +1,9 @@
 """Random models, trained by random plans: each run equals a plain PyTorch loop, or is refused. Anything else is a bug.
 
 A case is `support/random_training.py`'s. Compared are the losses of all steps, parameters and buffers after `sync()`,
-and the parameters after one more plain step, which shows that the optimizer's states came back. Cases that the plain
-loop cannot run, whose values are not finite or too sensitive to rounding to be told apart, are skipped.
+and the parameters after one more plain step, which shows that the optimizer's states came back. Refusals have to name a
+line of the user's, and a hint. Cases that the plain loop cannot run, whose values are not finite or too sensitive to
+rounding to be told apart, are skipped.
 
     cd benchmarks; python -m exactness.equal_training [--cases 300] [--seed 0] [--first 0] [--jobs 2] [--show SEED]
 """
@@ -28,6 +29,7 @@ from support.random_steps import OWN
 from support.random_training import Case, random_case
 from torch import nn
 
+from comms.errors import has_line
 from orchestrator.exceptions import UserError
 from orchestrator.runs.data import step_key
 from orchestrator.verbs.distribute import distribute
@@ -37,6 +39,7 @@ TOLERANCE = 1e-9
 FLOOR = 0.1  # smaller numbers are compared with this one: a gradient of nothing but rounding is no difference
 ROUNDING, AMPLIFIED = 1e-14, 100.0  # a plain run moved by so much may differ by a part of what ours does
 SEEDS_APART = 1_000_000
+POOL = 400  # cases of one set of processes, whose memory grows
 C = 4  # features
 PRELUDE = """
 import torch
@@ -64,9 +67,13 @@ class Outcome(StrEnum):
 
     EQUAL = "equal"
     REFUSED = "refused"
+    UNPLACED = "UNPLACED"  # refused without a line of the user's, or without a hint
     DIFFERS = "DIFFERS"
     CRASH = "CRASH"
     SKIPPED = "skipped"
+
+
+WRONG = (Outcome.UNPLACED, Outcome.DIFFERS, Outcome.CRASH)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,11 +109,13 @@ def main() -> None:
         return
     ended = []
     start = options.seed * SEEDS_APART + options.first
-    with ProcessPoolExecutor(options.jobs, get_context("spawn"), settle, max_tasks_per_child=200) as pool:
-        for one in pool.map(ended_by_number, range(start, start + options.cases)):
-            ended.append(one)
-            if one.outcome in (Outcome.DIFFERS, Outcome.CRASH):
-                print(f"{one.outcome} {one.case}\n    {one.what}", flush=True)
+    numbers = range(start, start + options.cases)
+    for some in (numbers[at : at + POOL] for at in range(0, len(numbers), POOL)):
+        with ProcessPoolExecutor(options.jobs, get_context("spawn"), settle) as pool:
+            for one in pool.map(ended_by_number, some):
+                ended.append(one)
+                if one.outcome in WRONG:
+                    print(f"{one.outcome} {one.case}\n    {one.what}", flush=True)
     counted = [one for one in ended if one.outcome != Outcome.SKIPPED]
     refusals = Counter(one.what.split("\n")[0] for one in counted if one.outcome == Outcome.REFUSED)
     for message, times in refusals.most_common(40):
@@ -209,10 +218,10 @@ def ended_as(case: Case, *, print_traceback: bool = False) -> Ended:
     try:
         ours = trained_by_plan(case, names, module)
     except UserError as error:
-        whole = all(type(p) is nn.Parameter for p in module.parameters())
-        return Ended(
-            case, Outcome.REFUSED if whole else Outcome.DIFFERS, str(error) if whole else "weights are spoilt"
-        )
+        if not all(type(p) is nn.Parameter for p in module.parameters()):
+            return Ended(case, Outcome.DIFFERS, "weights are spoilt")
+        is_placed = has_line(error.where) and error.hint
+        return Ended(case, Outcome.REFUSED if is_placed else Outcome.UNPLACED, str(error))
     except Exception as error:
         if print_traceback:
             traceback.print_exc()

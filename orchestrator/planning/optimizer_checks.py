@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from comms.errors import OptimizerError, PlanError, located
+from comms.errors import OptimizerError, PlanError, located, method_line
 from kernels.optimizers import group_settings, is_torchs, require_no_parameters, same_kind
 from kernels.trials.optimizer_trials import StepTraits, require_kept, traits_of
 
@@ -14,7 +14,7 @@ GROUPS = "let groups of the optimizer say what is special"
 
 def checked_traits(optimizer: torch.optim.Optimizer) -> StepTraits:
     """What the optimizer's step looks at and moves. Raises PlanError for what cannot step on given gradients."""
-    kind = type(optimizer).__name__
+    kind = method_line(type(optimizer), "step")
     if any(getattr(optimizer, name, None) for name in HOOKS):
         raise PlanError(
             "hooks of the optimizer's steps would not run", kind, "remove them, or call them yourself"

@@ -61,6 +61,7 @@ from orchestrator.verbs.inputs.options import RunnerKind
 from orchestrator.verbs.situation import (
     Situation,
     ages_of,
+    naming_the_call,
     require_batch,
     require_kinds,
     require_newest,
@@ -228,6 +229,7 @@ class DistributedStep:
             self._empty.set(self.model, is_held=is_ahead)
         self._is_ahead = is_ahead
 
+    @naming_the_call
     def ready(self, batch: Batch) -> tuple[TensorRunner, Program]:
         """The runner for this batch and what the model and the optimizer are now."""
         require_batch(batch)

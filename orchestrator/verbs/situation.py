@@ -6,18 +6,28 @@ in plain PyTorch; a Program runs with the casts that it was captured with.
 
 import weakref
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, TypeAlias
+from functools import wraps
+from typing import Any, Protocol, TypeAlias, TypeVar
 
 import torch
 from torch import nn
 from torch.nn.modules import module as modules
 from torch.utils.weak import WeakIdKeyDictionary
 
-from comms.errors import PlanError
+from comms.errors import PlanError, UserError, has_line
 from orchestrator.verbs.state.python_state import checksum
 from partitioner.capture.batch_inputs import Batch, require_plain, settings_of, tensors_of
+from partitioner.capture.source_lines import calling_line
 
 Situation: TypeAlias = tuple[object, ...]
+ResultT = TypeVar("ResultT")
+
+
+class _Watched(Protocol):
+    is_watched: bool
+
+
+StepT = TypeVar("StepT", bound=_Watched)
 FORWARD_HOOKS: tuple[Mapping[int, Any], ...] = (
     modules._global_forward_pre_hooks,
     modules._global_forward_hooks,
@@ -27,6 +37,21 @@ BACKWARD_HOOKS: tuple[Mapping[int, Any], ...] = (
     modules._global_backward_hooks,
 )
 _newest = WeakIdKeyDictionary()  # by parameter: the step whose chips have trained it since it was fetched
+
+
+def naming_the_call(method: Callable[[StepT, Batch], ResultT]) -> Callable[[StepT, Batch], ResultT]:
+    """Errors that know no line of the user's get the one that calls us, unless no code of the user's runs the steps."""
+
+    @wraps(method)
+    def called(step: StepT, batch: Batch) -> ResultT:
+        try:
+            return method(step, batch)
+        except UserError as error:
+            if step.is_watched and not has_line(error.where):
+                error.where = ", ".join(filter(None, (error.where, calling_line())))
+            raise
+
+    return called
 
 
 def situation_of(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch) -> Situation:

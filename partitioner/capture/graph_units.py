@@ -16,7 +16,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Node
 
-from comms.errors import CaptureError, UserError
+from comms.errors import CaptureError, UserError, has_line, method_line
 from partitioner.capture.batch_inputs import Batch, require_plain
 from partitioner.capture.captured_graph import (
     BATCH_NAME,
@@ -45,16 +45,15 @@ from partitioner.capture.graph_pieces import (
 from partitioner.capture.products.tp_styles import param_styles
 from partitioner.capture.pure_graph import (
     autocast_written_out,
-    first_user_line,
     is_float,
     quiet_torch,
-    source_line,
     with_gradient,
 )
 from partitioner.capture.refused.refusals import users_warnings
 from partitioner.capture.samples.batch_cut import cut_batch
 from partitioner.capture.samples.loss_form import FINAL, GATHERED, KNOWN, LossForm, finals_of, whole_loss
 from partitioner.capture.samples.taking_apart import put_apart, replace_by
+from partitioner.capture.source_lines import first_user_line, loss_line, source_line
 from partitioner.capture.tracing import Captured, trace_module
 from partitioner.capture.training_flops import training_flops
 
@@ -102,13 +101,13 @@ def capture_graph(
     try:
         return graph(has_lines=HAS_LINES.get())
     except Exception as error:
-        with _explaining(type(module).__name__):
+        with _explaining(type(module)):
             graph(has_lines=True)  # source lines cost as much again: only to say what is wrong
             raise error  # now it is right: then it depends on what the first forward did
 
 
 @contextmanager
-def source_lines() -> Iterator[None]:
+def noting_lines() -> Iterator[None]:
     """Inside the block captures note source lines, which cost as much again."""
     token = HAS_LINES.set(True)
     try:
@@ -118,14 +117,19 @@ def source_lines() -> Iterator[None]:
 
 
 @contextmanager
-def _explaining(name: str) -> Iterator[None]:
+def _explaining(kind: type[nn.Module]) -> Iterator[None]:
     try:
         yield
+    except CaptureError as error:
+        if not has_line(error.where):
+            known = error.where if error.where != kind.__name__ else ""
+            error.where = ", ".join(filter(None, (known, method_line(kind, "forward"))))
+        raise
     except UserError:
         raise
     except Exception as error:
         said = str(error).strip().split("\n")[0][:200]
-        problem = f"cannot capture {name}: {type(error).__name__}: {said}"
+        problem = f"cannot capture {kind.__name__}: {type(error).__name__}: {said}"
         raise CaptureError(problem, first_user_line(error), "write this part with other operators") from error
 
 
@@ -138,13 +142,13 @@ def build_graph(captured: Captured, form: LossForm, cut: frozenset[str], *, min_
     depends = _inline_functions(captured, dependences(captured))
     if depends[form.total] is not Dependence.MODEL:
         raise CaptureError(
-            "the loss depends on no parameter", form.total.name, "check what the model returns"
+            "the loss depends on no parameter", loss_line(form.total), "check what the model returns"
         )
     live = _live(captured, form)
     _refuse_complex_parameters(captured, live)
     if not any(node.op == "placeholder" for node in live):
         problem = "no parameter is trained: all are frozen, or no gradient reaches them"
-        raise CaptureError(problem, "the loss", "unfreeze some, or check detach and no_grad")
+        raise CaptureError(problem, loss_line(form.total), "unfreeze some, or check detach and no_grad")
     pieces = cut_into_pieces(captured, depends, form, min_units)
     return _Builder(captured, depends, pieces, form, live, cut).build()
 

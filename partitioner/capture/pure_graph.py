@@ -9,25 +9,22 @@ What a node was under is kept in its `meta`: "no_grad", and "autocast" as (devic
 """
 
 import logging
-import traceback
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.func import functionalize
 from torch.fx import Node
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.proxy import TracerBase
 
 from comms.errors import CaptureError
 from partitioner.capture.captured_graph import op_name, operand
 from partitioner.capture.forwards.checkpoints import regions_of
+from partitioner.capture.source_lines import source_line
 
-HERE = __file__.rpartition("/")[0]
 LARGEST_LITERAL = 64
 aten = torch.ops.aten
 PLAIN_DTYPES = (
@@ -349,52 +346,3 @@ def quiet_torch() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
-
-
-def source_line(node: Node) -> str:
-    """Where in the user's code a node comes from, as `file:line (code), in module`."""
-    return in_module(
-        _line_in(str(node.meta.get("stack_trace", ""))) or node.name, str(node.meta.get("module", ""))
-    )
-
-
-def in_module(line: str, path: str) -> str:
-    """A line of the user's with the submodule that runs it."""
-    return f"{line}, in {path}" if path else line
-
-
-@contextmanager
-def users_frames() -> Iterator[None]:
-    """Traces note the innermost line of the user's, where torch would note those of functions called forward alone."""
-
-    def innermost(_: object, summary: traceback.StackSummary) -> traceback.StackSummary:
-        found = next((f for f in reversed(summary) if is_users(f.filename)), None)
-        return traceback.StackSummary.from_list([found] if found else [])
-
-    with patch.object(TracerBase, "_filter_traceback_frames", innermost):
-        yield
-
-
-def is_users(file: str) -> bool:
-    """Whether code of this file is of the user's or of a library's, neither ours here nor torch's."""
-    return not file.startswith((HERE, "<")) and "/torch/" not in file
-
-
-def _line_in(trace: str) -> str:
-    """The innermost line outside torch of a traceback's text, if there is one."""
-    for entry in reversed(trace.strip().split("File ")):
-        place, _, code = entry.partition("\n")
-        file, _, rest = place.partition(", line ")
-        if rest and "/torch/" not in file:
-            line, path = rest.partition(",")[0], file.strip('"')
-            return f"{path}:{line} ({code.strip().partition(chr(10))[0]})"
-    return ""
-
-
-def first_user_line(error: BaseException) -> str:
-    """The innermost line outside torch that an error passed through, or that an operator of the graph comes from."""
-    outside = [f for f in traceback.extract_tb(error.__traceback__) if is_users(f.filename)]
-    of_operator = str(error).partition("Original traceback:")[2]  # which torch adds as it runs a graph
-    if not outside or of_operator:
-        return _line_in(of_operator) or "the model or its loss"
-    return f"{outside[-1].filename}:{outside[-1].lineno} ({outside[-1].line})"

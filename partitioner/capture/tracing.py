@@ -47,12 +47,12 @@ from partitioner.capture.pure_graph import (
     mark_modes,
     require_expressible,
     same_value,
-    users_frames,
 )
 from partitioner.capture.refused.buffer_forms import require_own_values, require_same_form
 from partitioner.capture.refused.caught_errors import no_error_caught
 from partitioner.capture.refused.refusals import explaining, refuse_sparse, refuse_unsupported, refused_calls
 from partitioner.capture.refused.shared_memory import require_own_memory
+from partitioner.capture.source_lines import users_frames
 from partitioner.capture.type_questions import spaces_of, types_as_in_training
 
 NUM_MORE = 4  # forwards that must do the same

@@ -18,7 +18,7 @@ from torch import nn
 from torch._subclasses import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
-from partitioner.capture.pure_graph import is_users
+from partitioner.capture.source_lines import is_users
 
 Space: TypeAlias = dict[str, Any]
 STAND_INS = (FakeTensor, FunctionalTensor)

@@ -18,8 +18,9 @@ from torch.utils._pytree import tree_map_only
 from comms.errors import PartitionError
 from kernels.backend import NEED_ORDER
 from partitioner.capture.captured_graph import TORCH, Template, op_name
-from partitioner.capture.pure_graph import quiet_torch, source_line, trace_values, unfused
+from partitioner.capture.pure_graph import quiet_torch, trace_values, unfused
 from partitioner.capture.recomputing import Recomputing, as_when_run
+from partitioner.capture.source_lines import line_of
 from partitioner.layout import part_ops
 from partitioner.layout.cut_operations import cut_result
 from partitioner.layout.cut_products import PRODUCT_RULES
@@ -102,12 +103,14 @@ def _explained(tp: int, template: Template) -> Iterator[None]:
         if tp > 1:
             problem = f"cannot cut the model by tp {tp}: {first}"
             hint = "use another tp, or give the model a tp_plan that replicates this part"
-        raise PartitionError(problem, _lines(template), hint) from error
+        raise PartitionError(problem, lines_of(template), hint) from error
 
 
-def _lines(template: Template) -> str:
-    """The lines of the user's that a unit comes from, if they are known."""
-    found = [source_line(n) for n in template.graph.graph.nodes if n.meta.get("stack_trace")]
+def lines_of(template: Template, named: str = "") -> str:
+    """The lines of the user's that a unit comes from, if they are known: those of the operators that `named` names, if
+    it has them."""
+    nodes = [n for n in template.graph.graph.nodes if line_of(n)]
+    found = [*map(line_of, [n for n in nodes if op_name(n.target) in named.split()] or nodes)]
     return " to ".join(dict.fromkeys(found[:1] + found[-1:]))
 
 

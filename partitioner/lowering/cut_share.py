@@ -13,7 +13,7 @@ from partitioner.layout.cut_products import PRODUCT_RULES
 from partitioner.layout.parallel_plan import Plan
 from partitioner.layout.param_cuts import Cuts, ParamCut
 from partitioner.layout.vocabulary import VOCABULARY_RULES
-from partitioner.lowering.pieces import TracedUnit
+from partitioner.lowering.pieces import TracedUnit, line_of_reader
 from partitioner.lowering.stage import Cut, cut_of
 
 NAMED = 5  # of the copied parameters, the largest
@@ -40,11 +40,11 @@ def cut_share(
     whole = sum(graph.templates[u.template].flops for u in graph.units)
     local = sum(traced[cut_of(u, cuts)].flops for u in graph.units)
     flops = (1.0 - local / whole) / (1.0 - 1.0 / plan.tp) if whole else 0.0
-    if not cut and flops <= 0:
-        raise PartitionError(f"tp {plan.tp} cuts nothing of this model", "tensor parallelism",
-                             "use tp 1, or give the model a tp_plan")  # fmt: skip
     copied = sorted((n for n in graph.params if cuts[n] is None), key=lambda n: -sizes[n])[:NAMED]
     reasons = [f"{n} ({_reason(graph, plan, n, wanted[n])})" for n in copied]
+    if not cut and flops <= 0:
+        raise PartitionError(f"tp {plan.tp} cuts nothing of this model: {reasons[0]}",
+                             line_of_reader(graph, copied[0]), "use tp 1, or give the model a tp_plan")  # fmt: skip
     products = dict.fromkeys(
         f"{what} ({u.name})" for u in graph.units for what in traced[cut_of(u, cuts)].whole
     )

@@ -18,9 +18,9 @@ from partitioner.capture.batch_inputs import Batch, tensors_of
 from partitioner.capture.captured_graph import SHORT, Graph, Unit
 from partitioner.capture.forwards.checkpoints import regions_of
 from partitioner.capture.forwards.step_loss import LossFunction
-from partitioner.capture.graph_units import capture_graph, source_lines
+from partitioner.capture.graph_units import capture_graph, noting_lines
 from partitioner.capture.training_flops import forward_flops
-from partitioner.layout.joint_trace import trace_joint
+from partitioner.layout.joint_trace import lines_of, trace_joint
 from partitioner.layout.parallel_plan import BatchNorms, Plan, balance
 from partitioner.layout.param_cuts import Cuts, param_cuts
 from partitioner.layout.pipeline_schedules import PipelineSchedule, Task
@@ -124,7 +124,7 @@ def capture_and_lower(
             except PartitionError as error:
                 if error.where:
                     raise
-            with source_lines():  # which tell where it is
+            with noting_lines():  # which tell where it is
                 return lower(capture(plan.microbatches), plan, shape)
 
     try:
@@ -208,7 +208,12 @@ def _traced(graph: Graph, plan: Plan, wanted: Cuts) -> tuple[Mapping[Cut, Traced
 
 def _traced_unit(graph: Graph, key: Cut, tp: int) -> TracedUnit:
     if (known := (key, tp)) not in graph.traced:
-        graph.traced[known] = split_joint(trace_joint(graph.templates[key[0]], key[1], tp))
+        template = graph.templates[key[0]]
+        try:
+            graph.traced[known] = split_joint(trace_joint(template, key[1], tp))
+        except PartitionError as error:
+            error.where = error.where or lines_of(template, error.problem)
+            raise
     made: TracedUnit = graph.traced[known]
     return made
 

@@ -14,6 +14,7 @@ from torch.fx import Node
 from comms.errors import PartitionError
 from partitioner.capture.captured_graph import (
     SHORT,
+    Graph,
     ancestors,
     is_view,
     op_bytes,
@@ -25,7 +26,7 @@ from partitioner.capture.captured_graph import (
     spec_of,
 )
 from partitioner.capture.forwards.keyed_random import draws
-from partitioner.capture.pure_graph import source_line
+from partitioner.capture.source_lines import line_of
 from partitioner.layout.joint_trace import Joint
 from partitioner.program.program import CollectiveOp, Operation, Reduction, TensorSpec
 
@@ -193,9 +194,7 @@ def _inline_scalar(node: Node) -> None:
     owner = node.graph.owning_module
     literal = getattr(owner, str(node.target), None) if owner is not None else None
     if not isinstance(literal, torch.Tensor) or literal.numel() != 1 or not isinstance(value, torch.Tensor):
-        raise PartitionError(
-            "a tensor is created inside a traced block", str(node.target), "make it a buffer"
-        )
+        raise PartitionError("a tensor is created inside a traced block", hint="make it a buffer")
     with node.graph.inserting_before(node):
         made = node.graph.call_function(
             aten.full.default, (list(literal.shape), literal.item()), {"dtype": literal.dtype}
@@ -281,9 +280,7 @@ def make_op(node: Node, number: Mapping[Node, int]) -> Operation:
     """One node as an Operation whose operands are `v<number>`."""
     if draws(node):
         problem = f"{op_name(node.target)} draws random numbers that no key decides"
-        raise PartitionError(
-            problem, "an autograd function of the model's own", "draw with rand_like in the forward"
-        )
+        raise PartitionError(problem, hint="draw with rand_like in the forward")
     value = node.meta["val"]
     is_tuple = isinstance(value, tuple | list)
     outs = tuple(spec_of(v) for v in (value if is_tuple else [value]) if isinstance(v, torch.Tensor))
@@ -299,7 +296,7 @@ def _code(node: Node, number: Mapping[Node, int]) -> str:
         target = aten.reshape.default
     if op_name(target) == "as_strided":
         problem = "as_strided depends on memory layout"
-        raise PartitionError(problem, source_line(node), "use view, narrow or unfold")
+        raise PartitionError(problem, hint="use view, narrow or unfold")
     if isinstance(target, torch._ops.OpOverload):
         space, name = target._schema.name.split("::")
         return f"{space}.{name}.{target._overloadname}({', '.join(parts)})"
@@ -321,3 +318,14 @@ def _literal(arg: object, number: Mapping[Node, int]) -> str:
         return f"complex({arg.real!r}, {arg.imag!r})"  # which keeps nan, inf and the sign of zero
     assert arg is None or isinstance(arg, bool | int | float | str), f"{arg!r} cannot be written down"
     return repr(arg)
+
+
+def line_of_reader(graph: Graph, name: str) -> str:
+    """The first line of the user's that reads a parameter, buffer or input; empty where captures noted none."""
+    reads = [(graph.templates[u.template].graph, (*u.params, *u.frees, *u.activations)) for u in graph.units]
+    sides = [side for side in (graph.constants, graph.inputs, graph.totals, graph.updates) if side]
+    for owner, names in [*reads, *((side.graph, side.inputs) for side in sides)]:
+        for node, own in zip(owner.graph.nodes, names, strict=False):
+            if own == name and any(lines := [*map(line_of, node.users)]):
+                return next(filter(None, lines))
+    return ""

@@ -14,13 +14,15 @@ from comms.errors import PartitionError
 from partitioner.capture.captured_graph import BATCH_NAME, Graph, Known, Side, Unit, ancestors
 from partitioner.layout.parallel_plan import Plan
 from partitioner.layout.param_cuts import Cuts, ParamCut
-from partitioner.lowering.pieces import TracedUnit, make_op
+from partitioner.lowering.pieces import TracedUnit, line_of_reader, make_op
 from partitioner.lowering.role_builder import SCALAR, RoleBuilder
 from partitioner.lowering.whole_batch import bodies_of, emit_known, emit_tail, emit_updates, keep
 from partitioner.program.program import Accumulate, Operation, Recv, Send, TensorKind, TensorSpec
 
 # the tensors in which a role sums loss and count, if it makes the loss
 Losses: TypeAlias = tuple[int, int] | None
+
+OTHER_STAGES = "use pp 1, or other stages"
 
 # a template, and how tp cuts its parameters
 Cut: TypeAlias = tuple[int, tuple[ParamCut | None, ...]]
@@ -185,8 +187,10 @@ class _StageEmitter:
         for buffer, value in graph.state:
             if value in unit_made and self.context.producer(value) != role.stage:
                 if buffer in self.values:
-                    problem = f"the buffer {buffer} is read in stage {role.stage}, and changed in another"
-                    raise PartitionError(problem, "pipeline stages", "use pp 1, or other stages")
+                    problem = (
+                        f"the buffer {buffer} is read in pipeline stage {role.stage}, and changed in another"
+                    )
+                    raise PartitionError(problem, line_of_reader(graph, buffer), OTHER_STAGES)
                 continue
             if value not in self.values:
                 continue
@@ -206,7 +210,7 @@ class _StageEmitter:
             if not update.is_own:
                 if update.is_partly_own or update.buffer in self.values:
                     problem = f"the buffer {update.buffer} depends on several pipeline stages"
-                    raise PartitionError(problem, "pipeline stages", "use pp 1, or other stages")
+                    raise PartitionError(problem, line_of_reader(graph, update.buffer), OTHER_STAGES)
                 continue
             side = update.side
             self._declare_source(update.buffer)

@@ -1,7 +1,7 @@
 """Random models under random plans: what a plain PyTorch loop gives, or refused (thousands: `benchmarks/exactness`)."""
 
 import pytest
-from exactness.equal_training import Outcome, ended_by_number
+from exactness.equal_training import WRONG, ended_by_number
 
 FIRST, CASES = 77_000_000, 24  # numbers that no rule was made for
 
@@ -9,6 +9,4 @@ FIRST, CASES = 77_000_000, 24  # numbers that no rule was made for
 @pytest.mark.parametrize("number", range(FIRST, FIRST + CASES))
 def test_a_random_run_is_that_of_one_chip_or_refused(number: int, one_thread: None) -> None:
     ended = ended_by_number(number)
-    assert ended.outcome not in (Outcome.DIFFERS, Outcome.CRASH), f"{ended.case}\n{ended.what}"
-    if ended.outcome is Outcome.REFUSED:
-        assert "\n  at: " in ended.what and "\n  do: " in ended.what
+    assert ended.outcome not in WRONG, f"{ended.case}\n{ended.what}"

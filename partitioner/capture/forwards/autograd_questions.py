@@ -22,8 +22,8 @@ from torch.overrides import TorchFunctionMode
 
 from comms.errors import CaptureError
 from partitioner.capture.captured_graph import constants_of
-from partitioner.capture.forwards.host_values import running_line
-from partitioner.capture.pure_graph import source_line, with_gradient
+from partitioner.capture.pure_graph import with_gradient
+from partitioner.capture.source_lines import running_line, source_line
 from partitioner.capture.type_questions import READER
 
 original = nn.Module.__setattr__

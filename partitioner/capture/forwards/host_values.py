@@ -10,11 +10,9 @@ import pickle
 import random
 import sys
 import threading
-import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -25,8 +23,8 @@ from torch.utils import _pytree as trees
 from torch.utils._python_dispatch import _disable_current_modes
 
 from comms.errors import CaptureError
+from partitioner.capture.source_lines import running_line
 
-OWN = str(Path(__file__).parent.parent)
 KEEPING = {"getstate", "setstate"}  # of the functions of `random`, those that draw nothing
 EMPTY = ("empty", "empty_like", "new_empty", "empty_strided", "new")
 NUMBERS = bool | int | float | complex | str | torch.dtype | None
@@ -193,11 +191,3 @@ def operations_of(traced: torch.fx.GraphModule) -> list[str]:
             held = constant_of(getattr(traced, str(node.target)))
         lines.append(f"{node.op} {held} {args}")
     return lines
-
-
-def running_line() -> str:
-    """The line of the user's that is running."""
-    frames = [
-        f for f in traceback.extract_stack() if "/torch/" not in f.filename and not f.filename.startswith(OWN)
-    ]
-    return f"{frames[-1].filename}:{frames[-1].lineno} ({frames[-1].line})"

@@ -22,7 +22,7 @@ from torch.fx.experimental.proxy_tensor import (
 )
 from torch.utils import _pytree as trees
 
-from comms.errors import CaptureError
+from comms.errors import CaptureError, method_line
 from partitioner.capture.refused.refusals import refusing
 
 original: Callable[..., Any] = torch.autograd.Function.apply.__func__  # type: ignore[attr-defined]
@@ -52,7 +52,7 @@ class AppliedFunction:
 
 
 def _apply(
-    shared: list[tuple[str, torch.Tensor, int]], cls: type[torch.autograd.Function], *args: Any
+    shared: list[tuple[type, torch.Tensor, int]], cls: type[torch.autograd.Function], *args: Any
 ) -> Any:
     mode = get_proxy_mode()
     if mode is None:
@@ -62,7 +62,7 @@ def _apply(
         result = _recorded(cls, leaves, spec, mode.tracer)
         if _storages(result) & _storages(leaves):
             involved = [v for v in trees.tree_leaves((leaves, result)) if isinstance(v, torch.Tensor)]
-            shared += [(cls.__qualname__, v, v._version) for v in involved]
+            shared += [(cls, v, v._version) for v in involved]
         return result
     inner = [leaf.from_functional() if isinstance(leaf, FunctionalTensor) else leaf for leaf in leaves]
     with disable_functional_mode():
@@ -86,7 +86,7 @@ def _recorded(
         result = original(cls, *trees.tree_unflatten(list(leaves), spec))
     if before != [leaf._version for leaf in tensors]:
         problem = f"the autograd function {cls.__qualname__} writes into its operands"
-        raise CaptureError(problem, cls.__module__, "let it return new tensors")
+        raise CaptureError(problem, method_line(cls, "forward"), "let it return new tensors")
     proxy = tracer.create_proxy("call_function", target, tuple(map(tracer.unwrap_proxy, tensors)), {})
     track_tensor_tree(result, proxy, constant=None, tracer=tracer)
     return result
@@ -96,16 +96,19 @@ def _recorded(
 def recorded_functions() -> Iterator[None]:
     """While a forward is traced, its autograd functions are recorded; sets of `.data` are refused."""
     # what may lie in one storage, and how often it was written
-    shared: list[tuple[str, torch.Tensor, int]] = []
+    shared: list[tuple[type, torch.Tensor, int]] = []
     with ExitStack() as stack:
         apply = classmethod(lambda cls, *args: _apply(shared, cls, *args))
         stack.enter_context(patch.object(_SingleLevelFunction, "apply", apply, create=True))
         data = property(torch._C.TensorBase.__dict__["data"].__get__, refusing(*SETS_DATA))
         stack.enter_context(patch.object(torch.Tensor, "data", data, create=True))
         yield
-    for name, value, version in shared:
+    for cls, value, version in shared:
         if value._version != version:
+            name = cls.__qualname__
             problem = (
                 f"what the autograd function {name} returns lies where its operand does, and is written later"
             )
-            raise CaptureError(problem, name, "let it return new tensors, or write out of place")
+            raise CaptureError(
+                problem, method_line(cls, "forward"), "let it return new tensors, or write out of place"
+            )

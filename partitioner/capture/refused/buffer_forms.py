@@ -8,7 +8,7 @@ from torch.overrides import _get_current_function_mode_stack
 from comms.errors import CaptureError
 from partitioner.capture.exact_float64 import NARROWER, ExactFloat64
 from partitioner.capture.forwards.borrowed_module import Borrowed
-from partitioner.capture.pure_graph import source_line
+from partitioner.capture.source_lines import source_line
 
 
 def require_same_form(name: str, held: tuple[Any, ...], made: torch.fx.Node) -> None:

@@ -11,7 +11,7 @@ from unittest.mock import patch
 from torch.overrides import TorchFunctionMode
 
 from comms.errors import CaptureError
-from partitioner.capture.forwards.host_values import running_line
+from partitioner.capture.source_lines import running_line
 
 
 class _Failing(TorchFunctionMode):

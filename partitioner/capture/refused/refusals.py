@@ -7,7 +7,6 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from typing import Any, NoReturn, Protocol
 from unittest.mock import patch
 
@@ -25,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from comms.errors import CaptureError
 from partitioner.capture.captured_graph import op_name
-from partitioner.capture.pure_graph import first_user_line, in_module, source_line
+from partitioner.capture.source_lines import first_user_line, in_module, is_users, source_line
 from partitioner.capture.type_questions import READER
 
 # what torch raises where code asks for the value of a tensor
@@ -61,7 +60,6 @@ CALLS: Sequence[tuple[Any, str, str, str]] = (  # (owner, name, what would be wr
     (torch._functorch.apis, "vmap_impl", "vmap cannot be captured", "give the function a batch dim: most take one"),
 )  # fmt: skip
 NO_GRADIENTS = "gradients are not there in a forward; keep what is needed of them in the optimizer"
-OURS = str(Path(__file__).parents[2])
 WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
 
@@ -172,8 +170,7 @@ def _gradients_refused() -> Iterator[None]:
     def read(value: torch.Tensor) -> Any:
         frame: Any = sys._getframe(1)
         asks = (frame.f_back if frame.f_code.co_name == READER else frame).f_code.co_filename
-        is_users = "/torch/" not in asks and not asks.startswith(OURS)
-        return refuse() if is_users and _node_of(value) is not None else own.__get__(value)
+        return refuse() if is_users(asks) and _node_of(value) is not None else own.__get__(value)
 
     with patch.object(torch.Tensor, "grad", property(read, own.__set__, own.__delete__), create=True):
         yield

@@ -20,7 +20,7 @@ import kernels.ops  # noqa: F401  (registers the operators between parts)
 from comms.errors import CaptureError
 from partitioner.capture.captured_graph import op_name
 from partitioner.capture.forwards.user_functions import AppliedFunction
-from partitioner.capture.pure_graph import modes_of, source_line
+from partitioner.capture.pure_graph import modes_of
 from partitioner.capture.samples.arithmetic_rules import is_inexact
 from partitioner.capture.samples.batch_norms import BATCH_NORM
 from partitioner.capture.samples.rules import rule_of, spread_of
@@ -42,6 +42,7 @@ from partitioner.capture.samples.taking_apart import (
     replace_by,
 )
 from partitioner.capture.samples.two_traces import paired, with_numbers
+from partitioner.capture.source_lines import source_line
 
 aten, own = torch.ops.aten, torch.ops.orchestrate
 # operators whose whole-number arguments are sizes, which grow with the batch as their results do

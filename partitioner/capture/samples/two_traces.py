@@ -8,7 +8,7 @@ from torch.fx import Node
 
 from comms.errors import CaptureError
 from partitioner.capture.captured_graph import op_name
-from partitioner.capture.pure_graph import source_line
+from partitioner.capture.source_lines import source_line
 
 COPIES = frozenset(
     {"clone", "contiguous"}

@@ -181,7 +181,7 @@ def test_memory_that_training_changes_is_not_read_by_another_name(kind: str, lap
     step = step_of(Sharing(kind), laptop, Plan(dp=2))
     with pytest.raises(UserError, match="lies in the memory of") as caught:
         step({"x": X})
-    assert caught.value.where == "Sharing" and "a clone" in caught.value.hint
+    assert "Sharing.forward (" in caught.value.where and "a clone" in caught.value.hint
 
 
 def test_a_clone_has_memory_of_its_own(laptop: Any) -> None:
