@@ -11,7 +11,6 @@ another Program; changed weights, buffers and states are loaded if fetched befor
 """
 
 import math
-import sys
 import warnings
 import weakref
 from collections import Counter
@@ -82,6 +81,7 @@ from partitioner.capture.captured_graph import Graph
 from partitioner.capture.forwards.step_loss import LossFunction
 from partitioner.capture.graph_units import capture_graph
 from partitioner.capture.refused.refusals import refuse_unsupported
+from partitioner.capture.source_lines import depth_of_call
 from partitioner.layout.parallel_plan import BatchNorms, Plan
 from partitioner.lowering.lower import capture_and_lower
 from partitioner.program.program import Program
@@ -348,16 +348,8 @@ class DistributedStep:
         for said in warnings_of(program):
             if said not in self._said:
                 self._said.add(said)
-                warnings.warn(said, stacklevel=_depth())
+                warnings.warn(said, stacklevel=depth_of_call())
         return program
-
-
-def _depth() -> int:
-    """How many calls above the one that asks the user's line `step(batch)` is."""
-    depth = 1
-    while sys._getframe(depth).f_code.co_filename == __file__:
-        depth += 1
-    return depth
 
 
 def distribute(

@@ -1,5 +1,6 @@
 """Lines of the user's code: where an operation of a graph, an error or a call comes from, as `file:line (code)`."""
 
+import sys
 import sysconfig
 import traceback
 from collections.abc import Iterator
@@ -54,6 +55,14 @@ def calling_line() -> str:
     """The line of the user's that has called this project; empty from the command line."""
     frames = traceback.extract_stack()
     return _told([f for f in frames if is_users(f.filename) and not f.filename.startswith(PACKAGES)])
+
+
+def depth_of_call() -> int:
+    """How many calls above the one that asks the line is that has called this project: a warning's `stacklevel`."""
+    depth = 1
+    while sys._getframe(depth).f_code.co_filename.startswith(PACKAGES):
+        depth += 1
+    return depth
 
 
 def first_user_line(error: BaseException) -> str:
