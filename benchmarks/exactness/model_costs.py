@@ -1,13 +1,15 @@
 """FLOPs and saved activations of many models: what a Program counts on one chip against eager torch.
 
-python benchmarks/exactness/model_costs.py [--only llama]
+python -m exactness.model_costs [--only llama] [--dtype float32]
 
 FLOPs: `model_flops` against `torch.utils.flop_counter` over an eager forward and backward with attention written out
 (and grouped products counted, which torch leaves out). Activations: the most that a Program's forward keeps, against
 the storages that eager autograd holds when its forward has ended, each counted once, without parameters, buffers and
-the batch. "read": without what torch's gather keeps of its operand, of which its backward asks the size alone (see
-`docs/limits.md`). "again": the same with checkpointing, where a model offers it; "hardware": FLOPs with what is then
-computed twice, which is more in torch where the last value that is saved comes late.
+the batch. "read": without what torch's gather keeps of its operand, of which its backward asks the size alone, and what
+its bags of embeddings note of lengths and places; "kept": of a Program that would keep operands of gather as torch does
+(see `docs/limits.md`). "again": the same with checkpointing, where a model offers it; "hardware": FLOPs with what is
+then computed twice, which is more in torch where the last value that is saved comes late. Models run in float64, for
+which CPUs have no kernels of their own that keep other things.
 """
 
 import argparse
@@ -16,13 +18,16 @@ import logging
 import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from support.harness import report
 from support.model_list import model_cases
 from support.models.model_case import ModelCase
 from torch import nn
+from torch.fx import Node
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -30,8 +35,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from orchestrator.exceptions import UserError
 from partitioner.capture.batch_inputs import tensors_of
 from partitioner.capture.forwards.grouped_products import GROUPED, grouped_flops
+from partitioner.layout.joint_trace import Joint
 from partitioner.layout.parallel_plan import Plan
+from partitioner.lowering import lower
 from partitioner.lowering.lower import partition
+from partitioner.lowering.pieces import TracedUnit, split_joint
 from partitioner.program.peak_memory import peak_memory
 
 SAMPLES = 4
@@ -43,12 +51,13 @@ def main() -> None:
     """Run and report."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", action="append", default=[])
+    parser.add_argument("--dtype", choices=("float32", "float64"), default="float64")
     options = parser.parse_args()
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)
     rows = []
-    for case in model_cases():
+    for case in [in_dtype(case, getattr(torch, options.dtype)) for case in model_cases()]:
         if not options.only or any(part in case.name for part in options.only):
             rows.append(row_of(case))
             print(rows[-1], flush=True)
@@ -56,6 +65,18 @@ def main() -> None:
     for name, (low, high) in TARGETS.items():
         found = [row[name] for row in rows if isinstance(row.get(name), float)]
         print(f"{name}: {sum(low <= x <= high for x in found)} of {len(found)} within {low} to {high}")
+
+
+def in_dtype(case: ModelCase, dtype: torch.dtype) -> ModelCase:
+    """The case with float64 parameters and inputs in another dtype."""
+    if dtype == torch.float64:
+        return case
+
+    def batch(samples: int) -> dict[str, Any]:
+        wide = {n: v for n, v in case.batch(samples).items() if getattr(v, "dtype", None) == torch.float64}
+        return case.batch(samples) | {name: value.to(dtype) for name, value in wide.items()}
+
+    return replace(case, make=lambda: case.make().to(dtype), batch=batch)
 
 
 def row_of(case: ModelCase) -> dict[str, object]:
@@ -83,9 +104,33 @@ def costs(case: ModelCase, flops: int, *, is_again: bool) -> dict[str, object]:
         "flops": model / max(flops, 1), "activations": memory.activation_bytes / max(saved, 1), "saved bytes": saved,
         "read": memory.activation_bytes / max(read, 1),
     }  # fmt: skip
+    if read < saved:
+        with patch.object(lower, "split_joint", keeping_operands):
+            (keeping,) = peak_memory(partition(made(case, is_again=is_again), case.batch(SAMPLES), Plan()))
+        found["kept"] = keeping.activation_bytes / max(saved, 1)
     if is_again:
         found["hardware"] = (model + twice) / max(eager_flops(case, is_again=True), 1)
     return found
+
+
+def keeping_operands(joint: Joint) -> TracedUnit:
+    """What `split_joint` makes, after each gather's operand was made one that the last gradient reads, times 0."""
+    output = next(iter(reversed(joint.graph.nodes)))
+    results: list[Any] = list(output.args[0])
+    ends = [place for place, each in enumerate(results) if place >= joint.num_outputs and each is not None]
+    for node in [n for n in joint.graph.nodes if n.target is torch.ops.aten.gather.default and ends]:
+        value = node
+        with joint.graph.inserting_before(output):
+            for target, *others in (
+                (torch.ops.aten.slice.Tensor, node.args[0], 0, 0, 1), (torch.ops.aten.sum.default,),
+                (torch.ops.aten.mul.Tensor, 0), (torch.ops.aten.add.Tensor, results[ends[-1]]),
+            ):  # fmt: skip
+                args = tuple(others) if target is torch.ops.aten.slice.Tensor else (value, *others)
+                value = joint.graph.call_function(target, args)
+                value.meta = {"val": target(*(a.meta["val"] if isinstance(a, Node) else a for a in args))}
+        results[ends[-1]] = value
+    output.args = (results,)
+    return split_joint(joint)
 
 
 def made(case: ModelCase, *, is_again: bool) -> nn.Module:
@@ -111,37 +156,41 @@ class Packed:
         self.value, self.is_read = value.detach(), is_read
 
 
-class Gathers(TorchFunctionMode):
-    """Knows the operand of the gather that runs."""
+class Running(TorchFunctionMode):
+    """Knows the gather, or the bags of embeddings, that run."""
 
-    operand: torch.Tensor | None = None
+    operand: torch.Tensor | None = None  # of a gather
+    is_bag = False
 
     def __torch_function__(
         self, func: Callable[..., object], _types: object, args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> object:  # fmt: skip
+        self.is_bag = func is torch.nn.functional.embedding_bag
         if func in (torch.gather, torch.Tensor.gather):
             self.operand = args[0] if args else (kwargs or {})["input"]
         try:
             return func(*args, **(kwargs or {}))
         finally:
-            self.operand = None
+            self.operand, self.is_bag = None, False
 
     def reads(self, value: torch.Tensor) -> bool:
-        """Whether the backward of what runs reads `value`, which it saves."""
+        """Whether a backward of what runs reads `value`, which it saves."""
+        if self.is_bag:
+            return value.is_floating_point()
         return self.operand is None or not torch._C._is_alias_of(value, self.operand)
 
 
 def saved_nbytes(model: nn.Module, batch: dict[str, Any]) -> tuple[int, int]:
     """The bytes of the distinct storages that autograd holds between forward and backward; of these, what it reads."""
     held: weakref.WeakSet[Packed] = weakref.WeakSet()
-    gathers = Gathers()
+    running = Running()
 
     def pack(value: torch.Tensor) -> Packed:
-        held.add(packed := Packed(value, is_read=gathers.reads(value)))
+        held.add(packed := Packed(value, is_read=running.reads(value)))
         return packed
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda packed: packed.value), gathers:
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda packed: packed.value), running:
         loss = model(**batch).loss
     gc.collect()  # branches that do not lead to the loss
     given = (*model.parameters(), *model.buffers(), *tensors_of(batch).values())
