@@ -9,10 +9,9 @@ questions in a reentrant checkpoint, which torch runs twice with different answe
 
 import sys
 from collections.abc import Callable, Collection, Container, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import nn
@@ -22,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from comms.errors import CaptureError
 from partitioner.capture.captured_graph import constants_of
+from partitioner.capture.forwards.replaced import replaced
 from partitioner.capture.pure_graph import with_gradient
 from partitioner.capture.source_lines import running_line, source_line
 from partitioner.capture.type_questions import READER
@@ -138,21 +138,17 @@ class AutogradQuestions(TorchFunctionMode):
         def leave(*_: object) -> None:
             torch._C._set_grad_enabled(self.inference.pop()[1])
 
-        with ExitStack() as stack:
-            for owner, name, instead in (
-                (torch.inference_mode, "__enter__", enter),
-                (torch.inference_mode, "__exit__", leave),
-                (torch, "is_inference_mode_enabled", lambda: bool(self.inference and self.inference[-1][0])),
-                (torch, "is_grad_enabled", self._is_grad_enabled),
-                (
-                    meta_utils,
-                    "assert_metadata_eq",
-                    lambda *_, **__: None,
-                ),  # a fake that was written requires gradients
-                (nn.Module, "__setattr__", lambda *given: self._set(*given)),
-            ):
-                stack.enter_context(patch.object(owner, name, instead))
-            yield stack.enter_context(self)
+        answers: list[tuple[Any, str, Callable[..., object]]] = [
+            (torch.inference_mode, "__enter__", enter),
+            (torch.inference_mode, "__exit__", leave),
+            (torch, "is_inference_mode_enabled", lambda: bool(self.inference and self.inference[-1][0])),
+            (torch, "is_grad_enabled", self._is_grad_enabled),
+            # a fake that was written requires gradients
+            (meta_utils, "assert_metadata_eq", lambda *_, **__: None),
+            (nn.Module, "__setattr__", lambda *given: self._set(*given)),
+        ]
+        with replaced(answers), self:
+            yield
 
     def _set(self, module: nn.Module, name: str, value: Any) -> None:
         """Modules of the loss, or that the model does not register, are not borrowed: no step could change them."""

@@ -11,7 +11,7 @@ import random
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 from unittest.mock import patch
@@ -23,6 +23,7 @@ from torch.utils import _pytree as trees
 from torch.utils._python_dispatch import _disable_current_modes
 
 from comms.errors import CaptureError
+from partitioner.capture.forwards.replaced import replaced
 from partitioner.capture.source_lines import running_line
 
 KEEPING = {"getstate", "setstate"}  # of the functions of `random`, those that draw nothing
@@ -75,9 +76,7 @@ def _noting_threads(threads: set[int]) -> Iterator[None]:
         return called
 
     found = {n: f for n, f in vars(random).items() if isinstance(getattr(f, "__self__", None), random.Random)}
-    with ExitStack() as noted:
-        for name in found.keys() - KEEPING:
-            noted.enter_context(patch.object(random, name, noting(found[name])))
+    with replaced((random, name, noting(found[name])) for name in found.keys() - KEEPING):
         yield
 
 

@@ -10,10 +10,9 @@ What draws inside torch's own operators in other ways (gamma and Poisson numbers
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -21,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 import kernels.ops  # noqa: F401  (registers orchestrate::keyed_uniform)
 from comms.errors import CaptureError
 from partitioner.capture.forwards.checkpoints import inlined_checkpoints
+from partitioner.capture.forwards.replaced import replaced
 
 KEY, FIRST_SAMPLE = "random.key", "random.first_sample"  # names among a batch's entries
 ALPHA = -1.7580993408473766  # what SELU tends to: -scale * alpha (Klambauer et al. 2017)
@@ -51,23 +51,20 @@ def keyed_random(key: torch.Tensor, first: torch.Tensor) -> Iterator[None]:
     runs once: a second time it would draw as another call.
     """
     mode = KeyedRandom(key, first)
-    with ExitStack() as stack:
-        stack.enter_context(inlined_checkpoints())
-        for owner in (torch, torch._VF, torch.Tensor):
-            for name, drawn in DRAWN.items():
-                if hasattr(owner, name):
-                    made = partial(_drawn, mode, name, drawn)
-                    stack.enter_context(
-                        patch.object(owner, name, _method(made) if owner is torch.Tensor else made)
-                    )
-        stack.enter_context(
-            patch.object(torch.nn.functional, "scaled_dot_product_attention", partial(_any_attention, mode))
-        )
-        for name in INITIALISERS:
-            made = partial(_uncounted, mode, getattr(torch.nn.init, name))
-            stack.enter_context(patch.object(torch.nn.init, name, made))
-        stack.enter_context(mode)
+    with inlined_checkpoints(), replaced(_keyed(mode)), mode:
         yield
+
+
+def _keyed(mode: "KeyedRandom") -> Iterator[tuple[Any, str, Callable[..., Any]]]:
+    """What is called instead of each function that draws."""
+    for name, drawn in DRAWN.items():
+        made = partial(_drawn, mode, name, drawn)
+        for owner in (torch, torch._VF, torch.Tensor):
+            if hasattr(owner, name):
+                yield owner, name, _method(made) if owner is torch.Tensor else made
+    yield torch.nn.functional, "scaled_dot_product_attention", partial(_any_attention, mode)
+    for name in INITIALISERS:
+        yield torch.nn.init, name, partial(_uncounted, mode, getattr(torch.nn.init, name))
 
 
 def _uncounted(mode: "KeyedRandom", function: Callable[..., Any], /, *args: Any, **given: Any) -> Any:

@@ -5,12 +5,13 @@ Each computes what torch's own does, except for its complaints about values (a n
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch.nn import functional
+
+from partitioner.capture.forwards.replaced import replaced
 
 BATCHED = 2  # dims of indices that are bags of one length each
 FORMS = ("cross_entropy", "gaussian_nll_loss", "embedding_bag", "instance_norm")
@@ -193,15 +194,11 @@ def _filled(window: torch.Tensor | None, length: int, n_fft: int, like: torch.Te
 @contextmanager
 def plain_forms() -> Iterator[None]:
     """Inside the block torch's functions are these."""
-    with ExitStack() as stack:
-        made: Callable[..., torch.Tensor]
-        for made in (gaussian_nll_loss, cross_entropy, embedding_bag, instance_norm):
-            stack.enter_context(patch.object(functional, made.__name__, made))
-        for name, form in (("cov", cov), ("corrcoef", corrcoef)):
-            stack.enter_context(patch.object(torch, name, form))
-            stack.enter_context(patch.object(torch.Tensor, name, form))
-        for made in (stft, istft):  # which the methods of tensors ask for
-            stack.enter_context(patch.object(torch, made.__name__, made))
-        # Distributions look at their arguments' values.
-        stack.enter_context(patch.object(torch.distributions.Distribution, "_validate_args", False))
+    forms: tuple[tuple[Any, Callable[..., torch.Tensor]], ...] = (
+        *((functional, form) for form in (gaussian_nll_loss, cross_entropy, embedding_bag, instance_norm)),
+        *((owner, form) for owner in (torch, torch.Tensor) for form in (cov, corrcoef)),
+        (torch, stft), (torch, istft),  # which the methods of tensors ask for
+    )  # fmt: skip
+    unchecked = (torch.distributions.Distribution, "_validate_args", False)  # which looks at values
+    with replaced([*((owner, form.__name__, form) for owner, form in forms), unchecked]):
         yield

@@ -6,7 +6,7 @@ Hooks would not run, and gradients cannot be taken or read. What is asked of aut
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any, NoReturn, Protocol
 from unittest.mock import patch
 
@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from comms.errors import CaptureError
 from partitioner.capture.captured_graph import op_name
+from partitioner.capture.forwards.replaced import replaced
 from partitioner.capture.source_lines import first_user_line, in_module, is_users, source_line
 from partitioner.capture.type_questions import READER
 
@@ -145,11 +146,8 @@ def refusing(problem: str, hint: str) -> Callable[..., NoReturn]:
 @contextmanager
 def refused_calls() -> Iterator[None]:
     """While a forward is traced, what no graph can hold is refused."""
-    with ExitStack() as stack:
-        for owner, name, problem, hint in CALLS:
-            stack.enter_context(patch.object(owner, name, refusing(problem, hint)))
-        stack.enter_context(_gradients_refused())
-        stack.enter_context(patch.object(TorchDispatchMode, "__enter__", _entered))
+    refusals = [(owner, name, refusing(problem, hint)) for owner, name, problem, hint in CALLS]
+    with replaced([*refusals, (TorchDispatchMode, "__enter__", _entered)]), _gradients_refused():
         yield
 
 
