@@ -14,7 +14,7 @@ from partitioner.layout.parallel_plan import Plan
 from partitioner.layout.param_cuts import Cuts, ParamCut
 from partitioner.layout.vocabulary import VOCABULARY_RULES
 from partitioner.lowering.pieces import TracedUnit, line_of_reader
-from partitioner.lowering.stage import Cut, cut_of
+from partitioner.lowering.stage_context import Cut, cut_of
 
 NAMED = 5  # of the copied parameters, the largest
 

@@ -36,7 +36,8 @@ from partitioner.lowering.flat_buffers import (
 )
 from partitioner.lowering.pieces import TracedUnit, split_joint
 from partitioner.lowering.role_builder import RoleBuilder, SegmentPool
-from partitioner.lowering.stage import Cut, Losses, StageContext, cut_of, emit_stage
+from partitioner.lowering.stage import Losses, emit_stage
+from partitioner.lowering.stage_context import Cut, StageContext, cut_of
 from partitioner.lowering.whole_batch import turns_in
 from partitioner.program.instructions import named
 from partitioner.program.program import Call, Free, Program, Role
@@ -159,9 +160,10 @@ def lower(graph: Graph, plan: Plan, shape: StepShape) -> Program:
     count = tokens if graph.is_counted else 1
     traced, cuts = _traced(graph, plan, wanted)
     share = cut_share(graph, plan, cuts, wanted, traced)
-    context = StageContext(graph, plan, traced, stage_of, cuts, count)
-    pool = SegmentPool()
-    roles = tuple(_role(context, stage, pool, groups, shape) for stage in range(plan.pp))
+    context = StageContext(graph, plan, traced, stage_of, cuts, count, {})
+    pool, roles = _roles(context, groups, shape)
+    if context.abroad:  # now it is known who reads what others change
+        pool, roles = _roles(context, groups, shape)
     templates, parts = [graph.templates[u.template] for u in graph.units], plan.microbatches * plan.dp
     flops = sum(t.model_flops for t in templates) + forward_flops(graph.inputs.graph)
     meta: dict[str, str | int | float] = {
@@ -225,6 +227,11 @@ def _again_flops(graph: Graph, unit: Unit) -> int:
         return 0
     alone = _traced_unit(graph, cut_of(unit, dict.fromkeys(unit.params)), 1)
     return alone.training_flops - template.model_flops
+
+
+def _roles(context: StageContext, groups: Groups, shape: StepShape) -> tuple[SegmentPool, tuple[Role, ...]]:
+    pool = SegmentPool()
+    return pool, tuple(_role(context, stage, pool, groups, shape) for stage in range(context.plan.pp))
 
 
 def _role(context: StageContext, stage: int, pool: SegmentPool, groups_of: Groups, shape: StepShape) -> Role:

@@ -5,63 +5,19 @@ gradient comes back from each and is added. Batch entries are loaded by every st
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TypeAlias
 
-from torch.fx import Node
-
-from comms.errors import PartitionError
-from partitioner.capture.captured_graph import BATCH_NAME, Graph, Known, Side, Unit, ancestors
-from partitioner.layout.parallel_plan import Plan
-from partitioner.layout.param_cuts import Cuts, ParamCut
-from partitioner.lowering.pieces import TracedUnit, line_of_reader, make_op
+from partitioner.capture.captured_graph import BATCH_NAME, Known, Unit
+from partitioner.lowering.buffer_updates import BufferWriter, updates_of
+from partitioner.lowering.pieces import TracedUnit
 from partitioner.lowering.role_builder import SCALAR, RoleBuilder
-from partitioner.lowering.whole_batch import bodies_of, emit_known, emit_tail, emit_updates, keep
-from partitioner.program.program import Accumulate, Operation, Recv, Send, TensorKind, TensorSpec
+from partitioner.lowering.stage_context import NeededSide, StageContext, cut_of
+from partitioner.lowering.whole_batch import bodies_of, emit_known, emit_tail
+from partitioner.program.program import Accumulate, Recv, Send, TensorKind, TensorSpec
 
 # the tensors in which a role sums loss and count, if it makes the loss
 Losses: TypeAlias = tuple[int, int] | None
-
-OTHER_STAGES = "use pp 1, or other stages"
-
-# a template, and how tp cuts its parameters
-Cut: TypeAlias = tuple[int, tuple[ParamCut | None, ...]]
-
-
-def cut_of(unit: Unit, cuts: Cuts) -> Cut:
-    """What decides how a unit is traced."""
-    return unit.template, tuple(cuts[name] for name in unit.params)
-
-
-@dataclass(frozen=True)
-class StageContext:
-    """What lowering knows about the whole model."""
-
-    graph: Graph
-    plan: Plan
-    traced: Mapping[Cut, TracedUnit]
-    stage_of: tuple[int, ...]
-    cuts: Cuts
-    nominal_count: int
-
-    def producer(self, value: str) -> int:
-        """The stage that makes an activation."""
-        return next(self.stage_of[i] for i, unit in enumerate(self.graph.units) if value in unit.outputs)
-
-    def consumers(self, value: str) -> list[int]:
-        """The stages that read an activation, in order."""
-        found = {self.stage_of[i] for i, unit in enumerate(self.graph.units) if value in unit.activations}
-        return sorted(found | ({self.last} if value in self.graph.summed else set()))
-
-    @property
-    def last(self) -> int:
-        """The stage that makes the loss."""
-        makers = (
-            stage
-            for stage, unit in zip(self.stage_of, self.graph.units, strict=True)
-            if self.graph.loss in unit.outputs
-        )
-        return next(makers, self.stage_of[-1])
 
 
 def emit_stage(role: RoleBuilder, context: StageContext) -> tuple[Losses, Mapping[int, int]]:
@@ -106,11 +62,7 @@ class _StageEmitter:
         role.wait("forward", *(self.values[v] for v in arrivals))
         for index in self.units:
             self._unit_forward(index)
-        updated = self._updated_state()
-        self._keep_state()
-        for buffer, made in updated:
-            copied = f"aten._to_copy.default(v0, dtype=dtype.{self.graph.specs[buffer].dtype})"
-            role.simple("commit", "keep", copied, [made], self.values[buffer])
+        BufferWriter(role, self.context, self.values, self._declare_source).emit()
         for value, stage in self._departures():
             role.emit("send_forward", Send(0, self.values[value], stage))
         if self.makes_loss and self.graph.tail is None:
@@ -138,36 +90,35 @@ class _StageEmitter:
         needed = {v for i in self.units for v in graph.units[i].frees}
         if self.makes_loss:
             needed |= {graph.count, *(graph.tail.inputs[len(graph.summed) :] if graph.tail else ())}
-        needed |= {name for update in self._updates() if update.is_own for name in update.reads}
+        updates = [update for update in updates_of(self.context) if update.is_made_in(self.role.stage)]
+        needed |= {name for update in updates for name in update.reads}
         while True:  # what is kept reads more, which is kept then
             before = len(needed)
             inputs, turns = self._inputs_and_turns(needed)
             needed |= {value for buffer, value in graph.state if self.makes_loss or buffer in needed}
             if len(needed) == before:
                 break
-        constants = _NeededSide(graph.constants, [v for v in graph.constants.outputs if v in needed])
+        constants = NeededSide(graph.constants, [v for v in graph.constants.outputs if v in needed])
         self._side(constants, "constants", TensorKind.CONSTANT)
         for known, totals in reversed(turns):
             self._known(known, totals)
         self._side(inputs, "forward", TensorKind.ACTIVATION)
 
-    def _inputs_and_turns(
-        self, needed: set[str]
-    ) -> tuple["_NeededSide", list[tuple[list[Known], "_NeededSide"]]]:
+    def _inputs_and_turns(self, needed: set[str]) -> tuple[NeededSide, list[tuple[list[Known], NeededSide]]]:
         """What makes the values `needed`, once per microbatch and before the forward; what that reads is added."""
         graph = self.graph
-        inputs = _NeededSide(graph.inputs, [v for v in graph.inputs.outputs if v in needed])
+        inputs = NeededSide(graph.inputs, [v for v in graph.inputs.outputs if v in needed])
         needed |= set(inputs.reads)
-        turns: list[tuple[list[Known], _NeededSide]] = []
+        turns: list[tuple[list[Known], NeededSide]] = []
         for turn in sorted({each.turn for each in graph.known}, reverse=True):
             known = [each for each in graph.known if each.turn == turn and each.name in needed]
             sources = {each.source for each in known}
-            totals = _NeededSide(graph.totals, [v for v in graph.totals.outputs if v in sources])
+            totals = NeededSide(graph.totals, [v for v in graph.totals.outputs if v in sources])
             needed |= {*totals.reads, *(sources - set(totals.made))}
             turns.append((known, totals))
         return inputs, turns
 
-    def _known(self, known: Sequence[Known], totals: "_NeededSide") -> None:
+    def _known(self, known: Sequence[Known], totals: NeededSide) -> None:
         """Make the values of one turn."""
         if not known:
             return
@@ -180,58 +131,7 @@ class _StageEmitter:
                    {v: made.get(v, self.values.get(v, -1)) for v in sources})  # fmt: skip
         self.values |= {each.name: self.role.by_name[each.name] for each in known}
 
-    def _keep_state(self) -> None:
-        """What buffers hold after the step, kept aside until its end."""
-        role, graph = self.role, self.graph
-        unit_made = {v for unit in graph.units for v in unit.outputs}
-        for buffer, value in graph.state:
-            if value in unit_made and self.context.producer(value) != role.stage:
-                if buffer in self.values:
-                    problem = (
-                        f"the buffer {buffer} is read in pipeline stage {role.stage}, and changed in another"
-                    )
-                    raise PartitionError(problem, line_of_reader(graph, buffer), OTHER_STAGES)
-                continue
-            if value not in self.values:
-                continue
-            self._declare_source(buffer)
-            spec = graph.specs[buffer]
-            kept = role.tensor(f"next.{buffer}", TensorKind.SCALAR, spec)
-            made = f"aten._to_copy.default(v0, dtype=dtype.{spec.dtype})"
-            role.simple("forward", "keep", made, [self.values[value]], kept)
-            role.simple("commit", "copy", "aten.clone.default(v0)", [kept], self.values[buffer])
-
-    def _updated_state(self) -> list[tuple[str, int]]:
-        """New values of buffers that need sums over all parts: made of the old ones, where what is summed is made."""
-        role, graph, found = self.role, self.graph, list[tuple[str, int]]()
-        for name in (name for update in self._updates() if update.is_own for name in update.reads):
-            self._declare_source(name)
-        for update in self._updates():
-            if not update.is_own:
-                if update.is_partly_own or update.buffer in self.values:
-                    problem = f"the buffer {update.buffer} depends on several pipeline stages"
-                    raise PartitionError(problem, line_of_reader(graph, update.buffer), OTHER_STAGES)
-                continue
-            side = update.side
-            self._declare_source(update.buffer)
-            totals = emit_updates(role, self.context.plan, {n: self.values[n] for n in update.sums})
-            reads = [totals[n] if n in totals else keep(role, self.values[n]) for n in side.reads]
-            made = role.tensor(f"next.{update.buffer}", TensorKind.SCALAR, graph.specs[update.value])
-            segment = role.pool.add("commit", [role.spec(t) for t in reads], side.ops, side.outputs)
-            role.compute("commit", segment, reads, [made])
-            found.append((update.buffer, made))
-        return found
-
-    def _updates(self) -> Iterator["_BufferUpdate"]:
-        graph = self.graph
-        own = {v for index in self.units for v in graph.units[index].outputs}
-        for buffer, value in graph.state:
-            if graph.updates is not None and value in graph.updates.outputs:
-                side = _NeededSide(graph.updates, [value])
-                sums = [name for name in side.reads if name in graph.kept]
-                yield _BufferUpdate(buffer, value, side, sums, own.issuperset(sums), not own.isdisjoint(sums))
-
-    def _side(self, side: "_NeededSide", body: str, kind: TensorKind, prefix: str = "") -> dict[str, int]:
+    def _side(self, side: NeededSide, body: str, kind: TensorKind, prefix: str = "") -> dict[str, int]:
         """Emit what makes a side's values; returns them by name. With a prefix they are another instance of each."""
         role, specs = self.role, self.graph.specs
         for name in side.reads:
@@ -362,38 +262,3 @@ class _StageEmitter:
             self.role.simple("backward", "add", "aten.add.Tensor(v0, v1)", [first, second], total)
             terms.insert(0, total)
         return terms[0]
-
-
-class _NeededSide:
-    """The part of a side graph that makes `wanted`: the values it reads, its ops, what it makes."""
-
-    def __init__(self, side: Side, wanted: Sequence[str]) -> None:
-        nodes = list(side.graph.graph.nodes)
-        sources = dict(zip((n for n in nodes if n.op == "placeholder"), side.inputs, strict=True))
-        results = dict(zip(side.outputs, nodes[-1].args[0], strict=True)) if side.outputs else {}
-        kept = ancestors(results[v] for v in wanted)
-        outer = [n for n in nodes if n in kept and n.op == "placeholder"]
-        calls: list[Node] = [n for n in nodes if n in kept and n.op == "call_function"]
-        number = {n: i for i, n in enumerate([*outer, *calls])}
-        made = [v for v in wanted if results[v] not in sources]
-        self.reads: tuple[str, ...] = tuple(sources[n] for n in outer)
-        self.ops: tuple[Operation, ...] = tuple(make_op(n, number) for n in calls)
-        self.made: tuple[str, ...] = tuple(made)
-        self.outputs: tuple[int, ...] = tuple(number[results[v]] for v in made)
-
-
-@dataclass(frozen=True)
-class _BufferUpdate:
-    """A buffer's new value at the end of a step: the `sums` that it needs, of which this stage makes all or some."""
-
-    buffer: str
-    value: str
-    side: _NeededSide
-    sums: list[str]
-    is_own: bool
-    is_partly_own: bool
-
-    @property
-    def reads(self) -> list[str]:
-        """What else it reads."""
-        return [name for name in self.side.reads if name not in self.sums]

@@ -11,7 +11,7 @@ from torch import nn
 from orchestrator.verbs.distribute import distribute
 from partitioner.layout.parallel_plan import Plan
 
-PLANS = [Plan(microbatches=2), Plan(pp=2), Plan(pp=2, microbatches=2), Plan(dp=2, pp=2, microbatches=2)]
+PLANS = [Plan(microbatches=2), Plan(pp=2), Plan(pp=3, microbatches=2), Plan(dp=2, pp=2, microbatches=2)]
 
 
 def buffer_of_a_buffer(m: Any, x: torch.Tensor) -> torch.Tensor:
@@ -57,6 +57,39 @@ def weight_seen_as_complex(m: Any, x: torch.Tensor) -> torch.Tensor:
     return m.second(m.first(x)) * m.scale + pairs.sum()
 
 
+def read_early_changed_late(m: Any, x: torch.Tensor) -> torch.Tensor:
+    """As the centre of self-distillation."""
+    out: torch.Tensor = m.third(m.second(m.first(x - m.mean).tanh()))
+    m.mean.mul_(0.9).add_(out.detach().mean(0) * 0.1)
+    return out
+
+
+def read_late_changed_early(m: Any, x: torch.Tensor) -> torch.Tensor:
+    hidden = m.first(x)
+    before = m.mean.clone()
+    m.mean.copy_(hidden.detach().mean(0))
+    return m.third(m.second(hidden).tanh()) * before + m.count
+
+
+def both_ways(m: Any, x: torch.Tensor) -> torch.Tensor:
+    hidden = m.first(x) + m.count
+    out: torch.Tensor = m.third(m.second(hidden).tanh()) * m.mean.exp()
+    m.count.copy_(out.detach().sum().tanh())
+    m.mean.add_(hidden.detach().sum(0).tanh())
+    return out
+
+
+def loads_of_several_layers(m: Any, x: torch.Tensor) -> torch.Tensor:
+    """As biases that even out how often experts are chosen."""
+    first = m.first(x) + m.mean
+    second = m.second(first.tanh()) * (1 + m.count)
+    out: torch.Tensor = m.third(second.tanh())
+    loads = torch.stack([(each.detach() > 0).sum(0) for each in (first, second, out)]).to(x.dtype)
+    m.mean.add_(0.1 * torch.sign(loads.mean() - loads[0]))
+    m.count.copy_((loads[2] - loads[1]).sum() * 0.01)
+    return out
+
+
 class Layers(nn.Module):
     """Three layers, a number and two buffers."""
 
@@ -78,7 +111,8 @@ class Layers(nn.Module):
 @pytest.mark.parametrize(
     "script",
     [buffer_of_a_buffer, running_mean_of_a_layer, read_without_a_gradient, buffers_of_one_total, weight_seen_as_complex,
-     total_beside_what_the_batch_tells, total_beside_a_buffer_that_changes],
+     total_beside_what_the_batch_tells, total_beside_a_buffer_that_changes, read_early_changed_late,
+     read_late_changed_early, both_ways, loads_of_several_layers],
 )  # fmt: skip
 def test_stages_keep_what_they_read(script: Any, plan: Plan, laptop: Any, one_thread: None) -> None:
     module = Layers(script).double()
