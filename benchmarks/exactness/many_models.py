@@ -1,6 +1,6 @@
 """Models of many kinds as they are, with dropout: capture, then SGD steps by four plans, against the plain torch loop.
 
-python benchmarks/many_models.py [--only llama] [--as-is]
+cd benchmarks; python -m exactness.many_models [--only llama] [--as-is]
 
 Float64 is kept through the models' own casts unless --as-is says otherwise: else sums taken in another order differ by
 float32's rounding. The plain loop draws random numbers by the same keys.

@@ -1,6 +1,6 @@
 """FLOPs and saved activations of many models: what a Program counts on one chip against eager torch.
 
-python -m exactness.model_costs [--only llama] [--dtype float32]
+cd benchmarks; python -m exactness.model_costs [--only llama] [--dtype float32]
 
 FLOPs: `model_flops` against `torch.utils.flop_counter` over an eager forward and backward with attention written out
 (and grouped products counted, which torch leaves out). Activations: the most that a Program's forward keeps, against
