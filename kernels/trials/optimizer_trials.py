@@ -55,13 +55,30 @@ class StepTraits:
     reads: frozenset[str]
 
 
+_known: dict[tuple[type, str], StepTraits] = {}
+
+
 def scope_of(factory: Factory) -> Scope:
     """What a step on an entry depends on. Raises OptimizerError."""
     return traits_of(factory).scope
 
 
 def traits_of(factory: Factory, groups: Groups = (), sizes: Sequence[int] = ()) -> StepTraits:
-    """By steps with these settings of groups (else the factory's own), of so many parameters. Raises OptimizerError."""
+    """By steps with these settings of groups (else the factory's own), of so many parameters. Raises OptimizerError.
+
+    Of torch's own classes they are found once for the same settings.
+    """
+    made = factory([torch.zeros(4, 6, requires_grad=True)])
+    key = type(made), repr(groups or group_settings(made))
+    if key in _known:
+        return _known[key]
+    found = _found_traits(factory, groups, sizes)
+    if is_torchs(type(made)):
+        _known[key] = found
+    return found
+
+
+def _found_traits(factory: Factory, groups: Groups, sizes: Sequence[int]) -> StepTraits:
     found: Exception | None = None
     for extremes, shapes in product(
         (EXTREMES, ()), PROBES
