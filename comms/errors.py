@@ -175,10 +175,16 @@ def located(where: str = "", hint: str = "", words: Mapping[str, str] | None = N
 
 
 def method_line(kind: type, name: str) -> str:
-    """Where a class defines a method, as `Kind.name (file:line)`; without the line where Python keeps none."""
+    """Where a class defines a method, as `Kind.name (file:line)`; without a line where it is torch's, or Python's."""
     code = getattr(inspect.unwrap(getattr(kind, name, None) or (lambda: None)), "__code__", None)
-    at = f" ({code.co_filename}:{code.co_firstlineno})" if code and code.co_name == name else ""
-    return f"{kind.__name__}.{name}{at}"
+    if (
+        code is None
+        or code.co_name != name
+        or "-packages/torch/" in code.co_filename
+        or code.co_filename[0] == "<"
+    ):
+        return f"{kind.__name__}.{name}"
+    return f"{kind.__name__}.{name} ({code.co_filename}:{code.co_firstlineno})"
 
 
 def has_line(where: str) -> bool:

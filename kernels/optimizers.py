@@ -250,9 +250,13 @@ class FlatOptimizer:
             self.optimizer.param_groups[0].pop(name, None)
         self.given |= settings.keys()
         self._set(settings)
+        held = self.param.detach()
         with self.watch or nullcontext():
             self.optimizer.step()
         self.param.grad = None
+        if self.param.data_ptr() != held.data_ptr():  # a step that assigns .data, or calls set_
+            held.copy_(self.param.detach())
+            self.param.data = held
         if self.watch and (self.watch.drawing or (self.watch.mixing and not self.is_whole)):
             drawn, mixing = sorted(self.watch.drawing), sorted(self.watch.mixing)
             what = (

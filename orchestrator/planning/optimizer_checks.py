@@ -2,6 +2,7 @@
 
 import torch
 from torch import nn
+from torch.optim import optimizer as optimizers
 from torch.utils._pytree import tree_leaves
 
 from comms.errors import OptimizerError, PlanError, located, method_line
@@ -9,22 +10,26 @@ from kernels.optimizers import group_settings, is_torchs, require_no_parameters,
 from kernels.trials.optimizer_trials import StepTraits, require_kept, traits_of
 
 HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
+ALL_HOOKS = optimizers._global_optimizer_pre_hooks, optimizers._global_optimizer_post_hooks
 GROUPS = "let groups of the optimizer say what is special"
 
 
 def checked_traits(optimizer: torch.optim.Optimizer) -> StepTraits:
     """What the optimizer's step looks at and moves. Raises PlanError for what cannot step on given gradients."""
-    kind = method_line(type(optimizer), "step")
-    if any(getattr(optimizer, name, None) for name in HOOKS):
-        raise PlanError(
-            "hooks of the optimizer's steps would not run", kind, "remove them, or call them yourself"
-        )
-    with located(kind, "use an optimizer that steps on given gradients"):
+    require_no_hooks(optimizer)
+    with located(method_line(type(optimizer), "step"), "use an optimizer that steps on given gradients"):
         require_no_parameters(optimizer)
         sizes = [len(group["params"]) for group in optimizer.param_groups]
         found = traits_of(same_kind(optimizer), group_settings(optimizer), sizes)
         _require_seen(optimizer, found.reads)
     return found
+
+
+def require_no_hooks(optimizer: torch.optim.Optimizer) -> None:
+    """Refuse hooks of steps, of this optimizer or of all. Raises PlanError."""
+    if any(getattr(optimizer, name, None) for name in HOOKS) or any(ALL_HOOKS):
+        where, hint = method_line(type(optimizer), "step"), "remove them, or call them yourself"
+        raise PlanError("hooks of the optimizer's steps would not run", where, hint)
 
 
 def _require_seen(optimizer: torch.optim.Optimizer, reads: frozenset[str]) -> None:

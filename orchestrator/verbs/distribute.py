@@ -80,7 +80,6 @@ from partitioner.capture.batch_inputs import Batch, tensors_of
 from partitioner.capture.captured_graph import Graph
 from partitioner.capture.forwards.step_loss import LossFunction
 from partitioner.capture.graph_units import capture_graph
-from partitioner.capture.refused.refusals import refuse_unsupported
 from partitioner.capture.source_lines import depth_of_call
 from partitioner.layout.parallel_plan import BatchNorms, Plan
 from partitioner.lowering.lower import capture_and_lower
@@ -118,6 +117,7 @@ class DistributedStep:
         self._said: set[str] = set()  # what is not warned of again
         self._code, self._held, self._later = PythonState(), PythonState(), LaterForwards(model, loss_fn)
 
+    @naming_the_call()
     def __call__(self, batch: Batch) -> float:
         """One optimizer step on a whole global batch; returns its loss. Raises UserError."""
         stats = self.execute(batch).stats
@@ -127,6 +127,7 @@ class DistributedStep:
             raise RunError("the loss or a gradient is not finite; the step was skipped", "step", hint)
         return stats.loss
 
+    @naming_the_call()
     def evaluate(self, batch: Batch) -> float:
         """The loss of a batch, without training; the model's `train()` or `eval()` says how."""
         stats = self.execute(batch, "evaluate").stats
@@ -175,6 +176,7 @@ class DistributedStep:
         set_newest(self, self.model.parameters(), is_newest=False)
         self.launch.close()
 
+    @naming_the_call()
     def verify(self, batch: Batch) -> TrainingVerdict:
         """Whether training on this batch now is the same as in plain PyTorch on one chip; `str` of it says where not.
 
@@ -211,8 +213,12 @@ class DistributedStep:
         if self._runner is not None and self.program is not None and self._is_ahead:
             states = self._runner.states()
             params = dict(self.model.named_parameters())
+            trained = whole_parameters(self.program, states.__getitem__)
+            if gone := sorted(trained.keys() - params.keys()):
+                problem = f"the model has no {gone[0]} any more, which the chips have trained"
+                raise PlanError(problem, "sync()", "call sync() before the model changes")
             with torch.no_grad():
-                for name, value in whole_parameters(self.program, states.__getitem__).items():
+                for name, value in trained.items():
                     params[name].copy_(value.view(params[name].shape))
                 self._buffers.put(whole_buffers(self.program, states))
             for name, own in whole_states(self.program, states).items():
@@ -229,13 +235,10 @@ class DistributedStep:
             self._empty.set(self.model, is_held=is_ahead)
         self._is_ahead = is_ahead
 
-    @naming_the_call
     def ready(self, batch: Batch) -> tuple[TensorRunner, Program]:
         """The runner for this batch and what the model and the optimizer are now."""
         require_batch(batch)
         require_newest(self, self.model.parameters())
-        if self._runner is None:
-            refuse_unsupported(self.model)
         situation = self._situation_of(batch)
         changed = [name for name, value in self._values_seen().items() if self._seen.get(name) != value]
         changed += [f"the optimizer's state of {name}" for name in self._empty.lost()]
@@ -263,9 +266,10 @@ class DistributedStep:
     def _situation_of(self, batch: Batch) -> Situation:
         """All that a Program depends on besides values."""
         code = self._code.marks(self.model, self.loss_fn) if self.is_watched else ()
+        found = situation_of(self.model, self.optimizer, batch)
         if (modes := modes_of(self.optimizer)) != self._modes:
             self.traits, self._modes = checked_traits(self.optimizer), modes
-        return *situation_of(self.model, self.optimizer, batch), code, self.traits.scope
+        return *found, code, self.traits.scope
 
     def _values_seen(self) -> dict[str, object]:
         """Marks of all values that live on the chips: they differ once something else writes to them."""
@@ -352,6 +356,7 @@ class DistributedStep:
         return program
 
 
+@naming_the_call()
 def distribute(
     model: nn.Module, optimizer: torch.optim.Optimizer, cluster: str | Path | Cluster, *, plan: Plan | None = None,
     chips: int | None = None, loss_fn: LossFunction | None = None, clip_norm: float | None = None,

@@ -5,29 +5,26 @@ in plain PyTorch; a Program runs with the casts that it was captured with.
 """
 
 import weakref
-from collections.abc import Callable, Iterable, Mapping
-from functools import wraps
-from typing import Any, Protocol, TypeAlias, TypeVar
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
 from torch.nn.modules import module as modules
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from torch.utils.weak import WeakIdKeyDictionary
 
 from comms.errors import PlanError, UserError, has_line
+from orchestrator.planning.optimizer_checks import require_no_hooks
 from orchestrator.verbs.state.python_state import checksum
 from partitioner.capture.batch_inputs import Batch, require_plain, settings_of, tensors_of
+from partitioner.capture.refused.refusals import refuse_unsupported
 from partitioner.capture.source_lines import calling_line
 
 Situation: TypeAlias = tuple[object, ...]
-ResultT = TypeVar("ResultT")
-
-
-class _Watched(Protocol):
-    is_watched: bool
-
-
-StepT = TypeVar("StepT", bound=_Watched)
 FORWARD_HOOKS: tuple[Mapping[int, Any], ...] = (
     modules._global_forward_pre_hooks,
     modules._global_forward_hooks,
@@ -39,29 +36,40 @@ BACKWARD_HOOKS: tuple[Mapping[int, Any], ...] = (
 _newest = WeakIdKeyDictionary()  # by parameter: the step whose chips have trained it since it was fetched
 
 
-def naming_the_call(method: Callable[[StepT, Batch], ResultT]) -> Callable[[StepT, Batch], ResultT]:
-    """Errors that know no line of the user's get the one that calls us, unless no code of the user's runs the steps."""
-
-    @wraps(method)
-    def called(step: StepT, batch: Batch) -> ResultT:
-        try:
-            return method(step, batch)
-        except UserError as error:
-            if step.is_watched and not has_line(error.where):
-                error.where = ", ".join(filter(None, (error.where, calling_line())))
-            raise
-
-    return called
+@contextmanager
+def naming_the_call() -> Iterator[None]:
+    """Errors of what users call that know no line of theirs get the one that calls."""
+    try:
+        yield
+    except UserError as error:
+        if not has_line(error.where):
+            error.where = ", ".join(filter(None, (error.where, calling_line())))
+        raise
 
 
 def situation_of(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch) -> Situation:
     """Equal for steps that one Program serves. Raises PlanError for what plain PyTorch would train and we would not."""
+    require_no_modes()
+    refuse_unsupported(model)
+    require_no_hooks(optimizer)
     params, given = dict(model.named_parameters()), tensors_of(batch)
     optimized = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    if entries := [name for name, value in given.items() if id(value) in optimized]:
-        problem = f"the batch's {entries[0]} is a parameter that the optimizer has"
-        hint = "register it in the model, or take it out of the optimizer's groups"
-        raise PlanError(problem, "step(batch)", hint)
+    groups = [[id(p) for p in group["params"]] for group in optimizer.param_groups]
+    counted = Counter(each for own in groups for each in own)
+    if twice := [name for name, value in params.items() if counted[id(value)] > 1]:
+        problem = f"the optimizer holds {twice[0]} twice: torch would step on it as often"
+        raise PlanError(problem, "step(batch)", "leave it out once, as tied parameters are one")
+    if trained := [name for name, value in model.named_buffers() if id(value) in optimized]:
+        problem = f"the optimizer holds the buffer {trained[0]}, which chips do not train"
+        raise PlanError(problem, "step(batch)", "register it as a parameter, or take it out of the groups")
+    for name, value in params.items():
+        if not isinstance(own := optimizer.state.get(value, {}), Mapping):
+            problem = f"the optimizer's state of {name} is a {type(own).__name__}"
+            raise PlanError(problem, "step(batch)", "keep tensors and numbers by name in self.state[p]")
+        if value.is_meta or value.is_inference():
+            problem = f"the parameter {name} is " + ("on the meta device, without numbers" if value.is_meta else
+                                                     "a tensor of inference_mode, which nothing trains")  # fmt: skip
+            raise PlanError(problem, "step(batch)", "make the model on the CPU, outside of inference_mode")
     if params and not optimized & set(map(id, params.values())):
         problem = "the optimizer holds none of the model's parameters"
         raise PlanError(problem, type(optimizer).__name__, "make it of this model's parameters()")
@@ -69,12 +77,11 @@ def situation_of(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batc
         raise PlanError(
             "a backward hook on all modules would not run", "torch.nn.modules.module", "remove the hook"
         )
-    tensors = tuple((n, tuple(v.shape), v.dtype) for n, v in given.items())
+    tensors = tuple((n, v.shape, v.dtype, v.is_contiguous() or v.stride()) for n, v in given.items())
     held = tuple((n, id(p), p.requires_grad, p.shape, p.dtype) for n, p in params.items())
     kept = tuple((n, b.shape, b.dtype) for n, b in model.named_buffers())
     modes = tuple(module.training for module in model.modules())
-    groups = tuple(tuple(id(p) for p in group["params"]) for group in optimizer.param_groups)
-    return tensors, settings_of(batch), held, kept, modes, groups, _surroundings()
+    return tensors, settings_of(batch), held, kept, modes, tuple(map(tuple, groups)), _surroundings()
 
 
 def require_kinds(**given: tuple[object, type | tuple[type, ...]]) -> None:
@@ -121,6 +128,16 @@ def require_batch(batch: object) -> None:
         raise PlanError(problem, "step(batch)", "make it on the CPU")
     if any(v.numel() == 0 and v.dim() and not v.shape[0] for v in tensors_of(batch).values()):
         raise PlanError("the batch has no samples", "step(batch)", "leave empty batches out")
+
+
+def require_no_modes() -> None:
+    """Refuse what is around a step and would see what it computes in plain PyTorch, not on chips. Raises PlanError."""
+    modes = [*_get_current_function_mode_stack(), *_get_current_dispatch_mode_stack()]
+    saving = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    around: list[Any] = [*map(type, modes), *(saving or ())]
+    if foreign := [each for each in around if not str(each.__module__).startswith("torch.")]:
+        problem = f"{foreign[0].__qualname__} is around the step, and would not see what it computes"
+        raise PlanError(problem, "step(batch)", "leave it before the step, or put it into the forward")
 
 
 def _surroundings() -> Situation:

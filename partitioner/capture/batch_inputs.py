@@ -4,6 +4,7 @@ Every tensor has a name of its own: that of the entry, then the keys and positio
 else (numbers, strings, None) is part of how the model is called, and thus of the captured graph.
 """
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any, TypeAlias
 
@@ -35,7 +36,17 @@ PLAIN = (torch.Tensor, bool, int, float, complex, str, bytes, torch.dtype, torch
 def require_plain(batch: Batch) -> None:
     """Refuse what could hide tensors, objects that are neither tensors, numbers, text nor containers of them, and
     tensors that are not stored entry by entry."""
-    for path, value in trees.tree_flatten_with_path(dict(batch))[0]:
+    leaves, _ = trees.tree_flatten_with_path(dict(batch))
+    counted = Counter(_name(path) for path, _ in leaves)
+    if twice := [name for name, times in counted.items() if times > 1]:
+        problem = f"two entries of the batch are called {twice[0]}"
+        raise PlanError(
+            problem, "batch", "give keys other names: dots and numbers as text join what is nested"
+        )
+    for path, value in leaves:
+        if isinstance(value, torch.Tensor) and (value.requires_grad or isinstance(value, torch.nn.Parameter)):
+            problem = f"the batch's {_name(path)} requires a gradient, which nothing would read"
+            raise PlanError(problem, "batch", "pass detach(), or make it a parameter of the model")
         if not isinstance(value, PLAIN):
             raise PlanError(f"the batch's {_name(path)} is a {type(value).__name__}", "batch",
                             "pass tensors, numbers, text, and lists or dicts of them")  # fmt: skip
@@ -46,9 +57,10 @@ def require_plain(batch: Batch) -> None:
 
 
 def settings_of(batch: Batch) -> tuple[tuple[str, str], ...]:
-    """What is no tensor, as text: another batch with the same is called by the same graph."""
-    leaves, _ = trees.tree_flatten_with_path(dict(batch))
-    return tuple((_name(path), repr(value)) for path, value in leaves if not isinstance(value, torch.Tensor))
+    """What is no tensor, and how all is nested, as text: another batch with the same is called by the same graph."""
+    leaves, nested = trees.tree_flatten_with_path(dict(batch))
+    values = ((_name(path), repr(value)) for path, value in leaves if not isinstance(value, torch.Tensor))
+    return *values, ("", str(nested))
 
 
 def _name(path: tuple[Any, ...]) -> str:

@@ -101,7 +101,7 @@ def capture_graph(
     try:
         return graph(has_lines=HAS_LINES.get())
     except Exception as error:
-        with _explaining(type(module)):
+        with _explaining(type(module), loss_fn):
             graph(has_lines=True)  # source lines cost as much again: only to say what is wrong
             raise error  # now it is right: then it depends on what the first forward did
 
@@ -117,13 +117,15 @@ def noting_lines() -> Iterator[None]:
 
 
 @contextmanager
-def _explaining(kind: type[nn.Module]) -> Iterator[None]:
+def _explaining(kind: type[nn.Module], loss_fn: LossFunction | None) -> Iterator[None]:
     try:
         yield
     except CaptureError as error:
         if not has_line(error.where):
             known = error.where if error.where != kind.__name__ else ""
-            error.where = ", ".join(filter(None, (known, method_line(kind, "forward"))))
+            code = getattr(loss_fn, "__code__", None) if "loss_fn" in known else None
+            line = f"{code.co_filename}:{code.co_firstlineno}" if code else method_line(kind, "forward")
+            error.where = ", ".join(filter(None, (known, line)))
         raise
     except UserError:
         raise

@@ -8,10 +8,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from unittest.mock import patch
 
+import torch
 from torch.fx import Node
 from torch.fx.proxy import TracerBase
 
 HERE, STDLIB = str(Path(__file__).parent), sysconfig.get_path("stdlib")
+TORCH = f"{Path(torch.__file__).parent}/"
 PACKAGES = tuple(
     f"{Path(__file__).parents[2] / own}/" for own in ("comms", "partitioner", "kernels", "orchestrator")
 )
@@ -20,7 +22,7 @@ PACKAGES = tuple(
 def is_users(file: str) -> bool:
     """Whether code of this file is of the user's or of a library's: not ours here, not torch's, not Python's own."""
     is_pythons = file.startswith(STDLIB) and "-packages/" not in file
-    return not file.startswith((HERE, "<")) and "/torch/" not in file and not is_pythons
+    return not file.startswith((HERE, TORCH, "<")) and not is_pythons
 
 
 def source_line(node: Node) -> str:
@@ -54,15 +56,19 @@ def running_line() -> str:
 def calling_line() -> str:
     """The line of the user's that has called this project; empty from the command line."""
     frames = traceback.extract_stack()
-    return _told([f for f in frames if is_users(f.filename) and not f.filename.startswith(PACKAGES)])
+    return _told([f for f in frames if _calls_us(f.filename)])
 
 
 def depth_of_call() -> int:
     """How many calls above the one that asks the line is that has called this project: a warning's `stacklevel`."""
     depth = 1
-    while sys._getframe(depth).f_code.co_filename.startswith(PACKAGES):
+    while not _calls_us(sys._getframe(depth).f_code.co_filename):
         depth += 1
     return depth
+
+
+def _calls_us(file: str) -> bool:
+    return is_users(file) and not file.startswith(PACKAGES)
 
 
 def first_user_line(error: BaseException) -> str:
@@ -96,7 +102,7 @@ def _line_in(trace: str) -> str:
     for entry in reversed(trace.strip().split("File ")):
         place, _, code = entry.partition("\n")
         file, _, rest = place.partition(", line ")
-        if rest and "/torch/" not in file:
+        if rest and not file.strip('"').startswith(TORCH):
             line, path = rest.partition(",")[0], file.strip('"')
             return f"{path}:{line} ({code.strip().partition(chr(10))[0]})"
     return ""

@@ -250,7 +250,7 @@ class _Trace:
         )
         with (
             self.called or nullcontext(),
-            recorded_functions(),
+            recorded_functions(stand_ins),
             refused_calls(),
             plain_forms(),
             expert_forms(),
@@ -313,10 +313,10 @@ def _require_repeatable(
     if not changed and not where:
         return
     calls = list(trace.calls)
-    later = trace.called.noted if trace.called else ()
     again = trace.run(functional=functional)
     trace.calls = calls
-    if operations_of(again) == operations_of(traced) and (changed or trace.repeats(later)):
+    trace.differs(later := CalledWith())
+    if operations_of(again) == operations_of(traced) and trace.repeats(later.noted):
         return
     problem = f"the forward depends on {changed[0]}, which it changes itself" if changed else (
         "the forward computes with another number each time, of which all steps would get the first")  # fmt: skip

@@ -7,7 +7,7 @@ answer while a forward is traced; torch's own, which must tell stand-ins apart, 
 
 import builtins
 import sys
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from types import FunctionType, ModuleType
 from typing import Any, TypeAlias
@@ -18,7 +18,8 @@ from torch import nn
 from torch._subclasses import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
-from partitioner.capture.source_lines import is_users
+from comms.errors import CaptureError
+from partitioner.capture.source_lines import is_users, running_line
 
 Space: TypeAlias = dict[str, Any]
 STAND_INS = (FakeTensor, FunctionalTensor)
@@ -50,8 +51,29 @@ class _Told(type, metaclass=_Asked):
     """What code of the user's finds as `type` while it is traced."""
 
 
+class AskedNode:
+    """A node of autograd that a forward asked for: it tells all but takes no hooks, which would not run on chips."""
+
+    def __init__(self, node: Any) -> None:
+        self._node = node
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("register_hook", "register_prehook"):
+            raise CaptureError("a hook on a gradient would not run", running_line(), "leave the hook out")
+        found = getattr(self._node, name)
+        return tuple((AskedNode(n) if n else n, at) for n, at in found) if name == "next_functions" else found
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, AskedNode) and self._node is other._node
+
+    def __hash__(self) -> int:
+        return hash(self._node)
+
+
 def told_type(value: object) -> type:
     """The type of a value, or of what it stands for."""
+    if isinstance(value, AskedNode):
+        return builtins.type(value._node)
     if not isinstance(value, STAND_INS):
         return builtins.type(value)
     return nn.Parameter if isinstance(value, nn.Parameter) else torch.Tensor
@@ -85,8 +107,14 @@ def _as_in_training(own: Callable[[Any, str], Any]) -> Callable[[Any, str], Any]
 
 def spaces_of(module: nn.Module, loss_fn: Callable[..., Any] | None) -> list[Space]:
     """The namespaces of a model's own classes and loss, and of what they name, as far as that is of no package."""
-    kinds = {kind for part in module.modules() for kind in builtins.type(part).__mro__}
-    pending = [space for value in (*kinds, loss_fn) for space in _homes(value)]
+    return spaces_from(
+        [*{kind for part in module.modules() for kind in builtins.type(part).__mro__}, loss_fn]
+    )
+
+
+def spaces_from(code: Iterable[object]) -> list[Space]:
+    """The namespaces of these classes and functions, and of what they name."""
+    pending = [space for value in code for space in _homes(value)]
     found: dict[int, Space] = {}
     while pending:
         space = pending.pop()
@@ -104,6 +132,7 @@ def _homes(value: object) -> Iterator[Space]:
     if isinstance(value, FunctionType):
         yield value.__globals__
     elif isinstance(value, builtins.type):
-        yield from (f.__globals__ for f in vars(value).values() if isinstance(f, FunctionType))
+        methods = (getattr(f, "__func__", f) for f in list(vars(value).values()))
+        yield from (f.__globals__ for f in methods if isinstance(f, FunctionType))
     elif isinstance(value, ModuleType):
         yield vars(value)

@@ -7,7 +7,7 @@ Data parallelism, ZeRO and pipelining are added when lowering. With tp = 1 the s
 
 import operator
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,9 +18,11 @@ from torch.utils._pytree import tree_map_only
 from comms.errors import PartitionError
 from kernels.backend import NEED_ORDER
 from partitioner.capture.captured_graph import TORCH, Template, op_name
+from partitioner.capture.forwards.user_functions import AppliedFunction
 from partitioner.capture.pure_graph import quiet_torch, trace_values, unfused
 from partitioner.capture.recomputing import Recomputing, as_when_run
 from partitioner.capture.source_lines import line_of
+from partitioner.capture.type_questions import spaces_from, types_as_in_training
 from partitioner.layout import part_ops
 from partitioner.layout.cut_operations import cut_result
 from partitioner.layout.cut_products import PRODUCT_RULES
@@ -82,7 +84,9 @@ def trace_joint(template: Template, cuts: Sequence[ParamCut | None], tp: int) ->
             *(g if g is None else g.contiguous() for g in grads),
         )
 
-    with _explained(tp, template), quiet_torch(), unfused():
+    own = {n.target.function for n in template.graph.graph.nodes if isinstance(n.target, AppliedFunction)}
+    told = types_as_in_training(spaces_from(own)) if own else nullcontext()  # the users' backwards may ask
+    with _explained(tp, template), quiet_torch(), unfused(), told:
         values = (*locals_, coordinate, *tangents)
         traced = trace_values(joint, values)
     return Joint(

@@ -47,10 +47,12 @@ class Plan:
 
     def __post_init__(self) -> None:
         for name in ("dp", "tp", "pp", "microbatches"):
-            if getattr(self, name) < 1:
-                raise PartitionError(f"{name} is {getattr(self, name)}", "plan", f"{name} must be at least 1")
-        if self.zero not in (0, 1):
-            raise PartitionError(f"zero is {self.zero}", "plan", "zero must be 0 or 1")
+            if type(getattr(self, name)) is not int or getattr(self, name) < 1:
+                raise PartitionError(
+                    f"{name} is {getattr(self, name)!r}", "plan", f"{name} must be at least 1"
+                )
+        if type(self.zero) is not int or self.zero not in (0, 1):
+            raise PartitionError(f"zero is {self.zero!r}", "plan", "zero must be 0 or 1")
         if any(size < 1 for size in self.stages):
             raise PartitionError(f"stages {list(self.stages)} has an empty stage", "plan",
                                  "give every stage at least one unit")  # fmt: skip

@@ -43,8 +43,9 @@ def cut_share(
     copied = sorted((n for n in graph.params if cuts[n] is None), key=lambda n: -sizes[n])[:NAMED]
     reasons = [f"{n} ({_reason(graph, plan, n, wanted[n])})" for n in copied]
     if not cut and flops <= 0:
-        raise PartitionError(f"tp {plan.tp} cuts nothing of this model: {reasons[0]}",
-                             line_of_reader(graph, copied[0]), "use tp 1, or give the model a tp_plan")  # fmt: skip
+        problem = f"tp {plan.tp} cuts nothing of this model: {reasons[0]}"
+        hint = f"use tp 1, or sizes that divide by {plan.tp}"
+        raise PartitionError(problem, line_of_reader(graph, copied[0]), hint)
     products = dict.fromkeys(
         f"{what} ({u.name})" for u in graph.units for what in traced[cut_of(u, cuts)].whole
     )

@@ -34,7 +34,7 @@ from partitioner.lowering.flat_buffers import (
     make_groups,
     reduce_gradients,
 )
-from partitioner.lowering.pieces import TracedUnit, split_joint
+from partitioner.lowering.pieces import TracedUnit, line_of_reader, split_joint
 from partitioner.lowering.role_builder import RoleBuilder, SegmentPool
 from partitioner.lowering.stage import Losses, emit_stage
 from partitioner.lowering.stage_context import Cut, StageContext, cut_of
@@ -160,7 +160,17 @@ def lower(graph: Graph, plan: Plan, shape: StepShape) -> Program:
     count = tokens if graph.is_counted else 1
     traced, cuts = _traced(graph, plan, wanted)
     share = cut_share(graph, plan, cuts, wanted, traced)
-    context = StageContext(graph, plan, traced, stage_of, cuts, count, {})
+    reached = frozenset(
+        u.params[source]
+        for u in graph.units for source, slot in traced[cut_of(u, cuts)].grads
+        if slot is not None and source < len(u.params)
+    )  # fmt: skip
+    if not reached:
+        problem = "no parameter is trained: the backwards of autograd functions give none a gradient"
+        raise PartitionError(
+            problem, line_of_reader(graph, graph.params[0]), "return gradients from backward"
+        )
+    context = StageContext(graph, plan, traced, stage_of, cuts, count, reached, {})
     pool, roles = _roles(context, groups, shape)
     if context.abroad:  # now it is known who reads what others change
         pool, roles = _roles(context, groups, shape)
@@ -279,7 +289,18 @@ def _params(context: StageContext, stage: int, groups_of: Groups) -> list[Param]
         sections = () if cut is None or (cut.divides(tp) and len(cut.sections) == 1) else cut.sections
         tied = tuple(sorted(stages[name])) if len(stages[name]) > 1 else ()
         groups = groups_of.get(name, (0, None))
-        params.append(Param(name, spec, cut, sections, tied, first, name in graph.frozen, *groups))
+        params.append(
+            Param(
+                name,
+                spec,
+                cut,
+                sections,
+                tied,
+                first,
+                name in graph.frozen or name not in context.reached,
+                *groups,
+            )
+        )
     return params
 
 

@@ -31,9 +31,9 @@ class StageContext:
     stage_of: tuple[int, ...]
     cuts: Cuts
     nominal_count: int
-    abroad: dict[
-        str, set[int]
-    ]  # by buffer: stages that read it and do not make what it becomes, as far as known
+    reached: frozenset[str]  # parameters that some backward gives a gradient
+    # by buffer: stages that read it and do not make what it becomes, as far as known
+    abroad: dict[str, set[int]]
 
     def producer(self, value: str) -> int:
         """The stage that makes an activation."""

@@ -18,6 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
+from torch._library.custom_ops import CustomOpDef
 
 from comms.errors import PlanError
 
@@ -148,6 +149,8 @@ def library_parts(value: Any) -> Seen | None:  # noqa: ANN401
     kind = type(value)
     module = str(getattr(kind, "__module__", ""))
     root = module.partition(".")[0]
+    if isinstance(value, CustomOpDef):
+        return "operator", [value._init_fn, value._backward_fn, value._setup_context_fn]
     if isinstance(value, torch.optim.Optimizer):
         return "optimizer", [settings_of_groups(value)]
     if (root in NOTHING and module != SHARED) or (root == "torch" and not module.startswith(OF_TORCH)):

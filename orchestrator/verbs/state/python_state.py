@@ -16,6 +16,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.parameter import is_lazy
 
 from comms.errors import PlanError
@@ -83,7 +84,16 @@ class PythonState:
         self._turns: dict[int, int] = {}
         self._alive: list[object] = []  # during a walk: no other object gets the address of one that was seen
         self._own: set[int] = set()
-        self._names = {"forward", "__call__", "step"}  # attributes that code names: others are not read
+        # attributes that code names, or that torch asks for: others are not read
+        self._names = {
+            "forward",
+            "__call__",
+            "step",
+            "backward",
+            "setup_context",
+            "_backward_fn",
+            "_setup_context_fn",
+        }
         self._is_open = False  # some code makes names as it runs
         self._reads: dict[tuple[int, int], CodeReads] = {}
         self._kinds: dict[type, KindOf] = {}
@@ -346,6 +356,9 @@ def _written(value: torch.Tensor) -> tuple[object, ...]:
 
 
 def _tensor_mark(value: torch.Tensor) -> object:
+    if isinstance(value, FakeTensor):
+        raise PlanError("code of the model keeps a value of a forward outside of it", "forward",
+                        "keep it in ctx, in a buffer, or pass it on")  # fmt: skip
     about = (id(value), tuple(value.shape), value.dtype)
     is_dense = value.layout is torch.strided and not value.is_meta and not value.is_quantized
     return (*about, checksum(value)) if is_dense else about

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from torch._subclasses import meta_utils
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import Node
 from torch.overrides import TorchFunctionMode
 
 from comms.errors import CaptureError
@@ -24,7 +25,7 @@ from partitioner.capture.captured_graph import constants_of
 from partitioner.capture.forwards.replaced import replaced
 from partitioner.capture.pure_graph import with_gradient
 from partitioner.capture.source_lines import running_line, source_line
-from partitioner.capture.type_questions import READER
+from partitioner.capture.type_questions import READER, AskedNode
 
 original = nn.Module.__setattr__
 Answer = tuple[str, object]
@@ -103,7 +104,8 @@ class AutogradQuestions(TorchFunctionMode):
         else:
             raise CaptureError(f"the forward asks for {question} another time than before", running_line(),
                                "let each forward ask the same")  # fmt: skip
-        return self.answers[-1][1]
+        answer = self.answers[-1][1]
+        return AskedNode(answer) if isinstance(answer, Node) and not is_own else answer
 
     def _require_unchanged(self, value: torch.Tensor, flag: bool) -> None:
         """Refuse to change what of the model, or of other modules, is trained."""

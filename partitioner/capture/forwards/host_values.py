@@ -83,6 +83,11 @@ def _noting_threads(threads: set[int]) -> Iterator[None]:
 def _generators(module: torch.nn.Module) -> Iterator[tuple[str, Callable[[], Any], Callable[[Any], object]]]:
     """Of every generator: its name, what reads its state, what puts a state back."""
     yield "Python's random", random.getstate, random.setstate
+    torchs = torch.default_generator
+    yield (
+        "torch's generator, past the keys", lambda: torchs.get_state().numpy().tobytes(),
+        lambda state: torchs.set_state(torch.frombuffer(bytearray(state), dtype=torch.uint8)),
+    )  # fmt: skip
     numpy: Any = sys.modules.get("numpy")
     if numpy:
         yield "numpy.random", numpy.random.get_state, numpy.random.set_state

@@ -6,13 +6,14 @@ every `apply` ends in, also one that was bound before (`f = MyFunction.apply`), 
 backward is what gets traced.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest.mock import patch
 
 import torch
 from torch._subclasses.functional_tensor import FunctionalTensor, disable_functional_mode
+from torch.autograd import Variable
 from torch.autograd.function import _SingleLevelFunction
 from torch.fx.experimental.proxy_tensor import (
     PythonKeyTracer,
@@ -20,6 +21,7 @@ from torch.fx.experimental.proxy_tensor import (
     get_proxy_mode,
     track_tensor_tree,
 )
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as trees
 
 from comms.errors import CaptureError, method_line
@@ -52,17 +54,20 @@ class AppliedFunction:
 
 
 def _apply(
-    shared: list[tuple[type, torch.Tensor, int]], cls: type[torch.autograd.Function], *args: Any
-) -> Any:
+    shared: list[tuple[type, torch.Tensor, int]], registered: Mapping[int, str], cls: type[torch.autograd.Function],
+    *args: Any,
+) -> Any:  # fmt: skip
     mode = get_proxy_mode()
-    if mode is None:
-        return torch._C._FunctionBase.__dict__["apply"].__get__(None, cls)(*args)
     leaves, spec = trees.tree_flatten(args)
+    if mode is None:
+        result = torch._C._FunctionBase.__dict__["apply"].__get__(None, cls)(*args)
+        _go_back(cls, leaves, result, registered)
+        return result
     if not any(isinstance(leaf, FunctionalTensor) for leaf in leaves):
         result = _recorded(cls, leaves, spec, mode.tracer)
         if _storages(result) & _storages(leaves):
             involved = [v for v in trees.tree_leaves((leaves, result)) if isinstance(v, torch.Tensor)]
-            shared += [(cls, v, v._version) for v in involved]
+            shared += zip([cls] * len(involved), involved, _versions(involved), strict=True)
         return result
     inner = [leaf.from_functional() if isinstance(leaf, FunctionalTensor) else leaf for leaf in leaves]
     with disable_functional_mode():
@@ -72,7 +77,13 @@ def _apply(
 
 def _storages(values: Any) -> set[int]:
     leaves = trees.tree_leaves(values)
-    return {leaf.untyped_storage()._cdata for leaf in leaves if isinstance(leaf, torch.Tensor)}
+    with torch._C.DisableTorchFunction():  # what we ask is none of the calls of the forward
+        return {leaf.untyped_storage()._cdata for leaf in leaves if isinstance(leaf, torch.Tensor)}
+
+
+def _versions(tensors: Sequence[torch.Tensor]) -> list[int]:
+    with torch._C.DisableTorchFunction():
+        return [tensor._version for tensor in tensors]
 
 
 def _recorded(
@@ -81,10 +92,10 @@ def _recorded(
     target = AppliedFunction(cls, leaves, spec)
     assert isinstance(tracer, PythonKeyTracer)
     tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-    before = [leaf._version for leaf in tensors]
+    before = _versions(tensors)
     with disable_proxy_modes_tracing():
-        result = original(cls, *trees.tree_unflatten(list(leaves), spec))
-    if before != [leaf._version for leaf in tensors]:
+        result = original(cls, *trees.tree_unflatten(list(leaves), spec))  # which comes through `_apply`
+    if before != _versions(tensors):
         problem = f"the autograd function {cls.__qualname__} writes into its operands"
         raise CaptureError(problem, method_line(cls, "forward"), "let it return new tensors")
     proxy = tracer.create_proxy("call_function", target, tuple(map(tracer.unwrap_proxy, tensors)), {})
@@ -92,19 +103,67 @@ def _recorded(
     return result
 
 
+def _go_back(
+    cls: type[torch.autograd.Function], leaves: Sequence[Any], result: Any, registered: Mapping[int, str]
+) -> None:
+    """Run the backward too, on stand-ins: what it draws, reads and calls is seen as what the forward does is."""
+    with torch._C.DisableTorchFunction():
+        ends = [v for v in trees.tree_leaves(result) if isinstance(v, torch.Tensor) and v.requires_grad]
+        starts = [v for v in leaves if isinstance(v, torch.Tensor) and v.requires_grad]
+        grads = [torch.ones_like(end) for end in ends]
+    if ends and starts:
+        with _OwnOperands(cls, {k: name for k, name in registered.items() if k not in map(id, leaves)}):
+            # as torch.autograd.grad, which forwards may not call; the graph is kept, and some may be without a gradient
+            Variable._execution_engine.run_backward(
+                tuple(ends), tuple(grads), True, False, tuple(starts), True, False
+            )
+
+
+SWITCHES = (
+    torch._C._set_grad_enabled, torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast,
+)  # fmt: skip
+
+
+class _OwnOperands(TorchFunctionMode):
+    """Refuses that a backward computes with tensors of the model that its forward was not given, or writes into them:
+    it runs where a pipeline stage, or a replica, has others, and each but once."""
+
+    def __init__(self, cls: type[torch.autograd.Function], registered: Mapping[int, str]) -> None:
+        super().__init__()
+        self.cls, self.registered = cls, registered
+
+    def __torch_function__(
+        self, func: Callable[..., Any], _types: object, args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:  # fmt: skip
+        if func in SWITCHES:  # of what the backward is under: they would be noted in the graph of the forward
+            with torch._C.DisableTorchFunction():
+                return func(*args, **(kwargs or {}))
+        made = func(*args, **(kwargs or {}))
+        if any(isinstance(each, torch.Tensor) for each in trees.tree_leaves(made)):
+            for read in (r for r in trees.tree_leaves((args, kwargs or {})) if id(r) in self.registered):
+                name = self.registered[id(read)].partition(":")[2]
+                kind = self.cls.__qualname__
+                problem = f"the backward of {kind} computes with {name}, which its forward is not given"
+                hint = "pass it to apply, and keep it with ctx.save_for_backward"
+                raise CaptureError(problem, method_line(self.cls, "backward"), hint)
+        return made
+
+
 @contextmanager
-def recorded_functions() -> Iterator[None]:
-    """While a forward is traced, its autograd functions are recorded; sets of `.data` are refused."""
+def recorded_functions(registered: Mapping[int, str]) -> Iterator[None]:
+    """While a forward is traced, its autograd functions are recorded; sets of `.data` are refused. `registered`: names
+    of the model's stand-ins, by identity."""
     # what may lie in one storage, and how often it was written
     shared: list[tuple[type, torch.Tensor, int]] = []
     with ExitStack() as stack:
-        apply = classmethod(lambda cls, *args: _apply(shared, cls, *args))
+        apply = classmethod(lambda cls, *args: _apply(shared, registered, cls, *args))
         stack.enter_context(patch.object(_SingleLevelFunction, "apply", apply, create=True))
         data = property(torch._C.TensorBase.__dict__["data"].__get__, refusing(*SETS_DATA))
         stack.enter_context(patch.object(torch.Tensor, "data", data, create=True))
         yield
     for cls, value, version in shared:
-        if value._version != version:
+        if _versions([value]) != [version]:
             name = cls.__qualname__
             problem = (
                 f"what the autograd function {name} returns lies where its operand does, and is written later"

@@ -44,6 +44,8 @@ BY_HAND = "write the derivative out as a formula"
 MODULE_HOOKS = (
     "register_full_backward_hook", "register_full_backward_pre_hook", "register_backward_hook"
 )  # fmt: skip
+SEEDS = ("manual_seed", "seed", "set_rng_state", "fork_rng")
+SEEDED = "leave it out: numbers follow from seed, step, sample and element"
 CALLS: Sequence[tuple[Any, str, str, str]] = (  # (owner, name, what would be wrong, what to do)
     (torch.autograd.graph.saved_tensors_hooks, "__enter__", "hooks on what autograd saves would not run",
      "leave them out: torch.utils.checkpoint saves memory here too"),
@@ -58,6 +60,8 @@ CALLS: Sequence[tuple[Any, str, str, str]] = (  # (owner, name, what would be wr
     (torch.autograd.forward_ad, "enter_dual_level", "the forward computes derivatives itself", BY_HAND),
     (torch._functorch.eager_transforms, "grad_increment_nesting", "the forward computes gradients itself", BY_HAND),
     (torch._functorch.eager_transforms, "jvp_increment_nesting", "the forward computes derivatives itself", BY_HAND),
+    *((owner, name, "the forward seeds torch's generator, by which nothing is drawn on chips", SEEDED)
+      for owner in (torch, torch.random) for name in SEEDS if hasattr(owner, name)),
     (torch._functorch.apis, "vmap_impl", "vmap cannot be captured", "give the function a batch dim: most take one"),
 )  # fmt: skip
 NO_GRADIENTS = "gradients are not there in a forward; keep what is needed of them in the optimizer"
@@ -111,6 +115,17 @@ def refuse_unsupported(module: nn.Module) -> None:
                 f"{type(child).__name__} splits batches and adds gradients itself, as the plan's dp does"
             )
             raise CaptureError(problem, where, "pass the module in it: model.module")
+        if isinstance(child, torch.jit.ScriptModule) or "_orig_mod" in child._modules:
+            is_scripted = isinstance(child, torch.jit.ScriptModule)
+            problem = (
+                f"the module is {'scripted' if is_scripted else 'compiled'}, as which it cannot be captured"
+            )
+            hint = (
+                "pass it as it was before torch.jit"
+                if is_scripted
+                else "pass the module in it: model._orig_mod"
+            )
+            raise CaptureError(problem, where, hint)
         if child._backward_hooks or child._backward_pre_hooks:
             raise CaptureError("a backward hook would not run", where, "remove the hook")
         for own, param in child.named_parameters(recurse=False):
@@ -120,8 +135,9 @@ def refuse_unsupported(module: nn.Module) -> None:
             if param._backward_hooks or getattr(param, "_post_accumulate_grad_hooks", None):
                 raise CaptureError("a gradient hook would not run", f"{where}: {own}", "remove the hook")
         for own, value in (*child.named_parameters(recurse=False), *child.named_buffers(recurse=False)):
-            if value.layout is not torch.strided:
-                raise CaptureError(f"{own} is sparse", f"{where}: {own}", "make it dense: to_dense()")
+            if value.layout is not torch.strided or value.is_quantized:
+                kind, hint = ("quantized", "dequantize()") if value.is_quantized else ("sparse", "to_dense()")
+                raise CaptureError(f"{own} is {kind}", f"{where}: {own}", f"make it dense: {hint}")
 
 
 def refuse_sparse(node: torch.fx.Node) -> None:
@@ -170,7 +186,12 @@ def _gradients_refused() -> Iterator[None]:
         asks = (frame.f_back if frame.f_code.co_name == READER else frame).f_code.co_filename
         return refuse() if is_users(asks) and _node_of(value) is not None else own.__get__(value)
 
-    with patch.object(torch.Tensor, "grad", property(read, own.__set__, own.__delete__), create=True):
+    def write(value: torch.Tensor, new: torch.Tensor | None) -> None:
+        if new is not None and is_users(sys._getframe(1).f_code.co_filename):
+            refusing("the forward or a backward sets .grad", NO_GRADIENTS)()
+        own.__set__(value, new)
+
+    with patch.object(torch.Tensor, "grad", property(read, write, own.__delete__), create=True):
         yield
 
 
