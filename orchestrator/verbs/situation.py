@@ -122,6 +122,9 @@ def require_batch(batch: object) -> None:
     if not isinstance(batch, Mapping) or not batch:
         problem = "the batch is not a mapping of names to inputs"
         raise PlanError(problem, "step(batch)", "pass {name: input}, as model(**batch)")
+    if odd := [name for name in batch if not isinstance(name, str)]:
+        raise PlanError(f"the batch has the key {odd[0]!r}, which names no input", "step(batch)",
+                        "name entries as forward does")  # fmt: skip
     require_plain(batch)
     if meta := [name for name, value in tensors_of(batch).items() if value.is_meta]:
         problem = f"the batch's {meta[0]} is on the meta device, without numbers"

@@ -22,7 +22,7 @@ from torch._subclasses.functional_tensor import FunctionalTensorMode, dispatch_f
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as trees
 
-from comms.errors import CaptureError
+from comms.errors import CaptureError, method_line
 from partitioner.capture.batch_inputs import Batch, rebuilt, tensors_of
 from partitioner.capture.forwards.autograd_questions import AutogradQuestions, require_own, stand_in_for
 from partitioner.capture.forwards.borrowed_module import REGISTERED, Borrowed, borrowed
@@ -321,7 +321,15 @@ def _require_repeatable(
     problem = f"the forward depends on {changed[0]}, which it changes itself" if changed else (
         "the forward computes with another number each time, of which all steps would get the first")  # fmt: skip
     hint = "make it a buffer (a tensor), or an input of the model"
-    raise CaptureError(problem, where or type(trace.module).__name__, hint)
+    raise CaptureError(problem, where or method_line(type(_owner(trace.module, changed[0])), "forward"), hint)
+
+
+def _owner(module: nn.Module, attribute: str) -> nn.Module:
+    """The submodule that holds an attribute, by its full name."""
+    children = dict(module.named_modules())
+    while attribute not in children:
+        attribute = attribute.rpartition(".")[0]
+    return children[attribute]
 
 
 def _require_known_inputs(module: nn.Module, batch: Batch, loss_fn: LossFunction | None) -> None:

@@ -26,6 +26,7 @@ from comms.errors import CaptureError
 from partitioner.capture.forwards.replaced import replaced
 from partitioner.capture.source_lines import running_line
 
+PYTHONS = "Python's random"
 KEEPING = {"getstate", "setstate"}  # of the functions of `random`, those that draw nothing
 EMPTY = ("empty", "empty_like", "new_empty", "empty_strided", "new")
 NUMBERS = bool | int | float | complex | str | torch.dtype | None
@@ -39,7 +40,7 @@ def no_host_draws(module: torch.nn.Module) -> Iterator[None]:
     other threads draw meanwhile from Python's stays drawn, and is none of the block's.
     """
     drawn: list[str] = []
-    own, threads, held = threading.get_ident(), set[int](), list(_generators(module))
+    own, threads, held = threading.get_ident(), dict[int, str](), list(_generators(module))
     before = [pickle.dumps(get()) for _, get, _ in held]
 
     def urandom(size: int) -> bytes:
@@ -59,18 +60,20 @@ def no_host_draws(module: torch.nn.Module) -> Iterator[None]:
         drew = drawn[0] if drawn else ""
         if drew and not isinstance(sys.exception(), KeyboardInterrupt):
             problem = f"the forward draws from {drew}: all steps would get what the first one draws"
-            raise CaptureError(
-                problem, "forward", "use torch.rand or dropout, or make it an input of the model"
-            ) from None
+            place = threads.get(own, "") if drew == PYTHONS else ""
+            hint = "use torch.rand or dropout, or make it an input of the model"
+            raise CaptureError(problem, place or "forward", hint) from None
 
 
 @contextmanager
-def _noting_threads(threads: set[int]) -> Iterator[None]:
-    """Note which threads call the functions of `random` (a library's, such as Ray's, draw names while we capture)."""
+def _noting_threads(threads: dict[int, str]) -> Iterator[None]:
+    """Note which threads call the functions of `random` (a library's, such as Ray's, draw names while we capture), and
+    the first line of the user's that does."""
 
     def noting(function: Callable[..., Any]) -> Callable[..., Any]:
         def called(*args: Any, **kwargs: Any) -> Any:
-            threads.add(threading.get_ident())
+            if threading.get_ident() not in threads:
+                threads[threading.get_ident()] = running_line()
             return function(*args, **kwargs)
 
         return called
@@ -82,7 +85,7 @@ def _noting_threads(threads: set[int]) -> Iterator[None]:
 
 def _generators(module: torch.nn.Module) -> Iterator[tuple[str, Callable[[], Any], Callable[[Any], object]]]:
     """Of every generator: its name, what reads its state, what puts a state back."""
-    yield "Python's random", random.getstate, random.setstate
+    yield PYTHONS, random.getstate, random.setstate
     torchs = torch.default_generator
     yield (
         "torch's generator, past the keys", lambda: torchs.get_state().numpy().tobytes(),

@@ -49,6 +49,11 @@ def _guesses(tensors: Mapping[str, torch.Tensor], parts: int) -> Iterator[tuple[
     lengths = Counter(v.shape[0] for v in tensors.values() if v.dim() and v.shape[0])
     sizes = [size for size, _ in lengths.most_common()]
     fitting = [size for size in sizes if size % parts == 0]
+    if not sizes:
+        problem = f"no entry of the batch is a tensor with samples, to be cut into {parts} parts (dp x microbatches)"
+        raise PlanError(
+            problem, "batch", "pass tensors whose first dim is the samples, or use dp 1 and 1 microbatch"
+        )
     if not fitting:
         shapes = ", ".join(f"{name} {list(v.shape)}" for name, v in tensors.items())
         later = {size for v in tensors.values() for size in v.shape[1:2] if size % parts == 0}

@@ -159,6 +159,8 @@ def test_what_an_optimizer_steps_on_besides_is_refused(trained: Any, problem: st
     [
         ({"x": X, "more": {1: X, "1": X}}, "two entries of the batch are called more.1"),
         ({"x": X.clone().requires_grad_()}, "the batch's x requires a gradient"),
+        ({1: X}, "the batch has the key 1, which names no input"),
+        ({"x": [1.0, 2.0]}, "no entry of the batch is a tensor with samples, to be cut into 2 parts"),
     ],
 )
 def test_batches_that_would_be_taken_for_others_are_refused(
