@@ -49,7 +49,7 @@ def _guesses(tensors: Mapping[str, torch.Tensor], parts: int) -> Iterator[tuple[
     lengths = Counter(v.shape[0] for v in tensors.values() if v.dim() and v.shape[0])
     sizes = [size for size, _ in lengths.most_common()]
     fitting = [size for size in sizes if size % parts == 0]
-    if not sizes:
+    if not tensors:
         problem = f"no entry of the batch is a tensor with samples, to be cut into {parts} parts (dp x microbatches)"
         raise PlanError(
             problem, "batch", "pass tensors whose first dim is the samples, or use dp 1 and 1 microbatch"
