@@ -138,6 +138,11 @@ def require_no_modes() -> None:
     modes = [*_get_current_function_mode_stack(), *_get_current_dispatch_mode_stack()]
     saving = torch._C._autograd._top_saved_tensors_default_hooks(True)
     around: list[Any] = [*map(type, modes), *(saving or ())]
+    if torch.is_anomaly_enabled():
+        problem = "anomaly detection is on, which would not see what chips compute"
+        raise PlanError(
+            problem, "step(batch)", "turn it off: a loss or gradient that is not finite ends the step"
+        )
     if foreign := [each for each in around if not str(each.__module__).startswith("torch.")]:
         problem = f"{foreign[0].__qualname__} is around the step, and would not see what it computes"
         raise PlanError(problem, "step(batch)", "leave it before the step, or put it into the forward")

@@ -127,6 +127,12 @@ def test_what_is_around_a_step_and_would_not_see_it_is_refused(around: Any, one_
         step({"x": X})
 
 
+def test_anomaly_detection_is_refused_by_its_name(one_thread: None) -> None:
+    step = step_of(Net().double())
+    with torch.autograd.set_detect_anomaly(True), pytest.raises(UserError, match="anomaly detection is on"):
+        step({"x": X})
+
+
 def test_modes_of_torch_may_be_around_a_step(one_thread: None) -> None:
     module, step = Net().double(), step_of(Net().double())
     with torch.device("cpu"), torch.autograd.graph.save_on_cpu():
