@@ -173,18 +173,17 @@ class _Trace:
         self.sources: dict[str, torch.Tensor] = {f"params:{n}": v for n, v in params.items()}
         self.sources |= {f"buffers:{n}": v for n, v in buffers.items()}
         number = torch.zeros((), dtype=torch.int64)
-        self.sources |= {f"batch:{n}": v for n, v in tensors_of(batch).items()}
-        self.sources |= {f"batch:{KEY}": number, f"batch:{FIRST_SAMPLE}": number}
+        given = {**tensors_of(batch), KEY: number, FIRST_SAMPLE: number}
+        self.sources |= {f"batch:{n}": v for n, v in given.items()}
         like = {n: torch.empty_like(v.detach(), device="meta") for n, v in self.sources.items()}
         self.shapes = {n: (v.shape, v.stride(), v.dtype) for n, v in like.items()}
 
     def run(self, *, functional: bool) -> torch.fx.GraphModule:
         """The graph of a forward; `functional`: without writes into tensors."""
-        self.calls.clear()
-        self.open_calls.clear()
+        for held in (self.calls, self.open_calls, self.regions):
+            held.clear()
         self.called = None if functional else CalledWith()
         self.told = self.questions.answers if functional else None
-        self.regions.clear()
         values = self._fakes()
         forward: Callable[..., Any] = self._forward
         if functional:
@@ -264,8 +263,9 @@ class _Trace:
         return loss, *(self.module.get_buffer(name) for name in self.buffers)
 
     @contextmanager
-    def _noted(self, region: Region) -> Iterator[None]:
-        with self.questions.computed_again(region.is_reentrant), noted(self.regions, region):
+    def _noted(self, region: Region, run: Callable[[], object]) -> Iterator[None]:
+        twice = (self.called or CalledWith()).twice(run)
+        with self.questions.computed_again(region.is_reentrant), noted(self.regions, region), twice:
             yield
 
     def differs(self, called: CalledWith) -> str:

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeAlias
 from unittest.mock import patch
 
@@ -37,27 +38,30 @@ class Region:
 
 RECOMPUTE = "recompute_regions"  # in a node's meta: the regions that it lies in, the outermost first
 Span: TypeAlias = tuple[Region, int, int]  # with the nodes that it starts and stops at
-Note: TypeAlias = Callable[[Region], AbstractContextManager[None]]
+Note: TypeAlias = Callable[[Region, Callable[[], object]], AbstractContextManager[None]]
 
 
-def _unnoted(_: Region) -> AbstractContextManager[None]:
+def _unnoted(_: Region, __: Callable[[], object]) -> AbstractContextManager[None]:
     return nullcontext()
 
 
 @contextmanager
 def inlined_checkpoints(note: Note = _unnoted) -> Iterator[None]:
-    """Inside the block a checkpointed function runs once, within `note(region)`."""
+    """Inside the block a checkpointed function runs once, within `note(region, function)`, which may run it again."""
 
     def of_function(function: Any, _preserves: bool, *args: Any) -> Any:
         has_gradient = any(isinstance(a, torch.Tensor) and a.requires_grad for a in args)
-        with nullcontext() if has_gradient else torch.no_grad(), note(Region(is_reentrant=True)):
-            return _without_inner_gradients(function(*args))
+        region, run = Region(is_reentrant=True), partial(function, *args)
+        with nullcontext() if has_gradient else torch.no_grad(), note(region, run):
+            return _without_inner_gradients(run())
 
     def around(
-        _function: Any, _preserves: bool = True, context_fn: Any = noop_context_fn, *_: Any, **__: Any
-    ) -> Iterator[None]:
+        function: Any, _preserves: bool = True, context_fn: Any = noop_context_fn, _check: str = "",
+        _debug: bool = False, _stops: bool = True, *args: Any, **kwargs: Any,
+    ) -> Iterator[None]:  # fmt: skip
         _require_selective(context_fn)
-        with note(Region(context_fn)) if torch.is_grad_enabled() else nullcontext():
+        run = partial(function, *args, **kwargs)
+        with note(Region(context_fn), run) if torch.is_grad_enabled() else nullcontext():
             yield
 
     with ExitStack() as stack:

@@ -18,7 +18,7 @@ from unittest.mock import patch
 
 import torch
 from torch._C._functorch import is_functorch_wrapped_tensor
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils import _pytree as trees
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -154,6 +154,32 @@ class CalledWith(TorchFunctionMode):
         """A run that stops early is another one too."""
         if self.expected is not None and not self.where and len(self.noted) < len(self.expected):
             self.where, self.change = where, _change(self.expected[len(self.noted)], ())
+
+    @contextmanager
+    def twice(self, run: Callable[[], object]) -> Iterator[None]:
+        """Refuse that `run`, which the block does once, calls something else the second time: torch runs what is
+        checkpointed again. Only where forwards are compared as wholes: tensors of a second run come from elsewhere."""
+        drawing: list[Any] = [mode for mode in _get_current_function_mode_stack() if hasattr(mode, "calls")]
+        start, before = len(self.noted), [mode.calls for mode in drawing]
+        yield
+        if self.expected is None or self.follows:
+            return
+        first, end, after = self.noted[start:], len(self.noted), [mode.calls for mode in drawing]
+        held = self.expected, self.where, self.change
+        self.expected = None
+        for mode, calls in zip(drawing, before, strict=True):  # what it draws has the same keys
+            mode.calls = calls
+        run()
+        second, (self.expected, self.where, self.change) = self.noted[end:], held
+        del self.noted[end:]
+        for mode, calls in zip(drawing, after, strict=True):
+            mode.calls = calls
+        places = range(len(first) - len(second) + 1)  # around it torch's own code calls more
+        if not any(first[place : place + len(second)] == second for place in places):
+            problem = "what is checkpointed computes with another number the second time, as torch runs it"
+            raise CaptureError(
+                problem, running_line(), "make what it counts an input, or leave the checkpoint out"
+            )
 
     def _turn(self, value: torch.Tensor) -> int:
         if id(value) not in self._turns:

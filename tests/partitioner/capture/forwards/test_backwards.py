@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from orchestrator.exceptions import UserError
 from orchestrator.verbs.distribute import distribute
@@ -225,3 +226,27 @@ def test_a_node_tells_what_it_is(one_thread: None) -> None:
     expected = module(x).item()
     step = distribute(module, torch.optim.SGD(module.parameters(), 0.1), "laptop", plan=Plan(), chips=1)
     assert step({"x": x}) == pytest.approx(expected, rel=1e-9)
+
+
+def counted_in_a_checkpoint(use_reentrant: bool) -> Any:
+    def forward(_: Any, x: torch.Tensor) -> torch.Tensor:
+        seen: list[int] = []
+
+        def function(value: torch.Tensor) -> torch.Tensor:
+            seen.append(1)
+            return value.tanh() * len(seen)
+
+        made: torch.Tensor = checkpoint(function, x, use_reentrant=use_reentrant)
+        return made
+
+    return forward
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_a_checkpointed_function_that_counts_its_runs_is_refused(
+    use_reentrant: bool, one_thread: None
+) -> None:
+    module = Net(counted_in_a_checkpoint(use_reentrant))
+    step = distribute(module, torch.optim.SGD(module.parameters(), 0.1), "laptop", plan=Plan(), chips=1)
+    with pytest.raises(UserError, match="computes with another number the second time"):
+        step({"x": torch.ones(8, 4)})
