@@ -25,6 +25,7 @@ from partitioner.capture.refused.refusals import refuse_unsupported
 from partitioner.capture.source_lines import calling_line
 
 Situation: TypeAlias = tuple[object, ...]
+KNOWN = ("torch.", "partitioner.")  # whose modes around a step are taken to change nothing, or to be seen
 FORWARD_HOOKS: tuple[Mapping[int, Any], ...] = (
     modules._global_forward_pre_hooks,
     modules._global_forward_hooks,
@@ -143,7 +144,7 @@ def require_no_modes() -> None:
         raise PlanError(
             problem, "step(batch)", "turn it off: a loss or gradient that is not finite ends the step"
         )
-    if foreign := [each for each in around if not str(each.__module__).startswith("torch.")]:
+    if foreign := [each for each in around if not str(each.__module__).startswith(KNOWN)]:
         problem = f"{foreign[0].__qualname__} is around the step, and would not see what it computes"
         raise PlanError(problem, "step(batch)", "leave it before the step, or put it into the forward")
 
