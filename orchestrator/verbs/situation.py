@@ -78,7 +78,9 @@ def situation_of(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batc
         raise PlanError(
             "a backward hook on all modules would not run", "torch.nn.modules.module", "remove the hook"
         )
-    tensors = tuple((n, v.shape, v.dtype, v.is_contiguous() or v.stride()) for n, v in given.items())
+    tensors = tuple(
+        (n, v.shape, v.dtype, v.requires_grad, v.is_contiguous() or v.stride()) for n, v in given.items()
+    )
     held = tuple((n, id(p), p.requires_grad, p.shape, p.dtype) for n, p in params.items())
     kept = tuple((n, b.shape, b.dtype) for n, b in model.named_buffers())
     modes = tuple(module.training for module in model.modules())

@@ -44,9 +44,9 @@ def require_plain(batch: Batch) -> None:
             problem, "batch", "give keys other names: dots and numbers as text join what is nested"
         )
     for path, value in leaves:
-        if isinstance(value, torch.Tensor) and (value.requires_grad or isinstance(value, torch.nn.Parameter)):
-            problem = f"the batch's {_name(path)} requires a gradient, which nothing would read"
-            raise PlanError(problem, "batch", "pass detach(), or make it a parameter of the model")
+        if isinstance(value, torch.nn.Parameter):
+            problem = f"the batch's {_name(path)} is a parameter, which nothing would train"
+            raise PlanError(problem, "batch", "register it in the model, or pass detach()")
         if not isinstance(value, PLAIN):
             raise PlanError(f"the batch's {_name(path)} is a {type(value).__name__}", "batch",
                             "pass tensors, numbers, text, and lists or dicts of them")  # fmt: skip

@@ -169,7 +169,6 @@ class _Trace:
         self.registered = {id(v): f"params:{n}" for n, v in params.items()}
         self.registered |= {id(v): f"buffers:{n}" for n, v in buffers.items()}
         self.buffers = tuple(buffers)
-        self.trained = {f"params:{n}" for n, v in params.items() if v.requires_grad}
         self.sources: dict[str, torch.Tensor] = {f"params:{n}": v for n, v in params.items()}
         self.sources |= {f"buffers:{n}": v for n, v in buffers.items()}
         number = torch.zeros((), dtype=torch.int64)
@@ -177,6 +176,7 @@ class _Trace:
         self.sources |= {f"batch:{n}": v for n, v in given.items()}
         like = {n: torch.empty_like(v.detach(), device="meta") for n, v in self.sources.items()}
         self.shapes = {n: (v.shape, v.stride(), v.dtype) for n, v in like.items()}
+        self.with_gradient = {n for n, v in self.sources.items() if v.requires_grad and n[:7] != "buffers"}
 
     def run(self, *, functional: bool) -> torch.fx.GraphModule:
         """The graph of a forward; `functional`: without writes into tensors."""
@@ -233,7 +233,7 @@ class _Trace:
                 n: torch.empty_strided(shape, stride, dtype=dtype, device="cpu")
                 for n, (shape, stride, dtype) in self.shapes.items()
             }
-        return [value.requires_grad_(name in self.trained) for name, value in made.items()]
+        return [value.requires_grad_(name in self.with_gradient) for name, value in made.items()]
 
     def _forward(self, *flat: torch.Tensor) -> tuple[torch.Tensor, ...]:
         named = dict(zip(self.sources, flat, strict=True))

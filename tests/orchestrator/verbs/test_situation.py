@@ -98,7 +98,7 @@ def test_an_entry_that_the_optimizer_trains_is_refused(laptop: Any) -> None:
     module, entry = Net(), nn.Parameter(X.clone())
     optimizer = torch.optim.SGD([*module.parameters(), entry], lr=0.5)
     step = distribute(module, optimizer, laptop, plan=Plan(dp=2), chips=2)
-    with pytest.raises(PlanError, match="the batch's x requires a gradient, which nothing would read"):
+    with pytest.raises(PlanError, match="the batch's x is a parameter, which nothing would train"):
         step({"x": entry})
 
 

@@ -30,7 +30,8 @@ class Net(nn.Module):
 
     def forward(self, x: torch.Tensor, more: Any = ()) -> torch.Tensor:
         out = self.second(torch.tanh(self.first(x))) * self.scale
-        return out.square().mean() * (2 if isinstance(more, tuple) else 3) * (1 if x.is_contiguous() else 5)
+        way = (2 if isinstance(more, tuple) else 3) * (1 if x.is_contiguous() else 5)
+        return out.square().mean() * way * (1 if not x.requires_grad else 7)
 
 
 class Assigning(torch.optim.SGD):
@@ -79,7 +80,7 @@ def test_how_a_batch_is_nested_and_lies_counts_in_every_step(one_thread: None) -
     module, step = Net().double(), step_of(Net().double(), lambda p, lr: torch.optim.SGD(p, lr=0.0))
     others: list[Any] = [(), (), (), (), (), [], (), {}, ()]
     for number, more in enumerate(others):
-        x = X.t().contiguous().t() if number == 6 else X
+        x = {6: X.t().contiguous().t(), 7: X.clone().requires_grad_()}.get(number, X)
         expected = module(x, more).item()
         assert step({"x": x, "more": more}) == pytest.approx(expected, rel=1e-9), number
 
@@ -164,7 +165,7 @@ def test_what_an_optimizer_steps_on_besides_is_refused(trained: Any, problem: st
     ("batch", "problem"),
     [
         ({"x": X, "more": {1: X, "1": X}}, "two entries of the batch are called more.1"),
-        ({"x": X.clone().requires_grad_()}, "the batch's x requires a gradient"),
+        ({"x": nn.Parameter(X)}, "the batch's x is a parameter, which nothing would train"),
         ({1: X}, "the batch has the key 1, which names no input"),
         ({"x": [1.0, 2.0]}, "no entry of the batch is a tensor with samples, to be cut into 2 parts"),
     ],
