@@ -54,10 +54,9 @@ def situation_of(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batc
     refuse_unsupported(model)
     require_no_hooks(optimizer)
     params, given = dict(model.named_parameters()), tensors_of(batch)
-    optimized = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    groups = [[id(p) for p in group["params"]] for group in optimizer.param_groups]
-    counted = Counter(each for own in groups for each in own)
-    if twice := [name for name, value in params.items() if counted[id(value)] > 1]:
+    groups = tuple(tuple(id(p) for p in group["params"]) for group in optimizer.param_groups)
+    optimized = Counter(each for own in groups for each in own)
+    if twice := [name for name, value in params.items() if optimized[id(value)] > 1]:
         problem = f"the optimizer holds {twice[0]} twice: torch would step on it as often"
         raise PlanError(problem, "step(batch)", "leave it out once, as tied parameters are one")
     if trained := [name for name, value in model.named_buffers() if id(value) in optimized]:
@@ -71,7 +70,7 @@ def situation_of(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batc
             problem = f"the parameter {name} is " + ("on the meta device, without numbers" if value.is_meta else
                                                      "a tensor of inference_mode, which nothing trains")  # fmt: skip
             raise PlanError(problem, "step(batch)", "make the model on the CPU, outside of inference_mode")
-    if params and not optimized & set(map(id, params.values())):
+    if params and not any(id(value) in optimized for value in params.values()):
         problem = "the optimizer holds none of the model's parameters"
         raise PlanError(problem, type(optimizer).__name__, "make it of this model's parameters()")
     if any(BACKWARD_HOOKS):
@@ -84,7 +83,7 @@ def situation_of(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batc
     held = tuple((n, id(p), p.requires_grad, p.shape, p.dtype) for n, p in params.items())
     kept = tuple((n, b.shape, b.dtype) for n, b in model.named_buffers())
     modes = tuple(module.training for module in model.modules())
-    return tensors, settings_of(batch), held, kept, modes, tuple(map(tuple, groups)), _surroundings()
+    return tensors, settings_of(batch), held, kept, modes, groups, _surroundings()
 
 
 def require_kinds(**given: tuple[object, type | tuple[type, ...]]) -> None:

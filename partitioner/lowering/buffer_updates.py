@@ -79,9 +79,8 @@ class BufferWriter:
 
     def _made(self, update: BufferUpdate) -> int:
         role, graph = self.role, self.graph
-        own = [name for name in update.sums if self.context.producer(name) == role.stage]
-        totals = emit_updates(role, self.context.plan, {name: self.values[name] for name in own})
-        for name in (name for name in update.sums if name not in own):
+        totals = self._own_totals(update)
+        for name in [name for name in update.sums if name not in totals]:
             totals[name] = self._receive(f"{name}.kept_total", name, self.context.producer(name))
         reads = [totals[n] if n in totals else keep(role, self.values[n]) for n in update.side.reads]
         made = role.tensor(f"next.{update.buffer}", TensorKind.SCALAR, graph.specs[update.value])
@@ -93,11 +92,15 @@ class BufferWriter:
 
     def _send_sums(self, update: BufferUpdate) -> None:
         owner = max(update.makers)
+        for name, total in self._own_totals(update).items():
+            if (name, owner) not in self.sent:
+                self.sent.add((name, owner))
+                self.role.emit("commit", Send(0, total, owner))
+
+    def _own_totals(self, update: BufferUpdate) -> dict[str, int]:
+        """Of the sums that an update needs, those of what this stage makes."""
         own = [name for name in update.sums if self.context.producer(name) == self.role.stage]
-        totals = emit_updates(self.role, self.context.plan, {name: self.values[name] for name in own})
-        for name in (name for name in own if (name, owner) not in self.sent):
-            self.sent.add((name, owner))
-            self.role.emit("commit", Send(0, totals[name], owner))
+        return emit_updates(self.role, self.context.plan, {name: self.values[name] for name in own})
 
     def _keep(self) -> None:
         """What needs no sums is made in the forward, and kept aside until the step's end."""
