@@ -6,11 +6,10 @@ A trace notes which operations lie in which part, and whoever differentiates the
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeAlias
-from unittest.mock import patch
 
 import torch
 from torch.fx import Node
@@ -20,6 +19,7 @@ from torch.utils import checkpoint
 from torch.utils.checkpoint import CheckpointFunction, noop_context_fn
 
 from comms.errors import CaptureError
+from partitioner.capture.forwards.replaced import replaced
 
 # torch's own users of the name
 USERS = ("torch.utils.checkpoint", "torch.distributed._composable.checkpoint_activation")
@@ -64,11 +64,9 @@ def inlined_checkpoints(note: Note = _unnoted) -> Iterator[None]:
         with note(Region(context_fn), run) if torch.is_grad_enabled() else nullcontext():
             yield
 
-    with ExitStack() as stack:
-        for name in USERS:
-            if module := sys.modules.get(name):
-                stack.enter_context(patch.object(module, "_checkpoint_without_reentrant_generator", around))
-        stack.enter_context(patch.object(CheckpointFunction, "apply", of_function))
+    users = [module for module in map(sys.modules.get, USERS) if module]
+    generators = [(module, "_checkpoint_without_reentrant_generator", around) for module in users]
+    with replaced([*generators, (CheckpointFunction, "apply", of_function)]):
         yield
 
 

@@ -7,9 +7,8 @@ backward is what gets traced.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch._subclasses.functional_tensor import FunctionalTensor, disable_functional_mode
@@ -25,6 +24,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as trees
 
 from comms.errors import CaptureError, method_line
+from partitioner.capture.forwards.replaced import replaced
 from partitioner.capture.refused.refusals import refusing
 
 original: Callable[..., Any] = torch.autograd.Function.apply.__func__  # type: ignore[attr-defined]
@@ -156,11 +156,9 @@ def recorded_functions(registered: Mapping[int, str]) -> Iterator[None]:
     of the model's stand-ins, by identity."""
     # what may lie in one storage, and how often it was written
     shared: list[tuple[type, torch.Tensor, int]] = []
-    with ExitStack() as stack:
-        apply = classmethod(lambda cls, *args: _apply(shared, registered, cls, *args))
-        stack.enter_context(patch.object(_SingleLevelFunction, "apply", apply, create=True))
-        data = property(torch._C.TensorBase.__dict__["data"].__get__, refusing(*SETS_DATA))
-        stack.enter_context(patch.object(torch.Tensor, "data", data, create=True))
+    apply = classmethod(lambda cls, *args: _apply(shared, registered, cls, *args))
+    data = property(torch._C.TensorBase.__dict__["data"].__get__, refusing(*SETS_DATA))
+    with replaced([(_SingleLevelFunction, "apply", apply), (torch.Tensor, "data", data)]):
         yield
     for cls, value, version in shared:
         if _versions([value]) != [version]:
