@@ -21,10 +21,11 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from enum import StrEnum
 from multiprocessing import get_context
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from support.harness import report
+from support.random_python import FUNCTIONS
 from support.random_steps import OWN
 from support.random_training import Case, random_case
 from torch import nn
@@ -49,17 +50,14 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 C = 4
 CW = torch.linspace(0.5, 2.0, C, dtype=torch.float64)
-class Squash(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x): ctx.save_for_backward(x.tanh()); return x.tanh() * 2
-    @staticmethod
-    def backward(ctx, grad): return grad * 2 * (1 - ctx.saved_tensors[0] ** 2)
-class Straight(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x): return x.round()
-    @staticmethod
-    def backward(ctx, grad): return grad
 """
+
+
+class Named(NamedTuple):
+    """A part of a batch."""
+
+    k: float
+    t: torch.Tensor
 
 
 class Outcome(StrEnum):
@@ -164,7 +162,7 @@ def rows_of(ended: list[Ended]) -> list[Mapping[str, object]]:
 def names_of(case: Case) -> dict[str, Any]:
     """The names that the text defines; tracebacks show its lines."""
     names: dict[str, Any] = {"__name__": "random_case"}
-    for title, text in (("prelude", PRELUDE + OWN), (f"case {case.seed}", case.source)):
+    for title, text in (("prelude", PRELUDE + FUNCTIONS + OWN), (f"case {case.seed}", case.source)):
         linecache.cache[title] = (len(text), None, text.splitlines(keepends=True), title)
         exec(compile(text, title, "exec"), names)
     return names
@@ -194,18 +192,17 @@ def batch_of(case: Case, step: int) -> dict[str, Any]:
         "pos1": torch.arange(time)[None], "gain": torch.tensor(1.0 + step, dtype=torch.float64), "absent": None,
         "temp": 1.0 + 0.5 * step, "cfg": {"a": normal(size, time, C), "b": [normal(C), 2.0]},
         "strided": normal(size, C, time).transpose(1, 2), "spread": normal(size, 1, C).expand(-1, time, -1),
-        "pix": pixels if is_whole else pixels.double(),
+        "pix": pixels if is_whole else pixels.double(), "flag": step % 2 == 0, "mode": "ab"[step % 2],
+        "half": normal(size, C).float(), "wish": normal(size, C).requires_grad_(),
+        "deep": {"p": (normal(size, C), {"q": [None, normal(C)]}), "r": Named(0.5, normal(size))},
     }  # fmt: skip
     return {name: known[name] for name in case.inputs}
 
 
 def ended_as(case: Case, *, print_traceback: bool = False) -> Ended:
     """Train both ways, and compare."""
-    names = names_of(case)
-    torch.manual_seed(case.seed)
     try:
-        base = names["M"]().double()
-        plain = trained_plainly(case, names, copy.deepcopy(base))
+        plain = trained_plainly(case, *begun(case))
     except Exception as error:
         return Ended(case, Outcome.SKIPPED, f"{type(error).__name__}: {error}")
     numbers = [
@@ -214,7 +211,7 @@ def ended_as(case: Case, *, print_traceback: bool = False) -> Ended:
     ]
     if not all(map(math.isfinite, numbers)):
         return Ended(case, Outcome.SKIPPED, "not finite")
-    module = copy.deepcopy(base)
+    names, module = begun(case)
     try:
         ours = trained_by_plan(case, names, module)
     except UserError as error:
@@ -229,14 +226,20 @@ def ended_as(case: Case, *, print_traceback: bool = False) -> Ended:
     worst, where = difference(ours, plain)
     if worst <= TOLERANCE:
         return Ended(case, Outcome.EQUAL)
-    if worst <= AMPLIFIED * difference(trained_plainly(case, names, moved(base)), plain)[0]:
+    if worst <= AMPLIFIED * difference(trained_plainly(case, *moved(*begun(case))), plain)[0]:
         return Ended(case, Outcome.SKIPPED, "too sensitive to rounding")
     return Ended(case, Outcome.DIFFERS, f"{where} by {worst:.1e}; losses {ours.losses}, right {plain.losses}")
 
 
-def moved(base: nn.Module) -> nn.Module:
+def begun(case: Case) -> tuple[dict[str, Any], nn.Module]:
+    """The names and the module, made anew: no run sees what another one changed in them."""
+    names = names_of(case)
+    torch.manual_seed(case.seed)
+    return names, names["M"]().double()
+
+
+def moved(names: dict[str, Any], other: nn.Module) -> tuple[dict[str, Any], nn.Module]:
     """The module with weights and gradients off by about a rounding."""
-    other = copy.deepcopy(base)
     with torch.no_grad():
         for param in other.parameters():
             param.mul_(1 + ROUNDING * torch.randn(param.shape, dtype=param.dtype))
@@ -244,7 +247,7 @@ def moved(base: nn.Module) -> nn.Module:
                 param.register_hook(
                     lambda g: g + ROUNDING * g.abs().max() * torch.randn(g.shape, dtype=g.dtype)
                 )
-    return other
+    return names, other
 
 
 def difference(ours: Trained, plain: Trained) -> tuple[float, str]:
@@ -312,7 +315,7 @@ def trained_plainly(case: Case, names: Mapping[str, Any], module: nn.Module) -> 
             with torch.no_grad(), keyed(step):
                 losses.append(loss_of(case, names, copy.deepcopy(module), batch).item())
 
-        eval(case.hooks[k] or "None", scope | {"k": k, "sync": lambda: None, "evaluate": evaluate})
+        exec(case.hooks[k], scope | {"k": k, "sync": lambda: None, "evaluate": evaluate})
         losses.append(plain_step(case, names, module, optimizer, batch, k))
         if schedule:
             schedule.step()
@@ -337,7 +340,7 @@ def trained_by_plan(case: Case, names: Mapping[str, Any], module: nn.Module) -> 
         def evaluate(batch: Mapping[str, Any] = batch) -> None:
             losses.append(step.evaluate(batch))
 
-        eval(case.hooks[k] or "None", scope | {"k": k, "sync": step.sync, "evaluate": evaluate})
+        exec(case.hooks[k], scope | {"k": k, "sync": step.sync, "evaluate": evaluate})
         losses.append(step(batch))
         if schedule:
             schedule.step()

@@ -14,6 +14,7 @@ from math import prod
 
 from support.random_draws import DRAWS
 from support.random_papers import PAPERS
+from support.random_python import BESIDE
 from support.random_steps import GROUPS, HOOKS, OPTIMIZERS, SCHEDULES
 
 from partitioner.layout.parallel_plan import Plan
@@ -235,7 +236,7 @@ STEPS = (2, 2, 3)
 MEANING = {"LIN": "$l = nn.Linear(C, C)", "PAR(": "nn.Parameter(torch.randn("}
 INPUTS = (
     "x0", "v0", "ids", "tgt", "lab", "wgt", "msk", "pos0", "pos1", "gain", "temp", "absent", "cfg", "strided", "spread",
-    "pix",
+    "pix", "flag", "mode", "deep", "half", "wish",
 )  # fmt: skip
 LAYOUTS = {"v": "", "s": "", "t": "{n} = {n}.transpose(0, 1)", "f": "{n} = {n}.flatten(0, 1)"}  # of targets
 
@@ -335,7 +336,9 @@ def _pieces(draw: random.Random) -> tuple[tuple[tuple[str, str], ...], tuple[str
             time = (2 if "2 * C" in text[0] else 3) if way == "v>s" else time
             shape = way[2]
         else:
-            _, *text = draw.choice([row for row in table(PIECES + DRAWS + PAPERS) if shape in row[0]])
+            _, *text = draw.choice(
+                [row for row in table(PIECES + DRAWS + PAPERS + BESIDE) if shape in row[0]]
+            )
         chosen.append((text[0], text[1]))
     if shape == "i":
         _, *text = draw.choice([row for row in turns if row[0] == "i>s"])
