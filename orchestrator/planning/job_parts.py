@@ -255,7 +255,7 @@ def optimized_shape(
     free = [n for n, p in module.named_parameters() if n in apart and p.requires_grad]
     if free and clip_norm is not None:
         problem = (
-            f"{free[0]} has a gradient but is in no group of the optimizer: clip it with the others or not?"
+            f"{free[0]} takes a gradient but is in no group of the optimizer: clip it with the others or not?"
         )
         raise PlanError(problem, "clip_norm", "freeze it (requires_grad_(False)), or add it to a group")
     shape = step_shape(module, batch, states_per_element(same_kind(optimizer)))

@@ -182,7 +182,9 @@ def _mix(values: Hashes) -> Hashes:
 
 
 def step_key(seed: int, step: int) -> int:
-    """What random numbers of a step are drawn by, as a signed 64-bit number."""
+    """What random numbers of a step are drawn by, as a signed 64-bit number. Raises DataError."""
+    if type(step) is not int:
+        raise DataError(f"the step is {step!r}, not a whole number", "steps", "set it to how many were taken")
     mixed = (seed * 0x9E3779B97F4A7C15 + step * 0xD1B54A32D192ED03) % 2**64
     return mixed - 2**64 if mixed >= 2**63 else mixed
 

@@ -343,7 +343,7 @@ def _require_known_inputs(module: nn.Module, batch: Batch, loss_fn: LossFunction
     try:
         inspect.signature(module.forward).bind(**{name: batch[name] for name in taken})
     except TypeError as error:
-        hint = f"the batch has {', '.join(batch)}; name its entries as forward does"
+        hint = f"the batch has {', '.join(batch)}; name its entries as forward does, and leave out / there"
         raise CaptureError(f"the batch does not fit the model: {error}", where, hint) from error
 
 

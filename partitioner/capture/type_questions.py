@@ -8,10 +8,9 @@ answer while a forward is traced; torch's own, which must tell stand-ins apart, 
 import builtins
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from types import FunctionType, ModuleType
 from typing import Any, TypeAlias
-from unittest.mock import patch
 
 import torch
 from torch import nn
@@ -19,11 +18,13 @@ from torch._subclasses import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
 from comms.errors import CaptureError
+from partitioner.capture.forwards.replaced import replaced
 from partitioner.capture.source_lines import is_users, running_line
 
 Space: TypeAlias = dict[str, Any]
 STAND_INS = (FakeTensor, FunctionalTensor)
 UNLIKE = frozenset({"__class__", "fake_mode", "fake_device"})  # attributes that tell a stand-in by
+READ = "__getattribute__"
 READER = "attribute_in_training"  # a function that stands between who asks for an attribute and what answers
 OWN = frozenset({"torch", "partitioner", "kernels", "comms", "orchestrator"}) | sys.stdlib_module_names
 
@@ -82,14 +83,14 @@ def told_type(value: object) -> type:
 @contextmanager
 def types_as_in_training(spaces: Collection[Space]) -> Iterator[None]:
     """Inside the block code of these namespaces (see `spaces_of`) is told the types of what stand-ins stand for."""
-    with ExitStack() as stack:
+    try:
         for space in spaces:
             space["type"] = _Told
-            stack.callback(space.pop, "type", None)
-        for kind in STAND_INS:
-            read = _as_in_training(kind.__getattribute__)
-            stack.enter_context(patch.object(kind, "__getattribute__", read))
-        yield
+        with replaced((kind, READ, _as_in_training(getattr(kind, READ))) for kind in STAND_INS):
+            yield
+    finally:
+        for space in spaces:
+            space.pop("type", None)
 
 
 def _as_in_training(own: Callable[[Any, str], Any]) -> Callable[[Any, str], Any]:

@@ -6,35 +6,32 @@ through which they choose their implementation; all of its implementations compu
 """
 
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch.nn import functional
 
 import kernels.expert_products  # noqa: F401  (registers orchestrate::expert_mm)
+from partitioner.capture.forwards.replaced import replaced
 
 TRANSFORMERS = "transformers.integrations.moe"
 LOOPED_OR_GROUPED = (None, "eager", "grouped_mm")
 ROWS, MATRICES = 2, 3  # dims of operands that `expert_mm` covers
 
 
-@contextmanager
-def expert_forms() -> Iterator[None]:
+def expert_forms() -> AbstractContextManager[None]:
     """Inside the block experts are computed by `expert_mm`."""
-    with ExitStack() as stack:
-        for owner, name in ((functional, "grouped_mm"), (torch, "_grouped_mm")):
-            if hasattr(owner, name):
-                stack.enter_context(patch.object(owner, name, partial(_grouped_mm, getattr(owner, name))))
-        if (interface := getattr(sys.modules.get(TRANSFORMERS), "ExpertsInterface", None)) is not None:
-            chosen = partial(_implementation, interface.get_interface)
-            stack.enter_context(
-                patch.object(interface, "get_interface", lambda self, *names: chosen(self, *names))
-            )
-        yield
+    changed: list[tuple[Any, str, object]] = [
+        (owner, name, partial(_grouped_mm, getattr(owner, name)))
+        for owner, name in ((functional, "grouped_mm"), (torch, "_grouped_mm"))
+    ]
+    if (interface := getattr(sys.modules.get(TRANSFORMERS), "ExpertsInterface", None)) is not None:
+        chosen = partial(_implementation, interface.get_interface)
+        changed.append((interface, "get_interface", lambda self, *names: chosen(self, *names)))
+    return replaced(changed)
 
 
 def _grouped_mm(

@@ -26,8 +26,13 @@ from comms.errors import CaptureError
 from partitioner.capture.forwards.replaced import replaced
 from partitioner.capture.source_lines import running_line
 
-PYTHONS = "Python's random"
-KEEPING = {"getstate", "setstate"}  # of the functions of `random`, those that draw nothing
+PYTHONS, NUMPYS = "Python's random", "numpy.random"
+KEEPING = {
+    "getstate",
+    "setstate",
+    "get_state",
+    "set_state",
+}  # of the functions of `random`, those that draw nothing
 EMPTY = ("empty", "empty_like", "new_empty", "empty_strided", "new")
 NUMBERS = bool | int | float | complex | str | torch.dtype | None
 
@@ -40,7 +45,7 @@ def no_host_draws(module: torch.nn.Module) -> Iterator[None]:
     other threads draw meanwhile from Python's stays drawn, and is none of the block's.
     """
     drawn: list[str] = []
-    own, threads, held = threading.get_ident(), dict[int, str](), list(_generators(module))
+    own, lines, held = threading.get_ident(), dict[tuple[str, int], str](), list(_generators(module))
     before = [pickle.dumps(get()) for _, get, _ in held]
 
     def urandom(size: int) -> bytes:
@@ -49,10 +54,11 @@ def no_host_draws(module: torch.nn.Module) -> Iterator[None]:
         return os.urandom(size)
 
     try:
-        with patch.object(random, "_urandom", urandom), _noting_threads(threads):
+        with patch.object(random, "_urandom", urandom), _noting_lines(lines):
             yield
     finally:
         for (name, get, put), state in zip(held, before, strict=True):
+            threads = {thread for kind, thread in lines if kind == name}
             is_elsewhere = get == random.getstate and threads and own not in threads
             if pickle.dumps(get()) != state and not is_elsewhere:
                 drawn.append(name)
@@ -60,26 +66,30 @@ def no_host_draws(module: torch.nn.Module) -> Iterator[None]:
         drew = drawn[0] if drawn else ""
         if drew and not isinstance(sys.exception(), KeyboardInterrupt):
             problem = f"the forward draws from {drew}: all steps would get what the first one draws"
-            place = threads.get(own, "") if drew == PYTHONS else ""
             hint = "use torch.rand or dropout, or make it an input of the model"
-            raise CaptureError(problem, place or "forward", hint) from None
+            raise CaptureError(problem, lines.get((drew, own)) or "forward", hint) from None
 
 
 @contextmanager
-def _noting_threads(threads: dict[int, str]) -> Iterator[None]:
-    """Note which threads call the functions of `random` (a library's, such as Ray's, draw names while we capture), and
-    the first line of the user's that does."""
+def _noting_lines(lines: dict[tuple[str, int], str]) -> Iterator[None]:
+    """Note which threads call the functions of `random` and `numpy.random` (a library, such as Ray, draws names while
+    we capture), and the first line of the user's that does: by kind and thread."""
 
-    def noting(function: Callable[..., Any]) -> Callable[..., Any]:
+    def noting(kind: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def called(*args: Any, **kwargs: Any) -> Any:
-            if threading.get_ident() not in threads:
-                threads[threading.get_ident()] = running_line()
+            if (kind, threading.get_ident()) not in lines:
+                lines[kind, threading.get_ident()] = running_line()
             return function(*args, **kwargs)
 
         return called
 
-    found = {n: f for n, f in vars(random).items() if isinstance(getattr(f, "__self__", None), random.Random)}
-    with replaced((random, name, noting(found[name])) for name in found.keys() - KEEPING):
+    numpys = getattr(sys.modules.get("numpy"), "random", None)
+    drawing = ((PYTHONS, random, random.Random), (NUMPYS, numpys, getattr(numpys, "RandomState", ())))
+    with replaced(
+        (space, name, noting(kind, found))
+        for kind, space, drawer in drawing for name, found in list(vars(space or object).items())
+        if name not in KEEPING and isinstance(getattr(found, "__self__", None), drawer)
+    ):  # fmt: skip
         yield
 
 
@@ -93,7 +103,7 @@ def _generators(module: torch.nn.Module) -> Iterator[tuple[str, Callable[[], Any
     )  # fmt: skip
     numpy: Any = sys.modules.get("numpy")
     if numpy:
-        yield "numpy.random", numpy.random.get_state, numpy.random.set_state
+        yield NUMPYS, numpy.random.get_state, numpy.random.set_state
     own = {id(v): (f"{n}.{k}".lstrip("."), v) for n, m in module.named_modules() for k, v in vars(m).items()}
     for name, value in own.values():
         bits = getattr(value, "bit_generator", None) if type(value).__module__.startswith("numpy") else None

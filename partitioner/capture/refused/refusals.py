@@ -40,6 +40,7 @@ INSTEAD = {  # of operators whose results' sizes depend on values
     "_ctc_loss": "its tables are as long as the longest target: write the sums over paths out with logsumexp",
 }
 NO_HOOKS = "leave it out: record values with forward hooks, and change gradients in an autograd.Function"
+SPARSE_AT = {"embedding": 4, "embedding_bag": 5}  # which argument asks for sparse gradients
 BY_HAND = "write the derivative out as a formula"
 MODULE_HOOKS = (
     "register_full_backward_hook", "register_full_backward_pre_hook", "register_backward_hook"
@@ -142,7 +143,8 @@ def refuse_unsupported(module: nn.Module) -> None:
 
 def refuse_sparse(node: torch.fx.Node) -> None:
     """Refuse what makes or reads tensors that are not stored entry by entry. Raises CaptureError."""
-    if node.target is torch.ops.aten.embedding.default and len(node.args) > 4 and node.args[4]:
+    at = SPARSE_AT.get(op_name(node.target), len(node.args))
+    if node.args[at : at + 1] == (True,):
         raise CaptureError("sparse gradients are not supported", source_line(node), "use sparse=False")
     layout = getattr(node.meta.get("val"), "layout", torch.strided)
     if layout is not torch.strided or "sparse" in op_name(node.target):

@@ -243,7 +243,7 @@ def test_a_gradient_that_nobody_clips_is_refused(laptop: Any) -> None:
         return torch.optim.AdamW(module.last.parameters(), lr=0.02)
 
     twins = Twins(Plan(dp=2), laptop, head_only, clip_norm=1.0)
-    with pytest.raises(PlanError, match="has a gradient but is in no group of the optimizer"):
+    with pytest.raises(PlanError, match="takes a gradient but is in no group of the optimizer"):
         twins.step(batch(0))
     twins.mine.requires_grad_(False)
     twins.mine.last.requires_grad_(True)

@@ -87,9 +87,18 @@ def test_what_other_threads_draw_is_none_of_the_forwards(taken: Callable[[], flo
     assert random.getstate() != before, "what they drew stays drawn"
 
 
-def test_the_line_is_named() -> None:
-    with pytest.raises(CaptureError, match=r"self\.taken"):
-        capture_graph(Scaled(time.perf_counter), {"x": torch.randn(4, 4)})
+@pytest.mark.parametrize(
+    ("taken", "text"),
+    [
+        (time.perf_counter, "self.taken"),
+        (lambda: random.random(), "random()"),
+        (lambda: numpy.random.rand(), "rand()"),
+    ],
+)
+def test_the_line_is_named(taken: Callable[[], Any], text: str) -> None:
+    with pytest.raises(CaptureError) as caught:
+        capture_graph(Scaled(taken), {"x": torch.randn(4, 4)})
+    assert __file__ in caught.value.where and text in caught.value.where
 
 
 def test_generators_are_as_they_were() -> None:
