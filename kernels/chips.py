@@ -176,7 +176,7 @@ def chip_document(key: str) -> dict[str, object]:
 def parse_chip(document: Mapping[str, object]) -> Chip:
     """The chip that a catalog document (`kind: chip`) describes. Raises ChipError and names the figure."""
     figures = _Figures(document)
-    kind = ChipKind(figures.text("class"))
+    kind = _class_of(figures.text("class"))
     peaks = {dtype: figures.number(f"peak.{dtype}", Quantity.COMPUTE_RATE) for dtype in figures.keys("peak")}
     if not any(dtype in peaks for dtype in ("bf16", "fp16", "tf32", "fp32", "int8")):
         raise ChipError("peak needs a figure for one of bf16, fp16, tf32, fp32, int8")
@@ -210,9 +210,14 @@ def parse_chip(document: Mapping[str, object]) -> Chip:
     )
 
 
+def _class_of(text: str) -> ChipKind:
+    if text not in list(ChipKind):
+        raise ChipError(f"class must be one of {', '.join(ChipKind)}, got {text!r}")
+    return ChipKind(text)
+
+
 class _Figures:
-    """Typed access to the figures of one document by dotted path; remembers the source of each, so that no figure
-    enters a chip without one."""
+    """Typed access to the figures of one document by dotted path; remembers the source of each that can have one."""
 
     def __init__(self, document: Mapping[str, object]) -> None:
         self._document = document

@@ -26,6 +26,7 @@ TORCH_OWN = frozenset(
 ) - {"defaults"}
 LATE = "do so from the first step on, so that it is seen before; go on from the last checkpoint"
 LATE_STEPS = 11  # more than the usual "every tenth step"
+GROUPS = "let groups of the optimizer say what is special"  # what to do
 AS = ": "  # between the name of a state and its type
 NUMBERS = {bool: torch.bool, int: torch.int64, float: torch.float64}
 MAX_DEPTH = 6
@@ -108,7 +109,7 @@ def require_no_parameters(optimizer: torch.optim.Optimizer) -> None:
             problem = (
                 f"the optimizer's {name} holds parameters, or ids of them, but chips step on other tensors"
             )
-            raise OptimizerError(problem, hint="let groups of the optimizer say what is special")
+            raise OptimizerError(problem, hint=GROUPS)
 
 
 def _numbers(marks: object) -> Iterator[int]:

@@ -19,7 +19,19 @@ from kernels.chips import Chip
 
 # Names of ATen operators whose FLOPs the matrix pipes do; all attention kernels besides (see is_matmul).
 MATMULS = frozenset(
-    {"mm", "bmm", "addmm", "baddbmm", "linear", "matmul", "convolution", "convolution_backward"}
+    {
+        "mm",
+        "bmm",
+        "addmm",
+        "baddbmm",
+        "linear",
+        "matmul",
+        "convolution",
+        "convolution_backward",
+        "expert_mm",
+        "expert_mm_weights",
+        "_grouped_mm",
+    }
 )
 # Program dtype -> the chip's name of the peak; integers and booleans run on the vector pipes like fp32.
 PEAKS: Mapping[str, str] = {"f64": "fp64", "f32": "fp32", "f16": "fp16", "bf16": "bf16", "i8": "int8"}

@@ -9,17 +9,23 @@ torch.optim.AdamW({}, lr=0.01, betas=(0.8, 0.95)) ;; torch.optim.AdamW({}, lr=0.
 torch.optim.Rprop({}, lr=0.01) ;; torch.optim.Adadelta({}, lr=1.0) ;; torch.optim.NAdam({}, lr=0.01) ;; \
 torch.optim.RAdam({}, lr=0.01) ;; torch.optim.Adamax({}, lr=0.01) ;; torch.optim.ASGD({}, lr=0.01) ;; OwnAdam({}, \
 lr=0.01) ;; OwnStep({}, lr=0.05) ;; torch.optim.Adafactor({}, lr=0.01) ;; Lamb({}, lr=0.02) ;; Lion({}, lr=0.01) ;; \
-ByCount({}, lr=0.02) ;; Slow({}, lr=0.05) ;; Lamb({}, lr=0.05, late=1) ;; Assigning({}, lr=0.05) ;; Central({}, \
-lr=0.05) ;; ByGroup({}, lr=0.05) ;; Kept({}, lr=0.05) ;; Dense({}, lr=0.05, weight_decay=0.1) ;; Noisy({}, lr=0.05) \
-;; torch.optim.AdamW({}, lr=torch.tensor(0.01)) ;; torch.optim.Adam({}, lr=0.01, fused=True) ;; torch.optim.SGD({}, \
+Slow({}, lr=0.05) ;; Lamb({}, lr=0.05, late=1) ;; Assigning({}, lr=0.05) ;; Central({}, lr=0.05) ;; \
+torch.optim.AdamW({}, lr=torch.tensor(0.01)) ;; torch.optim.Adam({}, lr=0.01, fused=True) ;; torch.optim.SGD({}, \
 lr=0.05, momentum=0.9, foreach=True)
 """
 GROUPS = """
 m.parameters() ;; m.parameters() ;; m.parameters() ;; [p for p in m.parameters() if p.requires_grad] ;; \
 m.named_parameters() ;; [dict(params=[p for p in m.parameters() if p.dim() > 1]), dict(params=[p for p in \
 m.parameters() if p.dim() <= 1], lr=0.02)] ;; [dict(params=[p]) for p in m.parameters()] ;; list(m.parameters())[:-1] \
-or list(m.parameters()) ;; list(m.parameters())[::-1] ;; [*m.parameters(), *list(m.parameters())[:1]] ;; \
-[*m.parameters(), *(b for b in m.buffers() if b.is_floating_point())] ;; iter(m.parameters())
+or list(m.parameters()) ;; list(m.parameters())[::-1] ;; iter(m.parameters())
+"""
+# drawn seldom, as no plan can step so
+ODD_OPTIMIZERS = """
+ByCount({}, lr=0.02) ;; ByGroup({}, lr=0.05) ;; Kept({}, lr=0.05) ;; Dense({}, lr=0.05, weight_decay=0.1) ;; \
+Noisy({}, lr=0.05)
+"""
+ODD_GROUPS = """
+[*m.parameters(), *list(m.parameters())[:1]] ;; [*m.parameters(), *(b for b in m.buffers() if b.is_floating_point())]
 """
 SCHEDULES = """
 torch.optim.lr_scheduler.StepLR(o, 1, 0.5) ;; torch.optim.lr_scheduler.LambdaLR(o, lambda k: 1 / (k + 1)) ;; \

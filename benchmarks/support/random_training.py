@@ -15,7 +15,7 @@ from math import prod
 from support.random_draws import DRAWS
 from support.random_papers import PAPERS
 from support.random_python import BESIDE
-from support.random_steps import GROUPS, HOOKS, OPTIMIZERS, SCHEDULES
+from support.random_steps import GROUPS, HOOKS, ODD_GROUPS, ODD_OPTIMIZERS, OPTIMIZERS, SCHEDULES
 
 from partitioner.layout.parallel_plan import Plan
 from partitioner.layout.pipeline_schedules import PipelineSchedule
@@ -318,7 +318,10 @@ def random_case(seed: int) -> Case:
     takes = draw.choice(("", "", "output, {}", "output, batch"))
     steps = draw.choice(STEPS)
     loss = _loss(draw, has_model=not takes)
-    optimizer = draw.choice(texts(OPTIMIZERS)).format(draw.choice(texts(GROUPS)))
+    kinds, groups = (
+        (OPTIMIZERS, GROUPS) if draw.random() < 0.95 else (ODD_OPTIMIZERS, GROUPS + " ;; " + ODD_GROUPS)
+    )
+    optimizer = draw.choice(texts(kinds)).format(draw.choice(texts(groups)))
     return Case(
         seed, pieces, loss, draw.choice(texts(OUTPUTS if takes else RETURNS)), takes, optimizer,
         draw.choice(texts(SCHEDULES)) if draw.random() < 0.2 else "",

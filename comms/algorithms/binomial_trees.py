@@ -17,10 +17,10 @@ import numpy as np
 
 from comms.algorithms import ring
 from comms.algorithms.catalog import Algorithm, Joined, Needs, spans
-from comms.algorithms.rounds import Ranks, inner_sizes, moved, reversed_rounds, round_of, schedule_of
+from comms.algorithms.rounds import Ranks, moved, reversed_rounds, round_of, schedule_of
 from comms.collectives.outline import Hop, Outline, OutlineStage
 from comms.collectives.schedule import Op, Pattern, Round, Schedule
-from comms.networks.groups import Level, Levels, num_members
+from comms.networks.groups import Level, Levels, inner_sizes, num_members
 from comms.networks.topology import IntArray
 
 BINOMIAL, SCATTER_GATHER = "binomial tree", "scatter and all-gather"

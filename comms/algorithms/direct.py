@@ -15,10 +15,10 @@ from operator import itemgetter
 import numpy as np
 
 from comms.algorithms.catalog import Algorithm, Joined, Needs, spans
-from comms.algorithms.rounds import Ranks, inner_sizes, moved, schedule_of
+from comms.algorithms.rounds import Ranks, moved, schedule_of
 from comms.collectives.outline import Hop, Outline, OutlineStage
 from comms.collectives.schedule import Op, Pattern, Round, Schedule
-from comms.networks.groups import Level, Levels, num_members
+from comms.networks.groups import Level, Levels, inner_sizes, num_members
 from comms.networks.topology import FloatArray, IntArray
 
 DIRECT, TWO_SHOT, PAIRWISE = "direct", "two-shot", "pairwise"

@@ -20,10 +20,10 @@ has furthest to go first, which keeps what goes together in one piece.
 import numpy as np
 
 from comms.algorithms.catalog import Algorithm, Joined, Needs, spans
-from comms.algorithms.rounds import Ranks, halves, inner_sizes, moved, reversed_rounds, round_of, schedule_of
+from comms.algorithms.rounds import Ranks, halves, moved, reversed_rounds, round_of, schedule_of
 from comms.collectives.outline import Hop, Outline, OutlineStage
 from comms.collectives.schedule import Op, Pattern, Round, Schedule
-from comms.networks.groups import Level, Levels, num_members
+from comms.networks.groups import Level, Levels, inner_sizes, num_members
 from comms.networks.topology import IntArray
 
 HALVING, WHOLE, BRUCK, BARRIER = "halving-doubling", "recursive doubling", "bruck", "dissemination"

@@ -7,7 +7,6 @@ of a network part them.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import prod
 from typing import TypeVar
 
 import numpy as np
@@ -102,11 +101,6 @@ def reversed_rounds(rounds: Sequence[Round], reduces: bool) -> tuple[Round, ...]
 def halves(op: Op, scatter: tuple[T, ...], gather: tuple[T, ...]) -> tuple[T, ...]:
     """What of both an all-reduce, or either half of it, is made of."""
     return (scatter if op is not Op.ALL_GATHER else ()) + (gather if op is not Op.REDUCE_SCATTER else ())
-
-
-def inner_sizes(fanouts: Sequence[int]) -> tuple[int, ...]:
-    """Per fanout, how many ranks one subgroup inside it has: 1, f1, f1 * f2, ..."""
-    return tuple(prod(fanouts[:index]) for index in range(len(fanouts)))
 
 
 def moved(ranks: IntArray, inner: int, fanout: int, by: int | IntArray) -> IntArray:

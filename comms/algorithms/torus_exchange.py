@@ -21,12 +21,12 @@ from functools import partial
 import numpy as np
 
 from comms.algorithms.catalog import Algorithm, Joined, Needs, spans
-from comms.algorithms.rounds import Ranks, inner_sizes, moved, round_of
+from comms.algorithms.rounds import Ranks, moved, round_of
 from comms.algorithms.torus_rings import has_own_wires
 from comms.collectives.outline import Hop, Outline, OutlineStage
 from comms.collectives.schedule import Channel, Op, Pattern, Round, Schedule
 from comms.errors import TooManyMessages
-from comms.networks.groups import Level, Levels
+from comms.networks.groups import Level, Levels, inner_sizes
 from comms.networks.topology import IntArray
 
 SHIFT, ROTATED_SHIFT = "torus shift", "rotated torus shift"

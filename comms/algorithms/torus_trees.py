@@ -38,12 +38,12 @@ from typing import TypeAlias
 import numpy as np
 
 from comms.algorithms.catalog import Algorithm, Joined, Needs, spans
-from comms.algorithms.rounds import Ranks, inner_sizes, moved, reversed_rounds
+from comms.algorithms.rounds import Ranks, moved, reversed_rounds
 from comms.algorithms.torus_rings import BOTH_WAYS, gone_round, has_own_wires
 from comms.collectives.outline import Hop, Outline, OutlineStage
 from comms.collectives.outline_time import closed_seconds, pieces_to_fill
 from comms.collectives.schedule import Channel, Op, Pattern, Round, Schedule
-from comms.networks.groups import Level, Levels, num_members
+from comms.networks.groups import Level, Levels, inner_sizes, num_members
 from comms.networks.topology import IntArray
 
 TORUS_TREE, MESH_TREE = "torus tree", "mesh tree"

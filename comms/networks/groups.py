@@ -141,3 +141,8 @@ Levels: TypeAlias = tuple[Level, ...]
 def num_members(levels: Levels) -> int:
     """Chips in the group."""
     return prod(level.fanout for level in levels)
+
+
+def inner_sizes(fanouts: Sequence[int]) -> tuple[int, ...]:
+    """Per fanout, how many ranks one subgroup inside it has: 1, f1, f1 * f2, ..."""
+    return tuple(prod(fanouts[:index]) for index in range(len(fanouts)))

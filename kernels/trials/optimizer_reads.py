@@ -23,7 +23,7 @@ def _read(functions: Sequence[FunctionType], seen: set[int]) -> Iterator[str]:
         if id(function) in seen or is_torchs(function):
             continue
         seen.add(id(function))
-        for code in _codes(function.__code__):
+        for code in codes_in(function.__code__):
             yield from code.co_names
             yield from (text for text in code.co_consts if isinstance(text, str))
             called = [function.__globals__.get(name) for name in code.co_names]
@@ -31,11 +31,12 @@ def _read(functions: Sequence[FunctionType], seen: set[int]) -> Iterator[str]:
             yield from _read([each for each in called if isinstance(each, FunctionType)], seen)
 
 
-def _codes(code: CodeType) -> Iterator[CodeType]:
+def codes_in(code: CodeType) -> Iterator[CodeType]:
+    """A code object, and those of the functions that are defined in it."""
     yield code
     for each in code.co_consts:
         if isinstance(each, CodeType):
-            yield from _codes(each)
+            yield from codes_in(each)
 
 
 def recording(reads: set[str]) -> type[torch.nn.Parameter]:

@@ -28,7 +28,6 @@ from orchestrator.models.hf_weights import holds_model, load_folder, one_line
 from orchestrator.models.model_specs import HF_CONFIGS, ModelSpec, nearest
 
 STRIDE = 7919  # a prime: example tokens walk over the whole vocabulary
-Sizes = Mapping[str, int]
 
 # How Hugging Face names the cuts that we call colwise, rowwise and vocab; what is not here stays whole.
 HF_STYLES: Mapping[str, str] = {

@@ -1,8 +1,8 @@
 """Job parts: the objects that a job names, made: model, loss, optimizer, scheduler, data; and what a step is made for.
 
 A name stands for an object or for a function that returns one (with `..._args`). A function of an optimizer is given
-the parameters, as a list, or the module if its first argument is called model, module or net; so is a class of
-optimizers. A loss may be a class. With the built-in optimizers matrices decay and all else does not.
+the parameters, as a list, or the module if its first argument is called so (`MODULE_NAMES`) or said to be one; so is
+a class of optimizers. A loss may be a class. With the built-in optimizers matrices decay and all else does not.
 """
 
 import copy

@@ -6,12 +6,11 @@ from torch.optim import optimizer as optimizers
 from torch.utils._pytree import tree_leaves
 
 from comms.errors import OptimizerError, PlanError, located, method_line
-from kernels.optimizers import group_settings, is_torchs, require_no_parameters, same_kind
+from kernels.optimizers import GROUPS, group_settings, is_torchs, require_no_parameters, same_kind
 from kernels.trials.optimizer_trials import StepTraits, require_kept, traits_of
 
 HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
 ALL_HOOKS = optimizers._global_optimizer_pre_hooks, optimizers._global_optimizer_post_hooks
-GROUPS = "let groups of the optimizer say what is special"
 
 
 def checked_traits(optimizer: torch.optim.Optimizer) -> StepTraits:

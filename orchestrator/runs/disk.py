@@ -13,10 +13,11 @@ from pathlib import Path
 from comms.errors import RunError
 
 _HINTS = {
-    errno.ENOSPC: ("the disk is full", "free some space or give another --run-dir, then --resume"),
-    errno.EDQUOT: ("the disk quota is used up", "free some space or give another --run-dir, then --resume"),
-    errno.EROFS: ("the file system is read-only", "give a --run-dir on a disk that can be written"),
-    errno.EACCES: ("no permission to write", "give a --run-dir that you may write to"),
+    errno.ENOSPC: ("the disk is full", "free some space, or write to another disk"),
+    errno.EDQUOT: ("the disk quota is used up", "free some space, or write to another disk"),
+    errno.EROFS: ("the file system is read-only", "write to a disk that is not"),
+    errno.EACCES: ("no permission to write", "write to a folder where you may"),
+    errno.ENAMETOOLONG: ("the name is too long", "write to a shorter one"),
 }
 
 
@@ -26,11 +27,9 @@ def explained(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in _HINTS:
-            raise
-        problem, hint = _HINTS[error.errno]
+        problem, hint = _HINTS.get(error.errno or 0, (str(error.strerror), "write to another folder"))
         raise RunError(
-            problem=f"{problem}; files written earlier are intact", where=str(path), hint=hint
+            problem=f"{problem}; what was written earlier is intact", where=str(path), hint=hint
         ) from error
 
 

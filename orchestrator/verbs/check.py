@@ -133,7 +133,8 @@ def _check_job(document: Document) -> tuple[str, ...]:
         f"{axis} {'auto' if degree is None else degree}"
         for axis, degree in (("dp", job.plan.dp), ("tp", job.plan.tp), ("pp", job.plan.pp))
     )
-    names_code = any(map(is_reference, (job.model, job.data, job.loss or "", job.optimizer.name)))
+    named = (job.model, job.data, job.loss, job.optimizer.name, job.lr_schedule.name, job.validation.data)
+    names_code = any(is_reference(name) for name in named if name)
     size = "samples" if job.has_own_data else f"x {job.seq} tokens"
     return (
         f"{job.model} on {job.data}, {job.dtype}, {job.optimizer.name}",

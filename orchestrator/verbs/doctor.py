@@ -26,7 +26,8 @@ GIB = 2**30
 MIN_MEMORY = 4 * GIB  # Ray, two actors and the default model take about half of it
 MIN_SHARED_MEMORY = 1 * GIB  # tensors between actors on one host pass through here
 SHARED_MEMORY = Path("/dev/shm")
-REQUIRED = ("numpy", "msgpack", "pyzmq", "pydantic", "pyyaml", "typer", "rich", "safetensors", "matplotlib")
+REQUIRED = ("numpy", "scipy", "networkx", "numba", "lazy_loader", "msgpack", "pyzmq", "pydantic", "pyyaml", "typer",
+            "rich", "psutil", "safetensors", "matplotlib")  # fmt: skip
 
 
 class Severity(StrEnum):

@@ -13,37 +13,36 @@ from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING
 
 from comms.errors import ConfigError, ModelError
 from comms.units import format_dollars, format_percent, format_scaled, format_seconds
 from orchestrator.config.hardware.cluster import Cluster, Device
 from orchestrator.config.job_file import Job
 from orchestrator.config.schema import nearest
+from orchestrator.models.model_builder import BuiltModel
+from orchestrator.planning.job_parts import JobParts, LrSchedule, job_parts, validation_data
 from orchestrator.planning.preparation import Prepared, prepare
 from orchestrator.runners.failure import RunEnd, interrupted
+from orchestrator.runners.runner import Launch
 from orchestrator.runners.timing.prediction import SimulationResult, simulate
 from orchestrator.runs import metrics, run_dir
 from orchestrator.runs.data import NUM_BYTES, TokenData, baseline_losses, load_data
 from orchestrator.runs.own_data import OwnData
 from orchestrator.runs.run_dir import RunDir
+from orchestrator.verbs.distribute import launch_of
 from orchestrator.verbs.inputs.options import INTERRUPTED, RunnerKind, SimulateOptions, TrainOptions
 from orchestrator.verbs.inputs.planned_inputs import Inputs, from_config, read_plan, resolve, write_prepared
+from orchestrator.verbs.job_step import step_of_job
 from orchestrator.verbs.simulate import answer
 from orchestrator.verbs.training_loop import Training, TrainResult, write_results
+from orchestrator.verbs.verification.job_steps import TEXT_INPUTS
 from orchestrator.views.console import Console, Table
 from orchestrator.views.split_notes import say_split
 from partitioner.layout.parallel_plan import Plan
 
-if TYPE_CHECKING:
-    from orchestrator.models.model_builder import BuiltModel
-    from orchestrator.planning.job_parts import JobParts
-    from orchestrator.runners.runner import Launch
-
 FIXED_BY_RUN = (
     "cluster", "job", "model", "data", "plan", "chips", "global_batch", "seq", "steps", "run_dir",
 )  # fmt: skip
-TEXT_INPUTS = ("input_ids", "labels")
 PLAIN_LINES = 10  # a line for every so many steps, off a terminal
 
 
@@ -116,11 +115,11 @@ def _train(
     console.log_to(folder.log)
     job = inputs.job
     text = None if job.has_own_data else load_data(job.data, seq=job.seq, seed=job.seed)
-    with closing(_launch(inputs.cluster, kind)) as launch:
+    with closing(launch_of(inputs.cluster, kind)) as launch:
         parts = None
         if job.has_own_parts:
             with console.phase("load what the job names"):
-                parts = _parts(job)
+                parts = job_parts(job, "cpu")
         prepared = prepare(inputs.cluster, job, inputs.plan, progress=console.phase, parts=parts)
         say_split(prepared, console, resumed=resume)
         if not resume:
@@ -151,33 +150,14 @@ def _train(
         return result
 
 
-def _launch(cluster: Cluster, kind: RunnerKind) -> "Launch":
-    if kind is RunnerKind.RAY:
-        from orchestrator.runners.on_ray.ray_launch import RayLaunch
-
-        return RayLaunch(cluster)
-    from orchestrator.runners.executing.chip_set import InlineLaunch
-
-    return InlineLaunch(cluster)
-
-
-def _parts(job: Job) -> "JobParts":
-    from orchestrator.planning.job_parts import job_parts
-
-    return job_parts(job, "cpu")
-
-
 def _training(
-    prepared: Prepared, parts: "JobParts | None", text: TokenData | None, launch: "Launch", folder: RunDir,
+    prepared: Prepared, parts: JobParts | None, text: TokenData | None, launch: Launch, folder: RunDir,
     predicted: SimulationResult, console: Console,
 ) -> Training:  # fmt: skip
     """The loop, with parameters on the chips."""
-    from orchestrator.planning.job_parts import LrSchedule, validation_data
-    from orchestrator.verbs.job_step import step_of_job
-
     job, plan = prepared.job, prepared.plan
     with console.phase("load parameters"):
-        parts = parts or _parts(job)
+        parts = parts or job_parts(job, "cpu")
         for said in parts.model.said:
             console.warn(said)
         data = parts.data or text
@@ -193,7 +173,7 @@ def _training(
     return Training(prepared, step, schedule, data, held_out, folder, predicted, console.warn)
 
 
-def _require_bytes(model: "BuiltModel", job: Job) -> None:
+def _require_bytes(model: BuiltModel, job: Job) -> None:
     """Training feeds text: the model must take it."""
     inputs = sorted(model.example_batch(1, job.seq))
     if inputs != sorted(TEXT_INPUTS) or not model.takes_text:

@@ -83,7 +83,6 @@ class Template:
     graph: torch.fx.GraphModule
     inputs: tuple[TensorSpec, ...]
     num_params: int
-    num_frees: int
     outputs: tuple[TensorSpec, ...]
     live_inputs: tuple[bool, ...]
     live_outputs: tuple[bool, ...]

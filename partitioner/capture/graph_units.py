@@ -351,7 +351,6 @@ class _Builder:
                     graph=graph,
                     inputs=tuple(spec_of(n.meta["val"]) for n in flat),
                     num_params=len(inputs[0]),
-                    num_frees=len(inputs[1]),
                     outputs=tuple(spec_of(n.meta["val"]) for n in outputs),
                     live_inputs=live[: len(flat)],
                     live_outputs=live[len(flat) :],

@@ -149,6 +149,7 @@ def test_chips_are_values():
 @pytest.mark.parametrize(
     ("section", "value", "message"),
     [
+        ("class", "gpuu", "class must be one of .*gpu"),
         ("tdp", "400 GB", "tdp: '400 GB' is a size, but a power is expected"),
         ("tdp", 400, "tdp: a power needs a unit, got the bare value 400"),
         ("memory", {"capacity": "80 GB", "type": "hbm"}, "memory.bandwidth is missing"),

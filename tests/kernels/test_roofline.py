@@ -73,7 +73,10 @@ def test_views_cost_nothing_and_launch_nothing():
 
 
 def test_attention_and_products_are_matmuls_and_the_rest_is_not():
-    names = ("aten.mm.default", "aten._scaled_dot_product_flash_attention_for_cpu.default")
+    names = (
+        "aten.mm.default", "aten._scaled_dot_product_flash_attention_for_cpu.default", "aten._grouped_mm.default",
+        "orchestrate.expert_mm.default", "orchestrate.expert_mm_weights.default",
+    )  # fmt: skip
     assert all(is_matmul(Row(name, 1, 1, 1)) for name in names)
     assert not is_matmul(Row("aten.mul.Tensor", 1, 1, 1))
 

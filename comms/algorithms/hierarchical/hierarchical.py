@@ -22,12 +22,12 @@ from typing import TypeVar
 import numpy as np
 
 from comms.algorithms.catalog import Algorithm, Needs, cut_by, spans
-from comms.algorithms.rounds import Ranks, inner_sizes, schedule_of
+from comms.algorithms.rounds import Ranks, schedule_of
 from comms.collectives.outline import Hop, Outline, OutlineStage
 from comms.collectives.outline_time import closed_seconds
 from comms.collectives.schedule import Op, Pattern, Round, Schedule
 from comms.errors import CommsError
-from comms.networks.groups import Level, Levels
+from comms.networks.groups import Level, Levels, inner_sizes
 from comms.networks.topology import IntArray
 
 

@@ -19,10 +19,10 @@ import numpy as np
 from comms.algorithms.catalog import Algorithm, Joined, Needs, cut_by, spans
 from comms.algorithms.direct import last_arrival
 from comms.algorithms.hierarchical.hierarchical import Crossing, fastest_cut, most_peers, name_of, stages
-from comms.algorithms.rounds import Ranks, inner_sizes, moved, schedule_of
+from comms.algorithms.rounds import Ranks, moved, schedule_of
 from comms.collectives.outline import Outline, OutlineStage
 from comms.collectives.schedule import Op, Pattern, Round, Schedule
-from comms.networks.groups import Level, Levels
+from comms.networks.groups import Level, Levels, inner_sizes
 
 NAME = name_of((Crossing.DIRECT,))
 

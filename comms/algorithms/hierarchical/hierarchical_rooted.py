@@ -52,10 +52,10 @@ from comms.algorithms.hierarchical.hierarchical import (
     turning,
     way_at,
 )
-from comms.algorithms.rounds import Ranks, inner_sizes, moved, reversed_rounds, schedule_of
+from comms.algorithms.rounds import Ranks, moved, reversed_rounds, schedule_of
 from comms.collectives.outline import Hop, Outline, OutlineStage
 from comms.collectives.schedule import Op, Round, Schedule
-from comms.networks.groups import Level, Levels
+from comms.networks.groups import Level, Levels, inner_sizes
 from comms.networks.topology import IntArray
 
 LINEAR = "hierarchical linear"

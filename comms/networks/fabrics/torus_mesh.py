@@ -18,7 +18,7 @@ from math import prod
 import numpy as np
 
 from comms.errors import CommsError
-from comms.networks.groups import Lattice, Level, Levels, Members, group_size, sharing
+from comms.networks.groups import Lattice, Level, Levels, Members, group_size, inner_sizes, sharing
 from comms.networks.links import Link
 from comms.networks.paths import node_pairs
 from comms.networks.shapes import RoutedShape
@@ -118,7 +118,7 @@ class Torus(RoutedShape):
 
     def digits(self, chips: IntArray) -> IntArray:
         """[dimensions, chips] Where chips stand."""
-        strides = _strides(self.dims)
+        strides = inner_sizes(self.dims)
         return np.stack([chips // strides[k] % size for k, size in enumerate(self.dims)])
 
     def wires(self) -> Wires:
@@ -154,7 +154,7 @@ class Torus(RoutedShape):
         """One ring per dimension; None unless the group fills an aligned block, and `inner` whole dimensions of it."""
         if sharing(members, inner) == group_size(members):
             return ()
-        sub, whole = self._block(members), _strides(self.dims)
+        sub, whole = self._block(members), inner_sizes(self.dims)
         # Of a single one-way network one way round is longer than the other.
         if sub is None or (self.one_way and self.num_networks < 2) or inner not in whole:
             return None
@@ -208,7 +208,7 @@ class Torus(RoutedShape):
 
     def _ends(self, block: _WireBlock) -> tuple[IntArray, IntArray]:
         """Tails and heads of the wires of a block."""
-        size, stride = self.dims[block.dim], _strides(self.dims)[block.dim]
+        size, stride = self.dims[block.dim], inner_sizes(self.dims)[block.dim]
         line = np.repeat(np.arange(self._lines(block.dim)), block.per_line)
         place = np.tile(np.arange(block.per_line), self._lines(block.dim))
         start = place if block.up or block.per_line == size else place + 1
@@ -285,7 +285,7 @@ class Torus(RoutedShape):
         hops: IntArray,
     ) -> IntArray:
         """The wires that messages cross in one dimension, message by message."""
-        size, stride = self.dims[dim], _strides(self.dims)[dim]
+        size, stride = self.dims[dim], inner_sizes(self.dims)[dim]
         offsets = np.zeros((self.num_networks, 2), dtype=np.int64)
         per_line = 0
         for block in blocks:
@@ -359,7 +359,3 @@ class FullMesh:
 
     def _wire(self, tail: IntArray, head: IntArray) -> IntArray:
         return tail * (self.num_chips - 1) + head - (head > tail)
-
-
-def _strides(dims: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(prod(dims[:k]) for k in range(len(dims)))

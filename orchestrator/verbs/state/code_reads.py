@@ -9,8 +9,10 @@ import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from types import CodeType, FunctionType
+from types import FunctionType
 from typing import Any, TypeAlias
+
+from kernels.trials.optimizer_reads import codes_in
 
 Place: TypeAlias = tuple[Mapping[str, Any], str]  # a namespace and a name in it
 
@@ -36,7 +38,7 @@ class CodeReads:
 
 def reads_of(function: FunctionType) -> CodeReads:
     """What a function and those that are defined in it read by name."""
-    codes = list(_codes(function.__code__))
+    codes = list(codes_in(function.__code__))
     names = {n for code in codes for n in code.co_names}
     space: Mapping[str, Any] = function.__globals__
     listed = [list(dis.get_instructions(code)) for code in codes]
@@ -48,13 +50,6 @@ def reads_of(function: FunctionType) -> CodeReads:
     is_open = bool(names & ANY_NAME) or any(_makes_names(each) for each in listed)
     text = {n for code in codes for each in _texts(code.co_consts) for n in _names_in(each)}
     return CodeReads(frozenset(names | text), tuple(places), is_open, bool(names & ANY_GLOBAL))
-
-
-def _codes(code: CodeType) -> Iterator[CodeType]:
-    yield code
-    for each in code.co_consts:
-        if isinstance(each, CodeType):
-            yield from _codes(each)
 
 
 def _full_names(name: str, space: Mapping[str, Any]) -> Iterator[str]:

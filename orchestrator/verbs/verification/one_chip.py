@@ -1,6 +1,5 @@
 """One chip: a module, its optimizer and its loss in plain PyTorch, started from any values and states."""
 
-from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -53,7 +52,6 @@ def _twin(
         {**group, "params": [params[names[id(p)]] for p in group["params"] if id(p) in names]}
         for group in optimizer.param_groups
     ]
-    made.state = defaultdict(dict)
     with torch.no_grad():
         for name, own in states.items():
             if MASTER in own:

@@ -1,8 +1,8 @@
 """Where dims are after an operation that only moves entries: views by their strides, reshapes by their sizes."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from math import prod
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch.fx import Node
@@ -10,7 +10,6 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from partitioner.capture.captured_graph import op_name
 
-Places: TypeAlias = Mapping[int, int]  # dim before -> dim after
 RESHAPES = frozenset(["view", "reshape", "_unsafe_view", "flatten", "unflatten", "view_as", "reshape_as"])
 STRIDED = frozenset(
     ("transpose", "permute", "t", "movedim", "swapaxes", "swapdims", "numpy_T", "mT", "unsqueeze", "squeeze",

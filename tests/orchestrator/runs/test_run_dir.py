@@ -105,9 +105,13 @@ def test_a_full_disk_leaves_the_old_file_and_no_rubbish(
     assert sorted(path.name for path in run.root.iterdir()) == ["checkpoints", "plan.yaml"]
 
 
-def test_other_system_errors_are_not_disguised(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError):
-        disk.write_whole(tmp_path / "nowhere" / "file", b"")
+@pytest.mark.parametrize(
+    ("name", "problem"), [("nowhere/file", "No such file or directory"), ("n" * 250, "the name is too long")]
+)
+def test_other_errors_of_the_system_are_told_in_its_words(tmp_path: Path, name: str, problem: str) -> None:
+    with pytest.raises(RunError, match=problem) as caught:
+        disk.write_whole(tmp_path / name, b"")
+    assert caught.value.where == str(tmp_path / name) and caught.value.hint
 
 
 def test_versions_leave_out_what_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -129,3 +129,5 @@ def test_a_job_report_counts_tokens_of_text_only_and_says_what_it_does_not_look_
     ).lines
     assert "12 steps of 64 samples" in lines
     assert "names of your code are not looked up here, but by plan and train" in lines
+    lines = check(write(tmp_path, f"{text}optimizer: torch.optim:SGD\nlr_schedule: mine.py:later\n")).lines
+    assert "names of your code are not looked up here, but by plan and train" in lines

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 from importlib import metadata
 
 import pytest
@@ -34,6 +35,12 @@ def test_this_machine_is_ready(streams):
 def test_every_finding_that_is_not_ok_says_what_to_do():
     for finding in doctor.doctor():
         assert (finding.level is Severity.OK) == (finding.remedy == ""), finding
+
+
+def test_all_that_is_needed_is_looked_at():
+    needed = metadata.requires("orchestrate-chips") or []
+    names = {re.split(r"[^A-Za-z0-9_-]", text)[0] for text in needed if "extra ==" not in text}
+    assert names == {*doctor.REQUIRED, "torch", "ray"}
 
 
 def test_the_json_has_every_finding(streams):

@@ -243,7 +243,7 @@ def test_a_resumed_run_goes_on_with_its_own_runner(
         asked.append(kind)
         raise NotImplementedError
 
-    monkeypatch.setattr(train, "_launch", launch)
+    monkeypatch.setattr(train, "launch_of", launch)
     for options in (TrainOptions(resume=finished[1]), TrainOptions(run_dir=tmp_path / "new")):
         with pytest.raises(NotImplementedError):
             train.main(options, Console(out=io.StringIO(), err=io.StringIO()))
