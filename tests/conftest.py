@@ -1,10 +1,12 @@
 """What every package's tests share: tiny models, Programs made from them, a cache folder of our own, one thread."""
 
+import copy
 import functools
 import gc
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -131,6 +133,42 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def trained_alike(laptop: Any, one_thread: None) -> Callable[..., Any]:
+    """Trains `module` over the batches by a plan, and a copy as plain PyTorch does: losses are equal, and at the end
+    all parameters and buffers. Returns the distributed step."""
+    import torch
+
+    from orchestrator.verbs.distribute import distribute
+
+    def train(
+        module: Any, batches: Iterable[Mapping[str, Any]], plan: Any, *, kind: Any = torch.optim.SGD, rel: float = 1e-9,
+        around: Callable[[int], AbstractContextManager[None]] = lambda _: nullcontext(), **settings: Any,
+    ) -> Any:  # fmt: skip
+        plain = copy.deepcopy(module)
+        own, other = (kind(m.parameters(), **{"lr": 0.1, **settings}) for m in (module, plain))
+        step = distribute(module, own, laptop, plan=plan, chips=plan.num_chips)
+        for number, batch in enumerate(batches):
+            with around(number):
+                other.zero_grad()
+                loss = plain(**batch)
+                loss.backward()
+                other.step()
+            assert step(batch) == pytest.approx(loss.item(), rel=rel), f"step {number}"
+        step.sync()
+        for name, value in plain.state_dict().items():
+            torch.testing.assert_close(
+                module.state_dict()[name],
+                value,
+                rtol=rel,
+                atol=rel / 10,
+                msg=lambda said, n=name: f"{n}: {said}",
+            )
+        return step
+
+    return train
 
 
 @pytest.fixture(scope="session")

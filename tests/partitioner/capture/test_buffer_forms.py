@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from comms.errors import CaptureError
-from orchestrator.verbs.distribute import distribute
+from partitioner import Plan
 from partitioner.capture.exact_float64 import ExactFloat64
 from partitioner.capture.tracing import trace_module
 
@@ -102,16 +102,6 @@ def test_narrow_numbers_made_by_a_float64_copy_are_none_of_the_users() -> None:
 @pytest.mark.parametrize(
     "script", [swapped, of_one_value, copied_without_a_gradient, spread_without_a_gradient]
 )
-def test_assigned_buffers_train_as_in_plain_torch(script: Any, laptop: Any, one_thread: None) -> None:
-    module, plain = Kept(script), Kept(script)
-    step = distribute(module, torch.optim.SGD(module.parameters(), 0.1), laptop, chips=2)
-    optimizer = torch.optim.SGD(plain.parameters(), 0.1)
-    for x in torch.randn(3, 8, 4, generator=torch.Generator().manual_seed(0)):
-        optimizer.zero_grad()
-        loss = plain(x)
-        loss.backward()
-        optimizer.step()
-        assert step({"x": x}) == pytest.approx(loss.item(), rel=1e-5)
-    step.sync()
-    for name, value in plain.state_dict().items():
-        torch.testing.assert_close(module.state_dict()[name], value, rtol=1e-5, atol=1e-6)
+def test_assigned_buffers_train_as_in_plain_torch(script: Any, trained_alike: Any) -> None:
+    xs = torch.randn(3, 8, 4, generator=torch.Generator().manual_seed(0))
+    trained_alike(Kept(script), [{"x": x} for x in xs], Plan(dp=2), rel=1e-5)

@@ -55,26 +55,6 @@ def seeded(step: int) -> torch.Generator:
     return torch.Generator().manual_seed(step)
 
 
-def require_same(case: Case, make_batch: Callable[[int], dict[str, Any]], tp: int, laptop: Any) -> Any:
-    """Compare with plain torch; returns the Program's facts."""
-    plain, module = Net(*case), Net(*case)
-    optimizer, losses = torch.optim.SGD(plain.parameters(), 0.1, momentum=0.5), []
-    for index in range(STEPS):
-        optimizer.zero_grad()
-        loss = plain(**make_batch(index))
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    own = torch.optim.SGD(module.parameters(), 0.1, momentum=0.5)
-    step = distribute(module, own, laptop, plan=Plan(tp=tp), chips=tp)
-    assert [step(make_batch(index)) for index in range(STEPS)] == pytest.approx(losses, rel=1e-10)
-    step.sync()
-    for (name, mine), theirs in zip(module.named_parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-11, msg=name)
-    assert step.program is not None
-    return step.program.facts
-
-
 def heads(x: torch.Tensor, number: int) -> torch.Tensor:
     return x.unflatten(-1, (number, -1)).transpose(-2, -3)
 
@@ -278,9 +258,10 @@ KINDS = ((SEQUENCES, sequences), (PICTURES, pictures), (WORDS, words))
     [pytest.param(case, batch, id=name) for cases, batch in KINDS for name, case in cases.items()],
 )
 def test_a_step_is_that_of_plain_torch_and_most_of_it_is_cut(
-    case: Case, batch: Callable[[int], dict[str, Any]], tp: int, laptop: Any, one_thread: None
+    case: Case, batch: Callable[[int], dict[str, Any]], tp: int, trained_alike: Any
 ) -> None:
-    facts = require_same(case, batch, tp, laptop)
+    batches = map(batch, range(STEPS))
+    facts = trained_alike(Net(*case), batches, Plan(tp=tp), momentum=0.5, rel=1e-10).program.facts
     assert facts["tp_cut_flops"] > CUT, facts["tp_copied"]
 
 
@@ -314,9 +295,9 @@ def test_logits_of_a_padded_vocabulary_are_never_gathered(laptop: Any, one_threa
 
 
 @pytest.mark.parametrize(("tp", "rows"), [(2, 13), (2, 15), (4, 15), (4, 29)])
-def test_what_fills_a_slice_up_is_not_summed(tp: int, rows: int, laptop: Any, one_thread: None) -> None:
+def test_what_fills_a_slice_up_is_not_summed(tp: int, rows: int, trained_alike: Any) -> None:
     layers = lambda: {"table": nn.Embedding(13, 8), "head": nn.Linear(8, rows)}  # noqa: E731
-    require_same((layers, shifted), words, tp, laptop)
+    trained_alike(Net(layers, shifted), map(words, range(STEPS)), Plan(tp=tp), momentum=0.5, rel=1e-10)
 
 
 @pytest.mark.parametrize("wrong", [-1, 13, 14, 99])

@@ -1,6 +1,5 @@
 """Buffers and parameters that several stages read: kept and stepped on as on one chip."""
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -8,7 +7,6 @@ import pytest
 import torch
 from torch import nn
 
-from orchestrator.verbs.distribute import distribute
 from partitioner.layout.parallel_plan import Plan
 
 PLANS = [Plan(microbatches=2), Plan(pp=2), Plan(pp=3, microbatches=2), Plan(dp=2, pp=2, microbatches=2)]
@@ -114,20 +112,6 @@ class Layers(nn.Module):
      total_beside_what_the_batch_tells, total_beside_a_buffer_that_changes, read_early_changed_late,
      read_late_changed_early, both_ways, loads_of_several_layers],
 )  # fmt: skip
-def test_stages_keep_what_they_read(script: Any, plan: Plan, laptop: Any, one_thread: None) -> None:
-    module = Layers(script).double()
-    plain = copy.deepcopy(module)
-    step = distribute(
-        module, torch.optim.SGD(module.parameters(), 0.1), laptop, plan=plan, chips=plan.num_chips
-    )
-    optimizer = torch.optim.SGD(plain.parameters(), 0.1)
-    for seed in range(3):
-        x = torch.randn(8, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-        optimizer.zero_grad()
-        loss = plain(x)
-        loss.backward()
-        optimizer.step()
-        assert step({"x": x}) == pytest.approx(loss.item(), rel=1e-9)
-    step.sync()
-    for name, value in plain.state_dict().items():
-        torch.testing.assert_close(module.state_dict()[name], value, rtol=1e-8, atol=1e-10)
+def test_stages_keep_what_they_read(script: Any, plan: Plan, trained_alike: Any) -> None:
+    xs = torch.randn(3, 8, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    trained_alike(Layers(script).double(), [{"x": x} for x in xs], plan)

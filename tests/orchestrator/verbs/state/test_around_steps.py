@@ -1,6 +1,5 @@
 """Around steps: hooks, modes, odd batches and optimizers, changed models are as in plain torch, or refused."""
 
-import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -61,19 +60,8 @@ def step_of(module: nn.Module, kind: Any = torch.optim.SGD, plan: Plan | None = 
 @pytest.mark.parametrize(
     "plan", [Plan(), Plan(dp=2, zero=1), Plan(tp=2), Plan(pp=2, microbatches=2)], ids=str
 )
-def test_an_optimizer_may_assign_data(plan: Plan, one_thread: None) -> None:
-    module = Net().double()
-    plain = copy.deepcopy(module)
-    other, step = Assigning(plain.parameters(), lr=0.1), step_of(module, Assigning, plan)
-    for _ in range(3):
-        other.zero_grad()
-        loss = plain(X)
-        loss.backward()
-        other.step()
-        assert step({"x": X}) == pytest.approx(loss.item(), rel=1e-9)
-    step.sync()
-    for name, value in plain.state_dict().items():
-        torch.testing.assert_close(module.state_dict()[name], value, rtol=1e-9, atol=1e-12)
+def test_an_optimizer_may_assign_data(plan: Plan, trained_alike: Any) -> None:
+    trained_alike(Net().double(), [{"x": X}] * 3, plan, kind=Assigning, rel=1e-11)
 
 
 def test_how_a_batch_is_nested_and_lies_counts_in_every_step(one_thread: None) -> None:

@@ -3,6 +3,7 @@
 import copy
 import random
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import pytest
@@ -121,8 +122,9 @@ def counts_in_the_module(m: Any, grad: torch.Tensor) -> torch.Tensor:
     return grad * m.calls
 
 
-def annealed(step: int) -> None:
-    Reversed.factor = 1.0 + step
+def annealed(step: int) -> AbstractContextManager[None]:
+    Reversed.factor = 1.0 + step // 3
+    return nullcontext()
 
 
 @pytest.mark.parametrize("plan", PLANS, ids=str)
@@ -131,22 +133,13 @@ def annealed(step: int) -> None:
     [lambda _, x: Reversed.apply(x), lambda _, x: Asking.apply(x), lambda m, x: Gated.apply(x, m.gate)],
     ids=["reversed", "asking", "gated"],
 )
-def test_a_backward_is_that_of_plain_torch_in_every_step(function: Any, plan: Plan, one_thread: None) -> None:
-    module = Net(function).double()
-    plain = copy.deepcopy(module)
-    other, own = (torch.optim.AdamW(m.parameters(), 0.1, weight_decay=0.5) for m in (plain, module))
-    step = distribute(module, own, "laptop", plan=plan, chips=plan.num_chips)
-    for number in range(7):  # the last ones are after the steps whose forwards are looked at
-        annealed(number // 3)
-        x = torch.randn(8, 4, generator=torch.Generator().manual_seed(number), dtype=torch.float64)
-        other.zero_grad()
-        loss = plain(x)
-        loss.backward()
-        other.step()
-        assert step({"x": x}) == pytest.approx(loss.item(), rel=1e-9)
-    step.sync()
-    for name, value in plain.state_dict().items():
-        torch.testing.assert_close(module.state_dict()[name], value, rtol=1e-9, atol=1e-12)
+def test_a_backward_is_that_of_plain_torch_in_every_step(
+    function: Any, plan: Plan, trained_alike: Any
+) -> None:
+    xs = torch.randn(7, 8, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    batches = [{"x": x} for x in xs]  # the last ones come after the steps whose forwards are looked at
+    settings = {"kind": torch.optim.AdamW, "weight_decay": 0.5, "rel": 1e-11, "around": annealed}
+    trained_alike(Net(function).double(), batches, plan, **settings)
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,11 @@
 """Plain forms of torch's functions: the same values, gradients and training runs."""
 
-import copy
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from orchestrator.verbs.distribute import distribute
 from partitioner.capture.forwards.plain_forms import plain_forms
 from partitioner.layout.parallel_plan import Plan
 
@@ -76,20 +74,10 @@ class Bags(nn.Module):
 @pytest.mark.parametrize("plan", [Plan(dp=2), Plan(microbatches=2)], ids=str)
 @pytest.mark.parametrize("make", [Denoiser, Bags])
 @pytest.mark.filterwarnings("ignore:.* run as one")
-def test_models_of_them_train_as_in_torch(make: Any, plan: Plan, laptop: Any, one_thread: None) -> None:
+def test_models_of_them_train_as_in_torch(make: Any, plan: Plan, trained_alike: Any) -> None:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         module = make().double()
-    plain = copy.deepcopy(module)
-    step = distribute(
-        module, torch.optim.SGD(module.parameters(), 0.1), laptop, plan=plan, chips=plan.num_chips
-    )
-    optimizer = torch.optim.SGD(plain.parameters(), 0.1)
     ids = {"x": torch.arange(24) % 11, "starts": torch.tensor([0, 1, 4, 9, 12, 12, 20, 22])}
     batch = {**({"x": doubles(8, 40)} if make is Denoiser else ids), "y": doubles(8, 40) * 2}
-    for _ in range(3):
-        optimizer.zero_grad()
-        loss = plain(**batch)
-        loss.backward()
-        optimizer.step()
-        assert step(batch) == pytest.approx(loss.item(), rel=1e-9)
+    trained_alike(module, [batch] * 3, plan)

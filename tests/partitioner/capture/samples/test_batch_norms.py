@@ -102,35 +102,15 @@ class Normed(nn.Module):
         return F.mse_loss(self.layers(x), y)
 
 
-def trained_alike(module: nn.Module, plan: Plan, batches: list[dict[str, torch.Tensor]], laptop: Any) -> Any:
-    """The distributed step, after it has trained `module` over the batches as plain PyTorch trains a copy."""
-    plain = copy.deepcopy(module)
-    step = distribute(
-        module, torch.optim.SGD(module.parameters(), 0.2), laptop, plan=plan, chips=plan.num_chips
-    )
-    optimizer = torch.optim.SGD(plain.parameters(), 0.2)
-    for batch in batches:
-        optimizer.zero_grad()
-        with normalised_per_part(plan.norm_parts):
-            loss = plain(**batch)
-        loss.backward()
-        optimizer.step()
-        assert step(batch) == pytest.approx(loss.item(), rel=1e-9)
-    step.sync()
-    for name, value in plain.state_dict().items():
-        torch.testing.assert_close(module.state_dict()[name], value, rtol=1e-8, atol=1e-10)
-    return step
-
-
 @pytest.mark.parametrize(
     "plan", [Plan(), Plan(dp=2), Plan(dp=4, zero=1), Plan(pp=2), Plan(tp=2), Plan(dp=2, pp=2)], ids=str
 )
 def test_training_is_that_of_one_chip_with_its_running_statistics(
-    plan: Plan, doubles: Doubles, laptop: Any, one_thread: None
+    plan: Plan, doubles: Doubles, trained_alike: Any
 ) -> None:
     batches = [{"x": 1 + 3 * doubles(8, 4, seed=s), "y": doubles(8, 2, seed=s)} for s in range(3)]
     module = Normed()
-    step = trained_alike(module, plan, batches, laptop)
+    step = trained_alike(module, batches, plan, lr=0.2)
     assert step.evaluate(batches[0]) == pytest.approx(module(**batches[0]).item(), rel=1e-9)
 
 
@@ -163,15 +143,15 @@ PER_PART = BatchNorms.PER_PART
     ids=str,
 )  # fmt: skip
 def test_normalised_per_part_is_what_each_part_does_alone(
-    plan: Plan, doubles: Doubles, laptop: Any, one_thread: None
+    plan: Plan, doubles: Doubles, trained_alike: Any
 ) -> None:
     batches = [{"x": 1 + 3 * doubles(8, 4, seed=s), "y": doubles(8, 2, seed=s)} for s in range(3)]
-    trained_alike(Normed(), plan, batches, laptop)
+    trained_alike(Normed(), batches, plan, lr=0.2, around=lambda _: normalised_per_part(plan.norm_parts))
 
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_every_kind_of_batch_norm_is_normalised_per_part(
-    name: str, doubles: Doubles, laptop: Any, one_thread: None
+    name: str, doubles: Doubles, trained_alike: Any
 ) -> None:
     class Net(nn.Module):
         def __init__(self) -> None:
@@ -182,7 +162,10 @@ def test_every_kind_of_batch_norm_is_normalised_per_part(
             return forward(self, x)
 
     batches = [{"x": doubles(8, 4, seed=s)} for s in range(2)]
-    trained_alike(Net().double(), Plan(dp=2, microbatches=2, batch_norm=PER_PART), batches, laptop)
+    plan = Plan(dp=2, microbatches=2, batch_norm=PER_PART)
+    trained_alike(
+        Net().double(), batches, plan, lr=0.2, around=lambda _: normalised_per_part(plan.norm_parts)
+    )
 
 
 @pytest.mark.parametrize("keyed", [nullcontext(), keyed_random(torch.tensor(5), torch.tensor(0))])
@@ -208,7 +191,7 @@ def test_per_part_without_a_batch_norm_is_refused(doubles: Doubles, laptop: Any)
 @pytest.mark.parametrize("script", [averaging_inputs, keeping_the_last])
 @pytest.mark.parametrize("plan", [Plan(microbatches=2), Plan(dp=2, microbatches=2), Plan(dp=4)], ids=str)
 def test_kept_means_do_not_depend_on_microbatches(
-    script: Any, plan: Plan, doubles: Doubles, laptop: Any, one_thread: None
+    script: Any, plan: Plan, doubles: Doubles, trained_alike: Any
 ) -> None:
     class Keeping(nn.Module):
         def __init__(self) -> None:
@@ -219,7 +202,7 @@ def test_kept_means_do_not_depend_on_microbatches(
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return script(self, x)
 
-    trained_alike(Keeping().double(), plan, [{"x": doubles(8, 4, seed=s)} for s in range(3)], laptop)
+    trained_alike(Keeping().double(), [{"x": doubles(8, 4, seed=s)} for s in range(3)], plan, lr=0.2)
 
 
 def test_evaluation_uses_running_statistics_and_changes_none(
