@@ -192,15 +192,16 @@ class _Trials:
         return self._outcome(early, params, optimizers, before)
 
     def _add(self, crowd: Sequence[int], optimizer: torch.optim.Optimizer) -> list[torch.nn.Parameter]:
-        """More parameters in each group of an optimizer, and more groups of one."""
+        """More parameters in each group of an optimizer, and more groups of one; the others come after them."""
         if not crowd:
             return []
-        optimizer.param_groups += [{**tried(self.groups[-1], i), "params": []} for i in range(crowd[1])]
+        more = [{**tried(self.groups[0], i), "params": []} for i in range(crowd[1])]
+        optimizer.param_groups = [*more, *optimizer.param_groups]
         added = []
         for group in optimizer.param_groups:
             count = max(crowd[0], not group["params"])
             own = [self.kind(torch.ones(self.shapes[0], dtype=torch.float64)) for _ in range(count)]
-            group["params"] = [*group["params"], *own]
+            group["params"] = [*own, *group["params"]]
             added += own
         return added
 
@@ -243,9 +244,8 @@ class _Trials:
         if self.is_torchs or max(more) <= 0:
             return
         crowded = self.run("together", crowd=[max(0, number) for number in more])
-        if not (
-            _close(crowded.flat, together.flat) and crowded.groups[: len(self.groups)] == together.groups
-        ):
+        own = slice(len(crowded.groups) - len(self.groups), None)
+        if not (_close(crowded.flat, together.flat) and crowded.groups[own] == together.groups):
             problem = "the optimizer's step goes by how many parameters or groups there are"
             raise OptimizerError(problem, hint="use one that steps on each parameter by itself")
 
@@ -260,11 +260,15 @@ class _Trials:
             return
         still = self.kind(torch.ones(self.shapes[0], dtype=torch.float64))
         (made,) = self._made([[still]], is_apart=False)
+        before = plain(made.state.get(still, {}))
         try:
             made.step()
         except Exception:  # what needs gradients says so
             return
-        if not torch.equal(still.detach(), torch.ones_like(still)) or made.state.get(still):
+        if (
+            not torch.equal(still.detach(), torch.ones_like(still))
+            or plain(made.state.get(still, {})) != before
+        ):
             problem = "a step of the optimizer changes parameters that have no gradient, or their states"
             raise OptimizerError(problem, hint="skip those whose grad is None, as torch's do")
 
