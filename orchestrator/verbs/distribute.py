@@ -115,7 +115,8 @@ class DistributedStep:
         self._is_ahead = False  # the chips have trained since their values were last fetched
         self._seen: Mapping[str, object] = {}
         self._said: set[str] = set()  # what is not warned of again
-        self._code, self._held, self._later = PythonState(), PythonState(), LaterForwards(model, loss_fn)
+        self._code, self._held = PythonState(), PythonState()
+        self._later = LaterForwards(model, loss_fn, self._code)
 
     @naming_the_call()
     def __call__(self, batch: Batch) -> float:

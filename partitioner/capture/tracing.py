@@ -7,7 +7,6 @@ operator and the source line. A forward that writes into tensors is traced once 
 which turns writes into values (`pure_graph` says which writes it cannot express).
 """
 
-import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -33,10 +32,11 @@ from partitioner.capture.forwards.keyed_random import FIRST_SAMPLE, KEY, keyed_r
 from partitioner.capture.forwards.plain_forms import plain_forms
 from partitioner.capture.forwards.step_loss import (
     LossFunction,
-    is_read,
     loss_of_step,
     parameters_of,
+    require_known_inputs,
     taken_by,
+    unread,
 )
 from partitioner.capture.forwards.user_functions import recorded_functions
 from partitioner.capture.forwards.viewed import Viewed
@@ -99,7 +99,7 @@ def trace_module(
     can be put together. Raises CaptureError.
     """
     refuse_unsupported(module)
-    _require_known_inputs(module, batch, loss_fn)
+    require_known_inputs(module, batch, loss_fn)
     frozen = frozenset(name for name, p in module.named_parameters() if not p.requires_grad)
     with borrowed(module) as lent, no_host_draws(module):
         trace = _Trace(
@@ -277,7 +277,10 @@ class _Trace:
 
     def repeats(self, noted: Sequence[object]) -> bool:
         """Whether further forwards are what a later one was: only the first was different, as with caches."""
-        return not any(self.differs(CalledWith(noted)) for _ in range(NUM_MORE))
+        try:
+            return not any(self.differs(CalledWith(noted)) for _ in range(NUM_MORE))
+        except CaptureError:  # as where a count is an index
+            return False
 
     def names(self, traced: torch.fx.GraphModule) -> dict[str, str]:
         """By the name of a placeholder, what it stands for."""
@@ -313,11 +316,13 @@ def _require_repeatable(
     if not changed and not where:
         return
     calls = list(trace.calls)
+    trace.differs(second := CalledWith())  # the first may fill caches
     again = trace.run(functional=functional)
     trace.calls = calls
-    trace.differs(later := CalledWith())
-    if operations_of(again) == operations_of(traced) and trace.repeats(later.noted):
-        return
+    if operations_of(again) == operations_of(traced) and trace.repeats(second.noted):
+        trace.lent.run_on()
+        if not changed or trace.repeats(second.noted):
+            return
     problem = f"the forward depends on {changed[0]}, which it changes itself" if changed else (
         "the forward computes with another number each time, of which all steps would get the first")  # fmt: skip
     hint = "make it a buffer (a tensor), or an input of the model"
@@ -332,21 +337,6 @@ def _owner(module: nn.Module, attribute: str) -> nn.Module:
     return children[attribute]
 
 
-def _require_known_inputs(module: nn.Module, batch: Batch, loss_fn: LossFunction | None) -> None:
-    """Refuse names that neither the forward nor the loss takes, or that they lack."""
-    taken = taken_by(module.forward, batch, loss_fn) if loss_fn else frozenset(batch)
-    takes = ", ".join(map(str, parameters_of(module.forward)))
-    where = f"{type(module).__name__}.forward({takes})"
-    for name in batch:
-        if not is_read(name, module.forward, batch, loss_fn):
-            raise _unread(name, batch, where)
-    try:
-        inspect.signature(module.forward).bind(**{name: batch[name] for name in taken})
-    except TypeError as error:
-        hint = f"the batch has {', '.join(batch)}; name its entries as forward does, and leave out / there"
-        raise CaptureError(f"the batch does not fit the model: {error}", where, hint) from error
-
-
 def _require_read(trace: _Trace, traced: torch.fx.GraphModule) -> None:
     """Refuse entries that only the loss function could read, and that it does not."""
     taken = taken_by(trace.module.forward, trace.batch, trace.loss_fn)
@@ -356,12 +346,7 @@ def _require_read(trace: _Trace, traced: torch.fx.GraphModule) -> None:
         root = name.partition(".")[0]
         if space == "batch" and root in trace.batch and root not in taken and not node.users:
             takes = ", ".join(p.name for p in parameters_of(trace.module.forward))
-            raise _unread(name, trace.batch, f"{type(trace.module).__name__}.forward({takes})")
-
-
-def _unread(name: str, batch: Batch, where: str) -> CaptureError:
-    hint = f"the batch has {', '.join(batch)}; leave out what is not used"
-    return CaptureError(f"the batch's {name} is read by neither the model nor the loss", where, hint)
+            raise unread(name, trace.batch, f"{type(trace.module).__name__}.forward({takes})")
 
 
 def _containers(module: nn.Module) -> frozenset[str]:

@@ -8,8 +8,10 @@ from typing import Any
 
 from torch import nn
 
-from comms.errors import PlanError
+from comms.errors import PlanError, method_line
+from orchestrator.verbs.state.python_state import PythonState
 from partitioner.capture.batch_inputs import Batch
+from partitioner.capture.forwards.host_values import CalledWith
 from partitioner.capture.tracing import calls_of
 
 MAX_KEPT = 16  # situations
@@ -19,8 +21,8 @@ DENSE = 4  # steps after a capture with a check each; then those that are powers
 class LaterForwards:
     """What forwards call, by the situation in which they were captured."""
 
-    def __init__(self, model: nn.Module, loss_fn: Callable[..., Any] | None) -> None:
-        self.model, self.loss_fn = model, loss_fn
+    def __init__(self, model: nn.Module, loss_fn: Callable[..., Any] | None, code: PythonState) -> None:
+        self.model, self.loss_fn, self.code = model, loss_fn, code
         self._noted: dict[object, Sequence[object]] = {}
         self._steps: dict[object, tuple[object, int]] = {}  # since the capture of a Program
 
@@ -39,10 +41,24 @@ class LaterForwards:
         while len(self._noted) >= MAX_KEPT:
             oldest = next(iter(self._noted))
             del self._noted[oldest], self._steps[oldest]
-        self._noted[situation] = calls_of(self.model, batch, self.loss_fn).noted
+        self._noted[situation] = self._calls(batch).noted
+
+    def _calls(self, batch: Batch, expected: Sequence[object] | None = None) -> CalledWith:
+        """What a forward calls; nothing outside of the model that its code reads may be changed by it every time."""
+        before = self.code.marks(self.model, self.loss_fn)
+        found = calls_of(self.model, batch, self.loss_fn, expected)
+        if self.code.marks(self.model, self.loss_fn) != before:
+            problem = (
+                "each forward changes what its code names outside of the model: a global, a class, a closure"
+            )
+            hint = (
+                "make it a buffer (a tensor), or an input of the model, or count in the loop around the steps"
+            )
+            raise PlanError(problem, method_line(type(self.model), "forward"), hint)
+        return found
 
     def _compare(self, situation: object, batch: Batch) -> None:
-        found = calls_of(self.model, batch, self.loss_fn, self._noted[situation])
+        found = self._calls(batch, self._noted[situation])
         if not found.where:
             return
         again = calls_of(self.model, batch, self.loss_fn, self._noted[situation])

@@ -3,15 +3,18 @@
 Every parameter and buffer is replaced wherever a submodule registers it, under however many names, and all that the
 submodules hold (attributes, and builtin containers in them at any depth) is put back at the end, after an exception
 too. What a forward changed in between is known by name, so that a forward that depends on it can be refused.
-Not seen: changes of objects of other kinds, and of what lies outside the module.
+Objects with attributes of their own count as containers, and so do arrays of numpy. Not seen: what else objects hold,
+and what lies outside the module.
 """
 
 from collections import deque
 from collections.abc import Iterator, Mapping, MutableMapping, MutableSequence, MutableSet
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import FunctionType, ModuleType
 from typing import Any
 
+import numpy
 import torch
 from torch import nn
 
@@ -20,6 +23,10 @@ from comms.errors import CaptureError
 REGISTERED = ("_parameters", "_buffers")  # where a module keeps the tensors that it registers
 NUMBERS = (int, float)  # arrays make new ones each time
 CONTAINERS = (MutableMapping, MutableSequence, MutableSet)
+LATER = (
+    9_009_000 - 2
+)  # what begins late, or at multiples of a number, is seen within a few forwards of this one
+NUM_LONG = 1_000  # entries
 
 
 @dataclass
@@ -41,12 +48,11 @@ class Borrowed:
         """Note the contents of builtin containers; what they contain is only looked into if it is one too."""
         open_: deque[Any] = deque([root])
         while open_:
-            value = open_.popleft()
-            if (
-                isinstance(value, nn.Module)
-                or not isinstance(value, CONTAINERS)
-                or id(value) in self.contents
-            ):
+            value = _container(open_.popleft())
+            if value is None or id(value) in self.contents:
+                continue
+            if isinstance(value, numpy.ndarray):
+                self.contents[id(value)] = (name, value, value.copy())
                 continue
             copied = dict(value) if isinstance(value, MutableMapping) else list(value)
             self.contents[id(value)] = (name, value, copied)
@@ -86,6 +92,21 @@ class Borrowed:
                     problem = f"the first forward makes {new[0]}, which no optimizer knows"
                     raise CaptureError(problem, where, "call the model once before")
 
+    def run_on(self) -> None:
+        """As after many more forwards: whole numbers that they count move far, and what they lengthen is long."""
+        held = [(child.__dict__, before) for _, child, before in self.attributes]
+        for now, before in (*held, *((c, b) for _, c, b in self.contents.values())):
+            if isinstance(now, numpy.ndarray):
+                numpy.copyto(now, before + LATER, where=now > before, casting="unsafe")
+                continue
+            if isinstance(now, MutableSequence) and len(now) > len(before):
+                now.extend([now[-1]] * NUM_LONG)
+            pairs = now.items() if isinstance(now, MutableMapping) else enumerate(now)
+            for key, value in [] if isinstance(now, MutableSet) else list(pairs):
+                was = before.get(key) if isinstance(before, dict) else [*before[key : key + 1], None][0]
+                if _is_whole(was) and _is_whole(value) and value != was:
+                    now[key] = type(value)(LATER) if value > was else type(value)(-LATER)
+
     def restore(self) -> None:
         """Give everything back."""
         for _, child, before in self.attributes:
@@ -93,6 +114,9 @@ class Borrowed:
             child.__dict__.update(before)
         for _, container, before in self.contents.values():
             if not _differs(container, before):
+                continue
+            if isinstance(container, numpy.ndarray):
+                container[...] = before
                 continue
             if hasattr(container, "clear"):
                 container.clear()
@@ -106,8 +130,24 @@ class Borrowed:
                 container |= set(before)
 
 
+def _container(value: Any) -> Any:
+    """What holds the parts of a value that a forward may change: itself, or its attributes."""
+    if isinstance(value, nn.Module | torch.Tensor | type | FunctionType | ModuleType):
+        return None
+    if isinstance(value, CONTAINERS) or (isinstance(value, numpy.ndarray) and value.dtype.kind in "biuf"):
+        return value
+    held = getattr(value, "__dict__", None)
+    return held if isinstance(held, dict) else None
+
+
+def _is_whole(value: Any) -> bool:
+    return type(value) is int or (type(value) is float and value.is_integer())
+
+
 def _differs(container: Any, before: Any) -> bool:
     """Whether a container holds other objects than it did, or holds them in another order."""
+    if isinstance(before, numpy.ndarray):
+        return not numpy.array_equal(container, before, equal_nan=before.dtype.kind == "f")
     now = container.items() if isinstance(container, MutableMapping) else container
     then = before.items() if isinstance(before, dict) else before
     if len(now) != len(then):

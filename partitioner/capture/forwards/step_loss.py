@@ -121,3 +121,24 @@ def scalar_loss(output: object, where: str = "the model") -> torch.Tensor:
         hint = "return the loss (or an object with .loss), or give loss_fn"
         raise CaptureError(f"{where} returns {got}, not a scalar loss", where, hint)
     return found.reshape(())
+
+
+def require_known_inputs(module: nn.Module, batch: Batch, loss_fn: LossFunction | None) -> None:
+    """Refuse names that neither the forward nor the loss takes, or that they lack."""
+    taken = taken_by(module.forward, batch, loss_fn) if loss_fn else frozenset(batch)
+    takes = ", ".join(map(str, parameters_of(module.forward)))
+    where = f"{type(module).__name__}.forward({takes})"
+    for name in batch:
+        if not is_read(name, module.forward, batch, loss_fn):
+            raise unread(name, batch, where)
+    try:
+        inspect.signature(module.forward).bind(**{name: batch[name] for name in taken})
+    except TypeError as error:
+        hint = f"the batch has {', '.join(batch)}; name its entries as forward does, and leave out / there"
+        raise CaptureError(f"the batch does not fit the model: {error}", where, hint) from error
+
+
+def unread(name: str, batch: Batch, where: str) -> CaptureError:
+    """The error for an entry of the batch that nothing reads."""
+    hint = f"the batch has {', '.join(batch)}; leave out what is not used"
+    return CaptureError(f"the batch's {name} is read by neither the model nor the loss", where, hint)
