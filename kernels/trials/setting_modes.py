@@ -79,7 +79,5 @@ def move_counters(optimizers: Sequence[torch.optim.Optimizer], first: Sequence[G
 
 
 def _is_count(value: object) -> bool:
-    is_number = type(value) is int or (
-        isinstance(value, torch.Tensor) and not value.dim() and value.is_floating_point()
-    )
+    is_number = type(value) in (int, float) or (isinstance(value, torch.Tensor) and not value.dim())
     return is_number and value in range(LATE_STEPS - 1, LATE_STEPS + 2)

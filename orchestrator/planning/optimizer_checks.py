@@ -34,7 +34,7 @@ def require_no_hooks(optimizer: torch.optim.Optimizer) -> None:
 def _require_seen(optimizer: torch.optim.Optimizer, reads: frozenset[str]) -> None:
     """What the step of a class that is not torch's reads of parameters and settings must be there on chips, which step
     on other tensors, end to end. Raises OptimizerError."""
-    params = {p for group in optimizer.param_groups for p in group["params"]}
+    params = [p for group in optimizer.param_groups for p in group["params"]]
     for settings in group_settings(optimizer):
         leaves = [(k, leaf) for k, v in settings.items() for leaf in tree_leaves(v)]
         if wide := [k for k, leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.numel() > 1]:

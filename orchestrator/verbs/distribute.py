@@ -36,15 +36,9 @@ from orchestrator.planning.job_parts import optimized_shape
 from orchestrator.planning.optimizer_checks import checked_traits
 from orchestrator.planning.plan_choice import first_that_splits
 from orchestrator.planning.preparation import module_values
+from orchestrator.runners.executing import whole_state
 from orchestrator.runners.executing.chip_set import ChipSet, InlineLaunch
-from orchestrator.runners.executing.whole_state import (
-    MASTER,
-    OwnState,
-    chip_states,
-    whole_buffers,
-    whole_parameters,
-    whole_states,
-)
+from orchestrator.runners.executing.own_operators import require_no_state
 from orchestrator.runners.on_ray.ray_launch import RayLaunch
 from orchestrator.runners.runner import (
     ExecutedStep,
@@ -66,6 +60,7 @@ from orchestrator.verbs.situation import (
     require_newest,
     set_newest,
     situation_of,
+    ungiven,
 )
 from orchestrator.verbs.state.empty_states import EmptyStates
 from orchestrator.verbs.state.later_forwards import LaterForwards
@@ -145,6 +140,8 @@ class DistributedStep:
             batches = split_batch(tensors_of(batch), program, step_key(self.seed, self.steps))
             request = StepRequest(schedule, 0.0, batches, measure=measure, check=check, settings=settings)
             result = runner.run(request)
+            if self.is_watched:
+                require_no_state(program, lambda: self._situation_of(batch) == self._situation)
         if schedule == "step" and result.stats is not None and result.stats.is_finite:
             self._set_ahead(is_ahead=True)
             self.steps += 1
@@ -197,7 +194,7 @@ class DistributedStep:
         chip = OneChip(module, self.optimizer, self.loss_fn, self.clip_norm, parts, masters)
         return StepCheck(chip, module_values(module), self.own_states(), keys, group_settings(self.optimizer))
 
-    def side(self, batch: Batch, states: OwnState, exact: bool) -> PlannedSide:
+    def side(self, batch: Batch, states: whole_state.OwnState, exact: bool) -> PlannedSide:
         """All chips in this process, given what the model holds now; `exact`: made anew, with float64 throughout."""
         assert self.plan is not None and self.program is not None
         program, ages = self.program, ages_of(self.model, self.optimizer, self._entries)
@@ -214,17 +211,17 @@ class DistributedStep:
         if self._runner is not None and self.program is not None and self._is_ahead:
             states = self._runner.states()
             params = dict(self.model.named_parameters())
-            trained = whole_parameters(self.program, states.__getitem__)
+            trained = whole_state.whole_parameters(self.program, states.__getitem__)
             if gone := sorted(trained.keys() - params.keys()):
                 problem = f"the model has no {gone[0]} any more, which the chips have trained"
                 raise PlanError(problem, "sync()", "call sync() before the model changes")
             with torch.no_grad():
                 for name, value in trained.items():
                     params[name].copy_(value.view(params[name].shape))
-                self._buffers.put(whole_buffers(self.program, states))
-            for name, own in whole_states(self.program, states).items():
-                if MASTER in own:
-                    self._masters[name] = own.pop(MASTER)
+                self._buffers.put(whole_state.whole_buffers(self.program, states))
+            for name, own in whole_state.whole_states(self.program, states).items():
+                if whole_state.MASTER in own:
+                    self._masters[name] = own.pop(whole_state.MASTER)
                 self.optimizer.state[params[name]] = as_kept(own)
             self._set_ahead(is_ahead=False)
             self._seen = self._values_seen()
@@ -293,12 +290,12 @@ class DistributedStep:
     def _settings(self) -> Settings:
         return Settings(same_kind(self.optimizer), self.clip_norm, groups=())
 
-    def _fill(self, runner: TensorRunner, program: Program, states: OwnState) -> None:
+    def _fill(self, runner: TensorRunner, program: Program, states: whole_state.OwnState) -> None:
         """Give the chips what the model holds, and these states of the optimizer."""
         values = module_values(self.model)
         runner.load(values.__getitem__)
         if states:
-            runner.restore(chip_states(program, values.__getitem__, states, self._entries))
+            runner.restore(whole_state.chip_states(program, values.__getitem__, states, self._entries))
 
     def own_states(self) -> dict[str, dict[str, Any]]:
         """The optimizer's states by parameter, and full-precision copies."""
@@ -309,7 +306,7 @@ class DistributedStep:
         }
         for name, master in self._masters.items():  # unless the parameter was changed since
             if torch.equal(master.to(values[f"params:{name}"].dtype), values[f"params:{name}"]):
-                own[name] = {**own.get(name, {}), MASTER: master}
+                own[name] = {**own.get(name, {}), whole_state.MASTER: master}
         return own
 
     def _chosen_plan(self, batch: Batch, situation: Situation) -> Plan:
@@ -350,7 +347,7 @@ class DistributedStep:
             )  # fmt: skip
 
         program = capture_and_lower(graph, plan, shape, self.progress)
-        for said in warnings_of(program):
+        for said in (*ungiven(batch), *warnings_of(program)):
             if said not in self._said:
                 self._said.add(said)
                 warnings.warn(said, stacklevel=depth_of_call())

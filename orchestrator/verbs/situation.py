@@ -19,6 +19,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from comms.errors import PlanError, UserError, has_line
 from orchestrator.planning.optimizer_checks import require_no_hooks
+from orchestrator.verbs.state.object_parts import is_installed, is_library
 from orchestrator.verbs.state.python_state import checksum
 from partitioner.capture.batch_inputs import Batch, require_plain, settings_of, tensors_of
 from partitioner.capture.refused.refusals import refuse_unsupported
@@ -127,12 +128,22 @@ def require_batch(batch: object) -> None:
     if odd := [name for name in batch if not isinstance(name, str)]:
         raise PlanError(f"the batch has the key {odd[0]!r}, which names no input", "step(batch)",
                         "name entries as forward does")  # fmt: skip
+    held = [name for name in getattr(batch, "__dict__", {}) if name != "data"]
+    if held and not is_library(type(batch)) and not is_installed(type(batch)):
+        problem = f"the batch has {held[0]} beside its entries, which a step would not see"
+        raise PlanError(problem, "step(batch)", "pass it as an entry of the batch")
     require_plain(batch)
     if meta := [name for name, value in tensors_of(batch).items() if value.is_meta]:
         problem = f"the batch's {meta[0]} is on the meta device, without numbers"
         raise PlanError(problem, "step(batch)", "make it on the CPU")
     if any(v.numel() == 0 and v.dim() and not v.shape[0] for v in tensors_of(batch).values()):
         raise PlanError("the batch has no samples", "step(batch)", "leave empty batches out")
+
+
+def ungiven(batch: Batch) -> list[str]:
+    """Warnings of gradients that a plain loop would leave at entries of the batch."""
+    wanted = [name for name, value in tensors_of(batch).items() if value.requires_grad]
+    return [f"the batch's {name} requires a gradient, which it is not given" for name in wanted]
 
 
 def require_no_modes() -> None:

@@ -189,8 +189,8 @@ def _live(captured: Captured, form: LossForm) -> set[Node]:
 
 
 def _refuse_complex_parameters(captured: Captured, live: set[Node]) -> None:
-    for node in live:
-        if node.op == "placeholder" and node.meta["val"].is_complex():
+    for node in captured.graph_module.graph.nodes:
+        if node in live and node.op == "placeholder" and node.meta["val"].is_complex():
             problem = f"the parameter {captured.names[node.name].partition(':')[2]} is complex"
             raise CaptureError(problem, "parameters", "keep its real and imaginary parts as two parameters")
 

@@ -22,7 +22,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as trees
 
 from comms.errors import CaptureError, method_line
-from partitioner.capture.batch_inputs import Batch, rebuilt, tensors_of
+from partitioner.capture.batch_inputs import Batch, rebuilt, require_unchanged, tensors_of
 from partitioner.capture.forwards.autograd_questions import AutogradQuestions, require_own, stand_in_for
 from partitioner.capture.forwards.borrowed_module import REGISTERED, Borrowed, borrowed
 from partitioner.capture.forwards.checkpoints import RECOMPUTE, Region, inlined_checkpoints, noted, num_nodes
@@ -126,7 +126,7 @@ def trace_module(
         frozen=frozen,
         tp_plan=tp_plan or own_plan(module),
     )
-    require_own_memory(module, graph_module, captured.updated)
+    require_own_memory(module, tensors_of(batch), graph_module, captured.updated)
     make_pure(captured.graph_module, captured.names, trace.registered)
     return captured
 
@@ -244,9 +244,8 @@ class _Trace:
         self.lent.replace({identity: named[name] for identity, name in self.registered.items()})
         stand_ins = {id(named[n]): n for n in self.registered.values()}
         self.questions = AutogradQuestions(stand_ins, self.modules, self.fake_mode, self.told)
-        inputs = rebuilt(
-            self.batch, {n.partition(":")[2]: v for n, v in named.items() if n.startswith("batch:")}
-        )
+        fakes = {n.partition(":")[2]: v for n, v in named.items() if n.startswith("batch:")}
+        given, inputs = (rebuilt(self.batch, fakes) for _ in range(2))
         with (
             self.called or nullcontext(),
             recorded_functions(stand_ins),
@@ -260,6 +259,7 @@ class _Trace:
             no_error_caught(),
         ):
             loss = loss_of_step(self.module, self.loss_fn, inputs)
+        require_unchanged(given, inputs)
         return loss, *(self.module.get_buffer(name) for name in self.buffers)
 
     @contextmanager

@@ -27,6 +27,7 @@ from orchestrator.runners.executing.chip import (
     restore_state,
     saved_state,
 )
+from orchestrator.runners.executing.own_operators import drawing_nothing, own_operators
 from orchestrator.runners.executing.pending_communications import PendingCommunications
 from orchestrator.runners.runner import ExecutedStep, Settings, States, StepRequest, num_workers
 from orchestrator.runs.timeline import Mark
@@ -79,6 +80,7 @@ class ChipSet:
         local = (chip for chip, holder in enumerate(actor_of) if holder == actor)
         self.chips = {i: ExecutingChip(program, i, library, settings) for i in local}
         self.communications = PendingCommunications(self.chips, actor_of, actor)
+        self.own = own_operators(program)
         self.num_workers = max(1, min(num_workers, len(self.chips)))
         self.changed = threading.Condition()
         self.execution: _Execution | None = None
@@ -106,6 +108,7 @@ class ChipSet:
             one_thread_per_chip(),
             torch.autocast("cpu", enabled=False),
             torch.autocast("cuda", enabled=False),
+            drawing_nothing(self.own),
         ):
             self._run_workers(execution)
         if execution.error is not None:

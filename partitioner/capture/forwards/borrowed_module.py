@@ -95,17 +95,17 @@ class Borrowed:
     def run_on(self) -> None:
         """As after many more forwards: whole numbers that they count move far, and what they lengthen is long."""
         held = [(child.__dict__, before) for _, child, before in self.attributes]
-        for now, before in (*held, *((c, b) for _, c, b in self.contents.values())):
-            if isinstance(now, numpy.ndarray):
-                numpy.copyto(now, before + LATER, where=now > before, casting="unsafe")
+        for after, before in (*held, *((c, b) for _, c, b in self.contents.values())):
+            if isinstance(after, numpy.ndarray):
+                numpy.copyto(after, before + LATER, where=after > before, casting="unsafe")
                 continue
-            if isinstance(now, MutableSequence) and len(now) > len(before):
-                now.extend([now[-1]] * NUM_LONG)
-            pairs = now.items() if isinstance(now, MutableMapping) else enumerate(now)
-            for key, value in [] if isinstance(now, MutableSet) else list(pairs):
+            if isinstance(after, MutableSequence) and len(after) > len(before):
+                after.extend([after[-1]] * NUM_LONG)
+            pairs = after.items() if isinstance(after, MutableMapping) else enumerate(after)
+            for key, value in () if isinstance(after, MutableSet) else list(pairs):
                 was = before.get(key) if isinstance(before, dict) else [*before[key : key + 1], None][0]
                 if _is_whole(was) and _is_whole(value) and value != was:
-                    now[key] = type(value)(LATER) if value > was else type(value)(-LATER)
+                    after[key] = type(value)(LATER) if value > was else type(value)(-LATER)
 
     def restore(self) -> None:
         """Give everything back."""

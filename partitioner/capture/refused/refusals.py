@@ -19,10 +19,12 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.fx.experimental.proxy_tensor import PythonKeyTracer, get_proxy_mode
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from comms.errors import CaptureError
+from partitioner.capture.batch_inputs import is_plain_kind
 from partitioner.capture.captured_graph import op_name
 from partitioner.capture.forwards.replaced import replaced
 from partitioner.capture.source_lines import first_user_line, in_module, is_users, source_line
@@ -88,7 +90,9 @@ def explaining(module: nn.Module, open_calls: Sequence[OpenCall]) -> Iterator[No
         operator = str(getattr(error, "func", "")) or str(error).strip().split("\n")[0][:200]
         problem = f"cannot capture {type(module).__name__}: {type(error).__name__} at {operator}"
         hint = next((said for name, said in INSTEAD.items() if name in operator), BY_VALUES)
-        if not isinstance(error, OF_VALUES):
+        if "dynamo" in operator:
+            hint = "leave torch.compile out: a plan is compiled by itself"
+        elif not isinstance(error, OF_VALUES):
             hint = (
                 "see whether model and loss take such a batch by themselves; if so, write this line otherwise"
             )
@@ -127,6 +131,14 @@ def refuse_unsupported(module: nn.Module) -> None:
                 else "pass the module in it: model._orig_mod"
             )
             raise CaptureError(problem, where, hint)
+        if (
+            isinstance(child, _BatchNorm)
+            and child.training
+            and child.track_running_stats
+            and child.momentum is None
+        ):
+            problem = "running averages with momentum=None go by a count, which is not known at a capture"
+            raise CaptureError(problem, where, "give it a momentum: 0.1 is torch's own")
         if child._backward_hooks or child._backward_pre_hooks:
             raise CaptureError("a backward hook would not run", where, "remove the hook")
         for own, param in child.named_parameters(recurse=False):
@@ -136,6 +148,9 @@ def refuse_unsupported(module: nn.Module) -> None:
             if param._backward_hooks or getattr(param, "_post_accumulate_grad_hooks", None):
                 raise CaptureError("a gradient hook would not run", f"{where}: {own}", "remove the hook")
         for own, value in (*child.named_parameters(recurse=False), *child.named_buffers(recurse=False)):
+            if not is_plain_kind(value):
+                problem = f"{own} is a {type(value).__name__}, whose own code would not run"
+                raise CaptureError(problem, f"{where}: {own}", "make it an nn.Parameter or a plain tensor")
             if value.layout is not torch.strided or value.is_quantized:
                 kind, hint = ("quantized", "dequantize()") if value.is_quantized else ("sparse", "to_dense()")
                 raise CaptureError(f"{own} is {kind}", f"{where}: {own}", f"make it dense: {hint}")

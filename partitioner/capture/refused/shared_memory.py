@@ -3,7 +3,7 @@
 On chips every tensor has memory of its own, so those are refused. The same object under several names is one tensor.
 """
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -12,10 +12,17 @@ from comms.errors import CaptureError
 from partitioner.capture.captured_graph import constants_of
 
 
-def require_own_memory(module: nn.Module, traced: torch.fx.GraphModule, updated: Collection[str]) -> None:
-    """Refuse what training would change unseen. `updated`: buffers that the forward changes. Raises CaptureError."""
+def require_own_memory(
+    module: nn.Module,
+    given: Mapping[str, torch.Tensor],
+    traced: torch.fx.GraphModule,
+    updated: Collection[str],
+) -> None:
+    """Refuse what training would change unseen. `given`: the batch; `updated`: buffers that the forward changes.
+    Raises CaptureError."""
     named: list[tuple[str, torch.Tensor]] = [*module.named_parameters(), *module.named_buffers()]
     moving = {id(t): place for place, (n, t) in enumerate(named) if t.requires_grad or n in updated}
+    named += [(f"the batch's {name}", value.detach()) for name, value in given.items()]
     read = [*named, *(("", value) for _, value in constants_of(traced))]
     found = [(moving[id(read[one][1])], other, one) for one, other in _overlapping([v for _, v in read])
              if id(read[one][1]) in moving]  # fmt: skip

@@ -41,6 +41,54 @@ class Assigning(torch.optim.SGD):
                     param.data = param.data - 0.1 * param.grad
 
 
+class Reading(Net):
+    """Changes lists of the batch, and reads what else is given."""
+
+    def forward(self, x: torch.Tensor, more: Any = ()) -> torch.Tensor:
+        if isinstance(more, list):
+            more.append(1)
+        self.scale.mul_(0.9)
+        return super().forward(x) * (more.mean() if isinstance(more, torch.Tensor) else 1)
+
+
+def test_lists_of_the_batch_that_a_forward_changes_are_refused(one_thread: None) -> None:
+    step = step_of(Reading().double())
+    with pytest.raises(UserError, match="the forward changes what the batch's more holds") as caught:
+        step({"x": X, "more": [2]})
+    assert __file__ in caught.value.where
+
+
+@pytest.mark.parametrize("name", ["scale", "first.weight"])
+def test_what_the_model_trains_cannot_be_given_as_data(name: str, one_thread: None) -> None:
+    module = Reading().double()
+    value = module.get_buffer(name) if name == "scale" else module.get_parameter(name).detach()
+    with pytest.raises(UserError, match=f"the batch's more lies in the memory of {name}"):
+        step_of(module)({"x": X, "more": value})
+
+
+def test_that_an_entry_is_given_no_gradient_is_said_once(one_thread: None) -> None:
+    step, x = step_of(Net().double()), X.clone().requires_grad_()
+    with pytest.warns(UserWarning, match="the batch's x requires a gradient, which it is not given"):
+        step({"x": x})
+
+
+class Averaging(Net):
+    """A running average whose share is a count."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(4, momentum=None)
+
+    def forward(self, x: torch.Tensor, more: Any = ()) -> torch.Tensor:
+        return super().forward(self.norm(x))
+
+
+def test_averages_by_a_count_are_refused(one_thread: None) -> None:
+    with pytest.raises(UserError, match="momentum=None go by a count") as caught:
+        step_of(Averaging().double())({"x": X})
+    assert caught.value.where.startswith("norm (BatchNorm1d)")
+
+
 class Doubling(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))
@@ -64,6 +112,7 @@ def test_an_optimizer_may_assign_data(plan: Plan, trained_alike: Any) -> None:
     trained_alike(Net().double(), [{"x": X}] * 3, plan, kind=Assigning, rel=1e-11)
 
 
+@pytest.mark.filterwarnings("ignore:the batch's x requires a gradient")
 def test_how_a_batch_is_nested_and_lies_counts_in_every_step(one_thread: None) -> None:
     module, step = Net().double(), step_of(Net().double(), lambda p, lr: torch.optim.SGD(p, lr=0.0))
     others: list[Any] = [(), (), (), (), (), [], (), {}, ()]
@@ -149,9 +198,33 @@ def test_what_an_optimizer_steps_on_besides_is_refused(trained: Any, problem: st
         distribute(module, optimizer, "laptop", plan=Plan(), chips=1)({"x": X})
 
 
+class Tagged(torch.Tensor):
+    """A tensor with code of its own."""
+
+
+class Named(dict):  # type: ignore[type-arg]
+    """A batch with attributes."""
+
+
+def noted(x: torch.Tensor, **attributes: object) -> Any:
+    for name, value in attributes.items():
+        setattr(x, name, value)
+    return x
+
+
+def hooked(x: torch.Tensor) -> torch.Tensor:
+    x.requires_grad_().register_hook(lambda g: g)
+    return x
+
+
 @pytest.mark.parametrize(
     ("batch", "problem"),
     [
+        ({"x": X.clone().requires_grad_() * 2}, "the batch's x was computed from what takes gradients"),
+        ({"x": hooked(X.clone())}, "the batch's x has a gradient hook"),
+        ({"x": X.as_subclass(Tagged)}, "the batch's x is a Tagged, whose own code would not run"),
+        ({"x": noted(X.clone(), share=2.0)}, "the batch's x has the attribute share"),
+        (noted(Named(x=X), share=2.0), "the batch has share beside its entries"),
         ({"x": X, "more": {1: X, "1": X}}, "two entries of the batch are called more.1"),
         ({"x": nn.Parameter(X)}, "the batch's x is a parameter, which nothing would train"),
         ({1: X}, "the batch has the key 1, which names no input"),
