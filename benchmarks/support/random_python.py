@@ -3,32 +3,35 @@
 BESIDE = """ ;; \
 vstfi |  | x = Gated.apply(x, x.detach()) ;; vstfi |  | x = Setup.apply(x, 0.5) ;; vstfi |  | x = Asking.apply(x) ;; \
 vstfi |  | x, k = Ranked.apply(x); x = x + 0.1 * k ;; vstfi |  | x = Half.apply(x)[0] + x ;; vstfi |  | x = \
-Dirty.apply(x.clone()) ;; vstfi |  | x = Leveled.apply(x) ;; vstfi |  | x = Outer.apply(x) ;; vstf | $p = PAR(C)) | x \
-= Scaled.apply(x, $p) ;; vstf | $l = nn.Linear(C, C); $l.requires_grad_(False) | x = Scaled.apply(x, $l.bias) ;; vstf \
-| $l = nn.Linear(C, C) | x = Product.apply(x, $l.weight) ;; vstfi |  | x = Counted.apply(x) ;; vstfi |  | x = \
-Drawn.apply(x) ;; vstfi | $n = 0 | $n += 1; x = x * (1 + 0.1 * $n) ;; vstfi | $n = [] | $n.append(1); x = x + 0.1 * \
-len($n) ;; vstfi | self.factor{i} = 1.5 | x = x * self.factor{i} ;; vstfi | $n = {'a': [0.5, 1.5]} | x = x * \
+Leveled.apply(x) ;; vstf | $p = PAR(C)) | x = Scaled.apply(x, $p) ;; vstf | $l = nn.Linear(C, C); \
+$l.requires_grad_(False) | x = Scaled.apply(x, $l.bias) ;; vstf | $l = nn.Linear(C, C) | x = Product.apply(x, \
+$l.weight) ;; vstfi | self.factor{i} = 1.5 | x = x * self.factor{i} ;; vstfi | $n = {'a': [0.5, 1.5]} | x = x * \
 $n['a'][1] ;; vstf | $r = torch.linspace(0.5, 1.5, C) | x = x * $r ;; vstfi | $h = lambda x: x * 0.9 | x = $h(x) ;; \
-vstfi | $s = None | $s = x.detach(); x = x + $s ;; vstfi |  | x.register_hook(lambda g: g * 0.5) if x.requires_grad \
-else None; x = x * 2 ;; vstf | LIN; $l.weight.register_hook(lambda g: g * 0.5) | x = $l(x) ;; vstf | LIN; \
-$l.weight.register_hook(lambda g: g.clamp(-0.01, 0.01)) | x = $l(x) ;; vstf | LIN; \
-$l.bias.register_post_accumulate_grad_hook(lambda p: (p.grad.mul_(0.5), None)[1]) | x = $l(x) ;; vstf | LIN; \
-$l.register_full_backward_hook(lambda m, a, b: (a[0] * 0.5,)) | x = $l(x) ;; vstf | LIN; \
-$l.register_forward_pre_hook(lambda m, a: (a[0] * 0.5,)) | x = $l(x) ;; vstf | LIN | with \
-torch.autograd.graph.saved_tensors_hooks(lambda t: t * 1, lambda t: t * 1): x = $l(x) ;; vstf | LIN | with \
-torch.autocast('cpu', enabled=False): x = $l(x) ;; vstf | LIN | with torch.set_grad_enabled(self.training): x = $l(x) \
-;; vstf | LIN | with torch.device('cpu'): x = $l(x) ;; vstf | LIN | x = x + torch.func.vjp(lambda y: $l(y).tanh(), \
-x)[0] ;; vstf | LIN | x = x + torch.func.grad(lambda y: $l(y).tanh().sum())(x) ;; vstfi |  | x = x + \
-torch.func.jvp(torch.sin, (x,), (x,))[1] ;; vstf | LIN | x = x + torch.autograd.grad($l(x).square().sum(), x, \
-create_graph=True)[0] if x.requires_grad else x ;; vstf | LIN; torch.nn.utils.prune.l1_unstructured($l, 'weight', 4) \
-| x = $l(x) ;; vstf | LIN | $l.zero_grad(); x = $l(x) ;; vstf | LIN | x = $l(x); $l.bias.data.clamp_(-0.4, 0.4) ;; \
-vstf | LIN | $l.train(not self.training); x = $l(x) ;; vstfi |  | x = x * 2 if flag else x ;; vstfi |  | x = x if \
-mode == 'a' else -x ;; vstf |  | x = x + deep['p'][1]['q'][1] ;; vs |  | x = x * half.view(len(half), *[1] * (x.dim() \
-- 2), C) ;; vstf |  | x = x * (1 if len(deep['p']) == 2 else 3) + deep['r'].k ;; vstfi |  | x = x * (2 if \
+vstfi | $s = None | $s = x.detach(); x = x + $s ;; vstf | LIN; $l.register_forward_pre_hook(lambda m, a: (a[0] * \
+0.5,)) | x = $l(x) ;; vstf | LIN | with torch.autocast('cpu', enabled=False): x = $l(x) ;; vstf | LIN | with \
+torch.set_grad_enabled(self.training): x = $l(x) ;; vstf | LIN | with torch.device('cpu'): x = $l(x) ;; vstf | LIN; \
+torch.nn.utils.prune.l1_unstructured($l, 'weight', 4) | x = $l(x) ;; vstf | LIN | $l.zero_grad(); x = $l(x) ;; vstf | \
+LIN | $l.train(not self.training); x = $l(x) ;; vstfi |  | x = x * 2 if flag else x ;; vstfi |  | x = x if mode == \
+'a' else -x ;; vstf |  | x = x + deep['p'][1]['q'][1] ;; vs |  | x = x * half.view(len(half), *[1] * (x.dim() - 2), \
+C) ;; vstf |  | x = x * (1 if len(deep['p']) == 2 else 3) + deep['r'].k ;; vstfi |  | x = x * (2 if \
 wish.requires_grad else 3) ;; vstfi |  | x = x * (2 if isinstance(deep['p'], tuple) else 3) ;; vstf | $d = \
 nn.ModuleDict({'a': nn.Linear(C, C)}) | x = x + ($d['a'] if 'a' in $d else None)(x) ;; vstf | \
 self.add_module('late{i}', nn.Linear(C, C)); self.register_parameter('none{i}', None) | x = x + (self.late{i}(x) if \
 self.none{i} is None else 0)
+"""
+# drawn seldom, as they are refused
+ODD = """ ;; \
+vstfi |  | x = Dirty.apply(x.clone()) ;; vstfi |  | x = Outer.apply(x) ;; vstfi |  | x = Counted.apply(x) ;; vstfi |  \
+| x = Drawn.apply(x) ;; vstfi | $n = 0 | $n += 1; x = x * (1 + 0.1 * $n) ;; vstfi | $n = [] | $n.append(1); x = x + \
+0.1 * len($n) ;; vstfi |  | x.register_hook(lambda g: g * 0.5) if x.requires_grad else None; x = x * 2 ;; vstf | LIN; \
+$l.weight.register_hook(lambda g: g * 0.5) | x = $l(x) ;; vstf | LIN; $l.weight.register_hook(lambda g: \
+g.clamp(-0.01, 0.01)) | x = $l(x) ;; vstf | LIN; $l.bias.register_post_accumulate_grad_hook(lambda p: \
+(p.grad.mul_(0.5), None)[1]) | x = $l(x) ;; vstf | LIN; $l.register_full_backward_hook(lambda m, a, b: (a[0] * 0.5,)) \
+| x = $l(x) ;; vstf | LIN | with torch.autograd.graph.saved_tensors_hooks(lambda t: t * 1, lambda t: t * 1): x = \
+$l(x) ;; vstf | LIN | x = x + torch.func.vjp(lambda y: $l(y).tanh(), x)[0] ;; vstf | LIN | x = x + \
+torch.func.grad(lambda y: $l(y).tanh().sum())(x) ;; vstfi |  | x = x + torch.func.jvp(torch.sin, (x,), (x,))[1] ;; \
+vstf | LIN | x = x + torch.autograd.grad($l(x).square().sum(), x, create_graph=True)[0] if x.requires_grad else x ;; \
+vstf | LIN | x = $l(x); $l.bias.data.clamp_(-0.4, 0.4)
 """
 # classes and functions that the rows name
 FUNCTIONS = """import torch.nn.utils.prune

@@ -14,7 +14,7 @@ from math import prod
 
 from support.random_draws import DRAWS
 from support.random_papers import PAPERS
-from support.random_python import BESIDE
+from support.random_python import BESIDE, ODD
 from support.random_steps import GROUPS, HOOKS, ODD_GROUPS, ODD_OPTIMIZERS, OPTIMIZERS, SCHEDULES
 
 from partitioner.layout.parallel_plan import Plan
