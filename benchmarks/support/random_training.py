@@ -339,9 +339,8 @@ def _pieces(draw: random.Random) -> tuple[tuple[tuple[str, str], ...], tuple[str
             time = (2 if "2 * C" in text[0] else 3) if way == "v>s" else time
             shape = way[2]
         else:
-            _, *text = draw.choice(
-                [row for row in table(PIECES + DRAWS + PAPERS + BESIDE) if shape in row[0]]
-            )
+            rows = PIECES + DRAWS + PAPERS + BESIDE if draw.random() < 0.98 else BESIDE + ODD
+            _, *text = draw.choice([row for row in table(rows) if shape in row[0]])
         chosen.append((text[0], text[1]))
     if shape == "i":
         _, *text = draw.choice([row for row in turns if row[0] == "i>s"])
