@@ -24,6 +24,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as trees
 
 from comms.errors import CaptureError, method_line
+from partitioner.capture.forwards.keyed_random import DRAWN, REFUSED
 from partitioner.capture.forwards.replaced import replaced
 from partitioner.capture.refused.refusals import refusing
 
@@ -139,6 +140,10 @@ class _OwnOperands(TorchFunctionMode):
         if func in SWITCHES:  # of what the backward is under: they would be noted in the graph of the forward
             with torch._C.DisableTorchFunction():
                 return func(*args, **(kwargs or {}))
+        if getattr(func, "__name__", "") in (*DRAWN, *REFUSED, "keyed_uniform"):
+            problem = f"the backward of {self.cls.__qualname__} draws random numbers"
+            hint = "draw in its forward, and keep what is drawn by save_for_backward"
+            raise CaptureError(problem, method_line(self.cls, "backward"), hint)
         made = func(*args, **(kwargs or {}))
         if any(isinstance(each, torch.Tensor) for each in trees.tree_leaves(made)):
             for read in (r for r in trees.tree_leaves((args, kwargs or {})) if id(r) in self.registered):

@@ -56,6 +56,12 @@ class Drawn(Reversed):
         return grad * random.random()
 
 
+class DrawnByTorch(Reversed):
+    @staticmethod
+    def backward(_: Any, grad: torch.Tensor) -> torch.Tensor:
+        return grad * torch.rand_like(grad)
+
+
 class Counted(Reversed):
     @staticmethod
     def backward(_: Any, grad: torch.Tensor) -> torch.Tensor:
@@ -146,6 +152,10 @@ def test_a_backward_is_that_of_plain_torch_in_every_step(
     ("function", "problem"),
     [
         (lambda _, x: Drawn.apply(x), "draws from Python's random"),
+        (
+            lambda _, x: DrawnByTorch.apply(x),
+            "the backward of DrawnByTorch draws random numbers",
+        ),
         (lambda _, x: Counted.apply(x), "computes with another number each time"),
         (lambda _, x: Caught.apply(x), "catches an error"),
         (closing_over(counts_in_a_buffer), "computes with count, which its forward is not given"),
