@@ -38,7 +38,7 @@ from orchestrator.planning.plan_choice import first_that_splits
 from orchestrator.planning.preparation import module_values
 from orchestrator.runners.executing import whole_state
 from orchestrator.runners.executing.chip_set import ChipSet, InlineLaunch
-from orchestrator.runners.executing.own_operators import require_no_state
+from orchestrator.runners.executing.own_operators import own_operators, require_no_state
 from orchestrator.runners.on_ray.ray_launch import RayLaunch
 from orchestrator.runners.runner import (
     ExecutedStep,
@@ -141,7 +141,7 @@ class DistributedStep:
             request = StepRequest(schedule, 0.0, batches, measure=measure, check=check, settings=settings)
             result = runner.run(request)
             if self.is_watched:
-                require_no_state(program, lambda: self._situation_of(batch) == self._situation)
+                require_no_state(self._operators, lambda: self._situation_of(batch) == self._situation)
         if schedule == "step" and result.stats is not None and result.stats.is_finite:
             self._set_ahead(is_ahead=True)
             self.steps += 1
@@ -284,6 +284,7 @@ class DistributedStep:
         runner = self.launch.connect(program, self._settings(), self.progress)
         self._fill(runner, program, self.own_states())
         self.program, self._runner, self._situation = program, runner, situation
+        self._operators = own_operators(program)
         self._set_ahead(is_ahead=False)
         self._seen = self._values_seen()
 

@@ -85,12 +85,13 @@ def is_plain_kind(value: torch.Tensor) -> bool:
 def require_unchanged(batch: Batch, used: Batch) -> None:
     """Refuse that a forward changes lists and dicts in the batch: given again, they would be as before.
     Raises CaptureError."""
-    for name in batch.keys() & used.keys():
+    for name in (name for name in batch if name in used):
         before, after = (trees.tree_flatten_with_path(each[name]) for each in (batch, used))
         pairs = zip(before[0], after[0], strict=False)
         kept = before[1] == after[1] and all(
-            isinstance(a, torch.Tensor) == isinstance(b, torch.Tensor)
-            and (isinstance(a, torch.Tensor) or a == b)
+            a is b
+            or (isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor))
+            or (type(a), a) == (type(b), b)
             for (_, a), (_, b) in pairs
         )
         if not kept:

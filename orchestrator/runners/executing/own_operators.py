@@ -28,11 +28,13 @@ def drawing_nothing(operators: list[str]) -> Iterator[None]:
         raise RunError(problem, operators[0], "draw in the forward, and pass what is drawn to the operator")
 
 
-def require_no_state(program: Program, is_as_before: Callable[[], bool]) -> None:
+def require_no_state(operators: list[str], is_as_before: Callable[[], bool]) -> None:
     """Raises RunError if a step changed what operators or the model read: each chip and microbatch runs them."""
-    if (own := own_operators(program)) and not is_as_before():
-        problem = f"{' or '.join(own)} changes what its code or the model's reads, as often as chips run it"
-        raise RunError(problem, own[0], "let it compute from its operands alone")
+    if operators and not is_as_before():
+        problem = (
+            f"{' or '.join(operators)} changes what its code or the model's reads, as often as chips run it"
+        )
+        raise RunError(problem, operators[0], "let it compute from its operands alone")
 
 
 def _states() -> tuple[object, ...]:

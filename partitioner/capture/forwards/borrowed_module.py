@@ -23,10 +23,8 @@ from comms.errors import CaptureError
 REGISTERED = ("_parameters", "_buffers")  # where a module keeps the tensors that it registers
 NUMBERS = (int, float)  # arrays make new ones each time
 CONTAINERS = (MutableMapping, MutableSequence, MutableSet)
-LATER = (
-    9_009_000 - 2
-)  # what begins late, or at multiples of a number, is seen within a few forwards of this one
-NUM_LONG = 1_000  # entries
+LATER = 9_009_000 - 2  # forwards: the next few show what begins late, or at multiples of a number
+NUM_LONG = 1_000  # entries of what is lengthened
 
 
 @dataclass

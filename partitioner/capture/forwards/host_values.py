@@ -27,12 +27,7 @@ from partitioner.capture.forwards.replaced import replaced
 from partitioner.capture.source_lines import running_line
 
 PYTHONS, NUMPYS = "Python's random", "numpy.random"
-KEEPING = {
-    "getstate",
-    "setstate",
-    "get_state",
-    "set_state",
-}  # of the functions of `random`, those that draw nothing
+KEEPING = {"getstate", "setstate", "get_state", "set_state"}  # of their functions, those that draw nothing
 EMPTY = ("empty", "empty_like", "new_empty", "empty_strided", "new")
 NUMBERS = bool | int | float | complex | str | torch.dtype | None
 
