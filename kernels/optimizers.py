@@ -77,6 +77,13 @@ def as_tensors(state: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     return {k: v for k, v in state.items() if isinstance(v, torch.Tensor)} | numbers
 
 
+def laid_as(value: torch.Tensor, param: torch.Tensor) -> torch.Tensor:
+    """A state in the order of memory of its parameter, if it has the shape: fused steps walk both as they lie."""
+    if value.shape != param.shape or value.stride() == param.stride():
+        return value
+    return torch.empty_like(param, dtype=value.dtype, requires_grad=False).copy_(value)
+
+
 def as_kept(state: Mapping[str, torch.Tensor]) -> dict[str, Any]:
     """What `as_tensors` was given."""
     kinds = {kind.__name__: kind for kind in NUMBERS}

@@ -26,7 +26,7 @@ from torch import nn
 
 from comms.errors import PlanError, RunError
 from comms.selection.progress import Progress, quiet
-from kernels.optimizers import as_kept, as_tensors, entry_states, group_settings, same_kind
+from kernels.optimizers import as_kept, as_tensors, entry_states, group_settings, laid_as, same_kind
 from kernels.trials.optimizer_trials import advance
 from kernels.trials.setting_modes import modes_of
 from orchestrator.config.hardware.cluster import Cluster
@@ -222,7 +222,8 @@ class DistributedStep:
             for name, own in whole_state.whole_states(self.program, states).items():
                 if whole_state.MASTER in own:
                     self._masters[name] = own.pop(whole_state.MASTER)
-                self.optimizer.state[params[name]] = as_kept(own)
+                laid = {key: laid_as(value, params[name]) for key, value in own.items()}
+                self.optimizer.state[params[name]] = as_kept(laid)
             self._set_ahead(is_ahead=False)
             self._seen = self._values_seen()
         return self.model

@@ -344,3 +344,20 @@ def test_a_half_precision_module_is_stepped_on_as_it_is(plan: Plan, lr: float, l
         torch.testing.assert_close(mine, theirs, rtol=rounding, atol=rounding)
         kept = [optimizer.state[p] for optimizer, p in zip(optimizers, (mine, theirs), strict=True)]
         assert {k: v.dtype for k, v in kept[0].items()} == {k: v.dtype for k, v in kept[1].items()}
+
+
+@pytest.mark.parametrize("settings", [{"fused": True}, {"foreach": True}, {"foreach": False}], ids=str)
+def test_states_lie_in_memory_as_their_parameters_do(settings: dict[str, bool], laptop: Any) -> None:
+    """A fused step walks both as they lie: plain steps go on right after `sync()`."""
+    module, plain = Perceptron(), Perceptron()
+    for each in (module, plain):
+        first = each.layers[0]
+        first.weight = nn.Parameter(first.weight.detach().t().contiguous().t())
+    optimizer, other = (torch.optim.Adam(m.parameters(), 0.1, **settings) for m in (module, plain))
+    step = distribute(module, optimizer, laptop, plan=Plan(dp=2), chips=2)
+    for number in range(2):
+        assert step(batch(number)) == pytest.approx(plain_step(plain, other, number), rel=1e-9)
+    step.sync()
+    assert optimizer.state[module.layers[0].weight]["exp_avg"].stride() == (1, 8)
+    assert plain_step(module, optimizer, 2) == pytest.approx(plain_step(plain, other, 2), rel=1e-9)
+    require_same_values(module, plain)
