@@ -119,7 +119,7 @@ class DistributedStep:
         stats = self.execute(batch).stats
         assert stats is not None
         if not stats.is_finite:
-            hint = "lower the learning rate, or look for a batch without valid targets"
+            hint = "look for entries that are not finite or no valid targets, or lower the learning rate"
             raise RunError("the loss or a gradient is not finite; the step was skipped", "step", hint)
         return stats.loss
 

@@ -8,6 +8,7 @@ which turns writes into values (`pure_graph` says which writes it cannot express
 """
 
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -320,8 +321,11 @@ def _require_repeatable(
     again = trace.run(functional=functional)
     trace.calls = calls
     if operations_of(again) == operations_of(traced) and trace.repeats(second.noted):
-        trace.lent.run_on()
+        counts = trace.lent.run_on()
         if not changed or trace.repeats(second.noted):
+            if counts:
+                said = f"the forward counts {counts[0]}, which stays as it was: steps run what was captured"
+                warnings.warn(said, stacklevel=2)
             return
     problem = f"the forward depends on {changed[0]}, which it changes itself" if changed else (
         "the forward computes with another number each time, of which all steps would get the first")  # fmt: skip

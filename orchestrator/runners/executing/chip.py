@@ -42,6 +42,7 @@ from partitioner.program.program import (
 
 Observer = Callable[["ExecutingChip", Compute, int, Sequence[torch.Tensor], Sequence[torch.Tensor]], None]
 State = Mapping[str, torch.Tensor]
+COMMIT, STATS = "commit", "update.stats"  # the body that writes to buffers, what says whether it may
 ZERO_FILLED = (TensorKind.FLAT, TensorKind.MASTER, TensorKind.GRAD)
 
 
@@ -229,7 +230,8 @@ class ExecutingChip:
         if self.observer is not None:
             self.observer(self, instruction, microbatch, operands, results)
         for tensor, value in zip(instruction.writes, results, strict=True):
-            self.write(tensor, microbatch, value)
+            if self.body != COMMIT or self.tensors[tensor].kind is not TensorKind.BUFFER or self._goes_on():
+                self.write(tensor, microbatch, value)
         if self.checked and self.first_bad is None:
             self._look_for_nan(instruction, microbatch, results)
 
@@ -267,10 +269,14 @@ class ExecutingChip:
         squares, loss, count = stats.tolist()
         return StepStatistics(squares, loss, count, float(self.program.facts["nominal_count"]))
 
-    def _update(self, instruction: Update, microbatch: int) -> None:
+    def _goes_on(self, stats: int | None = None) -> bool:
+        """Whether the step is finite, by its statistics; else parameters and buffers stay as they were."""
         if self.stats is None:
-            self.stats = self.statistics(self.value(instruction.stats))
-        optimizer = self.optimizer(instruction) if self.stats.is_finite else None
+            self.stats = self.statistics(self.named(STATS) if stats is None else self.value(stats))
+        return self.stats.is_finite
+
+    def _update(self, instruction: Update, microbatch: int) -> None:
+        optimizer = self.optimizer(instruction) if self._goes_on(instruction.stats) else None
         if optimizer is None:
             return
         try:

@@ -90,20 +90,27 @@ class Borrowed:
                     problem = f"the first forward makes {new[0]}, which no optimizer knows"
                     raise CaptureError(problem, where, "call the model once before")
 
-    def run_on(self) -> None:
-        """As after many more forwards: whole numbers that they count move far, and what they lengthen is long."""
-        held = [(child.__dict__, before) for _, child, before in self.attributes]
-        for after, before in (*held, *((c, b) for _, c, b in self.contents.values())):
+    def run_on(self) -> list[str]:
+        """As after many more forwards: whole numbers that they count move far, and what they lengthen is long. Returns
+        the names of these."""
+        counts: list[str] = []
+        held = [(path, child.__dict__, before) for path, child, before in self.attributes]
+        for path, after, before in (*held, *self.contents.values()):
             if isinstance(after, numpy.ndarray):
+                counts += [path] * bool((after > before).any())
                 numpy.copyto(after, before + LATER, where=after > before, casting="unsafe")
                 continue
             if isinstance(after, MutableSequence) and len(after) > len(before):
+                counts.append(path)
                 after.extend([after[-1]] * NUM_LONG)
             pairs = after.items() if isinstance(after, MutableMapping) else enumerate(after)
             for key, value in () if isinstance(after, MutableSet) else list(pairs):
                 was = before.get(key) if isinstance(before, dict) else [*before[key : key + 1], None][0]
                 if _is_whole(was) and _is_whole(value) and value != was:
+                    is_attribute = any(after is child.__dict__ for _, child, _ in self.attributes)
+                    counts.append(f"{path}.{key}".lstrip(".") if is_attribute else path)
                     after[key] = type(value)(LATER) if value > was else type(value)(-LATER)
+        return counts
 
     def restore(self) -> None:
         """Give everything back."""

@@ -134,7 +134,11 @@ def require_known_inputs(module: nn.Module, batch: Batch, loss_fn: LossFunction 
     try:
         inspect.signature(module.forward).bind(**{name: batch[name] for name in taken})
     except TypeError as error:
-        hint = f"the batch has {', '.join(batch)}; name its entries as forward does, and leave out / there"
+        hint = f"the batch has {', '.join(batch)}; name its entries as forward does"
+        if "positional only" in str(error):
+            hint = "leave the / out of forward: entries are given by name"
+        elif loss_fn is None and "unexpected keyword" in str(error):
+            hint += ", or give a loss function that takes the others"
         raise CaptureError(f"the batch does not fit the model: {error}", where, hint) from error
 
 

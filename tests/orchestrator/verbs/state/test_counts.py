@@ -107,8 +107,11 @@ def test_a_count_outside_of_the_model_is_refused(count: Count, one_thread: None)
         step({"x": X})
 
 
-def test_a_count_that_nothing_reads_is_no_matter(trained_alike: Any) -> None:
-    trained_alike(Net(unused).double(), [{"x": X}] * 3, Plan(dp=2))
+def test_a_count_that_nothing_reads_is_no_matter_but_is_not_kept(trained_alike: Any) -> None:
+    module = Net(unused).double()
+    with pytest.warns(UserWarning, match="the forward counts step, which stays as it was"):
+        trained_alike(module, [{"x": X}] * 3, Plan(dp=2))
+    assert (module.step, module.losses) == (0, [])
 
 
 @torch.library.custom_op("orchestrate_tests::counted", mutates_args=())

@@ -3,10 +3,13 @@
 import copy
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 
+from orchestrator.exceptions import UserError
 from orchestrator.verbs.distribute import distribute
+from partitioner import Plan
 
 
 class Remembering(nn.Module):
@@ -57,3 +60,21 @@ def test_buffers_that_are_written_stay_the_tensors_that_others_hold(laptop: Any,
     )
     step({"input": torch.randn(8, 4)})
     assert step.sync()[1].running_mean is held and held.abs().sum() > 0  # type: ignore[index, union-attr]
+
+
+@pytest.mark.parametrize(
+    "plan", [Plan(), Plan(dp=2, microbatches=2), Plan(pp=2), Plan(tp=2), Plan(dp=2, pp=2)], ids=str
+)
+def test_a_step_that_is_not_finite_changes_no_buffer(plan: Plan, laptop: Any, one_thread: None) -> None:
+    module = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 4), nn.BatchNorm1d(4))
+    step = distribute(
+        module, torch.optim.SGD(module.parameters(), 0.1), laptop, plan=plan, chips=plan.num_chips,
+        loss_fn=lambda output, **_: output.square().mean(),
+    )  # fmt: skip
+    x = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
+    step({"input": x})
+    held = copy.deepcopy(step.sync().state_dict())
+    with pytest.raises(UserError, match="is not finite; the step was skipped"):
+        step({"input": torch.where(x > 1, torch.nan, x)})
+    assert all(torch.equal(value, held[name]) for name, value in step.sync().state_dict().items())
+    step({"input": x})
