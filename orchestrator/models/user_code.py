@@ -19,6 +19,7 @@ from pathlib import Path
 from types import ModuleType
 
 from comms.errors import ModelError, UserError
+from orchestrator.config.schema import nearest
 
 PREFIX = "orchestrate_user_"  # of the modules that files become
 OURS = tuple(
@@ -39,7 +40,9 @@ def named_object(text: str, key: str) -> object:
     module = found
     for part in name.split("."):
         if not hasattr(found, part):
-            raise ModelError(f"{target} has no {name!r}", key, f"it defines {_defined(module)}")
+            alike = nearest(name, tuple(n for n, v in vars(module).items() if callable(v) and n[:1] != "_"))
+            hint = alike if alike.startswith("did you mean") else f"it defines {_defined(module)}"
+            raise ModelError(f"{target} has no {name!r}", key, hint)
         found = getattr(found, part)
     return found
 

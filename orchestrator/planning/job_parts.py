@@ -9,7 +9,7 @@ import copy
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 from zlib import crc32
 
@@ -38,7 +38,7 @@ from orchestrator.models.user_code import RAISED, called, first_parameter, named
 from orchestrator.planning.weights_elsewhere import WeightsElsewhere
 from orchestrator.runs.data import step_key
 from orchestrator.runs.learning_rate import learning_rate
-from orchestrator.runs.own_data import Named, OwnData, Reading, drawing
+from orchestrator.runs.own_data import Named, OwnData, Reading, drawing, passes
 from partitioner.capture.batch_inputs import Batch, tensors_of
 from partitioner.capture.captured_graph import TORCH, Graph
 from partitioner.capture.forwards.step_loss import LossFunction, keeping, parameters_of
@@ -270,7 +270,7 @@ def _own_data(
     is_made = callable(found) and not hasattr(found, "__getitem__") and not hasattr(found, "__iter__")
     is_made |= isinstance(found, type)
     if is_made:
-        source = _made(job, found, text, key, **job.data_args)
+        source = passes(partial(_made, job, found, text, key, **job.data_args))
     elif job.data_args:
         raise ModelError(f"{text} takes no data_args", "data", "name a function that makes the data")
     elif isinstance(found, Iterator):

@@ -42,6 +42,23 @@ Namer: TypeAlias = Callable[[object], Named]  # of what a dataset or loader give
 ANEW = "give an iterable that starts anew each time, or fewer steps"
 
 
+@dataclass(frozen=True)
+class Passes:
+    """What a function gives that returns an iterator: it is called anew for each pass."""
+
+    make: Callable[[], Any]
+
+    def __iter__(self) -> Iterator[Any]:
+        made: Iterator[Any] = self.make()
+        return made
+
+
+def passes(make: Callable[[], Any]) -> Any:
+    """What a function makes, to be read as often as there are passes."""
+    made = make()
+    return Passes(make) if isinstance(made, Iterator) else made
+
+
 @dataclass(frozen=True, slots=True)
 class Reading:
     """How data is read: samples a batch, what draws it, in which order, what becomes of a smaller last batch."""

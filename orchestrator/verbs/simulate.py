@@ -41,13 +41,19 @@ DEFAULT_KNOB = "raise tp or pp, or take more chips"
 
 
 def require_fit(result: SimulationResult) -> None:
-    """Raise FitError for the fullest stage that does not fit: what is largest in it, and what to turn."""
+    """Raises FitError if a stage does not fit."""
+    if (short := memory_short(result)) is not None:
+        raise short
+
+
+def memory_short(result: SimulationResult) -> FitError | None:
+    """The error for the fullest stage that does not fit: what is largest in it, and what to turn."""
     if result.fits:
-        return
+        return None
     worst = max(result.memory, key=lambda role: role.peak_bytes - result.chip_of(role).memory_bytes)
     chip = result.chip_of(worst)
     largest, nbytes = max(worst.classes, key=lambda pair: pair[1])
-    raise FitError(
+    return FitError(
         f"does not fit: {format_scaled(worst.peak_bytes, 'B')} needed ({largest}: {format_scaled(nbytes, 'B')}), "
         f"{chip.name} has {format_scaled(chip.memory_bytes, 'B')}",
         f"plan {result.plan}, {worst.where}",

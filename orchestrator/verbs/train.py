@@ -33,7 +33,7 @@ from orchestrator.verbs.distribute import launch_of
 from orchestrator.verbs.inputs.options import INTERRUPTED, RunnerKind, SimulateOptions, TrainOptions
 from orchestrator.verbs.inputs.planned_inputs import Inputs, from_config, read_plan, resolve, write_prepared
 from orchestrator.verbs.job_step import step_of_job
-from orchestrator.verbs.simulate import answer
+from orchestrator.verbs.simulate import answer, memory_short
 from orchestrator.verbs.training_loop import Training, TrainResult, write_results
 from orchestrator.verbs.verification.job_steps import TEXT_INPUTS
 from orchestrator.views.console import Console, Table
@@ -127,6 +127,8 @@ def _train(
             write_prepared(folder, prepared)
         with console.phase("simulate"):
             predicted = simulate(prepared.program, prepared.cluster)
+        if (short := memory_short(predicted)) is not None:
+            console.warn(f"{short.problem} ({short.where}): real chips would not train this")
         training = _training(prepared, parts, text, launch, folder, predicted, console)
         if resume:
             training.restore()

@@ -89,7 +89,8 @@ def test_a_file_that_cannot_be_read_says_why_and_where(
 @pytest.mark.parametrize(
     ("text", "said", "hint"),
     [("no_file.py:net", "no file no_file.py", "path"), ("no.such.module:net", "no module 'no.such.module'", "install"),
-     ("math:net", "math has no 'net'", "it defines acos"), ("json.decoder:Net", "no 'Net'", "it defines JSON")],
+     ("math:net", "math has no 'net'", "it defines acos"), ("json.decoder:Net", "no 'Net'", "it defines JSON"),
+     ("torch.optim:AdamV", "no 'AdamV'", "did you mean 'Adam'"), ("torch.nn:linear", "no", "did you mean 'Linear'")],
 )  # fmt: skip
 def test_a_name_that_is_not_there_is_refused_with_those_that_are(text: str, said: str, hint: str) -> None:
     with pytest.raises(ModelError, match=said) as caught:

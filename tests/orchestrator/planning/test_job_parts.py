@@ -94,6 +94,23 @@ def test_a_loss_of_the_batch_gets_the_tuple_that_the_data_gave() -> None:
     assert [v is w for v, w in zip(inputs.loss_fn(A, batch), (A, B), strict=True)] == [True, True]
 
 
+PASSES = """
+import torch
+def data():
+    for k in range(4):
+        yield torch.full((2,), float(k)), torch.zeros(1)
+"""
+
+
+def test_a_function_that_yields_is_called_anew_for_each_pass(tmp_path: Path) -> None:
+    (tmp_path / "yielding.py").write_text(PASSES)
+    given = [f"data={tmp_path}/yielding.py:data", "global_batch=2", "model=torch.nn:Linear",
+             "model_args={in_features: 2, out_features: 1}", "loss=torch.nn:MSELoss"]  # fmt: skip
+    data = job_parts(load_job(None, given), "cpu").data
+    assert data is not None
+    assert [data.batch(step)["input"][:, 0].tolist() for step in (0, 1, 2, 3)] == [[0, 1], [2, 3]] * 2
+
+
 RANDOM = """
 import numpy, random, torch
 from torch.utils.data import TensorDataset

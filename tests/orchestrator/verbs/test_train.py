@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from comms.errors import ConfigError, RunError
-from orchestrator.config.hardware.cluster_file import cluster_path
+from orchestrator.config.hardware.cluster_file import cluster_path, load_cluster
 from orchestrator.config.yaml_file import read_yaml
 from orchestrator.runs import checkpoint, run_dir
 from orchestrator.runs.accuracy import Basis
@@ -207,6 +207,22 @@ def test_the_command_line_prints_one_json_document(tmp_path: Path) -> None:
     assert found["accuracy"]["basis"] == "shares"
     assert found["steps"] == 2 and found["run_dir"] == str(tmp_path / "run")
     assert "predicted step on these chips" in err.getvalue()
+
+
+def test_a_plan_that_real_chips_have_no_room_for_is_warned_of(tiny_job: Make, tmp_path: Path) -> None:
+    chips = "count: 4 "
+    text = (
+        cluster_path("laptop").read_text().replace(chips, f"memory: {{capacity: 100 kB}}\n        {chips}", 1)
+    )
+    (tmp_path / "small.yaml").write_text(text)
+    err = io.StringIO()
+    console = Console(out=io.StringIO(), err=err)
+    cluster = load_cluster(tmp_path / "small.yaml").take(2)
+    train.run(cluster, tiny_job(*SMALL, "steps=1"), plan=Plan(dp=2), folder=tmp_path / "run", console=console)
+    said = " ".join(err.getvalue().split())
+    assert (
+        "warning: does not fit" in said and "has 100 kB" in said and "real chips would not train this" in said
+    )
 
 
 def test_a_dry_run_predicts_and_leaves_nothing_behind(
