@@ -31,13 +31,23 @@ from partitioner.program.peak_memory import MemoryClass
 
 # What to turn when a class of memory is the largest of a stage that does not fit.
 KNOBS: Mapping[MemoryClass, str] = {
-    MemoryClass.OPTIMIZER: "set plan.zero to 1 (with dp > 1), or raise tp or pp",
-    MemoryClass.ACTIVATIONS: "raise microbatches, use the 1f1b schedule, raise tp, or torch.utils.checkpoint blocks",
+    MemoryClass.OPTIMIZER: "set plan.zero to 1 (with dp > 1), raise tp or pp",
+    MemoryClass.ACTIVATIONS: "use the 1f1b schedule, raise microbatches, raise tp, or torch.utils.checkpoint blocks",
     MemoryClass.BACKWARD: "raise microbatches (smaller ones), or raise tp or pp",
     MemoryClass.TEMPORARY: "raise microbatches (smaller ones), or raise tp",
     MemoryClass.BATCH: "raise microbatches (smaller ones), or shorten --seq",
 }
+TURNED = {"zero1": "set plan.zero to 1 (with dp > 1), ", "dp1 ": "set plan.zero to 1 (with dp > 1), ",
+          "1f1b": "use the 1f1b schedule, "}  # what a plan that says so has no use for  # fmt: skip
 DEFAULT_KNOB = "raise tp or pp, or take more chips"
+
+
+def knobs(largest: MemoryClass, plan: str) -> str:
+    """What to turn in a plan (in words), of which this class of memory is the largest."""
+    hint = KNOBS.get(largest, DEFAULT_KNOB)
+    for said, knob in TURNED.items():
+        hint = hint.replace(knob, "") if said in plan else hint
+    return hint
 
 
 def require_fit(result: SimulationResult) -> None:
@@ -57,7 +67,7 @@ def memory_short(result: SimulationResult) -> FitError | None:
         f"does not fit: {format_scaled(worst.peak_bytes, 'B')} needed ({largest}: {format_scaled(nbytes, 'B')}), "
         f"{chip.name} has {format_scaled(chip.memory_bytes, 'B')}",
         f"plan {result.plan}, {worst.where}",
-        KNOBS.get(largest, DEFAULT_KNOB),
+        knobs(largest, result.plan),
     )
 
 

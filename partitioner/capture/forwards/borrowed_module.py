@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FunctionType, ModuleType
 from typing import Any
+from weakref import CallableProxyType, ProxyType
 
 import numpy
 import torch
@@ -137,7 +138,9 @@ class Borrowed:
 
 def _container(value: Any) -> Any:
     """What holds the parts of a value that a forward may change: itself, or its attributes."""
-    if isinstance(value, nn.Module | torch.Tensor | type | FunctionType | ModuleType):
+    if isinstance(
+        value, ProxyType | CallableProxyType | nn.Module | torch.Tensor | type | FunctionType | ModuleType
+    ):
         return None
     if isinstance(value, CONTAINERS) or (isinstance(value, numpy.ndarray) and value.dtype.kind in "biuf"):
         return value

@@ -19,11 +19,12 @@ from orchestrator.runners.timing.step_costs import ClusterCosts
 from orchestrator.runs.run_dir import RunDir
 from orchestrator.runs.timeline import Origin
 from orchestrator.verbs.inputs.options import SimulateOptions
-from orchestrator.verbs.simulate import answer, require_fit, tables, work
+from orchestrator.verbs.simulate import answer, knobs, require_fit, tables, work
 from orchestrator.views.console import Console
 from partitioner.capture.graph_units import capture_graph
 from partitioner.layout.parallel_plan import Plan, plan_from_yaml
 from partitioner.lowering.lower import StepShape, lower
+from partitioner.program.peak_memory import MemoryClass
 
 CONFIGS = Path(__file__).parents[3] / "cluster_configs"
 LAPTOP, DGX = load_cluster(CONFIGS / "laptop.yaml"), load_cluster(CONFIGS / "dgx-a100.yaml")
@@ -105,6 +106,19 @@ def test_a_plan_that_does_not_fit_is_timed_and_then_refused_with_class_and_knob(
     assert str(largest) in caught.value.problem
     assert "raise" in caught.value.hint
     require_fit(result)
+
+
+@pytest.mark.parametrize(
+    ("largest", "plan", "is_said"),
+    [
+        (MemoryClass.OPTIMIZER, "dp8 tp1 pp1 zero0 1f1b x1", True), (MemoryClass.OPTIMIZER, "dp8 zero1 1f1b", False),
+        (MemoryClass.OPTIMIZER, "dp1 tp8 pp1 zero0 1f1b x1", False), (MemoryClass.ACTIVATIONS, "dp1 gpipe x4", True),
+        (MemoryClass.ACTIVATIONS, "dp1 1f1b x4", False),
+    ],
+)  # fmt: skip
+def test_what_a_plan_has_already_is_not_what_to_do(largest, plan, is_said):
+    hint = knobs(largest, plan)
+    assert ("zero" in hint or "1f1b" in hint) == is_said and "raise tp" in hint
 
 
 def test_unknown_prices_and_power_are_none_not_a_partial_sum(result):
