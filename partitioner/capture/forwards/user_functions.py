@@ -27,6 +27,7 @@ from comms.errors import CaptureError, method_line
 from partitioner.capture.forwards.keyed_random import DRAWN, REFUSED
 from partitioner.capture.forwards.replaced import replaced
 from partitioner.capture.refused.refusals import refusing
+from partitioner.capture.source_lines import running_line
 
 original: Callable[..., Any] = torch.autograd.Function.apply.__func__  # type: ignore[attr-defined]
 SETS_DATA = ("the forward sets .data, which leaves no trace", "write buffers with copy_(), or assign them")
@@ -143,7 +144,7 @@ class _OwnOperands(TorchFunctionMode):
         if getattr(func, "__name__", "") in (*DRAWN, *REFUSED, "keyed_uniform"):
             problem = f"the backward of {self.cls.__qualname__} draws random numbers"
             hint = "draw in its forward, and keep what is drawn by save_for_backward"
-            raise CaptureError(problem, method_line(self.cls, "backward"), hint)
+            raise CaptureError(problem, running_line(), hint)
         made = func(*args, **(kwargs or {}))
         if any(isinstance(each, torch.Tensor) for each in trees.tree_leaves(made)):
             for read in (r for r in trees.tree_leaves((args, kwargs or {})) if id(r) in self.registered):
