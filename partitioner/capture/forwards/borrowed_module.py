@@ -95,8 +95,8 @@ class Borrowed:
         """As after many more forwards: whole numbers that they count move far, and what they lengthen is long. Returns
         the names of these."""
         counts: list[str] = []
-        held = [(path, child.__dict__, before) for path, child, before in self.attributes]
-        for path, after, before in (*held, *self.contents.values()):
+        own = [(path, child.__dict__, before, True) for path, child, before in self.attributes]
+        for path, after, before, is_module in (*own, *((*each, False) for each in self.contents.values())):
             if isinstance(after, numpy.ndarray):
                 counts += [path] * bool((after > before).any())
                 numpy.copyto(after, before + LATER, where=after > before, casting="unsafe")
@@ -108,8 +108,7 @@ class Borrowed:
             for key, value in () if isinstance(after, MutableSet) else list(pairs):
                 was = before.get(key) if isinstance(before, dict) else [*before[key : key + 1], None][0]
                 if _is_whole(was) and _is_whole(value) and value != was:
-                    is_attribute = any(after is child.__dict__ for _, child, _ in self.attributes)
-                    counts.append(f"{path}.{key}".lstrip(".") if is_attribute else path)
+                    counts.append(f"{path}.{key}".lstrip(".") if is_module else path)
                     after[key] = type(value)(LATER) if value > was else type(value)(-LATER)
         return counts
 
