@@ -29,16 +29,16 @@ from orchestrator.views.perfetto import trace_gz
 from orchestrator.views.split_notes import say_split
 from partitioner.program.peak_memory import MemoryClass
 
+ZERO, ALTERNATING = "set plan.zero to 1 (with dp > 1), ", "use the 1f1b schedule, "
 # What to turn when a class of memory is the largest of a stage that does not fit.
 KNOBS: Mapping[MemoryClass, str] = {
-    MemoryClass.OPTIMIZER: "set plan.zero to 1 (with dp > 1), raise tp or pp",
-    MemoryClass.ACTIVATIONS: "use the 1f1b schedule, raise microbatches, raise tp, or torch.utils.checkpoint blocks",
+    MemoryClass.OPTIMIZER: f"{ZERO}raise tp or pp",
+    MemoryClass.ACTIVATIONS: f"{ALTERNATING}raise microbatches, raise tp, or torch.utils.checkpoint blocks",
     MemoryClass.BACKWARD: "raise microbatches (smaller ones), or raise tp or pp",
     MemoryClass.TEMPORARY: "raise microbatches (smaller ones), or raise tp",
     MemoryClass.BATCH: "raise microbatches (smaller ones), or shorten --seq",
 }
-TURNED = {"zero1": "set plan.zero to 1 (with dp > 1), ", "dp1 ": "set plan.zero to 1 (with dp > 1), ",
-          "1f1b": "use the 1f1b schedule, "}  # what a plan that says so has no use for  # fmt: skip
+TURNED = {"zero1": ZERO, "dp1 ": ZERO, "1f1b": ALTERNATING}  # what a plan that says so has no use for
 DEFAULT_KNOB = "raise tp or pp, or take more chips"
 
 
