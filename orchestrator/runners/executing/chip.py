@@ -213,7 +213,9 @@ class ExecutingChip:
         if self.resident is None:  # the persistent ones change hardly ever
             states = (value for each in self.optimizers.values() for value in each.state().values())
             self.resident = _storages(t for t in (*self.fixed, *states) if t is not None)
-        held = tuple(self.instances.values())  # at once: other threads bring what arrives meanwhile
+        # At once, as other threads bring what arrives meanwhile. Python 3.11 makes a tuple after its iterator, and may
+        # collect garbage between the two; a list it makes before.
+        held = list(self.instances.values())
         return sum((self.resident | _storages(held)).values())
 
     def _compute(self, instruction: Compute, microbatch: int) -> None:
