@@ -329,7 +329,7 @@ def _require_repeatable(
             return
     problem = f"the forward depends on {changed[0]}, which it changes itself" if changed else (
         "the forward computes with another number each time, of which all steps would get the first")  # fmt: skip
-    hint = "make it a buffer (a tensor), or an input of the model"
+    hint = "make it a buffer (a tensor), or an input of the model; what the forward copies (deepcopy), call as it is"
     raise CaptureError(problem, where or method_line(type(_owner(trace.module, changed[0])), "forward"), hint)
 
 

@@ -1,5 +1,6 @@
 """Numbers that a forward takes from the host are refused: a capture would keep the first for all steps."""
 
+import copy
 import itertools
 import os
 import random
@@ -46,6 +47,22 @@ def test_what_differs_from_call_to_call_is_refused(name: str, dp: int) -> None:
     taken, why = TAKEN[name]
     with pytest.raises(CaptureError, match=why):
         capture_graph(Scaled(taken), {"x": torch.randn(4, 4)}, dp=dp)
+
+
+class Copying(nn.Module):
+    """A weight is used as a copy: gradients do not reach it, while its values follow it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (self.lin(x) + copy.deepcopy(self.lin)(x)).mean()
+
+
+def test_a_layer_that_is_copied_in_the_forward_is_refused_with_what_to_do() -> None:
+    with pytest.raises(CaptureError, match=r"what the forward copies \(deepcopy\)"):
+        capture_graph(Copying(), {"x": torch.randn(4, 4)})
 
 
 class Skipping(nn.Module):
