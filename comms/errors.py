@@ -187,6 +187,11 @@ def method_line(kind: type, name: str) -> str:
     return f"{kind.__name__}.{name} ({code.co_filename}:{code.co_firstlineno})"
 
 
+def first_sentence(error: Exception) -> str:
+    """What a library says went wrong, in at most 200 characters and without its advice, which is for its own users."""
+    return str(error).strip().partition("\n")[0].partition(". ")[0][:200]
+
+
 def has_line(where: str) -> bool:
     """Whether a place names a line of a file."""
     return re.search(r":\d+\b", where) is not None

@@ -16,7 +16,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Node
 
-from comms.errors import CaptureError, UserError, has_line, method_line
+from comms.errors import CaptureError, UserError, first_sentence, has_line, method_line
 from partitioner.capture.batch_inputs import Batch, require_plain
 from partitioner.capture.captured_graph import (
     BATCH_NAME,
@@ -49,7 +49,7 @@ from partitioner.capture.pure_graph import (
     quiet_torch,
     with_gradient,
 )
-from partitioner.capture.refused.refusals import users_warnings
+from partitioner.capture.refused.refusals import instead_of, users_warnings
 from partitioner.capture.samples.batch_cut import cut_batch
 from partitioner.capture.samples.loss_form import FINAL, GATHERED, KNOWN, LossForm, finals_of, whole_loss
 from partitioner.capture.samples.taking_apart import put_apart, replace_by
@@ -130,9 +130,9 @@ def _explaining(kind: type[nn.Module], loss_fn: LossFunction | None) -> Iterator
     except UserError:
         raise
     except Exception as error:
-        said = str(error).strip().split("\n")[0][:200]
-        problem = f"cannot capture {kind.__name__}: {type(error).__name__}: {said}"
-        raise CaptureError(problem, first_user_line(error), "write this part with other operators") from error
+        problem = f"cannot capture {kind.__name__}: {type(error).__name__}: {first_sentence(error)}"
+        hint = instead_of(error, "write this part with other operators")
+        raise CaptureError(problem, first_user_line(error), hint) from error
 
 
 def build_graph(captured: Captured, form: LossForm, cut: frozenset[str], *, min_units: int = 1) -> Graph:

@@ -303,8 +303,8 @@ class _Trace:
 
 
 def _is_traced() -> bool:
-    """What code that asks is told: the truth, but for libraries that ask whether values are fake."""
-    return str(sys._getframe(1).f_globals.get("__name__")).startswith("transformers.")
+    """What code that asks is told: the truth, but for transformers' own question whether values are fake."""
+    return sys._getframe(1).f_globals.get("__name__") == "transformers.utils.import_utils"
 
 
 def _require_repeatable(
@@ -322,7 +322,7 @@ def _require_repeatable(
     trace.calls = calls
     if operations_of(again) == operations_of(traced) and trace.repeats(second.noted):
         counts = trace.lent.run_on()
-        if not changed or trace.repeats(second.noted):
+        if not counts or trace.repeats(second.noted):
             if counts:
                 said = f"the forward counts {counts[0]}, which stays as it was: steps run what was captured"
                 warnings.warn(said, stacklevel=2)

@@ -7,13 +7,26 @@ Attention counts as if written out: two products forward and four backward, caus
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
+from torch.utils import _pytree as trees
 from torch.utils.flop_counter import FlopCounterMode
 
 from partitioner.capture.captured_graph import KERNELS
 from partitioner.capture.pure_graph import UnderModes, unfused
+
+
+class _Counted(UnderModes):
+    """Only sizes are looked at: those that follow from constants are what they were at the capture."""
+
+    def run_node(self, n: torch.fx.Node) -> Any:
+        """A node's result."""
+        try:
+            return super().run_node(n)
+        except DynamicOutputShapeException:
+            return trees.tree_map_only(torch.Tensor, _stand_in, n.meta["val"])
 
 
 def forward_flops(module: torch.fx.GraphModule) -> int:
@@ -22,7 +35,7 @@ def forward_flops(module: torch.fx.GraphModule) -> int:
         return 0
     values, mode = _stand_ins(module)
     with torch.no_grad(), _counting(mode) as counter:
-        UnderModes(module).run(*values)
+        _Counted(module).run(*values)
     return int(counter.get_total_flops())
 
 
@@ -34,7 +47,7 @@ def training_flops(
     with _counting(mode) as counter:
         leaves = [v.detach().requires_grad_(is_live) for v, is_live in zip(values, live_inputs, strict=True)]
         with torch.enable_grad():
-            outputs = UnderModes(module, garbage_collect_values=False).run(*leaves)
+            outputs = _Counted(module, garbage_collect_values=False).run(*leaves)
         once = int(counter.get_total_flops())
         ends = [o for o, is_live in zip(outputs, live_outputs, strict=True) if is_live and o.requires_grad]
         sources = [v for v in leaves if v.requires_grad]
@@ -47,7 +60,11 @@ def _stand_ins(module: torch.fx.GraphModule) -> tuple[list[torch.Tensor], FakeTe
     """What stands for a graph's inputs; from their shapes, as torch takes longer to make them from one another."""
     shapes = [n.meta["val"] for n in module.graph.nodes if n.op == "placeholder"]
     with (mode := FakeTensorMode(allow_non_fake_inputs=True)):
-        return [torch.empty_strided(v.shape, v.stride(), dtype=v.dtype) for v in shapes], mode
+        return [_stand_in(v) for v in shapes], mode
+
+
+def _stand_in(value: torch.Tensor) -> torch.Tensor:
+    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype)
 
 
 @contextmanager

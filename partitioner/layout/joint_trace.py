@@ -15,7 +15,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
-from comms.errors import PartitionError
+from comms.errors import PartitionError, first_sentence
 from kernels.backend import NEED_ORDER
 from partitioner.capture.captured_graph import TORCH, Template, op_name
 from partitioner.capture.forwards.user_functions import AppliedFunction
@@ -102,7 +102,7 @@ def _explained(tp: int, template: Template) -> Iterator[None]:
     except PartitionError:
         raise
     except Exception as error:
-        first = str(error).strip().split("\n")[0]
+        first = first_sentence(error)
         problem, hint = f"no backward could be traced: {first}", "write this part with other operators"
         if tp > 1:
             problem = f"cannot cut the model by tp {tp}: {first}"

@@ -8,15 +8,20 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import numpy
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.nn import functional
 
 from partitioner.capture.forwards.replaced import replaced
 
 BATCHED = 2  # dims of indices that are bags of one length each
 FORMS = ("cross_entropy", "gaussian_nll_loss", "embedding_bag", "instance_norm")
-originals: Mapping[str, Callable[..., torch.Tensor]] = {name: getattr(functional, name) for name in FORMS} | {
-    "cov": torch.cov, "stft": torch.stft, "istft": torch.istft,
+originals: Mapping[str, Callable[..., Any]] = {name: getattr(functional, name) for name in FORMS} | {
+    "cov": torch.cov, "stft": torch.stft, "istft": torch.istft, "repeat_interleave": torch.repeat_interleave,
+    "masked_select": torch.masked_select, "__getitem__": torch.Tensor.__getitem__,
+    "__setitem__": torch.Tensor.__setitem__,
 }  # fmt: skip
 
 
@@ -191,14 +196,68 @@ def _filled(window: torch.Tensor | None, length: int, n_fft: int, like: torch.Te
     return functional.pad(made, [left, n_fft - length - left])
 
 
+def repeat_interleave(
+    input: torch.Tensor,  # noqa: A002  (torch's own name)
+    repeats: Any = None, dim: int | None = None, *, output_size: int | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """See torch; constant repeats tell how long the result is."""
+    held = _constant(repeats)
+    if held is not None and output_size is None:
+        of_each = input.numel() if dim is None else input.shape[dim]
+        output_size = int(held.sum()) * (of_each if held.numel() == 1 else 1)
+    given = (input,) if repeats is None else (input, repeats, dim)
+    return originals["repeat_interleave"](*given, output_size=output_size)
+
+
+def masked_select(input: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:  # noqa: A002  (torch's own name)
+    """See torch; a constant mask tells how much it selects."""
+    if _constant(mask) is None:
+        return originals["masked_select"](input, mask)
+    shape = torch.broadcast_shapes(input.shape, mask.shape)
+    return _indexed(input.expand(shape), mask.expand(shape))
+
+
+def _indexed(value: torch.Tensor, index: Any) -> torch.Tensor:
+    """See torch; constant masks become the places that they name."""
+    return originals["__getitem__"](value, _places(index))
+
+
+def _written(value: torch.Tensor, index: Any, new: Any) -> None:
+    """See torch; constant masks become the places that they name, unless one number is written to all."""
+    is_one = not isinstance(new, torch.Tensor) or new.dim() == 0
+    originals["__setitem__"](value, index if is_one else _places(index), new)
+
+
+def _places(index: Any) -> Any:
+    found: list[Any] = []
+    for each in index if isinstance(index, tuple) else (index,):
+        is_list = isinstance(each, list) and each and all(isinstance(e, bool) for e in each)
+        mask = torch.as_tensor(each) if is_list or isinstance(each, numpy.ndarray) else each
+        held = _constant(mask)
+        is_mask = held is not None and held.dtype in (torch.bool, torch.uint8) and held.dim()
+        found += mask.nonzero(as_tuple=True) if is_mask else [each]
+    return tuple(found) if isinstance(index, tuple) or len(found) > 1 else found[0]
+
+
+def _constant(value: object) -> torch.Tensor | None:
+    """The numbers of a tensor that holds some in a capture: it was made of numbers alone."""
+    inner = value.from_functional() if isinstance(value, FunctionalTensor) else value
+    return inner if isinstance(inner, torch.Tensor) and not isinstance(inner, FakeTensor) else None
+
+
 @contextmanager
 def plain_forms() -> Iterator[None]:
     """Inside the block torch's functions are these."""
     forms: tuple[tuple[Any, Callable[..., torch.Tensor]], ...] = (
         *((functional, form) for form in (gaussian_nll_loss, cross_entropy, embedding_bag, instance_norm)),
-        *((owner, form) for owner in (torch, torch.Tensor) for form in (cov, corrcoef)),
+        *((owner, form) for owner in (torch, torch.Tensor)
+          for form in (cov, corrcoef, repeat_interleave, masked_select)),
         (torch, stft), (torch, istft),  # which the methods of tensors ask for
     )  # fmt: skip
-    unchecked = (torch.distributions.Distribution, "_validate_args", False)  # which looks at values
-    with replaced([*((owner, form.__name__, form) for owner, form in forms), unchecked]):
+    others = (
+        (torch.Tensor, "__getitem__", _indexed),
+        (torch.Tensor, "__setitem__", _written),
+        (torch.distributions.Distribution, "_validate_args", False),  # which looks at values
+    )
+    with replaced([*((owner, form.__name__, form) for owner, form in forms), *others]):
         yield

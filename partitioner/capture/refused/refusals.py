@@ -38,6 +38,7 @@ INSTEAD = {  # of operators whose results' sizes depend on values
     "nonzero": "the number of its results depends on values: use a mask with where, or masked_fill",
     "masked_select": "the number of its results depends on values: use a mask with where, or masked_fill",
     "unique": "the number of its results depends on values: find them where the data is made",
+    "repeat_interleave": "its length depends on values: pass output_size, or a number as repeats",
     "linalg_lstsq": "it looks at values: use linalg.pinv(a) @ b, or solve the normal equations",
     "_ctc_loss": "its tables are as long as the longest target: write the sums over paths out with logsumexp",
 }
@@ -89,14 +90,17 @@ def explaining(module: nn.Module, open_calls: Sequence[OpenCall]) -> Iterator[No
             raise
         operator = str(getattr(error, "func", "")) or str(error).strip().split("\n")[0][:200]
         problem = f"cannot capture {type(module).__name__}: {type(error).__name__} at {operator}"
-        hint = next((said for name, said in INSTEAD.items() if name in operator), BY_VALUES)
+        hint = "see whether model and loss take such a batch by themselves; if so, write this line otherwise"
         if "dynamo" in operator:
             hint = "leave torch.compile out: a plan is compiled by itself"
-        elif not isinstance(error, OF_VALUES):
-            hint = (
-                "see whether model and loss take such a batch by themselves; if so, write this line otherwise"
-            )
-        raise CaptureError(problem, where, hint) from error
+        raise CaptureError(problem, where, instead_of(error, hint)) from error
+
+
+def instead_of(error: Exception, hint: str) -> str:
+    """What to write instead of an operator that asks for values; `hint` where it failed for another reason."""
+    if not isinstance(error, OF_VALUES):
+        return hint
+    return next((said for name, said in INSTEAD.items() if name in str(error)), BY_VALUES)
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """Questions about autograd are answered as in a plain loop, or refused; what a forward changes there is refused."""
 
+import math
 from collections.abc import Callable
 from itertools import product
 from typing import Any
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from comms.errors import CaptureError
+from partitioner.capture.graph_units import capture_graph
 from partitioner.capture.tracing import trace_module
 
 KINDS = ("trained", "frozen", "buffer", "hidden", "detached", "constant", "inferred", "own")
@@ -205,3 +207,23 @@ def test_a_loss_that_changes_its_own_buffer_is_refused_and_left_as_it_was() -> N
     with pytest.raises(CaptureError, match="centre of Centred changes"):
         trace_module(nn.Linear(3, 2).double(), {"input": X}, loss)
     assert loss.centre.tolist() == 0.0
+
+
+MODEL_OF_A_LIBRARY = """
+class Asking(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lin = nn.Linear(4, 4)
+
+    def forward(self, x):
+        height = x.shape[0] / 2
+        rows = int(torch.ceil(height) if torch.jit.is_tracing() else math.ceil(height))
+        return self.lin(x).mul_(2.0)[:rows].square().mean()
+"""
+
+
+@pytest.mark.parametrize("library", ["transformers.models.asking", "timm.models.asking"])
+def test_models_of_libraries_are_not_told_that_they_are_traced(library: str) -> None:
+    space = {"__name__": library, "math": math, "nn": nn, "torch": torch}
+    exec(MODEL_OF_A_LIBRARY, space)
+    assert capture_graph(space["Asking"](), {"x": torch.randn(4, 4)}).units

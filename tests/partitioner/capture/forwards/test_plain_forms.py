@@ -1,7 +1,9 @@
 """Plain forms of torch's functions: the same values, gradients and training runs."""
 
+from collections.abc import Callable
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from torch import nn
@@ -81,3 +83,48 @@ def test_models_of_them_train_as_in_torch(make: Any, plan: Plan, trained_alike: 
     ids = {"x": torch.arange(24) % 11, "starts": torch.tensor([0, 1, 4, 9, 12, 12, 20, 22])}
     batch = {**({"x": doubles(8, 40)} if make is Denoiser else ids), "y": doubles(8, 40) * 2}
     trained_alike(module, [batch] * 3, plan)
+
+
+EVERY_OTHER = [True, False, True, False, True]
+
+
+def with_some_written(value: torch.Tensor) -> torch.Tensor:
+    value = value * 1
+    value[:, torch.arange(5) > 2] += 2
+    value[:, EVERY_OTHER] = 0.5
+    return value
+
+
+SIZED_BY_CONSTANTS: tuple[Callable[[torch.Tensor], torch.Tensor], ...] = (
+    lambda x: torch.repeat_interleave(x, torch.arange(5), 1),
+    lambda x: x.repeat_interleave(torch.tensor([2]), dim=1),
+    lambda x: x[0].repeat_interleave(torch.arange(5)),
+    lambda x: x[:, torch.arange(5) > 2],
+    lambda x: x[..., EVERY_OTHER],
+    lambda x: x[:, numpy.array(EVERY_OTHER)],
+    lambda x: (x.unsqueeze(1) * x.unsqueeze(2))[:, torch.ones(5, 5).triu(1).bool()],
+    lambda x: x[:, (torch.arange(5) > 2).nonzero()[:, 0]],
+    lambda x: x[0].masked_select(torch.arange(5) > 2),
+    lambda x: x[:, torch.unique(torch.tensor([1, 1, 2]), return_inverse=True)[1]],
+    lambda x: x.sum(0) * torch.bincount(torch.arange(5)),
+    lambda x: x[:, torch.where(torch.arange(5) > 2)[0]],
+    with_some_written,
+)
+
+
+class Sized(nn.Module):
+    """Sizes of what it computes follow from values, which are known."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(5, 5), nn.Linear(5, 5)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        hidden = self.last(self.first(x).tanh())
+        return sum(function(hidden).square().sum() for function in SIZED_BY_CONSTANTS)
+
+
+@pytest.mark.parametrize("plan", [Plan(), Plan(dp=2), Plan(pp=2, microbatches=2)], ids=str)
+@pytest.mark.filterwarnings("ignore:.* run as one")
+def test_sizes_that_follow_from_constants_are_known(plan: Plan, trained_alike: Any) -> None:
+    trained_alike(Sized().double(), [{"x": doubles(8, 5)}], plan)

@@ -56,6 +56,7 @@ REFUSED: dict[str, tuple[Loss, str, str]] = {
     "two modes": (in_two_modes, "in eval mode, and then in train mode", "in one mode"),
     "hooks": (lambda h: (graph.register_multi_grad_hook((h,), print), h)[1], "hook on gradients", "leave"),
     "counts": (lambda h: h * torch.bincount(h.argmax(1)).sum(), "aten.bincount", "one_hot"),
+    "repeats": (lambda h: h.repeat_interleave(h[0].long(), 1), "repeat_interleave", "pass output_size"),
     "values": (lambda h: h if h.sum() > 0 else -h, "_local_scalar_dense", "must not depend on tensor values"),
     "sparse gradients": (bags, "sparse gradients are not supported", "sparse=False"),
     "sparse": (lambda h: h.to_sparse().to_dense(), "to_sparse makes or reads a sparse tensor", "dense"),
