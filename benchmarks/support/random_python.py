@@ -19,8 +19,8 @@ nn.ModuleDict({'a': nn.Linear(C, C)}) | x = x + ($d['a'] if 'a' in $d else None)
 self.add_module('late{i}', nn.Linear(C, C)); self.register_parameter('none{i}', None) | x = x + (self.late{i}(x) if \
 self.none{i} is None else 0) ;; vstf |  | x = torch.repeat_interleave(x, torch.tensor([2, 0, 1, 1]), -1) ;; vstf |  | \
 x = torch.cat([x[..., torch.arange(C) % 2 == 0], x[..., [False, True, False, True]]], -1) ;; vstf |  | x = x * 1; \
-x[..., torch.arange(C) > 1] += 0.5 ;; vstf |  | x = x[..., torch.unique(torch.tensor([0, 1, 1, 2, 3]))] ;; vstf |  | x = x * \
-torch.bincount(torch.tensor([0, 1, 1, 3])) ;; vstf |  | x = x + x[..., (torch.arange(C) > 2).nonzero()[:, 0]]
+x[..., torch.arange(C) > 1] += 0.5 ;; vstf |  | x = x[..., torch.unique(torch.tensor([0, 1, 1, 2, 3]))] ;; vstf |  | \
+x = x * torch.bincount(torch.tensor([0, 1, 1, 3])) ;; vstf |  | x = x + x[..., (torch.arange(C) > 2).nonzero()[:, 0]]
 """
 # drawn seldom, as they are refused
 ODD = """ ;; \
