@@ -38,9 +38,14 @@ def gaussian_nll_loss(
     reduction: str = "mean",
 ) -> torch.Tensor:
     """See torch; no gradient passes through the clamping of the variance."""
-    variance = torch.as_tensor(var, dtype=input.dtype) if not isinstance(var, torch.Tensor) else var
-    if variance.dim() and variance.shape != input.shape and variance.shape[-1] != 1:
+    variance = var if isinstance(var, torch.Tensor) else torch.full_like(input, var)
+    if variance.shape == input.shape[:-1] != input.shape:
         variance = variance.unsqueeze(-1)
+    other = [own for size, own in zip(input.shape, variance.shape, strict=False) if size != own]
+    if variance.dim() != input.dim() or other not in ([], [1]):
+        raise ValueError("var is of incorrect size")
+    if reduction not in ("none", "mean", "sum"):
+        raise ValueError(f"{reduction} is not valid")
     variance = variance + (variance.detach().clamp(min=eps) - variance.detach())
     loss = 0.5 * (torch.log(variance) + (input - target) ** 2 / variance)
     return _reduced(loss + 0.5 * math.log(2 * math.pi) if full else loss, reduction)
@@ -209,10 +214,13 @@ def repeat_interleave(
     return originals["repeat_interleave"](*given, output_size=output_size)
 
 
-def masked_select(input: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:  # noqa: A002  (torch's own name)
+def masked_select(
+    input: torch.Tensor,  # noqa: A002  (torch's own name)
+    mask: torch.Tensor, *, out: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
     """See torch; a constant mask tells how much it selects."""
-    if _constant(mask) is None:
-        return originals["masked_select"](input, mask)
+    if _constant(mask) is None or out is not None:
+        return originals["masked_select"](input, mask, out=out)
     shape = torch.broadcast_shapes(input.shape, mask.shape)
     return _indexed(input.expand(shape), mask.expand(shape))
 

@@ -128,3 +128,25 @@ class Sized(nn.Module):
 @pytest.mark.filterwarnings("ignore:.* run as one")
 def test_sizes_that_follow_from_constants_are_known(plan: Plan, trained_alike: Any) -> None:
     trained_alike(Sized().double(), [{"x": doubles(8, 5)}], plan)
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum", "median"])
+@pytest.mark.parametrize(
+    "var",
+    [doubles(3, 3), doubles(3, 1), doubles(1, 3), doubles(3), doubles(2, 3), doubles(1, 1), 0.5],
+    ids=lambda v: str(tuple(v.shape)) if isinstance(v, torch.Tensor) else str(v),
+)
+def test_a_gaussians_variance_is_spread_as_in_torch(var: Any, reduction: str) -> None:
+    var = var.abs() if isinstance(var, torch.Tensor) else var
+    given, target = doubles(3, 3), doubles(3, 3) * 2
+
+    def made() -> Any:
+        try:
+            return nn.functional.gaussian_nll_loss(given, target, var, full=True, reduction=reduction)
+        except ValueError as error:
+            return type(error)
+
+    expected = made()
+    with plain_forms():
+        found = made()
+    assert found is ValueError if expected is ValueError else torch.allclose(found, expected)
