@@ -314,7 +314,8 @@ RULES: dict[str, Rule] = {
         "any", "all"
     ), reduced),
     **dict.fromkeys((
-        "softmax", "log_softmax", "_softmax", "_log_softmax", "cumsum", "cumprod", "flip", "index_select"
+        "softmax", "_safe_softmax", "log_softmax", "_softmax", "_log_softmax", "cumsum", "cumprod", "flip",
+        "index_select"
     ), along(_dim(1))),
     **dict.fromkeys(("topk",), along(_dim(2, -1))),
     **dict.fromkeys(("sort", "argsort"), along(_dim(1, -1))),

@@ -30,6 +30,13 @@ RECURRENT = {"lstm", "gru", "rnn_tanh", "rnn_relu"}
 INITIALISERS = [name for name in vars(torch.nn.init) if name.endswith("_") and name[0] != "_"]
 REFUSED = {"poisson", "binomial", "_standard_gamma", "_sample_dirichlet"}
 INSTEAD = "draw with rand, randn, bernoulli or multinomial (as Normal, LogNormal, Laplace, Categorical do)"
+IDLE = ("device", "layout", "pin_memory", "memory_format", "requires_grad")  # which change no number
+NAMES = {
+    "training": "train",
+    "lambd": "rate",
+    "from": "low",
+    "to": "high",
+}  # of torch's arguments, as they are here
 MANTISSAS = {torch.float64: 53, torch.float32: 24, torch.float16: 11, torch.bfloat16: 8}
 
 
@@ -57,8 +64,8 @@ def keyed_random(key: torch.Tensor, first: torch.Tensor) -> Iterator[None]:
 
 def _keyed(mode: "KeyedRandom") -> Iterator[tuple[Any, str, Callable[..., Any]]]:
     """What is called instead of each function that draws."""
-    for name, drawn in DRAWN.items():
-        made = partial(_drawn, mode, name, drawn)
+    for name in DRAWN:
+        made = partial(_drawn, mode, name)
         for owner in (torch, torch._VF, torch.Tensor):
             if hasattr(owner, name):
                 yield owner, name, _method(made) if owner is torch.Tensor else made
@@ -76,16 +83,22 @@ def _uncounted(mode: "KeyedRandom", function: Callable[..., Any], /, *args: Any,
         mode.calls = calls
 
 
-def _drawn(
-    mode: "KeyedRandom", name: str, function: Callable[..., torch.Tensor], *args: Any, **given: Any
-) -> torch.Tensor:
-    _require_no_generator(name, given)
-    return function(mode, *args, **given)
-
-
-def _require_no_generator(name: str, given: Mapping[str, Any]) -> None:
-    if given.get("generator") is not None:
+def _drawn(mode: "KeyedRandom", name: str, *args: Any, **given: Any) -> torch.Tensor:
+    """What a function of torch would draw: where it would write it, if it is told to."""
+    if given.pop("generator", None) is not None:
         raise CaptureError(f"{name} draws from a generator of its own", hint="leave the generator out")
+    args = (*(given.pop(first) for first in ("input", "self") if first in given), *args)
+    place = args[0] if given.pop("inplace", False) else given.pop("out", None)
+    drawn = DRAWN[name](mode, *args, **{NAMES.get(n, n): v for n, v in given.items() if n not in IDLE})
+    if place is None:
+        return drawn
+    _require(place.shape == drawn.shape, f"{name} resizes the tensor that it writes into")
+    return place.copy_(drawn)
+
+
+def _require(is_right: bool, said: str) -> None:
+    if not is_right:
+        raise ValueError(said)
 
 
 def _method(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
@@ -107,10 +120,8 @@ class KeyedRandom(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         name, given = getattr(func, "__name__", ""), dict(kwargs or {})
-        drawn = DRAWN.get(name) if getattr(func, "__module__", "") != "torch.nn.init" else None
-        if drawn is not None:
-            _require_no_generator(name, given)
-            return drawn(self, *args, **given)
+        if name in DRAWN and getattr(func, "__module__", "") != "torch.nn.init":
+            return _drawn(self, name, *args, **given)
         if name in REFUSED:
             raise CaptureError(f"{name} draws random numbers in a way that cannot be split", hint=INSTEAD)
         if name in RECURRENT and _recurrent_dropout(args):
@@ -162,30 +173,45 @@ def _dropout_of_attention(args: Sequence[Any], given: Mapping[str, Any]) -> floa
     return float(given.get("dropout_p", args[4] if len(args) > 4 else 0.0))
 
 
-def _shape(size: Sequence[Any]) -> list[int]:
-    return list(size[0]) if len(size) == 1 and not isinstance(size[0], int) else list(size)
+def _shape(numbers: Sequence[Any], size: Sequence[int] | None) -> list[int]:
+    given = numbers if size is None else size
+    return list(given[0]) if len(given) == 1 and not isinstance(given[0], int) else list(given)
 
 
-def _made(value: torch.Tensor, like: torch.Tensor | None = None, **given: Any) -> torch.Tensor:
-    default = like.dtype if like is not None else torch.get_default_dtype()
-    return value.to(given.get("dtype") or default)
+def _made(
+    draw: Callable[..., torch.Tensor], size: Sequence[int], like: torch.Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """Numbers of a dtype; complex ones have two parts, which share the variance of normal numbers."""
+    kind = dtype or (torch.get_default_dtype() if like is None else like.dtype)
+    _require(kind.is_floating_point or kind.is_complex, f"numbers of {kind} cannot be drawn")
+    if not kind.is_complex:
+        return draw(size, like).to(kind)
+    share = math.sqrt(0.5) if draw.__name__ == "normal" else 1.0
+    return torch.complex(draw(size, like) * share, draw(size, like) * share).to(kind)
 
 
 def _mask(mode: KeyedRandom, x: torch.Tensor, p: float, shape: Sequence[int] | None = None) -> torch.Tensor:
     """Ones where entries are kept."""
+    _require(x.is_floating_point() or x.is_complex(), f"dropout of whole numbers ({x.dtype})")
     drawn = mode.uniform(x.shape if shape is None else shape, x if shape is None else None)
     return (drawn >= p).to(x.dtype)
 
 
+def _is_idle(p: float, train: bool) -> bool:
+    _require(0 <= p <= 1, f"dropout probability has to be between 0 and 1, but got {p}")
+    return not train or p == 0
+
+
 def _dropout(mode: KeyedRandom, x: torch.Tensor, p: float = 0.5, train: bool = True) -> torch.Tensor:
-    if not train or p == 0:
+    if _is_idle(p, train):
         return x
     return x * _mask(mode, x, p) * (1.0 / (1.0 - p) if p < 1 else 0.0)
 
 
 def _feature_dropout(mode: KeyedRandom, x: torch.Tensor, p: float = 0.5, train: bool = True) -> torch.Tensor:
     """Whole channels are dropped: [samples, channels, ...]."""
-    if not train or p == 0:
+    if _is_idle(p, train):
         return x
     mask = _mask(mode, x, p, [*x.shape[:2], *[1] * (x.dim() - 2)])
     return x * mask * (1.0 / (1.0 - p) if p < 1 else 0.0)
@@ -194,7 +220,7 @@ def _feature_dropout(mode: KeyedRandom, x: torch.Tensor, p: float = 0.5, train: 
 def _alpha_dropout(
     mode: KeyedRandom, x: torch.Tensor, p: float = 0.5, train: bool = True, *, by_feature: bool = False
 ) -> torch.Tensor:
-    if not train or p == 0:
+    if _is_idle(p, train):
         return x
     if p == 1:
         return x * 0.0
@@ -204,12 +230,11 @@ def _alpha_dropout(
 
 
 def _rrelu(
-    mode: KeyedRandom, x: torch.Tensor, lower: float = RRELU[0], upper: float = RRELU[1], training: bool = False,
-    inplace: bool = False,
-) -> torch.Tensor:  # fmt: skip
-    del inplace
+    mode: KeyedRandom, x: torch.Tensor, lower: float = RRELU[0], upper: float = RRELU[1], train: bool = False
+) -> torch.Tensor:
+    _require(lower <= upper, f"rrelu from {lower} to {upper}")
     slope: Any = (lower + upper) / 2
-    if training:
+    if train:
         slope = (lower + (upper - lower) * mode.uniform(x.shape, x)).to(x.dtype)
     return torch.where(x >= 0, x, x * slope)
 
@@ -224,13 +249,15 @@ def _attention(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     root = abs(scale) ** 0.5  # both operands are scaled, as torch does
     scores = q * root @ (k * math.copysign(root, scale)).transpose(-2, -1)
+    _require(not is_causal or attn_mask is None, "attn_mask beside is_causal")
     if is_causal:
         seen = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()
         scores = scores.masked_fill(~seen, float("-inf"))
     if attn_mask is not None:
         is_bool = attn_mask.dtype is torch.bool
         scores = scores.masked_fill(~attn_mask, float("-inf")) if is_bool else scores + attn_mask
-    return _dropout(mode, torch.softmax(scores, -1), dropout_p, True) @ v
+    softmax = torch.softmax if attn_mask is None else torch._safe_softmax  # of who may see nothing: nothing
+    return _dropout(mode, softmax(scores, -1), dropout_p, True) @ v
 
 
 def _any_attention(mode: KeyedRandom, *args: Any, **given: Any) -> torch.Tensor:
@@ -239,50 +266,70 @@ def _any_attention(mode: KeyedRandom, *args: Any, **given: Any) -> torch.Tensor:
     return ATTENTION(*args, **given)
 
 
-def _bernoulli(mode: KeyedRandom, x: torch.Tensor, p: Any = None, **_: Any) -> torch.Tensor:
+def _bernoulli(mode: KeyedRandom, x: torch.Tensor, p: Any = None) -> torch.Tensor:
+    _require(p is not None or x.is_floating_point(), f"probabilities of {x.dtype}")
+    _require(not isinstance(p, float) or 0 <= p <= 1, f"a probability of {p}")
     return (mode.uniform(x.shape, x) < (x if p is None else p)).to(x.dtype)
 
 
-def _randint(mode: KeyedRandom, *args: Any, **given: Any) -> torch.Tensor:
-    low, high, size = (0, *args) if len(args) == 2 else args
-    return (low + mode.uniform(size) * (high - low)).floor().to(given.get("dtype") or torch.int64)
+def _between(bounds: Sequence[int], low: int | None, high: int | None) -> tuple[int, Any]:
+    """The two bounds of whole numbers: one alone is the upper one."""
+    if len(bounds) == 1 and high is None:
+        low, high = low or 0, bounds[0]
+    elif bounds:
+        low, high = bounds if len(bounds) == 2 else (bounds[0], high)
+    _require(high is None or (low or 0) < high, f"whole numbers from {low} to below {high}")
+    return low or 0, high
 
 
-def _randint_like(mode: KeyedRandom, x: torch.Tensor, *bounds: int, **given: Any) -> torch.Tensor:
-    low, high = (0, *bounds) if len(bounds) == 1 else bounds
-    return (low + mode.uniform(x.shape, x) * (high - low)).floor().to(given.get("dtype") or x.dtype)
+def _randint(
+    mode: KeyedRandom, *given: Any, size: Sequence[int] | None = None, low: int | None = None, high: int | None = None,
+    dtype: torch.dtype | None = None,
+) -> torch.Tensor:  # fmt: skip
+    *bounds, last = given if size is None else (*given, size)
+    low, high = _between(bounds, low, high)
+    return (low + mode.uniform(last) * (high - low)).floor().to(dtype or torch.int64)
 
 
-def _exponential(mode: KeyedRandom, x: torch.Tensor, rate: float = 1.0, **_: Any) -> torch.Tensor:
+def _randint_like(
+    mode: KeyedRandom, x: torch.Tensor, *bounds: int, low: int | None = None, high: int | None = None,
+    dtype: torch.dtype | None = None,
+) -> torch.Tensor:  # fmt: skip
+    low, high = _between(bounds, low, high)
+    return (low + mode.uniform(x.shape, x) * (high - low)).floor().to(dtype or x.dtype)
+
+
+def _exponential(mode: KeyedRandom, x: torch.Tensor, rate: float = 1.0) -> torch.Tensor:
+    _require(rate > 0, f"an exponential rate of {rate}")
     return x.copy_(-torch.log1p(-mode.uniform(x.shape, x)) / rate)
 
 
-def _uniform(
-    mode: KeyedRandom, x: torch.Tensor, low: float = 0.0, high: float = 1.0, **_: Any
-) -> torch.Tensor:
+def _uniform(mode: KeyedRandom, x: torch.Tensor, low: float = 0.0, high: float = 1.0) -> torch.Tensor:
+    _require(low <= high and x.is_floating_point(), f"{x.dtype} from {low} to {high}")
     return x.copy_(low + (high - low) * mode.uniform(x.shape, x))
 
 
-def _normal(
-    mode: KeyedRandom, x: torch.Tensor, mean: float = 0.0, std: float = 1.0, **_: Any
-) -> torch.Tensor:
-    return x.copy_(mean + std * mode.normal(x.shape, x))
+def _normal(mode: KeyedRandom, x: torch.Tensor, mean: float = 0.0, std: float = 1.0) -> torch.Tensor:
+    _require(std >= 0 and (x.is_floating_point() or x.is_complex()), f"{x.dtype} with a deviation of {std}")
+    return x.copy_(mean + std * _made(mode.normal, x.shape, x, torch.promote_types(x.dtype, torch.float64)))
 
 
 def _normal_around(
-    mode: KeyedRandom, mean: Any = 0.0, std: Any = 1.0, size: Sequence[int] | None = None, **given: Any
-) -> torch.Tensor:
+    mode: KeyedRandom, mean: Any = 0.0, std: Any = 1.0, size: Sequence[int] | None = None,
+    dtype: torch.dtype | None = None,
+) -> torch.Tensor:  # fmt: skip
+    _require(isinstance(std, torch.Tensor) or std >= 0, f"a standard deviation of {std}")
     if size is not None:
-        return _made(mean + std * mode.normal(list(size)), **given)
-    like, other = (mean, std) if isinstance(mean, torch.Tensor) else (std, mean)
-    if isinstance(other, torch.Tensor) and other.dim() > like.dim():
-        like, other = other, like
+        return mean + std * _made(mode.normal, list(size), dtype=dtype)
     mean, std = (v.detach() if isinstance(v, torch.Tensor) else v for v in (mean, std))
+    like = mean if isinstance(mean, torch.Tensor) else std
+    if isinstance(mean, torch.Tensor) and isinstance(std, torch.Tensor) and mean.shape != std.shape:
+        like = mean + std
     return (mean + std * mode.normal(like.shape, like)).to(like.dtype)
 
 
 def _multinomial(
-    mode: KeyedRandom, x: torch.Tensor, num_samples: int, replacement: bool = False, **_: Any
+    mode: KeyedRandom, x: torch.Tensor, num_samples: int, replacement: bool = False
 ) -> torch.Tensor:
     """Without replacement the first arrivals, at rates x; with it, where numbers fall among sums of x."""
     rates = x.detach().double()
@@ -295,55 +342,52 @@ def _multinomial(
     return below.sum(-1).clamp(max=x.shape[-1] - 1)
 
 
-def _random(mode: KeyedRandom, x: torch.Tensor, *bounds: int, **given: Any) -> torch.Tensor:
+def _random(
+    mode: KeyedRandom, x: torch.Tensor, *bounds: int, low: int | None = None, high: int | None = None
+) -> torch.Tensor:
     """Whole numbers: between bounds, or all that the dtype has."""
-    low, high = (0, *bounds) if len(bounds) == 1 else bounds or (given.get("from", 0), given.get("to"))
+    low, high = _between(bounds, low, high)
     if high is None:
         mantissa = MANTISSAS.get(x.dtype)
         high = 2**mantissa + 1 if mantissa else 2 if x.dtype is torch.bool else torch.iinfo(x.dtype).max + 1
     return x.copy_((low + mode.uniform(x.shape, x) * (high - low)).floor())
 
 
-def _cauchy(
-    mode: KeyedRandom, x: torch.Tensor, median: float = 0.0, sigma: float = 1.0, **_: Any
-) -> torch.Tensor:
+def _cauchy(mode: KeyedRandom, x: torch.Tensor, median: float = 0.0, sigma: float = 1.0) -> torch.Tensor:
+    _require(sigma > 0, f"a Cauchy sigma of {sigma}")
     return x.copy_(median + sigma * torch.tan(math.pi * (mode.uniform(x.shape, x) - 0.5)))
 
 
-def _log_normal(
-    mode: KeyedRandom, x: torch.Tensor, mean: float = 1.0, std: float = 2.0, **_: Any
-) -> torch.Tensor:
+def _log_normal(mode: KeyedRandom, x: torch.Tensor, mean: float = 1.0, std: float = 2.0) -> torch.Tensor:
+    _require(std > 0, f"a standard deviation of {std}")
     return x.copy_((mean + std * mode.normal(x.shape, x)).exp())
 
 
-def _geometric(mode: KeyedRandom, x: torch.Tensor, p: float, **_: Any) -> torch.Tensor:
+def _geometric(mode: KeyedRandom, x: torch.Tensor, p: float) -> torch.Tensor:
+    _require(0 < p < 1, f"a geometric probability of {p}")
     return x.copy_((torch.log1p(-mode.uniform(x.shape, x)) / math.log1p(-p)).floor() + 1)
 
 
 # By the names of torch's functions and methods.
 DRAWN: Mapping[str, Callable[..., torch.Tensor]] = {
-    "dropout": lambda mode, x, p=0.5, train=True, **_: _dropout(mode, x, p, _.get("training", train)),
-    "dropout_": lambda mode, x, p=0.5, train=True, **_: x.copy_(_dropout(mode, x, p, train)),
+    "dropout": _dropout,
+    "dropout_": lambda mode, x, *rest, **given: x.copy_(_dropout(mode, x, *rest, **given)),
     "feature_dropout": _feature_dropout,
-    "feature_dropout_": lambda mode, x, p=0.5, train=True: x.copy_(_feature_dropout(mode, x, p, train)),
-    "alpha_dropout": lambda mode, x, p=0.5, train=True, **_: _alpha_dropout(
-        mode, x, p, _.get("training", train)
-    ),
-    "alpha_dropout_": lambda mode, x, p=0.5, train=True: x.copy_(_alpha_dropout(mode, x, p, train)),
-    "feature_alpha_dropout": lambda mode, x, p=0.5, train=True, **_: _alpha_dropout(
-        mode, x, p, _.get("training", train), by_feature=True
-    ),
+    "feature_dropout_": lambda mode, x, *rest, **given: x.copy_(_feature_dropout(mode, x, *rest, **given)),
+    "alpha_dropout": _alpha_dropout,
+    "alpha_dropout_": lambda mode, x, *rest, **given: x.copy_(_alpha_dropout(mode, x, *rest, **given)),
+    "feature_alpha_dropout": partial(_alpha_dropout, by_feature=True),
     "rrelu": _rrelu,
     "rrelu_": lambda mode, x, *rest, **given: x.copy_(_rrelu(mode, x, *rest, **given)),
-    "rand": lambda mode, *size, **given: _made(mode.uniform(_shape(size)), **given),
-    "randn": lambda mode, *size, **given: _made(mode.normal(_shape(size)), **given),
-    "rand_like": lambda mode, x, **given: _made(mode.uniform(x.shape, x), x, **given),
-    "randn_like": lambda mode, x, **given: _made(mode.normal(x.shape, x), x, **given),
+    "rand": lambda mode, *n, size=None, dtype=None: _made(mode.uniform, _shape(n, size), dtype=dtype),
+    "randn": lambda mode, *n, size=None, dtype=None: _made(mode.normal, _shape(n, size), dtype=dtype),
+    "rand_like": lambda mode, x, dtype=None: _made(mode.uniform, x.shape, x, dtype),
+    "randn_like": lambda mode, x, dtype=None: _made(mode.normal, x.shape, x, dtype),
     "randint": _randint,
     "randint_like": _randint_like,
-    "randperm": lambda mode, n, **given: mode.uniform([n]).argsort(),
+    "randperm": lambda mode, n, dtype=None: mode.uniform([n]).argsort().to(dtype or torch.int64),
     "bernoulli": _bernoulli,
-    "bernoulli_": lambda mode, x, p=0.5, **_: x.copy_(mode.uniform(x.shape, x) < p),
+    "bernoulli_": lambda mode, x, p=0.5: x.copy_(_bernoulli(mode, x, p)),
     "exponential_": _exponential,
     "uniform_": _uniform,
     "normal_": _normal,

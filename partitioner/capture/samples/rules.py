@@ -31,8 +31,8 @@ FAMILIES: Mapping[Rule, str] = {
         sum mean amax amin max min any all prod logsumexp linalg_vector_norm norm var std var_mean std_mean argmax
         argmin nansum count_nonzero median""",
     arithmetic.along_dim: """
-        softmax log_softmax _softmax _log_softmax cumsum cumprod cummax cummin logcumsumexp sort argsort topk kthvalue
-        mode flip roll glu _fft_c2c _fft_r2c _fft_c2r""",
+        softmax _safe_softmax log_softmax _softmax _log_softmax cumsum cumprod cummax cummin logcumsumexp sort argsort
+        topk kthvalue mode flip roll glu _fft_c2c _fft_r2c _fft_c2r""",
     arithmetic.over_trailing: "layer_norm native_layer_norm rms_norm",
     arithmetic.bilinear: "bilinear",
     arithmetic.trilinear: "_trilinear",

@@ -33,6 +33,20 @@ def drawn(function: Callable[[], torch.Tensor], key: int = 0, first: int = 0) ->
         return function()
 
 
+def written(draw: Callable[..., torch.Tensor]) -> torch.Tensor:
+    """What stands where a function was told to write."""
+    place = torch.zeros(200, 100)
+    draw(200, 100, out=place)
+    return place
+
+
+def written_over(drop: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    """What a dropout in place leaves of its input."""
+    value = NUMBERS.clone()
+    drop(value)
+    return value
+
+
 @given(
     st.integers(1, 3),
     st.integers(1, 4),
@@ -65,6 +79,30 @@ KINDS: dict[str, tuple[Callable[[], torch.Tensor], float, float]] = {
     "randn": (lambda: torch.randn(200, 100), 0, 1),
     "rand_like": (lambda: torch.rand_like(NUMBERS), 1 / 2, 1 / 12),
     "randn_like": (lambda: torch.randn_like(NUMBERS), 0, 1),
+    "rand of a size": (lambda: torch.rand(size=NUMBERS.shape), 1 / 2, 1 / 12),
+    "randn written": (lambda: written(torch.randn), 0, 1),
+    "rand written": (lambda: written(torch.rand), 1 / 2, 1 / 12),
+    "real part of randn": (lambda: torch.randn(200, 100, dtype=torch.complex64).real, 0, 1 / 2),
+    "other part of randn": (lambda: torch.randn(200, 100, dtype=torch.complex64).imag, 0, 1 / 2),
+    "other part of rand": (lambda: torch.rand(200, 100, dtype=torch.complex64).imag, 1 / 2, 1 / 12),
+    "other part of normal_": (lambda: torch.empty(200, 100, dtype=torch.complex64).normal_(1, 2).imag, 0, 2),
+    "uniform_ to": (lambda: torch.empty(200, 100).uniform_(-1, to=3), 1, 16 / 12),
+    "exponential_ lambd": (lambda: torch.empty(200, 100).exponential_(lambd=2.0), 1 / 2, 1 / 4),
+    "randint of a size": (lambda: torch.randint(2, 12, size=(200, 100)).double(), 6.5, (10**2 - 1) / 12),
+    "randint by name": (
+        lambda: torch.randint(high=12, low=2, size=(200, 100)).double(),
+        6.5,
+        (10**2 - 1) / 12,
+    ),
+    "randint_like by name": (lambda: torch.randint_like(NUMBERS, high=10), 4.5, (10**2 - 1) / 12),
+    "random_ to": (lambda: torch.empty(200, 100).random_(2, to=12), 6.5, (10**2 - 1) / 12),
+    "normal of two shapes": (lambda: torch.normal(NUMBERS[:, :1], NUMBERS[:1]), 2, 4),
+    "dropout's input": (lambda: written_over(lambda x: F.dropout(x, 0.5, inplace=True)), 2, 4),
+    "dropout2d's input": (
+        lambda: written_over(lambda x: F.dropout2d(x[..., None, None], 0.5, True, True)),
+        2,
+        4,
+    ),
     "randint": (lambda: torch.randint(2, 12, (200, 100)).double(), 6.5, (10**2 - 1) / 12),
     "randint below": (lambda: torch.randint(10, (200, 100)).double(), 4.5, (10**2 - 1) / 12),
     "randint_like": (lambda: torch.randint_like(NUMBERS, 10), 4.5, (10**2 - 1) / 12),
@@ -346,3 +384,49 @@ def test_draws_that_no_key_decides_are_refused_wherever_they_are(laptop: Any) ->
     step = distribute(module, torch.optim.SGD(module.parameters(), 0.1), laptop, plan=Plan(), chips=1)
     with pytest.raises(CaptureError, match="_sample_dirichlet draws"):
         step({"x": torch.ones(4, 4)})
+
+
+DROPOUTS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout)
+WITHOUT_CHANCE: dict[str, Callable[[], Any]] = {
+    **{f"{f.__name__} of {p}, {t}, {i}": lambda f=f, p=p, t=t, i=i: written_over(lambda x: f(x[..., None], p, t, i))
+       for f in DROPOUTS for p in (0.0, 1.0, -0.1, 1.5) for t in (True, False) for i in (True, False)},
+    **{f"{f.__name__} of whole numbers": lambda f=f: f(torch.ones(4, 6, dtype=torch.int64), 0.5) for f in DROPOUTS},
+    "rrelu": lambda: written_over(lambda x: F.rrelu(x.neg_(), 0.3, 0.3, True, True)),
+    "rrelu backwards": lambda: F.rrelu(NUMBERS, 0.4, 0.1),
+    "randint of none": lambda: torch.randint(2, 2, (3,)), "randint backwards": lambda: torch.randint(5, 1, (3,)),
+    "random_ of none": lambda: torch.zeros(3).random_(2, 2), "one number": lambda: torch.randint(3, 4, (3,)),
+    "randint_like of none": lambda: torch.randint_like(NUMBERS, 2, 2),
+    "whole rand": lambda: torch.rand(3, dtype=torch.int64), "whole randn_like": lambda: torch.randn_like(THREE.long()),
+    "normal_": lambda: torch.zeros(3).normal_(2.0, -1.0), "uniform_": lambda: torch.zeros(3).uniform_(3.0, 2.0),
+    "exponential_": lambda: torch.zeros(3).exponential_(-1.0), "log_normal_": lambda: torch.zeros(3).log_normal_(0, 0),
+    "geometric_": lambda: torch.zeros(3).geometric_(2.0), "normal": lambda: torch.normal(0.0, -1.0, (3,)),
+    "whole bernoulli": lambda: torch.bernoulli(torch.tensor([0, 1])),
+    "bernoulli": lambda: torch.ones(3).bernoulli_(2.0),
+    "cauchy_": lambda: torch.zeros(3).cauchy_(0.0, -1.0), "type": lambda: torch.randperm(1, dtype=torch.int32),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:dropout")
+@pytest.mark.parametrize("name", WITHOUT_CHANCE)
+def test_what_no_chance_decides_is_as_torch_does_it_or_refuses_it(name: str) -> None:
+    def made() -> Any:
+        try:
+            return WITHOUT_CHANCE[name]()
+        except (NotImplementedError, RuntimeError, ValueError):
+            return "refused"
+
+    expected, found = made(), drawn(made)
+    if isinstance(expected, str):
+        assert found == expected
+    else:
+        assert found.dtype == expected.dtype and torch.equal(found, expected)
+
+
+def test_attention_that_sees_nothing_gives_nothing_with_dropout_too() -> None:
+    q, mask = (
+        torch.randn(1, 3, 4, dtype=torch.float64),
+        torch.tensor([[True, True, True], [False] * 3, [True] * 3]),
+    )
+    nothing = drawn(lambda: F.scaled_dot_product_attention(q, q, q, attn_mask=mask, dropout_p=1e-300))
+    mask = torch.zeros(3, 3, dtype=torch.float64).masked_fill(~mask, float("-inf"))
+    assert torch.allclose(nothing, F.scaled_dot_product_attention(q, q, q, attn_mask=mask))
