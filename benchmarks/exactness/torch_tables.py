@@ -163,7 +163,7 @@ def _given(info: OpInfo | ModuleInfo) -> Iterator[tuple[Callable[[], Callable[..
 
 def _has_samples(value: object) -> bool:
     is_tensor = isinstance(value, torch.Tensor) and value.is_floating_point() and value.dim()
-    return bool(is_tensor) and value.shape[0] > 1 and value.numel() < LARGEST  # type: ignore[attr-defined]
+    return bool(is_tensor) and value.shape[0] > 1 and 0 < value.numel() < LARGEST  # type: ignore[attr-defined]
 
 
 def outcomes(called: Called, draw: random.Random) -> Iterator[tuple[Plan, Outcome, str]]:
