@@ -51,7 +51,12 @@ from partitioner.capture.pure_graph import (
 )
 from partitioner.capture.refused.buffer_forms import require_own_values, require_same_form
 from partitioner.capture.refused.caught_errors import no_error_caught
-from partitioner.capture.refused.refusals import explaining, refuse_sparse, refuse_unsupported, refused_calls
+from partitioner.capture.refused.refusals import (
+    explaining,
+    refuse_operator,
+    refuse_unsupported,
+    refused_calls,
+)
 from partitioner.capture.refused.shared_memory import require_own_memory
 from partitioner.capture.source_lines import users_frames
 from partitioner.capture.type_questions import spaces_of, types_as_in_training
@@ -112,7 +117,7 @@ def trace_module(
         require_own_values(lent)
         require_own(graph_module, trace.registered)
         for node in graph_module.graph.nodes:
-            refuse_sparse(node)
+            refuse_operator(node)
         if functional := not is_pure(graph_module.graph):
             require_expressible(graph_module.graph, trace.names(graph_module), frozen)
             graph_module = trace.run(functional=True)

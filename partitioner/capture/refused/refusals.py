@@ -44,6 +44,7 @@ INSTEAD = {  # of operators whose results' sizes depend on values
 }
 NO_HOOKS = "leave it out: record values with forward hooks, and change gradients in an autograd.Function"
 SPARSE_AT = {"embedding": 4, "embedding_bag": 5}  # which argument asks for sparse gradients
+WRITING_NORMS = {"native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm", "_batch_norm_impl_index"}
 BY_HAND = "write the derivative out as a formula"
 MODULE_HOOKS = (
     "register_full_backward_hook", "register_full_backward_pre_hook", "register_backward_hook"
@@ -160,8 +161,12 @@ def refuse_unsupported(module: nn.Module) -> None:
                 raise CaptureError(f"{own} is {kind}", f"{where}: {own}", f"make it dense: {hint}")
 
 
-def refuse_sparse(node: torch.fx.Node) -> None:
-    """Refuse what makes or reads tensors that are not stored entry by entry. Raises CaptureError."""
+def refuse_operator(node: torch.fx.Node) -> None:
+    """Refuse what makes or reads tensors that are not stored entry by entry, or writes what its schema does not say.
+    Raises CaptureError."""
+    if op_name(node.target) in WRITING_NORMS and node.args[3] is not None and node.args[5]:
+        problem = f"{op_name(node.target)} writes running statistics, which its schema does not say"
+        raise CaptureError(problem, source_line(node), "use nn.functional.batch_norm")
     at = SPARSE_AT.get(op_name(node.target), len(node.args))
     if node.args[at : at + 1] == (True,):
         raise CaptureError("sparse gradients are not supported", source_line(node), "use sparse=False")

@@ -25,6 +25,11 @@ def as_a_dual(h: torch.Tensor) -> torch.Tensor:
         return forward_ad.unpack_dual(forward_ad.make_dual(h, h)).primal
 
 
+def normed(h: torch.Tensor) -> torch.Tensor:
+    ones = torch.ones(4, dtype=torch.float64)
+    return torch.native_batch_norm(h, ones, ones, ones * 0, ones * 1, True, 0.1, 1e-5)[0]
+
+
 class Doubling(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return func(*args, **(kwargs or {})) * 2
@@ -58,6 +63,7 @@ REFUSED: dict[str, tuple[Loss, str, str]] = {
     "counts": (lambda h: h * torch.bincount(h.argmax(1)).sum(), "aten.bincount", "one_hot"),
     "repeats": (lambda h: h.repeat_interleave(h[0].long(), 1), "repeat_interleave", "pass output_size"),
     "values": (lambda h: h if h.sum() > 0 else -h, "_local_scalar_dense", "must not depend on tensor values"),
+    "hidden writes": (normed, "native_batch_norm writes running statistics", "nn.functional.batch_norm"),
     "sparse gradients": (bags, "sparse gradients are not supported", "sparse=False"),
     "sparse": (lambda h: h.to_sparse().to_dense(), "to_sparse makes or reads a sparse tensor", "dense"),
 }  # fmt: skip
