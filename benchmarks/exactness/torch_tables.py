@@ -11,7 +11,6 @@ neither over samples. Compared are the losses and the parameters after two steps
 import argparse
 import copy
 import random
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -26,16 +25,13 @@ from torch.testing._internal.opinfo.core import OpInfo
 from torch.utils import _pytree as trees
 
 from comms.errors import has_line
-from exactness.equal_training import WRONG, Outcome
+from exactness.equal_training import FLOOR, TOLERANCE, WRONG, Outcome, keyed, settle
 from orchestrator.exceptions import UserError
-from orchestrator.runs.data import step_key
 from orchestrator.verbs.distribute import distribute
-from partitioner.capture.forwards.keyed_random import keyed_random
 from partitioner.layout.parallel_plan import Plan
 
 PRECISION = torch.float64
 STEPS = 2
-TOLERANCE, FLOOR = 1e-9, 0.1
 LARGEST = 5_000  # entries of a tensor
 PLANS = (
     Plan(), Plan(dp=2), Plan(microbatches=2), Plan(dp=2, microbatches=2), Plan(tp=2), Plan(pp=2),
@@ -102,8 +98,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=3, help="of each")
     parser.add_argument("--only", help="the name of one")
     options = parser.parse_args()
-    warnings.filterwarnings("ignore")
-    torch.set_num_threads(1)
+    settle()
     part, parts = map(int, options.part.split("/"))
     infos: list[OpInfo | ModuleInfo] = list(op_db if options.table == "operators" else module_db)[part::parts]
     taken: Counter[tuple[str, Outcome]] = Counter()
@@ -207,7 +202,7 @@ def trained(called: Called, plan: Plan | None) -> tuple[torch.Tensor, torch.Tens
             losses.append(float(step(batch)))
             continue
         optimizer.zero_grad()
-        with keyed_random(torch.tensor(step_key(0, number)), torch.tensor(0)):
+        with keyed(number):
             loss = model(**batch)
         loss.backward()
         optimizer.step()

@@ -88,7 +88,7 @@ def _drawn(mode: "KeyedRandom", name: str, *args: Any, **given: Any) -> torch.Te
     if given.pop("generator", None) is not None:
         raise CaptureError(f"{name} draws from a generator of its own", hint="leave the generator out")
     args = (*(given.pop(first) for first in ("input", "self") if first in given), *args)
-    place = args[0] if given.pop("inplace", False) else given.pop("out", None)
+    place = args[0] if given.pop("inplace", False) or name.endswith("_") else given.pop("out", None)
     drawn = DRAWN[name](mode, *args, **{NAMES.get(n, n): v for n, v in given.items() if n not in IDLE})
     if place is None:
         return drawn
@@ -301,17 +301,17 @@ def _randint_like(
 
 def _exponential(mode: KeyedRandom, x: torch.Tensor, rate: float = 1.0) -> torch.Tensor:
     _require(rate > 0, f"an exponential rate of {rate}")
-    return x.copy_(-torch.log1p(-mode.uniform(x.shape, x)) / rate)
+    return -torch.log1p(-mode.uniform(x.shape, x)) / rate
 
 
 def _uniform(mode: KeyedRandom, x: torch.Tensor, low: float = 0.0, high: float = 1.0) -> torch.Tensor:
     _require(low <= high and x.is_floating_point(), f"{x.dtype} from {low} to {high}")
-    return x.copy_(low + (high - low) * mode.uniform(x.shape, x))
+    return low + (high - low) * mode.uniform(x.shape, x)
 
 
 def _normal(mode: KeyedRandom, x: torch.Tensor, mean: float = 0.0, std: float = 1.0) -> torch.Tensor:
     _require(std >= 0 and (x.is_floating_point() or x.is_complex()), f"{x.dtype} with a deviation of {std}")
-    return x.copy_(mean + std * _made(mode.normal, x.shape, x, torch.promote_types(x.dtype, torch.float64)))
+    return mean + std * _made(mode.normal, x.shape, x, torch.promote_types(x.dtype, torch.float64))
 
 
 def _normal_around(
@@ -350,35 +350,35 @@ def _random(
     if high is None:
         mantissa = MANTISSAS.get(x.dtype)
         high = 2**mantissa + 1 if mantissa else 2 if x.dtype is torch.bool else torch.iinfo(x.dtype).max + 1
-    return x.copy_((low + mode.uniform(x.shape, x) * (high - low)).floor())
+    return (low + mode.uniform(x.shape, x) * (high - low)).floor()
 
 
 def _cauchy(mode: KeyedRandom, x: torch.Tensor, median: float = 0.0, sigma: float = 1.0) -> torch.Tensor:
     _require(sigma > 0, f"a Cauchy sigma of {sigma}")
-    return x.copy_(median + sigma * torch.tan(math.pi * (mode.uniform(x.shape, x) - 0.5)))
+    return median + sigma * torch.tan(math.pi * (mode.uniform(x.shape, x) - 0.5))
 
 
 def _log_normal(mode: KeyedRandom, x: torch.Tensor, mean: float = 1.0, std: float = 2.0) -> torch.Tensor:
     _require(std > 0, f"a standard deviation of {std}")
-    return x.copy_((mean + std * mode.normal(x.shape, x)).exp())
+    return (mean + std * mode.normal(x.shape, x)).exp()
 
 
 def _geometric(mode: KeyedRandom, x: torch.Tensor, p: float) -> torch.Tensor:
     _require(0 < p < 1, f"a geometric probability of {p}")
-    return x.copy_((torch.log1p(-mode.uniform(x.shape, x)) / math.log1p(-p)).floor() + 1)
+    return (torch.log1p(-mode.uniform(x.shape, x)) / math.log1p(-p)).floor() + 1
 
 
-# By the names of torch's functions and methods.
+# By the names of torch's functions and methods; what those that end in _ return is written over their first argument.
 DRAWN: Mapping[str, Callable[..., torch.Tensor]] = {
     "dropout": _dropout,
-    "dropout_": lambda mode, x, *rest, **given: x.copy_(_dropout(mode, x, *rest, **given)),
+    "dropout_": _dropout,
     "feature_dropout": _feature_dropout,
-    "feature_dropout_": lambda mode, x, *rest, **given: x.copy_(_feature_dropout(mode, x, *rest, **given)),
+    "feature_dropout_": _feature_dropout,
     "alpha_dropout": _alpha_dropout,
-    "alpha_dropout_": lambda mode, x, *rest, **given: x.copy_(_alpha_dropout(mode, x, *rest, **given)),
+    "alpha_dropout_": _alpha_dropout,
     "feature_alpha_dropout": partial(_alpha_dropout, by_feature=True),
     "rrelu": _rrelu,
-    "rrelu_": lambda mode, x, *rest, **given: x.copy_(_rrelu(mode, x, *rest, **given)),
+    "rrelu_": _rrelu,
     "rand": lambda mode, *n, size=None, dtype=None: _made(mode.uniform, _shape(n, size), dtype=dtype),
     "randn": lambda mode, *n, size=None, dtype=None: _made(mode.normal, _shape(n, size), dtype=dtype),
     "rand_like": lambda mode, x, dtype=None: _made(mode.uniform, x.shape, x, dtype),
@@ -387,7 +387,7 @@ DRAWN: Mapping[str, Callable[..., torch.Tensor]] = {
     "randint_like": _randint_like,
     "randperm": lambda mode, n, dtype=None: mode.uniform([n]).argsort().to(dtype or torch.int64),
     "bernoulli": _bernoulli,
-    "bernoulli_": lambda mode, x, p=0.5: x.copy_(_bernoulli(mode, x, p)),
+    "bernoulli_": lambda mode, x, p=0.5: _bernoulli(mode, x, p),
     "exponential_": _exponential,
     "uniform_": _uniform,
     "normal_": _normal,
