@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 
 import torch
 
+import kernels.ctc
 import kernels.expert_products
 import kernels.ops  # noqa: F401  (registers orchestrate::shard_slice)
 from comms.errors import SegmentError

@@ -32,7 +32,7 @@ from partitioner.capture.captured_graph import (
 )
 from partitioner.capture.exact_float64 import ExactFloat64
 from partitioner.capture.forwards.keyed_random import draws
-from partitioner.capture.forwards.step_loss import LossFunction
+from partitioner.capture.forwards.step_loss import LossFunction, warn_of_batch
 from partitioner.capture.forwards.user_functions import AppliedFunction
 from partitioner.capture.graph_pieces import (
     Dependence,
@@ -87,6 +87,7 @@ def capture_graph(
     def graph(has_lines: bool) -> Graph:
         def trace(given: Batch, mode: FakeTensorMode) -> Captured:
             with ExactFloat64() if exact else nullcontext(), users_warnings(said, given is batch):
+                warn_of_batch(loss_fn, given)
                 captured = trace_module(module, given, loss_fn, tp_plan, mode, has_lines=has_lines)
             captured.frozen |= frozen
             return captured

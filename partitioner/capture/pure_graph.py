@@ -151,6 +151,8 @@ def with_gradient(graph: torch.fx.Graph, trained: Collection[Node]) -> set[Node]
         name = op_name(node.target)
         stops = node.meta.get("no_grad") or name in ("detach", "detach_")
         stops = stops or name.endswith("_like") or name.startswith("new_")  # only the shape is read
+        is_result = name == "getitem" and "native_batch_norm" in op_name(operand(node, 0).target)
+        stops = stops or (is_result and node.args[1] != 0)  # statistics, also the running ones
         reached = node.op == "call_function" and not stops and any(n in found for n in node.all_input_nodes)
         if reached and is_float(node):
             found.add(node)

@@ -92,11 +92,15 @@ SOUNDS: tuple[Row, ...] = (
     ("hubert classes", "HubertForSequenceClassification", {}),
     ("wavlm classes", "WavLMForSequenceClassification", {}),
     ("data2vec audio classes", "Data2VecAudioForSequenceClassification", {}),
+    ("wav2vec2 classes all layers", "Wav2Vec2ForSequenceClassification", {"layerdrop": 0.0}),
+    ("wavlm classes all layers", "WavLMForSequenceClassification", {"layerdrop": 0.0}),
 )
 SPOKEN: tuple[Row, ...] = (
     ("wav2vec2 ctc", "Wav2Vec2ForCTC", {}),
     ("hubert ctc", "HubertForCTC", {}),
     ("wav2vec2 ctc no mask", "Wav2Vec2ForCTC", {"apply_spec_augment": False, "layerdrop": 0.0}),
+    ("wav2vec2 ctc all layers", "Wav2Vec2ForCTC", {"layerdrop": 0.0}),
+    ("hubert ctc all layers", "HubertForCTC", {"layerdrop": 0.0}),
 )
 TEXT = {**SIZES, "projection_dim": 16}
 EYE = {**VISION, "projection_dim": 16}

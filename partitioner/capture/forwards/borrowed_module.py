@@ -24,6 +24,7 @@ from comms.errors import CaptureError
 REGISTERED = ("_parameters", "_buffers")  # where a module keeps the tensors that it registers
 NUMBERS = (int, float)  # arrays make new ones each time
 CONTAINERS = (MutableMapping, MutableSequence, MutableSet)
+PLAIN_KEYS = (*NUMBERS, str, bytes)
 LATER = 9_009_000 - 2  # forwards: the next few show what begins late, or at multiples of a number
 NUM_LONG = 1_000  # entries of what is lengthened
 
@@ -155,14 +156,19 @@ def _differs(container: Any, before: Any) -> bool:
     """Whether a container holds other objects than it did, or holds them in another order."""
     if isinstance(before, numpy.ndarray):
         return not numpy.array_equal(container, before, equal_nan=before.dtype.kind == "f")
-    now = container.items() if isinstance(container, MutableMapping) else container
+    now = list(container.items()) if isinstance(container, MutableMapping) else container
     then = before.items() if isinstance(before, dict) else before
     if len(now) != len(then):
         return True
     pairs = zip(now, then, strict=True)
     if isinstance(before, dict):
-        return any(a[0] != b[0] or a[1] is not b[1] for a, b in pairs)
+        return any(not _is_same_key(a[0], b[0]) or a[1] is not b[1] for a, b in pairs)
     return any(a is not b and (type(a) not in NUMBERS or type(a) is not type(b) or a != b) for a, b in pairs)
+
+
+def _is_same_key(now: Any, before: Any) -> bool:
+    """Keys may be tensors, whose equality is no answer."""
+    return now is before or (type(now) is type(before) and isinstance(now, PLAIN_KEYS) and now == before)
 
 
 @contextmanager

@@ -41,7 +41,7 @@ def no_host_draws(module: torch.nn.Module) -> Iterator[None]:
     """
     drawn: list[str] = []
     own, lines, held = threading.get_ident(), dict[tuple[str, int], str](), list(_generators(module))
-    before = [pickle.dumps(get()) for _, get, _ in held]
+    before = [_frozen(get()) for _, get, _ in held]
 
     def urandom(size: int) -> bytes:
         if threading.get_ident() == own:
@@ -55,14 +55,20 @@ def no_host_draws(module: torch.nn.Module) -> Iterator[None]:
         for (name, get, put), state in zip(held, before, strict=True):
             threads = {thread for kind, thread in lines if kind == name}
             is_elsewhere = get == random.getstate and threads and own not in threads
-            if pickle.dumps(get()) != state and not is_elsewhere:
+            if _frozen(get()) != state and not is_elsewhere:
                 drawn.append(name)
-                put(pickle.loads(state))
+                found = pickle.loads(state)
+                put(torch.tensor(list(found), dtype=torch.uint8) if isinstance(found, bytes) else found)
         drew = drawn[0] if drawn else ""
         if drew and not isinstance(sys.exception(), KeyboardInterrupt):
             problem = f"the forward draws from {drew}: all steps would get what the first one draws"
             hint = "use torch.rand or dropout, or make it an input of the model"
             raise CaptureError(problem, lines.get((drew, own)) or "forward", hint) from None
+
+
+def _frozen(state: Any) -> bytes:
+    """The state of a generator; a tensor is pickled otherwise each time."""
+    return pickle.dumps(bytes(state.tolist()) if isinstance(state, torch.Tensor) else state)
 
 
 @contextmanager

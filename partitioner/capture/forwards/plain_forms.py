@@ -13,15 +13,20 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.nn import functional
+from torch.utils import _pytree as trees
 
+import kernels.ctc  # noqa: F401  (registers orchestrate::ctc_losses)
 from partitioner.capture.forwards.replaced import replaced
 
 BATCHED = 2  # dims of indices that are bags of one length each
+ROWS = 2  # dims of targets, a row for each sample
+SAMPLES_SECOND = 3  # dims of log-probabilities of several samples
+REDUCTIONS = ("none", "mean", "sum")
 FORMS = ("cross_entropy", "gaussian_nll_loss", "embedding_bag", "instance_norm")
 originals: Mapping[str, Callable[..., Any]] = {name: getattr(functional, name) for name in FORMS} | {
     "cov": torch.cov, "stft": torch.stft, "istft": torch.istft, "repeat_interleave": torch.repeat_interleave,
     "masked_select": torch.masked_select, "__getitem__": torch.Tensor.__getitem__,
-    "__setitem__": torch.Tensor.__setitem__,
+    "__setitem__": torch.Tensor.__setitem__, "ctc_loss": torch.ctc_loss,
 }  # fmt: skip
 
 
@@ -44,7 +49,7 @@ def gaussian_nll_loss(
     other = [own for size, own in zip(input.shape, variance.shape, strict=False) if size != own]
     if variance.dim() != input.dim() or other not in ([], [1]):
         raise ValueError("var is of incorrect size")
-    if reduction not in ("none", "mean", "sum"):
+    if reduction not in REDUCTIONS:
         raise ValueError(f"{reduction} is not valid")
     variance = variance + (variance.detach().clamp(min=eps) - variance.detach())
     loss = 0.5 * (torch.log(variance) + (input - target) ** 2 / variance)
@@ -220,6 +225,8 @@ def masked_select(
 ) -> torch.Tensor:  # fmt: skip
     """See torch; a constant mask tells how much it selects."""
     if _constant(mask) is None or out is not None:
+        if out is None and Selected.may_be(input, mask):
+            return Selected(input, mask)  # type: ignore[return-value]
         return originals["masked_select"](input, mask, out=out)
     shape = torch.broadcast_shapes(input.shape, mask.shape)
     return _indexed(input.expand(shape), mask.expand(shape))
@@ -227,13 +234,28 @@ def masked_select(
 
 def _indexed(value: torch.Tensor, index: Any) -> torch.Tensor:
     """See torch; constant masks become the places that they name."""
+    if isinstance(index, torch.Tensor) and Selected.may_be(value, index) and _constant(index) is None:
+        return Selected(value, index)  # type: ignore[return-value]
     return originals["__getitem__"](value, _places(index))
 
 
 def _written(value: torch.Tensor, index: Any, new: Any) -> None:
-    """See torch; constant masks become the places that they name, unless one number is written to all."""
+    """See torch; constant masks become the places that they name, unless one number is written to all. What any other
+    mask gets everywhere is written where it holds."""
     is_one = not isinstance(new, torch.Tensor) or new.dim() == 0
+    if not is_one and _is_for_all(value, index, new) and _constant(index) is None:
+        holds = index.reshape(*index.shape, *[1] * (value.dim() - index.dim()))
+        value.copy_(torch.where(holds, new, value))
+        return
     originals["__setitem__"](value, index if is_one else _places(index), new)
+
+
+def _is_for_all(value: torch.Tensor, mask: Any, new: torch.Tensor) -> bool:
+    """Whether a mask gives the same to all entries that it selects."""
+    if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool or not mask.dim():
+        return False
+    is_own = mask.shape == value.shape[: mask.dim()] and new.dtype == value.dtype
+    return is_own and new.dim() <= value.dim() - mask.dim()
 
 
 def _places(index: Any) -> Any:
@@ -253,14 +275,88 @@ def _constant(value: object) -> torch.Tensor | None:
     return inner if isinstance(inner, torch.Tensor) and not isinstance(inner, FakeTensor) else None
 
 
+class Selected:
+    """Targets that a mask selects: `ctc_loss` takes them, anything else has to know how many there are."""
+
+    def __init__(self, rows: torch.Tensor, chosen: torch.Tensor) -> None:
+        self.rows, self.chosen = rows, chosen
+
+    @staticmethod
+    def may_be(value: torch.Tensor, mask: torch.Tensor) -> bool:
+        """Whether a mask selects numbers of targets, [samples, longest]."""
+        is_whole = value.dtype in (torch.int64, torch.int32) and mask.dtype == torch.bool
+        return is_whole and value.dim() == ROWS and value.shape == mask.shape
+
+    def unknown(self, *_: Any, **__: Any) -> Any:
+        """Raises what torch does where the number of selected values matters."""
+        return originals["masked_select"](self.rows, self.chosen)
+
+    @classmethod
+    def __torch_function__(cls, _: object, __: object, args: tuple[Any, ...] = (), given: Any = None) -> Any:
+        values = trees.tree_leaves((args, given), is_leaf=lambda v: isinstance(v, cls))
+        return next(v for v in values if isinstance(v, cls)).unknown()
+
+    def __getattr__(self, name: str) -> Any:
+        return self.unknown()
+
+
+for _name in {n for n in dir(torch.Tensor) if n[:2] == "__"} - {
+    *dir(type),
+    *dir(Selected),
+    "__array_priority__",
+}:
+    setattr(Selected, _name, Selected.unknown)
+for _name in (
+    "__eq__",
+    "__ne__",
+    "__lt__",
+    "__le__",
+    "__gt__",
+    "__ge__",
+    "__str__",
+    "__repr__",
+    "__format__",
+):
+    setattr(Selected, _name, Selected.unknown)
+
+
+def ctc_loss(
+    log_probs: torch.Tensor, targets: torch.Tensor, input_lengths: Any, target_lengths: Any, blank: int = 0,
+    reduction: Any = "mean", zero_infinity: bool = False,
+) -> torch.Tensor:  # fmt: skip
+    """See torch; of several samples, each with a row of targets or with those that a mask selects of it."""
+    said = REDUCTIONS[reduction] if isinstance(reduction, int) else reduction
+    if said not in REDUCTIONS:
+        raise ValueError(f"{said} is not a valid value for reduction")
+    rows, chosen = (targets.rows, targets.chosen) if isinstance(targets, Selected) else (targets, None)
+    if log_probs.dim() != SAMPLES_SECOND or rows.dim() != ROWS:
+        number = REDUCTIONS.index(said)
+        return originals["ctc_loss"](
+            log_probs, targets, input_lengths, target_lengths, blank, number, zero_infinity
+        )
+    taken, counted = _lengths(input_lengths), _lengths(target_lengths)
+    for name, value in (("input_lengths", taken), ("target_lengths", counted), ("targets", rows)):
+        if value.shape[:1] != log_probs.shape[1:2]:
+            raise RuntimeError(f"{name} must be of size batch_size")
+    losses = torch.ops.orchestrate.ctc_losses(log_probs, rows, chosen, taken, counted, blank, zero_infinity)
+    return _reduced(losses / counted.clamp(min=1) if said == "mean" else losses, said)
+
+
+def _lengths(given: Any) -> torch.Tensor:
+    if isinstance(given, torch.Tensor):
+        return given
+    is_one = len(set(given)) == 1  # the length of all samples, of however many a part has
+    return torch.full((len(given),), given[0]) if is_one else torch.tensor(given, dtype=torch.int64)
+
+
 @contextmanager
 def plain_forms() -> Iterator[None]:
     """Inside the block torch's functions are these."""
     forms: tuple[tuple[Any, Callable[..., torch.Tensor]], ...] = (
-        *((functional, form) for form in (gaussian_nll_loss, cross_entropy, embedding_bag, instance_norm)),
+        *((functional, form) for form in (gaussian_nll_loss, cross_entropy, embedding_bag, instance_norm, ctc_loss)),
         *((owner, form) for owner in (torch, torch.Tensor)
           for form in (cov, corrcoef, repeat_interleave, masked_select)),
-        (torch, stft), (torch, istft),  # which the methods of tensors ask for
+        (torch, ctc_loss), (torch, stft), (torch, istft),  # which the methods of tensors ask for
     )  # fmt: skip
     others = (
         (torch.Tensor, "__getitem__", _indexed),

@@ -4,6 +4,7 @@ By name: the forward is given those that it names, a loss function likewise afte
 """
 
 import inspect
+import warnings
 from collections.abc import Callable, Mapping
 from functools import wraps
 from typing import Any
@@ -15,7 +16,7 @@ from comms.errors import CaptureError
 from partitioner.capture.batch_inputs import Batch
 
 LossFunction = Callable[..., torch.Tensor]
-KEPT = "kept_entries"
+KEPT, BATCH = "kept_entries", "batch"
 
 
 def loss_of_step(module: nn.Module, loss_fn: LossFunction | None, batch: Batch) -> torch.Tensor:
@@ -40,6 +41,17 @@ def loss_of_step(module: nn.Module, loss_fn: LossFunction | None, batch: Batch) 
                            f"the batch has {', '.join(batch)}; name what is meant as there") from error  # fmt: skip
 
 
+def warn_of_batch(loss_fn: LossFunction | None, batch: Batch) -> None:
+    """Warn where a loss function is given the batch by a name that may have been meant as an entry's."""
+    if loss_fn is not None and _given(loss_fn, batch) is None:
+        name = parameters_of(loss_fn)[1].name
+        if name != BATCH:
+            said = f"the loss is given the whole batch as {name}, as no entry is called so: call it batch to say so"
+            code = getattr(getattr(loss_fn, "forward", loss_fn), "__code__", None)
+            place = (code.co_filename, code.co_firstlineno) if code else ("loss_fn", 0)
+            warnings.warn_explicit(said, UserWarning, *place)
+
+
 def _given(loss_fn: LossFunction, batch: Batch) -> Batch | None:
     """The entries that a loss function is given by name; None: it is given the batch. Raises CaptureError."""
     others = parameters_of(loss_fn)[1:]  # after the output
@@ -48,7 +60,7 @@ def _given(loss_fn: LossFunction, batch: Batch) -> Batch | None:
         given = dict(batch)
     missing = [
         p for p in others
-        if p.name not in given and p.kind is not p.VAR_KEYWORD and (p.default is p.empty or p.name == "batch")
+        if p.name not in given and p.kind is not p.VAR_KEYWORD and (p.default is p.empty or p.name == BATCH)
     ]  # fmt: skip
     if not missing:
         return given
@@ -144,5 +156,5 @@ def require_known_inputs(module: nn.Module, batch: Batch, loss_fn: LossFunction 
 
 def unread(name: str, batch: Batch, where: str) -> CaptureError:
     """The error for an entry of the batch that nothing reads."""
-    hint = f"the batch has {', '.join(batch)}; leave out what is not used"
+    hint = f"the batch has {', '.join(batch)}; leave out what is not used, and take sizes from what is"
     return CaptureError(f"the batch's {name} is read by neither the model nor the loss", where, hint)

@@ -40,7 +40,7 @@ INSTEAD = {  # of operators whose results' sizes depend on values
     "unique": "the number of its results depends on values: find them where the data is made",
     "repeat_interleave": "its length depends on values: pass output_size, or a number as repeats",
     "linalg_lstsq": "it looks at values: use linalg.pinv(a) @ b, or solve the normal equations",
-    "_ctc_loss": "its tables are as long as the longest target: write the sums over paths out with logsumexp",
+    "_ctc_loss": "give it rows: log_probs [steps, samples, classes] and targets [samples, longest]",
 }
 NO_HOOKS = "leave it out: record values with forward hooks, and change gradients in an autograd.Function"
 SPARSE_AT = {"embedding": 4, "embedding_bag": 5}  # which argument asks for sparse gradients
@@ -167,6 +167,11 @@ def refuse_operator(node: torch.fx.Node) -> None:
     if op_name(node.target) in WRITING_NORMS and node.args[3] is not None and node.args[5]:
         problem = f"{op_name(node.target)} writes running statistics, which its schema does not say"
         raise CaptureError(problem, source_line(node), "use nn.functional.batch_norm")
+    if "_fq_helper" in op_name(node.target) or op_name(node.target) == "fused_moving_avg_obs_fake_quant":
+        lowest = node.args[3]
+        if isinstance(lowest, torch.fx.Node) and not lowest.meta["val"].numel():
+            problem = "the first forward makes buffers of quantization as long as there are channels"
+            raise CaptureError(problem, source_line(node), "call the model once before, on any batch")
     at = SPARSE_AT.get(op_name(node.target), len(node.args))
     if node.args[at : at + 1] == (True,):
         raise CaptureError("sparse gradients are not supported", source_line(node), "use sparse=False")

@@ -103,6 +103,16 @@ def one_hot(call: OperatorCall) -> Spread:
     return Split(spread.weight * call.out[-1])
 
 
+def ctc(call: OperatorCall) -> Spread:
+    """One loss for each sample, which lie in the second dim of log_probs, and first in targets and lengths."""
+    places = {n: call.place(n) for n in call.split()}
+    if len(places) != len(call.operands) or len({place.inner for place in places.values()}) != 1:
+        raise call.all_whole()
+    if any(place.dim != (n is call.args[0]) for n, place in places.items()):
+        raise call.all_whole()
+    return split_at(0, places[call.args[0]].inner, call.out)
+
+
 def searching(call: OperatorCall) -> Spread:
     """Places of values among sorted ones that all samples share."""
     if len(call.split()) != 1 or call.totals():

@@ -84,6 +84,7 @@ FAMILIES: Mapping[Rule, str] = {
     indexing.index_add: "index_add index_copy index_fill",
     indexing.histogram: "histc",
     indexing.one_hot: "one_hot",
+    indexing.ctc: "ctc_losses",
     indexing.keyed: "keyed_uniform",
     indexing.searching: "bucketize searchsorted",
 }  # fmt: skip

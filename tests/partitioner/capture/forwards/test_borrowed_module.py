@@ -3,6 +3,7 @@
 import copy
 from collections import OrderedDict, deque
 from collections.abc import Callable
+from weakref import WeakKeyDictionary
 
 import pytest
 import torch
@@ -208,3 +209,25 @@ def test_changes_are_told_by_name() -> None:
         module.ordered.move_to_end("z")
         assert set(lent.changed()) == {"calls", "second.more", "recent", "ordered"}
     assert lent.changed() == []
+
+
+def test_containers_keyed_by_tensors_are_held_as_they_are() -> None:
+    module = nn.Linear(4, 4)
+    module.names = {p: n for n, p in module.named_parameters()}
+    module.weak = WeakKeyDictionary({module: 1})
+    module.held = [torch.optim.AdamW(module.parameters())]
+    module(X).sum().backward()
+    module.held[0].step()
+    trace_module(module, {"input": X}, lambda output: output.sum())
+    assert set(module.names.values()) == {"weight", "bias"} and dict(module.weak) == {module: 1}
+
+
+def test_a_forward_that_changes_what_is_keyed_by_tensors_is_found() -> None:
+    def marking(m: Crowded, x: torch.Tensor) -> torch.Tensor:
+        m.table[m.first.weight] = len(m.table)
+        return m.first(x).sum() * len(m.table)
+
+    module = Crowded(marking)
+    with pytest.raises(CaptureError, match="table"):
+        trace_module(module, {"x": X}, None)
+    assert list(module.table) == ["a"]

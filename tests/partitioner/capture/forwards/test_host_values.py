@@ -16,6 +16,7 @@ from torch import nn
 
 from comms.errors import CaptureError
 from partitioner.capture.graph_units import capture_graph
+from partitioner.capture.tracing import trace_module
 
 COUNTER = itertools.count()
 TAKEN: dict[str, tuple[Callable[[], Any], str]] = {
@@ -130,3 +131,16 @@ def test_generators_are_as_they_were() -> None:
 @pytest.mark.parametrize("taken", [lambda: 0.5, lambda: numpy.float64(0.5), lambda: torch.linspace(0, 1, 4)])
 def test_what_is_always_the_same_may_be_taken(taken: Callable[[], Any]) -> None:
     assert capture_graph(Scaled(taken), {"x": torch.randn(4, 4)}).units
+
+
+@pytest.mark.parametrize("draws", [False, True])
+def test_a_generator_that_is_only_held_is_no_draw(draws: bool, scripted: Any) -> None:
+    module = scripted(lambda m, x: m.lin(x).sum() * (torch.rand(1, generator=m.held).item() if draws else 1))
+    module.held = torch.Generator().manual_seed(1)
+    state = module.held.get_state()
+    if draws:
+        with pytest.raises(CaptureError):
+            trace_module(module, {"x": torch.ones(2, 4, dtype=torch.float64)}, None)
+    else:
+        trace_module(module, {"x": torch.ones(2, 4, dtype=torch.float64)}, None)
+    assert torch.equal(module.held.get_state(), state)

@@ -1,5 +1,6 @@
 """Plain forms of torch's functions: the same values, gradients and training runs."""
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -8,6 +9,8 @@ import pytest
 import torch
 from torch import nn
 
+from comms.errors import UserError
+from orchestrator.verbs.distribute import distribute
 from partitioner.capture.forwards.plain_forms import plain_forms
 from partitioner.layout.parallel_plan import Plan
 
@@ -150,3 +153,94 @@ def test_a_gaussians_variance_is_spread_as_in_torch(var: Any, reduction: str) ->
     with plain_forms():
         found = made()
     assert found is ValueError if expected is ValueError else torch.allclose(found, expected)
+
+
+CLASSES, STEPS, LONGEST = 6, 9, 3
+
+
+class Spoken(nn.Module):
+    """Logits over time, and their distance to targets of several lengths."""
+
+    def __init__(self, way: str, reduction: str = "mean") -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.first, self.last = nn.Linear(5, 8), nn.Linear(8, CLASSES)
+        self.way, self.reduction = way, reduction
+        self.double()
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
+        logs = self.last(self.first(x).tanh()).log_softmax(-1).transpose(0, 1)
+        chosen, rows = y >= 0, y.clamp(min=1)
+        lengths = chosen.sum(1)
+        targets: torch.Tensor = {
+            "masked": lambda: y.masked_select(chosen), "indexed": lambda: y[chosen], "rows": lambda: rows,
+            "even": lambda: rows[:, :2], "torch": lambda: rows, "module": lambda: rows,
+            "in one": lambda: rows.flatten(), "used": lambda: y[chosen] + 1, "shifted": lambda: y[chosen],
+            "no class": lambda: rows + CLASSES,
+        }[self.way]()  # fmt: skip
+        if self.way == "even":
+            return nn.functional.ctc_loss(logs, targets, (STEPS,) * len(x), [2] * len(x))
+        if self.way == "torch":
+            return torch.ctc_loss(logs, targets, steps, lengths, 0, 2)
+        if self.way == "module":
+            return nn.CTCLoss(blank=5, zero_infinity=True)(logs, targets, steps, lengths)
+        lengths = lengths.roll(1) if self.way == "shifted" else lengths
+        losses = nn.functional.ctc_loss(logs, targets, steps, lengths, reduction=self.reduction)
+        return losses.square().mean()
+
+
+def spoken(step: int) -> dict[str, torch.Tensor]:
+    numbers = [step % 3, 3, 1, 2]
+    y = torch.where(
+        torch.arange(LONGEST) < torch.tensor(numbers)[:, None], torch.arange(12).view(4, 3) % 5 + 1, -100
+    )
+    return {"x": doubles(4, STEPS, 5) + step, "y": y, "steps": torch.tensor([9, 8, 7, 2 + 6 * (step % 2)])}
+
+
+CTC = [
+    ("masked", "sum"),
+    ("indexed", "none"),
+    ("rows", "mean"),
+    ("even", "mean"),
+    ("torch", ""),
+    ("module", ""),
+]
+
+
+@pytest.mark.parametrize(("way", "reduction"), CTC)
+def test_targets_of_unknown_lengths_train_as_in_torch(way: str, reduction: str, trained_alike: Any) -> None:
+    for plan in (Plan(dp=2), Plan(pp=2, microbatches=2)):
+        trained_alike(Spoken(way, reduction), [spoken(s) for s in range(3)], plan)
+
+
+@pytest.mark.parametrize(
+    ("way", "said"),
+    [("in one", r"_ctc_loss.*give it rows"), ("used", "masked_select.*depends on values"),
+     ("shifted", "target_lengths are not the numbers"), ("no class", "no class of 0 to 5")],
+)  # fmt: skip
+def test_targets_that_cannot_be_told_apart_are_refused(way: str, said: str, laptop: Any) -> None:
+    module = Spoken(way)
+    step = distribute(module, torch.optim.SGD(module.parameters()), laptop, plan=Plan(), chips=1)
+    with pytest.raises(UserError) as found:
+        step(spoken(1))
+    assert re.search(said, str(found.value), re.DOTALL)
+
+
+class Replacing(nn.Module):
+    """Puts one vector, which is trained, wherever a mask holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.vector = nn.Linear(5, 6), nn.Parameter(torch.ones(6))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = self.first(x)
+        hidden[x[..., 0] > 0] = self.vector
+        hidden[hidden[..., 1] > 0, 1] = 0.5
+        return (hidden * torch.arange(6)).square().mean()
+
+
+@pytest.mark.parametrize("plan", [Plan(dp=2), Plan(tp=2), Plan(pp=2, microbatches=2)], ids=str)
+def test_what_a_mask_gets_everywhere_is_written_where_it_holds(plan: Plan, trained_alike: Any) -> None:
+    trained_alike(Replacing().double(), [{"x": doubles(8, 3, 5)}] * 3, plan)

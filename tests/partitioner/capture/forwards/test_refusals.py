@@ -198,3 +198,17 @@ def test_what_only_the_whole_batch_can_do_is_said_with_the_part() -> None:
     with pytest.raises(CaptureError, match="4 of 8 samples cannot be run by themselves") as caught:
         capture_graph(nn.Linear(4, 4).double(), {"input": X}, dp=2, loss_fn=loss)
     assert "take sizes from the inputs" in caught.value.hint
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_buffers_of_quantization_have_their_length_before() -> None:
+    quantization = pytest.importorskip("torch.ao.quantization")
+    module = nn.Sequential(nn.Linear(4, 4))
+    module.qconfig = quantization.get_default_qat_qconfig("fbgemm")
+    prepared = quantization.prepare_qat(module)
+    batch = {"input": X.float()}
+    with pytest.raises(CaptureError, match="as long as there are channels") as found:
+        trace_module(prepared, batch, lambda output: output.sum())
+    assert found.value.hint.startswith("call the model once before")
+    prepared(**batch)
+    trace_module(prepared, batch, lambda output: output.sum())

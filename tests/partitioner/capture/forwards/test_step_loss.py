@@ -1,6 +1,7 @@
 """A step's loss: who is given which entries of a batch, and what is refused."""
 
 import re
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -164,3 +165,15 @@ def test_a_loss_that_does_not_fit_the_models_own_names_no_line_of_torch() -> Non
     with pytest.raises(CaptureError) as caught:
         capture_graph(Scalar(), BATCH, dp=2, loss_fn=by_name)
     assert not re.search("<|/torch/", caught.value.where)
+
+
+@pytest.mark.parametrize(("name", "warned"), [("batch", False), ("y", True)])
+def test_a_loss_that_is_given_the_batch_by_another_name_is_warned_of(name: str, warned: bool) -> None:
+    scope: dict[str, Any] = {}
+    exec(f"def loss(output, {name}): return output.square().sum() / len({name})", scope)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        capture_graph(Net(), {"x": BATCH["x"]}, loss_fn=scope["loss"])
+    assert [str(w.message) for w in caught if "whole batch as y" in str(w.message)] == [
+        "the loss is given the whole batch as y, as no entry is called so: call it batch to say so"
+    ] * warned

@@ -220,3 +220,24 @@ def test_evaluation_uses_running_statistics_and_changes_none(
     step.evaluate(batch)
     step.sync()
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+
+
+class Twins(nn.Module):
+    """One network on two inputs: its statistics move twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.net = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)).double()
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return F.mse_loss(self.net(x), self.net(y))
+
+
+@pytest.mark.parametrize("plan", [Plan(), Plan(dp=2), Plan(tp=2), Plan(pp=2)], ids=str)
+def test_a_batch_norm_of_two_inputs_trains_as_in_torch(
+    plan: Plan, doubles: Doubles, trained_alike: Any
+) -> None:
+    batches = [{"x": 1 + 3 * doubles(8, 4, seed=s), "y": doubles(8, 4, seed=s + 9)} for s in range(3)]
+    trained_alike(Twins(), batches, plan)
