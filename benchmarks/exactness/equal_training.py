@@ -34,7 +34,7 @@ from comms.errors import has_line
 from orchestrator.exceptions import UserError
 from orchestrator.runs.data import step_key
 from orchestrator.verbs.distribute import distribute
-from partitioner.capture.forwards.keyed_random import keyed_random
+from partitioner.capture.forwards.library_forms import keyed_draws
 
 TOLERANCE = 1e-9
 FLOOR = 0.1  # smaller numbers are compared with this one: a gradient of nothing but rounding is no difference
@@ -272,7 +272,7 @@ def values_of(module: nn.Module) -> dict[str, torch.Tensor]:
 
 def keyed(step: int) -> AbstractContextManager[None]:
     """Random numbers of a step are drawn by its key, as on chips."""
-    return keyed_random(torch.tensor(step_key(0, step)), torch.tensor(0))
+    return keyed_draws(torch.tensor(step_key(0, step)), torch.tensor(0))
 
 
 def loss_of(

@@ -33,9 +33,7 @@ from orchestrator.exceptions import UserError
 from orchestrator.runs.data import step_key
 from orchestrator.verbs.distribute import distribute
 from partitioner.capture.exact_float64 import ExactFloat64
-from partitioner.capture.forwards.keyed_random import keyed_random
-from partitioner.capture.forwards.library_forms import masking
-from partitioner.capture.forwards.replaced import replaced
+from partitioner.capture.forwards.library_forms import keyed_draws
 from partitioner.layout.parallel_plan import Plan
 from partitioner.lowering.lower import partition
 from partitioner.program.program import Program
@@ -171,7 +169,7 @@ def plain(case: ModelCase) -> tuple[list[float], dict[str, torch.Tensor], dict[s
         for step in range(STEPS):
             optimizer.zero_grad()
             batch = case.batch(SAMPLES)  # drawn by torch
-            with keyed_random(torch.tensor(step_key(0, step)), torch.tensor(0)), replaced(masking()):
+            with keyed_draws(torch.tensor(step_key(0, step)), torch.tensor(0)):
                 loss = model(**batch).loss
             loss.backward()
             optimizer.step()

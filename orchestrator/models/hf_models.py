@@ -70,7 +70,8 @@ OF_VOCABULARY = ("seq2seq", "speech", "masked", "causal", "image-text", "ctc")  
 LABELS = frozenset(
     {"labels", "label_ids", "start_positions", "return_loss", "next_sentence_label"}
 )  # ask for a loss
-SECOND = 1600  # samples of sound in an example, a tenth of a second
+SOUND = 6400  # samples of sound in an example: 0.4 s, as spans of 0.2 s are masked
+SPECTRA = 1600  # of sound, in an example
 START = "decoder_start_token_id"
 # What transformers makes of values that do not go together.
 MISFITS = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError)
@@ -299,10 +300,10 @@ def _example(module: Any, config: Any, head: str, device: str) -> Callable[[int,
             found["pixel_values"] = torch.zeros(shape, device=device)
         elif first == "input_values":
             is_flat = not hasattr(config, "num_mel_bins") or hasattr(config, "conv_kernel")
-            shape = (samples, SECOND) if is_flat else (samples, config.max_length, config.num_mel_bins)
+            shape = (samples, SOUND) if is_flat else (samples, config.max_length, config.num_mel_bins)
             found["input_values"] = torch.zeros(shape, device=device)
         elif first == "input_features":
-            shape = (samples, config.num_mel_bins, 2 * getattr(config, "max_source_positions", SECOND // 2))
+            shape = (samples, config.num_mel_bins, 2 * getattr(config, "max_source_positions", SPECTRA // 2))
             found["input_features"] = torch.zeros(shape, device=device)
         classes = vocab if head in OF_VOCABULARY else tokens if head == "qa" else int(config.num_labels)
         labels = HEADS[head][1] if head in HEADS else {"labels": "ns"}

@@ -28,8 +28,8 @@ from partitioner.capture.forwards.autograd_questions import AutogradQuestions, r
 from partitioner.capture.forwards.borrowed_module import REGISTERED, Borrowed, borrowed
 from partitioner.capture.forwards.checkpoints import RECOMPUTE, Region, inlined_checkpoints, noted, num_nodes
 from partitioner.capture.forwards.host_values import CalledWith, no_host_draws, operations_of
-from partitioner.capture.forwards.keyed_random import FIRST_SAMPLE, KEY, keyed_random
-from partitioner.capture.forwards.library_forms import library_forms
+from partitioner.capture.forwards.keyed_random import FIRST_SAMPLE, KEY
+from partitioner.capture.forwards.library_forms import keyed_draws, library_forms
 from partitioner.capture.forwards.plain_forms import plain_forms
 from partitioner.capture.forwards.step_loss import (
     LossFunction,
@@ -257,8 +257,8 @@ class _Trace:
             recorded_functions(stand_ins),
             refused_calls(),
             plain_forms(),
-            keyed_random(named[f"batch:{KEY}"], named[f"batch:{FIRST_SAMPLE}"]),
-            library_forms(),  # which draw by keys
+            keyed_draws(named[f"batch:{KEY}"], named[f"batch:{FIRST_SAMPLE}"]),
+            library_forms(),  # of what is drawn by keys
             inlined_checkpoints(self._noted),
             self.questions.asked(),
             types_as_in_training(self.spaces),

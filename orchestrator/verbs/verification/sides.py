@@ -30,7 +30,7 @@ from orchestrator.verbs.verification.reordering import Reordered
 from partitioner.capture.batch_inputs import Batch, rebuilt, tensors_of
 from partitioner.capture.exact_float64 import ExactFloat64
 from partitioner.capture.forwards.borrowed_module import borrowed
-from partitioner.capture.forwards.keyed_random import keyed_random
+from partitioner.capture.forwards.library_forms import keyed_draws
 from partitioner.capture.forwards.step_loss import LossFunction, loss_of_step
 from partitioner.capture.samples.batch_norms import normalised_per_part
 from partitioner.program.program import Program, TensorKind
@@ -105,7 +105,7 @@ class PlainSide:
             modes.enter_context(_without_recompute())
             samples = {v.shape[0] for v in tensors_of(batch).values() if v.dim()}
             modes.enter_context(normalised_per_part(self.norm_parts, samples))
-            with ExactFloat64() if self.exact else nullcontext(), keyed_random(*numbers):
+            with ExactFloat64() if self.exact else nullcontext(), keyed_draws(*numbers):
                 loss = loss_of_step(self.module, self.loss_fn, batch)
             loss.backward()
             self.buffers = {name: b.detach() for name, b in self.module.named_buffers()}

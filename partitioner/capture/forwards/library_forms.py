@@ -10,8 +10,8 @@ are drawn as dropout is, by the same rules. A layer that is dropped with probabi
 
 import re
 import sys
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch.nn import functional
 
 import kernels.expert_products  # noqa: F401  (registers orchestrate::expert_mm)
 from comms.errors import CaptureError
+from partitioner.capture.forwards.keyed_random import keyed_random
 from partitioner.capture.forwards.replaced import replaced
 from partitioner.capture.source_lines import running_line
 
@@ -36,7 +37,7 @@ ROWS, MATRICES = 2, 3  # dims of operands that `expert_mm` covers
 
 
 def library_forms() -> AbstractContextManager[None]:
-    """Inside the block experts are computed by `expert_mm`, and spans of time masked by what is drawn for samples."""
+    """Inside the block experts are computed by `expert_mm`, and what is asked of chance and of labels is answered."""
     changed: list[tuple[Any, str, object]] = [
         (owner, name, partial(_grouped_mm, getattr(owner, name)))
         for owner, name in ((functional, "grouped_mm"), (torch, "_grouped_mm"))
@@ -49,13 +50,19 @@ def library_forms() -> AbstractContextManager[None]:
         (torch.Tensor, "__lt__", _method(_below, torch.Tensor.__lt__)),
         *((kind, "__bool__", _method(_truth, kind.__bool__)) for kind in (torch.Tensor, FunctionalTensor)),
     ]  # fmt: skip
-    return replaced([*changed, *masking()])
+    return replaced(changed)
 
 
-def masking() -> list[tuple[Any, str, object]]:
-    """What masks spans of time in transformers' models, and what a plain loop with the same draws has in its place."""
+@contextmanager
+def keyed_draws(key: torch.Tensor, first_sample: torch.Tensor) -> Iterator[None]:
+    """Inside the block torch draws by keys (see `keyed_random`), and so does what masks spans of time of numpy's."""
     models = [m for name, m in list(sys.modules.items()) if OF_MODELS.match(name) and MASKING in vars(m)]
-    return [(torch, "tensor", partial(_copied, torch.tensor)), *((m, MASKING, masked_spans) for m in models)]
+    masking = [
+        (torch, "tensor", partial(_copied, torch.tensor)),
+        *((m, MASKING, masked_spans) for m in models),
+    ]
+    with keyed_random(key, first_sample), replaced(masking):
+        yield
 
 
 def _method(form: Callable[..., Any], original: Callable[..., Any]) -> Callable[..., Any]:

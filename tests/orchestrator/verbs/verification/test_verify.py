@@ -94,6 +94,16 @@ def test_hugging_face_models_are_equal_under_tp_and_pp(name: str, tiny_job: Make
     assert verify(laptop.take(4), job, Plan(tp=2, pp=2, microbatches=2)).equal
 
 
+def test_spans_of_sound_are_masked_alike_on_one_chip(tiny_job: Make, laptop: Any) -> None:
+    args = {
+        "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8, "layerdrop": 0,
+        "conv_dim": [4, 4], "conv_stride": [16, 8], "conv_kernel": [16, 8], "num_feat_extract_layers": 2,
+        "num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2, "vocab_size": 8,
+    }  # fmt: skip
+    job = tiny_job("dtype=fp64").model_copy(update={"model": "hf:wav2vec2:ctc", "model_args": args})
+    assert verify(laptop.take(2), job, Plan(dp=2)).equal
+
+
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_in_the_jobs_own_dtype_the_difference_is_reordering_noise(
     dtype: str, tiny_job: Make, laptop: Any

@@ -15,9 +15,7 @@ from torch.nn import functional as F
 from comms.errors import CaptureError, UserError
 from orchestrator.runs.data import step_key
 from orchestrator.verbs.distribute import distribute
-from partitioner.capture.forwards.keyed_random import keyed_random
-from partitioner.capture.forwards.library_forms import masked_spans, masking
-from partitioner.capture.forwards.replaced import replaced
+from partitioner.capture.forwards.library_forms import keyed_draws, masked_spans
 from partitioner.capture.tracing import trace_module
 from partitioner.layout.parallel_plan import Plan
 
@@ -147,7 +145,7 @@ def sound(step: int) -> dict[str, torch.Tensor]:
 
 @contextmanager
 def drawn_alike(step: int) -> Iterator[None]:
-    with keyed_random(torch.tensor(step_key(0, step)), torch.tensor(0)), replaced(masking()):
+    with keyed_draws(torch.tensor(step_key(0, step)), torch.tensor(0)):
         yield
 
 
