@@ -28,10 +28,8 @@ from partitioner.capture.source_lines import running_line
 TRANSFORMERS = "transformers.integrations.moe"
 MASKING = "_compute_mask_indices"
 OF_MODELS = re.compile(r"transformers\.models\..*\.modeling_")
-UNIFORM, CHANCE = (
-    "_is_uniform",
-    "_is_chance",
-)  # mark a number drawn from [0, 1), and whether it is below another
+UNIFORM = "_is_uniform"  # marks a number drawn from [0, 1)
+CHANCE = "_is_chance"  # marks whether it is below another
 LOOPED_OR_GROUPED = (None, "eager", "grouped_mm")
 ROWS, MATRICES = 2, 3  # dims of operands that `expert_mm` covers
 
