@@ -25,10 +25,11 @@ def _counted(
 ) -> torch.Tensor:
     """The targets that count, one sample's after the other's, or rows of them; torch reads beyond its tables for others
     than classes."""
-    counts = torch.arange(targets.shape[1], device=targets.device) < lengths.to(targets.device).unsqueeze(1)
-    if chosen is not None and not torch.equal(chosen.sum(1), lengths.to(chosen.device, torch.int64)):
+    numbers = lengths.to(targets.device, torch.int64)
+    first = torch.arange(targets.shape[1], device=targets.device) < numbers.unsqueeze(1)
+    if chosen is not None and not torch.equal(chosen.sum(1), numbers):
         raise ValueError("target_lengths are not the numbers of targets that the mask selects of each sample")
-    counted = targets.masked_select(counts if chosen is None else chosen)
+    counted = targets.masked_select(first if chosen is None else chosen)
     if counted.numel() and not 0 <= int(counted.min()) <= int(counted.max()) < log_probs.shape[2]:
         raise ValueError(f"a target is no class of 0 to {log_probs.shape[2] - 1}")
     return targets if chosen is None else counted

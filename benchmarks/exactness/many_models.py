@@ -28,12 +28,11 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from exactness.equal_training import keyed
 from orchestrator.config.hardware.cluster_file import cluster_path, load_cluster
 from orchestrator.exceptions import UserError
-from orchestrator.runs.data import step_key
 from orchestrator.verbs.distribute import distribute
 from partitioner.capture.exact_float64 import ExactFloat64
-from partitioner.capture.forwards.library_forms import keyed_draws
 from partitioner.layout.parallel_plan import Plan
 from partitioner.lowering.lower import partition
 from partitioner.program.program import Program
@@ -169,7 +168,7 @@ def plain(case: ModelCase) -> tuple[list[float], dict[str, torch.Tensor], dict[s
         for step in range(STEPS):
             optimizer.zero_grad()
             batch = case.batch(SAMPLES)  # drawn by torch
-            with keyed_draws(torch.tensor(step_key(0, step)), torch.tensor(0)):
+            with keyed(step):
                 loss = model(**batch).loss
             loss.backward()
             optimizer.step()

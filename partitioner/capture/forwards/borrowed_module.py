@@ -24,7 +24,6 @@ from comms.errors import CaptureError
 REGISTERED = ("_parameters", "_buffers")  # where a module keeps the tensors that it registers
 NUMBERS = (int, float)  # arrays make new ones each time
 CONTAINERS = (MutableMapping, MutableSequence, MutableSet)
-PLAIN_KEYS = (*NUMBERS, str, bytes)
 LATER = 9_009_000 - 2  # forwards: the next few show what begins late, or at multiples of a number
 NUM_LONG = 1_000  # entries of what is lengthened
 
@@ -162,13 +161,8 @@ def _differs(container: Any, before: Any) -> bool:
         return True
     pairs = zip(now, then, strict=True)
     if isinstance(before, dict):
-        return any(not _is_same_key(a[0], b[0]) or a[1] is not b[1] for a, b in pairs)
+        return any(a[0] not in {b[0]} or a[1] is not b[1] for a, b in pairs)  # != of tensors is no answer
     return any(a is not b and (type(a) not in NUMBERS or type(a) is not type(b) or a != b) for a, b in pairs)
-
-
-def _is_same_key(now: Any, before: Any) -> bool:
-    """Keys may be tensors, whose equality is no answer."""
-    return now is before or (type(now) is type(before) and isinstance(now, PLAIN_KEYS) and now == before)
 
 
 @contextmanager

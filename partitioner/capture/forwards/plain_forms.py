@@ -300,23 +300,14 @@ class Selected:
         return self.unknown()
 
 
-for _name in {n for n in dir(torch.Tensor) if n[:2] == "__"} - {
+OPERATORS = {n for n in dir(torch.Tensor) if n[:2] == "__"} - {
     *dir(type),
     *dir(Selected),
     "__array_priority__",
+}
+for _name in OPERATORS | {
+    *["__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__", "__str__", "__repr__", "__format__"]
 }:
-    setattr(Selected, _name, Selected.unknown)
-for _name in (
-    "__eq__",
-    "__ne__",
-    "__lt__",
-    "__le__",
-    "__gt__",
-    "__ge__",
-    "__str__",
-    "__repr__",
-    "__format__",
-):
     setattr(Selected, _name, Selected.unknown)
 
 

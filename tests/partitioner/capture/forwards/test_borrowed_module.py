@@ -231,3 +231,17 @@ def test_a_forward_that_changes_what_is_keyed_by_tensors_is_found() -> None:
     with pytest.raises(CaptureError, match="table"):
         trace_module(module, {"x": X}, None)
     assert list(module.table) == ["a"]
+
+
+def test_a_table_that_is_filled_anew_with_equal_keys_is_the_same() -> None:
+    def refilling(m: Crowded, x: torch.Tensor) -> torch.Tensor:
+        held = m.table["a"]
+        m.table.clear()
+        m.table["".join(["a"])] = held
+        m.shapes.clear()
+        m.shapes[tuple(x.shape)] = held
+        return m.first(x).sum()
+
+    module = Crowded(refilling)
+    module.shapes = {(2, 4): module.table["a"]}
+    trace_module(module, {"x": X}, None)

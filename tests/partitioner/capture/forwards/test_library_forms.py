@@ -2,8 +2,7 @@
 
 import copy
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy
@@ -143,10 +142,8 @@ def sound(step: int) -> dict[str, torch.Tensor]:
     return {"input_values": torch.randn(4, 96, generator=draw, dtype=torch.float64), "labels": labels}
 
 
-@contextmanager
-def drawn_alike(step: int) -> Iterator[None]:
-    with keyed_draws(torch.tensor(step_key(0, step)), torch.tensor(0)):
-        yield
+def drawn_alike(step: int) -> AbstractContextManager[None]:
+    return keyed_draws(torch.tensor(step_key(0, step)), torch.tensor(0))
 
 
 @pytest.mark.parametrize("plan", [Plan(dp=2), Plan(pp=2, microbatches=2)], ids=str)
