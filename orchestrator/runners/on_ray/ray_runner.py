@@ -18,7 +18,7 @@ from ray.exceptions import RayActorError, RayTaskError
 
 from comms.errors import RunError
 from orchestrator.runners.executing.mailbox import Mailbox, batch_key, marks_key, state_key, value_key
-from orchestrator.runners.executing.transport import Transport
+from orchestrator.runners.executing.transport import Message, Transport
 from orchestrator.runners.failure import (
     ActorStatus,
     CallState,
@@ -27,7 +27,7 @@ from orchestrator.runners.failure import (
     actor_failed,
     nobody_finished,
 )
-from orchestrator.runners.on_ray.actor import DRIVER, ActorReport, marks_from
+from orchestrator.runners.on_ray.actor import ActorReport, marks_from
 from orchestrator.runners.on_ray.assignment import (
     assign,
     chips_of,
@@ -36,6 +36,7 @@ from orchestrator.runners.on_ray.assignment import (
     needed_values,
 )
 from orchestrator.runners.on_ray.ray_start import RayStart
+from orchestrator.runners.on_ray.screening import DRIVER, require_report
 from orchestrator.runners.runner import Batches, ExecutedStep, Settings, States, StepRequest
 from orchestrator.runs.timeline import Mark
 from partitioner.program.machine import Key
@@ -55,23 +56,20 @@ class RayRunner:
         start.wait()
         self.start = start
         self.mailbox = Mailbox(TIMEOUT_S)
-        self.transport = Transport(
-            DRIVER,
-            start.secret,
-            lambda epoch, key, _, tensor: self.mailbox.put(epoch, key, tensor),
-        )
+        self.actor_of: tuple[int, ...] = ()
+        self.transport = Transport(start.keys, self._deliver, start.host)
         self._is_ended = False
         self.become(program, settings)
 
     def become(self, program: Program, settings: Settings) -> None:
         """Take another Program; values are to be loaded anew."""
         self.program, self.epoch = program, 0
-        self.actor_of = assign(program, min(self.start.plan.num_actors, program.num_chips))
+        self.actor_of = assign(program, self._machines())
         self.actors = self.start.actors[: max(self.actor_of) + 1]
         self.chips = [chips_of(self.actor_of, actor) for actor in range(len(self.actors))]
         _ship_by_value(settings)
         self._require_running()
-        addresses = {a: self.start.addresses[a] for a in range(len(self.actors))}
+        addresses = {a: self.start.facts[a].address for a in range(len(self.actors))}
         self.transport.connect(addresses)
         everyone = {**addresses, DRIVER: self.transport.address}
         settled = (everyone, ray.put(encode(self.program)), self.actor_of, settings)
@@ -146,6 +144,14 @@ class RayRunner:
             found += marks_from(self.mailbox.take(self.epoch, marks_key(actor)))
         return tuple(sorted(found, key=lambda m: m.chip))
 
+    def _machines(self) -> list[str]:
+        """The machine of each actor that is to have chips."""
+        return [each.machine for each in self.start.facts[: self.program.num_chips]]
+
+    def _deliver(self, message: Message) -> None:
+        require_report(message, self.actor_of)
+        self.mailbox.put(message.epoch, message.key, message.tensor)
+
     def _send(self, actor: int, epoch: int, key: Key, tensor: torch.Tensor) -> None:
         self.transport.send(actor, epoch, key, DRIVER, tensor)
 
@@ -169,6 +175,8 @@ class RayRunner:
                     results[reference] = ray.get(reference)
                 except (RayActorError, RayTaskError) as error:
                     self._carry_out(_decision(state, running.index(reference), error))
+            if self.transport.failure is not None:
+                self._carry_out(EndActors(_as_run_error(self.transport.failure), self.transport.failure))
             if not done:
                 statuses = self._statuses(state)
                 state = self._carry_out(nobody_finished(state, time.monotonic(), statuses))
@@ -203,6 +211,12 @@ def _ship_by_value(settings: Settings) -> None:
         file = getattr(module, "__file__", None)
         if module is not None and file and not file.startswith(INSTALLED) and each.__module__ != "__main__":
             ray.cloudpickle.register_pickle_by_value(module)
+
+
+def _as_run_error(error: BaseException) -> Exception:
+    if isinstance(error, RunError):
+        return error
+    return RunError(f"{type(error).__name__}: {error}", "the driver's transport", "a bug worth reporting")
 
 
 def _decision(state: CallState, actor: int, error: Exception) -> EndActors:
