@@ -41,6 +41,7 @@ PLACEHOLDER_VALUE = re.compile(r"\bplaceholder (value|number|implementation|text
 # A new flag is a new promise. Prefer a key of the job file and --set; if it must be a flag, it is added here too.
 FLAGS = frozenset(
     {
+        "--address",
         "--algorithm",
         "--chips",
         "--cluster",

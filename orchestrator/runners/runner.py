@@ -31,10 +31,13 @@ from partitioner.program.program import (
 )
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import torch
 
     from comms.selection.progress import Progress
     from kernels.optimizers import Factory, StepStatistics
+    from orchestrator.models.own_modules import OwnModule
 
 # Causes before effects: forward 0, backward 1, later 2; microbatch; stage along the flow; chip.
 BadOrder: TypeAlias = tuple[int, int, int, int]
@@ -128,6 +131,7 @@ class Settings:
         {},
         {"weight_decay": 0.0},
     )  # settings of the optimizer's groups
+    modules: "tuple[OwnModule, ...]" = ()  # of the user's, for other processes that execute operators of theirs
 
 
 class Launch(Protocol):
@@ -135,6 +139,9 @@ class Launch(Protocol):
 
     def connect(self, program: Program, settings: Settings, progress: "Progress") -> TensorRunner:
         """A runner of `program`, in place of any other of this launch, once what is starting is there."""
+
+    def keep_logs(self, folder: "Path") -> None:
+        """Have what other processes of the run print in this folder at the end, a file each."""
 
     def close(self) -> None:
         """Give back all that was started."""

@@ -39,7 +39,6 @@ from orchestrator.planning.preparation import module_values
 from orchestrator.runners.executing import whole_state
 from orchestrator.runners.executing.chip_set import ChipSet, InlineLaunch
 from orchestrator.runners.executing.own_operators import own_operators, require_no_state
-from orchestrator.runners.on_ray.ray_launch import RayLaunch
 from orchestrator.runners.runner import (
     ExecutedStep,
     Launch,
@@ -360,13 +359,14 @@ class DistributedStep:
 def distribute(
     model: nn.Module, optimizer: torch.optim.Optimizer, cluster: str | Path | Cluster, *, plan: Plan | None = None,
     chips: int | None = None, loss_fn: LossFunction | None = None, clip_norm: float | None = None,
-    seed: int = 0, runner: str = "inline",
+    seed: int = 0, runner: str = "inline", address: str | None = None,
 ) -> DistributedStep:  # fmt: skip
     """Train `model` with `optimizer` on the chips of `cluster` (a file, a shipped name, or a Cluster).
 
     `model(**batch)` returns the loss, or `loss_fn` makes it of the output: `loss_fn(output, **batch)`, with those
     entries that it names, or `loss_fn(output, batch)`. Without a `plan` one is chosen at the first batch. `runner`:
-    "inline", in this process, or "ray", by actors, which end with `step.close()` or this process. Dropout and other
+    "inline", in this process, or "ray", by actors, which end with `step.close()` or this process; `address`: of the
+    Ray cluster that they are on (as `train --address` takes it; None: RAY_ADDRESS, else a Ray of its own). Dropout and other
     random numbers follow from `seed`, the step (`step.steps`, to be set by whoever resumes) and the sample, not from
     torch's generators. Raises UserError.
     """
@@ -378,7 +378,7 @@ def distribute(
         raise PlanError(f"clip_norm is {clip_norm}", "distribute", "give a number above 0, or leave it out")
     found = cluster if isinstance(cluster, Cluster) else load_cluster(cluster_path(str(cluster)))
     found = found.take(chips)
-    launch = launch_of(found, runner)
+    launch = launch_of(found, runner, address)
     try:
         step = DistributedStep(model, optimizer, found, plan, loss_fn, clip_norm, seed, launch)
     except BaseException:
@@ -386,12 +386,3 @@ def distribute(
         raise
     weakref.finalize(step, launch.close)
     return step
-
-
-def launch_of(cluster: Cluster, runner: str) -> Launch:
-    """What carries out Programs on a cluster: this process, or Ray's actors, which begin to start. Raises PlanError."""
-    if runner == RunnerKind.INLINE:
-        return InlineLaunch(cluster)
-    if runner == RunnerKind.RAY:
-        return RayLaunch(cluster)
-    raise PlanError(f"no runner {runner!r}", "runner", "write inline or ray")

@@ -29,7 +29,7 @@ from orchestrator.runs import metrics, run_dir
 from orchestrator.runs.data import NUM_BYTES, TokenData, baseline_losses, load_data
 from orchestrator.runs.own_data import OwnData
 from orchestrator.runs.run_dir import RunDir
-from orchestrator.verbs.distribute import launch_of
+from orchestrator.verbs.inputs.launch import launch_of
 from orchestrator.verbs.inputs.options import INTERRUPTED, RunnerKind, SimulateOptions, TrainOptions
 from orchestrator.verbs.inputs.planned_inputs import Inputs, from_config, read_plan, resolve, write_prepared
 from orchestrator.verbs.job_step import step_of_job
@@ -51,13 +51,16 @@ def main(options: TrainOptions, console: Console) -> int:
     inputs, folder = _inputs(options)
     runner = options.runner or (RunnerKind.RAY if options.resume is None else _runner_of(folder))
     if options.dry_run or runner is RunnerKind.SIMULATED:
+        if options.address is not None:
+            raise ConfigError("nothing is started that could use a Ray", "--address", "leave it out")
         if options.verify_first:
             raise ConfigError("nothing is trained that could be verified", "--verify-first", "leave it out")
         prepared = prepare(inputs.cluster, inputs.job, inputs.plan, progress=console.phase)
         return answer(prepared, SimulateOptions(run_dir=options.run_dir), console)
     result = _train(
-        inputs, runner, folder, console, resume=options.resume is not None, verify_first=options.verify_first
-    )
+        inputs, runner, folder, console, address=options.address, resume=options.resume is not None,
+        verify_first=options.verify_first,
+    )  # fmt: skip
     console.results(result.document(), result.tables())
     return INTERRUPTED if result.was_interrupted else 0
 
@@ -65,17 +68,19 @@ def main(options: TrainOptions, console: Console) -> int:
 def run(
     cluster: Cluster, job: Job, *, plan: Plan | None = None, runner: str = "inline", folder: str | Path | None = None,
     document: Mapping[str, object] | None = None, console: Console | None = None, verify_first: bool = False,
+    address: str | None = None,
 ) -> TrainResult:  # fmt: skip
     """Train `job` on `cluster`; the run directory is `folder`, or a new one below runs/.
 
     `document` is the cluster file's content, needed only to resume the run from its folder alone.
-    `verify_first`: the run ends with a DifferenceError if its first step is not the same as one chip's.
+    `address`: of the Ray cluster to train on, with runner "ray". `verify_first`: the run ends with a DifferenceError if its first step is not the same as one chip's.
     """
     inputs = Inputs(cluster, job, plan, document or {})
     made = run_dir.create(Path(folder) if folder else None, job=_name(job))
     return _train(
-        inputs, RunnerKind(runner), made, console or Console(), resume=False, verify_first=verify_first
-    )
+        inputs, RunnerKind(runner), made, console or Console(), address=address, resume=False,
+        verify_first=verify_first,
+    )  # fmt: skip
 
 
 def _inputs(options: TrainOptions) -> tuple[Inputs, RunDir]:
@@ -110,12 +115,14 @@ def _name(job: Job) -> str:
 
 
 def _train(
-    inputs: Inputs, kind: RunnerKind, folder: RunDir, console: Console, *, resume: bool, verify_first: bool
-) -> TrainResult:
+    inputs: Inputs, kind: RunnerKind, folder: RunDir, console: Console, *, address: str | None, resume: bool,
+    verify_first: bool,
+) -> TrainResult:  # fmt: skip
     console.log_to(folder.log)
     job = inputs.job
     text = None if job.has_own_data else load_data(job.data, seq=job.seq, seed=job.seed)
-    with closing(launch_of(inputs.cluster, kind)) as launch:
+    with closing(launch_of(inputs.cluster, kind, address)) as launch:
+        launch.keep_logs(folder.logs)
         parts = None
         if job.has_own_parts:
             with console.phase("load what the job names"):

@@ -13,6 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -293,6 +294,9 @@ class InlineLaunch:
 
         with progress("start chips"):
             return ChipSet(program, settings, num_workers(self.cluster))
+
+    def keep_logs(self, folder: Path) -> None:
+        """There are no other processes."""
 
     def close(self) -> None:
         """Nothing was started."""

@@ -14,6 +14,7 @@ from functools import cache
 import torch
 
 from kernels.optimizers import FlatOptimizer, OptimizerSpec, StepStatistics
+from orchestrator.models.own_modules import import_modules
 from orchestrator.runners.executing.chip_set import ChipSet
 from orchestrator.runners.executing.header import BadMessage
 from orchestrator.runners.executing.mailbox import Mailbox, batch_key, marks_key, state_key, value_key
@@ -47,6 +48,11 @@ class ActorFacts:
     node: str
     output: tuple[str, ...]
     code: Mapping[str, str]
+
+    @property
+    def place(self) -> str:
+        """For messages."""
+        return f"process {self.address.process} on {self.machine}"
 
 
 def node_address() -> str:
@@ -97,6 +103,7 @@ class ChipActor:
     ) -> None:
         """Get to know the peers and take the chips of a Program, in place of those of another."""
         self.mailbox.clear()
+        import_modules(settings.modules)
         self.transport.connect({a: address for a, address in addresses.items() if a != self.actor})
         self._actor_of = actor_of
         self._chip_set = ChipSet(

@@ -22,14 +22,17 @@ OF_RAY = (b":job_id:", b":actor_name:", b":task_name:")  # lines by which Ray ma
 
 def save_logs(facts: Sequence["ActorFacts"], folder: Path) -> None:
     """Write `actor-000.txt` and so on. What cannot be read or written is left out: a run's end is no time to fail."""
+    write_logs([each.place for each in facts], outputs(facts), folder)
+
+
+def write_logs(places: Sequence[str], written: Mapping[int, str], folder: Path) -> None:
+    """What actors at these places wrote, a file each."""
     with suppress(OSError, UserError), explained(folder):
         folder.mkdir(exist_ok=True)
-        found = _outputs(facts)
-        for actor, each in enumerate(facts):
-            head = f"actor {actor}, process {each.address.process} on {each.machine}\n"
-            text = found.get(actor, "its machine did not answer: what it wrote is not known\n")
+        for actor, place in enumerate(places):
+            text = written.get(actor, "its machine did not answer: what it wrote is not known\n")
             with (folder / f"actor-{actor:03d}.txt").open("a", encoding="utf-8") as file:
-                file.write(head + text)
+                file.write(f"actor {actor}, {place}\n{text}")
 
 
 def read_ends(files: Mapping[int, Sequence[str]]) -> dict[int, str]:
@@ -37,7 +40,8 @@ def read_ends(files: Mapping[int, Sequence[str]]) -> dict[int, str]:
     return {actor: "".join(map(_end_of, paths)) for actor, paths in files.items()}
 
 
-def _outputs(facts: Sequence["ActorFacts"]) -> dict[int, str]:
+def outputs(facts: Sequence["ActorFacts"]) -> dict[int, str]:
+    """What these actors wrote, by their numbers; without those of a machine that does not answer."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 

@@ -28,7 +28,6 @@ OBJECT_STORE_BYTES = 80 << 20  # Ray's least: tensors do not go through its stor
 REACH_S = 10.0  # for the port of a cluster to answer
 SHORT_FOLDER = "/tmp"  # Ray's sockets have names of at most 107 characters
 PACKAGES = ("orchestrator", "comms", "partitioner", "kernels")
-ROOT = Path(__file__).parents[3]
 JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray's own, in what runs as a job
 NAMESPACE = "orchestrate"
 QUIET = {"log_to_driver": False, "logging_level": logging.CRITICAL}  # what goes wrong is told by our own errors
@@ -109,7 +108,8 @@ def is_job() -> bool:
 
 def package_folders() -> list[Path]:
     """The four packages, as they are imported here."""
-    return [ROOT / name for name in PACKAGES]
+    specs = [importlib.util.find_spec(name) for name in PACKAGES]
+    return [Path(spec.origin).parent for spec in specs if spec is not None and spec.origin is not None]
 
 
 def _imported() -> Any:
@@ -130,7 +130,7 @@ def _explained(ray: Any, where: str) -> Iterator[None]:
         raise ClusterError("the cluster asks for a token", where, TOKEN_HINT) from error
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
         said = " ".join(str(error).split())
-        hint = "start one with `ray start --head`, or leave --address out for a Ray of our own"
+        hint = f"is it up (`ray status`)? if it asks for a token, {TOKEN_HINT}"
         if "ersion mismatch" in said:
             hint = "use the Ray and the Python of the cluster: pip install ray==VERSION"
         elif "node" in said and ("ip" in said or "raylet" in said):

@@ -32,7 +32,7 @@ class RayLaunch:
 
     def connect(self, program: Program, settings: Settings, progress: Progress) -> TensorRunner:
         """See `Launch`; the actors stay the same."""
-        settings = replace(settings, device=self.device)
+        settings = replace(with_modules(settings, program), device=self.device)
         if self.runner is not None:
             self.runner.become(program, settings)
             return self.runner
@@ -58,6 +58,16 @@ class RayLaunch:
         if self.runner is not None:
             self.runner.close()
         self.start.close()
+
+
+def with_modules(settings: Settings, program: Program) -> Settings:
+    """With the user's modules that actors need: they execute operators that are defined there."""
+    from orchestrator.models.own_modules import own_modules
+    from orchestrator.runners.executing.own_operators import own_operators
+
+    if settings.modules or not own_operators(program):
+        return settings
+    return replace(settings, modules=own_modules())
 
 
 def _planned(cluster: Cluster, address: RayAddress, free_cores: float) -> ActorPlan:

@@ -67,7 +67,7 @@ class RayRunner:
         self.actor_of = assign(program, self._machines())
         self.actors = self.start.actors[: max(self.actor_of) + 1]
         self.chips = [chips_of(self.actor_of, actor) for actor in range(len(self.actors))]
-        _ship_by_value(settings)
+        ship_by_value(settings)
         self._require_running()
         addresses = {a: self.start.facts[a].address for a in range(len(self.actors))}
         self.transport.connect(addresses)
@@ -203,7 +203,7 @@ class RayRunner:
         return decision
 
 
-def _ship_by_value(settings: Settings) -> None:
+def ship_by_value(settings: Settings) -> None:
     """The user's own optimizer goes to the actors whole: they may not find the file or module that it is from."""
     kind = type(settings.optimizer([torch.zeros(1, requires_grad=True)]))
     for each in kind.__mro__:

@@ -117,6 +117,13 @@ class TrainOptions(PlannedOptions):
     run_dir: RunDirFlag = None
     steps: Annotated[int | None, Option(min=1, help="Optimizer steps; default: 200.")] = None
     runner: Annotated[RunnerKind | None, Option(help="Who executes the plan; default: ray.")] = None
+    address: Annotated[
+        str | None,
+        Option(
+            metavar="ADDRESS",
+            help="Ray to train on: auto, host:port or ray://host:port; default: RAY_ADDRESS, else one of its own.",
+        ),
+    ] = None
     resume: Annotated[Path | None, Option(metavar="RUN_DIR", help="Continue the run in this folder.")] = None
     verify_first: Annotated[
         bool, Option("--verify-first", help="End at once if the first step differs from one chip's.")

@@ -255,7 +255,7 @@ def test_a_resumed_run_goes_on_with_its_own_runner(
 ) -> None:
     asked = []
 
-    def launch(cluster: Any, kind: RunnerKind) -> None:
+    def launch(cluster: Any, kind: RunnerKind, address: None) -> None:
         asked.append(kind)
         raise NotImplementedError
 
