@@ -52,7 +52,7 @@ class ActorFacts:
     @property
     def place(self) -> str:
         """For messages."""
-        return f"process {self.address.process} on {self.machine}"
+        return f"process {self.address.process} on {self.machine} (node {self.node[:8]})"
 
 
 def node_address() -> str:

@@ -145,8 +145,8 @@ class RayRunner:
         return tuple(sorted(found, key=lambda m: m.chip))
 
     def _machines(self) -> list[str]:
-        """The machine of each actor that is to have chips."""
-        return [each.machine for each in self.start.facts[: self.program.num_chips]]
+        """The machine of each actor that is to have chips, as Ray knows it."""
+        return [each.node for each in self.start.facts[: self.program.num_chips]]
 
     def _deliver(self, message: Message) -> None:
         require_report(message, self.actor_of)
