@@ -37,7 +37,7 @@ from orchestrator.planning.optimizer_checks import checked_traits
 from orchestrator.planning.plan_choice import first_that_splits
 from orchestrator.planning.preparation import module_values
 from orchestrator.runners.executing import whole_state
-from orchestrator.runners.executing.chip_set import ChipSet, InlineLaunch
+from orchestrator.runners.executing.chip_set import ChipSet
 from orchestrator.runners.executing.own_operators import own_operators, require_no_state
 from orchestrator.runners.runner import (
     ExecutedStep,
@@ -49,7 +49,7 @@ from orchestrator.runners.runner import (
     num_workers,
 )
 from orchestrator.runs.data import split_batch, step_key
-from orchestrator.verbs.inputs.options import RunnerKind
+from orchestrator.verbs.inputs.launch import launch_of
 from orchestrator.verbs.situation import (
     Situation,
     ages_of,
@@ -366,9 +366,9 @@ def distribute(
     `model(**batch)` returns the loss, or `loss_fn` makes it of the output: `loss_fn(output, **batch)`, with those
     entries that it names, or `loss_fn(output, batch)`. Without a `plan` one is chosen at the first batch. `runner`:
     "inline", in this process, or "ray", by actors, which end with `step.close()` or this process; `address`: of the
-    Ray cluster that they are on (as `train --address` takes it; None: RAY_ADDRESS, else a Ray of its own). Dropout and other
-    random numbers follow from `seed`, the step (`step.steps`, to be set by whoever resumes) and the sample, not from
-    torch's generators. Raises UserError.
+    Ray cluster that they are on (as `train --address` takes it; None: RAY_ADDRESS, else a Ray of its own). Dropout
+    and other random numbers follow from `seed`, the step (`step.steps`, to be set by whoever resumes) and the sample,
+    not from torch's generators. Raises UserError.
     """
     require_kinds(
         model=(model, nn.Module), optimizer=(optimizer, torch.optim.Optimizer), plan=(plan, (Plan, NoneType)),

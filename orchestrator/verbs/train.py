@@ -73,7 +73,8 @@ def run(
     """Train `job` on `cluster`; the run directory is `folder`, or a new one below runs/.
 
     `document` is the cluster file's content, needed only to resume the run from its folder alone.
-    `address`: of the Ray cluster to train on, with runner "ray". `verify_first`: the run ends with a DifferenceError if its first step is not the same as one chip's.
+    `address`: of the Ray cluster to train on, with runner "ray".
+    `verify_first`: the run ends with a DifferenceError if its first step is not the same as one chip's.
     """
     inputs = Inputs(cluster, job, plan, document or {})
     made = run_dir.create(Path(folder) if folder else None, job=_name(job))

@@ -14,6 +14,7 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from threading import Lock
 
 NAME = "orchestrate"
@@ -94,13 +95,15 @@ def read_block(owner: int, block: int, nbytes: int) -> Iterator[Callable[[memory
     FileNotFoundError: the owner has ended. ValueError: what the owner holds under this number is no such block.
     """
     try:
-        if not os.readlink(_path(owner, block)).startswith(f"/memfd:{NAME}"):  # nothing else is ever opened
+        if not str(Path(_path(owner, block)).readlink()).startswith(
+            f"/memfd:{NAME}"
+        ):  # nothing else is ever opened
             raise ValueError("a block that is none")
         descriptor = os.open(_path(owner, block), os.O_RDWR | os.O_CLOEXEC)
     except PermissionError as error:
         raise ValueError("a block that cannot be read") from error
     try:
-        if os.fstat(descriptor).st_size < HEAD + nbytes:
+        if nbytes and os.fstat(descriptor).st_size < HEAD + nbytes:
             raise ValueError(f"a block of less than {nbytes} bytes")
         yield partial(_fill, descriptor)
         os.pwrite(descriptor, FREE, 0)

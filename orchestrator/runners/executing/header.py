@@ -5,6 +5,7 @@ breaks a rule is a `BadMessage`; it says what is wrong with it and harms nobody 
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import msgpack
@@ -66,29 +67,31 @@ def read_header(content: bytes | memoryview) -> Header:
         raise BadMessage(f"no header: {type(error).__name__}") from error
     if not isinstance(fields, tuple) or len(fields) != len(Header._fields):
         raise BadMessage("no header: another number of fields")
-    header = Header(*fields)
-    for name, is_sound in _rules(header):
-        if not is_sound:
+    for name, value in zip(Header._fields, fields, strict=True):
+        if not RULES[name](value):
             raise BadMessage(f"a header whose {name} cannot be")
+    header = Header(*fields)
     if header.nbytes > MAX_TENSOR_BYTES:
         raise BadMessage(f"a tensor of {header.nbytes} bytes")
     return header
 
 
-def _rules(header: Header) -> tuple[tuple[str, bool], ...]:
-    return (
-        ("sequence", _is_count(header.sequence)),
-        ("epoch", _is_count(header.epoch)),
-        ("kind", isinstance(header.kind, str) and bool(header.kind)),
-        ("chips", isinstance(header.chips, tuple) and all(_is_count(chip, MAX_CHIPS) for chip in header.chips)),
-        ("number", _is_count(header.number)),
-        ("source", type(header.source) is int and -1 <= header.source < MAX_CHIPS),
-        ("dtype", isinstance(header.dtype, str) and header.dtype in TORCH),
-        ("shape", isinstance(header.shape, tuple) and len(header.shape) <= MAX_DIMS and all(
-            _is_count(size) for size in header.shape)),
-        ("block", header.block is None or _is_count(header.block, 1 << 31)),
-    )  # fmt: skip
-
-
 def _is_count(value: object, limit: int = MAX_NUMBER) -> bool:
     return type(value) is int and 0 <= value < limit
+
+
+def _are_counts(value: object, limit: int = MAX_NUMBER) -> bool:
+    return isinstance(value, tuple) and all(_is_count(each, limit) for each in value)
+
+
+RULES: dict[str, Callable[[object], bool]] = {
+    "sequence": _is_count,
+    "epoch": _is_count,
+    "kind": lambda value: isinstance(value, str) and value != "",
+    "chips": lambda value: _are_counts(value, MAX_CHIPS),
+    "number": _is_count,
+    "source": lambda value: value == -1 or _is_count(value, MAX_CHIPS),
+    "dtype": lambda value: isinstance(value, str) and value in TORCH,
+    "shape": lambda value: _are_counts(value) and len(value) <= MAX_DIMS,  # type: ignore[arg-type]  # a tuple then
+    "block": lambda value: value is None or _is_count(value, 1 << 31),
+}

@@ -10,6 +10,7 @@ import shutil
 import signal
 import sys
 import time
+from pathlib import Path
 
 DONE = b"done"
 PATIENCE_S = 10.0  # processes that are ending may still write
@@ -19,13 +20,12 @@ LOOK_S = 0.2
 def processes_of(folder: str) -> list[int]:
     """Those of this user with the folder's name on their command line, but this one."""
     found = []
-    for entry in os.listdir("/proc"):
-        if not entry.isdigit() or int(entry) == os.getpid():
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit() or int(entry.name) == os.getpid():
             continue
         try:
-            with open(f"/proc/{entry}/cmdline", "rb") as file:
-                if folder.encode() in file.read():
-                    found.append(int(entry))
+            if folder.encode() in (entry / "cmdline").read_bytes():
+                found.append(int(entry.name))
         except OSError:  # it has ended
             continue
     return found
@@ -42,7 +42,7 @@ def clean(folder: str) -> None:
             except OSError:
                 continue
         shutil.rmtree(folder, ignore_errors=True)
-        if not left and not os.path.exists(folder):
+        if not left and not Path(folder).exists():
             return
         time.sleep(LOOK_S)
 

@@ -85,7 +85,9 @@ def require_room(plan: ActorPlan, machines: Sequence[Machine]) -> None:
 def busy(plan: ActorPlan, free: Mapping[str, float], waited_s: float) -> ClusterError:
     """Ray has enough in all, but others hold it."""
     needs = {name: each * plan.num_bundles for name, each in plan.bundle.items()}
-    lacking = ", ".join(f"{wanted:g} {name}s needed, {free.get(name, 0.0):g} free" for name, wanted in needs.items())
+    lacking = ", ".join(
+        f"{wanted:g} {name}s needed, {free.get(name, 0.0):g} free" for name, wanted in needs.items()
+    )
     apart = f", on {plan.num_bundles} machines" if plan.per_machine else ""
     return ClusterError(
         f"Ray had no room for {plan.num_actors} actors in {waited_s:g} s: {lacking}{apart}",

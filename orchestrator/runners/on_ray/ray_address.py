@@ -46,9 +46,13 @@ def ray_address(given: str | None, environment: Mapping[str, str]) -> RayAddress
         return ray_address(named, {}) if named and named != AUTO else RayAddress(RayKind.CLUSTER, text, said)
     if text.startswith(("http://", "https://")):
         problem = f"{text} is the dashboard of a cluster, which takes jobs"
-        hint = "give host:port of the cluster (ray start says it), or `orchestrate jobs submit --address URL -- train ...`"
+        hint = (
+            "give the host:port that ray start says, or `orchestrate jobs submit --address URL -- train ...`"
+        )
         raise ConfigError(problem, said, hint)
     found = RayAddress(RayKind.CLIENT if text.startswith(CLIENT) else RayKind.CLUSTER, text, said)
     if found.place is None or not 0 < found.place[1] < 1 << 16:
-        raise ConfigError(f"{text!r} is no address of a Ray", said, "write auto, local, host:port or ray://host:port")
+        raise ConfigError(
+            f"{text!r} is no address of a Ray", said, "write auto, local, host:port or ray://host:port"
+        )
     return found

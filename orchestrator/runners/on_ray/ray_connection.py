@@ -9,7 +9,6 @@ import importlib.util
 import logging
 import os
 import random
-import shutil
 import socket
 import subprocess
 import sys
@@ -30,9 +29,12 @@ SHORT_FOLDER = "/tmp"  # Ray's sockets have names of at most 107 characters
 PACKAGES = ("orchestrator", "comms", "partitioner", "kernels")
 JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray's own, in what runs as a job
 NAMESPACE = "orchestrate"
-QUIET = {"log_to_driver": False, "logging_level": logging.CRITICAL}  # what goes wrong is told by our own errors
+QUIET = {
+    "log_to_driver": False,
+    "logging_level": logging.CRITICAL,
+}  # what goes wrong is told by our own errors
 TOKEN_HINT = (
-    "give Ray the cluster's token: RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token"
+    "give Ray its token: RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token"
 )
 
 
@@ -134,7 +136,9 @@ def _explained(ray: Any, where: str) -> Iterator[None]:
         if "ersion mismatch" in said:
             hint = "use the Ray and the Python of the cluster: pip install ray==VERSION"
         elif "node" in said and ("ip" in said or "raylet" in said):
-            hint = "run on a node of the cluster, submit it (`orchestrate jobs submit`), or use ray://host:10001"
+            hint = (
+                "run on a node of the cluster, submit it (`orchestrate jobs submit`), or use ray://host:10001"
+            )
         raise ClusterError(f"the cluster was not joined: {said[:300]}", where, hint) from error
 
 

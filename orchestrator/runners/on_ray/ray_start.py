@@ -141,11 +141,15 @@ class RayStart:
 
 def _not_started(error: Exception, num_actors: int) -> RunError:
     said = str(error).strip()
-    hint = "look into Ray's logs on that machine (/tmp/ray/session_latest/logs), or train with --runner inline"
+    hint = (
+        "look into Ray's logs on that machine (/tmp/ray/session_latest/logs), or train with --runner inline"
+    )
     if "No module named" in said or "ModuleNotFoundError" in said:
         hint = "install orchestrate with what it needs on every machine of the cluster"
     lines = [line.strip() for line in said.splitlines() if line.strip()]
-    return RunError(f"the actors did not start: {lines[-1] if lines else error}", f"{num_actors} Ray actors", hint)
+    return RunError(
+        f"the actors did not start: {lines[-1] if lines else error}", f"{num_actors} Ray actors", hint
+    )
 
 
 def _require_same_code(facts: Sequence["ActorFacts"]) -> None:

@@ -39,7 +39,12 @@ def require_report(message: Message, actor_of: Sequence[int]) -> None:
     family = _family(message)
     own = family == "marks" and message.key.number == message.sender
     chips = message.key.chips
-    own |= family == "state" and len(chips) == 1 and chips[0] < len(actor_of) and actor_of[chips[0]] == message.sender
+    own |= (
+        family == "state"
+        and len(chips) == 1
+        and chips[0] < len(actor_of)
+        and actor_of[chips[0]] == message.sender
+    )
     if not own:
         raise BadMessage(f"a {family[:20]!r} that is not its own")
 

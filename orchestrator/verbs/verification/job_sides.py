@@ -4,6 +4,7 @@ Both start from given values (see `module_values`). They share the job's module,
 """
 
 from functools import partial
+from pathlib import Path
 
 import torch
 
@@ -40,6 +41,9 @@ class KeptChips:
         del progress
         self.chips = ChipSet(program, settings)
         return self.chips
+
+    def keep_logs(self, folder: Path) -> None:
+        """There are no other processes."""
 
     def close(self) -> None:
         """Nothing was started."""

@@ -94,7 +94,10 @@ def test_actors_over_four_hosts_give_the_bytes_of_one_process(
 ) -> None:  # fmt: skip
     options = (("heads", 8), ("vocab", 64))
     program = tiny_program(options, **degrees)
-    inline, running = running_chips(program, dict(options)), launch.connect(program, Settings(OPTIMIZER, 1.0), quiet)
+    inline, running = (
+        running_chips(program, dict(options)),
+        launch.connect(program, Settings(OPTIMIZER, 1.0), quiet),
+    )
     running.load(module_values(tiny_model("cpu", **dict(options)).module).__getitem__)
     for number in range(STEPS):
         request = StepRequest("step", 1e-2, batches_of(program, number))

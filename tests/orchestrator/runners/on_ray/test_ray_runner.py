@@ -18,8 +18,8 @@ from orchestrator.models.builtin_gpt import GPT
 from orchestrator.models.model_specs import GPTOptions
 from orchestrator.runners.executing.chip_set import ChipSet
 from orchestrator.runners.on_ray import ray_runner
-from orchestrator.runners.on_ray.ray_runner import RayRunner
 from orchestrator.runners.on_ray.placement import ActorPlan
+from orchestrator.runners.on_ray.ray_runner import RayRunner
 from orchestrator.runners.on_ray.ray_start import RayStart, raise_slow, start_patience_s
 from orchestrator.runners.runner import Batches, Settings, States, StepRequest, TensorRunner
 from partitioner.capture.graph_units import capture_graph
