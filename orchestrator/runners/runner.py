@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 BadOrder: TypeAlias = tuple[int, int, int, int]
 Batches: TypeAlias = "Mapping[int, Mapping[tuple[int, str], torch.Tensor]]"
 States: TypeAlias = "Mapping[int, Mapping[str, torch.Tensor]]"
+HANG_TIMEOUT_S = 300.0  # what a job without `hang_timeout` has
 HELD = "held by tensors"  # the counter of a chip's memory
 # Bodies whose name is not the kind of work they do; every other body's name is the kind.
 KINDS = {"backward_last": "backward", "update": "optimizer"}
@@ -122,7 +123,10 @@ class TensorRunner(Runner, Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What every chip needs besides the Program: optimizer, clipping, where tensors live."""
+    """What every chip needs besides the Program: optimizer, clipping, where tensors live, and how long it may be still.
+
+    `hang_timeout_s`: without any chip that moves, after which a call to actors has failed.
+    """
 
     optimizer: "Factory"
     clip_norm: float | None
@@ -132,6 +136,7 @@ class Settings:
         {"weight_decay": 0.0},
     )  # settings of the optimizer's groups
     modules: "tuple[OwnModule, ...]" = ()  # of the user's, for other processes that execute operators of theirs
+    hang_timeout_s: float = HANG_TIMEOUT_S
 
 
 class Launch(Protocol):

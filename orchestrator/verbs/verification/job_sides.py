@@ -14,7 +14,7 @@ from orchestrator.planning.job_parts import JobParts
 from orchestrator.planning.preparation import Prepared, module_values
 from orchestrator.runners.executing.chip_set import ChipSet
 from orchestrator.runners.runner import Settings
-from orchestrator.verbs.job_step import step_of_job
+from orchestrator.verbs.training.job_step import step_of_job
 from orchestrator.verbs.verification.one_chip import OneChip
 from orchestrator.verbs.verification.outcome import Outcome, Tensors
 from orchestrator.verbs.verification.sides import GroupSettings, PlannedSide

@@ -90,7 +90,8 @@ def test_an_address_goes_before_the_environment(given, environment, kind, text) 
 
 
 @pytest.mark.parametrize(
-    "text", ["", "head", "head:", ":6379", "head:99999", "head:0", "ray://", "ray://head", "a b:1", "tcp://a:1", "head:-1"]
+    "text",
+    ["", "head", "head:", ":6379", "head:99999", "head:0", "ray://", "ray://head", "a b:1", "tcp://a:1", "a:-1"],
 )  # fmt: skip
 def test_what_is_no_address_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="no address of a Ray"):
