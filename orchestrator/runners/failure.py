@@ -51,10 +51,10 @@ class EndActors:
     cause: BaseException | None = None
 
 
-def actor_ended(state: CallState, actor: int) -> EndActors:
-    """The process of an actor is gone."""
-    hint = "was it killed, or out of memory? continue from the last checkpoint with --resume"
-    return EndActors(RunError(f"actor {actor} has ended", state.place(actor), hint))
+def actor_ended(state: CallState, actor: int, why: str) -> EndActors:
+    """The process of an actor is gone; `why`, as far as that is known."""
+    hint = "continue from the last checkpoint with --resume"
+    return EndActors(RunError(f"actor {actor} has ended: {why}", state.place(actor), hint))
 
 
 def actor_failed(state: CallState, actor: int, cause: BaseException) -> EndActors:

@@ -50,7 +50,7 @@ class RayConnection:
         _draw_apart()
         if self._ray.is_initialized():  # by who called us
             return
-        logging.getLogger("ray").setLevel(logging.CRITICAL)
+        _quieten(self._ray)
         self._is_ours = True  # also one that came up halfway
         try:
             if address.kind is RayKind.OWN:
@@ -150,6 +150,12 @@ def _require_open(place: tuple[str, int], where: str) -> None:
         said = error.strerror or str(error)
         hint = "is the cluster up (ray status), and is this its address? ray start prints it"
         raise ClusterError(f"nobody answers: {said}", where, hint) from error
+
+
+def _quieten(ray: Any) -> None:
+    """What goes wrong is told by our own errors, in three lines; Ray would print its raylets' logs beside them."""
+    logging.getLogger("ray").setLevel(logging.CRITICAL)
+    vars(ray._private.worker)["print_to_stdstream"] = lambda *_, **__: None
 
 
 def _draw_apart() -> None:

@@ -43,10 +43,18 @@ from partitioner.program.machine import Key
 from partitioner.program.program import Program
 from partitioner.program.program_codec import encode
 
+# What Ray says of an actor's end, most telling first
+CAUSES = (
+    ("low on memory", "its machine was out of memory"),
+    ("receives a SIGTERM", "its process was told to end (SIGTERM)"),
+    ("connection error code 2", "its process was killed or crashed (SIGKILL, out of memory, SIGSEGV)"),
+    ("`ray.kill`", "somebody ended it through Ray"),
+    ("node", "its machine is gone"),
+    ("unavailable", "its machine is gone, or the way to it"),
+)
 LOOK_S = 2.0  # how often the driver asks actors for their status while it waits
 ANSWER_S = 2.0  # how long an actor may take to tell it
 INSTALLED = tuple(sysconfig.get_paths()[kind] for kind in ("purelib", "platlib", "stdlib"))
-TIMEOUT_S = 300.0  # without any movement
 
 
 class RayRunner:
@@ -55,7 +63,7 @@ class RayRunner:
     def __init__(self, start: RayStart, program: Program, settings: Settings) -> None:
         start.wait()
         self.start = start
-        self.mailbox = Mailbox(TIMEOUT_S)
+        self.mailbox = Mailbox(settings.hang_timeout_s)
         self.actor_of: tuple[int, ...] = ()
         self.transport = Transport(start.keys, self._deliver, start.host)
         self._is_ended = False
@@ -63,7 +71,7 @@ class RayRunner:
 
     def become(self, program: Program, settings: Settings) -> None:
         """Take another Program; values are to be loaded anew."""
-        self.program, self.epoch = program, 0
+        self.program, self.epoch, self.timeout_s = program, 0, settings.hang_timeout_s
         self.actor_of = assign(program, self._machines())
         self.actors = self.start.actors[: max(self.actor_of) + 1]
         self.chips = [chips_of(self.actor_of, actor) for actor in range(len(self.actors))]
@@ -165,11 +173,11 @@ class RayRunner:
 
     def _call(self, doing: str, running: Sequence[Any]) -> list[Any]:
         """Results of calls, one per actor; see the module's docstring for what is watched meanwhile."""
-        state = CallState(doing, tuple(self.chips), TIMEOUT_S, time.monotonic())
+        state = CallState(doing, tuple(self.chips), self.timeout_s, time.monotonic())
         waiting = list(running)
         results: dict[Any, Any] = {}
         while waiting:
-            done, waiting = ray.wait(waiting, num_returns=1, timeout=min(LOOK_S, TIMEOUT_S / 2))
+            done, waiting = ray.wait(waiting, num_returns=1, timeout=min(LOOK_S, self.timeout_s / 2))
             for reference in done:
                 try:
                     results[reference] = ray.get(reference)
@@ -221,5 +229,14 @@ def _as_run_error(error: BaseException) -> Exception:
 
 def _decision(state: CallState, actor: int, error: Exception) -> EndActors:
     if isinstance(error, RayActorError):
-        return actor_ended(state, actor)
+        return actor_ended(state, actor, _why(str(error)))
     return actor_failed(state, actor, getattr(error, "cause", None) or error)
+
+
+def _why(said: str) -> str:
+    """What Ray tells of an actor's end, in a few words."""
+    for words, why in CAUSES:
+        if words in said:
+            return why
+    first = next((line.strip() for line in said.splitlines() if line.strip()), "Ray does not say why")
+    return first[:200]
