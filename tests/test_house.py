@@ -48,6 +48,7 @@ FLAGS = frozenset(
         "--data",
         "--dry-run",
         "--fidelity",
+        "--follow",
         "--global-batch",
         "--job",
         "--json",
@@ -66,6 +67,7 @@ FLAGS = frozenset(
         "--tiers",
         "--verbose",
         "--verify-first",
+        "--working-dir",
         "-v",
     }
 )

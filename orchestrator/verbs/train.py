@@ -20,6 +20,7 @@ from orchestrator.models.model_builder import BuiltModel
 from orchestrator.planning.job_parts import JobParts, LrSchedule, job_parts, validation_data
 from orchestrator.planning.preparation import Prepared, prepare, program_under
 from orchestrator.runners.failure import RunPhase
+from orchestrator.runners.on_ray.ray_connection import is_job
 from orchestrator.runners.runner import Launch
 from orchestrator.runners.signals import OF_TERMINALS, StopRequest, held_back, stop_request
 from orchestrator.runners.timing.prediction import SimulationResult, simulate
@@ -41,6 +42,9 @@ from orchestrator.views.split_notes import say_split
 from partitioner.layout.parallel_plan import Plan
 from partitioner.program.program import Program
 
+OF_JOBS = (
+    "orchestrate-runs"  # where runs of jobs are kept, in the home of who runs Ray, on the head's machine
+)
 PLAIN_LINES = 10  # a line for every so many steps, off a terminal
 
 
@@ -52,6 +56,10 @@ def main(options: TrainOptions, console: Console) -> int:
     inputs, kind = resolve(options, demonstrate=True), options.runner or RunnerKind.RAY
     if _is_predicted(options, kind):
         return _predict(options, inputs, console)
+    if options.run_dir is not None and is_job() and not options.run_dir.is_absolute():
+        console.warn(
+            f"--run-dir {options.run_dir} is in the job's own folder, which Ray removes: give a whole path"
+        )
     folder = _created(options.run_dir, inputs, kind)
     with locked(folder.root, console.warn):
         made = _train(
@@ -105,8 +113,10 @@ def _predict(options: TrainOptions, inputs: Inputs, console: Console) -> int:
 
 def _created(folder: Path | None, inputs: Inputs, kind: RunnerKind) -> RunDir:
     """A new run directory, which can be resumed as soon as it is there."""
+    # A job's working folder is Ray's and goes with the job.
+    parent = Path.home() / OF_JOBS if is_job() else run_dir.PARENT
     with held_back():
-        made = run_dir.create(folder, job=_name(inputs.job))
+        made = run_dir.create(folder, job=_name(inputs.job), parent=parent)
         made.write_config(inputs.config(kind.value))
     return made
 

@@ -223,7 +223,9 @@ def test_a_killed_actor_ends_the_step_with_its_name(local_ray, case):
         with pytest.raises(RunError) as caught:
             step_until(case, running, killer)
         killer.join()
-        assert caught.value.problem.startswith("actor 1 has ended: its process was killed or crashed (SIGKILL")
+        assert caught.value.problem.startswith(
+            "actor 1 has ended: its process was killed or crashed (SIGKILL"
+        )
         assert "chips 2, 3, 6, 7" in caught.value.where
         with pytest.raises(RunError, match="have ended"):
             running.states()
