@@ -50,6 +50,9 @@ class StopRequest:
         """Carry out what is decided; called by Python, in the main thread."""
         del frame
         came = signal.Signals(number)
+        # Ray, once it is connected, hears of a SIGTERM first, and has the process aborted three seconds later.
+        if signal.getsignal(signal.SIGALRM) is signal.SIG_DFL:
+            signal.alarm(0)
         if os.getpid() != self._pid:
             if came is signal.SIGTERM:  # how a data loader ends its workers
                 signal.signal(came, signal.SIG_DFL)
