@@ -63,6 +63,7 @@ FLAGS = frozenset(
         "--steps",
         "--sweep",
         "--tiers",
+        "--to",
         "--verbose",
         "--verify-first",
         "-v",
