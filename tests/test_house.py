@@ -65,6 +65,7 @@ FLAGS = frozenset(
         "--steps",
         "--sweep",
         "--tiers",
+        "--to",
         "--verbose",
         "--verify-first",
         "--working-dir",

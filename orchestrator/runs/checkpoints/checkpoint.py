@@ -231,11 +231,16 @@ def prune(run_dir: Path, keep: int) -> None:
 
 def _seems_whole(folder: Path) -> bool:
     try:
-        return all(
-            (folder / entry.name).stat().st_size == entry.nbytes for entry in read_manifest(folder).files
-        )
-    except (RunError, OSError):
+        require_sizes(folder)
+    except RunError:
         return False
+    return True
+
+
+def require_sizes(folder: Path) -> None:
+    """Raise RunError where a file is not there, or not of its size; what is in it is not read."""
+    for entry in read_manifest(folder).files:
+        _verify_size(folder / entry.name, entry)
 
 
 def set_aside(run_dir: Path, kept: Checkpoint | None) -> list[Path]:
@@ -311,15 +316,24 @@ def _sha256(path: Path) -> str:
 
 
 def _verify(path: Path, entry: FileEntry) -> None:
+    _verify_size(path, entry)
+    try:
+        digest = _sha256(path)
+    except OSError as error:
+        raise _damaged(path.parent, f"{path.name} cannot be read: {error.strerror}") from error
+    if digest != entry.sha256:
+        raise _damaged(path.parent, f"{path.name} does not have the digest of its manifest")
+
+
+def _verify_size(path: Path, entry: FileEntry) -> None:
     try:
         if not path.is_file():
             raise _damaged(path.parent, f"{path.name} is {'no file' if path.exists() else 'missing'}")
-        if (nbytes := path.stat().st_size) != entry.nbytes:
-            raise _damaged(path.parent, f"{path.name} has {nbytes} bytes instead of {entry.nbytes}")
-        if _sha256(path) != entry.sha256:
-            raise _damaged(path.parent, f"{path.name} does not have the digest of its manifest")
+        nbytes = path.stat().st_size
     except OSError as error:
         raise _damaged(path.parent, f"{path.name} cannot be read: {error.strerror}") from error
+    if nbytes != entry.nbytes:
+        raise _damaged(path.parent, f"{path.name} has {nbytes} bytes instead of {entry.nbytes}")
 
 
 def _damaged(folder: Path, problem: str) -> RunError:

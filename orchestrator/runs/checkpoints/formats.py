@@ -10,7 +10,6 @@ where nothing lies below that; what is no tensor is left out. No pickle of a che
 index, which torch reads so: take such folders only from where you would take code.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
@@ -195,8 +194,7 @@ def write_dcp(target: Path, weights: Weights) -> None:
 def described(weights: Weights) -> dict[str, object]:
     """How many tensors, parameters and bytes, as JSON values."""
     held = weights.tensors.values()
-    manifest = json.loads(encode_manifest(weights.manifest)) if weights.manifest else {}
     return {
         "format": str(weights.format), "tensors": len(weights.tensors), "numbers": sum(v.numel() for v in held),
-        "nbytes": sum(v.nbytes for v in held), "step": manifest.get("step"),
+        "nbytes": sum(v.nbytes for v in held), "step": weights.manifest.step if weights.manifest else None,
     }  # fmt: skip

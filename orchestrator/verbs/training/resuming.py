@@ -26,7 +26,7 @@ from orchestrator.runs.run_dir import RunDir
 from orchestrator.verbs.inputs.options import RunnerKind, TrainOptions
 from orchestrator.verbs.inputs.planned_inputs import Inputs, config_of, read_plan, write_prepared
 from orchestrator.verbs.training_loop import Training
-from orchestrator.verbs.verification.resumed_run import require_made, require_seen
+from orchestrator.verbs.verification.resumed_run import read_last, require_made, require_seen
 from partitioner.layout.parallel_plan import Plan
 
 FIXED_BY_RUN = ("job", "model", "data", "global_batch", "seq", "run_dir")
@@ -139,11 +139,12 @@ def restore(training: Training, parts: JobParts, going: Resumed, say: Callable[[
         held = checkpoint.load(found)
         _require_fit(training, held, found.folder)
         training.one_step.restore(held, manifest.step, parts.example_batch())
-        training.schedule.steps = manifest.steps
-        moves = training.one_step.traits.moves_groups
-        training.schedule.resume(manifest.step, manifest.rates, moves_groups=moves)
-        training.step = manifest.step
-        require_seen(training, manifest)
+        training.step, training.schedule.steps = manifest.step, manifest.steps
+        moves, last = training.one_step.traits.moves_groups, [manifest.evidence.program]
+        training.schedule.replay(
+            manifest.step, lambda: last.append(read_last(training, manifest)), moves_groups=moves
+        )
+        require_seen(training, manifest, last[-1])
         _extend(training, manifest.steps, say)
     _settle(training, going)
     keep(training.run_dir, going.config, training.prepared, training.step)
