@@ -20,7 +20,7 @@ from typing import Any
 
 from comms.errors import ClusterError, RunError
 from orchestrator.runners.on_ray import janitor
-from orchestrator.runners.on_ray.placement import Machine
+from orchestrator.runners.on_ray.placement import RayNode
 from orchestrator.runners.on_ray.ray_address import RayAddress, RayKind
 
 OBJECT_STORE_BYTES = 80 << 20  # Ray's least: tensors do not go through its store
@@ -61,10 +61,10 @@ class RayConnection:
             self.close()
             raise
 
-    def machines(self) -> list[Machine]:
+    def machines(self) -> list[RayNode]:
         """The nodes that are up."""
         nodes = [node for node in self._ray.nodes() if node["Alive"]]
-        return [Machine(node["NodeManagerAddress"], node["Resources"]) for node in nodes]
+        return [RayNode(node["NodeManagerAddress"], node["Resources"]) for node in nodes]
 
     def free(self) -> dict[str, float]:
         """What nobody holds, in all."""

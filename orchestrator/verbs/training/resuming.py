@@ -25,7 +25,7 @@ from orchestrator.runs.learning_rate import learning_rate
 from orchestrator.runs.run_dir import RunDir
 from orchestrator.verbs.inputs.options import RunnerKind, TrainOptions
 from orchestrator.verbs.inputs.planned_inputs import Inputs, config_of, read_plan, write_prepared
-from orchestrator.verbs.training_loop import Training
+from orchestrator.verbs.training.training_loop import Training
 from orchestrator.verbs.verification.resumed_run import read_last, require_made, require_seen
 from partitioner.layout.parallel_plan import Plan
 
