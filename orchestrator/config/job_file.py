@@ -54,6 +54,9 @@ _Betas = Annotated[
 ]
 
 
+SINKS = ("csv", "tensorboard", "wandb", "mlflow")
+
+
 class Dtype(StrEnum):
     """The type of parameters and activations; optimizer state is at least fp32."""
 
@@ -104,6 +107,13 @@ _Reference = Annotated[str, AfterValidator(_require_reference)]
 def _named(value: object) -> object:
     """A section that is a name alone."""
     return {"name": value} if isinstance(value, str) else value
+
+
+def _sink_name(name: str) -> str:
+    if name not in SINKS and not is_reference(name):
+        hint = f"{nearest(name, SINKS)}; yours is file.py:name or pkg.module:name"
+        raise field_error(f"{name!r} takes no numbers", hint)
+    return name
 
 
 class OptimizerSection(Section):
@@ -261,6 +271,8 @@ class Job(Section):
     plan: PlanSection = Field(default_factory=PlanSection)
     validation: ValidationSection = Field(default_factory=ValidationSection)
     checkpoints: CheckpointsSection = Field(default_factory=CheckpointsSection)
+    # where the numbers of every step go besides metrics.jsonl: csv, tensorboard, wandb, mlflow, file.py:name
+    sinks: list[Annotated[str, AfterValidator(_sink_name)]] = Field(default_factory=list)
     hang_timeout: Annotated[Time, AfterValidator(_above_zero)] = 300.0  # without any chip that moves
 
     @property

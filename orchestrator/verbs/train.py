@@ -7,7 +7,7 @@ With --resume the run directory says what is trained (`training.resuming`), and 
 where.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -29,7 +29,8 @@ from orchestrator.runs.data import NUM_BYTES, TokenData, baseline_losses, load_d
 from orchestrator.runs.own_data import OwnData
 from orchestrator.runs.run_dir import RunDir
 from orchestrator.runs.run_lock import locked
-from orchestrator.verbs.inputs.launch import launch_of
+from orchestrator.runs.sinks import Sink
+from orchestrator.verbs.inputs.launch import cluster_sinks, launch_of
 from orchestrator.verbs.inputs.options import RunnerKind, SimulateOptions, TrainOptions
 from orchestrator.verbs.inputs.planned_inputs import Inputs, resolve
 from orchestrator.verbs.simulate import answer, memory_short
@@ -160,7 +161,7 @@ def _train(
             with console.phase("n-gram baselines"):
                 baselines = baseline_losses(text.train, text.validation)
         console.show([_facts(training, baselines), console.phase_table()])
-        return _trained(training, baselines, stop, console)
+        return _trained(training, baselines, stop, console, cluster_sinks(launch, folder.root.name))
 
 
 def _launched(cluster: Cluster, kind: RunnerKind, address: str | None) -> Launch:
@@ -188,13 +189,17 @@ def _begun(
 
 
 def _trained(
-    training: Training, baselines: Mapping[str, float], stop: StopRequest, console: Console
+    training: Training,
+    baselines: Mapping[str, float],
+    stop: StopRequest,
+    console: Console,
+    sinks: Sequence[Sink],
 ) -> TrainResult:
     """Steps, validation and checkpoints to the end or to a signal, and what is to be seen of it all."""
     job = training.prepared.job
     stop.enter(RunPhase.TRAINING)
     with console.training(job.model, job.steps, every=PLAIN_LINES) as show:
-        training.run(show, stop.is_set)
+        training.run(show, stop.is_set, sinks)
     stop.enter(RunPhase.OVER)
     result = write_results(training, baselines, stop.exit_code if training.was_interrupted else 0)
     if result.was_interrupted:

@@ -7,7 +7,8 @@ the timelines, in the picture, and in numbers (`runs.accuracy`).
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from math import nan
@@ -31,9 +32,10 @@ from orchestrator.runs.checkpoints.manifest import Manifest
 from orchestrator.runs.checkpoints.saver import Saver
 from orchestrator.runs.data import TokenData
 from orchestrator.runs.disk import write_whole
-from orchestrator.runs.metrics import eta_s, metrics_writer, read_metrics
+from orchestrator.runs.metrics import Record, eta_s, metrics_writer, read_metrics
 from orchestrator.runs.own_data import OwnData, digest_of, num_samples
 from orchestrator.runs.run_dir import RunDir
+from orchestrator.runs.sinks import Sink, sinks_of
 from orchestrator.runs.timeline import Origin, Timeline
 from orchestrator.verbs.distribute import DistributedStep
 from orchestrator.verbs.verification.first_step import verified_step
@@ -90,24 +92,42 @@ class Training:
         recent = sorted(self.step_seconds[-RECENT_STEPS:])
         return recent[len(recent) // 2] if recent else 0.0
 
-    def run(self, show: Callable[[StepLine], None], is_stopping: Callable[[], bool]) -> None:
+    def run(
+        self, show: Callable[[StepLine], None], is_stopping: Callable[[], bool], sinks: Sequence[Sink] = ()
+    ) -> None:
         """Train from `step` to the job's last step, or to the step at whose end `is_stopping()`; then save."""
         job = self.prepared.job
         self.ends_s.append(time.monotonic())
         self.saved_at_s = self.clock()
-        with metrics_writer(self.run_dir.metrics) as write:
+        with self._told(sinks) as tell:
             while self.step < job.steps and not self.was_interrupted:
                 try:
                     line, rate = self._step()
                 except (DataError, ModelError):  # the chips are well
                     self.save_now()
                     raise
-                write(self._record(line, rate))
+                tell(self._record(line, rate))
                 show(line)
                 if self._is_to_be_saved():
                     self.save()
                 self.was_interrupted = is_stopping() and self.step < job.steps
         self.save_now()
+
+    @contextmanager
+    def _told(self, sinks: Sequence[Sink]) -> Iterator[Callable[[Record], None]]:
+        """What writes down the record of a step and hands it to all who are to have it."""
+        job, folder = self.prepared.job, self.run_dir
+        facts = {"plan": str(self.prepared.plan), **job.model_dump()}
+        with (
+            metrics_writer(folder.metrics) as write,
+            sinks_of(job.sinks, folder.root, facts, sinks, self.warn) as hand_on,
+        ):
+
+            def tell(record: Record) -> None:
+                write(record)
+                hand_on(record)
+
+            yield tell
 
     def _is_to_be_saved(self) -> bool:
         wanted = self.prepared.job.checkpoints
