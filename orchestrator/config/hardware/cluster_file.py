@@ -10,6 +10,7 @@ use.
 """
 
 import os
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -57,7 +58,13 @@ FROM_FILE = "the cluster file"  # a source, in words
 DEFAULT_CLUSTER = "laptop"  # where no command line says another
 # Of the clusters that come with us: inside an installed package, or beside the packages in a checkout.
 _PACKAGE = Path(__file__).parents[2]
-_SHIPPED = (_PACKAGE / "cluster_configs", _PACKAGE.parent / "cluster_configs")
+CONFIGS = "cluster_configs"
+# Installed, in a checkout, or on a machine that a checkout has travelled to, each of its folders by itself
+_SHIPPED = (
+    _PACKAGE / CONFIGS,
+    _PACKAGE.parent / CONFIGS,
+    *(Path(p) / CONFIGS for p in sys.path if "_ray_pkg_" in p),
+)
 
 
 class ChipSection(ChipFigures):

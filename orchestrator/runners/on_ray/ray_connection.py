@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from comms.errors import ClusterError, RunError
+from orchestrator.config.hardware.cluster_file import CONFIGS
 from orchestrator.runners.on_ray import janitor
 from orchestrator.runners.on_ray.placement import RayNode
 from orchestrator.runners.on_ray.ray_address import RayAddress, RayKind
@@ -98,8 +99,7 @@ class RayConnection:
         use_token()
         own: dict[str, Any] = {}
         if not is_job():  # which has what it was submitted with
-            folders = [str(folder) for folder in package_folders()]
-            own["runtime_env"] = {"py_modules": folders, "excludes": ["__pycache__"]}
+            own["runtime_env"] = {"py_modules": travelling_folders(), "excludes": ["__pycache__"]}
         with _explained(self._ray, where):
             self._ray.init(address=self.address.text, namespace=NAMESPACE, **own, **QUIET)
 
@@ -120,6 +120,13 @@ def package_folders() -> list[Path]:
     """The four packages, as they are imported here."""
     specs = [importlib.util.find_spec(name) for name in PACKAGES]
     return [Path(spec.origin).parent for spec in specs if spec is not None and spec.origin is not None]
+
+
+def travelling_folders() -> list[str]:
+    """The packages, and the shipped cluster files where they lie beside them."""
+    packages = package_folders()
+    beside = packages[0].parent / CONFIGS
+    return [str(folder) for folder in (*packages, *([beside] if beside.is_dir() else []))]
 
 
 def _imported() -> Any:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from comms.errors import ClusterError, ConfigError, RunError
-from orchestrator.runners.on_ray.ray_connection import TOKEN_HINT, package_folders, use_token
+from orchestrator.runners.on_ray.ray_connection import TOKEN_HINT, travelling_folders, use_token
 from orchestrator.runners.ray_jobs.job_command import JobCommand
 
 VARIABLE = "RAY_API_SERVER_ADDRESS"  # Ray's own; goes before what a client is given
@@ -68,7 +68,7 @@ class JobClient:
         """Have the cluster execute a command in a copy of `folder`; the job's name."""
         environment = {
             "working_dir": str(folder), "excludes": LEFT_BEHIND,
-            "py_modules": [str(each) for each in package_folders()],
+            "py_modules": travelling_folders(),
             "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_S)},
         }  # fmt: skip
         with self._explained():
