@@ -20,6 +20,7 @@ from pydantic import (
     ConfigDict,
     Field,
     GetPydanticSchema,
+    JsonValue,
     PlainSerializer,
     SerializerFunctionWrapHandler,
     model_serializer,
@@ -52,6 +53,9 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 _Betas = Annotated[
     list[Beta], Field(min_length=2, max_length=2), AfterValidator(tuple), PlainSerializer(list)
 ]
+
+
+FIVE_MINUTES: dict[str, JsonValue] = {"default": "300 s", "examples": ["600 s"]}
 
 
 class Dtype(StrEnum):
@@ -219,7 +223,7 @@ class CheckpointsSection(Section):
     """Every how many steps and after how much time (0: not by that), besides the end; and how many to keep."""
 
     every: Natural = 0
-    interval: Time = 300.0
+    interval: Time = Field(default=300.0, json_schema_extra=FIVE_MINUTES)
     keep: Positive = 3
 
 
@@ -261,7 +265,10 @@ class Job(Section):
     plan: PlanSection = Field(default_factory=PlanSection)
     validation: ValidationSection = Field(default_factory=ValidationSection)
     checkpoints: CheckpointsSection = Field(default_factory=CheckpointsSection)
-    hang_timeout: Annotated[Time, AfterValidator(_above_zero)] = 300.0  # without any chip that moves
+    # of a step in which no chip has moved for so long, every actor is ended
+    hang_timeout: Annotated[Time, AfterValidator(_above_zero)] = Field(
+        default=300.0, json_schema_extra=FIVE_MINUTES
+    )
 
     @property
     def has_own_data(self) -> bool:
