@@ -26,7 +26,7 @@ from orchestrator.runners.runner import ExecutedStep, measured_timeline
 from orchestrator.runners.timing.prediction import SimulationResult
 from orchestrator.runners.timing.step_costs import NS_PER_S
 from orchestrator.runs.accuracy import Accuracy, Basis, Pair, compare
-from orchestrator.runs.checkpoints import checkpoint
+from orchestrator.runs.checkpoints import checkpoint_folder as checkpoint
 from orchestrator.runs.checkpoints.manifest import Manifest
 from orchestrator.runs.checkpoints.saver import Saver
 from orchestrator.runs.data import TokenData

@@ -14,8 +14,8 @@ import yaml
 from comms.errors import ConfigError, ModelError, RunError
 from orchestrator.runners.failure import RunPhase
 from orchestrator.runners.signals import StopSignal
-from orchestrator.runs.checkpoints import checkpoint
-from orchestrator.runs.checkpoints.checkpoint import TrainingState
+from orchestrator.runs.checkpoints import checkpoint_folder as checkpoint
+from orchestrator.runs.checkpoints.checkpoint_folder import TrainingState
 from orchestrator.runs.run_lock import locked
 from orchestrator.verbs import train, training_loop
 from partitioner.layout.parallel_plan import Plan, plan_to_yaml
