@@ -22,7 +22,7 @@ from support.harness import report
 from orchestrator.config.hardware.cluster_file import cluster_path, load_cluster
 from orchestrator.config.job_file import load_job
 from orchestrator.config.yaml_file import read_yaml
-from orchestrator.runs.checkpoints.checkpoint import latest, load, open_checkpoint
+from orchestrator.runs.checkpoints.checkpoint_folder import latest, load, open_checkpoint
 from orchestrator.runs.metrics import read_metrics
 from orchestrator.verbs import train, training_loop
 from orchestrator.verbs.inputs.options import RunnerKind, TrainOptions

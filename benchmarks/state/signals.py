@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from support.harness import orchestrate, report
 
-from orchestrator.runs.checkpoints.checkpoint import latest, load
+from orchestrator.runs.checkpoints.checkpoint_folder import latest, load
 
 STEPS = 30
 JOB = (

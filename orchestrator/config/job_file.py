@@ -20,6 +20,7 @@ from pydantic import (
     ConfigDict,
     Field,
     GetPydanticSchema,
+    JsonValue,
     PlainSerializer,
     SerializerFunctionWrapHandler,
     model_serializer,
@@ -55,6 +56,7 @@ _Betas = Annotated[
 
 
 SINKS = ("csv", "tensorboard", "wandb", "mlflow")
+FIVE_MINUTES: dict[str, JsonValue] = {"default": "300 s", "examples": ["600 s"]}
 
 
 class Dtype(StrEnum):
@@ -229,7 +231,7 @@ class CheckpointsSection(Section):
     """Every how many steps and after how much time (0: not by that), besides the end; and how many to keep."""
 
     every: Natural = 0
-    interval: Time = 300.0
+    interval: Time = Field(default=300.0, json_schema_extra=FIVE_MINUTES)
     keep: Positive = 3
 
 
@@ -273,7 +275,10 @@ class Job(Section):
     checkpoints: CheckpointsSection = Field(default_factory=CheckpointsSection)
     # where the numbers of every step go besides metrics.jsonl: csv, tensorboard, wandb, mlflow, file.py:name
     sinks: list[Annotated[str, AfterValidator(_sink_name)]] = Field(default_factory=list)
-    hang_timeout: Annotated[Time, AfterValidator(_above_zero)] = 300.0  # without any chip that moves
+    # of a step in which no chip has moved for so long, every actor is ended
+    hang_timeout: Annotated[Time, AfterValidator(_above_zero)] = Field(
+        default=300.0, json_schema_extra=FIVE_MINUTES
+    )
 
     @property
     def has_own_data(self) -> bool:

@@ -19,7 +19,7 @@ from orchestrator.config.yaml_file import Document
 from orchestrator.models.model_specs import SourceKind, parse_model
 from orchestrator.planning.job_parts import build_model
 from orchestrator.planning.start_weights import started_from
-from orchestrator.runs.checkpoints import checkpoint
+from orchestrator.runs.checkpoints import checkpoint_folder as checkpoint
 from orchestrator.runs.checkpoints.formats import Weights, described, read, write_dcp, write_safetensors
 from orchestrator.runs.disk import explained
 from orchestrator.runs.run_dir import RunDir

@@ -48,7 +48,7 @@ from orchestrator.runners.runner import (
     TensorRunner,
     num_workers,
 )
-from orchestrator.runs.checkpoints.checkpoint import TrainingState
+from orchestrator.runs.checkpoints.checkpoint_folder import TrainingState
 from orchestrator.runs.data import split_batch, step_key
 from orchestrator.verbs.inputs.launch import launch_of
 from orchestrator.verbs.state.empty_states import EmptyStates
@@ -92,12 +92,11 @@ class DistributedStep:
         exact: bool = False, has_masters: bool = False, tp_plan: Mapping[str, str] | None = None,
         progress: Progress = quiet,
     ) -> None:  # fmt: skip
-        """`is_watched`: others may write to the model and the optimizer. `exact`, `tp_plan`: see `capture_graph`,
-        `has_masters`: see `StepShape`."""
+        """`is_watched`: others may write to these. `exact`, `tp_plan`: `capture_graph`; `has_masters`: `StepShape`."""
         self.model, self.optimizer, self.cluster = model, optimizer, cluster
         self.plan, self.loss_fn, self.clip_norm, self.tp_plan = plan, loss_fn, clip_norm, tp_plan
         self.traits, self._modes = checked_traits(optimizer), modes_of(optimizer)
-        self.seed, self.steps, self.hang_timeout_s = seed, 0, HANG_TIMEOUT_S
+        self.seed, self.steps, self.wait_s = seed, 0, HANG_TIMEOUT_S
         self.program: Program | None = None
         self.launch, self.is_watched, self.progress = launch, is_watched, progress
         self.exact, self.has_masters = exact, has_masters
@@ -294,9 +293,7 @@ class DistributedStep:
         self._seen = self._values_seen()
 
     def _settings(self) -> Settings:
-        return Settings(
-            same_kind(self.optimizer), self.clip_norm, groups=(), hang_timeout_s=self.hang_timeout_s
-        )
+        return Settings(same_kind(self.optimizer), self.clip_norm, groups=(), hang_timeout_s=self.wait_s)
 
     def _fill(self, runner: TensorRunner, program: Program, states: whole_state.OwnState) -> None:
         """Give the chips what the model holds, and these states of the optimizer."""

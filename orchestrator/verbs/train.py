@@ -200,6 +200,8 @@ def _trained(
     stop.enter(RunPhase.TRAINING)
     with console.training(job.model, job.steps, every=PLAIN_LINES) as show:
         training.run(show, stop.is_set, sinks)
+    with console.phase("write the checkpoint"):
+        training.save_now()
     stop.enter(RunPhase.OVER)
     result = write_results(training, baselines, stop.exit_code if training.was_interrupted else 0)
     if result.was_interrupted:

@@ -17,7 +17,7 @@ from orchestrator.config.hardware.cluster_file import cluster_path
 from orchestrator.config.job_file import load_job
 from orchestrator.config.yaml_file import read_yaml
 from orchestrator.models.user_code import PREFIX
-from orchestrator.runs.checkpoints import checkpoint
+from orchestrator.runs.checkpoints import checkpoint_folder as checkpoint
 from orchestrator.runs.metrics import read_metrics
 from orchestrator.verbs import train
 from orchestrator.verbs.inputs.options import TrainOptions

@@ -19,7 +19,7 @@ from orchestrator.config.job_file import Job, load_job
 from orchestrator.config.yaml_file import read_yaml
 from orchestrator.models.user_code import PREFIX
 from orchestrator.runners.signals import StopRequest
-from orchestrator.runs.checkpoints import checkpoint
+from orchestrator.runs.checkpoints import checkpoint_folder as checkpoint
 from orchestrator.runs.metrics import read_metrics
 from orchestrator.verbs import train, training_loop
 from orchestrator.verbs.inputs.options import TrainOptions

@@ -19,8 +19,8 @@ from orchestrator.planning.job_parts import JobParts
 from orchestrator.planning.preparation import PLANNED, Prepared
 from orchestrator.runners.signals import held_back
 from orchestrator.runs import metrics
-from orchestrator.runs.checkpoints import checkpoint
-from orchestrator.runs.checkpoints.checkpoint import Checkpoint, TrainingState
+from orchestrator.runs.checkpoints import checkpoint_folder as checkpoint
+from orchestrator.runs.checkpoints.checkpoint_folder import Checkpoint, TrainingState
 from orchestrator.runs.learning_rate import learning_rate
 from orchestrator.runs.run_dir import RunDir
 from orchestrator.verbs.inputs.options import RunnerKind, TrainOptions

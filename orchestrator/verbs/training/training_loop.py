@@ -14,7 +14,7 @@ from functools import partial
 from math import nan
 from pathlib import Path
 
-from comms.errors import DataError, ModelError
+from comms.errors import DataError, ModelError, UserError
 from comms.units import DASH, format_percent, format_scaled, format_seconds
 from kernels.optimizers import StepStatistics
 from orchestrator.config.hardware.cluster import Device
@@ -27,7 +27,7 @@ from orchestrator.runners.runner import ExecutedStep, measured_timeline
 from orchestrator.runners.timing.prediction import SimulationResult
 from orchestrator.runners.timing.step_costs import NS_PER_S
 from orchestrator.runs.accuracy import Accuracy, Basis, Pair, compare
-from orchestrator.runs.checkpoints import checkpoint
+from orchestrator.runs.checkpoints import checkpoint_folder as checkpoint
 from orchestrator.runs.checkpoints.manifest import Manifest
 from orchestrator.runs.checkpoints.saver import Saver
 from orchestrator.runs.data import TokenData
@@ -95,23 +95,35 @@ class Training:
     def run(
         self, show: Callable[[StepLine], None], is_stopping: Callable[[], bool], sinks: Sequence[Sink] = ()
     ) -> None:
-        """Train from `step` to the job's last step, or to the step at whose end `is_stopping()`; then save."""
+        """Train from `step` to the job's last step, or to the one at whose end `is_stopping()`; begin to save that.
+
+        Where it fails, what is being written is written to its end.
+        """
         job = self.prepared.job
         self.ends_s.append(time.monotonic())
         self.saved_at_s = self.clock()
-        with self._told(sinks) as tell:
-            while self.step < job.steps and not self.was_interrupted:
-                try:
+        try:
+            with self._told(sinks) as tell:
+                while self.step < job.steps and not self.was_interrupted:
                     line, rate = self._step()
-                except (DataError, ModelError):  # the chips are well
-                    self.save_now()
-                    raise
-                tell(self._record(line, rate))
-                show(line)
-                if self._is_to_be_saved():
-                    self.save()
-                self.was_interrupted = is_stopping() and self.step < job.steps
-        self.save_now()
+                    tell(self._record(line, rate))
+                    show(line)
+                    if self._is_to_be_saved():
+                        self.save()
+                    self.was_interrupted = is_stopping() and self.step < job.steps
+            self.save()
+        except Exception as error:
+            self._save_after(error)
+            raise
+
+    def _save_after(self, error: Exception) -> None:
+        """What can be saved where a step failed; that error is the one to be told."""
+        try:
+            if isinstance(error, DataError | ModelError):  # the chips are well
+                self.save()
+            self.saver.wait()
+        except UserError as other:
+            self.warn(f"nothing was saved: {other.problem} ({other.where})")
 
     @contextmanager
     def _told(self, sinks: Sequence[Sink]) -> Iterator[Callable[[Record], None]]:

@@ -13,7 +13,7 @@ import torch
 from orchestrator.config.hardware.cluster_file import cluster_path
 from orchestrator.config.yaml_file import read_yaml
 from orchestrator.runners.signals import StopRequest
-from orchestrator.runs.checkpoints import checkpoint
+from orchestrator.runs.checkpoints import checkpoint_folder as checkpoint
 from orchestrator.runs.metrics import read_metrics
 from orchestrator.verbs import train, training_loop
 from orchestrator.verbs.inputs.options import RunnerKind, TrainOptions

@@ -2,6 +2,7 @@
 
 import shutil
 import signal
+import threading
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -14,8 +15,8 @@ import yaml
 from comms.errors import ConfigError, ModelError, RunError
 from orchestrator.runners.failure import RunPhase
 from orchestrator.runners.signals import StopSignal
-from orchestrator.runs.checkpoints import checkpoint
-from orchestrator.runs.checkpoints.checkpoint import TrainingState
+from orchestrator.runs.checkpoints import checkpoint_folder as checkpoint
+from orchestrator.runs.checkpoints.checkpoint_folder import TrainingState
 from orchestrator.runs.run_lock import locked
 from orchestrator.verbs import train, training_loop
 from partitioner.layout.parallel_plan import Plan, plan_to_yaml
@@ -243,3 +244,27 @@ def test_a_save_that_fails_is_told_and_the_older_one_stays(
         resume_run(cut)
     found = checkpoint.latest(cut).checkpoint
     assert found is not None and found.manifest.step == 3
+
+
+def test_what_is_being_written_when_a_step_fails_is_written_to_its_end(
+    tmp_path: Path, train_job: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, failed = training_loop.Training._step, threading.Event()
+    save_file = checkpoint.save_file
+
+    def step(self: training_loop.Training) -> Any:
+        if self.step == 2:
+            failed.set()
+            raise RunError("actor 1 has ended", "actor 1", "resume")
+        return original(self)
+
+    def slow(*given: Any) -> None:
+        assert failed.wait(30)
+        save_file(*given)
+
+    monkeypatch.setattr(training_loop.Training, "_step", step)
+    monkeypatch.setattr(checkpoint, "save_file", slow)
+    with pytest.raises(RunError, match="actor 1 has ended"):
+        train_job(tmp_path / "run", FIRST, "checkpoints.every=2")
+    found = checkpoint.latest(tmp_path / "run").checkpoint
+    assert found is not None and found.manifest.step == 2
