@@ -1,4 +1,4 @@
-"""Files of every kind that a user can hand over, mutated: read, or refused in three parts, quickly and in little memory.
+"""Files of every kind that a user can hand over, mutated: read, or refused in three parts, in little time and memory.
 
 Who reads a file here: `check`; what `plan` and `simulate` read before they make a Program; `comms --tiers`, and one
 collective, on the clusters that are valid; schedules, measured tables and tables of parts as `comms` and `calibrate`
@@ -19,7 +19,7 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from enum import StrEnum
@@ -31,7 +31,6 @@ from support.harness import report
 from comms.calibration.measured_tables import read_table
 from comms.collectives.schedule_text import load_schedule
 from comms.errors import UserError
-from orchestrator.config.yaml_file import read_yaml
 from orchestrator.verbs import comms as comms_verb
 from orchestrator.verbs.check import check
 from orchestrator.verbs.inputs.comms_inputs import read_parts
@@ -43,6 +42,7 @@ MOST_CPU_S = 2.0
 MOST_WALL_S = 30.0  # before a case is ended
 MOST_GROWTH = 200e6  # bytes
 MOST_MEMORY = 2e9  # bytes above what the libraries take
+LONGEST = 7000  # characters of a message
 FEW_CHIPS = 64  # on which a collective is timed too, message by message
 
 
@@ -108,7 +108,9 @@ def tried(kind: FileKind, path: Path) -> tuple[Outcome, str]:
     try:
         read(kind, path)
     except UserError as error:
-        is_whole = all(each.problem and each.where and each.hint for each in error.findings)
+        is_whole = all(
+            each.problem and each.where and each.hint and len(each.text) < LONGEST for each in error.findings
+        )
         return (Outcome.REFUSED if is_whole else Outcome.VAGUE), error.text.replace(str(path), "FILE")
     except BaseException as error:
         place = traceback.extract_tb(error.__traceback__)[-1]

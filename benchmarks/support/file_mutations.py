@@ -317,7 +317,7 @@ def _structure(draw: random.Random, text: str) -> str:
         return _lines(draw, text)
 
 
-def _places(part: Any) -> Iterator[tuple[Any, Any]]:
+def _places(part: object) -> Iterator[tuple[Any, Any]]:
     inner = part.items() if isinstance(part, dict) else enumerate(part) if isinstance(part, list) else ()
     for key, value in list(inner):
         yield part, key
