@@ -12,7 +12,6 @@ import io
 import json
 import os
 import resource
-import select
 import shutil
 import signal
 import tempfile
@@ -39,7 +38,7 @@ from orchestrator.verbs.inputs.planned_inputs import read_plan, resolve
 from orchestrator.views.console import Console
 
 MOST_CPU_S = 2.0
-MOST_WALL_S = 30.0  # before a case is ended
+LAST_CPU_S, LAST_WALL_S = 20.0, 300  # before a case is ended
 MOST_GROWTH = 200e6  # bytes
 MOST_MEMORY = 2e9  # bytes above what the libraries take
 LONGEST = 7000  # characters of a message
@@ -114,7 +113,9 @@ def tried(kind: FileKind, path: Path) -> tuple[Outcome, str]:
         return (Outcome.REFUSED if is_whole else Outcome.VAGUE), error.text.replace(str(path), "FILE")
     except BaseException as error:
         place = traceback.extract_tb(error.__traceback__)[-1]
-        inner = [f for f in traceback.extract_tb(error.__traceback__) if "/site-packages/" not in f.filename][-1]
+        inner = [f for f in traceback.extract_tb(error.__traceback__) if "/site-packages/" not in f.filename][
+            -1
+        ]
         said = f"{type(error).__name__}: {str(error)[:100]} in {inner.filename}:{inner.lineno} ({place.name})"
         return Outcome.TRACEBACK, said
     return Outcome.READ, ""
@@ -156,20 +157,21 @@ def _in_child(numbers: range, known: list[Seed], folder: Path) -> Iterator[Ended
         _limit_memory()
         with suppress(BaseException), os.fdopen(there, "w") as lines:
             for number in numbers:
+                signal.setitimer(signal.ITIMER_PROF, LAST_CPU_S)  # which ends the process
+                signal.alarm(LAST_WALL_S)
                 lines.write(json.dumps(asdict(case(number, known, folder))) + "\n")
                 lines.flush()
         os._exit(0)
     os.close(there)
     with os.fdopen(back) as lines:
-        for number in numbers:
-            hung = not select.select([lines], [], [], MOST_WALL_S)[0]
-            line = "" if hung else lines.readline()
-            if not line:
-                os.kill(child, signal.SIGKILL)
-                yield Ended(number, Outcome.HUNG if hung else Outcome.DIED, "", MOST_WALL_S, 0)
-                break
+        came = 0
+        for line in lines:
+            came += 1
             yield Ended(**json.loads(line))
-    os.waitpid(child, 0)
+    _, status = os.waitpid(child, 0)
+    if came < len(numbers):
+        by_clock = os.WIFSIGNALED(status) and os.WTERMSIG(status) in (signal.SIGPROF, signal.SIGALRM)
+        yield Ended(numbers[came], Outcome.HUNG if by_clock else Outcome.DIED, "", LAST_CPU_S, 0)
 
 
 def _limit_memory() -> None:
@@ -203,7 +205,10 @@ def main() -> None:
 
 def _show(number: int, known: list[Seed], folder: Path) -> None:
     seed, ways, data = mutated(number, known)
-    print(data.decode(errors="replace")[:4000], f"\n-- {seed.kind} {seed.name}: {ways}\n{case(number, known, folder)}")
+    print(
+        data.decode(errors="replace")[:4000],
+        f"\n-- {seed.kind} {seed.name}: {ways}\n{case(number, known, folder)}",
+    )
     read(seed.kind, folder / "file.yaml")
 
 
@@ -212,11 +217,18 @@ def _run(numbers: range, known: list[Seed], folder: Path, kept: Path | None) -> 
     slowest, grown = 0.0, 0
     for ended in cases(numbers, known, folder):
         seed, ways, data = mutated(ended.number, known)
-        for row in ("all", f"file: {seed.kind}", *(f"way: {way}" for way in dict.fromkeys(ways.split(" + ")))):
+        for row in (
+            "all",
+            f"file: {seed.kind}",
+            *(f"way: {way}" for way in dict.fromkeys(ways.split(" + "))),
+        ):
             taken.setdefault(row, Counter())[ended.outcome] += 1
         slowest, grown = max(slowest, ended.cpu_s), max(grown, ended.grown)
         if ended.outcome not in (Outcome.READ, Outcome.REFUSED):
-            print(f"{ended.number} {ended.outcome} {seed.name}: {ways}, {ended.cpu_s:.1f} s: {ended.said}", flush=True)
+            print(
+                f"{ended.number} {ended.outcome} {seed.name}: {ways}, {ended.cpu_s:.1f} s: {ended.said}",
+                flush=True,
+            )
             if kept is not None:
                 (kept / f"{ended.number}.yaml").write_bytes(data)
     rows: list[Mapping[str, object]] = [

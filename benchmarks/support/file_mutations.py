@@ -189,7 +189,24 @@ ODD = [
 ]  # fmt: skip
 _TOKEN = re.compile(r"[^\s,:\[\]{}#]+")
 _NUMBER = re.compile(r"\d+(?:\.\d+)?(?:[eE][-+]?\d+)?")
-_UNITS = ("us", "ns", "s", "ms", "GB/s", "Gb/s", "GiB", "GB", "B", "W", "kW", "USD/h", "USD", "TFLOP/s", "GHz", "%")
+_UNITS = (
+    "us",
+    "ns",
+    "s",
+    "ms",
+    "GB/s",
+    "Gb/s",
+    "GiB",
+    "GB",
+    "B",
+    "W",
+    "kW",
+    "USD/h",
+    "USD",
+    "TFLOP/s",
+    "GHz",
+    "%",
+)
 _UNIT = re.compile(rf"(?<=\d )(?:{'|'.join(_UNITS)})")
 
 
@@ -248,7 +265,21 @@ def _values(draw: random.Random, text: str) -> str:
 
 
 def _numbers(draw: random.Random, text: str) -> str:
-    factors = ("{}0", "{}00000", "{}0000000000", "-{}", "0.{}", "{}.5", "{}e9", "{}e-9", "{}e400", "0", "1", "2", "3")
+    factors = (
+        "{}0",
+        "{}00000",
+        "{}0000000000",
+        "-{}",
+        "0.{}",
+        "{}.5",
+        "{}e9",
+        "{}e-9",
+        "{}e400",
+        "0",
+        "1",
+        "2",
+        "3",
+    )
     return _replaced(_NUMBER, text, draw, lambda number: draw.choice(factors).format(number))
 
 
@@ -265,7 +296,9 @@ def _keys(draw: random.Random, text: str) -> str:
 
 def _marks(draw: random.Random, text: str) -> str:
     """Tags, anchors, aliases."""
-    mark = draw.choice(("!!int", "!!float", "!!str", "!!null", "!!set", "!!map", "!!seq", "!!binary", "!x", "&a", "*a"))
+    mark = draw.choice(
+        ("!!int", "!!float", "!!str", "!!null", "!!set", "!!map", "!!seq", "!!binary", "!x", "&a", "*a")
+    )
     after = re.compile(r"(?<=: )|(?<=- )|(?<=\[)")
     return _replaced(after, _replaced(after, text, draw, lambda _: f"{mark} "), draw, lambda _: f"{mark} ")
 
@@ -309,7 +342,9 @@ def _structure(draw: random.Random, text: str) -> str:
             case 4 if isinstance(holder[key], list):
                 holder[key] *= draw.choice((0, 2, 1000))
             case 5:
-                holder[key] = draw.choice((None, True, 0, -1, 1.5, "", [], {}, float("nan"), 10**draw.randrange(20)))
+                holder[key] = draw.choice(
+                    (None, True, 0, -1, 1.5, "", [], {}, float("nan"), 10 ** draw.randrange(20))
+                )
             case _:
                 holder[key] = yaml.load(draw.choice(ODD), Loader=LOADER)
         return yaml.safe_dump(root, sort_keys=draw.random() < 0.3, allow_unicode=True)

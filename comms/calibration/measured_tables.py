@@ -121,7 +121,10 @@ def read_csv(
     if len(kept) < 2:
         raise CommsError("no rows of numbers", where, "give a header line, then one line per size")
     separator = max(",;\t", key=kept[0][1].count)
-    cells = list(csv.reader((line for _, line in kept), delimiter=separator))
+    try:
+        cells = list(csv.reader((line for _, line in kept), delimiter=separator))
+    except csv.Error as error:
+        raise CommsError(f"not CSV: {error}", where, "give a header line, then one line per size") from error
     header = [_heading(word) for word in cells[0]]
     size, measure = _measure_columns(header, f"{where}, line {kept[0][0]}")
     rows = [

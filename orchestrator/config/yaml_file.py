@@ -29,7 +29,9 @@ MAX_REPEATED = 1_000_000
 MAX_VALUES = 100_000
 # Characters of a number: Python's own limit for whole ones, as reading them takes the square of the length.
 MAX_NUMBER = 4300
-MAX_WHOLE = 2**64  # beyond it whole numbers are slips, and sums and messages of them a burden to all that follows
+MAX_WHOLE = (
+    2**64
+)  # beyond it whole numbers are slips, and sums and messages of them a burden to all that follows
 
 _LOADER: type[yaml.SafeLoader] = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _FLOAT = re.compile(r"[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?")

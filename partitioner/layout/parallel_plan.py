@@ -98,7 +98,14 @@ def plan_from_yaml(text: str, where: str = "plan") -> Plan:
     try:
         raw = yaml.safe_load(text)
     # Brackets by the thousand, !!int of a word, a date that there is not.
-    except (yaml.YAMLError, RecursionError, ArithmeticError, AttributeError, LookupError, ValueError) as error:
+    except (
+        yaml.YAMLError,
+        RecursionError,
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        ValueError,
+    ) as error:
         raise PartitionError(f"not YAML: {error}", where, HINT) from error
     return plan_from(raw, lambda *_: where)
 

@@ -20,7 +20,6 @@ from comms.networks.network import Network, Tier
 from kernels.chips import Chip
 from orchestrator.config.hardware.network_sections import NicSection
 
-
 MOST_CHIPS = 2**20  # several times the largest cluster that anyone builds; a slip of the pen lies beyond
 MOST_CHIPS_OF_UNIT = 2**17  # where hosts are held one by one
 
@@ -82,14 +81,15 @@ def unit_of(
     So many hosts of one kind cost no more than one.
     """
     num_chips = sum(count * len(host.chips) for host, count in zip(hosts, counts, strict=True))
-    is_one = repeat is not None and len(hosts) == 1
     if num_chips * (repeat or 1) > MOST_CHIPS:
-        raise ClusterError(f"{num_chips * (repeat or 1)} chips in one cluster", hint=f"give up to {MOST_CHIPS}")
-    if not is_one and num_chips > MOST_CHIPS_OF_UNIT:
+        raise ClusterError(
+            f"{num_chips * (repeat or 1)} chips in one cluster", hint=f"give up to {MOST_CHIPS}"
+        )
+    if repeat is not None and len(hosts) == 1:
+        return (hosts[0],), counts[0] * repeat
+    if num_chips > MOST_CHIPS_OF_UNIT:
         hint = f"give up to {MOST_CHIPS_OF_UNIT}, and how often they `repeat`"
         raise ClusterError(f"{num_chips} chips in the hosts that repeat", hint=hint)
-    if is_one:
-        return (hosts[0],), counts[0] * repeat
     unit = tuple(host for host, count in zip(hosts, counts, strict=True) for _ in range(count))
     return unit, None if repeat is None else repeat * len(unit)
 
@@ -169,7 +169,9 @@ class Cluster:
         if wanted < 1:
             raise ClusterError(f"cannot take {wanted} chips", self.origin, "ask for at least one chip")
         if wanted > MOST_CHIPS:
-            raise ClusterError(f"cannot take {wanted} chips", self.origin, f"ask for at most {MOST_CHIPS} chips")
+            raise ClusterError(
+                f"cannot take {wanted} chips", self.origin, f"ask for at most {MOST_CHIPS} chips"
+            )
         if self.num_hosts is not None and wanted > self.num_chips:
             have = f"{self.name} has {self.num_chips} chips ({self.num_hosts} hosts of {size})"
             problem = f"{wanted} chips asked for, but {have}"
