@@ -2,8 +2,8 @@
 
 Verbs are imported when they run, so that a help text costs neither torch nor ray. Results go to stdout, talk to
 stderr. Exit codes: 0 done, 1 the run ended early, 2 the input is wrong, 3 it does not fit, 4 chips hang, 5 the runs
-differ, 130 interrupted. Flags are few on purpose (`verbs.inputs.options` has them all): everything else is `--set
-a.b=c`, typed by the job's schema.
+differ, 128 + n ended by signal n. Flags are few on purpose (`verbs.inputs.options` has them all): everything else is
+`--set a.b=c`, typed by the job's schema.
 """
 
 import errno
@@ -19,12 +19,15 @@ from typing import Annotated, get_args, get_origin
 import typer
 
 from comms.errors import UserError
+from orchestrator.runners.failure import RunPhase
+from orchestrator.runners.signals import StopSignal, own_process
 from orchestrator.verbs.inputs.options import INTERRUPTED, LAST, VERBS, Options
 from orchestrator.views.console import Console, give_up
 
 
 def main() -> None:
-    """The entry point `orchestrate`."""
+    """The entry point `orchestrate`. From here on no signal shows a traceback."""
+    own_process()
     try:
         build()()
     except OSError as error:
@@ -38,7 +41,9 @@ def main() -> None:
 def run(verb: str, given: Mapping[str, object]) -> int:
     """Run one verb with these flags; its exit code, or that of the error that ended it."""
     console = Console(as_json=given.get("as_json") is True, verbose=given.get("verbose") is True)
+    stop = own_process()
     try:
+        stop.enter(RunPhase.START)
         options = _options(VERBS[verb], given)
         answer: Callable[[Options, Console], int] = importlib.import_module(f"orchestrator.verbs.{verb}").main
         # What the user's code prints is no part of the document.
@@ -53,9 +58,14 @@ def run(verb: str, given: Mapping[str, object]) -> int:
 
         console.error(raised(end, "a step", "the code that ends the process"))
         return UserError.exit_code
-    except KeyboardInterrupt:
+    except StopSignal as stopped:
+        console.say(f"{stopped.name}: ended before anything was trained")
+        return stopped.exit_code
+    except KeyboardInterrupt:  # of code that has handlers of its own
         console.say("interrupted")
         return INTERRUPTED
+    finally:
+        stop.enter(RunPhase.OVER)
 
 
 def _options(kind: type[Options], given: Mapping[str, object]) -> Options:

@@ -41,12 +41,14 @@ PLACEHOLDER_VALUE = re.compile(r"\bplaceholder (value|number|implementation|text
 # A new flag is a new promise. Prefer a key of the job file and --set; if it must be a flag, it is added here too.
 FLAGS = frozenset(
     {
+        "--address",
         "--algorithm",
         "--chips",
         "--cluster",
         "--data",
         "--dry-run",
         "--fidelity",
+        "--follow",
         "--global-batch",
         "--job",
         "--json",
@@ -65,6 +67,7 @@ FLAGS = frozenset(
         "--tiers",
         "--verbose",
         "--verify-first",
+        "--working-dir",
         "-v",
     }
 )

@@ -32,6 +32,7 @@ from orchestrator.config.schema import (
     WHOLE,
     FieldType,
     Section,
+    Time,
     count_or,
     field_error,
     nearest,
@@ -200,6 +201,12 @@ class PlanSection(Section):
     batch_norm: Annotated[BatchNorms, word_field(BatchNorms)] = BatchNorms.SYNCHRONISED
 
 
+def _above_zero(seconds: float) -> float:
+    if not seconds:
+        raise field_error("a wait of zero", "give a time above zero, as 10 s")
+    return seconds
+
+
 class ValidationSection(Section):
     """Every how many steps (0: never), on how many global batches; of text a tenth is held out, else of `data`."""
 
@@ -209,10 +216,11 @@ class ValidationSection(Section):
 
 
 class CheckpointsSection(Section):
-    """Every how many steps (0: only at the end), and how many to keep."""
+    """Every how many steps and after how much time (0: not by that), besides the end; and how many to keep."""
 
     every: Natural = 0
-    keep: Positive = 2
+    interval: Time = 300.0
+    keep: Positive = 3
 
 
 class Job(Section):
@@ -226,6 +234,9 @@ class Job(Section):
     # builtin:NAME, hf:NAME, a folder with weights, path.py:factory, pkg.module:factory
     model: str = "builtin:gpt-mini"
     model_args: dict[str, Any] = Field(default_factory=dict)
+    weights: str | None = (
+        None  # a checkpoint, run, safetensors or DCP folder to start from instead of the seed
+    )
     # builtin:NAME, a file or folder of text, or path.py:name or pkg.module:name of datasets and loaders
     data: str = "builtin:english"
     data_args: dict[str, Any] = Field(default_factory=dict)
@@ -250,6 +261,7 @@ class Job(Section):
     plan: PlanSection = Field(default_factory=PlanSection)
     validation: ValidationSection = Field(default_factory=ValidationSection)
     checkpoints: CheckpointsSection = Field(default_factory=CheckpointsSection)
+    hang_timeout: Annotated[Time, AfterValidator(_above_zero)] = 300.0  # without any chip that moves
 
     @property
     def has_own_data(self) -> bool:

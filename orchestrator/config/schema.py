@@ -30,6 +30,7 @@ from comms.units import EXAMPLES, Quantity, format_quantity, parse, pattern
 from orchestrator.config.yaml_file import Document, Location
 
 _MAY_BE_ZERO = {Quantity.TIME, Quantity.POWER, Quantity.HOURLY_PRICE, Quantity.PRICE}
+EXACT = 17  # digits that tell one float from another
 
 # Far beyond anything that is built: what is outside is a slip of the pen, and times of hundreds of digits.
 _LIMITS: Mapping[Quantity, tuple[float, float]] = {
@@ -69,7 +70,8 @@ def quantity_field(quantity: Quantity) -> FieldType:
     """A field that is a quantity: text with a unit in the file, a float in base units after it."""
     examples = EXAMPLES[quantity].split(" or ")
     schema = {"type": "string", "pattern": pattern(quantity), "examples": examples}
-    return FieldType(partial(read_quantity, quantity), schema)
+    written = partial(format_quantity, quantity=quantity, digits=EXACT)
+    return FieldType(partial(read_quantity, quantity), schema, written)
 
 
 def read_quantity(quantity: Quantity, value: object) -> float:

@@ -22,8 +22,10 @@ from comms.errors import ModelError, UserError
 from orchestrator.config.schema import nearest
 
 PREFIX = "orchestrate_user_"  # of the modules that files become
-OURS = tuple(
-    str(Path(__file__).parents[2] / name) for name in ("orchestrator", "partitioner", "kernels", "comms")
+OURS = tuple(  # on a cluster each of them may lie in a folder of its own
+    str(Path(spec.origin).parent)
+    for name in ("orchestrator", "partitioner", "kernels", "comms")
+    if (spec := importlib.util.find_spec(name)) is not None and spec.origin is not None
 )
 RAISED = (
     Exception,
@@ -82,15 +84,20 @@ def own_frames(error: BaseException) -> str:
 
 def own_sources() -> dict[str, str]:
     """Digests of the user's files that have been imported, by the names of their modules."""
-    library = str(Path(importlib.__file__).parent.parent)
     found: dict[str, str] = {}
     for name, module in sorted(sys.modules.items()):
         path = str(getattr(module, "__dict__", {}).get("__file__") or "")
-        is_own = path.endswith(".py") and not path.startswith((*OURS, library)) and "-packages" not in path
-        if is_own and Path(path).is_file():
+        if is_own(path):
             known = Path(path).name if name.startswith(PREFIX) else f"{name.replace('.', '/')}.py"
             found[known] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
     return found
+
+
+def is_own(path: str) -> bool:
+    """Whether a module's file is the user's: none of ours, of Python's or of what is installed."""
+    library = str(Path(importlib.__file__).parent.parent)
+    is_code = path.endswith(".py") and not path.startswith((*OURS, library)) and "-packages" not in path
+    return is_code and Path(path).is_file()
 
 
 def first_parameter(function: Callable[..., object]) -> inspect.Parameter | None:

@@ -35,6 +35,7 @@ from kernels.trials.optimizer_trials import Scope, advance
 from orchestrator.config.job_file import Dtype, Job
 from orchestrator.models.model_builder import BuiltModel, build
 from orchestrator.models.user_code import RAISED, called, first_parameter, named_object, raised
+from orchestrator.planning.start_weights import started_from
 from orchestrator.planning.weights_elsewhere import WeightsElsewhere
 from orchestrator.runs.data import step_key
 from orchestrator.runs.learning_rate import learning_rate
@@ -88,7 +89,7 @@ class JobParts:
 
 def job_parts(job: Job, device: str) -> JobParts:
     """The parts of a job; "meta": shapes only, if the model's code takes that. Raises ModelError or DataError."""
-    model, loss_fn = build_model(job, device), job_loss(job)
+    model, loss_fn = started_from(build_model(job, device), job.weights), job_loss(job)
     data = None
     if job.has_own_data:
         loss_fn, data = _own_data(job, job.data, model.module, loss_fn)

@@ -17,7 +17,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from comms.errors import DataError, PartitionError, PlanError, UserError
+from comms.errors import DataError, ModelError, PartitionError, PlanError, UserError
 from comms.kept_files import cache_folder, sealed, unsealed
 from comms.selection.progress import Progress, quiet
 from kernels.builtin_optimizers import BUILT_IN
@@ -69,10 +69,8 @@ def prepare(
     """
     _require_text(job)
     _require_named(job)
-    spec = parse_model(job.model)
-    is_known = spec.kind in (SourceKind.BUILTIN, SourceKind.HF)
-    is_stable = is_known and not (spec.target.endswith(".json") or Path(spec.target).exists())
-    cacheable = is_stable and not job.has_own_parts
+    _require_weights(job)
+    is_stable, cacheable = _is_stable(job), _is_cacheable(job)
     if plan is not None:
         return _prepared(cluster, job, plan, progress, cacheable, parts)
     return first_that_splits(
@@ -85,10 +83,16 @@ def _prepared(
     cluster: Cluster, job: Job, plan: Plan, progress: Progress, cacheable: bool, parts: "JobParts | None"
 ) -> Prepared:
     _check(plan, job, cluster)
+    program, was_cached = _program(job, plan, progress, cacheable, parts)
+    return Prepared(cluster, job, replace(plan, microbatches=program.microbatches), program, was_cached)
+
+
+def _program(
+    job: Job, plan: Plan, progress: Progress, cacheable: bool, parts: "JobParts | None"
+) -> tuple[Program, bool]:
     entry = f"{key_of(_content(job, plan))}.program" if cacheable else None
     made = partial(_partitioned, job, plan, progress, parts)
-    program, was_cached = remembered(entry, partial(_decoded, plan), made, encode)
-    return Prepared(cluster, job, replace(plan, microbatches=program.microbatches), program, was_cached)
+    return remembered(entry, partial(_decoded, plan), made, encode)
 
 
 def _decoded(plan: Plan, data: bytes) -> Program:
@@ -97,6 +101,24 @@ def _decoded(plan: Plan, data: bytes) -> Program:
     if program.axes != plan.axes or program.microbatches < 1:
         raise ValueError(f"a Program of {program.axes}")
     return program
+
+
+def program_under(
+    job: Job, plan: Plan, parts: "JobParts | None" = None, *, progress: Progress = quiet
+) -> Program:
+    """The Program of a job by any plan, whatever cluster there is. Raises UserError."""
+    return _program(job, plan, progress, _is_cacheable(job), parts)[0]
+
+
+def _is_cacheable(job: Job) -> bool:
+    """Whether a description says all of what a Program is made of."""
+    return _is_stable(job) and not job.has_own_parts
+
+
+def _is_stable(job: Job) -> bool:
+    spec = parse_model(job.model)
+    is_known = spec.kind in (SourceKind.BUILTIN, SourceKind.HF)
+    return is_known and not (spec.target.endswith(".json") or Path(spec.target).exists())
 
 
 def module_values(module: "nn.Module") -> "dict[str, Tensor]":
@@ -218,6 +240,15 @@ def _require_named(job: Job) -> None:
     for key, text in (("lr_schedule", schedule), ("validation.data", job.validation.data)):
         if text is not None:
             named_object(text, key)
+
+
+def _require_weights(job: Job) -> None:
+    """Only what has tensors reads them, but they must be there."""
+    if job.weights is not None and not Path(job.weights).exists():
+        hint = (
+            "give a run, a checkpoint, a .safetensors file or folder, or one of torch.distributed.checkpoint"
+        )
+        raise ModelError(f"there are no weights {job.weights!r}", "weights", hint)
 
 
 def _require_text(job: Job) -> None:

@@ -4,12 +4,14 @@ No clock, no Ray and no file: whoever sees an event tells it, and carries out wh
 
 A call to actors ends with all actors: an actor that has ended, an error in one, and chips that have not moved for too
 long are told with their names, and then every actor is ended, so that nobody is left waiting. A step with a result
-that is not finite was skipped by the optimizer, so the state before it is saved. The first interrupt ends the run
-after the current step and saves, the second ends it at once.
+that is not finite was skipped by the optimizer, so the state before it is saved. The first signal ends the run after
+the current step and saves, or at once where no step was taken; Ctrl-C after any signal ends it at once.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from signal import SIGINT, Signals
 
 from comms.errors import HangError, RunError, UserError
 
@@ -49,10 +51,10 @@ class EndActors:
     cause: BaseException | None = None
 
 
-def actor_ended(state: CallState, actor: int) -> EndActors:
-    """The process of an actor is gone."""
-    hint = "was it killed, or out of memory? continue from the last checkpoint with --resume"
-    return EndActors(RunError(f"actor {actor} has ended", state.place(actor), hint))
+def actor_ended(state: CallState, actor: int, why: str) -> EndActors:
+    """The process of an actor is gone; `why`, as far as that is known."""
+    hint = "continue from the last checkpoint with --resume"
+    return EndActors(RunError(f"actor {actor} has ended: {why}", state.place(actor), hint))
 
 
 def actor_failed(state: CallState, actor: int, cause: BaseException) -> EndActors:
@@ -82,21 +84,40 @@ def nobody_finished(
         HangError(
             f"no chip has moved for {state.timeout_s:g} s while {DOING.get(state.doing, state.doing)}",
             "\n".join(waits),
+            f"if it is only slow, wait longer: --set 'hang_timeout={2 * state.timeout_s:g} s'; "
             "a real hang is a bug worth reporting",
         )
     )
 
 
+class RunPhase(StrEnum):
+    """How far a command is when a signal comes."""
+
+    START = "before the first step"
+    TRAINING = "between the first step and the last checkpoint"
+    OVER = "nothing is left that could be lost"
+
+
 class RunEnd(StrEnum):
-    """How a run of training ends that somebody interrupts."""
+    """How a command ends that a signal asks to, in words."""
 
-    SAVED = "after the current step, which is saved"
-    AT_ONCE = "at once, without saving"
+    UNSTARTED = "ending, nothing was trained yet"
+    SAVED = "ending after this step, which is saved (Ctrl-C ends at once)"
+    AS_ASKED = "ending already (Ctrl-C ends at once)"
+    REACHED = "ending as it would have, all is done"
+    AT_ONCE = "ended at once, without saving"
 
 
-def interrupted(times: int) -> RunEnd:
-    """What an interrupt does, the `times`-th of the run."""
-    return RunEnd.SAVED if times == 1 else RunEnd.AT_ONCE
+def interrupted(received: Sequence[Signals], phase: RunPhase) -> RunEnd:
+    """What the last of these signals does.
+
+    Only Ctrl-C is pressed twice by somebody who cannot wait; others follow the first one as its reminders, or from a
+    batch system that asks once more before it kills.
+    """
+    if len(received) > 1:
+        return RunEnd.AT_ONCE if received[-1] is SIGINT else RunEnd.AS_ASKED
+    ends = {RunPhase.START: RunEnd.UNSTARTED, RunPhase.TRAINING: RunEnd.SAVED, RunPhase.OVER: RunEnd.REACHED}
+    return ends[phase]
 
 
 def not_finite(step: int, where: str | None) -> RunError:

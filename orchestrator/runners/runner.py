@@ -31,15 +31,19 @@ from partitioner.program.program import (
 )
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import torch
 
     from comms.selection.progress import Progress
     from kernels.optimizers import Factory, StepStatistics
+    from orchestrator.models.own_modules import OwnModule
 
 # Causes before effects: forward 0, backward 1, later 2; microbatch; stage along the flow; chip.
 BadOrder: TypeAlias = tuple[int, int, int, int]
 Batches: TypeAlias = "Mapping[int, Mapping[tuple[int, str], torch.Tensor]]"
 States: TypeAlias = "Mapping[int, Mapping[str, torch.Tensor]]"
+HANG_TIMEOUT_S = 300.0  # what a job without `hang_timeout` has
 HELD = "held by tensors"  # the counter of a chip's memory
 # Bodies whose name is not the kind of work they do; every other body's name is the kind.
 KINDS = {"backward_last": "backward", "update": "optimizer"}
@@ -119,7 +123,10 @@ class TensorRunner(Runner, Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What every chip needs besides the Program: optimizer, clipping, where tensors live."""
+    """What every chip needs besides the Program: optimizer, clipping, where tensors live, and how long it may be still.
+
+    `hang_timeout_s`: without any chip that moves, after which a call to actors has failed.
+    """
 
     optimizer: "Factory"
     clip_norm: float | None
@@ -128,6 +135,8 @@ class Settings:
         {},
         {"weight_decay": 0.0},
     )  # settings of the optimizer's groups
+    modules: "tuple[OwnModule, ...]" = ()  # of the user's, for other processes that execute operators of theirs
+    hang_timeout_s: float = HANG_TIMEOUT_S
 
 
 class Launch(Protocol):
@@ -135,6 +144,9 @@ class Launch(Protocol):
 
     def connect(self, program: Program, settings: Settings, progress: "Progress") -> TensorRunner:
         """A runner of `program`, in place of any other of this launch, once what is starting is there."""
+
+    def keep_logs(self, folder: "Path") -> None:
+        """Have what other processes of the run print in this folder at the end, a file each."""
 
     def close(self) -> None:
         """Give back all that was started."""

@@ -132,6 +132,7 @@ class RunDir:
     timeline_plot = _Name("timeline.png")
     checkpoints = _Name("checkpoints")
     log = _Name("log.txt")
+    logs = _Name("logs")  # what other processes of the run printed
 
     def timeline(self, origin: Origin) -> Path:
         """`predicted.msgpack` or `measured.msgpack`."""

@@ -37,20 +37,20 @@ from orchestrator.planning.optimizer_checks import checked_traits
 from orchestrator.planning.plan_choice import first_that_splits
 from orchestrator.planning.preparation import module_values
 from orchestrator.runners.executing import whole_state
-from orchestrator.runners.executing.chip_set import ChipSet, InlineLaunch
+from orchestrator.runners.executing.chip_set import ChipSet
 from orchestrator.runners.executing.own_operators import own_operators, require_no_state
-from orchestrator.runners.on_ray.ray_launch import RayLaunch
 from orchestrator.runners.runner import (
+    HANG_TIMEOUT_S,
     ExecutedStep,
     Launch,
     Settings,
-    States,
     StepRequest,
     TensorRunner,
     num_workers,
 )
+from orchestrator.runs.checkpoints.checkpoint import TrainingState
 from orchestrator.runs.data import split_batch, step_key
-from orchestrator.verbs.inputs.options import RunnerKind
+from orchestrator.verbs.inputs.launch import launch_of
 from orchestrator.verbs.situation import (
     Situation,
     ages_of,
@@ -97,7 +97,7 @@ class DistributedStep:
         self.model, self.optimizer, self.cluster = model, optimizer, cluster
         self.plan, self.loss_fn, self.clip_norm, self.tp_plan = plan, loss_fn, clip_norm, tp_plan
         self.traits, self._modes = checked_traits(optimizer), modes_of(optimizer)
-        self.seed, self.steps = seed, 0
+        self.seed, self.steps, self.hang_timeout_s = seed, 0, HANG_TIMEOUT_S
         self.program: Program | None = None
         self.launch, self.is_watched, self.progress = launch, is_watched, progress
         self.exact, self.has_masters = exact, has_masters
@@ -157,17 +157,21 @@ class DistributedStep:
         self._said |= set(warnings_of(program))
         self._start(batch, situation)
 
-    def states(self) -> States:
-        """What a checkpoint holds, by chip; a batch has been seen."""
-        assert self._runner is not None
-        return self._runner.states()
+    def training_state(self) -> TrainingState:
+        """What a checkpoint holds, for any plan; a batch has been seen."""
+        assert self._runner is not None and self.program is not None
+        return whole_state.completed(whole_state.trained(self.program, self._runner.states()), self.model)
 
-    def restore(self, states: States, steps: int) -> None:
-        """Go on from a checkpoint of the Program that runs."""
-        assert self._runner is not None
-        self._runner.restore(states)
+    def restore(self, held: TrainingState, steps: int, batch: Batch) -> None:
+        """Go on from what `training_state` gave, under whichever plan, by a Program for batches like this one."""
+        assert self.program is not None
+        self._put(held)
+        self.steps, ages = steps, ages_of(self.model, self.optimizer, self._entries)
+        if whole_state.shared_steps(self.program, dict(ages)):
+            self.adopt(self.program, batch)
+        else:  # what has not come equally far is not stepped on together
+            self._start(batch, self._situation_of(batch))
         self._set_ahead(is_ahead=True)
-        self.steps = steps
 
     def close(self) -> None:
         """Give back processes and memory; nothing is run after that."""
@@ -200,7 +204,7 @@ class DistributedStep:
         program, ages = self.program, ages_of(self.model, self.optimizer, self._entries)
         if exact:
             key = ("exact", *self._situation, ages)
-            program = self._programs.get(key) or self._program(batch, self.plan, dict(ages), exact=True)
+            program = self._programs.get(key) or self.program_by(batch, self.plan, exact=True)
             self._programs[key] = program
         chips = ChipSet(program, self._settings(), num_workers(self.cluster))
         self._fill(chips, program, states)
@@ -209,24 +213,24 @@ class DistributedStep:
     def sync(self) -> nn.Module:
         """Copy trained parameters and optimizer states back into the model and the optimizer; returns the model."""
         if self._runner is not None and self.program is not None and self._is_ahead:
-            states = self._runner.states()
-            params = dict(self.model.named_parameters())
-            trained = whole_state.whole_parameters(self.program, states.__getitem__)
-            if gone := sorted(trained.keys() - params.keys()):
-                problem = f"the model has no {gone[0]} any more, which the chips have trained"
-                raise PlanError(problem, "sync()", "call sync() before the model changes")
-            with torch.no_grad():
-                for name, value in trained.items():
-                    params[name].copy_(value.view(params[name].shape))
-                self._buffers.put(whole_state.whole_buffers(self.program, states))
-            for name, own in whole_state.whole_states(self.program, states).items():
-                if whole_state.MASTER in own:
-                    self._masters[name] = own.pop(whole_state.MASTER)
-                laid = {key: laid_as(value, params[name]) for key, value in own.items()}
-                self.optimizer.state[params[name]] = as_kept(laid)
+            self._put(whole_state.trained(self.program, self._runner.states()))
             self._set_ahead(is_ahead=False)
             self._seen = self._values_seen()
         return self.model
+
+    def _put(self, held: TrainingState) -> None:
+        """Give the model and the optimizer what was trained."""
+        params = dict(self.model.named_parameters())
+        whole_state.require_there(held, params)
+        with torch.no_grad():
+            for name, value in held.parameters.items():
+                params[name].copy_(value.view(params[name].shape))
+            self._buffers.put(held.buffers)
+        for name, own in held.states.items():
+            if whole_state.MASTER in own:
+                self._masters[name] = own[whole_state.MASTER]
+            laid = {k: laid_as(v, params[name]) for k, v in own.items() if k != whole_state.MASTER}
+            self.optimizer.state[params[name]] = as_kept(laid)
 
     def _set_ahead(self, *, is_ahead: bool) -> None:
         if is_ahead is not self._is_ahead:
@@ -290,7 +294,9 @@ class DistributedStep:
         self._seen = self._values_seen()
 
     def _settings(self) -> Settings:
-        return Settings(same_kind(self.optimizer), self.clip_norm, groups=())
+        return Settings(
+            same_kind(self.optimizer), self.clip_norm, groups=(), hang_timeout_s=self.hang_timeout_s
+        )
 
     def _fill(self, runner: TensorRunner, program: Program, states: whole_state.OwnState) -> None:
         """Give the chips what the model holds, and these states of the optimizer."""
@@ -316,13 +322,12 @@ class DistributedStep:
         lengths = Counter(v.shape[0] for v in tensors_of(batch).values() if v.dim())
         samples = max(lengths, key=lambda n: (lengths[n], n), default=1)
         job = load_job(None).model_copy(update={"global_batch": max(samples, 1), "seq": 1})
-        num_params = sum(p.numel() for p in self.model.parameters())
 
         def made(plan: Plan) -> Plan:
             self._program_of(batch, plan, situation)
             return plan
 
-        return first_that_splits(job, self.cluster, num_params, made)
+        return first_that_splits(job, self.cluster, sum(p.numel() for p in self.model.parameters()), made)
 
     def _program_of(self, batch: Batch, plan: Plan, situation: Situation) -> Program:
         """The Program for a situation, made once."""
@@ -330,12 +335,12 @@ class DistributedStep:
         if (key := (*situation, ages)) not in self._programs:
             if len(self._programs) >= MAX_PROGRAMS:
                 del self._programs[next(iter(self._programs))]
-            self._programs[key] = self._program(batch, plan, dict(ages))
+            self._programs[key] = self.program_by(batch, plan)
         return self._programs[key]
 
-    def _program(
-        self, batch: Batch, plan: Plan, ages: Mapping[str, object], *, exact: bool = False
-    ) -> Program:
+    def program_by(self, batch: Batch, plan: Plan, *, exact: bool = False) -> Program:
+        """The Program for batches like this one by any plan, made anew."""
+        ages = dict(ages_of(self.model, self.optimizer, self._entries))
         shape, apart = optimized_shape(
             self.model, batch, self.optimizer, self.traits.scope, self.clip_norm, ages
         )
@@ -360,15 +365,16 @@ class DistributedStep:
 def distribute(
     model: nn.Module, optimizer: torch.optim.Optimizer, cluster: str | Path | Cluster, *, plan: Plan | None = None,
     chips: int | None = None, loss_fn: LossFunction | None = None, clip_norm: float | None = None,
-    seed: int = 0, runner: str = "inline",
+    seed: int = 0, runner: str = "inline", address: str | None = None,
 ) -> DistributedStep:  # fmt: skip
     """Train `model` with `optimizer` on the chips of `cluster` (a file, a shipped name, or a Cluster).
 
     `model(**batch)` returns the loss, or `loss_fn` makes it of the output: `loss_fn(output, **batch)`, with those
     entries that it names, or `loss_fn(output, batch)`. Without a `plan` one is chosen at the first batch. `runner`:
-    "inline", in this process, or "ray", by actors, which end with `step.close()` or this process. Dropout and other
-    random numbers follow from `seed`, the step (`step.steps`, to be set by whoever resumes) and the sample, not from
-    torch's generators. Raises UserError.
+    "inline", in this process, or "ray", by actors, which end with `step.close()` or this process; `address`: of the
+    Ray cluster that they are on (as `train --address` takes it; None: RAY_ADDRESS, else a Ray of its own). Dropout
+    and other random numbers follow from `seed`, the step (`step.steps`, to be set by whoever resumes) and the sample,
+    not from torch's generators. Raises UserError.
     """
     require_kinds(
         model=(model, nn.Module), optimizer=(optimizer, torch.optim.Optimizer), plan=(plan, (Plan, NoneType)),
@@ -378,7 +384,7 @@ def distribute(
         raise PlanError(f"clip_norm is {clip_norm}", "distribute", "give a number above 0, or leave it out")
     found = cluster if isinstance(cluster, Cluster) else load_cluster(cluster_path(str(cluster)))
     found = found.take(chips)
-    launch = launch_of(found, runner)
+    launch = launch_of(found, runner, address)
     try:
         step = DistributedStep(model, optimizer, found, plan, loss_fn, clip_norm, seed, launch)
     except BaseException:
@@ -386,12 +392,3 @@ def distribute(
         raise
     weakref.finalize(step, launch.close)
     return step
-
-
-def launch_of(cluster: Cluster, runner: str) -> Launch:
-    """What carries out Programs on a cluster: this process, or Ray's actors, which begin to start. Raises PlanError."""
-    if runner == RunnerKind.INLINE:
-        return InlineLaunch(cluster)
-    if runner == RunnerKind.RAY:
-        return RayLaunch(cluster)
-    raise PlanError(f"no runner {runner!r}", "runner", "write inline or ray")

@@ -1,106 +1,129 @@
 """train: run a plan with real tensors, with the prediction beside the measurement.
 
 `main` serves the command line, `run` is the same from Python. Ray starts in the background while the model is
-captured; Ctrl-C once ends the run after the current step and saves, twice ends it at once.
+captured. A run directory can be resumed from the moment it is there; what signals do is said in `runners.signals`.
 
-With --resume the run directory says what is trained (`planned_inputs.from_config`), and its newest complete checkpoint
-from where (`runs.checkpoint.latest`).
+With --resume the run directory says what is trained (`training.resuming`), and its newest complete checkpoint from
+where.
 """
 
-import signal
-import threading
-from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager
+from collections.abc import Mapping
+from contextlib import closing
+from functools import partial
 from pathlib import Path
-from types import FrameType
 
 from comms.errors import ConfigError, ModelError
 from comms.units import format_dollars, format_percent, format_scaled, format_seconds
 from orchestrator.config.hardware.cluster import Cluster, Device
 from orchestrator.config.job_file import Job
-from orchestrator.config.schema import nearest
 from orchestrator.models.model_builder import BuiltModel
 from orchestrator.planning.job_parts import JobParts, LrSchedule, job_parts, validation_data
-from orchestrator.planning.preparation import Prepared, prepare
-from orchestrator.runners.failure import RunEnd, interrupted
+from orchestrator.planning.preparation import Prepared, prepare, program_under
+from orchestrator.runners.failure import RunPhase
+from orchestrator.runners.on_ray.ray_connection import is_job
 from orchestrator.runners.runner import Launch
+from orchestrator.runners.signals import OF_TERMINALS, StopRequest, held_back, stop_request
 from orchestrator.runners.timing.prediction import SimulationResult, simulate
-from orchestrator.runs import metrics, run_dir
+from orchestrator.runs import run_dir
 from orchestrator.runs.data import NUM_BYTES, TokenData, baseline_losses, load_data
 from orchestrator.runs.own_data import OwnData
 from orchestrator.runs.run_dir import RunDir
-from orchestrator.verbs.distribute import launch_of
-from orchestrator.verbs.inputs.options import INTERRUPTED, RunnerKind, SimulateOptions, TrainOptions
-from orchestrator.verbs.inputs.planned_inputs import Inputs, from_config, read_plan, resolve, write_prepared
-from orchestrator.verbs.job_step import step_of_job
+from orchestrator.runs.run_lock import locked
+from orchestrator.verbs.inputs.launch import launch_of
+from orchestrator.verbs.inputs.options import RunnerKind, SimulateOptions, TrainOptions
+from orchestrator.verbs.inputs.planned_inputs import Inputs, resolve
 from orchestrator.verbs.simulate import answer, memory_short
+from orchestrator.verbs.training.job_step import step_of_job
+from orchestrator.verbs.training.resuming import Resumed, keep, require_free, restore, resumed
 from orchestrator.verbs.training_loop import Training, TrainResult, write_results
 from orchestrator.verbs.verification.job_steps import TEXT_INPUTS
 from orchestrator.views.console import Console, Table
 from orchestrator.views.split_notes import say_split
 from partitioner.layout.parallel_plan import Plan
+from partitioner.program.program import Program
 
-FIXED_BY_RUN = (
-    "cluster", "job", "model", "data", "plan", "chips", "global_batch", "seq", "steps", "run_dir",
-)  # fmt: skip
+OF_JOBS = (
+    "orchestrate-runs"  # where runs of jobs are kept, in the home of who runs Ray, on the head's machine
+)
 PLAIN_LINES = 10  # a line for every so many steps, off a terminal
 
 
 def main(options: TrainOptions, console: Console) -> int:
     """The `train` verb. The simulated runner has no tensors to train: its answer is that of `simulate`."""
-    inputs, folder = _inputs(options)
-    runner = options.runner or (RunnerKind.RAY if options.resume is None else _runner_of(folder))
-    if options.dry_run or runner is RunnerKind.SIMULATED:
-        if options.verify_first:
-            raise ConfigError("nothing is trained that could be verified", "--verify-first", "leave it out")
-        prepared = prepare(inputs.cluster, inputs.job, inputs.plan, progress=console.phase)
-        return answer(prepared, SimulateOptions(run_dir=options.run_dir), console)
-    result = _train(
-        inputs, runner, folder, console, resume=options.resume is not None, verify_first=options.verify_first
-    )
-    console.results(result.document(), result.tables())
-    return INTERRUPTED if result.was_interrupted else 0
+    if options.resume is not None:
+        require_free(options)
+        return _resume(options, run_dir.resume(options.resume), console)
+    inputs, kind = resolve(options, demonstrate=True), options.runner or RunnerKind.RAY
+    if _is_predicted(options, kind):
+        return _predict(options, inputs, console)
+    if options.run_dir is not None and is_job() and not options.run_dir.is_absolute():
+        console.warn(
+            f"--run-dir {options.run_dir} is in the job's own folder, which Ray removes: give a whole path"
+        )
+    folder = _created(options.run_dir, inputs, kind)
+    with locked(folder.root, console.warn):
+        made = _train(
+            inputs, kind, folder, console, verify_first=options.verify_first, address=options.address
+        )
+        return _answer(made, console)
+
+
+def _resume(options: TrainOptions, folder: RunDir, console: Console) -> int:
+    with locked(folder.root, console.warn):
+        going = resumed(options, folder)
+        if _is_predicted(options, going.runner):
+            return _predict(options, going.inputs, console)
+        made = _train(
+            going.inputs, going.runner, folder, console, going, verify_first=options.verify_first,
+            address=options.address,
+        )  # fmt: skip
+        return _answer(made, console)
 
 
 def run(
     cluster: Cluster, job: Job, *, plan: Plan | None = None, runner: str = "inline", folder: str | Path | None = None,
     document: Mapping[str, object] | None = None, console: Console | None = None, verify_first: bool = False,
+    address: str | None = None,
 ) -> TrainResult:  # fmt: skip
     """Train `job` on `cluster`; the run directory is `folder`, or a new one below runs/.
 
-    `document` is the cluster file's content, needed only to resume the run from its folder alone.
+    `document` is the cluster file's content, needed only to resume the run from its folder alone. `address`: of the
+    Ray cluster to train on with runner "ray", as `train --address` takes it.
     `verify_first`: the run ends with a DifferenceError if its first step is not the same as one chip's.
     """
-    inputs = Inputs(cluster, job, plan, document or {})
-    made = run_dir.create(Path(folder) if folder else None, job=_name(job))
-    return _train(
-        inputs, RunnerKind(runner), made, console or Console(), resume=False, verify_first=verify_first
-    )
+    inputs, kind = Inputs(cluster, job, plan, document or {}), RunnerKind(runner)
+    made, console = _created(Path(folder) if folder else None, inputs, kind), console or Console()
+    with locked(made.root, console.warn):
+        return _train(inputs, kind, made, console, verify_first=verify_first, address=address)
 
 
-def _inputs(options: TrainOptions) -> tuple[Inputs, RunDir]:
-    if options.resume is None:
-        inputs = resolve(options, demonstrate=True)
-        if options.dry_run or options.runner is RunnerKind.SIMULATED:
-            return inputs, RunDir(Path())
-        return inputs, run_dir.create(options.run_dir, job=_name(inputs.job))
-    given = [name for name in FIXED_BY_RUN if getattr(options, name) is not None]
-    if given or options.overrides:
-        flag = f"--{given[0].replace('_', '-')}" if given else "--set"
-        problem = f"{flag} cannot change a run that is resumed"
-        raise ConfigError(problem, "--resume", "leave it out, or start a new run")
-    folder = run_dir.resume(options.resume)
-    return from_config(folder.read_config(), read_plan(folder.plan), str(folder.config)), folder
+def _is_predicted(options: TrainOptions, kind: RunnerKind) -> bool:
+    is_predicted = options.dry_run or kind is RunnerKind.SIMULATED
+    if is_predicted and options.address is not None:
+        raise ConfigError("nothing is started that could use a Ray", "--address", "leave it out")
+    if is_predicted and options.verify_first:
+        raise ConfigError("nothing is trained that could be verified", "--verify-first", "leave it out")
+    return is_predicted
 
 
-def _runner_of(folder: RunDir) -> RunnerKind:
-    """What the run that is resumed was started with."""
-    usual = str(folder.read_config().get("runner", RunnerKind.RAY))
-    if usual not in list(RunnerKind):
-        raise ConfigError(
-            f"there is no runner {usual!r}", str(folder.config), nearest(usual, tuple(RunnerKind))
-        )
-    return RunnerKind(usual)
+def _predict(options: TrainOptions, inputs: Inputs, console: Console) -> int:
+    prepared = prepare(inputs.cluster, inputs.job, inputs.plan, progress=console.phase)
+    return answer(prepared, SimulateOptions(run_dir=options.run_dir), console)
+
+
+def _created(folder: Path | None, inputs: Inputs, kind: RunnerKind) -> RunDir:
+    """A new run directory, which can be resumed as soon as it is there."""
+    # A job's working folder is Ray's and goes with the job.
+    parent = Path.home() / OF_JOBS if is_job() else run_dir.PARENT
+    with held_back():
+        made = run_dir.create(folder, job=_name(inputs.job), parent=parent)
+        made.write_config(inputs.config(kind.value))
+    return made
+
+
+def _answer(result: TrainResult, console: Console) -> int:
+    console.results(result.document(), result.tables())
+    return result.exit_code
 
 
 def _name(job: Job) -> str:
@@ -110,30 +133,24 @@ def _name(job: Job) -> str:
 
 
 def _train(
-    inputs: Inputs, kind: RunnerKind, folder: RunDir, console: Console, *, resume: bool, verify_first: bool
-) -> TrainResult:
+    inputs: Inputs, kind: RunnerKind, folder: RunDir, console: Console, going: Resumed | None = None, *,
+    verify_first: bool, address: str | None,
+) -> TrainResult:  # fmt: skip
     console.log_to(folder.log)
     job = inputs.job
+    if (
+        going is not None and going.found is not None
+    ):  # frozen parameters and buffers are not on the chips alone
+        job = job.model_copy(update={"weights": str(going.found.folder)})
     text = None if job.has_own_data else load_data(job.data, seq=job.seq, seed=job.seed)
-    with closing(launch_of(inputs.cluster, kind)) as launch:
-        parts = None
-        if job.has_own_parts:
-            with console.phase("load what the job names"):
-                parts = job_parts(job, "cpu")
-        prepared = prepare(inputs.cluster, job, inputs.plan, progress=console.phase, parts=parts)
-        say_split(prepared, console, resumed=resume)
-        if not resume:
-            folder.write_config(inputs.config(kind.value))
-            write_prepared(folder, prepared)
-        with console.phase("simulate"):
-            predicted = simulate(prepared.program, prepared.cluster)
-        if (short := memory_short(predicted)) is not None:
-            console.warn(f"{short.problem} ({short.where}): real chips would not train this")
-        training = _training(prepared, parts, text, launch, folder, predicted, console)
-        if resume:
-            training.restore()
-            metrics.rewind_metrics(folder.metrics, training.step)
-            console.say(f"resumed at step {training.step} of {job.steps}")
+    with stop_request() as stop, closing(_launched(inputs.cluster, kind, address)) as launch:
+        launch.keep_logs(folder.logs)
+        stop.enter(RunPhase.START)
+        training, parts = _begun(inputs.cluster, job, inputs.plan, launch, text, folder, console, going)
+        if going is None:
+            keep(folder, inputs.config(kind.value), training.prepared, 0)
+        else:
+            restore(training, parts, going, console.say)
             if verify_first and training.step >= job.steps:
                 raise ConfigError("no step is left that could be verified", "--verify-first", "leave it out")
         if verify_first:
@@ -143,19 +160,53 @@ def _train(
             with console.phase("n-gram baselines"):
                 baselines = baseline_losses(text.train, text.validation)
         console.show([_facts(training, baselines), console.phase_table()])
-        with console.training(job.model, job.steps, every=PLAIN_LINES) as show, _stopping() as stop:
-            training.run(show, stop.is_set)  # steps, validates, saves
-        result = write_results(training, baselines)
-        if result.was_interrupted:
-            console.say(f"interrupted at step {result.steps} of {result.job_steps}; saved; "
-                        f"go on with `orchestrate train --resume {folder.root}`")  # fmt: skip
-        return result
+        return _trained(training, baselines, stop, console)
+
+
+def _launched(cluster: Cluster, kind: RunnerKind, address: str | None) -> Launch:
+    """What is started for a run is not to be ended by signals that are meant for this process."""
+    with held_back(OF_TERMINALS):
+        return launch_of(cluster, kind, address)
+
+
+def _begun(
+    cluster: Cluster, job: Job, plan: Plan | None, launch: Launch, text: TokenData | None, folder: RunDir,
+    console: Console, going: Resumed | None,
+) -> tuple[Training, JobParts]:  # fmt: skip
+    """The loop before its first step, and what the job names."""
+    parts = None
+    if job.has_own_parts:
+        with console.phase("load what the job names"):
+            parts = job_parts(job, "cpu")
+    prepared = prepare(cluster, job, plan, progress=console.phase, parts=parts)
+    say_split(prepared, console, resumed=going is not None)
+    with console.phase("simulate"):
+        predicted = simulate(prepared.program, prepared.cluster)
+    if (short := memory_short(predicted)) is not None:
+        console.warn(f"{short.problem} ({short.where}): real chips would not train this")
+    return _training(prepared, parts, text, launch, folder, predicted, console)
+
+
+def _trained(
+    training: Training, baselines: Mapping[str, float], stop: StopRequest, console: Console
+) -> TrainResult:
+    """Steps, validation and checkpoints to the end or to a signal, and what is to be seen of it all."""
+    job = training.prepared.job
+    stop.enter(RunPhase.TRAINING)
+    with console.training(job.model, job.steps, every=PLAIN_LINES) as show:
+        training.run(show, stop.is_set)
+    stop.enter(RunPhase.OVER)
+    result = write_results(training, baselines, stop.exit_code if training.was_interrupted else 0)
+    if result.was_interrupted:
+        console.say(f"{stop.name}: interrupted at step {result.steps} of {result.job_steps}; saved; "
+                    f"go on with `orchestrate train --resume {training.run_dir.root}`")  # fmt: skip
+    return result
 
 
 def _training(
     prepared: Prepared, parts: JobParts | None, text: TokenData | None, launch: Launch, folder: RunDir,
     predicted: SimulationResult, console: Console,
-) -> Training:  # fmt: skip
+) -> tuple[Training, JobParts]:  # fmt: skip
     """The loop, with parameters on the chips."""
     job, plan = prepared.job, prepared.plan
     with console.phase("load parameters"):
@@ -172,7 +223,14 @@ def _training(
                 own.require_parts(plan.dp * plan.microbatches)
         schedule = LrSchedule(job, parts.optimizer)
     step = step_of_job(prepared, parts, parts.optimizer, launch, console.phase)
-    return Training(prepared, step, schedule, data, held_out, folder, predicted, console.warn)
+    under = partial(_program_under, job, parts, console)
+    return Training(prepared, step, schedule, data, held_out, folder, predicted, console.warn, under), parts
+
+
+def _program_under(job: Job, parts: JobParts, console: Console, plan: Plan) -> Program:
+    with console.phase("compare with the plan before"):
+        own = parts if job.has_own_parts else None  # as they were given when the Program was prepared
+        return program_under(job, plan, own, progress=console.phase)
 
 
 def _require_bytes(model: BuiltModel, job: Job) -> None:
@@ -185,27 +243,6 @@ def _require_bytes(model: BuiltModel, job: Job) -> None:
     if model.vocab_size is not None and model.vocab_size < NUM_BYTES:
         raise ModelError(f"a vocabulary of {model.vocab_size} is too small for bytes", job.model,
                          f"give it at least {NUM_BYTES} entries")  # fmt: skip
-
-
-@contextmanager
-def _stopping() -> Iterator[threading.Event]:
-    """Set by the first SIGINT; what the second does is decided by `failure`: it ends the run at once."""
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-    before = signal.getsignal(signal.SIGINT)
-
-    def ask(number: int, frame: FrameType | None) -> None:
-        if interrupted(2 if stop.is_set() else 1) is RunEnd.AT_ONCE:
-            signal.default_int_handler(number, frame)
-        stop.set()
-
-    signal.signal(signal.SIGINT, ask)
-    try:
-        yield stop
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def _facts(training: Training, baselines: Mapping[str, float]) -> Table:

@@ -1,17 +1,19 @@
 """Training: steps, validation, checkpoints, and what a run leaves in its folder at the end, for any runner.
 
 Assumes nothing about where chips are. Everything that may be lost is written as it happens: metrics line by line,
-checkpoints whole or not at all; what becomes of an interrupt and of a step that fails is decided by `failure`. At the
-end the prediction stands beside the measurement, in the timelines, in the picture, and in numbers (`runs.accuracy`).
+checkpoints whole or not at all, beside the steps; what becomes of a signal and of a step that fails is decided by
+`failure`. When a checkpoint is taken changes no result. At the end the prediction stands beside the measurement, in
+the timelines, in the picture, and in numbers (`runs.accuracy`).
 """
 
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from math import nan
 from pathlib import Path
 
-from comms.errors import DataError, ModelError, RunError
+from comms.errors import DataError, ModelError
 from comms.units import DASH, format_percent, format_scaled, format_seconds
 from kernels.optimizers import StepStatistics
 from orchestrator.config.hardware.cluster import Device
@@ -23,8 +25,10 @@ from orchestrator.runners.failure import not_finite
 from orchestrator.runners.runner import ExecutedStep, measured_timeline
 from orchestrator.runners.timing.prediction import SimulationResult
 from orchestrator.runners.timing.step_costs import NS_PER_S
-from orchestrator.runs import checkpoint
 from orchestrator.runs.accuracy import Accuracy, Basis, Pair, compare
+from orchestrator.runs.checkpoints import checkpoint
+from orchestrator.runs.checkpoints.manifest import Manifest
+from orchestrator.runs.checkpoints.saver import Saver
 from orchestrator.runs.data import TokenData
 from orchestrator.runs.disk import write_whole
 from orchestrator.runs.metrics import eta_s, metrics_writer, read_metrics
@@ -33,12 +37,13 @@ from orchestrator.runs.run_dir import RunDir
 from orchestrator.runs.timeline import Origin, Timeline
 from orchestrator.verbs.distribute import DistributedStep
 from orchestrator.verbs.verification.first_step import verified_step
-from orchestrator.verbs.verification.resumed_run import HeldOut, evidence, require_made, require_seen
+from orchestrator.verbs.verification.resumed_run import HeldOut, evidence
 from orchestrator.views.console import Table
 from orchestrator.views.perfetto import trace_gz
 from orchestrator.views.plots import loss_png, timeline_png
 from orchestrator.views.training_view import StepLine
 from partitioner.capture.batch_inputs import Batch
+from partitioner.layout.parallel_plan import Plan, plan_to_yaml
 from partitioner.program.peak_memory import MemoryClass
 from partitioner.program.program import Program
 
@@ -59,12 +64,16 @@ class Training:
     run_dir: RunDir
     predicted: SimulationResult
     warn: Callable[[str], None]
+    program_under: Callable[[Plan], Program]  # that of the job by another plan
+    clock: Callable[[], float] = time.monotonic
     step: int = 0
     loss: float = nan  # of the last step
     step_seconds: list[float] = field(default_factory=list)
     measured: dict[int, ExecutedStep] = field(default_factory=dict)  # by step
     was_interrupted: bool = False
-    saved: set[int] = field(default_factory=set)  # steps that this process has written
+    saved: set[int] = field(default_factory=set)  # steps that this process has written, or is about to
+    saver: Saver = field(default_factory=Saver)
+    saved_at_s: float = 0.0
     verify_next: Callable[[str], None] | None = None  # is told that the step that comes next is one chip's
     # what a resumed run must find again
     last_batch: Batch | None = None
@@ -85,19 +94,25 @@ class Training:
         """Train from `step` to the job's last step, or to the step at whose end `is_stopping()`; then save."""
         job = self.prepared.job
         self.ends_s.append(time.monotonic())
+        self.saved_at_s = self.clock()
         with metrics_writer(self.run_dir.metrics) as write:
             while self.step < job.steps and not self.was_interrupted:
                 try:
                     line, rate = self._step()
                 except (DataError, ModelError):  # the chips are well
-                    self.save()
+                    self.save_now()
                     raise
                 write(self._record(line, rate))
                 show(line)
-                if _is_due(self.step, job.checkpoints.every):
+                if self._is_to_be_saved():
                     self.save()
                 self.was_interrupted = is_stopping() and self.step < job.steps
-        self.save()
+        self.save_now()
+
+    def _is_to_be_saved(self) -> bool:
+        wanted = self.prepared.job.checkpoints
+        is_late = 0 < wanted.interval <= self.clock() - self.saved_at_s
+        return is_late or _is_due(self.step, wanted.every)
 
     def _step(self) -> tuple[StepLine, float]:
         """One step, and the learning rate that it had."""
@@ -116,7 +131,7 @@ class Training:
             # The same once more, looking at every result: the optimizer has skipped it, so nothing has changed.
             found = self.one_step.execute(batch, check=True).first_bad
             error = not_finite(step + 1, found[1] if found else None)
-            self.save()
+            self.save_now()
             raise error
         self.step, self.last_batch, self.last_program = step + 1, batch, result.program
         self.schedule.after()
@@ -183,45 +198,32 @@ class Training:
         }  # fmt: skip
 
     def save(self) -> None:
-        """Write the checkpoint of the last step (once) and drop old ones."""
+        """Begin to write the checkpoint of the last step (once), and to drop old ones; what goes wrong with that is
+        raised by the next call, or by `save_now`."""
         job, step = self.prepared.job, self.step
         if step in self.saved:
             return
+        self.saver.wait()  # before there is a second copy of what chips hold
         self.saved.add(step)
         own = self.data if isinstance(self.data, OwnData) else None
-        manifest = checkpoint.Manifest(
-            step=step, sample=own.position(step) if own else step * job.global_batch, seed=job.seed,
-            layout={"plan": str(self.prepared.plan), "stages": str(self.prepared.program.facts["stages"])},
-            extra={"data": self.data.digest, "rates": self.schedule.rates, **evidence(self)},
+        manifest = Manifest(
+            step=step, steps=job.steps, sample=own.position(step) if own else step * job.global_batch, seed=job.seed,
+            plan=plan_to_yaml(self.prepared.plan), rates=tuple(self.schedule.rates), evidence=evidence(self),
         )  # fmt: skip
-        shards = self.one_step.states()
-        states = {f"chip-{chip:05d}": dict(state) for chip, state in shards.items() if state}
-        checkpoint.save(self.run_dir.checkpoints, manifest, states)
-        checkpoint.prune(self.run_dir.root, job.checkpoints.keep)
+        self.saver.begin(
+            partial(_write, self.run_dir, manifest, self.one_step.training_state(), job.checkpoints.keep)
+        )
+        self.saved_at_s = self.clock()
 
-    def restore(self) -> None:
-        """Continue from the newest complete checkpoint of the run directory."""
-        found = checkpoint.latest(self.run_dir.root)
-        if found.checkpoint is None:
-            raise RunError("there is no complete checkpoint", str(self.run_dir.root), "start a new run")
-        for warning in found.warnings:
-            self.warn(warning)
-        checkpoint.remove_newer(self.run_dir.root, found.checkpoint)
-        manifest = found.checkpoint.manifest
-        if manifest.extra.get("data") != self.data.digest:
-            problem = "the data is not what the run was trained on"
-            raise RunError(problem, self.data.name, "give the same data")
-        require_made(self, manifest.extra)
-        shards = {
-            int(name.rsplit("-", 1)[1]): tensors
-            for name, tensors in checkpoint.load(found.checkpoint).items()
-        }
-        whole = {chip: shards.get(chip, {}) for chip in range(self.prepared.program.num_chips)}
-        self.one_step.restore(whole, manifest.step)
-        rates, moves = manifest.extra.get("rates", self.schedule.rates), self.one_step.traits.moves_groups
-        self.schedule.resume(manifest.step, rates, moves_groups=moves)
-        self.step = manifest.step
-        require_seen(self, manifest.extra)
+    def save_now(self) -> None:
+        """The checkpoint of the last step is there when this returns."""
+        self.save()
+        self.saver.wait()
+
+
+def _write(run_dir: RunDir, manifest: Manifest, state: checkpoint.TrainingState, keep: int) -> None:
+    checkpoint.save(run_dir.checkpoints, manifest, state)
+    checkpoint.prune(run_dir.root, keep)
 
 
 def tokens_of(prepared: Prepared) -> int:
@@ -256,6 +258,7 @@ class TrainResult:
     rate_unit: str  # of `tokens_per_s`
     baselines: Mapping[str, float]
     accuracy: Accuracy | None
+    exit_code: int = 0  # 128 + the signal that ended it
 
     def document(self) -> dict[str, object]:
         """As JSON values."""
@@ -274,7 +277,7 @@ class TrainResult:
         return [*tables, _accuracy_table(self.accuracy)] if self.accuracy else tables
 
 
-def write_results(training: Training, baselines: Mapping[str, float]) -> TrainResult:
+def write_results(training: Training, baselines: Mapping[str, float], exit_code: int = 0) -> TrainResult:
     """Timelines, trace and plots; of a run that was resumed the curves are whole, from its metrics."""
     folder, predicted = training.run_dir, training.predicted
     records = read_metrics(folder.metrics)
@@ -293,6 +296,7 @@ def write_results(training: Training, baselines: Mapping[str, float]) -> TrainRe
         predicted_step_time_s=predicted.step_time_s, run_dir=folder.root, steps=training.step,
         job_steps=training.prepared.job.steps, was_interrupted=training.was_interrupted,
         rate_unit=predicted.rate_unit, baselines=baselines, accuracy=accuracy,
+        exit_code=exit_code,
     )  # fmt: skip
 
 

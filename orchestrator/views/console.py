@@ -110,8 +110,18 @@ class Console:
         """What the answer's document is to have as well."""
         self._notes |= facts
 
-    def results(self, document: Mapping[str, object], tables: Sequence[Table] = ()) -> None:
-        """The answer: `document` as JSON with `as_json`, otherwise the tables. Raises RunError if it is not taken.
+    def stream(self, text: str) -> None:
+        """A part of an answer that comes bit by bit, as it is."""
+        if self._out is not None:
+            self._out.write(_as_taken(text, self._out))
+            self._out.flush()
+
+    def results(
+        self, document: Mapping[str, object], tables: Sequence[Table] = (), *, text: str = ""
+    ) -> None:
+        """The answer: `document` as JSON with `as_json`, otherwise the tables, or a text as it is.
+
+        Raises RunError if it is not taken.
 
         A reader that has gone is no error: BrokenPipeError ends a command quietly.
         """
@@ -123,6 +133,8 @@ class Console:
                 self._out.write(
                     json.dumps(_strict({**document, **self._notes}), indent=2, allow_nan=False) + "\n"
                 )
+            elif text:
+                self._out.write(_as_taken(text, self._out))
             else:
                 self._draw(tables, self._out)
             self._out.flush()

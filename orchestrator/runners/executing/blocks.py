@@ -11,8 +11,13 @@ Not here: flow control. When all blocks are in use the caller sends the bytes an
 
 import os
 from collections import defaultdict, deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
 from threading import Lock
 
+NAME = "orchestrate"
 HEAD = 64  # bytes before the data: the flag, padded to a cache line
 SMALLEST = 1 << 16
 MAX_BLOCKS = 256  # descriptors that a pool may hold open
@@ -62,7 +67,7 @@ class BlockPool:
         if not self._has_room(size):
             return None
         try:
-            block = os.memfd_create("orchestrate")
+            block = os.memfd_create(NAME)
         except OSError:  # no descriptors left
             return None
         self.nbytes += size
@@ -83,23 +88,43 @@ class BlockPool:
         self.nbytes -= size
 
 
-def read_block(owner: int, block: int, target: memoryview) -> None:
-    """Fill `target` from a block of process `owner` and free the block. FileNotFoundError: the owner has ended."""
-    descriptor = os.open(_path(owner, block), os.O_RDWR | os.O_CLOEXEC)
+@contextmanager
+def read_block(owner: int, block: int, nbytes: int) -> Iterator[Callable[[memoryview], None]]:
+    """What fills a target of `nbytes` from a block of process `owner`; the block is free afterwards.
+
+    FileNotFoundError: the owner has ended. ValueError: what the owner holds under this number is no such block.
+    """
     try:
-        done = 0
-        while done < len(target):
-            done += os.preadv(descriptor, [target[done:]], HEAD + done)
+        if not str(Path(_path(owner, block)).readlink()).startswith(
+            f"/memfd:{NAME}"
+        ):  # nothing else is ever opened
+            raise ValueError("a block that is none")
+        descriptor = os.open(_path(owner, block), os.O_RDWR | os.O_CLOEXEC)
+    except PermissionError as error:
+        raise ValueError("a block that cannot be read") from error
+    try:
+        if nbytes and os.fstat(descriptor).st_size < HEAD + nbytes:
+            raise ValueError(f"a block of less than {nbytes} bytes")
+        yield partial(_fill, descriptor)
         os.pwrite(descriptor, FREE, 0)
     finally:
         os.close(descriptor)
+
+
+def _fill(descriptor: int, target: memoryview) -> None:
+    done = 0
+    while done < len(target):
+        count = os.preadv(descriptor, [target[done:]], HEAD + done)
+        if not count:
+            raise ValueError("a block that ends early")
+        done += count
 
 
 def write_proof(proof: bytes) -> int | None:
     """A descriptor that holds `proof`, for `can_read`; None where blocks do not exist (not Linux)."""
     if not hasattr(os, "memfd_create"):
         return None
-    block = os.memfd_create("orchestrate")
+    block = os.memfd_create(NAME)
     os.pwrite(block, proof, 0)
     return block
 

@@ -13,6 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -27,8 +28,9 @@ from orchestrator.runners.executing.chip import (
     restore_state,
     saved_state,
 )
+from orchestrator.runners.executing.header import BadMessage
 from orchestrator.runners.executing.own_operators import drawing_nothing, own_operators
-from orchestrator.runners.executing.pending_communications import PendingCommunications
+from orchestrator.runners.executing.pending_communications import MAX_OPEN, PendingCommunications
 from orchestrator.runners.runner import ExecutedStep, Settings, States, StepRequest, num_workers
 from orchestrator.runs.timeline import Mark
 from partitioner.program.machine import Key, Machine, Post
@@ -85,7 +87,7 @@ class ChipSet:
         self.changed = threading.Condition()
         self.execution: _Execution | None = None
         self.epoch = 0  # number of the execution: actors may be one ahead of each other
-        self.early: dict[int, list[tuple[Key, int, torch.Tensor]]] = {}
+        self.early: dict[tuple[Key, int], torch.Tensor] = {}  # of the next execution
 
     def load(self, values: Callable[[str], torch.Tensor]) -> None:
         """Give every chip its parameters and buffers, then compute its constants."""
@@ -102,8 +104,9 @@ class ChipSet:
         with self.changed:
             self.epoch += 1
             self.execution = execution
-            for key, source, tensor in self.early.pop(self.epoch, ()):
+            for (key, source), tensor in self.early.items():
                 self.communications.deliver(key, source, tensor)
+            self.early.clear()
         with (
             one_thread_per_chip(),
             torch.autocast("cpu", enabled=False),
@@ -214,10 +217,17 @@ class ChipSet:
                 self.changed.notify()
 
     def deliver(self, epoch: int, key: Key, source: int, tensor: torch.Tensor) -> None:
-        """A contribution of execution `epoch` has come in from another actor (called by the transport's thread)."""
+        """A contribution of execution `epoch` has come in from another actor (called by the transport's thread).
+
+        Raises BadMessage for one of a time that nobody can be at, or one that is there.
+        """
         with self.changed:
-            if epoch != self.epoch:
-                self.early.setdefault(epoch, []).append((key, source, tensor))
+            if epoch == self.epoch + 1:
+                if (key, source) in self.early or len(self.early) >= MAX_OPEN:
+                    raise BadMessage(f"{key.kind} {key.chips} #{key.number} of chip {source} twice")
+                self.early[key, source] = tensor
+            elif epoch != self.epoch:
+                raise BadMessage(f"a contribution to execution {epoch}, while {self.epoch} is under way")
             elif self.communications.deliver(key, source, tensor):
                 assert self.execution is not None
                 self.execution.due.append(key)
@@ -284,6 +294,9 @@ class InlineLaunch:
 
         with progress("start chips"):
             return ChipSet(program, settings, num_workers(self.cluster))
+
+    def keep_logs(self, folder: Path) -> None:
+        """There are no other processes."""
 
     def close(self) -> None:
         """Nothing was started."""

@@ -8,7 +8,10 @@ import threading
 
 import torch
 
+from orchestrator.runners.executing.header import BadMessage
 from partitioner.program.machine import Key
+
+MAX_WAITING = 1 << 20  # tensors that nobody has taken yet: far beyond any model's
 
 
 class Missing(RuntimeError):
@@ -44,8 +47,10 @@ class Mailbox:
         self.changed = threading.Condition()
 
     def put(self, epoch: int, key: Key, tensor: torch.Tensor) -> None:
-        """A tensor has arrived."""
+        """A tensor has arrived. Raises BadMessage for one that is there, or one too many."""
         with self.changed:
+            if (epoch, key) in self.items or len(self.items) >= MAX_WAITING:
+                raise BadMessage(f"{key.kind[:80]} that nobody has asked for")
             self.items[epoch, key] = tensor
             self.changed.notify_all()
 

@@ -11,9 +11,11 @@ from dataclasses import dataclass, field
 import torch
 
 from orchestrator.runners.executing.chip import ExecutingChip
+from orchestrator.runners.executing.header import BadMessage
 from partitioner.program.machine import Key, Post
 from partitioner.program.program import Collective, CollectiveOp, Recv, Reduction, Send
 
+MAX_OPEN = 1 << 20  # communications that have begun and not ended
 LOW_PRECISION = (torch.float16, torch.bfloat16)
 CHUNKED = (CollectiveOp.REDUCE_SCATTER, CollectiveOp.ALL_TO_ALL)
 COMBINE: dict[Reduction, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
@@ -48,8 +50,12 @@ class PendingCommunications:
         return self._is_complete(post.key, pending)
 
     def deliver(self, key: Key, source: int, tensor: torch.Tensor) -> bool:
-        """A contribution from another actor; True when the communication is complete."""
+        """A contribution from another actor; True when the communication is complete. Raises BadMessage."""
+        if len(self.open) >= MAX_OPEN:
+            raise BadMessage("more communications than any step has")
         pending = self.open.setdefault(key, PendingCommunication())
+        if source in pending.values:
+            raise BadMessage(f"{key.kind} {key.chips} #{key.number} of chip {source} twice")
         pending.values[source] = tensor
         return self._is_complete(key, pending)
 

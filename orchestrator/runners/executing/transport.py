@@ -1,12 +1,14 @@
 """Transport: tensors from actor to actor (and from and to the driver, which is one more actor).
 
-Every actor has one socket that it reads and one towards each peer (zmq over tcp, in order). A message is a header
-(msgpack) and the tensor: in a shared block if the peer can read our memory (`blocks`), else as a raw frame of its
-own; small tensors are always raw. Nothing is ever pickled. A tensor is copied before `send` returns, and copied out
-on arrival, so that neither end waits for the other.
+Every actor has one socket that it reads and one towards each peer (zmq over tcp, in order), encrypted and
+authenticated by the keys of the run (`peer_keys`). A message is a header (`header`) and the tensor: in a shared block
+if the peer can read our memory (`blocks`), else as a frame of its own; small tensors are always sent as frames.
+Nothing is ever pickled. A tensor is copied before `send` returns, and copied out on arrival, so that neither end
+waits for the other.
 
-Headers carry a secret of the run; what comes without it is ignored. Not here: encryption, retries, back-pressure (a
-program's messages are bounded by its schedule). A peer that has ended is noticed by the driver, not here.
+A peer that sends what is no message, or the same once more, is not listened to any longer; others are. Not here:
+retries, back-pressure (a program's messages are bounded by its schedule). A peer that has ended is noticed by the
+driver, not here. See docs/security.md.
 """
 
 import os
@@ -17,19 +19,33 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypeAlias
 
-import msgpack
 import numpy as np
 import torch
 import zmq
 
+from comms.errors import RunError
 from kernels.backend import prepare_thread
 from orchestrator.runners.executing.blocks import BlockPool, can_read, read_block, write_proof
+from orchestrator.runners.executing.header import BadMessage, Header, read_header
+from orchestrator.runners.executing.peer_keys import Gate, PeerKeys, guard, present
 from partitioner.capture.captured_graph import SHORT, TORCH
 from partitioner.program.machine import Key
 
-Deliver: TypeAlias = Callable[[int, Key, int, torch.Tensor], None]
+
+class Message(NamedTuple):
+    """A tensor that has arrived. `sender`: the actor that is known to have sent it."""
+
+    sender: int
+    epoch: int
+    key: Key
+    source: int
+    tensor: torch.Tensor
+
+
+Deliver: TypeAlias = Callable[[Message], None]
 RAW_BYTES = 1 << 16  # up to here two copies through a socket are cheaper than opening a block
-LOOPBACK = "127.0.0.1"  # all actors are on this host
+LOOPBACK = "127.0.0.1"
+INBOX = "inproc://inbox"
 
 
 class Address(NamedTuple):
@@ -41,25 +57,6 @@ class Address(NamedTuple):
     proof: bytes
 
 
-class Header(NamedTuple):
-    """What precedes a tensor on the wire. `block`: where its bytes are; None if they follow."""
-
-    secret: bytes
-    sender: int
-    epoch: int
-    kind: str
-    chips: tuple[int, ...]
-    number: int
-    source: int
-    dtype: str
-    shape: tuple[int, ...]
-    block: int | None
-
-    @property
-    def key(self) -> Key:
-        return Key(self.kind, self.chips, self.number)
-
-
 @dataclass
 class _Peer:
     """Sockets are not thread-safe: `lock` is held while sending."""
@@ -68,25 +65,37 @@ class _Peer:
     process: int
     shares_memory: bool
     lock: threading.Lock = field(default_factory=threading.Lock)
+    sent: int = 0
 
 
 class Transport:
-    """One actor's end. `deliver` is called for every tensor that arrives, from the transport's own thread."""
+    """One actor's end, reached at `host` (a name or number of one interface of this machine).
 
-    def __init__(self, actor: int, secret: bytes, deliver: Deliver) -> None:
-        self.actor, self.secret, self.deliver = actor, secret, deliver
-        self.failure: BaseException | None = None  # what ended the receiving thread
+    `deliver` is called for every tensor that arrives, from the transport's own thread; if it raises BadMessage, the
+    sender is not listened to any longer.
+    """
+
+    def __init__(self, keys: PeerKeys, deliver: Deliver, host: str = LOOPBACK) -> None:
+        self.keys, self.deliver = keys, deliver
+        self.failure: BaseException | None = None  # what ended the receiving thread, or a peer
         self._pool = BlockPool()
         self._context = zmq.Context()
+        self._gate = Gate(self._context, keys)
         self._inbox = self._socket(zmq.PULL)
-        port = self._inbox.bind_to_random_port(f"tcp://{LOOPBACK}")
-        self._inbox.bind("inproc://inbox")
+        guard(self._inbox, keys)
+        self._inbox.ipv6 = ":" in host
+        named = f"[{host}]" if ":" in host else host
+        port = self._inbox.bind_to_random_port(f"tcp://{named}")
+        self._inbox.bind(INBOX)
         proof = secrets.token_bytes(16)
         self._proof = write_proof(proof)
-        self.address = Address(f"tcp://{LOOPBACK}:{port}", os.getpid(), self._proof, proof)
+        self.address = Address(f"tcp://{named}:{port}", os.getpid(), self._proof, proof)
         self._peers: dict[int, _Peer] = {}
+        self._actor_of = {public.decode(): actor for actor, public in keys.public.items()}
+        self._received: dict[int, int] = {}  # how many messages of each peer
+        self._refused: set[int] = set()
         self._is_closing = False
-        self._thread = threading.Thread(target=self._receive, name=f"transport-{actor}", daemon=True)
+        self._thread = threading.Thread(target=self._receive, name=f"transport-{keys.actor}", daemon=True)
         self._thread.start()
 
     def connect(self, addresses: Mapping[int, Address]) -> None:
@@ -95,6 +104,8 @@ class Transport:
             if actor in self._peers:
                 continue
             socket = self._socket(zmq.PUSH)
+            present(socket, self.keys, actor)
+            socket.ipv6 = "[" in address.endpoint
             socket.connect(address.endpoint)
             shares = self._proof is not None and can_read(address.process, address.block, address.proof)
             self._peers[actor] = _Peer(socket, address.process, shares)
@@ -105,18 +116,18 @@ class Transport:
         content = _bytes_of(tensor)
         block = self._pool.put(content) if peer.shares_memory and len(content) > RAW_BYTES else None
         dtype, shape = SHORT[tensor.dtype], tuple(tensor.shape)
-        header = Header(self.secret, self.actor, epoch, *key, source, dtype, shape, block)
-        frames = [msgpack.packb(header)] if block is not None else [msgpack.packb(header), content]
         with peer.lock:
-            peer.socket.send_multipart(frames)
+            header = Header(peer.sent, epoch, *key, source, dtype, shape, block).packed()
+            peer.socket.send_multipart([header] if block is not None else [header, content])
+            peer.sent += 1
 
     def close(self) -> None:
-        """End the thread, close the sockets, give memory back."""
+        """End the threads, close the sockets, give memory back."""
         if self._is_closing:
             return
         self._is_closing = True
         stop = self._socket(zmq.PUSH)
-        stop.connect("inproc://inbox")
+        stop.connect(INBOX)
         with suppress(zmq.Again):  # a message on its way, or a failure, has ended the thread: nobody listens
             stop.send(b"", zmq.DONTWAIT)
         self._thread.join()
@@ -124,6 +135,7 @@ class Transport:
         for peer in self._peers.values():
             with peer.lock:
                 peer.socket.close()
+        self._gate.close()
         self._context.term()
         self._pool.close()
         if self._proof is not None:
@@ -142,39 +154,64 @@ class Transport:
                 frames = self._inbox.recv_multipart(copy=False)
                 if self._is_closing:
                     return
-                header = read_header(frames[0].bytes, self.secret)
-                if header is None:
+                sender = self._actor_of.get(str(frames[0].get("User-Id")))
+                if sender is None or sender in self._refused:
                     continue
-                tensor = self._tensor(header, frames)
-                if tensor is not None:
-                    self.deliver(header.epoch, header.key, header.source, tensor)
+                try:
+                    message = self._message(sender, frames)
+                    if message is not None:
+                        self.deliver(message)
+                except BadMessage as bad:
+                    self._refuse(sender, bad)
         except BaseException as error:  # whoever waits for the tensor asks for `failure`
             self.failure = error
         finally:
             self._inbox.close()
 
-    def _tensor(self, header: Header, frames: "list[zmq.Frame]") -> torch.Tensor | None:
-        tensor = torch.empty(header.shape, dtype=TORCH[header.dtype])
-        target = _bytes_of(tensor)
+    def _refuse(self, sender: int, bad: BadMessage) -> None:
+        self._refused.add(sender)
+        who = f"actor {sender}" if sender >= 0 else "the driver"
+        hint = "does every machine run the same version? continue from the last checkpoint with --resume"
+        self.failure = self.failure or RunError(f"{who} sent {bad}", f"actor {self.keys.actor}", hint)
+
+    def _message(self, sender: int, frames: "list[zmq.Frame]") -> Message | None:
+        header = read_header(frames[0].buffer)
+        expected = self._received.get(sender, 0)
+        if header.sequence != expected:
+            what = "once more" if header.sequence < expected else "after some that were lost"
+            raise BadMessage(f"message {header.sequence} {what}: {expected} is next")
+        self._received[sender] = expected + 1
+        if len(frames) != 1 + (header.block is None):
+            raise BadMessage(f"{len(frames)} frames")
+        if header.block is None and len(frames[1].buffer) != header.nbytes:
+            raise BadMessage(f"{len(frames[1].buffer)} bytes for a tensor of {header.nbytes}")
+        tensor = self._tensor(sender, header, frames)
+        return tensor if tensor is None else Message(sender, header.epoch, header.key, header.source, tensor)
+
+    def _tensor(self, sender: int, header: Header, frames: "list[zmq.Frame]") -> torch.Tensor | None:
         if header.block is None:
-            np.copyto(
-                np.asarray(target), np.frombuffer(frames[1].buffer, np.uint8)
-            )  # releases the interpreter
+            tensor = _empty(header)
+            # numpy releases the interpreter
+            np.copyto(np.asarray(_bytes_of(tensor)), np.frombuffer(frames[1].buffer, np.uint8))
             return tensor
+        if sender not in self._peers:
+            raise BadMessage("a block before it was met")
         try:
-            read_block(self._peers[header.sender].process, header.block, target)
+            with read_block(self._peers[sender].process, header.block, header.nbytes) as fill:
+                tensor = _empty(header)
+                fill(_bytes_of(tensor))
         except FileNotFoundError:  # the sender has ended; its message is of no use any more
             return None
+        except ValueError as error:
+            raise BadMessage(str(error)) from error
         return tensor
 
 
-def read_header(content: bytes, secret: bytes) -> Header | None:
-    """The header of a message; None if it is not one of this run's."""
+def _empty(header: Header) -> torch.Tensor:
     try:
-        header = Header(*msgpack.unpackb(content, use_list=False))
-    except (ValueError, TypeError, msgpack.UnpackException):
-        return None
-    return header if header.secret == secret else None
+        return torch.empty(header.shape, dtype=TORCH[header.dtype])
+    except RuntimeError as error:  # no memory, or sizes whose product is no number of torch's
+        raise BadMessage(f"a tensor of {header.shape}, which cannot be") from error
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:

@@ -5,15 +5,18 @@ counts, statistics of whole parameters) belong to every parameter that is steppe
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 
 import torch
+from torch import nn
 
+from comms.errors import PlanError
 from orchestrator.runners.executing.chip import State
 from orchestrator.runners.executing.slices import cut, joined
 from orchestrator.runners.runner import States
+from orchestrator.runs.checkpoints.checkpoint import TrainingState
 from partitioner.capture.captured_graph import TORCH
 from partitioner.program.program import Program, Role, Tensor, TensorKind, Update
 
@@ -22,6 +25,36 @@ OwnState = Mapping[str, Mapping[str, torch.Tensor]]  # of parameters, by name an
 STATES = ".optimizer."  # between the name of what is stepped on and that of a state of it
 MASTER = "float32 copy"  # the name of a full-precision copy among the states of a parameter
 SCATTERED = ((0, "dp"),)  # a gradient that is another's shard
+
+
+def trained(program: Program, states: States) -> TrainingState:
+    """All that chips have trained, from their saved states, in memory of its own."""
+    own = whole_states(program, states)
+    buffers = {name: value.clone() for name, value in whole_buffers(program, states).items()}
+    return TrainingState(whole_parameters(program, states.__getitem__), buffers, own)
+
+
+def completed(held: TrainingState, module: nn.Module) -> TrainingState:
+    """The same with what the module holds besides, as parameters that are not trained."""
+    params, buffers = dict(module.named_parameters()), dict(module.named_buffers())
+    require_there(held, params)
+    kept = {name: value.detach().clone() for name, value in params.items() if name not in held.parameters}
+    taken = {name: value.view(params[name].shape) for name, value in held.parameters.items()}
+    still = {name: value.detach().clone() for name, value in buffers.items() if name not in held.buffers}
+    return TrainingState(taken | kept, {**held.buffers, **still}, held.states)
+
+
+def require_there(held: TrainingState, names: Collection[str]) -> None:
+    """Raise PlanError if a model has lost parameters that chips have trained."""
+    if gone := sorted(held.parameters.keys() - set(names)):
+        problem = f"the model has no {gone[0]} any more, which the chips have trained"
+        raise PlanError(problem, "sync()", "call sync() before the model changes")
+
+
+def shared_steps(program: Program, ages: Mapping[str, int]) -> bool:
+    """Whether all that the Program steps on together has come equally far (see `situation.ages_of`)."""
+    groups = [group for role in program.roles for group in step_groups(program, role) if not group.is_whole]
+    return all(len({ages[param.source] for param in group.params}) < 2 for group in groups)
 
 
 def whole_parameters(program: Program, state_of: Callable[[int], State]) -> dict[str, torch.Tensor]:

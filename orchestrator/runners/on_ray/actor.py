@@ -5,24 +5,28 @@ and tensors through `Transport`. The interpreter switches threads more often tha
 arrives is taken by one thread while another one computes.
 """
 
+import hashlib
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass, fields, replace
+from functools import cache
 
 import torch
 
 from kernels.optimizers import FlatOptimizer, OptimizerSpec, StepStatistics
+from orchestrator.models.own_modules import import_modules
 from orchestrator.runners.executing.chip_set import ChipSet
+from orchestrator.runners.executing.header import BadMessage
 from orchestrator.runners.executing.mailbox import Mailbox, batch_key, marks_key, state_key, value_key
-from orchestrator.runners.executing.transport import Address, Transport
+from orchestrator.runners.executing.peer_keys import PeerKeys
+from orchestrator.runners.executing.transport import Address, Message, Transport
 from orchestrator.runners.failure import ActorStatus
+from orchestrator.runners.on_ray.ray_connection import package_folders
+from orchestrator.runners.on_ray.screening import COMMUNICATIONS, DRIVER, require_of_chips, require_of_driver
 from orchestrator.runners.runner import BadOrder, Settings, StepRequest
 from orchestrator.runs.timeline import Mark
-from partitioner.program.machine import Key
 from partitioner.program.program_codec import decode
 
-DRIVER = -1  # the driver's number among the actors
-COMMUNICATIONS = ("p2p", "group")
 PATIENCE_S = 600.0  # for values from the driver, which may be building a model
 SWITCH_S = 5e-4
 
@@ -35,19 +39,59 @@ class ActorReport:
     first_bad: tuple[BadOrder, str] | None
 
 
+@dataclass(frozen=True, slots=True)
+class ActorFacts:
+    """An actor once it is up. `node`: Ray's name of its machine; `output`: the files that it writes to."""
+
+    address: Address
+    machine: str
+    node: str
+    output: tuple[str, ...]
+    code: Mapping[str, str]
+
+    @property
+    def place(self) -> str:
+        """For messages."""
+        return f"process {self.address.process} on {self.machine} (node {self.node[:8]})"
+
+
+def node_address() -> str:
+    """The interface by which Ray knows this machine."""
+    import ray
+
+    return str(ray.util.get_node_ip_address())
+
+
+@cache
+def code_facts() -> dict[str, str]:
+    """What must be the same on all machines: a digest of our own code, and the libraries that compute."""
+    digest = hashlib.sha256()
+    for folder in package_folders():
+        for path in sorted(folder.rglob("*.py")):
+            digest.update(f"{path.relative_to(folder.parent)}\n".encode() + path.read_bytes())
+    python = ".".join(map(str, sys.version_info[:2]))
+    return {"orchestrate": digest.hexdigest()[:12], "torch": torch.__version__, "Python": python}
+
+
 class ChipActor:
     """The chips of one actor."""
 
-    def __init__(self, actor: int, secret: bytes) -> None:
+    def __init__(self, keys: PeerKeys, host: str | None = None) -> None:
         sys.setswitchinterval(SWITCH_S)
-        self.actor = actor
+        self.actor = keys.actor
         self.mailbox = Mailbox(PATIENCE_S)
-        self.transport = Transport(actor, secret, self._deliver)
+        self.transport = Transport(keys, self._deliver, host or node_address())
         self._chip_set: ChipSet | None = None
+        self._actor_of: Sequence[int] = ()
 
-    def address(self) -> Address:
-        """Where the other actors reach this one."""
-        return self.transport.address
+    def facts(self) -> ActorFacts:
+        """Where it is, where the other actors reach it, and what code it runs."""
+        import ray
+
+        worker = ray._private.worker.global_worker
+        node = ray.get_runtime_context().get_node_id()
+        output = (worker.get_out_file_path(), worker.get_err_file_path())
+        return ActorFacts(self.transport.address, node_address(), node, output, code_facts())
 
     def warm_up(self) -> None:
         """Take a step of a small optimizer: the first one in a process imports for a second."""
@@ -59,7 +103,9 @@ class ChipActor:
     ) -> None:
         """Get to know the peers and take the chips of a Program, in place of those of another."""
         self.mailbox.clear()
+        import_modules(settings.modules)
         self.transport.connect({a: address for a, address in addresses.items() if a != self.actor})
+        self._actor_of = actor_of
         self._chip_set = ChipSet(
             decode(program), settings, actor_of=actor_of, actor=self.actor, mail=self.transport
         )
@@ -125,12 +171,16 @@ class ChipActor:
         assert self._chip_set is not None
         return self._chip_set
 
-    def _deliver(self, epoch: int, key: Key, source: int, tensor: torch.Tensor) -> None:
-        if key.kind in COMMUNICATIONS:
-            device = self.chip_set.settings.device
-            self.chip_set.deliver(epoch, key, source, tensor.to(device))
+    def _deliver(self, message: Message) -> None:
+        if message.key.kind in COMMUNICATIONS:
+            if self._chip_set is None:
+                raise BadMessage("a communication before there are chips")
+            require_of_chips(message, self._actor_of, self.actor)
+            tensor = message.tensor.to(self._chip_set.settings.device)
+            self._chip_set.deliver(message.epoch, message.key, message.source, tensor)
         else:
-            self.mailbox.put(epoch, key, tensor)
+            require_of_driver(message)
+            self.mailbox.put(message.epoch, message.key, message.tensor)
 
 
 def marks_tensor(marks: Sequence[Mark]) -> torch.Tensor:

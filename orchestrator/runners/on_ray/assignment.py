@@ -12,12 +12,22 @@ from partitioner.program.program import Program, TensorKind
 SLOWEST = ("dp", "pp")  # axes with the least traffic first
 
 
-def assign(program: Program, num_actors: int) -> tuple[int, ...]:
-    """The actor of every chip; sizes differ by at most one. `num_actors` is at most the number of chips."""
-    assert 1 <= num_actors <= program.num_chips, f"{num_actors} actors for {program.num_chips} chips"
-    actor_of = [0] * program.num_chips
-    for position, chip in enumerate(sorted(range(program.num_chips), key=lambda c: _place(program, c))):
-        actor_of[chip] = position * num_actors // program.num_chips
+def assign(program: Program, machines: Sequence[str]) -> tuple[int, ...]:
+    """The actor of every chip, of actors on these machines, at most one per chip; sizes differ by at most one.
+
+    Over several machines chips stay in chip order, which is that of the cluster's hosts, so that those of a host meet
+    on one machine; and where every chip has an actor, that is the one of its own number.
+    """
+    num_actors, num_chips = len(machines), program.num_chips
+    assert 1 <= num_actors <= num_chips, f"{num_actors} actors for {num_chips} chips"
+    if num_actors == num_chips:
+        return tuple(range(num_chips))
+    if len(set(machines)) > 1:
+        by_machine = sorted(range(num_actors), key=lambda actor: (machines.index(machines[actor]), actor))
+        return tuple(by_machine[chip * num_actors // num_chips] for chip in range(num_chips))
+    actor_of = [0] * num_chips
+    for position, chip in enumerate(sorted(range(num_chips), key=lambda c: _place(program, c))):
+        actor_of[chip] = position * num_actors // num_chips
     return tuple(actor_of)
 
 

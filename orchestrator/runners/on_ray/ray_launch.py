@@ -4,12 +4,16 @@ Does not import torch in the calling thread before the actors are on their way.
 """
 
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from comms.selection.progress import Progress
 from orchestrator.config.hardware.cluster import Cluster, Device
-from orchestrator.runners.on_ray.ray_start import PHASES, ActorPlan, RayStart
-from orchestrator.runners.runner import Settings, TensorRunner, num_workers
+from orchestrator.runners.on_ray.placement import ActorPlan, own_plan, spread_plan
+from orchestrator.runners.on_ray.ray_address import RayAddress, RayKind
+from orchestrator.runners.on_ray.ray_start import PHASES, RayStart
+from orchestrator.runners.runner import Settings, TensorRunner
 from partitioner.program.program import Program
 
 if TYPE_CHECKING:
@@ -19,18 +23,16 @@ DEVICES = {Device.SIMULATED: "cpu", Device.CPU: "cpu", Device.CUDA: "cuda"}
 
 
 class RayLaunch:
-    """What `train` starts first: actors for `cluster`, as many as it says or one per core; real chips one each."""
+    """What `train` starts first: actors for `cluster`, on the Ray at `address` (None: one of our own)."""
 
-    def __init__(self, cluster: Cluster) -> None:
-        is_real = cluster.device is not Device.SIMULATED
+    def __init__(self, cluster: Cluster, address: RayAddress | None = None) -> None:
         self.device = DEVICES[cluster.device]
-        num_actors = cluster.num_chips if is_real else min(num_workers(cluster), cluster.num_chips)
-        self.start = RayStart(ActorPlan(num_actors, gpus=int(cluster.device is Device.CUDA)))
+        self.start = RayStart(partial(_planned, cluster), address)
         self.runner: RayRunner | None = None
 
     def connect(self, program: Program, settings: Settings, progress: Progress) -> TensorRunner:
         """See `Launch`; the actors stay the same."""
-        settings = replace(settings, device=self.device)
+        settings = replace(with_modules(settings, program), device=self.device)
         if self.runner is not None:
             self.runner.become(program, settings)
             return self.runner
@@ -47,8 +49,26 @@ class RayLaunch:
             self.close()
             raise
 
+    def keep_logs(self, folder: Path) -> None:
+        """What the actors print is in this folder at the end."""
+        self.start.logs = folder
+
     def close(self) -> None:
         """End what was started."""
         if self.runner is not None:
             self.runner.close()
         self.start.close()
+
+
+def with_modules(settings: Settings, program: Program) -> Settings:
+    """With the user's modules that actors need: they execute operators that are defined there."""
+    from orchestrator.models.own_modules import own_modules
+    from orchestrator.runners.executing.own_operators import own_operators
+
+    if settings.modules or not own_operators(program):
+        return settings
+    return replace(settings, modules=own_modules())
+
+
+def _planned(cluster: Cluster, address: RayAddress, free_cores: float) -> ActorPlan:
+    return own_plan(cluster) if address.kind is RayKind.OWN else spread_plan(cluster, free_cores)

@@ -18,7 +18,7 @@ from ray.exceptions import RayActorError, RayTaskError
 
 from comms.errors import RunError
 from orchestrator.runners.executing.mailbox import Mailbox, batch_key, marks_key, state_key, value_key
-from orchestrator.runners.executing.transport import Transport
+from orchestrator.runners.executing.transport import Message, Transport
 from orchestrator.runners.failure import (
     ActorStatus,
     CallState,
@@ -27,7 +27,7 @@ from orchestrator.runners.failure import (
     actor_failed,
     nobody_finished,
 )
-from orchestrator.runners.on_ray.actor import DRIVER, ActorReport, marks_from
+from orchestrator.runners.on_ray.actor import ActorReport, marks_from
 from orchestrator.runners.on_ray.assignment import (
     assign,
     chips_of,
@@ -36,16 +36,25 @@ from orchestrator.runners.on_ray.assignment import (
     needed_values,
 )
 from orchestrator.runners.on_ray.ray_start import RayStart
+from orchestrator.runners.on_ray.screening import DRIVER, require_report
 from orchestrator.runners.runner import Batches, ExecutedStep, Settings, States, StepRequest
 from orchestrator.runs.timeline import Mark
 from partitioner.program.machine import Key
 from partitioner.program.program import Program
 from partitioner.program.program_codec import encode
 
+# What Ray says of an actor's end, most telling first
+CAUSES = (
+    ("low on memory", "its machine was out of memory"),
+    ("receives a SIGTERM", "its process was told to end (SIGTERM)"),
+    ("connection error code 2", "its process was killed or crashed (SIGKILL, out of memory, SIGSEGV)"),
+    ("`ray.kill`", "somebody ended it through Ray"),
+    ("node", "its machine is gone"),
+    ("unavailable", "its machine is gone, or the way to it"),
+)
 LOOK_S = 2.0  # how often the driver asks actors for their status while it waits
 ANSWER_S = 2.0  # how long an actor may take to tell it
 INSTALLED = tuple(sysconfig.get_paths()[kind] for kind in ("purelib", "platlib", "stdlib"))
-TIMEOUT_S = 300.0  # without any movement
 
 
 class RayRunner:
@@ -54,24 +63,21 @@ class RayRunner:
     def __init__(self, start: RayStart, program: Program, settings: Settings) -> None:
         start.wait()
         self.start = start
-        self.mailbox = Mailbox(TIMEOUT_S)
-        self.transport = Transport(
-            DRIVER,
-            start.secret,
-            lambda epoch, key, _, tensor: self.mailbox.put(epoch, key, tensor),
-        )
+        self.mailbox = Mailbox(settings.hang_timeout_s)
+        self.actor_of: tuple[int, ...] = ()
+        self.transport = Transport(start.keys, self._deliver, start.host)
         self._is_ended = False
         self.become(program, settings)
 
     def become(self, program: Program, settings: Settings) -> None:
         """Take another Program; values are to be loaded anew."""
-        self.program, self.epoch = program, 0
-        self.actor_of = assign(program, min(self.start.plan.num_actors, program.num_chips))
+        self.program, self.epoch, self.timeout_s = program, 0, settings.hang_timeout_s
+        self.actor_of = assign(program, self._machines())
         self.actors = self.start.actors[: max(self.actor_of) + 1]
         self.chips = [chips_of(self.actor_of, actor) for actor in range(len(self.actors))]
-        _ship_by_value(settings)
+        ship_by_value(settings)
         self._require_running()
-        addresses = {a: self.start.addresses[a] for a in range(len(self.actors))}
+        addresses = {a: self.start.facts[a].address for a in range(len(self.actors))}
         self.transport.connect(addresses)
         everyone = {**addresses, DRIVER: self.transport.address}
         settled = (everyone, ray.put(encode(self.program)), self.actor_of, settings)
@@ -146,6 +152,14 @@ class RayRunner:
             found += marks_from(self.mailbox.take(self.epoch, marks_key(actor)))
         return tuple(sorted(found, key=lambda m: m.chip))
 
+    def _machines(self) -> list[str]:
+        """The machine of each actor that is to have chips, as Ray knows it."""
+        return [each.node for each in self.start.facts[: self.program.num_chips]]
+
+    def _deliver(self, message: Message) -> None:
+        require_report(message, self.actor_of)
+        self.mailbox.put(message.epoch, message.key, message.tensor)
+
     def _send(self, actor: int, epoch: int, key: Key, tensor: torch.Tensor) -> None:
         self.transport.send(actor, epoch, key, DRIVER, tensor)
 
@@ -159,16 +173,18 @@ class RayRunner:
 
     def _call(self, doing: str, running: Sequence[Any]) -> list[Any]:
         """Results of calls, one per actor; see the module's docstring for what is watched meanwhile."""
-        state = CallState(doing, tuple(self.chips), TIMEOUT_S, time.monotonic())
+        state = CallState(doing, tuple(self.chips), self.timeout_s, time.monotonic())
         waiting = list(running)
         results: dict[Any, Any] = {}
         while waiting:
-            done, waiting = ray.wait(waiting, num_returns=1, timeout=min(LOOK_S, TIMEOUT_S / 2))
+            done, waiting = ray.wait(waiting, num_returns=1, timeout=min(LOOK_S, self.timeout_s / 2))
             for reference in done:
                 try:
                     results[reference] = ray.get(reference)
                 except (RayActorError, RayTaskError) as error:
                     self._carry_out(_decision(state, running.index(reference), error))
+            if self.transport.failure is not None:
+                self._carry_out(EndActors(_as_run_error(self.transport.failure), self.transport.failure))
             if not done:
                 statuses = self._statuses(state)
                 state = self._carry_out(nobody_finished(state, time.monotonic(), statuses))
@@ -195,7 +211,7 @@ class RayRunner:
         return decision
 
 
-def _ship_by_value(settings: Settings) -> None:
+def ship_by_value(settings: Settings) -> None:
     """The user's own optimizer goes to the actors whole: they may not find the file or module that it is from."""
     kind = type(settings.optimizer([torch.zeros(1, requires_grad=True)]))
     for each in kind.__mro__:
@@ -205,7 +221,22 @@ def _ship_by_value(settings: Settings) -> None:
             ray.cloudpickle.register_pickle_by_value(module)
 
 
+def _as_run_error(error: BaseException) -> Exception:
+    if isinstance(error, RunError):
+        return error
+    return RunError(f"{type(error).__name__}: {error}", "the driver's transport", "a bug worth reporting")
+
+
 def _decision(state: CallState, actor: int, error: Exception) -> EndActors:
     if isinstance(error, RayActorError):
-        return actor_ended(state, actor)
+        return actor_ended(state, actor, _why(str(error)))
     return actor_failed(state, actor, getattr(error, "cause", None) or error)
+
+
+def _why(said: str) -> str:
+    """What Ray tells of an actor's end, in a few words."""
+    for words, why in CAUSES:
+        if words in said:
+            return why
+    first = next((line.strip() for line in said.splitlines() if line.strip()), "Ray does not say why")
+    return first[:200]

@@ -1,62 +1,61 @@
-"""Ray start: starts Ray and places the actors in the background; their resources, patience and end.
+"""Ray start: joins or starts Ray and places the actors, in the background; their resources, patience and end.
 
 `RayStart` needs no Program and does not import torch in the calling thread. Its thread lives until `close`: Linux
-ends Ray's processes with the thread that started them, which is also why nothing survives a killed driver.
-
-Assumes one process per actor, all on this host, and Ray's own process placement (PACK). Never waits silently: what is
-short is named.
+ends the processes of a Ray of our own with the thread that started them. Never waits silently: what is short is named.
 """
 
-import importlib.util
-import logging
 import os
-import random
-import secrets
-import sys
 import threading
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NoReturn
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
 from comms.errors import ClusterError, RunError
+from orchestrator.runners.on_ray.actor_logs import save_logs
+from orchestrator.runners.on_ray.placement import ActorPlan, Machine, busy, require_room
+from orchestrator.runners.on_ray.ray_address import RayAddress, RayKind, ray_address
+from orchestrator.runners.on_ray.ray_connection import RayConnection
 
 if TYPE_CHECKING:
-    from orchestrator.runners.executing.transport import Address
+    from orchestrator.runners.executing.peer_keys import PeerKeys
+    from orchestrator.runners.on_ray.actor import ActorFacts
 
-OBJECT_STORE_BYTES = 80 << 20  # Ray's least: tensors do not go through its store
 PATIENCE_S = 60.0  # for free resources, and for one more actor to come up
 LONGEST_S = 600.0  # for that on a busy machine
 PHASES = ("start Ray", "start actors")
-
-
-@dataclass(frozen=True, slots=True)
-class ActorPlan:
-    """How many actors, and what each needs besides a core."""
-
-    num_actors: int
-    gpus: int = 0
-
-    @property
-    def bundle(self) -> dict[str, float]:
-        """Resources of one actor, in Ray's words."""
-        return {"CPU": 1.0} | ({"GPU": float(self.gpus)} if self.gpus else {})
+Planned: TypeAlias = Callable[[RayAddress, float], ActorPlan]  # for a Ray with so many free cores
 
 
 class RayStart:
     """Ray and its actors, coming up."""
 
-    def __init__(self, plan: ActorPlan) -> None:
-        self.plan = plan
-        self.secret = secrets.token_bytes(16)
+    def __init__(self, planned: ActorPlan | Planned, address: RayAddress | None = None) -> None:
+        self.address = address or ray_address(None, {})
+        self._planned = planned
         self.actors: list[Any] = []
-        self.addresses: dict[int, Address] = {}
+        self.facts: list[ActorFacts] = []
+        self.logs: Path | None = None  # the folder that the actors' output is to be kept in
         self.failure: BaseException | None = None
+        self._plan = planned if isinstance(planned, ActorPlan) else None
         self._reached = {phase: threading.Event() for phase in PHASES}
         self._closing = threading.Event()
         self._group: Any = None
-        self._owns_ray = False
+        self._connection: RayConnection | None = None
         self._thread = threading.Thread(target=self._main, name="ray-start", daemon=True)
         self._thread.start()
+
+    @property
+    def plan(self) -> ActorPlan:
+        """How many actors there are and where; known once Ray is there."""
+        assert self._plan is not None
+        return self._plan
+
+    @property
+    def keys(self) -> "PeerKeys":
+        """The driver's keys; the actors have been placed."""
+        from orchestrator.runners.on_ray.screening import DRIVER
+
+        return self._keys[DRIVER]
 
     def wait(self, phase: str = PHASES[-1]) -> None:
         """Until `phase` is over. Raises what went wrong."""
@@ -71,10 +70,14 @@ class RayStart:
 
     def _main(self) -> None:
         try:
-            self._start_ray()
+            self._connection = RayConnection(self.address)
+            machines = self._connection.machines()
+            if not isinstance(self._planned, ActorPlan):
+                self._plan = self._planned(self.address, self._connection.free().get("CPU", 0.0))
+            require_room(self.plan, machines)
             self._reached[PHASES[0]].set()
             if not self._closing.is_set():
-                self._start_actors()
+                self._start_actors(machines)
         except BaseException as error:
             self.failure = error
         for event in self._reached.values():
@@ -82,46 +85,31 @@ class RayStart:
         self._closing.wait()
         self._end()
 
-    def _start_ray(self) -> None:
-        try:
-            import ray
-        except ImportError as error:
-            raise RunError(
-                "Ray is not installed", "--runner ray", "pip install 'ray>=2.60', or use --runner inline"
-            ) from error
-
-        _draw_apart()
-        if not ray.is_initialized():
-            logging.getLogger("ray").setLevel(logging.CRITICAL)  # what goes wrong is told by our own errors
-            self._owns_ray = True  # also of one that came up halfway
-            ray.init(
-                num_cpus=len(os.sched_getaffinity(0)),
-                include_dashboard=False,
-                object_store_memory=OBJECT_STORE_BYTES,
-                log_to_driver=False,
-                logging_level=logging.CRITICAL,
-            )
-        require_resources(self.plan, ray.cluster_resources())
-
-    def _start_actors(self) -> None:
+    def _start_actors(self, machines: Sequence[Machine]) -> None:
         import ray
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+        from orchestrator.runners.executing.peer_keys import new_keys
+        from orchestrator.runners.executing.transport import LOOPBACK
         from orchestrator.runners.on_ray.actor import ChipActor
+        from orchestrator.runners.on_ray.screening import DRIVER
 
         plan = self.plan
-        self._group = ray.util.placement_group([plan.bundle] * plan.num_actors, strategy="PACK")
+        self._group = ray.util.placement_group([plan.bundle] * plan.num_bundles, strategy=plan.strategy)
         if not self._group.wait(PATIENCE_S):
-            raise_busy(plan, ray.available_resources())
+            raise busy(plan, ray.available_resources(), PATIENCE_S)
+        self._keys = new_keys((DRIVER, *range(plan.num_actors)))
+        self.host = LOOPBACK if self.address.kind is RayKind.OWN else ray.util.get_node_ip_address()
+        host = LOOPBACK if self.address.kind is RayKind.OWN else None  # None: that of the node
         # Two calls at a time: while the long one runs, the driver may ask how far it is.
         remote = ray.remote(num_cpus=1, num_gpus=plan.gpus, max_concurrency=2)(ChipActor)
         for actor in range(plan.num_actors):
-            place = PlacementGroupSchedulingStrategy(self._group, actor)
-            self.actors.append(remote.options(scheduling_strategy=place).remote(actor, self.secret))
-        self._get_addresses(ray)
+            place = PlacementGroupSchedulingStrategy(self._group, plan.bundle_of(actor))
+            self.actors.append(remote.options(scheduling_strategy=place).remote(self._keys[actor], host))
+        self._get_facts(ray)
 
-    def _get_addresses(self, ray: Any) -> None:
-        asked, num_up = [actor.address.remote() for actor in self.actors], 0
+    def _get_facts(self, ray: Any) -> None:
+        asked, num_up = [actor.facts.remote() for actor in self.actors], 0
         while num_up < len(asked):  # on a machine that is busy elsewhere the processes come up one by one
             load, cores = os.getloadavg()[0], len(os.sched_getaffinity(0))
             done, _ = ray.wait(asked, num_returns=num_up + 1, timeout=start_patience_s(load, cores))
@@ -129,51 +117,52 @@ class RayStart:
                 raise_slow(len(done), len(asked), load, cores)
             num_up = len(done)
         try:
-            self.addresses = dict(enumerate(ray.get(asked)))
+            self.facts = ray.get(asked)
         except ray.exceptions.RayError as error:
-            raise RunError(
-                f"the actors did not start: {error}",
-                f"{self.plan.num_actors} Ray actors",
-                "look into Ray's logs (/tmp/ray/session_latest/logs), or train with --runner inline",
-            ) from error
+            raise _not_started(error, self.plan.num_actors) from error
+        _require_same_code(self.facts)
         for actor in self.actors:
             actor.warm_up.remote()  # nobody waits for it
 
     def _end(self) -> None:
-        if self.failure is not None and isinstance(self.failure.__cause__, ImportError):
-            return  # without Ray there is nothing to end
+        if self._connection is None:
+            return
         import ray
 
         if ray.is_initialized():
+            if self.logs is not None:
+                save_logs(self.facts, self.logs)
             for actor in self.actors:
                 ray.kill(actor)
             if self._group is not None:
                 ray.util.remove_placement_group(self._group)
-        if self._owns_ray:
-            ray.shutdown()
+        self._connection.close()
 
 
-def _draw_apart() -> None:
-    """Give Ray's modules a `random` of their own: what users' code draws meanwhile follows from a seed."""
-    spec = importlib.util.find_spec("random")
-    assert spec is not None and spec.loader is not None
-    own = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(own)
-    for name, module in list(sys.modules.items()):
-        if name.partition(".")[0] == "ray" and vars(module).get("random") is random:
-            vars(module)["random"] = own
+def _not_started(error: Exception, num_actors: int) -> RunError:
+    said = str(error).strip()
+    hint = (
+        "look into Ray's logs on that machine (/tmp/ray/session_latest/logs), or train with --runner inline"
+    )
+    if "No module named" in said or "ModuleNotFoundError" in said:
+        hint = "install orchestrate with what it needs on every machine of the cluster"
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    return RunError(
+        f"the actors did not start: {lines[-1] if lines else error}", f"{num_actors} Ray actors", hint
+    )
 
 
-def require_resources(plan: ActorPlan, total: Mapping[str, float]) -> None:
-    """Raise ClusterError if the actors need more than Ray has in all."""
-    for name, each in plan.bundle.items():
-        wanted, found = each * plan.num_actors, total.get(name, 0.0)
-        if wanted > found:
-            raise ClusterError(
-                f"{plan.num_actors} actors need {wanted:g} {name}s, Ray has {found:g}",
-                "Ray at this machine",
-                f"ask for at most {int(found // each)} actors" if found >= each else f"add {name}s to Ray",
-            )
+def _require_same_code(facts: Sequence["ActorFacts"]) -> None:
+    """Raise ClusterError where a machine would run other code than the driver: it would train differently."""
+    from orchestrator.runners.on_ray.actor import code_facts
+
+    own = code_facts()
+    for actor, each in enumerate(facts):
+        for name, value in own.items():
+            if each.code.get(name) != value:
+                problem = f"{name} is {each.code.get(name)} there and {value} here"
+                hint = "install the same version on every machine"
+                raise ClusterError(problem, f"actor {actor} on {each.machine}", hint)
 
 
 def start_patience_s(load: float, num_cores: int) -> float:
@@ -187,17 +176,4 @@ def raise_slow(num_up: int, num_actors: int, load: float, num_cores: int) -> NoR
         f"{num_up} of {num_actors} actors came up, and no other one in {start_patience_s(load, num_cores):.0f} s",
         f"Ray at this machine: load {load:.1f} on {num_cores} cores",
         "try again when less else runs, or train with --runner inline",
-    )
-
-
-def raise_busy(plan: ActorPlan, free: Mapping[str, float]) -> NoReturn:
-    """Ray has enough in all, but others hold it."""
-    lacking = ", ".join(
-        f"{each * plan.num_actors:g} {name}s needed, {free.get(name, 0.0):g} free"
-        for name, each in plan.bundle.items()
-    )
-    raise ClusterError(
-        f"Ray had no room for {plan.num_actors} actors in {PATIENCE_S:g} s: {lacking}",
-        "Ray at this machine",
-        "end what else runs on it, or ask for fewer actors",
     )

@@ -117,6 +117,13 @@ class TrainOptions(PlannedOptions):
     run_dir: RunDirFlag = None
     steps: Annotated[int | None, Option(min=1, help="Optimizer steps; default: 200.")] = None
     runner: Annotated[RunnerKind | None, Option(help="Who executes the plan; default: ray.")] = None
+    address: Annotated[
+        str | None,
+        Option(
+            metavar="ADDRESS",
+            help="Ray to train on: auto, host:port or ray://host:port; default: RAY_ADDRESS, else one of its own.",
+        ),
+    ] = None
     resume: Annotated[Path | None, Option(metavar="RUN_DIR", help="Continue the run in this folder.")] = None
     verify_first: Annotated[
         bool, Option("--verify-first", help="End at once if the first step differs from one chip's.")
@@ -177,6 +184,38 @@ class CalibrateOptions(Options):
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class JobsOptions(Options):
+    """Run commands on a Ray cluster as its jobs, or write them as manifests of KubeRay or Slurm."""
+
+    action: Annotated[
+        Literal["submit", "list", "status", "logs", "stop", "emit"],
+        Argument(metavar="ACTION", help="submit, list, status, logs, stop or emit."),
+    ]
+    words: Annotated[
+        tuple[str, ...],
+        Argument(
+            metavar="[JOB | kuberay | slurm] [-- COMMAND ...]",
+            help="A job's name; what to emit; and after two dashes the command, as in -- train --cluster FILE.",
+        ),
+    ] = ()
+    address: Annotated[
+        str | None,
+        Option(
+            metavar="ADDRESS",
+            help="The cluster's dashboard, http://HOST:8265, or its Ray; default: RAY_ADDRESS.",
+        ),
+    ] = None
+    working_dir: Annotated[
+        Path | None, Option(metavar="FOLDER", help="Folder that goes with the job; default: this one.")
+    ] = None
+    follow: Annotated[bool, Option("--follow", help="Show what the job prints until it is over.")] = False
+    overrides: Annotated[
+        tuple[str, ...],
+        Option("--set", metavar="A=B", help="Override a setting of a manifest, as in image=NAME."),
+    ] = ()  # in the order given
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class DoctorOptions(Options):
     """Is this machine ready? Versions, cores, memory, chips, Ray."""
 
@@ -190,5 +229,6 @@ VERBS: dict[str, type[Options]] = {
     "verify": VerifyOptions,
     "comms": CommsOptions,
     "calibrate": CalibrateOptions,
+    "jobs": JobsOptions,
     "doctor": DoctorOptions,
 }

@@ -7,14 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from comms.errors import ConfigError
 from comms.selection.progress import Progress
 from orchestrator.config.hardware.cluster import Cluster
 from orchestrator.config.hardware.cluster_file import DEFAULT_CLUSTER, cluster_from, cluster_path
-from orchestrator.config.job_file import Job, job_from, load_job
-from orchestrator.config.yaml_file import Document, read_yaml
+from orchestrator.config.job_file import Job, load_job
+from orchestrator.config.yaml_file import read_yaml
 from orchestrator.planning import preparation
-from orchestrator.planning.preparation import PLANNED, Prepared
+from orchestrator.planning.preparation import Prepared
 from orchestrator.runs.run_dir import RunDir
 from orchestrator.verbs.inputs.options import PlannedOptions
 from partitioner.layout.parallel_plan import Plan, plan_from, plan_to_yaml
@@ -42,10 +41,14 @@ class Inputs:
 
     def config(self, runner: str) -> dict[str, object]:
         """The effective configuration, from which `from_config` makes the same inputs."""
-        return {
-            "runner": runner, "chips": self.cluster.num_chips, "cluster": dict(self.document),
-            "job": self.job.model_dump(),
-        }  # fmt: skip
+        return config_of(runner, self.cluster, self.document, self.job)
+
+
+def config_of(runner: str, cluster: Cluster, document: Mapping[str, object], job: Job) -> dict[str, object]:
+    """What a run directory keeps of a cluster, which is that of `document`, and a job."""
+    return {
+        "runner": runner, "chips": cluster.num_chips, "cluster": dict(document), "job": job.model_dump(),
+    }  # fmt: skip
 
 
 def resolve(options: PlannedOptions, *, demonstrate: bool = False) -> Inputs:
@@ -87,14 +90,3 @@ def read_plan(path: Path | None) -> Plan | None:
         return None
     document = read_yaml(path)
     return plan_from(document.root, document.where)
-
-
-def from_config(config: Mapping[str, object], plan: Plan | None, origin: str) -> Inputs:
-    """The inputs of an earlier run, from what its run directory says."""
-    cluster, job, chips = config.get("cluster"), config.get("job"), config.get("chips")
-    if not isinstance(cluster, dict) or not isinstance(job, dict) or not isinstance(chips, int):
-        raise ConfigError("not the configuration of a run", origin, "resume a folder that `train` made")
-    known = cluster_from(Document(origin, cluster, {})).take(chips)
-    if plan is not None:  # which says more than what was asked for when it was chosen
-        job = {key: value for key, value in job.items() if key not in PLANNED}
-    return Inputs(known, job_from(Document(origin, job, {})), plan, cluster)

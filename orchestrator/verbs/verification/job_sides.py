@@ -4,6 +4,7 @@ Both start from given values (see `module_values`). They share the job's module,
 """
 
 from functools import partial
+from pathlib import Path
 
 import torch
 
@@ -13,7 +14,7 @@ from orchestrator.planning.job_parts import JobParts
 from orchestrator.planning.preparation import Prepared, module_values
 from orchestrator.runners.executing.chip_set import ChipSet
 from orchestrator.runners.runner import Settings
-from orchestrator.verbs.job_step import step_of_job
+from orchestrator.verbs.training.job_step import step_of_job
 from orchestrator.verbs.verification.one_chip import OneChip
 from orchestrator.verbs.verification.outcome import Outcome, Tensors
 from orchestrator.verbs.verification.sides import GroupSettings, PlannedSide
@@ -40,6 +41,9 @@ class KeptChips:
         del progress
         self.chips = ChipSet(program, settings)
         return self.chips
+
+    def keep_logs(self, folder: Path) -> None:
+        """There are no other processes."""
 
     def close(self) -> None:
         """Nothing was started."""

@@ -1,25 +1,28 @@
 """Resumed runs: all that a checkpoint does not hold must be the same, or the run does not go on.
 
-A checkpoint holds parameters, buffers that the forward changes and the optimizer's states. The rest is made anew by the
-same code when a run is resumed: the Program with the numbers in it, other buffers, settings, batches. Digests of it
-stand in the manifest and are compared before a step is taken. What code does later cannot be: of files of the user's
-that were edited since, and of other versions of libraries, there is a warning.
+A checkpoint holds parameters, buffers and the optimizer's states. The rest is made anew by the same code when a run is
+resumed: the Program with the numbers in it, settings, batches. Digests of it stand in the manifest and are compared
+before a step is taken. A Program is one of a plan: where a run goes on by another plan, that of the plan before is made
+once more to be compared. What code does later cannot be: of files of the user's that were edited since, and of other
+versions of libraries, there is a warning.
 """
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Protocol
+from typing import Protocol
 
 from comms.errors import RunError
 from kernels.optimizers import group_settings
 from orchestrator.planning.preparation import Prepared
+from orchestrator.runs.checkpoints.manifest import Evidence, Manifest, SeenAgain
 from orchestrator.runs.data import TokenData
 from orchestrator.runs.own_data import OwnData, digest_of
 from orchestrator.runs.run_dir import RunDir, versions
 from orchestrator.verbs.distribute import DistributedStep
 from partitioner.capture.batch_inputs import Batch
-from partitioner.program.program import Program, TensorKind
+from partitioner.layout.parallel_plan import Plan
+from partitioner.program.program import Program
 from partitioner.program.program_codec import encode
 from partitioner.program.program_text import to_text
 
@@ -27,12 +30,9 @@ SAID = (
     "merged",
     "model",
 )  # facts of Programs: microbatches that could not be kept apart, and what the model is called
-# By key of what is compared: what is not the same, and what to do. First what the states are loaded into.
-MADE = {
-    "program": ("the Program is another than the run was started with",
-                "undo what was changed in the plan, the model, the loss or their files, or start a new run"),
-    "buffers": ("a buffer of the model does not begin as it did", "draw what it holds from torch, numpy or random"),
-}  # fmt: skip
+# What is not the same, and what to do: first of what the states are loaded into, then by key of what is compared.
+MADE = ("the Program is another than the run was started with",
+        "undo what was changed in the model, the loss or their files, or start a new run")  # fmt: skip
 SEEN = {
     "settings": ("a setting is not what it was", "give the optimizer, scheduler and job that the run was started with"),
     "batch": ("the last batch before the checkpoint is read as another one",
@@ -73,79 +73,114 @@ class Resumable(Protocol):
     @property
     def warn(self) -> Callable[[str], None]: ...
 
+    @property
+    def program_under(self) -> Callable[[Plan], Program]: ...
+
     def batch(self, step: int) -> Batch: ...
 
     def held_out_batches(self) -> Iterator[Batch]: ...
 
 
-def evidence(training: Resumable) -> dict[str, Any]:
-    """What is kept beside a checkpoint, as JSON values."""
-    program, batch = training.prepared.program, training.last_batch
-    return {
-        "program": _digest(program),
-        "buffers": _buffers(training),
-        "settings": _settings(training),
-        "batch": digest_of(batch) if batch else "",
-        "last_program": _digest(training.last_program or program),
-        "validation": asdict(training.held_out),
-        "sources": dict(training.sources), "versions": versions(),
-    }  # fmt: skip
+def evidence(training: Resumable) -> Evidence:
+    """What is kept beside a checkpoint."""
+    program = training.prepared.program
+    return _evidence(training, program, training.last_program or program)
 
 
-def require_made(training: Resumable, extra: Mapping[str, Any]) -> None:
+def _evidence(training: Resumable, program: Program, last: Program) -> Evidence:
+    batch = training.last_batch
+    return Evidence(
+        data=training.data.digest, program=_digest(program), last_program=_digest(last),
+        settings=_settings(training), batch=digest_of(batch) if batch else "",
+        validation=SeenAgain(**asdict(training.held_out)), sources=dict(training.sources), versions=versions(),
+    )  # fmt: skip
+
+
+def require_made(training: Resumable, manifest: Manifest) -> None:
     """Raise RunError where what states are to be loaded into is not what it was."""
-    _require(training, extra, MADE)
+    if manifest.evidence.data != training.data.digest:
+        problem = "the data is not what the run was trained on"
+        raise RunError(problem, training.data.name, "give the same data")
+    _require_norms(training, manifest.planned)
+    if _digest(program := _as_before(training, manifest)) != manifest.evidence.program:
+        more, where = _first_line(training, program, manifest)
+        raise RunError(f"{MADE[0]}{more}", where, MADE[1])
 
 
-def require_seen(training: Resumable, extra: Mapping[str, Any]) -> None:
+def _require_norms(training: Resumable, before: Plan) -> None:
+    """Batch norms by the statistics of each part are trained as so many parts."""
+    now = training.prepared.plan
+    if now.norm_parts != before.norm_parts:
+        problem = (
+            f"batch norms saw {before.norm_parts} parts of a batch, by this plan they see {now.norm_parts}"
+        )
+        raise RunError(problem, f"plan {now}", "keep batch_norm, and dp x microbatches where it is per_part")
+
+
+def _as_before(training: Resumable, manifest: Manifest) -> Program:
+    """The Program by the plan of the checkpoint."""
+    is_same = manifest.planned == training.prepared.plan
+    return training.prepared.program if is_same else training.program_under(manifest.planned)
+
+
+def require_seen(training: Resumable, manifest: Manifest) -> None:
     """Go through what was read last, and raise RunError where anything is not what it was; then warn."""
-    job, step = training.prepared.job, training.step
-    if step:
-        training.last_batch = training.batch(step - 1)
-        training.last_program = training.one_step.ready(training.last_batch)[1]
-    was = extra.get("validation", {})
+    was, last = manifest.evidence, training.prepared.program
+    if training.step:
+        training.last_batch = training.batch(training.step - 1)
+        training.last_program = last = training.one_step.ready(training.last_batch)[1]
     # All times where they differed: a generator that goes on from one to the next must come as far.
-    for _ in range(was.get("count", 0) if not was.get("is_same") else min(was["count"], 1)):
+    for _ in range(was.validation.count if not was.validation.is_same else min(was.validation.count, 1)):
         training.held_out.add(" ".join(map(digest_of, training.held_out_batches())))
-    training.held_out.count = was.get("count", 0)
-    _require(training, extra, SEEN)
-    for name, digest in extra["sources"].items():
-        if training.sources.get(name, digest) != digest:
-            training.warn(
-                f"{name} was edited since the run was started; what it says holds from step {step + 1} on"
-            )
-    for name, version in versions().items():
-        if (before := extra["versions"].get(name, version)) != version:
-            training.warn(f"{name} is {version}, the run of {job.model} was trained by {before} until now")
-
-
-def _require(training: Resumable, extra: Mapping[str, Any], keys: Mapping[str, tuple[str, str]]) -> None:
-    found = evidence(training)
-    for key, (problem, hint) in keys.items():
-        if found[key] != extra.get(key):
-            more, where = _difference(training, key, extra.get(key), found[key])
+    training.held_out.count = was.validation.count
+    found = _evidence(training, training.prepared.program, last)
+    found = found.model_copy(update={"last_program": _last_before(training, manifest, found)})
+    for key, (problem, hint) in SEEN.items():
+        if getattr(found, key) != getattr(was, key):
+            more, where = _difference(training, key, getattr(was, key), getattr(found, key))
             raise RunError(f"{problem}{more}", where, hint)
+    _warn(training, was)
+
+
+def _last_before(training: Resumable, manifest: Manifest, found: Evidence) -> str:
+    """The digest of the last Program by the plan of the checkpoint."""
+    was = manifest.evidence
+    if manifest.planned == training.prepared.plan:
+        return found.last_program
+    if was.last_program == was.program and found.last_program == found.program:
+        return was.program  # which was compared
+    assert training.last_batch is not None
+    return _digest(training.one_step.program_by(training.last_batch, manifest.planned))
+
+
+def _warn(training: Resumable, was: Evidence) -> None:
+    for name, digest in was.sources.items():
+        if training.sources.get(name, digest) != digest:
+            training.warn(f"{name} was edited since the run was started; what it says holds from step "
+                          f"{training.step + 1} on")  # fmt: skip
+    for name, version in versions().items():
+        if (before := was.versions.get(name, version)) != version:
+            model = training.prepared.job.model
+            training.warn(f"{name} is {version}, the run of {model} was trained by {before} until now")
 
 
 def _difference(training: Resumable, key: str, was: object, now: object) -> tuple[str, str]:
     """Which part of it differs, if that can be told, and where."""
-    if key == "program":
-        return _first_line(training)
     places = {"batch": training.data.name, "validation": str(training.prepared.job.validation.data)}
-    if key in ("buffers", "settings") and isinstance(was, dict) and isinstance(now, dict):
+    if key == "settings" and isinstance(was, dict) and isinstance(now, dict):
         name = next(each for each in (*was, *now) if was.get(each) != now.get(each))
-        values = "" if key == "buffers" else f" was {was.get(name)}, is {now.get(name)}"
-        return f": {name}{values}", training.prepared.job.model if key == "buffers" else "optimizer"
+        return f": {name} was {was.get(name)}, is {now.get(name)}", "optimizer"
     return "", places.get(key, training.prepared.job.model)
 
 
-def _first_line(training: Resumable) -> tuple[str, str]:
-    """Where the text of the Program first differs from what the run directory has."""
-    path = training.run_dir.program_text
-    before = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+def _first_line(training: Resumable, program: Program, manifest: Manifest) -> tuple[str, str]:
+    """Where the text of the Program first differs from what the run directory has, if that is by the same plan."""
+    path, plan = training.run_dir.program_text, training.run_dir.plan
+    is_kept = path.exists() and plan.exists() and plan.read_text(encoding="utf-8") == manifest.plan
+    before = path.read_text(encoding="utf-8").splitlines() if is_kept else []
     lines = tuple(f"meta {name} " for name in SAID)
     numbered = [(number, line) for number, line in enumerate(before, 1) if not line.strip().startswith(lines)]
-    now = to_text(_of_plan(training.prepared.program)).splitlines()
+    now = to_text(_of_plan(program)).splitlines()
     for (number, old), new in zip([*numbered, (len(before), "")], [*now, ""], strict=False):
         if old != new and before:
             return f": `{old.strip()}` has become `{new.strip()}`", f"{path}:{number}"
@@ -159,13 +194,6 @@ def _digest(program: Program) -> str:
 def _of_plan(program: Program) -> Program:
     """As it is made from the plan that was kept, which says nothing of the one that was asked for."""
     return replace(program, meta=tuple((name, fact) for name, fact in program.meta if name not in SAID))
-
-
-def _buffers(training: Resumable) -> dict[str, str]:
-    """Digests of those that no checkpoint holds, as the forward does not change them."""
-    roles, model = training.prepared.program.roles, training.one_step.model
-    held = {tensor.source for role in roles for tensor in role.tensors if tensor.kind is TensorKind.BUFFER}
-    return {n: digest_of({n: value}) for n, value in model.named_buffers() if f"buffer:{n}" not in held}
 
 
 def _settings(training: Resumable) -> dict[str, str]:

@@ -22,9 +22,9 @@ MOVING, STILL = ActorStatus((1, 7), ""), ActorStatus((1, 5), "chip 0 waits for p
 
 
 def test_an_actor_that_has_ended_ends_all_with_its_name_and_chips() -> None:
-    decision = actor_ended(CALL, 0)
+    decision = actor_ended(CALL, 0, "its machine is gone")
     assert isinstance(decision, EndActors) and isinstance(decision.error, RunError)
-    assert decision.error.problem == "actor 0 has ended"
+    assert decision.error.problem == "actor 0 has ended: its machine is gone"
     assert decision.error.where == "actor 0 (chips 0, 1) while executing a step"
     assert "--resume" in decision.error.hint
 

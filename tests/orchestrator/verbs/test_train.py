@@ -3,7 +3,7 @@
 import io
 import json
 import shutil
-import threading
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -15,8 +15,10 @@ import torch
 from comms.errors import ConfigError, RunError
 from orchestrator.config.hardware.cluster_file import cluster_path, load_cluster
 from orchestrator.config.yaml_file import read_yaml
-from orchestrator.runs import checkpoint, run_dir
+from orchestrator.runners.signals import StopRequest
+from orchestrator.runs import run_dir
 from orchestrator.runs.accuracy import Basis
+from orchestrator.runs.checkpoints import checkpoint
 from orchestrator.runs.metrics import read_metrics
 from orchestrator.runs.timeline import Origin
 from orchestrator.verbs import train, training_loop
@@ -29,7 +31,7 @@ from partitioner.program.program_text import to_text
 PLAN = Plan(dp=2, pp=2, zero=1, microbatches=2)
 FILES = {
     "run.yaml", "plan.yaml", "program.txt", "program.msgpack", "metrics.jsonl", "predicted.msgpack", "measured.msgpack",
-    "trace.json.gz", "loss.png", "timeline.png", "checkpoints", "log.txt",
+    "trace.json.gz", "loss.png", "timeline.png", "checkpoints", "log.txt", ".lock",
 }  # fmt: skip
 SMALL = ("validation.batches=1", "validation.every=2", "lr_schedule.warmup_steps=1", "model_args.vocab=256")
 Make = Callable[..., Any]
@@ -50,11 +52,11 @@ def finished(
     return train.run(laptop.take(4), job, plan=PLAN, folder=folder, document=document), folder
 
 
-def saved(folder: Path, step: int) -> dict[str, dict[str, torch.Tensor]]:
-    """The tensors of every chip in the newest checkpoint, which must be of `step`."""
+def saved(folder: Path, step: int) -> dict[str, torch.Tensor]:
+    """All tensors in the newest checkpoint, which must be of `step`."""
     found = checkpoint.latest(folder).checkpoint
     assert found is not None and found.manifest.step == step
-    return dict(checkpoint.load(found))
+    return {entry.key: value for entry, value in checkpoint.load(found).parts()}
 
 
 def test_the_run_directory_has_every_file(finished: tuple[Any, Path]) -> None:
@@ -115,17 +117,17 @@ def test_predicted_and_measured_spans_join(finished: tuple[Any, Path]) -> None:
 @contextmanager
 def stopping_after(steps: int) -> Iterator[None]:
     """Ask the loop to end after so many steps, as the first Ctrl-C does."""
-    event, original = threading.Event(), training_loop.Training._step
+    request, original = StopRequest(owns_process=False), training_loop.Training._step
 
     def step(self: training_loop.Training, *rest: Any) -> Any:
         found = original(self, *rest)
         if self.step == steps:
-            event.set()
+            request(signal.SIGINT, None)
         return found
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training_loop.Training, "_step", step)
-        patch.setattr(train, "_stopping", lambda: nullcontext(event))
+        patch.setattr(train, "stop_request", lambda: nullcontext(request))
         yield
 
 
@@ -138,7 +140,7 @@ def test_a_resumed_run_goes_on_bit_for_bit(
         interrupted = train.run(laptop.take(4), job, plan=PLAN, folder=folder, document=document)
     assert interrupted.was_interrupted and interrupted.steps == 2
     assert interrupted.tables()[0].title == "interrupted at step 2 of 4"
-    said = f"interrupted at step 2 of 4; saved; go on with `orchestrate train --resume {folder}`"
+    said = f"SIGINT: interrupted at step 2 of 4; saved; go on with `orchestrate train --resume {folder}`"
     assert said in (folder / "log.txt").read_text().splitlines()
     result = train.main(
         TrainOptions(resume=folder, runner=RunnerKind.INLINE), Console(out=io.StringIO(), err=io.StringIO())
@@ -149,7 +151,7 @@ def test_a_resumed_run_goes_on_bit_for_bit(
     assert [[r[k] for k in facts] for r in one] == [[r[k] for k in facts] for r in other]
     expected, found = saved(finished[1], 4), saved(folder, 4)
     assert expected.keys() == found.keys()
-    assert all(torch.equal(expected[c][k], found[c][k]) for c in expected for k in expected[c])
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
 def test_a_resumed_run_without_new_steps_keeps_what_was_measured(
@@ -241,11 +243,13 @@ def test_a_dry_run_predicts_and_leaves_nothing_behind(
 @pytest.mark.parametrize(
     ("given", "flag"),
     [
-        ({"seq": 8}, "--seq"), ({"global_batch": 2}, "--global-batch"), ({"overrides": ("seed=1",)}, "--set"),
-        ({"chips": 2}, "--chips"), ({"steps": 9}, "--steps"),
+        ({"seq": 8}, "--seq"), ({"global_batch": 2}, "--global-batch"), ({"overrides": ("seed=1",)}, "--set seed"),
+        ({"data": "other.txt"}, "--data"), ({"overrides": ("plan.tp=2", "optimizer.lr=1.0")}, "--set optimizer.lr"),
     ],
 )  # fmt: skip
-def test_a_resumed_run_takes_no_other_inputs(given: dict[str, Any], flag: str, tmp_path: Path) -> None:
+def test_a_resumed_run_takes_no_inputs_that_say_what_is_trained(
+    given: dict[str, Any], flag: str, tmp_path: Path
+) -> None:
     with pytest.raises(ConfigError, match=f"{flag} cannot change a run"):
         train.main(TrainOptions(resume=tmp_path, **given), Console(out=io.StringIO(), err=io.StringIO()))
 
@@ -255,7 +259,7 @@ def test_a_resumed_run_goes_on_with_its_own_runner(
 ) -> None:
     asked = []
 
-    def launch(cluster: Any, kind: RunnerKind) -> None:
+    def launch(cluster: Any, kind: RunnerKind, address: None) -> None:
         asked.append(kind)
         raise NotImplementedError
 

@@ -8,7 +8,8 @@ from orchestrator.runners.executing.blocks import HEAD, BlockPool, can_read, rea
 
 def read(block: int, nbytes: int) -> bytes:
     target = bytearray(nbytes)
-    read_block(os.getpid(), block, memoryview(target))
+    with read_block(os.getpid(), block, len(target)) as fill:
+        fill(memoryview(target))
     return bytes(target)
 
 

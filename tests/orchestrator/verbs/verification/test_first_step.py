@@ -15,7 +15,7 @@ from orchestrator.planning.preparation import prepare
 from orchestrator.runners.executing.chip_set import InlineLaunch
 from orchestrator.runs.metrics import read_metrics
 from orchestrator.verbs import train
-from orchestrator.verbs.job_step import step_of_job
+from orchestrator.verbs.training.job_step import step_of_job
 from orchestrator.verbs.verification.first_step import verified_step
 from orchestrator.verbs.verification.job_steps import job_steps
 from partitioner.layout.parallel_plan import Plan

@@ -1,0 +1,1 @@
+"""Runs as jobs of a cluster's own scheduler: Ray's jobs, and manifests for KubeRay and Slurm."""
