@@ -70,6 +70,8 @@ class Console:
         self._clock = clock
         self._log: Path | None = None
         self._notes: dict[str, object] = {}
+        self._document: dict[str, object] | None = None  # that waits
+        self._holds = False
         self._rich_err: RichConsole | None = None
         self._open: list[str] = []
         self._phases: list[Phase] = []
@@ -105,6 +107,26 @@ class Console:
         """What, where and what to do, one line each, for the error and those it leads."""
         for finding in error.findings:
             self.say(f"error: {finding.text}")
+        self.note_error(error)
+
+    def note_error(self, error: UserError) -> None:
+        """Have an error in the document: `error` is the first that it leads, `errors` are all where there are more."""
+        found = [
+            {part: getattr(each, part) for part in ("problem", "where", "hint")} for each in error.findings
+        ]
+        self._document = {**(self._document or {}), "error": found[0]}
+        if len(found) > 1:
+            self._document["errors"] = found
+
+    def hold(self) -> None:
+        """From now on the document waits for `close`, so that an error that comes after the answer is in it."""
+        self._holds = True
+
+    def close(self) -> None:
+        """Write the document that waits, if there is one. Raises RunError if it is not taken."""
+        document, self._document = self._document, None
+        if self.as_json and document is not None:
+            self._answer(json.dumps(_strict(document), indent=2, allow_nan=False) + "\n")
 
     def note(self, facts: Mapping[str, object]) -> None:
         """What the answer's document is to have as well."""
@@ -125,15 +147,19 @@ class Console:
 
         A reader that has gone is no error: BrokenPipeError ends a command quietly.
         """
+        if not self.as_json:
+            self._answer(text, tables)
+            return
+        self._document = {**document, **self._notes}
+        if not self._holds:
+            self.close()
+
+    def _answer(self, text: str, tables: Sequence[Table] = ()) -> None:
         hint = "give it a file with room, or a pipe"
         if self._out is None:
             raise RunError("the answer cannot be written: it is closed", "stdout", hint)
         try:
-            if self.as_json:
-                self._out.write(
-                    json.dumps(_strict({**document, **self._notes}), indent=2, allow_nan=False) + "\n"
-                )
-            elif text:
+            if text:
                 self._out.write(_as_taken(text, self._out))
             else:
                 self._draw(tables, self._out)
