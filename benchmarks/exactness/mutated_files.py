@@ -14,6 +14,7 @@ import os
 import resource
 import shutil
 import signal
+import sys
 import tempfile
 import time
 import traceback
@@ -223,6 +224,8 @@ def _run(numbers: range, known: list[Seed], folder: Path, kept: Path | None) -> 
             *(f"way: {way}" for way in dict.fromkeys(ways.split(" + "))),
         ):
             taken.setdefault(row, Counter())[ended.outcome] += 1
+        if not (ended.number + 1) % 1000:
+            print(f"{ended.number + 1 - numbers.start} of {len(numbers)}", file=sys.stderr, flush=True)
         slowest, grown = max(slowest, ended.cpu_s), max(grown, ended.grown)
         if ended.outcome not in (Outcome.READ, Outcome.REFUSED):
             print(

@@ -19,7 +19,7 @@ from partitioner.layout.pipeline_schedules import PipelineSchedule
 
 ROOT = Path(__file__).parents[2]
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-LONGEST = 20_000  # characters that are parsed to be changed
+LONGEST = 20_000  # characters in which words are looked for
 
 
 class FileKind(StrEnum):
@@ -324,7 +324,7 @@ def _large(draw: random.Random, text: str) -> str:
 
 def _structure(draw: random.Random, text: str) -> str:
     """A part of the document taken out, put elsewhere, wrapped or repeated."""
-    if "*" in text or len(text) > LONGEST:  # what aliases stand for may be endless
+    if "*" in text:  # what aliases stand for may be endless
         return _lines(draw, text)
     try:
         root: Any = yaml.load(text, Loader=LOADER)
@@ -371,7 +371,7 @@ def mutated(number: int, known: list[Seed]) -> tuple[Seed, str, bytes]:
     seed, ways = draw.choice(known), draw.choices(list(MUTATIONS), k=draw.choice((1, 1, 2, 3)))
     text = seed.text
     for way in ways:
-        text = MUTATIONS[way](draw, text)
+        text = MUTATIONS[way if len(text) <= LONGEST else draw.choice(("bytes", "lines"))](draw, text)
     return seed, " + ".join(ways), _encoded(text)
 
 

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from orchestrator.views.training_view import StepLine
 
 PATIENCE_S = 2.0  # a phase shorter than this is nobody's business
+MIN_WIDTH = 20  # of a terminal in which lines are broken between words
 PIPE_WIDTH = 1000  # a table in a pipe is as wide as its content
 RULE = "\N{BOX DRAWINGS LIGHT HORIZONTAL}"  # what tables are ruled with
 
@@ -284,6 +285,8 @@ class Console:
 
     def _print(self, text: str) -> None:
         with suppress(OSError):
+            if self.is_live:
+                text = _wrapped(text, _width(self._err))
             if self._rich_err is not None:  # a live display may be up: only rich can print above it
                 self._rich_err.print(text, markup=False, highlight=False, soft_wrap=True)
             else:
@@ -300,13 +303,15 @@ class Console:
     def _draw(self, tables: Sequence[Table], file: TextIO) -> None:
         from rich.console import Console as RichConsole
 
+        from orchestrator.views.table_drawing import draw_table
+
         if file.isatty() and _as_taken(RULE, file) == RULE:
             for table in tables:
-                _draw_table(RichConsole(file=file), table)
+                draw_table(RichConsole(file=file), *table)
             return
         plain = StringIO()  # rich fills lines with blanks, which a pipe has no use for
         for table in tables:
-            _draw_table(RichConsole(file=plain, width=PIPE_WIDTH), table)
+            draw_table(RichConsole(file=plain, width=PIPE_WIDTH), *table)
         lines = (f"{line.rstrip()}\n" for line in plain.getvalue().splitlines())
         file.write(_as_taken("".join(lines), file))
 
@@ -317,6 +322,31 @@ def give_up(stream: TextIO) -> None:
         os.dup2(nowhere.fileno(), stream.fileno())
 
 
+def _width(terminal: TextIO) -> int:
+    """In characters, by the same sources as rich has it from; 0 where nobody knows."""
+    if (said := os.environ.get("COLUMNS", "")).isdecimal():
+        return int(said)
+    with suppress(OSError):
+        return os.get_terminal_size(terminal.fileno()).columns
+    return 0
+
+
+def _wrapped(text: str, width: int) -> str:
+    """Lines as wide as the terminal, broken between words; what continues a line is indented."""
+    lines = text.split("\n")
+    if width < MIN_WIDTH or max(map(len, lines)) <= width:
+        return text
+    import textwrap
+
+    found = []
+    for line in lines:
+        indent = " " * (len(line) - len(line.lstrip()) + 2)
+        found += textwrap.wrap(
+            line, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+        ) or [""]
+    return "\n".join(found)
+
+
 def _as_taken(text: str, stream: TextIO) -> str:
     """The text with what the stream's encoding has."""
     encoding = stream.encoding or "utf-8"
@@ -325,27 +355,6 @@ def _as_taken(text: str, stream: TextIO) -> str:
     except UnicodeEncodeError:
         return text.replace(RULE, "-").encode(encoding, "backslashreplace").decode(encoding)
     return text
-
-
-def _draw_table(rich: "RichConsole", table: Table) -> None:
-    from rich import box
-    from rich.table import Table as RichTable
-    from rich.text import Text
-
-    drawn = RichTable(box=box.SIMPLE_HEAD, show_header=bool(table.heads))
-    for position in range(max((len(row) for row in (table.heads, *table.rows)), default=0)):
-        head = table.heads[position] if position < len(table.heads) else ""
-        cells = [row[position] for row in table.rows if position < len(row)]
-        drawn.add_column(Text(head), justify="right" if position and all(map(_is_number, cells)) else "left")
-    for row in table.rows:
-        drawn.add_row(*map(Text, row))
-    rich.print(Text(table.title, style="bold"), drawn, sep="\n")
-
-
-def _is_number(cell: str) -> bool:
-    from comms.units import DASH
-
-    return not cell or cell == DASH or cell.lstrip("+-")[:1].isdigit()
 
 
 def _strict(value: object) -> object:
