@@ -32,6 +32,7 @@ from contextlib import contextmanager
 from typing import ClassVar, TypeVar
 
 PUBLIC = "orchestrator.exceptions"  # where users find these: a traceback and a pickle name it
+MOST_OF_LINE = 2000  # characters
 
 
 class UserError(Exception):
@@ -59,15 +60,21 @@ class UserError(Exception):
 
     @property
     def text(self) -> str:
-        """Its own lines, without those of the errors it leads."""
+        """Its own lines, without those of the errors it leads; of what is too long to be read, both ends."""
         at, do = f"\n  at: {self.where}" * bool(self.where), f"\n  do: {self.hint}" * bool(self.hint)
-        return f"{self.problem}{at}{do}"
+        return "\n".join(map(_readable, f"{self.problem}{at}{do}".split("\n")))
 
     def __str__(self) -> str:
         return "\n".join(finding.text for finding in self.findings)
 
 
 UserError.__module__ = PUBLIC
+
+
+def _readable(line: str) -> str:
+    """A file may have a word of a million letters, which its message has too."""
+    half = MOST_OF_LINE // 2
+    return line if len(line) <= MOST_OF_LINE else f"{line[:half]} ... {line[-half:]}"
 
 
 class ConfigError(UserError):

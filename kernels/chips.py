@@ -8,10 +8,12 @@ chips without main memory (wafer-scale, tile processors) the on-chip SRAM is the
 Not modelled here: efficiency by operand size, clocks under load, and sparsity (kept in `notes`).
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cache
+from math import prod
 from pathlib import Path
 
 import yaml
@@ -21,6 +23,8 @@ from comms.units import Quantity, parse
 
 CATALOG = Path(__file__).parent / "catalog"
 UNSOURCED = "as given in the cluster file"
+MOST_DIMS, MOST_CORES = 4, 2**24  # of an on-chip network; a wafer has a million cores
+_SIZE = re.compile(r"\s*[0-9]{1,8}\s*")
 
 
 class ChipKind(StrEnum):
@@ -311,10 +315,11 @@ def _noc_shape(word: str) -> NocShape:
 
 def _dims(text: str) -> tuple[int, ...]:
     """Sizes such as 10 x 12."""
-    sizes = text.split("x")
-    if not all(size.strip().isdigit() and int(size) for size in sizes):
-        raise ChipError(f"noc.dims must be sizes such as 10 x 12, got {text!r}")
-    return tuple(int(size) for size in sizes)
+    sizes = [int(size) if _SIZE.fullmatch(size) else 0 for size in text.split("x")]
+    if not 0 < prod(sizes) <= MOST_CORES or len(sizes) > MOST_DIMS:
+        most = f"{MOST_DIMS} of them and {MOST_CORES} cores at most"
+        raise ChipError(f"noc.dims must be sizes such as 10 x 12, {most}, got {text!r}")
+    return tuple(sizes)
 
 
 def _port(figures: _Figures, section: str, latency: tuple[float, str]) -> Port | None:

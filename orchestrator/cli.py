@@ -14,22 +14,26 @@ from collections.abc import Callable, Mapping
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import MISSING, Field, fields
 from inspect import Parameter, Signature
+from itertools import takewhile
 from typing import Annotated, get_args, get_origin
 
 import typer
 
-from comms.errors import UserError
+from comms.errors import ConfigError, RunError, UserError
 from orchestrator.runners.failure import RunPhase
 from orchestrator.runners.signals import StopSignal, own_process
 from orchestrator.verbs.inputs.options import INTERRUPTED, LAST, VERBS, Options
 from orchestrator.views.console import Console, give_up
 
+DISTRIBUTION = "orchestrate-chips"
+
 
 def main() -> None:
     """The entry point `orchestrate`. From here on no signal shows a traceback."""
     own_process()
+    ours = takewhile("--".__ne__, sys.argv[1:])  # what follows is a job's
     try:
-        build()()
+        _answered_in_json() if "--json" in ours else build()()
     except OSError as error:
         if error.errno != errno.ENOSPC or error.filename is not None:
             raise
@@ -38,9 +42,35 @@ def main() -> None:
         sys.exit(1)
 
 
+def _answered_in_json() -> None:
+    """The command line, where words that it does not know are an error in the document, too."""
+    try:
+        sys.exit(build()(standalone_mode=False, prog_name="orchestrate"))
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # which those of the parser have
+            raise
+        context = getattr(error, "ctx", None)
+        command = context.command_path if context else "orchestrate"
+        console = Console(as_json=True)
+        console.error(ConfigError(error.format_message(), "command line", f"see {command} --help"))
+        console.close()
+        sys.exit(UserError.exit_code)
+
+
 def run(verb: str, given: Mapping[str, object]) -> int:
     """Run one verb with these flags; its exit code, or that of the error that ended it."""
     console = Console(as_json=given.get("as_json") is True, verbose=given.get("verbose") is True)
+    console.hold()
+    code = _outcome(verb, given, console)
+    try:
+        console.close()
+    except UserError as error:
+        console.error(error)
+        return error.exit_code
+    return code
+
+
+def _outcome(verb: str, given: Mapping[str, object], console: Console) -> int:
     stop = own_process()
     try:
         stop.enter(RunPhase.START)
@@ -59,13 +89,26 @@ def run(verb: str, given: Mapping[str, object]) -> int:
         console.error(raised(end, "a step", "the code that ends the process"))
         return UserError.exit_code
     except StopSignal as stopped:
-        console.say(f"{stopped.name}: ended before anything was trained")
-        return stopped.exit_code
+        return _ended(f"{stopped.name}: ended before anything was trained", stopped.exit_code, console)
     except KeyboardInterrupt:  # of code that has handlers of its own
-        console.say("interrupted")
-        return INTERRUPTED
+        return _ended("interrupted", INTERRUPTED, console)
+    except BrokenPipeError:
+        raise
+    except Exception as bug:  # of ours: its traceback follows
+        frame = traceback.extract_tb(bug.__traceback__)[-1]
+        place, hint = f"{frame.filename}:{frame.lineno}", "report it, with the traceback on stderr"
+        console.note_error(UserError(f"{type(bug).__name__}: {bug}", place, hint))
+        console.close()
+        raise
     finally:
         stop.enter(RunPhase.OVER)
+
+
+def _ended(words: str, code: int, console: Console) -> int:
+    """A run that was ended from outside; its exit code."""
+    console.say(words)
+    console.note_error(RunError(words))
+    return code
 
 
 def _options(kind: type[Options], given: Mapping[str, object]) -> Options:
@@ -89,9 +132,31 @@ def build() -> typer.Typer:
         add_completion=False,
         pretty_exceptions_enable=False,
     )
+    app.callback()(_root)
     for verb, kind in VERBS.items():
         app.command(verb, help=kind.__doc__)(_command(verb, kind))
     return app
+
+
+def _say_version(is_asked: bool) -> None:
+    if is_asked:
+        from importlib import metadata
+
+        try:
+            known = metadata.version(DISTRIBUTION)
+        except metadata.PackageNotFoundError:  # run from a checkout
+            known = "(not installed)"
+        Console().results({}, text=f"orchestrate {known}\n")
+        raise typer.Exit
+
+
+Version = Annotated[
+    bool, typer.Option("--version", is_eager=True, callback=_say_version, help="Print the version.")
+]
+
+
+def _root(version: Version = False) -> None:
+    """What all verbs have in common."""
 
 
 def _command(verb: str, kind: type[Options]) -> Callable[..., None]:

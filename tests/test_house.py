@@ -68,6 +68,7 @@ FLAGS = frozenset(
         "--to",
         "--verbose",
         "--verify-first",
+        "--version",
         "--working-dir",
         "-v",
     }
@@ -301,7 +302,7 @@ def test_the_flags_are_the_frozen_ones() -> None:
     group = typer_main.get_command(cli.build())
     declared = {
         name
-        for command in group.commands.values()
+        for command in (group, *group.commands.values())
         for parameter in command.params
         if parameter.param_type_name == "option"
         for name in (*parameter.opts, *parameter.secondary_opts)

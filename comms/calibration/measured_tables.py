@@ -56,8 +56,8 @@ PROGRAMS = {
     "scatter": Op.SCATTER, "sendrecv": None,
 }  # fmt: skip
 _PROGRAM = re.compile(rf"\b({'|'.join(PROGRAMS)})_perf")
-_RANK = re.compile(r"#\s+Rank\s+(\d+)\s")
-_THREADS = re.compile(r"#\s+nThreads?:?\s+(\d+)\s+nGpus:?\s+(\d+)")
+_RANK = re.compile(r"#\s+Rank\s+(\d{1,9})\s")
+_THREADS = re.compile(r"#\s+nThreads?:?\s+(\d{1,9})\s+nGpus:?\s+(\d{1,9})")
 _TAG = re.compile(r"^(?:\[\d+,\d+\]<std(?:out|err)>:|\s*\d+: )")  # mpirun --tag-output, srun --label
 _ROW = re.compile(r"\s*\d+\s+\d+\s+[a-z]\w*\s")  # size, count, type
 _TOLERANCE = 0.03  # between seconds and bus bandwidth, on top of what rounding explains
@@ -121,7 +121,10 @@ def read_csv(
     if len(kept) < 2:
         raise CommsError("no rows of numbers", where, "give a header line, then one line per size")
     separator = max(",;\t", key=kept[0][1].count)
-    cells = list(csv.reader((line for _, line in kept), delimiter=separator))
+    try:
+        cells = list(csv.reader((line for _, line in kept), delimiter=separator))
+    except csv.Error as error:
+        raise CommsError(f"not CSV: {error}", where, "give a header line, then one line per size") from error
     header = [_heading(word) for word in cells[0]]
     size, measure = _measure_columns(header, f"{where}, line {kept[0][0]}")
     rows = [
@@ -131,7 +134,7 @@ def read_csv(
     names = [name for name, _ in header]
     op = _agreed_op(_constant(names, rows, ("op", "collective")), op, where)
     said = _constant(names, rows, ("num_chips", "chips", "ranks"))
-    if said is not None and not said.isdecimal():
+    if said is not None and not re.fullmatch("[0-9]{1,9}", said):
         raise CommsError(f"{said!r} is not a number of chips", where, "give a whole number")
     num_chips = _agreed_chips(None if said is None else int(said), num_chips, op, where)
     points = [

@@ -30,11 +30,14 @@ from comms.collectives.proof import prove
 from comms.collectives.schedule import Channel, Op, Pattern, PieceOrder, Round, Schedule
 from comms.errors import CommsError
 from comms.networks.topology import FloatArray
+from comms.text_files import read_text
 
 MESSAGE = re.compile(
     r"(\d{1,9})\s*->\s*(\d{1,9})\s+chunks?\s+(\d{1,9})(?:\s*-\s*(\d{1,9}))?(?:\s+(reduce|copy))?"
 )
 FLAGS = ("by_chunk", "at_once", "apart")
+# What is written down message by message: a ring of 1,024 ranks, an all-to-all of 2,048.
+MOST_NBYTES, MOST_RANKS, MOST_MOVED = 64_000_000, 2**12, 2**22
 ROUND = re.compile(r"round\s+(\d{1,9})\s*:\s*(.*)")
 
 
@@ -74,14 +77,8 @@ class _Text:
 
 
 def load_schedule(path: Path) -> Schedule:
-    """The schedule in a file, proved. Raises CommsError that names the line, or the fault."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise CommsError(
-            f"cannot be read ({error})", str(path), "give a text file with a schedule"
-        ) from error
-    return parse_schedule(text, path.name)
+    """The schedule in a file, proved. Raises ConfigError for a file that is none, CommsError for what it says."""
+    return parse_schedule(read_text(path, "give a text file with a schedule", MOST_NBYTES), path.name)
 
 
 def parse_schedule(text: str, name: str = "schedule") -> Schedule:
@@ -270,6 +267,7 @@ def _schedule(read: _Text, name: str) -> Schedule:
     ranks, chunks = read.numbers["ranks"], read.numbers["chunks"]
     if not ranks or not chunks:
         raise CommsError("has no ranks or no chunks", name, "there must be at least one of each")
+    _hold_to_limits(read, name)
     patterns: dict[tuple[bytes, bytes], Pattern] = {}
     shares: float | FloatArray
     if len(read.shares) > 1:
@@ -286,6 +284,23 @@ def _schedule(read: _Text, name: str) -> Schedule:
         root=read.numbers.get("root", 0),
         num_helpers=read.numbers.get("helpers", 0),
     )
+
+
+def _hold_to_limits(read: _Text, name: str) -> None:
+    """A proof keeps what each rank has of each other's, and every chunk of every message."""
+    nodes, chunks = read.numbers["ranks"] + read.numbers.get("helpers", 0), read.numbers["chunks"]
+    moved = sum(
+        count
+        for channel in read.channels
+        for phase in channel.phases
+        for each in phase
+        for *_, count in each.messages
+    )
+    for number, most, what in (
+        (nodes, MOST_RANKS, "ranks"), (chunks, MOST_MOVED, "chunks"), (moved, MOST_MOVED, "chunks in messages")
+    ):  # fmt: skip
+        if number > most:
+            raise CommsError(f"has {number} {what}", name, f"give up to {most}")
 
 
 def _channel(lines: _ChannelLines, patterns: dict[tuple[bytes, bytes], Pattern]) -> Channel:

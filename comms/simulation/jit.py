@@ -11,12 +11,16 @@ or with constants that are built into them.
 
 import hashlib
 import os
+import pickle
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import numba
 import numpy as np
+from numba.core.caching import IndexDataCacheFile
+
+from comms.kept_files import cache_folder, sealed, unsealed
 
 FunctionT = TypeVar("FunctionT", bound=Callable[..., object])
 
@@ -24,13 +28,10 @@ HERE = Path(__file__).parent
 FILES = (*sorted(HERE.glob("*.py")), HERE.parent / "synthesis" / "loops.py")
 
 
-def cache_folder() -> str:
+def loops_folder() -> str:
     """The folder of what these files compile to; where it cannot be written, numba's own choice ("")."""
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in FILES)).hexdigest()
-    caches = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    if not caches.is_absolute():  # unset, or to be ignored by the specification of base directories
-        caches = Path.home() / ".cache"
-    folder = caches / "orchestrate" / f"loops-{digest[:16]}"
+    folder = cache_folder() / f"loops-{digest[:16]}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError:
@@ -38,14 +39,46 @@ def cache_folder() -> str:
     return str(folder) if os.access(folder, os.W_OK) else ""
 
 
-FOLDER = cache_folder()
+FOLDER = loops_folder()
+
+
+class _SealedFiles(IndexDataCacheFile):
+    """numba's files of one function, with digests: what is damaged is compiled again, never run."""
+
+    def _load_index(self) -> dict[object, str]:
+        try:
+            version, stamp, names = self._load_data(self._index_name)
+        except OSError:
+            return {}
+        return names if (version, stamp) == (self._version, self._source_stamp) else {}
+
+    def _save_index(self, overloads: dict[object, str]) -> None:
+        self._save_data(self._index_name, (self._version, self._source_stamp, overloads))
+
+    def _load_data(self, name: str) -> tuple[Any, ...]:
+        content = self._path(name).read_bytes()
+        try:
+            return cast(tuple[Any, ...], pickle.loads(unsealed(name, content)))
+        except ValueError as error:
+            raise OSError(str(error)) from error  # which numba takes for a file that is gone
+
+    def _save_data(self, name: str, data: object) -> None:
+        with self._open_for_write(self._path(name)) as file:
+            file.write(sealed(name, self._dump(data)))  # type: ignore[no-untyped-call]
+
+    def _path(self, name: str) -> Path:
+        return Path(self._cache_path, name)
 
 
 def compiled(function: FunctionT) -> FunctionT:
     """`function` as machine code that Python may call, with the same signature; kept on disk."""
     before, numba.config.CACHE_DIR = numba.config.CACHE_DIR, FOLDER  # type: ignore[attr-defined]
     try:
-        return cast(FunctionT, numba.njit(cache=True, error_model="numpy")(function))
+        made: Any = numba.njit(cache=True, error_model="numpy")(function)
+        files = made._cache._cache_file
+        base = made._cache._impl.filename_base
+        made._cache._cache_file = _SealedFiles(files._cache_path, base, files._source_stamp)  # type: ignore[no-untyped-call]
+        return cast(FunctionT, made)
     except RuntimeError:  # nowhere to keep it: compiled anew in each process
         return cast(FunctionT, numba.njit(error_model="numpy")(function))
     finally:

@@ -85,10 +85,10 @@ def read_quantity(quantity: Quantity, value: object) -> float:
     least, most = _LIMITS.get(quantity, (0.0, math.inf))
     if number < least:
         hint = f"give at least {format_quantity(least, quantity)}"
-        raise field_error(f"{_short(value)} is less than any {quantity} here", hint)
+        raise field_error(f"{short(value)} is less than any {quantity} here", hint)
     if number > most:
         hint = f"give at most {format_quantity(most, quantity)}"
-        raise field_error(f"{_short(value)} is more than any {quantity} here", hint)
+        raise field_error(f"{short(value)} is more than any {quantity} here", hint)
     return number
 
 
@@ -203,7 +203,7 @@ def _finding(details: ErrorDetails, document: Document, model: type[Section]) ->
         known = tuple(str(context["expected"]).replace(" or ", ", ").replace("'", "").split(", "))
         return ConfigError(f"{name} cannot be {given!r}", where, nearest(given, known))
     message = details["msg"].removeprefix("Input ").removeprefix("Value error, ")
-    return ConfigError(f"{name} {message}, got {_short(given)}", where, _HINTS.get(kind, "change the value"))
+    return ConfigError(f"{name} {message}, got {short(given)}", where, _HINTS.get(kind, "change the value"))
 
 
 def _words_for(model: type[Section], location: Location) -> list[str]:
@@ -225,7 +225,8 @@ def _dotted(location: Location) -> str:
     return text.removeprefix(".")
 
 
-def _short(value: object) -> str:
+def short(value: object) -> str:
+    """A value in a message, however large it is."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 

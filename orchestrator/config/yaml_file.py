@@ -1,9 +1,9 @@
 """YAML files with places: every key knows its file and line, and no key may stand twice.
 
 Guarantees: plain mappings, lists and scalars only (no tags that build objects); `3e-4` is a number, which
-YAML 1.1 alone would read as text. All duplicate keys of a file are reported at once. How deep values nest and how
-much aliases repeat is held to budgets of our own, in one pass over the events: libyaml refuses deep values from
-0.2.6 on, before it their recursion ended the process, and no release of it looks at aliases.
+YAML 1.1 alone would read as text. All duplicate keys of a file are reported at once. How many values there are, how
+deep they nest and how much aliases repeat is held to budgets of our own, in one pass over the events: libyaml refuses
+deep values from 0.2.6 on, before it their recursion ended the process, and no release of it looks at aliases.
 Not supported: values that contain themselves by an alias, merge keys (`<<`), and keys that are not text.
 """
 
@@ -15,6 +15,7 @@ from pathlib import Path
 import yaml
 
 from comms.errors import ClusterError, ConfigError, combined
+from comms.text_files import read_text
 
 Location = tuple[str | int, ...]
 
@@ -24,8 +25,13 @@ MAX_DEPTH = 64
 # Characters that aliases add, written out: a host of 500 characters given by alias 2000 times, far beyond any file
 # of ours, read in a second or two. Nine lines of nine aliases each would otherwise make a billion values.
 MAX_REPEATED = 1_000_000
+# Scalars, lists and mappings, keys too: edges by the ten thousand. So many are read in a second or two.
+MAX_VALUES = 100_000
 # Characters of a number: Python's own limit for whole ones, as reading them takes the square of the length.
 MAX_NUMBER = 4300
+MAX_WHOLE = (
+    2**64
+)  # beyond it whole numbers are slips, and sums and messages of them a burden to all that follows
 
 _LOADER: type[yaml.SafeLoader] = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _FLOAT = re.compile(r"[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?")
@@ -67,14 +73,7 @@ class Document:
 
 def read_yaml(path: Path) -> Document:
     """The mapping in the file at `path`. Raises ConfigError where there is none, or keys stand twice."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        reason = error.strerror or "cannot be read"
-        raise ConfigError(f"cannot read the file: {reason}", str(path), "check the path") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError("the file is not UTF-8 text", str(path), "give a YAML file") from error
-    return parse_yaml(text, str(path))
+    return parse_yaml(read_text(path, "give a YAML file"), str(path))
 
 
 def parse_yaml(text: str, origin: str) -> Document:
@@ -128,10 +127,10 @@ class _Extent:
 
 
 def _hold_to_budgets(text: str, origin: str) -> None:
-    """Raise ConfigError where values nest too deep or aliases repeat too much. Linear in `text`, no recursion."""
+    """Raise ConfigError where values are too many, nest too deep or repeat too much. Linear in `text`, no recursion."""
     opened = [_Extent(None, 0)]  # around the next event; the first is the document
     anchored: dict[str | None, _Extent] = {}  # an alias of none, or of one that is open, is refused later
-    repeated = 0
+    repeated = values = 0
     for event in yaml.parse(text, Loader=_LOADER):
         ended: _Extent | None = None
         if isinstance(event, yaml.CollectionStartEvent):
@@ -146,7 +145,11 @@ def _hold_to_budgets(text: str, origin: str) -> None:
         if ended:
             anchored[ended.anchor] = ended
             opened[-1].hold(ended)
+        values += isinstance(event, yaml.NodeEvent)
         where = f"{origin}:{event.start_mark.line + 1}"
+        if values > MAX_VALUES:
+            problem = f"more than {MAX_VALUES} values, keys included"
+            raise ConfigError(problem, where, "say it in fewer: `count`, `repeat`, ranges of chips, shapes")
         if len(opened) - 1 + (ended.depth if ended else 0) > MAX_DEPTH:
             raise _too_deep(where)
         if repeated > MAX_REPEATED:
@@ -191,7 +194,10 @@ class _NodeReader:
         else:
             is_number = is_text and not node.style and _FLOAT.fullmatch(node.value)
             try:
-                return float(node.value) if is_number else self._loader.construct_object(node)
+                value = float(node.value) if is_number else self._loader.construct_object(node)
+                if not isinstance(value, int) or abs(value) < MAX_WHOLE:
+                    return value
+                problem = f"a whole number of {len(node.value)} characters, which is beyond 2^64"
             # A date that there is not, 1:00:00.5 of days without end, !!int of a word, !!bool of one, !!timestamp
             except (ArithmeticError, AttributeError, LookupError, ValueError) as error:
                 problem = f"cannot read {node.value!r}: {error}"

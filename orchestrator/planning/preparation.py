@@ -3,12 +3,12 @@
 What every verb starts with. A Program made before from the same content comes from a folder of the user's cache; then
 neither torch nor the model is needed to simulate it. The key is a digest of everything that decides the result, the
 code of the partitioner included, so an entry can be stale only if a model changes without its description changing;
-models from the user's own files are therefore never cached. Entries are written whole or not at all.
+models from the user's own files are therefore never cached. Entries are written whole or not at all, with a digest over
+name and content, and what they say is held against what was asked for: a damaged or misplaced one is made again.
 """
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from comms.errors import DataError, ModelError, PartitionError, PlanError, UserError
+from comms.kept_files import cache_folder, sealed, unsealed
 from comms.selection.progress import Progress, quiet
 from kernels.builtin_optimizers import BUILT_IN
 from orchestrator.config.hardware.cluster import Cluster
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from orchestrator.planning.job_parts import JobParts
     from partitioner.capture.captured_graph import Graph
 
+MOST_PARAMETERS = 10**15
 Made = TypeVar("Made")
 PLANNED = ("plan", "microbatches")  # keys of a job that a plan stands for
 # what turns a description into a Program: packages, and rooms of this one
@@ -89,7 +91,16 @@ def _program(
     job: Job, plan: Plan, progress: Progress, cacheable: bool, parts: "JobParts | None"
 ) -> tuple[Program, bool]:
     entry = f"{key_of(_content(job, plan))}.program" if cacheable else None
-    return remembered(entry, decode, partial(_partitioned, job, plan, progress, parts), encode)
+    made = partial(_partitioned, job, plan, progress, parts)
+    return remembered(entry, partial(_decoded, plan), made, encode)
+
+
+def _decoded(plan: Plan, data: bytes) -> Program:
+    """The Program of an entry. Raises ValueError for that of another plan."""
+    program = decode(data)
+    if program.axes != plan.axes or program.microbatches < 1:
+        raise ValueError(f"a Program of {program.axes}")
+    return program
 
 
 def program_under(
@@ -186,7 +197,15 @@ def _num_params(job: Job, progress: Progress, cacheable: bool, parts: "JobParts 
 
             return sum(p.numel() for p in build_model(job, "meta").module.parameters())
 
-    return remembered(entry if cacheable else None, int, counted, lambda count: str(count).encode())[0]
+    return remembered(entry if cacheable else None, _number, counted, lambda count: str(count).encode())[0]
+
+
+def _number(data: bytes) -> int:
+    """The number of parameters in an entry. Raises ValueError for what is none."""
+    count = int(data)
+    if not 0 <= count < MOST_PARAMETERS:
+        raise ValueError(f"{count} parameters")
+    return count
 
 
 def _check(plan: Plan, job: Job, cluster: Cluster) -> None:
@@ -261,12 +280,6 @@ def key_of(facts: Mapping[str, object]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-def cache_folder() -> Path:
-    """Where entries are kept: below XDG_CACHE_HOME if that is an absolute path, else below ~/.cache."""
-    asked = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    return (asked if asked.is_absolute() else Path.home() / ".cache") / "orchestrate"
-
-
 def remembered(
     entry: str | None, read: Callable[[bytes], Made], make: Callable[[], Made], write: Callable[[Made], bytes]
 ) -> tuple[Made, bool]:
@@ -281,14 +294,14 @@ def remembered(
 
 
 def recall(entry: str) -> bytes:
-    """What was remembered under this name. Raises OSError."""
-    return (cache_folder() / entry).read_bytes()
+    """What was remembered under this name. Raises OSError, and ValueError for what is damaged."""
+    return unsealed(entry, (cache_folder() / entry).read_bytes())
 
 
 def remember(entry: str, data: bytes) -> None:
     """Keep `data`, whole or not at all; a cache that cannot be written is not an error."""
     try:
         cache_folder().mkdir(parents=True, exist_ok=True)
-        write_whole(cache_folder() / entry, data)
+        write_whole(cache_folder() / entry, sealed(entry, data))
     except (OSError, UserError):
         return

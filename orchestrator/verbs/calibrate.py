@@ -9,6 +9,7 @@ from pathlib import Path
 
 from comms.calibration.measured_tables import read_table
 from comms.errors import CommsError, ConfigError, located
+from comms.text_files import read_text
 from orchestrator.config.hardware.line_rates import LineRate, line_rate
 from orchestrator.config.hardware.link_calibration import MeasuredTable, calibrate_links
 from orchestrator.verbs.inputs.comms_inputs import OTHERWISE, check_picture, read_op, write_picture
@@ -34,10 +35,7 @@ def main(options: CalibrateOptions, console: Console) -> int:
 
 
 def _read(path: Path, options: CalibrateOptions, console: Console) -> MeasuredTable:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError("the table cannot be read", str(path), "give nccl-tests output or CSV") from error
+    text = read_text(path, "give nccl-tests output or CSV")
     op = None if options.op is None else read_op(options.op)
     try:
         table = MeasuredTable(path.name, read_table(text, str(path), op, options.chips))

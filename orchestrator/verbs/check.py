@@ -6,8 +6,9 @@ catalog, and needs neither torch nor ray. Another kind of file is one more entry
 """
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 from comms.errors import ConfigError, located
 from comms.networks.conditions import HEALTHY, Described, check_links
@@ -27,18 +28,23 @@ from orchestrator.views.console import Console, Table
 
 @dataclass(frozen=True, slots=True)
 class CheckReport:
-    """A valid file, and what it says in a few lines."""
+    """A valid file, and what it says: in a few lines, and as JSON values in base units."""
 
     path: str
     kind: str
     lines: tuple[str, ...]
+    facts: dict[str, object]
+
+
+_Said: TypeAlias = tuple[tuple[str, ...], dict[str, object]]
 
 
 def main(options: CheckOptions, console: Console) -> int:
     """Print what the file describes."""
     report = check(options.file)
     rows = tuple((line,) for line in report.lines)
-    console.results(asdict(report), (Table(f"{report.path}: a valid {report.kind} file", rows),))
+    document = {"path": report.path, "kind": report.kind, **report.facts}
+    console.results(document, (Table(f"{report.path}: a valid {report.kind} file", rows),))
     return 0
 
 
@@ -51,10 +57,10 @@ def check(path: str | Path) -> CheckReport:
         problem = "the key 'kind' is missing" if kind is None else f"kind cannot be {kind!r}"
         hint = nearest(kind, tuple(CHECKERS)) if isinstance(kind, str) else f"add `kind:` with {known}"
         raise ConfigError(problem, document.where("kind"), hint)
-    return CheckReport(str(path), kind, CHECKERS[kind](document))
+    return CheckReport(str(path), kind, *CHECKERS[kind](document))
 
 
-def _check_cluster(document: Document) -> tuple[str, ...]:
+def _check_cluster(document: Document) -> _Said:
     cluster = cluster_from(document)
     if cluster.conditions.links:  # links that there are not, and chips that are cut off from the others
         taken = cluster.take(None)
@@ -63,12 +69,52 @@ def _check_cluster(document: Document) -> tuple[str, ...]:
     chips = _types(cluster)
     price = _amount(cluster.usd_per_hour, Quantity.HOURLY_PRICE)
     power = _amount(cluster.watts, Quantity.POWER)
-    return (
+    lines = (
         f"{cluster.name}: {_hosts(cluster)} of {chips}, {cluster.device}",
         *map(_tier_line, cluster.network.tiers),
         f"{_count(cluster.num_chips)}: {price}, {power}",
         *_condition_lines(cluster.conditions),
     )
+    return lines, _cluster_facts(cluster)
+
+
+def _cluster_facts(cluster: Cluster) -> dict[str, object]:
+    """`num_hosts` and the `num_chips` of a tier are null where there may be any number."""
+    given = cluster.conditions
+    return {
+        "name": cluster.name,
+        "device": str(cluster.device),
+        "num_hosts": cluster.num_hosts,
+        "chips_per_host": cluster.chips_per_host,
+        "chips": [chip.key for chip in cluster.chip_types],
+        "tiers": [_tier_facts(tier) for tier in cluster.network.tiers],
+        "num_chips": cluster.num_chips,  # whose price and power follow
+        "usd_per_hour": cluster.usd_per_hour,
+        "watts": cluster.watts,
+        "conditions": {
+            "links": len(given.links),
+            "chips": len(given.chips),
+            "background": len(given.background),
+            "jitter_rate": given.jitter.rate,
+            "jitter_delay_s": given.jitter.delay_s,
+        },
+    }
+
+
+def _tier_facts(tier: Tier) -> dict[str, object]:
+    """Figures of a message by itself, and the rate that each gets when all send."""
+    dims = list(tier.shape.dims) if isinstance(tier.shape, Torus) else None
+    return {
+        "name": tier.name,
+        "kind": str(tier.kind),
+        "num_chips": None if tier.size == UNBOUNDED else tier.size,
+        "shape": _shape_name(tier) or "switch",
+        "dims": dims,
+        "latency_s": tier.link.latency_s + tier.issue_s,
+        "bytes_per_s": tier.link.bytes_per_s,
+        "loaded_bytes_per_s": tier.loaded_link.bytes_per_s,
+        "setup_s": tier.setup_s,
+    }
 
 
 def _hosts(cluster: Cluster) -> str:
@@ -102,13 +148,19 @@ def _count(num_chips: int) -> str:
 
 def _shape(tier: Tier) -> str:
     """What joins the chips where it is not a switch; figures are then those between neighbours."""
+    name = _shape_name(tier)
+    dims = f" of {' x '.join(map(str, tier.shape.dims))}" if isinstance(tier.shape, Torus) else ""
+    return f" ({name}{dims})" if name else ""
+
+
+def _shape_name(tier: Tier) -> str:
+    """Nothing for a switch."""
     shape = tier.shape
     if isinstance(shape, Torus):
-        dims = " x ".join(map(str, shape.dims))
-        return f" ({'torus' if any(shape.wraps) else 'mesh'} of {dims})"
+        return "torus" if any(shape.wraps) else "mesh"
     if isinstance(shape, FullMesh):
-        return " (full mesh)"
-    return f" ({type(shape).__name__.lower()})" if not isinstance(shape, Tree) else ""
+        return "full mesh"
+    return "" if isinstance(shape, Tree) else type(shape).__name__.lower()
 
 
 def _condition_lines(conditions: Described) -> list[str]:
@@ -127,7 +179,7 @@ def _amount(value: float | None, quantity: Quantity) -> str:
     return f"{quantity} not known" if value is None else format_quantity(value, quantity)
 
 
-def _check_job(document: Document) -> tuple[str, ...]:
+def _check_job(document: Document) -> _Said:
     job = job_from(document)
     degrees = " ".join(
         f"{axis} {'auto' if degree is None else degree}"
@@ -136,15 +188,16 @@ def _check_job(document: Document) -> tuple[str, ...]:
     named = (job.model, job.data, job.loss, job.optimizer.name, job.lr_schedule.name, job.validation.data)
     names_code = any(is_reference(name) for name in named if name)
     size = "samples" if job.has_own_data else f"x {job.seq} tokens"
-    return (
+    lines = (
         f"{job.model} on {job.data}, {job.dtype}, {job.optimizer.name}",
         *(["names of your code are not looked up here, but by plan and train"] if names_code else []),
         f"{job.steps} steps of {job.global_batch} {size}",
         f"plan: {degrees}, zero {job.plan.zero}, {job.plan.schedule}",
     )
+    return lines, {"job": job.model_dump(), "names_own_code": names_code}
 
 
-def _check_chip(document: Document) -> tuple[str, ...]:
+def _check_chip(document: Document) -> _Said:
     validate(document, ChipFile)
     chip = described_chip(document, None)
     size = format_quantity(chip.memory_bytes, Quantity.SIZE)
@@ -153,14 +206,25 @@ def _check_chip(document: Document) -> tuple[str, ...]:
         f"{dtype} {format_quantity(peak, Quantity.COMPUTE_RATE)}"
         for dtype, peak in chip.peak_flops_per_s.items()
     ]
-    return (
+    lines = (
         f"{chip.name} ({chip.year}), {chip.kind}: {', '.join(peaks)}",
         f"memory {size} at {rate}",
     )
+    return lines, {
+        "key": chip.key,
+        "name": chip.name,
+        "year": chip.year,
+        "class": str(chip.kind),
+        "peak_flops_per_s": dict(chip.peak_flops_per_s),
+        "memory_bytes": chip.memory_bytes,
+        "memory_bytes_per_s": chip.memory_bytes_per_s,
+        "usd_per_hour": chip.usd_per_hour,
+        "watts": chip.tdp_w,
+    }
 
 
-# One entry per kind of file: from a document to the lines of its report.
-CHECKERS: dict[str, Callable[[Document], tuple[str, ...]]] = {
+# One entry per kind of file: from a document to what its report says.
+CHECKERS: dict[str, Callable[[Document], _Said]] = {
     "cluster": _check_cluster,
     "job": _check_job,
     "chip": _check_chip,

@@ -9,8 +9,8 @@ import importlib
 import os
 import platform
 import shutil
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from importlib import metadata
 from pathlib import Path
@@ -40,12 +40,13 @@ class Severity(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Diagnosis:
-    """One thing that was looked at: what was found, and what to do unless it is ok."""
+    """One thing that was looked at: what was found, and what to do unless it is ok; its figures by themselves."""
 
     name: str
     level: Severity
     found: str
     remedy: str = ""
+    figures: Mapping[str, object] = field(default_factory=dict)
 
 
 def main(options: DoctorOptions, console: Console) -> int:
@@ -98,10 +99,10 @@ def _torch() -> Iterator[Diagnosis]:
         yield Diagnosis("torch import", Severity.FAIL, str(torch), f"reinstall: pip install torch=={TORCH}")
         return
     threads = f"{torch.get_num_threads()} (one per simulated chip in a run)"
-    yield Diagnosis("torch threads", Severity.OK, threads)
+    yield Diagnosis("torch threads", Severity.OK, threads, figures={"threads": torch.get_num_threads()})
     devices = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     found = ", ".join(devices) or "none: chips are simulated or CPU cores"
-    yield Diagnosis("CUDA devices", Severity.OK, found)
+    yield Diagnosis("CUDA devices", Severity.OK, found, figures={"devices": devices})
 
 
 def torch_version(version: str) -> Diagnosis:
@@ -132,7 +133,7 @@ def _imported(name: str) -> ModuleType | Exception:
 def _processor() -> Iterator[Diagnosis]:
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     remedy = "actors on one core take turns: use --runner inline"
-    yield judged("CPU cores", f"{usable} usable", usable >= 2, remedy)
+    yield replace(judged("CPU cores", f"{usable} usable", usable >= 2, remedy), figures={"cores": usable})
 
 
 def _memory() -> Iterator[Diagnosis]:
@@ -153,7 +154,8 @@ def _shared_memory() -> Iterator[Diagnosis]:
 def room(name: str, free: int, total: int, needed: int, remedy: str) -> Diagnosis:
     """A warning where fewer than `needed` bytes are free; in GiB, the unit that machines are sold and limited in."""
     found = f"{free / GIB:.1f} GiB free of {total / GIB:.1f} GiB"
-    return judged(name, found, free >= needed, remedy)
+    figures = {"free_bytes": free, "total_bytes": total, "needed_bytes": needed}
+    return replace(judged(name, found, free >= needed, remedy), figures=figures)
 
 
 def _transformers() -> Iterator[Diagnosis]:

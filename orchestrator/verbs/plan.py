@@ -75,7 +75,8 @@ def document(prepared: Prepared, result: SimulationResult) -> dict[str, object]:
     return {
         "plan": {"dp": plan.dp, "tp": plan.tp, "pp": plan.pp, "zero": plan.zero, "schedule": str(plan.schedule),
                  "microbatches": plan.microbatches, "batch_norm": str(plan.batch_norm)},
-        "num_chips": plan.num_chips, "units": program.facts["units"], "units_per_stage": program.facts["stages"],
+        "num_chips": plan.num_chips, "units": program.facts["units"],
+        "units_per_stage": [int(number) for number in str(program.facts["stages"]).split("+")],
         "loss_rule": program.facts["loss"],
         "parameters": program.facts["params"], "stages": stages, "was_cached": prepared.was_cached,
         **{k: v for k, v in result.document().items() if k in PREDICTED},

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from orchestrator.views.training_view import StepLine
 
 PATIENCE_S = 2.0  # a phase shorter than this is nobody's business
+MIN_WIDTH = 20  # of a terminal in which lines are broken between words
 PIPE_WIDTH = 1000  # a table in a pipe is as wide as its content
 RULE = "\N{BOX DRAWINGS LIGHT HORIZONTAL}"  # what tables are ruled with
 
@@ -70,6 +71,8 @@ class Console:
         self._clock = clock
         self._log: Path | None = None
         self._notes: dict[str, object] = {}
+        self._document: dict[str, object] | None = None  # that waits
+        self._holds = False
         self._rich_err: RichConsole | None = None
         self._open: list[str] = []
         self._phases: list[Phase] = []
@@ -105,6 +108,26 @@ class Console:
         """What, where and what to do, one line each, for the error and those it leads."""
         for finding in error.findings:
             self.say(f"error: {finding.text}")
+        self.note_error(error)
+
+    def note_error(self, error: UserError) -> None:
+        """Have an error in the document: `error` is the first that it leads, `errors` are all where there are more."""
+        found = [
+            {part: getattr(each, part) for part in ("problem", "where", "hint")} for each in error.findings
+        ]
+        self._document = {**(self._document or {}), "error": found[0]}
+        if len(found) > 1:
+            self._document["errors"] = found
+
+    def hold(self) -> None:
+        """From now on the document waits for `close`, so that an error that comes after the answer is in it."""
+        self._holds = True
+
+    def close(self) -> None:
+        """Write the document that waits, if there is one. Raises RunError if it is not taken."""
+        document, self._document = self._document, None
+        if self.as_json and document is not None:
+            self._answer(json.dumps(_strict(document), indent=2, allow_nan=False) + "\n")
 
     def note(self, facts: Mapping[str, object]) -> None:
         """What the answer's document is to have as well."""
@@ -125,15 +148,19 @@ class Console:
 
         A reader that has gone is no error: BrokenPipeError ends a command quietly.
         """
+        if not self.as_json:
+            self._answer(text, tables)
+            return
+        self._document = {**document, **self._notes}
+        if not self._holds:
+            self.close()
+
+    def _answer(self, text: str, tables: Sequence[Table] = ()) -> None:
         hint = "give it a file with room, or a pipe"
         if self._out is None:
             raise RunError("the answer cannot be written: it is closed", "stdout", hint)
         try:
-            if self.as_json:
-                self._out.write(
-                    json.dumps(_strict({**document, **self._notes}), indent=2, allow_nan=False) + "\n"
-                )
-            elif text:
+            if text:
                 self._out.write(_as_taken(text, self._out))
             else:
                 self._draw(tables, self._out)
@@ -258,6 +285,8 @@ class Console:
 
     def _print(self, text: str) -> None:
         with suppress(OSError):
+            if self.is_live:
+                text = _wrapped(text, _width(self._err))
             if self._rich_err is not None:  # a live display may be up: only rich can print above it
                 self._rich_err.print(text, markup=False, highlight=False, soft_wrap=True)
             else:
@@ -274,13 +303,15 @@ class Console:
     def _draw(self, tables: Sequence[Table], file: TextIO) -> None:
         from rich.console import Console as RichConsole
 
+        from orchestrator.views.table_drawing import draw_table
+
         if file.isatty() and _as_taken(RULE, file) == RULE:
             for table in tables:
-                _draw_table(RichConsole(file=file), table)
+                draw_table(RichConsole(file=file), *table)
             return
         plain = StringIO()  # rich fills lines with blanks, which a pipe has no use for
         for table in tables:
-            _draw_table(RichConsole(file=plain, width=PIPE_WIDTH), table)
+            draw_table(RichConsole(file=plain, width=PIPE_WIDTH), *table)
         lines = (f"{line.rstrip()}\n" for line in plain.getvalue().splitlines())
         file.write(_as_taken("".join(lines), file))
 
@@ -291,6 +322,31 @@ def give_up(stream: TextIO) -> None:
         os.dup2(nowhere.fileno(), stream.fileno())
 
 
+def _width(terminal: TextIO) -> int:
+    """In characters, by the same sources as rich has it from; 0 where nobody knows."""
+    if (said := os.environ.get("COLUMNS", "")).isdecimal():
+        return int(said)
+    with suppress(OSError):
+        return os.get_terminal_size(terminal.fileno()).columns
+    return 0
+
+
+def _wrapped(text: str, width: int) -> str:
+    """Lines as wide as the terminal, broken between words; what continues a line is indented."""
+    lines = text.split("\n")
+    if width < MIN_WIDTH or max(map(len, lines)) <= width:
+        return text
+    import textwrap
+
+    found = []
+    for line in lines:
+        indent = " " * (len(line) - len(line.lstrip()) + 2)
+        found += textwrap.wrap(
+            line, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+        ) or [""]
+    return "\n".join(found)
+
+
 def _as_taken(text: str, stream: TextIO) -> str:
     """The text with what the stream's encoding has."""
     encoding = stream.encoding or "utf-8"
@@ -299,27 +355,6 @@ def _as_taken(text: str, stream: TextIO) -> str:
     except UnicodeEncodeError:
         return text.replace(RULE, "-").encode(encoding, "backslashreplace").decode(encoding)
     return text
-
-
-def _draw_table(rich: "RichConsole", table: Table) -> None:
-    from rich import box
-    from rich.table import Table as RichTable
-    from rich.text import Text
-
-    drawn = RichTable(box=box.SIMPLE_HEAD, show_header=bool(table.heads))
-    for position in range(max((len(row) for row in (table.heads, *table.rows)), default=0)):
-        head = table.heads[position] if position < len(table.heads) else ""
-        cells = [row[position] for row in table.rows if position < len(row)]
-        drawn.add_column(Text(head), justify="right" if position and all(map(_is_number, cells)) else "left")
-    for row in table.rows:
-        drawn.add_row(*map(Text, row))
-    rich.print(Text(table.title, style="bold"), drawn, sep="\n")
-
-
-def _is_number(cell: str) -> bool:
-    from comms.units import DASH
-
-    return not cell or cell == DASH or cell.lstrip("+-")[:1].isdigit()
 
 
 def _strict(value: object) -> object:

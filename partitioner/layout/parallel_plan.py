@@ -4,16 +4,20 @@ A plan is a small YAML file that can be saved, edited and given back. Mesh axes 
 that the chips of a tensor-parallel group are neighbours on the fastest links.
 """
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+import reprlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from enum import StrEnum
+from typing import Any
 
 import yaml
 
-from comms.errors import PartitionError
+from comms.errors import PartitionError, located
 from partitioner.layout.pipeline_schedules import PipelineSchedule
 
 VERSION = 1
+HINT = "see the plan.yaml of a run"
+MOST = 2**40  # of a number in a plan file; that of bytes in a bucket is the largest
 
 
 class BatchNorms(StrEnum):
@@ -93,29 +97,75 @@ def plan_from_yaml(text: str, where: str = "plan") -> Plan:
     """Read a plan back; PartitionError names unknown keys and wrong values."""
     try:
         raw = yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError) as error:  # brackets by the thousand
-        raise PartitionError(f"not YAML: {error}", where, "see the plan.yaml of a run") from error
-    if not isinstance(raw, dict) or raw.pop("kind", None) != "plan" or raw.pop("version", None) != VERSION:
-        raise PartitionError("not a plan file", where, f"it starts with kind: plan and version: {VERSION}")
-    unknown = sorted(set(raw) - set(Plan.__slots__))
-    if unknown:
-        raise PartitionError(f"unknown key {unknown[0]!r}", where, f"known keys: {', '.join(Plan.__slots__)}")
-    try:
-        raw["schedule"] = PipelineSchedule.named(raw.get("schedule", PipelineSchedule.ONE_F_ONE_B))
-        raw["batch_norm"] = BatchNorms(raw.get("batch_norm", BatchNorms.SYNCHRONISED))
-        raw["stages"] = tuple(int(n) for n in raw.get("stages", ()))
-        numbers = {
-            key: _whole(key, raw[key]) for key in raw if key not in ("schedule", "stages", "batch_norm")
-        }
-    except (TypeError, ValueError) as error:
-        raise PartitionError(str(error), where, "see the plan.yaml of a run") from error
-    return Plan(**{**raw, **numbers})
+    # Brackets by the thousand, !!int of a word, a date that there is not.
+    except (
+        yaml.YAMLError,
+        RecursionError,
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        ValueError,
+    ) as error:
+        raise PartitionError(f"not YAML: {error}", where, HINT) from error
+    return plan_from(raw, lambda *_: where)
 
 
-def _whole(key: str, value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ValueError(f"{key} must be a whole number, not {value!r}")
+def plan_from(raw: object, where: Callable[..., str]) -> Plan:
+    """The plan that a file says; `where` names the place of a key (of none: the file). Raises PartitionError."""
+    if not isinstance(raw, Mapping) or raw.get("kind") != "plan" or type(raw.get("version")) is not int:
+        raise PartitionError("not a plan file", where(), f"it starts with kind: plan and version: {VERSION}")
+    if raw["version"] != VERSION:
+        problem = f"a plan file of version {_shown(raw['version'])}"
+        raise PartitionError(problem, where("version"), f"this reads version {VERSION}")
+    known = [field.name for field in fields(Plan)]
+    values: dict[str, Any] = {}
+    for key in (key for key in raw if key not in ("kind", "version")):
+        if key not in known:
+            hint = f"known keys: {', '.join(known)}"
+            raise PartitionError(f"unknown key {_shown(key)}", where(key), hint)
+        try:
+            values[key] = _READERS.get(key, _whole)(raw[key])
+        except ValueError as error:
+            raise PartitionError(f"{key} {error}", where(key), HINT) from error
+    with located(words={"plan": where()}):
+        return Plan(**values)
+
+
+def _whole(value: object) -> int:
+    if type(value) is not int:
+        raise ValueError(f"must be a whole number, not {_shown(value)}")
+    if not 0 <= value <= MOST:
+        raise ValueError(f"must be from 0 to {MOST}, not {_shown(value)}")
     return value
+
+
+def _stages(value: object) -> tuple[int, ...]:
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        raise ValueError(f"must be a list of whole numbers, not {_shown(value)}")
+    return tuple(map(_whole, value))
+
+
+def _word(known: Iterable[StrEnum]) -> Callable[[object], StrEnum]:
+    def read(value: object) -> StrEnum:
+        for member in known:
+            if member == value:
+                return member
+        raise ValueError(f"cannot be {_shown(value)}; known: {', '.join(known)}")
+
+    return read
+
+
+def _shown(value: object) -> str:
+    """A value in a message, however large it is."""
+    try:
+        return reprlib.repr(value)
+    except ValueError:  # a number of more digits than Python writes
+        return "a number of thousands of digits"
+
+
+_READERS: Mapping[str, Callable[[object], object]] = {
+    "schedule": _word(PipelineSchedule), "stages": _stages, "batch_norm": _word(BatchNorms),
+}  # fmt: skip
 
 
 def balance(costs: Sequence[float], num_stages: int) -> tuple[int, ...]:

@@ -41,13 +41,5 @@ class PipelineSchedule(StrEnum):
         member._value_, member.order = name, order
         return member
 
-    @classmethod
-    def named(cls, name: object) -> Self:
-        """The schedule of that name; ValueError names those there are."""
-        for schedule in cls:
-            if schedule == name:
-                return schedule
-        raise ValueError(f"schedule cannot be {name!r}; known: {', '.join(cls)}")
-
     GPIPE = "gpipe", gpipe
     ONE_F_ONE_B = "1f1b", one_f_one_b

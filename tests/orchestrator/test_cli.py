@@ -1,6 +1,9 @@
 """Claims about the command line: flags arrive as TrainOptions, outcomes become exit codes, streams stay apart."""
 
 import json
+import re
+import signal
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,6 +13,7 @@ import pytest
 
 from comms.errors import FitError, HangError, RunError, UserError
 from orchestrator import cli
+from orchestrator.runners.signals import StopSignal
 from orchestrator.verbs.inputs.options import RunnerKind, TrainOptions
 from orchestrator.views.console import Console
 
@@ -144,6 +148,68 @@ def test_the_exit_code_of_a_verb_is_passed_on(orchestrate, verb):
     assert orchestrate("verify").code == 5
 
 
+ERROR = {"problem": "it is so", "where": "here", "hint": "do this"}
+STOPS: dict[str, tuple[Callable[[], BaseException], int, str]] = {
+    "input": (lambda: UserError(*ERROR.values()), 2, "it is so"),
+    "fit": (lambda: FitError("it is so"), 3, "it is so"),
+    "interrupt": (KeyboardInterrupt, 130, "interrupted"),
+    "signal": (lambda: StopSignal(signal.SIGTERM), 143, "SIGTERM: ended before anything was trained"),
+    "user's code": (lambda: SystemExit("bye"), 2, "a step raised SystemExit: bye"),
+}
+
+
+@pytest.mark.parametrize("name", STOPS)
+def test_with_json_an_error_is_the_document_and_the_talk_is_the_same(orchestrate, verb, name):
+    stop, code, problem = STOPS[name]
+    verb("train", raising(stop()))
+    plain = orchestrate("train")
+    verb("train", raising(stop()))
+    told = orchestrate("train", "--json")
+    assert (told.code, told.err) == (code, plain.err)
+    document = json.loads(told.out)
+    assert document["error"]["problem"] == problem
+    assert document["error"].keys() == ERROR.keys() and document.keys() == {"error"}
+
+
+def test_with_json_all_findings_are_told(orchestrate, tmp_path):
+    path = tmp_path / "wrong.yaml"
+    path.write_text("kind: job\nversion: 1\nsteps: 0\nsedd: 3\n")
+    told = orchestrate("check", path, "--json")
+    document = json.loads(told.out)
+    assert [each["where"] for each in document["errors"]] == [f"{path}:3", f"{path}:4"]
+    assert document["error"] == document["errors"][0]
+
+
+def test_with_json_an_error_after_the_answer_stands_beside_it(orchestrate, monkeypatch):
+    def main(options: TrainOptions, console: Console) -> int:
+        console.results({"step_time_s": 2.5})
+        raise FitError(*ERROR.values())
+
+    module = ModuleType("simulate")
+    module.main = main
+    monkeypatch.setitem(sys.modules, "orchestrator.verbs.simulate", module)
+    told = orchestrate("simulate", "--json")
+    assert (told.code, json.loads(told.out)) == (3, {"step_time_s": 2.5, "error": ERROR})
+
+
+def test_with_json_a_bug_is_in_the_document_and_keeps_its_traceback(verb, monkeypatch, capsys):
+    verb("train", raising(AssertionError("a bug")))
+    monkeypatch.setattr(sys, "argv", ["orchestrate", "train", "--json"])
+    with pytest.raises(AssertionError, match="a bug"):
+        cli.main()
+    error = json.loads(capsys.readouterr().out)["error"]
+    assert error["problem"] == "AssertionError: a bug" and "test_cli.py" in error["where"]
+
+
+def test_the_version_is_printed_without_torch(orchestrate):
+    script = "import sys; sys.argv[1:] = ['--version']\nfrom orchestrator import cli\ntry: cli.main()\n"
+    script += "finally: assert not {'torch', 'ray', 'numpy', 'pydantic', 'rich'} & set(sys.modules)"
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert re.fullmatch(r"orchestrate \d+\.\d+\.\d+\n", done.stdout)
+
+
 def test_our_own_bugs_keep_their_traceback(verb, monkeypatch):
     verb("train", raising(AssertionError("a bug")))
     monkeypatch.setattr(sys, "argv", ["orchestrate", "train"])
@@ -166,6 +232,15 @@ def test_our_own_bugs_keep_their_traceback(verb, monkeypatch):
 )
 def test_what_a_verb_does_not_know_is_refused(orchestrate, words):
     assert orchestrate(*words).code == 2
+    told = orchestrate(*words, "--json")
+    assert told.code == 2
+    error = json.loads(told.out)["error"]
+    assert all(error.values()) and error["problem"] in told.err
+
+
+def test_flags_of_a_jobs_command_are_not_ours(orchestrate):
+    told = orchestrate("jobs", "nothing", "--", "train", "--json")
+    assert (told.code, told.out) == (2, "")
 
 
 def test_check_describes_a_valid_file(orchestrate):

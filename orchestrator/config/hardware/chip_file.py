@@ -21,11 +21,13 @@ from orchestrator.config.schema import (
     nearest,
     quantity_field,
     read_quantity,
+    short,
     word_field,
 )
 from orchestrator.config.yaml_file import Document
 
 _FIGURE_KEYS = ("value", "source")
+MOST = 1e9  # of a figure without a unit: counts, shares, factors
 
 
 def figure(quantity: Quantity | type[float] | type[str]) -> FieldType:
@@ -52,8 +54,11 @@ def _read_figure(quantity: Quantity | type[float] | type[str], value: object) ->
         inner = value.get("value")
     if isinstance(quantity, Quantity):
         read_quantity(quantity, inner)
-    elif quantity is float and (isinstance(inner, bool) or not isinstance(inner, int | float) or inner <= 0):
-        raise field_error(f"{inner!r} is not a number above zero", "write a bare number")
+    elif quantity is float and (
+        isinstance(inner, bool) or not isinstance(inner, int | float) or not 0 < inner <= MOST
+    ):
+        problem = f"{short(inner)} is not a number above zero, up to {MOST:g}"
+        raise field_error(problem, "write a bare number")
     elif quantity is str and not isinstance(inner, str):
         raise field_error(f"{inner!r} is not text", "write text (in quotes if it looks like a number)")
     return value

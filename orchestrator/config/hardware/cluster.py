@@ -20,6 +20,9 @@ from comms.networks.network import Network, Tier
 from kernels.chips import Chip
 from orchestrator.config.hardware.network_sections import NicSection
 
+MOST_CHIPS = 2**20  # several times the largest cluster that anyone builds; a slip of the pen lies beyond
+MOST_CHIPS_OF_UNIT = 2**17  # where hosts are held one by one
+
 
 class Device(StrEnum):
     """What a chip of the cluster is when a plan is run with real tensors."""
@@ -68,6 +71,27 @@ class Host:
     nics: NicSection | None
     watts: float  # of everything but the chips
     usd_per_hour: float  # of everything but the chips
+
+
+def unit_of(
+    hosts: Sequence[Host], counts: Sequence[int], repeat: int | None
+) -> tuple[tuple[Host, ...], int | None]:
+    """The hosts that repeat, and how many hosts there are in all. Raises ClusterError for more than MOST_CHIPS.
+
+    So many hosts of one kind cost no more than one.
+    """
+    num_chips = sum(count * len(host.chips) for host, count in zip(hosts, counts, strict=True))
+    if num_chips * (repeat or 1) > MOST_CHIPS:
+        raise ClusterError(
+            f"{num_chips * (repeat or 1)} chips in one cluster", hint=f"give up to {MOST_CHIPS}"
+        )
+    if repeat is not None and len(hosts) == 1:
+        return (hosts[0],), counts[0] * repeat
+    if num_chips > MOST_CHIPS_OF_UNIT:
+        hint = f"give up to {MOST_CHIPS_OF_UNIT}, and how often they `repeat`"
+        raise ClusterError(f"{num_chips} chips in the hosts that repeat", hint=hint)
+    unit = tuple(host for host, count in zip(hosts, counts, strict=True) for _ in range(count))
+    return unit, None if repeat is None else repeat * len(unit)
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +168,10 @@ class Cluster:
         size = self.chips_per_host
         if wanted < 1:
             raise ClusterError(f"cannot take {wanted} chips", self.origin, "ask for at least one chip")
+        if wanted > MOST_CHIPS:
+            raise ClusterError(
+                f"cannot take {wanted} chips", self.origin, f"ask for at most {MOST_CHIPS} chips"
+            )
         if self.num_hosts is not None and wanted > self.num_chips:
             have = f"{self.name} has {self.num_chips} chips ({self.num_hosts} hosts of {size})"
             problem = f"{wanted} chips asked for, but {have}"

@@ -17,14 +17,14 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from comms.errors import ConfigError, combined
+from comms.errors import ConfigError, combined, located
 from comms.networks.conditions import HEALTHY
 from comms.networks.layers import Spread, Switch
 from comms.networks.links import Link
 from comms.networks.network import Tier, TierKind
 from kernels.chips import DEFAULT_HOST_LATENCY_S, Chip
 from orchestrator.config.hardware.chip_file import ChipFigures, described_chip
-from orchestrator.config.hardware.cluster import Cluster, Device, Host, Pcie
+from orchestrator.config.hardware.cluster import Cluster, Device, Host, Pcie, unit_of
 from orchestrator.config.hardware.conditions_file import ConditionsSection, described
 from orchestrator.config.hardware.network_links import (
     ShapeDrawing,
@@ -136,8 +136,8 @@ def cluster_from(document: Document) -> Cluster:
     file = validate(document, ClusterFile)
     _check_auto(document, file)
     hosts = [_host(document.inside("hosts", index), section) for index, section in enumerate(file.hosts)]
-    unit = tuple(host for host, section in zip(hosts, file.hosts, strict=True) for _ in range(section.count))
-    num_hosts = None if file.repeat is None else file.repeat * len(unit)
+    with located(document.where("hosts")):
+        unit, num_hosts = unit_of(hosts, [section.count for section in file.hosts], file.repeat)
     fabric = _fabric(document, file, unit, num_hosts)
     num_chips = None if num_hosts is None else num_hosts * len(unit[0].chips)
     reach = fabric.size if fabric else 1

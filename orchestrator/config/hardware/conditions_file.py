@@ -24,6 +24,7 @@ from comms.networks.conditions import (
     check_chips,
 )
 from comms.networks.network import Network, TierKind
+from orchestrator.config.hardware.cluster import MOST_CHIPS
 from orchestrator.config.schema import FieldType, Section, Size, Time, field_error, nearest, word_field
 from orchestrator.config.yaml_file import Document
 
@@ -37,7 +38,15 @@ def _one_chip(value: object) -> int:
     match = _CHIP.fullmatch(str(value))
     if match is None or isinstance(value, bool):
         raise field_error(f"{value!r} is not a chip", "write its number, such as `chip 3`")
-    return int(match.group(1))
+    return _number(match.group(1))
+
+
+def _number(digits: str) -> int:
+    """The number of a chip that there may be. Numbers of thousands of digits are not even read."""
+    number = int(digits) if len(digits) < 20 else MOST_CHIPS
+    if number >= MOST_CHIPS:
+        raise field_error(f"no cluster has a chip {digits[:20]}", f"chips are 0 to {MOST_CHIPS - 1}")
+    return number
 
 
 def _chip_numbers(value: object) -> tuple[int, ...]:
@@ -47,7 +56,7 @@ def _chip_numbers(value: object) -> tuple[int, ...]:
     match = _RANGE.fullmatch(str(value))
     if match is None:
         return (_one_chip(value),)
-    first, last = int(match.group(1)), int(match.group(2))
+    first, last = _number(match.group(1)), _number(match.group(2))
     if last < first:
         raise field_error(f"the range {value!r} is empty", "write the smaller number first")
     return tuple(range(first, last + 1))

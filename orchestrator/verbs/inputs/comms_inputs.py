@@ -2,6 +2,7 @@
 
 import csv
 from collections.abc import Mapping
+from io import StringIO
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from comms.networks.topology import FloatArray
 from comms.selection.choice import AUTO
 from comms.selection.size_sweep import sizes_between
 from comms.synthesis.synthesis import NAME as SYNTHESIZED
+from comms.text_files import read_text
 from comms.units import Quantity, parse
 from orchestrator.config.schema import nearest
 from orchestrator.runs.disk import write_whole
@@ -21,6 +23,8 @@ from orchestrator.views.console import Console
 
 UNEVEN = "all_to_allv"  # an all-to-all with parts of all sizes
 MOST_NBYTES = 2**60  # of one collective
+# Of a table of parts: for empty lines, and for each part (a size with blanks around it).
+MOST_NBYTES_OF_LINES, MOST_NBYTES_OF_PART = 100_000, 64
 OTHERWISE = "change what is asked for"  # where whoever found the mistake knows nothing better
 FLAGS = {"algorithm": "--algorithm", "size": "--size"}  # what the network calls it, and what people type
 
@@ -58,7 +62,7 @@ def read_parts(text: str | None, num_chips: int) -> FloatArray:
         problem = f"{UNEVEN} needs a table of bytes" if text is None else f"there is no file {text}"
         hint = "give a CSV file: a row per sending chip, a column per receiving one"
         raise ConfigError(problem, "--size", hint)
-    rows = _rows(text)
+    rows = _rows(Path(text), num_chips)
     if not rows:
         raise ConfigError("the table is empty", text, f"give {num_chips} rows of {num_chips} sizes")
     if len(rows) != num_chips or any(len(row) != num_chips for row in rows):
@@ -74,17 +78,14 @@ def read_parts(text: str | None, num_chips: int) -> FloatArray:
     return parts
 
 
-def _rows(path: str) -> list[list[str]]:
+def _rows(path: Path, num_chips: int) -> list[list[str]]:
     """The cells of a CSV file, empty lines left out."""
+    hint = "give a plain text CSV file"
+    text = read_text(path, hint, MOST_NBYTES_OF_LINES + MOST_NBYTES_OF_PART * num_chips**2)
     try:
-        with Path(path).open(newline="", encoding="utf-8-sig") as lines:  # spreadsheets put a mark in front
-            return [row for row in csv.reader(lines) if row]
-    except OSError as error:
-        reason = error.strerror or "cannot be read"
-        raise ConfigError(f"cannot read the file: {reason}", path, "check the path") from error
-    except (UnicodeDecodeError, csv.Error) as error:
-        problem = f"not CSV: {error}" if isinstance(error, csv.Error) else "the file is not UTF-8 text"
-        raise ConfigError(problem, path, "give a plain text CSV file") from error
+        return [row for row in csv.reader(StringIO(text, newline="")) if row]
+    except csv.Error as error:
+        raise ConfigError(f"not CSV: {error}", str(path), hint) from error
 
 
 def _part(cell: str, where: str) -> float:

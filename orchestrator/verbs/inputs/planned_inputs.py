@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from comms.errors import PlanError
 from comms.selection.progress import Progress
 from orchestrator.config.hardware.cluster import Cluster
 from orchestrator.config.hardware.cluster_file import DEFAULT_CLUSTER, cluster_from, cluster_path
@@ -17,7 +16,7 @@ from orchestrator.planning import preparation
 from orchestrator.planning.preparation import Prepared
 from orchestrator.runs.run_dir import RunDir
 from orchestrator.verbs.inputs.options import PlannedOptions
-from partitioner.layout.parallel_plan import Plan, plan_from_yaml, plan_to_yaml
+from partitioner.layout.parallel_plan import Plan, plan_from, plan_to_yaml
 from partitioner.program.program_codec import encode
 from partitioner.program.program_text import to_text
 
@@ -89,7 +88,5 @@ def read_plan(path: Path | None) -> Plan | None:
     """The plan in a file."""
     if path is None:
         return None
-    try:
-        return plan_from_yaml(path.read_text(encoding="utf-8"), str(path))
-    except OSError as error:
-        raise PlanError("the plan cannot be read", str(path), "check the path") from error
+    document = read_yaml(path)
+    return plan_from(document.root, document.where)

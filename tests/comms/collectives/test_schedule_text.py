@@ -12,7 +12,7 @@ from comms.algorithms import direct, doubling, ring
 from comms.algorithms.rounds import Ranks
 from comms.collectives.schedule import Channel, Op, PieceOrder, Schedule
 from comms.collectives.schedule_text import load_schedule, parse_schedule, schedule_text
-from comms.errors import CommsError
+from comms.errors import CommsError, ConfigError
 
 PATIENT = settings(max_examples=60)
 SOUND = [
@@ -176,5 +176,5 @@ def test_a_file_is_read_and_a_missing_one_named(tmp_path):
     path = tmp_path / "mine.txt"
     path.write_text(TWO_RANKS)
     assert say_the_same(load_schedule(path), parse_schedule(TWO_RANKS))
-    with pytest.raises(CommsError, match="cannot be read"):
+    with pytest.raises(ConfigError, match="cannot read the file"):
         load_schedule(tmp_path / "none.txt")

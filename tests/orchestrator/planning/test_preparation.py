@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from comms.errors import CaptureError, ModelError, OptimizerError, PlanError
+from comms.kept_files import unsealed
 from orchestrator.config.job_file import Dtype
 from orchestrator.planning import preparation
 from orchestrator.planning import preparation as cache
@@ -19,6 +20,7 @@ from orchestrator.planning.preparation import prepare
 from partitioner.layout.parallel_plan import Plan
 from partitioner.layout.pipeline_schedules import PipelineSchedule
 from partitioner.program.program import Program, TensorKind
+from partitioner.program.program_codec import encode
 
 Make = Callable[..., Any]
 ROOT = Path(__file__).parents[3]
@@ -281,11 +283,37 @@ def test_a_cache_that_cannot_be_written_is_no_error(
 def test_a_number_that_is_none_is_counted_again(folder: Path, tiny_job: Make, laptop: Any) -> None:
     first = cache.prepare(laptop.take(2), tiny_job()).plan
     count = stored(folder, "*.number")
-    assert int(count.read_text()) > 0
-    known = count.read_text()
-    count.write_text("twelve")
-    assert cache.prepare(laptop.take(2), tiny_job()).plan == first
-    assert count.read_text() == known
+    known = cache.recall(count.name)
+    assert int(known) > 0
+    for wrong in (b"twelve", b"-1", b"9" * 20, b"", b"1e3"):
+        cache.remember(count.name, wrong)
+        assert cache.prepare(laptop.take(2), tiny_job()).plan == first
+        assert cache.recall(count.name) == known
+
+
+def test_no_byte_of_an_entry_can_change_without_notice(folder: Path, tiny_job: Make, laptop: Any) -> None:
+    cache.prepare(laptop.take(2), tiny_job())
+    for entry in (stored(folder, "*.program"), stored(folder, "*.number")):
+        whole = entry.read_bytes()
+        flipped = [
+            whole[:at] + bytes([byte ^ 1 << at % 8]) + whole[at + 1 :] for at, byte in enumerate(whole)
+        ]
+        for damaged in (*flipped, *(whole[:length] for length in range(0, len(whole), 97)), whole + b"0"):
+            with pytest.raises(ValueError, match="is damaged"):
+                unsealed(entry.name, damaged)
+
+
+def test_an_entry_under_anothers_name_counts_as_none(folder: Path, tiny_job: Make, laptop: Any) -> None:
+    first = prepared(tiny_job, laptop)
+    entry = stored(folder, "*.program")
+    other = cache.prepare(laptop.take(2), tiny_job(), Plan(dp=2)).program
+    (elsewhere,) = set(folder.glob("*.program")) - {entry}
+    entry.write_bytes(elsewhere.read_bytes())
+    again = prepared(tiny_job, laptop)
+    assert (again.was_cached, again.program) == (False, first.program)
+    cache.remember(entry.name, encode(other))  # whole, but of another plan
+    again = prepared(tiny_job, laptop)
+    assert (again.was_cached, again.program) == (False, first.program)
 
 
 def test_the_users_cache_folder_is_obeyed_if_it_is_absolute(monkeypatch: pytest.MonkeyPatch) -> None:
