@@ -24,8 +24,9 @@ from orchestrator.config.job_file import load_job
 from orchestrator.config.yaml_file import read_yaml
 from orchestrator.runs.checkpoints.checkpoint_folder import latest, load, open_checkpoint
 from orchestrator.runs.metrics import read_metrics
-from orchestrator.verbs import train, training_loop
+from orchestrator.verbs import train
 from orchestrator.verbs.inputs.options import RunnerKind, TrainOptions
+from orchestrator.verbs.training import training_loop
 from orchestrator.views.console import Console
 from partitioner.layout.parallel_plan import Plan, plan_to_yaml
 

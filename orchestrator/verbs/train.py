@@ -35,8 +35,9 @@ from orchestrator.verbs.inputs.options import RunnerKind, SimulateOptions, Train
 from orchestrator.verbs.inputs.planned_inputs import Inputs, resolve
 from orchestrator.verbs.simulate import answer, memory_short
 from orchestrator.verbs.training.job_step import step_of_job
+from orchestrator.verbs.training.results import TrainResult, write_results
 from orchestrator.verbs.training.resuming import Resumed, keep, require_free, restore, resumed
-from orchestrator.verbs.training.training_loop import Training, TrainResult, write_results
+from orchestrator.verbs.training.training_loop import Training
 from orchestrator.verbs.verification.job_steps import TEXT_INPUTS
 from orchestrator.views.console import Console, Table
 from orchestrator.views.split_notes import say_split

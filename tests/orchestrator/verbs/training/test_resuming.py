@@ -18,7 +18,8 @@ from orchestrator.runners.signals import StopSignal
 from orchestrator.runs.checkpoints import checkpoint_folder as checkpoint
 from orchestrator.runs.checkpoints.checkpoint_folder import TrainingState
 from orchestrator.runs.run_lock import locked
-from orchestrator.verbs import train, training_loop
+from orchestrator.verbs import train
+from orchestrator.verbs.training import training_loop
 from partitioner.layout.parallel_plan import Plan, plan_to_yaml
 
 Make = Callable[..., Any]
