@@ -7,13 +7,16 @@ catalog, and needs neither torch nor ray. Another kind of file is one more entry
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TypeAlias
 
 from comms.errors import ConfigError, located
 from comms.networks.conditions import HEALTHY, Described, check_links
+from comms.networks.fabrics.edge_list import EdgeList
 from comms.networks.fabrics.switch_tree import Tree
 from comms.networks.fabrics.torus_mesh import FullMesh, Torus
+from comms.networks.links import Link
 from comms.networks.network import UNBOUNDED, Tier
 from comms.units import Quantity, format_quantity
 from orchestrator.config.hardware.chip_file import ChipFile, described_chip
@@ -36,6 +39,7 @@ class CheckReport:
     facts: dict[str, object]
 
 
+MOST_OF_GRAPH = 128  # chips
 _Said: TypeAlias = tuple[tuple[str, ...], dict[str, object]]
 
 
@@ -104,15 +108,16 @@ def _cluster_facts(cluster: Cluster) -> dict[str, object]:
 def _tier_facts(tier: Tier) -> dict[str, object]:
     """Figures of a message by itself, and the rate that each gets when all send."""
     dims = list(tier.shape.dims) if isinstance(tier.shape, Torus) else None
+    link, loaded = _links(tier)
     return {
         "name": tier.name,
         "kind": str(tier.kind),
         "num_chips": None if tier.size == UNBOUNDED else tier.size,
         "shape": _shape_name(tier) or "switch",
         "dims": dims,
-        "latency_s": tier.link.latency_s + tier.issue_s,
-        "bytes_per_s": tier.link.bytes_per_s,
-        "loaded_bytes_per_s": tier.loaded_link.bytes_per_s,
+        "latency_s": link and link.latency_s + tier.issue_s,
+        "bytes_per_s": link and link.bytes_per_s,
+        "loaded_bytes_per_s": loaded and loaded.bytes_per_s,
         "setup_s": tier.setup_s,
     }
 
@@ -131,15 +136,25 @@ def _types(cluster: Cluster) -> str:
 def _tier_line(tier: Tier) -> str:
     """How many chips, in which shape, what a message gets, and what a collective pays besides."""
     size = "any number of chips" if tier.size == UNBOUNDED else _count(tier.size)
-    loaded, alone = (
-        format_quantity(link.bytes_per_s, Quantity.DATA_RATE) for link in (tier.loaded_link, tier.link)
-    )
-    rate = loaded if loaded == alone else f"{loaded} ({alone} alone)"
-    latency = format_quantity(tier.link.latency_s + tier.issue_s, Quantity.TIME)
-    facts = [f"{tier.name}: {size}{_shape(tier)}", rate, latency]
+    facts, (link, loaded_link) = [f"{tier.name}: {size}{_shape(tier)}"], _links(tier)
+    if link is None or loaded_link is None:
+        facts.append("rates and latencies by `orchestrate comms --tiers`")
+    else:
+        loaded, alone = (
+            format_quantity(each.bytes_per_s, Quantity.DATA_RATE) for each in (loaded_link, link)
+        )
+        rate = loaded if loaded == alone else f"{loaded} ({alone} alone)"
+        facts += [rate, format_quantity(link.latency_s + tier.issue_s, Quantity.TIME)]
     if tier.setup_s:
         facts.append(f"{format_quantity(tier.setup_s, Quantity.TIME)} a collective")
     return ", ".join(facts)
+
+
+@cache
+def _links(tier: Tier) -> tuple[Link | None, Link | None]:
+    """What a message has by itself, and when all send; None for a large graph, where it takes time to find all ways."""
+    is_large = isinstance(tier.shape, EdgeList) and tier.size > MOST_OF_GRAPH
+    return (None, None) if is_large else (tier.link, tier.loaded_link)
 
 
 def _count(num_chips: int) -> str:

@@ -138,7 +138,8 @@ def _tiers(cluster: Cluster, options: CommsOptions, console: Console) -> int:
     flags = ("op", "size", "algorithm", "fidelity", "sweep", "plot")
     given = {f"--{flag}": getattr(options, flag) for flag in flags}
     say_ignored(console, given, "--tiers is about single messages")
-    rows = latency_tiers(cluster.network, cluster.chip_types)
+    with console.phase("tiers"):
+        rows = latency_tiers(cluster.network, cluster.chip_types)
     name = cluster.name
     console.results(comms_report.tiers_document(rows, name), comms_report.tiers_tables(rows, name))
     return 0

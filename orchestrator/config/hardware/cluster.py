@@ -18,9 +18,8 @@ from comms.networks.conditions import HEALTHY, Described, check_chips
 from comms.networks.links import PLAIN, Link, Protocol
 from comms.networks.network import Network, Tier
 from kernels.chips import Chip
-from orchestrator.config.hardware.network_sections import NicSection
+from orchestrator.config.hardware.network_sections import MOST_CHIPS, NicSection
 
-MOST_CHIPS = 2**20  # several times the largest cluster that anyone builds; a slip of the pen lies beyond
 MOST_CHIPS_OF_UNIT = 2**17  # where hosts are held one by one
 
 

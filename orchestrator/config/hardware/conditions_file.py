@@ -24,7 +24,7 @@ from comms.networks.conditions import (
     check_chips,
 )
 from comms.networks.network import Network, TierKind
-from orchestrator.config.hardware.cluster import MOST_CHIPS
+from orchestrator.config.hardware.network_sections import MOST_CHIPS
 from orchestrator.config.schema import FieldType, Section, Size, Time, field_error, nearest, word_field
 from orchestrator.config.yaml_file import Document
 

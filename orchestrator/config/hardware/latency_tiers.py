@@ -25,9 +25,11 @@ from comms.networks.fabrics.switch_tree import Tree
 from comms.networks.fabrics.torus_mesh import FullMesh, Torus
 from comms.networks.links import Link
 from comms.networks.network import Network, Tier, TierKind
+from comms.networks.topology import IntArray
 from kernels.chips import Chip, Noc, NocShape, Port
 
 FEW_CORES = 4096  # up to here the furthest core is searched among all
+FEW_NEIGHBOURS = 64  # the nearest where those one step away are in tiers further inside
 SAME = 1e-9  # relative: chips as far as this from each other are equally far
 
 
@@ -155,7 +157,7 @@ def _tier_rows(network: Network, tier: Tier, inner: int) -> Iterator[Row]:
         latency_s = link.latency_s + tier.issue_s
         yield Row(tier.name, between, latency_s, link.bytes_per_s, loaded, hops, source)
         return
-    others = np.arange(inner, tier.size)
+    others = _others(tier, inner)
     wires, routes = shape.wires(), shape.routes(np.zeros_like(others), others)
     rates = np.minimum.reduceat(wires.bytes_per_s[routes.wires], routes.offsets[:-1])
     latencies = np.add.reduceat(wires.latency_s[routes.wires], routes.offsets[:-1])
@@ -169,6 +171,19 @@ def _tier_rows(network: Network, tier: Tier, inner: int) -> Iterator[Row]:
         crossed, between = routes.of(at), f"chip to {who}, {tier.name}"
         latency_s = fsum(wires.latency_s[crossed].tolist()) + tier.issue_s
         yield Row(tier.name, between, latency_s, float(rates[at]), loaded, len(crossed), source)
+
+
+def _others(tier: Tier, inner: int) -> IntArray:
+    """Chips among which are the nearest and the furthest from chip 0: all; of a large torus, those straight ahead."""
+    if tier.size <= FEW_CORES or not isinstance(tier.shape, Torus):
+        return np.arange(inner, tier.size)
+    found, stride = np.zeros(1, dtype=np.int64), 1
+    for dim, size in enumerate(tier.shape.dims):
+        steps = {0, 1, _longest(tier.shape, dim)} if size > 1 else {0}
+        found = (found[:, None] + stride * np.array(sorted(steps))).ravel()
+        stride *= size
+    near = np.arange(inner, inner + FEW_NEIGHBOURS)
+    return np.unique(np.concatenate([near[near < tier.size], found[found >= inner]]))
 
 
 def _crossed(network: Network, tier: Tier, inner: int) -> int:

@@ -33,6 +33,7 @@ from comms.networks.shapes import Shape
 from kernels.chips import Port
 from orchestrator.config.hardware.cluster import Library
 from orchestrator.config.hardware.network_sections import (
+    MOST_CHIPS,
     EdgeSection,
     LibrarySection,
     LinkSection,
@@ -56,6 +57,7 @@ USES: dict[str, frozenset[str]] = {
 }
 OPTIONAL = ("dims", "links", "long_links", "arrangement", "routing", "reduces", "duplex", "through_chips")
 DRAGONFLY_DIMS = 3
+MOST_WIRES = 2**21  # a full mesh of 1,448 chips; a dragonfly of 279,000 has 1.4 million
 
 
 @contextmanager
@@ -131,6 +133,8 @@ class ShapeDrawing:
                 raise self.place.error(problem, "remove it, or choose another shape", key)
         if "dims" in uses and not self.section.dims:
             raise self.place.error(f"{self._name} needs `dims`", "add `dims:`, such as [4, 8]", "shape")
+        if (made := self.num_chips or 1) > MOST_CHIPS:
+            raise self.place.error(f"{made} chips in one {self.kind}", f"give up to {MOST_CHIPS}", "dims")
         num_dims = len(self.section.dims or ())
         if self.kind == "dragonfly" and num_dims != DRAGONFLY_DIMS:
             hint = "give chips per router, routers per group and groups"
@@ -157,8 +161,19 @@ class ShapeDrawing:
             problem = f"dims of {dims} make {made} chips, but there are {num_chips}"
             raise self.place.error(problem, hint, "dims")
 
+    def _check_wires(self, num_chips: int) -> None:
+        """Raises ClusterError for more wires than are kept one by one."""
+        wires = num_chips**2 if self.kind == "full mesh" else 0
+        if self.kind == "dragonfly" and self.section.dims:
+            _, routers, groups = self.section.dims
+            wires = groups * routers**2 + groups**2 + 2 * num_chips
+        if wires > MOST_WIRES:
+            hint = f"choose another shape, or up to {MOST_WIRES} wires"
+            raise self.place.error(f"a {self.kind} of {num_chips} chips has {wires} wires", hint, "shape")
+
     def shape(self, num_chips: int, link: Link, efficiency: float, name: str, earlier_s: float) -> Shape:
         """The shape over so many chips; `link` is the section's, `earlier_s` what all latencies are quicker by."""
+        self._check_wires(num_chips)
         key = "edges" if self.kind == "edges" else "dims"
         with described(self.place.where(key), "change the shape"):
             return self._shape(num_chips, link, efficiency, name, earlier_s)

@@ -9,6 +9,10 @@ from pydantic import Field
 
 from orchestrator.config.schema import DataRate, Section, Size, Time, count_or
 
+MOST_CHIPS = (
+    2**20
+)  # of a cluster: several times the largest that anyone builds; a slip of the pen lies beyond
+MOST_DIMS = 8
 Share = Annotated[float, Field(ge=1e-6, le=1)]
 Duplex = Literal["full", "half"]
 
@@ -54,8 +58,8 @@ class ShapeSection(LibrarySection):
     """How what a tier joins is joined; `dims` from the inside out, neighbours in number first."""
 
     shape: Literal["switch", "ring", "torus", "mesh", "full mesh", "dragonfly"] | None = None
-    dims: list[Annotated[int, Field(ge=1)]] | None = Field(None, min_length=1)
-    links: list[LinkSection] | None = Field(None, min_length=1)
+    dims: list[Annotated[int, Field(ge=1)]] | None = Field(None, min_length=1, max_length=MOST_DIMS)
+    links: list[LinkSection] | None = Field(None, min_length=1, max_length=MOST_DIMS)
     long_links: int | None = Field(None, ge=1)
     arrangement: Literal["palmtree", "absolute"] | None = None
     routing: Literal["minimal", "valiant"] | None = None
@@ -69,7 +73,7 @@ class ScaleUpSection(ShapeSection):
     latency: Time | None = None
     efficiency: Share | None = None
     duplex: Duplex = "full"
-    domain: int | None = Field(None, ge=2)
+    domain: int | None = Field(None, ge=2, le=MOST_CHIPS)
     edges: list[EdgeSection] | None = Field(None, min_length=1)
     through_chips: bool | None = None
 

@@ -40,6 +40,37 @@ def test_a_cluster_report_names_shapes(name, line):
     assert line in check(ROOT / f"cluster_configs/{name}.yaml").lines
 
 
+def test_the_facts_of_a_cluster_are_numbers_in_base_units():
+    facts = check(ROOT / "cluster_configs/dgx-a100.yaml").facts
+    assert (facts["num_hosts"], facts["chips_per_host"], facts["chips"]) == (
+        None,
+        8,
+        ["nvidia_a100_sxm_80gb"],
+    )
+    assert (facts["num_chips"], facts["usd_per_hour"], facts["watts"]) == (8, 14.0, 6500.0)
+    inner, outer = facts["tiers"]
+    assert (inner["name"], inner["shape"], inner["num_chips"]) == ("scale-up", "switch", 8)
+    assert (inner["latency_s"], inner["setup_s"]) == pytest.approx((2e-6, 31.6e-6))
+    assert inner["bytes_per_s"] == pytest.approx(273.9e9, rel=1e-3)
+    assert (outer["kind"], outer["num_chips"]) == ("scale_out", None)
+    torus = check(ROOT / "cluster_configs/tpu-v5p-pod.yaml").facts["tiers"][0]
+    assert (torus["shape"], torus["dims"]) == ("torus", [16, 20, 28])
+
+
+def test_the_facts_of_a_chip_are_those_of_the_catalog():
+    facts = check(CATALOG / "nvidia_l4.yaml").facts
+    assert (facts["key"], facts["memory_bytes"], facts["peak_flops_per_s"]["fp16"]) == (
+        "nvidia_l4",
+        24e9,
+        121e12,
+    )
+
+
+def test_the_facts_of_a_job_are_its_keys(tmp_path):
+    facts = check(write(tmp_path, "kind: job\nversion: 1\nsteps: 7\nplan: {tp: 2}\n")).facts
+    assert (facts["job"]["steps"], facts["job"]["plan"]["tp"], facts["names_own_code"]) == (7, 2, False)
+
+
 def test_a_cluster_report_counts_conditions_and_names_other_shapes(tmp_path):
     text = (ROOT / "cluster_configs/tenstorrent-galaxy.yaml").read_text()
     text = text.replace("shape: mesh", "shape: full mesh").replace("  dims: [4, 8]", "  domain: 32")

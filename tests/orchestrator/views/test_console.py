@@ -60,6 +60,39 @@ def test_an_error_is_three_short_lines_on_stderr(streams: tuple[io.StringIO, io.
     assert out.getvalue() == ""
 
 
+def test_talk_is_broken_between_words_where_a_terminal_is_narrow(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "24")
+    for err, lines in (
+        (
+            Terminal(),
+            [
+                "error: it is",
+                "  /a/path/that/is/one/word",
+                "  and more",
+                "  do: this and that and",
+                "    those",
+            ],
+        ),
+        (io.StringIO(), ["error: it is /a/path/that/is/one/word and more", "  do: this and that and those"]),
+    ):
+        Console(out=io.StringIO(), err=err).error(
+            RunError("it is /a/path/that/is/one/word and more", hint="this and that and those")
+        )
+        assert err.getvalue().splitlines() == lines
+
+
+def test_an_error_waits_for_the_document_that_it_belongs_to(streams: tuple[io.StringIO, io.StringIO]) -> None:
+    out, err = streams
+    console = Console(as_json=True, out=out, err=err)
+    console.hold()
+    console.results({"n": 1})
+    console.error(combined([RunError("a", "b", "c"), RunError("d", "e", "f")]))
+    assert out.getvalue() == ""
+    console.close()
+    first, second = ({"problem": p, "where": w, "hint": h} for p, w, h in ("abc", "def"))
+    assert json.loads(out.getvalue()) == {"n": 1, "error": first, "errors": [first, second]}
+
+
 def test_every_finding_of_an_error_is_told(streams: tuple[io.StringIO, io.StringIO]) -> None:
     out, err = streams
     Console(out=out, err=err).error(combined([RunError("a", "b", "c"), RunError("d", "e", "f")]))
