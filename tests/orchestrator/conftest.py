@@ -58,11 +58,11 @@ def orchestrate_json(orchestrate: Callable[..., Ran]) -> Callable[..., Mapping[s
 @pytest.fixture(scope="module")
 def undrawn() -> Iterator[None]:
     """Runs without pictures, which are a quarter of the time of a short one: for tests that do not look at them."""
-    from orchestrator.verbs.training import training_loop
+    from orchestrator.verbs.training import results
 
     with pytest.MonkeyPatch.context() as patch:
         for name in ("loss_png", "timeline_png"):
-            patch.setattr(training_loop, name, lambda *_, **__: b"")
+            patch.setattr(results, name, lambda *_, **__: b"")
         yield
 
 
