@@ -3,6 +3,9 @@
 `shard_slice(x, dim, coordinate, chunks)`: the equal slice of `x` along `dim` that belongs to mesh coordinate
 `coordinate`, a 0-dim tensor. A slice at a constant offset would make every chip's graph different.
 
+`precise_norm(x)`: the L2 norm of all entries, 0-dim, in double precision. Squares of entries beyond 1e19 are infinite
+where entries have single precision, as in torch's own clipping.
+
 `keyed_uniform`: random numbers by counters, see `partitioner.capture.forwards.keyed_random`. A part's samples lie
 `weight` elements apart; it has `samples` of `whole`, from number `first` on (a weight of 0: the tensor is the whole
 one).
@@ -20,6 +23,7 @@ from typing import Any
 import torch
 
 GOLDEN = -0x61C8864680B583EB  # 2^64 / the golden ratio, as a signed number
+NORM_ROW = 4096  # entries that are summed in single precision: the error is that of rounding a few of them
 _LIBRARY = torch.library.Library("orchestrate", "FRAGMENT")
 _LIBRARY.define("shard_slice(Tensor x, int dim, Tensor coordinate, int chunks) -> Tensor")
 
@@ -33,6 +37,25 @@ def _shape_only(x: torch.Tensor, dim: int, coordinate: torch.Tensor, chunks: int
     shape = list(x.shape)
     shape[dim] //= chunks
     return x.new_empty(shape)
+
+
+_LIBRARY.define("precise_norm(Tensor x) -> Tensor")
+
+
+def _precise_norm(x: torch.Tensor) -> torch.Tensor:
+    """The L2 norm of all entries in double precision: rows in their own one, as casting all of them takes ten times."""
+    flat = x.reshape(-1)
+    if x.dtype is not torch.float32 or x.device.type != "cpu":
+        return torch.linalg.vector_norm(flat, dtype=torch.float64)
+    whole = flat.numel() // NORM_ROW * NORM_ROW
+    rows = torch.linalg.vector_norm(flat[:whole].view(-1, NORM_ROW), dim=1)
+    norms = torch.stack((torch.linalg.vector_norm(rows, dtype=torch.float64),
+                         torch.linalg.vector_norm(flat[whole:], dtype=torch.float64)))  # fmt: skip
+    return torch.linalg.vector_norm(norms)
+
+
+def _norm_shape(x: torch.Tensor) -> torch.Tensor:
+    return x.new_empty((), dtype=torch.float64)
 
 
 _LIBRARY.define("sum_parts(Tensor x) -> Tensor")
@@ -92,7 +115,9 @@ def _keyed_shape(
 
 
 _LIBRARY.impl("keyed_uniform", _keyed_uniform, "CompositeExplicitAutograd")
+_LIBRARY.impl("precise_norm", _precise_norm, "CompositeExplicitAutograd")
 _LIBRARY.impl("shard_slice", _shard_slice, "CompositeExplicitAutograd")
+torch.library.register_fake("orchestrate::precise_norm", _norm_shape, lib=_LIBRARY)
 torch.library.register_fake("orchestrate::shard_slice", _shape_only, lib=_LIBRARY)
 torch.library.register_fake("orchestrate::keyed_uniform", _keyed_shape, lib=_LIBRARY)
 torch.library.register_fake("orchestrate::gather_parts", _gathered, lib=_LIBRARY)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from comms.errors import ConfigError, ModelError
 from comms.units import format_dollars, format_percent, format_scaled, format_seconds
+from kernels.backend import keep_memory
 from orchestrator.config.hardware.cluster import Cluster, Device
 from orchestrator.config.job_file import Job
 from orchestrator.models.model_builder import BuiltModel
@@ -52,6 +53,7 @@ PLAIN_LINES = 10  # a line for every so many steps, off a terminal
 
 def main(options: TrainOptions, console: Console) -> int:
     """The `train` verb. The simulated runner has no tensors to train: its answer is that of `simulate`."""
+    keep_memory()
     if options.resume is not None:
         require_free(options)
         return _resume(options, run_dir.resume(options.resume), console)

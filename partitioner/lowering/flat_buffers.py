@@ -242,7 +242,7 @@ def _scalar(role: RoleBuilder, name: str) -> int:
 
 
 def _square(role: RoleBuilder, body: str, index: int, group: FlatGroup) -> int:
-    code = "aten.linalg_vector_norm.default(v0, 2.0, None, False, dtype=dtype.f64)"
+    code = "orchestrate.precise_norm.default(v0)"
     norm = role.simple(body, "norm", code, [group.grad_shard], _scalar(role, f"{body}.norm{index}"))
     square = _scalar(role, f"{body}.square{index}")
     return role.simple(body, "square", "aten.mul.Tensor(v0, v0)", [norm], square)

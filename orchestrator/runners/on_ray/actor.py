@@ -13,6 +13,7 @@ from functools import cache
 
 import torch
 
+from kernels.backend import keep_memory
 from kernels.optimizers import FlatOptimizer, OptimizerSpec, StepStatistics
 from orchestrator.models.own_modules import import_modules
 from orchestrator.runners.executing.chip_set import ChipSet
@@ -78,6 +79,7 @@ class ChipActor:
 
     def __init__(self, keys: PeerKeys, host: str | None = None) -> None:
         sys.setswitchinterval(SWITCH_S)
+        keep_memory()
         self.actor = keys.actor
         self.mailbox = Mailbox(PATIENCE_S)
         self.transport = Transport(keys, self._deliver, host or node_address())
