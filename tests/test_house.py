@@ -26,7 +26,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
 MAX_FOLDER_FILES = 12
-MAX_LINES = 47_400  # of the four packages: more is a decision (37,000 before tp had rules of its own)
+MAX_LINES = 56_000  # of the four packages: more is a decision (47,400 before jobs, checkpoints of any plan and scaling)
 MAX_DOOR_NAMES = 16
 MAX_CLUSTER_LINES = 40
 MAX_CONTRIBUTING_LINES = 80
@@ -65,6 +65,7 @@ FLAGS = frozenset(
         "--steps",
         "--sweep",
         "--tiers",
+        "--to",
         "--verbose",
         "--verify-first",
         "--version",
@@ -354,7 +355,7 @@ def test_every_dependency_has_a_lower_bound_and_the_lowest_versions_are_those() 
     extras = PROJECT["project"]["optional-dependencies"]
     declared = [*PROJECT["project"]["dependencies"], *(each for extra in extras.values() for each in extra)]
     others = [each for each in declared if not each.startswith("orchestrate-chips[")]
-    lowest = [re.sub(r"^([\w-]+)[=>]=([\d.]+)(,<[\d.]+)?$", r"\1==\2", each) for each in others]
+    lowest = [re.sub(r"^([\w-]+)(?:\[\w+\])?[=>]=([\d.]+)(,<[\d.]+)?$", r"\1==\2", each) for each in others]
     assert (ROOT / ".ci" / "lowest.txt").read_text().splitlines() == lowest
 
 

@@ -20,6 +20,7 @@ from pydantic import (
     ConfigDict,
     Field,
     GetPydanticSchema,
+    JsonValue,
     PlainSerializer,
     SerializerFunctionWrapHandler,
     model_serializer,
@@ -52,6 +53,10 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 _Betas = Annotated[
     list[Beta], Field(min_length=2, max_length=2), AfterValidator(tuple), PlainSerializer(list)
 ]
+
+
+SINKS = ("csv", "tensorboard", "wandb", "mlflow")
+FIVE_MINUTES: dict[str, JsonValue] = {"default": "300 s", "examples": ["600 s"]}
 
 
 class Dtype(StrEnum):
@@ -104,6 +109,13 @@ _Reference = Annotated[str, AfterValidator(_require_reference)]
 def _named(value: object) -> object:
     """A section that is a name alone."""
     return {"name": value} if isinstance(value, str) else value
+
+
+def _sink_name(name: str) -> str:
+    if name not in SINKS and not is_reference(name):
+        hint = f"{nearest(name, SINKS)}; yours is file.py:name or pkg.module:name"
+        raise field_error(f"{name!r} takes no numbers", hint)
+    return name
 
 
 class OptimizerSection(Section):
@@ -219,7 +231,7 @@ class CheckpointsSection(Section):
     """Every how many steps and after how much time (0: not by that), besides the end; and how many to keep."""
 
     every: Natural = 0
-    interval: Time = 300.0
+    interval: Time = Field(default=300.0, json_schema_extra=FIVE_MINUTES)
     keep: Positive = 3
 
 
@@ -261,7 +273,12 @@ class Job(Section):
     plan: PlanSection = Field(default_factory=PlanSection)
     validation: ValidationSection = Field(default_factory=ValidationSection)
     checkpoints: CheckpointsSection = Field(default_factory=CheckpointsSection)
-    hang_timeout: Annotated[Time, AfterValidator(_above_zero)] = 300.0  # without any chip that moves
+    # where the numbers of every step go besides metrics.jsonl: csv, tensorboard, wandb, mlflow, file.py:name
+    sinks: list[Annotated[str, AfterValidator(_sink_name)]] = Field(default_factory=list)
+    # of a step in which no chip has moved for so long, every actor is ended
+    hang_timeout: Annotated[Time, AfterValidator(_above_zero)] = Field(
+        default=300.0, json_schema_extra=FIVE_MINUTES
+    )
 
     @property
     def has_own_data(self) -> bool:

@@ -7,7 +7,7 @@ a class of optimizers. A loss may be a class. With the built-in optimizers matri
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cached_property, partial
 from typing import Any
@@ -22,7 +22,6 @@ from comms.errors import (
     DataError,
     ModelError,
     PlanError,
-    RunError,
     UserError,
 )
 from kernels.optimizers import (
@@ -207,18 +206,17 @@ class LrSchedule:
             for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
                 group["lr"] = learning_rate(step, peak=peak, schedule=self.shape, steps=self.steps)
 
-    def resume(self, step: int, rates: Sequence[float], *, moves_groups: bool = False) -> None:
-        """Go through the steps before `step`; they must end where the run that is resumed was. Raises RunError."""
+    def replay(self, step: int, last: Callable[[], None], *, moves_groups: bool) -> None:
+        """Go through the steps before `step`, with `last()` in the last one, to the settings that this one had."""
         self.optimizer._opt_called = True  # type: ignore[attr-defined]  # what schedulers ask for
         for number in range(step):
             if moves_groups:
                 self.before(number)
                 advance(self.optimizer)
+            if number == step - 1:
+                last()
             self.after()
         self.before(max(step - 1, 0))
-        if self.rates != list(rates):
-            raise RunError("the learning rate is not what it was when the run was saved", "lr_schedule",
-                           "give the optimizer and the scheduler that it was started with")  # fmt: skip
 
     @property
     def rates(self) -> list[float]:

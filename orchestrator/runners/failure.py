@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from signal import SIGINT, Signals
+from typing import assert_never
 
 from comms.errors import HangError, RunError, UserError
 
@@ -93,6 +94,7 @@ def nobody_finished(
 class RunPhase(StrEnum):
     """How far a command is when a signal comes."""
 
+    COMING = "before it is known what is asked"
     START = "before the first step"
     TRAINING = "between the first step and the last checkpoint"
     OVER = "nothing is left that could be lost"
@@ -116,8 +118,15 @@ def interrupted(received: Sequence[Signals], phase: RunPhase) -> RunEnd:
     """
     if len(received) > 1:
         return RunEnd.AT_ONCE if received[-1] is SIGINT else RunEnd.AS_ASKED
-    ends = {RunPhase.START: RunEnd.UNSTARTED, RunPhase.TRAINING: RunEnd.SAVED, RunPhase.OVER: RunEnd.REACHED}
-    return ends[phase]
+    match phase:
+        case RunPhase.COMING | RunPhase.START:
+            return RunEnd.UNSTARTED
+        case RunPhase.TRAINING:
+            return RunEnd.SAVED
+        case RunPhase.OVER:
+            return RunEnd.REACHED
+        case _:
+            assert_never(phase)
 
 
 def not_finite(step: int, where: str | None) -> RunError:

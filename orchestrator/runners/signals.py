@@ -1,9 +1,10 @@
 """Signals that ask a process to end: one object has the handlers, from before anything is started to the very end.
 
 What a signal does is decided by `failure.interrupted`. Before the first step it raises `StopSignal` wherever the main
-thread is; in a run of training it is remembered, and the loop looks. A process that the command line owns never shows a
-traceback for it: a second Ctrl-C leaves the process at once, and once Python takes itself apart signals have their
-default effect. Signals that somebody has decided on, as `nohup` has on SIGHUP, are left alone.
+thread is (or as soon as a command is begun); in a run of training it is remembered, and the loop looks. A process that
+the command line owns never shows a traceback for it: a second Ctrl-C leaves the process at once, and once Python takes
+itself apart signals have their default effect. Signals that somebody has decided on, as `nohup` on SIGHUP, are left
+alone.
 
 Processes that are forked from this one, as workers of data loaders, ignore all but SIGTERM: they end with this one.
 Python runs handlers in the main thread only, between its own instructions.
@@ -42,7 +43,7 @@ class StopRequest:
     def __init__(self, *, owns_process: bool) -> None:
         self.owns_process = owns_process
         self.received: list[signal.Signals] = []
-        self._phase, self._pid = RunPhase.OVER, os.getpid()
+        self._phase, self._pid = RunPhase.COMING, os.getpid()
         self._before: dict[signal.Signals, object] = {}
         self._terminals = [fd for fd in (0, 1, 2) if _is_terminal(fd)]
 
@@ -50,6 +51,9 @@ class StopRequest:
         """Carry out what is decided; called by Python, in the main thread."""
         del frame
         came = signal.Signals(number)
+        # Ray, once it is connected, hears of a SIGTERM first, and has the process aborted three seconds later.
+        if signal.getsignal(signal.SIGALRM) is signal.SIG_DFL:
+            signal.alarm(0)
         if os.getpid() != self._pid:
             if came is signal.SIGTERM:  # how a data loader ends its workers
                 signal.signal(came, signal.SIG_DFL)
@@ -60,7 +64,7 @@ class StopRequest:
         self._say(f"{came.name}: {end}")
         if end is RunEnd.AT_ONCE:
             self._leave(came)
-        if end is RunEnd.UNSTARTED:
+        if end is RunEnd.UNSTARTED and self._phase is RunPhase.START:
             raise StopSignal(came)
 
     def is_set(self) -> bool:
@@ -152,6 +156,14 @@ def held_back(signals: tuple[signal.Signals, ...] = SIGNALS) -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def reclaim() -> None:
+    """Be the first to hear of signals again, where a library has put itself before Python's own handler."""
+    if threading.current_thread() is threading.main_thread():
+        for each in SIGNALS:
+            if isinstance(handler := signal.getsignal(each), StopRequest):
+                signal.signal(each, handler)
 
 
 def _current() -> StopRequest | None:

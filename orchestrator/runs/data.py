@@ -1,7 +1,7 @@
 """Data: bytes of text as samples by one integer, the global sample index, and what counting bytes alone predicts.
 
 Nothing here has state: sample i of a seed is always the same window, so any chip can fetch any range of indices,
-and a run resumes from its step number alone (`verbs.training_loop` asks for the samples of a step). Index i falls
+and a run resumes from its step number alone (`training_loop` asks for the samples of a step). Index i falls
 into epoch i // windows; an epoch visits every window of the training text once, in an order and with a starting
 phase that depend only on (seed, epoch). The hash is SplitMix64 (Steele et al., "Fast splittable pseudorandom number
 generators", 2014), spelled out so that no library version can move a sample.

@@ -1,4 +1,4 @@
-"""Metrics: the file that the numbers of every step go to; which these are says `verbs.training_loop`.
+"""Metrics: the file that the numbers of every step go to; which these are says `verbs.training.training_loop`.
 
 `metrics.jsonl` gets one JSON object per line, flushed at once; a line that a crash cut short is dropped when
 the file is opened again. JSON has no NaN: NaN and infinities are written as the strings "NaN", "Infinity" and

@@ -48,10 +48,14 @@ from orchestrator.runners.runner import (
     TensorRunner,
     num_workers,
 )
-from orchestrator.runs.checkpoints.checkpoint import TrainingState
+from orchestrator.runs.checkpoints.checkpoint_folder import TrainingState
 from orchestrator.runs.data import split_batch, step_key
 from orchestrator.verbs.inputs.launch import launch_of
-from orchestrator.verbs.situation import (
+from orchestrator.verbs.state.empty_states import EmptyStates
+from orchestrator.verbs.state.later_forwards import LaterForwards
+from orchestrator.verbs.state.own_buffers import OwnBuffers
+from orchestrator.verbs.state.python_state import PythonState
+from orchestrator.verbs.training.situation import (
     Situation,
     ages_of,
     naming_the_call,
@@ -62,10 +66,6 @@ from orchestrator.verbs.situation import (
     situation_of,
     ungiven,
 )
-from orchestrator.verbs.state.empty_states import EmptyStates
-from orchestrator.verbs.state.later_forwards import LaterForwards
-from orchestrator.verbs.state.own_buffers import OwnBuffers
-from orchestrator.verbs.state.python_state import PythonState
 from orchestrator.verbs.verification.one_chip import OneChip
 from orchestrator.verbs.verification.sides import PlannedSide
 from orchestrator.verbs.verification.step_check import STEPS, StepCheck
@@ -92,12 +92,11 @@ class DistributedStep:
         exact: bool = False, has_masters: bool = False, tp_plan: Mapping[str, str] | None = None,
         progress: Progress = quiet,
     ) -> None:  # fmt: skip
-        """`is_watched`: others may write to the model and the optimizer. `exact`, `tp_plan`: see `capture_graph`,
-        `has_masters`: see `StepShape`."""
+        """`is_watched`: others may write to these. `exact`, `tp_plan`: `capture_graph`; `has_masters`: `StepShape`."""
         self.model, self.optimizer, self.cluster = model, optimizer, cluster
         self.plan, self.loss_fn, self.clip_norm, self.tp_plan = plan, loss_fn, clip_norm, tp_plan
         self.traits, self._modes = checked_traits(optimizer), modes_of(optimizer)
-        self.seed, self.steps, self.hang_timeout_s = seed, 0, HANG_TIMEOUT_S
+        self.seed, self.steps, self.wait_s = seed, 0, HANG_TIMEOUT_S
         self.program: Program | None = None
         self.launch, self.is_watched, self.progress = launch, is_watched, progress
         self.exact, self.has_masters = exact, has_masters
@@ -294,9 +293,7 @@ class DistributedStep:
         self._seen = self._values_seen()
 
     def _settings(self) -> Settings:
-        return Settings(
-            same_kind(self.optimizer), self.clip_norm, groups=(), hang_timeout_s=self.hang_timeout_s
-        )
+        return Settings(same_kind(self.optimizer), self.clip_norm, groups=(), hang_timeout_s=self.wait_s)
 
     def _fill(self, runner: TensorRunner, program: Program, states: whole_state.OwnState) -> None:
         """Give the chips what the model holds, and these states of the optimizer."""

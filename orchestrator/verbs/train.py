@@ -7,7 +7,7 @@ With --resume the run directory says what is trained (`training.resuming`), and 
 where.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -29,13 +29,15 @@ from orchestrator.runs.data import NUM_BYTES, TokenData, baseline_losses, load_d
 from orchestrator.runs.own_data import OwnData
 from orchestrator.runs.run_dir import RunDir
 from orchestrator.runs.run_lock import locked
-from orchestrator.verbs.inputs.launch import launch_of
+from orchestrator.runs.sinks import Sink
+from orchestrator.verbs.inputs.launch import cluster_sinks, launch_of
 from orchestrator.verbs.inputs.options import RunnerKind, SimulateOptions, TrainOptions
 from orchestrator.verbs.inputs.planned_inputs import Inputs, resolve
 from orchestrator.verbs.simulate import answer, memory_short
 from orchestrator.verbs.training.job_step import step_of_job
+from orchestrator.verbs.training.results import TrainResult, write_results
 from orchestrator.verbs.training.resuming import Resumed, keep, require_free, restore, resumed
-from orchestrator.verbs.training_loop import Training, TrainResult, write_results
+from orchestrator.verbs.training.training_loop import Training
 from orchestrator.verbs.verification.job_steps import TEXT_INPUTS
 from orchestrator.views.console import Console, Table
 from orchestrator.views.split_notes import say_split
@@ -160,7 +162,7 @@ def _train(
             with console.phase("n-gram baselines"):
                 baselines = baseline_losses(text.train, text.validation)
         console.show([_facts(training, baselines), console.phase_table()])
-        return _trained(training, baselines, stop, console)
+        return _trained(training, baselines, stop, console, cluster_sinks(launch, folder.root.name))
 
 
 def _launched(cluster: Cluster, kind: RunnerKind, address: str | None) -> Launch:
@@ -188,13 +190,19 @@ def _begun(
 
 
 def _trained(
-    training: Training, baselines: Mapping[str, float], stop: StopRequest, console: Console
+    training: Training,
+    baselines: Mapping[str, float],
+    stop: StopRequest,
+    console: Console,
+    sinks: Sequence[Sink],
 ) -> TrainResult:
     """Steps, validation and checkpoints to the end or to a signal, and what is to be seen of it all."""
     job = training.prepared.job
     stop.enter(RunPhase.TRAINING)
     with console.training(job.model, job.steps, every=PLAIN_LINES) as show:
-        training.run(show, stop.is_set)
+        training.run(show, stop.is_set, sinks)
+    with console.phase("write the checkpoint"):
+        training.save_now()
     stop.enter(RunPhase.OVER)
     result = write_results(training, baselines, stop.exit_code if training.was_interrupted else 0)
     if result.was_interrupted:
@@ -254,7 +262,7 @@ def _facts(training: Training, baselines: Mapping[str, float]) -> Table:
         ("plan", f"{prepared.plan} on {cluster.num_chips} {chip}{cluster.chip(0).name}"),
         ("data", _data_words(data, training)),
         ("predicted step on these chips", _predicted_words(training.predicted, prepared.job.steps)),
-        ("measured on this machine", f"step time, {training.predicted.rate_unit} and ETA of the lines below"),
+        ("measured on this machine", f"step, {training.predicted.rate_unit} and ETA of the lines below"),
         *((f"validation loss of a {name}", f"{loss:.3f} nats/byte") for name, loss in baselines.items()),
         ("run directory", str(training.run_dir.root)),
     ]

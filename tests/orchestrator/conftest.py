@@ -1,6 +1,7 @@
 """What these tests share: runs of the command line in this process, and timelines made of values."""
 
 import json
+import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -8,6 +9,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from orchestrator import cli
+from orchestrator.runners.signals import SIGNALS
 from orchestrator.runners.timing import simulated
 from orchestrator.runners.timing.simulated import SimulatedStep
 from orchestrator.runners.timing.step_costs import StepCosts
@@ -25,12 +27,15 @@ class Ran(NamedTuple):
 
 @pytest.fixture
 def orchestrate(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Ran]:
-    """Run the command line with these words."""
+    """Run the command line with these words; the test process keeps its own handlers of signals."""
 
     def run(*words: object) -> Ran:
         monkeypatch.setattr(sys, "argv", ["orchestrate", *map(str, words)])
+        before = {each: signal.getsignal(each) for each in SIGNALS}
         with pytest.raises(SystemExit) as stopped:
             cli.main()
+        for each, handler in before.items():
+            signal.signal(each, handler)
         assert stopped.value.code is None or isinstance(stopped.value.code, int)
         return Ran(stopped.value.code or 0, *capsys.readouterr())
 
@@ -53,11 +58,11 @@ def orchestrate_json(orchestrate: Callable[..., Ran]) -> Callable[..., Mapping[s
 @pytest.fixture(scope="module")
 def undrawn() -> Iterator[None]:
     """Runs without pictures, which are a quarter of the time of a short one: for tests that do not look at them."""
-    from orchestrator.verbs import training_loop
+    from orchestrator.verbs.training import results
 
     with pytest.MonkeyPatch.context() as patch:
         for name in ("loss_png", "timeline_png"):
-            patch.setattr(training_loop, name, lambda *_, **__: b"")
+            patch.setattr(results, name, lambda *_, **__: b"")
         yield
 
 

@@ -16,11 +16,12 @@ from comms.errors import ConfigError, DataError, ModelError, UserError
 from orchestrator.config.hardware.cluster_file import cluster_path
 from orchestrator.config.job_file import Job, load_job
 from orchestrator.config.yaml_file import read_yaml
-from orchestrator.runs import checkpoint
+from orchestrator.runs.checkpoints import checkpoint_folder as checkpoint
 from orchestrator.runs.metrics import read_metrics
-from orchestrator.verbs import train, training_loop
+from orchestrator.verbs import train
 from orchestrator.verbs.distribute import distribute
 from orchestrator.verbs.inputs.options import RunnerKind, TrainOptions
+from orchestrator.verbs.training import training_loop
 from orchestrator.verbs.verify import verify
 from orchestrator.views.console import Console
 from partitioner.layout.parallel_plan import Plan

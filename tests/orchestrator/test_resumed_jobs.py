@@ -19,10 +19,11 @@ from orchestrator.config.job_file import Job, load_job
 from orchestrator.config.yaml_file import read_yaml
 from orchestrator.models.user_code import PREFIX
 from orchestrator.runners.signals import StopRequest
-from orchestrator.runs.checkpoints import checkpoint
+from orchestrator.runs.checkpoints import checkpoint_folder as checkpoint
 from orchestrator.runs.metrics import read_metrics
-from orchestrator.verbs import train, training_loop
+from orchestrator.verbs import train
 from orchestrator.verbs.inputs.options import TrainOptions
+from orchestrator.verbs.training import training_loop
 from orchestrator.views.console import Console
 from partitioner.layout.parallel_plan import Plan
 
@@ -190,6 +191,7 @@ def edited(old: str, new: str, name: str = "mine.py") -> Callable[[], object]:
         ([], edited("nn.Tanh()", "nn.ReLU()"), "tanh.default(v4) : f64[4,8]", "program.txt:"),
         ([], edited("return mse_loss", "return 2 * mse_loss"), "the Program is another", "program.txt:"),
         ([], edited("momentum=0.9", "momentum=0.5"), "momentum of group 0 was 0.9, is 0.5", "optimizer"),
+        ([], edited("lr=0.1", "lr=0.2"), "the learning rate is not what it was", "lr_schedule"),
         (["clip_norm=1.0"], edited("clip_norm: 1.0", "clip_norm: 0.5", "stopped/run.yaml"), "clip_norm was 1.0, is 0.5",
          "optimizer"),
         ([], edited("runner: inline", "runner: inlin", "stopped/run.yaml"), "there is no runner 'inlin'", "run.yaml"),
@@ -204,7 +206,7 @@ def edited(old: str, new: str, name: str = "mine.py") -> Callable[[], object]:
         (["validation={data: mine.py:Elsewhere, every: 1, batches: 2}"], edited("default_rng(0)", "default_rng(1)"),
          "what is validated on is read as something else", "mine.py:Elsewhere"),
     ],
-    ids=["model", "loss", "optimizer", "job", "runner", "seed", "labels", "generator", "numbers",
+    ids=["model", "loss", "optimizer", "rate", "job", "runner", "seed", "labels", "generator", "numbers",
          "data", "held out"],
 )  # fmt: skip
 def test_what_is_not_the_same_any_more_is_refused_and_named(

@@ -5,11 +5,11 @@ scale-out network. Figures that a file leaves out come from the chip itself: lin
 price, power. Network tiers are built from the inside out: on-chip network, scale-up fabric, PCIe switches
 and root, scale-out levels; where hosts differ, each tier takes the slowest link among them.
 
-Not modelled: several fabrics side by side (a tier is one kind of link), and NICs that only some chips may
-use.
+Not modelled: several fabrics side by side (a tier is one kind of link), NICs that only some chips may use.
 """
 
 import os
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -55,9 +55,11 @@ FRAME_NBYTES = 1500.0  # of a packet where switches store and forward: the paylo
 MOST_CHIPS_OF_HOST = 2**16
 FROM_FILE = "the cluster file"  # a source, in words
 DEFAULT_CLUSTER = "laptop"  # where no command line says another
-# Of the clusters that come with us: inside an installed package, or beside the packages in a checkout.
 _PACKAGE = Path(__file__).parents[2]
-_SHIPPED = (_PACKAGE / "cluster_configs", _PACKAGE.parent / "cluster_configs")
+CONFIGS = "cluster_configs"
+# Installed, in a checkout, or on a machine that a checkout has travelled to, each of its folders by itself
+_TRAVELLED = [Path(folder) for folder in sys.path if "_ray_pkg_" in folder]
+_SHIPPED = tuple(folder / CONFIGS for folder in (_PACKAGE, _PACKAGE.parent, *_TRAVELLED))
 
 
 class ChipSection(ChipFigures):

@@ -18,7 +18,7 @@ import torch
 from comms.errors import RunError, UserError
 from kernels.backend import OpCode, SegmentFunction, compile_segment
 from kernels.optimizers import FlatOptimizer, StepStatistics
-from orchestrator.models.user_code import own_frames
+from orchestrator.models.user_code import RAISED, own_frames
 from orchestrator.runners.executing.failed_segment import failed_segment
 from orchestrator.runners.executing.slices import cut, joined
 from orchestrator.runners.runner import BadOrder, Settings, StepRequest
@@ -225,7 +225,7 @@ class ExecutingChip:
             results = function(*operands)
         except torch.OutOfMemoryError:
             raise
-        except RuntimeError as error:
+        except RAISED as error:  # an operator of the user's may end with anything
             segment = self.program.segments[instruction.segment]
             place = f"{segment.name}, on chip {self.index} ({self.role.name}), microbatch {microbatch}"
             raise failed_segment(op_codes(segment), operands, self.tensors, place, error) from error
@@ -285,7 +285,7 @@ class ExecutingChip:
             self._step(instruction, optimizer, microbatch)
         except UserError:
             raise
-        except Exception as error:  # whatever an optimizer of the user's raises
+        except RAISED as error:  # whatever an optimizer of the user's raises
             kind = type(optimizer.optimizer).__name__
             hint = "mend the optimizer, and go on from the last checkpoint"
             raise RunError(

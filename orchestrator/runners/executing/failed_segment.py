@@ -21,17 +21,20 @@ class FailedOperationError(RunError):
     """An operation that raised."""
 
 
+FailedOperationError.__module__ = __name__  # where it is found by who gets it from another process
+
+
 def failed_segment(
     ops: Sequence[OpCode],
     operands: Sequence[torch.Tensor],
     tensors: Sequence[Tensor],
     place: str,
-    error: Exception,
+    error: BaseException,
 ) -> FailedOperationError:
     """What to raise for a segment of `ops` that raised `error`; `tensors`: the chip's, `place`: where it is."""
     device = str(operands[0].device) if operands else "cpu"
     name, said = failing_operator(ops, device, operands)
-    said = said or str(error).strip().rpartition("\n")[2]
+    said = said or str(error).strip().rpartition("\n")[2] or type(error).__name__
     entries = sorted(
         {
             t.source.rpartition(":")[2]

@@ -6,6 +6,7 @@ encrypted, both sides are authenticated (CurveZMQ, ZeroMQ RFC 26), and what arri
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import zmq
 from zmq.auth.thread import ThreadAuthenticator
@@ -33,15 +34,13 @@ class Gate:
     """Lets only the run's own ends in: the answer to every handshake on the sockets of a context."""
 
     def __init__(self, context: "zmq.Context[zmq.Socket[bytes]]", keys: PeerKeys) -> None:
-        self.known = frozenset(keys.public.values())
+        known = frozenset(keys.public.values())
         self._authenticator = ThreadAuthenticator(context)
         self._authenticator.log.disabled = True  # strangers that are turned away are nobody's news
         self._authenticator.start()
-        self._authenticator.configure_curve_callback(DOMAIN, self)
-
-    def callback(self, domain: str, key: bytes) -> bool:
-        """Whether the holder of this public key is let in."""
-        return key in self.known
+        # asked with the domain and the public key of who knocks, whether to let it in
+        asked = SimpleNamespace(callback=lambda _, key: key in known)
+        self._authenticator.configure_curve_callback(DOMAIN, asked)
 
     def close(self) -> None:
         """End the thread that answers."""

@@ -32,7 +32,7 @@ from partitioner.capture.captured_graph import SHORT, TORCH
 from partitioner.program.machine import Key
 
 
-class Message(NamedTuple):
+class Arrival(NamedTuple):
     """A tensor that has arrived. `sender`: the actor that is known to have sent it."""
 
     sender: int
@@ -42,7 +42,7 @@ class Message(NamedTuple):
     tensor: torch.Tensor
 
 
-Deliver: TypeAlias = Callable[[Message], None]
+Deliver: TypeAlias = Callable[[Arrival], None]
 RAW_BYTES = 1 << 16  # up to here two copies through a socket are cheaper than opening a block
 LOOPBACK = "127.0.0.1"
 INBOX = "inproc://inbox"
@@ -174,7 +174,7 @@ class Transport:
         hint = "does every machine run the same version? continue from the last checkpoint with --resume"
         self.failure = self.failure or RunError(f"{who} sent {bad}", f"actor {self.keys.actor}", hint)
 
-    def _message(self, sender: int, frames: "list[zmq.Frame]") -> Message | None:
+    def _message(self, sender: int, frames: "list[zmq.Frame]") -> Arrival | None:
         header = read_header(frames[0].buffer)
         expected = self._received.get(sender, 0)
         if header.sequence != expected:
@@ -186,7 +186,7 @@ class Transport:
         if header.block is None and len(frames[1].buffer) != header.nbytes:
             raise BadMessage(f"{len(frames[1].buffer)} bytes for a tensor of {header.nbytes}")
         tensor = self._tensor(sender, header, frames)
-        return tensor if tensor is None else Message(sender, header.epoch, header.key, header.source, tensor)
+        return tensor if tensor is None else Arrival(sender, header.epoch, header.key, header.source, tensor)
 
     def _tensor(self, sender: int, header: Header, frames: "list[zmq.Frame]") -> torch.Tensor | None:
         if header.block is None:

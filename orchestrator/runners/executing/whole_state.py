@@ -16,7 +16,7 @@ from comms.errors import PlanError
 from orchestrator.runners.executing.chip import State
 from orchestrator.runners.executing.slices import cut, joined
 from orchestrator.runners.runner import States
-from orchestrator.runs.checkpoints.checkpoint import TrainingState
+from orchestrator.runs.checkpoints.checkpoint_folder import TrainingState
 from partitioner.capture.captured_graph import TORCH
 from partitioner.program.program import Program, Role, Tensor, TensorKind, Update
 

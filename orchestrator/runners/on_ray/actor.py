@@ -19,7 +19,7 @@ from orchestrator.runners.executing.chip_set import ChipSet
 from orchestrator.runners.executing.header import BadMessage
 from orchestrator.runners.executing.mailbox import Mailbox, batch_key, marks_key, state_key, value_key
 from orchestrator.runners.executing.peer_keys import PeerKeys
-from orchestrator.runners.executing.transport import Address, Message, Transport
+from orchestrator.runners.executing.transport import Address, Arrival, Transport
 from orchestrator.runners.failure import ActorStatus
 from orchestrator.runners.on_ray.ray_connection import package_folders
 from orchestrator.runners.on_ray.screening import COMMUNICATIONS, DRIVER, require_of_chips, require_of_driver
@@ -171,7 +171,7 @@ class ChipActor:
         assert self._chip_set is not None
         return self._chip_set
 
-    def _deliver(self, message: Message) -> None:
+    def _deliver(self, message: Arrival) -> None:
         if message.key.kind in COMMUNICATIONS:
             if self._chip_set is None:
                 raise BadMessage("a communication before there are chips")

@@ -23,6 +23,7 @@ from orchestrator.runners.on_ray.ray_launch import RayLaunch, with_modules
 from orchestrator.runners.on_ray.ray_runner import ship_by_value
 from orchestrator.runners.on_ray.ray_start import PHASES
 from orchestrator.runners.runner import ExecutedStep, Settings, States, StepRequest
+from orchestrator.runners.signals import reclaim
 from partitioner.program.program import Program
 from partitioner.program.program_codec import decode, encode
 
@@ -84,6 +85,7 @@ class ClientLaunch:
                 self.connection = RayConnection(self.address)
                 made = ray.remote(num_cpus=0)(Hub).remote(self.cluster)
             self.hub = made
+            reclaim()
             for phase in PHASES:
                 with progress(phase):
                     self.asked("wait", phase)

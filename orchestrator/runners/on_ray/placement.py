@@ -16,7 +16,7 @@ from orchestrator.runners.runner import num_workers
 MAX_NAMED = 8  # machines in a message
 
 
-class Machine(NamedTuple):
+class RayNode(NamedTuple):
     """A node of Ray's that is up, and what it has in all."""
 
     name: str
@@ -64,7 +64,7 @@ def spread_plan(cluster: Cluster, free_cores: float) -> ActorPlan:
     return ActorPlan(min(wanted, cluster.num_chips), strategy="SPREAD")
 
 
-def require_room(plan: ActorPlan, machines: Sequence[Machine]) -> None:
+def require_room(plan: ActorPlan, machines: Sequence[RayNode]) -> None:
     """Raise ClusterError if the actors cannot all be on these machines, even with nothing else there."""
     places = [_places(plan, machine) for machine in machines]
     found = sum(min(count, 1) for count in places) if plan.per_machine else sum(places)
@@ -96,12 +96,12 @@ def busy(plan: ActorPlan, free: Mapping[str, float], waited_s: float) -> Cluster
     )
 
 
-def _places(plan: ActorPlan, machine: Machine) -> int:
+def _places(plan: ActorPlan, machine: RayNode) -> int:
     counts = (machine.resources.get(name, 0.0) // each for name, each in plan.bundle.items())
     return int(min(counts, default=inf))
 
 
-def _asked(plan: ActorPlan, machine: Machine) -> dict[str, float]:
+def _asked(plan: ActorPlan, machine: RayNode) -> dict[str, float]:
     return {name: machine.resources.get(name, 0.0) for name in plan.bundle}
 
 

@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from comms.errors import ClusterError, RunError
+from orchestrator.config.hardware.cluster_file import CONFIGS
 from orchestrator.runners.on_ray import janitor
-from orchestrator.runners.on_ray.placement import Machine
+from orchestrator.runners.on_ray.placement import RayNode
 from orchestrator.runners.on_ray.ray_address import RayAddress, RayKind
 
 OBJECT_STORE_BYTES = 80 << 20  # Ray's least: tensors do not go through its store
@@ -61,10 +62,10 @@ class RayConnection:
             self.close()
             raise
 
-    def machines(self) -> list[Machine]:
+    def machines(self) -> list[RayNode]:
         """The nodes that are up."""
         nodes = [node for node in self._ray.nodes() if node["Alive"]]
-        return [Machine(node["NodeManagerAddress"], node["Resources"]) for node in nodes]
+        return [RayNode(node["NodeManagerAddress"], node["Resources"]) for node in nodes]
 
     def free(self) -> dict[str, float]:
         """What nobody holds, in all."""
@@ -95,12 +96,19 @@ class RayConnection:
         where = f"{self.address.text} ({self.address.said})"
         if (place := self.address.place) is not None:
             _require_open(place, where)
+        use_token()
         own: dict[str, Any] = {}
         if not is_job():  # which has what it was submitted with
-            folders = [str(folder) for folder in package_folders()]
-            own["runtime_env"] = {"py_modules": folders, "excludes": ["__pycache__"]}
+            own["runtime_env"] = {"py_modules": travelling_folders(), "excludes": ["__pycache__"]}
         with _explained(self._ray, where):
             self._ray.init(address=self.address.text, namespace=NAMESPACE, **own, **QUIET)
+
+
+def use_token() -> None:
+    """Show the token that this user has, as `ray start` does, where the environment does not say otherwise."""
+    from ray._private.authentication import authentication_token_setup
+
+    authentication_token_setup.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
 
 
 def is_job() -> bool:
@@ -112,6 +120,13 @@ def package_folders() -> list[Path]:
     """The four packages, as they are imported here."""
     specs = [importlib.util.find_spec(name) for name in PACKAGES]
     return [Path(spec.origin).parent for spec in specs if spec is not None and spec.origin is not None]
+
+
+def travelling_folders() -> list[str]:
+    """The packages, and the shipped cluster files where they lie beside them."""
+    packages = package_folders()
+    beside = packages[0].parent / CONFIGS
+    return [str(folder) for folder in (*packages, *([beside] if beside.is_dir() else []))]
 
 
 def _imported() -> Any:

@@ -14,6 +14,7 @@ from orchestrator.runners.on_ray.placement import ActorPlan, own_plan, spread_pl
 from orchestrator.runners.on_ray.ray_address import RayAddress, RayKind
 from orchestrator.runners.on_ray.ray_start import PHASES, RayStart
 from orchestrator.runners.runner import Settings, TensorRunner
+from orchestrator.runners.signals import reclaim
 from partitioner.program.program import Program
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ class RayLaunch:
             for phase in PHASES:
                 with progress(phase):
                     self.start.wait(phase)
+            reclaim()  # Ray's own handlers would abort the process soon after
             with progress("connect actors"):
                 from orchestrator.runners.on_ray.ray_runner import RayRunner
 

@@ -18,7 +18,7 @@ from ray.exceptions import RayActorError, RayTaskError
 
 from comms.errors import RunError
 from orchestrator.runners.executing.mailbox import Mailbox, batch_key, marks_key, state_key, value_key
-from orchestrator.runners.executing.transport import Message, Transport
+from orchestrator.runners.executing.transport import Arrival, Transport
 from orchestrator.runners.failure import (
     ActorStatus,
     CallState,
@@ -156,7 +156,7 @@ class RayRunner:
         """The machine of each actor that is to have chips, as Ray knows it."""
         return [each.node for each in self.start.facts[: self.program.num_chips]]
 
-    def _deliver(self, message: Message) -> None:
+    def _deliver(self, message: Arrival) -> None:
         require_report(message, self.actor_of)
         self.mailbox.put(message.epoch, message.key, message.tensor)
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
 from comms.errors import ClusterError, RunError
 from orchestrator.runners.on_ray.actor_logs import save_logs
-from orchestrator.runners.on_ray.placement import ActorPlan, Machine, busy, require_room
+from orchestrator.runners.on_ray.placement import ActorPlan, RayNode, busy, require_room
 from orchestrator.runners.on_ray.ray_address import RayAddress, RayKind, ray_address
 from orchestrator.runners.on_ray.ray_connection import RayConnection
 
@@ -85,7 +85,7 @@ class RayStart:
         self._closing.wait()
         self._end()
 
-    def _start_actors(self, machines: Sequence[Machine]) -> None:
+    def _start_actors(self, machines: Sequence[RayNode]) -> None:
         import ray
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 

@@ -7,7 +7,7 @@ measured intervals. All else is a BadMessage, whose sender is not listened to an
 from collections.abc import Sequence
 
 from orchestrator.runners.executing.header import BadMessage
-from orchestrator.runners.executing.transport import Message
+from orchestrator.runners.executing.transport import Arrival
 
 DRIVER = -1  # the driver's number among the actors
 COMMUNICATIONS = ("p2p", "group")
@@ -15,7 +15,7 @@ FROM_DRIVER = ("value", "batch", "state")
 TO_DRIVER = ("marks", "state")
 
 
-def require_of_chips(message: Message, actor_of: Sequence[int], actor: int) -> None:
+def require_of_chips(message: Arrival, actor_of: Sequence[int], actor: int) -> None:
     """A communication from a chip of the sender's to one of `actor`, both members of it. Raises BadMessage."""
     kind, chips, _ = message.key
     if kind == "p2p" and (len(chips) != 2 or message.source != chips[0]):
@@ -28,13 +28,13 @@ def require_of_chips(message: Message, actor_of: Sequence[int], actor: int) -> N
         raise BadMessage(f"a communication of chips {chips}, none of which is here")
 
 
-def require_of_driver(message: Message) -> None:
+def require_of_driver(message: Arrival) -> None:
     """What only the driver hands out. Raises BadMessage."""
     if message.sender != DRIVER or _family(message) not in FROM_DRIVER:
         raise BadMessage(f"a {_family(message)[:20]!r}")
 
 
-def require_report(message: Message, actor_of: Sequence[int]) -> None:
+def require_report(message: Arrival, actor_of: Sequence[int]) -> None:
     """What an actor tells the driver of itself and its chips. Raises BadMessage."""
     family = _family(message)
     own = family == "marks" and message.key.number == message.sender
@@ -49,5 +49,5 @@ def require_report(message: Message, actor_of: Sequence[int]) -> None:
         raise BadMessage(f"a {family[:20]!r} that is not its own")
 
 
-def _family(message: Message) -> str:
+def _family(message: Arrival) -> str:
     return message.key.kind.partition(":")[0]

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from comms.errors import ClusterError, ConfigError, RunError
-from orchestrator.runners.on_ray.ray_connection import TOKEN_HINT, package_folders
+from orchestrator.runners.on_ray.ray_connection import TOKEN_HINT, travelling_folders, use_token
 from orchestrator.runners.ray_jobs.job_command import JobCommand
 
 VARIABLE = "RAY_API_SERVER_ADDRESS"  # Ray's own; goes before what a client is given
@@ -24,6 +24,7 @@ YOUNG_S = 120  # for the agents of a cluster that has just been started to come 
 LOOK_S = 0.5
 # Does not travel; run directories by their numbers, as a package of ours is called `runs` too
 LEFT_BEHIND = ["runs/*-[0-9][0-9][0-9][0-9]*", "__pycache__", ".git", ".venv", "venv"]
+NOISY = ("ray", "ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk")
 OVER = ("STOPPED", "SUCCEEDED", "FAILED")
 
 
@@ -57,7 +58,9 @@ class JobClient:
         if address is not None:  # by the environment, which Ray asks first
             os.environ[VARIABLE] = address
         self.where = address or os.environ.get(VARIABLE) or os.environ.get("RAY_ADDRESS") or "this machine"
-        _use_token()
+        for name in NOISY:
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+        use_token()
         with self._explained():
             self._client: Any = JobSubmissionClient()
 
@@ -65,7 +68,7 @@ class JobClient:
         """Have the cluster execute a command in a copy of `folder`; the job's name."""
         environment = {
             "working_dir": str(folder), "excludes": LEFT_BEHIND,
-            "py_modules": [str(each) for each in package_folders()],
+            "py_modules": travelling_folders(),
             "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_S)},
         }  # fmt: skip
         with self._explained():
@@ -140,15 +143,6 @@ class JobClient:
                     f"there is no job {job!r}", self.where, "see `orchestrate jobs list`"
                 ) from error
             raise RunError(said[:400], self.where, "see whether its Ray is of the same version") from error
-
-
-def _use_token() -> None:
-    """As `ray start` and `ray.init` do, and Ray's job client does not: show the token if this user has one."""
-    from ray._private.authentication import authentication_token_setup
-
-    for name in ("ray", "ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
-    authentication_token_setup.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
 
 
 def _facts(found: Any) -> JobFacts:

@@ -10,8 +10,9 @@ where nothing lies below that; what is no tensor is left out. No pickle of a che
 index, which torch reads so: take such folders only from where you would take code.
 """
 
-import json
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -22,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from comms.errors import ModelError, RunError
-from orchestrator.runs.checkpoints.checkpoint import (
+from orchestrator.runs.checkpoints.checkpoint_folder import (
     MANIFEST,
     TrainingState,
     latest,
@@ -130,7 +131,8 @@ def _of_dcp(path: Path) -> Weights:
             for name, kind in kinds.items()
             if isinstance(kind, TensorStorageMetadata) or name == OURS
         }
-        state_dict_loader.load(flat, storage_reader=reader, no_dist=True)
+        with _alone():
+            state_dict_loader.load(flat, storage_reader=reader, no_dist=True)
     except Exception as error:  # whatever torch makes of files that are none of its own
         said = " ".join(str(error).split())[:200] or type(error).__name__
         raise ModelError(f"it cannot be read: {said}", str(path), "give a folder that torch wrote") from error
@@ -185,18 +187,26 @@ def write_dcp(target: Path, weights: Weights) -> None:
         whole[OURS] = encode_manifest(weights.manifest).decode()
     with explained(target):
         try:
-            save(whole, storage_writer=FileSystemWriter(str(target)), no_dist=True)
+            with _alone():
+                save(whole, storage_writer=FileSystemWriter(str(target)), no_dist=True)
         except OSError:
             raise
         except Exception as error:  # torch wraps the operating system's words
             raise RunError(" ".join(str(error).split())[:200], str(target), "write elsewhere") from error
 
 
+@contextmanager
+def _alone() -> Iterator[None]:
+    """torch warns that there is no process group, which is meant so."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
+
+
 def described(weights: Weights) -> dict[str, object]:
     """How many tensors, parameters and bytes, as JSON values."""
     held = weights.tensors.values()
-    manifest = json.loads(encode_manifest(weights.manifest)) if weights.manifest else {}
     return {
         "format": str(weights.format), "tensors": len(weights.tensors), "numbers": sum(v.numel() for v in held),
-        "nbytes": sum(v.nbytes for v in held), "step": manifest.get("step"),
+        "nbytes": sum(v.nbytes for v in held), "step": weights.manifest.step if weights.manifest else None,
     }  # fmt: skip

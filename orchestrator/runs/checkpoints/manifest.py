@@ -11,7 +11,7 @@ import re
 from enum import StrEnum
 from typing import Annotated, Literal
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from comms.errors import PartitionError
 from orchestrator.config.schema import Section
@@ -32,7 +32,21 @@ class BadManifest(ValueError):
     """What is wrong with it, in a sentence."""
 
 
-class Part(StrEnum):
+def _known(dtype: str) -> str:
+    if dtype not in DTYPES:
+        raise ValueError(f"{dtype!r} is no type of numbers")
+    return dtype
+
+
+def _readable(plan: str) -> str:
+    try:
+        plan_from_yaml(plan)
+    except PartitionError as error:
+        raise ValueError(error.problem) from error
+    return plan
+
+
+class TensorPart(StrEnum):
     """What a tensor is."""
 
     PARAMETER = "parameter"
@@ -43,24 +57,17 @@ class Part(StrEnum):
 class TensorEntry(Section):
     """One whole tensor: `name` is that of the parameter or buffer, `state` of what the optimizer keeps of it."""
 
-    part: Part
+    part: TensorPart
     name: str
     state: str = ""
     file: str
     shape: tuple[Annotated[int, Field(ge=0)], ...]
-    dtype: str
-
-    @field_validator("dtype")
-    @classmethod
-    def _known(cls, value: str) -> str:
-        if value not in DTYPES:
-            raise ValueError(f"{value!r} is no type of numbers")
-        return value
+    dtype: Annotated[str, AfterValidator(_known)]
 
     @property
     def key(self) -> str:
         """Its name in its file."""
-        return f"{self.state} of {self.name}" if self.part is Part.STATE else self.name
+        return f"{self.state} of {self.name}" if self.part is TensorPart.STATE else self.name
 
 
 class FileEntry(Section):
@@ -101,25 +108,16 @@ class Manifest(Section):
     steps: Annotated[int, Field(ge=1, le=LONGEST)]
     sample: Annotated[int, Field(ge=0)]
     seed: Annotated[int, Field(ge=0)]
-    plan: str
+    plan: Annotated[str, AfterValidator(_readable)]
     rates: tuple[float, ...]
     evidence: Evidence
     files: tuple[FileEntry, ...] = ()
     tensors: tuple[TensorEntry, ...] = ()
 
-    @field_validator("plan")
-    @classmethod
-    def _is_plan(cls, value: str) -> str:
-        try:
-            plan_from_yaml(value)
-        except PartitionError as error:
-            raise ValueError(error.problem) from error
-        return value
-
     @model_validator(mode="after")
     def _fits_together(self) -> "Manifest":
         files = [each.name for each in self.files]
-        entries = [(each.part is Part.STATE, each.key) for each in self.tensors]
+        entries = [(each.part is TensorPart.STATE, each.key) for each in self.tensors]
         if len(set(files)) < len(files):
             raise ValueError("a file stands twice")
         if len(set(entries)) < len(entries):

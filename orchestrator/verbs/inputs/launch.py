@@ -8,6 +8,7 @@ from orchestrator.runners.executing.chip_set import InlineLaunch
 from orchestrator.runners.on_ray.ray_address import RayKind, ray_address
 from orchestrator.runners.on_ray.ray_launch import RayLaunch
 from orchestrator.runners.runner import Launch
+from orchestrator.runs.sinks import Sink
 from orchestrator.verbs.inputs.options import RunnerKind
 
 
@@ -28,3 +29,12 @@ def launch_of(cluster: Cluster, runner: str, address: str | None = None) -> Laun
     if address is not None:
         raise ConfigError("--runner inline uses no Ray", f"--address {address}", "leave one of them out")
     return InlineLaunch(cluster)
+
+
+def cluster_sinks(launch: Launch, run: str) -> tuple[Sink, ...]:
+    """Who is shown a run's numbers because of where it runs: the dashboard of a Ray cluster."""
+    if not (isinstance(launch, RayLaunch) and launch.start.address.kind is RayKind.CLUSTER):
+        return ()
+    from orchestrator.runners.ray_jobs.ray_metrics import RayMetrics
+
+    return (RayMetrics(run),)

@@ -29,6 +29,23 @@ class Subject(StrEnum):
     LINKS = "links"
 
 
+class CheckpointAction(StrEnum):
+    """What is done with checkpoints."""
+
+    LS = "ls"
+    VERIFY = "verify"
+    CONVERT = "convert"
+
+
+class CheckpointTarget(StrEnum):
+    """What one is turned into."""
+
+    CHECKPOINT = "checkpoint"
+    SAFETENSORS = "safetensors"
+    HF = "hf"
+    DCP = "dcp"
+
+
 # Flags of several verbs.
 ClusterFlag = Annotated[
     Path | None,
@@ -216,6 +233,23 @@ class JobsOptions(Options):
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class CheckpointOptions(Options):
+    """Which checkpoints has a run, are they whole, and how do other programs read them?"""
+
+    action: Annotated[CheckpointAction, Argument(metavar="ls|verify|convert", help="What to do.")]
+    source: Annotated[
+        Path, Argument(metavar="RUN_DIR|CHECKPOINT", help="Or, to convert, safetensors or a DCP folder.")
+    ]
+    target: Annotated[
+        Path | None, Argument(metavar="TARGET", help="Where convert writes; must not exist.")
+    ] = None
+    to: Annotated[
+        CheckpointTarget | None,
+        Option("--to", help="What convert writes: a model for others, or a checkpoint."),
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class DoctorOptions(Options):
     """Is this machine ready? Versions, cores, memory, chips, Ray."""
 
@@ -230,5 +264,6 @@ VERBS: dict[str, type[Options]] = {
     "comms": CommsOptions,
     "calibrate": CalibrateOptions,
     "jobs": JobsOptions,
+    "checkpoint": CheckpointOptions,
     "doctor": DoctorOptions,
 }

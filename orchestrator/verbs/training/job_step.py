@@ -21,6 +21,6 @@ def step_of_job(
         is_watched=is_watched, exact=job.dtype is Dtype.FP64, has_masters=True, tp_plan=model.tp_plan,
         progress=progress,
     )  # fmt: skip
-    step.hang_timeout_s = job.hang_timeout
+    step.wait_s = job.hang_timeout
     step.adopt(prepared.program, parts.example_batch())
     return step

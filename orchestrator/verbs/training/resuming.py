@@ -19,18 +19,24 @@ from orchestrator.planning.job_parts import JobParts
 from orchestrator.planning.preparation import PLANNED, Prepared
 from orchestrator.runners.signals import held_back
 from orchestrator.runs import metrics
-from orchestrator.runs.checkpoints import checkpoint
-from orchestrator.runs.checkpoints.checkpoint import Checkpoint, TrainingState
+from orchestrator.runs.checkpoints import checkpoint_folder as checkpoint
+from orchestrator.runs.checkpoints.checkpoint_folder import Checkpoint, TrainingState
 from orchestrator.runs.learning_rate import learning_rate
 from orchestrator.runs.run_dir import RunDir
 from orchestrator.verbs.inputs.options import RunnerKind, TrainOptions
 from orchestrator.verbs.inputs.planned_inputs import Inputs, config_of, read_plan, write_prepared
-from orchestrator.verbs.training_loop import Training
-from orchestrator.verbs.verification.resumed_run import require_made, require_seen
+from orchestrator.verbs.training.training_loop import Training
+from orchestrator.verbs.verification.resumed_run import read_last, require_made, require_seen
 from partitioner.layout.parallel_plan import Plan
 
 FIXED_BY_RUN = ("job", "model", "data", "global_batch", "seq", "run_dir")
-FREE = (*PLANNED, "checkpoints", "hang_timeout", "steps")  # keys of a job that do not say what is trained
+FREE = (
+    *PLANNED,
+    "checkpoints",
+    "hang_timeout",
+    "sinks",
+    "steps",
+)  # keys of a job that do not say what is trained
 USED = "used"  # in run.yaml: what was used from which step on
 
 
@@ -139,11 +145,12 @@ def restore(training: Training, parts: JobParts, going: Resumed, say: Callable[[
         held = checkpoint.load(found)
         _require_fit(training, held, found.folder)
         training.one_step.restore(held, manifest.step, parts.example_batch())
-        training.schedule.steps = manifest.steps
-        moves = training.one_step.traits.moves_groups
-        training.schedule.resume(manifest.step, manifest.rates, moves_groups=moves)
-        training.step = manifest.step
-        require_seen(training, manifest)
+        training.step, training.schedule.steps = manifest.step, manifest.steps
+        moves, last = training.one_step.traits.moves_groups, [manifest.evidence.program]
+        training.schedule.replay(
+            manifest.step, lambda: last.append(read_last(training, manifest)), moves_groups=moves
+        )
+        require_seen(training, manifest, last[-1])
         _extend(training, manifest.steps, say)
     _settle(training, going)
     keep(training.run_dir, going.config, training.prepared, training.step)

@@ -14,6 +14,7 @@ from typing import Protocol
 
 from comms.errors import RunError
 from kernels.optimizers import group_settings
+from orchestrator.planning.job_parts import LrSchedule
 from orchestrator.planning.preparation import Prepared
 from orchestrator.runs.checkpoints.manifest import Evidence, Manifest, SeenAgain
 from orchestrator.runs.data import TokenData
@@ -62,6 +63,7 @@ class Resumable(Protocol):
 
     prepared: Prepared
     one_step: DistributedStep
+    schedule: LrSchedule
     data: TokenData | OwnData
     run_dir: RunDir
     step: int
@@ -83,14 +85,9 @@ class Resumable(Protocol):
 
 def evidence(training: Resumable) -> Evidence:
     """What is kept beside a checkpoint."""
-    program = training.prepared.program
-    return _evidence(training, program, training.last_program or program)
-
-
-def _evidence(training: Resumable, program: Program, last: Program) -> Evidence:
-    batch = training.last_batch
+    program, batch = training.prepared.program, training.last_batch
     return Evidence(
-        data=training.data.digest, program=_digest(program), last_program=_digest(last),
+        data=training.data.digest, program=_digest(program), last_program=_digest(training.last_program or program),
         settings=_settings(training), batch=digest_of(batch) if batch else "",
         validation=SeenAgain(**asdict(training.held_out)), sources=dict(training.sources), versions=versions(),
     )  # fmt: skip
@@ -123,34 +120,38 @@ def _as_before(training: Resumable, manifest: Manifest) -> Program:
     return training.prepared.program if is_same else training.program_under(manifest.planned)
 
 
-def require_seen(training: Resumable, manifest: Manifest) -> None:
-    """Go through what was read last, and raise RunError where anything is not what it was; then warn."""
-    was, last = manifest.evidence, training.prepared.program
-    if training.step:
-        training.last_batch = training.batch(training.step - 1)
-        training.last_program = last = training.one_step.ready(training.last_batch)[1]
+def read_last(training: Resumable, manifest: Manifest) -> str:
+    """Read the batch of the last step again, before what the schedule does after a step. The digest of its Program, by
+    the plan of the checkpoint."""
+    was = manifest.evidence
+    training.last_batch = training.batch(training.step - 1)
+    training.last_program = training.one_step.ready(training.last_batch)[1]
+    found = _digest(training.last_program)
+    if manifest.planned == training.prepared.plan:
+        return found
+    if was.last_program == was.program and found == _digest(training.prepared.program):
+        return was.program  # which was compared
+    return _digest(training.one_step.program_by(training.last_batch, manifest.planned))
+
+
+def require_seen(training: Resumable, manifest: Manifest, last_program: str) -> None:
+    """Raise RunError where anything that was read last (see `read_last`) is not what it was; then warn."""
+    was = manifest.evidence
     # All times where they differed: a generator that goes on from one to the next must come as far.
     for _ in range(was.validation.count if not was.validation.is_same else min(was.validation.count, 1)):
         training.held_out.add(" ".join(map(digest_of, training.held_out_batches())))
     training.held_out.count = was.validation.count
-    found = _evidence(training, training.prepared.program, last)
-    found = found.model_copy(update={"last_program": _last_before(training, manifest, found)})
+    found = evidence(training).model_copy(update={"last_program": last_program})
+    if tuple(training.schedule.rates) != manifest.rates:
+        problem = "the learning rate is not what it was when the run was saved"
+        raise RunError(
+            problem, "lr_schedule", "give the optimizer and the scheduler that it was started with"
+        )
     for key, (problem, hint) in SEEN.items():
         if getattr(found, key) != getattr(was, key):
             more, where = _difference(training, key, getattr(was, key), getattr(found, key))
             raise RunError(f"{problem}{more}", where, hint)
     _warn(training, was)
-
-
-def _last_before(training: Resumable, manifest: Manifest, found: Evidence) -> str:
-    """The digest of the last Program by the plan of the checkpoint."""
-    was = manifest.evidence
-    if manifest.planned == training.prepared.plan:
-        return found.last_program
-    if was.last_program == was.program and found.last_program == found.program:
-        return was.program  # which was compared
-    assert training.last_batch is not None
-    return _digest(training.one_step.program_by(training.last_batch, manifest.planned))
 
 
 def _warn(training: Resumable, was: Evidence) -> None:

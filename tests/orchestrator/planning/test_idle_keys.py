@@ -15,7 +15,7 @@ from comms.errors import DataError, ModelError, PlanError, UserError
 from orchestrator.config.job_file import Job, load_job
 from orchestrator.planning.idle_keys import idle_keys
 from orchestrator.planning.preparation import Prepared, prepare
-from orchestrator.runs import checkpoint
+from orchestrator.runs.checkpoints import checkpoint_folder as checkpoint
 from orchestrator.runs.metrics import read_metrics
 from orchestrator.verbs import train
 from orchestrator.verbs.plan import partition

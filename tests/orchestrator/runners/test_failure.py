@@ -1,6 +1,7 @@
 """What is decided about a failure, without an actor, a clock or a file."""
 
 from dataclasses import replace
+from signal import SIGHUP, SIGINT, SIGTERM, SIGUSR1
 
 import pytest
 
@@ -10,6 +11,7 @@ from orchestrator.runners.failure import (
     CallState,
     EndActors,
     RunEnd,
+    RunPhase,
     actor_ended,
     actor_failed,
     interrupted,
@@ -59,6 +61,7 @@ def test_a_silent_actor_is_named_with_those_who_wait_for_it_once_nothing_has_mov
     decision = nobody_finished(first, 11.0, seen)
     assert isinstance(decision, EndActors) and isinstance(decision.error, HangError)
     assert "no chip has moved for 10 s while executing a step" in decision.error.problem
+    assert "--set 'hang_timeout=20 s'" in decision.error.hint
     assert decision.error.where == f"actor 0: {STILL.waits}\nactor 1: does not answer"
 
 
@@ -69,6 +72,10 @@ def test_a_step_that_is_not_finite_is_named_with_the_instruction(where: str | No
     assert error.where == (where or "the optimizer's statistics")
 
 
-def test_the_first_interrupt_saves_after_the_step_and_the_second_ends_the_run_at_once() -> None:
-    assert interrupted(1) is RunEnd.SAVED
-    assert interrupted(2) is RunEnd.AT_ONCE
+def test_the_first_signal_decides_and_ctrl_c_after_it_ends_at_once() -> None:
+    ends = {phase: interrupted([SIGTERM], phase) for phase in RunPhase}
+    assert ends[RunPhase.COMING] is ends[RunPhase.START] is RunEnd.UNSTARTED
+    assert (ends[RunPhase.TRAINING], ends[RunPhase.OVER]) == (RunEnd.SAVED, RunEnd.REACHED)
+    for phase in RunPhase:
+        assert interrupted([SIGUSR1, SIGINT], phase) is RunEnd.AT_ONCE
+        assert interrupted([SIGINT, SIGTERM, SIGHUP], phase) is RunEnd.AS_ASKED

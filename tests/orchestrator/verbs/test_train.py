@@ -18,11 +18,12 @@ from orchestrator.config.yaml_file import read_yaml
 from orchestrator.runners.signals import StopRequest
 from orchestrator.runs import run_dir
 from orchestrator.runs.accuracy import Basis
-from orchestrator.runs.checkpoints import checkpoint
+from orchestrator.runs.checkpoints import checkpoint_folder as checkpoint
 from orchestrator.runs.metrics import read_metrics
 from orchestrator.runs.timeline import Origin
-from orchestrator.verbs import train, training_loop
+from orchestrator.verbs import train
 from orchestrator.verbs.inputs.options import RunnerKind, TrainOptions
+from orchestrator.verbs.training import training_loop
 from orchestrator.views.console import Console
 from partitioner.layout.parallel_plan import Plan, plan_from_yaml
 from partitioner.program.program_codec import decode

@@ -2,6 +2,7 @@
 
 import gc
 import itertools
+import pickle
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from comms.errors import RunError
 from orchestrator.runners.executing.chip import SegmentLibrary, saved_state
 from orchestrator.runners.executing.chip_set import ChipSet
 from orchestrator.runners.executing.whole_state import whole_parameters
@@ -150,3 +152,26 @@ def test_parameters_are_whole_again_by_name_and_shape(
     assert set(found) == set(expected)
     for key, value in expected.items():
         assert torch.equal(found[key].reshape(value.shape), value)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [ValueError("no such row"), KeyError("row"), SystemExit(3), RuntimeError("no such row")],
+    ids=repr,
+)
+def test_an_operator_that_ends_with_anything_is_named_with_its_chip(
+    program: Any, running_chips: Callable[..., Any], batches_of: Callable[..., Any], error: BaseException
+) -> None:
+    """The error is one that passes between processes as it is: inline and actors say the same, with one exit code."""
+
+    def raising(*_: torch.Tensor) -> None:
+        raise error
+
+    chips = running_chips(program)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SegmentLibrary, "function", lambda *_: raising)
+        with pytest.raises(RunError, match=r"failed: ") as caught:
+            chips.run(StepRequest("step", 0.01, batches_of(program)))
+    assert "on chip 0 (stage 0), microbatch 0" in caught.value.where
+    again = pickle.loads(pickle.dumps(caught.value))
+    assert str(again) == str(caught.value) and again.exit_code == 1

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from orchestrator.runners.executing import transport
 from orchestrator.runners.executing.header import BadMessage, Header
 from orchestrator.runners.executing.peer_keys import PeerKeys, new_keys, present
-from orchestrator.runners.executing.transport import RAW_BYTES, Address, Message, Transport
+from orchestrator.runners.executing.transport import RAW_BYTES, Address, Arrival, Transport
 from partitioner.capture.captured_graph import TORCH
 from partitioner.program.machine import Key
 
@@ -28,10 +28,10 @@ class End:
     """A transport whose arrivals are kept in order."""
 
     def __init__(self, keys: PeerKeys) -> None:
-        self.arrived: queue.Queue[Message] = queue.Queue()
+        self.arrived: queue.Queue[Arrival] = queue.Queue()
         self.transport = Transport(keys, self.arrived.put)
 
-    def next(self) -> Message:
+    def next(self) -> Arrival:
         return self.arrived.get(timeout=ARRIVAL_S)
 
 
@@ -201,7 +201,7 @@ def test_a_message_once_more_ends_its_sender_alone() -> None:
 
 
 def test_a_message_that_its_taker_refuses_ends_its_sender_alone() -> None:
-    def refuse(message: Message) -> None:
+    def refuse(message: Arrival) -> None:
         raise BadMessage("something")
 
     with ends_of(2) as (first, second):

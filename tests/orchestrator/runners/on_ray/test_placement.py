@@ -8,7 +8,7 @@ from comms.errors import ClusterError, ConfigError
 from orchestrator.config.hardware.cluster import Device
 from orchestrator.runners.on_ray.placement import (
     ActorPlan,
-    Machine,
+    RayNode,
     busy,
     own_plan,
     require_room,
@@ -17,8 +17,8 @@ from orchestrator.runners.on_ray.placement import (
 from orchestrator.runners.on_ray.ray_address import RayKind, ray_address
 
 
-def machines(*cores: float, gpus: float = 0.0) -> list[Machine]:
-    return [Machine(f"10.0.0.{n}", {"CPU": each, "GPU": gpus}) for n, each in enumerate(cores)]
+def machines(*cores: float, gpus: float = 0.0) -> list[RayNode]:
+    return [RayNode(f"10.0.0.{n}", {"CPU": each, "GPU": gpus}) for n, each in enumerate(cores)]
 
 
 def fits_by_search(plan: ActorPlan, cores: list[int]) -> bool:

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from orchestrator.runners.executing.header import BadMessage
 from orchestrator.runners.executing.mailbox import batch_key, marks_key, state_key, value_key
-from orchestrator.runners.executing.transport import Message
+from orchestrator.runners.executing.transport import Arrival
 from orchestrator.runners.on_ray.screening import (
     DRIVER,
     require_of_chips,
@@ -19,8 +19,8 @@ chips = st.lists(st.integers(0, 7), max_size=4).map(tuple)
 numbers = st.integers(-1, 7)
 
 
-def message(sender: int, key: Key, source: int = 0) -> Message:
-    return Message(sender, 0, key, source, torch.zeros(1))
+def message(sender: int, key: Key, source: int = 0) -> Arrival:
+    return Arrival(sender, 0, key, source, torch.zeros(1))
 
 
 @given(st.sampled_from(["p2p", "group"]), chips, numbers, st.integers(-1, 2), st.integers(0, 2))

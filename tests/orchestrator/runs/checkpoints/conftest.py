@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from orchestrator.runs.checkpoints.checkpoint import Checkpoint, TrainingState, save
+from orchestrator.runs.checkpoints.checkpoint_folder import Checkpoint, TrainingState, save
 from orchestrator.runs.checkpoints.manifest import Evidence, Manifest, SeenAgain
 from partitioner.layout.parallel_plan import Plan, plan_to_yaml
 

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from comms.errors import RunError
-from orchestrator.runs.checkpoints.checkpoint import MANIFEST, latest, load, open_checkpoint
+from orchestrator.runs.checkpoints.checkpoint_folder import MANIFEST, latest, load, open_checkpoint
 
 MODEL, OPTIMIZER = "model-00001.safetensors", "optimizer-00001.safetensors"
 Damage = Callable[[Path], object]

@@ -29,8 +29,8 @@ from orchestrator.runs.checkpoints.manifest import (
     BadManifest,
     FileEntry,
     Manifest,
-    Part,
     TensorEntry,
+    TensorPart,
     decode_manifest,
     encode_manifest,
 )
@@ -56,13 +56,13 @@ class TrainingState:
 
     def parts(self) -> Iterator[tuple[TensorEntry, torch.Tensor]]:
         """Every tensor, with what there is to say of it but its file."""
-        for part, held in ((Part.PARAMETER, self.parameters), (Part.BUFFER, self.buffers)):
+        for part, held in ((TensorPart.PARAMETER, self.parameters), (TensorPart.BUFFER, self.buffers)):
             for name in sorted(held):
                 yield _entry(part, name, "", held[name]), held[name]
         for name in sorted(self.states):
             for key in sorted(self.states[name]):
                 value = self.states[name][key]
-                yield _entry(Part.STATE, name, key, value), value
+                yield _entry(TensorPart.STATE, name, key, value), value
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +81,7 @@ class NewestCheckpoint:
     warnings: tuple[str, ...]
 
 
-def _entry(part: Part, name: str, state: str, value: torch.Tensor) -> TensorEntry:
+def _entry(part: TensorPart, name: str, state: str, value: torch.Tensor) -> TensorEntry:
     dtype = str(value.dtype).removeprefix("torch.")
     return TensorEntry(part=part, name=name, state=state, file="", shape=tuple(value.shape), dtype=dtype)
 
@@ -110,7 +110,7 @@ def _packed(state: TrainingState) -> Iterator[tuple[str, list[tuple[TensorEntry,
     held: dict[str, list[list[tuple[TensorEntry, torch.Tensor]]]] = {"model": [], "optimizer": []}
     sizes = dict.fromkeys(held, FILE_BYTES)
     for entry, value in state.parts():
-        kind = "optimizer" if entry.part is Part.STATE else "model"
+        kind = "optimizer" if entry.part is TensorPart.STATE else "model"
         if not held[kind] or sizes[kind] + value.nbytes > FILE_BYTES:
             held[kind].append([])
             sizes[kind] = 0
@@ -188,7 +188,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 def load(checkpoint: Checkpoint) -> TrainingState:
     """Every tensor, on the CPU; each file is checked again before it is read. Raises RunError."""
-    whole: dict[Part, dict[str, torch.Tensor]] = {Part.PARAMETER: {}, Part.BUFFER: {}}
+    whole: dict[TensorPart, dict[str, torch.Tensor]] = {TensorPart.PARAMETER: {}, TensorPart.BUFFER: {}}
     states: dict[str, dict[str, torch.Tensor]] = {}
     for file in checkpoint.manifest.files:
         tensors = _load_file(checkpoint.folder, file)
@@ -202,9 +202,9 @@ def load(checkpoint: Checkpoint) -> TrainingState:
                 problem = f"{entry.key} is {told.dtype} {list(told.shape)} in {file.name}"
                 wanted = f"{entry.dtype} {list(entry.shape)} in the manifest"
                 raise _damaged(checkpoint.folder, f"{problem}, {wanted}")
-            held = states.setdefault(entry.name, {}) if entry.part is Part.STATE else whole[entry.part]
-            held[entry.state if entry.part is Part.STATE else entry.name] = value
-    return TrainingState(whole[Part.PARAMETER], whole[Part.BUFFER], states)
+            held = states.setdefault(entry.name, {}) if entry.part is TensorPart.STATE else whole[entry.part]
+            held[entry.state if entry.part is TensorPart.STATE else entry.name] = value
+    return TrainingState(whole[TensorPart.PARAMETER], whole[TensorPart.BUFFER], states)
 
 
 def _load_file(folder: Path, file: FileEntry) -> dict[str, torch.Tensor]:
@@ -231,11 +231,16 @@ def prune(run_dir: Path, keep: int) -> None:
 
 def _seems_whole(folder: Path) -> bool:
     try:
-        return all(
-            (folder / entry.name).stat().st_size == entry.nbytes for entry in read_manifest(folder).files
-        )
-    except (RunError, OSError):
+        require_sizes(folder)
+    except RunError:
         return False
+    return True
+
+
+def require_sizes(folder: Path) -> None:
+    """Raise RunError where a file is not there, or not of its size; what is in it is not read."""
+    for entry in read_manifest(folder).files:
+        _verify_size(folder / entry.name, entry)
 
 
 def set_aside(run_dir: Path, kept: Checkpoint | None) -> list[Path]:
@@ -311,15 +316,24 @@ def _sha256(path: Path) -> str:
 
 
 def _verify(path: Path, entry: FileEntry) -> None:
+    _verify_size(path, entry)
+    try:
+        digest = _sha256(path)
+    except OSError as error:
+        raise _damaged(path.parent, f"{path.name} cannot be read: {error.strerror}") from error
+    if digest != entry.sha256:
+        raise _damaged(path.parent, f"{path.name} does not have the digest of its manifest")
+
+
+def _verify_size(path: Path, entry: FileEntry) -> None:
     try:
         if not path.is_file():
             raise _damaged(path.parent, f"{path.name} is {'no file' if path.exists() else 'missing'}")
-        if (nbytes := path.stat().st_size) != entry.nbytes:
-            raise _damaged(path.parent, f"{path.name} has {nbytes} bytes instead of {entry.nbytes}")
-        if _sha256(path) != entry.sha256:
-            raise _damaged(path.parent, f"{path.name} does not have the digest of its manifest")
+        nbytes = path.stat().st_size
     except OSError as error:
         raise _damaged(path.parent, f"{path.name} cannot be read: {error.strerror}") from error
+    if nbytes != entry.nbytes:
+        raise _damaged(path.parent, f"{path.name} has {nbytes} bytes instead of {entry.nbytes}")
 
 
 def _damaged(folder: Path, problem: str) -> RunError:

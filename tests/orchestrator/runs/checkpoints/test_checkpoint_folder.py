@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError
 
 from comms.errors import RunError
-from orchestrator.runs.checkpoints import checkpoint as checkpoints
-from orchestrator.runs.checkpoints.checkpoint import (
+from orchestrator.runs.checkpoints import checkpoint_folder as checkpoints
+from orchestrator.runs.checkpoints.checkpoint_folder import (
     MANIFEST,
     TrainingState,
     latest,
