@@ -67,6 +67,7 @@ def test_a_mutated_file_is_read_or_refused_in_three_parts(tmp_path_factory, numb
         (FileKind.CHECKED, f"{HEAD}repeat: {'9' * 4000}\n{HOST}", "beyond 2^64"),
         (FileKind.CHECKED, f"{HEAD}repeat: 0x{'f' * 4000}\n{HOST}", "beyond 2^64"),
         (FileKind.CHECKED, f"{HEAD}a: [{'1, ' * 100_001}]\n", "more than 100000 values"),
+        (FileKind.CHECKED, HEAD + HOST.replace("nvidia_h100_sxm", "x" * 1_000_000), "is not in the catalog"),
         (FileKind.PLAN, "kind: plan\nversion: 1\nmicrobatches: 1000000000\n", "microbatches is 1000000000"),
         (FileKind.PLAN, "kind: plan\nversion: 1\ndp: !!int ''\n", "cannot read ''"),
         (FileKind.SCHEDULE, "op all_reduce\nranks 999999999\nchunks 1\n", "has 999999999 ranks"),
