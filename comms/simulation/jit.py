@@ -13,12 +13,14 @@ import hashlib
 import os
 import pickle
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, TypeVar, cast
 
 import numba
 import numpy as np
-from numba.core.caching import IndexDataCacheFile
+from numba.core.serialize import dumps
 
 from comms.kept_files import cache_folder, sealed, unsealed
 
@@ -42,32 +44,36 @@ def loops_folder() -> str:
 FOLDER = loops_folder()
 
 
-class _SealedFiles(IndexDataCacheFile):
-    """numba's files of one function, with digests: what is damaged is compiled again, never run."""
+class _SealedFiles:
+    """What numba keeps of one function, a file per signature, with digests: what is damaged is compiled again.
 
-    def _load_index(self) -> dict[object, str]:
+    In place of `numba.core.caching.IndexDataCacheFile`, which runs whatever the bytes say.
+    """
+
+    def __init__(self, folder: str, function: str, stamp: object) -> None:
+        self._folder, self._function = Path(folder), function
+        self._stamp = (numba.__version__, FOLDER or stamp)  # the folder says of which sources
+
+    def load(self, key: object) -> object:
+        """What was saved under that key; None where there is nothing, or nothing whole."""
+        path = self._path(key)
         try:
-            version, stamp, names = self._load_data(self._index_name)
-        except OSError:
-            return {}
-        return names if (version, stamp) == (self._version, self._source_stamp) else {}
+            return cast(object, pickle.loads(unsealed(path.name, path.read_bytes())))
+        except (OSError, ValueError):
+            return None
 
-    def _save_index(self, overloads: dict[object, str]) -> None:
-        self._save_data(self._index_name, (self._version, self._source_stamp, overloads))
+    def save(self, key: object, data: object) -> None:
+        """Whole or not at all; where it cannot be written, the next process compiles again."""
+        path = self._path(key)
+        content = sealed(path.name, dumps(data))  # type: ignore[no-untyped-call]
+        with suppress(OSError), TemporaryDirectory(dir=self._folder) as beside:
+            written = Path(beside, path.name)
+            written.write_bytes(content)
+            written.replace(path)
 
-    def _load_data(self, name: str) -> tuple[Any, ...]:
-        content = self._path(name).read_bytes()
-        try:
-            return cast(tuple[Any, ...], pickle.loads(unsealed(name, content)))
-        except ValueError as error:
-            raise OSError(str(error)) from error  # which numba takes for a file that is gone
-
-    def _save_data(self, name: str, data: object) -> None:
-        with self._open_for_write(self._path(name)) as file:
-            file.write(sealed(name, self._dump(data)))  # type: ignore[no-untyped-call]
-
-    def _path(self, name: str) -> Path:
-        return Path(self._cache_path, name)
+    def _path(self, key: object) -> Path:
+        digest = hashlib.sha256(repr((self._stamp, key)).encode()).hexdigest()
+        return self._folder / f"{self._function}.{digest[:32]}.nbc"
 
 
 def compiled(function: FunctionT) -> FunctionT:
@@ -75,9 +81,8 @@ def compiled(function: FunctionT) -> FunctionT:
     before, numba.config.CACHE_DIR = numba.config.CACHE_DIR, FOLDER  # type: ignore[attr-defined]
     try:
         made: Any = numba.njit(cache=True, error_model="numpy")(function)
-        files = made._cache._cache_file
-        base = made._cache._impl.filename_base
-        made._cache._cache_file = _SealedFiles(files._cache_path, base, files._source_stamp)  # type: ignore[no-untyped-call]
+        kept, files = made._cache, made._cache._cache_file
+        kept._cache_file = _SealedFiles(kept.cache_path, kept._impl.filename_base, files._source_stamp)
         return cast(FunctionT, made)
     except RuntimeError:  # nowhere to keep it: compiled anew in each process
         return cast(FunctionT, numba.njit(error_model="numpy")(function))

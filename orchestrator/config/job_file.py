@@ -257,8 +257,8 @@ class Job(Section):
     drop_last: bool = False  # of data of yours: a last batch that is smaller
     loss: _Reference | None = None
     loss_args: dict[str, Any] = Field(default_factory=dict)
-    seq: Positive = 128
-    global_batch: Positive = 32
+    seq: Annotated[Positive, Field(le=2**24)] = 128
+    global_batch: Annotated[Positive, Field(le=2**24)] = 32
     microbatches: Degree = None  # per step and data-parallel replica
     steps: Positive = 200
     seed: Natural = 0

@@ -30,6 +30,7 @@ from comms.units import EXAMPLES, Quantity, format_quantity, parse, pattern
 from orchestrator.config.yaml_file import Document, Location
 
 _MAY_BE_ZERO = {Quantity.TIME, Quantity.POWER, Quantity.HOURLY_PRICE, Quantity.PRICE}
+MOST_LETTERS = 100  # of a word that may be misspelt
 EXACT = 17  # digits that tell one float from another
 
 # Far beyond anything that is built: what is outside is a slip of the pen, and times of hundreds of digits.
@@ -152,8 +153,9 @@ def validate(document: Document, model: type[SectionT]) -> SectionT:
 
 def nearest(word: object, known: Mapping[str, object] | tuple[str, ...]) -> str:
     """A hint that names the known word most like `word`, or all of them."""
-    best = max(known, key=lambda other: _likeness(str(word), other), default="")
-    if best and _likeness(str(word), best) >= 0.6:
+    text = str(word)[:MOST_LETTERS]  # likeness takes the square of the length
+    best = max(known, key=lambda other: _likeness(text, other), default="")
+    if best and _likeness(text, best) >= 0.6:
         return f"did you mean {best!r}?"
     return f"known here: {', '.join(known)}" if best else "remove it"
 

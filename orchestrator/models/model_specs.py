@@ -60,6 +60,9 @@ class ModelSpec:
         return f"{self.kind}:{named}" if self.kind in (SourceKind.BUILTIN, SourceKind.HF) else named
 
 
+MOST_LAYERS, MOST_COLUMNS = 10_000, 2**26  # far beyond any model
+
+
 @dataclass(frozen=True, slots=True)
 class GPTOptions:
     """Everything that shapes a built-in GPT; the keyword arguments of `builtin:gpt-*` are these fields."""
@@ -239,6 +242,8 @@ def _check_shape(options: GPTOptions) -> None:
         value = getattr(options, field.name)
         if type(value) is int and value < 1:
             raise ModelError(f"{field.name} is {value}", hint="give at least 1")
+        if type(value) is int and value > (most := MOST_LAYERS if field.name == "layers" else MOST_COLUMNS):
+            raise ModelError(f"{field.name} is {value}", hint=f"give at most {most}")
     if options.width % options.heads:
         problem = f"width {options.width} is not a multiple of heads {options.heads}"
         raise ModelError(problem, hint="every head needs the same number of columns")

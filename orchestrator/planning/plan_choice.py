@@ -111,8 +111,7 @@ def choose_microbatches(job: Job, dp: int, pp: int) -> int:
         return job.microbatches
     tokens = ACCUMULATION_TOKENS if pp == 1 else PIPELINE_TOKENS
     wanted = max(MICROBATCHES_PER_STAGE * pp if pp > 1 else 1, ceil(per_replica * job.seq / tokens))
-    divisors = [m for m in range(1, per_replica + 1) if per_replica % m == 0]
-    return next((m for m in divisors if m >= wanted), divisors[-1])
+    return next((m for m in range(wanted, per_replica + 1) if per_replica % m == 0), per_replica)
 
 
 def _sizes(chips: int) -> Iterator[list[int]]:

@@ -33,6 +33,7 @@ import numpy as np
 import yaml
 
 from comms.errors import ConfigError, RunError, TimelineFormatError
+from orchestrator.config.yaml_file import read_yaml
 from orchestrator.runs.disk import explained, write_whole
 from orchestrator.runs.timeline import COUNTER_ROW, FLOW_ROW, LANES, SPAN_ROW, Lane, Origin, Rows, Timeline
 
@@ -146,9 +147,9 @@ class RunDir:
     def read_config(self) -> dict[str, object]:
         """The `config` that `write_config` was given."""
         try:
-            document = yaml.safe_load(self.config.read_text(encoding="utf-8"))
+            document: Any = read_yaml(self.config).root
             return dict(document["config"])
-        except (OSError, yaml.YAMLError, RecursionError, KeyError, TypeError) as error:
+        except (ConfigError, KeyError, TypeError, ValueError) as error:
             raise _unreadable(self.config, error) from error
 
     def write_plan(self, text: str) -> None:

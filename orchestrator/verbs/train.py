@@ -264,7 +264,7 @@ def _facts(training: Training, baselines: Mapping[str, float]) -> Table:
         ("plan", f"{prepared.plan} on {cluster.num_chips} {chip}{cluster.chip(0).name}"),
         ("data", _data_words(data, training)),
         ("predicted step on these chips", _predicted_words(training.predicted, prepared.job.steps)),
-        ("measured on this machine", f"step time, {training.predicted.rate_unit} and ETA of the lines below"),
+        ("measured on this machine", f"step, {training.predicted.rate_unit} and ETA of the lines below"),
         *((f"validation loss of a {name}", f"{loss:.3f} nats/byte") for name, loss in baselines.items()),
         ("run directory", str(training.run_dir.root)),
     ]

@@ -1,7 +1,7 @@
 """Training view: one step as a line of text, and the live panel that shows the last ones.
 
-All of it is measured on this machine; what is predicted for the chips is the same for every step, and is told before
-the first one. The panel needs rich, imported when it is drawn.
+Times and rates are measured on this machine; beside a step's time stands what is predicted for the chips, which is the
+same for every step. The panel needs rich, imported when it is drawn.
 """
 
 from collections import deque
@@ -22,7 +22,10 @@ _BLOCKS = "\u2581\u2582\u2583\u2584\u2585\u2586\u2587\u2588"  # eighths of a cel
 
 @dataclass(frozen=True, slots=True)
 class StepLine:
-    """What is shown of one step; None is a dash. `rate` is in `rate_unit`, of this machine as the times are."""
+    """What is shown of one step; None is a dash. `rate` is in `rate_unit`, of this machine as the times are.
+
+    The one figure that is not measured here is `predicted_seconds`, of the step on the chips that are described.
+    """
 
     step: int
     loss: float
@@ -32,6 +35,7 @@ class StepLine:
     eta_seconds: float | None = None
     validation_loss: float | None = None
     rate_unit: str = "tok/s"
+    predicted_seconds: float | None = None
 
 
 def fields(line: StepLine) -> tuple[tuple[str, str], ...]:
@@ -40,7 +44,8 @@ def fields(line: StepLine) -> tuple[tuple[str, str], ...]:
         ("step", str(line.step)),
         ("loss", f"{line.loss:.4f}"),
         ("grad_norm", DASH if line.grad_norm is None else f"{line.grad_norm:.3f}"),
-        ("step time", format_seconds(line.step_seconds)),
+        ("measured", format_seconds(line.step_seconds)),
+        ("predicted", format_seconds(line.predicted_seconds)),
         (line.rate_unit, format_scaled(line.rate, "")),
         ("ETA", format_duration(line.eta_seconds)),
     )
@@ -50,7 +55,7 @@ def plain_line(line: StepLine, num_steps: int) -> str:
     """One line for a log or a pipe; columns align from line to line."""
     (_, step), *others = fields(line)
     parts = [f"step {step:>{len(str(num_steps))}}/{num_steps}"]
-    widths = {"loss": 7, "step time": 7}
+    widths = {"loss": 7, "measured": 7, "predicted": 7}
     parts += [f"{head} {text:>{widths.get(head, 6)}}" for head, text in others]
     if line.validation_loss is not None:
         parts.append(f"val_loss {line.validation_loss:.4f}")

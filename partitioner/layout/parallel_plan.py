@@ -17,6 +17,7 @@ from partitioner.layout.pipeline_schedules import PipelineSchedule
 
 VERSION = 1
 HINT = "see the plan.yaml of a run"
+MOST_MICROBATCHES = 2**14  # each is in every Program; the largest runs that are published have some thousand
 MOST = 2**40  # of a number in a plan file; that of bytes in a bucket is the largest
 
 
@@ -55,6 +56,9 @@ class Plan:
                 raise PartitionError(
                     f"{name} is {getattr(self, name)!r}", "plan", f"{name} must be at least 1"
                 )
+        if self.microbatches > MOST_MICROBATCHES:
+            hint = f"at most {MOST_MICROBATCHES}: take fewer, larger ones, or a smaller batch"
+            raise PartitionError(f"microbatches is {self.microbatches}", "plan", hint)
         if type(self.zero) is not int or self.zero not in (0, 1):
             raise PartitionError(f"zero is {self.zero!r}", "plan", "zero must be 0 or 1")
         if any(size < 1 for size in self.stages):

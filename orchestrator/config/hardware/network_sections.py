@@ -13,6 +13,7 @@ MOST_CHIPS = (
     2**20
 )  # of a cluster: several times the largest that anyone builds; a slip of the pen lies beyond
 MOST_DIMS = 8
+MOST_PORTS = 256  # of a router
 Share = Annotated[float, Field(ge=1e-6, le=1)]
 Duplex = Literal["full", "half"]
 
@@ -60,7 +61,7 @@ class ShapeSection(LibrarySection):
     shape: Literal["switch", "ring", "torus", "mesh", "full mesh", "dragonfly"] | None = None
     dims: list[Annotated[int, Field(ge=1)]] | None = Field(None, min_length=1, max_length=MOST_DIMS)
     links: list[LinkSection] | None = Field(None, min_length=1, max_length=MOST_DIMS)
-    long_links: int | None = Field(None, ge=1)
+    long_links: int | None = Field(None, ge=1, le=MOST_PORTS)
     arrangement: Literal["palmtree", "absolute"] | None = None
     routing: Literal["minimal", "valiant"] | None = None
     reduces: bool = False

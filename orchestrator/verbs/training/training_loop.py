@@ -203,6 +203,7 @@ class Training:
         self.ends_s.append(time.monotonic())
         return StepLine(
             step=self.step, loss=stats.loss, grad_norm=stats.grad_norm, step_seconds=seconds,
+            predicted_seconds=self.predicted.step_time_s,
             rate=tokens_of(self.prepared) / seconds, rate_unit=self.predicted.rate_unit,
             eta_seconds=eta_s(self.ends_s, self.prepared.job.steps - self.step), validation_loss=validation,
         )  # fmt: skip

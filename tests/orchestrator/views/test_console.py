@@ -19,7 +19,8 @@ from orchestrator.views.console import Console, Table
 from orchestrator.views.training_view import CURVE_WIDTH, LossCurve, StepLine, fields, plain_line
 
 LINE = StepLine(
-    step=10, loss=2.34567, grad_norm=0.91, step_seconds=0.812, rate=10_123.0, eta_seconds=185.0, validation_loss=2.5
+    step=10, loss=2.34567, grad_norm=0.91, step_seconds=0.812, rate=10_123.0, eta_seconds=185.0, validation_loss=2.5,
+    predicted_seconds=0.004269,
 )  # fmt: skip
 
 
@@ -200,10 +201,11 @@ def test_the_phase_table_shows_outer_phases_before_inner_ones(
 
 
 def test_fields_come_in_the_order_of_the_field_and_are_measured_here() -> None:
-    heads = "step, loss, grad_norm, step time, tok/s, ETA"
+    heads = "step, loss, grad_norm, measured, predicted, tok/s, ETA"
     assert ", ".join(head for head, _ in fields(LINE)) == heads
     text = plain_line(LINE, 300)
-    assert text.startswith("step  10/300  loss  2.3457  grad_norm  0.910  step time  812 ms  tok/s 10.1 k")
+    start = "step  10/300  loss  2.3457  grad_norm  0.910  measured  812 ms  predicted 4.27 ms  tok/s 10.1 k"
+    assert text.startswith(start)
     assert text.endswith("ETA 3 min 05 s  val_loss 2.5000")
     assert plain_line(StepLine(9, 2.0), 300).index("ETA") == text.index("ETA")
     images = StepLine(9, 2.0, rate=64.0, rate_unit="samples/s")

@@ -1,5 +1,6 @@
 """Inputs: options, files and earlier runs all become the same cluster, job and plan."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -8,8 +9,10 @@ from comms.errors import ConfigError, PlanError
 from comms.selection.progress import quiet
 from orchestrator.config.hardware.cluster_file import cluster_path, load_cluster
 from orchestrator.config.job_file import load_job
+from orchestrator.runs.run_dir import create
 from orchestrator.verbs.inputs.options import TrainOptions
-from orchestrator.verbs.inputs.planned_inputs import DEMONSTRATION, from_config, prepare, read_plan, resolve
+from orchestrator.verbs.inputs.planned_inputs import DEMONSTRATION, prepare, read_plan, resolve
+from orchestrator.verbs.training.resuming import Resumed, resumed
 from partitioner.layout.parallel_plan import Plan, plan_to_yaml
 
 
@@ -48,7 +51,7 @@ def test_flags_come_before_overrides_and_both_before_the_file(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("runner", ["inline", "ray"])
-def test_a_configuration_gives_the_same_inputs_again(runner: str) -> None:
+def test_a_configuration_gives_the_same_inputs_again(tmp_path: Path, runner: str) -> None:
     plan = Plan(dp=2)
     inputs = resolve(
         TrainOptions(
@@ -56,7 +59,7 @@ def test_a_configuration_gives_the_same_inputs_again(runner: str) -> None:
         )
     )
     config = inputs.config(runner)
-    again = from_config(config, plan, "run.yaml")
+    again = resumed_from(tmp_path, config, plan).inputs
     assert (again.job, again.plan, again.document) == (inputs.job, plan, inputs.document)
     assert again.cluster.num_chips == 2 and again.cluster.unit == inputs.cluster.unit
     assert config["runner"] == runner
@@ -71,9 +74,18 @@ def test_a_configuration_gives_the_same_inputs_again(runner: str) -> None:
         {"cluster": {}, "job": {}, "chips": "2"},
     ],
 )
-def test_what_is_no_configuration_of_a_run_is_refused(config: dict[str, object]) -> None:
+def test_what_is_no_configuration_of_a_run_is_refused(tmp_path: Path, config: dict[str, object]) -> None:
     with pytest.raises(ConfigError, match="not the configuration of a run"):
-        from_config(config, None, "run.yaml")
+        resumed_from(tmp_path, config, None)
+
+
+def resumed_from(folder: Path, config: Mapping[str, object], plan: Plan | None) -> Resumed:
+    """What goes on of a run that has written this and no checkpoint."""
+    run = create(folder / "run")
+    run.write_config(config)
+    if plan is not None:
+        run.write_plan(plan_to_yaml(plan))
+    return resumed(TrainOptions(), run)
 
 
 def test_a_plan_file_is_read_and_its_faults_named(tmp_path: Path) -> None:
