@@ -128,6 +128,7 @@ def _train(
     with stop_request() as stop, closing(_launched(inputs.cluster, kind)) as launch:
         stop.enter(RunPhase.START)
         training, parts = _begun(inputs.cluster, job, inputs.plan, launch, text, folder, console, going)
+        stop.enter(RunPhase.START)  # once more, as Ray is up
         if going is None:
             keep(folder, inputs.config(kind.value), training.prepared, 0)
         else:

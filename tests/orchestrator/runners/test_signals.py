@@ -218,3 +218,17 @@ def test_what_is_held_back_comes_after(default_handlers: None) -> None:
             signal.raise_signal(signal.SIGTERM)
             assert not stop.is_set()
         assert stop.is_set()
+
+
+def test_a_handler_that_a_library_sets_past_python_is_replaced_when_training_begins() -> None:
+    """As Ray's libraries do; faulthandler is one that can be had without them."""
+    code = """
+import faulthandler
+stop.enter(RunPhase.START)
+faulthandler.register(signal.SIGTERM, chain=False)
+stop.enter(RunPhase.TRAINING)
+send(signal.SIGTERM)
+print(stop.name, flush=True)
+"""
+    found = ended(code)
+    assert found.stdout == "SIGTERM\n" and "Current thread" not in found.stderr
