@@ -8,8 +8,10 @@ from comms.errors import ConfigError, PlanError
 from comms.selection.progress import quiet
 from orchestrator.config.hardware.cluster_file import cluster_path, load_cluster
 from orchestrator.config.job_file import load_job
+from orchestrator.runs import run_dir
 from orchestrator.verbs.inputs.options import TrainOptions
-from orchestrator.verbs.inputs.planned_inputs import DEMONSTRATION, from_config, prepare, read_plan, resolve
+from orchestrator.verbs.inputs.planned_inputs import DEMONSTRATION, prepare, read_plan, resolve
+from orchestrator.verbs.training.resuming import resumed
 from partitioner.layout.parallel_plan import Plan, plan_to_yaml
 
 
@@ -48,18 +50,21 @@ def test_flags_come_before_overrides_and_both_before_the_file(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("runner", ["inline", "ray"])
-def test_a_configuration_gives_the_same_inputs_again(runner: str) -> None:
+def test_a_configuration_gives_the_same_inputs_again(tmp_path: Path, runner: str) -> None:
     plan = Plan(dp=2)
     inputs = resolve(
         TrainOptions(
             chips=2, model="builtin:gpt-nano", data="builtin:english", seq=16, overrides=("clip_norm=null",)
         )
     )
-    config = inputs.config(runner)
-    again = from_config(config, plan, "run.yaml")
-    assert (again.job, again.plan, again.document) == (inputs.job, plan, inputs.document)
-    assert again.cluster.num_chips == 2 and again.cluster.unit == inputs.cluster.unit
-    assert config["runner"] == runner
+    folder = run_dir.create(tmp_path / "run")
+    folder.write_config(inputs.config(runner))
+    folder.write_plan(plan_to_yaml(plan))
+    again = resumed(TrainOptions(resume=folder.root), folder)
+    assert (again.inputs.job, again.inputs.plan) == (inputs.job, plan)
+    assert again.inputs.document == inputs.document
+    assert again.inputs.cluster.num_chips == 2 and again.inputs.cluster.unit == inputs.cluster.unit
+    assert again.runner == runner and again.found is None
 
 
 @pytest.mark.parametrize(
@@ -71,9 +76,11 @@ def test_a_configuration_gives_the_same_inputs_again(runner: str) -> None:
         {"cluster": {}, "job": {}, "chips": "2"},
     ],
 )
-def test_what_is_no_configuration_of_a_run_is_refused(config: dict[str, object]) -> None:
+def test_what_is_no_configuration_of_a_run_is_refused(tmp_path: Path, config: dict[str, object]) -> None:
+    folder = run_dir.create(tmp_path / "run")
+    folder.write_config(config)
     with pytest.raises(ConfigError, match="not the configuration of a run"):
-        from_config(config, None, "run.yaml")
+        resumed(TrainOptions(resume=folder.root), folder)
 
 
 def test_a_plan_file_is_read_and_its_faults_named(tmp_path: Path) -> None:
