@@ -59,7 +59,8 @@ def main(options: TrainOptions, console: Console) -> int:
 
 def _resume(options: TrainOptions, folder: RunDir, console: Console) -> int:
     with locked(folder.root, console.warn):
-        going = resumed(options, folder)
+        with console.phase("verify the checkpoint"):
+            going = resumed(options, folder)
         if _is_predicted(options, going.runner):
             return _predict(options, going.inputs, console)
         verify = options.verify_first
@@ -132,7 +133,8 @@ def _train(
         if going is None:
             keep(folder, inputs.config(kind.value), training.prepared, 0)
         else:
-            restore(training, parts, going, console.say)
+            with console.phase("load the checkpoint"):
+                restore(training, parts, going, console.say)
             if verify_first and training.step >= job.steps:
                 raise ConfigError("no step is left that could be verified", "--verify-first", "leave it out")
         if verify_first:
