@@ -74,7 +74,7 @@ def main() -> None:
         "to": f"{good} of {len(rows)} good",
         "loss differs by": worst,
     }
-    report("plan_pairs", [*rows, summary])
+    report("plan_pairs_inline" if options.no_ray else "plan_pairs", [*rows, summary])
 
 
 @contextmanager
