@@ -26,7 +26,7 @@ from orchestrator.views.console import Console, give_up
 
 
 def main() -> None:
-    """The entry point `orchestrate`. From here on no signal shows a traceback."""
+    """What the entry point runs. From here on no signal shows a traceback, and none is lost."""
     own_process()
     try:
         build()()
