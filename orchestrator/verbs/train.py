@@ -125,6 +125,8 @@ def _train(
         going is not None and going.found is not None
     ):  # frozen parameters and buffers are not on the chips alone
         job = job.model_copy(update={"weights": str(going.found.folder)})
+    if going is None and kind is RunnerKind.INLINE and "hang_timeout" in job.model_fields_set:
+        console.warn("hang_timeout has no effect: one process that cannot go on says so at once")
     text = None if job.has_own_data else load_data(job.data, seq=job.seq, seed=job.seed)
     with stop_request() as stop, closing(_launched(inputs.cluster, kind)) as launch:
         stop.enter(RunPhase.START)

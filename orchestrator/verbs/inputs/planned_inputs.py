@@ -41,7 +41,7 @@ class Inputs:
         preparation.require_same(self.job, self.plan)
 
     def config(self, runner: str) -> dict[str, object]:
-        """The effective configuration, from which `from_config` makes the same inputs."""
+        """The effective configuration, from which `training.resuming` makes the same inputs."""
         return config_of(runner, self.cluster, self.document, self.job)
 
 

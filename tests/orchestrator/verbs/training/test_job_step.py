@@ -1,6 +1,7 @@
 """The step of a job: what the job says of carrying it out reaches who does."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from orchestrator.planning.preparation import prepare
 from orchestrator.runners.executing.chip_set import ChipSet, InlineLaunch
 from orchestrator.runners.runner import Settings
 from orchestrator.verbs.training.job_step import step_of_job
+from partitioner.layout.parallel_plan import Plan
 from partitioner.program.program import Program
 
 
@@ -33,6 +35,11 @@ def test_how_long_chips_may_be_still_is_told_with_the_program(
     parts, launch = job_parts(prepared.job, "cpu"), Listening(laptop.take(1))
     step_of_job(prepared, parts, parts.optimizer, launch)
     assert launch.settings.hang_timeout_s == seconds
+
+
+def test_one_process_says_that_it_needs_no_wait(tmp_path: Path, train_job: Callable[..., Path]) -> None:
+    folder = train_job(tmp_path / "run", Plan(), "steps=1", "hang_timeout=20 s")
+    assert "hang_timeout has no effect" in (folder / "log.txt").read_text()
 
 
 @pytest.mark.parametrize(
