@@ -58,12 +58,12 @@ def resumed(options: TrainOptions, folder: RunDir) -> Resumed:
     runner = options.runner or _runner_of(config, origin)
     if options.cluster is not None:
         document, chips = dict(read_yaml(options.cluster).root), None
-    kept, given = _kept_plan(folder), read_plan(options.plan)
+    found, given = _newest(folder), read_plan(options.plan)
+    kept = _kept_plan(folder, found.checkpoint)
     whole = cluster_from(Document(str(options.cluster or origin), document, {}))
     cluster = whole.take(options.chips or (given.num_chips if given else chips))
     plan = given or (kept if not _asks_plan(options) and _is_for(kept, cluster) else None)
     job, kept_job = _job(config["job"], options, plan, origin)
-    found = _newest(folder)
     inputs = Inputs(cluster, job, plan, document)
     _require_steps(job, found.checkpoint, options)
     made = config_of(runner.value, cluster, document, kept_job) | {USED: config.get(USED, [])}
@@ -89,9 +89,11 @@ def _runner_of(config: Mapping[str, object], origin: str) -> RunnerKind:
     return RunnerKind(usual)
 
 
-def _kept_plan(folder: RunDir) -> Plan | None:
+def _kept_plan(folder: RunDir, found: Checkpoint | None) -> Plan | None:
     """None where the run was stopped before it had one."""
-    return read_plan(folder.plan) if folder.plan.exists() else None
+    if folder.plan.exists():
+        return read_plan(folder.plan)
+    return found.manifest.planned if found else None
 
 
 def _asks_plan(options: TrainOptions) -> bool:
@@ -145,6 +147,8 @@ def restore(training: Training, parts: JobParts, going: Resumed, say: Callable[[
             manifest.step, lambda: last.append(read_last(training, manifest)), moves_groups=moves
         )
         require_seen(training, manifest, last[-1])
+        if (now := training.prepared.plan) != manifest.planned:
+            say(f"goes on by the plan {now}; until now it was {manifest.planned}")
         _extend(training, manifest.steps, say)
     _settle(training, going)
     keep(training.run_dir, going.config, training.prepared, training.step)
@@ -215,4 +219,6 @@ def _settle(training: Training, going: Resumed) -> None:
     checkpoint.remove_partial(folder.root)
     for moved in checkpoint.set_aside(folder.root, going.found):
         training.warn(f"the damaged checkpoint is kept as {moved}")
-    metrics.rewind_metrics(folder.metrics, training.step)
+    if missing := metrics.rewind_metrics(folder.metrics, training.step):
+        problem = f"the metrics of steps {missing[0]} to {missing[-1]} are not there any more"
+        training.warn(f"{problem} ({len(missing)} of {training.step}): {folder.metrics} was changed")
