@@ -65,7 +65,7 @@ def resumed(options: TrainOptions, folder: RunDir) -> Resumed:
     plan = given or (kept if not _asks_plan(options) and _is_for(kept, cluster) else None)
     job, kept_job = _job(config["job"], options, plan, origin)
     inputs = Inputs(cluster, job, plan, document)
-    _require_steps(job, found.checkpoint, options)
+    _require_steps(job, found.checkpoint)
     made = config_of(runner.value, cluster, document, kept_job) | {USED: config.get(USED, [])}
     return Resumed(inputs, runner, found.checkpoint, made, found.warnings)
 
@@ -123,9 +123,9 @@ def _newest(folder: RunDir) -> checkpoint.NewestCheckpoint:
     return found
 
 
-def _require_steps(job: Job, found: Checkpoint | None, options: TrainOptions) -> None:
+def _require_steps(job: Job, found: Checkpoint | None) -> None:
     reached = found.manifest.step if found else 0
-    if options.steps is not None and job.steps < reached:
+    if job.steps < reached:
         problem = f"the run is at step {reached} already"
         raise ConfigError(problem, f"--steps {job.steps}", f"give at least {reached}")
 
@@ -205,12 +205,17 @@ def keep(folder: RunDir, config: Mapping[str, object], prepared: Prepared, step:
         "cluster": prepared.cluster.name, "runner": config["runner"], "steps": prepared.job.steps,
     }  # fmt: skip
     past = config.get(USED)
-    used = [each for each in past if isinstance(each, dict)] if isinstance(past, list) else []
+    used = [each for each in (past if isinstance(past, list) else ()) if _is_part(each)]
     if not used or {**used[-1], "from_step": step} != entry:
-        used = [each for each in used if each.get("from_step", 0) < step] + [entry]
+        used = [each for each in used if each["from_step"] < step] + [entry]
     with held_back():
         write_prepared(folder, prepared)
         folder.write_config({**config, USED: used})
+
+
+def _is_part(entry: object) -> bool:
+    """Whether it is what `keep` writes: run.yaml can be edited."""
+    return isinstance(entry, dict) and isinstance(entry.get("from_step"), int)
 
 
 def _settle(training: Training, going: Resumed) -> None:

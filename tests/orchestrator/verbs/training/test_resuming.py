@@ -68,7 +68,9 @@ def test_a_run_goes_on_by_another_plan_from_the_same_bits(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training_loop.Training, "run", saving_first)
         said = resume_run(cut, plan=cut / "other.yaml")
-    assert "resumed at step 3 of 4" in said
+    assert (
+        f"goes on by the plan {plan}; until now it was {FIRST}" in said and "resumed at step 3 of 4" in said
+    )
     (*before, last), (*others, found) = facts_of(whole), facts_of(cut)
     assert before == others and found[0] == 4
     assert found[1] == pytest.approx(last[1], rel=1e-6)
@@ -92,8 +94,9 @@ def test_more_steps_are_what_a_longer_run_would_have_taken(
     assert facts_of(folder) == facts_of(longer)
     require_equal(tensors_of(folder, 6), tensors_of(longer, 6))
     assert resume_run(folder)  # once more: it stays at six
-    with pytest.raises(ConfigError, match="at step 6 already"):
-        resume_run(folder, steps=5)
+    for given in ({"steps": 5}, {"overrides": ("steps=5",)}):
+        with pytest.raises(ConfigError, match="at step 6 already"):
+            resume_run(folder, **given)
 
 
 def test_a_schedule_that_ends_elsewhere_says_what_the_rate_becomes(
