@@ -59,7 +59,6 @@ def run(verb: str, given: Mapping[str, object]) -> int:
         console.error(raised(end, "a step", "the code that ends the process"))
         return UserError.exit_code
     except StopSignal as stopped:
-        console.say(f"{stopped.name}: ended before anything was trained")
         return stopped.exit_code
     except KeyboardInterrupt:  # of code that has handlers of its own
         console.say("interrupted")

@@ -7,8 +7,8 @@ With --resume the run directory says what is trained (`training.resuming`), and 
 where.
 """
 
-from collections.abc import Mapping
-from contextlib import closing
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from orchestrator.planning.job_parts import JobParts, LrSchedule, job_parts, val
 from orchestrator.planning.preparation import Prepared, prepare, program_under
 from orchestrator.runners.failure import RunPhase
 from orchestrator.runners.runner import Launch
-from orchestrator.runners.signals import OF_TERMINALS, StopRequest, held_back, stop_request
+from orchestrator.runners.signals import OF_TERMINALS, StopRequest, StopSignal, held_back, stop_request
 from orchestrator.runners.timing.prediction import SimulationResult, simulate
 from orchestrator.runs import run_dir
 from orchestrator.runs.data import NUM_BYTES, TokenData, baseline_losses, load_data
@@ -128,7 +128,11 @@ def _train(
     if going is None and kind is RunnerKind.INLINE and "hang_timeout" in job.model_fields_set:
         console.warn("hang_timeout has no effect: one process that cannot go on says so at once")
     text = None if job.has_own_data else load_data(job.data, seq=job.seq, seed=job.seed)
-    with stop_request() as stop, closing(_launched(inputs.cluster, kind)) as launch:
+    with (
+        _resumable(folder, console),
+        stop_request() as stop,
+        closing(_launched(inputs.cluster, kind)) as launch,
+    ):
         stop.enter(RunPhase.START)
         training, parts = _begun(inputs.cluster, job, inputs.plan, launch, text, folder, console, going)
         stop.enter(RunPhase.START)  # once more, as Ray is up
@@ -147,6 +151,17 @@ def _train(
                 baselines = baseline_losses(text.train, text.validation)
         console.show([_facts(training, baselines), console.phase_table()])
         return _trained(training, baselines, stop, console)
+
+
+@contextmanager
+def _resumable(folder: RunDir, console: Console) -> Iterator[None]:
+    """A signal before the first step has its words, too."""
+    try:
+        yield
+    except StopSignal as stopped:
+        console.say(f"{stopped.name}: ended before a step was taken; "
+                    f"go on with `orchestrate train --resume {folder.root}`")  # fmt: skip
+        raise
 
 
 def _launched(cluster: Cluster, kind: RunnerKind) -> Launch:
