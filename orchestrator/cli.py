@@ -29,7 +29,7 @@ DISTRIBUTION = "orchestrate-chips"
 
 
 def main() -> None:
-    """The entry point `orchestrate`. From here on no signal shows a traceback."""
+    """What the entry point runs. From here on no signal shows a traceback, and none is lost."""
     own_process()
     ours = takewhile("--".__ne__, sys.argv[1:])  # what follows is a job's
     try:
@@ -89,7 +89,7 @@ def _outcome(verb: str, given: Mapping[str, object], console: Console) -> int:
         console.error(raised(end, "a step", "the code that ends the process"))
         return UserError.exit_code
     except StopSignal as stopped:
-        return _ended(f"{stopped.name}: ended before anything was trained", stopped.exit_code, console)
+        return _ended(f"{stopped.name}: ended", stopped.exit_code, console)
     except KeyboardInterrupt:  # of code that has handlers of its own
         return _ended("interrupted", INTERRUPTED, console)
     except BrokenPipeError:

@@ -9,9 +9,9 @@ loss is compared with that of the run that was not moved. One Ray serves all run
 
 import argparse
 import io
+import json
 import shutil
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -64,7 +64,10 @@ def main() -> None:
     if options.no_ray:
         chosen = {name: (plan, INLINE) for name, (plan, _) in chosen.items()}
     with tempfile.TemporaryDirectory() as home, shared_ray(any(r is RAY for _, r in chosen.values())):
-        rows = list(measured(Path(home), chosen))
+        rows = []
+        for row in measured(Path(home), chosen):
+            print(json.dumps(row), flush=True)
+            rows.append(row)
     good = sum(bool(row["same bytes"]) and float(str(row["loss differs by"])) <= LOSS for row in rows)
     worst = max(float(str(row["loss differs by"])) for row in rows)
     summary: dict[str, object] = {
@@ -72,7 +75,7 @@ def main() -> None:
         "to": f"{good} of {len(rows)} good",
         "loss differs by": worst,
     }
-    report("plan_pairs", [*rows, summary])
+    report("plan_pairs_inline" if options.no_ray else "plan_pairs", [*rows, summary])
 
 
 @contextmanager
@@ -94,7 +97,6 @@ def measured(home: Path, plans: Mapping[str, tuple[Plan, RunnerKind]]) -> Iterat
         (home / f"{name}.yaml").write_text(plan_to_yaml(plan))
         trained(home / name, plan, runner)
     for source in plans:
-        start = time.perf_counter()
         expected = losses(home / source)[-1]
         for target, (plan, runner) in plans.items():
             folder = home / "moved"
@@ -108,7 +110,6 @@ def measured(home: Path, plans: Mapping[str, tuple[Plan, RunnerKind]]) -> Iterat
                 "loss differs by": abs(found[-1] - expected) / expected, "steps": len(found),
             }  # fmt: skip
             shutil.rmtree(folder)
-        print(f"{source}: {time.perf_counter() - start:.0f} s", flush=True)
 
 
 def trained(folder: Path, plan: Plan, runner: RunnerKind) -> None:

@@ -41,7 +41,7 @@ def load_folder(
             "it holds an adapter", str(folder), "merge it (merge_and_unload) and save the whole model"
         )
     try:
-        with _quiet(), torch.device("cpu"):
+        with without_talk(), torch.device("cpu"):
             module, report = kind.from_pretrained(
                 str(folder), config=config, attn_implementation=attention, dtype=torch.float32, local_files_only=True,
                 use_safetensors=found == FORMATS[0], ignore_mismatched_sizes=True, output_loading_info=True,
@@ -98,7 +98,7 @@ def _named(names: list[str]) -> str:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def without_talk() -> Iterator[None]:
     """transformers prints what it loads; what matters of it is said here."""
     logger = logging.getLogger("transformers")
     before = logger.level

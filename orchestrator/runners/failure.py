@@ -103,7 +103,7 @@ class RunPhase(StrEnum):
 class RunEnd(StrEnum):
     """How a command ends that a signal asks to, in words."""
 
-    UNSTARTED = "ending, nothing was trained yet"
+    UNSTARTED = "ending"
     SAVED = "ending after this step, which is saved (Ctrl-C ends at once)"
     AS_ASKED = "ending already (Ctrl-C ends at once)"
     REACHED = "ending as it would have, all is done"

@@ -13,6 +13,7 @@ Python runs handlers in the main thread only, between its own instructions.
 import atexit
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -59,6 +60,8 @@ class StopRequest:
                 signal.signal(came, signal.SIG_DFL)
                 os.kill(os.getpid(), came)
             return
+        if "ray" in sys.modules:  # whose own handler of SIGTERM, until ours is back, aborts in three seconds
+            signal.alarm(0)
         self.received.append(came)
         end = interrupted(self.received, self._phase)
         self._say(f"{came.name}: {end}")
@@ -82,8 +85,13 @@ class StopRequest:
         return SHELL + self.received[0]
 
     def enter(self, phase: RunPhase) -> None:
-        """From now on a signal does what it does in this phase; one that has come before is not lost."""
+        """From now on a signal does what it does in this phase; one that has come before is not lost.
+
+        Ray's libraries take SIGTERM over, past Python, when they start: it is taken back with every phase.
+        """
         self._phase = phase
+        if self._before:
+            self.install()
         if self.received and phase is not RunPhase.OVER:
             raise StopSignal(self.received[0])
 

@@ -51,19 +51,26 @@ def metrics_writer(path: Path) -> Iterator[Callable[[Record], None]]:
 def read_metrics(path: Path) -> tuple[dict[str, Value], ...]:
     """Every whole line of the file; none if it does not exist.
 
-    Raises RunError for a line that is no object.
+    Raises RunError for a line that is no object, and where there is no file to read.
     """
     if not path.exists():
         return ()
-    whole = path.read_bytes().split(b"\n")[:-1]  # what follows the last newline is empty or torn
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        hint = "restore the file, or remove what is in its place"
+        raise RunError(f"cannot be read: {error.strerror}", str(path), hint) from error
+    whole = data.split(b"\n")[:-1]  # what follows the last newline is empty or torn
     return tuple(_record(line, f"{path}:{number}") for number, line in enumerate(whole, start=1))
 
 
-def rewind_metrics(path: Path, step: int) -> None:
-    """Drop the records of steps after `step`, which a resumed run will write again."""
+def rewind_metrics(path: Path, step: int) -> list[int]:
+    """Drop the records of steps after `step`, which a resumed run will write again; which steps up to it have none."""
     kept = [record for record in read_metrics(path) if not _is_after(record, step)]
     if path.exists():
         write_whole(path, "".join(map(_line, kept)).encode())
+    found = {record.get("step") for record in kept}
+    return [each for each in range(1, step + 1) if each not in found]
 
 
 def _is_after(record: Record, step: int) -> bool:

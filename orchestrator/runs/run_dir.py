@@ -172,7 +172,7 @@ class RunDir:
             return None
         try:
             return decode(path.read_bytes())
-        except TimelineFormatError as error:
+        except (OSError, TimelineFormatError) as error:
             raise _unreadable(path, error) from error
 
 

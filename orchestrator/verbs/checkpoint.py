@@ -16,6 +16,7 @@ from comms.errors import ConfigError, ModelError, RunError
 from comms.units import DASH, format_duration, format_scaled
 from orchestrator.config.job_file import job_from
 from orchestrator.config.yaml_file import Document
+from orchestrator.models.hf_weights import without_talk
 from orchestrator.models.model_specs import SourceKind, parse_model
 from orchestrator.planning.job_parts import build_model
 from orchestrator.planning.start_weights import started_from
@@ -172,7 +173,7 @@ def _to_hf(weights: Weights, source: Path, target: Path) -> None:
         hint = "convert it --to safetensors, which has all tensors under their names"
         raise ModelError(f"the run's model is {job.model}, none of transformers", str(run.config), hint)
     model = started_from(build_model(job, "cpu"), str(weights.where))
-    with _whole(target) as partial, explained(target):
+    with _whole(target) as partial, explained(target), without_talk():
         model.module.save_pretrained(str(partial))  # type: ignore[operator]
 
 

@@ -7,8 +7,8 @@ With --resume the run directory says what is trained (`training.resuming`), and 
 where.
 """
 
-from collections.abc import Mapping, Sequence
-from contextlib import closing
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from orchestrator.planning.preparation import Prepared, prepare, program_under
 from orchestrator.runners.failure import RunPhase
 from orchestrator.runners.on_ray.ray_connection import is_job
 from orchestrator.runners.runner import Launch
-from orchestrator.runners.signals import OF_TERMINALS, StopRequest, held_back, stop_request
+from orchestrator.runners.signals import OF_TERMINALS, StopRequest, StopSignal, held_back, stop_request
 from orchestrator.runners.timing.prediction import SimulationResult, simulate
 from orchestrator.runs import run_dir
 from orchestrator.runs.data import NUM_BYTES, TokenData, baseline_losses, load_data
@@ -74,7 +74,8 @@ def main(options: TrainOptions, console: Console) -> int:
 
 def _resume(options: TrainOptions, folder: RunDir, console: Console) -> int:
     with locked(folder.root, console.warn):
-        going = resumed(options, folder)
+        with console.phase("verify the checkpoint"):
+            going = resumed(options, folder)
         if _is_predicted(options, going.runner):
             return _predict(options, going.inputs, console)
         made = _train(
@@ -146,15 +147,23 @@ def _train(
         going is not None and going.found is not None
     ):  # frozen parameters and buffers are not on the chips alone
         job = job.model_copy(update={"weights": str(going.found.folder)})
+    if going is None and kind is RunnerKind.INLINE and "hang_timeout" in job.model_fields_set:
+        console.warn("hang_timeout has no effect: one process that cannot go on says so at once")
     text = None if job.has_own_data else load_data(job.data, seq=job.seq, seed=job.seed)
-    with stop_request() as stop, closing(_launched(inputs.cluster, kind, address)) as launch:
+    with (
+        _resumable(folder, console),
+        stop_request() as stop,
+        closing(_launched(inputs.cluster, kind, address)) as launch,
+    ):
         launch.keep_logs(folder.logs)
         stop.enter(RunPhase.START)
         training, parts = _begun(inputs.cluster, job, inputs.plan, launch, text, folder, console, going)
+        stop.enter(RunPhase.START)  # once more, as Ray is up
         if going is None:
             keep(folder, inputs.config(kind.value), training.prepared, 0)
         else:
-            restore(training, parts, going, console.say)
+            with console.phase("load the checkpoint"):
+                restore(training, parts, going, console.say)
             if verify_first and training.step >= job.steps:
                 raise ConfigError("no step is left that could be verified", "--verify-first", "leave it out")
         if verify_first:
@@ -165,6 +174,17 @@ def _train(
                 baselines = baseline_losses(text.train, text.validation)
         console.show([_facts(training, baselines), console.phase_table()])
         return _trained(training, baselines, stop, console, cluster_sinks(launch, folder.root.name))
+
+
+@contextmanager
+def _resumable(folder: RunDir, console: Console) -> Iterator[None]:
+    """A signal before the first step has its words, too."""
+    try:
+        yield
+    except StopSignal as stopped:
+        console.say(f"{stopped.name}: ended before a step was taken; "
+                    f"go on with `orchestrate train --resume {folder.root}`")  # fmt: skip
+        raise
 
 
 def _launched(cluster: Cluster, kind: RunnerKind, address: str | None) -> Launch:

@@ -35,7 +35,9 @@ def test_a_norm_is_as_in_double_precision(numel: int, dtype: torch.dtype) -> Non
     x = (torch.randn(numel, generator=torch.Generator().manual_seed(numel)) * 3).to(dtype)
     found = OPS.precise_norm(x)
     assert (found.shape, found.dtype) == ((), torch.float64)
-    assert found.item() == pytest.approx(x.double().norm().item(), rel=1e-6 if dtype is torch.float32 else 1e-12)
+    assert found.item() == pytest.approx(
+        x.double().norm().item(), rel=1e-6 if dtype is torch.float32 else 1e-12
+    )
     with FakeTensorMode():
         assert OPS.precise_norm(torch.empty(numel)).dtype is torch.float64
 

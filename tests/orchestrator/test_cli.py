@@ -274,3 +274,19 @@ def test_code_that_ends_the_process_is_an_error(orchestrate, verb):
     verb("train", raising(SystemExit(0)))
     told = orchestrate("train")
     assert told.code == 2 and "a step raised SystemExit: 0" in told.err
+
+
+def test_ctrl_c_while_the_command_line_is_imported_shows_no_traceback() -> None:
+    code = """
+import builtins, os, signal
+from orchestrator import entry
+original = builtins.__import__
+def importing(name, *rest, **named):
+    if name == "typer":
+        os.kill(os.getpid(), signal.SIGINT)
+    return original(name, *rest, **named)
+builtins.__import__ = importing
+entry.main()
+"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60, check=False)
+    assert (ended.returncode, ended.stderr) == (-signal.SIGINT, b"")

@@ -1,7 +1,7 @@
 """Jobs of the user's own objects: trained as a plain PyTorch loop trains them, on every runner, or refused."""
 
 import re
-import threading
+import signal
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -16,6 +16,7 @@ from comms.errors import ConfigError, DataError, ModelError, UserError
 from orchestrator.config.hardware.cluster_file import cluster_path
 from orchestrator.config.job_file import Job, load_job
 from orchestrator.config.yaml_file import read_yaml
+from orchestrator.runners.signals import StopRequest
 from orchestrator.runs.checkpoints import checkpoint_folder as checkpoint
 from orchestrator.runs.metrics import read_metrics
 from orchestrator.verbs import train
@@ -110,8 +111,7 @@ def written(folder: Path) -> tuple[list[list[Any]], dict[str, torch.Tensor]]:
     records = [[r[key] for key in ("loss", "val_loss", "lr")] for r in read_metrics(folder / "metrics.jsonl")]
     newest = checkpoint.latest(folder).checkpoint
     assert newest is not None
-    states = checkpoint.load(newest)
-    return records, {f"{chip}.{name}": value for chip, of in states.items() for name, value in of.items()}
+    return records, {entry.key: value for entry, value in checkpoint.load(newest).parts()}
 
 
 def plain(
@@ -222,18 +222,18 @@ def test_a_resumed_run_of_own_objects_goes_on_bit_for_bit(
     mine: dict[str, Any], laptop: Any, one_thread: None
 ) -> None:
     whole = trained(laptop, Plan(dp=2), job(*EVERYTHING))
-    stop, original = threading.Event(), training_loop.Training._step
+    request, original = StopRequest(owns_process=False), training_loop.Training._step
 
     def step(self: training_loop.Training) -> Any:
         found = original(self)
         if self.step == 3:
-            stop.set()
+            request(signal.SIGINT, None)
         return found
 
     document = dict(read_yaml(cluster_path("laptop")).root)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training_loop.Training, "_step", step)
-        patch.setattr(train, "_stopping", lambda: nullcontext(stop))
+        patch.setattr(train, "stop_request", lambda: nullcontext(request))
         first = train.run(
             laptop.take(2), job(*EVERYTHING), plan=Plan(dp=2), folder="stopped", document=document
         )

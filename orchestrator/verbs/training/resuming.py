@@ -64,14 +64,14 @@ def resumed(options: TrainOptions, folder: RunDir) -> Resumed:
     runner = options.runner or _runner_of(config, origin)
     if options.cluster is not None:
         document, chips = dict(read_yaml(options.cluster).root), None
-    kept, given = _kept_plan(folder), read_plan(options.plan)
+    found, given = _newest(folder), read_plan(options.plan)
+    kept = _kept_plan(folder, found.checkpoint)
     whole = cluster_from(Document(str(options.cluster or origin), document, {}))
     cluster = whole.take(options.chips or (given.num_chips if given else chips))
     plan = given or (kept if not _asks_plan(options) and _is_for(kept, cluster) else None)
     job, kept_job = _job(config["job"], options, plan, origin)
-    found = _newest(folder)
     inputs = Inputs(cluster, job, plan, document)
-    _require_steps(job, found.checkpoint, options)
+    _require_steps(job, found.checkpoint)
     made = config_of(runner.value, cluster, document, kept_job) | {USED: config.get(USED, [])}
     return Resumed(inputs, runner, found.checkpoint, made, found.warnings)
 
@@ -95,9 +95,11 @@ def _runner_of(config: Mapping[str, object], origin: str) -> RunnerKind:
     return RunnerKind(usual)
 
 
-def _kept_plan(folder: RunDir) -> Plan | None:
+def _kept_plan(folder: RunDir, found: Checkpoint | None) -> Plan | None:
     """None where the run was stopped before it had one."""
-    return read_plan(folder.plan) if folder.plan.exists() else None
+    if folder.plan.exists():
+        return read_plan(folder.plan)
+    return found.manifest.planned if found else None
 
 
 def _asks_plan(options: TrainOptions) -> bool:
@@ -127,9 +129,9 @@ def _newest(folder: RunDir) -> checkpoint.NewestCheckpoint:
     return found
 
 
-def _require_steps(job: Job, found: Checkpoint | None, options: TrainOptions) -> None:
+def _require_steps(job: Job, found: Checkpoint | None) -> None:
     reached = found.manifest.step if found else 0
-    if options.steps is not None and job.steps < reached:
+    if job.steps < reached:
         problem = f"the run is at step {reached} already"
         raise ConfigError(problem, f"--steps {job.steps}", f"give at least {reached}")
 
@@ -151,6 +153,8 @@ def restore(training: Training, parts: JobParts, going: Resumed, say: Callable[[
             manifest.step, lambda: last.append(read_last(training, manifest)), moves_groups=moves
         )
         require_seen(training, manifest, last[-1])
+        if (now := training.prepared.plan) != manifest.planned:
+            say(f"goes on by the plan {now}; until now it was {manifest.planned}")
         _extend(training, manifest.steps, say)
     _settle(training, going)
     keep(training.run_dir, going.config, training.prepared, training.step)
@@ -207,12 +211,17 @@ def keep(folder: RunDir, config: Mapping[str, object], prepared: Prepared, step:
         "cluster": prepared.cluster.name, "runner": config["runner"], "steps": prepared.job.steps,
     }  # fmt: skip
     past = config.get(USED)
-    used = [each for each in past if isinstance(each, dict)] if isinstance(past, list) else []
+    used = [each for each in (past if isinstance(past, list) else ()) if _is_part(each)]
     if not used or {**used[-1], "from_step": step} != entry:
-        used = [each for each in used if each.get("from_step", 0) < step] + [entry]
+        used = [each for each in used if each["from_step"] < step] + [entry]
     with held_back():
         write_prepared(folder, prepared)
         folder.write_config({**config, USED: used})
+
+
+def _is_part(entry: object) -> bool:
+    """Whether it is what `keep` writes: run.yaml can be edited."""
+    return isinstance(entry, dict) and isinstance(entry.get("from_step"), int)
 
 
 def _settle(training: Training, going: Resumed) -> None:
@@ -221,4 +230,6 @@ def _settle(training: Training, going: Resumed) -> None:
     checkpoint.remove_partial(folder.root)
     for moved in checkpoint.set_aside(folder.root, going.found):
         training.warn(f"the damaged checkpoint is kept as {moved}")
-    metrics.rewind_metrics(folder.metrics, training.step)
+    if missing := metrics.rewind_metrics(folder.metrics, training.step):
+        problem = f"the metrics of steps {missing[0]} to {missing[-1]} are not there any more"
+        training.warn(f"{problem} ({len(missing)} of {training.step}): {folder.metrics} was changed")

@@ -71,7 +71,7 @@ def test_a_signal_in_training_is_remembered_and_gives_its_exit_code(number: sign
 def test_a_signal_before_the_first_step_ends_the_process_where_it_is(number: signal.Signals) -> None:
     found = ended(STARTING, signals=f"{number:d}")
     assert (found.returncode, found.stdout) == (128 + number, "")
-    assert found.stderr == f"{number.name}: ending, nothing was trained yet\n"
+    assert found.stderr == f"{number.name}: ending\n"
 
 
 @pytest.mark.parametrize("code", [TRAINING, STARTING], ids=["training", "start"])
@@ -218,3 +218,17 @@ def test_what_is_held_back_comes_after(default_handlers: None) -> None:
             signal.raise_signal(signal.SIGTERM)
             assert not stop.is_set()
         assert stop.is_set()
+
+
+def test_a_handler_that_a_library_sets_past_python_is_replaced_when_training_begins() -> None:
+    """As Ray's libraries do; faulthandler is one that can be had without them."""
+    code = """
+import faulthandler
+stop.enter(RunPhase.START)
+faulthandler.register(signal.SIGTERM, chain=False)
+stop.enter(RunPhase.TRAINING)
+send(signal.SIGTERM)
+print(stop.name, flush=True)
+"""
+    found = ended(code)
+    assert found.stdout == "SIGTERM\n" and "Current thread" not in found.stderr

@@ -1,6 +1,5 @@
 """Inputs: options, files and earlier runs all become the same cluster, job and plan."""
 
-from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -9,10 +8,10 @@ from comms.errors import ConfigError, PlanError
 from comms.selection.progress import quiet
 from orchestrator.config.hardware.cluster_file import cluster_path, load_cluster
 from orchestrator.config.job_file import load_job
-from orchestrator.runs.run_dir import create
+from orchestrator.runs import run_dir
 from orchestrator.verbs.inputs.options import TrainOptions
 from orchestrator.verbs.inputs.planned_inputs import DEMONSTRATION, prepare, read_plan, resolve
-from orchestrator.verbs.training.resuming import Resumed, resumed
+from orchestrator.verbs.training.resuming import resumed
 from partitioner.layout.parallel_plan import Plan, plan_to_yaml
 
 
@@ -58,11 +57,14 @@ def test_a_configuration_gives_the_same_inputs_again(tmp_path: Path, runner: str
             chips=2, model="builtin:gpt-nano", data="builtin:english", seq=16, overrides=("clip_norm=null",)
         )
     )
-    config = inputs.config(runner)
-    again = resumed_from(tmp_path, config, plan).inputs
-    assert (again.job, again.plan, again.document) == (inputs.job, plan, inputs.document)
-    assert again.cluster.num_chips == 2 and again.cluster.unit == inputs.cluster.unit
-    assert config["runner"] == runner
+    folder = run_dir.create(tmp_path / "run")
+    folder.write_config(inputs.config(runner))
+    folder.write_plan(plan_to_yaml(plan))
+    again = resumed(TrainOptions(resume=folder.root), folder)
+    assert (again.inputs.job, again.inputs.plan) == (inputs.job, plan)
+    assert again.inputs.document == inputs.document
+    assert again.inputs.cluster.num_chips == 2 and again.inputs.cluster.unit == inputs.cluster.unit
+    assert again.runner == runner and again.found is None
 
 
 @pytest.mark.parametrize(
@@ -75,17 +77,10 @@ def test_a_configuration_gives_the_same_inputs_again(tmp_path: Path, runner: str
     ],
 )
 def test_what_is_no_configuration_of_a_run_is_refused(tmp_path: Path, config: dict[str, object]) -> None:
+    folder = run_dir.create(tmp_path / "run")
+    folder.write_config(config)
     with pytest.raises(ConfigError, match="not the configuration of a run"):
-        resumed_from(tmp_path, config, None)
-
-
-def resumed_from(folder: Path, config: Mapping[str, object], plan: Plan | None) -> Resumed:
-    """What goes on of a run that has written this and no checkpoint."""
-    run = create(folder / "run")
-    run.write_config(config)
-    if plan is not None:
-        run.write_plan(plan_to_yaml(plan))
-    return resumed(TrainOptions(), run)
+        resumed(TrainOptions(resume=folder.root), folder)
 
 
 def test_a_plan_file_is_read_and_its_faults_named(tmp_path: Path) -> None:
@@ -93,12 +88,12 @@ def test_a_plan_file_is_read_and_its_faults_named(tmp_path: Path) -> None:
     path.write_text(plan_to_yaml(Plan(dp=2, tp=4)))
     assert read_plan(path) == Plan(dp=2, tp=4)
     assert read_plan(None) is None
-    with pytest.raises(ConfigError, match="cannot read the file"):
+    with pytest.raises(PlanError, match="cannot be read"):
         read_plan(tmp_path / "nowhere.yaml")
     path.write_text("kind: plan\nversion: 1\ndepth: 3\n")
     with pytest.raises(PlanError, match="unknown key 'depth'") as caught:
         read_plan(path)
-    assert caught.value.where == f"{path}:3"
+    assert caught.value.where == str(path)
 
 
 def test_options_lead_to_a_program(tmp_path: Path) -> None:

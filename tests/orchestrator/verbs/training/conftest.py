@@ -64,12 +64,12 @@ def train_job(tiny_job: Callable[..., Any], laptop: Any) -> Callable[..., Path]:
 
 @pytest.fixture(scope="session")
 def resume_run() -> Callable[..., str]:
-    """Brings the run in a folder to its end, with other options; what is said."""
+    """Goes on with the run in a folder, with other options, to an exit code; what is said."""
 
-    def run(folder: Path, **given: Any) -> str:
+    def run(folder: Path, code: int = 0, **given: Any) -> str:
         said = io.StringIO()
         options = TrainOptions(resume=folder, **{"runner": RunnerKind.INLINE, **given})
-        assert train.main(options, Console(out=io.StringIO(), err=said)) == 0
+        assert train.main(options, Console(out=io.StringIO(), err=said)) == code
         return " ".join(said.getvalue().split())
 
     return run

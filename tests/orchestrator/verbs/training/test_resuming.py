@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 
-from comms.errors import ConfigError, ModelError, RunError
+from comms.errors import ConfigError, ModelError, RunError, UserError
 from orchestrator.runners.failure import RunPhase
 from orchestrator.runners.signals import StopSignal
 from orchestrator.runs.checkpoints import checkpoint_folder as checkpoint
@@ -69,7 +69,9 @@ def test_a_run_goes_on_by_another_plan_from_the_same_bits(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training_loop.Training, "run", saving_first)
         said = resume_run(cut, plan=cut / "other.yaml")
-    assert "resumed at step 3 of 4" in said
+    assert (
+        f"goes on by the plan {plan}; until now it was {FIRST}" in said and "resumed at step 3 of 4" in said
+    )
     (*before, last), (*others, found) = facts_of(whole), facts_of(cut)
     assert before == others and found[0] == 4
     assert found[1] == pytest.approx(last[1], rel=1e-6)
@@ -93,8 +95,9 @@ def test_more_steps_are_what_a_longer_run_would_have_taken(
     assert facts_of(folder) == facts_of(longer)
     require_equal(tensors_of(folder, 6), tensors_of(longer, 6))
     assert resume_run(folder)  # once more: it stays at six
-    with pytest.raises(ConfigError, match="at step 6 already"):
-        resume_run(folder, steps=5)
+    for given in ({"steps": 5}, {"overrides": ("steps=5",)}):
+        with pytest.raises(ConfigError, match="at step 6 already"):
+            resume_run(folder, **given)
 
 
 def test_a_schedule_that_ends_elsewhere_says_what_the_rate_becomes(
@@ -269,3 +272,33 @@ def test_what_is_being_written_when_a_step_fails_is_written_to_its_end(
         train_job(tmp_path / "run", FIRST, "checkpoints.every=2")
     found = checkpoint.latest(tmp_path / "run").checkpoint
     assert found is not None and found.manifest.step == 2
+
+
+def damaged(path: Path, how: str) -> None:
+    data = path.read_bytes()
+    path.unlink()
+    contents = {"empty": b"", "half": data[: len(data) // 2], "zeros": bytes(len(data)), "list": b"[1]\n"}
+    if how == "folder":
+        path.mkdir()
+    elif how != "gone":
+        path.write_bytes(contents[how])
+
+
+@pytest.mark.parametrize("how", ["gone", "empty", "half", "zeros", "folder", "list"])
+@pytest.mark.parametrize(
+    "name", ["run.yaml", "plan.yaml", "program.txt", "metrics.jsonl", ".lock", "measured.msgpack"]
+)
+def test_a_damaged_file_of_the_run_is_an_error_or_changes_nothing(
+    name: str, how: str, cut: Path, whole: Path, resume_run: Make, facts_of: Make, tensors_of: Make
+) -> None:
+    damaged(cut / name, how)
+    refused: UserError | None = None
+    try:
+        said = resume_run(cut)
+    except UserError as error:
+        refused = error
+    if refused is not None:
+        assert refused.problem and refused.where and refused.hint
+        return
+    require_equal(tensors_of(cut, 4), tensors_of(whole, 4))
+    assert facts_of(cut) == facts_of(whole) or "warning: the metrics of steps" in said
