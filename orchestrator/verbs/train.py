@@ -21,9 +21,10 @@ from orchestrator.config.job_file import Job
 from orchestrator.config.schema import nearest
 from orchestrator.models.model_builder import BuiltModel
 from orchestrator.planning.job_parts import JobParts, LrSchedule, job_parts, validation_data
-from orchestrator.planning.preparation import Prepared, prepare
+from orchestrator.planning.preparation import Prepared
 from orchestrator.runners.failure import RunEnd, interrupted
 from orchestrator.runners.runner import Launch
+from orchestrator.runners.timing.fastest_plan import prepare
 from orchestrator.runners.timing.prediction import SimulationResult, simulate
 from orchestrator.runs import metrics, run_dir
 from orchestrator.runs.data import NUM_BYTES, TokenData, baseline_losses, load_data

@@ -1,4 +1,4 @@
-"""Unit roles: every distinct unit of a graph lowered as a pipeline stage of its own, so that it can be priced by itself.
+"""Unit roles: every distinct unit of a graph lowered as a pipeline stage of its own, to be priced by itself.
 
 A stage of any plan is a row of units, so the costs of a few units give those of every pipeline: see `unit_table`, which
 what comes out here is read through. Units that are lowered alike share one role, so that a model of a hundred equal
@@ -37,7 +37,12 @@ def lower_units(graph: Graph, tp: int, shape: StepShape) -> Program:
         "has_tail": graph.tail is not None,
     }  # fmt: skip
     costs = {f"{COST}{number}": unit_cost(graph, first) for number, first in enumerate(firsts)}
-    meta = {"samples_per_part": graph.samples, "dtype": shape.dtype, UNITS: json.dumps(described), **costs}
+    meta: dict[str, str | int | float] = {
+        "samples_per_part": graph.samples,
+        "dtype": shape.dtype,
+        UNITS: json.dumps(described),
+        **costs,
+    }
     axes = (("pp", len(roles)), ("dp", plan.dp), ("tp", tp))
     return Program(axes, 1, tuple(pool.segments), roles, tuple(meta.items()))
 

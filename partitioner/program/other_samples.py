@@ -64,7 +64,7 @@ class _Line:
         return replace(a, segments=segments, roles=roles, meta=self._meta(a, b))
 
     def _meta(self, a: Program, b: Program) -> tuple[tuple[str, str | int | float], ...]:
-        def fact(name: str, value: str | int | float) -> str | int | float:
+        def fact(name: str, value: str | float) -> str | int | float:
             other = b.facts[name]
             if isinstance(value, int) and isinstance(other, int):
                 return self.number(value, other)

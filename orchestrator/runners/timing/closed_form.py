@@ -50,7 +50,7 @@ class Estimate:
 
 @dataclass(frozen=True, slots=True)
 class UnitPrice:
-    """A unit alone: seconds of forward and backward of one microbatch, bytes it keeps between them and needs besides."""
+    """A unit alone: seconds of one microbatch's forward and backward, bytes kept between them and needed besides."""
 
     forward_s: float
     backward_s: float

@@ -72,9 +72,10 @@ class PlannedOptions(Options):
             help="A text file, a folder of them, or file.py:name of a dataset or loader; default: text.",
         ),
     ] = None
-    plan: Annotated[Path | None, Option(metavar="FILE", help="A saved plan to use instead of a new one.")] = (
-        None
-    )
+    plan: Annotated[
+        Path | None,
+        Option(metavar="auto|FILE", help="A saved plan, or auto (the default): the fastest that fits."),
+    ] = None
     chips: ChipsFlag = None
     global_batch: Annotated[
         int | None, Option(min=1, help="Samples per step, over all chips; default: 32.")
