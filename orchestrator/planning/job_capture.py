@@ -76,10 +76,7 @@ class JobCapture:
         is_file = spec.target.endswith(".json") or Path(spec.target).exists()
         if not is_known or is_file or job.has_own_parts:
             return None
-        return {
-            "model": job.model, "model_args": {k: repr(v) for k, v in sorted(job.model_args.items())}, "seq": job.seq,
-            "dtype": str(job.dtype), "optimizer": job.optimizer.name, "optimizer_states": optimizer_states(job),
-        }  # fmt: skip
+        return model_content(job)
 
     @property
     def shape(self) -> "StepShape":
@@ -160,6 +157,14 @@ def _same_parts(graphs: "Mapping[tuple[Plan, int], Graph]", plan: Plan, microbat
         if is_one_chip or is_cut_alike:
             return graph
     return None
+
+
+def model_content(job: Job) -> dict[str, object]:
+    """What of a job decides a part of its model's graph."""
+    return {
+        "model": job.model, "model_args": {k: repr(v) for k, v in sorted(job.model_args.items())}, "seq": job.seq,
+        "dtype": str(job.dtype), "optimizer": job.optimizer.name, "optimizer_states": optimizer_states(job),
+    }  # fmt: skip
 
 
 def optimizer_states(job: Job) -> int:

@@ -22,7 +22,7 @@ from comms.selection.progress import Progress, quiet
 from orchestrator.config.hardware.cluster import Cluster
 from orchestrator.config.job_file import Job
 from orchestrator.models.user_code import named_object
-from orchestrator.planning.job_capture import JobCapture
+from orchestrator.planning.job_capture import JobCapture, model_content
 from orchestrator.runs.disk import write_whole
 from partitioner.layout.parallel_plan import Plan
 from partitioner.program.program import Program
@@ -66,10 +66,7 @@ def prepare(
     require_there(job)
     _check(plan, job, cluster)
     capture = capture or JobCapture(job, progress, parts)
-    entry = None
-    if capture.content is not None:
-        content = {**capture.content, "global_batch": job.global_batch, "plan": repr(plan)}
-        entry = f"{key_of(content)}.program"
+    entry = None if capture.content is None else f"{key_of(_content(job, plan))}.program"
     program, was_cached = remembered(entry, decode, lambda: capture.program(plan), encode)
     return Prepared(cluster, job, replace(plan, microbatches=program.microbatches), program, was_cached)
 
@@ -84,6 +81,10 @@ def module_values(module: "nn.Module") -> "dict[str, Tensor]":
     """A module's parameters and buffers, under the names that chips ask for."""
     values = {f"params:{name}": value.detach() for name, value in module.named_parameters()}
     return values | {f"buffer:{name}": value.detach() for name, value in module.named_buffers()}
+
+
+def _content(job: Job, plan: Plan) -> dict[str, object]:
+    return model_content(job) | {"global_batch": job.global_batch, "plan": repr(plan)}
 
 
 def _check(plan: Plan, job: Job, cluster: Cluster) -> None:

@@ -19,7 +19,7 @@ from orchestrator.planning.job_capture import JobCapture
 from orchestrator.planning.plan_space import Ranking, Scored, open_plans, ranked, samples_of
 from orchestrator.planning.preparation import Prepared, key_of, remembered
 from orchestrator.planning.sketches import Capture, Sketches
-from orchestrator.runners.timing.closed_form import ClosedForm
+from orchestrator.runners.timing.closed_form import ClosedForm, closed_form
 from orchestrator.runners.timing.prediction import SimulationResult, simulate
 from partitioner.layout.parallel_plan import Plan, plan_from_yaml, plan_to_yaml
 from partitioner.program.program import Program
@@ -88,7 +88,7 @@ def _written(plan: Plan) -> bytes:
 
 def search(cluster: Cluster, job: Job, sketches: Sketches, form: ClosedForm | None = None) -> Simulated:
     """The fastest plan that fits, simulated. Raises PlanError where the model cannot be split over the chips."""
-    form = form or ClosedForm(sketches.table, cluster, job.global_batch)
+    form = form or closed_form(sketches.table, cluster, job.global_batch)
     ranking = ranked(open_plans(job, cluster, sketches.num_units), form)
     if not ranking.plans:
         raise _nothing(ranking, job, cluster)
@@ -117,7 +117,7 @@ def best_simulated(
 def _is_settled(best: Simulated, scored: Scored, tries: int) -> bool:
     """Whether what is left, of which `scored` is the best, cannot win."""
     if not best.result.fits:
-        return not scored.score.fits and tries > MOST_TRIES
+        return not scored.score.fits and (scored.score.peak_bytes >= best.peak_bytes or tries > MOST_TRIES)
     slower = scored.score.seconds >= best.result.step_time_s * (1 - PRECISION)
     return not scored.score.fits or slower or tries > MOST_TRIES
 

@@ -121,19 +121,14 @@ class ClusterCosts:
 
     def transfer_ns(self, role: Role, instruction: Send) -> int:
         """Time of one message by itself between the stages' first chips."""
-        nbytes = role.tensors[instruction.tensor].spec.nbytes
-        return _ns(self.message_s(role.stage, instruction.to, nbytes))
-
-    def message_s(self, stage: int, other: int, nbytes: int) -> float:
-        """Seconds of one message by itself between two stages."""
-        link, issue_s = self._way(stage, other)
-        return issue_s + link.seconds(nbytes)
+        link, issue_s = self.way(role.stage, instruction.to)
+        return _ns(issue_s + link.seconds(role.tensors[instruction.tensor].spec.nbytes))
 
     def issue_ns(self, role: Role, instruction: Send) -> int:
         """What a message by itself pays in the tier that joins the stages, see `Library`."""
-        return _ns(self._way(role.stage, instruction.to)[1])
+        return _ns(self.way(role.stage, instruction.to)[1])
 
-    def _way(self, stage: int, other: int) -> tuple[Link, float]:
+    def way(self, stage: int, other: int) -> tuple[Link, float]:
         """The link between two stages, and what issuing a message adds to it."""
         stages = (min(stage, other), max(stage, other))
         if stages not in self._between:

@@ -5,16 +5,16 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
-from comms.errors import PlanError
-from orchestrator.config.hardware.cluster_file import cluster_path, load_cluster
-from orchestrator.config.job_file import Dtype, Job, PlanSection, load_job
 from orchestrator.planning.plan_choice import (
     STATE_BYTES,
     STATE_SHARE,
     Refusal,
     choose_plan,
 )
+
+from comms.errors import PlanError
+from orchestrator.config.hardware.cluster_file import cluster_path, load_cluster
+from orchestrator.config.job_file import Dtype, Job, PlanSection, load_job
 from partitioner.layout.pipeline_schedules import PipelineSchedule
 
 POD = load_cluster(cluster_path("dgx-h100-superpod"))
