@@ -113,13 +113,22 @@ class ClosedForm:
 
     def __call__(self, plan: Plan) -> Estimate:
         """A step of a plan. Raises PartitionError for what cannot be split so."""
+        step, kept = self._step(plan)
+        peak = step.peak_bytes(kept)
+        if peak > self.cluster.least_memory:
+            return Estimate(inf, peak, fits=False)
+        return Estimate(step.seconds(kept), peak, fits=True)
+
+    def seconds(self, plan: Plan) -> float:
+        """A step of a plan, whether it fits or not."""
+        step, kept = self._step(plan)
+        return step.seconds(kept)
+
+    def _step(self, plan: Plan) -> "tuple[_Step, Kept]":
         samples = self.global_batch // (plan.dp * plan.microbatches)
         table = self.book.tables(plan.tp, samples)
         step = _Step(self, plan, table, self.units(plan.tp, samples), self.book.stages(plan, samples))
-        peak, least = step.peak_bytes(self.book.kept(plan, samples)), self.cluster.least_memory
-        if peak > least:
-            return Estimate(inf, peak, fits=False)
-        return Estimate(step.seconds(self.book.kept(plan, samples)), peak, fits=True)
+        return step, self.book.kept(plan, samples)
 
     def units(self, tp: int, samples: int) -> tuple[UnitPrice, ...]:
         """Prices by distinct unit."""
