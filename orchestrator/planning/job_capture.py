@@ -125,6 +125,7 @@ class JobCapture:
             parts.model.module, batch, dp=plan.dp, microbatches=microbatches, loss_fn=parts.loss_fn,
             tp_plan=parts.model.tp_plan, frozen=self._shape[1], min_units=plan.pp, exact=job.dtype is Dtype.FP64,
             norms_per_part=plan.batch_norm is BatchNorms.PER_PART,
+            repeats=parse_model(job.model).kind is SourceKind.BUILTIN and job.loss is None,
         )  # fmt: skip
 
 

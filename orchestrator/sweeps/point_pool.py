@@ -26,14 +26,14 @@ from orchestrator.planning.job_capture import JobCapture, model_content
 from orchestrator.planning.preparation import key_of, recall, remember
 from orchestrator.runners.timing.fastest_plan import ROOMS
 from orchestrator.sweeps.curves import curve, knee
+from orchestrator.sweeps.point_prediction import Predictor, plan_of
 from orchestrator.sweeps.points import Point, PointResult, Status, point_result
-from orchestrator.sweeps.prediction import Predictor, plan_of
 
 PATIENCE_S = 1.0  # between looks at whether the processes are alive
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class SeriesRow:
     """A series: its points, and where they stand in the sweep."""
 
     numbers: tuple[int, ...]
@@ -44,13 +44,13 @@ class Row:
 class Levers:
     """Of a series: chips beyond which a doubling gains little, and efficiencies there by what is twice as good."""
 
-    row: Row
+    row: SeriesRow
     at: int | None
     beyond: int
     efficiencies: dict[str, float]
 
 
-Group: TypeAlias = tuple[Row, ...]
+Group: TypeAlias = tuple[SeriesRow, ...]
 Found: TypeAlias = tuple[int, PointResult] | Levers
 Pool: TypeAlias = Callable[[Sequence[Group]], Iterator[Found]]
 
@@ -60,9 +60,9 @@ def groups_of(points: Sequence[Point], workers: int) -> list[Group]:
     rows: dict[object, list[int]] = {}
     for number, point in enumerate(points):
         rows.setdefault(point.series, []).append(number)
-    by_model: dict[object, list[Row]] = {}
+    by_model: dict[object, list[SeriesRow]] = {}
     for numbers in rows.values():
-        row = Row(tuple(numbers), tuple(points[number] for number in numbers))
+        row = SeriesRow(tuple(numbers), tuple(points[number] for number in numbers))
         first = row.points[0]
         by_model.setdefault((first.series.model, first.series.seq), []).append(row)
     ordered = sorted(by_model.values(), key=lambda rows: -_layers(rows[0].points[0]))
@@ -97,7 +97,7 @@ def worked_out(group: Group, progress: Progress = quiet) -> Iterator[Found]:
             yield found
 
 
-def _levers(row: Row, results: Sequence[PointResult], predictor: Predictor) -> Levers | None:
+def _levers(row: SeriesRow, results: Sequence[PointResult], predictor: Predictor) -> Levers | None:
     """At the first point beyond the knee, else at the last."""
     fits = [at for at, result in enumerate(results) if result.status is Status.OK]
     if len(fits) < 2:

@@ -76,7 +76,7 @@ class MeasuredSteps:
 
 @dataclass(frozen=True, slots=True)
 class PointResult:
-    """What a point came to: if it does not fit, by its smallest plan; if it was refused, without figures.
+    """What a point came to: if it does not fit, the memory of its smallest plan; if it is refused, no figures.
 
     Shares are of the step, of one chip, mean over all.
     """

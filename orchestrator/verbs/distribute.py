@@ -53,7 +53,11 @@ from orchestrator.runners.runner import (
 from orchestrator.runners.timing.fastest_plan import fastest_plan
 from orchestrator.runs.data import split_batch, step_key
 from orchestrator.verbs.inputs.options import RunnerKind
-from orchestrator.verbs.situation import (
+from orchestrator.verbs.state.empty_states import EmptyStates
+from orchestrator.verbs.state.later_forwards import LaterForwards
+from orchestrator.verbs.state.own_buffers import OwnBuffers
+from orchestrator.verbs.state.python_state import PythonState
+from orchestrator.verbs.state.situation import (
     Situation,
     ages_of,
     naming_the_call,
@@ -64,10 +68,6 @@ from orchestrator.verbs.situation import (
     situation_of,
     ungiven,
 )
-from orchestrator.verbs.state.empty_states import EmptyStates
-from orchestrator.verbs.state.later_forwards import LaterForwards
-from orchestrator.verbs.state.own_buffers import OwnBuffers
-from orchestrator.verbs.state.python_state import PythonState
 from orchestrator.verbs.verification.one_chip import OneChip
 from orchestrator.verbs.verification.sides import PlannedSide
 from orchestrator.verbs.verification.step_check import STEPS, StepCheck

@@ -28,7 +28,7 @@ def with_samples(first: Program, second: Program, samples: int) -> Program:
     if samples == at:
         return first
     try:
-        return _Line(samples - at, other - at).program(first, second)
+        return _SampleLine(samples - at, other - at).program(first, second)
     except _Unlike as error:
         raise PartitionError(
             f"a microbatch of {samples} samples is not between those of {at} and {other}", hint="capture it"
@@ -44,7 +44,7 @@ def _each(
 
 
 @dataclass(frozen=True, slots=True)
-class _Line:
+class _SampleLine:
     """Where values lie `steps` of `span` on the way from one to another."""
 
     steps: int

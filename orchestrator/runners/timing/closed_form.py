@@ -24,7 +24,7 @@ from kernels.chips import Chip
 from kernels.roofline import memory_seconds
 from orchestrator.config.hardware.cluster import Cluster
 from orchestrator.runners.timing.pipeline_time import StageTimes, ends_of_stages
-from orchestrator.runners.timing.stage_units import Kept, StageBook, StageUnits, Tables
+from orchestrator.runners.timing.stage_units import KeptStates, StageBook, StageUnits, Tables
 from orchestrator.runners.timing.step_costs import NS_PER_S, ClusterCosts
 from orchestrator.runners.timing.timed_segments import NOTHING, time_segment
 from partitioner.layout.parallel_plan import Plan
@@ -102,7 +102,10 @@ class ClusterPrices:
 
 
 class ClosedForm:
-    """Estimates for the plans of one job on one cluster; books and prices may be those of other jobs and batches."""
+    """Estimates for the plans of one job on one cluster; books and prices may be those of other jobs and batches.
+
+    Of a plan that cannot be faster than one that was estimated before, it is known only that it is slower.
+    """
 
     def __init__(self, book: StageBook, prices: ClusterPrices, global_batch: int) -> None:
         self.book, self.cluster, self.global_batch = book, prices, global_batch
@@ -110,6 +113,7 @@ class ClosedForm:
         self._ends: dict[object, tuple[float, float, float]] = {}
         self._held: dict[tuple[StageUnits, int], int] = {}
         self._drained: dict[object, list[float]] = {}
+        self._fastest = inf
 
     def __call__(self, plan: Plan) -> Estimate:
         """A step of a plan. Raises PartitionError for what cannot be split so."""
@@ -117,17 +121,20 @@ class ClosedForm:
         peak = step.peak_bytes(kept)
         if peak > self.cluster.least_memory:
             return Estimate(inf, peak, fits=False)
-        return Estimate(step.seconds(kept), peak, fits=True)
+        if (least := step.at_least) >= self._fastest:
+            return Estimate(least, peak, fits=True)
+        self._fastest = min(self._fastest, seconds := step.seconds(kept))
+        return Estimate(seconds, peak, fits=True)
 
     def seconds(self, plan: Plan) -> float:
         """A step of a plan, whether it fits or not."""
         step, kept = self._step(plan)
         return step.seconds(kept)
 
-    def _step(self, plan: Plan) -> "tuple[_Step, Kept]":
+    def _step(self, plan: Plan) -> "tuple[_PlanStep, KeptStates]":
         samples = self.global_batch // (plan.dp * plan.microbatches)
         table = self.book.tables(plan.tp, samples)
-        step = _Step(self, plan, table, self.units(plan.tp, samples), self.book.stages(plan, samples))
+        step = _PlanStep(self, plan, table, self.units(plan.tp, samples), self.book.stages(plan, samples))
         return step, self.book.kept(plan, samples)
 
     def units(self, tp: int, samples: int) -> tuple[UnitPrice, ...]:
@@ -142,7 +149,7 @@ class ClosedForm:
             self._units[tp, samples] = tuple(made)
         return self._units[tp, samples]
 
-    def held_bytes(self, stage: StageUnits, shards: int, kept: Kept) -> int:
+    def held_bytes(self, stage: StageUnits, shards: int, kept: KeptStates) -> int:
         """Parameters, gradients and states of a stage."""
         if (stage, shards) not in self._held:
             self._held[stage, shards] = sum(group.held_bytes(shards, kept) for group in stage.groups)
@@ -158,7 +165,7 @@ class ClosedForm:
         return self._drained[key]
 
     def end_of_step(
-        self, stage: StageUnits, plan: Plan, backwards: tuple[float, ...], kept: Kept
+        self, stage: StageUnits, plan: Plan, backwards: tuple[float, ...], kept: KeptStates
     ) -> tuple[float, float, float]:
         """Seconds from the last backward to reduced gradients, of their norms, and from there to the end."""
         key = (stage, backwards, plan.dp, plan.tp, plan.pp, plan.zero)
@@ -185,7 +192,7 @@ class ClosedForm:
             lane = begin + price(op, nbytes, along) if plan.dp > 1 else lane
         return max(lane, now) - start
 
-    def _update_s(self, stage: StageUnits, plan: Plan, shards: int, kept: Kept) -> tuple[float, float]:
+    def _update_s(self, stage: StageUnits, plan: Plan, shards: int, kept: KeptStates) -> tuple[float, float]:
         """The gradients' norms, and what follows the one all-reduce of statistics."""
         chip = self.cluster.slowest
         norms = after = 0.0
@@ -201,7 +208,7 @@ class ClosedForm:
         return norms, after
 
 
-class _Step:
+class _PlanStep:
     """One plan's step, added up."""
 
     def __init__(
@@ -210,7 +217,7 @@ class _Step:
         self.form, self.plan, self.table, self.units, self.stages = form, plan, table, units, stages
         self.schedule = PipelineSchedule.GPIPE if table.has_tail else plan.schedule
 
-    def peak_bytes(self, kept: Kept) -> int:
+    def peak_bytes(self, kept: KeptStates) -> int:
         """The most that a stage needs."""
         plan, shards = self.plan, self.plan.dp if self.plan.zero else 1
         is_gpipe, most = self.schedule is PipelineSchedule.GPIPE, 0
@@ -222,7 +229,13 @@ class _Step:
             most = max(most, held + max(unit.extra for unit in units))
         return most
 
-    def seconds(self, kept: Kept) -> float:
+    @property
+    def at_least(self) -> float:
+        """What the slowest stage works, if it never waits."""
+        slowest = max(times.forward_s + times.backward_s for times in self._times)
+        return self.plan.microbatches * slowest
+
+    def seconds(self, kept: KeptStates) -> float:
         """The whole step."""
         form, plan = self.form, self.plan
         reduced, tail = 0.0, 0.0
@@ -235,7 +248,7 @@ class _Step:
         stats = form.cluster.collective_s(Op("all_reduce"), STATS_BYTES, everyone)
         return reduced + stats + SCALAR_STEPS * form.cluster.slowest.launch_s + tail
 
-    @property
+    @cached_property
     def _times(self) -> tuple[StageTimes, ...]:
         """A microbatch in each stage and between them."""
         last, rows = len(self.stages) - 1, []

@@ -6,7 +6,7 @@ that cannot be split by some degrees is split by others. What was searched befor
 it.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -20,9 +20,9 @@ from orchestrator.planning.plan_space import Ranking, Scored, open_plans, ranked
 from orchestrator.planning.preparation import Prepared, key_of, remembered
 from orchestrator.planning.sketches import Capture, Sketches
 from orchestrator.runners.timing.closed_form import ClosedForm, closed_form
-from orchestrator.runners.timing.prediction import SimulationResult, simulate
+from orchestrator.runners.timing.prediction import SimulationResult, simulate, smallest_chip
 from partitioner.layout.parallel_plan import Plan, plan_from_yaml, plan_to_yaml
-from partitioner.program.program import Program
+from partitioner.program.peak_memory import RoleMemory, peak_memory
 
 if TYPE_CHECKING:
     from orchestrator.planning.job_parts import JobParts
@@ -36,16 +36,12 @@ NAMED = 3  # reasons in an error
 
 
 @dataclass(frozen=True, slots=True)
-class Simulated:
-    """A plan, and the simulation of its sketch."""
+class Chosen:
+    """A plan, what its fullest role needs, and the simulation of its sketch; None where it does not fit."""
 
     plan: Plan
-    result: SimulationResult
-
-    @property
-    def peak_bytes(self) -> int:
-        """On the fullest chips."""
-        return max(role.peak_bytes for role in self.result.memory)
+    fullest: RoleMemory
+    result: SimulationResult | None
 
 
 def prepare(
@@ -86,44 +82,49 @@ def _written(plan: Plan) -> bytes:
     return plan_to_yaml(plan).encode()
 
 
-def search(cluster: Cluster, job: Job, sketches: Sketches, form: ClosedForm | None = None) -> Simulated:
-    """The fastest plan that fits, simulated. Raises PlanError where the model cannot be split over the chips."""
+def search(cluster: Cluster, job: Job, sketches: Sketches, form: ClosedForm | None = None) -> Chosen:
+    """The fastest plan that fits, simulated, else the smallest. Raises PlanError where no plan splits the model."""
     form = form or closed_form(sketches.table, cluster, job.global_batch)
     ranking = ranked(open_plans(job, cluster, sketches.num_units), form)
     if not ranking.plans:
         raise _nothing(ranking, job, cluster)
 
-    def program(plan: Plan) -> Program:
-        return sketches.program(plan, job.global_batch // (plan.dp * plan.microbatches))
+    def chosen(plan: Plan) -> Chosen:
+        program = sketches.program(plan, job.global_batch // (plan.dp * plan.microbatches))
+        memory = peak_memory(program)
+        fits = all(r.peak_bytes <= smallest_chip(program, cluster, r.stage).memory_bytes for r in memory)
+        fullest = max(memory, key=lambda role: role.peak_bytes)
+        return Chosen(plan, fullest, simulate(program, cluster) if fits else None)
 
-    return best_simulated(ranking.plans, lambda plan: simulate(program(plan), cluster), _least_tries(cluster))
+    return best_of(ranking.plans, chosen, _least_tries(cluster))
 
 
-def best_simulated(
-    plans: tuple[Scored, ...], simulated: Callable[[Plan], SimulationResult], least_tries: int = 1
-) -> Simulated:
-    """The best of a ranking by what `simulated` says: the fastest that fits, else the smallest."""
-    best: Simulated | None = None
+def best_of(plans: Sequence[Scored], chosen: Callable[[Plan], Chosen], least_tries: int = 1) -> Chosen:
+    """The best of a ranking by what `chosen` says: the fastest that fits, else the smallest."""
+    best: Chosen | None = None
     for tries, scored in enumerate(plans):
         if best is not None and tries >= least_tries and _is_settled(best, scored, tries):
             break
-        found = Simulated(scored.plan, simulated(scored.plan))
+        found = chosen(scored.plan)
         if best is None or _rank(found) < _rank(best):
             best = found
     assert best is not None, "a ranking of no plans"
     return best
 
 
-def _is_settled(best: Simulated, scored: Scored, tries: int) -> bool:
+def _is_settled(best: Chosen, scored: Scored, tries: int) -> bool:
     """Whether what is left, of which `scored` is the best, cannot win."""
-    if not best.result.fits:
-        return not scored.score.fits and (scored.score.peak_bytes >= best.peak_bytes or tries > MOST_TRIES)
-    slower = scored.score.seconds >= best.result.step_time_s * (1 - PRECISION)
-    return not scored.score.fits or slower or tries > MOST_TRIES
+    if tries > MOST_TRIES:
+        return True
+    if best.result is None:
+        return not scored.score.fits and scored.score.peak_bytes > best.fullest.peak_bytes
+    return not scored.score.fits or scored.score.seconds >= best.result.step_time_s * (1 - PRECISION)
 
 
-def _rank(found: Simulated) -> tuple[bool, float]:
-    return not found.result.fits, found.result.step_time_s if found.result.fits else found.peak_bytes
+def _rank(found: Chosen) -> tuple[bool, float]:
+    if found.result is None:
+        return True, found.fullest.peak_bytes
+    return False, found.result.step_time_s
 
 
 def _least_tries(cluster: Cluster) -> int:

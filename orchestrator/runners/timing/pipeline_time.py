@@ -49,7 +49,7 @@ def _period_of_gpipe(stages: Sequence[StageTimes]) -> float:
 
 
 @dataclass(slots=True)
-class _Stream:
+class _StageStream:
     """A stage on its way through its tasks; `posted`: since when it waits for what a task needs."""
 
     tasks: tuple[Task, ...]
@@ -66,7 +66,7 @@ class _Stream:
 class _Pipeline:
     def __init__(self, stages: Sequence[StageTimes], orders: Sequence[tuple[Task, ...]]) -> None:
         self.stages = stages
-        self.streams = [_Stream(tasks) for tasks in orders]
+        self.streams = [_StageStream(tasks) for tasks in orders]
         for stream in self.streams:
             stream.posted = dict.fromkeys(stream.tasks[:2], 0.0)
 

@@ -20,7 +20,7 @@ Tables = Callable[[int, int], UnitTable]  # from tp and samples; raises Partitio
 
 
 @dataclass(frozen=True, slots=True)
-class Kept:
+class KeptStates:
     """What the optimizer keeps: states of each parameter, and full-precision copies of those that have less."""
 
     states: int
@@ -47,7 +47,7 @@ class FlatBytes:
         """Bytes of an entry of its gradient."""
         return 4 if self.dtype in LOW_PRECISION else self.narrow
 
-    def held_bytes(self, shards: int, kept: Kept) -> int:
+    def held_bytes(self, shards: int, kept: KeptStates) -> int:
         """What parameters, gradients and optimizer states take."""
         if self.is_frozen:
             return self.numel * self.narrow
@@ -56,13 +56,13 @@ class FlatBytes:
         master = shard * own if own != self.narrow else 0
         return self.numel * (self.narrow + self.wide) + scattered + master + shard * own * kept.states
 
-    def update_bytes(self, shards: int, kept: Kept) -> int:
+    def update_bytes(self, shards: int, kept: KeptStates) -> int:
         """What a step moves, as `ClusterCosts` has it: itself and states to and fro, the gradient in, a copy out."""
         own = self._own(kept)
         copied = self.narrow if own != self.narrow else 0
         return ceil(self.numel / shards) * (2 * own * (1 + kept.states) + self.wide + copied)
 
-    def _own(self, kept: Kept) -> int:
+    def _own(self, kept: KeptStates) -> int:
         return self.wide if kept.masters else self.narrow
 
 
@@ -93,10 +93,10 @@ class StageBook:
             self._stages[key] = _stages(table, sizes, plan.bucket_bytes, most)
         return self._stages[key]
 
-    def kept(self, plan: Plan, samples: int) -> Kept:
+    def kept(self, plan: Plan, samples: int) -> KeptStates:
         """What the optimizer keeps."""
         table = self.tables(plan.tp, samples)
-        return Kept(table.states, table.masters)
+        return KeptStates(table.states, table.masters)
 
     def _balanced(self, table: UnitTable, pp: int) -> tuple[int, ...]:
         total = sum(table.weights) or 1.0

@@ -22,7 +22,7 @@ from orchestrator.planning.plan_space import open_plans, samples_of
 from orchestrator.planning.preparation import require_there
 from orchestrator.planning.sketches import Sketches
 from orchestrator.runners.timing.closed_form import ClosedForm, ClusterPrices
-from orchestrator.runners.timing.fastest_plan import Simulated, search
+from orchestrator.runners.timing.fastest_plan import Chosen, search
 from orchestrator.runners.timing.stage_units import StageBook
 from orchestrator.sweeps.points import Point, PointResult, Status
 from orchestrator.sweeps.what_if import Factors, scaled
@@ -105,23 +105,24 @@ def _local_key(job: Job) -> str | None:
     return json.dumps(model_content(job) | asked, sort_keys=True)
 
 
-def result_of(point: Point, found: Simulated) -> PointResult:
-    """The figures of a simulation."""
-    result, parts = found.result, found.result.breakdown
-    fullest = max(result.memory, key=lambda role: role.peak_bytes / result.chip_of(role).memory_bytes)
-    memory, reason = result.chip_of(fullest).memory_bytes, ""
-    if not result.fits:
-        needed, there = format_scaled(fullest.peak_bytes, "B"), format_scaled(memory, "B")
-        reason = f"the smallest plan needs {needed} ({fullest.where}), a chip has {there}"
-    plan = found.plan
+def result_of(point: Point, found: Chosen) -> PointResult:
+    """The figures of a plan; of one that does not fit its memory alone."""
+    plan, result, memory = found.plan, found.result, min(c.memory_bytes for c in point.cluster.chip_types)
     degrees: dict[str, int | str] = {name: getattr(plan, name) for name in DEGREES}
     degrees |= {"schedule": str(plan.schedule), "batch_norm": str(plan.batch_norm)}
-    return PointResult(
-        status=Status.OK if result.fits else Status.TOO_LARGE, chips=point.chips, global_batch=point.job.global_batch,
-        reason=reason, plan=str(plan), degrees=degrees, step_time_s=result.step_time_s,
-        tokens_per_s=result.tokens_per_s, rate_unit=result.rate_unit, mfu=result.mfu,
-        model_flops=result.model_flops, peak_memory_bytes=fullest.peak_bytes, memory_bytes=memory,
-        compute_s=parts.compute_s, optimizer_s=parts.optimizer_s, host_s=parts.host_s, bubble_s=parts.bubble_s,
+    made = PointResult(
+        Status.TOO_LARGE, point.chips, point.job.global_batch, plan=str(plan), degrees=degrees,
+        peak_memory_bytes=found.fullest.peak_bytes, memory_bytes=memory,
+    )  # fmt: skip
+    if result is None:
+        needed, there = format_scaled(found.fullest.peak_bytes, "B"), format_scaled(memory, "B")
+        reason = f"the smallest plan needs {needed} ({found.fullest.where}), a chip has {there}"
+        return replace(made, reason=reason)
+    parts = result.breakdown
+    return replace(
+        made, status=Status.OK, step_time_s=result.step_time_s, tokens_per_s=result.tokens_per_s,
+        rate_unit=result.rate_unit, mfu=result.mfu, model_flops=result.model_flops, compute_s=parts.compute_s,
+        optimizer_s=parts.optimizer_s, host_s=parts.host_s, bubble_s=parts.bubble_s,
         exposed_communication_s=dict(parts.exposed_communication_s), cost_usd_per_step=result.cost_usd_per_step,
         energy_j_per_step=result.energy_j_per_step,
     )  # fmt: skip
