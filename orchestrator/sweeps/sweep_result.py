@@ -37,7 +37,7 @@ MFU = """MFU: FLOPs that forward and backward of the model need for the global b
 KNEE = f"""knee: the fewest chips beyond which every doubling adds less than {GAIN:.0%} throughput; what moves it:
  efficiency there against the fewest chips, same plans, one resource twice as good on both, by the closed form"""
 SIMULATED = """step time, its parts and memory: the simulation of the fastest plan that fits, found anew for each point,
- as `orchestrate simulate` gives them; tp, dp, pp, all: waiting for communication along that axis, a mean over chips"""
+ as `orchestrate simulate` gives them; waits: exposed communication along an axis, a mean over chips"""
 MEASURED = """measured (squares): real steps of the same plan on simulated chips of this machine, which share its cores,
  so that throughput can grow with the cores at most, not with the chips; p10, p50, p90 of the steps after the warm-up"""
 DEFINITIONS = tuple(
@@ -179,10 +179,14 @@ class Sweep:
 
     def _table(self, series: Series) -> Table:
         by_chips = {point.chips: point for point in self.curve(series)}
-        rows = tuple(_row(result, by_chips.get(result.chips)) for result in self.series[series])
-        title = f"{self.names[series]}: {series.mode} scaling of {series.model}, {series.batch_text}, seq {series.seq}"
+        rows = [_row(result, by_chips.get(result.chips)) for result in self.series[series]]
+        shown = len(HEADS) if any(result.measured for result in self.series[series]) else -1
+        title = f"{series.mode} scaling of {series.model}, {series.batch_text}, seq {series.seq}"
         title += f", plan {series.plan}" * (series.plan != AUTO)
-        return Table(title, rows, HEADS)
+        title += f", bandwidth x{series.bandwidth:g}" * (series.bandwidth != 1)
+        title += f", latency x{series.latency:g}" * (series.latency != 1)
+        title += f", {series.actors} actors" * (series.actors is not None)
+        return Table(title, tuple(row[:shown] for row in rows), HEADS[:shown])
 
     def plot(self, path: str | Path) -> None:
         """Draw all panels into a .png or .svg file."""
@@ -210,7 +214,7 @@ class Sweep:
 
 HEADS = (
     "chips", "plan", "step", "throughput", "per chip", "speed-up", "efficiency", "doubling", "MFU", "memory",
-    "tp", "dp", "pp", "all", "bubble", "measured p10 / p50 / p90",
+    "tp wait", "dp wait", "pp wait", "all wait", "bubble", "measured p10 / p50 / p90",
 )  # fmt: skip
 
 

@@ -84,7 +84,7 @@ def draw_panel(axes: "Axes", panel: ChipPanel) -> None:
     axes.grid(visible=True, which="major", color="#dddddd", linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
     if any(line.label for line in panel.lines):
-        axes.legend(fontsize=7, frameon=False)
+        axes.legend(fontsize=8, frameon=False)
 
 
 def figure_of(panels: Sequence[ChipPanel], columns: int = 2) -> "Figure":

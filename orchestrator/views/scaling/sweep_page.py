@@ -18,7 +18,7 @@ body { font: 15px/1.45 system-ui, sans-serif; color: #1d2733; background: #fff; 
 h1 { font-size: 1.35rem; margin: 0 0 4px; overflow-wrap: anywhere; }
 h2 { font-size: 1.05rem; margin: 28px 0 6px; overflow-wrap: anywhere; }
 p, li { max-width: 75ch; overflow-wrap: anywhere; }
-.panels { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr)); gap: 20px; }
+.panels { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 520px), 1fr)); gap: 20px; }
 figure { margin: 0; border: 1px solid #e1e5ea; border-radius: 6px; padding: 8px; }
 figure svg { width: 100%; height: auto; display: block; }
 figcaption { font-size: 0.85rem; color: #46525f; }
@@ -26,8 +26,8 @@ figcaption ul { margin: 6px 0 0; padding-left: 1.2em; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: 0.85rem; font-variant-numeric: tabular-nums; }
 th, td { padding: 4px 10px; border-bottom: 1px solid #e1e5ea; text-align: right; white-space: nowrap; }
-th:first-child, td:first-child, td.text { text-align: left; }
-td.text { white-space: normal; min-width: 16ch; }
+th:first-child, td:first-child, .text { text-align: left; }
+td.text { white-space: normal; min-width: 26ch; }
 thead th { background: #f4f6f8; }
 """
 WORDS = 24  # characters from which on a cell is a text that may take several lines
@@ -79,7 +79,9 @@ def _list(lines: Sequence[str]) -> str:
 
 
 def _table(table: Table) -> str:
-    heads = "".join(f"<th>{escape(head)}</th>" for head in table.heads)
+    texts = {place for row in table.rows for place, cell in enumerate(row) if len(cell) > WORDS}
+    kinds = [' class="text"' * (place in texts) for place in range(len(table.heads))]
+    heads = "".join(f"<th{kind}>{escape(head)}</th>" for kind, head in zip(kinds, table.heads, strict=True))
     rows = "".join(f"<tr>{''.join(map(_cell, row))}</tr>\n" for row in table.rows)
     return (
         f'<h2>{escape(table.title)}</h2>\n<div class="scroll"><table>\n<thead><tr>{heads}</tr></thead>\n'
