@@ -95,7 +95,7 @@ class PlannedOptions(Options):
 class CheckOptions(Options):
     """Is this file valid, and what does it describe?"""
 
-    file: Annotated[Path, Argument(metavar="FILE", help="A cluster, job or chip file.")]
+    file: Annotated[Path, Argument(metavar="FILE", help="A cluster, job, chip or sweep file.")]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
