@@ -34,7 +34,7 @@ from partitioner.program.program import Compute, Program, Role, TensorKind
 from partitioner.program.unit_table import UnitTable
 
 STATS_BYTES = 24  # the one all-reduce over all chips: three float64
-SCALAR_STEPS = 12  # kernels of the step's statistics besides two for each group of parameters
+SCALAR_STEPS = 7  # kernels of the statistics besides two for each group: see `flat_buffers.emit_stats`
 
 
 @dataclass(frozen=True, slots=True)

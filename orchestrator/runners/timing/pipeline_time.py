@@ -37,15 +37,17 @@ def ends_of_stages(
         return ends
     last, span = pipeline.streams[-1].done, followed // 2
     period = (last["backward", followed - 1] - last["backward", followed - 1 - span]) / span
+    periods = [period] * len(stages)
     if schedule is PipelineSchedule.GPIPE:
-        period = _period_of_gpipe(stages)
-    return [end + (microbatches - followed) * period for end in ends]
+        periods = [_period_of_gpipe(stages, number) for number in range(len(stages))]
+    return [end + (microbatches - followed) * more for end, more in zip(ends, periods, strict=True)]
 
 
-def _period_of_gpipe(stages: Sequence[StageTimes]) -> float:
-    """What every microbatch adds to the forwards, and to the backwards."""
+def _period_of_gpipe(stages: Sequence[StageTimes], number: int) -> float:
+    """What every microbatch adds to the forwards of all stages, and to the backwards of a stage and those after it."""
     forward = max(max(stage.forward_s, stage.sends_s) for stage in stages)
-    return forward + max(max(stage.backward_s, stage.returns_s) for stage in stages)
+    behind = [stage.backward_s for stage in stages[number:]] + [s.returns_s for s in stages[number + 1 :]]
+    return forward + max(behind)
 
 
 @dataclass(slots=True)
