@@ -201,3 +201,19 @@ def test_a_point_is_measured_by_real_steps_beside_its_prediction(laptop: Any, un
         assert steps.steps == 6 and 0 < steps.p10_s <= steps.p50_s <= steps.p90_s
         assert steps.tokens_per_s * steps.p50_s == pytest.approx(4 * 16)
     assert any(line.stroke == "measured" for line in found.panels[0].lines)
+
+
+def test_the_commands_and_the_file_of_the_page_work(
+    orchestrate: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = (Path(__file__).parents[3] / "docs" / "scaling.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    Path("sweep.yaml").write_text("".join(re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)))
+    commands = re.findall(r"```sh\n(.*?)```", page, re.DOTALL) + re.findall(
+        r"`(orchestrate \w+ [^`]*yaml[^`]*)`", page
+    )
+    assert len(commands) == 3
+    for command in commands:
+        ran = orchestrate(*command.split()[1:])
+        assert ran.code == 0, (command, ran.err)
+    assert Path("scaling/index.html").is_file()
