@@ -107,7 +107,12 @@ class Sweep:
     @property
     def findings(self) -> list[str]:
         """The knee of each series and what moves it, and what is not known."""
-        return [*map(self._finding, self.series), *self.left_out]
+        odd = [
+            f"{self.names[series]}, {result.chips:,} chips: {result.reason}"
+            for series, results in self.series.items() for result in results
+            if result.reason and result.status is Status.OK
+        ]  # fmt: skip
+        return [*map(self._finding, self.series), *odd, *self.left_out]
 
     def _finding(self, series: Series) -> str:
         name, points = self.names[series], self.curve(series)

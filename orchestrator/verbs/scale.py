@@ -119,7 +119,10 @@ def _measure(
     for number, (point, result) in enumerate(zip(points, results, strict=True)):
         if result is None or result.status is not Status.OK or point.chips > asked.most_chips:
             continue
-        results[number] = replace(result, measured=_measured(point, result, asked))
+        try:
+            results[number] = replace(result, measured=_measured(point, result, asked))
+        except UserError as error:
+            results[number] = replace(result, reason=f"not measured: {error.problem}")
         show(number)
 
 
@@ -209,6 +212,8 @@ def _progress(sweep: Sweep, number: int, seconds: float) -> str:
     said = f"{result.status}: {result.reason}"
     if result.status is Status.OK:
         said = f"{format_seconds(result.step_time_s)}, MFU {format_percent(result.mfu)}, {result.plan}"
+    if result.reason and result.status is Status.OK:
+        said = f"{result.reason}; predicted {said}"
     if result.measured is not None:
         said = f"measured {format_seconds(result.measured.p50_s)}, predicted {said}"
     name = sweep.names[point.series]
