@@ -16,9 +16,10 @@ from kernels.optimizers import same_kind
 from orchestrator.config.hardware.cluster_file import cluster_path, load_cluster
 from orchestrator.config.job_file import load_job
 from orchestrator.planning.job_parts import build_model, job_optimizer
-from orchestrator.planning.preparation import Prepared, prepare
+from orchestrator.planning.preparation import Prepared
 from orchestrator.runners.executing.chip_set import InlineLaunch
 from orchestrator.runners.runner import Settings, StepRequest, TensorRunner
+from orchestrator.runners.timing.fastest_plan import prepare
 from orchestrator.runs.data import split_batch
 
 JOB = (

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from orchestrator.runners.timing.prediction import simulate
     from orchestrator.verbs.distribute import distribute
     from orchestrator.verbs.plan import partition
+    from orchestrator.verbs.scale import scale
     from orchestrator.verbs.train import run
     from orchestrator.verbs.verify import verify
 
@@ -25,6 +26,7 @@ __getattr__, __dir__, __all__ = attach(
         "runners.timing.prediction": ["simulate"],
         "verbs.distribute": ["distribute"],
         "verbs.plan": ["partition"],
+        "verbs.scale": ["scale"],
         "verbs.train": ["run"],
         "verbs.verify": ["verify"],
     },

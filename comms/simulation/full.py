@@ -21,7 +21,7 @@ from comms.simulation.compiled import CollectiveJob, Compiled, compile_jobs
 from comms.simulation.events import MOST_RESTARTS, next_instant, run, work_done
 from comms.simulation.lower_bound import end_lower_bound_s
 from comms.simulation.sharing import empty_flows
-from comms.simulation.sweep import NONE, Sweep, sweep
+from comms.simulation.sweep import NONE, SweepState, sweep
 from comms.simulation.work_budget import (
     FORECAST_AFTER,
     UNLIMITED,
@@ -128,7 +128,7 @@ def _may_sweep(compiled: Compiled, rates: FloatArray, conditions: Conditions) ->
 
 
 def _swept(compiled: Compiled, rates: FloatArray, conditions: Conditions) -> FullResult | None:
-    state = Sweep(
+    state = SweepState(
         **compiled.work._asdict(),
         noise=Noise(conditions.noise_s, conditions.seed),
         overhead_s=overheads(compiled, conditions),

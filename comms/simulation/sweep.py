@@ -18,7 +18,7 @@ from comms.simulation.world import Noise
 NONE = -1
 
 
-class Sweep(NamedTuple):
+class SweepState(NamedTuple):
     """Where everything is."""
 
     # From here to forward_nbytes as in compiled.MessageTable: a tuple in a tuple costs time.
@@ -44,7 +44,7 @@ class Sweep(NamedTuple):
 
 
 @compiled
-def sweep(s: Sweep) -> bool:
+def sweep(s: SweepState) -> bool:
     """Time everything; False as soon as two messages meet."""
     for number in range(len(s.edges)):
         slowest = np.inf
@@ -73,7 +73,7 @@ def sweep(s: Sweep) -> bool:
 
 
 @compiled_inside
-def _after_piece_before(s: Sweep, number: int, piece: int) -> None:
+def _after_piece_before(s: SweepState, number: int, piece: int) -> None:
     """A chip starts on a piece when it is done with the one before."""
     stream = s.streams[number]
     for rank in range(stream.ranks):
@@ -88,7 +88,7 @@ def _after_piece_before(s: Sweep, number: int, piece: int) -> None:
 
 
 @compiled_inside
-def _round(s: Sweep, number: int, piece: int) -> bool:
+def _round(s: SweepState, number: int, piece: int) -> bool:
     """One piece of one round."""
     each = s.rounds[number]
     stream = s.streams[each.stream]
@@ -133,7 +133,7 @@ def _round(s: Sweep, number: int, piece: int) -> bool:
 
 
 @compiled_inside
-def _take(s: Sweep, stream: int, edge: int, start: float, end: float) -> bool:
+def _take(s: SweepState, stream: int, edge: int, start: float, end: float) -> bool:
     """Take the wires of a route from start to end; False where they are taken."""
     for hop in range(s.edges[edge].route0, s.edges[edge].route1):
         resource = s.route[hop]

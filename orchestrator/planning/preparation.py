@@ -20,14 +20,12 @@ from typing import TYPE_CHECKING, TypeVar
 from comms.errors import DataError, ModelError, PartitionError, PlanError, UserError
 from comms.kept_files import cache_folder, sealed, unsealed
 from comms.selection.progress import Progress, quiet
-from kernels.builtin_optimizers import BUILT_IN
 from orchestrator.config.hardware.cluster import Cluster
-from orchestrator.config.job_file import Dtype, Job
-from orchestrator.models.model_specs import SourceKind, parse_model
+from orchestrator.config.job_file import Job
 from orchestrator.models.user_code import named_object
-from orchestrator.planning.plan_choice import first_that_splits
+from orchestrator.planning.job_capture import JobCapture, model_content
 from orchestrator.runs.disk import write_whole
-from partitioner.layout.parallel_plan import BatchNorms, Plan
+from partitioner.layout.parallel_plan import Plan
 from partitioner.program.program import Program
 from partitioner.program.program_codec import decode, encode
 
@@ -35,9 +33,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from orchestrator.planning.job_parts import JobParts
-    from partitioner.capture.captured_graph import Graph
 
-MOST_PARAMETERS = 10**15
 Made = TypeVar("Made")
 PLANNED = ("plan", "microbatches")  # keys of a job that a plan stands for
 # what turns a description into a Program: packages, and rooms of this one
@@ -58,41 +54,39 @@ class Prepared:
 def prepare(
     cluster: Cluster,
     job: Job,
-    plan: Plan | None = None,
+    plan: Plan,
     *,
     progress: Progress = quiet,
     parts: "JobParts | None" = None,
+    capture: JobCapture | None = None,
 ) -> Prepared:
-    """Make the Program of `job` on all chips of `cluster`. Raises PlanError, ModelError or CaptureError.
+    """Make the Program of `job` by `plan` on all chips of `cluster`. Raises PlanError, ModelError or CaptureError.
 
-    `parts`: those of the job, if they are there already.
+    `parts`, `capture`: those of the job, if they are there already.
     """
-    _require_text(job)
-    _require_named(job)
-    _require_weights(job)
-    is_stable, cacheable = _is_stable(job), _is_cacheable(job)
-    if plan is not None:
-        return _prepared(cluster, job, plan, progress, cacheable, parts)
-    return first_that_splits(
-        job, cluster, _num_params(job, progress, is_stable, parts),
-        lambda plan: _prepared(cluster, job, plan, progress, cacheable, parts),
-    )  # fmt: skip
-
-
-def _prepared(
-    cluster: Cluster, job: Job, plan: Plan, progress: Progress, cacheable: bool, parts: "JobParts | None"
-) -> Prepared:
+    require_there(job)
     _check(plan, job, cluster)
-    program, was_cached = _program(job, plan, progress, cacheable, parts)
+    program, was_cached = _program(job, plan, capture or JobCapture(job, progress, parts))
     return Prepared(cluster, job, replace(plan, microbatches=program.microbatches), program, was_cached)
 
 
-def _program(
-    job: Job, plan: Plan, progress: Progress, cacheable: bool, parts: "JobParts | None"
-) -> tuple[Program, bool]:
-    entry = f"{key_of(_content(job, plan))}.program" if cacheable else None
-    made = partial(_partitioned, job, plan, progress, parts)
-    return remembered(entry, partial(_decoded, plan), made, encode)
+def require_there(job: Job) -> None:
+    """Raises DataError or ModelError for text or code that the job names and that is not there."""
+    _require_text(job)
+    _require_named(job)
+    _require_weights(job)
+
+
+def program_under(
+    job: Job, plan: Plan, parts: "JobParts | None" = None, *, progress: Progress = quiet
+) -> Program:
+    """The Program of a job by any plan, whatever cluster there is. Raises UserError."""
+    return _program(job, plan, JobCapture(job, progress, parts))[0]
+
+
+def _program(job: Job, plan: Plan, capture: JobCapture) -> tuple[Program, bool]:
+    entry = None if capture.content is None else f"{key_of(_content(job, plan))}.program"
+    return remembered(entry, partial(_decoded, plan), lambda: capture.program(plan), encode)
 
 
 def _decoded(plan: Plan, data: bytes) -> Program:
@@ -103,109 +97,14 @@ def _decoded(plan: Plan, data: bytes) -> Program:
     return program
 
 
-def program_under(
-    job: Job, plan: Plan, parts: "JobParts | None" = None, *, progress: Progress = quiet
-) -> Program:
-    """The Program of a job by any plan, whatever cluster there is. Raises UserError."""
-    return _program(job, plan, progress, _is_cacheable(job), parts)[0]
-
-
-def _is_cacheable(job: Job) -> bool:
-    """Whether a description says all of what a Program is made of."""
-    return _is_stable(job) and not job.has_own_parts
-
-
-def _is_stable(job: Job) -> bool:
-    spec = parse_model(job.model)
-    is_known = spec.kind in (SourceKind.BUILTIN, SourceKind.HF)
-    return is_known and not (spec.target.endswith(".json") or Path(spec.target).exists())
-
-
 def module_values(module: "nn.Module") -> "dict[str, Tensor]":
     """A module's parameters and buffers, under the names that chips ask for."""
     values = {f"params:{name}": value.detach() for name, value in module.named_parameters()}
     return values | {f"buffer:{name}": value.detach() for name, value in module.named_buffers()}
 
 
-def _partitioned(job: Job, plan: Plan, progress: Progress, parts: "JobParts | None") -> Program:
-    with progress("import torch"):
-        from orchestrator.planning.job_parts import job_parts, optimized_shape
-        from orchestrator.planning.optimizer_checks import checked_traits
-        from partitioner.capture.graph_units import capture_graph
-        from partitioner.lowering.lower import StepShape, capture_and_lower, step_shape
-    with progress("build model"):
-        parts = parts or job_parts(job, "meta")
-    model, frozen = parts.model, frozenset[str]()
-    batch = parts.example_batch()
-    if job.optimizer.is_own:
-        scope = checked_traits(parts.optimizer).scope
-        shape, frozen = optimized_shape(model.module, batch, parts.optimizer, scope, job.clip_limit, {})
-    else:
-        states = optimizer_states(job)
-        is_text = not job.has_own_data and model.example is None
-        own = None if is_text else step_shape(model.module, batch, states)
-        shape = own or StepShape(job.global_batch, job.seq, job.model, str(job.dtype), states)
-    shape = replace(shape, model=job.model, dtype=str(job.dtype))
-
-    def graph(microbatches: int) -> "Graph":
-        if (found := _of_one_chip(parts.graphs, plan, microbatches)) is not None:
-            return found
-        made = parts.graphs[plan, microbatches] = capture_graph(
-            model.module, batch, dp=plan.dp, microbatches=microbatches, loss_fn=parts.loss_fn,
-            tp_plan=model.tp_plan, frozen=frozen, min_units=plan.pp, exact=job.dtype is Dtype.FP64,
-            norms_per_part=plan.batch_norm is BatchNorms.PER_PART,
-        )  # fmt: skip
-        return made
-
-    return capture_and_lower(graph, plan, shape, progress)
-
-
-def _of_one_chip(graphs: "Mapping[tuple[Plan, int], Graph]", plan: Plan, microbatches: int) -> "Graph | None":
-    """What was captured for several chips, where one chip sees the same parts one after another."""
-    if plan.num_chips > 1:
-        return None
-    for (other, others), graph in graphs.items():
-        is_same = other.dp == 1 or not graph.needs_whole_batch
-        if is_same and other.dp * others == microbatches and other.batch_norm is plan.batch_norm:
-            return graph
-    return None
-
-
-def optimizer_states(job: Job) -> int:
-    """State tensors per parameter that the job's optimizer, a built-in one, keeps."""
-    known = BUILT_IN[job.optimizer.name]
-    return known.states if job.optimizer.momentum else known.states_without_momentum
-
-
 def _content(job: Job, plan: Plan) -> dict[str, object]:
-    return {
-        "model": job.model, "model_args": {k: repr(v) for k, v in sorted(job.model_args.items())}, "seq": job.seq,
-        "global_batch": job.global_batch, "dtype": str(job.dtype), "plan": repr(plan),
-        "optimizer": job.optimizer.name, "optimizer_states": optimizer_states(job),
-    }  # fmt: skip
-
-
-def _num_params(job: Job, progress: Progress, cacheable: bool, parts: "JobParts | None") -> int:
-    arguments = {k: repr(v) for k, v in sorted(job.model_args.items())}
-    entry = f"{key_of({'params': job.model, 'args': arguments})}.number"
-
-    def counted() -> int:
-        if parts is not None:
-            return sum(p.numel() for p in parts.model.module.parameters())
-        with progress("import torch, count parameters"):
-            from orchestrator.planning.job_parts import build_model
-
-            return sum(p.numel() for p in build_model(job, "meta").module.parameters())
-
-    return remembered(entry if cacheable else None, _number, counted, lambda count: str(count).encode())[0]
-
-
-def _number(data: bytes) -> int:
-    """The number of parameters in an entry. Raises ValueError for what is none."""
-    count = int(data)
-    if not 0 <= count < MOST_PARAMETERS:
-        raise ValueError(f"{count} parameters")
-    return count
+    return model_content(job) | {"global_batch": job.global_batch, "plan": repr(plan)}
 
 
 def _check(plan: Plan, job: Job, cluster: Cluster) -> None:
@@ -260,11 +159,11 @@ def _require_text(job: Job) -> None:
 
 
 @cache
-def code_digest() -> str:
-    """Digest of the sources and libraries that turn a model into a Program."""
+def code_digest(rooms: tuple[str, ...] = CODE) -> str:
+    """Digest of the sources in these rooms, and of the libraries, that turn a model into a Program."""
     root = Path(__file__).resolve().parents[2]
     digest = hashlib.sha256()
-    for path in [path for room in CODE for path in sorted((root / room).rglob("*.py"))]:
+    for path in [path for room in rooms for path in sorted((root / room).rglob("*.py"))]:
         digest.update(path.name.encode() + path.read_bytes())
     for package in ("torch", "transformers"):
         try:
@@ -274,9 +173,9 @@ def code_digest() -> str:
     return digest.hexdigest()
 
 
-def key_of(facts: Mapping[str, object]) -> str:
-    """The cache key of a description (JSON values)."""
-    text = json.dumps({"code": code_digest(), **facts}, sort_keys=True)
+def key_of(facts: Mapping[str, object], rooms: tuple[str, ...] = CODE) -> str:
+    """The cache key of a description (JSON values) of what the code in `rooms` makes."""
+    text = json.dumps({"code": code_digest(rooms), **facts}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 

@@ -1,4 +1,4 @@
-"""check: is this file valid? Answers for cluster, job and chip files; the file says which it is by its
+"""check: is this file valid? Answers for cluster, job, chip and sweep files; the file says which it is by its
 `kind`.
 
 Raises the file's own errors, all at once; a report means that the file is valid. Reads no other file than the
@@ -24,6 +24,7 @@ from orchestrator.config.hardware.cluster import Cluster
 from orchestrator.config.hardware.cluster_file import cluster_from
 from orchestrator.config.job_file import is_reference, job_from
 from orchestrator.config.schema import nearest, validate
+from orchestrator.config.sweep_file import SweepFile
 from orchestrator.config.yaml_file import Document, read_yaml
 from orchestrator.verbs.inputs.options import CheckOptions
 from orchestrator.views.console import Console, Table
@@ -238,9 +239,31 @@ def _check_chip(document: Document) -> _Said:
     }
 
 
+def _check_sweep(document: Document) -> _Said:
+    sweep = validate(document, SweepFile)
+    varied = {name: values for name, values in sweep.vary.model_dump().items() if values}
+    lines = [f"{name}: {', '.join(map(str, values))}" for name, values in varied.items()]
+    if sweep.batch_per_chip is not None:
+        lines.append(f"{sweep.batch_per_chip:g} samples per chip in weak scaling")
+    if (measured := sweep.measure) is not None:
+        lines.append(
+            f"measured by {measured.runner} up to {measured.most_chips} chips, {measured.steps} steps each"
+        )
+    counts = ", ".join(map(str, sweep.chips))
+    return (f"{' and '.join(sweep.modes)} scaling on {sweep.cluster}: {counts} chips", *lines), {
+        "cluster": sweep.cluster,
+        "modes": list(map(str, sweep.modes)),
+        "chips": list(sweep.chips),
+        "vary": {name: list(values) for name, values in varied.items()},
+        "batch_per_chip": sweep.batch_per_chip,
+        "measure": None if measured is None else measured.model_dump(mode="json"),
+    }
+
+
 # One entry per kind of file: from a document to what its report says.
 CHECKERS: dict[str, Callable[[Document], _Said]] = {
     "cluster": _check_cluster,
     "job": _check_job,
     "chip": _check_chip,
+    "sweep": _check_sweep,
 }

@@ -16,6 +16,7 @@ import weakref
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from numbers import Integral, Real
 from pathlib import Path
 from types import NoneType
@@ -32,9 +33,9 @@ from kernels.trials.setting_modes import modes_of
 from orchestrator.config.hardware.cluster import Cluster
 from orchestrator.config.hardware.cluster_file import cluster_path, load_cluster
 from orchestrator.config.job_file import load_job
+from orchestrator.planning.job_capture import ModuleCapture
 from orchestrator.planning.job_parts import optimized_shape
 from orchestrator.planning.optimizer_checks import checked_traits
-from orchestrator.planning.plan_choice import first_that_splits
 from orchestrator.planning.preparation import module_values
 from orchestrator.runners.executing import whole_state
 from orchestrator.runners.executing.chip_set import ChipSet
@@ -48,6 +49,7 @@ from orchestrator.runners.runner import (
     TensorRunner,
     num_workers,
 )
+from orchestrator.runners.timing.fastest_plan import fastest_plan
 from orchestrator.runs.checkpoints.checkpoint_folder import TrainingState
 from orchestrator.runs.data import split_batch, step_key
 from orchestrator.verbs.inputs.launch import launch_of
@@ -77,7 +79,7 @@ from partitioner.capture.forwards.step_loss import LossFunction
 from partitioner.capture.graph_units import capture_graph
 from partitioner.capture.source_lines import depth_of_call
 from partitioner.layout.parallel_plan import BatchNorms, Plan
-from partitioner.lowering.lower import capture_and_lower
+from partitioner.lowering.lower import StepShape, capture_and_lower
 from partitioner.program.program import Program
 
 MAX_PROGRAMS = 64  # a value that is annealed leads to another one at every step
@@ -280,7 +282,7 @@ class DistributedStep:
     def _start(self, batch: Batch, situation: Situation) -> None:
         """Run the Program for a situation, from what the model and the optimizer hold."""
         self.traits = checked_traits(self.optimizer)  # it may have been given hooks or attributes
-        self.plan = self.plan or self._chosen_plan(batch, situation)
+        self.plan = self.plan or self._chosen_plan(batch)
         if self.plan.num_chips != self.cluster.num_chips:
             raise PlanError(f"the plan is for {self.plan.num_chips} chips, the cluster has {self.cluster.num_chips}",
                             "plan", f"take chips={self.plan.num_chips}, or change a degree")  # fmt: skip
@@ -314,17 +316,15 @@ class DistributedStep:
                 own[name] = {**own.get(name, {}), whole_state.MASTER: master}
         return own
 
-    def _chosen_plan(self, batch: Batch, situation: Situation) -> Plan:
+    def _chosen_plan(self, batch: Batch) -> Plan:
         """A plan that splits the model over all chips; samples are units of work, as nothing is known of tokens."""
         lengths = Counter(v.shape[0] for v in tensors_of(batch).values() if v.dim())
         samples = max(lengths, key=lambda n: (lengths[n], n), default=1)
         job = load_job(None).model_copy(update={"global_batch": max(samples, 1), "seq": 1})
+        shape, apart = self._shape(batch, dict(ages_of(self.model, self.optimizer, self._entries)))
 
-        def made(plan: Plan) -> Plan:
-            self._program_of(batch, plan, situation)
-            return plan
-
-        return first_that_splits(job, self.cluster, sum(p.numel() for p in self.model.parameters()), made)
+        graph = partial(self._graph, batch, apart=apart, exact=self.exact)
+        return fastest_plan(self.cluster, ModuleCapture(job, shape, graph, self.progress))
 
     def _program_of(self, batch: Batch, plan: Plan, situation: Situation) -> Program:
         """The Program for a situation, made once."""
@@ -337,25 +337,28 @@ class DistributedStep:
 
     def program_by(self, batch: Batch, plan: Plan, *, exact: bool = False) -> Program:
         """The Program for batches like this one by any plan, made anew."""
-        ages = dict(ages_of(self.model, self.optimizer, self._entries))
-        shape, apart = optimized_shape(
-            self.model, batch, self.optimizer, self.traits.scope, self.clip_norm, ages
-        )
-        shape = replace(shape, has_masters=self.has_masters)
+        shape, apart = self._shape(batch, dict(ages_of(self.model, self.optimizer, self._entries)))
 
-        def graph(microbatches: int) -> Graph:
-            return capture_graph(
-                self.model, batch, dp=plan.dp, microbatches=microbatches, loss_fn=self.loss_fn, tp_plan=self.tp_plan,
-                frozen=apart, min_units=plan.pp, exact=exact or self.exact,
-                norms_per_part=plan.batch_norm is BatchNorms.PER_PART,
-            )  # fmt: skip
-
+        graph = partial(self._graph, batch, plan, apart=apart, exact=exact or self.exact)
         program = capture_and_lower(graph, plan, shape, self.progress)
         for said in (*ungiven(batch), *warnings_of(program)):
             if said not in self._said:
                 self._said.add(said)
                 warnings.warn(said, stacklevel=depth_of_call())
         return program
+
+    def _shape(self, batch: Batch, ages: Mapping[str, object]) -> tuple[StepShape, frozenset[str]]:
+        scope, limit = self.traits.scope, self.clip_norm
+        shape, apart = optimized_shape(self.model, batch, self.optimizer, scope, limit, ages)
+        return replace(shape, has_masters=self.has_masters), apart
+
+    def _graph(
+        self, batch: Batch, plan: Plan, microbatches: int, apart: frozenset[str], exact: bool
+    ) -> Graph:
+        return capture_graph(
+            self.model, batch, dp=plan.dp, microbatches=microbatches, loss_fn=self.loss_fn, tp_plan=self.tp_plan,
+            frozen=apart, min_units=plan.pp, exact=exact, norms_per_part=plan.batch_norm is BatchNorms.PER_PART,
+        )  # fmt: skip
 
 
 @naming_the_call()

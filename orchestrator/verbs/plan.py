@@ -8,6 +8,7 @@ from orchestrator.config.hardware.cluster import Cluster
 from orchestrator.config.job_file import Job
 from orchestrator.planning import preparation
 from orchestrator.planning.preparation import Prepared
+from orchestrator.runners.timing import fastest_plan
 from orchestrator.runners.timing.prediction import SimulationResult, simulate
 from orchestrator.runs import run_dir
 from orchestrator.verbs.inputs.options import PlanOptions
@@ -24,9 +25,9 @@ PREDICTED = (
 
 
 def partition(cluster: Cluster, job: Job, plan: Plan | None = None) -> Prepared:
-    """Split `job`'s model over all chips of `cluster`, as `plan` says or by the default rule. Raises UserError."""
+    """Split `job`'s model over all chips of `cluster`, by `plan` or the fastest one that fits. Raises UserError."""
     preparation.require_same(job, plan)
-    return preparation.prepare(cluster, job, plan)
+    return fastest_plan.prepare(cluster, job, plan)
 
 
 def main(options: PlanOptions, console: Console) -> int:

@@ -19,11 +19,12 @@ from orchestrator.config.hardware.cluster import Cluster, Device
 from orchestrator.config.job_file import Job
 from orchestrator.models.model_builder import BuiltModel
 from orchestrator.planning.job_parts import JobParts, LrSchedule, job_parts, validation_data
-from orchestrator.planning.preparation import Prepared, prepare, program_under
+from orchestrator.planning.preparation import Prepared, program_under
 from orchestrator.runners.failure import RunPhase
 from orchestrator.runners.on_ray.ray_connection import is_job
 from orchestrator.runners.runner import Launch
 from orchestrator.runners.signals import OF_TERMINALS, StopRequest, StopSignal, held_back, stop_request
+from orchestrator.runners.timing.fastest_plan import prepare
 from orchestrator.runners.timing.prediction import SimulationResult, simulate
 from orchestrator.runs import run_dir
 from orchestrator.runs.data import NUM_BYTES, TokenData, baseline_losses, load_data

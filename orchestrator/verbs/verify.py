@@ -18,8 +18,10 @@ from comms.selection.progress import Progress, quiet
 from comms.units import format_scaled
 from orchestrator.config.hardware.cluster import Cluster
 from orchestrator.config.job_file import Dtype, Job
+from orchestrator.planning.job_capture import JobCapture
 from orchestrator.planning.job_parts import JobParts, job_parts
 from orchestrator.planning.preparation import Prepared, module_values, prepare, require_same
+from orchestrator.runners.timing.fastest_plan import fastest_plan
 from orchestrator.verbs.inputs.options import VerifyOptions
 from orchestrator.verbs.inputs.planned_inputs import resolve
 from orchestrator.verbs.plan import parameter_bytes, step_flops
@@ -92,6 +94,7 @@ def verify(
     require_same(job, plan)
     number = steps or min(job.steps, STEPS)
     exact = job.model_copy(update={"dtype": Dtype.FP64})
+    plan = plan or fastest_plan(cluster, JobCapture(job, progress))  # what would be trained
     parts = job_parts(exact, "cpu")
     prepared = prepare(cluster, exact, plan, progress=progress, parts=parts)
     if show is not None:

@@ -74,12 +74,14 @@ def capture_graph(
     min_units: int = 1,
     exact: bool = False,
     norms_per_part: bool = False,
+    repeats: bool = False,
 ) -> Graph:
     """The graph of one microbatch of one replica, where `module(**batch)` is a step (only shapes are used).
 
-    `loss_fn`, `tp_plan`: see `trace_module`. `frozen`: parameters that are not trained though they have a gradient.
-    `min_units`: at least so many units, if the model has that many pieces. `exact`: float64 stays wide through explicit
-    casts. `norms_per_part`: see `batch_norms`. Raises CaptureError, and PlanError where the batch does not divide.
+    `loss_fn`, `tp_plan`, `repeats`: see `trace_module`. `frozen`: parameters that are not trained though they have a
+    gradient. `min_units`: at least so many units, if the model has that many pieces. `exact`: float64 stays wide
+    through explicit casts. `norms_per_part`: see `batch_norms`. Raises CaptureError, and PlanError where the batch
+    does not divide.
     """
 
     said: set[str] = set()
@@ -88,7 +90,9 @@ def capture_graph(
         def trace(given: Batch, mode: FakeTensorMode) -> Captured:
             with ExactFloat64() if exact else nullcontext(), users_warnings(said, given is batch):
                 warn_of_batch(loss_fn, given)
-                captured = trace_module(module, given, loss_fn, tp_plan, mode, has_lines=has_lines)
+                captured = trace_module(
+                    module, given, loss_fn, tp_plan, mode, has_lines=has_lines, repeats=repeats
+                )
             captured.frozen |= frozen
             return captured
 

@@ -97,12 +97,14 @@ def trace_module(
     fake_mode: FakeTensorMode | None = None,
     *,
     has_lines: bool = True,
+    repeats: bool = False,
 ) -> Captured:
     """Trace a step's loss (see `loss_of_step`) to a graph that returns a scalar.
 
     `batch` may hold real or meta tensors: only shapes and dtypes are used. `tp_plan` maps module-name patterns to
     tensor-parallel styles (see `tp_styles.py`); without one the model's own is looked for. Graphs of one `fake_mode`
-    can be put together. Raises CaptureError.
+    can be put together. `repeats`: its forward is known to do the same each time, else that is tried. Raises
+    CaptureError.
     """
     refuse_unsupported(module)
     require_known_inputs(module, batch, loss_fn)
@@ -121,7 +123,8 @@ def trace_module(
         if functional := not is_pure(graph_module.graph):
             require_expressible(graph_module.graph, trace.names(graph_module), frozen)
             graph_module = trace.run(functional=True)
-        _require_repeatable(trace, graph_module, functional, noted)
+        if not repeats:
+            _require_repeatable(trace, graph_module, functional, noted)
         _require_read(trace, graph_module)
     captured = Captured(
         graph_module=graph_module,

@@ -1,10 +1,8 @@
 """Flat buffers: a role's parameters end to end, and the end of a step that reduces, measures and updates them.
 
-Parameters are grouped by what must be done to them: the optimizer's settings, replicated over tp or cut, tied across
-stages, and the bucket they fall in (filled in the order in which backward finishes them, so that reduction can start
-early). Each group gets one parameter buffer, one gradient buffer and, with ZeRO-1 (Rajbhandari et al. 2020), this
-chip's 1/dp of both. Low-precision parameters may get a full-precision master copy that the optimizer updates; their
-gradients are added up in full precision in any case.
+Parameters are grouped by what must be done to them, see `buckets`. Each group gets one parameter buffer, one gradient
+buffer and, with ZeRO-1 (Rajbhandari et al. 2020), this chip's 1/dp of both. Low-precision parameters may get a
+full-precision master copy that the optimizer updates; their gradients are added up in full precision in any case.
 
 Where the optimizer looks at whole parameters, a group is one of them, or with ZeRO-1 one for each of the dp shards.
 What tp cuts of them is gathered for the step, which all chips of the tp group take alike.
@@ -19,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from partitioner.layout.parallel_plan import Plan
-from partitioner.layout.param_cuts import ParamCut
+from partitioner.lowering.buckets import Param, buckets
 from partitioner.lowering.role_builder import SCALAR, RoleBuilder
 from partitioner.lowering.stage import Losses
 from partitioner.program.program import (
@@ -37,21 +35,6 @@ STATS = TensorSpec((3,), "f64")
 ALL = Group(("pp", "dp", "tp"))
 
 Terms: TypeAlias = Sequence[tuple[int, float]]  # scalars and their weights in a sum
-
-
-@dataclass(frozen=True, slots=True)
-class Param:
-    """A parameter as one chip of the role holds it."""
-
-    name: str
-    spec: TensorSpec
-    cut: ParamCut | None  # by tp, or replicated
-    sections: tuple[int, ...]  # of the cut dim where one length does not tell
-    tied: tuple[int, ...]  # the stages that share it, empty if only one has it
-    unit: int  # the earliest unit of the role that uses it: its gradient is complete when that unit's backward ends
-    is_frozen: bool
-    group: int  # of optimizer settings
-    apart: object  # parameters are stepped on together where this is equal
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,33 +66,9 @@ class Kept:
 def make_groups(role: RoleBuilder, params: Iterable[Param], plan: Plan, kept: Kept) -> tuple[FlatGroup, ...]:
     """Declare buffers for `params` and the parameter tensors as views into them; frozen ones get no gradient."""
     shards = plan.dp if plan.zero else 1
-    buckets = enumerate(_buckets(params, plan.bucket_bytes, shards if kept.whole else None))
+    filled = enumerate(buckets(params, plan.bucket_bytes, shards if kept.whole else None))
     tp = plan.tp if kept.whole else 1
-    return tuple(_declare(role, f"flat{index}", members, shards, tp, kept) for index, members in buckets)
-
-
-def _buckets(params: Iterable[Param], bucket_bytes: int, most: int | None) -> list[list[Param]]:
-    """Split by kind, then fill buckets from the last unit to the first; with `most` parameters, by size.
-
-    Tied parameters come last and in the order of their names: the same in every stage that shares them.
-    """
-    by_kind: dict[tuple[object, ...], list[Param]] = {}
-    for param in sorted(params, key=lambda p: (p.tied, 0 if p.tied else -p.unit, p.name)):
-        kind = (param.is_frozen, param.group, param.apart, param.tied, param.cut is None, param.spec.dtype)
-        by_kind.setdefault(kind, []).append(param)
-    buckets: list[list[Param]] = []
-    for members in by_kind.values():
-        if most:
-            members.sort(key=lambda p: p.spec.numel)  # those of a bucket get shards of one length
-        current: list[Param] = []
-        for param in members:
-            current.append(param)
-            if len(current) == most or (not most and sum(p.spec.nbytes for p in current) >= bucket_bytes):
-                buckets.append(current)
-                current = []
-        if current:
-            buckets.append(current)
-    return buckets
+    return tuple(_declare(role, f"flat{index}", members, shards, tp, kept) for index, members in filled)
 
 
 def _declare(

@@ -24,11 +24,11 @@ from partitioner.layout.joint_trace import lines_of, trace_joint
 from partitioner.layout.parallel_plan import BatchNorms, Plan, balance
 from partitioner.layout.param_cuts import Cuts, param_cuts
 from partitioner.layout.pipeline_schedules import PipelineSchedule, Task
-from partitioner.lowering.cut_share import cut_share
+from partitioner.lowering.buckets import Param
+from partitioner.lowering.cut_share import CutShare, cut_share
 from partitioner.lowering.flat_buffers import (
     FlatGroup,
     Kept,
-    Param,
     emit_stats,
     emit_update,
     make_groups,
@@ -142,11 +142,36 @@ def capture_and_lower(
         return replace(program, meta=(*program.meta, merged))
 
 
-def lower(graph: Graph, plan: Plan, shape: StepShape) -> Program:
-    """The Program of one training step (and of evaluation), checked. Raises PartitionError."""
-    groups = shape.groups
-    if groups is None:
-        groups = {name: (int(len(graph.specs[name].shape) < MATRIX), None) for name in graph.params}
+def lower(graph: Graph, plan: Plan, shape: StepShape, *, check: bool = True) -> Program:
+    """The Program of one training step (and of evaluation). Raises PartitionError.
+
+    `check`: prove it free of errors, which what only the clock sees does not need.
+    """
+    context, share = staged(graph, plan, shape)
+    pool, roles = _roles(context, shape)
+    if context.abroad:  # now it is known who reads what others change
+        pool, roles = _roles(context, shape)
+    templates, parts = [graph.templates[u.template] for u in graph.units], plan.microbatches * plan.dp
+    flops = sum(t.model_flops for t in templates) + forward_flops(graph.inputs.graph)
+    sizes = [context.stage_of.count(stage) for stage in range(plan.pp)]
+    meta: dict[str, str | int | float] = {
+        "model": shape.model, "dtype": shape.dtype, "plan": str(plan), "samples": shape.samples,
+        "tokens": shape.samples * shape.tokens, "params": graph.param_numel(), "units": len(graph.units),
+        "samples_per_part": graph.samples, "model_flops": flops * parts + forward_flops(graph.constants.graph),
+        "recomputed_flops": sum(_again_flops(graph, u) for u in graph.units) * parts,
+        "nominal_count": context.nominal_count,
+        "tp_cut_parameters": share.parameters, "tp_cut_flops": share.flops, "tp_copied": "; ".join(share.copied),
+        "zero": plan.zero, "whole_tensors": int(shape.whole_tensors), "loss": graph.loss_rule,
+        "schedule": str(schedule_of(plan, has_tail=graph.tail is not None)), "stages": "+".join(map(str, sizes)),
+    }  # fmt: skip
+    program = Program(plan.axes, plan.microbatches, tuple(pool.segments), roles, tuple(meta.items()))
+    if check:
+        require_valid(program)
+    return program
+
+
+def staged(graph: Graph, plan: Plan, shape: StepShape) -> tuple[StageContext, CutShare]:
+    """What lowering knows of the model once its stages are cut and its units traced, and how much tp cuts of it."""
     sizes = plan.stages or balance([unit_cost(graph, i) for i in range(len(graph.units))], plan.pp)
     if sum(sizes) != len(graph.units):
         raise PartitionError(
@@ -156,8 +181,7 @@ def lower(graph: Graph, plan: Plan, shape: StepShape) -> Program:
     wanted = param_cuts(graph, plan.tp) if plan.tp > 1 else dict.fromkeys(graph.params)
     stage_of = tuple(stage for stage, size in enumerate(sizes) for _ in range(size))
     # put into the gradients beforehand, as if all tokens of the step counted
-    tokens = shape.samples * shape.tokens
-    count = tokens if graph.is_counted else 1
+    count = shape.samples * shape.tokens if graph.is_counted else 1
     traced, cuts = _traced(graph, plan, wanted)
     share = cut_share(graph, plan, cuts, wanted, traced)
     reached = frozenset(
@@ -170,24 +194,14 @@ def lower(graph: Graph, plan: Plan, shape: StepShape) -> Program:
         raise PartitionError(
             problem, line_of_reader(graph, graph.params[0]), "return gradients from backward"
         )
-    context = StageContext(graph, plan, traced, stage_of, cuts, count, reached, {})
-    pool, roles = _roles(context, groups, shape)
-    if context.abroad:  # now it is known who reads what others change
-        pool, roles = _roles(context, groups, shape)
-    templates, parts = [graph.templates[u.template] for u in graph.units], plan.microbatches * plan.dp
-    flops = sum(t.model_flops for t in templates) + forward_flops(graph.inputs.graph)
-    meta: dict[str, str | int | float] = {
-        "model": shape.model, "dtype": shape.dtype, "plan": str(plan), "samples": shape.samples,
-        "tokens": tokens, "params": graph.param_numel(), "units": len(graph.units),
-        "samples_per_part": graph.samples, "model_flops": flops * parts + forward_flops(graph.constants.graph),
-        "recomputed_flops": sum(_again_flops(graph, u) for u in graph.units) * parts, "nominal_count": count,
-        "tp_cut_parameters": share.parameters, "tp_cut_flops": share.flops, "tp_copied": "; ".join(share.copied),
-        "zero": plan.zero, "whole_tensors": int(shape.whole_tensors), "loss": graph.loss_rule,
-        "schedule": str(schedule_of(plan, has_tail=graph.tail is not None)), "stages": "+".join(map(str, sizes)),
-    }  # fmt: skip
-    program = Program(plan.axes, plan.microbatches, tuple(pool.segments), roles, tuple(meta.items()))
-    require_valid(program)
-    return program
+    return StageContext(graph, plan, traced, stage_of, cuts, count, reached, {}), share
+
+
+def groups_of(graph: Graph, shape: StepShape) -> Groups:
+    """Of each parameter, its group of optimizer settings and what it shares with those it is stepped on with."""
+    if shape.groups is not None:
+        return shape.groups
+    return {name: (int(len(graph.specs[name].shape) < MATRIX), None) for name in graph.params}
 
 
 def unit_cost(graph: Graph, index: int) -> float:
@@ -239,16 +253,17 @@ def _again_flops(graph: Graph, unit: Unit) -> int:
     return alone.training_flops - template.model_flops
 
 
-def _roles(context: StageContext, groups: Groups, shape: StepShape) -> tuple[SegmentPool, tuple[Role, ...]]:
+def _roles(context: StageContext, shape: StepShape) -> tuple[SegmentPool, tuple[Role, ...]]:
     pool = SegmentPool()
-    return pool, tuple(_role(context, stage, pool, groups, shape) for stage in range(context.plan.pp))
+    return pool, tuple(role_of_stage(context, stage, pool, shape) for stage in range(context.plan.pp))
 
 
-def _role(context: StageContext, stage: int, pool: SegmentPool, groups_of: Groups, shape: StepShape) -> Role:
+def role_of_stage(context: StageContext, stage: int, pool: SegmentPool, shape: StepShape) -> Role:
+    """The role of one stage, its segments added to `pool`."""
     plan = context.plan
     role = RoleBuilder(stage, pool)
     kept = Kept(shape.optimizer_states, shape.has_masters, shape.whole_tensors)
-    groups = make_groups(role, _params(context, stage, groups_of), plan, kept)
+    groups = make_groups(role, params_of(context, stage, groups_of(context.graph, shape)), plan, kept)
     trained = tuple(g for g in groups if not g.params[0].is_frozen)
     losses, unit_ends = emit_stage(role, context)
     role.add_frees(
@@ -273,7 +288,8 @@ def _role(context: StageContext, stage: int, pool: SegmentPool, groups_of: Group
     )
 
 
-def _params(context: StageContext, stage: int, groups_of: Groups) -> list[Param]:
+def params_of(context: StageContext, stage: int, settings: Groups) -> list[Param]:
+    """The parameters of a stage, each in its earliest unit there."""
     graph = context.graph
     stages: dict[str, set[int]] = {}
     earliest: dict[str, int] = {}
@@ -288,7 +304,7 @@ def _params(context: StageContext, stage: int, groups_of: Groups) -> list[Param]
         spec = graph.specs[name] if cut is None else cut.local(graph.specs[name], tp)
         sections = () if cut is None or (cut.divides(tp) and len(cut.sections) == 1) else cut.sections
         tied = tuple(sorted(stages[name])) if len(stages[name]) > 1 else ()
-        groups = groups_of.get(name, (0, None))
+        groups = settings.get(name, (0, None))
         params.append(
             Param(
                 name,

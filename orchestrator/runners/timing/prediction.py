@@ -151,11 +151,8 @@ class SimulationResult:
         return all(role.peak_bytes <= self.chip_of(role).memory_bytes for role in self.memory)
 
     def chip_of(self, role: RoleMemory) -> Chip:
-        """The chip with the least memory in a stage; the unit repeats, so one unit is enough to look at."""
-        per_stage = self.num_chips // self.program.size("pp")
-        distinct = min(per_stage, self.cluster.chips_per_host * len(self.cluster.unit))
-        chips = (self.cluster.chip(role.stage * per_stage + offset) for offset in range(distinct))
-        return min(chips, key=lambda chip: chip.memory_bytes)
+        """The chip with the least memory in a stage."""
+        return smallest_chip(self.program, self.cluster, role.stage)
 
     def timeline(self, step: int = 0) -> Timeline:
         """The predicted step: every chip of a small mesh, one chip per stage of a large one."""
@@ -184,6 +181,14 @@ class SimulationResult:
             "left_out": self.step.left_out,
             "elapsed_s": self.elapsed_s,
         }
+
+
+def smallest_chip(program: Program, cluster: Cluster, stage: int) -> Chip:
+    """The chip with the least memory in a stage; the unit repeats, so one unit is enough to look at."""
+    per_stage = program.num_chips // program.size("pp")
+    distinct = min(per_stage, cluster.chips_per_host * len(cluster.unit))
+    chips = (cluster.chip(stage * per_stage + offset) for offset in range(distinct))
+    return min(chips, key=lambda chip: chip.memory_bytes)
 
 
 def simulate(

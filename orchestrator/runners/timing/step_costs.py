@@ -121,16 +121,16 @@ class ClusterCosts:
 
     def transfer_ns(self, role: Role, instruction: Send) -> int:
         """Time of one message by itself between the stages' first chips."""
-        link, issue_s = self._way(role, instruction)
+        link, issue_s = self.way(role.stage, instruction.to)
         return _ns(issue_s + link.seconds(role.tensors[instruction.tensor].spec.nbytes))
 
     def issue_ns(self, role: Role, instruction: Send) -> int:
         """What a message by itself pays in the tier that joins the stages, see `Library`."""
-        return _ns(self._way(role, instruction)[1])
+        return _ns(self.way(role.stage, instruction.to)[1])
 
-    def _way(self, role: Role, instruction: Send) -> tuple[Link, float]:
+    def way(self, stage: int, other: int) -> tuple[Link, float]:
         """The link between two stages, and what issuing a message adds to it."""
-        stages = (min(role.stage, instruction.to), max(role.stage, instruction.to))
+        stages = (min(stage, other), max(stage, other))
         if stages not in self._between:
             self._between[stages] = self._way_between(*map(self._first_chip, stages))
         return self._between[stages]

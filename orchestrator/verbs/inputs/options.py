@@ -54,6 +54,29 @@ ClusterFlag = Annotated[
 ChipsFlag = Annotated[int | None, Option(min=1, help="Take this many chips of the cluster; default: all.")]
 RunDirFlag = Annotated[Path | None, Option(metavar="FOLDER", help="Write results here; must not exist yet.")]
 PlotFlag = Annotated[Path | None, Option(metavar="FILE.png", help="Draw a picture into this file.")]
+JobFlag = Annotated[
+    Path | None, Option(metavar="FILE", help="Job file: model, data, loss, optimizer, plan, steps.")
+]
+ModelFlag = Annotated[
+    str | None,
+    Option(
+        metavar="MODEL",
+        help="builtin:NAME (default: gpt-mini), hf:NAME[:HEAD], hf:FOLDER, file.py:name or pkg.module:name.",
+    ),
+]
+DataFlag = Annotated[
+    str | None,
+    Option(
+        metavar="DATA",
+        help="A text file, a folder of them, or file.py:name of a dataset or loader; default: text.",
+    ),
+]
+BatchFlag = Annotated[int | None, Option(min=1, help="Samples per step, over all chips; default: 32.")]
+SeqFlag = Annotated[int | None, Option(min=1, help="Tokens per sequence; default: 128.")]
+SetFlag = Annotated[
+    tuple[str, ...],
+    Option("--set", metavar="A.B=C", help="Override a key of the job, as in loss=file.py:name."),
+]
 INTERRUPTED = 130  # exit code
 # Flags that every help text has at its end, in this order.
 LAST = ("overrides", "dry_run", "as_json", "verbose")
@@ -72,42 +95,24 @@ class PlannedOptions(Options):
     """What every verb can be asked that is about a model on a cluster."""
 
     cluster: ClusterFlag = None
-    job: Annotated[
-        Path | None, Option(metavar="FILE", help="Job file: model, data, loss, optimizer, plan, steps.")
+    job: JobFlag = None
+    model: ModelFlag = None
+    data: DataFlag = None
+    plan: Annotated[
+        Path | None,
+        Option(metavar="auto|FILE", help="A saved plan, or auto (the default): the fastest that fits."),
     ] = None
-    model: Annotated[
-        str | None,
-        Option(
-            metavar="MODEL",
-            help="builtin:NAME (default: gpt-mini), hf:NAME[:HEAD], hf:FOLDER, file.py:name or pkg.module:name.",
-        ),
-    ] = None
-    data: Annotated[
-        str | None,
-        Option(
-            metavar="DATA",
-            help="A text file, a folder of them, or file.py:name of a dataset or loader; default: text.",
-        ),
-    ] = None
-    plan: Annotated[Path | None, Option(metavar="FILE", help="A saved plan to use instead of a new one.")] = (
-        None
-    )
     chips: ChipsFlag = None
-    global_batch: Annotated[
-        int | None, Option(min=1, help="Samples per step, over all chips; default: 32.")
-    ] = None
-    seq: Annotated[int | None, Option(min=1, help="Tokens per sequence; default: 128.")] = None
-    overrides: Annotated[
-        tuple[str, ...],
-        Option("--set", metavar="A.B=C", help="Override a key of the job, as in loss=file.py:name."),
-    ] = ()  # in the order given
+    global_batch: BatchFlag = None
+    seq: SeqFlag = None
+    overrides: SetFlag = ()  # in the order given
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class CheckOptions(Options):
     """Is this file valid, and what does it describe?"""
 
-    file: Annotated[Path, Argument(metavar="FILE", help="A cluster, job or chip file.")]
+    file: Annotated[Path, Argument(metavar="FILE", help="A cluster, job, chip or sweep file.")]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -151,6 +156,42 @@ class TrainOptions(PlannedOptions):
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class VerifyOptions(PlannedOptions):
     """Is the split run the same training run as on one chip?"""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class ScaleOptions(Options):
+    """How does it scale: time, efficiency and cost over numbers of chips, where is the knee and what moves it?"""
+
+    file: Annotated[Path | None, Argument(metavar="[SWEEP]", help="A sweep file, which says it all.")] = None
+    cluster: ClusterFlag = None
+    job: JobFlag = None
+    model: ModelFlag = None
+    data: DataFlag = None
+    chips: Annotated[str | None, Option(metavar="N,N,...", help="Numbers of chips: 8,64,512.")] = None
+    mode: Annotated[
+        Literal["weak", "strong", "both"] | None,
+        Option(help="Batch in proportion to the chips (weak, the default) or the same for all (strong)."),
+    ] = None
+    global_batch: Annotated[
+        int | None,
+        Option(min=1, help="Samples per step: of all chips (strong), of the fewest (weak); default: 32."),
+    ] = None
+    seq: SeqFlag = None
+    vary: Annotated[
+        tuple[str, ...],
+        Option(
+            metavar="WHAT=A,B,...",
+            help="Try each: model, batch, seq, bandwidth or latency (factors), plan (auto, tp8-pp2), actors.",
+        ),
+    ] = ()
+    measure: Annotated[
+        Literal["inline", "ray"] | None,
+        Option(help="Train a few real steps here, too, where there are few chips."),
+    ] = None
+    out: Annotated[
+        Path | None, Option(metavar="FOLDER", help="Write JSON, CSV, PNG, SVG, HTML and MLLOG files here.")
+    ] = None
+    overrides: SetFlag = ()
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -261,6 +302,7 @@ VERBS: dict[str, type[Options]] = {
     "simulate": SimulateOptions,
     "train": TrainOptions,
     "verify": VerifyOptions,
+    "scale": ScaleOptions,
     "comms": CommsOptions,
     "calibrate": CalibrateOptions,
     "jobs": JobsOptions,

@@ -14,6 +14,7 @@ from orchestrator.config.job_file import Job, load_job
 from orchestrator.config.yaml_file import read_yaml
 from orchestrator.planning import preparation
 from orchestrator.planning.preparation import Prepared
+from orchestrator.runners.timing import fastest_plan
 from orchestrator.runs.run_dir import RunDir
 from orchestrator.verbs.inputs.options import PlannedOptions
 from partitioner.layout.parallel_plan import Plan, plan_from, plan_to_yaml
@@ -23,6 +24,7 @@ from partitioner.program.program_text import to_text
 # What `train` shows when neither a job nor a model nor a plan is asked for: every kind of parallelism at once.
 DEMONSTRATION = ("plan.tp=2", "plan.pp=2")
 DEMONSTRATION_CHIPS = 4  # a multiple of so many
+AUTO = "auto"  # as a plan: the fastest that fits; a file of that name is ./auto
 # flags that stand for the key of that name in the job file
 SHORTCUTS = ("model", "data", "global_batch", "seq", "steps")
 
@@ -75,7 +77,7 @@ def _is_bare(options: PlannedOptions, cluster: Cluster) -> bool:
 def prepare(options: PlannedOptions, progress: Progress) -> Prepared:
     """The Program that the options describe. Raises UserError."""
     inputs = resolve(options)
-    return preparation.prepare(inputs.cluster, inputs.job, inputs.plan, progress=progress)
+    return fastest_plan.prepare(inputs.cluster, inputs.job, inputs.plan, progress=progress)
 
 
 def write_prepared(run: RunDir, prepared: Prepared) -> None:
@@ -85,8 +87,8 @@ def write_prepared(run: RunDir, prepared: Prepared) -> None:
 
 
 def read_plan(path: Path | None) -> Plan | None:
-    """The plan in a file."""
-    if path is None:
+    """The plan in a file; None where it is to be searched for."""
+    if path is None or str(path) == AUTO:
         return None
     document = read_yaml(path)
     return plan_from(document.root, document.where)

@@ -14,7 +14,8 @@ from pydantic import BaseModel
 from comms.errors import DataError, ModelError, PlanError, UserError
 from orchestrator.config.job_file import Job, load_job
 from orchestrator.planning.idle_keys import idle_keys
-from orchestrator.planning.preparation import Prepared, prepare
+from orchestrator.planning.preparation import Prepared
+from orchestrator.runners.timing.fastest_plan import prepare
 from orchestrator.runs.checkpoints import checkpoint_folder as checkpoint
 from orchestrator.runs.metrics import read_metrics
 from orchestrator.verbs import train

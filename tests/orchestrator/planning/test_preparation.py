@@ -14,9 +14,9 @@ import pytest
 from comms.errors import CaptureError, ModelError, OptimizerError, PlanError
 from comms.kept_files import unsealed
 from orchestrator.config.job_file import Dtype
-from orchestrator.planning import preparation
+from orchestrator.planning import job_capture, preparation
 from orchestrator.planning import preparation as cache
-from orchestrator.planning.preparation import prepare
+from orchestrator.runners.timing.fastest_plan import prepare
 from partitioner.layout.parallel_plan import Plan
 from partitioner.layout.pipeline_schedules import PipelineSchedule
 from partitioner.program.program import Program, TensorKind
@@ -47,11 +47,13 @@ def test_the_second_time_nothing_is_captured(empty_cache: Path, tiny_job: Make, 
     shown = [Phases(), Phases()]
     first, second = (prepare(laptop.take(2), tiny_job(), progress=p.phase) for p in shown)
     assert (first.was_cached, second.was_cached) == (False, True)
-    counting = "import torch, count parameters"
-    assert shown[0].names == [counting, "import torch", "build model", "capture for 2 x 1 parts", "partition"]
+    first_captures = [f"capture for parts of {n} samples" for n in (1, 2)]
+    assert shown[0].names[:3] == ["search for the fastest plan", "import torch", "build model"]
+    assert [name for name in shown[0].names if "parts of" in name and "price" not in name] == first_captures
+    assert shown[0].names[-2:] == [f"capture for 2 x {first.plan.microbatches} parts", "partition"]
     assert shown[1].names == []
     assert second.program == first.program
-    assert second.plan == first.plan == Plan(dp=2)
+    assert second.plan == first.plan
 
 
 SCRIPT = """
@@ -166,7 +168,7 @@ def test_a_model_from_the_users_file_is_never_cached(
 ) -> None:
     job = changed(tiny_job(), model=model_file(tmp_path), model_args={"width": 16})
     assert not any(prepare(laptop.take(2), job).was_cached for _ in range(2))
-    assert not list(empty_cache.glob("*.program")) + list(empty_cache.glob("*.number"))
+    assert not list(empty_cache.glob("*"))
 
 
 def test_a_model_that_cannot_be_captured_is_a_user_error_with_the_line(
@@ -197,9 +199,9 @@ def test_what_does_not_fit_together_is_a_user_error(
 
 
 def test_an_optimizer_of_the_users_own_is_checked_and_its_state_counted(tiny_job: Make, laptop: Any) -> None:
-    assert preparation.optimizer_states(tiny_job()) == 2
-    assert preparation.optimizer_states(tiny_job("optimizer.name=sgd")) == 0
-    assert preparation.optimizer_states(tiny_job("optimizer.name=sgd", "optimizer.momentum=0.9")) == 1
+    assert job_capture.optimizer_states(tiny_job()) == 2
+    assert job_capture.optimizer_states(tiny_job("optimizer.name=sgd")) == 0
+    assert job_capture.optimizer_states(tiny_job("optimizer.name=sgd", "optimizer.momentum=0.9")) == 1
     program = prepare(laptop.take(1), tiny_job("optimizer.name=torch.optim:Adagrad")).program
     assert {t.kind for role in program.roles for t in role.tensors} >= {TensorKind.FLAT}
     for name, said in (("torch.optim:NoSuch", "no 'NoSuch'"), ("no_such:thing", "no module 'no_such'")):
@@ -274,26 +276,15 @@ def test_a_cache_that_cannot_be_written_is_no_error(
 ) -> None:
     (tmp_path / "orchestrate").write_text("in the way")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert not cache.prepare(laptop.take(2), tiny_job()).was_cached
+    assert not cache.prepare(laptop.take(2), tiny_job(), Plan(dp=2)).was_cached
     cache.remember("entry", b"data")
     with pytest.raises(OSError, match="Not a directory"):
         cache.recall("entry")
 
 
-def test_a_number_that_is_none_is_counted_again(folder: Path, tiny_job: Make, laptop: Any) -> None:
-    first = cache.prepare(laptop.take(2), tiny_job()).plan
-    count = stored(folder, "*.number")
-    known = cache.recall(count.name)
-    assert int(known) > 0
-    for wrong in (b"twelve", b"-1", b"9" * 20, b"", b"1e3"):
-        cache.remember(count.name, wrong)
-        assert cache.prepare(laptop.take(2), tiny_job()).plan == first
-        assert cache.recall(count.name) == known
-
-
 def test_no_byte_of_an_entry_can_change_without_notice(folder: Path, tiny_job: Make, laptop: Any) -> None:
-    cache.prepare(laptop.take(2), tiny_job())
-    for entry in (stored(folder, "*.program"), stored(folder, "*.number")):
+    prepare(laptop.take(2), tiny_job())
+    for entry in (stored(folder, "*.program"),):
         whole = entry.read_bytes()
         flipped = [
             whole[:at] + bytes([byte ^ 1 << at % 8]) + whole[at + 1 :] for at, byte in enumerate(whole)
@@ -306,7 +297,7 @@ def test_no_byte_of_an_entry_can_change_without_notice(folder: Path, tiny_job: M
 def test_an_entry_under_anothers_name_counts_as_none(folder: Path, tiny_job: Make, laptop: Any) -> None:
     first = prepared(tiny_job, laptop)
     entry = stored(folder, "*.program")
-    other = cache.prepare(laptop.take(2), tiny_job(), Plan(dp=2)).program
+    other = prepare(laptop.take(2), tiny_job(), Plan(dp=2)).program
     (elsewhere,) = set(folder.glob("*.program")) - {entry}
     entry.write_bytes(elsewhere.read_bytes())
     again = prepared(tiny_job, laptop)
@@ -336,5 +327,5 @@ def test_keys_depend_on_content_and_not_on_order() -> None:
 
 def test_keys_depend_on_the_code(monkeypatch: pytest.MonkeyPatch) -> None:
     before: Any = cache.key_of({"a": 1})
-    monkeypatch.setattr(cache, "code_digest", lambda: "other code")
+    monkeypatch.setattr(cache, "code_digest", lambda rooms: "other code")
     assert cache.key_of({"a": 1}) != before

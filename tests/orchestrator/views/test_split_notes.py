@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from orchestrator.planning.preparation import prepare
+from orchestrator.runners.timing.fastest_plan import prepare
 from orchestrator.views.console import Console
 from orchestrator.views.split_notes import say_split, warnings_of
 from partitioner import partition
@@ -21,7 +21,7 @@ Make = Callable[..., Any]
     ("given", "chips", "said"),
     [
         (("global_batch=6",), 4, "as a batch of 6 does not divide by dp 4"),
-        (("global_batch=8",), 4, "the split is exact: loss = "),
+        (("global_batch=8", "plan.dp=4"), 4, "the split is exact: loss = "),
         (("global_batch=8",), 1, "the batch is not split: loss of the whole batch"),
     ],
 )

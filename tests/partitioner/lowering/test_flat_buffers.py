@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from partitioner.layout.parallel_plan import Plan
 from partitioner.layout.param_cuts import ParamCut
-from partitioner.lowering.flat_buffers import FlatGroup, Kept, Param, make_groups
+from partitioner.lowering.buckets import Param
+from partitioner.lowering.flat_buffers import FlatGroup, Kept, make_groups
 from partitioner.lowering.role_builder import RoleBuilder, SegmentPool
 from partitioner.program.program import TensorKind, TensorSpec
 

@@ -16,6 +16,7 @@ from kernels.chips import load_chip
 from orchestrator.config.hardware.cluster import Device
 from orchestrator.config.hardware.cluster_file import ClusterFile, cluster_from, load_cluster
 from orchestrator.config.job_file import Job
+from orchestrator.config.sweep_file import SweepFile
 from orchestrator.config.yaml_file import parse_yaml
 
 ROOT = Path(__file__).parents[4]
@@ -317,7 +318,7 @@ def test_a_missing_file_is_a_config_error(tmp_path):
         load_cluster(tmp_path / "none.yaml")
 
 
-@pytest.mark.parametrize(("kind", "model"), [("cluster", ClusterFile), ("job", Job)])
+@pytest.mark.parametrize(("kind", "model"), [("cluster", ClusterFile), ("job", Job), ("sweep", SweepFile)])
 def test_the_committed_schemas_are_current(kind, model):
     """To refresh one: json.dumps of what is on the right below, indent=2, and a line break at the end."""
     committed = (ROOT / f"docs/schema/{kind}.schema.json").read_text()
