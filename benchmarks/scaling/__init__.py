@@ -1,1 +1,1 @@
-"""How well and how fast plans are chosen and swept."""
+"""How fast and how far runs scale, measured."""

@@ -132,6 +132,5 @@ def plan_of(result: PointResult) -> Plan:
     """The plan that was taken."""
     dp, tp, pp, zero, microbatches = (int(result.degrees[name]) for name in DEGREES)
     schedule, norms = (result.degrees[name] for name in ("schedule", "batch_norm"))
-    return Plan(
-        dp, tp, pp, zero, PipelineSchedule(str(schedule)), microbatches, batch_norm=BatchNorms(str(norms))
-    )
+    order = next(each for each in PipelineSchedule if each == schedule)
+    return Plan(dp, tp, pp, zero, order, microbatches, batch_norm=BatchNorms(str(norms)))

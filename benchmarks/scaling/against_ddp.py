@@ -1,7 +1,7 @@
 """Tokens/s of dp2 on two Ray actors over torchrun + DistributedDataParallel + gloo: an 11M GPT, one thread a chip.
 
 Both step in turns in one run, so that a busy machine slows both alike; the figure is the median of the ratios of
-neighbouring turns.   python benchmarks/against_ddp.py [--rounds 15] [--tokens 512 4096]
+neighbouring turns.   cd benchmarks; python -m scaling.against_ddp [--rounds 15] [--tokens 512 4096]
 """
 
 import argparse
@@ -23,7 +23,7 @@ from orchestrator.config.job_file import load_job
 from orchestrator.planning.preparation import prepare
 from orchestrator.runners.on_ray.ray_launch import RayLaunch
 
-WORKER = Path(__file__).parent / "tools" / "ddp_worker.py"
+WORKER = Path(__file__).parents[1] / "tools" / "ddp_worker.py"
 SEQ, CHIPS = 256, 2
 STEPS = {512: 6, 4096: 2}  # a turn
 
