@@ -13,7 +13,7 @@ MOST_CHIPS = (
     2**20
 )  # of a cluster: several times the largest that anyone builds; a slip of the pen lies beyond
 MOST_DIMS = 8
-MOST_PORTS = 256  # of a router
+MOST_PORTS, MOST_PATHS = 256, 1024  # of a router; side by side from a group of hosts
 Share = Annotated[float, Field(ge=1e-6, le=1)]
 Duplex = Literal["full", "half"]
 
@@ -87,7 +87,7 @@ class LevelSection(ShapeSection):
     latency: Time | None = None
     oversubscription: float = Field(1.0, ge=1, le=1e6)
     rails: bool = False
-    paths: int | None = Field(None, ge=2)
+    paths: int | None = Field(None, ge=2, le=MOST_PATHS)
     spread: Literal["hashed", "by target"] | None = None
     forwarding: Literal["cut-through", "store-and-forward"] = "cut-through"
     packet: Size | None = None
