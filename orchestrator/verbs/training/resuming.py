@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from comms.errors import ConfigError, ModelError, RunError
+from kernels.optimizers import entry_states, same_kind
 from orchestrator.config.hardware.cluster import Cluster
 from orchestrator.config.hardware.cluster_file import cluster_from
 from orchestrator.config.job_file import Job, job_from, overridden
@@ -17,6 +18,7 @@ from orchestrator.config.schema import nearest
 from orchestrator.config.yaml_file import Document, read_yaml
 from orchestrator.planning.job_parts import JobParts
 from orchestrator.planning.preparation import PLANNED, Prepared
+from orchestrator.runners.executing.whole_state import MASTER
 from orchestrator.runners.signals import held_back
 from orchestrator.runs import metrics
 from orchestrator.runs.checkpoints import checkpoint_folder as checkpoint
@@ -180,9 +182,24 @@ def _require_fit(training: Training, held: TrainingState, folder: Path) -> None:
                     f"the {what} {name} is {was} in the checkpoint, {value.dtype} {list(value.shape)} now"
                 )
                 raise ModelError(problem, str(folder), "resume with the model as it was")
-    if odd := sorted(held.states.keys() - dict(module.named_parameters()).keys()):
+    _require_states(training, held, folder)
+
+
+def _require_states(training: Training, held: TrainingState, folder: Path) -> None:
+    """States with a number for every entry of a parameter must be of its shape, where shards of it are stepped on."""
+    params, hint = dict(training.one_step.model.named_parameters()), "resume with the model as it was"
+    if odd := sorted(held.states.keys() - params.keys()):
         problem = f"the checkpoint has optimizer states of {odd[0]}, which the model has not"
-        raise ModelError(problem, str(folder), "resume with the model as it was")
+        raise ModelError(problem, str(folder), hint)
+    entries = entry_states(same_kind(training.one_step.optimizer)) | {MASTER}
+    if training.prepared.program.facts["whole_tensors"]:
+        return
+    for name, own in held.states.items():
+        for key in sorted(own.keys() & entries):
+            if own[key].shape != params[name].shape:
+                was, now = list(own[key].shape), list(params[name].shape)
+                problem = f"{key} of {name} is {was} in the checkpoint, the parameter {now}"
+                raise ModelError(problem, str(folder), hint)
 
 
 def _extend(training: Training, steps: int, say: Callable[[str], None]) -> None:

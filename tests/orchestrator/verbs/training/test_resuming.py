@@ -163,6 +163,17 @@ def test_tensors_that_are_not_the_models_are_refused_by_name(
     assert said in str(caught.value) or "the weights do not fit" in str(caught.value)
 
 
+def test_a_state_of_another_shape_than_its_parameter_is_refused_by_name(cut: Path, resume_run: Make) -> None:
+    def changed(state: TrainingState) -> TrainingState:
+        name, own = next(iter(state.states.items()))
+        other = {**own, "exp_avg": own["exp_avg"].reshape(-1)[:1]}
+        return TrainingState(state.parameters, state.buffers, {**state.states, name: other})
+
+    with_state(cut, changed)
+    with pytest.raises(ModelError, match=r"exp_avg of .* is \[1\] in the checkpoint, the parameter"):
+        resume_run(cut)
+
+
 def test_when_a_checkpoint_is_taken_changes_nothing(
     tmp_path: Path, train_job: Make, tensors_of: Make, facts_of: Make
 ) -> None:
