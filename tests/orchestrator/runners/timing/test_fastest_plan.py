@@ -64,7 +64,7 @@ def test_the_plan_is_within_a_hundredth_of_the_best_and_the_closed_form_of_each(
     form = closed_form(sketches.table, cluster, job.global_batch)
     for plan, (seconds, peak, _) in found.items():
         assert form.seconds(plan) == pytest.approx(seconds, rel=0.03), plan
-        assert form(plan).peak_bytes == pytest.approx(peak, rel=0.15), plan
+        assert form(plan).peak_bytes == pytest.approx(peak, rel=0.2), plan
     taken = search(cluster, job, sketches)
     assert taken.result is not None
     assert taken.result.step_time_s <= 1.01 * min(seconds for seconds, _, fits in found.values() if fits)
