@@ -50,7 +50,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cases", type=int, default=len(CASES))
     options = parser.parse_args()
-    report("plan_auto", [compared(*case) for case in CASES[: options.cases]])
+    rows: list[dict[str, object]] = []
+    for case in CASES[: options.cases]:
+        rows.append(compared(*case))
+        report("plan_auto", rows)  # what is there is kept
 
 
 def compared(
@@ -72,7 +75,6 @@ def compared(
     everything = time.process_time() - started
     best = min(times, key=lambda plan: times[plan])
     auto = simulate(prepare(cluster, job, taken, capture=capture).program, cluster)
-    print(f"{model} on {chips} of {cluster_name}: {taken}, the best is {best}", flush=True)
     return {
         "model": model, "cluster": cluster_name, "chips": chips, "global_batch": batch, "plans": len(plans),
         "fit": len(times), "taken": str(taken), "best": str(best), "taken_step_s": auto.step_time_s,

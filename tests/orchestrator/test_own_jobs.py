@@ -317,7 +317,8 @@ def test_the_page_on_jobs_runs(
 
 
 def test_the_flags_name_model_and_data_at_every_verb(mine: dict[str, Any], orchestrate_json: Make) -> None:
-    words = ("--cluster", "laptop", "--chips", 2, "--model", "mine.py:Net", "--set", "loss=mine.py:by_name")
+    words = ("--cluster", "laptop", "--chips", 2, "--model", "mine.py:Net", "--set", "loss=mine.py:by_name",
+             "--set", "plan.dp=2")  # fmt: skip
     flops = [
         orchestrate_json("plan", *words, "--global-batch", 8, "--data", f"mine.py:{name}")["stages"][0][
             "flops_per_chip"

@@ -187,7 +187,10 @@ class ClosedForm:
                 continue
             nbytes, begin = group.numel * group.wide, max(lane, ends[group.ready])
             if group.tied:  # once all that began in the backward has
-                now += price(Op("all_reduce"), nbytes, mesh_group((("pp", 2), *plan.axes[1:]), ("pp",)))
+                pair = tuple(
+                    shared * plan.dp * plan.tp for shared in group.tied
+                )  # listed, as `ClusterCosts` has it
+                now += price(Op("all_reduce"), nbytes, pair)
                 begin = max(lane, now)
             lane = begin + price(op, nbytes, along) if plan.dp > 1 else lane
         return max(lane, now) - start

