@@ -98,7 +98,15 @@ def local_ray() -> None:
     """A Ray of two cores, for all tests with actors that need not start it themselves; see below for its end."""
     import ray
 
-    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=80 << 20)
+    even = {"worker_niceness": 0}  # beside the other worker's tests
+    ray.init(
+        "local",
+        _system_config=even,
+        num_cpus=2,
+        include_dashboard=False,
+        log_to_driver=False,
+        object_store_memory=80 << 20,
+    )
 
 
 @pytest.hookimpl(wrapper=True)

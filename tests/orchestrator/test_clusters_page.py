@@ -20,7 +20,7 @@ import sys
 from ray.cluster_utils import Cluster
 dashboard, client = map(int, sys.argv[1:])
 made = Cluster(initialize_head=True, head_node_args={
-    "num_cpus": 1, "include_dashboard": True, "dashboard_port": dashboard, "ray_client_server_port": client})
+    "num_cpus": 1, "_system_config": {"worker_niceness": 0}, "include_dashboard": True, "dashboard_port": dashboard, "ray_client_server_port": client})
 for _ in range(3):
     made.add_node(num_cpus=1)
 print(made.address, flush=True)

@@ -25,6 +25,7 @@ from orchestrator.runners.on_ray.placement import RayNode
 from orchestrator.runners.on_ray.ray_address import RayAddress, RayKind
 
 OBJECT_STORE_BYTES = 80 << 20  # Ray's least: tensors do not go through its store
+SAME_PRIORITY = {"worker_niceness": 0}  # else whatever else runs here goes before the actors
 REACH_S = 10.0  # for the port of a cluster to answer
 SHORT_FOLDER = "/tmp"  # Ray's sockets have names of at most 107 characters
 PACKAGES = ("orchestrator", "comms", "partitioner", "kernels")
@@ -89,7 +90,7 @@ class RayConnection:
         self._janitor = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
         self._ray.init(
             address="local", num_cpus=len(os.sched_getaffinity(0)), include_dashboard=False,
-            object_store_memory=OBJECT_STORE_BYTES, _temp_dir=self._folder, **QUIET,
+            object_store_memory=OBJECT_STORE_BYTES, _temp_dir=self._folder, _system_config=SAME_PRIORITY, **QUIET,
         )  # fmt: skip
 
     def _join(self) -> None:

@@ -51,7 +51,10 @@ def raylets() -> Iterator[Any]:
     from ray.cluster_utils import Cluster as Raylets
 
     ray.shutdown()  # one that other tests share
-    made = Raylets(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+    made = Raylets(
+        initialize_head=True,
+        head_node_args={"num_cpus": 2, "include_dashboard": False, "_system_config": {"worker_niceness": 0}},
+    )
     for _ in range(3):
         made.add_node(num_cpus=2)
     yield made
