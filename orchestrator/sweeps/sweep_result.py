@@ -120,7 +120,7 @@ class Sweep:
             return f"{name}: {len(points)} of {len(self.series[series])} points fit, no curve"
         at, last = knee([*points]), points[-1]
         said = (
-            f"beyond {at:,} chips a doubling buys under {GAIN:.0%}"
+            f"beyond {at:,} chip{'s' * (at > 1)} a doubling buys under {GAIN:.0%}"
             if at
             else f"no knee up to {last.chips:,} chips"
         )
