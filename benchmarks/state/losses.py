@@ -32,8 +32,25 @@ KINDS = ("machine", "actor", "driver")
 STEPS, ACTORS = 10_000, 4
 END_S, CLEAN_S, LIMIT_S = 10.0, 15.0, 300.0
 ACTOR = "ray::ChipActor"  # how Ray calls the process of an actor of ours
+HOSTS = """
+kind: cluster
+version: 1
+name: four-hosts
+device: cpu
+hosts:
+  - count: 4
+    chips:
+      - name: one CPU core
+        class: cpu
+        count: 1
+        peak: {fp32: 94 GFLOP/s}
+        memory: {capacity: 4 GB, bandwidth: 35 GB/s}
+    nics: {count: 1, bandwidth: 10 Gb/s, latency: 20 us}
+scale_out:
+  - {name: ethernet, hosts: any}
+"""
 JOB = (
-    "train", "--cluster", "laptop", "--chips", "4", "--model", "builtin:gpt-nano", "--seq", "16", "--global-batch", "8",
+    "train", "--model", "builtin:gpt-nano", "--seq", "16", "--global-batch", "8",
     "--steps", str(STEPS), "--set", "model_args={layers: 2, width: 32, heads: 2, max_seq: 16}", "--set",
     "checkpoints.every=2", "--set", "validation.every=0", "--set", "plan.dp=4",
 )  # fmt: skip
@@ -70,8 +87,10 @@ def main() -> None:
 def trial(kind: str, step: int, raylets: Cluster, home: Path, draws: random.Random) -> dict[str, object]:
     """One run that loses something after `step`."""
     folder = home / "run"
+    (home / "four.yaml").write_text(HOSTS)
     process = orchestrate(
-        *JOB, "--address", raylets.address, "--run-dir", str(folder), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL
+        *JOB, "--cluster", str(home / "four.yaml"), "--address", raylets.address, "--run-dir", str(folder),
+        stderr=subprocess.PIPE, stdout=subprocess.DEVNULL
     )  # fmt: skip
     wait_for(lambda: len(read_metrics(folder / "metrics.jsonl")) >= step or process.poll() is not None)
     assert process.poll() is None, process.stderr.read() if process.stderr else ""

@@ -20,7 +20,8 @@ import sys
 from ray.cluster_utils import Cluster
 dashboard, client = map(int, sys.argv[1:])
 made = Cluster(initialize_head=True, head_node_args={
-    "num_cpus": 1, "_system_config": {"worker_niceness": 0}, "include_dashboard": True, "dashboard_port": dashboard, "ray_client_server_port": client})
+    "num_cpus": 1, "_system_config": {"worker_niceness": 0}, "include_dashboard": True,
+    "dashboard_port": dashboard, "ray_client_server_port": client})
 for _ in range(3):
     made.add_node(num_cpus=1)
 print(made.address, flush=True)
@@ -59,7 +60,14 @@ def environment(home: Path) -> dict[str, str]:
     (scripts / "orchestrate").write_text(f'#!/bin/sh\nexec {shlex.join(OURS)} "$@"\n')
     (scripts / "orchestrate").chmod(0o755)
     path = f"{scripts}:{Path(sys.executable).parent}:{os.environ['PATH']}"
-    return {**kept, "HOME": str(home), "PYTHONPATH": str(ROOT), "PATH": path, "OMP_NUM_THREADS": "1"}
+    return {
+        **kept,
+        "HOME": str(home),
+        "PYTHONPATH": str(ROOT),
+        "PATH": path,
+        "OMP_NUM_THREADS": "1",
+        "RAY_AUTH_MODE": "token",
+    }
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +76,7 @@ def addresses(environment: dict[str, str]) -> Iterator[dict[str, str]]:
     dashboard, client = free_port(), free_port()
     process = subprocess.Popen(
         [sys.executable, "-c", RAYLETS, str(dashboard), str(client)], stdin=subprocess.PIPE, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env={**environment, "RAY_AUTH_MODE": "token"},
+        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment,
     )  # fmt: skip
     assert process.stdout is not None
     address = next(line.strip() for line in process.stdout if re.fullmatch(r"[\d.]+:\d+", line.strip()))
@@ -87,8 +95,6 @@ def run(command: str, addresses: dict[str, str], environment: dict[str, str], fo
     words = shlex.split(command)
     if "train" in words and "emit" not in words:
         words += SMALL
-    if command.startswith("ray job"):
-        environment = {**environment, "RAY_AUTH_MODE": "token"}
     if "=" in words[0]:
         name, _, value = words.pop(0).partition("=")
         environment = {**environment, name: value}

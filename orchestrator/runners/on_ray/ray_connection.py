@@ -97,19 +97,11 @@ class RayConnection:
         where = f"{self.address.text} ({self.address.said})"
         if (place := self.address.place) is not None:
             _require_open(place, where)
-        use_token()
         own: dict[str, Any] = {}
         if not is_job():  # which has what it was submitted with
             own["runtime_env"] = {"py_modules": travelling_folders(), "excludes": ["__pycache__"]}
         with _explained(self._ray, where):
             self._ray.init(address=self.address.text, namespace=NAMESPACE, **own, **QUIET)
-
-
-def use_token() -> None:
-    """Show the token that this user has, as `ray start` does, where the environment does not say otherwise."""
-    from ray._private.authentication import authentication_token_setup
-
-    authentication_token_setup.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
 
 
 def is_job() -> bool:

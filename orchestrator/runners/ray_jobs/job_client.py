@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from comms.errors import ClusterError, ConfigError, RunError
-from orchestrator.runners.on_ray.ray_connection import TOKEN_HINT, travelling_folders, use_token
+from orchestrator.runners.on_ray.ray_connection import TOKEN_HINT, travelling_folders
 from orchestrator.runners.ray_jobs.job_command import JobCommand
 
 VARIABLE = "RAY_API_SERVER_ADDRESS"  # Ray's own; goes before what a client is given
@@ -60,7 +60,7 @@ class JobClient:
         self.where = address or os.environ.get(VARIABLE) or os.environ.get("RAY_ADDRESS") or "this machine"
         for name in NOISY:
             logging.getLogger(name).setLevel(logging.CRITICAL)
-        use_token()
+        _use_token()
         with self._explained():
             self._client: Any = JobSubmissionClient()
 
@@ -143,6 +143,16 @@ class JobClient:
                     f"there is no job {job!r}", self.where, "see `orchestrate jobs list`"
                 ) from error
             raise RunError(said[:400], self.where, "see whether its Ray is of the same version") from error
+
+
+def _use_token() -> None:
+    """Show the token that this user has, unless the environment says otherwise: a dashboard that wants none ignores it.
+
+    (A cluster that wants none would not hear an actor's owner that does: runs on one leave it to RAY_AUTH_MODE.)
+    """
+    from ray._private.authentication import authentication_token_setup
+
+    authentication_token_setup.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
 
 
 def _facts(found: Any) -> JobFacts:
