@@ -3,6 +3,7 @@
 import copy
 import functools
 import gc
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -99,6 +100,7 @@ def local_ray() -> None:
     import ray
 
     even = {"worker_niceness": 0}  # beside the other worker's tests
+    before = signal.getsignal(signal.SIGTERM)
     ray.init(
         "local",
         _system_config=even,
@@ -107,6 +109,7 @@ def local_ray() -> None:
         log_to_driver=False,
         object_store_memory=80 << 20,
     )
+    signal.signal(signal.SIGTERM, before)  # Ray has one of its own, which would outlive it
 
 
 @pytest.hookimpl(wrapper=True)

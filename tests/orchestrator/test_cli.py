@@ -153,7 +153,7 @@ STOPS: dict[str, tuple[Callable[[], BaseException], int, str]] = {
     "input": (lambda: UserError(*ERROR.values()), 2, "it is so"),
     "fit": (lambda: FitError("it is so"), 3, "it is so"),
     "interrupt": (KeyboardInterrupt, 130, "interrupted"),
-    "signal": (lambda: StopSignal(signal.SIGTERM), 143, "SIGTERM: ended before anything was trained"),
+    "signal": (lambda: StopSignal(signal.SIGTERM), 143, "SIGTERM: ended"),
     "user's code": (lambda: SystemExit("bye"), 2, "a step raised SystemExit: bye"),
 }
 

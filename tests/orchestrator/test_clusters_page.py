@@ -18,10 +18,11 @@ LIMIT_S = 200
 RAYLETS = """
 import sys
 from ray.cluster_utils import Cluster
-dashboard, client = map(int, sys.argv[1:])
+dashboard, client, agent = map(int, sys.argv[1:])
 made = Cluster(initialize_head=True, head_node_args={
     "num_cpus": 1, "_system_config": {"worker_niceness": 0}, "include_dashboard": True,
-    "dashboard_port": dashboard, "ray_client_server_port": client})
+    "dashboard_port": dashboard, "ray_client_server_port": client,
+    "dashboard_agent_listen_port": agent})
 for _ in range(3):
     made.add_node(num_cpus=1)
 print(made.address, flush=True)
@@ -73,9 +74,9 @@ def environment(home: Path) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def addresses(environment: dict[str, str]) -> Iterator[dict[str, str]]:
     """What the page's words stand for."""
-    dashboard, client = free_port(), free_port()
+    dashboard, client, agent = (free_port() for _ in range(3))
     process = subprocess.Popen(
-        [sys.executable, "-c", RAYLETS, str(dashboard), str(client)], stdin=subprocess.PIPE, text=True,
+        [sys.executable, "-c", RAYLETS, str(dashboard), str(client), str(agent)], stdin=subprocess.PIPE, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment,
     )  # fmt: skip
     assert process.stdout is not None

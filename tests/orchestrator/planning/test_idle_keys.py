@@ -75,7 +75,7 @@ OTHER = {
     "lr_schedule.min_lr_ratio": 0.5, "plan.dp": 4, "plan.tp": 4, "plan.pp": 4, "plan.zero": 1, "plan.schedule": "gpipe",
     "plan.batch_norm": "per_part", "validation.data": "mine.py:pairs", "validation.every": 1, "validation.batches": 1,
     "checkpoints.every": 1, "checkpoints.interval": "1 ns", "checkpoints.keep": 1, "weights": "nothere",
-    "hang_timeout": "7 s",
+    "hang_timeout": "7 s", "sinks": "[csv]",
 }  # fmt: skip
 OF_RUNNERS = {"hang_timeout"}  # with a word of `train` where one process needs none
 NEEDS = {"checkpoints.keep": ("checkpoints.every=1",)}  # to have an effect at all
@@ -127,7 +127,7 @@ def trained(given: Job, plan: Plan, laptop: Any) -> object:
     newest = checkpoint.latest(run).checkpoint
     assert newest is not None
     steps = [(r["loss"], r["val_loss"], r["lr"]) for r in read_metrics(run / "metrics.jsonl")]
-    saved = sorted(path.name for path in (run / "checkpoints").iterdir())
+    saved = sorted(path.name for path in (run / "checkpoints").iterdir()), (run / "metrics.csv").exists()
     return steps, saved, [file.sha256 for file in newest.manifest.files]
 
 

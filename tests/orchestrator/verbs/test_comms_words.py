@@ -143,7 +143,7 @@ def test_a_bare_number_of_bytes_is_checked_like_one_with_a_unit(comms, tmp_path,
     [
         (b"0,1\xff\n2,0\n", "not UTF-8 text"),
         ("0,1\n2,0\n".encode("utf-16"), "not UTF-8 text"),
-        (b"0," + b"1" * 200_000 + b"\n", "not CSV: field larger than"),
+        (b"0," + b"1" * 200_000 + b"\n", "the file is larger than"),
     ],
 )
 def test_a_table_that_is_no_text_is_refused(comms, tmp_path, content, says):

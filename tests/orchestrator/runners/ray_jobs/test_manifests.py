@@ -124,10 +124,10 @@ def test_a_warning_reaches_the_run_and_the_job_that_comes_again_goes_on(
     run = tmp_path / "runs" / "orchestrate-17"
     code, did = run_script(script, tmp_path, saves, RUN=str(run))
     assert code == 138
-    assert did[-1] == "requeue 17"
+    assert "requeue 17" in did
     for file in (tmp_path / "tools").iterdir():
         file.unlink()
     (tmp_path / "tools").rmdir()
     code, did = run_script(script, tmp_path, "exit 0")
     assert code == 0
-    assert did[-1].startswith("python -m orchestrator train --resume runs/orchestrate-17 --address auto")
+    assert "python -m orchestrator train --resume runs/orchestrate-17 --address auto" in did

@@ -88,7 +88,7 @@ def test_a_plan_file_is_read_and_its_faults_named(tmp_path: Path) -> None:
     path.write_text(plan_to_yaml(Plan(dp=2, tp=4)))
     assert read_plan(path) == Plan(dp=2, tp=4)
     assert read_plan(None) is None
-    with pytest.raises(PlanError, match="cannot be read"):
+    with pytest.raises(ConfigError, match="cannot read the file"):
         read_plan(tmp_path / "nowhere.yaml")
     path.write_text("kind: plan\nversion: 1\ndepth: 3\n")
     with pytest.raises(PlanError, match="unknown key 'depth'") as caught:

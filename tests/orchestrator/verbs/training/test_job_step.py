@@ -9,9 +9,9 @@ import pytest
 from comms.errors import ConfigError
 from comms.selection.progress import quiet
 from orchestrator.planning.job_parts import job_parts
-from orchestrator.planning.preparation import prepare
 from orchestrator.runners.executing.chip_set import ChipSet, InlineLaunch
 from orchestrator.runners.runner import Settings
+from orchestrator.runners.timing.fastest_plan import prepare
 from orchestrator.verbs.training.job_step import step_of_job
 from partitioner.layout.parallel_plan import Plan
 from partitioner.program.program import Program
