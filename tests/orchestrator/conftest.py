@@ -108,3 +108,13 @@ def timed_anew() -> Callable[[Program, StepCosts], SimulatedStep]:
             return simulated.simulate_step(program, costs)
 
     return time
+
+
+@pytest.fixture(autouse=True)
+def signals_as_before() -> Iterator[None]:
+    """What a command has put in place of a signal's effect goes with its test: a process is not one command here."""
+    before = {each: signal.getsignal(each) for each in SIGNALS}
+    yield
+    for each, handler in before.items():
+        if handler is not None and signal.getsignal(each) is not handler:
+            signal.signal(each, handler)
