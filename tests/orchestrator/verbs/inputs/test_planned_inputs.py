@@ -93,7 +93,7 @@ def test_a_plan_file_is_read_and_its_faults_named(tmp_path: Path) -> None:
     path.write_text("kind: plan\nversion: 1\ndepth: 3\n")
     with pytest.raises(PlanError, match="unknown key 'depth'") as caught:
         read_plan(path)
-    assert caught.value.where == str(path)
+    assert caught.value.where == f"{path}:3"
 
 
 def test_options_lead_to_a_program(tmp_path: Path) -> None:
