@@ -20,8 +20,8 @@ from throughput import random_batch, settings_of, stepper
 from comms.selection.progress import quiet
 from orchestrator.config.hardware.cluster_file import cluster_path, load_cluster
 from orchestrator.config.job_file import load_job
-from orchestrator.planning.preparation import prepare
 from orchestrator.runners.on_ray.ray_launch import RayLaunch
+from orchestrator.runners.timing.fastest_plan import prepare
 
 WORKER = Path(__file__).parents[1] / "tools" / "ddp_worker.py"
 SEQ, CHIPS = 256, 2

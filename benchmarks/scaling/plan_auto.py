@@ -14,9 +14,8 @@ from orchestrator.config.hardware.cluster_file import cluster_path, load_cluster
 from orchestrator.config.job_file import Job, load_job
 from orchestrator.planning.job_capture import JobCapture
 from orchestrator.planning.plan_space import open_plans, samples_of
-from orchestrator.planning.preparation import prepare
 from orchestrator.planning.sketches import Sketches
-from orchestrator.runners.timing.fastest_plan import fastest_plan
+from orchestrator.runners.timing.fastest_plan import fastest_plan, prepare
 from orchestrator.runners.timing.prediction import simulate
 from partitioner.layout.parallel_plan import Plan
 
