@@ -30,6 +30,7 @@ RAY = "@pytest.mark.ray"
 MOVING = {"benchmarks", "comms", "orchestrator"}  # folders of tests that move messages
 LONG = "verification"  # the folder whose files take longest
 COMPILER = Path(__file__).parents[1] / "benchmarks" / "tools" / "compile_loops.py"
+ON_SIGTERM = signal.getsignal(signal.SIGTERM)  # before any Ray
 compiling: list[subprocess.Popen[bytes]] = []
 
 
@@ -100,7 +101,6 @@ def local_ray() -> None:
     import ray
 
     even = {"worker_niceness": 0}  # beside the other worker's tests
-    before = signal.getsignal(signal.SIGTERM)
     ray.init(
         "local",
         _system_config=even,
@@ -109,7 +109,6 @@ def local_ray() -> None:
         log_to_driver=False,
         object_store_memory=80 << 20,
     )
-    signal.signal(signal.SIGTERM, before)  # Ray has one of its own, which would outlive it
 
 
 @pytest.hookimpl(wrapper=True)
@@ -119,6 +118,9 @@ def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> 
     is_last = starts_ray(item.path) and (nextitem is None or not starts_ray(nextitem.path))
     if is_last and (ray := sys.modules.get("ray")) is not None:
         ray.shutdown()
+        signal.signal(
+            signal.SIGTERM, ON_SIGTERM
+        )  # Ray and its raylets have one of their own, which would outlive them
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import ModuleType
 
 from comms.errors import ModelError
-from orchestrator.models.user_code import is_own
+from orchestrator.models.user_code import own_files
 
 MAIN, AS_MAIN = "__main__", "__mp_main__"  # a script is not run as one again: as multiprocessing names it
 
@@ -33,12 +33,11 @@ class OwnModule:
 
 def own_modules() -> tuple[OwnModule, ...]:
     """Those of the user's that this process has imported, in the order in which it did."""
-    known: dict[str, list[str]] = {}
-    for name, module in list(sys.modules.items()):
-        if is_own(file := str(getattr(module, "__dict__", {}).get("__file__") or "")):
-            known.setdefault(file, []).append(AS_MAIN if name == MAIN else name)
+    known: dict[Path, list[str]] = {}
+    for name, file in own_files():
+        known.setdefault(file, []).append(AS_MAIN if name == MAIN else name)
     return tuple(
-        OwnModule(tuple(names), file, Path(file).read_text(encoding="utf-8"), file.endswith("__init__.py"))
+        OwnModule(tuple(names), str(file), file.read_text(encoding="utf-8"), file.name == "__init__.py")
         for file, names in known.items()
     )
 

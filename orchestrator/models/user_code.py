@@ -22,11 +22,12 @@ from comms.errors import ModelError, UserError
 from orchestrator.config.schema import nearest
 
 PREFIX = "orchestrate_user_"  # of the modules that files become
-OURS = tuple(  # on a cluster each of them may lie in a folder of its own
-    str(Path(spec.origin).parent)
-    for name in ("orchestrator", "partitioner", "kernels", "comms")
+PACKAGE_FOLDERS = {  # on a cluster each of them may lie in a folder of its own
+    name: Path(spec.origin).parent
+    for name in ("orchestrator", "comms", "partitioner", "kernels")
     if (spec := importlib.util.find_spec(name)) is not None and spec.origin is not None
-)
+}
+OURS = tuple(map(str, PACKAGE_FOLDERS.values()))
 RAISED = (
     Exception,
     SystemExit,
@@ -85,19 +86,20 @@ def own_frames(error: BaseException) -> str:
 def own_sources() -> dict[str, str]:
     """Digests of the user's files that have been imported, by the names of their modules."""
     found: dict[str, str] = {}
-    for name, module in sorted(sys.modules.items()):
-        path = str(getattr(module, "__dict__", {}).get("__file__") or "")
-        if is_own(path):
-            known = Path(path).name if name.startswith(PREFIX) else f"{name.replace('.', '/')}.py"
-            found[known] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    for name, path in sorted(own_files()):
+        known = path.name if name.startswith(PREFIX) else f"{name.replace('.', '/')}.py"
+        found[known] = hashlib.sha256(path.read_bytes()).hexdigest()
     return found
 
 
-def is_own(path: str) -> bool:
-    """Whether a module's file is the user's: none of ours, of Python's or of what is installed."""
+def own_files() -> Iterator[tuple[str, Path]]:
+    """The user's modules that have been imported, and their files: not ours, Python's, or of what is installed."""
     library = str(Path(importlib.__file__).parent.parent)
-    is_code = path.endswith(".py") and not path.startswith((*OURS, library)) and "-packages" not in path
-    return is_code and Path(path).is_file()
+    for name, module in list(sys.modules.items()):
+        path = str(getattr(module, "__dict__", {}).get("__file__") or "")
+        is_code = path.endswith(".py") and not path.startswith((*OURS, library)) and "-packages" not in path
+        if is_code and Path(path).is_file():
+            yield name, Path(path)
 
 
 def first_parameter(function: Callable[..., object]) -> inspect.Parameter | None:

@@ -22,7 +22,7 @@ from comms.kept_files import cache_folder, sealed, unsealed
 from comms.selection.progress import Progress, quiet
 from orchestrator.config.hardware.cluster import Cluster
 from orchestrator.config.job_file import Job
-from orchestrator.models.user_code import named_object
+from orchestrator.models.user_code import PACKAGE_FOLDERS, named_object
 from orchestrator.planning.job_capture import JobCapture, model_content
 from orchestrator.runs.disk import write_whole
 from partitioner.layout.parallel_plan import Plan
@@ -161,10 +161,11 @@ def _require_text(job: Job) -> None:
 @cache
 def code_digest(rooms: tuple[str, ...] = CODE) -> str:
     """Digest of the sources in these rooms, and of the libraries, that turn a model into a Program."""
-    root = Path(__file__).resolve().parents[2]
     digest = hashlib.sha256()
-    for path in [path for room in rooms for path in sorted((root / room).rglob("*.py"))]:
-        digest.update(path.name.encode() + path.read_bytes())
+    for room in rooms:
+        package, *inside = room.split("/")
+        for path in sorted(PACKAGE_FOLDERS[package].joinpath(*inside).rglob("*.py")):
+            digest.update(path.name.encode() + path.read_bytes())
     for package in ("torch", "transformers"):
         try:
             digest.update(version(package).encode())

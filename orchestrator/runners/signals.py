@@ -52,9 +52,6 @@ class StopRequest:
         """Carry out what is decided; called by Python, in the main thread."""
         del frame
         came = signal.Signals(number)
-        # Ray, once it is connected, hears of a SIGTERM first, and has the process aborted three seconds later.
-        if signal.getsignal(signal.SIGALRM) is signal.SIG_DFL:
-            signal.alarm(0)
         if os.getpid() != self._pid:
             if came is signal.SIGTERM:  # how a data loader ends its workers
                 signal.signal(came, signal.SIG_DFL)
@@ -168,10 +165,8 @@ def held_back(signals: tuple[signal.Signals, ...] = SIGNALS) -> Iterator[None]:
 
 def reclaim() -> None:
     """Be the first to hear of signals again, where a library has put itself before Python's own handler."""
-    if threading.current_thread() is threading.main_thread():
-        for each in SIGNALS:
-            if isinstance(handler := signal.getsignal(each), StopRequest):
-                signal.signal(each, handler)
+    if threading.current_thread() is threading.main_thread() and (current := _current()) is not None:
+        current.install()
 
 
 def _current() -> StopRequest | None:

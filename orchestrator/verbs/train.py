@@ -46,9 +46,8 @@ from orchestrator.views.split_notes import say_split
 from partitioner.layout.parallel_plan import Plan
 from partitioner.program.program import Program
 
-OF_JOBS = (
-    "orchestrate-runs"  # where runs of jobs are kept, in the home of who runs Ray, on the head's machine
-)
+# Where runs of jobs are kept, in the home of who runs Ray, on the head's machine
+OF_JOBS = "orchestrate-runs"
 PLAIN_LINES = 10  # a line for every so many steps, off a terminal
 
 
@@ -144,9 +143,7 @@ def _train(
 ) -> TrainResult:  # fmt: skip
     console.log_to(folder.log)
     job = inputs.job
-    if (
-        going is not None and going.found is not None
-    ):  # frozen parameters and buffers are not on the chips alone
+    if going is not None and going.found is not None:  # what is frozen is not on the chips alone
         job = job.model_copy(update={"weights": str(going.found.folder)})
     if going is None and kind is RunnerKind.INLINE and "hang_timeout" in job.model_fields_set:
         console.warn("hang_timeout has no effect: one process that cannot go on says so at once")

@@ -95,9 +95,8 @@ def read_block(owner: int, block: int, nbytes: int) -> Iterator[Callable[[memory
     FileNotFoundError: the owner has ended. ValueError: what the owner holds under this number is no such block.
     """
     try:
-        if not str(Path(_path(owner, block)).readlink()).startswith(
-            f"/memfd:{NAME}"
-        ):  # nothing else is ever opened
+        # nothing else is ever opened
+        if not str(Path(_path(owner, block)).readlink()).startswith(f"/memfd:{NAME}"):
             raise ValueError("a block that is none")
         descriptor = os.open(_path(owner, block), os.O_RDWR | os.O_CLOEXEC)
     except PermissionError as error:

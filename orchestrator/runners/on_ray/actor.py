@@ -16,13 +16,13 @@ import torch
 from kernels.backend import keep_memory
 from kernels.optimizers import FlatOptimizer, OptimizerSpec, StepStatistics
 from orchestrator.models.own_modules import import_modules
+from orchestrator.models.user_code import PACKAGE_FOLDERS
 from orchestrator.runners.executing.chip_set import ChipSet
 from orchestrator.runners.executing.header import BadMessage
 from orchestrator.runners.executing.mailbox import Mailbox, batch_key, marks_key, state_key, value_key
 from orchestrator.runners.executing.peer_keys import PeerKeys
 from orchestrator.runners.executing.transport import Address, Arrival, Transport
 from orchestrator.runners.failure import ActorStatus
-from orchestrator.runners.on_ray.ray_connection import package_folders
 from orchestrator.runners.on_ray.screening import COMMUNICATIONS, DRIVER, require_of_chips, require_of_driver
 from orchestrator.runners.runner import BadOrder, Settings, StepRequest
 from orchestrator.runs.timeline import Mark
@@ -67,7 +67,7 @@ def node_address() -> str:
 def code_facts() -> dict[str, str]:
     """What must be the same on all machines: a digest of our own code, and the libraries that compute."""
     digest = hashlib.sha256()
-    for folder in package_folders():
+    for folder in PACKAGE_FOLDERS.values():
         for path in sorted(folder.rglob("*.py")):
             digest.update(f"{path.relative_to(folder.parent)}\n".encode() + path.read_bytes())
     python = ".".join(map(str, sys.version_info[:2]))

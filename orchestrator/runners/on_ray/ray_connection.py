@@ -15,11 +15,11 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import Any
 
 from comms.errors import ClusterError, RunError
 from orchestrator.config.hardware.cluster_file import CONFIGS
+from orchestrator.models.user_code import PACKAGE_FOLDERS
 from orchestrator.runners.on_ray import janitor
 from orchestrator.runners.on_ray.placement import RayNode
 from orchestrator.runners.on_ray.ray_address import RayAddress, RayKind
@@ -28,7 +28,6 @@ OBJECT_STORE_BYTES = 80 << 20  # Ray's least: tensors do not go through its stor
 SAME_PRIORITY = {"worker_niceness": 0}  # else whatever else runs here goes before the actors
 REACH_S = 10.0  # for the port of a cluster to answer
 SHORT_FOLDER = "/tmp"  # Ray's sockets have names of at most 107 characters
-PACKAGES = ("orchestrator", "comms", "partitioner", "kernels")
 JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray's own, in what runs as a job
 NAMESPACE = "orchestrate"
 QUIET = {
@@ -109,17 +108,10 @@ def is_job() -> bool:
     return JOB_VARIABLE in os.environ
 
 
-def package_folders() -> list[Path]:
-    """The four packages, as they are imported here."""
-    specs = [importlib.util.find_spec(name) for name in PACKAGES]
-    return [Path(spec.origin).parent for spec in specs if spec is not None and spec.origin is not None]
-
-
 def travelling_folders() -> list[str]:
     """The packages, and the shipped cluster files where they lie beside them."""
-    packages = package_folders()
-    beside = packages[0].parent / CONFIGS
-    return [str(folder) for folder in (*packages, *([beside] if beside.is_dir() else []))]
+    beside = PACKAGE_FOLDERS["orchestrator"].parent / CONFIGS
+    return [str(folder) for folder in (*PACKAGE_FOLDERS.values(), *([beside] if beside.is_dir() else []))]
 
 
 def _imported() -> Any:

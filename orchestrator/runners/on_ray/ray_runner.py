@@ -1,8 +1,8 @@
 """Ray runner: drives the actors of a `RayStart` through one Program.
 
 A step is one call to every actor. While the calls run, the driver watches: what is to be done when an actor ends, an
-error comes out of one, or no chip moves for `TIMEOUT_S`, is decided by `failure`. After any of them all actors are
-ended: nobody is left waiting.
+error comes out of one, or no chip moves for the job's `hang_timeout`, is decided by `failure`. After any of them all
+actors are ended: nobody is left waiting.
 """
 
 import sys

@@ -15,8 +15,9 @@ from typing import Any
 
 import yaml
 
-from orchestrator.config.hardware.cluster import Cluster, Device
+from orchestrator.config.hardware.cluster import Cluster
 from orchestrator.config.schema import Section
+from orchestrator.runners.on_ray.placement import spread_plan
 from orchestrator.runners.ray_jobs.job_command import JobCommand
 
 STORAGE = "/mnt/orchestrate"  # where a claim's volume is in every container
@@ -58,10 +59,10 @@ class Machines:
 
 def machines_of(cluster: Cluster) -> Machines:
     """One machine per host with a core (and a GPU) per chip; simulated chips need cores only."""
-    if cluster.device is Device.SIMULATED:
-        return Machines(1, min(cluster.actors or SIMULATING_CORES, cluster.num_chips), 0)
-    together = min(cluster.chips_per_host, cluster.num_chips)
-    return Machines(cluster.num_chips // together, together, together if cluster.device is Device.CUDA else 0)
+    plan = spread_plan(cluster, SIMULATING_CORES)
+    if plan.per_machine is None:
+        return Machines(1, plan.num_actors, 0)
+    return Machines(plan.num_bundles, plan.per_machine, plan.gpus * plan.per_machine)
 
 
 def kuberay(command: JobCommand, cluster: Cluster, settings: KubeRaySettings) -> str:

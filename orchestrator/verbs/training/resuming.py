@@ -32,13 +32,8 @@ from orchestrator.verbs.verification.resumed_run import read_last, require_made,
 from partitioner.layout.parallel_plan import Plan
 
 FIXED_BY_RUN = ("job", "model", "data", "global_batch", "seq", "run_dir")
-FREE = (
-    *PLANNED,
-    "checkpoints",
-    "hang_timeout",
-    "sinks",
-    "steps",
-)  # keys of a job that do not say what is trained
+# Keys of a job that do not say what is trained
+FREE = (*PLANNED, "checkpoints", "hang_timeout", "sinks", "steps")
 USED = "used"  # in run.yaml: what was used from which step on
 
 

@@ -329,3 +329,20 @@ def test_keys_depend_on_the_code(monkeypatch: pytest.MonkeyPatch) -> None:
     before: Any = cache.key_of({"a": 1})
     monkeypatch.setattr(cache, "code_digest", lambda rooms: "other code")
     assert cache.key_of({"a": 1}) != before
+
+
+def test_the_code_of_every_package_is_in_a_key_wherever_it_lies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a cluster, where each package that travels has a folder of its own."""
+    folders = {name: tmp_path / f"at-{name}" / name for name in ("partitioner", "kernels", "orchestrator")}
+    for room in preparation.CODE:
+        package, *inside = room.split("/")
+        (made := folders[package].joinpath(*inside)).mkdir(parents=True)
+        (made / "module.py").write_text("one")
+    monkeypatch.setattr(preparation, "PACKAGE_FOLDERS", folders)
+    digests = {preparation.code_digest.__wrapped__()}
+    for file in sorted(tmp_path.rglob("module.py")):
+        file.write_text("two")
+        digests.add(preparation.code_digest.__wrapped__())
+    assert len(digests) == 1 + len(preparation.CODE)
