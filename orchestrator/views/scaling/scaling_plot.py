@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 WIDTH_IN, HEIGHT_IN = 4.6, 3.6  # of a panel
 DPI = 110
+FEW_TICKS = 100  # a span below which powers of ten alone leave an axis almost without numbers
 SALT = "orchestrate"  # names in an SVG follow from it and from what is drawn
 
 
@@ -65,6 +66,8 @@ class ChipPanel:
 
 def draw_panel(axes: "Axes", panel: ChipPanel) -> None:
     """Draw one panel."""
+    from matplotlib.ticker import EngFormatter, LogLocator
+
     for line in panel.lines:
         chips, values = zip(*line.places, strict=True)
         axes.plot(chips, values, color=COLOURS[line.colour % len(COLOURS)], label=line.label or None,
@@ -72,12 +75,15 @@ def draw_panel(axes: "Axes", panel: ChipPanel) -> None:
     axes.set_xscale("log", base=2)
     ticks = sorted({chips for line in panel.lines for chips, _ in line.places})
     axes.set_xticks(ticks, [f"{chips:,}" for chips in ticks], rotation=45 if len(ticks) > 6 else 0)
-    axes.minorticks_off()
     if panel.is_share:
         axes.set_ylim(0, max([1.05, *(value * 1.05 for line in panel.lines for _, value in line.places)]))
         axes.yaxis.set_major_formatter("{x:.0%}")
     else:
         axes.set_yscale("log")
+        values = [value for line in panel.lines for _, value in line.places]
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if max(values) < min(values) * FEW_TICKS else (1,)))
+        axes.yaxis.set_major_formatter(EngFormatter())
+    axes.minorticks_off()
     axes.set_xlabel("chips")
     axes.set_ylabel(panel.unit)
     axes.set_title(panel.title, fontsize=10, loc="left")
@@ -121,5 +127,8 @@ def _saved(panels: Sequence[ChipPanel], kind: str) -> bytes:
     file = io.BytesIO()
     metadata = {"Software": None} if kind == "png" else {"Date": None, "Creator": None}
     with mpl.rc_context({"svg.hashsalt": SALT, "svg.fonttype": "none"}):
-        figure_of(panels).savefig(file, format=kind, dpi=DPI, metadata=metadata)
+        figure = figure_of(panels)
+        figure.get_layout_engine().execute(figure)
+        figure.set_layout_engine("none")  # laid out once; a figure with an engine is drawn twice when it is saved
+        figure.savefig(file, format=kind, dpi=DPI, metadata=metadata)
     return file.getvalue()
