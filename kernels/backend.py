@@ -7,9 +7,8 @@ exactly what was traced, op by op, hence the same bytes in every runner.
 """
 
 import ast
-import ctypes
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -35,7 +34,6 @@ NEED_ORDER = {
     "pdist", "_pdist_forward", "_pdist_backward", "view_as_complex",
 }  # fmt: skip
 OPERATOR_PARTS = 3
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's mallopt
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,17 +87,6 @@ def one_thread_per_chip() -> Iterator[None]:
     finally:
         torch.set_num_threads(threads)
         torch._C._set_graph_executor_optimize(optimize)
-
-
-def keep_memory() -> None:
-    """Have this process keep freed memory: every step takes as much again, and getting it anew costs a tenth of it.
-
-    For glibc's allocator, which otherwise gives large pieces back and has them zeroed again; others have no effect.
-    """
-    with suppress(OSError, AttributeError):
-        allocator = ctypes.CDLL(None)
-        allocator.mallopt(M_TRIM_THRESHOLD, ctypes.c_int(2**31 - 1))
-        allocator.mallopt(M_MMAP_MAX, ctypes.c_int(0))
 
 
 def prepare_thread() -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from comms.errors import ConfigError, ModelError
 from comms.units import format_dollars, format_percent, format_scaled, format_seconds
-from kernels.backend import keep_memory
+from kernels.memory import keep_memory
 from orchestrator.config.hardware.cluster import Cluster, Device
 from orchestrator.config.job_file import Job
 from orchestrator.models.model_builder import BuiltModel

@@ -18,11 +18,12 @@ from partitioner.program.program import Collective, CollectiveOp, Recv, Reductio
 MAX_OPEN = 1 << 20  # communications that have begun and not ended
 LOW_PRECISION = (torch.float16, torch.bfloat16)
 CHUNKED = (CollectiveOp.REDUCE_SCATTER, CollectiveOp.ALL_TO_ALL)
-COMBINE: dict[Reduction, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
-    Reduction.SUM: torch.Tensor.add_,
-    Reduction.AVG: torch.Tensor.add_,  # divided by the number of parts at the end
-    Reduction.MAX: lambda a, b: torch.maximum(a, b, out=a),
-    Reduction.MIN: lambda a, b: torch.minimum(a, b, out=a),
+PAIR = 2
+COMBINE: dict[Reduction, Callable[..., torch.Tensor]] = {
+    Reduction.SUM: torch.add,
+    Reduction.AVG: torch.add,  # divided by the number of parts at the end
+    Reduction.MAX: torch.maximum,
+    Reduction.MIN: torch.minimum,
 }
 
 
@@ -80,7 +81,8 @@ class PendingCommunications:
         if instruction.op not in CHUNKED:
             return value
         chunks = value.chunk(len(key.chips))
-        return torch.cat([chunks[i] for i, c in enumerate(key.chips) if self.actor_of[c] == actor])
+        theirs = [chunks[i] for i, c in enumerate(key.chips) if self.actor_of[c] == actor]
+        return theirs[0] if len(theirs) == 1 else torch.cat(theirs)
 
     def _is_complete(self, key: Key, pending: PendingCommunication) -> bool:
         if key.kind == "p2p":
@@ -151,7 +153,17 @@ class PendingCommunications:
             if first.op is CollectiveOp.ALL_TO_ALL:
                 self._put(chip, pending.posts[chip], torch.cat(parts))
             else:
-                self._put(chip, pending.posts[chip], combine(first.reduction, parts, None))
+                post = pending.posts[chip]
+                self._put(chip, post, combine(first.reduction, parts, self._room_for(chip, post, parts)))
+
+    def _room_for(self, chip: int, post: Post, parts: list[torch.Tensor]) -> torch.Tensor | None:
+        """The buffer that two parts are combined into at once, be it that one of them lies there."""
+        assert isinstance(post.instruction, Collective)
+        target = post.instruction.writes[0]
+        if len(parts) != PAIR or not self.chips[chip].is_buffer(target):
+            return None
+        buffer = self.chips[chip].read(target, post.microbatch)
+        return buffer if (buffer.dtype, buffer.shape) == (parts[0].dtype, parts[0].shape) else None
 
     def _gather(self, pending: PendingCommunication, key: Key, parts: list[torch.Tensor]) -> None:
         shared: torch.Tensor | None = None
@@ -169,10 +181,15 @@ class PendingCommunications:
 
 
 def combine(reduction: Reduction, parts: Sequence[torch.Tensor], out: torch.Tensor | None) -> torch.Tensor:
-    """`parts` combined from first to last, accumulated in float32 for half precision; `out` may be parts[0]."""
+    """`parts` combined from first to last, accumulated in float32 for half precision.
+
+    `out` may lie where the first or the second of the parts does, with its offset; not where a later one does.
+    """
     if parts[0].dtype in LOW_PRECISION:
         return combine(reduction, [p.float() for p in parts], None).to(parts[0].dtype)
-    total = parts[0].clone() if out is None else out
-    for part in parts[1:]:
-        COMBINE[reduction](total, part)
+    if len(parts) == 1:
+        return parts[0].clone() if out is None else out.copy_(parts[0])
+    total = COMBINE[reduction](parts[0], parts[1], out=torch.empty_like(parts[0]) if out is None else out)
+    for part in parts[2:]:
+        COMBINE[reduction](total, part, out=total)
     return total.div_(len(parts)) if reduction is Reduction.AVG else total

@@ -3,8 +3,8 @@
 Every actor has one socket that it reads and one towards each peer (zmq over tcp, in order), encrypted and
 authenticated by the keys of the run (`peer_keys`). A message is a header (`header`) and the tensor: in a shared block
 if the peer can read our memory (`blocks`), else as a frame of its own; small tensors are always sent as frames.
-Nothing is ever pickled. A tensor is copied before `send` returns, and copied out on arrival, so that neither end
-waits for the other.
+Nothing is ever pickled. A tensor is copied before `send` returns, so that neither end waits for the other; what arrives
+in a block for a communication of the Program is used where it lies.
 
 A peer that sends what is no message, or the same once more, is not listened to any longer; others are. Not here:
 retries, back-pressure (a program's messages are bounded by its schedule). A peer that has ended is noticed by the
@@ -25,7 +25,7 @@ import zmq
 
 from comms.errors import RunError
 from kernels.backend import prepare_thread
-from orchestrator.runners.executing.blocks import BlockPool, can_read, read_block, write_proof
+from orchestrator.runners.executing.blocks import BlockPool, BlockReader, can_read, write_proof
 from orchestrator.runners.executing.header import BadMessage, Header, read_header
 from orchestrator.runners.executing.peer_keys import Gate, PeerKeys, guard, present
 from partitioner.capture.captured_graph import SHORT, TORCH
@@ -44,6 +44,7 @@ class Arrival(NamedTuple):
 
 Deliver: TypeAlias = Callable[[Arrival], None]
 RAW_BYTES = 1 << 16  # up to here two copies through a socket are cheaper than opening a block
+COMMUNICATIONS = ("p2p", "group")  # of a Program: their tensors are used in place, as nobody keeps them
 LOOPBACK = "127.0.0.1"
 INBOX = "inproc://inbox"
 
@@ -78,7 +79,7 @@ class Transport:
     def __init__(self, keys: PeerKeys, deliver: Deliver, host: str = LOOPBACK) -> None:
         self.keys, self.deliver = keys, deliver
         self.failure: BaseException | None = None  # what ended the receiving thread, or a peer
-        self._pool = BlockPool()
+        self._pool, self._reader = BlockPool(), BlockReader()
         self._context = zmq.Context()
         self._gate = Gate(self._context, keys)
         self._inbox = self._socket(zmq.PULL)
@@ -138,6 +139,7 @@ class Transport:
         self._gate.close()
         self._context.term()
         self._pool.close()
+        self._reader.close()
         if self._proof is not None:
             os.close(self._proof)
 
@@ -197,14 +199,13 @@ class Transport:
         if sender not in self._peers:
             raise BadMessage("a block before it was met")
         try:
-            with read_block(self._peers[sender].process, header.block, header.nbytes) as fill:
-                tensor = _empty(header)
-                fill(_bytes_of(tensor))
+            content = self._reader.bytes_of(self._peers[sender].process, header.block, header.nbytes)
         except FileNotFoundError:  # the sender has ended; its message is of no use any more
             return None
         except ValueError as error:
             raise BadMessage(str(error)) from error
-        return tensor
+        tensor = torch.from_numpy(content).view(TORCH[header.dtype]).view(header.shape)
+        return tensor if header.key.kind in COMMUNICATIONS else tensor.clone()
 
 
 def _empty(header: Header) -> torch.Tensor:

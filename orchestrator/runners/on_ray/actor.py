@@ -13,7 +13,7 @@ from functools import cache
 
 import torch
 
-from kernels.backend import keep_memory
+from kernels.memory import keep_memory
 from kernels.optimizers import FlatOptimizer, OptimizerSpec, StepStatistics
 from orchestrator.models.own_modules import import_modules
 from orchestrator.models.user_code import PACKAGE_FOLDERS
@@ -21,9 +21,9 @@ from orchestrator.runners.executing.chip_set import ChipSet
 from orchestrator.runners.executing.header import BadMessage
 from orchestrator.runners.executing.mailbox import Mailbox, batch_key, marks_key, state_key, value_key
 from orchestrator.runners.executing.peer_keys import PeerKeys
-from orchestrator.runners.executing.transport import Address, Arrival, Transport
+from orchestrator.runners.executing.transport import COMMUNICATIONS, Address, Arrival, Transport
 from orchestrator.runners.failure import ActorStatus
-from orchestrator.runners.on_ray.screening import COMMUNICATIONS, DRIVER, require_of_chips, require_of_driver
+from orchestrator.runners.on_ray.screening import DRIVER, require_of_chips, require_of_driver
 from orchestrator.runners.runner import BadOrder, Settings, StepRequest
 from orchestrator.runs.timeline import Mark
 from partitioner.program.program_codec import decode

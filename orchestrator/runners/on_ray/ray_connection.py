@@ -18,6 +18,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from comms.errors import ClusterError, RunError
+from kernels.memory import inherited
 from orchestrator.config.hardware.cluster_file import CONFIGS
 from orchestrator.models.user_code import PACKAGE_FOLDERS
 from orchestrator.runners.on_ray import janitor
@@ -87,10 +88,11 @@ class RayConnection:
         self._folder = tempfile.mkdtemp(prefix="orc-ray-", dir=base)
         command = [sys.executable, "-I", "-S", janitor.__file__, self._folder]
         self._janitor = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
-        self._ray.init(
-            address="local", num_cpus=len(os.sched_getaffinity(0)), include_dashboard=False,
-            object_store_memory=OBJECT_STORE_BYTES, _temp_dir=self._folder, _system_config=SAME_PRIORITY, **QUIET,
-        )  # fmt: skip
+        with inherited():
+            self._ray.init(
+                address="local", num_cpus=len(os.sched_getaffinity(0)), include_dashboard=False,
+                object_store_memory=OBJECT_STORE_BYTES, _temp_dir=self._folder, _system_config=SAME_PRIORITY, **QUIET,
+            )  # fmt: skip
 
     def _join(self) -> None:
         where = f"{self.address.text} ({self.address.said})"

@@ -10,7 +10,6 @@ from orchestrator.runners.executing.header import BadMessage
 from orchestrator.runners.executing.transport import Arrival
 
 DRIVER = -1  # the driver's number among the actors
-COMMUNICATIONS = ("p2p", "group")
 FROM_DRIVER = ("value", "batch", "state")
 TO_DRIVER = ("marks", "state")
 

@@ -3,14 +3,11 @@ import os
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestrator.runners.executing.blocks import HEAD, BlockPool, can_read, read_block, write_proof
+from orchestrator.runners.executing.blocks import HEAD, BlockPool, BlockReader, can_read, write_proof
 
 
 def read(block: int, nbytes: int) -> bytes:
-    target = bytearray(nbytes)
-    with read_block(os.getpid(), block, len(target)) as fill:
-        fill(memoryview(target))
-    return bytes(target)
+    return BlockReader().bytes_of(os.getpid(), block, nbytes).tobytes()
 
 
 @given(st.lists(st.tuples(st.integers(0, 300_000), st.booleans()), max_size=12))
