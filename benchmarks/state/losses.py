@@ -86,7 +86,8 @@ def main() -> None:
 
 def trial(kind: str, step: int, raylets: Cluster, home: Path, draws: random.Random) -> dict[str, object]:
     """One run that loses something after `step`."""
-    folder = home / "run"
+    folder, others = home / "run", actors_now()
+    assert not others, f"actors of something else are here: {others}"
     (home / "four.yaml").write_text(HOSTS)
     process = orchestrate(
         *JOB, "--cluster", str(home / "four.yaml"), "--address", raylets.address, "--run-dir", str(folder),

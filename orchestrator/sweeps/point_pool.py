@@ -2,7 +2,7 @@
 
 Points are handed out in groups that share a model, so that each is captured in one place; within a group, series by
 series. `here` does them one after the other, `over_cores` in processes, the largest models first. Both yield results as
-they come, and anything that takes groups and yields results can stand in their place: a cluster's tasks, say.
+they come; `ray_tasks` has a third one.
 
 A point that was worked out before from the same content comes from the user's cache; a sweep that was interrupted goes
 on from there. Models of the user's own code are worked out anew, as their content is not known.
@@ -48,6 +48,12 @@ class Levers:
     at: int | None
     beyond: int
     efficiencies: dict[str, float]
+    entry: str | None = None  # in the cache; None where content is not known
+
+    @property
+    def text(self) -> str:
+        """What is remembered of it."""
+        return json.dumps(self.efficiencies)
 
 
 Group: TypeAlias = tuple[SeriesRow, ...]
@@ -90,7 +96,7 @@ def worked_out(group: Group, progress: Progress = quiet) -> Iterator[Found]:
             result = _recalled(point)
             if result is None:
                 result = predictor.predict(point)
-                _remember(point, result)
+                remember_point(point, result)
             results.append(result)
             yield number, result
         if (found := _levers(row, results, predictor)) is not None:
@@ -112,13 +118,14 @@ def _levers(row: SeriesRow, results: Sequence[PointResult], predictor: Predictor
     )
     with suppress(OSError, ValueError):
         if entry is not None:
-            return Levers(row, at, results[last].chips, json.loads(recall(entry)))
+            return Levers(row, at, results[last].chips, json.loads(recall(entry)), entry)
     found = predictor.levers(
         row.points[fits[0]], plan_of(results[fits[0]]), row.points[last], plan_of(results[last])
     )
+    levers = Levers(row, at, results[last].chips, found, entry)
     if entry is not None:
-        remember(entry, json.dumps(found).encode())
-    return Levers(row, at, results[last].chips, found)
+        remember(entry, levers.text.encode())
+    return levers
 
 
 def _key(point: Point) -> str | None:
@@ -141,7 +148,18 @@ def _recalled(point: Point) -> PointResult | None:
     return None
 
 
-def _remember(point: Point, result: PointResult) -> None:
+def has_content(point: Point) -> bool:
+    """Whether its name says what it is, on any machine: not so for the user's own code and files."""
+    return _key(point) is not None
+
+
+def is_known(point: Point) -> bool:
+    """Whether it was worked out before."""
+    return _recalled(point) is not None
+
+
+def remember_point(point: Point, result: PointResult) -> None:
+    """Keep a result in the user's cache, where the point's content is known."""
     if (entry := _key(point)) is not None:
         remember(entry, json.dumps(result.document()).encode())
 
@@ -160,7 +178,7 @@ def over_cores(workers: int) -> Pool:
     """In processes of this machine; what is remembered is looked up without any."""
 
     def run(groups: Sequence[Group]) -> Iterator[Found]:
-        if all(_recalled(point) is not None for group in groups for row in group for point in row.points):
+        if all(is_known(point) for group in groups for row in group for point in row.points):
             yield from here()(groups)
             return
         # fork is quick, but not where threads of these libraries run already

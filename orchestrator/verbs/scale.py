@@ -43,6 +43,7 @@ Show = Callable[[Sweep, int], None]  # what is known so far, and the number of t
 def main(options: ScaleOptions, console: Console) -> int:
     """The `scale` verb."""
     file, cluster, job = _asked(options)
+    pool = _pool(options.address, cores())
     folder = options.out
     if folder is not None and folder.exists() and not folder.is_dir():
         raise ConfigError("the results need a folder", f"--out {folder}", "name one that is new, or a folder")
@@ -54,7 +55,7 @@ def main(options: ScaleOptions, console: Console) -> int:
             write_points(folder, sweep)
 
     with console.phase("work out the points"):
-        sweep = swept(file, cluster, job, over_cores(cores()), show)
+        sweep = swept(file, cluster, job, pool, show)
     console.results(document(sweep), sweep.tables())
     if folder is not None:
         with console.phase("draw"):
@@ -66,14 +67,26 @@ def main(options: ScaleOptions, console: Console) -> int:
     return _require_some(sweep)
 
 
+def _pool(address: str | None, workers: int) -> Pool:
+    """Who works the points out: so many processes of this machine, or the Ray that is named."""
+    if address is None:
+        return here() if workers == 1 else over_cores(workers)
+    from orchestrator.runners.on_ray.ray_address import ray_address
+    from orchestrator.sweeps.ray_tasks import over_cluster
+
+    return over_cluster(ray_address(address, os.environ))
+
+
 def scale(
     cluster: str | Path | Cluster, job: Job | None = None, *, chips: Sequence[int], mode: str = "weak",
     vary: Mapping[str, Sequence[object]] | None = None, measure: str | None = None, workers: int | None = None,
+    address: str | None = None,
 ) -> Sweep:  # fmt: skip
     """The job (by default the built-in one) on so many chips of a cluster, as a `Sweep` that prints and draws.
 
-    `vary`: as --vary does. `measure`: "inline" or "ray". `workers`: processes, by default one per core. Raises
-    UserError for what cannot be read; a point that cannot be is a row of the sweep.
+    `vary`: as --vary does. `measure`: "inline" or "ray". `workers`: processes, by default one per core; or `address`:
+    the Ray whose machines work the points out. Raises UserError for what cannot be read; a point that cannot be is a
+    row of the sweep.
     """
     root: dict[str, object] = {
         "kind": "sweep", "version": 1, "chips": list(chips), "modes": _modes(mode),
@@ -83,8 +96,7 @@ def scale(
         root["measure"] = {"runner": measure}
     file = validate(Document("scale", root, {}), SweepFile)
     found = cluster if isinstance(cluster, Cluster) else load_cluster(cluster_path(str(cluster)))
-    count = workers or cores()
-    return swept(file, found, job or load_job(None), here() if count == 1 else over_cores(count))
+    return swept(file, found, job or load_job(None), _pool(address, workers or cores()))
 
 
 def swept(file: SweepFile, cluster: Cluster, job: Job, pool: Pool, show: Show | None = None) -> Sweep:

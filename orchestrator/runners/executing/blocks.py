@@ -135,7 +135,9 @@ class BlockReader:
     """The blocks of others as they lie in our memory: each is mapped once. For one thread."""
 
     def __init__(self) -> None:
-        self._mapped: OrderedDict[tuple[int, int], tuple[int, mmap.mmap]] = OrderedDict()  # with its file's number
+        self._mapped: OrderedDict[tuple[int, int], tuple[int, mmap.mmap]] = (
+            OrderedDict()
+        )  # with its file's number
 
     def bytes_of(self, owner: int, block: int, nbytes: int) -> "np.ndarray[Any, np.dtype[np.uint8]]":
         """The first `nbytes` in a block of process `owner`, in place: free again when nobody has them any more.
@@ -156,7 +158,7 @@ class BlockReader:
     def _memory(self, owner: int, block: int) -> mmap.mmap:
         path, place = _path(owner, block), (owner, block)
         try:
-            number = os.stat(path).st_ino
+            number = Path(path).stat().st_ino
             if place in self._mapped and self._mapped[place][0] == number:
                 self._mapped.move_to_end(place)
                 return self._mapped[place][1]
@@ -175,7 +177,10 @@ def _mapped(path: str) -> mmap.mmap:
     descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     try:
         # Of one that its owner makes smaller, reading would end this process
-        if not fcntl.fcntl(descriptor, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK or os.fstat(descriptor).st_size < HEAD:
+        if (
+            not fcntl.fcntl(descriptor, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK
+            or os.fstat(descriptor).st_size < HEAD
+        ):
             raise ValueError("a block that may shrink")
         return mmap.mmap(descriptor, 0)
     finally:

@@ -103,7 +103,9 @@ class RayStart:
         self.host = LOOPBACK if self.address.kind is RayKind.OWN else ray.util.get_node_ip_address()
         host = LOOPBACK if self.address.kind is RayKind.OWN else None  # None: that of the node
         # Two calls at a time: while the long one runs, the driver may ask how far it is.
-        remote = ray.remote(num_cpus=1, num_gpus=plan.gpus, max_concurrency=2, **self._environment())(ChipActor)
+        remote = ray.remote(num_cpus=1, num_gpus=plan.gpus, max_concurrency=2, **self._environment())(
+            ChipActor
+        )
         for actor in range(plan.num_actors):
             place = PlacementGroupSchedulingStrategy(self._group, plan.bundle_of(actor))
             self.actors.append(remote.options(scheduling_strategy=place).remote(self._keys[actor], host))
@@ -112,7 +114,11 @@ class RayStart:
     def _environment(self) -> dict[str, Any]:
         """What actors must have from their start on; those of a Ray of our own inherit it."""
         is_own = self.address.kind is RayKind.OWN
-        return {} if is_own else {"runtime_env": {"env_vars": {k: os.environ.get(k, v) for k, v in VARIABLES.items()}}}
+        return (
+            {}
+            if is_own
+            else {"runtime_env": {"env_vars": {k: os.environ.get(k, v) for k, v in VARIABLES.items()}}}
+        )
 
     def _get_facts(self, ray: Any) -> None:
         asked, num_up = [actor.facts.remote() for actor in self.actors], 0

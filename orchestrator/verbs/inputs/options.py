@@ -188,6 +188,12 @@ class ScaleOptions(Options):
         Literal["inline", "ray"] | None,
         Option(help="Train a few real steps here, too, where there are few chips."),
     ] = None
+    address: Annotated[
+        str | None,
+        Option(
+            metavar="ADDRESS", help="Work the points out on this Ray: auto, host:port or ray://host:port."
+        ),
+    ] = None
     out: Annotated[
         Path | None, Option(metavar="FOLDER", help="Write JSON, CSV, PNG, SVG, HTML and MLLOG files here.")
     ] = None

@@ -80,8 +80,10 @@ def draw_panel(axes: "Axes", panel: ChipPanel) -> None:
         axes.yaxis.set_major_formatter("{x:.0%}")
     else:
         axes.set_yscale("log")
-        values = [value for line in panel.lines for _, value in line.places]
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if max(values) < min(values) * FEW_TICKS else (1,)))
+        span = [value for line in panel.lines for _, value in line.places]
+        axes.yaxis.set_major_locator(
+            LogLocator(subs=(1, 2, 5) if max(span) < min(span) * FEW_TICKS else (1,))
+        )
         axes.yaxis.set_major_formatter(EngFormatter())
     axes.minorticks_off()
     axes.set_xlabel("chips")
@@ -128,7 +130,10 @@ def _saved(panels: Sequence[ChipPanel], kind: str) -> bytes:
     metadata = {"Software": None} if kind == "png" else {"Date": None, "Creator": None}
     with mpl.rc_context({"svg.hashsalt": SALT, "svg.fonttype": "none"}):
         figure = figure_of(panels)
-        figure.get_layout_engine().execute(figure)
-        figure.set_layout_engine("none")  # laid out once; a figure with an engine is drawn twice when it is saved
+        if (layout := figure.get_layout_engine()) is not None:
+            layout.execute(figure)
+        figure.set_layout_engine(
+            "none"
+        )  # laid out once; a figure with an engine is drawn twice when it is saved
         figure.savefig(file, format=kind, dpi=DPI, metadata=metadata)
     return file.getvalue()

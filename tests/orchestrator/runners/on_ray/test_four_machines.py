@@ -12,12 +12,15 @@ from comms.errors import ClusterError, RunError
 from comms.selection.progress import quiet
 from kernels.optimizers import OptimizerSpec
 from orchestrator.config.hardware.cluster import Cluster
-from orchestrator.config.hardware.cluster_file import load_cluster
+from orchestrator.config.hardware.cluster_file import cluster_path, load_cluster
+from orchestrator.config.job_file import load_job
 from orchestrator.planning.preparation import module_values
 from orchestrator.runners.on_ray.ray_address import RayAddress, RayKind
 from orchestrator.runners.on_ray.ray_launch import RayLaunch
 from orchestrator.runners.on_ray.ray_runner import RayRunner
 from orchestrator.runners.runner import Settings, StepRequest
+from orchestrator.sweeps import point_pool
+from orchestrator.verbs.scale import scale
 
 HOSTS = """
 kind: cluster
@@ -90,6 +93,33 @@ def test_a_host_too_many_is_named_before_anything_starts(raylets: Any, tmp_path:
 
 
 @pytest.mark.ray
+def test_a_sweep_is_worked_out_by_the_machines_of_the_cluster(
+    raylets: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, model = "builtin:gpt-nano", "model_args={layers: 2, width: 32, heads: 4, vocab: 256, max_seq: 16}"
+    job = load_job(None, (f"model={name}", model, "seq=16", "global_batch=24", "plan.tp=1"))
+    dgx = load_cluster(cluster_path("dgx-a100"))
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("predicted here")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(point_pool.Predictor, "predict", refuse)
+        sweep = scale(dgx, job, chips=[1, 4, 8], mode="both", address=raylets.address)
+        again = scale(dgx, job, chips=[1, 4, 8], mode="both", address="nobody.invalid:1")  # all is remembered
+    assert list(sweep.results) == [point_pool.Predictor(quiet).predict(point) for point in sweep.points]
+    assert again.results == sweep.results and again.levers == sweep.levers and len(sweep.levers) == 2
+
+
+@pytest.mark.ray
+def test_a_sweep_on_a_cluster_without_a_free_core_says_so(raylets: Any, launch: RayLaunch) -> None:
+    launch.start.wait()  # actors hold all cores
+    dgx, job = load_cluster(cluster_path("dgx-a100")), load_job(None, ("seq=16", "global_batch=40"))
+    with pytest.raises(ClusterError, match="no core is free"):
+        scale(dgx, job, chips=[1, 8], address=raylets.address)
+
+
+@pytest.mark.ray
 @pytest.mark.parametrize("degrees", PLANS, ids=lambda each: "-".join(f"{k}{v}" for k, v in each.items()))
 def test_actors_over_four_hosts_give_the_bytes_of_one_process(
     degrees: dict[str, int], launch: RayLaunch, tiny_program: Callable[..., Any],
@@ -132,9 +162,13 @@ def test_a_machine_that_is_gone_ends_the_run_with_its_chips_named(
     chips = [chip for chip, each in enumerate(launch.start.facts) if each.node == lost.node_id]
     raylets.remove_node(lost, allow_graceful=False)
     start = time.monotonic()
-    with pytest.raises(RunError) as caught:
+
+    def steps() -> None:
         while time.monotonic() - start < END_S:  # its processes may outlive it by some steps
             running.run(request)
+
+    with pytest.raises(RunError) as caught:
+        steps()
     assert time.monotonic() - start < END_S
     assert caught.value.problem.endswith(("its machine is gone", "its machine is gone, or the way to it"))
     assert any(f"chip {chip})" in caught.value.where for chip in chips)
