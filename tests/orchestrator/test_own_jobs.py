@@ -27,7 +27,12 @@ from orchestrator.verbs.verify import verify
 from orchestrator.views.console import Console
 from partitioner.layout.parallel_plan import Plan
 
-PAGE = (Path(__file__).parents[2] / "docs" / "jobs.md").read_text()
+DOCS = Path(__file__).parents[2] / "docs"
+PAGES = {  # and the verbs of their commands
+    "own-model": "verify train train", "own-data": "train simulate",
+    "own-cluster": "check comms comms plan simulate check simulate",
+    "resume": "train train train checkpoint checkpoint checkpoint train",
+}  # fmt: skip
 MINE = """
 from collections import namedtuple
 from dataclasses import dataclass
@@ -195,15 +200,6 @@ EVERYTHING = (
 )  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the files that docs/jobs.md shows."""
-    folder = tmp_path_factory.mktemp("page")
-    for name, text in re.findall(r"```(?:python|yaml)\n# (\S+)\n(.*?)```", PAGE, re.DOTALL):
-        (folder / name).write_text(text)
-    return folder
-
-
 def test_validation_is_the_mean_over_the_held_out_data_in_eval_mode(
     mine: dict[str, Any], laptop: Any, one_thread: None
 ) -> None:
@@ -302,18 +298,22 @@ def test_what_was_trained_before_the_data_failed_is_saved(
     assert newest is not None and newest.manifest.step == 2
 
 
-def test_the_page_on_jobs_runs(
-    page: Path, orchestrate: Make, monkeypatch: pytest.MonkeyPatch, one_thread: None
+@pytest.mark.parametrize("page", PAGES)
+def test_every_command_of_a_how_to_runs(
+    page: str, tmp_path: Path, orchestrate: Make, monkeypatch: pytest.MonkeyPatch, one_thread: None
 ) -> None:
-    monkeypatch.chdir(page)
-    commands = re.findall(r"^orchestrate (.*)$", PAGE, re.MULTILINE)
-    assert [command.split()[0] for command in commands] == ["verify", "train", "train"]
+    text = (DOCS / f"{page}.md").read_text()
+    for name, content in re.findall(r"```(?:python|yaml)\n# (\S+)\n(.*?)```", text, re.DOTALL):
+        (tmp_path / name).write_text(content)
+    monkeypatch.chdir(tmp_path)
+    commands = re.findall(r"^orchestrate (.*)$", text, re.MULTILINE)
+    assert [command.split()[0] for command in commands] == PAGES[page].split()
     for command in commands:
         words = command.split()
-        ran = orchestrate(
-            *words, *(["--runner", "inline"] if words[0] == "train" and "--runner" not in words else [])
-        )
+        is_open = words[0] == "train" and "--runner" not in words
+        ran = orchestrate(*words, *(["--runner", "inline"] if is_open else []))
         assert ran.code == 0, ran.err
+        assert "warning" not in ran.err, ran.err
 
 
 def test_the_flags_name_model_and_data_at_every_verb(mine: dict[str, Any], orchestrate_json: Make) -> None:
