@@ -7,6 +7,7 @@
     predicted.msgpack   timelines; measured.msgpack
     trace.json.gz       both, for Perfetto
     loss.png            pictures; timeline.png
+    result.json         of `simulate`, as --json prints it
     checkpoints/        step-000100/ and so on
     log.txt             what was said on the terminal
 
@@ -132,6 +133,7 @@ class RunDir:
     loss_plot = _Name("loss.png")
     timeline_plot = _Name("timeline.png")
     checkpoints = _Name("checkpoints")
+    result = _Name("result.json")  # of a prediction, as --json prints it
     log = _Name("log.txt")
     logs = _Name("logs")  # what other processes of the run printed
 

@@ -4,6 +4,7 @@ What is predicted is made by `runners.timing.prediction`; here it is asked for, 
 fit is still timed, then ends with FitError.
 """
 
+import json
 from collections.abc import Mapping
 
 from comms.errors import FitError
@@ -26,6 +27,7 @@ from orchestrator.verbs.inputs.options import SimulateOptions
 from orchestrator.verbs.inputs.planned_inputs import prepare, write_prepared
 from orchestrator.views.console import Console, Table
 from orchestrator.views.perfetto import trace_gz
+from orchestrator.views.plots import timeline_png
 from orchestrator.views.split_notes import say_split
 from partitioner.program.peak_memory import MemoryClass
 
@@ -77,7 +79,7 @@ def main(options: SimulateOptions, console: Console) -> int:
 
 
 def answer(prepared: Prepared, options: SimulateOptions, console: Console) -> int:
-    """Print the prediction and, with --run-dir, write plan, Program, timeline and trace. Raises FitError."""
+    """Print the prediction; with --out, write it with plan, Program, timeline, picture and trace. Raises FitError."""
     say_split(prepared, console)
     asked = None if options.fidelity is None else Fidelity(options.fidelity)
     if chosen_fidelity(prepared.cluster, asked) is Fidelity.FULL:
@@ -92,8 +94,12 @@ def answer(prepared: Prepared, options: SimulateOptions, console: Console) -> in
             console.warn(f"folded fidelity leaves out {what}; --fidelity full has it")
     console.results(result.document(), tables(result))
     if options.run_dir is not None:
-        write_run(run_dir.create(options.run_dir), prepared, result)
-        console.say(f"trace for https://ui.perfetto.dev in {options.run_dir}")
+        run = run_dir.create(options.run_dir)
+        write_run(run, prepared, result)
+        write_whole(run.result, (json.dumps(console.whole(result.document()), indent=1) + "\n").encode())
+        console.say(
+            f"in {options.run_dir}: result.json, timeline.png, trace.json.gz (for https://ui.perfetto.dev), plan.yaml"
+        )
     require_fit(result)
     return 0
 
@@ -113,6 +119,7 @@ def write_run(run: RunDir, prepared: Prepared, result: SimulationResult) -> None
     write_prepared(run, prepared)
     run.write_timeline(timeline)
     write_whole(run.trace, trace_gz(timeline))
+    write_whole(run.timeline_plot, timeline_png([timeline]))
 
 
 def tables(result: SimulationResult) -> tuple[Table, ...]:

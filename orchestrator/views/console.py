@@ -151,9 +151,13 @@ class Console:
         if not self.as_json:
             self._answer(text, tables)
             return
-        self._document = {**document, **self._notes}
+        self._document = self.whole(document)
         if not self._holds:
             self.close()
+
+    def whole(self, document: Mapping[str, object]) -> dict[str, object]:
+        """An answer with what was noted on the way to it, as JSON shows it."""
+        return {**document, **self._notes}
 
     def _answer(self, text: str, tables: Sequence[Table] = ()) -> None:
         hint = "give it a file with room, or a pipe"

@@ -126,7 +126,15 @@ class PlanOptions(PlannedOptions):
 class SimulateOptions(PlannedOptions):
     """How long is a step at any scale, where does the time go, what does it cost?"""
 
-    run_dir: RunDirFlag = None
+    run_dir: Annotated[
+        Path | None,
+        Option(
+            "--out",
+            "--run-dir",
+            metavar="FOLDER",
+            help="Write result, picture and trace; must not exist yet.",
+        ),
+    ] = None
     fidelity: Annotated[
         Literal["folded", "full"] | None, Option(help="One chip per stage, or every chip and every message.")
     ] = None

@@ -148,8 +148,9 @@ def test_the_verb_prints_json_and_writes_a_run_directory(program, tmp_path):
     out, err, root = StringIO(), StringIO(), tmp_path / "run"
     console = Console(as_json=True, out=out, err=err)
     assert answer(prepared, SimulateOptions(run_dir=root, as_json=True), console) == 0
-    assert json.loads(out.getvalue())["num_chips"] == 8
-    run = RunDir(root)
+    run, printed = RunDir(root), json.loads(out.getvalue())
+    assert printed["num_chips"] == 8 and json.loads(run.result.read_text()) == printed
+    assert run.timeline_plot.read_bytes().startswith(b"\x89PNG")
     assert plan_from_yaml(run.plan.read_text()) == PLAN
     assert run.read_timeline(Origin.PREDICTED) == simulate(program, LAPTOP).timeline()
     assert run.trace.exists()
