@@ -5,6 +5,7 @@ does it. A cluster is joined as it is: its resources, its token and its runtime 
 packages travel to its machines, so that all of them run the same code; what these need must be installed there.
 """
 
+import errno
 import importlib.util
 import logging
 import os
@@ -28,6 +29,7 @@ from orchestrator.runners.on_ray.ray_address import RayAddress, RayKind
 OBJECT_STORE_BYTES = 80 << 20  # Ray's least: tensors do not go through its store
 SAME_PRIORITY = {"worker_niceness": 0}  # else whatever else runs here goes before the actors
 REACH_S = 10.0  # for the port of a cluster to answer
+ANSWER_S = 1.0  # for one that has answered before
 SHORT_FOLDER = "/tmp"  # Ray's sockets have names of at most 107 characters
 JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray's own, in what runs as a job
 NAMESPACE = "orchestrate"
@@ -67,6 +69,11 @@ class RayConnection:
         """The nodes that are up."""
         nodes = [node for node in self._ray.nodes() if node["Alive"]]
         return [RayNode(node["NodeManagerAddress"], node["Resources"]) for node in nodes]
+
+    def raylets(self) -> dict[str, tuple[str, int]]:
+        """By the name of a node that is up, where what Ray runs on it listens."""
+        nodes = [node for node in self._ray.nodes() if node["Alive"]]
+        return {node["NodeID"]: (node["NodeManagerAddress"], node["NodeManagerPort"]) for node in nodes}
 
     def free(self) -> dict[str, float]:
         """What nobody holds, in all."""
@@ -152,6 +159,15 @@ def _require_open(place: tuple[str, int], where: str) -> None:
         said = error.strerror or str(error)
         hint = "is the cluster up (ray status), and is this its address? ray start prints it"
         raise ClusterError(f"nobody answers: {said}", where, hint) from error
+
+
+def is_gone(place: tuple[str, int]) -> bool:
+    """Whether it is certain that nobody listens there any more; silence alone may have other reasons."""
+    try:
+        socket.create_connection(place, ANSWER_S).close()
+    except OSError as error:
+        return error.errno in (errno.ECONNREFUSED, errno.EHOSTUNREACH)
+    return False
 
 
 def _quieten(ray: Any) -> None:

@@ -35,6 +35,7 @@ from orchestrator.runners.on_ray.assignment import (
     needed_states,
     needed_values,
 )
+from orchestrator.runners.on_ray.ray_connection import is_gone
 from orchestrator.runners.on_ray.ray_start import RayStart
 from orchestrator.runners.on_ray.screening import DRIVER, require_report
 from orchestrator.runners.runner import Batches, ExecutedStep, Settings, States, StepRequest
@@ -43,13 +44,14 @@ from partitioner.program.machine import Key
 from partitioner.program.program import Program
 from partitioner.program.program_codec import encode
 
+GONE = "its machine is gone"
 # What Ray says of an actor's end, most telling first
 CAUSES = (
     ("low on memory", "its machine was out of memory"),
     ("receives a SIGTERM", "its process was told to end (SIGTERM)"),
     ("connection error code 2", "its process was killed or crashed (SIGKILL, out of memory, SIGSEGV)"),
     ("`ray.kill`", "somebody ended it through Ray"),
-    ("node", "its machine is gone"),
+    ("node", GONE),
     ("unavailable", "its machine is gone, or the way to it"),
 )
 LOOK_S = 2.0  # how often the driver asks actors for their status while it waits
@@ -186,9 +188,17 @@ class RayRunner:
             if self.transport.failure is not None:
                 self._carry_out(EndActors(_as_run_error(self.transport.failure), self.transport.failure))
             if not done:
+                self._require_machines(state, [running.index(each) for each in waiting])
                 statuses = self._statuses(state)
                 state = self._carry_out(nobody_finished(state, time.monotonic(), statuses))
         return [results[reference] for reference in running]
+
+    def _require_machines(self, state: CallState, actors: Sequence[int]) -> None:
+        """Whose machine refuses us is lost; Ray, which counts heartbeats, says so up to ten seconds later."""
+        for actor in actors:
+            place = self.start.raylets.get(self.start.facts[actor].node)
+            if place is not None and is_gone(place):
+                self._carry_out(actor_ended(state, actor, GONE))
 
     def _statuses(self, state: CallState) -> tuple[ActorStatus | None, ...]:
         """What each actor says of itself; None if it does not answer."""

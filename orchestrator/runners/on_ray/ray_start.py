@@ -35,6 +35,7 @@ class RayStart:
         self._planned = planned
         self.actors: list[Any] = []
         self.facts: list[ActorFacts] = []
+        self.raylets: dict[str, tuple[str, int]] = {}  # see RayConnection
         self.logs: Path | None = None  # the folder that the actors' output is to be kept in
         self.failure: BaseException | None = None
         self._plan = planned if isinstance(planned, ActorPlan) else None
@@ -72,7 +73,7 @@ class RayStart:
     def _main(self) -> None:
         try:
             self._connection = RayConnection(self.address)
-            machines = self._connection.machines()
+            machines, self.raylets = self._connection.machines(), self._connection.raylets()
             if not isinstance(self._planned, ActorPlan):
                 self._plan = self._planned(self.address, self._connection.free().get("CPU", 0.0))
             require_room(self.plan, machines)
