@@ -7,22 +7,24 @@ there too. Of a machine that is gone there is nothing to read, and its actors' f
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from comms.errors import UserError
+from orchestrator.runners.on_ray.ray_connection import is_gone
 from orchestrator.runs.disk import explained
 
 if TYPE_CHECKING:
     from orchestrator.runners.on_ray.actor import ActorFacts
 
+Raylets: TypeAlias = Mapping[str, tuple[str, int]]  # by node, where Ray listens on it
 MAX_BYTES = 1 << 20  # of each stream: the end of what is longer
 PATIENCE_S = 5.0  # for another machine to answer
 OF_RAY = (b":job_id:", b":actor_name:", b":task_name:")  # lines by which Ray marks whose output follows
 
 
-def save_logs(facts: Sequence["ActorFacts"], folder: Path) -> None:
+def save_logs(facts: Sequence["ActorFacts"], raylets: Raylets, folder: Path) -> None:
     """Write `actor-000.txt` and so on. What cannot be read or written is left out: a run's end is no time to fail."""
-    write_logs([each.place for each in facts], outputs(facts), folder)
+    write_logs([each.place for each in facts], outputs(facts, raylets), folder)
 
 
 def write_logs(places: Sequence[str], written: Mapping[int, str], folder: Path) -> None:
@@ -40,8 +42,8 @@ def read_ends(files: Mapping[int, Sequence[str]]) -> dict[int, str]:
     return {actor: "".join(map(_end_of, paths)) for actor, paths in files.items()}
 
 
-def outputs(facts: Sequence["ActorFacts"]) -> dict[int, str]:
-    """What these actors wrote, by their numbers; without those of a machine that does not answer."""
+def outputs(facts: Sequence["ActorFacts"], raylets: Raylets) -> dict[int, str]:
+    """What these actors wrote, by their numbers; without those of a machine that is gone or does not answer."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -53,6 +55,7 @@ def outputs(facts: Sequence["ActorFacts"]) -> dict[int, str]:
     asked = [
         read.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(files)
         for node, files in by_node.items()
+        if node not in raylets or not is_gone(raylets[node])
     ]
     done = ray.wait(asked, num_returns=len(asked), timeout=PATIENCE_S)[0] if asked else ()
     for each in done:

@@ -64,7 +64,7 @@ class Hub:
     def close(self) -> tuple[list[str], dict[int, str]]:
         """End the actors; what they wrote."""
         facts = self.launch.start.facts
-        written = [each.place for each in facts], outputs(facts)
+        written = [each.place for each in facts], outputs(facts, self.launch.start.raylets)
         self.launch.close()
         return written
 

@@ -144,7 +144,7 @@ class RayStart:
 
         if ray.is_initialized():
             if self.logs is not None:
-                save_logs(self.facts, self.logs)
+                save_logs(self.facts, self.raylets, self.logs)
             for actor in self.actors:
                 ray.kill(actor)
             if self._group is not None:
