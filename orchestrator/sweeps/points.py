@@ -44,7 +44,7 @@ class Series:
     def batch_text(self) -> str:
         """The batch in words."""
         each = " per chip" if self.mode is Scaling.WEAK else " in all"
-        return f"{float(self.batch):.12g} samples{each}"
+        return f"{float(self.batch):.12g} sample{'s' * (self.batch != 1)}{each}"
 
 
 @dataclass(frozen=True, slots=True)

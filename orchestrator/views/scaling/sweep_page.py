@@ -24,8 +24,8 @@ figure svg { width: 100%; height: auto; display: block; }
 figcaption { font-size: 0.85rem; color: #46525f; }
 figcaption ul { margin: 6px 0 0; padding-left: 1.2em; }
 .scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-size: 0.85rem; font-variant-numeric: tabular-nums; }
-th, td { padding: 4px 10px; border-bottom: 1px solid #e1e5ea; text-align: right; white-space: nowrap; }
+table { border-collapse: collapse; font-size: 0.8rem; font-variant-numeric: tabular-nums; }
+th, td { padding: 4px 7px; border-bottom: 1px solid #e1e5ea; text-align: right; white-space: nowrap; }
 th:first-child, td:first-child, .text { text-align: left; }
 td.text { white-space: normal; min-width: 26ch; }
 thead th { background: #f4f6f8; }
