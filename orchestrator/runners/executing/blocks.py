@@ -24,7 +24,7 @@ import numpy as np
 NAME = "orchestrate"
 HEAD = 64  # bytes before the data: the flag, padded to a cache line
 SMALLEST = 1 << 16
-MAX_BLOCKS = 256  # descriptors that a pool may hold open
+MAX_BLOCKS = 128  # of a pool, with two descriptors each; and of others, with one each, that are mapped
 IN_USE, FREE = 1, 0
 
 
@@ -163,8 +163,10 @@ class BlockReader:
                 self._mapped.move_to_end(place)
                 return self._mapped[place][1]
             memory = _mapped(path)
-        except PermissionError as error:
-            raise ValueError("a block that cannot be read") from error
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            raise ValueError(f"a block that cannot be read: {error.strerror}") from error
         self._mapped[place] = number, memory
         if len(self._mapped) > MAX_BLOCKS:
             self._mapped.popitem(last=False)

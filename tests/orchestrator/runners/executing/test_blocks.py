@@ -1,9 +1,11 @@
 import os
 
+import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestrator.runners.executing.blocks import HEAD, BlockPool, BlockReader, can_read, write_proof
+from orchestrator.runners.executing.blocks import HEAD, NAME, BlockPool, BlockReader, can_read, write_proof
 
 
 def read(block: int, nbytes: int) -> bytes:
@@ -70,4 +72,50 @@ def test_a_block_of_an_odd_length_does_not_touch_its_head():
     block = pool.put(content)
     assert block is not None
     assert os.pread(block, len(content), HEAD) == content
+    pool.close()
+
+
+def test_what_is_read_in_place_is_not_written_to_until_nobody_has_it():
+    pool, reader = BlockPool(), BlockReader()
+    first = pool.put(memoryview(b"a" * 100_000))
+    assert first is not None
+    held = torch.from_numpy(reader.bytes_of(os.getpid(), first, 100_000)).view(100, 1000)
+    part = held[1:3]
+    del held
+    second = pool.put(memoryview(b"b" * 100_000))
+    assert second is not None and second != first
+    assert bytes(part.reshape(-1).tolist()) == b"a" * 2000
+    del part
+    assert pool.put(memoryview(b"c" * 100_000)) == first
+    assert reader.bytes_of(os.getpid(), first, 100_000).tobytes() == b"c" * 100_000
+    pool.close()
+
+
+def test_blocks_are_files_of_ours_that_cannot_shrink_and_hold_what_is_asked_for(tmp_path):
+    reader = BlockReader()
+    loose = os.memfd_create(NAME)
+    os.ftruncate(loose, HEAD + 100_000)
+    other = os.open(tmp_path / "other", os.O_RDWR | os.O_CREAT)
+    pool = BlockPool()
+    own = pool.put(memoryview(bytes(70_000)))
+    assert own is not None
+    for number, nbytes, said in (
+        (loose, 10, "may shrink"), (other, 10, "that is none"), (own, 1 << 20, "less than"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=said):
+            reader.bytes_of(os.getpid(), number, nbytes)
+    with pytest.raises(FileNotFoundError):
+        reader.bytes_of(2**22 + 1, own, 10)
+    os.close(loose)
+    os.close(other)
+    pool.close()
+
+
+def test_a_number_that_is_given_to_another_block_is_that_block():
+    pool, reader = BlockPool(limit_bytes=1 << 17), BlockReader()
+    first = pool.put(memoryview(b"a" * 60_000))
+    assert first is not None and reader.bytes_of(os.getpid(), first, 1).tobytes() == b"a"
+    second = pool.put(memoryview(b"b" * 120_000))  # there is room for one of them: the first is closed
+    assert second == first
+    assert reader.bytes_of(os.getpid(), second, 120_000).tobytes() == b"b" * 120_000
     pool.close()
