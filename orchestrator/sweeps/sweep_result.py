@@ -90,7 +90,7 @@ class Sweep:
             parts += [f"bandwidth x{series.bandwidth:g}"] if len(kinds["bandwidth"]) > 1 else []
             parts += [f"latency x{series.latency:g}"] if len(kinds["latency"]) > 1 else []
             parts += [f"plan {series.plan}"] if len(kinds["plan"]) > 1 else []
-            parts += [f"{series.actors} actors"] if len(kinds["actors"]) > 1 else []
+            parts += [_actors(series)] if len(kinds["actors"]) > 1 else []
             return ", ".join(parts) or series.model.removeprefix("builtin:")
 
         return {series: name(series) for series in self.series}
@@ -144,12 +144,17 @@ class Sweep:
                 found += [self._throughput(mode, wanted), self._efficiency(mode, wanted)]
         return tuple(found)
 
+    def _predicted(self, series: Series) -> str:
+        """The name of a predicted line, told apart from what was measured where anything was."""
+        is_measured = any(result.measured for result in self.series[series])
+        return f"{self.names[series]}, predicted" if is_measured else self.names[series]
+
     def _throughput(self, mode: Scaling, wanted: Sequence[Series]) -> ChipPanel:
         lines: list[ChipLine] = []
         for colour, series in enumerate(wanted):
             points, first = self.curve(series), self.curve(series)[0]
             lines.append(
-                _line(self.names[series], Stroke.PREDICTED, colour, [(p.chips, p.rate) for p in points])
+                _line(self._predicted(series), Stroke.PREDICTED, colour, [(p.chips, p.rate) for p in points])
             )
             ideal = [(p.chips, first.rate * p.chips / first.chips) for p in (first, points[-1])]
             lines.append(_line("ideal" if not colour else "", Stroke.IDEAL, colour, ideal))
@@ -163,7 +168,7 @@ class Sweep:
         lines: list[ChipLine] = []
         for colour, series in enumerate(wanted):
             places = [(p.chips, p.efficiency) for p in self.curve(series)]
-            lines.append(_line(self.names[series], Stroke.PREDICTED, colour, places))
+            lines.append(_line(self._predicted(series), Stroke.PREDICTED, colour, places))
             if measured := [(r.chips, r.measured.tokens_per_s) for r in self.series[series] if r.measured]:
                 places = [(p.chips, p.efficiency) for p in curve(measured)]
                 lines.append(_line("measured here" if not colour else "", Stroke.MEASURED, colour, places))
@@ -190,7 +195,7 @@ class Sweep:
         title += f", plan {series.plan}" * (series.plan != AUTO)
         title += f", bandwidth x{series.bandwidth:g}" * (series.bandwidth != 1)
         title += f", latency x{series.latency:g}" * (series.latency != 1)
-        title += f", {series.actors} actors" * (series.actors is not None)
+        title += f", {_actors(series)}" * (series.actors is not None)
         return Table(title, tuple(row[:shown] for row in rows), HEADS[:shown])
 
     def plot(self, path: str | Path) -> None:
@@ -221,6 +226,10 @@ HEADS = (
     "chips", "plan", "step", "throughput", "per chip", "speed-up", "efficiency", "doubling", "MFU", "memory",
     "tp wait", "dp wait", "pp wait", "all wait", "bubble", "measured p10 / p50 / p90",
 )  # fmt: skip
+
+
+def _actors(series: Series) -> str:
+    return f"{series.actors} actor{'s' * (series.actors != 1)}"
 
 
 def _line(label: str, stroke: Stroke, colour: int, places: Sequence[tuple[int, float]]) -> ChipLine:
