@@ -16,19 +16,23 @@ if sys.argv[1] == "keep":
 import torch
 def step():
     torch.ones(10_000_000)
-for _ in range(6):
+least = None
+for _ in range(8):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     thread = threading.Thread(target=step)
     thread.start()
     thread.join()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+    least = faults if least is None else min(least, faults)
+print(least)
 """
 
 
 @pytest.mark.parametrize("large", ["0", "1"])
 def test_freed_memory_is_used_again_by_the_next_thread(large: str) -> None:
     def faults(how: str) -> int:
-        environment = os.environ | {"THP_MEM_ALLOC_ENABLE": large}
+        kept = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+        environment = kept | {"THP_MEM_ALLOC_ENABLE": large}
         done = subprocess.run(
             [sys.executable, "-c", STEPS, how], env=environment, capture_output=True, check=True
         )
@@ -36,7 +40,7 @@ def test_freed_memory_is_used_again_by_the_next_thread(large: str) -> None:
 
     assert faults("keep") < 100
     if large == "0":
-        assert faults("as it is") > 5_000  # 40 MB in pages of 4 KiB
+        assert faults("as it is") > 500  # 40 MB are 9,767 pages of 4 KiB; kernels may bring in some at a time
 
 
 def test_what_is_inherited_leaves_what_the_user_has_set(monkeypatch: pytest.MonkeyPatch) -> None:
