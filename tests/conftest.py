@@ -118,9 +118,8 @@ def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> 
     is_last = starts_ray(item.path) and (nextitem is None or not starts_ray(nextitem.path))
     if is_last and (ray := sys.modules.get("ray")) is not None:
         ray.shutdown()
-        signal.signal(
-            signal.SIGTERM, ON_SIGTERM
-        )  # Ray and its raylets have one of their own, which would outlive them
+        # Ray and its raylets have one of their own, which would outlive them
+        signal.signal(signal.SIGTERM, ON_SIGTERM)
 
 
 @pytest.fixture(scope="session", autouse=True)

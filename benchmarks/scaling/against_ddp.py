@@ -25,7 +25,10 @@ from orchestrator.runners.timing.fastest_plan import prepare
 
 WORKER = Path(__file__).parents[1] / "tools" / "ddp_worker.py"
 SEQ, CHIPS = 256, 2
-STEPS = {512: 2, 4096: 1}  # a turn: the shorter, the more alike are neighbours on a machine that others use, too
+STEPS = {
+    512: 2,
+    4096: 1,
+}  # a turn: the shorter, the more alike are neighbours on a machine that others use, too
 
 
 @contextmanager

@@ -35,10 +35,11 @@ def over_cluster(address: RayAddress) -> Pool:
     """
 
     def run(groups: Sequence[Group]) -> Iterator[Found]:
-        rows = [row for group in groups for row in group]
-        away = [
-            row for row in rows if all(map(has_content, row.points)) and not all(map(is_known, row.points))
-        ]
+        away, rest = list[SeriesRow](), list[Group]()
+        for group in groups:
+            travels = [_travels(row) for row in group]
+            away += [row for row, does in zip(group, travels, strict=True) if does]
+            rest.append(tuple(row for row, does in zip(group, travels, strict=True) if not does))
         if away:
             connection = RayConnection(address)
             try:
@@ -46,9 +47,13 @@ def over_cluster(address: RayAddress) -> Pool:
                 yield from _results(away)
             finally:
                 connection.close()
-        yield from here()([tuple(row for row in rows if row not in away)])
+        yield from here()(rest)
 
     return run
+
+
+def _travels(row: SeriesRow) -> bool:
+    return all(map(has_content, row.points)) and not all(map(is_known, row.points))
 
 
 def _require_core(connection: RayConnection, address: RayAddress) -> None:

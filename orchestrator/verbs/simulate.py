@@ -92,11 +92,12 @@ def answer(prepared: Prepared, options: SimulateOptions, console: Console) -> in
     for what in (CONDITIONS, UNEVEN, MIXED):
         if what in result.step.left_out:
             console.warn(f"folded fidelity leaves out {what}; --fidelity full has it")
-    console.results(result.document(), tables(result))
+    document = result.document()
+    console.results(document, tables(result))
     if options.run_dir is not None:
         run = run_dir.create(options.run_dir)
         write_run(run, prepared, result)
-        write_whole(run.result, (json.dumps(console.whole(result.document()), indent=1) + "\n").encode())
+        write_whole(run.result, (json.dumps(console.whole(document), indent=1) + "\n").encode())
         console.say(
             f"in {options.run_dir}: result.json, timeline.png, trace.json.gz (for https://ui.perfetto.dev), plan.yaml"
         )

@@ -6,10 +6,12 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
+from orchestrator.runners.on_ray.ray_connection import SHORT_FOLDER
 from orchestrator.runs.metrics import read_metrics
 
 ROOT = Path(__file__).parents[2]
@@ -64,18 +66,15 @@ TRAIN = (
 def has_namespaces() -> bool:
     if not all(map(shutil.which, ("unshare", "nsenter", "ip", "pgrep"))):
         return False
-    return (
-        subprocess.run(
-            [*APART, "ip", "link", "add", "cable", "type", "veth"], capture_output=True, check=False
-        ).returncode
-        == 0
-    )
+    cable = [*APART, "ip", "link", "add", "cable", "type", "veth"]
+    return subprocess.run(cable, capture_output=True, check=False).returncode == 0
 
 
 @pytest.mark.ray
 @pytest.mark.timeout(300)
-@pytest.mark.skipif(not has_namespaces(), reason="this kernel gives its users no namespaces of network")
 def test_tensors_go_over_the_cable_between_two_machines_and_training_is_the_same(tmp_path: Path) -> None:
+    if not has_namespaces():
+        pytest.skip("this kernel gives its users no namespaces of network")
     (tmp_path / "two.yaml").write_text(HOSTS)
     kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     environment = kept | {"HOME": str(tmp_path), "RAY_AUTH_MODE": "disabled", "PYTHONPATH": str(ROOT),
@@ -88,29 +87,14 @@ def test_tensors_go_over_the_cable_between_two_machines_and_training_is_the_same
         )
         assert done.returncode == 0, done.stderr
 
-    # names of sockets have at most 107 characters: Ray's folder is a short one, removed with what is in it
-    rays = Path("/tmp") / f"orc-net-{os.getpid()}"
-    try:
-        run(
-            *APART,
-            "bash",
-            "-c",
-            SCRIPT,
-            "bash",
-            str(rays),
-            *ours,
-            "--address",
-            f"{HEAD}:6379",
-            "--run-dir",
-            "far",
-        )
-    finally:
-        shutil.rmtree(rays, ignore_errors=True)
+    far = (*ours, "--address", f"{HEAD}:6379", "--run-dir", "far")
+    with tempfile.TemporaryDirectory(prefix="orc-net-", dir=SHORT_FOLDER, ignore_cleanup_errors=True) as rays:
+        run(*APART, "bash", "-c", SCRIPT, "bash", rays, *far)
     run(*ours, "--runner", "inline", "--run-dir", "near")
-    far, near = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("far", "near"))
-    assert [each["loss"] for each in far] == [each["loss"] for each in near]
+    steps, expected = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("far", "near"))
+    assert [each["loss"] for each in steps] == [each["loss"] for each in expected]
     machines = {re.search(r"on (\S+)", file.read_text())[1] for file in (tmp_path / "far" / "logs").iterdir()}  # type: ignore[index]
     assert machines == {HEAD, OTHER}
     sent = json.loads((tmp_path / "cable.json").read_text())[0]["stats64"]["tx"]["bytes"]
     gradients = 4 * 2 * 64 * 64 * 12  # at least those of two layers of width 64, of which half go each way
-    assert sent > len(far) * gradients / 2
+    assert sent > len(steps) * gradients / 2

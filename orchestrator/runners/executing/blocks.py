@@ -135,9 +135,8 @@ class BlockReader:
     """The blocks of others as they lie in our memory: each is mapped once. For one thread."""
 
     def __init__(self) -> None:
-        self._mapped: OrderedDict[tuple[int, int], tuple[int, mmap.mmap]] = (
-            OrderedDict()
-        )  # with its file's number
+        # by owner and number: the number of its file, and the file
+        self._mapped: OrderedDict[tuple[int, int], tuple[int, mmap.mmap]] = OrderedDict()
 
     def bytes_of(self, owner: int, block: int, nbytes: int) -> "np.ndarray[Any, np.dtype[np.uint8]]":
         """The first `nbytes` in a block of process `owner`, in place: free again when nobody has them any more.
@@ -179,10 +178,8 @@ def _mapped(path: str) -> mmap.mmap:
     descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     try:
         # Of one that its owner makes smaller, reading would end this process
-        if (
-            not fcntl.fcntl(descriptor, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK
-            or os.fstat(descriptor).st_size < HEAD
-        ):
+        is_sealed = fcntl.fcntl(descriptor, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK
+        if not is_sealed or os.fstat(descriptor).st_size < HEAD:
             raise ValueError("a block that may shrink")
         return mmap.mmap(descriptor, 0)
     finally:

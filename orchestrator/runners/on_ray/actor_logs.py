@@ -7,16 +7,15 @@ there too. Of a machine that is gone there is nothing to read, and its actors' f
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 from comms.errors import UserError
-from orchestrator.runners.on_ray.ray_connection import is_gone
+from orchestrator.runners.on_ray.ray_connection import Raylets, is_gone
 from orchestrator.runs.disk import explained
 
 if TYPE_CHECKING:
     from orchestrator.runners.on_ray.actor import ActorFacts
 
-Raylets: TypeAlias = Mapping[str, tuple[str, int]]  # by node, where Ray listens on it
 MAX_BYTES = 1 << 20  # of each stream: the end of what is longer
 PATIENCE_S = 5.0  # for another machine to answer
 OF_RAY = (b":job_id:", b":actor_name:", b":task_name:")  # lines by which Ray marks whose output follows
@@ -55,7 +54,7 @@ def outputs(facts: Sequence["ActorFacts"], raylets: Raylets) -> dict[int, str]:
     asked = [
         read.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(files)
         for node, files in by_node.items()
-        if node not in raylets or not is_gone(raylets[node])
+        if not is_gone(node, raylets)
     ]
     done = ray.wait(asked, num_returns=len(asked), timeout=PATIENCE_S)[0] if asked else ()
     for each in done:

@@ -14,9 +14,9 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, TypeAlias
 
 from comms.errors import ClusterError, RunError
 from kernels.memory import inherited
@@ -40,6 +40,9 @@ QUIET = {
 TOKEN_HINT = (
     "give Ray its token: RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token"
 )
+
+
+Raylets: TypeAlias = Mapping[str, tuple[str, int]]  # by the name of a node, where Ray listens on it
 
 
 class RayConnection:
@@ -67,13 +70,16 @@ class RayConnection:
 
     def machines(self) -> list[RayNode]:
         """The nodes that are up."""
-        nodes = [node for node in self._ray.nodes() if node["Alive"]]
-        return [RayNode(node["NodeManagerAddress"], node["Resources"]) for node in nodes]
+        return [RayNode(node["NodeManagerAddress"], node["Resources"]) for node in self._nodes()]
 
-    def raylets(self) -> dict[str, tuple[str, int]]:
-        """By the name of a node that is up, where what Ray runs on it listens."""
-        nodes = [node for node in self._ray.nodes() if node["Alive"]]
-        return {node["NodeID"]: (node["NodeManagerAddress"], node["NodeManagerPort"]) for node in nodes}
+    def raylets(self) -> Raylets:
+        """Of the nodes that are up."""
+        return {
+            node["NodeID"]: (node["NodeManagerAddress"], node["NodeManagerPort"]) for node in self._nodes()
+        }
+
+    def _nodes(self) -> list[dict[str, Any]]:
+        return [node for node in self._ray.nodes() if node["Alive"]]
 
     def free(self) -> dict[str, float]:
         """What nobody holds, in all."""
@@ -161,8 +167,10 @@ def _require_open(place: tuple[str, int], where: str) -> None:
         raise ClusterError(f"nobody answers: {said}", where, hint) from error
 
 
-def is_gone(place: tuple[str, int]) -> bool:
-    """Whether it is certain that nobody listens there any more; silence alone may have other reasons."""
+def is_gone(node: str, raylets: Raylets) -> bool:
+    """Whether it is certain that nobody listens on a node any more; silence alone may have other reasons."""
+    if (place := raylets.get(node)) is None:
+        return False
     try:
         socket.create_connection(place, ANSWER_S).close()
     except OSError as error:

@@ -196,8 +196,7 @@ class RayRunner:
     def _require_machines(self, state: CallState, actors: Sequence[int]) -> None:
         """Whose machine refuses us is lost; Ray, which counts heartbeats, says so up to ten seconds later."""
         for actor in actors:
-            place = self.start.raylets.get(self.start.facts[actor].node)
-            if place is not None and is_gone(place):
+            if is_gone(self.start.facts[actor].node, self.start.raylets):
                 self._carry_out(actor_ended(state, actor, GONE))
 
     def _statuses(self, state: CallState) -> tuple[ActorStatus | None, ...]:

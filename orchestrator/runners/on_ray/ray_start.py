@@ -15,7 +15,7 @@ from kernels.memory import VARIABLES
 from orchestrator.runners.on_ray.actor_logs import save_logs
 from orchestrator.runners.on_ray.placement import ActorPlan, RayNode, busy, require_room
 from orchestrator.runners.on_ray.ray_address import RayAddress, RayKind, ray_address
-from orchestrator.runners.on_ray.ray_connection import RayConnection
+from orchestrator.runners.on_ray.ray_connection import RayConnection, Raylets
 
 if TYPE_CHECKING:
     from orchestrator.runners.executing.peer_keys import PeerKeys
@@ -35,7 +35,7 @@ class RayStart:
         self._planned = planned
         self.actors: list[Any] = []
         self.facts: list[ActorFacts] = []
-        self.raylets: dict[str, tuple[str, int]] = {}  # see RayConnection
+        self.raylets: Raylets = {}
         self.logs: Path | None = None  # the folder that the actors' output is to be kept in
         self.failure: BaseException | None = None
         self._plan = planned if isinstance(planned, ActorPlan) else None
@@ -114,12 +114,9 @@ class RayStart:
 
     def _environment(self) -> dict[str, Any]:
         """What actors must have from their start on; those of a Ray of our own inherit it."""
-        is_own = self.address.kind is RayKind.OWN
-        return (
-            {}
-            if is_own
-            else {"runtime_env": {"env_vars": {k: os.environ.get(k, v) for k, v in VARIABLES.items()}}}
-        )
+        if self.address.kind is RayKind.OWN:
+            return {}
+        return {"runtime_env": {"env_vars": {k: os.environ.get(k, v) for k, v in VARIABLES.items()}}}
 
     def _get_facts(self, ray: Any) -> None:
         asked, num_up = [actor.facts.remote() for actor in self.actors], 0

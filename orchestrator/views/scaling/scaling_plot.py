@@ -130,10 +130,9 @@ def _saved(panels: Sequence[ChipPanel], kind: str) -> bytes:
     metadata = {"Software": None} if kind == "png" else {"Date": None, "Creator": None}
     with mpl.rc_context({"svg.hashsalt": SALT, "svg.fonttype": "none"}):
         figure = figure_of(panels)
+        # once: a figure that has an engine is laid out and drawn twice when it is saved
         if (layout := figure.get_layout_engine()) is not None:
             layout.execute(figure)
-        figure.set_layout_engine(
-            "none"
-        )  # laid out once; a figure with an engine is drawn twice when it is saved
+        figure.set_layout_engine("none")
         figure.savefig(file, format=kind, dpi=DPI, metadata=metadata)
     return file.getvalue()
